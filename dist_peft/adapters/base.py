@@ -1,0 +1,224 @@
+"""What an adapter method is, and how its targets are found.
+
+Life of an adapter::
+
+    attach(model)              on the meta skeleton: wrap modules, create fp32 meta parameters
+    prepare_rows, initial_rows the loader asks each wrapped module for what it starts from
+    begin(step, sample_ids)    before each micro-batch: what dropout masks depend on
+    to_public(tensors, base)   gathered parameters -> what other libraries read
+
+Engines replace ``Parameter`` objects when they shard, so a module never keeps one: it reads
+``self.lora_A`` anew in each forward.
+
+Targets follow PEFT: ``all-linear`` or a list of names, name endings and regular expressions.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor, nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = [
+    "Adapter",
+    "AdapterModule",
+    "LinearStart",
+    "PublicAdapter",
+    "Reduce",
+    "check_patterns",
+    "derive_seed",
+    "match_targets",
+    "pattern_value",
+]
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
+
+Value = TypeVar("Value")
+
+
+@runtime_checkable
+class AdapterModule(Protocol):
+    """An ``nn.Module`` that owns adapter parameters directly."""
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Start value of rows ``span`` of the own parameter ``name``, asked for once.
+
+        The same whatever the number of ranks.
+        """
+        ...
+
+
+@runtime_checkable
+class LinearStart(AdapterModule, Protocol):
+    """An adapter module around a ``FrozenLinear`` named ``base`` that sees its rows first."""
+
+    def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+        """Give the rows to encode, called once and before ``initial_rows``.
+
+        Args:
+            rows: float32 ``[len(span), in]``, this rank's rows of the weight, maybe none.
+            span: which rows these are.
+            reduce: sums over the ranks that share the weight.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PublicAdapter:
+    """An adapter as its ecosystem stores it.
+
+    Attributes:
+        config: the contents of ``adapter_config.json``.
+        tensors: the contents of ``adapter_model.safetensors``.
+        facts: what only this project's merge needs to know (see ``peft_format``).
+        extra: tensors that belong to ``facts``; no other library reads them.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Adapter(Protocol):
+    """An adapter method, made from its section of the configuration."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets of ``model``.
+
+        Raises:
+            UserError: a target matches nothing, or the method does not fit the model.
+        """
+        ...
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        """Before a micro-batch: the optimizer step and the global index of each row, ``[B]``."""
+        ...
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of the parameter with this full name."""
+        ...
+
+    def start_state(self) -> tuple[str, ...]:
+        """Full names of frozen parameters that a checkpoint must keep: they come from an
+        algorithm that is not repeated on resume."""
+        ...
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give back the whole tensors named by ``start_state``, before the model is loaded."""
+        ...
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """The public form.
+
+        Args:
+            tensors: every adapter parameter by full name, whole, float32, on the CPU.
+            base: path or hub id of the base, as the configuration names it.
+
+        Raises:
+            RuntimeError: a tensor is absent, empty or has the wrong shape.
+        """
+        ...
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable: the same in every process and on every platform."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Module) -> list[str]:
+    """Names of the ``FrozenLinear`` modules to adapt, in the model's order.
+
+    ``all-linear`` is every one but the output head. An entry of a list matches a module whose
+    whole name it is, whose name ends with ``.entry``, or whose whole name it matches as a regular
+    expression; the output head is adapted if an entry names it.
+
+    Raises:
+        UserError: an entry matches nothing.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    if targets == "all-linear":
+        chosen = [name for name, module in linears.items() if not module.is_head]
+        if not chosen:
+            raise UserError("adapter.target_modules all-linear: the model has no linear to adapt")
+        return chosen
+    wanted: set[str] = set()
+    for entry in targets:
+        found = [name for name in linears if _matches(entry, name)]
+        if not found:
+            others = (n for n, m in model.named_modules() if _matches(entry, n))
+            raise _no_match(entry, linears, next(others, None))
+        wanted.update(found)
+    return [name for name in linears if name in wanted]
+
+
+def pattern_value(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first key that matches the module's name, by PEFT's rule.
+
+    A key is a regular expression for the whole name or for its ending after a dot.
+    """
+    return next((v for key, v in pattern.items() if _ends_with(key, name)), default)
+
+
+def check_patterns(key: str, pattern: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse entries of ``adapter.<key>`` that match no adapted module.
+
+    Raises:
+        UserError: see above.
+    """
+    names = list(names)
+    for entry in pattern:
+        try:
+            used = any(_ends_with(entry, name) for name in names)
+        except re.error as error:
+            raise UserError(f"adapter.{key}[{entry!r}] is no regular expression: {error}") from None
+        if not used:
+            raise UserError(
+                f"adapter.{key}[{entry!r}] matches no adapted module; {_known(entry, names)}"
+            )
+
+
+def _ends_with(key: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def _matches(entry: str, name: str) -> bool:
+    if name == entry or name.endswith(f".{entry}"):
+        return True
+    try:
+        return re.fullmatch(entry, name) is not None
+    except re.error as error:
+        raise UserError(
+            f"adapter.target_modules entry {entry!r} is neither a module's name nor a regular "
+            f"expression: {error}"
+        ) from None
+
+
+def _no_match(entry: str, linears: Iterable[str], other: str | None) -> UserError:
+    """``other``: a module that the entry does match, but which is no ``FrozenLinear``."""
+    message = f"adapter.target_modules entry {entry!r} matches no linear"
+    if other is not None:
+        message += (
+            f" ({other} is not a quantizable linear; the input embedding is adapted by "
+            "adapter.embeddings: true, an output head tied to it cannot be)"
+        )
+    return UserError(f"{message}; {_known(entry, linears)}")
+
+
+def _known(entry: str, names: Iterable[str]) -> str:
+    """Which last components exist, and the one nearest to ``entry``."""
+    names = list(names)
+    last = sorted({name.rpartition(".")[2] for name in names})
+    near = difflib.get_close_matches(entry.rpartition(".")[2], last, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(entry, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}There are: {', '.join(last)}"

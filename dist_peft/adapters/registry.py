@@ -1,0 +1,23 @@
+"""Configuration section -> adapter method."""
+
+import torch
+
+from dist_peft.adapters.base import Adapter
+from dist_peft.adapters.lora_method import LoraAdapter
+from dist_peft.adapters.none import NoAdapter
+from dist_peft.core.config import AdapterConfig, LoraConfig
+
+__all__ = ["make_adapter"]
+
+
+def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -> Adapter:
+    """The method that ``config.kind`` names.
+
+    Args:
+        config: the ``adapter`` section.
+        seed: ``train.seed``: start values and dropout.
+        arithmetic: type in which adapters compute; their parameters are always float32.
+    """
+    if isinstance(config, LoraConfig):
+        return LoraAdapter(config, seed=seed, arithmetic=arithmetic)
+    return NoAdapter()

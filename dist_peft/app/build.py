@@ -1,0 +1,89 @@
+"""Putting a run together: files -> skeleton -> adapter -> shards -> loaded model."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_peft.adapters.base import Adapter
+from dist_peft.adapters.registry import make_adapter
+from dist_peft.core.config import RunConfig
+from dist_peft.core.world import World
+from dist_peft.engine import Engine, make_engine
+from dist_peft.engine.recompute import checkpoint_blocks
+from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
+from dist_peft.store.reader import RowReader
+
+__all__ = ["Built", "Prepared", "load", "prepare"]
+
+log = logging.getLogger("dist_peft")
+
+
+@dataclass
+class Prepared:
+    """Everything that needs no other rank: files found, model on meta, adapter attached."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    skeleton: Skeleton
+    adapter: Adapter
+    base_id: str
+    """Fingerprint of the base's files and of how they are stored."""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.skeleton.model
+
+
+@dataclass
+class Built(Prepared):
+    """A loaded, sharded model."""
+
+    engine: Engine
+    bytes_read: int
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Find the base, build the model on meta and attach the adapter.
+
+    Raises:
+        UserError: anything wrong with the base's files, its type, or the adapter's targets.
+    """
+    if config.base.trust_remote_code:
+        log.warning("base.trust_remote_code is on: code shipped with the base will run")
+    directory = resolve_base(config.base)
+    tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
+    skeleton = build_skeleton(config.base, directory)
+    compute = torch_dtype(config.base.compute_dtype)
+    arithmetic = compute if config.train.precision == "bf16" else torch.float32
+    adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
+    adapter.attach(skeleton.model)
+    stored = config.base.model_dump(include={"quant", "compute_dtype"}, mode="json")
+    text = skeleton.index.fingerprint() + json.dumps(stored, sort_keys=True)
+    base_id = hashlib.sha256(text.encode()).hexdigest()
+    return Prepared(directory, tokenizer, skeleton, adapter, base_id)
+
+
+def load(prepared: Prepared, config: RunConfig, world: World, device: torch.device) -> Built:
+    """Shard the model and fill it; every rank reads its own rows only.
+
+    Raises:
+        UserError: on every rank when files turn out damaged on one.
+    """
+    engine = make_engine(config.engine, world, device)
+    model = prepared.model
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(prepared.skeleton.blocks)
+    engine.shard(model, prepared.skeleton.blocks)
+    with RowReader(prepared.skeleton.index) as reader:
+        with world.together("load base"):
+            load_model(model, reader, engine, torch_dtype(config.base.compute_dtype), device)
+        log.info("loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20)
+        fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
+        return Built(**fields, engine=engine, bytes_read=reader.bytes_read)

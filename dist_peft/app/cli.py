@@ -1,0 +1,115 @@
+"""The command line: verbs as thin commands, errors as exit codes.
+
+Exit codes: 0 done; 2 the user's configuration or input is wrong (one message, from one rank);
+1 a failure (traceback); 75 stopped on a signal after a checkpoint, can be resumed.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_peft.app import eval as eval_app
+from dist_peft.app import export as export_app
+from dist_peft.app import inspect as inspect_app
+from dist_peft.app import quickstart as quickstart_app
+from dist_peft.app import train as train_app
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import RemoteError, World
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    args = _parser().parse_args(argv)
+    world = World()
+    try:
+        world = World.from_env()
+        code: int = args.run(args, world)
+        world.disconnect()
+        return code
+    except UserError as error:
+        if world.is_first:
+            print(f"dist-peft: {error}", file=sys.stderr, flush=True)
+        return _leave(world, 2)
+    except RemoteError as error:
+        logging.getLogger("dist_peft").warning("%s", error)
+        return _leave(world, 1)
+    except Exception:
+        traceback.print_exc()
+        return _leave(world, 1)
+
+
+def _leave(world: World, code: int) -> int:
+    """Leave without waiting for peers that may be stuck in a collective with this rank."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if world.size > 1:
+        os._exit(code)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-peft",
+        description="Fine-tune adapters on a frozen, quantized, sharded base model.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="run a configuration")
+    _add_config(train)
+    train.set_defaults(run=train_app.run)
+
+    evaluate = verbs.add_parser("eval", help="held-out loss of a base, or of a run's adapter")
+    _add_config(evaluate)
+    evaluate.add_argument("--run", type=Path, dest="run_dir", help="use this run's newest state")
+    evaluate.set_defaults(run=eval_app.run)
+
+    merge = verbs.add_parser("merge", help="write base + adapter as a Hugging Face directory")
+    _add_merge(merge)
+    merge.set_defaults(run=export_app.run_merge)
+
+    export = verbs.add_parser("export", help="write a run in a public format")
+    export.add_argument(
+        "--format", required=True, choices=export_app.FORMATS, help="what to write"
+    )
+    _add_merge(export)
+    export.set_defaults(run=export_app.run_export)
+
+    inspect = verbs.add_parser("inspect", help="what is this base, adapter, run or checkpoint")
+    inspect.add_argument("path", type=Path)
+    inspect.set_defaults(run=inspect_app.run)
+
+    quickstart = verbs.add_parser("quickstart", help="the main job on a base made on the spot")
+    quickstart_app.add_arguments(quickstart)
+    quickstart.set_defaults(run=quickstart_app.run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, help="YAML file")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # added by the deepspeed launcher; the environment says the same
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a key")
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", type=Path, required=True, dest="run_dir", help="run directory"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--base",
+        choices=["original", "decoded"],
+        default="original",
+        help="merge into the base's files, or into the base as training saw it (decoded)",
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not reload the result and compare logits"
+    )

@@ -1,0 +1,107 @@
+"""``dist-peft inspect PATH``: what is this base, adapter, run or checkpoint."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.metrics import METRICS_FILE, read_metrics
+
+__all__ = ["describe", "run"]
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    if world.is_first:
+        print("\n".join(describe(args.path)))
+    return 0
+
+
+def describe(path: Path) -> list[str]:
+    """Lines that say what ``path`` is and what is in it.
+
+    Raises:
+        UserError: there is nothing this project knows at ``path``.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if (path / "config.yaml").is_file():
+        return _run(path)
+    if (path / "run.json").is_file():
+        return _checkpoint(path)
+    if (path / "adapter_config.json").is_file():
+        return _adapter(path)
+    if path.suffix == ".safetensors" or (path / "config.json").is_file():
+        return _base(path)
+    raise UserError(
+        f"{path} is no base (config.json), adapter (adapter_config.json), run (config.yaml), "
+        "checkpoint (run.json) or safetensors file"
+    )
+
+
+def _base(path: Path) -> list[str]:
+    index = SafetensorsIndex.open(path)
+    infos = index.tensors.values()
+    numbers = sum(_numel(i.shape) for i in infos)
+    types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
+    lines = [f"base model {path}"]
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text())
+        kinds = ", ".join(config.get("architectures") or [])
+        lines.append(f"  type         {config.get('model_type')} {kinds}")
+    files = len({i.file for i in infos})
+    size = sum(i.stop - i.start for i in infos)
+    lines += [
+        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
+        f"  files        {files}, {size / 2**20:,.1f} MiB, "
+        + ", ".join(f"{n} x {t}" for t, n in types.most_common()),
+        f"  fingerprint  {index.fingerprint()}",
+    ]
+    return lines
+
+
+def _adapter(path: Path) -> list[str]:
+    config = json.loads((path / "adapter_config.json").read_text())
+    index = SafetensorsIndex.open(path / "adapter_model.safetensors")
+    numbers = sum(_numel(i.shape) for i in index.tensors.values())
+    lines = [
+        f"adapter {path}",
+        f"  method       {config.get('peft_type')} r={config.get('r')} "
+        f"alpha={config.get('lora_alpha')} rslora={config.get('use_rslora', False)} "
+        f"dora={config.get('use_dora', False)}",
+        f"  base         {config.get('base_model_name_or_path')}",
+        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
+        f"  targets      {', '.join(sorted(config.get('target_modules') or []))}",
+    ]
+    own = path / "dist_peft.json"
+    if own.is_file():
+        lines += [f"  {key:<12} {value}" for key, value in json.loads(own.read_text()).items()]
+    return lines
+
+
+def _checkpoint(path: Path) -> list[str]:
+    position = Checkpoints.position(path)
+    lines = [f"checkpoint {path}"]
+    return lines + [f"  {key:<12} {value}" for key, value in vars(position).items()]
+
+
+def _run(path: Path) -> list[str]:
+    lines = [f"run {path}"]
+    steps = read_metrics(path / METRICS_FILE)
+    if steps:
+        lines.append(f"  steps        {steps[-1].step}, last loss {steps[-1].loss:.4f}")
+    for found in sorted((path / "checkpoints").glob("step-*")):
+        lines += ["  " + line for line in _checkpoint(found)]
+    if (path / "adapter").is_dir():
+        lines += ["  " + line for line in _adapter(path / "adapter")]
+    return lines
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

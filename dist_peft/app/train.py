@@ -1,0 +1,320 @@
+"""``dist-peft train``: the main job, in the order in which it happens."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.peft_format import write_adapter
+from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.rows import Loaders, make_loaders
+from dist_peft.core.config import RunConfig
+from dist_peft.core.config_io import dump_config, load_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.engine import engine_kind
+from dist_peft.export.verify import Probe
+from dist_peft.model.load import AdapterRows
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.evaluate import evaluate
+from dist_peft.train.loop import StepResult, fit
+from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
+from dist_peft.train.optim import make_optimizer_factory
+from dist_peft.train.progress import Progress
+from dist_peft.train.report import RunSummary, write_report
+from dist_peft.train.schedule import lr_factor
+
+__all__ = ["RESUMABLE", "run", "train"]
+
+log = logging.getLogger("dist_peft")
+
+RESUMABLE = 75
+"""Exit code after a stop on a signal: a checkpoint is written, the same command goes on."""
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    return train(load_config(args.config, args.overrides), world)
+
+
+def train(config: RunConfig, world: World) -> int:
+    """Run ``config`` to its end, or until a signal; returns the exit code.
+
+    Raises:
+        UserError: on every rank, whatever rank found it.
+    """
+    if config.adapter.kind == "none":
+        raise UserError("adapter.kind is none: nothing would be trained; choose lora")
+    device = world.device(config.train.device)
+    world.connect(device, config.engine.timeout_minutes)
+    run_dir = Path(config.save.dir)
+    stop = _catch_signals()
+    with world.together("prepare the run directory"):
+        if world.is_first:
+            _prepare_directory(run_dir, config)
+    setup_log(run_dir, world.rank, world.size)
+    with world.together("read the base's configuration"):
+        prepared = prepare(config, world)
+    loaders = make_loaders(config, prepared.tokenizer, world)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.save.keep, world)
+    with world.together("choose a checkpoint"):
+        resume_from = checkpoints.choose(config.resume)
+    if resume_from is not None:
+        names = prepared.adapter.start_state()
+        whole = checkpoints.read_whole(resume_from, [f"start/{n}" for n in names])
+        prepared.adapter.start_from({n: whole[f"start/{n}"] for n in names})
+    built = load(prepared, config, world, device)
+    factory = make_optimizer_factory(config.train, device)
+    built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    session = _Session(config, world, built, loaders, checkpoints, run_dir)
+    first_step = session.resume(resume_from) if resume_from is not None else session.begin()
+    done = session.fit(first_step, stop)
+    if done < session.total_steps:
+        log.warning("stopped on a signal after step %d; start again to go on", done)
+        return RESUMABLE
+    session.finish()
+    return 0
+
+
+@dataclass
+class _Session:
+    """A loaded run between its first and its last step."""
+
+    config: RunConfig
+    world: World
+    built: Built
+    loaders: Loaders
+    checkpoints: Checkpoints
+    run_dir: Path
+
+    def __post_init__(self) -> None:
+        c = self.config.train
+        per_epoch = len(self.loaders.train.rows) / c.global_batch
+        self.total_steps = c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def begin(self) -> int:
+        """First start: describe the run, take the probe's logits before training."""
+        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
+        log.info(
+            "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
+            f"{trained:,}",
+            self.config.adapter.kind,
+            self.world.size,
+            engine_kind(self.config.engine, self.world),
+            self.total_steps,
+            self.config.train.global_batch,
+        )
+        logits = self._probe_logits()
+        with self.world.together("write the probe"):
+            if self.world.is_first:
+                Probe(self.loaders.probe, logits, logits).save(self._probe_file)
+        return 0
+
+    def resume(self, path: Path) -> int:
+        """Load a checkpoint; gives the number of steps that are done."""
+        position = self.checkpoints.position(path)
+        self._check_same(path, position)
+        state = self.built.engine.state(self.built.model)
+        self.checkpoints.load(path, state)
+        self.built.engine.load_state(self.built.model, state, position.step)
+        log.info("resumed %s at step %d", path, position.step)
+        if not self._probe_file.is_file():
+            log.warning("%s is missing: exports of this run cannot be verified", self._probe_file)
+        return position.step
+
+    def _check_same(self, path: Path, found: RunPosition) -> None:
+        mine = self._position(found.step)
+        for field, key in (("base", "base.*"), ("adapter", "adapter.*"), ("data", "data.*")):
+            if getattr(found, field) != getattr(mine, field):
+                raise UserError(
+                    f"checkpoint {path} was made with another {key}"
+                    f"{', train.global_batch or train.seed' if field == 'data' else ''}; "
+                    "restore the configuration, or start afresh with resume: never"
+                )
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def fit(self, first_step: int, stop: Callable[[], bool]) -> int:
+        """Train to the end or to a signal; gives the number of steps done."""
+        c = self.config.train
+        before = self._evaluate(0) if first_step == 0 else None
+        with self.world.together("open metrics"):
+            metrics = Metrics(self.run_dir, self.world.rank, first_step)
+        progress = Progress(
+            self.total_steps, self.world.rank, first_step=first_step, every=c.log_every
+        )
+        with metrics, progress:
+
+            def after_step(result: StepResult) -> bool:
+                memory = peak_memory_bytes(self.built.engine.device)
+                most, stopping = self.world.max(memory, stop())
+                last = result.step == self.total_steps
+                due = c.eval_every and result.step % c.eval_every == 0
+                record = self._record(result, int(most))
+                if last or due:
+                    record = replace(record, eval_loss=self._evaluate(result.step))
+                if result.step == 1:
+                    record = replace(record, eval_loss_before=before)
+                with self.world.together("write metrics"):
+                    metrics.write(record)
+                progress.update(record)
+                every = self.config.save.every
+                if last or stopping or (every and result.step % every == 0):
+                    self._save(result.step)
+                return bool(stopping)
+
+            return fit(
+                self.built.model,
+                self.built.engine,
+                self.built.adapter,
+                self.loaders.train,
+                self.world,
+                first_step=first_step,
+                last_step=self.total_steps,
+                lr_at=self._lr_at,
+                max_grad_norm=c.max_grad_norm,
+                after_step=after_step,
+            )
+
+    def _lr_at(self, step: int) -> float:
+        c = self.config.train
+        return c.lr * lr_factor(step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio)
+
+    def _record(self, result: StepResult, memory: int) -> StepMetrics:
+        samples = result.step * self.config.train.global_batch
+        return StepMetrics(
+            step=result.step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            tokens_per_s=result.tokens / result.seconds,
+            mem_peak=memory,
+            bytes_gathered=result.bytes_gathered,
+            epoch=samples / len(self.loaders.train.rows),
+            samples=samples,
+            seconds=result.seconds,
+        )
+
+    def _evaluate(self, step: int) -> float | None:
+        if self.loaders.eval is None:
+            return None
+        loss = evaluate(
+            self.built.model, self.built.engine, self.built.adapter, self.loaders.eval, self.world
+        )
+        log.info("step %d: held-out loss %.4f", step, loss)
+        return loss
+
+    def _save(self, step: int) -> None:
+        state = self.built.engine.state(self.built.model)
+        for name in self.built.adapter.start_state():
+            state[f"start/{name}"] = self.built.model.get_parameter(name).detach()
+        path = self.checkpoints.save(state, self._position(step))
+        log.info("saved %s", path)
+
+    def _position(self, step: int) -> RunPosition:
+        c = self.config
+        data = c.data.model_dump(mode="json", exclude={"eval", "cache_dir"})
+        return RunPosition(
+            step=step,
+            samples=step * c.train.global_batch,
+            seed=c.train.seed,
+            base=self.built.base_id,
+            adapter=_digest(c.adapter.model_dump(mode="json")),
+            data=_digest([data, c.train.global_batch, c.train.seed, c.train.shuffle]),
+        )
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Gather the adapter, write it, complete the probe, write the report."""
+        model, engine = self.built.model, self.built.engine
+        tensors = {
+            f"{path}.{name}": engine.gather(parameter)
+            for path, module in model.named_modules()
+            if isinstance(module, AdapterRows)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        logits = self._probe_logits()
+        with self.world.together("write the adapter"):
+            if self.world.is_first:
+                self._write(tensors, logits)
+        log.info("wrote %s and %s", self.run_dir / "adapter", self.run_dir / "report.html")
+
+    def _write(self, tensors: dict[str, Tensor], logits: Tensor) -> None:
+        public = self.built.adapter.to_public(tensors, self.config.base.path)
+        about = {
+            "base": self.config.base.path,
+            "base_fingerprint": self.built.skeleton.index.fingerprint(),
+            "quant": self.config.base.model_dump(mode="json")["quant"],
+            "start": getattr(self.config.adapter, "init", "default"),
+            "dist_peft": importlib.metadata.version("dist_peft"),
+            "torch": torch.__version__,
+        }
+        write_adapter(self.run_dir / "adapter", public, about)
+        if self._probe_file.is_file():
+            before = Probe.load(self._probe_file).before
+            Probe(self.loaders.probe, logits, before).save(self._probe_file)
+        write_report(self.run_dir, self._summary())
+
+    def _summary(self) -> RunSummary:
+        kind = engine_kind(self.config.engine, self.world)
+        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
+        base = sum(p.numel() * p.element_size() for p in self.built.model.parameters())
+        return RunSummary.of(
+            self.config,
+            engine=kind,
+            ranks=self.world.size,
+            facts=[
+                ("Trained parameters", f"{trained:,}"),
+                ("Model as stored, all ranks", format_bytes(base)),
+                ("Read from the base by rank 0", format_bytes(self.built.bytes_read)),
+            ],
+        )
+
+    @property
+    def _probe_file(self) -> Path:
+        return self.run_dir / "probe.safetensors"
+
+    @torch.no_grad()
+    def _probe_logits(self) -> Tensor:
+        """Logits of the probe tokens; every rank computes the same ones."""
+        ids = self.loaders.probe.to(self.built.engine.device)
+        return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
+def _prepare_directory(run_dir: Path, config: RunConfig) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+
+
+def _catch_signals() -> Callable[[], bool]:
+    """SIGTERM and SIGUSR1 (what schedulers send before the end) ask for a stop after the step."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
+    return lambda: bool(caught)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

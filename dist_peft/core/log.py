@@ -1,0 +1,95 @@
+"""The logger ``dist_peft``: what the terminal and ``log.txt`` show, and for which rank.
+
+Every module logs through ``logging.getLogger("dist_peft")``; one call of ``setup_log`` per process
+decides where lines go::
+
+    rank 0         stderr: info and above, plain      run_dir/log.txt: the same with time and level
+    other ranks    stderr: warnings and above, each with its rank; no file
+
+Lines on stderr go through ``tqdm.write``, which lifts a progress bar out of the way. Records logged
+with ``extra=FILE_ONLY`` skip the terminal: what the bar shows there is still found in the file.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["FILE_ONLY", "close_log", "setup_log"]
+
+FILE_ONLY = {"file_only": True}
+"""Pass as ``extra`` to keep a record off the terminal."""
+
+
+def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logger:
+    """Send the lines of logger ``dist_peft`` to stderr and, on rank 0, to ``run_dir/log.txt``.
+
+    May be called again, such as once the run directory is known: the last call holds. An existing
+    ``log.txt`` is appended to, so that a resumed run has one log.
+
+    Raises:
+        UserError: ``log.txt`` cannot be written.
+    """
+    logger = close_log()
+    terminal = _Terminal("" if world_size == 1 else f"[rank {rank}] ")
+    handlers: list[logging.Handler] = [terminal]
+    if rank != 0:
+        terminal.setLevel(logging.WARNING)
+    elif run_dir is not None:
+        handlers.append(_log_file(run_dir / "log.txt"))
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a root handler of some library would print each line again
+    return logger
+
+
+def close_log() -> logging.Logger:
+    """Close ``log.txt`` and give the logger back as Python makes it. Harmless if not set up."""
+    logger = logging.getLogger("dist_peft")
+    for handler in list(logger.handlers):
+        if isinstance(handler, _Terminal | _LogFile):
+            logger.removeHandler(handler)
+            handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    return logger
+
+
+class _Terminal(logging.Handler):
+    """Lines for people: the message alone, with level and rank where they matter."""
+
+    def __init__(self, rank_prefix: str) -> None:
+        super().__init__(logging.INFO)
+        self.rank_prefix = rank_prefix
+        self.addFilter(lambda record: not getattr(record, "file_only", False))
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return f"{self.rank_prefix}{record.levelname.lower()}: {text}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # the stream of this moment, not of set-up: it may have been redirected since
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """``log.txt``; a class of its own so that ``close_log`` removes no handler but ours."""
+
+
+def _log_file(path: Path) -> _LogFile:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; give save.dir a writable directory"
+        ) from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler

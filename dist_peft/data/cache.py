@@ -1,0 +1,268 @@
+"""Token documents on disk: written once, memory-mapped by every process after.
+
+A directory ``<root>/<key>/`` holds the documents of one source, in order, one after the other::
+
+    tokens.npy   int32 [T]      all documents joined
+    mask.npy     uint8 [T]      1: the token counts for the loss
+    offsets.npy  int64 [D + 1]  document d is tokens[offsets[d] : offsets[d + 1]]
+    places.npy   int64 [D, 2]   number of the file in meta.json, number of the record in it
+    meta.json                   files, notes for the user, sha256 of the contents
+
+It appears by renaming a finished temporary directory, so it is whole or absent whoever else builds
+it at the same time. A lock makes the others on this host wait instead of doing the work again; on
+file systems without locks they do it again, with the same result.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from dist_peft.core.errors import UserError
+from dist_peft.data.files import Place
+
+__all__ = ["DocumentWriter", "Documents", "cache_root", "load_or_build"]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The token documents of one source; the arrays are read-only views of files.
+
+    Attributes:
+        tokens: int32 [T]. mask: uint8 [T]. offsets: int64 [D + 1]. places: int64 [D, 2].
+        files: names for messages. is_text: plain text, which may be cut into windows.
+        notes: what the user should hear once a run. digest: sha256 of the contents.
+    """
+
+    tokens: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    places: NDArray[np.int64]
+    files: tuple[str, ...]
+    is_text: bool
+    notes: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def place(self, index: int) -> Place:
+        file, number = self.places[index].tolist()
+        return Place(self.files[file], number)
+
+
+def cache_root(configured: str | None) -> Path:
+    """``data.cache_dir``, else ``$DIST_PEFT_CACHE``, else ``~/.cache/dist_peft``; plus /tokens."""
+    root = configured or os.environ.get("DIST_PEFT_CACHE") or "~/.cache/dist_peft"
+    return Path(root).expanduser() / "tokens"
+
+
+def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None]) -> Documents:
+    """The documents stored under ``key``; ``build`` makes them if absent or damaged.
+
+    Raises:
+        UserError: from ``build``; or the cache cannot be written (rights, space).
+    """
+    final = root / key
+    stored = _open(final)
+    if stored is not None:
+        return stored
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / f".{key}.lock").open("w")
+    with lock:
+        # no locks on this file system: work may be done twice, the rename keeps it right
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # another process may have built it while this one waited
+        return _open(final) or _build(final, build)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"token cache {directory} cannot be written: {error.strerror or error}; set "
+            "data.cache_dir (or DIST_PEFT_CACHE) to a directory with space that you may write"
+        ) from error
+
+
+def _build(final: Path, build: Callable[["DocumentWriter"], None]) -> Documents:
+    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        with _writing(final.parent):
+            temporary.mkdir()
+            writer = DocumentWriter(temporary)
+        with writer:
+            build(writer)
+        with _writing(final.parent):
+            _publish(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    stored = _open(final)
+    if stored is None:
+        raise RuntimeError(f"token cache {final} is not readable right after it was written")
+    return stored
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename to ``final``; what is there already stays if it is whole, else makes way."""
+    if final.exists() and _open(final) is None:
+        damaged = temporary.with_name(temporary.name + "-damaged")
+        os.rename(final, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if _open(final) is None:
+            raise
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _open(directory: Path) -> Documents | None:
+    """None if absent, cut short or inconsistent. Changed bytes inside the arrays are not seen."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        documents = Documents(
+            **{
+                name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("tokens", "mask", "offsets", "places")
+            },
+            files=tuple(meta["files"]),
+            is_text=meta["is_text"],
+            notes=tuple(meta["notes"]),
+            digest=meta["digest"],
+        )
+        return documents if _consistent(documents) else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None
+
+
+def _consistent(d: Documents) -> bool:
+    kinds = [str(array.dtype) for array in (d.tokens, d.mask, d.offsets, d.places)]
+    return (
+        kinds == ["int32", "uint8", "int64", "int64"]
+        and d.tokens.ndim == d.mask.ndim == d.offsets.ndim == 1
+        and len(d.tokens) == len(d.mask) == int(d.offsets[-1])
+        and int(d.offsets[0]) == 0
+        and bool((np.diff(d.offsets) > 0).all())
+        and d.places.shape == (len(d), 2)
+        and int(d.places[:, 0].max()) < len(d.files)
+    )
+
+
+class DocumentWriter:
+    """Receives the documents of one source and writes them as they come (context manager)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokens = _GrowingArray(directory / "tokens.npy", np.dtype(np.int32))
+        self._mask = _GrowingArray(directory / "mask.npy", np.dtype(np.uint8))
+        self._offsets = [0]
+        self._places: list[tuple[int, int]] = []
+        self._files: dict[str, int] = {}
+        self.is_text = False
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, tokens: NDArray[np.int32], mask: NDArray[np.uint8], place: Place) -> None:
+        """Append a document of at least one token; ``mask`` has its shape [T]."""
+        assert len(tokens) == len(mask) > 0
+        with _writing(self._directory.parent):
+            self._tokens.append(tokens)
+            self._mask.append(mask)
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        number = self._files.setdefault(place.file, len(self._files))
+        self._places.append((number, place.number))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with _writing(self._directory.parent):
+            self._tokens.close()
+            self._mask.close()
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        offsets = np.asarray(self._offsets, dtype=np.int64)
+        for name, array in (("offsets", offsets), ("places", np.asarray(self._places, np.int64))):
+            with (self._directory / f"{name}.npy").open("wb") as file:
+                np.save(file, array)
+                _sync(file)
+        digest = hashlib.sha256(self._tokens.digest() + self._mask.digest() + offsets.tobytes())
+        meta: dict[str, Any] = {
+            "files": list(self._files),
+            "is_text": self.is_text,
+            "notes": self.notes,
+            "digest": digest.hexdigest(),
+        }
+        with (self._directory / "meta.json").open("w", encoding="utf-8") as text:
+            json.dump(meta, text, indent=1)
+            _sync(text)
+
+
+class _GrowingArray:
+    """A one-dimensional .npy file of a length known only at the end.
+
+    numpy leaves room in the header for the length to grow, so the header is written over in place.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._file = path.open("wb")
+        self._dtype = dtype
+        self._length = 0
+        self._hash = hashlib.sha256()
+        self._write_header()
+
+    def _write_header(self) -> None:
+        npy.write_array_header_1_0(
+            self._file,
+            {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)},
+        )
+
+    def append(self, values: NDArray[Any]) -> None:
+        assert values.dtype == self._dtype
+        assert values.ndim == 1
+        data = values.tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._length += len(values)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        _sync(self._file)
+        self._file.close()
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,160 @@
+"""Which rows an optimizer step takes, and this rank's share of them as batches.
+
+The order of rows is a function of seed, epoch and their number only. Step ``s`` takes the places
+``[s*G, (s+1)*G)`` of the endless sequence "permutation of epoch 0, of epoch 1, ..." (G: rows a
+global batch), and rank ``r`` of ``W`` takes every ``W``-th of them::
+
+    places      0 1 2 3 4 5 | 6 7 8 ...          G = 6
+    W = 2       rank 0: 0 2 4   rank 1: 1 3 5
+    W = 4       rank 0: 0 4   1: 1 5   2: 2 -   3: 3 -      -: a filler row, no labels
+
+So a step holds the same rows at any world size, any step can be made at once (resuming is an
+integer), and each rank knows the step's number of target tokens without asking the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_peft.data.packing import IGNORE
+from dist_peft.data.rows import RowSet
+
+__all__ = ["Batch", "Loader"]
+
+_FILLER = -1
+_WIDTH_MULTIPLE = 8  # of unpacked batches, for the tensor cores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU.
+
+    Attributes:
+        input_ids: long [B, S], padded with the pad token.
+        labels: long [B, S]; ``labels[b, t]`` is the token to predict at ``t``, already shifted, or
+            -100 (other documents, prompts, padding).
+        position_ids: long [B, S]; restart at 0 with each document and with the padding.
+        sample_ids: long [B]; the row's number in the row set, -1 for a filler row.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    sample_ids: torch.Tensor
+
+
+class Loader:
+    """Serves the rows of one rank.
+
+    Args:
+        rows: the data set, the same on every rank.
+        global_batch: rows an optimizer step, over all ranks.
+        micro_batch: rows a rank computes at a time.
+        seed, shuffle: order of the rows; without shuffling, that of the row set.
+        rank, world_size: which share is served.
+        seq_len: width of packed rows; at least that of the row set.
+        pad_id: token of the padding; any valid one, it is never attended to or predicted.
+    """
+
+    def __init__(
+        self,
+        rows: RowSet,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+        seq_len: int,
+        pad_id: int,
+    ) -> None:
+        if min(global_batch, micro_batch) < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch {global_batch}/{micro_batch}, rank {rank} of {world_size}")
+        if seq_len < rows.seq_len:
+            raise ValueError(f"seq_len {seq_len} is below that of the rows, {rows.seq_len}")
+        self.rows = rows
+        self._global_batch = global_batch
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world_size = world_size
+        self._seq_len = seq_len
+        self._pad_id = pad_id
+        # a step may straddle two epochs
+        self._order = lru_cache(maxsize=2)(lambda epoch: _order(seed, epoch, len(rows), shuffle))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every row has been served; the last may begin the next epoch."""
+        return -(-len(self.rows) // self._global_batch)
+
+    def step(self, index: int) -> tuple[list[Batch], int]:
+        """The micro-batches of this rank for optimizer step ``index`` (from 0), and the number of
+        target tokens of the whole step over all ranks and micro-batches.
+
+        Every rank gets the same number of micro-batches, of the same numbers of rows.
+        """
+        if index < 0:
+            raise IndexError(f"step {index}")
+        chosen = self._rows_of_step(index)
+        return self._batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
+
+    def sequential(self) -> list[Batch]:
+        """This rank's share of all rows, once, in the order of the row set, for evaluation.
+
+        Every rank gets the same number of batches.
+        """
+        return self._batches(range(len(self.rows)))
+
+    def _rows_of_step(self, index: int) -> list[int]:
+        first = index * self._global_batch
+        places = range(first, first + self._global_batch)
+        size = len(self.rows)
+        return [int(self._order(place // size)[place % size]) for place in places]
+
+    def _batches(self, chosen: Sequence[int]) -> list[Batch]:
+        share = list(chosen[self._rank :: self._world_size])
+        most = -(-len(chosen) // self._world_size)
+        share += [_FILLER] * (most - len(share))
+        return [
+            self._collate(share[start : start + self._micro_batch])
+            for start in range(0, most, self._micro_batch)
+        ]
+
+    def _collate(self, numbers: list[int]) -> Batch:
+        empty = torch.zeros(0, dtype=torch.long)
+        made = [(empty,) * 3 if n == _FILLER else self.rows.row(n) for n in numbers]
+        width = self._width(max(len(tokens) for tokens, _, _ in made))
+        input_ids = torch.full((len(made), width), self._pad_id)
+        labels = torch.full((len(made), width), IGNORE)
+        position_ids = torch.zeros((len(made), width), dtype=torch.long)
+        for b, (tokens, targets, positions) in enumerate(made):
+            length = len(tokens)
+            input_ids[b, :length] = tokens
+            labels[b, :length] = targets
+            position_ids[b, :length] = positions
+            position_ids[b, length:] = torch.arange(width - length)
+        return Batch(input_ids, labels, position_ids, torch.tensor(numbers))
+
+    def _width(self, longest: int) -> int:
+        """Packed: always ``seq_len``. Else the longest row, rounded up."""
+        if self.rows.packed:
+            return self._seq_len
+        rounded = -(-max(longest, 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+        return min(rounded, self._seq_len)
+
+
+def _order(seed: int, epoch: int, size: int, shuffle: bool) -> NDArray[np.int64]:
+    """The permutation of an epoch: rows sorted by random 64-bit numbers.
+
+    Raw Philox output is the one random stream that numpy promises never to change (NEP 19), so a
+    run resumed under another version goes on with the same order.
+    """
+    if not shuffle:
+        return np.arange(size)
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
+    return np.argsort(keys, kind="stable")

@@ -1,0 +1,88 @@
+"""Which documents share a row, and what a row holds. Pure integers.
+
+A row of ``capacity`` tokens takes several documents; each keeps its own positions, so that
+attention, bounded by the restarts, never crosses from one to another::
+
+    tokens     a0 a1 a2 a3 | b0 b1 b2 | c0 c1 | pad pad
+    labels     a1 a2 a3  - | b1 b2  - | c1  - |  -   -       -: -100, nothing to predict
+    positions   0  1  2  3 |  0  1  2 |  0  1 |  0   1
+
+Best-fit decreasing (Johnson et al. 1974; for token windows Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling"): documents by falling length, each into the fullest window that still
+takes it. At most 11/9 of the best number of windows, plus one; no document is cut.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["IGNORE", "join_documents", "pack"]
+
+# the label of a position that predicts nothing, as torch's cross_entropy has it
+IGNORE = -100
+
+Ints = NDArray[np.int64]
+
+
+def pack(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
+    """Distribute documents over windows.
+
+    Args:
+        lengths: tokens of each document, each in ``1..capacity``.
+        capacity: tokens of a window.
+
+    Returns:
+        For each window the numbers of its documents, rising; windows by their first document, so
+        that unshuffled rows stay near file order. The same for the same lengths, always.
+        Time O(n log n): a sort, then a search among at most ``capacity`` different gaps.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
+        raise ValueError(f"lengths {sizes.min()}..{sizes.max()} do not fit windows of {capacity}")
+    windows: list[list[int]] = []
+    gaps: list[int] = []  # the different gaps that some window has, rising
+    with_gap: dict[int, list[int]] = {}  # gap -> windows
+    for document in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[document])
+        at = bisect_left(gaps, size)
+        if at == len(gaps):
+            gap, window = capacity, len(windows)
+            windows.append([])
+        else:
+            gap = gaps[at]
+            window = with_gap[gap].pop()
+            if not with_gap[gap]:
+                del with_gap[gap], gaps[at]
+        windows[window].append(document)
+        if gap > size:
+            if gap - size not in with_gap:
+                with_gap[gap - size] = []
+                insort(gaps, gap - size)
+            with_gap[gap - size].append(window)
+    return sorted((sorted(window) for window in windows), key=lambda window: window[0])
+
+
+def join_documents(
+    documents: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
+) -> tuple[Ints, Ints, Ints]:
+    """Tokens, labels and positions of a row, not padded.
+
+    Args:
+        documents: (tokens, mask) of each; mask 1 where a token counts for the loss.
+
+    Returns:
+        tokens, labels, positions, each int64 [sum of lengths]. ``labels[t]`` is the token after
+        ``t`` if it is of the same document and counts, else -100.
+    """
+    tokens = np.concatenate([t for t, _ in documents]).astype(np.int64)
+    labels = np.full(len(tokens), IGNORE, dtype=np.int64)
+    positions = np.empty(len(tokens), dtype=np.int64)
+    start = 0
+    for document, mask in documents:
+        stop = start + len(document)
+        labels[start : stop - 1] = np.where(mask[1:], document[1:], IGNORE)
+        positions[start:stop] = np.arange(len(document))
+        start = stop
+    return tokens, labels, positions

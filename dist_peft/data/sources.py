@@ -1,0 +1,336 @@
+"""Records become examples: the formats, how they are told apart, columns and templates.
+
+========== ============================================== ====================================
+format     roles                                          example
+========== ============================================== ====================================
+chat       messages (or conversations), tools?            [{role, content}] or [{from, value}]
+completion prompt, completion                             text before, text to learn
+alpaca     instruction, input?, output                    put into the Alpaca prompt
+text       text                                           a document, every token learnt
+========== ============================================== ====================================
+
+A role reads the column of its own name unless ``columns`` names another; a name with dots
+(``instances.0.output``) goes into nested records. ``auto`` takes the first format of the table
+whose roles are all there.
+"""
+
+import difflib
+import json
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from dist_peft.core.config import DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.data.files import Opened, Place, Record, read_records
+
+__all__ = ["Chat", "Completion", "Example", "Text", "read_examples"]
+
+# tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """``completion`` is learnt as what follows ``prompt``."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages with at least ``role`` and, but for pure tool calls, a string ``content``."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document; every token is learnt."""
+
+    text: str
+
+
+Example = Completion | Chat | Text
+
+
+def read_examples(source: DataSource, opened: Opened, key: str) -> Iterator[tuple[Place, Example]]:
+    """Every example of the source, with its place.
+
+    Args:
+        opened: from ``files.open_source``.
+        key: configuration key for messages, such as ``data.train[0]``.
+
+    Raises:
+        UserError: no records; unknown format; a record that does not fit, named by file and number.
+    """
+    build: Callable[[_Fields], Example] | None = None
+    for place, record in read_records(opened, source.limit):
+        if build is None:
+            build = _choose(source, record, place.file, key).build
+        yield place, build(_Fields(source, record, place))
+    if build is None:
+        raise UserError(f"{key}: {source.path} holds no records")
+
+
+# -- one record ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A record seen through the roles of its source."""
+
+    source: DataSource
+    record: Record
+    place: Place
+
+    def raw(self, role: str) -> Any:
+        return _find(self.record, self.source.columns.get(role, role))
+
+    def text(self, role: str) -> str:
+        return self._checked(self.raw(role), self.source.columns.get(role, role))
+
+    def optional(self, role: str) -> str:
+        """Like ``text``, but absent and null mean the empty string."""
+        return "" if self.raw(role) in (None, _MISSING) else self.text(role)
+
+    def filled(self, template: str) -> str:
+        """``template`` with each ``{name}`` replaced by the column, or else the role, ``name``."""
+        parts = []
+        for literal, name, _, _ in string.Formatter().parse(template):
+            parts.append(literal)
+            if name is not None:
+                column = _find(self.record, name)
+                is_role = column is _MISSING and name in (*self.source.columns, "input")
+                parts.append(self.optional(name) if is_role else self._checked(column, name))
+        return "".join(parts)
+
+    def _checked(self, value: Any, column: str) -> str:
+        if value is _MISSING:
+            raise UserError(f"{self.place} has no column {column} (has {', '.join(self.record)})")
+        if not isinstance(value, str):
+            kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+            raise UserError(f"{self.place}: column {column} must be text but is {kind}")
+        return _valid(value, f"{self.place}: column {column}")
+
+
+def _find(record: Any, path: str) -> Any:
+    """The value at column ``path``; ``a.0.b`` looks into nested records and lists."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    head, _, rest = path.partition(".")
+    if isinstance(record, dict) and head in record:
+        inner = record[head]
+    elif isinstance(record, list) and head.isdecimal() and int(head) < len(record):
+        inner = record[int(head)]
+    else:
+        return _MISSING
+    return _find(inner, rest) if rest else inner
+
+
+def _valid(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not valid Unicode: half a surrogate pair at character {error.start}"
+        ) from None
+    return text
+
+
+def _completion(fields: _Fields) -> Completion:
+    template = fields.source.template
+    prompt = fields.filled(template) if template is not None else fields.text("prompt")
+    return Completion(prompt, fields.text("completion"))
+
+
+def _alpaca(fields: _Fields) -> Completion:
+    output = fields.text("output")
+    if fields.source.template is not None:
+        return Completion(fields.filled(fields.source.template), output)
+    instruction, context = fields.text("instruction"), fields.optional("input")
+    pattern = _ALPACA_WITH_INPUT if context else _ALPACA_WITHOUT_INPUT
+    return Completion(pattern.format(instruction=instruction, input=context), output)
+
+
+def _text(fields: _Fields) -> Text:
+    return Text(fields.text("text"))
+
+
+def _chat(fields: _Fields) -> Chat:
+    messages = fields.raw("messages")
+    if messages is _MISSING and "messages" not in fields.source.columns:
+        messages = fields.raw("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{fields.place}: messages must be a list of at least one message")
+    where = f"{fields.place}, message"
+    normal = [_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)]
+    return Chat(normal, _tools(fields))
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """OpenAI or ShareGPT form -> role, content and what else the message has that is not null."""
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is {type(message).__name__}, not an object")
+    given = {name: value for name, value in message.items() if value is not None}
+    if "role" not in given and "from" in given:
+        speaker = given.pop("from")
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise UserError(
+                f"{where} is from {speaker!r}; known are {', '.join(sorted(_SHAREGPT_ROLES))}"
+            )
+        given = {"role": _SHAREGPT_ROLES[speaker], "content": given.pop("value", None), **given}
+    if not isinstance(given.get("role"), str):
+        raise UserError(f"{where} has no role; its keys are {', '.join(message)}")
+    if given.get("content") is None and given.get("tool_calls"):
+        given.pop("content", None)
+        return given
+    if not isinstance(given.get("content"), str):
+        kind = type(given.get("content")).__name__.replace("NoneType", "null or missing")
+        raise UserError(f"{where} ({given['role']}): content must be text but is {kind}")
+    _valid(given["content"], where)
+    return given
+
+
+def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
+    """Tool descriptions: a list of JSON schemas, or its JSON text."""
+    tools = fields.raw("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{fields.place}: column tools is not valid JSON: {error}") from None
+    if tools in (None, _MISSING) or not tools or not str(tools).strip():
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{fields.place}: column tools must be a list of objects")
+    return tools
+
+
+# -- which format --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    build: Callable[[_Fields], Example]
+    # the role whose text source.template gives instead, if the format takes a template
+    templated: str | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def roles(self) -> set[str]:
+        return {*self.required, *self.optional}
+
+    def needs(self, source: DataSource) -> list[str]:
+        """The roles that must be in every record."""
+        return [r for r in self.required if source.template is None or r != self.templated]
+
+    def lacks(self, source: DataSource, record: Record) -> list[str]:
+        """The columns that roles need and ``record`` does not have."""
+        wanted = [source.columns.get(role, role) for role in self.needs(source)]
+        return [
+            column
+            for column in wanted
+            if _find(record, column) is _MISSING and self.aliases.get(column) not in record
+        ]
+
+    def describe(self) -> str:
+        names = [f"{r} or {self.aliases[r]}" if r in self.aliases else r for r in self.required]
+        return f"{self.name} wants {', '.join(names + [f'{o}?' for o in self.optional])}"
+
+
+_FORMATS = (
+    _Format("chat", ("messages",), ("tools",), _chat, aliases={"messages": "conversations"}),
+    _Format("completion", ("prompt", "completion"), (), _completion, templated="prompt"),
+    _Format("alpaca", ("instruction", "output"), ("input",), _alpaca, templated="instruction"),
+    _Format("text", ("text",), (), _text),
+)
+
+
+def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
+    """The format of a source, from its settings and its first record."""
+    formats = [f for f in _FORMATS if source.format in ("auto", f.name)]
+    roles = set().union(*(f.roles() for f in formats))
+    for role in source.columns:
+        if role not in roles:
+            near = difflib.get_close_matches(role, sorted(roles), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(sorted(roles))}"
+            raise UserError(f"{key}.columns: {role} is no role of format {source.format}; {hint}")
+    formats = [f for f in formats if set(source.columns) <= f.roles()]
+    if source.template is not None:
+        formats = [f for f in formats if f.templated]
+        if not formats:
+            raise UserError(f"{key}.template is for completion and alpaca only; remove it")
+        _check_template(source, record, file, key)
+    for candidate in formats:
+        if not candidate.lacks(source, record):
+            return candidate
+    if len(formats) == 1:
+        _refuse_columns(formats[0], source, record, file, key)
+    raise UserError(
+        f"{key}: cannot tell the format of {file}: its columns are {', '.join(record)}; "
+        + "; ".join(f.describe() for f in formats or _FORMATS)
+        + f". Map them, for example {key}.columns: {{prompt: a_column, completion: a_column}}"
+    )
+
+
+def _refuse_columns(
+    wanted: _Format, source: DataSource, record: Record, file: str, key: str
+) -> NoReturn:
+    column = wanted.lacks(source, record)[0]
+    near = difflib.get_close_matches(column, list(record), n=1)
+    raise UserError(
+        f"{key}: {file} has no column {column}; its columns are {', '.join(record)}; "
+        f"{wanted.describe()}. "
+        + (f"Did you mean {near[0]}? " if near else "")
+        + f"Set {key}.columns: {{role: column}}"
+    )
+
+
+def _check_template(source: DataSource, record: Record, file: str, key: str) -> None:
+    assert source.template is not None
+    try:
+        fields = list(string.Formatter().parse(source.template))
+    except ValueError as error:
+        raise UserError(
+            f"{key}.template: {error}; write a brace that is no field as {{{{ or }}}}"
+        ) from None
+    for _, name, spec, conversion in fields:
+        if name is None:
+            continue
+        if spec or conversion or not name:
+            raise UserError(f"{key}.template: a field is {{column}}, without format or number")
+        known = _find(record, name) is not _MISSING or name in (*source.columns, "input")
+        if not known:
+            raise UserError(
+                f"{key}.template: {file} has no column {name}; its columns are {', '.join(record)}"
+            )

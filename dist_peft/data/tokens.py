@@ -1,0 +1,212 @@
+"""Examples become token documents, once: tokenizing and the cache around it.
+
+========== ============================================ ========================================
+example    tokens                                       counts for the loss (loss_on: completion)
+========== ============================================ ========================================
+Completion [bos] prompt | completion eos                completion and eos
+Chat       the rendered template, its own tokens only   assistant turns with their end token
+Text       [bos] text eos                               everything
+========== ============================================ ========================================
+
+bos stands only if the tokenizer itself puts it in front. Prompt and completion are tokenized
+apart, so that the prompt has the tokens it will have at inference: tokenized together, a token may
+span the boundary. What is stored does not depend on ``seq_len``, ``packing`` or ``too_long``;
+windows are cut later, so changing these does not tokenize again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import tokenizers
+import transformers
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
+from dist_peft.data.chat import ChatRenderer
+from dist_peft.data.files import Place, open_source
+from dist_peft.data.sources import Chat, Completion, Example, Text, read_examples
+
+__all__ = ["Encoder", "Tokenizer", "load_documents"]
+
+Tokenizer = PreTrainedTokenizerFast
+Mask = NDArray[np.uint8]
+Document = tuple[NDArray[np.int32], Mask]
+LossOn = Literal["completion", "all"]
+
+_LOG = logging.getLogger("dist_peft")
+_FORMAT_VERSION = 1  # of the cache; raise it when the same input would give other documents
+_BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
+
+
+def load_documents(
+    config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
+) -> Documents:
+    """The token documents of one source, from the cache or made now.
+
+    Args:
+        config: of it ``loss_on`` and ``cache_dir`` matter here.
+        key: configuration key of the source for messages, such as ``data.train[0]``.
+
+    Raises:
+        UserError: see ``files``, ``sources``, ``chat``; or a tokenizer that cannot be used.
+    """
+    opened = open_source(source, key)
+    encoder = Encoder(tokenizer, config.loss_on)
+
+    def build(writer: DocumentWriter) -> None:
+        _LOG.info("tokenizing %s", source.path)
+        for batch in _batches(read_examples(source, opened, key)):
+            examples = [example for _, example in batch]
+            writer.is_text = isinstance(examples[0], Text)
+            places = [place for place, _ in batch]
+            for place, (tokens, mask) in zip(places, encoder.encode(examples, places), strict=True):
+                writer.add(tokens, mask, place)
+        writer.notes = encoder.notes
+
+    identity = {
+        "version": _FORMAT_VERSION,
+        "libraries": [transformers.__version__, tokenizers.__version__],
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "source": source.model_dump(mode="json"),
+        "files": opened.fingerprint(),
+        "loss_on": config.loss_on,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    documents = load_or_build(cache_root(config.cache_dir), name, build)
+    for note in documents.notes:
+        _LOG.warning("%s: %s", key, note)
+    return documents
+
+
+def _tokenizer_identity(tokenizer: Tokenizer) -> list[object]:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # settings of the last call, not of the tokenizer
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return [state, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
+def _batches(
+    items: Iterable[tuple[Place, Example]],
+) -> Iterator[list[tuple[Place, Example]]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+class Encoder:
+    """Tokenizes examples and marks the tokens that count for the loss.
+
+    ``notes`` collects what the user should hear once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, loss_on: LossOn) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has no eos_token, so that the model could "
+                "not learn where to stop; set eos_token in its tokenizer_config.json"
+            )
+        self._tokenizer = tokenizer
+        self._loss_on = loss_on
+        self._front = _front_tokens(tokenizer)
+        self._eos = [int(tokenizer.eos_token_id)]
+        self._chats: ChatRenderer | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self._chats is None else self._chats.notes
+
+    def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
+        """Tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""
+        if isinstance(examples[0], Completion):
+            return self._completions([e for e in examples if isinstance(e, Completion)])
+        if isinstance(examples[0], Chat):
+            return self._conversations([e for e in examples if isinstance(e, Chat)], places)
+        return self._texts([e for e in examples if isinstance(e, Text)])
+
+    def _completions(self, examples: list[Completion]) -> list[Document]:
+        prompts = self._plain([e.prompt for e in examples])
+        completions = self._plain([e.completion for e in examples])
+        return [
+            self._document(self._begun(prompt), self._ended(completion))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    def _texts(self, examples: list[Text]) -> list[Document]:
+        texts = self._plain([e.text for e in examples])
+        return [self._document([], self._ended(self._begun(text))) for text in texts]
+
+    def _conversations(self, examples: list[Chat], places: Sequence[Place]) -> list[Document]:
+        if self._chats is None:
+            self._chats = ChatRenderer(
+                self._tokenizer,
+                mark_assistant=self._loss_on == "completion",
+                starts_with_bos=self._tokenizer.bos_token_id in self._front,
+            )
+        rendered = [
+            self._chats.render(e.messages, e.tools, str(place))
+            for e, place in zip(examples, places, strict=True)
+        ]
+        encoded = self._tokenizer(
+            [chat.text for chat in rendered],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        return [
+            (np.asarray(ids, np.int32), _in_spans(np.asarray(characters), chat.spans))
+            for ids, characters, chat in zip(
+                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
+            )
+        ]
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """With bos in front, unless the text brings its own."""
+        return ids if ids[: len(self._front)] == self._front else self._front + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == self._eos else ids + self._eos
+
+    def _document(self, context: list[int], learnt: list[int]) -> Document:
+        tokens = np.asarray(context + learnt, dtype=np.int32)
+        mask = np.ones(len(tokens), dtype=np.uint8)
+        if self._loss_on == "completion":
+            mask[: len(context)] = 0
+        return tokens, mask
+
+
+def _front_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before a text: bos, or nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    return []
+
+
+def _in_spans(characters: NDArray[np.int64], spans: tuple[tuple[int, int], ...]) -> Mask:
+    """Mask [T] of the tokens with at least one character in a span.
+
+    Args:
+        characters: [T, 2] first character of each token and the one after its last.
+    """
+    mask = np.zeros(len(characters), dtype=np.uint8)
+    for start, stop in spans:
+        first, last = characters[:, 0], characters[:, 1]
+        mask |= ((first < stop) & (last > start) & (last > first)).astype(np.uint8)
+    return mask

@@ -1,0 +1,105 @@
+"""What an engine is: it decides who keeps which rows, and moves bytes so that all can compute.
+
+Life of an engine::
+
+    shard(model, blocks)       parameters are still on meta; afterwards each has a local row span
+    span(p), fill(m, n, rows)  the loader asks which rows are wanted and hands them over
+    optimize(factory, scales)  every trainable parameter gets (sharded) optimizer state
+    backward(loss, last)       gradients are summed over ranks when ``last``
+    step(lr, max_norm)         clip, update, clear gradients
+    state(), load_state()      live training state, in a form no engine owns (below)
+    gather(p)                  a whole parameter on the CPU of every rank, checked for its shape
+    sum_over_shards(t)         sum over the ranks that together hold one copy of the base
+
+``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
+float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
+writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
+
+The loss handed to ``backward`` is already divided by the *global* number of target tokens of the
+step; engines therefore sum gradients over ranks and never average.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.span import Span
+
+__all__ = ["Engine", "OptimizerFactory", "parameter_owner", "trainable"]
+
+
+class OptimizerFactory(Protocol):
+    """Makes an optimizer and knows where it keeps Adam's moments.
+
+    ``wants_plain``: the optimizer cannot take DTensors; the engine gives it plain tensors that
+    share the shards' memory.
+    """
+
+    wants_plain: bool
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer: ...
+
+    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+        """``exp_avg`` and ``exp_avg_sq`` in float32, shaped like ``parameter``."""
+        ...
+
+    def set_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
+    ) -> None: ...
+
+    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Tell the optimizer how many updates it has made (Adam's bias correction)."""
+        ...
+
+
+class Engine(Protocol):
+    """See the module docstring."""
+
+    device: torch.device
+    bytes_gathered: int
+    """Bytes of all-gather output that this rank received so far (padding included)."""
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None: ...
+
+    def span(self, parameter: Tensor) -> Span:
+        """The rows (dimension 0) of ``parameter`` that this rank keeps."""
+        ...
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        """Put this rank's rows into the parameter ``owner.name``; ``len(rows) == len(span)``."""
+        ...
+
+    def optimize(
+        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+    ) -> None: ...
+
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Update with learning rate ``lr`` (times each parameter's scale).
+
+        Returns the norm of the whole gradient before clipping. Where it is not finite, nothing is
+        updated: the caller decides.
+        """
+        ...
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]: ...
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None: ...
+
+    def gather(self, parameter: Tensor) -> Tensor: ...
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by full name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parameter_owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """``a.b.weight`` -> (module ``a.b``, ``weight``)."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own

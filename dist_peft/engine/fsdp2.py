@@ -1,0 +1,215 @@
+"""PyTorch FSDP2 over packed bytes: every parameter a row-sharded DTensor, gathered block by block.
+
+What is sharded: all parameters along dimension 0, in their own types - the packed uint8 rows of the
+frozen linears (scales are inside them), the embeddings, norms and biases, the fp32 adapters. One
+block is one all-gather of bytes, so the wire carries packed rows. There is no
+``MixedPrecisionPolicy``: it would cast scales, and before torch 2.12 the bytes too.
+
+Units: each decoder block; the input embedding; an untied output head; the root holds what is left
+(the final norm; with tied embeddings the shared weight). Blocks, embedding and head are released
+after use, so that two blocks (the current one and the prefetched one) are whole at any time.
+
+HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each group of
+consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
+all-reduced across.
+
+Gradients are summed, never averaged (see ``engine.base``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from dist_peft.core.config import EngineConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span, row_span
+from dist_peft.core.world import World
+from dist_peft.engine.base import OptimizerFactory
+from dist_peft.engine.compat import allow_integer_parameters
+from dist_peft.engine.local import LocalOptimizer
+
+__all__ = ["Fsdp2Engine"]
+
+# renamed in torch 2.13; the old name still works there but warns
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class _CountingAllGather(AllGather):
+    """The default all-gather, counting the bytes each rank receives."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        self.bytes += output_tensor.numel() * output_tensor.element_size()
+        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class Fsdp2Engine:
+    """See the module docstring and ``engine.base.Engine``."""
+
+    def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
+        self.device = device
+        self.config = config
+        self.mesh = _mesh(config, world, device)
+        self.shard_group = self.mesh.get_group("shard")
+        self.shards = self.mesh["shard"].size()
+        self.shard_index = self.mesh["shard"].get_local_rank()
+        self.placements: list[Placement] = [
+            Shard(0) if name == "shard" else Replicate() for name in self.mesh.mesh_dim_names or ()
+        ]
+        self._counter = _CountingAllGather()
+        self._units: list[FSDPModule] = []
+        self._optimizer: LocalOptimizer | None = None
+
+    @property
+    def bytes_gathered(self) -> int:
+        return self._counter.bytes
+
+    # -- before training -----------------------------------------------------------------------
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        allow_integer_parameters()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        whole = set[nn.Parameter]()
+        if not self.config.shard_base:
+            whole = {p for p in model.parameters() if not p.requires_grad}
+        ends = [m for m in _ends(model) if any(p not in whole for p in m.parameters())]
+        offload = CPUOffloadPolicy() if self.config.cpu_offload == "params" else OffloadPolicy()
+        for module in [*blocks, *ends, model]:
+            unit = fully_shard(
+                module,
+                mesh=self.mesh,
+                reshard_after_forward=True if module is not model else None,
+                offload_policy=offload,
+                ignored_params=whole,
+            )
+            unit.set_custom_all_gather(self._counter)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            self._units.append(unit)
+        if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
+            # looking up rows again is not needed for a gradient that nobody asks for
+            self._units[len(blocks)].set_unshard_in_backward(False)
+        ahead = self._units[: len(blocks)]
+        for block, following in zip(ahead, ahead[1:], strict=False):
+            block.set_modules_to_forward_prefetch([following])
+
+    def span(self, parameter: Tensor) -> Span:
+        if not isinstance(parameter, DTensor):
+            return Span(0, parameter.shape[0])
+        return row_span(parameter.shape[0], self.shards, self.shard_index)
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        old = owner._parameters[name]
+        assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
+        assert len(rows) == len(self.span(old)), f"{name}: {len(rows)} rows for {self.span(old)}"
+        offloaded = self.config.cpu_offload == "params" and isinstance(old, DTensor)
+        data: Tensor = rows.to("cpu" if offloaded else self.device)
+        if isinstance(old, DTensor):
+            data = self._wrap(data, old)
+        owner.register_parameter(name, nn.Parameter(data, requires_grad=old.requires_grad))
+
+    def _wrap(self, local: Tensor, like: Tensor) -> Tensor:
+        """A shard as DTensor with the global shape of ``like``."""
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+    def optimize(
+        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+    ) -> None:
+        self._optimizer = LocalOptimizer(
+            model, factory, lr_scale, local=_local, wrap=self._wrap, total=self._total
+        )
+
+    @property
+    def optimizer(self) -> LocalOptimizer:
+        assert self._optimizer is not None, "optimize() comes first"
+        return self._optimizer
+
+    # -- training ------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        for unit in self._units:
+            unit.set_requires_gradient_sync(last, recurse=False)
+            unit.set_is_last_backward(last)
+        loss.backward()
+
+    def step(self, lr: float, max_norm: float) -> float:
+        return self.optimizer.step(lr, max_norm)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.optimizer.state()
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+        self.optimizer.load_state(state, step)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        data = parameter.detach()
+        whole = data.full_tensor() if isinstance(data, DTensor) else data
+        assert whole.shape == parameter.shape, f"gathered {whole.shape} for {parameter.shape}"
+        return whole.cpu()
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        if not self.config.shard_base:
+            return tensor  # every rank has all rows and computed the whole sum itself
+        return self._total(tensor)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.shard_group)
+        return total
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """Input embedding and output head as units of their own, unless they share a weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    shared = {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}
+    return [] if shared else [embedding, head]
+
+
+def _mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
+    size = {"all": world.size, "node": world.local_size}.get(
+        str(config.shard_group), config.shard_group
+    )
+    assert isinstance(size, int)
+    if not 1 <= size <= world.size or world.size % size:
+        raise UserError(
+            f"engine.shard_group is {size} ranks, which does not divide the {world.size} ranks "
+            "of this run"
+        )
+    if size == world.size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    shape = (world.size // size, size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -1,0 +1,69 @@
+"""One process, nothing sharded: the reference that the other engines are compared with."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.span import Span
+from dist_peft.engine.base import OptimizerFactory
+from dist_peft.engine.local import LocalOptimizer
+
+__all__ = ["SingleEngine"]
+
+
+class SingleEngine:
+    """Every row is this process's. See ``engine.base.Engine``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes_gathered = 0
+        self._optimizer: LocalOptimizer | None = None
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+    def span(self, parameter: Tensor) -> Span:
+        return Span(0, parameter.shape[0])
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        old = owner._parameters[name]
+        assert old is not None and rows.shape == old.shape and rows.dtype == old.dtype
+        new = nn.Parameter(rows.to(self.device), requires_grad=old.requires_grad)
+        owner.register_parameter(name, new)
+
+    def optimize(
+        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+    ) -> None:
+        self._optimizer = LocalOptimizer(
+            model, factory, lr_scale, local=_same, wrap=lambda t, like: t, total=_same
+        )
+
+    @property
+    def optimizer(self) -> LocalOptimizer:
+        assert self._optimizer is not None, "optimize() comes first"
+        return self._optimizer
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float, max_norm: float) -> float:
+        return self.optimizer.step(lr, max_norm)
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.optimizer.state()
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+        self.optimizer.load_state(state, step)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().cpu()
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

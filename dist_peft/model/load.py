@@ -1,0 +1,148 @@
+"""Filling a sharded model: each rank reads its own rows, encodes them, keeps them.
+
+For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
+turned into what the parameter stores (packed bytes for a ``FrozenLinear``, ``compute_dtype`` for
+embeddings, norms and biases) and handed to the engine (``fill``). One tensor is in memory at a
+time, and of it only this rank's rows. The functions are injected, so that this file knows neither
+engines nor adapters.
+
+After the last parameter nothing may be left unfilled: ``_check_filled`` looks for parameters that
+still are on ``meta``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.store.reader import RowReader
+
+__all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
+
+
+class Placement(Protocol):
+    """The part of an engine that loading needs."""
+
+    def span(self, parameter: Tensor) -> Span: ...
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None: ...
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class AdapterRows(Protocol):
+    """A module whose own parameters start from a formula, not from a file."""
+
+    def initial_rows(self, name: str, span: Span) -> Tensor: ...
+
+
+@runtime_checkable
+class BaseRows(Protocol):
+    """A module around a ``FrozenLinear`` named ``base`` that wants to see its rows first."""
+
+    def prepare_rows(
+        self, rows: Tensor, span: Span, reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor: ...
+
+
+@dataclass
+class _Use:
+    owner: nn.Module
+    name: str
+
+
+def load_model(
+    model: nn.Module,
+    reader: RowReader,
+    placement: Placement,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> None:
+    """Fill every parameter and persistent buffer of ``model``.
+
+    Args:
+        model: built on meta, adapters attached, sharded.
+        reader: the base's files.
+        placement: the engine.
+        dtype: type of the unquantized base parameters.
+        device: where rows are encoded.
+        progress: called with the number of parameters filled so far.
+    """
+    wrappers = {
+        id(module.base): module
+        for module in model.modules()
+        if isinstance(module, BaseRows) and isinstance(module.base, FrozenLinear)
+    }
+    uses = _uses(model)
+    for done, (first, *others) in enumerate(uses.values()):
+        owner, name = first.owner, first.name
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        span = placement.span(parameter)
+        if isinstance(owner, FrozenLinear) and name == "packed":
+            rows = _packed_rows(owner, wrappers.get(id(owner)), span, reader, placement, device)
+        elif isinstance(owner, AdapterRows):
+            rows = owner.initial_rows(name, span).to(parameter.dtype)
+        else:
+            rows = reader.read(owner.checkpoint_names[name], span).to(dtype)
+        placement.fill(owner, name, rows)
+        for other in others:
+            other.owner.register_parameter(other.name, owner._parameters[name])
+        progress(done + 1)
+    _fill_buffers(model, reader)
+    _check_filled(model)
+
+
+def _uses(model: nn.Module) -> dict[int, list[_Use]]:
+    """Every parameter with the places that hold it (tied ones have several).
+
+    A wrapped linear's bytes come before its wrapper's own parameters: PiSSA, LoftQ and DoRA derive
+    their start from the rows.
+    """
+    uses: dict[int, list[_Use]] = {}
+    adapters: list[nn.Module] = []
+    plain: list[nn.Module] = []
+    for module in model.modules():
+        (adapters if isinstance(module, AdapterRows) else plain).append(module)
+    for module in [*plain, *adapters]:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                uses.setdefault(id(parameter), []).append(_Use(module, name))
+    return uses
+
+
+def _packed_rows(
+    linear: FrozenLinear,
+    wrapper: BaseRows | None,
+    span: Span,
+    reader: RowReader,
+    placement: Placement,
+    device: torch.device,
+) -> Tensor:
+    rows = reader.read(linear.source, span).to(device)
+    if wrapper is not None:
+        rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
+    try:
+        return linear.codec.encode(rows)
+    except ValueError as error:
+        raise UserError(f"tensor {linear.source}: {error}") from None
+
+
+def _fill_buffers(model: nn.Module, reader: RowReader) -> None:
+    for module in model.modules():
+        names: dict[str, str] = getattr(module, "checkpoint_names", {})
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in names:
+                buffer.copy_(reader.read(names[name]))
+
+
+def _check_filled(model: nn.Module) -> None:
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"never filled: {empty[:5]}"

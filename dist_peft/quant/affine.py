@@ -1,0 +1,170 @@
+"""Affine integers of 2, 3, 4 or 8 bits in groups along a row, rounded to nearest.
+
+A group of ``group_size`` weights of a row shares a scale and a zero (``Q = 2**bits - 1``)::
+
+    lo    = min(0, min w)        hi = max(0, max w)        the range always holds 0
+    scale = fp16((hi - lo) / Q)                            1 for a group of zeros
+    zero  = clamp(round(-lo / scale), 0, Q)                an integer, stored in fp16
+    q     = clamp(round(w / scale) + zero, 0, Q)
+    w'    = (q - zero) * scale                             float32, then the wanted type
+
+Codes are chosen with the *rounded* scale, the one that decoding uses. Rounding is to even. A weight
+of 0 decodes to 0. The error is at most ``scale / 2`` inside the range that the codes reach, from
+``-zero * scale`` to ``(Q - zero) * scale``; ``lo`` and ``hi`` themselves can lie up to half a step
+outside (rounded zero), plus ``Q * scale / 2048`` (rounded scale).
+
+Row layout (``groups = ceil(in / group_size)``; the row is zero-padded to whole groups, and the
+padding has the code ``zero``)::
+
+    | codes                   | 0 pad | scale fp16 per group | zero fp16 per group |
+    ^ groups * group_size * bits / 8 bytes, to a multiple of 4
+
+Codes are a dense LSB-first bit stream (``quant.pack``). ``zero`` is fp16 rather than an integer so
+that a row can hold the fractional zeros of QA-LoRA (Xu et al. 2023, section 3.3) or HQQ.
+
+Differences: GPTQ and compressed-tensors keep integer zeros packed in ``bits`` bits; MLX and GGUF
+store ``bias = -scale * zero`` instead of ``zero``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_peft.quant.kernels import decode_affine
+from dist_peft.quant.pack import pack_bits, unpack_bits
+from dist_peft.quant.rows import align4, check_finite, check_packed, encode_groups, field
+
+__all__ = ["AffineCodec", "AffineParts"]
+
+_SMALLEST_SCALE = 2.0**-24
+"""The smallest positive fp16: a finer scale would round to 0."""
+
+
+class AffineParts(NamedTuple):
+    """A packed weight taken apart.
+
+    Attributes:
+        codes: ``uint8 [rows, groups * group_size]``, padding of the row included.
+        scale: ``float16 [rows, groups]``.
+        zero: ``float16 [rows, groups]``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    groups: int
+    stream: int  # bytes of codes
+    payload: int  # the same, aligned
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class AffineCodec:
+    """The affine integer codec. See the module for formula and layout.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: weights that share scale and zero; any multiple of 8.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits is 2, 3, 4 or 8, not {self.bits}")
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size {self.group_size} is not a positive multiple of 8")
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of a packed row; a multiple of 4."""
+        return self._layout(in_features).row_bytes
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]``.
+
+        Raises:
+            ValueError: no floating-point matrix, a value is NaN or infinite, or a group's range
+                needs a scale beyond fp16.
+        """
+
+        def encode_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
+            scale, zero = self._scale_and_zero(groups, first_row)
+            codes = (groups / scale.float().unsqueeze(-1)).round_()
+            codes.add_(zero.float().unsqueeze(-1)).clamp_(0, 2**self.bits - 1)
+            return self._fields(AffineParts(codes.to(torch.uint8).flatten(1), scale, zero))
+
+        row_bytes = self.row_bytes(weight.shape[-1] if weight.dim() else 0)
+        return encode_groups(weight, self.group_size, row_bytes, encode_chunk)
+
+    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
+        stream, scale, zero = self._read(packed, in_features)
+        return decode_affine(stream, self.bits, scale, zero, in_features, dtype)
+
+    def split(self, packed: Tensor, in_features: int) -> AffineParts:
+        """Take packed rows apart into codes, scales and zeros."""
+        stream, scale, zero = self._read(packed, in_features)
+        return AffineParts(unpack_bits(stream, self.bits), scale, zero)
+
+    def join(self, parts: AffineParts, in_features: int) -> Tensor:
+        """Inverse of ``split``; the zeros may be fractions, scales and zeros are rounded to fp16.
+
+        Raises:
+            ValueError: shapes do not fit ``in_features``, or a code needs more than ``bits`` bits.
+        """
+        layout = self._layout(in_features)
+        rows = parts.codes.shape[0]
+        wanted = ((rows, layout.groups * self.group_size), *((rows, layout.groups),) * 2)
+        given = tuple(tuple(part.shape) for part in parts)
+        if given != wanted:
+            raise ValueError(f"codes, scale, zero of {self.name} are {wanted}, not {given}")
+        halves = AffineParts(parts.codes, parts.scale.half(), parts.zero.half())
+        return torch.cat([part.contiguous().view(torch.uint8) for part in self._fields(halves)], 1)
+
+    def _read(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+        layout = self._layout(in_features)
+        check_packed(packed, layout.row_bytes, self.name, in_features)
+        scale = field(packed, layout.payload, layout.groups, torch.float16)
+        zero = field(packed, layout.payload + 2 * layout.groups, layout.groups, torch.float16)
+        return packed[:, : layout.stream], scale, zero
+
+    def _fields(self, parts: AffineParts) -> tuple[Tensor, ...]:
+        """The fields of packed rows in the order of the layout."""
+        stream = pack_bits(parts.codes, self.bits)
+        pad = -stream.shape[1] % 4
+        return stream, stream.new_zeros(stream.shape[0], pad), parts.scale, parts.zero
+
+    def _scale_and_zero(self, groups: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """fp16 scale and integer zero of each group, ``[rows, groups]`` (see the module)."""
+        top = 2**self.bits - 1
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        # inf - inf is NaN, and halves cannot overflow: finite exactly if both ends are
+        check_finite(low / 2 + high / 2, self.group_size, first_row)
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        exact = ((high - low) / top).clamp_(min=_SMALLEST_SCALE)
+        scale = torch.where(high > low, exact, 1.0).half()
+        if bool(torch.isinf(scale).any()):
+            raise ValueError(
+                f"weights up to {float((high - low).max()):.3g} apart need a scale beyond float16 "
+                f"for {self.bits} bits in groups of {self.group_size}"
+            )
+        zero = (-low / scale.float()).round_().clamp_(0, top).half()
+        return scale, zero
+
+    def _layout(self, in_features: int) -> _Layout:
+        groups = -(-in_features // self.group_size)
+        stream = groups * self.group_size * self.bits // 8
+        payload = align4(stream)
+        return _Layout(groups, stream, payload, payload + 4 * groups)

@@ -1,0 +1,122 @@
+"""What a codec is, and which there are.
+
+A codec turns the rows of a frozen weight into self-contained packed rows and back::
+
+    float [rows, in]  --encode-->  uint8 [rows, row_bytes]  --decode-->  float [rows, in]
+
+Both directions are row-local, bit for bit: ``encode(w)[a:b]`` equals ``encode(w[a:b])``. So each
+rank encodes just the rows that it keeps, and the result does not depend on how many ranks there
+are. Codecs are frozen dataclasses: hashable, comparable, picklable.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.config import QuantConfig
+from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.rows import align4, check_packed, check_weight
+
+__all__ = ["Codec", "RawCodec", "make_codec"]
+
+
+class Codec(Protocol):
+    """How frozen rows are packed."""
+
+    @property
+    def name(self) -> str:
+        """Short name, such as ``nf4``, ``int4``, ``raw``."""
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of a packed row; a multiple of 4."""
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]`` on the same device.
+
+        Raises:
+            ValueError: no floating-point matrix, or values that the codec cannot represent.
+        """
+
+    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``; may be a view of ``packed``.
+
+        Raises:
+            ValueError: ``packed`` is not what ``encode`` gives for ``in_features``.
+        """
+
+
+@dataclass(frozen=True)
+class RawCodec:
+    """No quantization: a row is its numbers in ``dtype``, zero-padded to a multiple of 4 bytes.
+
+    Decoding to ``dtype`` is a view without a copy where rows are aligned for it.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"raw rows hold a floating-point type, not {self.dtype}")
+
+    @property
+    def name(self) -> str:
+        return "raw"
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of a packed row; a multiple of 4."""
+        return align4(in_features * self.dtype.itemsize)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Cast to ``dtype``; NaN and infinity pass when they were there before.
+
+        Raises:
+            ValueError: a finite value of ``weight`` is beyond the range of ``dtype``.
+        """
+        check_weight(weight)
+        rows, in_features = weight.shape
+        numbers = weight.detach().to(self.dtype).contiguous()
+        self._check_range(weight, numbers)
+        packed = torch.zeros(
+            rows, self.row_bytes(in_features), dtype=torch.uint8, device=weight.device
+        )
+        packed[:, : in_features * self.dtype.itemsize] = numbers.view(torch.uint8)
+        return packed
+
+    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``, a view if nothing must change."""
+        check_packed(packed, self.row_bytes(in_features), self.name, in_features)
+        size = self.dtype.itemsize
+        aligned = packed.storage_offset() % size == 0 and packed.stride() == (packed.shape[1], 1)
+        if not aligned or packed.shape[1] % size:
+            packed = packed[:, : in_features * size].clone(memory_format=torch.contiguous_format)
+        return packed.view(self.dtype)[:, :in_features].to(dtype)
+
+    def _check_range(self, weight: Tensor, numbers: Tensor) -> None:
+        narrower = torch.finfo(weight.dtype).max > torch.finfo(self.dtype).max
+        if not narrower or not numbers.numel():
+            return
+        if all(bool(torch.isfinite(end)) for end in numbers.aminmax()):
+            return
+        overflow = torch.isinf(numbers) & torch.isfinite(weight)
+        if bool(overflow.any()):
+            row, column = (int(i) for i in overflow.nonzero()[0])
+            raise ValueError(
+                f"weight {float(weight[row, column]):.6g} in row {row}, column {column} is beyond "
+                f"the range of {self.dtype}"
+            )
+
+
+_CODECS: dict[str, Callable[[QuantConfig], Codec]] = {
+    "nf4": lambda quant: Nf4Codec(quant.group_size, quant.double_quant),
+    "int": lambda quant: AffineCodec(quant.bits, quant.group_size),
+}
+"""``base.quant.kind`` -> its codec."""
+
+
+def make_codec(quant: QuantConfig | None, compute_dtype: torch.dtype) -> Codec:
+    """The codec of a base: of ``quant``, or raw rows of ``compute_dtype`` without quantization."""
+    return RawCodec(compute_dtype) if quant is None else _CODECS[quant.kind](quant)

@@ -1,0 +1,159 @@
+"""Decoding: packed codes and scales -> a dense weight, the inner loop of every forward pass.
+
+Two paths give the same bits. ``torch``: a table look-up of the codes (``quant.pack.lookup``), then
+products in place, a chunk of rows at a time, on any device. ``bnb``: the operator
+``bitsandbytes::dequantize_4bit``, for NF4 only.
+
+Both multiply in float32 and round once to the wanted type, so bf16 output is the float32 output
+rounded. ``DIST_PEFT_KERNELS`` chooses:
+
+    auto    bnb on CUDA where bitsandbytes is installed and knows the block size; else torch
+    torch   always torch
+    bnb     always bnb; a UserError where that is impossible
+
+On CPU ``auto`` is ``torch``: it is the faster one there (``docs/numerics.md`` has the times), and
+importing bitsandbytes takes seconds.
+"""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+from dist_peft.quant.pack import lookup
+from dist_peft.quant.rows import row_chunks
+
+__all__ = ["NF4_LEVELS", "decode_affine", "decode_nf4", "nf4_path"]
+
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Levels of the 16 codes (QLoRA, appendix E), as float32 prints them."""
+
+KERNELS_VARIABLE = "DIST_PEFT_KERNELS"
+
+# bitsandbytes also takes 2048 and 4096, but compiles a fallback for them on AVX512 hosts
+_BNB_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+_BNB_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decode_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """NF4 codes and block scales -> weight.
+
+    Args:
+        payload: ``uint8 [rows, blocks * group_size / 2]``, even element in the high nibble.
+        absmax: ``float32 [rows, blocks]``.
+        in_features: columns of the result; what is left of the last block is padding.
+        dtype: type of the result.
+
+    Returns:
+        ``dtype [rows, in_features]``.
+
+    Raises:
+        UserError: ``DIST_PEFT_KERNELS`` is unknown, or asks for what is impossible here.
+    """
+    rows, blocks = absmax.shape
+    group_size = payload.shape[1] * 2 // max(1, blocks)
+    if nf4_path(group_size, dtype, payload.device) == "torch" or not absmax.numel():
+        return _decode(payload, 4, NF4_LEVELS, absmax, None, in_features, dtype)
+    padded = blocks * group_size
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        payload.reshape(-1, 1), absmax.flatten(), group_size, "nf4", [rows, padded], dtype
+    )
+    return weight[:, :in_features].contiguous()
+
+
+def decode_affine(
+    payload: Tensor, bits: int, scale: Tensor, zero: Tensor, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Affine codes -> weight ``(code - zero) * scale``.
+
+    Args:
+        payload: ``uint8 [rows, groups * group_size * bits / 8]``, LSB first.
+        bits: bits of a code.
+        scale, zero: ``[rows, groups]``, any float type.
+        in_features, dtype: as in ``decode_nf4``.
+
+    Returns:
+        ``dtype [rows, in_features]``.
+    """
+    values = tuple(float(code) for code in range(2**bits))
+    return _decode(payload, bits, values, scale.float(), zero.float(), in_features, dtype)
+
+
+def _decode(
+    payload: Tensor,
+    bits: int,
+    values: tuple[float, ...],
+    scale: Tensor,
+    zero: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``(values[code] - zero) * scale`` by chunks of rows: float32 temporaries stay small."""
+    rows, groups = scale.shape
+    weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
+    if not weight.numel():
+        return weight
+    for span in row_chunks(rows, in_features):
+        numbers = lookup(payload[span.slice], bits, values, high_first=zero is None)
+        by_group = numbers.view(len(span), groups, -1)
+        if zero is not None:
+            by_group.sub_(zero[span.slice].unsqueeze(-1))
+        by_group.mul_(scale[span.slice].unsqueeze(-1))
+        weight[span.slice] = numbers[:, :in_features]
+    return weight
+
+
+def nf4_path(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Which path decodes NF4: ``torch`` or ``bnb`` (see the module)."""
+    wanted = os.environ.get(KERNELS_VARIABLE, "auto")
+    if wanted not in ("auto", "torch", "bnb"):
+        raise UserError(f"{KERNELS_VARIABLE}={wanted!r} is not one of auto, torch, bnb")
+    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
+        return "torch"
+    possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
+    if wanted == "auto":
+        # without its compiled CUDA library the operator would run a slow Python fallback
+        module = _bitsandbytes() if possible else None
+        return "bnb" if module and module.lib.compiled_with_cuda else "torch"
+    if not possible:
+        raise UserError(
+            f"{KERNELS_VARIABLE}=bnb cannot decode group_size {group_size} to {dtype}, only "
+            f"{_BNB_GROUP_SIZES} to float32, bfloat16, float16; use {KERNELS_VARIABLE}=auto"
+        )
+    if _bitsandbytes() is None:
+        raise UserError(
+            f"{KERNELS_VARIABLE}=bnb but bitsandbytes is not installed; "
+            f"pip install bitsandbytes, or use {KERNELS_VARIABLE}=auto"
+        )
+    return "bnb"
+
+
+@cache
+def _bitsandbytes() -> ModuleType | None:
+    """bitsandbytes' module of its native library; importing it registers the operators."""
+    try:
+        importlib.import_module("bitsandbytes")
+        return importlib.import_module("bitsandbytes.cextension")
+    except ImportError:
+        return None

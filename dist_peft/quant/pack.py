@@ -1,0 +1,111 @@
+"""Codes of 2, 3, 4 or 8 bits in a dense bit stream.
+
+The stream fills bytes from their least significant bit and lets codes cross byte borders
+("LSB first"). Eight codes of ``bits`` bits are ``bits`` bytes. For 3 bits, codes a..h::
+
+    byte 0          byte 1          byte 2
+    7 6 5 4 3 2 1 0 7 6 5 4 3 2 1 0 7 6 5 4 3 2 1 0        (bit of the byte)
+    c c b b b a a a f e e e d d d c h h h g g g f f
+
+Read as little-endian words, 32 codes are ``bits`` uint32 words. This is the order of MLX, of
+compressed-tensors ``pack-quantized`` and, transposed, of GPTQ ``qweight``.
+
+``high_first`` swaps the two codes of a byte (4 bits only): the even code lies in the high nibble.
+This is the order of bitsandbytes.
+
+Packing joins eight codes in a 64-bit integer. Unpacking is a table look-up: a byte is two codes of
+4 bits or four of 2, a 12-bit piece of the stream is four codes of 3. The table can hold any value
+per code, so that ``lookup`` turns packed bytes directly into numbers.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["lookup", "pack_bits", "unpack_bits"]
+
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Bytes -> a type of that size: a table entry is gathered as one element, whatever it holds."""
+
+
+def pack_bits(codes: Tensor, bits: int, high_first: bool = False) -> Tensor:
+    """``uint8 [..., n]`` codes below ``2**bits`` -> ``uint8 [..., n * bits / 8]``.
+
+    Raises:
+        ValueError: ``n`` is not a multiple of 8, or a code needs more than ``bits`` bits.
+    """
+    _check_order(bits, high_first)
+    if codes.dtype != torch.uint8 or codes.shape[-1] % 8:
+        raise ValueError(f"codes are uint8 [..., 8 k], not {codes.dtype} {list(codes.shape)}")
+    if codes.numel() and bits < 8 and int(codes.max()) >= 2**bits:
+        raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
+    if bits == 8:
+        return codes.clone()
+    eights = codes.unflatten(-1, (-1, 8))
+    words = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
+    for lane in range(8):
+        place = lane ^ 1 if high_first else lane
+        words |= eights[..., lane].long() << (bits * place)
+    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+
+
+def unpack_bits(packed: Tensor, bits: int, high_first: bool = False) -> Tensor:
+    """``uint8 [..., m]`` bytes -> ``uint8 [..., 8 m / bits]`` codes; inverse of ``pack_bits``."""
+    return lookup(packed, bits, tuple(range(2**bits)), torch.uint8, high_first)
+
+
+def lookup(
+    packed: Tensor,
+    bits: int,
+    values: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    high_first: bool = False,
+) -> Tensor:
+    """Unpack codes and put ``values[code]`` in their place.
+
+    Args:
+        packed: ``uint8 [..., m]``; for 3 bits ``m`` is a multiple of 3.
+        bits: 2, 3, 4 or 8.
+        values: ``2**bits`` numbers.
+        dtype: type of the result.
+        high_first: see the module.
+
+    Returns:
+        ``dtype [..., 8 m / bits]``, a fresh tensor.
+    """
+    _check_order(bits, high_first)
+    if bits == 3 and packed.shape[-1] % 3:
+        raise ValueError(f"3-bit codes come in 3 bytes; there are {packed.shape[-1]}")
+    table = _table(bits, values, dtype, high_first, packed.device)
+    index = _twelve_bit_pieces(packed) if bits == 3 else packed.int()
+    found = table.index_select(0, index.flatten())
+    return found.view(dtype).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
+
+
+def _twelve_bit_pieces(packed: Tensor) -> Tensor:
+    """Three bytes of stream -> its lower and upper 12 bits, ``int32 [..., m / 3, 2]``."""
+    first, middle, last = packed.int().unflatten(-1, (-1, 3)).unbind(-1)
+    return torch.stack((first | (middle & 15) << 8, middle >> 4 | last << 4), dim=-1)
+
+
+@cache
+def _table(
+    bits: int, values: tuple[float, ...], dtype: torch.dtype, high_first: bool, device: torch.device
+) -> Tensor:
+    """All values of an index (8 bits; 12 for 3-bit codes), one wide element an index."""
+    width = 12 if bits == 3 else 8
+    shifts = torch.arange(0, width, bits, device="cpu")
+    if high_first:
+        shifts = shifts.flip(0)
+    codes = (torch.arange(2**width, device="cpu").unsqueeze(1) >> shifts) & (2**bits - 1)
+    entries = torch.tensor(values, dtype=dtype, device="cpu")[codes]
+    wide = _WIDE[entries.shape[1] * dtype.itemsize]
+    return entries.view(wide).squeeze(1).to(device)
+
+
+def _check_order(bits: int, high_first: bool) -> None:
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"codes have 2, 3, 4 or 8 bits, not {bits}")
+    if high_first and bits != 4:
+        raise ValueError(f"only 4-bit codes have a high-first order, not {bits}-bit codes")

@@ -1,0 +1,119 @@
+"""Packed rows: cutting them into fields, putting them together, encoding in bounded chunks.
+
+Every codec stores a frozen weight ``[rows, in]`` as one ``uint8`` tensor ``[rows, row_bytes]``.
+A row holds all that its decoding needs, so any range of rows is complete by itself::
+
+    row r   | codes ........ | scales .... | 0 0 |
+            ^ byte 0         ^             ^ zero bytes up to a multiple of 4
+
+``row_bytes`` is a multiple of 4, and so is the start of every field of 4-byte numbers. Numbers are
+stored in the machine's byte order; all supported machines are little-endian.
+
+Nothing here looks across rows. That is what makes ``encode(w)[a:b]`` and ``encode(w[a:b])`` the
+same bytes: sums and means over rows, and reductions whose order depends on the number of threads,
+must not enter a codec.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_peft.core.span import Span
+
+__all__ = ["align4", "check_finite", "check_packed", "check_weight", "encode_groups", "field"]
+
+CHUNK_ELEMENTS = 2**20
+"""Weights encoded or decoded at a time: a float32 temporary has 4 MiB, about seven live at once."""
+
+
+def align4(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to a multiple of 4."""
+    return -(-num_bytes // 4) * 4
+
+
+def row_chunks(rows: int, in_features: int) -> list[Span]:
+    """Spans of rows with at most ``CHUNK_ELEMENTS`` weights each (but at least one row)."""
+    return list(Span(0, rows).chunks(max(1, CHUNK_ELEMENTS // max(1, in_features))))
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ValueError unless ``weight`` is a floating-point matrix."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a weight to encode is a floating-point matrix [rows, in], "
+            f"not {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def check_packed(packed: Tensor, row_bytes: int, name: str, in_features: int) -> None:
+    """Raise ValueError unless ``packed`` is ``uint8 [rows, row_bytes]``."""
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
+        raise ValueError(
+            f"rows of codec {name} with in_features={in_features} are uint8 [rows, {row_bytes}], "
+            f"not {packed.dtype} {list(packed.shape)}"
+        )
+
+
+def check_finite(statistics: Tensor, group_size: int, first_row: int) -> None:
+    """Raise ValueError when a group's statistic ``[rows, groups]`` shows a NaN or an infinity.
+
+    The maximum or minimum of a group is not finite when one of its weights is not, so that this
+    costs no pass over the weights themselves.
+    """
+    finite = torch.isfinite(statistics)
+    if not bool(finite.all()):
+        row, group = (int(i) for i in (~finite).nonzero()[0])
+        raise ValueError(
+            f"weight is not finite: NaN or infinity in row {first_row + row}, "
+            f"columns {group * group_size} to {(group + 1) * group_size - 1}"
+        )
+
+
+def encode_groups(
+    weight: Tensor,
+    group_size: int,
+    row_bytes: int,
+    encode: Callable[[Tensor, int], Sequence[Tensor]],
+) -> Tensor:
+    """Run ``encode`` over chunks of rows and lay its fields side by side.
+
+    Args:
+        weight: ``[rows, in]``, any float type; 0 rows are allowed.
+        group_size: rows are zero-padded at their end to whole groups of this many weights.
+        row_bytes: bytes of a packed row.
+        encode: ``(float32 [n, groups, group_size], index of the first row)`` -> fields, each
+            ``[n, k]`` of any type, in the order of the layout. It must not write to its input,
+            which may be the caller's weight.
+
+    Returns:
+        ``uint8 [rows, row_bytes]``.
+    """
+    check_weight(weight)
+    rows, in_features = weight.shape
+    groups = -(-in_features // group_size)
+    packed = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
+    with torch.no_grad():
+        for span in row_chunks(rows, in_features):
+            chunk = weight[span.slice].float()
+            if in_features % group_size:
+                chunk = functional.pad(chunk, (0, groups * group_size - in_features))
+            start = 0
+            for part in encode(chunk.reshape(len(span), groups, group_size), span.start):
+                part_bytes = part.contiguous().view(torch.uint8)
+                stop = start + part_bytes.shape[1]
+                packed[span.slice, start:stop] = part_bytes
+                start = stop
+            packed[span.slice, start:] = 0
+    return packed
+
+
+def field(packed: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Copy ``count`` numbers of ``dtype`` from byte ``start`` of every row: ``[rows, count]``.
+
+    A copy, since a view would need rows and storage that are aligned for ``dtype``, and engines
+    place packed rows where they like.
+    """
+    part = packed[:, start : start + count * dtype.itemsize]
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -1,0 +1,140 @@
+"""Positioned file access for the store: exact reads and writes, few open files, readable errors.
+
+``os.preadv`` fills memory that exists already and ``os.pwrite`` sends it, so no byte is copied in
+between and the order of the rows is free. Nothing is mapped: an mmap'ed page counts as this
+process's memory as long as the kernel likes, and a file that shrinks under a map kills the process
+with SIGBUS instead of raising.
+"""
+
+import errno
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_peft.core.errors import UserError
+
+__all__ = [
+    "OpenFiles",
+    "read_exactly",
+    "reading",
+    "sync_directory",
+    "temporary_name",
+    "write_exactly",
+    "writing",
+]
+
+# One call moves at most 2 GiB on Linux and fails above it on macOS.
+_MOST_BYTES_A_CALL = 1 << 30
+
+
+class OpenFiles:
+    """File descriptors by path, opened when first needed, at most ``limit`` at a time."""
+
+    def __init__(self, flags: int, limit: int = 16) -> None:
+        self._flags = flags
+        self._limit = limit
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+
+    def get(self, file: Path) -> int:
+        """The descriptor of ``file``; valid until the next call."""
+        if file in self._descriptors:
+            self._descriptors.move_to_end(file)
+            return self._descriptors[file]
+        if len(self._descriptors) >= self._limit:
+            os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors[file] = os.open(file, self._flags | os.O_CLOEXEC)
+        return self._descriptors[file]
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __len__(self) -> int:
+        return len(self._descriptors)
+
+
+def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
+    """Fill ``into`` with the bytes of ``file`` from ``offset`` on.
+
+    Raises:
+        UserError: the file ends before ``into`` is full.
+    """
+    done = 0
+    while done < len(into):
+        piece = into[done : done + _MOST_BYTES_A_CALL]
+        count = os.preadv(descriptor, [piece], offset + done)
+        if count == 0:
+            raise UserError(
+                f"file {file} changed or was truncated while reading: it has no byte "
+                f"{offset + done:,} any more; restore it and start again"
+            )
+        done += count
+
+
+def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done : done + _MOST_BYTES_A_CALL], offset + done)
+
+
+def temporary_name(file: Path) -> Path:
+    """A new hidden name beside ``file``, on the same file system so that a rename is atomic."""
+    return file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the renames inside ``directory`` durable, where the file system can."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn the operating system's errors about ``file`` into what the user can mend."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"file {file} does not exist") from None
+    except PermissionError:
+        raise UserError(f"no permission to read {file}") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a directory, not a file") from None
+
+
+@contextmanager
+def writing(file: Path, num_bytes: int) -> Iterator[None]:
+    """Turn the operating system's errors while ``num_bytes`` are written into what can be mended.
+
+    Anything else (a broken disk, say) is passed on as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full while writing {file}: {num_bytes:,} bytes are needed in "
+                f"{file.parent}; free space or choose another directory"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"no permission to write {file}; choose another directory") from None
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{file} is larger than its file system or the limit of this process (ulimit -f) "
+                "allows for one file; choose another directory or raise the limit"
+            ) from None
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(
+                f"cannot write {file}: {error.strerror} ({error.filename}); "
+                "choose another directory"
+            ) from None
+        raise

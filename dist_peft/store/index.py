@@ -1,0 +1,206 @@
+"""Which tensors a base has, and where their bytes are: the headers of all its files, nothing more.
+
+A model is one file or a directory. In a directory the files are, as for ``transformers``, in this
+order: ``model.safetensors``; the shards named by ``model.safetensors.index.json``; and otherwise
+every ``*.safetensors`` file. What a directory holds besides (``consolidated.safetensors`` next to
+shards, say) is left alone.
+
+Everything is checked before the first tensor is read: hours into a run is no time to learn that
+the last shard was cut off by a full disk.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_peft.core.errors import UserError
+from dist_peft.store.fileio import OpenFiles, read_exactly, reading
+from dist_peft.store.format import TensorInfo, read_header
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsIndex", "TensorInfo"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+_PICKLE_ENDINGS = {".bin", ".pt", ".pth", ".ckpt"}
+_FINGERPRINT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class SafetensorsIndex:
+    """The tensors of a model.
+
+    Attributes:
+        path: the file or directory it was opened with.
+        files: its safetensors files, sorted by name.
+        tensors: name -> where the bytes are.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> "SafetensorsIndex":
+        """Read and check the headers of a safetensors file, or of a directory's.
+
+        Raises:
+            UserError: missing, pickle only, truncated or corrupt, an unsupported type, a name in
+                two files, or an index json that does not fit its files.
+        """
+        with reading(path):
+            if path.is_file():
+                if path.suffix in _PICKLE_ENDINGS:
+                    raise _pickle_only(path.parent, [path.name])
+                return cls._read(path, [path])
+            if not path.is_dir():
+                raise UserError(f"{path} does not exist; give a directory with safetensors files")
+            if (path / SINGLE_NAME).is_file():
+                return cls._read(path, [path / SINGLE_NAME])
+            if (path / INDEX_NAME).is_file():
+                return cls._read_sharded(path)
+            return cls._read(path, _loose_files(path))
+
+    @classmethod
+    def _read(cls, path: Path, files: Iterable[Path]) -> "SafetensorsIndex":
+        files = tuple(sorted(files))
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for info in read_header(file):
+                if info.name in tensors:
+                    raise UserError(
+                        f"tensor {info.name} is in {tensors[info.name].file} and again in {file}; "
+                        "remove the file that does not belong to the model"
+                    )
+                tensors[info.name] = info
+        return cls(path, files, tensors)
+
+    @classmethod
+    def _read_sharded(cls, path: Path) -> "SafetensorsIndex":
+        places = _read_index_json(path / INDEX_NAME)
+        missing = sorted({name for name in places.values() if not (path / name).is_file()})
+        if missing:
+            raise UserError(
+                f"{path / INDEX_NAME} names files that are missing: {_some(missing)}; "
+                "copy or download them"
+            )
+        index = cls._read(path, {path / name for name in places.values()})
+        for name, file_name in places.items():
+            if name not in index.tensors or index.tensors[name].file.name != file_name:
+                raise UserError(
+                    f"{path / INDEX_NAME} says that tensor {name} is in {file_name}, where it is "
+                    "not; the index and the files are of different models"
+                )
+        unnamed = sorted(index.tensors.keys() - places.keys())
+        if unnamed:
+            raise UserError(
+                f"{path / INDEX_NAME} does not name tensors that its files hold: "
+                f"{_some(unnamed)}; the index and the files are of different models"
+            )
+        return index
+
+    def find(self, name: str) -> TensorInfo:
+        """The tensor called ``name``.
+
+        Raises:
+            UserError: there is none; the message names the nearest.
+        """
+        if name in self.tensors:
+            return self.tensors[name]
+        near = difflib.get_close_matches(name, self.tensors, n=3)
+        hint = f"nearest: {', '.join(near)}" if near else f"it has {_some(sorted(self.tensors))}"
+        raise UserError(f"no tensor {name} in {self.path}; {hint}")
+
+    def fingerprint(self) -> str:
+        """A hexadecimal SHA-256 that tells bases apart without reading them.
+
+        It covers every tensor's name, type, shape and place within its file's data, and the first
+        and last 64 KiB of the data of every file. It does not see a change further inside a file,
+        nor header metadata, directory and file names. The same tensors split over files in another
+        way have another fingerprint.
+
+        Raises:
+            UserError: a file is gone or shorter than when it was opened.
+        """
+        digest = hashlib.sha256()
+        contents: dict[Path, list[TensorInfo]] = {file: [] for file in self.files}
+        for info in self.tensors.values():
+            contents[info.file].append(info)
+        for file, infos in contents.items():
+            begin = min((i.start for i in infos), default=0)
+            end = max((i.stop for i in infos), default=0)
+            table = [
+                (i.name, str(i.dtype), i.shape, i.start - begin, i.stop - begin)
+                for i in sorted(infos, key=lambda i: i.name)
+            ]
+            digest.update(json.dumps(table).encode() + b"\n")
+            length = min(end - begin, _FINGERPRINT_BYTES)
+            for offset in (begin, end - length):
+                digest.update(_read_bytes(file, offset, length))
+        return digest.hexdigest()
+
+
+def _loose_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory that follows no naming scheme."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_ENDINGS)
+        if pickles:
+            raise _pickle_only(directory, pickles)
+        raise UserError(f"directory {directory} has no *.safetensors file")
+    shards = [file.name for file in files if _SHARD.fullmatch(file.name)]
+    if shards:
+        raise UserError(
+            f"directory {directory} has shards such as {shards[0]} but no {INDEX_NAME}, so that a "
+            "missing shard would go unseen; copy or download the index too"
+        )
+    return files
+
+
+def _read_index_json(file: Path) -> dict[str, str]:
+    """Tensor name -> file name, from a ``model.safetensors.index.json``."""
+    with reading(file):
+        text = file.read_bytes()
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}; copy or download it again") from None
+    places = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{file} has no weight_map (tensor name -> file name)")
+    for name, value in places.items():
+        if not isinstance(value, str) or value != Path(value).name or value in ("", ".", ".."):
+            raise UserError(f"{file}: weight_map of {name} is {value!r}, not a name of a file here")
+    return places
+
+
+def _read_bytes(file: Path, offset: int, length: int) -> bytes:
+    files = OpenFiles(os.O_RDONLY)
+    buffer = bytearray(length)
+    try:
+        with reading(file):
+            read_exactly(files.get(file), memoryview(buffer), offset, file)
+    finally:
+        files.close()
+    return bytes(buffer)
+
+
+def _pickle_only(directory: Path, names: list[str]) -> UserError:
+    return UserError(
+        f"{directory} has only pickled weights ({_some(names)}). Only safetensors are read, as "
+        "loading a pickle can run any code. If you trust the files, convert them: python -c "
+        f'"from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\", and copy "
+        "the tokenizer's files there"
+    )
+
+
+def _some(names: list[str]) -> str:
+    """At most three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,187 @@
+"""Checkpoints: adapters, optimizer moments and the position of the run; never the base.
+
+Written through ``torch.distributed.checkpoint`` (each rank its own shards, by global position), so
+that any engine at any number of ranks can read them. Layout of ``checkpoints/step-000100/``::
+
+    .metadata, __0_0.distcp ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME in float32
+    run.json                      step, samples seen, seed, fingerprint of the base, versions
+
+Random state: there is none beside ``seed`` and ``step``. Data order is a function of (seed, epoch),
+dropout of (seed, module, step, sample), so both continue exactly where they stopped.
+
+A checkpoint is written under a temporary name and renamed when it is complete on all ranks; what
+has no final name, or no readable ``run.json``, is skipped and named in the log.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.store.writer import atomic_write
+
+__all__ = ["Checkpoints", "RunPosition"]
+
+log = logging.getLogger("dist_peft")
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: global index of the next row in the endless order of rows.
+        seed: the run's seed; with ``step`` it is the whole random state.
+        base: fingerprint of the base's files and of how they are stored.
+        adapter: what must agree for the tensors to fit (method, rank, targets).
+        data: what must agree for ``samples`` to mean the same rows.
+    """
+
+    step: int
+    samples: int
+    seed: int
+    base: str
+    adapter: str
+    data: str
+    format: int = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, keep: int, world: World) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.world = world
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def save(self, state: Mapping[str, Tensor], position: RunPosition) -> Path:
+        """Write ``state`` atomically, then remove what is older than the newest ``keep``.
+
+        Raises:
+            UserError: the disk is full or not writable (on every rank).
+        """
+        final = self.directory / f"step-{position.step:06d}"
+        partial = self.directory / f".partial-step-{position.step:06d}"
+        with self.world.together("prepare checkpoint"):
+            if self.world.is_first:
+                _remove(partial)
+                _make(partial, need=_size(state.values()))
+        try:
+            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial), **self._group())
+        except dcp.api.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            if isinstance(reason, OSError):
+                raise UserError(f"cannot write checkpoint {final}: {reason}") from None
+            raise
+        with self.world.together("finish checkpoint"):
+            if self.world.is_first:
+                atomic_write(partial / "run.json", json.dumps(asdict(position), indent=1))
+                _remove(final)
+                partial.rename(final)
+                self._prune(newest=final)
+        return final
+
+    def _prune(self, newest: Path) -> None:
+        for old in self.found()[: -self.keep]:
+            if old != newest:
+                _remove(old)
+
+    def _group(self) -> dict[str, object]:
+        return {} if dist.is_initialized() else {"no_dist": True}
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def found(self) -> list[Path]:
+        """Complete checkpoints, oldest first; incomplete ones are named in the log."""
+        complete = []
+        for path in sorted(self.directory.glob("*step-*")):
+            if path.name.startswith("step-") and (path / "run.json").is_file():
+                complete.append(path)
+            else:
+                log.warning("skipping incomplete checkpoint %s", path)
+        return complete
+
+    def choose(self, resume: str) -> Path | None:
+        """``auto`` -> newest or none; ``never`` -> none; else the path, which must exist."""
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return next(reversed(self.found()), None)
+        path = Path(resume)
+        if not (path / "run.json").is_file():
+            raise UserError(
+                f"resume: {path} is not a complete checkpoint; give a checkpoints/step-* "
+                "directory, auto or never"
+            )
+        return path
+
+    @staticmethod
+    def position(path: Path) -> RunPosition:
+        try:
+            return RunPosition(**json.loads((path / "run.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"checkpoint {path} has an unreadable run.json: {error}") from None
+
+    def load(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Read into the tensors of ``state``, in place.
+
+        Raises:
+            UserError: files are missing or damaged, or tensors do not fit (on every rank).
+        """
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(path), **self._group())
+        except dcp.api.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise UserError(f"cannot read checkpoint {path}: {reason}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"cannot read checkpoint {path}: {error}") from None
+
+    def read_whole(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors by key, on every rank, without a model."""
+        wanted = set(names)
+        if not wanted:
+            return {}
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype)
+            for key in wanted
+            if key in metadata
+        }
+        if missing := wanted - set(state):
+            raise UserError(f"checkpoint {path} lacks {sorted(missing)[0]}")
+        self.load(path, state)
+        return state
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _make(path: Path, need: int) -> None:
+    try:
+        path.mkdir(parents=True)
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise UserError(f"cannot create checkpoint directory {path}: {error.strerror}") from None
+    if free < need:
+        raise UserError(
+            f"checkpoint {path} needs {need / 2**20:.1f} MiB but the disk has "
+            f"{free / 2**20:.1f} MiB left; free space or set save.dir to another disk"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

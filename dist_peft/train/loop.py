@@ -1,0 +1,98 @@
+"""The training loop: batches -> accumulate -> clip and update -> report. Nothing else.
+
+The loss of an optimizer step is the mean over all its target tokens, wherever they are: each
+micro-batch contributes the *sum* of its token losses over the *global* number of target tokens,
+which the loader knows without communication, and engines add gradients up. Neither the number of
+ranks nor the way rows fall into micro-batches changes the result.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_peft.adapters.base import Adapter
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.data.loader import Batch, Loader
+from dist_peft.engine import Engine
+from dist_peft.model.attention import model_inputs
+from dist_peft.train.loss import token_loss
+
+__all__ = ["StepResult", "batch_loss", "fit"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    ``loss`` is the mean over the step's target tokens in nats, ``grad_norm`` the norm before
+    clipping, ``tokens`` the number of target tokens, ``seconds`` the wall time.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    bytes_gathered: int
+
+
+def batch_loss(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Sum of the token losses of a batch; packed documents do not see each other."""
+    inputs = model_inputs(model, batch.input_ids.to(device), batch.position_ids.to(device))
+    logits = model(**inputs, use_cache=False).logits
+    return token_loss(logits, batch.labels.to(device))
+
+
+def fit(
+    model: nn.Module,
+    engine: Engine,
+    adapter: Adapter,
+    loader: Loader,
+    world: World,
+    *,
+    first_step: int,
+    last_step: int,
+    lr_at: Callable[[int], float],
+    max_grad_norm: float,
+    after_step: Callable[[StepResult], bool],
+) -> int:
+    """Train from ``first_step`` until ``last_step`` steps are done or ``after_step`` says stop.
+
+    Returns the number of steps done. Raises UserError on every rank when a loss or gradient is
+    not finite; the adapters are then as the last good step left them.
+    """
+    for step in range(first_step, last_step):
+        start, gathered = time.perf_counter(), engine.bytes_gathered
+        batches, targets = loader.step(step)
+        total = torch.zeros((), dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            adapter.begin(step, batch.sample_ids)
+            loss = batch_loss(model, batch, engine.device)
+            total += loss.detach().double().cpu()
+            engine.backward(loss / targets, last=number == len(batches) - 1)
+        mean = world.sum(total.item())[0] / targets
+        norm = engine.step(lr_at(step), max_grad_norm) if math.isfinite(mean) else math.nan
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step + 1}: loss {mean:g}, gradient norm {norm:g} is not finite; the "
+                "adapters are unchanged since the step before. Lower train.lr, raise "
+                "train.warmup, or use base.compute_dtype bfloat16 or float32 instead of float16"
+            )
+        result = StepResult(
+            step + 1,
+            mean,
+            lr_at(step),
+            norm,
+            targets,
+            time.perf_counter() - start,
+            engine.bytes_gathered - gathered,
+        )
+        if after_step(result):
+            return step + 1
+    return last_step

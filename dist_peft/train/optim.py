@@ -1,0 +1,149 @@
+"""Optimizers: torch's fused AdamW, and bitsandbytes' 8-bit and paged AdamW.
+
+AdamW (Loshchilov & Hutter 2019). Whatever an optimizer keeps, a checkpoint sees float32
+``exp_avg`` and ``exp_avg_sq`` of the parameter's shape: torch's own are handed out as they are,
+bitsandbytes' 8-bit ones (Dettmers et al. 2022: blocks of 256 values, dynamic 8-bit codes) are
+decoded on the way out and encoded again on the way in. So a checkpoint can be resumed with another
+number of ranks, or with another optimizer of this file; 8-bit moments are then rounded once more.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.config import TrainConfig
+from dist_peft.core.errors import UserError
+from dist_peft.engine.base import OptimizerFactory
+
+__all__ = ["make_optimizer_factory"]
+
+
+def make_optimizer_factory(config: TrainConfig, device: torch.device) -> OptimizerFactory:
+    """The factory for ``train.optimizer``."""
+    if config.optimizer == "adamw":
+        return _TorchAdamW(config)
+    if config.optimizer.startswith("paged") and device.type != "cuda":
+        raise UserError(
+            f"train.optimizer {config.optimizer} pages between GPU and host memory and needs a "
+            "CUDA device; use adamw or adamw8bit"
+        )
+    return _BitsAndBytesAdamW(config)
+
+
+class _TorchAdamW:
+    """Fused AdamW; takes DTensors. Moments exist from the start, not from the first step on."""
+
+    wants_plain = False
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        c = self.config
+        optimizer = torch.optim.AdamW(
+            groups, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
+        )
+        for group in groups:
+            for p in group["params"]:
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                }
+        return optimizer
+
+    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+        state = optimizer.state[parameter]
+        return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+
+    def set_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
+    ) -> None:
+        for key, value in moments.items():
+            if optimizer.state[parameter][key] is not value:
+                optimizer.state[parameter][key].copy_(value)
+
+    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for state in optimizer.state.values():
+            state["step"].fill_(step)
+
+
+class _BitsAndBytesAdamW:
+    """8-bit and paged AdamW on plain tensors.
+
+    bitsandbytes keeps tensors below 4096 elements in 32 bits even in its 8-bit optimizers; they
+    are told apart by the type of their state.
+    """
+
+    wants_plain = True
+    _keys = (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2"))
+
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError(
+                f"train.optimizer {config.optimizer} needs bitsandbytes: "
+                "pip install 'dist_peft[bnb]', or use adamw"
+            ) from None
+        self.bnb = bitsandbytes
+        self.config = config
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        c = self.config
+        kinds = {
+            "adamw8bit": self.bnb.optim.AdamW8bit,
+            "paged_adamw": self.bnb.optim.PagedAdamW32bit,
+            "paged_adamw8bit": self.bnb.optim.PagedAdamW8bit,
+        }
+        optimizer = kinds[c.optimizer](
+            groups, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
+        )
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.numel():
+                    optimizer.init_state(group, parameter, group_index, index)
+        return optimizer
+
+    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+        if not parameter.numel():  # a rank without rows of this parameter
+            return {key: torch.zeros_like(parameter) for key, _, _ in self._keys}
+        state = optimizer.state[parameter]
+        return {
+            key: self._decode(state, name, number).view_as(parameter)
+            for key, name, number in self._keys
+        }
+
+    def set_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
+    ) -> None:
+        if not parameter.numel():
+            return
+        state = optimizer.state[parameter]
+        for key, name, number in self._keys:
+            value = moments[key].to(parameter.device).reshape(state[name].shape)
+            if state[name].dtype == torch.float32:
+                state[name].copy_(value)
+                continue
+            codes, quantized = self.bnb.functional.quantize_blockwise(
+                value, code=state[f"qmap{number}"], blocksize=256
+            )
+            state[name].copy_(codes)
+            state[f"absmax{number}"].copy_(quantized.absmax)
+
+    def _decode(self, state: dict[str, Any], name: str, number: str) -> Tensor:
+        codes: Tensor = state[name]
+        if codes.dtype == torch.float32:
+            return codes.clone()
+        return self.bnb.functional.dequantize_blockwise(
+            codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+        )
+
+    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for state in optimizer.state.values():
+            state["step"] = step

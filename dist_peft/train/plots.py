@@ -1,0 +1,187 @@
+"""Curves of a run as PNG images, drawn from the records of ``metrics.jsonl``.
+
+matplotlib's object interface with the Agg canvas: no display, no global state. Every plot exists in
+a light and a dark theme. Colours are from Okabe & Ito's palette, which colour-blind readers can
+tell apart; curves that share axes also differ in width or marker.
+"""
+
+import io
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from dist_peft.train.metrics import StepMetrics
+
+__all__ = ["PLOTS", "Plot", "Theme", "draw", "eval_points", "smooth"]
+
+Theme = Literal["light", "dark"]
+
+
+@dataclass(frozen=True)
+class _Palette:
+    background: str
+    ink: str
+    grid: str
+    main: str
+    accent: str
+    second: str
+
+
+_PALETTES: dict[str, _Palette] = {
+    "light": _Palette("#ffffff", "#333a40", "#e3e6e8", "#0072b2", "#d55e00", "#009e73"),
+    "dark": _Palette("#1c2024", "#c9d1d6", "#343b41", "#56b4e9", "#e69f00", "#2ec4a0"),
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A kind of plot.
+
+    Attributes:
+        name: short identifier, also a file name.
+        title: heading.
+        unit: label of the vertical axis.
+        size: width and height in inches.
+        paint: draws the records on axes.
+    """
+
+    name: str
+    title: str
+    unit: str
+    size: tuple[float, float]
+    paint: Callable[[Axes, Sequence[StepMetrics], _Palette], None]
+
+
+def draw(plot: Plot, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
+    """A PNG of ``plot``; ``records`` (at least one) by rising step."""
+    if not records:
+        raise ValueError(f"nothing to draw in plot {plot.name}: no records")
+    palette = _PALETTES[theme]
+    figure = Figure(figsize=plot.size, dpi=144, layout="constrained", facecolor=palette.background)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _prepare(axes, plot, palette)
+    plot.paint(axes, records, palette)
+    # a single point or a constant would otherwise get ticks between steps
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average that weighs the last ``span`` values most, without start bias.
+
+    ``y_t = sum_i a^(t-i) x_i / sum_i a^(t-i)`` with ``a = 1 - 2 / (span + 1)``, ``span >= 1``.
+    """
+    keep = 1 - 2 / (span + 1)
+    total, weight, result = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
+    """(steps done, held-out loss) of every evaluation, the one before training included."""
+    points = []
+    for record in records:
+        if record.eval_loss_before is not None:
+            points.append((record.step - 1, record.eval_loss_before))
+        if record.eval_loss is not None:
+            points.append((record.step, record.eval_loss))
+    return points
+
+
+def _prepare(axes: Axes, plot: Plot, palette: _Palette) -> None:
+    axes.set_facecolor(palette.background)
+    axes.set_title(plot.title, loc="left", color=palette.ink, fontsize=11, fontweight="bold")
+    axes.set_xlabel("optimizer step", color=palette.ink, fontsize=9)
+    axes.set_ylabel(plot.unit, color=palette.ink, fontsize=9)
+    axes.grid(color=palette.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=palette.ink, labelsize=9, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(palette.grid)
+    for offset in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
+        offset.set_color(palette.ink)
+
+
+def _line(axes: Axes, records: Sequence[StepMetrics], values: Sequence[float], colour: str) -> None:
+    """One curve over zero, with headroom.
+
+    The few points of a short run are marked; a lone one would be invisible.
+    """
+    marker = "o" if len(records) <= 20 else None
+    axes.plot([r.step for r in records], values, color=colour, lw=1.6, marker=marker, ms=4)
+    finite = [value for value in values if math.isfinite(value)]
+    axes.set_ylim(0, 1.1 * max(finite, default=0) or 1)
+
+
+def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    steps, losses = [r.step for r in records], [r.loss for r in records]
+    if len(records) < 10:
+        axes.plot(steps, losses, color=palette.main, lw=1.6, marker="o", ms=4, label="train")
+    else:
+        span = max(5.0, len(records) / 20)
+        axes.plot(steps, losses, color=palette.main, lw=0.8, alpha=0.35, label="train, each step")
+        axes.plot(
+            steps, smooth(losses, span), color=palette.main, lw=2, label="train, moving average"
+        )
+    points = eval_points(records)
+    if points:
+        axes.plot(
+            [step for step, _ in points],
+            [loss for _, loss in points],
+            color=palette.accent,
+            lw=1.2,
+            ls="--",
+            marker="D",
+            ms=5,
+            label="held out",
+        )
+    axes.legend(frameon=False, labelcolor=palette.ink, fontsize=9)
+
+
+def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    _line(axes, records, [r.lr for r in records], palette.second)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+
+
+def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    norms = [r.grad_norm for r in records]
+    _line(axes, records, norms, palette.second)
+    if min(norms) > 0 and max(norms) > 10 * statistics.median(norms):
+        axes.set_yscale("log")  # one outburst would flatten everything else
+        axes.set_ylim(min(norms) / 1.3, max(norms) * 1.3)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _paint_speed(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    _line(axes, records, [r.tokens_per_s for r in records], palette.second)
+    axes.yaxis.set_major_formatter(EngFormatter())
+
+
+def _paint_memory(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    _line(axes, records, [r.mem_peak / 2**30 for r in records], palette.second)
+
+
+_WIDE, _SMALL = (9.6, 3.8), (4.8, 2.9)
+
+PLOTS: tuple[Plot, ...] = (
+    Plot("loss", "Loss", "nats per target token", _WIDE, _paint_loss),
+    Plot("lr", "Learning rate", "learning rate", _SMALL, _paint_lr),
+    Plot("grad_norm", "Gradient norm", "L2 norm before clipping", _SMALL, _paint_grad_norm),
+    Plot("tokens_per_s", "Throughput", "target tokens / s", _SMALL, _paint_speed),
+    Plot("memory", "Peak memory so far", "GiB, fullest rank", _SMALL, _paint_memory),
+)
+"""The plots of a report, in its order."""

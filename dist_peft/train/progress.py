@@ -1,0 +1,109 @@
+"""What a person sees of a run while it trains: a bar on a terminal, plain lines elsewhere.
+
+The bar is redrawn every step. Lines appear every ``every`` steps, with the first, the last and each
+evaluation; with a bar they go to ``log.txt`` alone, evaluations excepted::
+
+    step 120/1000  loss 1.8342  lr 1.96e-04  grad 0.41  5403 tok/s  7.57 GiB  eta 0:43:12
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from dist_peft.core.log import FILE_ONLY
+from dist_peft.train.metrics import StepMetrics, format_bytes
+
+__all__ = ["Progress"]
+
+log = logging.getLogger("dist_peft")
+
+
+class Progress:
+    """Progress of a training run on rank 0; on other ranks it does nothing. A context manager."""
+
+    def __init__(
+        self,
+        total: int,
+        rank: int,
+        *,
+        first_step: int = 0,
+        every: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            total: steps of the whole run.
+            rank: this process.
+            first_step: steps done by earlier attempts.
+            every: steps between lines.
+            clock: seconds.
+        """
+        self.total = total
+        self.first_step = first_step
+        self.every = every
+        self.active = rank == 0
+        self._clock = clock
+        self._start = clock()
+        self._bar: Any = None
+        if self.active and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+
+    def update(self, record: StepMetrics) -> None:
+        """Show a step that is done."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record.loss:.4f}, lr {record.lr:.2e}, {record.tokens_per_s:.0f} tok/s",
+                refresh=False,
+            )
+            self._bar.update(record.step - self._bar.n)
+        evaluated = record.eval_loss is not None
+        ends = (self.first_step + 1, self.total)
+        if record.step % self.every == 0 or record.step in ends or evaluated:
+            hidden = self._bar is not None and not evaluated
+            log.info(self._line(record), extra=FILE_ONLY if hidden else None)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _line(self, record: StepMetrics) -> str:
+        parts = [
+            f"step {record.step}/{self.total}",
+            f"loss {record.loss:.4f}",
+            f"lr {record.lr:.2e}",
+            f"grad {record.grad_norm:.3g}",
+            f"{record.tokens_per_s:.0f} tok/s",
+            format_bytes(record.mem_peak),
+            f"eta {self._remaining(record.step)}",
+        ]
+        if record.eval_loss is not None:
+            parts.insert(2, f"eval loss {record.eval_loss:.4f}")
+        return "  ".join(parts)
+
+    def _remaining(self, step: int) -> timedelta:
+        """From the mean of this attempt's steps, evaluations and checkpoints included."""
+        done = step - self.first_step
+        seconds = (self._clock() - self._start) / max(done, 1) * (self.total - step)
+        return timedelta(seconds=round(seconds))

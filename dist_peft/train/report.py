@@ -1,0 +1,288 @@
+"""``report.html``: a finished run on one page that needs nothing else.
+
+Images are inline, there is no script and no link to elsewhere; the page follows the reader's light
+or dark setting. Numbers come from ``metrics.jsonl``, the description of the run from its
+``RunSummary``, the configuration from ``config.yaml``.
+"""
+
+import base64
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Self
+
+from jinja2 import Environment, StrictUndefined
+
+from dist_peft.core.config import RunConfig
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.metrics import METRICS_FILE, StepMetrics, format_bytes, read_metrics
+from dist_peft.train.plots import PLOTS, Plot, draw, eval_points
+
+__all__ = ["RunSummary", "Section", "write_report"]
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the metrics do not tell about a run.
+
+    Attributes:
+        model: path or hub id of the base.
+        adapter: method and its main settings.
+        base_storage: how the frozen linears are stored.
+        engine: who shards.
+        ranks: number of processes.
+        facts: further rows of the summary table, such as parameter counts.
+    """
+
+    model: str
+    adapter: str
+    base_storage: str
+    engine: str
+    ranks: int
+    facts: tuple[Row, ...] = ()
+
+    @classmethod
+    def of(cls, config: RunConfig, *, engine: str, ranks: int, facts: Iterable[Row] = ()) -> Self:
+        """From a run's configuration; ``engine``: the kind that ran, where the config says auto."""
+        adapter, base = config.adapter, config.base
+        chosen = adapter.model_dump(exclude={"kind"}, exclude_defaults=True)
+        always = adapter.model_dump(include={"r", "alpha"})
+        settings = ", ".join(_setting(key, value) for key, value in (always | chosen).items())
+        storage: str = base.compute_dtype
+        if base.quant is not None:
+            double = base.quant.kind == "nf4" and base.quant.double_quant
+            storage = (
+                f"{base.quant.kind}, {base.quant.bits} bits in groups of {base.quant.group_size}"
+                + (", double quantization" if double else "")
+            )
+        return cls(
+            model=base.path,
+            adapter=f"{adapter.kind} ({settings})" if settings else adapter.kind,
+            base_storage=storage,
+            engine=engine,
+            ranks=ranks,
+            facts=tuple(facts),
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """An optional part of the report.
+
+    Attributes:
+        title: heading.
+        rows: a table of (label, value).
+        texts: (label, text) blocks, shown with their line breaks.
+    """
+
+    title: str
+    rows: tuple[Row, ...] = ()
+    texts: tuple[Row, ...] = ()
+
+
+def write_report(run_dir: Path, summary: RunSummary, sections: Sequence[Section] = ()) -> Path:
+    """Write ``run_dir/report.html`` and return its path.
+
+    Reads ``metrics.jsonl`` and ``config.yaml`` of ``run_dir``; a part whose file or numbers do not
+    exist is left out.
+
+    Raises:
+        UserError: ``metrics.jsonl`` is damaged, or the disk is full.
+    """
+    records = read_metrics(run_dir / METRICS_FILE)
+    config = run_dir / "config.yaml"
+    page = _TEMPLATE.render(
+        name=run_dir.resolve().name,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        headline=_headline(records),
+        tables=[("Setup", _setup_rows(summary)), ("Outcome", _outcome_rows(records))],
+        plots=[_inline(plot, records) for plot in PLOTS] if records else [],
+        sections=sections,
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+    )
+    path = run_dir / "report.html"
+    atomic_write(path, page)
+    return path
+
+
+def _headline(records: Sequence[StepMetrics]) -> str:
+    """The run in one sentence."""
+    if not records:
+        return "No step has been recorded."
+    points = eval_points(records)
+    steps = _plural(records[-1].step, "step")
+    if len(points) > 1:
+        (start, before), (end, after) = points[0], points[-1]
+        return f"Held-out loss {before:.4f} at step {start:,}, {after:.4f} at step {end:,}."
+    if len(records) == 1:
+        return f"Training loss {records[0].loss:.4f} after {steps}."
+    return f"Training loss {records[0].loss:.4f} at first, {records[-1].loss:.4f} after {steps}."
+
+
+def _setup_rows(summary: RunSummary) -> list[Row]:
+    return [
+        ("Base model", summary.model),
+        ("Base storage", summary.base_storage),
+        ("Adapter", summary.adapter),
+        ("Engine", summary.engine),
+        ("Ranks", str(summary.ranks)),
+        *summary.facts,
+    ]
+
+
+def _outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
+    if not records:
+        return [("Steps", "0")]
+    first, last, points = records[0], records[-1], eval_points(records)
+    seconds = sum(_seconds(r) for r in records)
+    tokens = sum(r.tokens for r in records)
+    rows = [
+        ("Steps", f"{last.step:,}"),
+        ("Target tokens", f"{tokens:,}"),
+        ("Time in steps", str(timedelta(seconds=round(seconds)))),
+        ("Training loss, first step", f"{first.loss:.4f}"),
+    ]
+    if len(records) > 1:
+        rows.append(("Training loss, last step", f"{last.loss:.4f}"))
+    if points:
+        rows.append((f"Held-out loss at step {points[0][0]:,}", f"{points[0][1]:.4f}"))
+    if len(points) > 1:
+        rows.append((f"Held-out loss at step {points[-1][0]:,}", f"{points[-1][1]:.4f}"))
+        best = min(points, key=lambda point: point[1])
+        if best not in (points[0], points[-1]):
+            rows.append(("Best held-out loss", f"{best[1]:.4f} at step {best[0]:,}"))
+    speed = statistics.median(r.tokens_per_s for r in records)
+    gathered = statistics.median(r.bytes_gathered for r in records)
+    return [
+        *rows,
+        ("Throughput (median)", f"{speed:,.0f} target tokens/s"),
+        ("Peak memory (fullest rank)", format_bytes(max(r.mem_peak for r in records))),
+        ("Gathered per step and rank", format_bytes(gathered)),
+    ]
+
+
+def _seconds(record: StepMetrics) -> float:
+    if record.seconds is not None:
+        return record.seconds
+    return record.tokens / record.tokens_per_s if record.tokens_per_s else 0.0
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _setting(key: str, value: object) -> str:
+    """``r 16``, ``use_dora``, ``target_modules q_proj v_proj``."""
+    if value is True:
+        return key
+    if isinstance(value, list):
+        value = " ".join(str(item) for item in value)
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def _inline(plot: Plot, records: Sequence[StepMetrics]) -> dict[str, str]:
+    """The plot in both themes as data URIs."""
+    images = {
+        "light": draw(plot, records, "light"),
+        "dark": draw(plot, records, "dark"),
+    }
+    inline = {
+        theme: "data:image/png;base64," + base64.b64encode(image).decode()
+        for theme, image in images.items()
+    }
+    return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
+
+
+_TEMPLATE = Environment(
+    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+).from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ name }}: training report</title>
+<style>
+:root { --page: #f5f6f7; --card: #ffffff; --ink: #22282d; --soft: #5c666e; --rule: #e3e6e8; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171a; --card: #1c2024; --ink: #e2e7ea; --soft: #9aa5ad; --rule: #343b41; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1rem 3rem; max-width: 64rem; background: var(--page);
+       color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
+h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
+h3 { margin: 1rem 0 .3rem; font-size: .95rem; color: var(--soft); }
+header p, footer p { margin: .3rem 0 1.5rem; color: var(--soft); }
+section, details { margin: 1rem 0; padding: 1rem 1.25rem; background: var(--card);
+                   border: 1px solid var(--rule); border-radius: 8px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+        gap: 1rem; margin: 1rem 0; }
+.pair > section { margin: 0; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 0; border-top: 1px solid var(--rule); vertical-align: top; }
+tr:first-child > * { border-top: 0; }
+th { padding-right: 1rem; text-align: left; font-weight: normal; color: var(--soft); }
+td { text-align: right; overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+         gap: .5rem; }
+.plots picture:first-child { grid-column: 1 / -1; }
+img { display: block; width: 100%; height: auto; }
+pre { margin: 0; padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+      background: var(--page); border-radius: 6px; font: .85rem/1.5 ui-monospace, monospace; }
+summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; }
+details pre { margin-top: .8rem; }
+</style>
+</head>
+<body>
+<header>
+<h1>{{ name }}</h1>
+<p>{{ headline }}</p>
+</header>
+<div class="pair">
+{% for title, rows in tables %}
+<section><h2>{{ title }}</h2>
+<table>
+{% for label, value in rows %}
+<tr><th scope="row">{{ label }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table></section>
+{% endfor %}
+</div>
+{% if plots %}
+<section class="plots" aria-label="Curves">
+{% for plot in plots %}
+<picture><source media="(prefers-color-scheme: dark)" srcset="{{ plot.dark }}">
+<img alt="{{ plot.title }}" src="{{ plot.light }}"></picture>
+{% endfor %}
+</section>
+{% endif %}
+{% for section in sections %}
+<section><h2>{{ section.title }}</h2>
+{% if section.rows %}
+<table>
+{% for label, value in section.rows %}
+<tr><th scope="row">{{ label }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
+{% for label, text in section.texts %}
+<h3>{{ label }}</h3>
+<pre>{{ text }}</pre>
+{% endfor %}
+</section>
+{% endfor %}
+{% if config is not none %}
+<details><summary>Resolved configuration</summary>
+<pre>{{ config }}</pre>
+</details>
+{% endif %}
+<footer><p>Written {{ written }} by dist_peft.</p></footer>
+</body>
+</html>
+""")

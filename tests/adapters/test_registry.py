@@ -1,0 +1,14 @@
+import torch
+
+from dist_peft.adapters.lora_method import LoraAdapter
+from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.registry import make_adapter
+from dist_peft.core.config import LoraConfig, NoAdapterConfig
+
+
+def test_kinds() -> None:
+    lora = make_adapter(LoraConfig(r=3), seed=5, arithmetic=torch.bfloat16)
+    assert isinstance(lora, LoraAdapter)
+    assert (lora.config.r, lora.seed, lora.arithmetic) == (3, 5, torch.bfloat16)
+    none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
+    assert isinstance(none, NoAdapter)

@@ -1,0 +1,14 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The directory of real data and the stories260K model; set DIST_PEFT_DATA to move it."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    directory = Path(os.environ.get("DIST_PEFT_DATA", default))
+    if not directory.is_dir():
+        pytest.skip(f"no data directory {directory} (set DIST_PEFT_DATA)")
+    return directory

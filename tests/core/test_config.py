@@ -1,0 +1,148 @@
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from dist_peft.core.config import (
+    BaseConfig,
+    DataConfig,
+    DataSource,
+    LoraConfig,
+    NoAdapterConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.errors import UserError
+
+LEAST: dict[str, Any] = {"base": {"path": "model"}, "data": {"train": ["a.jsonl"]}}
+
+
+def _config(**sections: Any) -> RunConfig:
+    return parse_config({**LEAST, **sections})
+
+
+def _sections(model: type[BaseModel] = RunConfig) -> list[type[BaseModel]]:
+    found = [model]
+    for child in model.__subclasses__():
+        found += _sections(child)
+    return found
+
+
+def test_only_two_keys_have_no_default() -> None:
+    config = _config()
+    assert config.base == BaseConfig(path="model")
+    assert config.base.quant == QuantConfig()
+    assert config.adapter == LoraConfig()
+    assert config.data.train == [DataSource(path="a.jsonl")]
+    assert config.train == TrainConfig()
+    assert config.resume == "auto"
+    with pytest.raises(UserError, match="key base is required; key data is required"):
+        parse_config({})
+    with pytest.raises(UserError, match=r"key base.path is required; key data.train is required"):
+        parse_config({"base": {}, "data": {}})
+
+
+@pytest.mark.parametrize("section", _sections(RunConfig.__mro__[1]), ids=lambda s: s.__name__)
+def test_every_key_has_a_description_and_every_section_a_docstring(
+    section: type[BaseModel],
+) -> None:
+    if section.__name__ == "_Section":
+        return
+    assert section.__doc__
+    undescribed = [
+        name
+        for name, info in section.model_fields.items()
+        if not info.description and name != "kind" and not _is_section(info.annotation)
+    ]
+    assert undescribed == []
+
+
+def _is_section(annotation: Any) -> bool:
+    text = str(annotation)
+    return "Config" in text
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = _config()
+    for section, key in [(config, "resume"), (config.train, "lr"), (config.base.quant, "bits")]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 3)
+    with pytest.raises(ValidationError, match="frozen"):
+        del config.train.lr
+
+
+def test_a_source_may_be_a_bare_path_or_a_single_entry() -> None:
+    wanted = [DataSource(path="a.jsonl")]
+    for given in ("a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]):
+        config = _config(data={"train": given, "eval": given})
+        assert config.data.train == wanted
+        assert config.data.eval == wanted
+    mixed = _config(data={"train": ["a.jsonl", {"path": "b.csv", "limit": 3}]})
+    assert mixed.data.train == [*wanted, DataSource(path="b.csv", limit=3)]
+
+
+def test_the_paths_given_are_not_changed_in_place() -> None:
+    tree = {"train": ["a.jsonl"]}
+    DataConfig.model_validate(tree)
+    assert tree == {"train": ["a.jsonl"]}
+
+
+def test_no_quantization_and_no_adapter() -> None:
+    config = _config(base={"path": "m", "quant": None}, adapter={"kind": "none"})
+    assert config.base.quant is None
+    assert config.adapter == NoAdapterConfig()
+
+
+def test_an_adapter_without_kind_is_lora() -> None:
+    assert _config(adapter={"r": 8}).adapter == LoraConfig(r=8)
+    assert _config(adapter={}).adapter == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"base": {"path": "m", "quant": {"bits": 3}}},
+            "key base.quant: nf4 has 4 bits, not 3; use kind: int",
+        ),
+        (
+            {"base": {"path": "m", "quant": {"group_size": 12}}},
+            "key base.quant: group_size 12 is not a multiple of 8",
+        ),
+        ({"base": {"path": "m", "quant": {"group_size": 0}}}, "greater than or equal to 8"),
+        ({"base": {"path": "m", "quant": {"kind": "int", "bits": 5}}}, "key base.quant.bits: "),
+        ({"data": {"train": []}}, "key data.train: List should have at least 1 item"),
+        ({"data": {"train": ["a"], "seq_len": 4}}, "key data.seq_len: "),
+        (
+            {"train": {"steps": 3, "epochs": 1}},
+            "key train: give train.steps or train.epochs, not both",
+        ),
+        ({"train": {"steps": 0}}, "key train.steps: "),
+        ({"train": {"lr": 0}}, "key train.lr: Input should be greater than 0 (given: 0)"),
+        ({"train": {"lr": float("inf")}}, "key train.lr: Input should be a finite number"),
+        ({"train": {"warmup": float("nan")}}, "key train.warmup: Input should be a finite"),
+        ({"train": {"betas": [0.9, 1.0]}}, "key train.betas.1: Input should be less than 1"),
+        ({"train": {"betas": [0.9]}}, "key train.betas"),
+        ({"train": {"min_lr_ratio": 1.5}}, "key train.min_lr_ratio: "),
+        ({"adapter": {"dropout": 1.0}}, "key adapter.dropout: Input should be less than 1"),
+        ({"adapter": {"r": 0}}, "key adapter.r: "),
+        ({"adapter": {"rank_pattern": {"q_proj": 0}}}, "key adapter.rank_pattern.q_proj: "),
+        ({"adapter": {"alpha_pattern": {"q_proj": 0}}}, "key adapter.alpha_pattern.q_proj: "),
+        ({"adapter": {"kind": "lorra"}}, "key adapter: Input tag 'lorra'"),
+        ({"engine": {"shard_group": 0}}, "key engine.shard_group: "),
+        ({"engine": {"shard_group": "rack"}}, "key engine.shard_group: Input should be 'all'"),
+        ({"engine": {"kind": "zero4"}}, "key engine.kind: "),
+        ({"save": {"keep": 0}}, "key save.keep: "),
+    ],
+)
+def test_values_that_are_refused(sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _config(**sections)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("group", ["all", "node", 1, 8])
+def test_shard_groups(group: Any) -> None:
+    assert _config(engine={"shard_group": group}).engine.shard_group == group

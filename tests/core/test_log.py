@@ -1,0 +1,109 @@
+"""What rank 0 and the others show, in which place."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import FILE_ONLY, close_log, setup_log
+
+log = logging.getLogger("dist_peft")
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_log()
+
+
+def test_rank_0_writes_plain_lines_to_stderr_and_dated_ones_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_log(tmp_path / "new" / "run", rank=0, world_size=1)
+    log.debug("hidden")
+    log.info("loading %d tensors", 7)
+    log.warning("slow disk")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "loading 7 tensors\nwarning: slow disk\n"
+    lines = (tmp_path / "new" / "run" / "log.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO loading 7 tensors", lines[0])
+    assert lines[1].endswith(" WARNING slow disk")
+
+
+def test_other_ranks_show_only_warnings_with_their_rank_and_write_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_log(tmp_path, rank=3, world_size=4)
+    log.info("hidden")
+    log.warning("late")
+    assert capsys.readouterr().err == "[rank 3] warning: late\n"
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_setting_up_again_neither_doubles_lines_nor_loses_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_log(None, rank=0, world_size=2)
+    log.info("early")
+    for _ in range(2):
+        setup_log(tmp_path, rank=0, world_size=2)
+        log.info("hello")
+    assert capsys.readouterr().err.splitlines() == ["early", "hello", "hello"]
+    assert (tmp_path / "log.txt").read_text().count("hello") == 2
+
+
+def test_no_second_copy_through_the_root_logger(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.StreamHandler()
+    logging.getLogger().addHandler(root)
+    try:
+        setup_log(None, rank=0, world_size=1)
+        log.info("once")
+    finally:
+        logging.getLogger().removeHandler(root)
+    assert capsys.readouterr().err.count("once") == 1
+
+
+def test_file_only_records_skip_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_log(tmp_path, rank=0, world_size=1)
+    log.info("step 1", extra=FILE_ONLY)
+    assert capsys.readouterr().err == ""
+    assert "step 1" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_line_lifts_the_bar_out_of_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_log(None, rank=0, world_size=1)
+    with tqdm(total=3, desc="bar", mininterval=0) as bar:
+        bar.update()
+        log.info("between")
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert "between" in lines  # a line of its own, not glued to the bar
+    assert lines[-2].startswith("bar")
+
+
+def test_close_restores_the_logger_and_leaves_other_handlers(tmp_path: Path) -> None:
+    foreign = logging.NullHandler()
+    log.addHandler(foreign)
+    try:
+        setup_log(tmp_path, rank=0, world_size=1)
+        assert not log.propagate
+        close_log()
+        close_log()
+        assert log.handlers == [foreign]
+        assert log.propagate
+        assert log.level == logging.NOTSET
+    finally:
+        log.removeHandler(foreign)
+
+
+def test_unwritable_directory_names_file_and_key(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"run/log\.txt.*save\.dir"):
+        setup_log(tmp_path / "run", rank=0, world_size=1)

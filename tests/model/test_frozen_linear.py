@@ -1,0 +1,87 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_peft.core.config import QuantConfig
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.codec import Codec, make_codec
+
+CODECS = {
+    "raw": make_codec(None, torch.float32),
+    "int4": make_codec(QuantConfig(kind="int", bits=4, group_size=16), torch.float32),
+    "nf4": make_codec(QuantConfig(), torch.float32),
+}
+
+
+def linear(codec: Codec, bias: bool, bias_dtype: torch.dtype = torch.float32) -> FrozenLinear:
+    generator = torch.Generator().manual_seed(0)
+    layer = FrozenLinear(
+        48, 20, codec, bias=bias, bias_dtype=bias_dtype, source="a.weight", device="cpu"
+    )
+    layer.packed.data = codec.encode(torch.randn(20, 48, generator=generator))
+    if layer.bias is not None:
+        layer.bias.data = torch.randn(20, generator=generator).to(bias_dtype)
+    return layer
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_equals_a_dense_linear(codec: Codec, bias: bool) -> None:
+    layer, x = linear(codec, bias), inputs()
+    weight = layer.decoded(torch.float32)
+    assert weight.shape == (20, 48)
+    y = layer(x)
+    y.square().sum().backward()
+    reference = inputs()
+    expected = F.linear(reference, weight, layer.bias)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, reference.grad)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_output_has_the_type_of_the_input(bias_dtype: torch.dtype) -> None:
+    layer = linear(CODECS["int4"], True, bias_dtype)
+    assert layer(inputs(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_everything_is_a_frozen_parameter(bias: bool) -> None:
+    layer = linear(CODECS["int4"], bias)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    packed = (20, CODECS["int4"].row_bytes(48))
+    assert shapes == ({"packed": packed, "bias": (20,)} if bias else {"packed": packed})
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert layer.packed.dtype == torch.uint8
+    assert not list(layer.buffers())
+
+
+def test_is_built_on_meta() -> None:
+    layer = FrozenLinear(
+        1024,
+        4096,
+        CODECS["nf4"],
+        bias=True,
+        bias_dtype=torch.bfloat16,
+        source="model.q.weight",
+        device="meta",
+    )
+    assert all(p.is_meta for p in layer.parameters())
+    assert layer.source == "model.q.weight"
+    assert not layer.is_head
+    assert "in_features=1024, out_features=4096, codec=nf4, bias=True" in repr(layer)
+
+
+def test_reads_the_parameter_as_it_is_then() -> None:
+    """Engines free and refill storage between forward and backward."""
+    layer, x = linear(CODECS["int4"], False), inputs()
+    loss = layer(x).sum()
+    layer.packed.data.copy_(CODECS["int4"].encode(torch.ones(20, 48)))
+    loss.backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 20.0), rtol=1e-3, atol=0)

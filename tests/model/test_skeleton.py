@@ -1,0 +1,191 @@
+"""Skeletons and loading for every family: same logits, same buffers, as the model itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_peft.core.config import BaseConfig, QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.attention import model_inputs
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import Skeleton, build_skeleton
+from dist_peft.store.reader import RowReader
+from tests.tiny_models import CONFIGS, save_model
+
+CPU = torch.device("cpu")
+
+
+def load(directory: Path, **changes: Any) -> Skeleton:
+    fields = {"path": str(directory), "quant": None, "compute_dtype": "float32"} | changes
+    skeleton = build_skeleton(BaseConfig(**fields), directory)
+    engine = SingleEngine(CPU)
+    engine.shard(skeleton.model, skeleton.blocks)
+    with RowReader(skeleton.index) as reader:
+        load_model(skeleton.model, reader, engine, torch.float32, CPU)
+    return skeleton
+
+
+def logits(model: Any, **inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_same_logits_as_the_model_itself(family: str, tmp_path: Path) -> None:
+    original = save_model(CONFIGS[family], tmp_path)
+    skeleton = load(tmp_path)
+    torch.testing.assert_close(
+        logits(skeleton.model, input_ids=IDS), logits(original, input_ids=IDS), rtol=0, atol=1e-6
+    )
+    buffers = dict(original.named_buffers())
+    assert dict(skeleton.model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in skeleton.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    assert len(skeleton.blocks) == 2
+    assert not any(p.requires_grad for p in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_documents_do_not_see_each_other(family: str, tmp_path: Path) -> None:
+    """Whatever isolates documents in a family, it does."""
+    save_model(CONFIGS[family], tmp_path)
+    model = load(tmp_path).model
+    lengths = [9, 11, 4]
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    packed = logits(model, **model_inputs(model, IDS, positions))
+    for part, ids in zip(packed.split(lengths, 1), IDS.split(lengths, 1), strict=True):
+        torch.testing.assert_close(part, logits(model, input_ids=ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("quant", [QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)])
+def test_quantized_linears_are_those_of_the_codec(
+    family: str, quant: QuantConfig, tmp_path: Path
+) -> None:
+    """Linears inside the blocks are encoded; the rest keeps the file's values."""
+    original = save_model(CONFIGS[family], tmp_path)
+    skeleton = load(tmp_path, quant=quant)
+    state = original.state_dict()
+    linears = [m for m in skeleton.model.modules() if isinstance(m, FrozenLinear)]
+    assert linears
+    with torch.no_grad():
+        for module in linears:
+            weight = state[module.source]
+            if not module.is_head:
+                weight = module.codec.decode(
+                    module.codec.encode(weight), module.in_features, torch.float32
+                )
+            assert torch.equal(module.decoded(torch.float32), weight)
+            original.get_parameter(module.source).copy_(weight)
+    torch.testing.assert_close(
+        logits(skeleton.model, input_ids=IDS), logits(original, input_ids=IDS), rtol=0, atol=1e-6
+    )
+
+
+def test_sharded_checkpoint_and_bf16(tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"], tmp_path, dtype=torch.bfloat16, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    skeleton = load(tmp_path, compute_dtype="float32")
+    torch.testing.assert_close(
+        logits(skeleton.model, input_ids=IDS),
+        logits(tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), input_ids=IDS),
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+def test_tied_embedding_is_one_parameter(tmp_path: Path) -> None:
+    save_model(CONFIGS["qwen3"], tmp_path)
+    skeleton = load(tmp_path)
+    assert skeleton.tied
+    model = skeleton.model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_headless_names(tmp_path: Path) -> None:
+    """Checkpoints saved from the model without head lack the leading ``model.``."""
+    original = save_model(CONFIGS["qwen3"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stripped = {name.removeprefix("model."): t for name, t in tensors.items()}
+    save_file(stripped, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    skeleton = load(tmp_path)
+    torch.testing.assert_close(
+        logits(skeleton.model, input_ids=IDS), logits(original, input_ids=IDS), rtol=0, atol=1e-6
+    )
+
+
+class TestRefuses:
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> Path:
+        save_model(CONFIGS["llama"], tmp_path)
+        return tmp_path
+
+    def edit(self, directory: Path, **changes: Any) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+    def test_unknown_type(self, directory: Path) -> None:
+        self.edit(directory, model_type="lama")
+        with pytest.raises(UserError, match=r"config\.json.*lama"):
+            load(directory)
+
+    def test_no_config(self, directory: Path) -> None:
+        (directory / "config.json").unlink()
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            load(directory)
+
+    def test_wrong_shape(self, directory: Path) -> None:
+        self.edit(directory, hidden_size=128)
+        with pytest.raises(UserError, match=r"has shape .* but config\.json asks for"):
+            load(directory)
+
+    def test_absent_tensor(self, directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"lacks 1 tensors .* such as model\.norm\.weight"):
+            load(directory)
+
+    def test_integer_weights(self, directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.int8)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"{name}.*not a floating-point type"):
+            load(directory)
+
+    def test_quantized_base(self, directory: Path) -> None:
+        self.edit(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+        with pytest.raises(UserError, match="already quantized"):
+            load(directory)
+
+    def test_encoder_decoder(self, tmp_path: Path) -> None:
+        tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
+        ).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="cannot build a causal LM of type 't5'"):
+            load(tmp_path)
+
+    def test_nan(self, directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight.*finite"):
+            load(directory, quant=QuantConfig())
+
+    def test_missing_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="nowhere"):
+            load(tmp_path / "nowhere")
+        shutil.rmtree(tmp_path)

@@ -1,0 +1,180 @@
+"""Affine integers against a scalar reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_peft.quant.affine import AffineCodec, AffineParts
+
+WIDTHS = (2, 3, 4, 8)
+
+
+def reference(row: list[float], bits: int, group_size: int) -> list[tuple[list[int], float, float]]:
+    """(codes, scale, zero) of each group, by the formula of the module, in scalar float32."""
+    top, groups = 2**bits - 1, []
+    for start in range(0, len(row), group_size):
+        group = [np.float32(w) for w in row[start : start + group_size]]
+        group += [np.float32(0)] * (group_size - len(group))
+        low, high = min(np.float32(0), *group), max(np.float32(0), *group)
+        exact = max((high - low) / np.float32(top), np.float32(2.0**-24))
+        scale = np.float32(np.float16(exact if high > low else 1.0))
+        zero = np.clip(np.rint(-low / scale), 0, top)
+        codes = [int(np.clip(np.rint(w / scale) + zero, 0, top)) for w in group]
+        groups.append((codes, float(scale), float(zero)))
+    return groups
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    bits=st.sampled_from(WIDTHS),
+    group_size=st.sampled_from((8, 24, 32, 64)),
+    row=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=150),
+)
+def test_equals_the_scalar_formula(bits: int, group_size: int, row: list[float]) -> None:
+    codec = AffineCodec(bits, group_size)
+    packed = codec.encode(torch.tensor([row]))
+    codes, scale, zero = codec.split(packed, len(row))
+    expected = reference(row, bits, group_size)
+    assert codes[0].tolist() == [code for group in expected for code in group[0]]
+    assert scale[0].tolist() == [group[1] for group in expected]
+    assert zero[0].tolist() == [group[2] for group in expected]
+    decoded = codec.decode(packed, len(row), torch.float32)[0]
+    values = [
+        np.float32(code - zero) * np.float32(scale)
+        for group, scale, zero in expected
+        for code in group
+    ]
+    assert decoded.tolist() == [float(v) for v in values[: len(row)]]
+
+
+def weight_of(seed: int, rows: int, in_features: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, in_features, generator=generator) * 0.05
+    weight[0] = weight[0].abs()  # one-sided ranges
+    weight[1] = -weight[1].abs() - 0.5
+    return weight
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group_size", [8, 64])
+def test_error_bounds(bits: int, group_size: int) -> None:
+    weight = weight_of(bits, 16, 256)
+    codec = AffineCodec(bits, group_size)
+    packed = codec.encode(weight)
+    decoded = codec.decode(packed, 256, torch.float32)
+    _, scale, zero = (part.float().unsqueeze(-1) for part in codec.split(packed, 256))
+    groups = weight.view(16, -1, group_size)
+    error = (decoded.view_as(groups) - groups).abs()
+    top = 2**bits - 1
+    outside = torch.relu(groups - (top - zero) * scale) + torch.relu(-zero * scale - groups)
+    assert (error <= scale / 2 * 1.00001 + outside).all()
+    assert (outside <= scale * (0.5 + top / 2048) * 1.00001).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_zero_weights_decode_to_zero(bits: int) -> None:
+    weight = weight_of(bits, 8, 128)
+    weight[:, ::5] = 0
+    codec = AffineCodec(bits, 32)
+    decoded = codec.decode(codec.encode(weight), 128, torch.float32)
+    assert decoded[:, ::5].eq(0).all()
+
+
+def test_a_group_of_zeros_has_scale_one() -> None:
+    codec = AffineCodec(4, 8)
+    codes, scale, zero = codec.split(codec.encode(torch.zeros(1, 16)), 16)
+    assert codes.eq(0).all()
+    assert scale.eq(1).all()
+    assert zero.eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-9, 2e-7, 1e-5])
+def test_tiny_groups_lose_at_most_a_fp16_subnormal(size: float) -> None:
+    weight = torch.linspace(-1, 1, 64).mul(size).view(1, 64)
+    for bits in WIDTHS:
+        codec = AffineCodec(bits, 64)
+        decoded = codec.decode(codec.encode(weight), 64, torch.float32)
+        bound = max(2 * size / (2**bits - 1), 2.0**-24 * 2**bits)
+        assert (decoded - weight).abs().max() <= bound
+
+
+def test_a_range_beyond_fp16_scales_is_refused() -> None:
+    weight = torch.zeros(1, 64)
+    weight[0, 3] = 3e5
+    with pytest.raises(ValueError, match=r"3e\+05 apart need a scale beyond float16 for 2 bits"):
+        AffineCodec(2, 64).encode(weight)
+    decoded = AffineCodec(8, 64).decode(AffineCodec(8, 64).encode(weight), 64, torch.float32)
+    assert abs(decoded[0, 3] - 3e5) < 200
+    weight[0, 4] = -3.4e38
+    with pytest.raises(ValueError, match="beyond float16"):
+        AffineCodec(8, 64).encode(weight)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    bits=st.sampled_from(WIDTHS),
+    group_size=st.sampled_from((8, 32, 40)),
+    rows=st.integers(0, 4),
+    in_features=st.integers(1, 130),
+)
+def test_split_and_join_are_inverse(
+    bits: int, group_size: int, rows: int, in_features: int
+) -> None:
+    weight = torch.randn(rows, in_features)
+    codec = AffineCodec(bits, group_size)
+    packed = codec.encode(weight)
+    parts = codec.split(packed, in_features)
+    groups = -(-in_features // group_size)
+    assert parts.codes.shape == (rows, groups * group_size)
+    assert parts.scale.dtype == parts.zero.dtype == torch.float16
+    assert torch.equal(codec.join(parts, in_features), packed)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_are_one_dense_stream_at_the_start_of_the_row(bits: int) -> None:
+    weight = torch.randn(2, 64)
+    codec = AffineCodec(bits, 32)
+    packed = codec.encode(weight)
+    codes, scale, zero = codec.split(packed, 64)
+    stream = sum(int(code) << (bits * i) for i, code in enumerate(codes[1]))
+    assert bytes(packed[1, : 8 * bits].tolist()) == stream.to_bytes(8 * bits, "little")
+    halves = packed[1, 8 * bits :].clone().view(torch.float16)
+    assert torch.equal(halves, torch.cat((scale[1], zero[1])))
+
+
+def test_payload_is_aligned_for_3_bits_in_small_groups() -> None:
+    codec = AffineCodec(3, 8)
+    assert codec.row_bytes(8) == 4 + 4
+    packed = codec.encode(torch.linspace(-1, 1, 8).view(1, 8))
+    assert packed[0, 3] == 0
+
+
+def test_fractional_zeros_decode_as_written() -> None:
+    codec = AffineCodec(4, 32)
+    codes, scale, zero = codec.split(codec.encode(torch.randn(3, 64)), 64)
+    moved = zero.float() + 0.375
+    packed = codec.join(AffineParts(codes, scale, moved), 64)
+    decoded = codec.decode(packed, 64, torch.float32)
+    expected = (
+        codes.view(3, 2, 32) - moved.half().float().unsqueeze(-1)
+    ) * scale.float().unsqueeze(-1)
+    assert torch.equal(decoded, expected.view(3, 64))
+
+
+def test_join_refuses_what_does_not_fit() -> None:
+    codec = AffineCodec(4, 32)
+    codes, scale, zero = codec.split(codec.encode(torch.randn(3, 64)), 64)
+    with pytest.raises(ValueError, match="codes, scale, zero of int4 are"):
+        codec.join(AffineParts(codes[:, :32], scale, zero), 64)
+    with pytest.raises(ValueError, match="code 16 does not fit into 4 bits"):
+        codec.join(AffineParts(torch.full_like(codes, 16), scale, zero), 64)
+
+
+def test_parameters_are_checked() -> None:
+    with pytest.raises(ValueError, match="bits is 2, 3, 4 or 8, not 5"):
+        AffineCodec(5)
+    with pytest.raises(ValueError, match="group_size 12 is not"):
+        AffineCodec(4, 12)

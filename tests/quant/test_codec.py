@@ -1,0 +1,244 @@
+"""What every codec promises, and raw rows."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_peft.core.config import QuantConfig
+from dist_peft.quant import rows
+from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.codec import Codec, RawCodec, make_codec
+from dist_peft.quant.nf4 import Nf4Codec
+
+QUANTIZING: list[Codec] = [
+    Nf4Codec(),
+    Nf4Codec(64, double_quant=False),
+    Nf4Codec(8),
+    Nf4Codec(24),
+    AffineCodec(2, 32),
+    AffineCodec(3, 8),
+    AffineCodec(3, 64),
+    AffineCodec(4, 40),
+    AffineCodec(8, 128),
+]
+RAW: list[Codec] = [RawCodec(torch.bfloat16), RawCodec(torch.float16), RawCodec(torch.float32)]
+CODECS = QUANTIZING + RAW
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def weights(num_rows: int, in_features: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Gaussian rows of very different size, some of them zero in part."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_rows, in_features, generator=generator)
+    weight *= 10.0 ** torch.randint(-4, 3, (num_rows, 1), generator=generator)
+    weight[:, : in_features // 3] *= torch.randint(0, 2, (num_rows, 1), generator=generator)
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@settings(deadline=None, max_examples=40)
+@given(
+    num_rows=st.integers(0, 6),
+    in_features=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(FLOATS),
+    data=st.data(),
+)
+def test_is_row_local_bit_for_bit(
+    codec: Codec,
+    num_rows: int,
+    in_features: int,
+    seed: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
+) -> None:
+    start = data.draw(st.integers(0, num_rows))
+    stop = data.draw(st.integers(start, num_rows))
+    weight = weights(num_rows, in_features, seed, dtype)
+    packed = codec.encode(weight)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (num_rows, codec.row_bytes(in_features))
+    assert torch.equal(packed[start:stop], codec.encode(weight[start:stop]))
+    for wanted in FLOATS:
+        decoded = codec.decode(packed, in_features, wanted)
+        assert decoded.dtype == wanted
+        assert decoded.shape == weight.shape
+        part = codec.decode(packed[start:stop], in_features, wanted)
+        assert torch.equal(decoded[start:stop], part)
+
+
+@pytest.mark.parametrize("codec", QUANTIZING, ids=str)
+def test_does_not_depend_on_chunks(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(37, 200, 1, torch.float32)
+    packed = codec.encode(weight)
+    decoded = codec.decode(packed, 200, torch.bfloat16)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1000)
+    assert torch.equal(codec.encode(weight), packed)
+    assert torch.equal(codec.decode(packed, 200, torch.bfloat16), decoded)
+
+
+@pytest.mark.parametrize("codec", QUANTIZING, ids=str)
+def test_temporaries_are_bounded(codec: Codec) -> None:
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out._base is None:
+                self.num_bytes = max(self.num_bytes, out.nbytes)
+            return out
+
+    weight = torch.randn(2048, 4096, dtype=torch.bfloat16)  # 32 MiB as float32
+    with Largest() as encoding:
+        packed = codec.encode(weight)
+    assert encoding.num_bytes <= max(packed.nbytes, 4 * rows.CHUNK_ELEMENTS)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_half_types_give_the_bytes_of_their_float32_values(codec: Codec) -> None:
+    weight = weights(9, 130, 2, torch.bfloat16)
+    assert torch.equal(codec.encode(weight), codec.encode(weight.float()))
+
+
+@pytest.mark.parametrize("codec", QUANTIZING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_are_the_float32_result_rounded(codec: Codec, dtype: torch.dtype) -> None:
+    packed = codec.encode(weights(9, 130, 3, torch.float32))
+    assert torch.equal(
+        codec.decode(packed, 130, dtype), codec.decode(packed, 130, torch.float32).to(dtype)
+    )
+
+
+@pytest.mark.parametrize("codec", QUANTIZING, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_refused(codec: Codec, bad: float) -> None:
+    weight = torch.zeros(4, 300, dtype=torch.float16)
+    weight[2, 257] = bad
+    with pytest.raises(ValueError, match="not finite: NaN or infinity in row 2, columns"):
+        codec.encode(weight)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_leaves_its_input_alone(codec: Codec) -> None:
+    weight = weights(5, 128, 4, torch.float32).requires_grad_()
+    before = weight.detach().clone()
+    packed = codec.encode(weight)
+    assert not packed.requires_grad
+    copy = packed.clone()
+    codec.decode(packed, 128, torch.float32)
+    assert torch.equal(weight, before)
+    assert torch.equal(packed, copy)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_decodes_from_any_alignment(codec: Codec) -> None:
+    weight = weights(5, 100, 5, torch.float32)
+    packed = codec.encode(weight)
+    buffer = torch.zeros(packed.numel() + 1, dtype=torch.uint8)
+    shifted = buffer[1:].view(packed.shape)
+    shifted.copy_(packed)
+    decoded = codec.decode(packed, 100, torch.float32)
+    assert torch.equal(codec.decode(shifted, 100, torch.float32), decoded)
+    assert torch.equal(codec.decode(shifted[3:4], 100, torch.float32), decoded[3:4])
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_zeros_stay_zeros(codec: Codec) -> None:
+    decoded = codec.decode(codec.encode(torch.zeros(3, 70)), 70, torch.float32)
+    assert torch.equal(decoded, torch.zeros(3, 70))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_wrong_tensors_are_refused(codec: Codec) -> None:
+    with pytest.raises(ValueError, match="floating-point matrix"):
+        codec.encode(torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="floating-point matrix"):
+        codec.encode(torch.zeros(4))
+    with pytest.raises(ValueError, match=f"rows of codec {codec.name} with in_features=64"):
+        codec.decode(codec.encode(torch.zeros(4, 256)), 64, torch.float32)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_is_a_value(codec: Codec) -> None:
+    twin = pickle.loads(pickle.dumps(codec))
+    assert twin == codec
+    assert hash(twin) == hash(codec)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_cuda_gives_the_same_bits(codec: Codec) -> None:
+    weight = weights(70, 300, 6, torch.bfloat16)
+    packed = codec.encode(weight)
+    assert torch.equal(codec.encode(weight.cuda()).cpu(), packed)
+    for dtype in FLOATS:
+        decoded = codec.decode(packed.cuda(), 300, dtype)
+        assert torch.equal(decoded.cpu(), codec.decode(packed, 300, dtype))
+
+
+def test_make_codec_follows_the_config() -> None:
+    assert make_codec(None, torch.float16) == RawCodec(torch.float16)
+    assert make_codec(QuantConfig(), torch.bfloat16) == Nf4Codec(64, True)
+    quant = QuantConfig(kind="nf4", group_size=128, double_quant=False)
+    assert make_codec(quant, torch.bfloat16) == Nf4Codec(128, False)
+    quant = QuantConfig(kind="int", bits=3, group_size=32)
+    assert make_codec(quant, torch.bfloat16) == AffineCodec(3, 32)
+    names = [codec.name for codec in (RawCodec(), Nf4Codec(), AffineCodec(2), AffineCodec(8))]
+    assert names == ["raw", "nf4", "int2", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [
+        (RawCodec(torch.bfloat16), 8192),
+        (RawCodec(torch.float32), 16384),
+        (Nf4Codec(64), 2048 + 8 + 64),
+        (Nf4Codec(64, double_quant=False), 2048 + 4 * 64),
+        (Nf4Codec(32), 2048 + 8 + 128),
+        (AffineCodec(8, 64), 4096 + 4 * 64),
+        (AffineCodec(4, 64), 2048 + 4 * 64),
+        (AffineCodec(3, 64), 1536 + 4 * 64),
+        (AffineCodec(2, 64), 1024 + 4 * 64),
+        (AffineCodec(2, 32), 1024 + 4 * 128),
+    ],
+    ids=str,
+)
+def test_row_bytes_of_4096_weights(codec: Codec, expected: int) -> None:
+    assert codec.row_bytes(4096) == expected
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_row_bytes_are_words(codec: Codec) -> None:
+    assert all(codec.row_bytes(n) % 4 == 0 for n in range(1, 600))
+
+
+def test_raw_decodes_without_a_copy() -> None:
+    codec = RawCodec(torch.bfloat16)
+    weight = torch.randn(6, 33, dtype=torch.bfloat16)
+    packed = codec.encode(weight)
+    decoded = codec.decode(packed, 33, torch.bfloat16)
+    assert torch.equal(decoded, weight)
+    assert decoded.data_ptr() == packed.data_ptr()
+    assert packed[:, 66:].eq(0).all()
+
+
+def test_raw_keeps_what_is_not_finite_but_refuses_overflow() -> None:
+    weight = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf]])
+    codec = RawCodec(torch.float16)
+    decoded = codec.decode(codec.encode(weight), 4, torch.float32)
+    assert torch.equal(decoded.nan_to_num(), weight.half().float().nan_to_num())
+    assert RawCodec(torch.float16).encode(torch.tensor([[65504.0, -65504.0]])).shape == (1, 4)
+    weight[0, 0] = -70000.0
+    with pytest.raises(ValueError, match=r"weight -70000 in row 0, column 0 .* torch.float16"):
+        codec.encode(weight)
+
+
+def test_raw_needs_a_float_type() -> None:
+    with pytest.raises(ValueError, match=r"floating-point type, not torch\.int8"):
+        RawCodec(torch.int8)

@@ -1,0 +1,142 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span, row_span
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+from tests.store.helpers import random_tensor, raw_bytes, tensors
+
+
+def _reader(directory: Path, content: dict[str, Tensor]) -> RowReader:
+    save_file(content, directory / "model.safetensors")
+    return RowReader(SafetensorsIndex.open(directory))
+
+
+@given(data=st.data(), content=tensors())
+def test_random_spans_equal_the_librarys_slices(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, content: dict[str, Tensor]
+) -> None:
+    directory = tmp_path_factory.mktemp("model")
+    expected_bytes = largest = 0
+    with (
+        _reader(directory, content) as reader,
+        safe_open(directory / "model.safetensors", "pt") as library,
+    ):
+        for name in content:
+            whole = library.get_tensor(name)
+            assert raw_bytes(reader.read(name)) == raw_bytes(whole)
+            assert reader.read(name).shape == whole.shape
+            expected_bytes += 2 * whole.nbytes
+            largest = max(largest, whole.nbytes)
+            if whole.ndim:
+                start = data.draw(st.integers(0, len(whole)))
+                span = Span(start, data.draw(st.integers(start, len(whole))))
+                part = reader.read(name, span)
+                assert (part.dtype, part.shape) == (whole.dtype, whole[span.slice].shape)
+                assert raw_bytes(part) == raw_bytes(whole[span.slice])
+                expected_bytes += part.nbytes
+        assert reader.bytes_read == expected_bytes
+        assert reader.largest_read == largest
+
+
+def test_ranks_read_disjoint_rows_that_cover_the_tensor(tmp_path: Path) -> None:
+    whole = random_tensor(torch.bfloat16, (10, 6))
+    parts, read = [], 0
+    for rank in range(4):
+        with _reader(tmp_path, {"w": whole}) as reader:
+            parts.append(reader.read("w", row_span(10, 4, rank)))
+            assert reader.bytes_read == reader.largest_read == parts[-1].nbytes
+            read += reader.bytes_read
+    assert raw_bytes(torch.cat(parts)) == raw_bytes(whole)
+    assert read == whole.nbytes
+
+
+def test_the_system_is_asked_for_exactly_these_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def spy(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        calls.append((offset, count))
+        return count
+
+    with _reader(tmp_path, {"w": torch.arange(12.0).reshape(6, 2)}) as reader:
+        monkeypatch.setattr(os, "preadv", spy)
+        rows = reader.read("w", Span(2, 5))
+        reader.read("w", Span(6, 6))
+    assert torch.equal(rows, torch.arange(4.0, 10.0).reshape(3, 2))
+    assert calls == [(reader.index.find("w").start + 2 * 8, 3 * 8)]
+
+
+def test_scalars_and_vectors(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"s": torch.tensor(7.0), "v": torch.arange(5)}) as reader:
+        assert torch.equal(reader.read("s"), torch.tensor(7.0))
+        assert torch.equal(reader.read("s", Span(0, 1)), torch.tensor(7.0))
+        assert torch.equal(reader.read("v", Span(1, 3)), torch.tensor([1, 2]))
+        with pytest.raises(
+            ValueError, match=r"tensor s of shape \(\) has no Span\(start=0, stop=0"
+        ):
+            reader.read("s", Span(0, 0))
+
+
+def test_a_result_is_the_callers_own_memory(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"w": torch.ones(2, 2)}) as reader:
+        first = reader.read("w")
+        first.zero_()
+        assert torch.equal(reader.read("w"), torch.ones(2, 2))
+
+
+def test_a_span_outside_the_tensor(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"w": torch.ones(2, 2)}) as reader:
+        with pytest.raises(ValueError, match=r"tensor w of shape \(2, 2\) has no Span") as caught:
+            reader.read("w", Span(1, 3))
+        assert not isinstance(caught.value, UserError)
+        assert reader.bytes_read == 0
+
+
+def test_an_unknown_name_shows_the_nearest(tmp_path: Path) -> None:
+    with (
+        _reader(tmp_path, {"lm_head.weight": torch.ones(2)}) as reader,
+        pytest.raises(UserError, match=r"no tensor lm_head.wait in .*; nearest: lm_head.weight"),
+    ):
+        reader.read("lm_head.wait")
+
+
+def test_a_file_cut_off_while_reading(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"w": torch.ones(100)}) as reader:
+        reader.read("w", Span(0, 1))
+        file = tmp_path / "model.safetensors"
+        os.truncate(file, file.stat().st_size - 4)
+        reader.read("w", Span(0, 99))
+        with pytest.raises(UserError, match="safetensors changed or was truncated while"):
+            reader.read("w")
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"w": torch.ones(3)}) as reader:
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=r"model.safetensors does not exist"):
+            reader.read("w")
+
+
+def test_files_are_closed_at_the_end(tmp_path: Path) -> None:
+    for i in range(40):
+        save_file({str(i): torch.full((2,), float(i))}, tmp_path / f"{i:02d}.safetensors")
+    before = len(os.listdir("/proc/self/fd"))
+    with RowReader(SafetensorsIndex.open(tmp_path)) as reader:
+        for _ in range(2):
+            for i in range(40):
+                assert torch.equal(reader.read(str(i)), torch.full((2,), float(i)))
+        assert len(os.listdir("/proc/self/fd")) - before <= 16
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,89 @@
+"""What keeps the tree readable: layers, style, types, file sizes, mirrored tests."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dist_peft"
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
+
+
+def run_tool(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy",),
+        ("tests.lint_imports",),
+    ],
+    ids=["ruff check", "ruff format", "mypy", "import-linter"],
+)
+def test_tool_is_content(command: tuple[str, ...]) -> None:
+    run_tool(*command)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_file_and_function_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, "longer than 400 lines: split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= 80, f"{node.name} has {lines} lines: split it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_has_mirrored_test(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    assert (ROOT / "tests" / relative.parent / f"test_{relative.name}").is_file()
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the packages that a file imports, and ``torch.distributed``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        else:
+            continue
+        for name in names:
+            found.add(name.split(".")[0])
+            if name.startswith("torch.distributed"):
+                found.add("torch.distributed")
+    return found
+
+
+ALLOWED = {
+    "torch.distributed": ("core/world", "engine/", "train/checkpoint", "train/metrics"),
+    "deepspeed": ("engine/zero",),
+    "transformers": ("model/", "data/chat", "data/tokens", "export/verify"),
+    "bitsandbytes": ("quant/", "train/optim"),
+    "peft": (),
+}
+
+
+@pytest.mark.parametrize("library", ALLOWED)
+def test_library_stays_in_its_place(library: str) -> None:
+    for path in SOURCES:
+        relative = str(path.relative_to(PACKAGE))
+        if library in imports(path):
+            assert relative.startswith(ALLOWED[library]), f"{relative} imports {library}"
+
+
+def test_launch_imports_app_only() -> None:
+    for path in (ROOT / "launch").glob("*.py"):
+        own = [n for n in path.read_text().splitlines() if "dist_peft" in n and "import" in n]
+        assert all("dist_peft.app" in line for line in own), path

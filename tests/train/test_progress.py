@@ -1,0 +1,102 @@
+"""The bar on a terminal, lines elsewhere, silence on other ranks."""
+
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_peft.core.log import close_log, setup_log
+from dist_peft.train.metrics import StepMetrics
+from dist_peft.train.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    close_log()
+
+
+def record(step: int) -> StepMetrics:
+    return StepMetrics(step, 1.83417, 1.96e-4, 0.4123, 1000, 5403.4, int(7.57 * 2**30), 0)
+
+
+def run(steps: range, rank: int = 0, **options: int) -> None:
+    with Progress(steps[-1], rank, first_step=steps[0] - 1, **options) as progress:
+        for step in steps:
+            progress.update(record(step))
+
+
+def test_a_line_holds_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_log(None, 0, 1)
+    seconds = iter([0.0, 300.0])
+    with Progress(1000, 0, first_step=20, clock=lambda: next(seconds)) as progress:
+        progress.update(record(120))  # 100 steps in 300 s, 880 to go
+    assert capsys.readouterr().err == (
+        "step 120/1000  loss 1.8342  lr 1.96e-04  grad 0.412  5403 tok/s  7.57 GiB  eta 0:44:00\n"
+    )
+
+
+def test_lines_come_every_n_steps_with_the_first_and_the_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    setup_log(None, 0, 1)
+    run(range(1, 24), every=10)
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["1/23", "10/23", "20/23", "23/23"]
+    run(range(12, 24), every=10)  # resumed after step 11
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["12/23", "20/23", "23/23"]
+
+
+def test_an_evaluation_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_log(None, 0, 1)
+    with Progress(100, 0, every=50) as progress:
+        progress.update(replace(record(7), eval_loss=1.5))
+    assert "step 7/100  loss 1.8342  eval loss 1.5000  lr" in capsys.readouterr().err
+
+
+def test_other_ranks_are_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_log(None, 1, 2)
+    run(range(1, 4), rank=1)
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(range(1, 4), rank=1)
+    assert terminal.getvalue() == ""
+
+
+def test_bar_on_a_terminal_and_lines_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup_log(tmp_path, 0, 1)
+    with Progress(13, 0, first_step=10) as progress:
+        for step in (11, 12):
+            progress.update(record(step))
+        progress.update(replace(record(13), eval_loss=1.5))
+    shown = terminal.getvalue()
+    assert "13/13" in shown
+    assert "loss 1.8342, lr 1.96e-04, 5403 tok/s" in shown
+    assert "step 12/13" not in shown  # the bar says it already
+    assert "step 13/13  loss 1.8342  eval loss 1.5000" in shown
+    assert (tmp_path / "log.txt").read_text().count("INFO step") == 3
+
+
+def test_a_failure_leaves_the_bar_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(5, 0)
+    with pytest.raises(RuntimeError, match="boom"), progress:
+        raise RuntimeError("boom")
+    assert progress._bar is None

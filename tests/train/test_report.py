@@ -1,0 +1,198 @@
+"""The report: complete, self-contained, safe, and writable for the smallest run."""
+
+import base64
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dist_peft.core.config_io import dump_config, parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.train import report
+from dist_peft.train.metrics import Metrics, StepMetrics
+from dist_peft.train.plots import PLOTS, draw
+from dist_peft.train.report import RunSummary, Section, write_report
+
+SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable", "1,234"),))
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds, and only one test here looks at the images."""
+    monkeypatch.setattr(report, "draw", lambda plot, records, theme: b"\x89PNG")
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and the table as label -> value."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.open == [], "unbalanced tags"
+        self.table = dict(zip(self.cells[::2], self.cells[1::2], strict=True))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+        if tag in ("th", "td"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("th", "td"):
+            self.cells[-1] += data
+
+
+def record(step: int, loss: float) -> StepMetrics:
+    return StepMetrics(
+        step, loss, 1e-4, 0.5, 1000, 250.0 + step, 3 * 2**30, 5 * 2**20, seconds=60.0
+    )
+
+
+def write(run_dir: Path, *records: StepMetrics) -> None:
+    with Metrics(run_dir, rank=0) as metrics:
+        for item in records:
+            metrics.write(item)
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        replace(record(1, 3.0), eval_loss_before=3.5),
+        replace(record(2, 2.0), eval_loss=1.5),
+        replace(record(3, 1.0), eval_loss=1.75),
+    )
+    (tmp_path / "config.yaml").write_text("base:\n  path: org/model\n")
+    path = write_report(tmp_path, SUMMARY)
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    assert page.table == {
+        "Base model": "org/model",
+        "Base storage": "nf4",
+        "Adapter": "lora (r 8)",
+        "Engine": "fsdp2",
+        "Ranks": "2",
+        "Trainable": "1,234",
+        "Steps": "3",
+        "Target tokens": "3,000",
+        "Time in steps": "0:03:00",
+        "Training loss, first step": "3.0000",
+        "Training loss, last step": "1.0000",
+        "Held-out loss at step 0": "3.5000",
+        "Held-out loss at step 3": "1.7500",
+        "Best held-out loss": "1.5000 at step 2",
+        "Throughput (median)": "252 target tokens/s",
+        "Peak memory (fullest rank)": "3.00 GiB",
+        "Gathered per step and rank": "5.00 MiB",
+    }
+    assert "Held-out loss 3.5000 at step 0, 1.7500 at step 3." in page.source
+    assert "path: org/model" in page.source
+
+
+def test_images_are_inline_in_both_themes_and_nothing_else_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw", draw)
+    write(tmp_path, record(1, 2.0), record(2, 1.0))
+    page = Page(write_report(tmp_path, SUMMARY))
+    sources = [a.get("src") or a.get("srcset") for t, a in page.tags if t in ("img", "source")]
+    assert len(sources) == 2 * len(PLOTS)
+    for source in sources:
+        assert source is not None
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+    assert all(a["alt"] for t, a in page.tags if t == "img")
+    assert not {t for t, _ in page.tags} & {"script", "link", "iframe", "a"}
+    assert not re.search(r"https?:|@import|url\(", page.source)
+
+
+@pytest.mark.parametrize(
+    ("records", "headline"),
+    [
+        ((), "No step has been recorded."),
+        ((record(1, 2.0),), "Training loss 2.0000 after 1 step."),
+        ((record(1, 2.0), record(2, 1.0)), "Training loss 2.0000 at first, 1.0000 after 2 steps."),
+        (
+            (replace(record(1, 2.0), eval_loss=1.5),),
+            "Training loss 2.0000 after 1 step.",
+        ),
+    ],
+)
+def test_small_runs(tmp_path: Path, records: tuple[StepMetrics, ...], headline: str) -> None:
+    write(tmp_path, *records)
+    page = Page(write_report(tmp_path, SUMMARY))
+    assert headline in page.source
+    assert page.table["Steps"] == str(len(records))
+    assert ("img" in {t for t, _ in page.tags}) == bool(records)
+    assert "Resolved configuration" not in page.source
+
+
+def test_a_run_that_recorded_nothing_at_all(tmp_path: Path) -> None:
+    assert "No step" in write_report(tmp_path, SUMMARY).read_text()
+
+
+def test_records_without_seconds_still_give_a_time(tmp_path: Path) -> None:
+    write(tmp_path, replace(record(1, 2.0), seconds=None, tokens=500, tokens_per_s=100.0))
+    assert Page(write_report(tmp_path, SUMMARY)).table["Time in steps"] == "0:00:05"
+
+
+def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script>\n& more"
+    section = Section("Sam<ples", rows=(("a<b", evil),), texts=(("Pro<mpt", evil),))
+    (tmp_path / "config.yaml").write_text(evil)
+    page = Page(write_report(tmp_path, replace(SUMMARY, model=evil), [section]))
+    assert "script" not in {t for t, _ in page.tags}
+    assert page.table["Base model"] == page.table["a<b"] == evil
+    assert "<pre>&lt;script&gt;" in page.source
+
+
+def test_sections_are_optional_parts(tmp_path: Path) -> None:
+    sections = [
+        Section("Merge", rows=(("Largest difference", "0"),)),
+        Section("Samples", texts=(("before", "x"), ("after", "y"))),
+    ]
+    source = write_report(tmp_path, SUMMARY, sections).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", source) == ["Setup", "Outcome", "Merge", "Samples"]
+    assert re.findall(r"<h3>(.*?)</h3>", source) == ["before", "after"]
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("x\n{}\n")
+    with pytest.raises(UserError, match="line 1"):
+        write_report(tmp_path, SUMMARY)
+
+
+def test_summary_of_a_configuration() -> None:
+    tree = {
+        "base": {"path": "dir"},
+        "data": {"train": ["a.jsonl"]},
+        "adapter": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
+    }
+    summary = RunSummary.of(parse_config(tree), engine="single", ranks=1, facts=[("a", "b")])
+    assert summary.model == "dir"
+    assert summary.adapter == "lora (r 16, alpha 32, target_modules q_proj v_proj, use_dora)"
+    assert summary.base_storage == "nf4, 4 bits in groups of 64, double quantization"
+    assert summary.facts == (("a", "b"),)
+    integers = tree | {"base": {"path": "dir", "quant": {"kind": "int", "bits": 3}}}
+    summary = RunSummary.of(parse_config(integers), engine="single", ranks=1)
+    assert summary.base_storage == "int, 3 bits in groups of 64"
+    bare = tree | {"base": {"path": "dir", "quant": None}, "adapter": {"kind": "none"}}
+    summary = RunSummary.of(parse_config(bare), engine="single", ranks=1)
+    assert (summary.base_storage, summary.adapter) == ("bfloat16", "none")
+
+
+def test_the_resolved_configuration_is_shown_as_written(tmp_path: Path) -> None:
+    config = parse_config({"base": {"path": "dir"}, "data": {"train": ["a.jsonl"]}})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    page = write_report(tmp_path, RunSummary.of(config, engine="single", ranks=1)).read_text()
+    assert "micro_batch: 1" in page
