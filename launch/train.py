@@ -1,10 +1,10 @@
 """Entry point for launchers: the same as ``dist-peft train``.
 
-    python launch/train.py --config FILE [key.sub=value ...]
-    torchrun --nproc_per_node 8 launch/train.py --config FILE
-    deepspeed launch/train.py --config FILE
-    srun python launch/train.py --config FILE
-    mpirun -n 8 python launch/train.py --config FILE
+python launch/train.py --config FILE [key.sub=value ...]
+torchrun --nproc_per_node 8 launch/train.py --config FILE
+deepspeed launch/train.py --config FILE
+srun python launch/train.py --config FILE
+mpirun -n 8 python launch/train.py --config FILE
 """
 
 import sys

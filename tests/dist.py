@@ -14,7 +14,9 @@ import torch
 from dist_peft.core.world import World
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 180) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, timeout: float = 180
+) -> list[Any]:
     """Call ``function(world, *args)`` on ``size`` processes; give what each returned.
 
     The function must be importable (module level). The first error is raised here with its rank

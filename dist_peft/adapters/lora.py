@@ -96,10 +96,10 @@ class _LoraModule(nn.Module):
         if name in self._starts:
             known, value = self._starts.pop(name)
             assert known.intersect(span) == span, f"{self.path}.{name}: {span} outside of {known}"
-            return value[span.shift(-known.start).slice]
+            return value[span.shift(-known.start).slice].clone()  # others start from it too
         if name in self._zeros():
             return torch.zeros(len(span), *self.shapes[name][1:])
-        return self._random(name)[span.slice]
+        return self._random(name)[span.slice].clone()
 
     def _zeros(self) -> tuple[str, ...]:
         raise NotImplementedError

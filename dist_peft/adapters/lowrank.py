@@ -92,7 +92,7 @@ def top_singular(rows: Tensor, rank: int, *, iterations: int, seed: int, reduce:
         basis = torch.linalg.qr(reduce(_gram_product(rows, basis))).Q
     small = basis.T @ reduce(_gram_product(rows, basis))
     squares, vectors = torch.linalg.eigh((small + small.T) / 2)
-    right = (basis @ vectors[:, -rank:].flip(1)).T
+    right = (basis @ vectors[:, -rank:].flip(1)).T.contiguous()
     right *= right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
     values = squares[-rank:].flip(0).clamp_min(0).sqrt()
     root = torch.where(values > _NO_SIGNAL * values[0], values, 1.0).sqrt()

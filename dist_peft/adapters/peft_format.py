@@ -169,12 +169,12 @@ def _number(value: float) -> float:
 # -- files -------------------------------------------------------------------------------------
 
 
-def write_adapter(public: PublicAdapter, directory: Path, metadata: Mapping[str, Any]) -> None:
+def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str, Any]) -> None:
     """Write a directory that PEFT loads. Each file is written whole or not at all.
 
     Args:
-        public: the adapter.
         directory: made if it does not exist.
+        public: the adapter.
         metadata: further contents of ``dist_peft.json``; must be plain JSON.
 
     Raises:

@@ -84,6 +84,8 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
     with RowReader(prepared.skeleton.index) as reader:
         with world.together("load base"):
             load_model(model, reader, engine, torch_dtype(config.base.compute_dtype), device)
-        log.info("loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20)
+        log.info(
+            "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
+        )
         fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
         return Built(**fields, engine=engine, bytes_read=reader.bytes_read)

@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=export_app.run_merge)
 
     export = verbs.add_parser("export", help="write a run in a public format")
-    export.add_argument(
-        "--format", required=True, choices=export_app.FORMATS, help="what to write"
-    )
+    export.add_argument("--format", required=True, choices=export_app.FORMATS, help="what to write")
     _add_merge(export)
     export.set_defaults(run=export_app.run_export)
 
@@ -100,9 +98,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run", type=Path, required=True, dest="run_dir", help="run directory"
-    )
+    parser.add_argument("--run", type=Path, required=True, dest="run_dir", help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument(
         "--base",

@@ -60,5 +60,5 @@ def _evaluate(config: RunConfig, run_dir: Path | None, world: World) -> tuple[fl
         built.engine.load_state(built.model, state, position.step)
         step = position.step
     assert loaders.eval is not None
-    loss = evaluate(built.model, built.engine, built.adapter, loaders.eval, world)
+    loss = evaluate(built.model, built.engine, loaders.eval, world)
     return loss, step

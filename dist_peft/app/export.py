@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dist_peft.app.report import add_section
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import load_config
 from dist_peft.core.errors import UserError
@@ -16,6 +17,7 @@ from dist_peft.export.merge import merge_model
 from dist_peft.export.verify import Probe, verify_directory
 from dist_peft.model.hub import resolve_base
 from dist_peft.model.skeleton import torch_dtype
+from dist_peft.train.report import Section
 
 __all__ = ["FORMATS", "merge_run", "run_export", "run_merge"]
 
@@ -67,7 +69,12 @@ def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool 
         probe = Probe.load(run_dir / "probe.safetensors")
         dtype = torch_dtype(config.base.compute_dtype)
         found = verify_directory(out, probe, dtype)
-        log.info("reloaded in transformers as %s, merged into %s base: %s", dtype, into, found)
+        log.info("reloaded in transformers as %s, merged into the %s base: %s", dtype, into, found)
+        rows = [
+            ("Merged into", f"{into} base"),
+            ("Reloaded by", f"transformers, {config.base.compute_dtype}"),
+        ]
+        add_section(run_dir, Section("Merge", rows=tuple(rows + found.rows())))
 
 
 def _run_config(run_dir: Path) -> RunConfig:

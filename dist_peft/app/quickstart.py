@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from dist_peft.app.export import merge_run
+from dist_peft.app.report import add_section
 from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import dump_config, load_config, parse_config
+from dist_peft.core.config_io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -28,6 +29,7 @@ from dist_peft.model.hub import resolve_base
 from dist_peft.model.tiny import make_tiny_base
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.metrics import METRICS_FILE, read_metrics
+from dist_peft.train.report import Section
 
 __all__ = ["add_arguments", "run"]
 
@@ -132,9 +134,7 @@ def _show(config: RunConfig, held_out: Path, out: Path) -> None:
     records = read_metrics(out / "run" / METRICS_FILE)
     before, after = records[0].eval_loss_before, records[-1].eval_loss
     assert before is not None and after is not None
-    print(
-        f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)"
-    )
+    print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
     examples = [json.loads(line) for line in held_out.read_text().splitlines()[:3]]
     prompts = [e["prompt"] for e in examples]
     base = generate(resolve_base(config.base), prompts)
@@ -144,4 +144,4 @@ def _show(config: RunConfig, held_out: Path, out: Path) -> None:
         text = f"reference: {example['completion']}\nbase: {was}\nfine-tuned: {now}"
         samples.append((example["prompt"], text))
         print(f"\n{example['prompt']}{text}")
-    rewrite_report(out / "run", [Section("Samples", texts=tuple(samples))])
+    add_section(out / "run", Section("Samples", texts=tuple(samples)))

@@ -9,7 +9,8 @@ from torch import Tensor
 from dist_peft.core.config import DataSource, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.data.loader import Loader, RowSet, load_rows
+from dist_peft.data.loader import Loader
+from dist_peft.data.rows import RowSet, load_rows
 from dist_peft.model.hub import Tokenizer
 
 __all__ = ["Loaders", "make_loaders"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, make_loaders
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import dump_config, load_config
@@ -28,12 +29,12 @@ from dist_peft.export.verify import Probe
 from dist_peft.model.load import AdapterRows
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
-from dist_peft.train.evaluate import evaluate
+from dist_peft.train.evaluate import evaluate, inference
 from dist_peft.train.loop import StepResult, fit
 from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
 from dist_peft.train.optim import make_optimizer_factory
 from dist_peft.train.progress import Progress
-from dist_peft.train.report import RunSummary, write_report
+from dist_peft.train.report import RunSummary
 from dist_peft.train.schedule import lr_factor
 
 __all__ = ["RESUMABLE", "run", "train"]
@@ -212,9 +213,7 @@ class _Session:
     def _evaluate(self, step: int) -> float | None:
         if self.loaders.eval is None:
             return None
-        loss = evaluate(
-            self.built.model, self.built.engine, self.built.adapter, self.loaders.eval, self.world
-        )
+        loss = evaluate(self.built.model, self.built.engine, self.loaders.eval, self.world)
         log.info("step %d: held-out loss %.4f", step, loss)
         return loss
 
@@ -245,8 +244,8 @@ class _Session:
         tensors = {
             f"{path}.{name}": engine.gather(parameter)
             for path, module in model.named_modules()
-            if isinstance(module, AdapterRows)
             for name, parameter in module.named_parameters(recurse=False)
+            if isinstance(module, AdapterRows)
         }
         logits = self._probe_logits()
         with self.world.together("write the adapter"):
@@ -268,7 +267,7 @@ class _Session:
         if self._probe_file.is_file():
             before = Probe.load(self._probe_file).before
             Probe(self.loaders.probe, logits, before).save(self._probe_file)
-        write_report(self.run_dir, self._summary())
+        start_report(self.run_dir, self._summary())
 
     def _summary(self) -> RunSummary:
         kind = engine_kind(self.config.engine, self.world)
@@ -289,11 +288,11 @@ class _Session:
     def _probe_file(self) -> Path:
         return self.run_dir / "probe.safetensors"
 
-    @torch.no_grad()
     def _probe_logits(self) -> Tensor:
         """Logits of the probe tokens; every rank computes the same ones."""
         ids = self.loaders.probe.to(self.built.engine.device)
-        return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
+        with inference(self.built.model):
+            return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
 def _prepare_directory(run_dir: Path, config: RunConfig) -> None:

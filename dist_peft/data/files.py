@@ -270,7 +270,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
     try:
         yield from datasets.load_dataset(
-            "parquet", data_files=str(file), split="train", streaming=True
+            "parquet", data_files=glob.escape(str(file)), split="train", streaming=True
         )
     except ArrowException as error:
         raise UserError(f"file {file} is not valid parquet: {error}") from None

@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 import transformers
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.errors import UserError
@@ -36,7 +36,7 @@ from dist_peft.data.sources import Chat, Completion, Example, Text, read_example
 
 __all__ = ["Encoder", "Tokenizer", "load_documents"]
 
-Tokenizer = PreTrainedTokenizerFast
+Tokenizer = PreTrainedTokenizerBase
 Mask = NDArray[np.uint8]
 Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
@@ -109,6 +109,12 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, loss_on: LossOn) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) has no "
+                "tokenizer.json, so that tokens cannot be traced to characters; convert it to a "
+                "fast tokenizer of transformers"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path} has no eos_token, so that the model could "

@@ -58,8 +58,11 @@ class Engine(Protocol):
     """See the module docstring."""
 
     device: torch.device
-    bytes_gathered: int
-    """Bytes of all-gather output that this rank received so far (padding included)."""
+
+    @property
+    def bytes_gathered(self) -> int:
+        """Bytes of all-gather output that this rank received so far (padding included)."""
+        ...
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None: ...
 

@@ -16,6 +16,7 @@ all-reduced across.
 Gradients are summed, never averaged (see ``engine.base``).
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -111,7 +112,7 @@ class Fsdp2Engine:
             # looking up rows again is not needed for a gradient that nobody asks for
             self._units[len(blocks)].set_unshard_in_backward(False)
         ahead = self._units[: len(blocks)]
-        for block, following in zip(ahead, ahead[1:], strict=False):
+        for block, following in itertools.pairwise(ahead):
             block.set_modules_to_forward_prefetch([following])
 
     def span(self, parameter: Tensor) -> Span:

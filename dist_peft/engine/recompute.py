@@ -18,6 +18,6 @@ __all__ = ["checkpoint_blocks"]
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Recompute each block's activations in backward."""
     for block in blocks:
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )

@@ -77,7 +77,7 @@ def merge_model(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory for the merged model")
     skeleton = build_skeleton(base, directory)
-    merger = Merger.open(adapter_dir)
+    merger = Merger.open(adapter_dir, tied=skeleton.tied)
     sources = _sources(skeleton)
     tensors = skeleton.index.tensors
     specs = [

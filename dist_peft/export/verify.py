@@ -54,6 +54,16 @@ class Comparison:
     kl: float
     top1: float
 
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table: (what, value)."""
+        return [
+            ("Largest error of a logit", f"{self.max_error:.2e}"),
+            ("Mean error of a logit", f"{self.mean_error:.2e}"),
+            ("Error over the change by training", f"{self.relative:.2%}"),
+            ("KL divergence", f"{self.kl:.2e} nats"),
+            ("Same top token", f"{self.top1:.1%}"),
+        ]
+
     def __str__(self) -> str:
         return (
             f"logits against the trained model: max error {self.max_error:.2e}, "
@@ -103,6 +113,6 @@ def generate(directory: Path, prompts: list[str], max_new_tokens: int = 40) -> l
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
-        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        texts.append(text.partition("\n")[0])
+        text = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        texts.append(text.strip().partition("\n")[0])
     return texts

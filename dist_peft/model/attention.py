@@ -53,4 +53,4 @@ def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
         model(**model_inputs(model, row, positions), use_cache=False).logits[0, 4:].float()
         for row in (ids, other)
     ]
-    return bool(torch.allclose(*logits, rtol=1e-3, atol=1e-3))
+    return bool(torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3))

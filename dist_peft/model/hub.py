@@ -30,9 +30,7 @@ def resolve_base(base: BaseConfig) -> Path:
     if base.path.count("/") != 1 or base.path.startswith((".", "/", "~")):
         raise UserError(f"base.path {base.path} does not exist")
     try:
-        return Path(
-            snapshot_download(base.path, revision=base.revision, allow_patterns=_WANTED)
-        )
+        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

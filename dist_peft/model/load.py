@@ -12,7 +12,7 @@ still are on ``meta``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,18 @@ class Placement(Protocol):
 
 @runtime_checkable
 class AdapterRows(Protocol):
-    """A module whose own parameters start from a formula, not from a file."""
+    """A wrapper, around ``base``, whose own parameters start from a formula, not from a file."""
+
+    base: nn.Module
 
     def initial_rows(self, name: str, span: Span) -> Tensor: ...
 
 
 @runtime_checkable
 class BaseRows(Protocol):
-    """A module around a ``FrozenLinear`` named ``base`` that wants to see its rows first."""
+    """A wrapper around a ``FrozenLinear`` that wants to see its rows first."""
+
+    base: nn.Module
 
     def prepare_rows(
         self, rows: Tensor, span: Span, reduce: Callable[[Tensor], Tensor]
@@ -76,9 +80,7 @@ def load_model(
         progress: called with the number of parameters filled so far.
     """
     wrappers = {
-        id(module.base): module
-        for module in model.modules()
-        if isinstance(module, BaseRows) and isinstance(module.base, FrozenLinear)
+        id(module.base): module for module in model.modules() if isinstance(module, BaseRows)
     }
     uses = _uses(model)
     for done, (first, *others) in enumerate(uses.values()):
@@ -91,7 +93,8 @@ def load_model(
         elif isinstance(owner, AdapterRows):
             rows = owner.initial_rows(name, span).to(parameter.dtype)
         else:
-            rows = reader.read(owner.checkpoint_names[name], span).to(dtype)
+            names = cast(dict[str, str], owner.checkpoint_names)
+            rows = reader.read(names[name], span).to(dtype)
         placement.fill(owner, name, rows)
         for other in others:
             other.owner.register_parameter(other.name, owner._parameters[name])
@@ -103,15 +106,16 @@ def load_model(
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
     """Every parameter with the places that hold it (tied ones have several).
 
-    A wrapped linear's bytes come before its wrapper's own parameters: PiSSA, LoftQ and DoRA derive
-    their start from the rows.
+    A wrapper's own parameters come right after those of what it wraps: PiSSA, LoftQ and DoRA derive
+    their start from the rows, and it should not lie about longer than needed.
     """
-    uses: dict[int, list[_Use]] = {}
-    adapters: list[nn.Module] = []
-    plain: list[nn.Module] = []
+    wrappers = {id(m.base): m for m in model.modules() if isinstance(m, AdapterRows)}
+    order: list[nn.Module] = []
     for module in model.modules():
-        (adapters if isinstance(module, AdapterRows) else plain).append(module)
-    for module in [*plain, *adapters]:
+        if not isinstance(module, AdapterRows):
+            order += [module, *([wrappers[id(module)]] if id(module) in wrappers else [])]
+    uses: dict[int, list[_Use]] = {}
+    for module in order:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 uses.setdefault(id(parameter), []).append(_Use(module, name))
@@ -127,9 +131,9 @@ def _packed_rows(
     device: torch.device,
 ) -> Tensor:
     rows = reader.read(linear.source, span).to(device)
-    if wrapper is not None:
-        rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
     try:
+        if wrapper is not None:
+            rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
         return linear.codec.encode(rows)
     except ValueError as error:
         raise UserError(f"tensor {linear.source}: {error}") from None

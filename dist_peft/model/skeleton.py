@@ -136,14 +136,18 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
 
 def _find_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers: the longest ``ModuleList`` of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     uniform = [m for m in lists if len({type(child) for child in m}) == 1]
     if not uniform:
         raise UserError(
             f"no list of decoder layers found in {type(model).__name__}; "
             "this model type is not supported"
         )
-    return list(max(uniform, key=lambda m: sum(1 for _ in m.modules())))
+
+    def depth(index: int) -> int:
+        return sum(1 for _ in uniform[index].modules())
+
+    return list(uniform[max(range(len(uniform)), key=depth)])
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -219,7 +223,9 @@ def _attach_names(model: nn.Module, names: dict[str, str], index: SafetensorsInd
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
-            full = prefix + ("weight" if isinstance(module, FrozenLinear) and name == "packed" else name)
+            full = prefix + (
+                "weight" if isinstance(module, FrozenLinear) and name == "packed" else name
+            )
             if full in names:
                 own[name] = names[full]
             elif isinstance(module, FrozenLinear):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dist_peft.quant.kernels import decode_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.rows import align4, check_finite, check_packed, encode_groups, field
+from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
 
 __all__ = ["AffineCodec", "AffineParts"]
 
@@ -153,7 +153,7 @@ class AffineCodec:
         # inf - inf is NaN, and halves cannot overflow: finite exactly if both ends are
         check_finite(low / 2 + high / 2, self.group_size, first_row)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        exact = ((high - low) / top).clamp_(min=_SMALLEST_SCALE)
+        exact = divide(high - low, top).clamp_(min=_SMALLEST_SCALE)
         scale = torch.where(high > low, exact, 1.0).half()
         if bool(torch.isinf(scale).any()):
             raise ValueError(

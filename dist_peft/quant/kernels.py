@@ -11,8 +11,8 @@ rounded. ``DIST_PEFT_KERNELS`` chooses:
     torch   always torch
     bnb     always bnb; a UserError where that is impossible
 
-On CPU ``auto`` is ``torch``: it is the faster one there (``docs/numerics.md`` has the times), and
-importing bitsandbytes takes seconds.
+On CPU ``auto`` is ``torch``: it is as fast there, for bf16 faster (``docs/numerics.md`` has the
+times), and importing bitsandbytes takes seconds.
 """
 
 import importlib

@@ -50,16 +50,14 @@ def frozen_matmul(x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
+        # where x needs no gradient, torch drops ctx with the call
+        ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
         return functional.linear(x, _decode(packed, codec, in_features, x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
         weight = _decode(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
         return grad @ weight, None, None, None
 

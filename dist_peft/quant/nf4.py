@@ -39,7 +39,7 @@ from torch import Tensor
 
 from dist_peft.quant.kernels import NF4_LEVELS, decode_nf4
 from dist_peft.quant.pack import pack_bits
-from dist_peft.quant.rows import align4, check_finite, check_packed, encode_groups, field
+from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
 
 __all__ = ["NF4_LEVELS", "Nf4Codec"]
 
@@ -179,7 +179,7 @@ def _compress(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     index = torch.arange(runs * RUN_BLOCKS, device=absmax.device).clamp_(max=blocks - 1)
     root = absmax.sqrt()[:, index].view(rows, runs, RUN_BLOCKS)
     offset = root.amin(dim=-1, keepdim=True)
-    scale = (root.amax(dim=-1, keepdim=True) - offset) / 255
+    scale = divide(root.amax(dim=-1, keepdim=True) - offset, 255)
     steps = (root - offset) / torch.where(scale > 0, scale, 1.0)
     codes = steps.round_().clamp_(0, 255).to(torch.uint8).flatten(1)[:, :blocks]
     return torch.cat((offset, scale), dim=-1).flatten(1), codes

@@ -42,7 +42,7 @@ def pack_bits(codes: Tensor, bits: int, high_first: bool = False) -> Tensor:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
     if bits == 8:
         return codes.clone()
-    eights = codes.unflatten(-1, (-1, 8))
+    eights = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8)
     words = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
     for lane in range(8):
         place = lane ^ 1 if high_first else lane
@@ -85,7 +85,8 @@ def lookup(
 
 def _twelve_bit_pieces(packed: Tensor) -> Tensor:
     """Three bytes of stream -> its lower and upper 12 bits, ``int32 [..., m / 3, 2]``."""
-    first, middle, last = packed.int().unflatten(-1, (-1, 3)).unbind(-1)
+    pieces = packed.int().reshape(*packed.shape[:-1], packed.shape[-1] // 3, 3)
+    first, middle, last = pieces.unbind(-1)
     return torch.stack((first | (middle & 15) << 8, middle >> 4 | last << 4), dim=-1)
 
 

@@ -22,7 +22,16 @@ from torch.nn import functional
 
 from dist_peft.core.span import Span
 
-__all__ = ["align4", "check_finite", "check_packed", "check_weight", "encode_groups", "field"]
+__all__ = [
+    "align4",
+    "check_finite",
+    "check_packed",
+    "check_weight",
+    "divide",
+    "encode_groups",
+    "field",
+    "row_chunks",
+]
 
 CHUNK_ELEMENTS = 2**20
 """Weights encoded or decoded at a time: a float32 temporary has 4 MiB, about seven live at once."""
@@ -69,6 +78,15 @@ def check_finite(statistics: Tensor, group_size: int, first_row: int) -> None:
             f"weight is not finite: NaN or infinity in row {first_row + row}, "
             f"columns {group * group_size} to {(group + 1) * group_size - 1}"
         )
+
+
+def divide(numbers: Tensor, divisor: float) -> Tensor:
+    """Correctly rounded quotients on every device.
+
+    torch on CUDA divides by a Python number by multiplying with its reciprocal; it does not so
+    with a tensor.
+    """
+    return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)
 
 
 def encode_groups(

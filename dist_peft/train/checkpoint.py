@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -155,9 +156,9 @@ class Checkpoints:
             return {}
         metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = {
-            key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype)
-            for key in wanted
-            if key in metadata
+            key: torch.empty(info.size, dtype=info.properties.dtype)
+            for key, info in metadata.items()
+            if key in wanted and isinstance(info, TensorStorageMetadata)
         }
         if missing := wanted - set(state):
             raise UserError(f"checkpoint {path} lacks {sorted(missing)[0]}")

@@ -142,7 +142,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, adapter: Adapter, directory: Path) -> Path:
-    write_adapter(adapter.to_public(gathered(model), "tiny/base"), directory, {"base": "tiny/base"})
+    write_adapter(directory, adapter.to_public(gathered(model), "tiny/base"), {"base": "tiny/base"})
     return directory
 
 

@@ -209,6 +209,7 @@ def test_sharded_start(start: str, dora: bool, ranks: int) -> None:
         found = {"encoded": layer.prepare_rows(weight[span.slice], span, reduce)}
         for name, shape in layer.shapes.items():
             found[name] = layer.initial_rows(name, row_span(shape[0], ranks, rank))
+            assert found[name].is_contiguous()  # FSDP2 flattens shards by a view
         return found
 
     parts = run_ranks(ranks, load)
@@ -233,6 +234,7 @@ def test_start_and_base_give_the_weight(start: str, iterations: int) -> None:
     assert ("removed_A" in names) == (start == "loftq" and iterations > 1)
     assert torch.equal(layer.lora_A, layer.start_A)
     assert torch.equal(layer.lora_B, layer.start_B)
+    assert layer.lora_B.data_ptr() != layer.start_B.data_ptr()
     effective = layer.base.decoded(torch.float32) + S * layer.lora_B @ layer.lora_A
     codec = layer.base.codec
     plain = codec.decode(codec.encode(weight), IN, torch.float32)

@@ -1,4 +1,4 @@
-"""Losses and adapter gradients do not depend on the engine or the number of ranks (real weights)."""
+"""On real weights: neither losses nor adapter gradients depend on engine or number of ranks."""
 
 from pathlib import Path
 from typing import Any

@@ -90,19 +90,23 @@ def _agree(world: World) -> None:
         pass
 
 
+def _phase(world: World, first: int, error: Exception) -> None:
+    with world.together("work"):
+        if world.rank >= first:
+            raise error
+
+
 def _users_error(world: World) -> None:
-    with pytest.raises(UserError, match="row 7 of b is broken"), world.together("read"):
-        if world.rank >= 1:
-            raise UserError(f"row 7 of {'abc'[world.rank]} is broken")
+    with pytest.raises(UserError, match="row 7 of b is broken"):
+        _phase(world, 1, UserError(f"row 7 of {'abc'[world.rank]} is broken"))
     dist.barrier()  # nobody was left behind in the phase
 
 
 def _failure(world: World) -> None:
     expected = ZeroDivisionError if world.rank == 2 else RemoteError
     match = "boom" if world.rank == 2 else r"rank 2 failed in phase 'work': boom"
-    with pytest.raises(expected, match=match), world.together("work"):
-        if world.rank == 2:
-            raise ZeroDivisionError("boom")
+    with pytest.raises(expected, match=match):
+        _phase(world, 2, ZeroDivisionError("boom"))
 
 
 @pytest.mark.dist

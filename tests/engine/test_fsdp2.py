@@ -93,9 +93,7 @@ class Outcome:
 
 def train(world: World, config: EngineConfig, micro: int, recompute: bool = False) -> Outcome:
     """Three steps of 12 rows; what comes out must not depend on the world."""
-    engine = (
-        SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(config, world, CPU)
-    )
+    engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(config, world, CPU)
     model, values = Model(), whole_values()
     if recompute:
         checkpoint_blocks(list(model.blocks))

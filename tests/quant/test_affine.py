@@ -34,6 +34,30 @@ def reference(row: list[float], bits: int, group_size: int) -> list[tuple[list[i
     row=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=150),
 )
 def test_equals_the_scalar_formula(bits: int, group_size: int, row: list[float]) -> None:
+    assert_equals_reference(bits, group_size, row)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_many_groups_equal_the_scalar_formula(bits: int) -> None:
+    # rounding the scale to fp16 moves the zero of some of them
+    torch.manual_seed(bits)
+    assert_equals_reference(bits, 8, torch.randn(8 * 300).tolist())
+
+
+def test_codes_halfway_between_round_to_even() -> None:
+    scales = torch.linspace(0.01, 3, 500).half().float().unsqueeze(1)
+    weight = torch.zeros(500, 24)
+    weight[:, 0] = 15 * scales[:, 0]  # so that scale is exactly this, and zero is 0
+    weight[:, 1:16] = (torch.arange(15) + 0.5) * scales
+    codec = AffineCodec(4, 24)
+    codes, scale, _ = codec.split(codec.encode(weight), 24)
+    assert torch.equal(scale.float(), scales)
+    assert (
+        codes[:, 1:16].eq(torch.tensor([0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14])).all()
+    )
+
+
+def assert_equals_reference(bits: int, group_size: int, row: list[float]) -> None:
     codec = AffineCodec(bits, group_size)
     packed = codec.encode(torch.tensor([row]))
     codes, scale, zero = codec.split(packed, len(row))
@@ -158,9 +182,8 @@ def test_fractional_zeros_decode_as_written() -> None:
     moved = zero.float() + 0.375
     packed = codec.join(AffineParts(codes, scale, moved), 64)
     decoded = codec.decode(packed, 64, torch.float32)
-    expected = (
-        codes.view(3, 2, 32) - moved.half().float().unsqueeze(-1)
-    ) * scale.float().unsqueeze(-1)
+    stored, step = moved.half().float().unsqueeze(-1), scale.float().unsqueeze(-1)
+    expected = (codes.view(3, 2, 32) - stored) * step
     assert torch.equal(decoded, expected.view(3, 64))
 
 

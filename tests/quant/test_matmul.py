@@ -132,10 +132,8 @@ def test_keeps_nothing_where_no_gradient_is_due(mode: str) -> None:
     codec = Nf4Codec()
     packed, weight, x = make(codec, torch.float32, 4)
     alive = weakref.ref(packed)
-    guard = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(
-        mode, torch.enable_grad
-    )
-    with guard():
+    guards = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    with guards.get(mode, torch.enable_grad)():
         y = frozen_matmul(x.detach() if mode == "frozen input" else x, packed, codec, IN)
     assert torch.equal(y, functional.linear(x, weight))
     assert y.grad_fn is None

@@ -104,6 +104,18 @@ def test_borders_split_blocks_as_in_bitsandbytes() -> None:
     assert_equals_bnb(blocks, 64)
 
 
+def test_scaling_rounds_as_in_bitsandbytes() -> None:
+    # w * (1 / absmax) and w / absmax can lie on different sides of a border
+    torch.manual_seed(0)
+    absmax = torch.rand(400, 1) + 0.5
+    near = neighbours(torch.tensor(nf4_borders()) * absmax, 1).view(3, 400, 15)
+    blocks = absmax * torch.ones(64)
+    blocks[:, 1:46] = near.permute(1, 0, 2).reshape(400, 45)
+    assert_equals_bnb(blocks, 64)
+    products = _nearest_level(blocks * (1.0 / absmax))
+    assert not torch.equal(products, _nearest_level(blocks / absmax)), "the weights test nothing"
+
+
 # -- equality with bitsandbytes ---------------------------------------------------------------
 
 

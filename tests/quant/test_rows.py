@@ -12,6 +12,7 @@ from dist_peft.quant.rows import (
     check_finite,
     check_packed,
     check_weight,
+    divide,
     encode_groups,
     field,
     row_chunks,
@@ -67,6 +68,13 @@ def test_field_copies_from_any_alignment() -> None:
     assert torch.equal(field(packed, 4, 1, torch.float32), numbers)
     assert field(packed[:0], 4, 1, torch.float32).shape == (0, 1)
     assert torch.equal(field(packed[1:2], 4, 1, torch.float32), numbers[1:2])
+
+
+def test_divide_rounds_correctly() -> None:
+    numbers = torch.rand(10_000)
+    expected = (numbers.double() / 255).float()
+    assert torch.equal(divide(numbers, 255), expected)
+    assert not torch.equal(numbers * (1 / 255), expected), "else the function has no reason"
 
 
 def test_not_finite_names_row_and_columns() -> None:

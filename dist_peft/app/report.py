@@ -1,0 +1,46 @@
+"""A run's report grows: training writes it, merging and the quickstart add sections.
+
+What the report needs beside ``metrics.jsonl`` and ``config.yaml`` is kept in ``report.json``.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from dist_peft.core.errors import UserError
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.report import RunSummary, Section, write_report
+
+__all__ = ["add_section", "start_report"]
+
+
+def start_report(run_dir: Path, summary: RunSummary) -> Path:
+    """Write the report of a finished run."""
+    return _write(run_dir, summary, [])
+
+
+def add_section(run_dir: Path, section: Section) -> Path:
+    """Write the report again with one more section; one of the same title is replaced.
+
+    Raises:
+        UserError: the run has no readable ``report.json``.
+    """
+    path = run_dir / "report.json"
+    try:
+        tree = json.loads(path.read_text())
+        summary = RunSummary(**{**tree["summary"], "facts": _rows(tree["summary"]["facts"])})
+        kept = [Section(s["title"], _rows(s["rows"]), _rows(s["texts"])) for s in tree["sections"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not readable ({error}); finish the run first") from None
+    kept = [s for s in kept if s.title != section.title]
+    return _write(run_dir, summary, [*kept, section])
+
+
+def _rows(pairs: list[list[str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((label, text) for label, text in pairs)
+
+
+def _write(run_dir: Path, summary: RunSummary, sections: list[Section]) -> Path:
+    tree = {"summary": asdict(summary), "sections": [asdict(s) for s in sections]}
+    atomic_write(run_dir / "report.json", json.dumps(tree, indent=1))
+    return write_report(run_dir, summary, sections)

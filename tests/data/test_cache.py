@@ -1,0 +1,160 @@
+import fcntl
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_peft.core.errors import UserError
+from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
+from dist_peft.data.files import Place
+
+LENGTHS = (3, 1, 5)
+
+
+class Build:
+    """Counts its calls."""
+
+    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+        self.calls = 0
+        self.barrier = barrier
+
+    def __call__(self, writer: DocumentWriter) -> None:
+        self.calls += 1
+        if self.barrier is not None:
+            self.barrier.wait()
+        for i, length in enumerate(LENGTHS):
+            tokens = np.arange(length, dtype=np.int32) + 10 * i
+            writer.add(tokens, (tokens % 2).astype(np.uint8), Place("ab"[i // 2], i + 1))
+        writer.notes = ["hear this"]
+        writer.is_text = True
+
+
+def check(documents: Documents) -> None:
+    assert documents.offsets.tolist() == [0, 3, 4, 9]
+    assert documents.tokens.tolist() == [0, 1, 2, 10, 20, 21, 22, 23, 24]
+    assert documents.mask.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0]
+    assert [str(documents.place(i)) for i in range(3)] == [
+        "a, record 1",
+        "a, record 2",
+        "b, record 3",
+    ]
+    assert documents.notes == ("hear this",)
+    assert documents.is_text
+    assert len(documents) == 3
+
+
+def test_built_once_and_mapped_after(tmp_path: Path) -> None:
+    build = Build()
+    first = load_or_build(tmp_path / "new" / "dir", "key", build)
+    second = load_or_build(tmp_path / "new" / "dir", "key", build)
+    check(first)
+    check(second)
+    assert first.digest == second.digest
+    assert build.calls == 1
+    assert isinstance(second.tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        second.tokens[0] = 1
+
+
+def test_digest_is_of_the_contents(tmp_path: Path) -> None:
+    def other(writer: DocumentWriter) -> None:
+        Build()(writer)
+        writer.add(np.zeros(1, np.int32), np.ones(1, np.uint8), Place("a", 9))
+
+    one = load_or_build(tmp_path, "one", Build())
+    same = load_or_build(tmp_path, "same", Build())
+    assert one.digest == same.digest
+    assert one.digest != load_or_build(tmp_path, "other", other).digest
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "places.npy"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "other"])
+def test_damaged_array_is_built_again(tmp_path: Path, name: str, damage: str) -> None:
+    build = Build()
+    load_or_build(tmp_path, "key", build)
+    file = tmp_path / "key" / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "garbage":
+        file.write_bytes(b"not an array")
+    else:
+        np.save(file, np.arange(4))
+    check(load_or_build(tmp_path, "key", build))
+    assert build.calls == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": []'])
+def test_damaged_meta_is_built_again(tmp_path: Path, text: str) -> None:
+    build = Build()
+    load_or_build(tmp_path, "key", build)
+    (tmp_path / "key" / "meta.json").write_text(text)
+    check(load_or_build(tmp_path, "key", build))
+    assert build.calls == 2
+
+
+def test_files_missing_from_meta_are_noticed(tmp_path: Path) -> None:
+    build = Build()
+    load_or_build(tmp_path, "key", build)
+    meta = tmp_path / "key" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "files": ["a"]}))
+    check(load_or_build(tmp_path, "key", build))
+    assert build.calls == 2
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(writer: DocumentWriter) -> None:
+        Build()(writer)
+        raise UserError("bad record")
+
+    with pytest.raises(UserError, match="bad record"):
+        load_or_build(tmp_path, "key", fail)
+    assert [p.name for p in tmp_path.iterdir()] == [".key.lock"]
+
+
+def test_waiting_instead_of_building_twice(tmp_path: Path) -> None:
+    build = Build()
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: load_or_build(tmp_path, "key", build), range(4)):
+            check(made)
+    assert build.calls == 1
+
+
+def test_racing_without_locks_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    build = Build(threading.Barrier(4))
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: load_or_build(tmp_path, "key", build), range(4)):
+            check(made)
+    assert build.calls == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"token cache .*file/x cannot be written: .*cache_dir"):
+        load_or_build(tmp_path / "file" / "x", "key", Build())
+
+
+def test_an_error_of_reading_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    def fail(_: DocumentWriter) -> None:
+        raise OSError("disk of the data")
+
+    with pytest.raises(OSError, match="disk of the data"):
+        load_or_build(tmp_path, "key", fail)
+
+
+def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIST_PEFT_CACHE", "/from/env")
+    assert cache_root("/given") == Path("/given/tokens")
+    assert cache_root(None) == Path("/from/env/tokens")
+    monkeypatch.delenv("DIST_PEFT_CACHE")
+    assert cache_root(None) == Path.home() / ".cache" / "dist_peft" / "tokens"

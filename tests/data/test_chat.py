@@ -1,0 +1,179 @@
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dist_peft.core.errors import UserError
+from dist_peft.data.chat import ChatRenderer, RenderedChat, default_chat_template
+from tests.data.build import byte_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+# as Qwen3: only the last turn gets a think block, and reasoning of earlier turns is dropped
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# as DeepSeek-R1: the generation prompt opens a think block that finished turns do not have
+OPENS_THINKING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<User>' + m.content }}"
+    "{% else %}{{ '<Bot>' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<Bot><think>\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+REVERSED = "{% for m in messages[::-1] %}{{ m.role + m.content }}{% endfor %}"
+
+TWO_TURNS = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "i"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "second"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(specials=["<|im_start|>", "<|im_end|>"])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    messages: list[dict[str, Any]],
+    *,
+    mark: bool = True,
+    tools: list[dict[str, Any]] | None = None,
+) -> tuple[RenderedChat, list[str]]:
+    tokenizer.chat_template = template
+    renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True)
+    return renderer.render(messages, tools, "f.jsonl, record 3"), renderer.notes
+
+
+def learnt(chat: RenderedChat) -> list[str]:
+    return [chat.text[a:b] for a, b in chat.spans]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, ["i<|im_end|>", "second<|im_end|>"]),
+        (CHATML_MARKED, ["i<|im_end|>", "second<|im_end|>"]),
+        (THINKING, ["i<|im_end|>", "<think>\n\n</think>\n\nsecond<|im_end|>"]),
+        (None, ["i</s>", "second</s>"]),
+    ],
+)
+def test_assistant_turns_with_their_end_are_learnt(
+    tokenizer: PreTrainedTokenizerFast, template: str | None, expected: list[str]
+) -> None:
+    chat, _ = render(tokenizer, template, TWO_TURNS)
+    assert learnt(chat) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA2, [" i </s>", " second </s>"]),
+        # the header is learnt too where the prompt at inference is not the beginning of a turn
+        (OPENS_THINKING, ["<Bot>i</s>", "<Bot>second</s>"]),
+    ],
+)
+def test_templates_without_a_plain_generation_prompt(
+    tokenizer: PreTrainedTokenizerFast, template: str, expected: list[str]
+) -> None:
+    chat, _ = render(tokenizer, template, TWO_TURNS[1:])
+    assert learnt(chat) == expected
+
+
+def test_marked_and_incremental_agree(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render(tokenizer, CHATML, TWO_TURNS)[0] == render(tokenizer, CHATML_MARKED, TWO_TURNS)[0]
+
+
+def test_neighbouring_assistant_turns_and_one_at_the_start(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat, _ = render(tokenizer, CHATML, messages)
+    assert learnt(chat) == ["<|im_start|>assistant\na<|im_end|>", "b<|im_end|>"]
+
+
+def test_no_assistant_turn_learns_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template in (CHATML, CHATML_MARKED, None):
+        assert learnt(render(tokenizer, template, TWO_TURNS[:2])[0]) == []
+
+
+def test_without_marking_all_is_learnt_whatever_the_template(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for template in (CHATML, CHATML_MARKED, REVERSED):
+        chat, _ = render(tokenizer, template, TWO_TURNS, mark=False)
+        assert learnt(chat) == [chat.text]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (REVERSED, TWO_TURNS),
+        (
+            THINKING,
+            [
+                {"role": "user", "content": "u"},
+                {"role": "assistant", "content": "<think>why</think>because"},
+                {"role": "user", "content": "v"},
+                {"role": "assistant", "content": "ok"},
+            ],
+        ),
+    ],
+)
+def test_a_template_that_rewrites_turns_is_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]
+) -> None:
+    expected = r"f.jsonl, record 3: the chat template rewrites earlier turns .*generation.*loss_on"
+    with pytest.raises(UserError, match=expected):
+        render(tokenizer, template, messages)
+
+
+def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation: no systems"):
+        render(tokenizer, "{{ raise_exception('no systems') }}", TWO_TURNS)
+    with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation"):
+        render(tokenizer, CHATML, [{"role": "assistant", "tool_calls": [{}]}])
+
+
+def test_default_template_is_noted_and_starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat, notes = render(tokenizer, None, TWO_TURNS[1:3])
+    assert chat.text == "<s><|user|>\none\n<|assistant|>\ni</s>\n"
+    assert len(notes) == 1
+    assert "no chat template" in notes[0]
+    assert "bos_token" not in default_chat_template(starts_with_bos=False)
+
+
+def test_default_template_is_what_inference_renders(tokenizer: PreTrainedTokenizerFast) -> None:
+    trained, _ = render(tokenizer, None, TWO_TURNS)
+    tokenizer.chat_template = default_chat_template(starts_with_bos=True)
+    prompt = tokenizer.apply_chat_template(
+        TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == trained.text[: trained.spans[-1][0]]
+
+
+def test_tools_reach_the_template_or_are_noted(tokenizer: PreTrainedTokenizerFast) -> None:
+    tools = [{"name": "f"}]
+    chat, notes = render(tokenizer, "{{ tools[0].name }}" + CHATML, TWO_TURNS, tools=tools)
+    assert chat.text.startswith("f<|im_start|>")
+    assert notes == []
+    _, notes = render(tokenizer, CHATML, TWO_TURNS, tools=tools)
+    assert notes == ["the chat template does not write tools: the records' tools are left out"]

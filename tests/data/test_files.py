@@ -1,0 +1,207 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_peft.core.config import DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.data.files import Place, open_source, read_records
+
+KEY = "data.train[0]"
+
+
+def read(path: Path | str, limit: int | None = None, **fields: Any) -> list[dict[str, Any]]:
+    source = DataSource(path=str(path), **fields)
+    return [record for _, record in read_records(open_source(source, KEY), limit)]
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+
+
+# -- values stay as they are ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_values_keep_their_type_and_absent_keys_stay_absent(tmp_path: Path, name: str) -> None:
+    records = [{"a": "2020-01-01", "b": "002", "m": [{"x": 1}]}, {"a": "NA", "m": [{"y": None}]}]
+    text = json.dumps(records) if name == "a.json" else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(text)
+    assert read(tmp_path / name) == records
+
+
+def test_a_list_or_lines_of_strings_are_text_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["one", "2"]')
+    (tmp_path / "b.jsonl").write_text('"one"\n\n"2"\n')
+    expected = [{"text": "one"}, {"text": "2"}]
+    assert read(tmp_path / "a.json") == read(tmp_path / "b.jsonl") == expected
+
+
+def test_json_lines_under_a_json_ending_and_a_single_object(tmp_path: Path) -> None:
+    (tmp_path / "lines.json").write_text('{"a": "1"}\n{"a": "2"}\n')
+    (tmp_path / "one.json").write_text('{\n "a": "1"\n}\n')
+    assert read(tmp_path / "lines.json") == [{"a": "1"}, {"a": "2"}]
+    assert read(tmp_path / "one.json") == [{"a": "1"}]
+
+
+def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\ufeffp,q\n1,2\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('\ufeff{"p": "1"}\n', encoding="utf-8")
+    assert read(tmp_path / "a.csv") == [{"p": "1", "q": "2"}]
+    assert read(tmp_path / "a.jsonl") == [{"p": "1"}]
+
+
+def test_csv_fields_are_text_with_quotes_and_line_breaks(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('p,q\n002,NA\n"a, ""b""\nc",\n')
+    assert read(tmp_path / "a.csv") == [{"p": "002", "q": "NA"}, {"p": 'a, "b"\nc', "q": ""}]
+
+
+def test_csv_field_longer_than_the_limit_of_the_csv_module(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(read(tmp_path / "a.csv")[0]["text"]) == 200_000
+
+
+def test_tsv_quotes_are_ordinary_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('p\tq\n"open\tx\n')
+    assert read(tmp_path / "a.tsv") == [{"p": '"open', "q": "x"}]
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert read(tmp_path / "a.txt") == [{"text": "one\n\ntwo\n"}]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    records = [{"p": "1", "m": [{"role": "user", "content": "a"}]}, {"p": "2", "m": []}]
+    file = tmp_path / "a [1]*.parquet"  # no pattern: there is such a file
+    parquet.write_table(pa.Table.from_pylist(records), file)
+    assert read(file) == records
+
+
+# -- which files ---------------------------------------------------------------------------------
+
+
+def test_directory_glob_and_limit_run_through_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"n": 3}\n{"n": 4}\n')
+    (tmp_path / "a.json").write_text('[{"n": 1}, {"n": 2}]')
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.jsonl").write_text('{"n": 5}\n')
+    assert [r["n"] for r in read(tmp_path)] == [1, 2, 3, 4]
+    assert [r["n"] for r in read(tmp_path / "*.json*")] == [1, 2, 3, 4]
+    assert [r["n"] for r in read(tmp_path / "**" / "*.jsonl")] == [3, 4, 5]
+    assert [r["n"] for r in read(tmp_path, limit=3)] == [1, 2, 3]
+
+
+def test_places_count_records_within_each_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n\n{"n": 2}\n')
+    (tmp_path / "b.jsonl").write_text('{"n": 3}\n')
+    opened = open_source(DataSource(path=str(tmp_path)), KEY)
+    places = [place for place, _ in read_records(opened, None)]
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    assert places == [Place(a, 1), Place(a, 2), Place(b, 1)]
+    assert str(places[1]) == f"{a}, record 2"
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(
+    "path", ["nowhere.jsonl", "data/nowhere.jsonl", "./a/b", "/a/b", "a/b/c", "squad", "here/typo"]
+)
+def test_missing_local_path_is_refused_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UserError, match=rf"data.train\[0\]: file {path} does not exist"):
+        read(path)
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.xml", r"has the ending .xml; readable are .jsonl, .json, .parquet"),
+        ("empty", r"directory .*empty has no file with a readable ending"),
+        ("docs", r"directory .*docs has no file with a readable ending .*; it has .md"),
+        ("*.csv", r"pattern .*\*.csv has no file with a readable ending"),
+    ],
+)
+def test_nothing_readable(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "a.xml").write_text("<a/>")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "x.md").write_text("x")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_split_of_a_local_file_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    read(tmp_path / "a.jsonl", split="test")
+    assert "data.train[0].split has no effect" in caplog.text
+
+
+# -- the hub -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("org/name", ("org/name", None)), ("org/n.a-me:main", ("org/n.a-me", "main"))],
+)
+def test_hub_id(monkeypatch: pytest.MonkeyPatch, path: str, asked: tuple[str, str | None]) -> None:
+    calls = []
+
+    def load(name: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
+        calls.append((name, config, split))
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read(path, limit=1, split="test") == [{"text": "a"}]
+    assert calls == [(*asked, "test")]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError, ValueError])
+def test_unreachable_hub_is_one_readable_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise error("no\n  luck")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=r"org/name is no local file, and as a hub .*: no luck\. "):
+        read("org/name")
+
+
+# -- broken files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"a.jsonl, line 3 is not valid JSON"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl, line 1 is list, not an object or a string"),
+        ("a.json", b'[{"a": 1}, 5]', r"a.json, record 2 is int, not an object"),
+        ("a.json", b'[{"a": 1},\n', r"a.json is not valid JSON"),
+        ("a.json", b'{"a": 1}\n{"a"\n', r"a.json, line 2 is not valid JSON"),
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"a": "caf\xe9"}\n', r"a.jsonl is not UTF-8 text"),
+        ("a.csv", b"p,q\n1,2\n3\n", r"a.csv, record 2 \(line 3\) has 1 fields, the header 2: p, q"),
+        ("a.tsv", b"p\tq\n1\t2\t3\n", r"a.tsv, record 1 \(line 2\) has 3 fields, the header 2"),
+        ("a.csv", b'p\n"never closed\n', r"a.csv is not a valid csv table"),
+        ("a.parquet", b"PAR1 nonsense", r"a.parquet is not valid parquet"),
+    ],
+)
+def test_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)

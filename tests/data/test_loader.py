@@ -1,0 +1,188 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_peft.data.loader import Batch, Loader, _order
+from dist_peft.data.packing import IGNORE
+from dist_peft.data.rows import RowSet, _whole
+from tests.data.build import documents
+
+PAD = 999_999
+
+
+def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> RowSet:
+    """Documents of 2..seq_len tokens; the first half of each is prompt."""
+    made = documents([[int(2 * t >= n) for t in range(n)] for n in lengths])
+    return RowSet([made], _whole(made), seq_len=seq_len, packed=packed)
+
+
+def loader(rows: RowSet, rank: int = 0, world_size: int = 1, **changes: int | bool) -> Loader:
+    arguments = {
+        "global_batch": 4,
+        "micro_batch": 2,
+        "seed": 1,
+        "shuffle": True,
+        "seq_len": rows.seq_len,
+        "pad_id": PAD,
+        **changes,
+    }
+    return Loader(rows, rank=rank, world_size=world_size, **arguments)  # type: ignore[arg-type]
+
+
+def ids(batches: list[Batch]) -> list[int]:
+    return [i for batch in batches for i in batch.sample_ids.tolist()]
+
+
+def interleaved(shares: list[list[int]]) -> list[int]:
+    """Rank 0's first, rank 1's first, ..., rank 0's second, ...; without filler rows."""
+    return [i for turn in zip(*shares, strict=True) for i in turn if i != -1]
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(getattr(x, f), getattr(y, f))
+        for x, y in zip(a, b, strict=True)
+        for f in ("input_ids", "labels", "position_ids", "sample_ids")
+    )
+
+
+def check_batch(batch: Batch, rows: RowSet) -> None:
+    """Every row of the batch holds its row of the set, and padding that teaches nothing."""
+    count, width = batch.input_ids.shape
+    assert batch.labels.shape == batch.position_ids.shape == (count, width)
+    longest = 1
+    for b, sample in enumerate(batch.sample_ids.tolist()):
+        length = 0
+        if sample != -1:
+            for mine, theirs in zip(
+                (batch.input_ids, batch.labels, batch.position_ids), rows.row(sample), strict=True
+            ):
+                length = len(theirs)
+                assert torch.equal(mine[b, :length], theirs)
+        longest = max(longest, length)
+        assert (batch.input_ids[b, length:] == PAD).all()
+        assert (batch.labels[b, length:] == IGNORE).all()
+        assert torch.equal(batch.position_ids[b, length:], torch.arange(width - length))
+    expected = rows.seq_len if rows.packed else min(-(-longest // 8) * 8, rows.seq_len)
+    assert width == expected
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[RowSet, dict[str, int | bool], int]:
+    lengths = draw(st.lists(st.integers(2, 16), min_size=1, max_size=20))
+    rows = row_set(lengths, packed=draw(st.booleans()))
+    arguments: dict[str, int | bool] = {
+        "global_batch": draw(st.integers(1, 9)),
+        "micro_batch": draw(st.integers(1, 4)),
+        "seed": draw(st.integers(0, 3)),
+        "shuffle": draw(st.booleans()),
+    }
+    return rows, arguments, draw(st.integers(0, 7))
+
+
+@settings(deadline=None)
+@given(runs(), st.integers(1, 4))
+def test_any_world_size_serves_the_same_step(
+    run: tuple[RowSet, dict[str, int | bool], int], world_size: int
+) -> None:
+    rows, arguments, step = run
+    alone, targets = loader(rows, **arguments).step(step)
+    shares = [loader(rows, r, world_size, **arguments).step(step) for r in range(world_size)]
+    assert interleaved([ids(batches) for batches, _ in shares]) == ids(alone)
+    assert {t for _, t in shares} == {targets}
+    counted = sum(int((b.labels != IGNORE).sum()) for batches, _ in shares for b in batches)
+    assert counted == targets > 0
+    assert len({tuple(len(b.sample_ids) for b in batches) for batches, _ in shares}) == 1
+    for batches, _ in shares:
+        for batch in batches:
+            assert len(batch.sample_ids) <= arguments["micro_batch"]
+            check_batch(batch, rows)
+
+
+@settings(deadline=None)
+@given(runs(), st.integers(1, 4))
+def test_evaluation_serves_each_row_once_in_order(
+    run: tuple[RowSet, dict[str, int | bool], int], world_size: int
+) -> None:
+    rows, arguments, _ = run
+    shares = [loader(rows, r, world_size, **arguments).sequential() for r in range(world_size)]
+    assert interleaved([ids(batches) for batches in shares]) == list(range(len(rows)))
+    assert len({tuple(len(b.sample_ids) for b in batches) for batches in shares}) == 1
+    for batches in shares:
+        for batch in batches:
+            check_batch(batch, rows)
+
+
+@settings(deadline=None)
+@given(runs())
+def test_a_step_does_not_depend_on_the_steps_before(
+    run: tuple[RowSet, dict[str, int | bool], int],
+) -> None:
+    rows, arguments, step = run
+    going = loader(rows, **arguments)
+    for before in range(step):
+        going.step(before)
+    batches, targets = going.step(step)
+    resumed, resumed_targets = loader(rows, **arguments).step(step)
+    assert equal(batches, resumed)
+    assert targets == resumed_targets
+
+
+@settings(deadline=None)
+@given(runs())
+def test_every_epoch_serves_every_row_once(
+    run: tuple[RowSet, dict[str, int | bool], int],
+) -> None:
+    rows, arguments, _ = run
+    made = loader(rows, **arguments)
+    count, size = 3 * made.steps_per_epoch, len(rows)
+    served = [i for s in range(count) for i in ids(made.step(s)[0])]
+    for epoch in range(3):
+        assert sorted(served[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert (made.steps_per_epoch - 1) * int(arguments["global_batch"]) < size
+    assert made.steps_per_epoch * int(arguments["global_batch"]) >= size
+
+
+def test_order_depends_on_seed_epoch_and_size_only() -> None:
+    assert _order(0, 0, 10, True).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    orders = [_order(seed, epoch, 50, True).tolist() for seed in range(3) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 9
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert _order(5, 3, 4, False).tolist() == [0, 1, 2, 3]
+
+
+def test_the_order_is_fair() -> None:
+    """Each row comes first about equally often."""
+    first = np.bincount([_order(7, epoch, 5, True)[0] for epoch in range(1000)], minlength=5)
+    assert first.min() > 150
+
+
+def test_more_ranks_than_rows_get_filler() -> None:
+    rows = row_set([4, 6, 8], packed=False)
+    batches, targets = loader(rows, rank=3, world_size=4, global_batch=2).step(0)
+    assert ids(batches) == [-1]
+    assert batches[0].input_ids.shape == (1, 8)
+    assert targets > 0
+    check_batch(batches[0], rows)
+    packed = row_set([4, 6, 8], packed=True)
+    assert loader(packed, rank=3, world_size=4).sequential()[0].input_ids.shape == (1, 16)
+
+
+def test_width_of_unpacked_batches_never_exceeds_the_window() -> None:
+    rows = row_set([13, 9], seq_len=13)
+    (batch,) = loader(rows).sequential()
+    assert batch.input_ids.shape == (2, 13)
+
+
+def test_impossible_arguments() -> None:
+    rows = row_set([4, 5])
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        loader(rows, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="batch 0/2"):
+        loader(rows, global_batch=0)
+    with pytest.raises(ValueError, match="seq_len 8 is below that of the rows, 16"):
+        loader(rows, seq_len=8)
+    with pytest.raises(IndexError):
+        loader(rows).step(-1)

@@ -1,0 +1,232 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_peft.core.config import DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.data.files import open_source
+from dist_peft.data.sources import Chat, Completion, Example, Text, read_examples
+from tests.data.build import write_jsonl
+
+KEY = "data.train[0]"
+
+
+def examples(tmp_path: Path, records: list[Any], **fields: Any) -> list[Example]:
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", records)), **fields)
+    return [example for _, example in read_examples(source, open_source(source, KEY), KEY)]
+
+
+def one(tmp_path: Path, record: dict[str, Any], **fields: Any) -> Example:
+    (example,) = examples(tmp_path, [record], **fields)
+    return example
+
+
+# -- formats -------------------------------------------------------------------------------------
+
+
+def test_completion_and_text(tmp_path: Path) -> None:
+    record = {"prompt": "p", "completion": "c"}
+    assert one(tmp_path, record) == Completion("p", "c")
+    assert one(tmp_path, {"text": "t"}) == Text("t")
+
+
+def test_alpaca_prompt_with_and_without_input(tmp_path: Path) -> None:
+    tail = "\n\n### Response:"
+    with_input = one(tmp_path, {"instruction": "I", "input": "X", "output": "O"})
+    assert isinstance(with_input, Completion)
+    assert with_input.prompt.endswith("### Instruction:\nI\n\n### Input:\nX" + tail)
+    assert "paired with an input" in with_input.prompt
+    for record in ({"input": ""}, {"input": None}, {}):
+        without = one(tmp_path, {"instruction": "I", "output": "O", **record})
+        assert isinstance(without, Completion)
+        assert without.prompt.endswith("request.\n\n### Instruction:\nI" + tail)
+        assert without.completion == "O"
+
+
+def test_braces_of_the_data_are_not_fields(tmp_path: Path) -> None:
+    record = {"instruction": "{output} {0}", "input": "{", "output": "}"}
+    example = one(tmp_path, record)
+    assert isinstance(example, Completion)
+    assert "{output} {0}\n\n### Input:\n{\n" in example.prompt
+    assert example.completion == "}"
+
+
+def test_chat_messages_keep_other_keys_and_lose_nulls(tmp_path: Path) -> None:
+    call = [{"function": {"name": "f", "arguments": {}}}]
+    messages = [
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "42", "name": "f"},
+    ]
+    assert one(tmp_path, {"messages": messages}) == Chat(
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "tool_calls": call},
+            {"role": "tool", "content": "42", "name": "f"},
+        ]
+    )
+
+
+def test_sharegpt_roles(tmp_path: Path) -> None:
+    speakers = ["system", "human", "function_call", "observation", "gpt"]
+    turns = [{"from": s, "value": s} for s in speakers]
+    example = one(tmp_path, {"conversations": turns})
+    assert isinstance(example, Chat)
+    roles = [(m["role"], m["content"]) for m in example.messages]
+    expected = ["system", "user", "assistant", "tool", "assistant"]
+    assert roles == list(zip(expected, speakers, strict=True))
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_as_list_or_json_text(tmp_path: Path, tools: Any) -> None:
+    record = {"messages": [{"role": "user", "content": "u"}], "tools": tools}
+    example = one(tmp_path, record)
+    assert isinstance(example, Chat)
+    assert example.tools == [{"name": "f"}]
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", [], "[]"])
+def test_no_tools(tmp_path: Path, tools: Any) -> None:
+    example = one(tmp_path, {"messages": [{"role": "user", "content": "u"}], "tools": tools})
+    assert isinstance(example, Chat)
+    assert example.tools is None
+
+
+# -- telling formats apart -----------------------------------------------------------------------
+
+
+def test_auto_prefers_what_is_more_than_text(tmp_path: Path) -> None:
+    alpaca = {"instruction": "I", "output": "O", "text": "whole"}
+    assert isinstance(one(tmp_path, alpaca), Completion)
+    chat = {"messages": [{"role": "user", "content": "u"}], "prompt": "u"}
+    assert isinstance(one(tmp_path, chat), Chat)
+    assert one(tmp_path, alpaca, format="text") == Text("whole")
+
+
+def test_columns_map_roles_also_into_nested_records(tmp_path: Path) -> None:
+    record = {"question": "q", "answer": "a", "n": [{"in": "x", "out": "y"}]}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert one(tmp_path, record, columns=columns) == Completion("q", "a")
+    columns = {"prompt": "n.0.in", "completion": "n.0.out"}
+    assert one(tmp_path, record, columns=columns) == Completion("x", "y")
+    dotted = {"a.b": "literal", "a": {"b": "nested"}}
+    assert one(tmp_path, dotted, columns={"text": "a.b"}) == Text("literal")
+
+
+def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        examples(tmp_path, [{"question": "q", "answer": "a"}])
+    message = str(error.value)
+    for part in (
+        "data.train[0]: cannot tell the format of",
+        "a.jsonl: its columns are question, answer;",
+        "chat wants messages or conversations, tools?;",
+        "completion wants prompt, completion;",
+        "alpaca wants instruction, output, input?;",
+        "text wants text.",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"columns": {"promt": "q"}}, r"data.train\[0\].columns: promt is no role .*mean prompt"),
+        ({"format": "text", "columns": {"prompt": "q"}}, r"prompt is no role of format text"),
+        (
+            {"columns": {"prompt": "question", "completion": "answr"}},
+            r"has no column answr; its columns are question, answer; .*Did you mean answer\?",
+        ),
+        ({"format": "chat"}, r"has no column messages; .*chat wants messages or conversations"),
+        ({"format": "text", "template": "{question}"}, r"template is for completion and alpaca"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        examples(tmp_path, [{"question": "q", "answer": "a"}], **fields)
+
+
+def test_no_records(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.train\[0\]: .*a.jsonl holds no records"):
+        examples(tmp_path, [])
+
+
+# -- templates -----------------------------------------------------------------------------------
+
+
+def test_template_of_columns_and_roles(tmp_path: Path) -> None:
+    record = {"a": "A", "b": "B", "answer": "c"}
+    columns = {"completion": "answer"}
+    example = one(tmp_path, record, columns=columns, template="{a} {{x}} {b}{a}\n")
+    assert example == Completion("A {x} BA\n", "c")
+    columns = {"prompt": "a", "completion": "answer"}
+    assert one(tmp_path, record, columns=columns, template="Q: {prompt}") == Completion("Q: A", "c")
+
+
+def test_template_replaces_the_alpaca_prompt(tmp_path: Path) -> None:
+    record = {"instruction": "I", "output": "O"}
+    example = one(tmp_path, record, template="{instruction}|{input}|")
+    assert example == Completion("I||", "O")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{a", r"data.train\[0\].template: "),
+        ("{} {a}", r"a field is \{column\}"),
+        ("{a:>5}", r"a field is \{column\}"),
+        ("{a!r}", r"a field is \{column\}"),
+        ("{b}", r"template: .* has no column b; its columns are a, completion"),
+    ],
+)
+def test_bad_template(tmp_path: Path, template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        examples(tmp_path, [{"a": "A", "completion": "c"}], template=template)
+
+
+# -- bad records ---------------------------------------------------------------------------------
+
+GOOD = {"prompt": "p", "completion": "c"}
+USER = {"role": "user", "content": "u"}
+
+
+@pytest.mark.parametrize(
+    ("first", "record", "message"),
+    [
+        (GOOD, {"prompt": "p", "completion": None}, "column completion must be text but is null"),
+        (GOOD, {"prompt": 7, "completion": "c"}, "column prompt must be text but is int 7"),
+        (GOOD, {"prompt": "p"}, r"has no column completion \(has prompt\)"),
+        (GOOD, {"prompt": "\ud83d", "completion": "c"}, "column prompt is not valid Unicode"),
+        ({"messages": [USER]}, {"messages": []}, "messages must be a list of at least one"),
+        ({"messages": [USER]}, {"messages": "hi"}, "messages must be a list"),
+        ({"messages": [USER]}, {"messages": [USER, "x"]}, "message 2 is str, not an object"),
+        (
+            {"messages": [USER]},
+            {"messages": [{"content": "u"}]},
+            "message 1 has no role; .*content",
+        ),
+        (
+            {"messages": [USER]},
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            r"message 2 \(assistant\): content must be text but is null or missing",
+        ),
+        (
+            {"messages": [USER]},
+            {"messages": [{"role": "user", "content": ["part"]}]},
+            r"message 1 \(user\): content must be text but is list",
+        ),
+        (
+            {"messages": [USER]},
+            {"messages": [{"from": "robot", "value": "x"}]},
+            "message 1 is from 'robot'; known are assistant, chatgpt",
+        ),
+        ({"messages": [USER]}, {"messages": [USER], "tools": "{"}, "tools is not valid JSON"),
+        ({"messages": [USER]}, {"messages": [USER], "tools": {"a": 1}}, "tools must be a list"),
+    ],
+)
+def test_bad_record_is_named_by_file_and_number(
+    tmp_path: Path, first: dict[str, Any], record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl, record 2[:, ].*{message}"):
+        examples(tmp_path, [first, record])
