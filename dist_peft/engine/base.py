@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["Engine", "OptimizerFactory", "parameter_owner", "trainable"]
+__all__ = ["Engine", "OptimizerFactory", "trainable"]
 
 
 class OptimizerFactory(Protocol):
@@ -100,9 +100,3 @@ class Engine(Protocol):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by full name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def parameter_owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """``a.b.weight`` -> (module ``a.b``, ``weight``)."""
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own

@@ -86,9 +86,9 @@ class LocalOptimizer:
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         plain = self.factory.wants_plain
         for name, parameter in self.parameters.items():
-            value = state[f"param/{name}"]
-            if value.data_ptr() != parameter.data_ptr():
-                parameter.copy_(value)
+            mine, value = self.local(parameter), self.local(state[f"param/{name}"])
+            if value.data_ptr() != mine.data_ptr():
+                mine.copy_(value)
             moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             if plain:
                 moments = {key: self.local(value) for key, value in moments.items()}

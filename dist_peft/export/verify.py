@@ -29,7 +29,9 @@ class Probe:
 
     def save(self, path: Path) -> None:
         save_file(
-            {k: v.contiguous() for k, v in vars(self).items()}, path, metadata={"format": "pt"}
+            {k: v.contiguous().clone() for k, v in vars(self).items()},
+            path,
+            metadata={"format": "pt"},
         )
 
     @classmethod

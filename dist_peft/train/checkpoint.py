@@ -15,6 +15,7 @@ has no final name, or no readable ``run.json``, is skipped and named in the log.
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +34,9 @@ from dist_peft.store.writer import atomic_write
 __all__ = ["Checkpoints", "RunPosition"]
 
 log = logging.getLogger("dist_peft")
+
+_UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError)
+"""What reading a damaged ``.metadata`` raises."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,10 @@ class Checkpoints:
         wanted = set(names)
         if not wanted:
             return {}
-        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        try:
+            metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        except _UNREADABLE as error:
+            raise UserError(f"cannot read checkpoint {path}: {error}") from None
         state = {
             key: torch.empty(info.size, dtype=info.properties.dtype)
             for key, info in metadata.items()

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dist_peft.core.config import TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.base import OptimizerFactory
 
 __all__ = ["make_optimizer_factory"]
+
+_BLOCK = 256
+"""Values of bitsandbytes' 8-bit optimizers that share a scale."""
 
 
 def make_optimizer_factory(config: TrainConfig, device: torch.device) -> OptimizerFactory:
@@ -130,20 +134,43 @@ class _BitsAndBytesAdamW:
             if state[name].dtype == torch.float32:
                 state[name].copy_(value)
                 continue
-            codes, quantized = self.bnb.functional.quantize_blockwise(
-                value, code=state[f"qmap{number}"], blocksize=256
-            )
-            state[name].copy_(codes)
-            state[f"absmax{number}"].copy_(quantized.absmax)
+            codes, scales = _encode_blocks(value.flatten(), state[f"qmap{number}"])
+            state[name].copy_(codes.view_as(value))
+            state[f"absmax{number}"].copy_(scales)
 
     def _decode(self, state: dict[str, Any], name: str, number: str) -> Tensor:
         codes: Tensor = state[name]
         if codes.dtype == torch.float32:
             return codes.clone()
         return self.bnb.functional.dequantize_blockwise(
-            codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+            codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=_BLOCK
         )
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for state in optimizer.state.values():
             state["step"] = step
+
+
+def _encode_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """``values`` [n] as nearest 8-bit codes [n] and a scale for each block of 256.
+
+    What was decoded comes back bit for bit, unlike from bitsandbytes' ``quantize_blockwise``: the
+    signed code reaches from -0.993 to 1 only, so a block whose largest value is negative decodes
+    smaller than its scale and would shrink by 0.7 % with each save and resume. Here the scale makes
+    the extreme value the extreme code; neighbouring floats are tried too, since dividing rounds.
+    """
+    blocks = functional.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
+    scales = blocks.amax(1)
+    if code[0] < 0:
+        scales = torch.maximum(scales, blocks.amin(1) / code[0])
+    middles = (code[1:] + code[:-1]) / 2
+    shares = blocks / torch.where(scales > 0, scales, 1.0)[:, None]
+    codes = torch.bucketize(shares, middles)
+    decoded = code[codes]
+    up, down = scales, scales
+    for _ in range(2):
+        up, down = up.nextafter(up.new_tensor(torch.inf)), down.nextafter(down.new_zeros(()))
+        for near in (up, down):
+            exact = (decoded * near[:, None] == blocks).all(1)
+            scales = torch.where(exact, near, scales)
+    return codes.to(torch.uint8).flatten()[: len(values)], scales

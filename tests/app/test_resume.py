@@ -1,0 +1,102 @@
+"""Stopped and resumed at another number of ranks, a run goes on as if nothing had happened."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from dist_peft.app import train as train_app
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.metrics import read_metrics
+from tests.app.test_equality import run_config
+from tests.dist import run_ranks
+
+STOP, STEPS = 6, 12
+
+
+def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> int:
+    """``train`` with a signal that comes during step ``stop_after``."""
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == stop_after
+
+    with mock.patch.object(train_app, "_catch_signals", lambda: stop):
+        return train_app.train(parse_config(tree), world)
+
+
+def losses(directory: Path) -> list[float]:
+    return [record.loss for record in read_metrics(directory / "metrics.jsonl")]
+
+
+def short(shared_data: Path, tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
+    save = {"dir": str(tmp_path / name), "every": 0}
+    defaults = {"train__steps": STEPS, "base__quant": {"kind": "nf4"}}
+    return run_config(shared_data, tmp_path, save=save, **{**defaults, **changes})
+
+
+@pytest.mark.dist
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [({}, 1), ({}, 3), ({"adapter__init": "pissa"}, 3), ({"adapter__init": "loftq"}, 1)],
+    ids=str,
+)
+def test_resumed_at_other_ranks(
+    shared_data: Path, tmp_path: Path, case: dict[str, Any], ranks: int
+) -> None:
+    whole = short(shared_data, tmp_path, "whole", **case)
+    assert run_ranks(train, 1, whole) == [0]
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == STEPS and expected[-1] < expected[0]
+
+    cut = short(shared_data, tmp_path, "cut", **case)
+    assert run_ranks(train, 2, cut, STOP) == [75, 75]
+    assert len(losses(tmp_path / "cut")) == STOP
+    checkpoint = tmp_path / "cut" / "checkpoints" / f"step-{STOP:06d}"
+    assert Checkpoints.position(checkpoint).samples == STOP * whole["train"]["global_batch"]
+    assert run_ranks(train, ranks, cut) == [0] * ranks
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "cut")), torch.tensor(expected), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.data
+def test_start_factors_are_read_and_not_computed_again(shared_data: Path, tmp_path: Path) -> None:
+    """Else a change of the SVD (another torch, another number of ranks) would change the base."""
+    tree = short(shared_data, tmp_path, "cut", adapter__init="pissa", train__steps=2)
+    assert train(World(), tree, 1) == 75
+    with mock.patch.object(torch.linalg, "svd", side_effect=AssertionError("computed again")), \
+         mock.patch.object(torch.linalg, "qr", side_effect=AssertionError("computed again")):  # fmt: skip
+        assert train(World(), tree) == 0
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "base": ({"base__quant": {"kind": "nf4", "group_size": 32}}, r"another base\.\*"),
+    "compute": ({"base__compute_dtype": "bfloat16"}, r"another base\.\*"),
+    "adapter": ({"adapter__r": 8}, r"another adapter\.\*"),
+    "data": ({"data__seq_len": 64}, r"another data\.\*"),
+    "batch": ({"train__global_batch": 8}, r"train\.global_batch or train\.seed"),
+    "seed": ({"train__seed": 1}, r"train\.global_batch or train\.seed"),
+}
+
+
+@pytest.mark.data
+def test_resume_with_another_configuration_is_refused(shared_data: Path, tmp_path: Path) -> None:
+    tree = short(shared_data, tmp_path, "cut", train__steps=2)
+    assert train(World(), tree, 1) == 75
+    for changes, message in CHANGES.values():
+        other = {**tree}
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            other[section] = {**other[section], name: value}
+        with pytest.raises(UserError, match=message):
+            train(World(), other)
+    assert train(World(), {**tree, "data": {**tree["data"], "cache_dir": None}}) == 0

@@ -1,0 +1,87 @@
+"""uint8 shards on every supported torch; the old one in an interpreter of its own."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+from dist_peft.core.world import World
+from dist_peft.engine.compat import allow_integer_parameters
+from tests.dist import run_ranks
+
+ROOT = Path(__file__).parents[2]
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+class Bytes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.arange(21, dtype=torch.uint8).view(7, 3) * 12, False)
+        self.change = nn.Parameter(torch.ones(7, 3))
+
+    def forward(self) -> torch.Tensor:
+        return (self.packed.float() * self.change).sum()
+
+
+def _shard_bytes(world: World) -> tuple[torch.Tensor, torch.Tensor, bool, bool]:
+    allow_integer_parameters()
+    allow_integer_parameters()  # a second call changes nothing
+    model = Bytes()
+    fully_shard(model)
+    model().backward()
+    packed = model.packed
+    assert packed.dtype == torch.uint8 and packed.to_local().shape[0] == (4, 3)[world.rank]
+    gradient = model.change.grad
+    assert gradient is not None
+    whole = packed.full_tensor()
+    return whole, gradient.full_tensor(), packed.requires_grad, model.change.requires_grad
+
+
+@pytest.mark.dist
+def test_bytes_survive_two_ranks() -> None:
+    original = Bytes()
+    for whole, gradient, bytes_learn, change_learns in run_ranks(_shard_bytes, 2):
+        assert torch.equal(whole, original.packed)
+        assert torch.equal(gradient, original.packed.float())  # FSDP's mean of equal ones
+        assert not bytes_learn and change_learns
+
+
+@pytest.mark.skipif(VERSION < (2, 12), reason="this torch needs the patch")
+def test_newer_torch_is_left_alone() -> None:
+    allow_integer_parameters()
+    assert _fsdp_param.nn is nn
+
+
+@pytest.mark.skipif(VERSION >= (2, 12), reason="torch 2.12 and later are not patched")
+def test_older_torch_is_patched_in_that_module_only() -> None:
+    allow_integer_parameters()
+    assert _fsdp_param.nn is not nn
+    assert _fsdp_param.nn.Module is nn.Module
+    assert _fsdp_param.nn.Parameter(torch.zeros(2)).requires_grad
+    assert not _fsdp_param.nn.Parameter(torch.zeros(2, dtype=torch.uint8)).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        nn.Parameter(torch.zeros(2, dtype=torch.uint8))
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(VERSION < (2, 12), reason="this is an old torch already")
+def test_torch_211() -> None:
+    """This file once more under torch 2.11."""
+    python = os.environ.get("DIST_PEFT_TORCH211_PYTHON")
+    if not python:
+        pytest.skip("DIST_PEFT_TORCH211_PYTHON names no interpreter with torch 2.11")
+    script = (
+        "import sys, pytest, torch; "
+        "assert torch.__version__.startswith('2.11.'), torch.__version__; "
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(Path(__file__))!r}]))"
+    )
+    done = subprocess.run(
+        [python, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout, done.stdout

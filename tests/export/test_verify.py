@@ -1,0 +1,94 @@
+"""Logits of an export against the trained model's."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dist_peft.core.errors import UserError
+from dist_peft.export.verify import Probe, compare, generate, verify_directory
+from tests.tiny_models import CONFIGS, save_model
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def probe() -> Probe:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(1, 3, 5, generator=generator)
+    return Probe(IDS, before + torch.randn(1, 3, 5, generator=generator), before)
+
+
+def test_exact_logits() -> None:
+    found = compare(probe().trained, probe())
+    assert (found.max_error, found.mean_error, found.relative, found.kl) == (0, 0, 0, 0)
+    assert found.top1 == 1
+    assert ("Same top token", "100.0%") in found.rows()
+
+
+def test_lost_adapter_has_relative_error_one() -> None:
+    found = compare(probe().before, probe())
+    assert found.relative == pytest.approx(1)
+    assert "100.00% of what training changed" in str(found)
+
+
+def test_numbers_by_hand() -> None:
+    trained = torch.tensor([[[math.log(0.5), math.log(0.25), math.log(0.25)], [3.0, 0.0, 0.0]]])
+    got = torch.tensor([[[math.log(0.25), math.log(0.5), math.log(0.25)], [3.0, 0.0, 0.0]]])
+    before = trained - 2.0
+    found = compare(got, Probe(IDS[:, :2], trained, before))
+    assert found.max_error == pytest.approx(math.log(2))
+    assert found.mean_error == pytest.approx(2 * math.log(2) / 6)
+    assert found.relative == pytest.approx(math.sqrt(2 / 6) * math.log(2) / 2)
+    assert found.kl == pytest.approx(0.25 * math.log(2) / 2)  # mean of two positions
+    assert found.top1 == 0.5
+
+
+def test_training_that_changed_nothing_is_no_division_by_zero() -> None:
+    same = probe().trained
+    assert compare(same, Probe(IDS, same, same)).relative == 0
+    assert compare(same + 1, Probe(IDS, same, same)).relative > 1e9
+
+
+def test_other_vocabulary_is_refused() -> None:
+    with pytest.raises(UserError, match=r"shape \[1, 3, 4\], the trained model gave \[1, 3, 5\]"):
+        compare(probe().trained[..., :4], probe())
+
+
+def test_probe_file(tmp_path: Path) -> None:
+    logits = torch.randn(1, 3, 10)[..., ::2]  # not contiguous
+    Probe(IDS, logits, logits).save(tmp_path / "probe.safetensors")  # shared memory
+    found = Probe.load(tmp_path / "probe.safetensors")
+    assert torch.equal(found.input_ids, IDS) and found.input_ids.dtype == torch.long
+    assert torch.equal(found.trained, logits) and torch.equal(found.before, logits)
+    with pytest.raises(UserError, match="resume it first"):
+        Probe.load(tmp_path / "none.safetensors")
+
+
+def test_directory_is_loaded_by_transformers(tmp_path: Path) -> None:
+    model = save_model(CONFIGS["llama"], tmp_path)
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+    shifted = Probe(IDS, logits + 1, logits)
+    assert verify_directory(tmp_path, Probe(IDS, logits, logits + 1), torch.float32).max_error == 0
+    assert verify_directory(tmp_path, shifted, torch.float32).max_error == pytest.approx(1)
+    rounded = verify_directory(tmp_path, Probe(IDS, logits, logits + 1), torch.bfloat16)
+    assert 0 < rounded.relative < 0.1
+
+
+def test_generate_is_greedy_and_gives_one_line(tmp_path: Path) -> None:
+    model = save_model(CONFIGS["llama"], tmp_path)
+    words = {f"w{i}": i for i in range(97)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w2").save_pretrained(tmp_path)
+    ids = [5, 6]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    wanted = " ".join(f"w{i}" for i in ids[2:] if i != 2)
+    assert generate(tmp_path, ["w5 w6", "w7"], max_new_tokens=6)[0] == wanted

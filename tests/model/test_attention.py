@@ -1,0 +1,84 @@
+"""Masks of packed documents, and the look at the logits that trusts no mask."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_peft.model import attention
+from dist_peft.model.attention import document_mask, documents_are_isolated, model_inputs
+from tests.tiny_models import CONFIGS, save_model
+
+CPU = torch.device("cpu")
+
+
+def sees_by_loop(lengths: list[int]) -> list[list[bool]]:
+    """By walking over the documents: a token sees itself and what came before in its own."""
+    size, start = sum(lengths), 0
+    sees = [[False] * size for _ in range(size)]
+    for length in lengths:
+        for place in range(start, start + length):
+            for earlier in range(start, place + 1):
+                sees[place][earlier] = True
+        start += length
+    return sees
+
+
+@st.composite
+def rows_of_documents(draw: st.DrawFn) -> list[list[int]]:
+    """One to three rows of 12 tokens, each cut into documents of at least one token."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        left, lengths = 12, []
+        while left:
+            lengths.append(draw(st.integers(1, left)))
+            left -= lengths[-1]
+        rows.append(lengths)
+    return rows
+
+
+@given(rows_of_documents(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_document_mask_is_what_a_loop_says(rows: list[list[int]], dtype: torch.dtype) -> None:
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+    mask = document_mask(positions, dtype)
+    assert mask.dtype == dtype and mask.shape == (len(rows), 1, 12, 12)
+    for row, lengths in zip(mask[:, 0], rows, strict=True):
+        sees = torch.tensor(sees_by_loop(lengths))
+        expected = torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)
+        assert torch.equal(row, expected)
+
+
+class TestIsolation:
+    @pytest.mark.parametrize("family", ["llama", "opt"])
+    def test_holds(self, family: str, tmp_path: Path) -> None:
+        assert documents_are_isolated(save_model(CONFIGS[family], tmp_path), CPU)
+
+    def test_is_missed_where_a_model_ignores_positions(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = save_model(CONFIGS["opt"], tmp_path)
+        monkeypatch.setattr(attention, "_NEED_EXPLICIT_MASK", set())
+        assert not documents_are_isolated(model, CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "explicit"),
+    [
+        ("opt", [[0, 1, 0, 1]], True),
+        ("opt", [[0, 1, 2, 3]], False),
+        ("llama", [[0, 1, 0, 1]], False),
+    ],
+    ids=["opt packed", "opt one document", "llama packed"],
+)
+def test_mask_is_explicit_only_where_needed(
+    family: str, positions: list[list[int]], explicit: bool, tmp_path: Path
+) -> None:
+    model = save_model(CONFIGS[family], tmp_path)
+    place = torch.tensor(positions)
+    inputs = model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)
+    assert ("attention_mask" in inputs) == explicit
+    assert inputs["position_ids"] is place
+    if explicit:
+        assert torch.equal(inputs["attention_mask"], document_mask(place, torch.float32))

@@ -1,0 +1,232 @@
+"""Checkpoints: written at one number of ranks, read at another, never half, never damaged."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import row_span
+from dist_peft.core.world import World
+from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from tests.dist import run_ranks
+
+NAMES = ("param/a", "exp_avg/a", "start/b")
+ROWS = 7  # divides by neither 2 nor 3
+
+
+def position(step: int) -> RunPosition:
+    return RunPosition(step, step * 4, 0, "base", "adapter", "data")
+
+
+def whole(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(ROWS, 5, generator=generator) for name in NAMES}
+
+
+def sharded(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as DTensors along dimension 0, one of them (``start/b``) left whole."""
+    if world.size == 1:
+        return {name: t.clone() for name, t in tensors.items()}
+    mesh = init_device_mesh("cpu", (world.size,))
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        local = tensor[row_span(ROWS, world.size, world.rank).slice].clone()
+        state[name] = DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    state["start/b"] = tensors["start/b"].clone()
+    return state
+
+
+def save_one(world: World, directory: Path, step: int) -> Path:
+    return Checkpoints(directory, 2, world).save(sharded(world, whole(step)), position(step))
+
+
+def load_one(world: World, directory: Path) -> dict[str, Tensor]:
+    checkpoints = Checkpoints(directory, 2, world)
+    path = checkpoints.choose("auto")
+    assert path is not None
+    state = sharded(world, {name: torch.zeros(ROWS, 5) for name in NAMES})
+    checkpoints.load(path, state)
+    for name, tensor in checkpoints.read_whole(path, ["start/b", "param/a"]).items():
+        state[f"whole/{name}"] = tensor
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+
+
+def single(directory: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(directory, keep, World())
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def check(state: dict[str, Tensor], step: int) -> None:
+    for name, tensor in whole(step).items():
+        assert torch.equal(state[name], tensor), name
+    for name in ("start/b", "param/a"):
+        assert torch.equal(state[f"whole/{name}"], whole(step)[name])
+
+
+def test_saved_and_loaded_by_one_process(tmp_path: Path) -> None:
+    path = save_one(World(), tmp_path, 3)
+    assert path == tmp_path / "step-000003"
+    assert Checkpoints.position(path) == position(3)
+    check(load_one(World(), tmp_path), 3)
+
+
+@pytest.mark.dist
+def test_saved_at_two_ranks_loads_at_one_and_three(tmp_path: Path) -> None:
+    assert run_ranks(save_one, 2, tmp_path, 5) == [tmp_path / "step-000005"] * 2
+    assert names(tmp_path) == ["step-000005"]
+    for ranks in (1, 2, 3):
+        for state in run_ranks(load_one, ranks, tmp_path):
+            check(state, 5)
+
+
+@pytest.mark.dist
+def test_saved_at_one_rank_loads_at_two(tmp_path: Path) -> None:
+    save_one(World(), tmp_path, 5)
+    for state in run_ranks(load_one, 2, tmp_path):
+        check(state, 5)
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_one(World(), tmp_path, step)
+    assert names(tmp_path) == ["step-000002", "step-000010"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_one(World(), tmp_path, 3)
+    single(tmp_path).save(whole(9), position(3))
+    assert names(tmp_path) == ["step-000003"]
+    read = single(tmp_path).read_whole(tmp_path / "step-000003", NAMES)
+    assert torch.equal(read["param/a"], whole(9)["param/a"])
+
+
+def test_half_written_is_skipped_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = save_one(World(), tmp_path, 3)
+    partial, without = tmp_path / ".partial-step-000005", tmp_path / "step-000004"
+    shutil.copytree(good, partial)
+    shutil.copytree(good, without)
+    (without / "run.json").unlink()
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        assert single(tmp_path).found() == [good]
+        assert single(tmp_path).choose("auto") == good
+    assert str(partial) in caplog.text
+    assert str(without) in caplog.text
+    save_one(World(), tmp_path, 5)  # the leftover does not stop the next attempt
+    assert not partial.exists()
+
+
+def test_choose(tmp_path: Path) -> None:
+    checkpoints = single(tmp_path)
+    assert checkpoints.choose("auto") is None
+    first, second = save_one(World(), tmp_path, 1), save_one(World(), tmp_path, 2)
+    assert checkpoints.choose("auto") == second
+    assert checkpoints.choose("never") is None
+    assert checkpoints.choose(str(first)) == first
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoints.choose(str(tmp_path))
+
+
+def test_unreadable_position_is_named(tmp_path: Path) -> None:
+    path = save_one(World(), tmp_path, 1)
+    for content in ("{", json.dumps({"step": 1})):
+        (path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=r"step-000001 has an unreadable run\.json"):
+            Checkpoints.position(path)
+
+
+def _damage(path: Path, kind: str) -> None:
+    file = next(path.glob("*.distcp"))
+    if kind == "absent":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:100])
+    elif kind == "overwritten":
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    else:
+        (path / ".metadata").write_bytes(b"not a pickle")
+
+
+@pytest.mark.parametrize("kind", ["absent", "truncated", "overwritten", "metadata"])
+def test_damaged_files_are_refused(tmp_path: Path, kind: str) -> None:
+    path = save_one(World(), tmp_path, 1)
+    _damage(path, kind)
+    with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
+        single(tmp_path).load(path, whole(2))
+    with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
+        single(tmp_path).read_whole(path, ["param/a"])
+
+
+def _load_damaged(world: World, directory: Path) -> str:
+    try:
+        load_one(world, directory)
+    except UserError as error:
+        dist.barrier()  # every rank gets here
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.dist
+def test_damage_that_one_rank_sees_is_told_by_both(tmp_path: Path) -> None:
+    run_ranks(save_one, 2, tmp_path, 1)
+    file = tmp_path / "step-000001" / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:50])
+    for text in run_ranks(_load_damaged, 2, tmp_path):
+        assert text.startswith(f"cannot read checkpoint {tmp_path / 'step-000001'}: ")
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = save_one(World(), tmp_path, 1)
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*param/other"):
+        single(tmp_path).load(path, {"param/other": torch.zeros(3)})
+    with pytest.raises(UserError, match="param/a"):
+        single(tmp_path).load(path, {"param/a": torch.zeros(ROWS + 1, 5)})
+    with pytest.raises(UserError, match="lacks start/c"):
+        single(tmp_path).read_whole(path, ["start/b", "start/c"])
+
+
+def test_full_disk_leaves_old_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save_one(World(), tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+        with pytest.raises(UserError, match=r"step-000002 needs .* MiB but the disk has"):
+            single(tmp_path, keep=1).save(whole(2), position(2))
+    assert single(tmp_path).choose("auto") == old
+    check(load_one(World(), tmp_path), 1)
+
+
+def test_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save_one(World(), tmp_path, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"cannot write checkpoint .*step-000002.*No space"):
+            single(tmp_path, keep=1).save(whole(2), position(2))
+    assert single(tmp_path).choose("auto") == old
+    check(load_one(World(), tmp_path), 1)
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create checkpoint directory"):
+        single(tmp_path / "file").save(whole(1), position(1))
