@@ -1,13 +1,15 @@
 """What the benchmarks share: a base to measure on, clean processes, memory readings, output."""
 
+import argparse
 import json
 import multiprocessing as mp
 import os
 import platform
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ __all__ = [
     "RESULTS",
     "Memory",
     "PeakMemory",
+    "base_argument",
     "free_port",
     "machine",
     "make_base",
@@ -71,7 +74,13 @@ def make_base(directory: Path) -> Path:
     return directory
 
 
-def run_config(base: Path, **sections: Mapping[str, Any]) -> RunConfig:
+def base_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--base``."""
+    default = Path(tempfile.gettempdir()) / "dist_peft_benchmark_base"
+    parser.add_argument("--base", type=Path, default=default, help="made there when absent")
+
+
+def run_config(base: Path, /, **sections: Mapping[str, Any]) -> RunConfig:
     """NF4 base, LoRA r=16 on all linears; ``sections`` are merged over that."""
     tree: dict[str, dict[str, Any]] = {
         "base": {"path": str(base), "quant": {"kind": "nf4"}},
@@ -102,7 +111,8 @@ class Memory:
     @classmethod
     def now(cls) -> "Memory":
         lines = Path("/proc/self/status").read_text().splitlines()
-        kib = {k: int(v.split()[0]) for k, _, v in (line.partition(":") for line in lines) if "kB" in v}
+        fields = (line.partition(":") for line in lines if line.endswith("kB"))
+        kib = {key: int(value.split()[0]) for key, _, value in fields}
         return cls(*(kib[key] * 1024 for key in ("VmRSS", "RssAnon", "VmHWM")))
 
 
@@ -151,7 +161,7 @@ def run_processes(
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Any:
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

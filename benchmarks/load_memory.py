@@ -19,6 +19,7 @@ from common import (
     MIB,
     Memory,
     PeakMemory,
+    base_argument,
     free_port,
     make_base,
     print_table,
@@ -130,7 +131,7 @@ def _largest_slice(built: Built) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, default=Path("/tmp/dist_peft_benchmark_base"))
+    base_argument(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
         "--mmap-threshold",

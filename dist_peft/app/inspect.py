@@ -4,6 +4,7 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -49,7 +50,7 @@ def _base(path: Path) -> list[str]:
     types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
     lines = [f"base model {path}"]
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
+        config = _read_json(path / "config.json")
         kinds = ", ".join(config.get("architectures") or [])
         lines.append(f"  type         {config.get('model_type')} {kinds}")
     files = len({i.file for i in infos})
@@ -64,7 +65,7 @@ def _base(path: Path) -> list[str]:
 
 
 def _adapter(path: Path) -> list[str]:
-    config = json.loads((path / "adapter_config.json").read_text())
+    config = _read_json(path / "adapter_config.json")
     index = SafetensorsIndex.open(path / "adapter_model.safetensors")
     numbers = sum(_numel(i.shape) for i in index.tensors.values())
     lines = [
@@ -78,7 +79,7 @@ def _adapter(path: Path) -> list[str]:
     ]
     own = path / "dist_peft.json"
     if own.is_file():
-        lines += [f"  {key:<12} {value}" for key, value in json.loads(own.read_text()).items()]
+        lines += [f"  {key:<12} {value}" for key, value in _read_json(own).items()]
     return lines
 
 
@@ -98,6 +99,16 @@ def _run(path: Path) -> list[str]:
     if (path / "adapter").is_dir():
         lines += ["  " + line for line in _adapter(path / "adapter")]
     return lines
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it must hold a JSON object")
+    return content
 
 
 def _numel(shape: tuple[int, ...]) -> int:

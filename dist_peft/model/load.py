@@ -133,6 +133,9 @@ def _packed_rows(
     rows = reader.read(linear.source, span).to(device)
     try:
         if wrapper is not None:
+            # prepare_rows may hold collectives, so ranks that share the weight must fail together
+            if placement.sum_over_shards((~rows.isfinite()).sum()).item():
+                raise ValueError("weight is not finite: NaN or infinity in a row")
             rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
         return linear.codec.encode(rows)
     except ValueError as error:

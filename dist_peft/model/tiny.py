@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import default_chat_template
 from dist_peft.data.stdlib_text import SourceFile, read_stdlib
+from dist_peft.model.muon import Muon
 from dist_peft.store.fileio import sync_directory, temporary_name, writing
 from dist_peft.store.writer import atomic_write
 
@@ -42,12 +43,11 @@ OnStep = Callable[[int, float, float], None]
 CONTEXT = 256
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _VOCABULARY = 2048
-_BATCH = 4
-_LR, _MIN_LR_RATIO, _WARMUP_STEPS = 3e-3, 0.03, 20
+_BATCH = 8
+_MUON_LR, _ADAMW_LR, _MIN_LR_RATIO, _WARMUP_STEPS = 0.02, 1e-2, 0.03, 20
 _WEIGHT_DECAY, _MAX_GRAD_NORM = 0.1, 1.0
 _EVAL_WINDOWS = 32
 _AVERAGED_STEPS = 50  # of the training loss that is reported
-_MOST_THREADS = 8  # matrices this small get slower with more
 _REPORT_FILE = "tiny_base.json"
 
 
@@ -110,8 +110,9 @@ def make_tiny_base(
     train = _windows(tokenizer, [f for f in files if not f.held_out])
     held_out = _windows(tokenizer, [f for f in files if f.held_out])
     prepared = time.perf_counter() - start
-    with _own_random_state(seed), _few_threads():
+    with _own_random_state(seed), _threads_restored():
         model = _new_model(tokenizer)
+        _use_fastest_threads(model, train[: _BATCH // 2])
         losses = _pretrain(model, train, max(seconds - prepared, seconds / 2), on_step)
         held_out_loss = _evaluate(model, held_out)
     recent = losses[-_AVERAGED_STEPS:]
@@ -157,7 +158,7 @@ def _train_tokenizer(texts: list[str]) -> Tokenizer:
 def _windows(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
     """All files behind each other, ``<s> text </s>``, cut into rows [n, CONTEXT + 1]."""
     eos = tokenizer.token_to_id(_EOS)
-    encoded = tokenizer.encode_batch([f.text for f in files])
+    encoded = tokenizer.encode_batch_fast([f.text for f in files])
     tokens = torch.tensor([token for document in encoded for token in (*document.ids, eos)])
     rows = len(tokens) // (CONTEXT + 1)
     return tokens[: rows * (CONTEXT + 1)].view(rows, CONTEXT + 1)
@@ -177,6 +178,7 @@ def _new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
+        initializer_range=0.05,  # the usual 0.02 is for widths of a thousand
         bos_token_id=tokenizer.token_to_id(_BOS),
         eos_token_id=tokenizer.token_to_id(_EOS),
         pad_token_id=tokenizer.token_to_id(_PAD),
@@ -188,14 +190,7 @@ def _pretrain(
     model: nn.Module, rows: Tensor, seconds: float, on_step: OnStep | None
 ) -> list[float]:
     """Train until the time is over (at least one step); the loss of each step."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors}],
-        weight_decay=0.0,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizers = _optimizers(model)
     model.train()
     losses: list[float] = []
     start = time.perf_counter()
@@ -203,17 +198,30 @@ def _pretrain(
         share = (time.perf_counter() - start) / seconds
         if losses and share >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(len(losses), share)
+        scale = _schedule(len(losses), share)
         loss = _loss(model, rows[batch])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         if on_step is not None:
             on_step(len(losses), losses[-1], min(1.0, (time.perf_counter() - start) / seconds))
     return losses
+
+
+def _optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
+    """With their peak learning rates: Muon for the blocks' matrices, AdamW for everything else."""
+    named = list(model.named_parameters())
+    inner = [p for name, p in named if ".layers." in name and p.dim() == 2]
+    others = [p for name, p in named if ".layers." not in name or p.dim() != 2]
+    return [
+        (Muon(inner, lr=_MUON_LR, weight_decay=_WEIGHT_DECAY), _MUON_LR),
+        (torch.optim.AdamW(others, lr=_ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0), _ADAMW_LR),
+    ]
 
 
 def _batches(num_rows: int) -> Iterator[Tensor]:
@@ -226,11 +234,11 @@ def _batches(num_rows: int) -> Iterator[Tensor]:
         waiting = waiting[_BATCH:]
 
 
-def _learning_rate(step: int, share: float) -> float:
-    """Linear warm-up over steps, cosine over the ``share`` of the time that is gone."""
+def _schedule(step: int, share: float) -> float:
+    """Times the peak rate: warm-up over steps, cosine over the ``share`` of time that is gone."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
-    return _LR * warmup * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
+    return warmup * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
 
 
 def _loss(model: nn.Module, rows: Tensor) -> Tensor:
@@ -255,13 +263,28 @@ def _own_random_state(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _few_threads() -> Iterator[None]:
+def _threads_restored() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(min(before, _MOST_THREADS))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
+    """Measure: more threads are slower for matrices this small, or where the cores are busy."""
+    most = torch.get_num_threads()
+    took: dict[int, float] = {}
+    for threads in sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}):
+        torch.set_num_threads(threads)
+        _loss(model, rows).backward()
+        start = time.perf_counter()
+        _loss(model, rows).backward()
+        took[threads] = time.perf_counter() - start
+        if took[threads] > 2 * min(took.values()):
+            break
+    model.zero_grad()
+    torch.set_num_threads(min(took, key=took.__getitem__))
 
 
 # -- the directory -------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> 
         asked += 1
         return asked == stop_after
 
-    with mock.patch.object(train_app, "_catch_signals", lambda: stop):
+    with mock.patch.object(train_app, "_catch_signals", return_value=stop):
         return train_app.train(parse_config(tree), world)
 
 
@@ -73,8 +73,11 @@ def test_start_factors_are_read_and_not_computed_again(shared_data: Path, tmp_pa
     """Else a change of the SVD (another torch, another number of ranks) would change the base."""
     tree = short(shared_data, tmp_path, "cut", adapter__init="pissa", train__steps=2)
     assert train(World(), tree, 1) == 75
-    with mock.patch.object(torch.linalg, "svd", side_effect=AssertionError("computed again")), \
-         mock.patch.object(torch.linalg, "qr", side_effect=AssertionError("computed again")):  # fmt: skip
+    again = AssertionError("computed again")
+    with (
+        mock.patch.object(torch.linalg, "svd", side_effect=again),
+        mock.patch.object(torch.linalg, "qr", side_effect=again),
+    ):
         assert train(World(), tree) == 0
 
 

@@ -107,7 +107,7 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
 def test_loss_that_is_not_finite_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = tiny_tree(tmp_path)
+    tree = tiny_tree(tmp_path, data__eval=[])
     calls = []
     real = loop.token_loss
 

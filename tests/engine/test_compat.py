@@ -78,7 +78,7 @@ def test_torch_211() -> None:
     script = (
         "import sys, pytest, torch; "
         "assert torch.__version__.startswith('2.11.'), torch.__version__; "
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(Path(__file__))!r}]))"
+        f"sys.exit(pytest.main(['-p', 'no:cacheprovider', {str(Path(__file__))!r}]))"
     )
     done = subprocess.run(
         [python, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

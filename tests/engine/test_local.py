@@ -185,7 +185,9 @@ def test_plain_factory_updates_the_models_memory_and_wraps_its_moments() -> None
     assert torch.equal(state["exp_avg/a"], torch.full((5, 3), 7.0))
     optimizer.load_state(state, step=5)
     assert factory.steps == [5]
-    assert torch.equal(factory.kept[id(optimizer.updated["b"])]["exp_avg_sq"], torch.full((4,), 7.0))
+    assert torch.equal(
+        factory.kept[id(optimizer.updated["b"])]["exp_avg_sq"], torch.full((4,), 7.0)
+    )
 
 
 class Shardable(Model):
@@ -195,21 +197,20 @@ class Shardable(Model):
     get_output_embeddings = get_input_embeddings
 
 
-def _load_other_values(world: World, name: Any) -> bool:
-    model = Shardable()
-    engine = Fsdp2Engine(EngineConfig(), world, CPU)
-    engine.shard(model, [])
-    engine.optimize(model, make_optimizer_factory(TrainConfig(optimizer=name), CPU), lambda n: 1.0)
-    wanted = {key: value.clone() + 0.5 for key, value in engine.state(model).items()}
-    assert all(isinstance(value, DTensor) for value in wanted.values())
-    engine.load_state(model, wanted, step=3)
-    found = engine.state(model)
-    return all(
-        torch.equal(engine.gather(found[key]), engine.gather(wanted[key])) for key in wanted
-    )
+def _load_other_values(world: World) -> None:
+    for name in ("adamw", "adamw8bit"):
+        model = Shardable()
+        engine = Fsdp2Engine(EngineConfig(), world, CPU)
+        engine.shard(model, [])
+        factory = make_optimizer_factory(TrainConfig.model_validate({"optimizer": name}), CPU)
+        engine.optimize(model, factory, lambda parameter: 1.0)
+        wanted = {key: value.clone() + 0.5 for key, value in engine.state(model).items()}
+        assert all(isinstance(value, DTensor) for value in wanted.values())
+        engine.load_state(model, wanted, step=3)
+        for key, value in engine.state(model).items():
+            assert torch.equal(engine.gather(value), engine.gather(wanted[key])), key
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_state_of_shards_is_taken_over(name: str) -> None:
-    assert run_ranks(_load_other_values, 2, name) == [True, True]
+def test_state_of_shards_is_taken_over() -> None:
+    run_ranks(_load_other_values, 2)

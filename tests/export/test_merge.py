@@ -64,15 +64,17 @@ def make_adapter(base: Path, out: Path, **settings: Any) -> Path:
 def merge(base: Path, adapter: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
     config = BaseConfig(path=str(base), compute_dtype="float32", quant=settings.pop("quant", NF4))
     report = merge_model(config, base, adapter, out, **settings)
-    tensors = {k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = {
+        k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
     assert report == MergeReport(
         len(tensors), 14, sum(f.stat().st_size for f in out.glob("*.safetensors"))
     )
     return tensors
 
 
-def originals(base: Path) -> dict[str, Tensor]:
-    return {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
+def stored(directory: Path) -> dict[str, Tensor]:
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
@@ -82,7 +84,7 @@ def test_original_base_equals_peft(base: Path, tmp_path: Path, settings: dict[st
     rounded = merge(base, adapter, tmp_path / "bf16")
     model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-    plain = originals(base)
+    plain = stored(base)
     assert exact.keys() == wanted.keys() == plain.keys()
     changed = 0
     for name, tensor in wanted.items():

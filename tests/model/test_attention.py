@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,11 @@ from dist_peft.model.attention import document_mask, documents_are_isolated, mod
 from tests.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
+
+
+def model_of(family: str, directory: Path) -> tf.PreTrainedModel:
+    save_model(CONFIGS[family], directory)
+    return tf.AutoModelForCausalLM.from_pretrained(directory)
 
 
 def sees_by_loop(lengths: list[int]) -> list[list[bool]]:
@@ -53,12 +59,12 @@ def test_document_mask_is_what_a_loop_says(rows: list[list[int]], dtype: torch.d
 class TestIsolation:
     @pytest.mark.parametrize("family", ["llama", "opt"])
     def test_holds(self, family: str, tmp_path: Path) -> None:
-        assert documents_are_isolated(save_model(CONFIGS[family], tmp_path), CPU)
+        assert documents_are_isolated(model_of(family, tmp_path), CPU)
 
     def test_is_missed_where_a_model_ignores_positions(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model = save_model(CONFIGS["opt"], tmp_path)
+        model = model_of("opt", tmp_path)
         monkeypatch.setattr(attention, "_NEED_EXPLICIT_MASK", set())
         assert not documents_are_isolated(model, CPU)
 
@@ -75,7 +81,7 @@ class TestIsolation:
 def test_mask_is_explicit_only_where_needed(
     family: str, positions: list[list[int]], explicit: bool, tmp_path: Path
 ) -> None:
-    model = save_model(CONFIGS[family], tmp_path)
+    model = model_of(family, tmp_path)
     place = torch.tensor(positions)
     inputs = model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)
     assert ("attention_mask" in inputs) == explicit

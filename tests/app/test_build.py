@@ -1,0 +1,50 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from dist_peft.app.build import load, prepare
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.world import World
+from tests.app.tiny import tiny_tree
+
+IDS = torch.tensor([[1, 5, 9, 80]])
+
+
+def test_unquantized_model_with_a_fresh_adapter_is_the_base(tmp_path: Path) -> None:
+    config = parse_config(tiny_tree(tmp_path))
+    built = load(prepare(config, World()), config, World(), torch.device("cpu"))
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = built.model(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    size = sum(p.numel() * 4 for p in plain.parameters())
+    assert built.bytes_read == size
+    assert all(not p.is_meta for p in built.model.parameters())
+
+
+def test_base_id_depends_on_files_and_storage_only(tmp_path: Path) -> None:
+    def base_id(**changes: object) -> str:
+        tree = {**tiny, "base": {**tiny["base"], **changes}}
+        return prepare(parse_config(tree), World()).base_id
+
+    tiny = tiny_tree(tmp_path)
+    first = base_id()
+    assert base_id(attention="eager") == first
+    others = [base_id(quant={"kind": "nf4"}), base_id(compute_dtype="bfloat16")]
+    file = tmp_path / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    others.append(base_id())
+    assert len({first, *others}) == 4
+
+
+def test_remote_code_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        prepare(parse_config(tiny_tree(tmp_path)), World())
+        assert "trust_remote_code" not in caplog.text
+        prepare(parse_config(tiny_tree(tmp_path, base__trust_remote_code=True)), World())
+    assert "code shipped with the base will run" in caplog.text

@@ -1,0 +1,176 @@
+"""What a user sees of a mistake: one message, exit code 2, from one rank, on every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dist_peft.app import cli, inspect
+from dist_peft.core.log import close_log
+from tests.app.tiny import save_config, tiny_tree
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    close_log()
+
+
+def _set(section: str, **values: Any) -> Callable[[Path, dict[str, Any]], None]:
+    def change(directory: Path, tree: dict[str, Any]) -> None:
+        tree[section] = {**tree[section], **values}
+
+    return change
+
+
+def _write(name: str, text: str) -> Callable[[Path, dict[str, Any]], None]:
+    def change(directory: Path, tree: dict[str, Any]) -> None:
+        (directory / name).write_text(text)
+
+    return change
+
+
+def _truncate(directory: Path, tree: dict[str, Any]) -> None:
+    file = directory / "base" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _false_index(directory: Path, tree: dict[str, Any]) -> None:
+    file = directory / "base" / "model.safetensors"
+    shard = "model-00001-of-00001.safetensors"
+    names = dict.fromkeys([*load_file(file), "model.layers.9.absent"], shard)
+    file.rename(directory / "base" / shard)  # model.safetensors would be read without an index
+    index = {"metadata": {}, "weight_map": names}
+    (directory / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _drop_tensor(directory: Path, tree: dict[str, Any]) -> None:
+    file = directory / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+
+
+LONG = json.dumps({"prompt": "w5 ", "completion": " ".join(["w6"] * 40)}) + "\n"
+MISTAKES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], list[str]]] = {
+    "unknown key": (_set("train", learning_rte=1), ["train.learning_rte"]),
+    "misspelt key": (_set("train", step=3), ["train.step", "steps"]),
+    "wrong type": (_set("train", lr="fast"), ["train.lr"]),
+    "missing base": (
+        _set("base", path="/nowhere/base"),
+        ["base.path /nowhere/base does not exist"],
+    ),
+    "truncated base": (_truncate, ["model.safetensors"]),
+    "index naming absent tensors": (_false_index, ["model.layers.9.absent"]),
+    "base without a tensor": (_drop_tensor, ["model.layers.1.mlp.up_proj.weight"]),
+    "target that matches nothing": (
+        _set("adapter", target_modules=["q_prj"]),
+        ["q_prj", "q_proj"],
+    ),
+    "missing data": (_set("data", train=["/nowhere/a.jsonl"]), ["/nowhere/a.jsonl"]),
+    "empty data": (_write("train.jsonl", ""), ["train.jsonl"]),
+    "columns": (_write("train.jsonl", '{"question": "w5", "answer": "w6"}\n'), ["question"]),
+    "damaged record": (_write("train.jsonl", '{"prompt": "w5"\n'), ["train.jsonl"]),
+    "record longer than the window": (
+        _write("train.jsonl", LONG),
+        ["train.jsonl", "data.too_long"],
+    ),
+    "checkpoint that does not exist": (
+        lambda directory, tree: tree.update(resume="/nowhere/step-000001"),
+        ["/nowhere/step-000001"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tiny_tree(tmp_path)
+    change, words = MISTAKES[mistake]
+    change(tmp_path, tree)
+    code = cli.main(["train", "--config", str(save_config(tmp_path, tree))])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    messages = [line for line in err.splitlines() if line.startswith("dist-peft: ")]
+    assert len(messages) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_missing_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines() == [
+        f"dist-peft: config file {tmp_path / 'none.yaml'} does not exist; give --config a YAML file"
+    ]
+
+
+def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(save_config(tmp_path, tiny_tree(tmp_path)))
+    assert cli.main(["train", "--config", file, "train.stps=3"]) == 2
+    assert "unknown key train.stps; did you mean steps?" in capsys.readouterr().err
+    assert cli.main(["train", "--config", file, "train.steps=1"]) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_unknown_verb_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["fly"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(argv)
+        assert "usage: dist-peft" in capsys.readouterr().err
+
+
+def test_unexpected_error_is_a_traceback_and_exit_code_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: Path) -> list[str]:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(inspect, "describe", broken)
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "ZeroDivisionError: a bug" in err
+
+
+def test_wrong_environment_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "7")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "RANK=7" in capsys.readouterr().err
+
+
+def _torchrun(file: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "dist_peft", "train", "--config", str(file), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    # both ranks end by themselves, else this is a timeout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["train.global_batch=1"], "2 ranks but only 1 train.global_batch"),
+        (["data.train=[/nowhere/a.jsonl]"], "/nowhere/a.jsonl"),
+    ],
+    ids=["more ranks than rows", "missing data"],
+)
+def test_two_ranks_tell_a_mistake_once(tmp_path: Path, more: list[str], words: str) -> None:
+    done = _torchrun(save_config(tmp_path, tiny_tree(tmp_path)), *more)
+    assert done.returncode != 0
+    messages = [line for line in done.stderr.splitlines() if "dist-peft: " in line]
+    assert len(messages) == 1 and words in messages[0], done.stderr
+    assert "exitcode  : 2" in done.stderr  # torchrun's own summary of its processes
+    assert 'File "' not in done.stderr.partition("ChildFailedError")[0].partition("dist_peft/")[2]

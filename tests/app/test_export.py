@@ -1,0 +1,115 @@
+"""``merge`` and ``export`` of a finished run."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+
+from dist_peft.app import cli
+from dist_peft.app.export import merge_run
+from dist_peft.app.train import train
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.export.verify import Probe
+from tests.app.tiny import tiny_tree
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on an NF4 base."""
+    directory = tmp_path_factory.mktemp("export")
+    assert train(parse_config(tiny_tree(directory, base__quant={"kind": "nf4"})), World()) == 0
+    close_log()
+    return directory / "run"
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    close_log()
+    torch.set_grad_enabled(True)  # these verbs switch it off for their process
+
+
+def logits(model: torch.nn.Module, probe: Probe) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=probe.input_ids).logits
+
+
+def test_merge_writes_verifies_and_reports(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["merge", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--base", "decoded"]
+    assert cli.main(argv) == 0
+    assert "logits against the trained model" in capsys.readouterr().err
+    probe = Probe.load(run_dir / "probe.safetensors")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    change = (probe.trained - probe.before).square().mean().sqrt()
+    error = (logits(model.eval(), probe) - probe.trained).square().mean().sqrt()
+    assert error < 0.1 * change  # bf16 rounding of the weights
+    report = (run_dir / "report.html").read_text()
+    assert "Merged into" in report and "decoded base" in report
+
+
+def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
+    before = (run_dir / "report.html").read_bytes()
+    merge_run(run_dir, tmp_path / "out", verify=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (run_dir / "report.html").read_bytes() == before
+
+
+def test_hf_format_is_a_merge(run_dir: Path, tmp_path: Path) -> None:
+    argv = ["export", "--format", "hf-bf16", "--run", str(run_dir), "--no-verify"]
+    assert cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    merge_run(run_dir, tmp_path / "b", verify=False)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_peft_format_is_an_adapter_that_peft_loads(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    argv = ["export", "--format", "peft", "--run", str(run_dir), "--out", str(out)]
+    assert cli.main(argv) == 0
+    base = tf.AutoModelForCausalLM.from_pretrained(run_dir.parent / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = PeftModel.from_pretrained(base, out).eval()
+    probe = Probe.load(run_dir / "probe.safetensors")
+    found = logits(adapted, probe)
+    with adapted.disable_adapter():
+        plain = logits(adapted, probe)
+    change = probe.trained - probe.before
+    cosine = torch.cosine_similarity((found - plain).flatten(), change.flatten(), 0)
+    assert cosine > 0.9  # on another (unquantized) base: nearly the same change
+    assert cli.main(argv) == 2  # not empty any more
+
+
+def test_run_that_did_not_finish(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run directory"):
+        merge_run(tmp_path, tmp_path / "out")
+    (tmp_path / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match="did not finish; resume it first"):
+        merge_run(tmp_path, tmp_path / "out")
+
+
+def test_several_processes_are_refused(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["merge", "--run", str(run_dir), "--out", str(tmp_path / "out")])
+    assert "runs in one process, not 2" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_peft.app.rows import PROBE_TOKENS, Loaders, make_loaders
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.model.hub import load_tokenizer
+from tests.app.tiny import tiny_tree
+from tests.dist import run_ranks
+
+
+def loaders(tree: dict[str, Any], world: World) -> Loaders:
+    config = parse_config(tree)
+    return make_loaders(config, load_tokenizer(Path(config.base.path)), world)
+
+
+def test_rows_and_probe(tmp_path: Path) -> None:
+    found = loaders(tiny_tree(tmp_path), World())
+    assert len(found.train.rows) == 8
+    assert found.eval is not None and len(found.eval.rows) == 3
+    tokens, _, _ = found.eval.rows.row(0)  # the probe is held out where it can be
+    assert torch.equal(found.probe, torch.as_tensor(tokens[:PROBE_TOKENS])[None])
+    assert found.probe.dtype == torch.long and found.probe.shape[1] > 4
+
+
+def test_probe_without_held_out_data(tmp_path: Path) -> None:
+    found = loaders(tiny_tree(tmp_path, data__eval=[]), World())
+    assert found.eval is None
+    tokens, _, _ = found.train.rows.row(0)
+    assert torch.equal(found.probe[0], torch.as_tensor(tokens[:PROBE_TOKENS]).long())
+
+
+def refusals(world: World, tree: dict[str, Any]) -> list[str]:
+    texts = []
+    one_record = [{"path": tree["data"]["train"][0], "limit": 1}]
+    for section, change in (
+        ("train", {"global_batch": 1}),
+        ("train", {"global_batch": 3}),
+        ("data", {"train": one_record}),
+    ):
+        try:
+            loaders({**tree, section: {**tree[section], **change}}, world)
+            texts.append("")
+        except UserError as error:
+            texts.append(str(error))
+    return texts
+
+
+@pytest.mark.dist
+def test_more_ranks_than_rows_are_refused_on_every_rank(tmp_path: Path) -> None:
+    for batch, uneven, rows in run_ranks(refusals, 2, tiny_tree(tmp_path)):
+        assert "2 ranks but only 1 train.global_batch" in batch
+        assert "at most 1 processes or enlarge train.global_batch" in batch
+        assert uneven == ""
+        assert "2 ranks but only 1 rows in data.train" in rows
+
+
+def test_batch_that_does_not_divide_is_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(0, 2, 0, 2, "test", "127.0.0.1", 1)
+    monkeypatch.setattr(World, "any", lambda self, flag: flag)  # the other rank is imagined
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        loaders(tiny_tree(tmp_path), world)
+        assert "no multiple" not in caplog.text
+        loaders(tiny_tree(tmp_path, train__global_batch=3), replace(world))
+    assert "train.global_batch 3 is no multiple of 2 ranks" in caplog.text

@@ -1,0 +1,144 @@
+"""Who reads which bytes, and what becomes of them: one process, two and three."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_peft.adapters.lora_method import LoraAdapter
+from dist_peft.core.config import BaseConfig, EngineConfig, LoraConfig, QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import row_span
+from dist_peft.core.world import World
+from dist_peft.engine.fsdp2 import Fsdp2Engine
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.reader import RowReader
+from tests.dist import run_ranks
+from tests.tiny_models import CONFIGS, save_model
+
+CPU = torch.device("cpu")
+NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)
+
+
+@dataclass
+class Loaded:
+    bytes_read: int
+    largest_read: int
+    local: dict[str, Tensor]
+    packed: set[str]
+    progress: list[int]
+
+
+def load(
+    world: World, directory: Path, quant: QuantConfig | None, lora: LoraConfig | None = None
+) -> Loaded:
+    skeleton = build_skeleton(
+        BaseConfig(path=str(directory), quant=quant, compute_dtype="float32"), directory
+    )
+    model = skeleton.model
+    if lora is not None:
+        LoraAdapter(lora, seed=0, arithmetic=torch.float32).attach(model)
+    engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
+    engine.shard(model, skeleton.blocks)
+    progress: list[int] = []
+    with RowReader(skeleton.index) as reader, world.together("load base"):
+        load_model(model, reader, engine, torch.float32, CPU, progress.append)
+    local = {
+        name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+    packed = {f"{n}.packed" for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    return Loaded(reader.bytes_read, reader.largest_read, local, packed, progress)
+
+
+def share(directory: Path, ranks: int, rank: int) -> list[int]:
+    """Bytes of a rank's rows of each tensor in the files."""
+    return [
+        len(row_span(t.shape[0], ranks, rank)) * t[:1].numel() * t.element_size()
+        for t in load_file(directory / "model.safetensors").values()
+    ]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    save_model(CONFIGS["llama"], tmp_path)
+    return tmp_path
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("ranks", "quant"), [(1, NF4), (2, INT3), (3, NF4), (3, INT3)])
+def test_each_rank_reads_and_keeps_its_own_rows(
+    ranks: int, quant: QuantConfig, llama: Path
+) -> None:
+    """Every byte of the files is read by one rank; together they pack what one process packs."""
+    whole = load(World(), llama, quant)
+    parts = run_ranks(load, ranks, llama, quant)
+    for rank, part in enumerate(parts):
+        assert part.bytes_read == sum(share(llama, ranks, rank))
+        assert part.largest_read == max(share(llama, ranks, rank))
+        assert part.progress == list(range(1, len(whole.local) + 1))
+    tensors = load_file(llama / "model.safetensors")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert sum(part.bytes_read for part in parts) == size
+    assert len(whole.packed) == 2 * 7 + 1
+    for name, value in whole.local.items():
+        assert value.dtype == (torch.uint8 if name in whole.packed else torch.float32)
+        assert torch.equal(torch.cat([part.local[name] for part in parts]), value), name
+
+
+def test_tied_weight_is_read_once(tmp_path: Path) -> None:
+    save_model(CONFIGS["qwen3"], tmp_path)
+    loaded = load(World(), tmp_path, None)
+    assert loaded.bytes_read == sum(share(tmp_path, 1, 0))
+
+
+def damage(directory: Path, name: str) -> None:
+    """NaN in the last row, which the last rank keeps."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][-1, 5] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _error(world: World, directory: Path, lora: LoraConfig | None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(world, directory, NF4, lora)
+    return str(caught.value)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "lora", [None, LoraConfig(r=2, init="pissa")], ids=["bare", "start with collectives"]
+)
+def test_a_damaged_row_of_one_rank_is_every_ranks_error(
+    lora: LoraConfig | None, llama: Path
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    damage(llama, name)
+    first, second = run_ranks(_error, 2, llama, lora)
+    assert first == second
+    assert first.startswith(f"tensor {name}: weight is not finite")
+
+
+class Forgetful(SingleEngine):
+    """Takes the rows of one parameter and forgets them."""
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        if getattr(owner, "source", "") != "model.layers.1.mlp.down_proj.weight":
+            super().fill(owner, name, rows)
+
+
+def test_nothing_is_left_unfilled(llama: Path) -> None:
+    skeleton = build_skeleton(BaseConfig(path=str(llama), compute_dtype="float32"), llama)
+    with (
+        RowReader(skeleton.index) as reader,
+        pytest.raises(AssertionError, match="never filled") as e,
+    ):
+        load_model(skeleton.model, reader, Forgetful(CPU), torch.float32, CPU)
+    assert "model.layers.1.mlp.down_proj.packed" in str(e.value)

@@ -1,0 +1,150 @@
+"""What an optimizer step means: the mean over its target tokens, and nothing done when broken."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_peft.adapters.lora_method import LoraAdapter
+from dist_peft.adapters.none import NoAdapter
+from dist_peft.core.config import BaseConfig, LoraConfig, TrainConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.data.loader import Loader
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.reader import RowReader
+from dist_peft.train.loop import StepResult, batch_loss, fit
+from dist_peft.train.optim import make_optimizer_factory
+from tests.tiny_models import CONFIGS, save_model
+from tests.train.rows import UnevenRows, make_loader
+
+CPU = torch.device("cpu")
+ROWS = UnevenRows([1, 9, 3, 14, 2, 7, 5, 11])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    save_model(CONFIGS["llama"], directory)
+    return directory
+
+
+class Run:
+    """A tiny LoRA run in float32."""
+
+    def __init__(self, directory: Path) -> None:
+        base = BaseConfig(path=str(directory), quant=None, compute_dtype="float32")
+        skeleton = build_skeleton(base, directory)
+        self.model = skeleton.model
+        self.adapter = LoraAdapter(LoraConfig(r=4), seed=0, arithmetic=torch.float32)
+        self.adapter.attach(self.model)
+        self.engine = SingleEngine(CPU)
+        self.engine.shard(self.model, skeleton.blocks)
+        with RowReader(skeleton.index) as reader:
+            load_model(self.model, reader, self.engine, torch.float32, CPU)
+        factory = make_optimizer_factory(TrainConfig(), CPU)
+        self.engine.optimize(self.model, factory, self.adapter.lr_scale)
+        self.results: list[StepResult] = []
+
+    def fit(self, loader: Loader, first: int = 0, last: int = 2, stop_at: int | None = None) -> int:
+        def after(result: StepResult) -> bool:
+            self.results.append(result)
+            return result.step == stop_at
+
+        return fit(
+            self.model,
+            self.engine,
+            self.adapter,
+            loader,
+            World(),
+            first_step=first,
+            last_step=last,
+            lr_at=lambda step: 0.01 / (step + 1),
+            max_grad_norm=1.0,
+            after_step=after,
+        )
+
+    def learned(self) -> dict[str, Tensor]:
+        return {
+            name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
+        }
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_do_not_matter(micro: int, llama: Path) -> None:
+    """A mean of the micro-batches' means would differ: the rows have 1 to 14 targets."""
+    whole, cut = Run(llama), Run(llama)
+    start = whole.learned()
+    assert whole.fit(make_loader(ROWS, 4, micro=4)) == 2
+    assert cut.fit(make_loader(ROWS, 4, micro=micro)) == 2
+    assert [r.tokens for r in cut.results] == [27, 25]
+    for a, b in zip(whole.results, cut.results, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-6)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+    for name, value in whole.learned().items():
+        assert not torch.equal(value, start[name]), name
+        torch.testing.assert_close(cut.learned()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_loss_is_the_mean_over_all_targets(llama: Path) -> None:
+    run = Run(llama)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in range(4):
+            tokens, labels, _ = ROWS.row(index)
+            logits = run.model(input_ids=tokens[None]).logits[0].double()
+            total += functional.cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+    run.fit(make_loader(ROWS, 4, micro=2), last=1)
+    (result,) = run.results
+    assert result.loss == pytest.approx(total / count, rel=1e-6)
+    assert (result.step, result.tokens, result.lr) == (1, count, 0.01)
+    assert result.seconds > 0 and result.bytes_gathered == 0
+
+
+def test_stops_when_told_and_goes_on_from_there(llama: Path) -> None:
+    through, parts = Run(llama), Run(llama)
+    loader = make_loader(ROWS, 4, micro=2)
+    assert through.fit(loader, 0, 4) == 4
+    assert parts.fit(loader, 0, 4, stop_at=2) == 2
+    assert parts.fit(loader, 2, 4) == 4
+    assert [r.step for r in parts.results] == [1, 2, 3, 4]
+    assert [r.loss for r in parts.results] == [r.loss for r in through.results]
+    for name, value in through.learned().items():
+        assert torch.equal(parts.learned()[name], value), name
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_step_that_is_not_finite_is_not_made(
+    where: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(llama)
+    loader = make_loader(ROWS, 4, micro=2)
+    run.fit(loader, 0, 1)
+    before = {key: value.clone() for key, value in run.engine.state(run.model).items()}
+
+    def broken(model: nn.Module, batch: object, device: torch.device) -> Tensor:
+        loss = batch_loss(model, batch, device)
+        if where == "loss":
+            return loss * math.nan
+        return loss.detach() + (loss - loss.detach()).abs().sqrt()  # slope at 0: infinite
+
+    monkeypatch.setattr("dist_peft.train.loop.batch_loss", broken)
+    with pytest.raises(UserError, match=r"step 2: loss .* is not finite; .*Lower train\.lr"):
+        run.fit(loader, 1, 2)
+    after = run.engine.state(run.model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [r.step for r in run.results] == [1]
+
+
+def test_adapter_hears_of_every_micro_batch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, heard = Run(llama), list[tuple[int, list[int]]]()
+    monkeypatch.setattr(run, "adapter", NoAdapter())
+    monkeypatch.setattr(run.adapter, "begin", lambda step, ids: heard.append((step, ids.tolist())))
+    run.fit(make_loader(ROWS, 4, micro=2), 1, 3)
+    assert heard == [(1, [4, 5]), (1, [6, 7]), (2, [0, 1]), (2, [2, 3])]
