@@ -102,4 +102,7 @@ def test_resume_with_another_configuration_is_refused(shared_data: Path, tmp_pat
             other[section] = {**other[section], name: value}
         with pytest.raises(UserError, match=message):
             train(World(), other)
-    assert train(World(), {**tree, "data": {**tree["data"], "cache_dir": None}}) == 0
+    assert (
+        train(World(), {**tree, "data": {**tree["data"], "cache_dir": str(tmp_path / "other")}})
+        == 0
+    )
