@@ -182,20 +182,22 @@ def main() -> None:
     args = parser.parse_args()
     base = make_base(args.base)
     settings = Settings(args.dtype, args.double_quant, args.checkpointing)
+    print(f"{settings} on {DEVICE}, batch {BATCH} x {SEQUENCE}\n")
     (steps,) = run_processes(alternate, [(base, settings, args.steps)])
-    memory = {name: run_processes(memory_of, [(name, base, settings)])[0] for name in SIDES}
-    print(f"{settings} on {DEVICE}, batch {BATCH} x {SEQUENCE}; median seconds after step 0; MiB\n")
+    losses = [[f"{loss:.6f}" for loss, _ in each] for each in steps.values()]
+    print_table(("loss", *SIDES), [(i, *pair) for i, pair in enumerate(zip(*losses, strict=True))])
     speed = {
         name: BATCH * SEQUENCE / statistics.median(seconds for _, seconds in each[1:])
         for name, each in steps.items()
     }
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
+    ratio = speed["dist_peft"] / speed["peft + bitsandbytes"]
+    print(f"\ntokens/s, median after step 0: {shown}; ratio {ratio:.2f}\n", flush=True)
+    memory = {name: run_processes(memory_of, [(name, base, settings)])[0] for name in SIDES}
     print_table(
-        ("side", "tokens/s", *memory["dist_peft"]),
-        [(n, speed[n], *(b / MIB for b in memory[n].values())) for n in SIDES],
+        ("MiB above empty", *memory["dist_peft"]),
+        [(name, *(count / MIB for count in memory[name].values())) for name in SIDES],
     )
-    print(f"\ntokens/s, dist_peft over PEFT: {speed['dist_peft'] / speed[list(SIDES)[1]]:.2f}\n")
-    losses = [[f"{loss:.6f}" for loss, _ in each] for each in steps.values()]
-    print_table(("step", *SIDES), [(i, *pair) for i, pair in enumerate(zip(*losses, strict=True))])
     name = f"step_vs_peft_{DEVICE.type}_{args.dtype}" + ("_double_quant" * args.double_quant)
     write_result(name, {"settings": settings, "steps": steps, "speed": speed, "memory": memory})
 

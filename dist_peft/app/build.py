@@ -19,8 +19,9 @@ from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
 from dist_peft.store.reader import RowReader
+from dist_peft.train.checkpoint import Checkpoints
 
-__all__ = ["Built", "Prepared", "load", "prepare"]
+__all__ = ["Built", "Prepared", "give_start", "load", "prepare", "restore"]
 
 log = logging.getLogger("dist_peft")
 
@@ -89,3 +90,17 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
         )
         fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
         return Built(**fields, engine=engine, bytes_read=reader.bytes_read)
+
+
+def give_start(prepared: Prepared, checkpoints: Checkpoints, path: Path) -> None:
+    """Before ``load``: the start factors (PiSSA, LoftQ) that the base was encoded with."""
+    names = prepared.adapter.start_state()
+    whole = checkpoints.read_whole(path, [f"start/{name}" for name in names])
+    prepared.adapter.start_from({name: whole[f"start/{name}"] for name in names})
+
+
+def restore(built: Built, checkpoints: Checkpoints, path: Path, step: int) -> None:
+    """After ``optimize``: adapters and optimizer moments of a checkpoint."""
+    state = built.engine.state(built.model)
+    checkpoints.load(path, state)
+    built.engine.load_state(built.model, state, step)

@@ -5,7 +5,7 @@ import json
 import logging
 from pathlib import Path
 
-from dist_peft.app.build import load, prepare
+from dist_peft.app.build import give_start, load, prepare, restore
 from dist_peft.app.rows import make_loaders
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import load_config
@@ -45,9 +45,7 @@ def _evaluate(config: RunConfig, run_dir: Path | None, world: World) -> tuple[fl
     loaders = make_loaders(config, prepared.tokenizer, world)
     step = 0
     if path is not None:
-        names = prepared.adapter.start_state()
-        whole = checkpoints.read_whole(path, [f"start/{n}" for n in names])
-        prepared.adapter.start_from({n: whole[f"start/{n}"] for n in names})
+        give_start(prepared, checkpoints, path)
     built = load(prepared, config, world, device)
     if path is not None:
         position = checkpoints.position(path)
@@ -55,9 +53,7 @@ def _evaluate(config: RunConfig, run_dir: Path | None, world: World) -> tuple[fl
             raise UserError(f"checkpoint {path} was made on another base or another base.quant")
         factory = make_optimizer_factory(config.train, device)
         built.engine.optimize(built.model, factory, built.adapter.lr_scale)
-        state = built.engine.state(built.model)
-        checkpoints.load(path, state)
-        built.engine.load_state(built.model, state, position.step)
+        restore(built, checkpoints, path, position.step)
         step = position.step
     assert loaders.eval is not None
     loss = evaluate(built.model, built.engine, loaders.eval, world)

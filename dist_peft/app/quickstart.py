@@ -107,6 +107,7 @@ def _config(
                 "global_batch": 8,
                 "lr": 2e-3,
                 "warmup": 0.05,
+                "log_every": 10,
             },
             "engine": {"activation_checkpointing": False},
             "save": {"dir": str(run_dir), "every": 0},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.peft_format import write_adapter
-from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.build import Built, give_start, load, prepare, restore
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, make_loaders
 from dist_peft.core.config import RunConfig
@@ -26,6 +26,7 @@ from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.engine import engine_kind
 from dist_peft.export.verify import Probe
+from dist_peft.model.attention import documents_are_isolated
 from dist_peft.model.load import AdapterRows
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
@@ -72,9 +73,7 @@ def train(config: RunConfig, world: World) -> int:
     with world.together("choose a checkpoint"):
         resume_from = checkpoints.choose(config.resume)
     if resume_from is not None:
-        names = prepared.adapter.start_state()
-        whole = checkpoints.read_whole(resume_from, [f"start/{n}" for n in names])
-        prepared.adapter.start_from({n: whole[f"start/{n}"] for n in names})
+        give_start(prepared, checkpoints, resume_from)
     built = load(prepared, config, world, device)
     factory = make_optimizer_factory(config.train, device)
     built.engine.optimize(built.model, factory, built.adapter.lr_scale)
@@ -118,19 +117,27 @@ class _Session:
             self.total_steps,
             self.config.train.global_batch,
         )
+        if self.config.data.packing:
+            self._check_isolation()
         logits = self._probe_logits()
         with self.world.together("write the probe"):
             if self.world.is_first:
                 Probe(self.loaders.probe, logits, logits).save(self._probe_file)
         return 0
 
+    def _check_isolation(self) -> None:
+        with inference(self.built.model):
+            if not documents_are_isolated(self.built.model, self.built.engine.device):
+                raise UserError(
+                    f"a {self.built.skeleton.config.model_type} model lets packed documents see "
+                    "each other; set data.packing: false"
+                )
+
     def resume(self, path: Path) -> int:
         """Load a checkpoint; gives the number of steps that are done."""
         position = self.checkpoints.position(path)
         self._check_same(path, position)
-        state = self.built.engine.state(self.built.model)
-        self.checkpoints.load(path, state)
-        self.built.engine.load_state(self.built.model, state, position.step)
+        restore(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
         if not self._probe_file.is_file():
             log.warning("%s is missing: exports of this run cannot be verified", self._probe_file)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dist_peft.core.errors import UserError
@@ -71,7 +71,7 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, mark_assistant: bool, starts_with_bos: bool
+        self, tokenizer: PreTrainedTokenizerBase, *, mark_assistant: bool, starts_with_bos: bool
     ) -> None:
         self.tokenizer = tokenizer
         self.mark_assistant = mark_assistant

@@ -50,7 +50,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
-    loss: Tensor = _TokenLoss.apply(logits, labels)  # type: ignore[no-untyped-call]
+    loss: Tensor = _TokenLoss.apply(logits, labels)
     return loss
 
 
