@@ -173,4 +173,4 @@ def test_two_ranks_tell_a_mistake_once(tmp_path: Path, more: list[str], words: s
     messages = [line for line in done.stderr.splitlines() if "dist-peft: " in line]
     assert len(messages) == 1 and words in messages[0], done.stderr
     assert "exitcode  : 2" in done.stderr  # torchrun's own summary of its processes
-    assert 'File "' not in done.stderr.partition("ChildFailedError")[0].partition("dist_peft/")[2]
+    assert "/dist_peft/" not in done.stderr  # no traceback of ours
