@@ -12,6 +12,7 @@ from torch import nn
 from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import RunConfig
+from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.recompute import checkpoint_blocks
@@ -83,7 +84,7 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
         checkpoint_blocks(prepared.skeleton.blocks)
     engine.shard(model, prepared.skeleton.blocks)
     with RowReader(prepared.skeleton.index) as reader:
-        with world.together("load base"):
+        with world.together("load base"), freed_memory_is_returned():
             load_model(model, reader, engine, torch_dtype(config.base.compute_dtype), device)
         log.info(
             "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
