@@ -17,7 +17,9 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.store.writer import atomic_write
+from dist_peft.train.checkpoint_reader import CheckpointReader
 
 __all__ = ["Checkpoints", "RunPosition"]
 
@@ -84,7 +87,8 @@ class Checkpoints:
                 _remove(partial)
                 _make(partial, need=_size(state.values()))
         try:
-            dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial), **self._group())
+            with _quiet():
+                dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial), **self._group())
         except dcp.api.CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             if isinstance(reason, OSError):
@@ -146,7 +150,8 @@ class Checkpoints:
             UserError: files are missing or damaged, or tensors do not fit (on every rank).
         """
         try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), **self._group())
+            with _quiet():
+                dcp.load(state, storage_reader=CheckpointReader(path), **self._group())
         except dcp.api.CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise UserError(f"cannot read checkpoint {path}: {reason}") from None
@@ -159,7 +164,7 @@ class Checkpoints:
         if not wanted:
             return {}
         try:
-            metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            metadata = CheckpointReader(path).read_metadata().state_dict_metadata
         except _UNREADABLE as error:
             raise UserError(f"cannot read checkpoint {path}: {error}") from None
         state = {
@@ -171,6 +176,14 @@ class Checkpoints:
             raise UserError(f"checkpoint {path} lacks {sorted(missing)[0]}")
         self.load(path, state)
         return state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process is taken for one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
