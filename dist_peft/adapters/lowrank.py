@@ -27,7 +27,7 @@ from dist_peft.core.span import Span
 
 __all__ = ["LowRank", "add_product", "top_singular"]
 
-_CHUNK_ROWS = 1024
+_CHUNK_ELEMENTS = 2**18  # of a float64 temporary: 2 MiB
 _NO_SIGNAL = (
     1e-7  # singular values below this share of the largest are rounding errors of V^T W^T W V
 )
@@ -62,7 +62,7 @@ def add_product(rows: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """
     result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     right = A.to(rows.device, torch.float64) * scaling
-    for part in Span(0, rows.shape[0]).chunks(_CHUNK_ROWS):
+    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
         left = B[part.slice].to(rows.device, torch.float64)
         result[part.slice] = rows[part.slice].double() + left @ right
     return result
@@ -97,15 +97,20 @@ def top_singular(rows: Tensor, rank: int, *, iterations: int, seed: int, reduce:
     values = squares[-rank:].flip(0).clamp_min(0).sqrt()
     root = torch.where(values > _NO_SIGNAL * values[0], values, 1.0).sqrt()
     left = torch.empty(rows.shape[0], rank, dtype=torch.float64, device=rows.device)
-    for part in Span(0, rows.shape[0]).chunks(_CHUNK_ROWS):
+    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
         left[part.slice] = rows[part.slice].double() @ right.T / root
     return LowRank(right * root[:, None], left)
+
+
+def _chunk_rows(rows: Tensor) -> int:
+    """How many rows to take at a time, so that temporaries do not grow with the columns."""
+    return max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1]))
 
 
 def _gram_product(rows: Tensor, basis: Tensor) -> Tensor:
     """``W^T (W V)`` [in, k] over this rank's rows."""
     total = torch.zeros_like(basis)
-    for part in Span(0, rows.shape[0]).chunks(_CHUNK_ROWS):
+    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
         chunk = rows[part.slice].double()
         total += chunk.T @ (chunk @ basis)
     return total

@@ -73,6 +73,8 @@ class RawCodec:
     def encode(self, weight: Tensor) -> Tensor:
         """Cast to ``dtype``; NaN and infinity pass when they were there before.
 
+        Rows that need neither cast nor padding are not copied: the result shares their memory.
+
         Raises:
             ValueError: a finite value of ``weight`` is beyond the range of ``dtype``.
         """
@@ -80,6 +82,8 @@ class RawCodec:
         rows, in_features = weight.shape
         numbers = weight.detach().to(self.dtype).contiguous()
         self._check_range(weight, numbers)
+        if self.row_bytes(in_features) == in_features * self.dtype.itemsize:
+            return numbers.view(torch.uint8)
         packed = torch.zeros(
             rows, self.row_bytes(in_features), dtype=torch.uint8, device=weight.device
         )
