@@ -23,6 +23,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
@@ -46,6 +47,21 @@ def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
     Raises:
         UserError: no standard library to read, or ``out`` cannot be written.
     """
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    known, unseen = _records()
+    shuffle = random.Random(seed).shuffle
+    shuffle(known)
+    shuffle(unseen)
+    with _writing(out):
+        return (
+            _write(out / "train.jsonl", known[:_MOST_TRAIN]),
+            _write(out / "eval.jsonl", unseen[:_MOST_EVAL]),
+        )
+
+
+def _records() -> tuple[list[Record], list[Record]]:
+    """Those of the files to train on, and those of held-out files that share nothing with them."""
     train: dict[str, Record] = {}
     held_out: dict[str, Record] = {}
     for file in read_stdlib():
@@ -59,18 +75,7 @@ def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
         for prompt, record in held_out.items()
         if prompt not in train and record["completion"] not in completions
     ]
-    shuffle = random.Random(seed).shuffle
-    known = list(train.values())
-    shuffle(known)
-    shuffle(unseen)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return (
-            _write(out / "train.jsonl", known[:_MOST_TRAIN]),
-            _write(out / "eval.jsonl", unseen[:_MOST_EVAL]),
-        )
-    except OSError as error:
-        raise UserError(f"cannot write the task into {out}: {error.strerror}") from None
+    return list(train.values()), unseen
 
 
 def _functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
@@ -110,6 +115,14 @@ def _record(function: Function, in_class: bool) -> Record | None:
 def _first_sentence(documentation: str) -> str:
     paragraph = re.split(r"\n\s*\n", inspect.cleandoc(documentation))[0]
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))[0]
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the task into {out}: {error.strerror}") from None
 
 
 def _write(path: Path, records: list[Record]) -> Path:

@@ -71,16 +71,16 @@ def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[So
         UserError: the directory has no usable sources, as in some stripped installations.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    candidates = sorted((_digest(name), name, path) for name, path in _walk(root))
+    candidates = sorted((*_place(name), name, path) for name, path in _walk(root))
     files, total = [], 0
-    for digest, name, path in candidates:
+    for _, held_out, name, path in candidates:
         text = _read(path)
         if text is None:
             continue
         total += len(text)
         if total > max_chars:
             break
-        files.append(SourceFile(name, text, held_out=digest[0] < _HELD_OUT_SHARE))
+        files.append(SourceFile(name, text, held_out))
     if not any(f.held_out for f in files) or all(f.held_out for f in files):
         raise UserError(
             f"Python's standard library in {root} has no sources to learn from (a stripped or "
@@ -99,8 +99,10 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
         yield relative.as_posix(), path
 
 
-def _digest(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _place(name: str) -> tuple[bytes, bool]:
+    """Where in the order, and whether held out: from different bytes, so independent."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return digest[1:], digest[0] < _HELD_OUT_SHARE
 
 
 def _read(path: Path) -> str | None:

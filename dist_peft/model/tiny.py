@@ -12,7 +12,6 @@ therefore see the same rows in the same order, but not the same number of them.
 """
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -35,8 +34,6 @@ from dist_peft.store.fileio import sync_directory, temporary_name, writing
 from dist_peft.store.writer import atomic_write
 
 __all__ = ["TinyBaseReport", "make_tiny_base"]
-
-_LOG = logging.getLogger("dist_peft")
 
 OnStep = Callable[[int, float, float], None]
 

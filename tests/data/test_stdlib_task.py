@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dist_peft.core.errors import UserError
+from dist_peft.data import stdlib_task
 from dist_peft.data.stdlib_task import make_tiny_task
+from dist_peft.data.stdlib_text import read_stdlib
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -34,7 +36,11 @@ def test_cards_and_split(tmp_path: Path) -> None:
         assert not {r[key] for r in train} & {r[key] for r in held_out}
 
 
-def test_same_every_time_and_other_seed_differs(tmp_path: Path) -> None:
+def test_same_every_time_and_other_seed_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = read_stdlib(max_chars=1_000_000)
+    monkeypatch.setattr(stdlib_task, "read_stdlib", lambda: some)
     first, again = make_tiny_task(tmp_path / "a")[0], make_tiny_task(tmp_path / "b")[0]
     assert first.read_bytes() == again.read_bytes()
     assert make_tiny_task(tmp_path / "c", seed=1)[0].read_bytes() != first.read_bytes()
