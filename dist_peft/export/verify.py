@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
 
@@ -96,13 +97,14 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
 @torch.no_grad()
 def verify_directory(directory: Path, probe: Probe, dtype: torch.dtype) -> Comparison:
     """Load ``directory`` with plain ``transformers`` and compare."""
+    disable_progress_bar()  # a bar for each file would hide the one line that matters
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     return compare(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
 
 
 @torch.no_grad()
-def generate(directory: Path, prompts: list[str], max_new_tokens: int = 40) -> list[str]:
-    """Greedy continuations of ``prompts`` by plain ``transformers``, one line each."""
+def generate(directory: Path, prompts: list[str], max_new_tokens: int = 60) -> list[str]:
+    """Greedy continuations of ``prompts`` by plain ``transformers``."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     texts = []
@@ -116,5 +118,5 @@ def generate(directory: Path, prompts: list[str], max_new_tokens: int = 40) -> l
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
         text = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-        texts.append(text.strip().partition("\n")[0])
+        texts.append(text.strip())
     return texts

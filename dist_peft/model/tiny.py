@@ -106,11 +106,11 @@ def make_tiny_base(
     tokenizer = _train_tokenizer([f.text for f in files if not f.held_out])
     train = _windows(tokenizer, [f for f in files if not f.held_out])
     held_out = _windows(tokenizer, [f for f in files if f.held_out])
-    prepared = time.perf_counter() - start
     with _own_random_state(seed), _threads_restored():
         model = _new_model(tokenizer)
         _use_fastest_threads(model, train[: _BATCH // 2])
-        losses = _pretrain(model, train, max(seconds - prepared, seconds / 2), on_step)
+        left = seconds - (time.perf_counter() - start)
+        losses = _pretrain(model, train, max(left, seconds / 2), on_step)
         held_out_loss = _evaluate(model, held_out)
     recent = losses[-_AVERAGED_STEPS:]
     report = TinyBaseReport(
@@ -249,7 +249,7 @@ def _evaluate(model: nn.Module, rows: Tensor) -> float:
     """Mean loss over windows spread evenly over the held-out files."""
     model.eval()
     chosen = rows[:: max(1, len(rows) // _EVAL_WINDOWS)][:_EVAL_WINDOWS]
-    return sum(float(_loss(model, row[None])) for row in chosen) / len(chosen)
+    return sum(float(_loss(model, part)) * len(part) for part in chosen.split(_BATCH)) / len(chosen)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_directory_is_loaded_by_transformers(tmp_path: Path) -> None:
     assert 0 < rounded.relative < 0.1
 
 
-def test_generate_is_greedy_and_gives_one_line(tmp_path: Path) -> None:
+def test_generate_is_greedy(tmp_path: Path) -> None:
     model = save_model(CONFIGS["llama"], tmp_path)
     words = {f"w{i}": i for i in range(97)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
