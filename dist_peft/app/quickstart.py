@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     setup_log(None, 0, 1)
     _say("1/5 base model")
     base = args.base or str(_tiny_base(out / "base", args.pretrain_seconds))
-    _say("2/5 task: write the summary line of a function, held-out files for evaluation")
+    _say("2/5 task: fill in a card about a function, held-out files for evaluation")
     train, held_out = make_tiny_task(out / "data")
     config = _config(base, train, held_out, out / "run", args)
     config_file = out / "quickstart.yaml"

@@ -1,12 +1,11 @@
 """A small instruction task from the standard library: fill in a card about a function.
 
-The prompt shows a function's first line, the completion is a card with four fields. The first three
+The prompt shows a function's first line, the completion is a card with three fields. The first two
 can be read off the prompt, the last (the first sentence of the docstring) can only be guessed at::
 
     ### Function
     def copyfile(src, dst, *, follow_symlinks=True):
     ### Card
-    name: copyfile
     kind: function
     arguments: src, dst, follow_symlinks
     summary: Copy data from src to dst in the most efficient way possible.
@@ -108,7 +107,7 @@ def _record(function: Function, in_class: bool) -> Record | None:
         return None
     kind = "method" if in_class and names[:1] in (["self"], ["cls"]) else "function"
     listed = ", ".join([*names, *(a.arg for a in optional)]) or "none"
-    card = f"name: {function.name}\nkind: {kind}\narguments: {listed}\nsummary: {summary}"
+    card = f"kind: {kind}\narguments: {listed}\nsummary: {summary}"
     return {"prompt": f"### Function\n{signature}\n### Card\n", "completion": card}
 
 
