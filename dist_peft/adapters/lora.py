@@ -22,9 +22,10 @@ The output has the type of the base's output.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,13 +68,16 @@ class LoraSpec:
     iterations: int = 4
 
 
-class _LoraModule(nn.Module):
+class _LoraModule(nn.Module, ABC):
     """What both layers share: parameters, and their start values.
 
     Attributes:
         path: the wrapped module's name in the model.
         shapes: the whole shape of each own parameter.
+        starts_at_zero: the parameter whose zeros make the start the base's own function.
     """
+
+    starts_at_zero: ClassVar[str]
 
     def __init__(self, path: str, spec: LoraSpec) -> None:
         super().__init__()
@@ -97,15 +101,13 @@ class _LoraModule(nn.Module):
             known, value = self._starts.pop(name)
             assert known.intersect(span) == span, f"{self.path}.{name}: {span} outside of {known}"
             return value[span.shift(-known.start).slice].clone()  # others start from it too
-        if name in self._zeros():
+        if name == self.starts_at_zero:
             return torch.zeros(len(span), *self.shapes[name][1:])
         return self._random(name)[span.slice].clone()
 
-    def _zeros(self) -> tuple[str, ...]:
-        raise NotImplementedError
-
+    @abstractmethod
     def _random(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """The whole start value of a parameter that does not start at zero."""
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
@@ -133,6 +135,7 @@ class LoraLinear(_LoraModule):
             weight before it was encoded (for PiSSA that is the start).
     """
 
+    starts_at_zero = "lora_B"
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter
@@ -272,9 +275,6 @@ class LoraLinear(_LoraModule):
         self._starts["base_norm2"] = (span, base_norm2)
         self._starts["magnitude"] = (span, _root(norm2))
 
-    def _zeros(self) -> tuple[str, ...]:
-        return ("lora_B",)
-
     def _random(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
         if name != "lora_A" or self.spec.start != "default":
@@ -297,6 +297,7 @@ class LoraEmbedding(_LoraModule):
         device: where the (unfilled) parameters are made.
     """
 
+    starts_at_zero = "lora_embedding_A"
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
 
@@ -329,9 +330,6 @@ class LoraEmbedding(_LoraModule):
         if scale is not None:
             change = change * scale
         return (y + change).to(y.dtype)
-
-    def _zeros(self) -> tuple[str, ...]:
-        return ("lora_embedding_A",)
 
     def _random(self, name: str) -> Tensor:
         return torch.randn(self.shapes[name], generator=self._generator(name))
