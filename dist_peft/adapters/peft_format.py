@@ -307,8 +307,13 @@ def _parse(key: str) -> tuple[str, str]:
 
 
 def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
-    r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
-    alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+    try:
+        r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
+        alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{_CONFIG} gives {path} no usable r and lora_alpha ({type(error).__name__}: {error})"
+        ) from None
     is_embedding = any(name.startswith("lora_embedding") for name in own)
     name_a, name_b = (
         ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")

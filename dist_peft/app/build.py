@@ -4,20 +4,22 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import RunConfig
 from dist_peft.core.hostmem import freed_memory_is_returned
+from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.recompute import checkpoint_blocks
 from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
-from dist_peft.model.load import load_model
+from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import Checkpoints
@@ -49,6 +51,21 @@ class Built(Prepared):
 
     engine: Engine
     bytes_read: int
+    stored_bytes: int
+    """Of all parameters as they rest, over all ranks that hold one copy."""
+    trained: int
+    """Number of values that learn."""
+    adapter_names: tuple[str, ...]
+    """The adapter's parameters, frozen start factors included. An engine may hide the base's
+    parameters from the model's lists once training begins; attributes stay."""
+
+    def parameter(self, name: str) -> nn.Parameter:
+        found: nn.Parameter = attrgetter(name)(self.model)
+        return found
+
+    def gather_adapter(self) -> dict[str, Tensor]:
+        """Every adapter parameter, whole, on the CPU of each rank."""
+        return {n: self.engine.gather(self.parameter(n)) for n in self.adapter_names}
 
 
 def prepare(config: RunConfig, world: World) -> Prepared:
@@ -58,10 +75,10 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         UserError: anything wrong with the base's files, its type, or the adapter's targets.
     """
     if config.base.trust_remote_code:
-        log.warning("base.trust_remote_code is on: code shipped with the base will run")
+        log.warning("base.trust_remote_code is on: code shipped with the base will run", extra=ONCE)
     directory = resolve_base(config.base)
-    tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     skeleton = build_skeleton(config.base, directory)
+    tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     compute = torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
@@ -78,7 +95,7 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
     Raises:
         UserError: on every rank when files turn out damaged on one.
     """
-    engine = make_engine(config.engine, world, device)
+    engine = make_engine(config.engine, config.train, world, device)
     model = prepared.model
     if config.engine.activation_checkpointing:
         checkpoint_blocks(prepared.skeleton.blocks)
@@ -90,7 +107,16 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
             "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
         )
         fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
-        return Built(**fields, engine=engine, bytes_read=reader.bytes_read)
+        parameters = dict(model.named_parameters())
+        adapters = [n for n, m in model.named_modules() if isinstance(m, AdapterRows)]
+        return Built(
+            **fields,
+            engine=engine,
+            bytes_read=reader.bytes_read,
+            stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
+            adapter_names=tuple(n for n in parameters if n.rpartition(".")[0] in set(adapters)),
+        )
 
 
 def give_start(prepared: Prepared, checkpoints: Checkpoints, path: Path) -> None:

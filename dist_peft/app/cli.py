@@ -18,7 +18,7 @@ from dist_peft.app import inspect as inspect_app
 from dist_peft.app import quickstart as quickstart_app
 from dist_peft.app import train as train_app
 from dist_peft.core.errors import UserError
-from dist_peft.core.world import RemoteError, World
+from dist_peft.core.world import MeetingError, RemoteError, World
 
 __all__ = ["main"]
 
@@ -31,21 +31,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World.from_env()
         code: int = args.run(args, world)
         world.disconnect()
-        return code
+        return _leave(world, code)
     except UserError as error:
-        if world.is_first:
+        if world.is_first or isinstance(error, MeetingError):
             print(f"dist-peft: {error}", file=sys.stderr, flush=True)
         return _leave(world, 2)
     except RemoteError as error:
         logging.getLogger("dist_peft").warning("%s", error)
         return _leave(world, 1)
-    except Exception:
+    except KeyboardInterrupt:
+        if world.is_first:
+            print("dist-peft: interrupted", file=sys.stderr, flush=True)
+        return _leave(world, 130)
+    except Exception as error:
         traceback.print_exc()
+        explanation = world.explain(error)
+        if explanation is not None:
+            print(f"dist-peft: {explanation}", file=sys.stderr, flush=True)
         return _leave(world, 1)
 
 
 def _leave(world: World, code: int) -> int:
-    """Leave without waiting for peers that may be stuck in a collective with this rank."""
+    """Leave without waiting for peers that may be stuck in a collective with this rank.
+
+    After success too: a thread of gloo that frees a tensor while the interpreter shuts down
+    aborts the process.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

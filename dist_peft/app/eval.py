@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from dist_peft.app.build import give_start, load, prepare, restore
-from dist_peft.app.rows import make_loaders
+from dist_peft.app.rows import check_fit, make_loaders
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import load_config
 from dist_peft.core.errors import UserError
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 def _evaluate(config: RunConfig, run_dir: Path | None, world: World) -> tuple[float, int]:
     device = world.device(config.train.device)
-    world.connect(device, config.engine.timeout_minutes)
+    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
     setup_log(None, world.rank, world.size)
     checkpoints = Checkpoints((run_dir or Path()) / "checkpoints", 1, world)
     with world.together("prepare"):
@@ -43,6 +43,7 @@ def _evaluate(config: RunConfig, run_dir: Path | None, world: World) -> tuple[fl
         if run_dir is not None and path is None:
             raise UserError(f"{run_dir} has no complete checkpoint")
     loaders = make_loaders(config, prepared.tokenizer, world)
+    check_fit(loaders, prepared.skeleton)
     step = 0
     if path is not None:
         give_start(prepared, checkpoints, path)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from dist_peft.adapters.peft_format import factors, read_adapter
 from dist_peft.app.report import add_section
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.export.merge import merge_model
+from dist_peft.export.merge import check_new, merge_model
 from dist_peft.export.verify import Probe, verify_directory
 from dist_peft.model.hub import resolve_base
 from dist_peft.model.skeleton import torch_dtype
@@ -40,16 +41,22 @@ def run_export(args: argparse.Namespace, world: World) -> int:
         merge_run(args.run_dir, args.out, into=args.base, verify=not args.no_verify)
         return 0
     _run_config(args.run_dir)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise UserError(f"{args.out} is not empty; give a new directory")
-    shutil.copytree(args.run_dir / "adapter", args.out, dirs_exist_ok=True)
+    check_new(args.out)
+    adapter = args.run_dir / "adapter"
+    factors(read_adapter(adapter))  # a damaged one is refused, not copied
+    try:
+        shutil.copytree(adapter, args.out, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise UserError(f"cannot write {args.out}: {error}; choose another directory") from None
     log.info("wrote PEFT adapter %s", args.out)
     return 0
 
 
+@torch.no_grad()
 def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool = True) -> None:
     """Merge a finished run and, unless told otherwise, reload the result and compare logits."""
     config = _run_config(run_dir)
+    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
     directory = resolve_base(config.base)
     report = merge_model(
         config.base,
@@ -65,8 +72,7 @@ def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool 
         report.merged,
         report.bytes_written / 2**20,
     )
-    if verify:
-        probe = Probe.load(run_dir / "probe.safetensors")
+    if probe is not None:
         dtype = torch_dtype(config.base.compute_dtype)
         found = verify_directory(out, probe, dtype)
         log.info("reloaded in transformers as %s, merged into the %s base: %s", dtype, into, found)
@@ -86,6 +92,5 @@ def _run_config(run_dir: Path) -> RunConfig:
 
 
 def _only_one(world: World) -> None:
-    torch.set_grad_enabled(False)
     if world.size > 1:
         raise UserError(f"this verb runs in one process, not {world.size}; start it with python")

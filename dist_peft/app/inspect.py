@@ -27,8 +27,10 @@ def describe(path: Path) -> list[str]:
     Raises:
         UserError: there is nothing this project knows at ``path``.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    try:
+        path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if (path / "config.yaml").is_file():
         return _run(path)
     if (path / "run.json").is_file():
@@ -48,7 +50,7 @@ def _base(path: Path) -> list[str]:
     infos = index.tensors.values()
     numbers = sum(_numel(i.shape) for i in infos)
     types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
-    lines = [f"base model {path}"]
+    lines = [f"base model {path}" if path.is_dir() else f"safetensors file {path}"]
     if (path / "config.json").is_file():
         config = _read_json(path / "config.json")
         kinds = ", ".join(config.get("architectures") or [])
@@ -104,7 +106,7 @@ def _run(path: Path) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it must hold a JSON object")

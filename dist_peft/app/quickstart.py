@@ -18,7 +18,7 @@ import torch
 
 from dist_peft.app.export import merge_run
 from dist_peft.app.report import add_section
-from dist_peft.core.config import RunConfig
+from dist_peft.core.config import BaseConfig, RunConfig
 from dist_peft.core.config_io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -39,11 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", help="local Hugging Face directory or hub id; default: make a small base first"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory")
-    parser.add_argument("--ranks", type=int, default=2, help="processes")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument("--ranks", type=_count, default=2, help="processes")
+    parser.add_argument("--steps", type=_count, default=120, help="optimizer steps")
     parser.add_argument(
         "--pretrain-seconds", type=float, default=75.0, help="time for the small base"
     )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def run(args: argparse.Namespace, world: World) -> int:
@@ -52,6 +59,8 @@ def run(args: argparse.Namespace, world: World) -> int:
     start = time.perf_counter()
     out: Path = args.out
     setup_log(None, 0, 1)
+    if args.base:
+        resolve_base(BaseConfig(path=args.base))  # before minutes are spent on the rest
     _say("1/5 base model")
     base = args.base or str(_tiny_base(out / "base", args.pretrain_seconds))
     _say("2/5 task: fill in a card about a function, held-out files for evaluation")

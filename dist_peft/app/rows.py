@@ -8,12 +8,14 @@ from torch import Tensor
 
 from dist_peft.core.config import DataSource, RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.loader import Loader
 from dist_peft.data.rows import RowSet, load_rows
 from dist_peft.model.hub import Tokenizer
+from dist_peft.model.skeleton import Skeleton
 
-__all__ = ["Loaders", "make_loaders"]
+__all__ = ["Loaders", "check_fit", "make_loaders"]
 
 log = logging.getLogger("dist_peft")
 
@@ -51,11 +53,47 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
             "train.global_batch %d is no multiple of %d ranks: some ranks idle in each step",
             batch,
             world.size,
+            extra=ONCE,
         )
     tokens, _, _ = (held_out or train).row(0)
     probe = torch.as_tensor(tokens[:PROBE_TOKENS], dtype=torch.long).unsqueeze(0)
     eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
     return Loaders(_loader(config, train, tokenizer, world), eval_loader, probe)
+
+
+def check_fit(loaders: Loaders, skeleton: Skeleton) -> None:
+    """See that the model has an embedding for every token and position of the data.
+
+    Raises:
+        UserError: it has not.
+    """
+    for name, loader in (("train", loaders.train), ("eval", loaders.eval)):
+        if loader is None:
+            continue
+        rows = loader.rows
+        if rows.largest_token >= skeleton.vocabulary:
+            raise UserError(
+                f"data.{name} has token {rows.largest_token} but the base has embeddings for "
+                f"{skeleton.vocabulary} tokens: the tokenizer in base.path is another model's"
+            )
+        known = skeleton.positions
+        # the padding of a packed row has positions too
+        needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
+        if known is None or needed <= known:
+            continue
+        if skeleton.positions_are_learned:
+            raise UserError(
+                f"data.{name} needs {needed} positions but the base has learned {known}; "
+                f"set data.seq_len to at most {known}"
+            )
+        log.warning(
+            "data.%s: the longest document has %d tokens, the base was made for %d "
+            "(max_position_embeddings); results beyond may be poor",
+            name,
+            needed,
+            known,
+            extra=ONCE,
+        )
 
 
 def _rows(

@@ -6,28 +6,30 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, give_start, load, prepare, restore
 from dist_peft.app.report import start_report
-from dist_peft.app.rows import Loaders, make_loaders
+from dist_peft.app.rows import Loaders, check_fit, make_loaders
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import dump_config, load_config
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import setup_log
+from dist_peft.core.log import ONCE, setup_log
 from dist_peft.core.world import World
 from dist_peft.engine import engine_kind
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention import documents_are_isolated
-from dist_peft.model.load import AdapterRows
+from dist_peft.model.hub import public_name, save_tokenizer
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
 from dist_peft.train.evaluate import evaluate, inference
@@ -59,9 +61,13 @@ def train(config: RunConfig, world: World) -> int:
     if config.adapter.kind == "none":
         raise UserError("adapter.kind is none: nothing would be trained; choose lora")
     device = world.device(config.train.device)
-    world.connect(device, config.engine.timeout_minutes)
+    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    with _catch_signals() as stop:
+        return _train(config, world, device, stop)
+
+
+def _train(config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]) -> int:
     run_dir = Path(config.save.dir)
-    stop = _catch_signals()
     with world.together("prepare the run directory"):
         if world.is_first:
             _prepare_directory(run_dir, config)
@@ -69,6 +75,7 @@ def train(config: RunConfig, world: World) -> int:
     with world.together("read the base's configuration"):
         prepared = prepare(config, world)
     loaders = make_loaders(config, prepared.tokenizer, world)
+    check_fit(loaders, prepared.skeleton)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.save.keep, world)
     with world.together("choose a checkpoint"):
         resume_from = checkpoints.choose(config.resume)
@@ -76,8 +83,8 @@ def train(config: RunConfig, world: World) -> int:
         give_start(prepared, checkpoints, resume_from)
     built = load(prepared, config, world, device)
     factory = make_optimizer_factory(config.train, device)
-    built.engine.optimize(built.model, factory, built.adapter.lr_scale)
-    session = _Session(config, world, built, loaders, checkpoints, run_dir)
+    call = built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    session = _Session(config, world, built, call, loaders, checkpoints, run_dir)
     first_step = session.resume(resume_from) if resume_from is not None else session.begin()
     done = session.fit(first_step, stop)
     if done < session.total_steps:
@@ -94,6 +101,7 @@ class _Session:
     config: RunConfig
     world: World
     built: Built
+    call: nn.Module
     loaders: Loaders
     checkpoints: Checkpoints
     run_dir: Path
@@ -107,10 +115,9 @@ class _Session:
 
     def begin(self) -> int:
         """First start: describe the run, take the probe's logits before training."""
-        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
         log.info(
             "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
-            f"{trained:,}",
+            f"{self.built.trained:,}",
             self.config.adapter.kind,
             self.world.size,
             engine_kind(self.config.engine, self.world),
@@ -139,8 +146,21 @@ class _Session:
         self._check_same(path, position)
         restore(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
-        if not self._probe_file.is_file():
-            log.warning("%s is missing: exports of this run cannot be verified", self._probe_file)
+        with self.world.together("read the probe"):
+            if self._probe_file.is_file():
+                Probe.load(self._probe_file)
+            else:
+                log.warning(
+                    "%s is missing: exports cannot be verified", self._probe_file, extra=ONCE
+                )
+        if position.step >= self.total_steps:
+            log.warning(
+                "%s has %d steps and train.steps is %d: nothing is left to train",
+                path,
+                position.step,
+                self.total_steps,
+                extra=ONCE,
+            )
         return position.step
 
     def _check_same(self, path: Path, found: RunPosition) -> None:
@@ -190,6 +210,7 @@ class _Session:
                 self.built.adapter,
                 self.loaders.train,
                 self.world,
+                call=self.call,
                 first_step=first_step,
                 last_step=self.total_steps,
                 lr_at=self._lr_at,
@@ -227,7 +248,7 @@ class _Session:
     def _save(self, step: int) -> None:
         state = self.built.engine.state(self.built.model)
         for name in self.built.adapter.start_state():
-            state[f"start/{name}"] = self.built.model.get_parameter(name).detach()
+            state[f"start/{name}"] = self.built.engine.gather(self.built.parameter(name))
         path = self.checkpoints.save(state, self._position(step))
         log.info("saved %s", path)
 
@@ -247,13 +268,7 @@ class _Session:
 
     def finish(self) -> None:
         """Gather the adapter, write it, complete the probe, write the report."""
-        model, engine = self.built.model, self.built.engine
-        tensors = {
-            f"{path}.{name}": engine.gather(parameter)
-            for path, module in model.named_modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(module, AdapterRows)
-        }
+        tensors = self.built.gather_adapter()
         logits = self._probe_logits()
         with self.world.together("write the adapter"):
             if self.world.is_first:
@@ -261,7 +276,7 @@ class _Session:
         log.info("wrote %s and %s", self.run_dir / "adapter", self.run_dir / "report.html")
 
     def _write(self, tensors: dict[str, Tensor], logits: Tensor) -> None:
-        public = self.built.adapter.to_public(tensors, self.config.base.path)
+        public = self.built.adapter.to_public(tensors, public_name(self.config.base))
         about = {
             "base": self.config.base.path,
             "base_fingerprint": self.built.skeleton.index.fingerprint(),
@@ -271,6 +286,8 @@ class _Session:
             "torch": torch.__version__,
         }
         write_adapter(self.run_dir / "adapter", public, about)
+        if (template := self.loaders.train.rows.chat_template) is not None:
+            save_tokenizer(self.built.tokenizer, self.run_dir / "adapter", template)
         if self._probe_file.is_file():
             before = Probe.load(self._probe_file).before
             Probe(self.loaders.probe, logits, before).save(self._probe_file)
@@ -278,15 +295,13 @@ class _Session:
 
     def _summary(self) -> RunSummary:
         kind = engine_kind(self.config.engine, self.world)
-        trained = sum(p.numel() for p in self.built.model.parameters() if p.requires_grad)
-        base = sum(p.numel() * p.element_size() for p in self.built.model.parameters())
         return RunSummary.of(
             self.config,
             engine=kind,
             ranks=self.world.size,
             facts=[
-                ("Trained parameters", f"{trained:,}"),
-                ("Model as stored, all ranks", format_bytes(base)),
+                ("Trained parameters", f"{self.built.trained:,}"),
+                ("Model as stored, all ranks", format_bytes(self.built.stored_bytes)),
                 ("Read from the base by rank 0", format_bytes(self.built.bytes_read)),
             ],
         )
@@ -310,16 +325,25 @@ def _prepare_directory(run_dir: Path, config: RunConfig) -> None:
         raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
 
 
-def _catch_signals() -> Callable[[], bool]:
-    """SIGTERM and SIGUSR1 (what schedulers send before the end) ask for a stop after the step."""
+@contextmanager
+def _catch_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, SIGUSR1 (what schedulers send before the end) and Ctrl-C ask for a stop after the
+    step; a second Ctrl-C stops at once."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-    return lambda: bool(caught)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _digest(value: object) -> str:

@@ -25,6 +25,7 @@ __all__ = [
 
 _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
+_Names = Annotated[list[str], Field(min_length=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,7 +87,7 @@ class LoraConfig(_Section):
     r: int = Field(16, ge=1, description="Rank.")
     alpha: float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | _Names = Field(
         "all-linear",
         description="all-linear: every linear inside the blocks. Or a list: names, name endings "
         "or regular expressions, as in PEFT.",
@@ -123,8 +124,19 @@ AdapterConfig = Annotated[LoraConfig | NoAdapterConfig, Field(discriminator="kin
 class EngineConfig(_Section):
     """Who shards the base and the optimizer state."""
 
-    kind: Literal["auto", "single", "fsdp2"] = Field(
-        "auto", description="auto: fsdp2 with more than one process, else single."
+    kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
+        "auto",
+        description="auto: single with one process, zero under the deepspeed launcher, else fsdp2.",
+    )
+    stage: Literal[1, 2, 3] = Field(
+        3,
+        description="zero: DeepSpeed's ZeRO stage for adapters. 1 shards their optimizer state, 2 "
+        "gradients too, 3 the adapters too. The base is sharded in every stage (shard_base).",
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        description="zero: DeepSpeed JSON file to take further settings from (buckets, overlap, "
+        "logging); what contradicts this configuration is refused.",
     )
     shard_base: bool = Field(
         True, description="false: every rank keeps the whole packed base (small bases)."
@@ -137,8 +149,13 @@ class EngineConfig(_Section):
     activation_checkpointing: bool = Field(
         True, description="Keep only each block's input; recompute the rest in backward."
     )
-    cpu_offload: Literal["none", "params"] = Field(
-        "none", description="params: shards and optimizer state rest in host memory (CUDA only)."
+    cpu_offload: Literal["none", "params", "optimizer"] = Field(
+        "none",
+        description="params (fsdp2): shards and optimizer state rest in host memory (CUDA only). "
+        "optimizer (zero): optimizer state rests and is updated in host memory (ZeRO-Offload).",
+    )
+    start_timeout_minutes: float = Field(
+        10.0, gt=0, description="How long the ranks wait for each other at the start."
     )
     timeout_minutes: float = Field(
         30.0, gt=0, description="A collective that waits longer than this ends the run."
@@ -220,7 +237,7 @@ class TrainConfig(_Section):
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
-    seed: int = Field(0, ge=0, description="Adapter start, data order, dropout.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
     shuffle: bool = Field(True, description="false: rows in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",

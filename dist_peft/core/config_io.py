@@ -22,6 +22,9 @@ from dist_peft.core.errors import UserError
 
 __all__ = ["dump_config", "load_config", "parse_config"]
 
+_NO_SECTION = ("model_type", "model_attributes_type")
+"""pydantic's names of the error that a section is something else."""
+
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``key.sub=value`` overrides, check everything.
@@ -31,7 +34,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"config file {file} does not exist; give --config a YAML file")
+        what = "is no file" if file.exists() else "does not exist"
+        raise UserError(f"config file {file} {what}; give --config a YAML file")
     try:
         tree = OmegaConf.load(file)
         if not OmegaConf.is_dict(tree):
@@ -100,10 +104,22 @@ def _explain(detail: ErrorDetails, tree: Any) -> str:
         return f"unknown key {path}; {hint}"
     if detail["type"] == "missing":
         return f"key {path} is required"
+    if detail["type"] in _NO_SECTION:
+        keys = _known_keys([*(p for p in detail["loc"] if isinstance(p, str)), ""])
+        return (
+            f"key {path or 'config'} must be a section, of keys such as {', '.join(keys[:4])} "
+            f"(given: {_shown(detail.get('input'))})"
+        )
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
     shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
     return f"key {path or 'config'}: {message}{shown}"
+
+
+def _shown(given: Any) -> str:
+    if given is None:
+        return "nothing"
+    return "a list" if isinstance(given, list) else repr(given)
 
 
 def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:

@@ -8,6 +8,7 @@ decides where lines go::
 
 Lines on stderr go through ``tqdm.write``, which lifts a progress bar out of the way. Records logged
 with ``extra=FILE_ONLY`` skip the terminal: what the bar shows there is still found in the file.
+Records with ``extra=ONCE`` are what every rank finds alike; only rank 0 shows them.
 """
 
 import logging
@@ -18,10 +19,13 @@ from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["FILE_ONLY", "close_log", "setup_log"]
+__all__ = ["FILE_ONLY", "ONCE", "close_log", "setup_log"]
 
 FILE_ONLY = {"file_only": True}
 """Pass as ``extra`` to keep a record off the terminal."""
+
+ONCE = {"once": True}
+"""Pass as ``extra`` with what every rank would say alike."""
 
 
 def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logger:
@@ -38,6 +42,7 @@ def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logge
     handlers: list[logging.Handler] = [terminal]
     if rank != 0:
         terminal.setLevel(logging.WARNING)
+        terminal.addFilter(lambda record: not getattr(record, "once", False))
     elif run_dir is not None:
         handlers.append(_log_file(run_dir / "log.txt"))
     for handler in handlers:

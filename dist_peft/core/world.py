@@ -1,53 +1,36 @@
-"""Which process am I, and how do processes agree: the only reader of launcher variables.
+"""This process among its peers: how they meet, and how they agree.
 
-``World.from_env`` understands torchrun and the deepspeed launcher (``RANK``, ``WORLD_SIZE``),
-SLURM steps (``SLURM_PROCID`` ...), Open MPI (``OMPI_COMM_WORLD_*``) and MPICH/PMI
-(``PMI_RANK`` ...), in this order, else one process. A set that is incomplete or contradicts
-itself is refused: falling back to one process would start N jobs that each believe to be alone.
+``launchers`` finds out who this process is, ``meeting`` brings the ranks together.
 
 ``World.together`` is how an error of one rank becomes an error of all: every rank runs the phase,
 then all exchange what happened, so that nobody waits in a collective for a rank that has left.
 """
 
-import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.launchers import Place, detect
+from dist_peft.core.meeting import Meeting, MeetingError, meet
 
-__all__ = ["RemoteError", "World"]
+__all__ = ["MeetingError", "RemoteError", "World"]
+
+
+_meeting: Meeting | None = None
+"""As torch's process group, one a process."""
 
 
 class RemoteError(RuntimeError):
     """Another rank failed in a phase that all ranks share; that rank has the details."""
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among its peers.
-
-    Attributes:
-        rank, size: number of this process, and of all.
-        local_rank, local_size: the same within this node.
-        launcher: who started the processes: python, torchrun, slurm, openmpi, pmi.
-        address, port: where the ranks meet (``None`` for one process).
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    launcher: str = "python"
-    address: str | None = None
-    port: int | None = None
-
-    # -- finding out ---------------------------------------------------------------------------
+class World(Place):
+    """This process among its peers: a place (see there for the attributes) that can talk."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
@@ -56,70 +39,7 @@ class World:
         Raises:
             UserError: the variables are incomplete, not numbers, or contradict each other.
         """
-        env = os.environ if env is None else env
-        if "RANK" in env or "WORLD_SIZE" in env:
-            return cls._read(
-                env, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-            )
-        if "OMPI_COMM_WORLD_RANK" in env:
-            prefix = "OMPI_COMM_WORLD_"
-            return cls._read(
-                env,
-                "openmpi",
-                *(prefix + n for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
-            )
-        if "PMI_RANK" in env:
-            return cls._read(
-                env, "pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
-            )
-        # a batch script itself has SLURM_PROCID=0 but no step: it is not rank 0 of N
-        if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-            return cls._read(
-                env,
-                "slurm",
-                "SLURM_PROCID",
-                "SLURM_STEP_NUM_TASKS",
-                "SLURM_LOCALID",
-                "SLURM_NTASKS_PER_NODE",
-            )
-        return cls()
-
-    @classmethod
-    def _read(
-        cls, env: Mapping[str, str], launcher: str, rank: str, size: str, local: str, locals_: str
-    ) -> "World":
-        def number(name: str, default: int | None = None) -> int:
-            text = env.get(name)
-            if text is None and default is not None:
-                return default
-            if text is None:
-                raise UserError(
-                    f"{launcher} environment is incomplete: {name} is not set beside {rank}; "
-                    f"start all processes through one launcher"
-                )
-            try:
-                return int(text)
-            except ValueError:
-                raise UserError(f"environment variable {name}={text!r} is not a number") from None
-
-        ranks, index = number(size), number(rank)
-        if not 0 <= index < ranks:
-            raise UserError(f"environment says {rank}={index} of {size}={ranks}")
-        world = cls(
-            rank=index,
-            size=ranks,
-            local_rank=number(local, 0 if ranks == 1 else None),
-            local_size=number(locals_, 1),
-            launcher=launcher,
-            address=env.get("MASTER_ADDR"),
-            port=number("MASTER_PORT", 29500) if "MASTER_ADDR" in env else None,
-        )
-        if ranks > 1 and world.address is None:
-            raise UserError(
-                f"{launcher} started {ranks} processes but MASTER_ADDR is not set; export "
-                "MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port>"
-            )
-        return world
+        return cls(**vars(detect(env)))
 
     # -- meeting -------------------------------------------------------------------------------
 
@@ -137,31 +57,64 @@ class World:
             )
         return torch.device("cuda", self.local_rank)
 
-    def connect(self, device: torch.device, timeout_minutes: float = 30.0) -> None:
-        """Join the process group (NCCL on CUDA with gloo for CPU tensors, gloo elsewhere)."""
+    def connect(
+        self,
+        device: torch.device,
+        timeout_minutes: float = 30.0,
+        start_timeout_minutes: float = 10.0,
+    ) -> None:
+        """Meet the other ranks and join the process group (NCCL on CUDA with gloo for CPU
+        tensors, gloo elsewhere).
+
+        Args:
+            timeout_minutes: the longest wait in one collective, later.
+            start_timeout_minutes: the longest wait for all ranks to come, now.
+
+        Raises:
+            MeetingError: somebody did not come, or the address is wrong.
+            UserError: the launcher was not used: a batch script's own process.
+        """
+        if self.launcher == "sbatch":
+            raise UserError(
+                "this is a batch script's own process, outside of srun: one process would use "
+                "an allocation of several tasks or nodes alone; start it with srun (srun -n 1 "
+                "for one process), torchrun or mpirun"
+            )
         if self.size == 1 or dist.is_initialized():
             return
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
-        timeout = timedelta(minutes=timeout_minutes)
-        try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                init_method=f"tcp://{self.address}:{self.port}",
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timeout,
-            )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise UserError(
-                f"rank {self.rank} of {self.size} could not meet the others at "
-                f"{self.address}:{self.port} within {timeout_minutes:g} minutes: {error}"
-            ) from None
+        global _meeting
+        _meeting = meet(self, start_timeout_minutes * 60)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_meeting.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
 
     def disconnect(self) -> None:
+        global _meeting
         if dist.is_initialized():
             dist.destroy_process_group()
+        if _meeting is not None:
+            _meeting.close()
+            _meeting = None
+
+    def explain(self, error: Exception) -> str | None:
+        """Whose death made a collective fail; None if ``error`` is no failed communication.
+
+        Takes some seconds, in which the others show that they live.
+        """
+        broken = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if _meeting is None or not broken:
+            return None
+        silent = _meeting.silent()
+        if not silent:
+            return None
+        return f"rank {self.rank} on {self.host} lost its peers: no sign of life from {silent}"
 
     # -- agreeing ------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ class Documents:
         tokens: int32 [T]. mask: uint8 [T]. offsets: int64 [D + 1]. places: int64 [D, 2].
         files: names for messages. is_text: plain text, which may be cut into windows.
         notes: what the user should hear once a run. digest: sha256 of the contents.
+        largest_token: for a look at whether the model has an embedding for all of them.
+        chat_template: the one that conversations were written with, if it is not the tokenizer's.
     """
 
     tokens: NDArray[np.int32]
@@ -54,6 +56,8 @@ class Documents:
     is_text: bool
     notes: tuple[str, ...]
     digest: str
+    largest_token: int = 0
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -148,6 +152,8 @@ def _open(directory: Path) -> Documents | None:
             is_text=meta["is_text"],
             notes=tuple(meta["notes"]),
             digest=meta["digest"],
+            largest_token=meta["largest_token"],
+            chat_template=meta["chat_template"],
         )
         return documents if _consistent(documents) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
@@ -177,8 +183,10 @@ class DocumentWriter:
         self._offsets = [0]
         self._places: list[tuple[int, int]] = []
         self._files: dict[str, int] = {}
+        self._largest = 0
         self.is_text = False
         self.notes: list[str] = []
+        self.chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -189,6 +197,7 @@ class DocumentWriter:
         with _writing(self._directory.parent):
             self._tokens.append(tokens)
             self._mask.append(mask)
+        self._largest = max(self._largest, int(tokens.max()))
         self._offsets.append(self._offsets[-1] + len(tokens))
         number = self._files.setdefault(place.file, len(self._files))
         self._places.append((number, place.number))
@@ -220,6 +229,8 @@ class DocumentWriter:
             "is_text": self.is_text,
             "notes": self.notes,
             "digest": digest.hexdigest(),
+            "largest_token": self._largest,
+            "chat_template": self.chat_template,
         }
         with (self._directory / "meta.json").open("w", encoding="utf-8") as text:
             json.dump(meta, text, indent=1)

@@ -46,7 +46,7 @@ def default_chat_template(starts_with_bos: bool) -> str:
     """The template for tokenizers that have none: plain-text role lines, the tokenizer's eos.
 
     ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``. To chat with the result, the inference side
-    needs the same template: store it in the tokenizer that is saved beside the adapter.
+    needs the same template: training saves it with the tokenizer beside the adapter.
     """
     return ("{{ bos_token }}" if starts_with_bos else "") + _DEFAULT_TEMPLATE
 
@@ -67,7 +67,8 @@ class ChatRenderer:
         starts_with_bos: whether documents of this tokenizer begin with bos; matters only for a
             tokenizer without a template.
 
-    ``notes`` collects what the user should hear once.
+    ``notes`` collects what the user should hear once. ``default_template`` is the template of this
+    project, where the tokenizer has none.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.mark_assistant = mark_assistant
         self.notes: list[str] = []
-        self._default = None
+        self.default_template: str | None = None
         if not tokenizer.chat_template:
-            self._default = default_chat_template(starts_with_bos)
+            self.default_template = default_chat_template(starts_with_bos)
             self._note(
                 "the tokenizer has no chat template: conversations are written as "
                 "'<|role|>\\ncontent' with the eos token after assistant turns"
@@ -128,8 +129,8 @@ class ChatRenderer:
         return RenderedChat(text, tuple(spans))
 
     def _template(self, tools: list[dict[str, Any]] | None) -> str:
-        if self._default is not None:
-            template = self._default
+        if self.default_template is not None:
+            template = self.default_template
         else:
             template = self.tokenizer.get_chat_template(None, tools)
         if tools and "tools" not in template:

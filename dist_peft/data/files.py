@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +30,9 @@ __all__ = ["ENDINGS", "Opened", "Place", "Record", "open_source", "read_records"
 
 Record = dict[str, Any]
 _LOG = logging.getLogger("dist_peft")
+
+_NOT_JSON = (ValueError, RecursionError)
+"""What ``json`` raises: for bad text, for numbers of thousands of digits, for too deep nesting."""
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
@@ -102,7 +107,9 @@ def open_source(source: DataSource, key: str) -> Opened:
     if hub and Path(path).suffix.lower() not in ENDINGS and not Path(path).parent.is_dir():
         return _open_hub(source, hub["name"], hub["config"], key)
     if source.split != "train":
-        _LOG.warning("%s.split has no effect: %s is local, not a hub data set", key, path)
+        _LOG.warning(
+            "%s.split has no effect: %s is local, not a hub data set", key, path, extra=ONCE
+        )
     return LocalFiles(_locate(path, key))
 
 
@@ -194,7 +201,7 @@ def _read_json(file: Path) -> Iterator[Record]:
         return
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except _NOT_JSON as error:
         first, _, rest = text.lstrip().partition("\n")
         if rest.strip() and _is_json(first):
             yield from _read_jsonl(file)
@@ -207,7 +214,7 @@ def _read_json(file: Path) -> Iterator[Record]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return False
     return True
 
@@ -219,7 +226,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
                 continue
             try:
                 item = json.loads(line)
-            except json.JSONDecodeError as error:
+            except _NOT_JSON as error:
                 raise UserError(f"file {file}, line {number} is not valid JSON: {error}") from None
             yield _as_record(item, f"{file}, line {number}")
 
@@ -248,6 +255,8 @@ def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, **dialect)
         header = next(rows, [])
+        if twice := sorted(name for name, count in Counter(header).items() if count > 1):
+            raise UserError(f"file {file} has more than one column {twice[0]}; rename one")
         for number, row in enumerate((row for row in rows if row), start=1):
             if len(row) != len(header):
                 raise UserError(

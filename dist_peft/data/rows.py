@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.data.cache import Documents
 from dist_peft.data.packing import IGNORE, join_documents, pack
 from dist_peft.data.tokens import Tokenizer, load_documents
@@ -85,6 +86,20 @@ class RowSet:
     @property
     def total_tokens(self) -> int:
         return int(self._lengths.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document: positions that the model must know."""
+        return int(self._pieces.length.max())
+
+    @property
+    def largest_token(self) -> int:
+        return max(d.largest_token for d in self._documents)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of this project, where conversations were written with it."""
+        return next((d.chat_template for d in self._documents if d.chat_template), None)
 
     @property
     def num_documents(self) -> int:
@@ -203,6 +218,7 @@ def _fit(documents: Documents, config: DataConfig, key: str) -> _Pieces:
             len(long),
             len(pieces),
             config.seq_len,
+            extra=ONCE,
         )
         return pieces.take(pieces.length <= config.seq_len)
     if config.too_long == "truncate":
@@ -241,10 +257,14 @@ def _truncated(documents: Documents, pieces: _Pieces, size: int, key: str) -> _P
         int((pieces.length > size).sum()),
         len(pieces),
         size,
+        extra=ONCE,
     )
     if not kept.all():
         _LOG.warning(
-            "%s: dropped %d of these, as nothing to learn was left", key, int((~kept).sum())
+            "%s: dropped %d of these, as nothing to learn was left",
+            key,
+            int((~kept).sum()),
+            extra=ONCE,
         )
     return cut.take(kept)
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
 from dist_peft.data.chat import ChatRenderer
 from dist_peft.data.files import Place, open_source
@@ -70,6 +71,7 @@ def load_documents(
             for place, (tokens, mask) in zip(places, encoder.encode(examples, places), strict=True):
                 writer.add(tokens, mask, place)
         writer.notes = encoder.notes
+        writer.chat_template = encoder.default_template
 
     identity = {
         "version": _FORMAT_VERSION,
@@ -82,7 +84,7 @@ def load_documents(
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     documents = load_or_build(cache_root(config.cache_dir), name, build)
     for note in documents.notes:
-        _LOG.warning("%s: %s", key, note)
+        _LOG.warning("%s: %s", key, note, extra=ONCE)
     return documents
 
 
@@ -129,6 +131,11 @@ class Encoder:
     @property
     def notes(self) -> list[str]:
         return [] if self._chats is None else self._chats.notes
+
+    @property
+    def default_template(self) -> str | None:
+        """The template that conversations were given because the tokenizer has none."""
+        return None if self._chats is None else self._chats.default_template
 
     def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
         """Tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""

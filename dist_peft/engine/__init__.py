@@ -2,32 +2,48 @@
 
 import torch
 
-from dist_peft.core.config import EngineConfig
+from dist_peft.core.config import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.base import Engine
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
+from dist_peft.engine.zero import ZeroEngine
 
 __all__ = ["Engine", "engine_kind", "make_engine"]
 
 
 def engine_kind(config: EngineConfig, world: World) -> str:
-    """Resolve ``auto``: fsdp2 with more than one process, else single."""
+    """Resolve ``auto``: single with one process, zero under deepspeed's launcher, else fsdp2.
+
+    Raises:
+        UserError: the kind does not fit the number of processes.
+    """
     if config.kind == "auto":
-        return "fsdp2" if world.size > 1 else "single"
+        if world.size == 1:
+            return "single"
+        return "zero" if world.launcher == "deepspeed" else "fsdp2"
     if config.kind == "single" and world.size > 1:
         raise UserError(
             f"engine.kind is single but {world.launcher} started {world.size} processes; "
-            "use engine.kind: auto or fsdp2, or start one process"
+            "use engine.kind: auto, fsdp2 or zero, or start one process"
+        )
+    if config.kind != "single" and world.size == 1:
+        raise UserError(
+            f"engine.kind is {config.kind} but there is one process; use single or auto"
         )
     return config.kind
 
 
-def make_engine(config: EngineConfig, world: World, device: torch.device) -> Engine:
+def make_engine(
+    config: EngineConfig, train: TrainConfig, world: World, device: torch.device
+) -> Engine:
     """The engine of the run. Call after ``world.connect``."""
-    if engine_kind(config, world) == "single":
+    kind = engine_kind(config, world)
+    if kind == "single":
         return SingleEngine(device)
-    if world.size == 1:
-        raise UserError("engine.kind is fsdp2 but there is one process; use single or auto")
+    if kind == "zero":
+        return ZeroEngine(config, train, world, device)
+    if config.cpu_offload == "optimizer":
+        raise UserError("engine.cpu_offload: optimizer is zero's; with fsdp2 use params")
     return Fsdp2Engine(config, world, device)

@@ -4,7 +4,7 @@ Life of an engine::
 
     shard(model, blocks)       parameters are still on meta; afterwards each has a local row span
     span(p), fill(m, n, rows)  the loader asks which rows are wanted and hands them over
-    optimize(factory, scales)  every trainable parameter gets (sharded) optimizer state
+    optimize(m, factory, lrs)  every trainable parameter gets (sharded) optimizer state
     backward(loss, last)       gradients are summed over ranks when ``last``
     step(lr, max_norm)         clip, update, clear gradients
     state(), load_state()      live training state, in a form no engine owns (below)
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["Engine", "OptimizerFactory", "trainable"]
+__all__ = ["Engine", "OptimizerFactory", "adam_start", "trainable"]
 
 
 class OptimizerFactory(Protocol):
@@ -76,7 +76,9 @@ class Engine(Protocol):
 
     def optimize(
         self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
-    ) -> None: ...
+    ) -> nn.Module:
+        """Returns what to call in training steps: the model, or the engine's wrapper of it."""
+        ...
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
 
@@ -100,3 +102,12 @@ class Engine(Protocol):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by full name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adam_start(parameter: Tensor) -> dict[str, Tensor]:
+    """Adam's state before the first update: no steps, zero moments shaped like ``parameter``."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }

@@ -22,18 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from dist_peft.core.config import EngineConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
 from dist_peft.engine.base import OptimizerFactory
 from dist_peft.engine.compat import allow_integer_parameters
 from dist_peft.engine.local import LocalOptimizer
+from dist_peft.engine.mesh import ends_of, shard_mesh
 
 __all__ = ["Fsdp2Engine"]
 
@@ -69,7 +68,7 @@ class Fsdp2Engine:
     def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
         self.device = device
         self.config = config
-        self.mesh = _mesh(config, world, device)
+        self.mesh = shard_mesh(config, world, device)
         self.shard_group = self.mesh.get_group("shard")
         self.shards = self.mesh["shard"].size()
         self.shard_index = self.mesh["shard"].get_local_rank()
@@ -94,7 +93,7 @@ class Fsdp2Engine:
         whole = set[nn.Parameter]()
         if not self.config.shard_base:
             whole = {p for p in model.parameters() if not p.requires_grad}
-        ends = [m for m in _ends(model) if any(p not in whole for p in m.parameters())]
+        ends = [m for m in ends_of(model) if any(p not in whole for p in m.parameters())]
         offload = CPUOffloadPolicy() if self.config.cpu_offload == "params" else OffloadPolicy()
         for module in [*blocks, *ends, model]:
             unit = fully_shard(
@@ -143,10 +142,11 @@ class Fsdp2Engine:
 
     def optimize(
         self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
-    ) -> None:
+    ) -> nn.Module:
         self._optimizer = LocalOptimizer(
             model, factory, lr_scale, local=_local, wrap=self._wrap, total=self._total
         )
+        return model
 
     @property
     def optimizer(self) -> LocalOptimizer:
@@ -191,26 +191,3 @@ class Fsdp2Engine:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _ends(model: nn.Module) -> list[nn.Module]:
-    """Input embedding and output head as units of their own, unless they share a weight."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    shared = {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}
-    return [] if shared else [embedding, head]
-
-
-def _mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
-    size = {"all": world.size, "node": world.local_size}.get(
-        str(config.shard_group), config.shard_group
-    )
-    assert isinstance(size, int)
-    if not 1 <= size <= world.size or world.size % size:
-        raise UserError(
-            f"engine.shard_group is {size} ranks, which does not divide the {world.size} ranks "
-            "of this run"
-        )
-    if size == world.size:
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    shape = (world.size // size, size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))

@@ -36,10 +36,11 @@ class SingleEngine:
 
     def optimize(
         self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
-    ) -> None:
+    ) -> nn.Module:
         self._optimizer = LocalOptimizer(
             model, factory, lr_scale, local=_same, wrap=lambda t, like: t, total=_same
         )
+        return model
 
     @property
     def optimizer(self) -> LocalOptimizer:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
+from dist_peft.adapters.peft_format import read_metadata
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -34,9 +35,12 @@ from dist_peft.store.index import TensorInfo
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
 
-__all__ = ["MergeReport", "merge_model"]
+__all__ = ["MergeReport", "check_new", "merge_model"]
 
 log = logging.getLogger("dist_peft")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What ``transformers`` saves of a fast tokenizer; training takes no other."""
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
 
@@ -74,10 +78,15 @@ def merge_model(
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new directory for the merged model")
+    check_new(out)
     skeleton = build_skeleton(base, directory)
     merger = Merger.open(adapter_dir, tied=skeleton.tied)
+    trained_on = read_metadata(adapter_dir).get("base_fingerprint")
+    if trained_on not in (None, skeleton.index.fingerprint()):
+        raise UserError(
+            f"adapter {adapter_dir} was trained on another base than {directory}: the weights "
+            "differ; set base.path in the run's config.yaml to the one it was trained on"
+        )
     sources = _sources(skeleton)
     tensors = skeleton.index.tensors
     specs = [
@@ -100,6 +109,7 @@ def merge_model(
                 "belongs to another base"
             )
     _copy_rest(directory, out, dtype)
+    _copy_tokenizer(adapter_dir, out)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return MergeReport(len(specs), len(merged), size)
 
@@ -142,6 +152,25 @@ def _merged_rows(
         codec = source.linear.codec
         rows = codec.decode(codec.encode(rows), source.linear.in_features, torch.float32)
     return merger.merge_rows(source.weight, rows, span, into) if adapted else rows
+
+
+def check_new(out: Path) -> None:
+    """See that ``out`` is free for what will be written.
+
+    Raises:
+        UserError: it is a file, or a directory that holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a new directory")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new directory")
+
+
+def _copy_tokenizer(adapter_dir: Path, out: Path) -> None:
+    """A tokenizer beside the adapter, which formats conversations as training did, is the one."""
+    for path in sorted(adapter_dir.iterdir()):
+        if path.name in _TOKENIZER_FILES:
+            shutil.copyfile(path, out / path.name)
 
 
 def _copy_rest(directory: Path, out: Path, dtype: torch.dtype) -> None:

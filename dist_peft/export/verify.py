@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
+from dist_peft.store.writer import atomic_write
 
 __all__ = ["Comparison", "Probe", "compare", "generate", "verify_directory"]
 
@@ -29,17 +31,22 @@ class Probe:
     before: Tensor
 
     def save(self, path: Path) -> None:
-        save_file(
-            {k: v.contiguous().clone() for k, v in vars(self).items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        tensors = {k: v.contiguous().clone() for k, v in vars(self).items()}
+        atomic_write(path, save(tensors, metadata={"format": "pt"}))
 
     @classmethod
     def load(cls, path: Path) -> "Probe":
         if not path.is_file():
-            raise UserError(f"{path} is missing: the run did not finish; resume it first")
-        return cls(**load_file(path))
+            raise UserError(
+                f"{path} is missing, so the result cannot be compared with the trained model; "
+                "resume the run if it did not finish, or give --no-verify"
+            )
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged: {error}; remove it (exports can then not be verified)"
+            ) from None
 
 
 @dataclass(frozen=True)

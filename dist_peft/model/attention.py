@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_peft.model.skeleton import torch_dtype
+
 __all__ = ["document_mask", "documents_are_isolated", "model_inputs"]
 
 _NEED_EXPLICIT_MASK = {"opt"}
@@ -23,7 +25,9 @@ def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> d
     config: Any = model.config
     packed = bool((position_ids[:, 1:] == 0).any())
     if config.model_type in _NEED_EXPLICIT_MASK and packed:
-        inputs["attention_mask"] = document_mask(position_ids, config.dtype)
+        # a name after save_pretrained has made the configuration JSON
+        dtype = torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
+        inputs["attention_mask"] = document_mask(position_ids, dtype)
     return inputs
 
 

@@ -1,17 +1,54 @@
 """From ``base.path`` to a local directory and its tokenizer."""
 
+import copy
+import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["Tokenizer", "load_tokenizer", "resolve_base"]
+__all__ = [
+    "REFUSALS",
+    "Tokenizer",
+    "load_tokenizer",
+    "public_name",
+    "read_json_object",
+    "reason",
+    "resolve_base",
+    "save_tokenizer",
+]
 
 Tokenizer = PreTrainedTokenizerBase
+
+REFUSALS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What ``transformers`` raises for files whose contents it does not expect."""
+
+_JSON_OBJECTS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
@@ -28,7 +65,10 @@ def resolve_base(base: BaseConfig) -> Path:
     if path.exists():
         raise UserError(f"base.path {path} is a file; give the directory that holds config.json")
     if base.path.count("/") != 1 or base.path.startswith((".", "/", "~")):
-        raise UserError(f"base.path {base.path} does not exist")
+        raise UserError(
+            f"base.path {base.path} does not exist (looked in {Path.cwd()}); give the directory "
+            "of a model, or a hub id as org/name"
+        )
     try:
         return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=_WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -38,14 +78,62 @@ def resolve_base(base: BaseConfig) -> Path:
         ) from None
 
 
+def public_name(base: BaseConfig) -> str:
+    """What others find the base by: a directory from anywhere on this machine, or the hub id."""
+    path = Path(base.path).expanduser()
+    return str(path.resolve()) if path.is_dir() else base.path
+
+
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenizer:
     """The base's tokenizer.
 
     Raises:
         UserError: tokenizer files are missing or unreadable.
     """
+    for name in _JSON_OBJECTS:
+        if (directory / name).is_file():
+            read_json_object(directory / name)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the tokenizer of {directory}: {first}") from None
+    except REFUSALS as error:
+        raise UserError(f"cannot load the tokenizer of {directory}: {reason(error)}") from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, chat_template: str) -> None:
+    """Save a copy of ``tokenizer`` that formats conversations with ``chat_template``.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
+    """
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = chat_template
+    try:
+        copied.save_pretrained(directory)
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer into {directory}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; get the base again") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is damaged: it holds a {type(content).__name__}, not a JSON object; "
+            "get the base again"
+        )
+    return content
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's error; with its class where the text alone says little."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

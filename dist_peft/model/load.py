@@ -71,6 +71,11 @@ def load_model(
 ) -> None:
     """Fill every parameter and persistent buffer of ``model``.
 
+    Finding a start (PiSSA, LoftQ) takes collectives, in which a rank that cannot read its rows
+    must not leave the others waiting. So the ranks that share a weight agree before: where one of
+    them has failed, it raises, and the others return early with an unfilled model. Call this in
+    ``World.together``, which then raises on every rank.
+
     Args:
         model: built on meta, adapters attached, sharded.
         reader: the base's files.
@@ -78,29 +83,47 @@ def load_model(
         dtype: type of the unquantized base parameters.
         device: where rows are encoded.
         progress: called with the number of parameters filled so far.
+
+    Raises:
+        UserError: a file was damaged or changed, a weight is not finite or out of range.
+        OSError: the disk failed.
     """
     wrappers = {
         id(module.base): module for module in model.modules() if isinstance(module, BaseRows)
     }
-    uses = _uses(model)
-    for done, (first, *others) in enumerate(uses.values()):
+    failure: Exception | None = None
+    for done, (first, *others) in enumerate(_uses(model).values()):
         owner, name = first.owner, first.name
         parameter = owner._parameters[name]
         assert parameter is not None
         span = placement.span(parameter)
-        if isinstance(owner, FrozenLinear) and name == "packed":
-            rows = _packed_rows(owner, wrappers.get(id(owner)), span, reader, placement, device)
-        elif isinstance(owner, AdapterRows):
-            rows = owner.initial_rows(name, span).to(parameter.dtype)
-        else:
-            names = cast(dict[str, str], owner.checkpoint_names)
-            rows = reader.read(names[name], span).to(dtype)
+        wrapper = wrappers.get(id(owner)) if name == "packed" else None
+        rows = torch.empty(0)
+        if failure is None:
+            try:
+                rows = _own_rows(owner, name, span, reader, dtype, device)
+                if isinstance(owner, FrozenLinear) and name == "packed" and wrapper is None:
+                    rows = _encode(owner, rows)
+            except (UserError, OSError) as error:
+                failure = error
+        if wrapper is not None:
+            failed = torch.tensor(int(failure is not None), device=device)
+            if placement.sum_over_shards(failed).item():
+                break
+            rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
+            rows = _encode(cast(FrozenLinear, owner), rows)
+        if failure is not None:
+            continue
         placement.fill(owner, name, rows)
         for other in others:
             other.owner.register_parameter(other.name, owner._parameters[name])
         progress(done + 1)
-    _fill_buffers(model, reader)
-    _check_filled(model)
+    else:
+        if failure is None:
+            _fill_buffers(model, reader)
+            _check_filled(model)
+    if failure is not None:
+        raise failure
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
@@ -122,21 +145,40 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
     return uses
 
 
-def _packed_rows(
-    linear: FrozenLinear,
-    wrapper: BaseRows | None,
+def _own_rows(
+    owner: nn.Module,
+    name: str,
     span: Span,
     reader: RowReader,
-    placement: Placement,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    rows = reader.read(linear.source, span).to(device)
+    """Rows ``span`` of a parameter; those of a ``FrozenLinear`` not yet encoded."""
+    if isinstance(owner, AdapterRows):
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        return owner.initial_rows(name, span).to(parameter.dtype)
+    source = cast(dict[str, str], owner.checkpoint_names)[name]
+    read = reader.read(source, span)
+    packed = isinstance(owner, FrozenLinear) and name == "packed"
+    rows = read.to(device) if packed else read.to(dtype)
+    if not _is_finite(rows):
+        raise UserError(
+            f"tensor {source}: weight is not finite: NaN or infinity in a row; get the base again"
+            if not _is_finite(read)
+            else f"tensor {source}: weight is beyond the range of {dtype}; set "
+            "base.compute_dtype to bfloat16 or float32"
+        )
+    return rows
+
+
+def _is_finite(rows: Tensor) -> bool:
+    """Without a temporary of the size of ``rows``; NaN comes through ``aminmax``."""
+    return not rows.numel() or all(bool(end.isfinite()) for end in rows.aminmax())
+
+
+def _encode(linear: FrozenLinear, rows: Tensor) -> Tensor:
     try:
-        if wrapper is not None:
-            # prepare_rows may hold collectives, so ranks that share the weight must fail together
-            if placement.sum_over_shards((~rows.isfinite()).sum()).item():
-                raise ValueError("weight is not finite: NaN or infinity in a row")
-            rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
         return linear.codec.encode(rows)
     except ValueError as error:
         raise UserError(f"tensor {linear.source}: {error}") from None

@@ -14,6 +14,8 @@ Where checkpoint tensors go is decided here as well: every module that owns para
 stays right when an adapter later moves the module one level down.
 """
 
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,15 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.hub import REFUSALS, read_json_object, reason
 from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["Skeleton", "build_skeleton", "torch_dtype"]
+
+log = logging.getLogger("dist_peft")
 
 
 @dataclass
@@ -53,6 +59,22 @@ class Skeleton:
     @property
     def config(self) -> PretrainedConfig:
         return self.model.config
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest document that the base was made for; None: no limit is known."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def positions_are_learned(self) -> bool:
+        """Beyond ``positions`` there is nothing, where rotary embeddings go on."""
+        rotary = getattr(self.config.get_text_config(), "rope_parameters", None)
+        return self.positions is not None and not rotary
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -103,11 +125,11 @@ def build_skeleton(base: BaseConfig, directory: Path) -> Skeleton:
 def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
+    read_json_object(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot use {directory / 'config.json'}: {first}") from None
+    except REFUSALS as error:
+        raise UserError(f"cannot use {directory / 'config.json'}: {reason(error)}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{directory} is already quantized ({config.quantization_config}); "
@@ -126,11 +148,10 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
                 attn_implementation=None if base.attention == "auto" else base.attention,
                 trust_remote_code=base.trust_remote_code,
             )
-    except (ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+    except REFUSALS as error:
         raise UserError(
             f"transformers cannot build a causal LM of type {config.model_type!r} "
-            f"with base.attention={base.attention!r}: {first}"
+            f"with base.attention={base.attention!r}: {reason(error)}"
         ) from None
 
 
@@ -205,6 +226,7 @@ def _checkpoint_names(model: PreTrainedModel, index: SafetensorsIndex) -> dict[s
             f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
             f"such as {absent[0]}; is the download complete?"
         )
+    _warn_of_unused(model, index, set(names.values()))
     for name, source in names.items():
         shape, found = tuple(model.state_dict()[name].shape), index.tensors[source].shape
         if shape != found:
@@ -213,6 +235,28 @@ def _checkpoint_names(model: PreTrainedModel, index: SafetensorsIndex) -> dict[s
                 f"for {list(shape)}"
             )
     return names
+
+
+def _warn_of_unused(model: PreTrainedModel, index: SafetensorsIndex, used: set[str]) -> None:
+    """Matrices that no parameter takes: a config.json of fewer layers would drop them silently."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(model._tied_weights_keys or ())]
+    unused = [
+        name
+        for name, info in index.tensors.items()
+        if name not in used
+        and len(info.shape) == 2
+        and info.dtype.is_floating_point
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unused:
+        log.warning(
+            "%s has %d weights that a %s of this config.json does not use, such as %s",
+            index.path,
+            len(unused),
+            type(model).__name__,
+            unused[0],
+            extra=ONCE,
+        )
 
 
 def _attach_names(model: nn.Module, names: dict[str, str], index: SafetensorsIndex) -> None:

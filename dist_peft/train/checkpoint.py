@@ -20,16 +20,17 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint_reader import CheckpointReader
@@ -90,17 +91,33 @@ class Checkpoints:
             with _quiet():
                 dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial), **self._group())
         except dcp.api.CheckpointException as error:
+            if self.world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # on a full disk every byte counts
             reason = next(iter(error.failures.values()))[0]
             if isinstance(reason, OSError):
-                raise UserError(f"cannot write checkpoint {final}: {reason}") from None
+                raise UserError(
+                    f"cannot write checkpoint {final}: {reason}; free space or choose another "
+                    "save.dir"
+                ) from None
             raise
         with self.world.together("finish checkpoint"):
             if self.world.is_first:
                 atomic_write(partial / "run.json", json.dumps(asdict(position), indent=1))
                 _remove(final)
                 partial.rename(final)
+                self._set_aside(position.step)
                 self._prune(newest=final)
         return final
+
+    def _set_aside(self, step: int) -> None:
+        """A run that started again below an older one's steps must not resume from them later."""
+        for path in self.found():
+            if _step(path) > step:
+                kept = self.directory / "superseded" / path.name
+                kept.parent.mkdir(exist_ok=True)
+                _remove(kept)
+                path.rename(kept)
+                log.warning("%s is of an earlier run: moved to %s", path, kept)
 
     def _prune(self, newest: Path) -> None:
         for old in self.found()[: -self.keep]:
@@ -115,11 +132,11 @@ class Checkpoints:
     def found(self) -> list[Path]:
         """Complete checkpoints, oldest first; incomplete ones are named in the log."""
         complete = []
-        for path in sorted(self.directory.glob("*step-*")):
+        for path in sorted(self.directory.glob("*step-*"), key=lambda p: (_step(p), p.name)):
             if path.name.startswith("step-") and (path / "run.json").is_file():
                 complete.append(path)
             else:
-                log.warning("skipping incomplete checkpoint %s", path)
+                log.warning("skipping incomplete checkpoint %s", path, extra=ONCE)
         return complete
 
     def choose(self, resume: str) -> Path | None:
@@ -139,9 +156,21 @@ class Checkpoints:
     @staticmethod
     def position(path: Path) -> RunPosition:
         try:
-            return RunPosition(**json.loads((path / "run.json").read_text()))
+            position = RunPosition(**json.loads((path / "run.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"checkpoint {path} has an unreadable run.json: {error}") from None
+        for field in fields(RunPosition):
+            value = getattr(position, field.name)
+            if type(value) is not field.type:
+                raise UserError(
+                    f"checkpoint {path} has an unreadable run.json: {field.name} is {value!r}"
+                )
+        if position.format != RunPosition.format:
+            raise UserError(
+                f"checkpoint {path} has format {position.format}, this version reads "
+                f"{RunPosition.format}; resume it with the version that wrote it"
+            )
+        return position
 
     def load(self, path: Path, state: dict[str, Tensor]) -> None:
         """Read into the tensors of ``state``, in place.
@@ -149,24 +178,23 @@ class Checkpoints:
         Raises:
             UserError: files are missing or damaged, or tensors do not fit (on every rank).
         """
+        with self.world.together("read a checkpoint's metadata"):
+            _metadata(path)  # before torch does, which would log its tracebacks
         try:
             with _quiet():
                 dcp.load(state, storage_reader=CheckpointReader(path), **self._group())
         except dcp.api.CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise UserError(f"cannot read checkpoint {path}: {reason}") from None
+            raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"cannot read checkpoint {path}: {error}") from None
+            raise _unreadable(path, error) from None
 
     def read_whole(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors by key, on every rank, without a model."""
         wanted = set(names)
         if not wanted:
             return {}
-        try:
-            metadata = CheckpointReader(path).read_metadata().state_dict_metadata
-        except _UNREADABLE as error:
-            raise UserError(f"cannot read checkpoint {path}: {error}") from None
+        with self.world.together("read a checkpoint's metadata"):
+            metadata = _metadata(path).state_dict_metadata
         state = {
             key: torch.empty(info.size, dtype=info.properties.dtype)
             for key, info in metadata.items()
@@ -184,6 +212,27 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _metadata(path: Path) -> Metadata:
+    try:
+        return CheckpointReader(path).read_metadata()
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"cannot read checkpoint {path}: {first}; if files are damaged, remove it to go on from "
+        "the one before"
+    )
+
+
+def _step(path: Path) -> int:
+    """The number at the end of a checkpoint's name; 0 for a name without one."""
+    digits = path.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

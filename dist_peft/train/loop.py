@@ -42,10 +42,15 @@ class StepResult:
     bytes_gathered: int
 
 
-def batch_loss(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the token losses of a batch; packed documents do not see each other."""
+def batch_loss(
+    model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
+) -> torch.Tensor:
+    """Sum of the token losses of a batch; packed documents do not see each other.
+
+    ``call``: what to call instead of ``model`` (an engine's wrapper of it).
+    """
     inputs = model_inputs(model, batch.input_ids.to(device), batch.position_ids.to(device))
-    logits = model(**inputs, use_cache=False).logits
+    logits = (call or model)(**inputs, use_cache=False).logits
     return token_loss(logits, batch.labels.to(device))
 
 
@@ -56,6 +61,7 @@ def fit(
     loader: Loader,
     world: World,
     *,
+    call: nn.Module | None = None,
     first_step: int,
     last_step: int,
     lr_at: Callable[[int], float],
@@ -63,6 +69,8 @@ def fit(
     after_step: Callable[[StepResult], bool],
 ) -> int:
     """Train from ``first_step`` until ``last_step`` steps are done or ``after_step`` says stop.
+
+    ``call`` is what ``engine.optimize`` gave: the module to call in training steps.
 
     Returns the number of steps done. Raises UserError on every rank when a loss or gradient is
     not finite; the adapters are then as the last good step left them.
@@ -73,7 +81,7 @@ def fit(
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches):
             adapter.begin(step, batch.sample_ids)
-            loss = batch_loss(model, batch, engine.device)
+            loss = batch_loss(model, batch, engine.device, call)
             total += loss.detach().double().cpu()
             engine.backward(loss / targets, last=number == len(batches) - 1)
         mean = world.sum(total.item())[0] / targets

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dist_peft.core.config import TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.base import OptimizerFactory
+from dist_peft.engine.base import OptimizerFactory, adam_start
 
 __all__ = ["make_optimizer_factory"]
 
@@ -51,11 +51,7 @@ class _TorchAdamW:
         )
         for group in groups:
             for p in group["params"]:
-                optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-                }
+                optimizer.state[p] = adam_start(p)
         return optimizer
 
     def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

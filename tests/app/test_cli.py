@@ -174,3 +174,14 @@ def test_two_ranks_tell_a_mistake_once(tmp_path: Path, more: list[str], words: s
     assert len(messages) == 1 and words in messages[0], done.stderr
     assert "exitcode  : 2" in done.stderr  # torchrun's own summary of its processes
     assert "/dist_peft/" not in done.stderr  # no traceback of ours
+
+
+def test_ctrl_c_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(path: Path) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "describe", interrupt)
+    assert cli.main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "dist-peft: interrupted\n"

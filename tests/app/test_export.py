@@ -1,5 +1,7 @@
 """``merge`` and ``export`` of a finished run."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from dist_peft.app import cli
 from dist_peft.app.export import merge_run
@@ -33,7 +36,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _clean() -> Iterator[None]:
     yield
     close_log()
-    torch.set_grad_enabled(True)  # these verbs switch it off for their process
+    assert torch.is_grad_enabled()
 
 
 def logits(model: torch.nn.Module, probe: Probe) -> torch.Tensor:
@@ -113,3 +116,60 @@ def test_several_processes_are_refused(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["merge", "--run", str(run_dir), "--out", str(tmp_path / "out")])
     assert "runs in one process, not 2" in capsys.readouterr().err
+
+
+def copied(run_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_dir, tmp_path / "run"))
+
+
+def test_adapter_of_other_weights_of_the_same_shape_is_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(run_dir, tmp_path)
+    base = shutil.copytree(run_dir.parent / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(run_dir.parent / "base"), str(base)))
+    assert cli.main(["merge", "--run", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert f"was trained on another base than {base}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", [["merge"], ["export", "--format", "peft"]], ids=str)
+def test_places_that_cannot_be_written(
+    verb: list[str], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out, words in (("file", "is a file; give a new directory"), ("file/x", "cannot write")):
+        assert cli.main([*verb, "--run", str(run_dir), "--out", str(tmp_path / out)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_damaged_adapter_is_not_exported(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(run_dir, tmp_path)
+    argv = ["export", "--format", "peft", "--run", str(run), "--out", str(tmp_path / "out")]
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "r": "x"}))
+    assert cli.main(argv) == 2
+    assert "no usable r and lora_alpha" in capsys.readouterr().err
+    tensors = run / "adapter" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    assert cli.main(argv) == 2
+    assert f"{tensors} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_verified_is_not_written(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(run_dir, tmp_path)
+    (run / "probe.safetensors").write_bytes(b"x")
+    argv = ["merge", "--run", str(run), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    assert "probe.safetensors is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*argv, "--no-verify"]) == 0

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_base(tmp_path: Path) -> None:
     assert f"{len(index.tensors)} x float32" in text
     assert index.fingerprint() in text
     alone = "\n".join(describe(base / "model.safetensors"))
-    assert f"{numbers:,}" in alone and "type" not in alone
+    assert alone.startswith("safetensors file ") and f"{numbers:,}" in alone and "type" not in alone
 
 
 def test_run_with_its_checkpoints_and_adapter(run_dir: Path) -> None:
@@ -54,7 +55,7 @@ def test_adapter(run_dir: Path) -> None:
 
 
 def test_something_else(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="none cannot be read: No such file"):
         describe(tmp_path / "none")
     with pytest.raises(UserError, match=r"is no base .*, adapter .*, run .*checkpoint"):
         describe(tmp_path)
@@ -65,3 +66,19 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (base / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
         describe(base)
+
+
+def test_adapter_directory_that_lost_its_files(run_dir: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    (run / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json .*No such file"):
+        describe(run)
+
+
+def test_place_that_may_not_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        describe(tmp_path)

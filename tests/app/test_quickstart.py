@@ -8,6 +8,8 @@ import pytest
 
 from dist_peft.app import quickstart
 from dist_peft.core.config_io import load_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
 from dist_peft.train.metrics import read_metrics
 
 
@@ -31,6 +33,20 @@ def test_configuration(tmp_path: Path) -> None:
     assert config.base.quant.kind == "nf4"
     assert [s.path for s in config.data.train + config.data.eval] == [str(f) for f in files]
     assert config.train.steps == 7 and config.save.dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--steps"])
+def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(option, "0")
+    assert f"argument {option}: 0 is less than 1" in capsys.readouterr().err
+
+
+def test_missing_base_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    args = parse("--base", "/nowhere", "--out", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"base\.path /nowhere does not exist"):
+        quickstart.run(args, World())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.e2e

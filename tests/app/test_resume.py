@@ -1,5 +1,6 @@
 """Stopped and resumed at another number of ranks, a run goes on as if nothing had happened."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> 
         asked += 1
         return asked == stop_after
 
-    with mock.patch.object(train_app, "_catch_signals", return_value=stop):
+    with mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)):
         return train_app.train(parse_config(tree), world)
 
 

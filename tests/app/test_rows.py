@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from dist_peft.app.rows import PROBE_TOKENS, Loaders, make_loaders
+from dist_peft.app.rows import PROBE_TOKENS, Loaders, check_fit, make_loaders
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.hub import load_tokenizer
+from dist_peft.model.skeleton import build_skeleton
 from tests.app.tiny import tiny_tree
 from tests.dist import run_ranks
+from tests.tiny_models import CONFIGS, save_model
 
 
 def loaders(tree: dict[str, Any], world: World) -> Loaders:
@@ -71,3 +73,41 @@ def test_batch_that_does_not_divide_is_announced(
         assert "no multiple" not in caplog.text
         loaders(tiny_tree(tmp_path, train__global_batch=3), replace(world))
     assert "train.global_batch 3 is no multiple of 2 ranks" in caplog.text
+
+
+class TestFit:
+    def test_tokens_without_embedding(self, tmp_path: Path) -> None:
+        tree = tiny_tree(tmp_path)
+        found = loaders(tree, World())
+        skeleton = build_skeleton(parse_config(tree).base, tmp_path / "base")
+        skeleton.config.vocab_size = found.train.rows.largest_token + 1
+        check_fit(found, skeleton)
+        skeleton.config.vocab_size -= 1
+        with pytest.raises(UserError, match=r"data\.train has token \d+ but the base has"):
+            check_fit(found, skeleton)
+
+    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize("family", ["llama", "opt"])
+    def test_positions(
+        self, family: str, packing: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tree = tiny_tree(tmp_path, data__packing=packing)
+        found = loaders(tree, World())
+        save_model(CONFIGS[family], tmp_path / "base")
+        skeleton = build_skeleton(parse_config(tree).base, tmp_path / "base")
+        learned = family == "opt"
+        # the padding of a packed row has positions too, up to data.seq_len
+        needed = 16 if learned and packing else found.train.rows.longest
+        skeleton.config.max_position_embeddings = needed
+        with caplog.at_level(logging.WARNING, "dist_peft"):
+            check_fit(found, skeleton)
+            assert caplog.text == ""
+            skeleton.config.max_position_embeddings = needed - 1
+            if not learned:
+                check_fit(found, skeleton)
+                words = f"longest document has {needed} tokens, the base was made for {needed - 1}"
+                assert words in caplog.text
+                return
+            words = f"needs {needed} positions but the base has learned {needed - 1}"
+            with pytest.raises(UserError, match=words):
+                check_fit(found, skeleton)

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app import train as train_app
+from dist_peft.app.export import merge_run
 from dist_peft.core.config_io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.data.rows import load_rows
 from dist_peft.export.verify import Probe
 from dist_peft.train import loop
 from dist_peft.train.loop import StepResult
@@ -27,10 +29,9 @@ from tests.app.tiny import tiny_tree
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
     close_log()
 
 
@@ -104,6 +105,26 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
     assert [r.loss for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == resumed
 
 
+def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_tree(tmp_path, save__every=0)
+    record = train_app._Session._record
+    times = {1: 1, 3: 2}
+
+    def interrupted(session: Any, result: StepResult, memory: int) -> Any:
+        for _ in range(times.get(result.step, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return record(session, result, memory)
+
+    monkeypatch.setattr(train_app._Session, "_record", interrupted)
+    assert train(tree) == train_app.RESUMABLE
+    assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        train(tree)
+
+
 def test_loss_that_is_not_finite_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,13 +146,59 @@ def test_loss_that_is_not_finite_ends_the_run(
     assert train(tree) == 0  # resumes from the last good step
 
 
-def test_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
+def test_finished_run_started_again_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = tiny_tree(tmp_path)
     assert train(tree) == 0
     adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert train(tree) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert "has 3 steps and train.steps is 3: nothing is left to train" in capsys.readouterr().err
+
+
+def test_damaged_probe_is_told_before_training_goes_on(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    assert train(tree) == 0
+    (tmp_path / "run" / "probe.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"probe\.safetensors is damaged"):
+        train({**tree, "train": {**tree["train"], "steps": 5}})
+
+
+def test_consumer_formats_conversations_as_training_did(tmp_path: Path) -> None:
+    """The template of this project goes along with the adapter and into the merged model."""
+    tree = tiny_tree(tmp_path, data__eval=[], data__seq_len=64)
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    assert train(tree) == 0
+    run = tmp_path / "run"
+    merge_run(run, tmp_path / "merged")
+    assert not tf.AutoTokenizer.from_pretrained(tmp_path / "base").chat_template
+    for directory in (run / "adapter", tmp_path / "merged"):
+        tokenizer = tf.AutoTokenizer.from_pretrained(directory)
+        text = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        assert text.endswith("<|user|>\nw5\n<|assistant|>\n")
+    config = load_config(run / "config.yaml")
+    rows = load_rows(config.data, config.data.train, tokenizer, name="train")
+    trained = tokenizer.decode(rows.row(0)[0])
+    assert trained.startswith(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
+
+
+def test_peft_finds_a_base_that_was_given_relative_to_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_tree(tmp_path, base__path="base")
+    monkeypatch.chdir(tmp_path)
+    assert train(tree) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoPeftModelForCausalLM.from_pretrained("../run/adapter", dtype=torch.float32)
+        probe = Probe.load(tmp_path / "run" / "probe.safetensors")
+        logits = model.eval()(input_ids=probe.input_ids).logits
+    torch.testing.assert_close(logits, probe.trained, rtol=1e-5, atol=1e-5)
 
 
 def test_epochs_and_default_steps(tmp_path: Path) -> None:

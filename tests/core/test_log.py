@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import FILE_ONLY, close_log, setup_log
+from dist_peft.core.log import FILE_ONLY, ONCE, close_log, setup_log
 
 log = logging.getLogger("dist_peft")
 
@@ -107,3 +107,10 @@ def test_unwritable_directory_names_file_and_key(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in the way")
     with pytest.raises(UserError, match=r"run/log\.txt.*save\.dir"):
         setup_log(tmp_path / "run", rank=0, world_size=1)
+
+
+def test_what_every_rank_finds_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in range(2):
+        setup_log(None, rank=rank, world_size=2)
+        log.warning("3 records dropped", extra=ONCE)
+    assert capsys.readouterr().err == "[rank 0] warning: 3 records dropped\n"

@@ -1,75 +1,15 @@
-"""Launcher environments, as the launchers set them, and agreement between real ranks."""
+"""Connecting, agreement between real ranks, and who is to blame when one dies."""
+
+import os
+import signal
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.world import RemoteError, World
+from dist_peft.core.world import MeetingError, RemoteError, World
 from tests.dist import run_ranks
-
-MEET = {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        pytest.param({}, World(), id="python"),
-        pytest.param(
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEET},
-            World(3, 4, 1, 2, "torchrun", "node1", 1234),
-            id="torchrun",
-        ),
-        pytest.param(
-            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-            | {"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "1", **MEET},
-            World(1, 2, 0, 1, "slurm", "node1", 1234),
-            id="srun",
-        ),
-        pytest.param(
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
-            World(),
-            id="batch script without srun is one process, not rank 0 of 2",
-        ),
-        pytest.param(
-            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-            | {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-            | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", **MEET},
-            World(1, 2, 1, 2, "openmpi", "node1", 1234),
-            id="mpirun inside sbatch: MPI's variables are right",
-        ),
-        pytest.param(
-            {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-            | MEET,
-            World(0, 2, 0, 2, "pmi", "node1", 1234),
-            id="mpich",
-        ),
-        pytest.param(
-            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "9", **MEET},
-            World(1, 2, 0, 1, "torchrun", "node1", 1234),
-            id="torchrun under srun: torchrun's are right",
-        ),
-    ],
-)
-def test_reads_launcher(env: dict[str, str], expected: World) -> None:
-    assert World.from_env(env) == expected
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"RANK": "0"}, "WORLD_SIZE is not set"),
-        ({"WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is not a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"RANK": "0", "WORLD_SIZE": "2", **MEET}, "LOCAL_RANK is not set"),
-    ],
-)
-def test_refuses_incomplete(env: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        World.from_env(env)
 
 
 def test_device() -> None:
@@ -125,7 +65,46 @@ def test_one_process_raises_its_own() -> None:
         raise KeyError("x")
 
 
+def test_from_env_is_the_place() -> None:
+    assert World.from_env({}) == World()
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+    assert World.from_env(env) == World(1, 2, 1, 2, "environment", "node1", 1234)
+
+
 def test_unreachable_master_is_named() -> None:
     world = World(1, 2, 1, 2, "torchrun", "127.0.0.1", 9)
-    with pytest.raises(UserError, match=r"rank 1 of 2 could not meet the others at 127\.0\.0\.1:9"):
-        world.connect(torch.device("cpu"), timeout_minutes=0.02)
+    with pytest.raises(MeetingError, match=r"could not reach rank 0 at 127\.0\.0\.1:9 within"):
+        world.connect(torch.device("cpu"), start_timeout_minutes=0.01)
+
+
+def test_batch_script_outside_of_srun_is_refused() -> None:
+    with pytest.raises(UserError, match="outside of srun"):
+        World(launcher="sbatch").connect(torch.device("cpu"))
+
+
+def _die_or_explain(world: World) -> str | None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError) as caught:
+        world.barrier()
+    assert world.explain(ValueError("else")) is None
+    return world.explain(caught.value)
+
+
+@pytest.mark.dist
+def test_dead_rank_is_named() -> None:
+    with pytest.raises(AssertionError, match="rank 1 of 2:\nprocess died without a word") as caught:
+        run_ranks(_die_or_explain, 2)
+    assert "rank 0 of 2" not in str(caught.value)
+
+
+@pytest.mark.dist
+def test_all_alive_is_no_explanation() -> None:
+    assert run_ranks(_accuse, 2) == [None, None]
+
+
+def _accuse(world: World) -> str | None:
+    explanation = world.explain(RuntimeError("gloo: made up"))
+    world.barrier()
+    return explanation

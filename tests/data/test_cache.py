@@ -30,6 +30,7 @@ class Build:
             writer.add(tokens, (tokens % 2).astype(np.uint8), Place("ab"[i // 2], i + 1))
         writer.notes = ["hear this"]
         writer.is_text = True
+        writer.chat_template = "{{ template }}"
 
 
 def check(documents: Documents) -> None:
@@ -43,6 +44,7 @@ def check(documents: Documents) -> None:
     ]
     assert documents.notes == ("hear this",)
     assert documents.is_text
+    assert (documents.largest_token, documents.chat_template) == (24, "{{ template }}")
     assert len(documents) == 3
 
 

@@ -198,6 +198,10 @@ def test_unreachable_hub_is_one_readable_error(
         ("a.csv", b"p,q\n1,2\n3\n", r"a.csv, record 2 \(line 3\) has 1 fields, the header 2: p, q"),
         ("a.tsv", b"p\tq\n1\t2\t3\n", r"a.tsv, record 1 \(line 2\) has 3 fields, the header 2"),
         ("a.csv", b'p\n"never closed\n', r"a.csv is not a valid csv table"),
+        ("a.csv", b"p,q,p\n1,2,3\n", r"a.csv has more than one column p; rename one"),
+        ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1 is not valid JSON: maximum recursion"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a.jsonl, line 1 is not valid JSON: Exceeds"),
+        ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", r"a.json is not valid JSON: Exceeds"),
         ("a.parquet", b"PAR1 nonsense", r"a.parquet is not valid parquet"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.data.chat import default_chat_template
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.rows import RowSet, _count_targets, _fit, load_rows, show_row
 from tests.data.build import byte_tokenizer, data_config, documents, write_jsonl
@@ -207,3 +208,16 @@ def test_windows_and_targets_against_slicing(
 
     targets = _count_targets([replace(made, mask=counted)], pieces)
     assert targets.tolist() == [int(counted[a + 1 : b].sum()) for a, b in expected]
+
+
+def test_what_the_model_must_know(make: Make, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = make([{"text": "abcab"}, {"text": "a"}], seq_len=16)
+    assert rows.longest == len("<abcab>") - 1  # "bc" is one token
+    assert rows.largest_token == tokenizer.eos_token_id
+    assert rows.chat_template is None
+
+
+def test_template_of_conversations_written_without_one(make: Make) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = make([{"text": "abcab"}], [chat], seq_len=64)
+    assert rows.chat_template == default_chat_template(True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -63,8 +64,25 @@ def test_probe_file(tmp_path: Path) -> None:
     found = Probe.load(tmp_path / "probe.safetensors")
     assert torch.equal(found.input_ids, IDS) and found.input_ids.dtype == torch.long
     assert torch.equal(found.trained, logits) and torch.equal(found.before, logits)
-    with pytest.raises(UserError, match="resume it first"):
+    with pytest.raises(UserError, match="missing, so the result cannot be compared"):
         Probe.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"whole"])
+def test_damaged_probe_file_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    if content == b"whole":
+        save_file({"other": IDS}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path} is damaged: .+; remove it"):
+        Probe.load(path)
+
+
+def test_probe_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "probe.safetensors").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        probe().save(tmp_path / "probe.safetensors")
 
 
 def test_directory_is_loaded_by_transformers(tmp_path: Path) -> None:

@@ -88,3 +88,12 @@ def test_mask_is_explicit_only_where_needed(
     assert inputs["position_ids"] is place
     if explicit:
         assert torch.equal(inputs["attention_mask"], document_mask(place, torch.float32))
+
+
+def test_type_that_saving_has_made_a_name(tmp_path: Path) -> None:
+    """``save_pretrained`` of a live model leaves ``config.dtype`` as text."""
+    model = model_of("opt", tmp_path)
+    place = torch.tensor([[0, 1, 0, 1]])
+    model.config.dtype = "bfloat16"
+    mask = model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)["attention_mask"]
+    assert torch.equal(mask, document_mask(place, torch.bfloat16))

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.hub import load_tokenizer, resolve_base
+from dist_peft.model.hub import load_tokenizer, public_name, resolve_base, save_tokenizer
 from tests.data.build import byte_tokenizer
 
 
@@ -70,9 +70,37 @@ class TestLoadTokenizer:
         with pytest.raises(UserError, match=f"cannot load the tokenizer of {tmp_path}: .+"):
             load_tokenizer(tmp_path)
 
-    @pytest.mark.parametrize("text", ["{", "{}"])
-    def test_damaged(self, text: str, tmp_path: Path) -> None:
+    def test_object_of_something_else(self, tmp_path: Path) -> None:
         byte_tokenizer().save_pretrained(tmp_path)
-        (tmp_path / "tokenizer.json").write_text(text)
+        (tmp_path / "tokenizer.json").write_text("{}")
         with pytest.raises(UserError, match=f"cannot load the tokenizer of {tmp_path}: .+"):
             load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "3", "null", '"a"', "", "\xff"])
+    @pytest.mark.parametrize(
+        "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    )
+    def test_damaged(self, name: str, text: str, tmp_path: Path) -> None:
+        byte_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=f"{tmp_path / name} is damaged: .+"):
+            load_tokenizer(tmp_path)
+
+
+def test_saved_with_another_chat_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    save_tokenizer(tokenizer, tmp_path, "{{ messages[0].content }}!")
+    assert not tokenizer.chat_template
+    found = load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "abcde"}]
+    assert found.apply_chat_template(messages, tokenize=False) == "abcde!"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the tokenizer into"):
+        save_tokenizer(tokenizer, tmp_path / "file" / "x", "")
+
+
+def test_public_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert public_name(BaseConfig(path="base")) == str(tmp_path / "base")
+    assert public_name(BaseConfig(path="org/name")) == "org/name"

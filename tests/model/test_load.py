@@ -1,7 +1,9 @@
 """Who reads which bytes, and what becomes of them: one process, two and three."""
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.core.config import BaseConfig, EngineConfig, LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.span import row_span
-from dist_peft.core.world import World
+from dist_peft.core.span import Span, row_span
+from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -124,6 +126,63 @@ def test_a_damaged_row_of_one_rank_is_every_ranks_error(
     first, second = run_ranks(_error, 2, llama, lora)
     assert first == second
     assert first.startswith(f"tensor {name}: weight is not finite")
+
+
+class UnreadableReader(RowReader):
+    """Fails at one tensor on rank 1, as a bad sector or a lost mount does."""
+
+    fails_at = ""
+
+    def read(self, name: str, span: Span | None = None) -> Tensor:
+        if name == self.fails_at:
+            raise OSError(errno.EIO, "Input/output error", name)
+        return super().read(name, span)
+
+
+def _disk_errors(world: World, directory: Path, names: list[str], lora: LoraConfig) -> list[str]:
+    texts = []
+    for name in names:
+        UnreadableReader.fails_at = name if world.rank == 1 else ""
+        with (
+            mock.patch(f"{__name__}.RowReader", UnreadableReader),
+            pytest.raises((OSError, RemoteError)) as caught,
+        ):
+            load(world, directory, NF4, lora)
+        texts.append(str(caught.value))
+    return texts
+
+
+@pytest.mark.dist
+def test_disk_error_of_one_rank_among_collectives_reaches_all(llama: Path) -> None:
+    """Before, among and after the collectives; a rank left waiting would report a time-out."""
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+    lora = LoraConfig(r=2, init="pissa", target_modules=["up_proj", "q_proj"])
+    first, second = run_ranks(_disk_errors, 2, llama, names, lora)
+    for name, healthy, failing in zip(names, first, second, strict=True):
+        assert healthy == f"rank 1 failed in phase 'load base': {failing}"
+        assert "Input/output error" in failing and name in failing
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_nan_outside_the_blocks_is_named(name: str, llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors[name].view(-1)[-5] = float("nan")
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    assert _error(World(), llama, None).startswith(f"tensor {name}: weight is not finite")
+
+
+def test_value_beyond_float16_is_named(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    skeleton = build_skeleton(BaseConfig(path=str(llama), compute_dtype="float16"), llama)
+    with (
+        RowReader(skeleton.index) as reader,
+        pytest.raises(UserError, match=r"model\.norm\.weight.*range of torch\.float16"),
+    ):
+        load_model(skeleton.model, reader, SingleEngine(CPU), torch.float16, CPU)
 
 
 class Forgetful(SingleEngine):

@@ -1,6 +1,7 @@
 """Skeletons and loading for every family: same logits, same buffers, as the model itself."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,53 @@ class TestRefuses:
         with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight.*finite"):
             load(directory, quant=QuantConfig())
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_size": "abc"},
+            {"num_attention_heads": 7, "head_dim": None},
+            {"num_attention_heads": 0},
+            {"hidden_act": "foo"},
+            {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}},
+            {"pad_token_id": 9999},
+        ],
+        ids=str,
+    )
+    def test_values_that_make_no_model(self, directory: Path, changes: dict[str, Any]) -> None:
+        self.edit(directory, **changes)
+        with pytest.raises(UserError, match=r"cannot use .*config\.json: .+|cannot build a .+: .+"):
+            load(directory)
+
+    @pytest.mark.parametrize("text", ["[]", "{", "", "3"])
+    def test_config_that_is_no_object(self, directory: Path, text: str) -> None:
+        (directory / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is damaged: .+"):
+            load(directory)
+
     def test_missing_directory(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="nowhere"):
             load(tmp_path / "nowhere")
         shutil.rmtree(tmp_path)
+
+
+def test_layers_that_the_configuration_drops_are_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(CONFIGS["qwen3"], tmp_path)
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        load(tmp_path)
+        assert caplog.text == ""
+        config = json.loads((tmp_path / "config.json").read_text())
+        config = {**config, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        load(tmp_path)
+    assert "has 7 weights that a Qwen3ForCausalLM of this config.json does not use" in caplog.text
+    assert "such as model.layers.1." in caplog.text
+
+
+@pytest.mark.parametrize(("family", "learned"), [("llama", False), ("opt", True)])
+def test_limits(family: str, learned: bool, tmp_path: Path) -> None:
+    save_model(CONFIGS[family], tmp_path)
+    skeleton = load(tmp_path)
+    assert (skeleton.vocabulary, skeleton.positions) == (97, 64)
+    assert skeleton.positions_are_learned == learned

@@ -116,6 +116,27 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000002", "step-000010"]
 
 
+def test_later_steps_of_an_earlier_run_are_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Started again below them, a run must not go on from them after its next stop."""
+    save_one(World(), tmp_path, 6)
+    late = save_one(World(), tmp_path, 8)
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        mine = save_one(World(), tmp_path, 2)
+    assert names(tmp_path) == ["step-000002", "superseded"]
+    assert names(tmp_path / "superseded") == ["step-000006", "step-000008"]
+    assert f"{late} is of an earlier run: moved to" in caplog.text
+    assert single(tmp_path).choose("auto") == mine
+    check(load_one(World(), tmp_path), 2)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    save_one(World(), tmp_path, 999_999)
+    newest = save_one(World(), tmp_path, 1_000_000)
+    assert single(tmp_path).choose("auto") == newest
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_one(World(), tmp_path, 3)
     single(tmp_path).save(whole(9), position(3))
@@ -154,16 +175,25 @@ def test_choose(tmp_path: Path) -> None:
 
 def test_unreadable_position_is_named(tmp_path: Path) -> None:
     path = save_one(World(), tmp_path, 1)
-    for content in ("{", json.dumps({"step": 1})):
+    good = json.loads((path / "run.json").read_text())
+    wrong_type = json.dumps({**good, "step": "x"})
+    for content in ("{", "[]", json.dumps({"step": 1}), wrong_type):
         (path / "run.json").write_text(content)
         with pytest.raises(UserError, match=r"step-000001 has an unreadable run\.json"):
             Checkpoints.position(path)
+    (path / "run.json").write_text(json.dumps({**good, "format": 2}))
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        Checkpoints.position(path)
 
 
 def _damage(path: Path, kind: str) -> None:
     file = next(path.glob("*.distcp"))
     if kind == "absent":
         file.unlink()
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "no metadata":
+        (path / ".metadata").unlink()
     elif kind == "truncated":
         file.write_bytes(file.read_bytes()[:100])
     elif kind == "overwritten":
@@ -172,12 +202,20 @@ def _damage(path: Path, kind: str) -> None:
         (path / ".metadata").write_bytes(b"not a pickle")
 
 
-@pytest.mark.parametrize("kind", ["absent", "truncated", "overwritten", "metadata"])
-def test_damaged_files_are_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["absent", "empty", "truncated", "overwritten", "metadata", "no metadata"]
+)
+def test_damaged_files_are_refused(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = save_one(World(), tmp_path, 1)
     _damage(path, kind)
-    with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(UserError, match=rf"cannot read checkpoint {path}: .+; if files are damaged"),
+    ):
         single(tmp_path).load(path, whole(2))
+    assert "metadata is not found" not in caplog.text  # torch's tracebacks
     with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
         single(tmp_path).read_whole(path, ["param/a"])
 
@@ -213,6 +251,7 @@ def test_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"cannot write checkpoint .*step-000002.*No space"):
             single(tmp_path, keep=1).save(whole(2), position(2))
+    assert names(tmp_path) == ["step-000001"]  # what was half written takes no space
     assert single(tmp_path).choose("auto") == old
     check(load_one(World(), tmp_path), 1)
 

@@ -1,0 +1,249 @@
+"""Who started this process, and as which rank of how many: the only reader of launcher variables.
+
+``detect`` knows torchrun, the deepspeed launcher, Open MPI, MPICH (and other PMI launchers) and
+SLURM steps. Launchers nest, and each leaves its variables in the environment of the next, so the
+order matters:
+
+========================================  ==================================================
+torchrun or deepspeed under srun, mpirun  ``RANK`` is right; ``SLURM_PROCID`` numbers the agents
+mpirun inside sbatch                      MPI's are right; ``SLURM_PROCID`` numbers the daemons
+srun with a PMI plug-in                   both say the same; SLURM also knows the hosts
+the batch script itself                   ``SLURM_PROCID=0`` and N tasks, but no step: not a rank
+========================================  ==================================================
+
+Whatever is incomplete or contradicts itself is refused: falling back to one process would start
+N runs that each believe to be alone and write into the same directory.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["Place", "detect", "expand_hosts", "expand_tasks", "job_port"]
+
+DEFAULT_PORT = 29500
+PORTS = range(20000, 30000)
+"""Where the port of a SLURM job lies: below Linux's ephemeral ports, which start at 32768."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among its peers, as the launcher tells it.
+
+    Attributes:
+        rank, size: number of this process, and of all.
+        local_rank, local_size: the same within this host.
+        launcher: python, torchrun, deepspeed, slurm, openmpi, mpich; environment: only ``RANK``
+            and its companions are set; sbatch: a batch script of several tasks outside of srun.
+        address, port: where the ranks meet; no address: to be exchanged through MPI.
+        host: the name of this host.
+        hosts: every host of the run, where the launcher lists them.
+        agent: restart count, when torchrun's agent (and not rank 0) serves the store.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "python"
+    address: str | None = None
+    port: int | None = None
+    host: str = field(default_factory=socket.gethostname)
+    hosts: tuple[str, ...] = ()
+    agent: int | None = None
+
+
+def detect(env: Mapping[str, str] | None = None) -> Place:
+    """Read the launcher's variables.
+
+    Raises:
+        UserError: the variables are incomplete, not numbers, or contradict each other.
+    """
+    variables = _Variables(os.environ if env is None else env)
+    if "RANK" in variables or "WORLD_SIZE" in variables:
+        return _explicit(variables)
+    step = _slurm(variables)
+    mpi = _mpi(variables)
+    if mpi is not None and (step is None or (step.rank, step.size) != (mpi.rank, mpi.size)):
+        return mpi
+    if step is not None:
+        return step
+    for name in ("PMIX_RANK", "MV2_COMM_WORLD_RANK"):
+        if name in variables:
+            raise UserError(
+                f"{name} is set by an MPI launcher that does not say how many processes there "
+                "are; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            )
+    if "SLURM_JOB_ID" in variables and "SLURM_STEP_ID" not in variables:
+        tasks = variables.number("SLURM_NTASKS", 1)
+        if max(tasks, variables.number("SLURM_JOB_NUM_NODES", 1)) > 1:
+            return Place(launcher="sbatch")
+    return Place()
+
+
+class _Variables:
+    """The environment, with messages that name the variable."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = env
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._env
+
+    def text(self, name: str) -> str | None:
+        return self._env.get(name)
+
+    def need(self, name: str, beside: str) -> str:
+        if name not in self._env:
+            raise UserError(
+                f"the environment is incomplete: {name} is not set beside {beside}; start all "
+                "processes through one launcher, or set it by hand"
+            )
+        return self._env[name]
+
+    def number(self, name: str, default: int | None = None, beside: str = "") -> int:
+        if default is not None and name not in self._env:
+            return default
+        text = self.need(name, beside)
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"environment variable {name}={text!r} is not a number") from None
+
+    def place(self, launcher: str, rank: str, size: str, local: str, local_size: str) -> Place:
+        """A place from four variables; one process needs no local rank."""
+        ranks, index = self.number(size, beside=rank), self.number(rank, beside=size)
+        if not 0 <= index < ranks:
+            raise UserError(f"the environment says {rank}={index} of {size}={ranks}")
+        return Place(
+            rank=index,
+            size=ranks,
+            local_rank=self.number(local, 0 if ranks == 1 else None, beside=rank),
+            local_size=self.number(local_size, 1),
+            launcher=launcher,
+        )
+
+    def meeting(self, place: Place, address: str | None, port: int) -> Place:
+        """``place`` with ``MASTER_ADDR`` and ``MASTER_PORT``, or these where they are not set."""
+        address = self.text("MASTER_ADDR") or address
+        found = replace(place, address=address, port=self.number("MASTER_PORT", port))
+        elsewhere = place.local_size <= place.rank
+        if elsewhere and address and re.match(r"localhost$|127\.|::1$", address):
+            raise UserError(
+                f"MASTER_ADDR={address} means this host, but rank {place.rank} of {place.size} "
+                f"is not on rank 0's host (it has {place.local_size} ranks); export the name or "
+                "address under which the other hosts reach the host of rank 0"
+            )
+        return found
+
+
+def _explicit(variables: _Variables) -> Place:
+    """torchrun, deepspeed, or the variables by hand (a container platform, a shell script)."""
+    launcher, local_size = "environment", "LOCAL_WORLD_SIZE"
+    if "TORCHELASTIC_RUN_ID" in variables:
+        launcher, group = "torchrun", "GROUP_WORLD_SIZE"
+    elif "CROSS_SIZE" in variables or "LOCAL_SIZE" in variables:
+        launcher, local_size, group = "deepspeed", "LOCAL_SIZE", "CROSS_SIZE"
+    place = variables.place(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
+    outer = _mpi(variables) or _slurm(variables)
+    if outer is not None and outer.size > 1:
+        if launcher == "environment" and (outer.rank, outer.size) != (place.rank, place.size):
+            raise UserError(
+                f"RANK={place.rank} of WORLD_SIZE={place.size} contradicts {outer.launcher}, "
+                f"which started this process as {outer.rank} of {outer.size}; "
+                "unset RANK and WORLD_SIZE, or start without that launcher"
+            )
+        if launcher != "environment" and variables.number(group, outer.size) == 1:
+            raise UserError(
+                f"{outer.launcher} started {outer.size} copies of {launcher}, and each believes "
+                f"to be alone; tell {launcher} the number of nodes and where they meet, or start "
+                f"it once"
+            )
+    if place.size > 1:
+        variables.need("MASTER_ADDR", "WORLD_SIZE")
+    place = variables.meeting(place, None, DEFAULT_PORT)
+    if variables.text("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = replace(place, agent=variables.number("TORCHELASTIC_RESTART_COUNT", 0))
+    return place
+
+
+def _mpi(variables: _Variables) -> Place | None:
+    if "OMPI_COMM_WORLD_RANK" in variables:
+        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        place = variables.place("openmpi", *(f"OMPI_COMM_WORLD_{name}" for name in names))
+    elif "PMI_RANK" in variables and "PMI_SIZE" in variables:
+        # srun's PMI plug-in sets no MPI_LOCAL...; SLURM's own variables say it
+        local = "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in variables else "SLURM_LOCALID"
+        place = variables.place("mpich", "PMI_RANK", "PMI_SIZE", local, "MPI_LOCALNRANKS")
+    else:
+        return None
+    return variables.meeting(place, None, DEFAULT_PORT)
+
+
+def _slurm(variables: _Variables) -> Place | None:
+    """A task of a SLURM step of several tasks."""
+    if "SLURM_STEP_ID" not in variables or variables.number("SLURM_STEP_NUM_TASKS", 1) == 1:
+        return None
+    place = variables.place(
+        "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
+    )
+    tasks = expand_tasks(variables.need("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID"))
+    node = variables.number("SLURM_NODEID", beside="SLURM_STEP_ID")
+    if node >= len(tasks):
+        raise UserError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE names {len(tasks)}")
+    hosts = expand_hosts(variables.need("SLURM_STEP_NODELIST", "SLURM_STEP_ID"))
+    place = replace(
+        place,
+        local_size=tasks[node],
+        hosts=tuple(hosts),
+        host=variables.text("SLURMD_NODENAME") or place.host,
+    )
+    port = job_port(variables.number("SLURM_JOB_ID", beside="SLURM_STEP_ID"))
+    return variables.meeting(place, hosts[0], port)
+
+
+def job_port(job: int) -> int:
+    """The port on which the ranks of SLURM job ``job`` meet, unless ``MASTER_PORT`` says."""
+    return PORTS[job % len(PORTS)]
+
+
+def expand_hosts(text: str) -> list[str]:
+    """``n[08-10,12],login`` -> ``n08 n09 n10 n12 login``, as ``scontrol show hostnames``.
+
+    Raises:
+        UserError: not a SLURM host list.
+    """
+    hosts: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        names = [""]
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
+            tails = [literal] if literal else [n for r in ranges.split(",") for n in _numbers(r)]
+            names = [name + tail for name in names for tail in tails]
+        hosts += names
+    if not hosts or text.count("[") != text.count("]"):
+        raise UserError(f"cannot read the SLURM host list {text!r}; export MASTER_ADDR")
+    return hosts
+
+
+def _numbers(text: str) -> list[str]:
+    """``08-10`` -> ``08 09 10``; one number is a range of its own."""
+    first, _, last = text.partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal()):
+        raise UserError(f"cannot read {text!r} in a SLURM host list; export MASTER_ADDR")
+    return [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+
+
+def expand_tasks(text: str) -> list[int]:
+    """``2(x3),1`` -> ``2 2 2 1``: the tasks on each host of a step."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts

@@ -1,0 +1,271 @@
+"""How the ranks find each other, and what is said about those who do not come.
+
+Rank 0 serves a key-value store at the meeting address (under torchrun its agent does). Every rank
+registers there with its host; rank 0 counts, and when all have come, or the time is over, writes
+one verdict that all read. So each rank ends within the same bounded time, with a message that
+names the missing ranks or the address that nobody answered. The store then serves torch's process
+group.
+
+Later each rank counts up a number of its own in the store every few seconds. When a collective
+fails, because somebody died, the numbers that stand still say who.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.launchers import Place
+from dist_peft.core.mpi import exchange_address
+from dist_peft.core.network import (
+    interface_of,
+    is_loopback,
+    local_address_towards,
+    wait_for_port,
+)
+
+__all__ = ["Meeting", "MeetingError", "meet"]
+
+log = logging.getLogger("dist_peft")
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 5.0
+REMIND_SECONDS = 30.0
+PULSE_SECONDS = 2.0
+
+
+class MeetingError(UserError):
+    """The ranks did not find each other. Every rank says what it knows, not only the first."""
+
+
+class Meeting:
+    """What the ranks share after they have met: a store, and who is where.
+
+    Attributes:
+        store: for torch's process group.
+        hosts: the host of each rank.
+    """
+
+    def __init__(
+        self, place: Place, store: dist.Store, own_store: dist.Store, hosts: list[str]
+    ) -> None:
+        """``own_store``: another connection, for the thread that shows that this rank lives."""
+        self.store = store
+        self.hosts = hosts
+        self._rank = place.rank
+        self._own_store = own_store
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(PULSE_SECONDS):
+            try:
+                self._own_store.add(f"pulse/{self._rank}", 1)
+            except RuntimeError:  # rank 0 has left, or is no more
+                return
+
+    def silent(self) -> str:
+        """Names the ranks that give no sign of life for a few beats; empty if all do."""
+        try:
+            before = self._pulses()
+            time.sleep(4 * PULSE_SECONDS)
+            still = [
+                r for r, (a, b) in enumerate(zip(before, self._pulses(), strict=True)) if a == b
+            ]
+        except RuntimeError:  # the store is gone with rank 0
+            still = [0]
+        return ", ".join(f"rank {r} on {self.hosts[r]}" for r in still if r != self._rank)
+
+    def _pulses(self) -> list[int]:
+        return [self.store.add(f"pulse/{r}", 0) for r in range(len(self.hosts))]
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def meet(place: Place, seconds: float) -> Meeting:
+    """Wait for all ranks.
+
+    Sets ``GLOO_SOCKET_IFNAME`` to the interface that leads to the other hosts, unless it is set:
+    gloo would take what the host's own name resolves to, often 127.0.1.1.
+
+    Raises:
+        MeetingError: somebody did not come within ``seconds``, or the address is wrong.
+    """
+    end = time.monotonic() + seconds
+    if place.address is None:
+        address, port = exchange_address(place)
+    else:
+        address, port = place.address, place.port or 0
+    where = f"{address}:{port}"
+    serves = place.rank == 0 and place.agent is None
+    store = _open_store(place, address, port, end, seconds, serves)
+    try:
+        _register(store, place, _leaving_address(address, port), where)
+        if place.rank == 0:
+            _count(store, place, where, end, seconds)
+        table = _read_verdict(store, place, where, end, seconds)
+    except dist.DistError as error:
+        raise MeetingError(
+            f"rank {place.rank} on {place.host} lost the connection to {where} while it waited "
+            f"for the others: {_first_line(error)}"
+        ) from None
+    _choose_interface(place, table, port)
+    own_store = _open_store(place, "localhost" if serves else address, port, end, seconds, False)
+    return Meeting(place, store, own_store, [host for host, _ in table])
+
+
+def _open_store(
+    place: Place, address: str, port: int, end: float, seconds: float, serves: bool
+) -> dist.Store:
+    who, where = f"rank {place.rank} on {place.host}", f"{address}:{port}"
+    if not serves:
+        reason = wait_for_port(address, port, end - time.monotonic())
+        if reason is not None:
+            raise MeetingError(
+                f"{who} could not reach rank 0 at {where} within {seconds:g} s: {reason}. Either "
+                "rank 0 has not started (see its own messages), or MASTER_ADDR is not its host, "
+                "or a firewall closes the port"
+            )
+    try:
+        store: dist.Store = dist.TCPStore(
+            # rank 0 need not reach itself under the name that the others use
+            "localhost" if serves else address,
+            port,
+            is_master=serves,
+            timeout=timedelta(seconds=max(1.0, end - time.monotonic())),
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        mend = (
+            f"port {port} is taken there; set MASTER_PORT to a free one"
+            if "EADDRINUSE" in str(error)
+            else f"something else than this run's rank 0 answers there ({_first_line(error)})"
+        )
+        raise MeetingError(f"{who} cannot use {where}: {mend}") from None
+    # the restarts of torchrun share one store
+    return dist.PrefixStore(f"dist_peft/{place.agent or 0}", store)
+
+
+def _register(store: dist.Store, place: Place, leaving: str | None, where: str) -> None:
+    if store.add(f"came/{place.rank}", 1) > 1:
+        raise MeetingError(
+            f"rank {place.rank} on {place.host}: another process has come to {where} as rank "
+            f"{place.rank} already; two runs use the same address, or a launcher started each "
+            "rank twice. Set another MASTER_PORT"
+        )
+    store.set(f"size/{place.rank}", str(place.size))
+    store.set(f"rank/{place.rank}", json.dumps([place.host, leaving]))
+
+
+def _count(store: dist.Store, place: Place, where: str, end: float, seconds: float) -> None:
+    """Rank 0: wait for the others and write the verdict."""
+    others = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
+    remind = time.monotonic() + REMIND_SECONDS
+    while others and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+        others = [r for r in others if not store.check([f"rank/{r}"])]
+        if others and time.monotonic() > remind:
+            log.warning("waiting at %s for %s", where, _ranks(others))
+            remind += REMIND_SECONDS
+    verdict = {"error": "", "table": []}
+    if others:
+        verdict["error"] = _absence(store, place, others, where, seconds)
+    else:
+        everyone = range(place.size)
+        verdict["table"] = [json.loads(store.get(f"rank/{r}")) for r in everyone]
+        sizes = {r: int(store.get(f"size/{r}")) for r in everyone}
+        odd = next((r for r in everyone if sizes[r] != place.size), None)
+        if odd is not None:
+            verdict["error"] = (
+                f"rank 0 was told that there are {place.size} ranks, rank {odd} on "
+                f"{verdict['table'][odd][0]} that there are {sizes[odd]}"
+            )
+    store.set("verdict", json.dumps(verdict))
+    if verdict["error"]:
+        _wait_until_told(store, place.size - len(others) - 1)
+
+
+def _absence(
+    store: dist.Store, place: Place, missing: Sequence[int], where: str, seconds: float
+) -> str:
+    """The message about ranks that did not come; names hosts where the launcher lists them."""
+    came = [r for r in range(place.size) if r not in set(missing)]
+    hosts = {json.loads(store.get(f"rank/{r}"))[0] for r in came}
+    empty = [h for h in place.hosts if h not in hosts]
+    from_hosts = f"; nobody came from {', '.join(empty)}" if empty else ""
+    return (
+        f"{_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
+        f"{from_hosts}. {_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an earlier "
+        "error of the missing ranks, check that their hosts reach that address, or raise "
+        "engine.start_timeout_minutes"
+    )
+
+
+def _read_verdict(
+    store: dist.Store, place: Place, where: str, end: float, seconds: float
+) -> list[tuple[str, str | None]]:
+    end += GRACE_SECONDS  # rank 0 writes its verdict at the very end
+    while not store.check(["verdict"]) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    if not store.check(["verdict"]):
+        missing = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
+        raise MeetingError(_absence(store, place, missing or [0], where, seconds))
+    verdict = json.loads(store.get("verdict"))
+    if verdict["error"]:
+        if place.rank != 0:
+            store.add("told", 1)
+        raise MeetingError(verdict["error"])
+    return [(host, address) for host, address in verdict["table"]]
+
+
+def _wait_until_told(store: dist.Store, others: int) -> None:
+    """Keep the store open until those who came have read why they must leave."""
+    end = time.monotonic() + GRACE_SECONDS
+    while store.add("told", 0) < others and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    time.sleep(POLL_SECONDS)
+
+
+def _leaving_address(address: str, port: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return local_address_towards(address, port)
+    return None
+
+
+def _choose_interface(place: Place, table: Sequence[tuple[str, str | None]], port: int) -> None:
+    """Point gloo at the interface that leads to the other hosts."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or len(set(table)) == 1:
+        return
+    mine = table[place.rank][1]
+    if mine is None or is_loopback(mine):  # rank 0's own name leads to loopback on its host
+        far = [a for _, a in table if a is not None and not is_loopback(a)]
+        mine = _leaving_address(far[0], port) if far else None
+    name = interface_of(mine) if mine is not None else None
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``[1, 3, 4, 5]`` -> ``ranks 1, 3-5``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

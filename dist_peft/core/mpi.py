@@ -1,0 +1,74 @@
+"""Where the ranks of ``mpirun`` meet, when nobody exported ``MASTER_ADDR``.
+
+MPI launchers tell each process its rank, not the host of rank 0. mpi4py carries the question:
+rank 0 broadcasts its addresses and a free port, every rank tries which address answers it. MPI is
+finalized at once; all later traffic is torch's.
+"""
+
+import os
+import sys
+from typing import Any
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.launchers import Place
+from dist_peft.core.network import Greeter
+
+__all__ = ["exchange_address"]
+
+WAYS_OUT = "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> on all ranks"
+
+
+def exchange_address(place: Place) -> tuple[str, int]:
+    """The address under which this rank reaches rank 0, and the port; called by every rank.
+
+    Raises:
+        UserError: mpi4py is not installed or belongs to another MPI; no address of rank 0 answers.
+    """
+    MPI = _mpi_of(place)
+    MPI.Init()
+    try:
+        return _exchange(place, MPI.COMM_WORLD, MPI.Get_library_version().split(",")[0])
+    finally:
+        MPI.Finalize()
+
+
+def _mpi_of(place: Place) -> Any:
+    if "MPI4PY_MPIABI" not in os.environ:
+        # with several MPI libraries installed, mpi4py would take the first that it finds
+        name = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}[place.launcher]
+        os.environ.setdefault("MPI4PY_LIBMPI", f"{sys.exec_prefix}/lib/{name}:{name}")
+    try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{place.launcher} started {place.size} processes, but MASTER_ADDR is not set and "
+            f"mpi4py cannot be used to find it ({error}); {WAYS_OUT}, or install mpi4py"
+        ) from None
+    return MPI
+
+
+def _exchange(place: Place, comm: Any, library: str) -> tuple[str, int]:
+    if (comm.rank, comm.size) != (place.rank, place.size):
+        raise UserError(
+            f"{place.launcher} started this process as rank {place.rank} of {place.size}, but "
+            f"mpi4py ({library}) says {comm.rank} of {comm.size}: it was not built for "
+            f"this launcher's MPI; set MPI4PY_MPIABI or MPI4PY_LIBMPI, or {WAYS_OUT}"
+        )
+    greeter = Greeter() if place.rank == 0 else None
+    offer = (greeter.addresses(), greeter.port, greeter.word) if greeter else None
+    addresses, port, word = comm.bcast(offer, root=0)
+    mine = next((a for a in addresses if Greeter.reached(a, port, word)), None)
+    answers: list[tuple[str, str | None]] = comm.allgather((place.host, mine))
+    if greeter is not None:
+        greeter.close()
+    lost = [f"rank {r} on {host}" for r, (host, found) in enumerate(answers) if found is None]
+    if lost or mine is None:
+        raise UserError(
+            f"{', '.join(lost)} cannot reach rank 0 on {answers[0][0]} at any of "
+            f"{', '.join(addresses)} (port {port}); check firewalls, or {WAYS_OUT}"
+        )
+    comm.Barrier()  # the port is free again before anybody goes on
+    return mine, port

@@ -1,0 +1,105 @@
+"""Addresses of this host: which one leads to a peer, and under which name it is known.
+
+A compute node has several interfaces (management, fabric, container bridges); the first that the
+system lists is often the wrong one. The kernel's routing table knows which one leads to a peer.
+"""
+
+import errno
+import ipaddress
+import secrets
+import socket
+import threading
+import time
+
+import psutil
+
+__all__ = ["Greeter", "interface_of", "is_loopback", "local_address_towards", "wait_for_port"]
+
+
+def local_address_towards(address: str, port: int) -> str:
+    """The address of this host from which packets to ``address`` leave.
+
+    A connected UDP socket asks the kernel for the route; nothing is sent.
+
+    Raises:
+        OSError: the name does not resolve, or no route leads there.
+    """
+    family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that carries a local ``address``."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return str(name)
+    return None
+
+
+def wait_for_port(address: str, port: int, seconds: float) -> str | None:
+    """Try to connect until somebody listens; gives the last error's text if nobody did."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(0.1, end - time.monotonic())
+            socket.create_connection((address, port), timeout=min(left, 10.0)).close()
+            return None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno == errno.ECONNREFUSED:
+                reason = "nothing listens there (connection refused)"
+        if time.monotonic() >= end:
+            return reason
+        time.sleep(min(0.2, max(0.0, end - time.monotonic())))
+
+
+class Greeter:
+    """Rank 0 while its address is looked for: answers each connection with a secret word.
+
+    Ranks on other hosts try every address of rank 0; only the word proves that it was rank 0 who
+    answered (a bridge address such as 172.17.0.1 exists on every host).
+    """
+
+    def __init__(self) -> None:
+        self.word = secrets.token_bytes(16)
+        self._socket = socket.create_server(("", 0), backlog=1024)
+        self.port: int = self._socket.getsockname()[1]
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(self.word)
+
+    def addresses(self) -> list[str]:
+        """This host's IPv4 addresses, loopback last."""
+        found = [
+            entry.address
+            for entries in psutil.net_if_addrs().values()
+            for entry in entries
+            if entry.family == socket.AF_INET
+        ]
+        return sorted(found, key=is_loopback)
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    @staticmethod
+    def reached(address: str, port: int, word: bytes, seconds: float = 2.0) -> bool:
+        """Is it the greeter with this word who answers there?"""
+        try:
+            with socket.create_connection((address, port), timeout=seconds) as connection:
+                return connection.recv(len(word), socket.MSG_WAITALL) == word
+        except OSError:
+            return False

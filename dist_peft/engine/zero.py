@@ -1,0 +1,247 @@
+"""DeepSpeed ZeRO for the adapters, over a base that this project shards itself.
+
+DeepSpeed (Rajbhandari et al. 2020, "ZeRO") sees the trainable parameters only: stage 1 shards
+their optimizer state, stage 2 their gradients too, stage 3 the parameters too. The frozen base
+rests in ``engine.shards``: after loading, its parameters leave the modules' registers and become
+plain attributes, which DeepSpeed neither broadcasts nor casts nor partitions. Why not as ZeRO-3
+partitions: docs/decisions/0005-zero-base.md.
+
+DeepSpeed averages gradients over ranks; the loss is multiplied by their number first, so that they
+are summed (see ``engine.base``). There is no bf16 or fp16 section: adapters stay float32.
+"""
+
+import importlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.core.world import World
+from dist_peft.engine.base import OptimizerFactory, adam_start, trainable
+from dist_peft.engine.mesh import shard_mesh
+from dist_peft.engine.shards import RowShards
+from dist_peft.engine.zero_config import deepspeed_config
+
+__all__ = ["ZeroEngine"]
+
+
+class ZeroEngine:
+    """See the module docstring and ``engine.base.Engine``.
+
+    Raises:
+        UserError: deepspeed is not installed, or the configuration contradicts itself.
+    """
+
+    def __init__(
+        self, config: EngineConfig, train: TrainConfig, world: World, device: torch.device
+    ) -> None:
+        if config.cpu_offload == "params":
+            raise UserError(
+                "engine.cpu_offload: params is fsdp2's; with zero use cpu_offload: optimizer"
+            )
+        if train.optimizer != "adamw":
+            raise UserError(
+                f"train.optimizer {train.optimizer} keeps state that DeepSpeed cannot shard; use "
+                "adamw, or engine.kind: fsdp2"
+            )
+        self.device, self.config, self.world = device, config, world
+        self.deepspeed = _import_deepspeed(device)
+        self._settings = deepspeed_config(config, train, world.size)
+        mesh = shard_mesh(config, world, device)
+        self.shards = RowShards(mesh.get_group("shard"), device)
+        self._shapes: dict[int, torch.Size] = {}
+        self._names: dict[str, nn.Parameter] = {}
+        self._ds: Any = None
+        self._factory: OptimizerFactory | None = None
+        self._adapter_bytes = 0
+
+    @property
+    def bytes_gathered(self) -> int:
+        return self.shards.bytes_gathered + self._adapter_bytes
+
+    # -- before training -----------------------------------------------------------------------
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        if self.config.shard_base:
+            self.shards.shard(model, blocks)
+
+    def span(self, parameter: Tensor) -> Span:
+        if self.shards.holds(parameter):
+            return self.shards.span(parameter)
+        return Span(0, parameter.shape[0])
+
+    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        old = owner._parameters[name]
+        assert old is not None
+        if self.shards.holds(old):
+            self.shards.fill(owner, name, rows)
+            return
+        assert rows.shape == old.shape and rows.dtype == old.dtype
+        new = nn.Parameter(rows.to(self.device), requires_grad=old.requires_grad)
+        owner.register_parameter(name, new)
+
+    def optimize(
+        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+    ) -> nn.Module:
+        self.shards.make_whole()
+        _hide_frozen(model)
+        self._factory, self._names = factory, trainable(model)
+        self._shapes = {id(p): p.shape for p in self._names.values()}
+        groups: dict[float, dict[str, Any]] = {}
+        for name, parameter in self._names.items():
+            scale = lr_scale(name)
+            groups.setdefault(scale, {"params": [], "lr_scale": scale})["params"].append(parameter)
+        optimizer = factory.build(list(groups.values()))
+        optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
+        os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
+        self._ds, *_ = self.deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
+        )
+        for flat in self._flat_shards():
+            optimizer.state[flat] = adam_start(flat)
+        if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
+            self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+        self._count_adapter_bytes()
+        module: nn.Module = self._ds
+        return module
+
+    def _flat_shards(self) -> list[Tensor]:
+        """This rank's float32 share of the trainable parameters, a flat tensor a group."""
+        optimizer = self._ds.optimizer
+        if self.config.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _count_adapter_bytes(self) -> None:
+        """Count what DeepSpeed gathers: adapters before use (stage 3) or after an update."""
+        backend = self.deepspeed.comm.comm.cdb
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
+            setattr(backend, name, self._counting(getattr(backend, name)))
+
+    def _counting(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = [*args, *kwargs.values()][0]
+            tensors = [output] if isinstance(output, Tensor) else output
+            self._adapter_bytes += sum(t.numel() * t.element_size() for t in tensors)
+            return collective(*args, **kwargs)
+
+        return counted
+
+    # -- training ------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._ds.set_gradient_accumulation_boundary(last)
+        self._ds.backward(loss * self.world.size)
+
+    def step(self, lr: float, max_norm: float) -> float:
+        optimizer = self._ds.optimizer
+        optimizer.clip_grad = max_norm
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._ds.step()
+        return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._names.items():
+            state[f"param/{name}"] = self.gather(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+                state[f"{key}/{name}"] = self._checked(moment, parameter)
+        return state
+
+    @torch.no_grad()
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+        for name, parameter in self._names.items():
+            value = state[f"param/{name}"].to(self.device)
+            gathered = [parameter] if self.config.stage == 3 else []
+            with self.deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
+                parameter.data.copy_(value)
+            self._set(parameter, value)
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._set(parameter, state[f"{key}/{name}"].to(self.device), key)
+        assert self._factory is not None
+        self._factory.set_step(self._ds.optimizer.optimizer, step)
+
+    def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+        """Write the optimizer's copy of a parameter, or its moment ``key``."""
+        utils = self.deepspeed.utils
+        names = () if key is None else (key,)
+        if self.config.stage != 3:
+            what = "fp32_param" if key is None else "optimizer_state"
+            getattr(utils, f"safe_set_full_{what}")(parameter, value, *names)
+            return
+        # DeepSpeed 0.19's safe_set_full_* reads beyond the end where ranks have uneven shares
+        get = (
+            utils.safe_get_local_fp32_param if key is None else utils.safe_get_local_optimizer_state
+        )
+        mine = get(parameter, *names)
+        part = mine.numel()
+        start = part * self.world.rank
+        flat = functional.pad(value.flatten(), (0, part * self.world.size - value.numel()))
+        mine.copy_(flat[start : start + part])
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        if self.shards.holds(parameter):
+            return self.shards.gather(parameter).cpu()
+        if self._ds is None or not parameter.requires_grad:
+            return parameter.detach().cpu().clone()
+        return self._checked(self.deepspeed.utils.safe_get_full_fp32_param(parameter), parameter)
+
+    def _checked(self, whole: Tensor | None, parameter: Tensor) -> Tensor:
+        """Under ZeRO-3 a parameter that nobody gathered reads as an empty tensor."""
+        shape = self._shapes[id(parameter)]
+        assert whole is not None and whole.shape == shape and whole.numel(), (
+            f"gathered {None if whole is None else list(whole.shape)} for {list(shape)}"
+        )
+        return whole.cpu()
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        if not self.config.shard_base:
+            return tensor  # every rank has all rows and computed the whole sum itself
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.shards.group)
+        return total
+
+
+def _hide_frozen(model: nn.Module) -> None:
+    """Frozen parameters become plain attributes: found by name, in no list of parameters."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not parameter.requires_grad:
+                del module._parameters[name]
+                module.__dict__[name] = parameter
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, and told not to compile its shared-memory collectives at start."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU where it sees one
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError:
+        raise UserError(
+            "engine.kind is zero but deepspeed is not installed: "
+            "pip install 'dist_peft[deepspeed]', or use engine.kind: fsdp2"
+        ) from None
+    # DeepSpeed uses names that torch 2.13 has renamed; nobody here can mend that
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed

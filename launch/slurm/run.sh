@@ -1,0 +1,58 @@
+# Body of the job scripts beside it; they source it after their #SBATCH lines.
+#
+#   sbatch launch/slurm/fsdp2_nodes.sbatch CONFIG [key.sub=value ...]
+#
+# Submit from the root of the repository (or set DIST_PEFT_ROOT). PYTHON names the interpreter
+# (default: python of the submitting shell's PATH). What a script adds itself is in ENGINE.
+
+CONFIG=${1:?usage: sbatch SCRIPT CONFIG [key.sub=value ...]}
+shift
+cd "${DIST_PEFT_ROOT:-$SLURM_SUBMIT_DIR}" || exit 1
+
+# -- where the ranks meet -----------------------------------------------------------------------
+# Rank 0 runs on the first host of the allocation. dist_peft finds both values by itself; they are
+# set here to be seen, and to be changed where a node's name is not the address of its fast network.
+: "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+: "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
+export MASTER_ADDR MASTER_PORT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# -- network ------------------------------------------------------------------------------------
+# The defaults are right on most clusters. Uncomment what yours needs:
+# export NCCL_SOCKET_IFNAME=ib0       # interface of NCCL's bootstrap; =eth0 exact, ^docker,lo not these
+# export GLOO_SOCKET_IFNAME=ib0       # the same for CPU tensors; dist_peft sets it from the route
+# export NCCL_IB_HCA=mlx5_0,mlx5_1    # InfiniBand adapters to use; default: all that are up
+# export NCCL_IB_GID_INDEX=3          # RoCE v2 often needs it (show_gids)
+# export NCCL_IB_TIMEOUT=22           # 4.096 us * 2^22 = 17 s before a lost packet is an error
+# export NCCL_IB_DISABLE=1            # no InfiniBand: plain sockets, to find out whether it is to blame
+# export NCCL_DEBUG=INFO              # which interface and adapter NCCL took; WARN in daily use
+
+# -- run ----------------------------------------------------------------------------------------
+# srun starts the workers on each node, one task a rank. If one dies, all end (--kill-on-bad-exit);
+# a container goes into this line (uncomment one):
+#   pyxis:     srun --container-image=IMAGE.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD" ...
+#   apptainer: srun ... apptainer exec --nv --bind "$PWD" IMAGE.sif python launch/train.py ...
+srun --kill-on-bad-exit=1 \
+    "${PYTHON:-python}" launch/train.py --config "$CONFIG" ${ENGINE:-} "$@" &
+step=$!
+
+# SLURM signals before the time limit (--signal=B:USR1@SECONDS: this shell). Pass it on: the ranks
+# finish their step, write a checkpoint and exit with 75. --signal=USR1@SECONDS, without B:, goes to
+# the ranks directly and needs no trap.
+trap 'kill -USR1 $step' USR1
+trap 'kill -TERM $step' TERM
+wait $step
+code=$?
+while kill -0 $step 2>/dev/null; do # a trapped signal ends "wait" early
+    wait $step
+    code=$?
+done
+
+# 75: stopped on the signal after a checkpoint. The same job goes back to the queue, and the same
+# command resumes from save.dir (resume: auto): no job array and no chain of dependent jobs. A job
+# that was cancelled ends in the same way, but is no longer RUNNING and stays cancelled.
+if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    echo "stopped with a checkpoint; requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

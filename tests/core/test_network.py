@@ -1,0 +1,50 @@
+import socket
+import time
+
+import pytest
+
+from dist_peft.core.network import (
+    Greeter,
+    interface_of,
+    is_loopback,
+    local_address_towards,
+    wait_for_port,
+)
+from tests.dist import free_port
+
+
+def test_route_and_interface() -> None:
+    address = local_address_towards("localhost", 9)
+    assert is_loopback(address)
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.1") is None
+    assert not is_loopback("203.0.113.1") and is_loopback("::1")
+    with pytest.raises(OSError, match=r"[Nn]ame|known|resolution"):
+        local_address_towards("no-such-host.invalid", 9)
+
+
+def test_wait_for_port_says_why() -> None:
+    port = free_port()
+    assert wait_for_port("127.0.0.1", port, 0.3) == "nothing listens there (connection refused)"
+    reason = wait_for_port("no-such-host.invalid", port, 0.1)
+    assert reason is not None and "refused" not in reason
+    with socket.create_server(("127.0.0.1", port)):
+        assert wait_for_port("127.0.0.1", port, 5) is None
+
+
+def test_wait_for_port_is_bounded() -> None:
+    start = time.monotonic()
+    assert wait_for_port("127.0.0.1", free_port(), 0.5) is not None
+    assert 0.4 < time.monotonic() - start < 3
+
+
+def test_only_the_greeter_is_recognized() -> None:
+    greeter = Greeter()
+    try:
+        assert greeter.addresses()[-1] == "127.0.0.1"
+        assert Greeter.reached("127.0.0.1", greeter.port, greeter.word)
+        assert not Greeter.reached("127.0.0.1", greeter.port, bytes(16))
+    finally:
+        greeter.close()
+    assert not Greeter.reached("127.0.0.1", greeter.port, greeter.word)
+    socket.create_server(("127.0.0.1", greeter.port)).close()  # the port is free again

@@ -1,0 +1,90 @@
+"""The shipped job scripts under a real SLURM of two nodes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.cluster import Slurm, wait_until
+from tests.launch.conftest import ROOT, TRAIN, SmallRun
+
+pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
+
+
+def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tuple[str, Path]:
+    """Submit a shipped script with small numbers; gives the job and its output file."""
+    out = run.directory.parent / "job.out"
+    size = [f"--ntasks-per-node={tasks_per_node}", f"--gpus-per-node={tasks_per_node}"]
+    job = slurm.call(
+        *("sbatch", "--parsable", *size, "--cpus-per-task=1", f"--chdir={ROOT}"),
+        *(f"--output={out}", str(ROOT / "launch" / "slurm" / script), str(run.config)),
+        env={"PYTHON": sys.executable, "DIST_PEFT_ROOT": str(ROOT)},
+    )
+    return job.strip(), out
+
+
+@pytest.mark.parametrize(
+    ("script", "tasks_per_node", "expected"),
+    [
+        ("fsdp2_nodes.sbatch", 1, "on 2 ranks (fsdp2)"),
+        ("fsdp2_nodes.sbatch", 2, "on 4 ranks (fsdp2)"),
+        ("zero3_1node.sbatch", 2, "on 2 ranks (zero)"),
+        ("zero3_nodes.sbatch", 1, "on 2 ranks (zero)"),
+    ],
+)
+def test_script_trains_as_one_process(
+    slurm: Slurm, small_run: SmallRun, script: str, tasks_per_node: int, expected: str
+) -> None:
+    job, out = submit(slurm, small_run, script, tasks_per_node)
+    assert slurm.wait(job) == "COMPLETED", out.read_text()
+    assert expected in out.read_text()
+    small_run.check()
+
+
+def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
+    """Stopped twice, as ``--signal=B:USR1@N`` does it (to the script) and as ``USR1@N`` (tasks)."""
+    job, out = submit(slurm, long_run, "fsdp2_nodes.sbatch", 1)
+    for stop, to in enumerate((["--batch"], []), 1):
+        before = len(long_run.losses())
+        wait_until(lambda n=before: len(long_run.losses()) >= n + 3, 90, "three more steps")
+        slurm.call("scancel", "--signal=USR1", *to, job)
+        wait_until(lambda n=stop: out.read_text().count("requeueing") == n, 30, "requeue")
+        wait_until(lambda: slurm.state(job) == "PENDING", 30, "job in the queue again")
+        assert len(long_run.losses()) < len(long_run.expected)
+        time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
+        slurm.call("scontrol", "update", f"job={job}", "StartTime=now")  # else it waits 2 minutes
+    assert slurm.wait(job) == "COMPLETED", out.read_text()
+    assert out.read_text().count(f"resumed {long_run.directory}/checkpoints") == 2
+    long_run.check()
+
+
+def test_missing_rank_is_named(slurm: Slurm, small_run: SmallRun) -> None:
+    """The second task never starts the program: the first one waits its time and says so."""
+    late = f"[ $SLURM_PROCID = 1 ] && sleep 60; exec {sys.executable} {TRAIN} --config $0 $1"
+    done = subprocess.run(
+        slurm.command(
+            slurm.names[0],
+            *("srun", "-N2", "-n2", "--kill-on-bad-exit=1", "bash", "-c", late),
+            *(str(small_run.config), "engine.start_timeout_minutes=0.03"),
+        ),
+        capture_output=True,
+        text=True,
+        env={"SLURM_CONF": str(slurm.directory / "slurm.conf"), "PATH": "/usr/bin:/bin"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"rank 1 of 2 did not come to {slurm.names[0]}:" in done.stderr
+    assert f"nobody came from {slurm.names[1]}" in done.stderr
+
+
+def test_batch_script_without_srun_is_refused(slurm: Slurm, small_run: SmallRun) -> None:
+    out = small_run.directory.parent / "job.out"
+    job = slurm.call(
+        *("sbatch", "--parsable", "-N2", f"--output={out}"),
+        f"--wrap={sys.executable} {TRAIN} --config {small_run.config}",
+    )
+    assert slurm.wait(job.strip()) == "FAILED"
+    assert "outside of srun" in out.read_text()
