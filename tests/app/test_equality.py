@@ -173,3 +173,17 @@ def assert_same(
         want = expected[1][name]
         error = (gradient - want).norm() / want.norm().clamp_min(1e-12)
         assert error < gradient_tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.dist
+@pytest.mark.data
+def test_8bit_adam_on_shards(shared_data: Path, tmp_path: Path) -> None:
+    """A shard cuts bitsandbytes' blocks of 256 elsewhere, so losses are only close."""
+    pytest.importorskip("bitsandbytes")
+    changes = {"adapter__r": 128, "train__lr": 1e-3, "train__steps": SHORT, "base__quant": NF4}
+    tree = run_config(shared_data, tmp_path, train__optimizer="adamw8bit", **changes)
+    plain = run_config(shared_data, tmp_path, **changes)
+    (exact, _), (expected, _) = (losses_and_gradients(World(), t) for t in (plain, tree))
+    assert expected != exact, "the 8-bit optimizer was used"
+    for losses, _ in run_ranks(losses_and_gradients, 2, tree):
+        torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)

@@ -45,7 +45,8 @@ def test_two_hosts(small_run: SmallRun, tmp_path: Path, way: str) -> None:
     small_run.check()
 
 
-def test_rank_that_dies_is_named(long_run: SmallRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", [1, 0], ids=["another rank", "the rank that serves the store"])
+def test_rank_that_dies_is_named(long_run: SmallRun, tmp_path: Path, dies: int) -> None:
     """Two hosts by hand, no launcher to help: one host goes away in the middle."""
     need("ip")
     with Hosts(tmp_path) as hosts:
@@ -57,9 +58,11 @@ def test_rank_that_dies_is_named(long_run: SmallRun, tmp_path: Path) -> None:
             for i, name in enumerate(hosts.names)
         ]
         wait_until(lambda: len(long_run.losses()) >= 2, 90, "two steps")
-        hosts.kill(hosts.names[1])
-        assert ranks[0].wait(timeout=60) == 1, logs[0].read_text()
-        assert f"no sign of life from rank 1 on {hosts.names[1]}" in logs[0].read_text()
+        hosts.kill(hosts.names[dies])
+        lives = 1 - dies
+        assert ranks[lives].wait(timeout=60) == 1, logs[lives].read_text()
+        named = f"no sign of life from rank {dies} on {hosts.names[dies]}"
+        assert named in logs[lives].read_text()
 
 
 def test_wrong_address_ends_in_time(small_run: SmallRun, tmp_path: Path) -> None:
