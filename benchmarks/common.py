@@ -47,23 +47,24 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 # -- the base ------------------------------------------------------------------------------------
 
 
-def make_base(directory: Path) -> Path:
+def make_base(directory: Path, **sizes: int) -> Path:
     """A random Llama of 160 M parameters as a Hugging Face directory (bf16), unless it is there.
 
-    94 M parameters are in the blocks' linears, 66 M in embedding and head.
+    94 M parameters are in the blocks' linears, 66 M in embedding and head; ``sizes`` (keys of a
+    ``LlamaConfig``) make it another one.
     """
     if (directory / "tokenizer.json").is_file():
         return directory
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
+    usual = {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    }
+    config = LlamaConfig(**{**usual, **sizes}, tie_word_embeddings=False)
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     vocabulary = {c: i for i, c in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
@@ -207,10 +208,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |")
 
 
-def write_result(name: str, result: object) -> Path:
-    """``results/NAME.json`` with the machine beside the result."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: object, directory: Path = RESULTS) -> Path:
+    """``DIRECTORY/NAME.json`` with the machine beside the result."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "result": result}, indent=1, default=asdict))
     print(f"\nwritten: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path

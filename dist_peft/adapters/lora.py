@@ -17,15 +17,13 @@ get ``n``; here the norm is expanded, so that only products of size ``r`` are ne
 ``||W_o||^2`` is computed when the base is loaded (``base_norm2``), ``W A^T`` is a frozen matmul of
 ``r`` vectors.
 
-Parameters are float32 and cast to the arithmetic type in forward; no engine needs mixed precision.
 The output has the type of the base's output.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.base import Reduce, derive_seed
 from dist_peft.adapters.dropout import RowDropout
 from dist_peft.adapters.lowrank import LowRank, add_product
+from dist_peft.adapters.module import LowRankModule, LowRankSpec
 from dist_peft.adapters.start import Start, loftq, pissa
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -46,77 +45,21 @@ _NORM_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class LoraSpec:
-    """What one adapted module is.
+class LoraSpec(LowRankSpec):
+    """What one adapted module is. See ``LowRankSpec``.
 
     Attributes:
-        r: rank.
-        scaling: ``s``.
-        arithmetic: type in which the adapter computes.
-        seed: of the run; start values also depend on the module's path.
         dora: train the rows' lengths too.
         start: default (B = 0), pissa or loftq.
         iterations: pissa: power iterations; loftq: alternations.
     """
 
-    r: int
-    scaling: float
-    arithmetic: torch.dtype
-    seed: int
     dora: bool = False
     start: Literal["default", "pissa", "loftq"] = "default"
     iterations: int = 4
 
 
-class _LoraModule(nn.Module, ABC):
-    """What both layers share: parameters, and their start values.
-
-    Attributes:
-        path: the wrapped module's name in the model.
-        shapes: the whole shape of each own parameter.
-        starts_at_zero: the parameter whose zeros make the start the base's own function.
-    """
-
-    starts_at_zero: ClassVar[str]
-
-    def __init__(self, path: str, spec: LoraSpec) -> None:
-        super().__init__()
-        self.path, self.spec = path, spec
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._starts: dict[str, tuple[Span, Tensor]] = {}
-
-    def _add(
-        self, name: str, shape: tuple[int, ...], device: torch.device | str, train: bool
-    ) -> None:
-        self.shapes[name] = shape
-        value = torch.empty(shape, dtype=torch.float32, device=device)
-        self.register_parameter(name, nn.Parameter(value, requires_grad=train))
-
-    def initial_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
-
-        What ``prepare_rows`` left for this parameter is released.
-        """
-        if name in self._starts:
-            known, value = self._starts.pop(name)
-            assert known.intersect(span) == span, f"{self.path}.{name}: {span} outside of {known}"
-            return value[span.shift(-known.start).slice].clone()  # others start from it too
-        if name == self.starts_at_zero:
-            return torch.zeros(len(span), *self.shapes[name][1:])
-        return self._random(name)[span.slice].clone()
-
-    @abstractmethod
-    def _random(self, name: str) -> Tensor:
-        """The whole start value of a parameter that does not start at zero."""
-
-    def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
-
-    def extra_repr(self) -> str:
-        return f"r={self.spec.r}, scaling={self.spec.scaling:g}"
-
-
-class LoraLinear(_LoraModule):
+class LoraLinear(LowRankModule):
     """A ``FrozenLinear`` with LoRA or DoRA. See the module docstring.
 
     Args:
@@ -136,6 +79,7 @@ class LoraLinear(_LoraModule):
     """
 
     starts_at_zero = "lora_B"
+    spec: LoraSpec
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter
@@ -178,10 +122,7 @@ class LoraLinear(_LoraModule):
         return (y + self._change(dropped)).to(y.dtype)
 
     def _change(self, x: Tensor) -> Tensor:
-        """``s B A x`` in the arithmetic type."""
-        dtype = self.spec.arithmetic
-        inner = F.linear(x.to(dtype), self.lora_A.to(dtype)) * self.spec.scaling
-        return F.linear(inner, self.lora_B.to(dtype))
+        return self._product(x, self.lora_A, self.lora_B)
 
     def _dora(self, x: Tensor, dropped: Tensor) -> Tensor:
         base = self.base
@@ -283,7 +224,7 @@ class LoraLinear(_LoraModule):
         return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._generator(name))
 
 
-class LoraEmbedding(_LoraModule):
+class LoraEmbedding(LowRankModule):
     """An embedding with LoRA, in PEFT's form: no dropout, ``A`` starts at zero and ``B`` normal.
 
         y = E[i] + s (B A)[:, i]        A [r, vocab], B [hidden, r]
@@ -298,6 +239,7 @@ class LoraEmbedding(_LoraModule):
     """
 
     starts_at_zero = "lora_embedding_A"
+    spec: LoraSpec
     lora_embedding_A: nn.Parameter
     lora_embedding_B: nn.Parameter
 

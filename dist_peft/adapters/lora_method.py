@@ -8,17 +8,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.base import (
-    PublicAdapter,
-    check_patterns,
-    match_targets,
-    pattern_value,
-)
-from dist_peft.adapters.dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.base import PublicAdapter
+from dist_peft.adapters.dropout import RowDropout
 from dist_peft.adapters.lora import LoraEmbedding, LoraLinear, LoraSpec
+from dist_peft.adapters.method import LowRankAdapter
 from dist_peft.adapters.peft_format import public_lora
 from dist_peft.core.config import LoraConfig
 from dist_peft.core.errors import UserError
@@ -27,39 +22,18 @@ from dist_peft.model.frozen_linear import FrozenLinear
 __all__ = ["LoraAdapter"]
 
 
-class LoraAdapter:
+class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
     """See the module docstring and ``adapters.base.Adapter``."""
-
-    def __init__(self, config: LoraConfig, *, seed: int, arithmetic: torch.dtype) -> None:
-        self.config, self.seed, self.arithmetic = config, seed, arithmetic
-        self.position = DropoutPosition(seed)
-        self.layers: dict[str, LoraLinear | LoraEmbedding] = {}
-        self._all_names: list[str] = []
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
-        """Wrap the targets. See ``Adapter``.
-
-        Raises:
-            UserError: targets or patterns match nothing; settings that exclude each other.
-        """
-        config = self.config
-        names = match_targets(config.target_modules, model)
-        if config.embeddings:
-            names.append(_input_embedding(model))
-        check_patterns("rank_pattern", config.rank_pattern, names)
-        check_patterns("alpha_pattern", config.alpha_pattern, names)
-        self._all_names = [name for name, _ in model.named_modules()]
-        self.layers = {name: self._layer(name, model.get_submodule(name)) for name in names}
-        for name, layer in self.layers.items():
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, layer)
+    def _find_targets(self, model: nn.Module) -> list[str]:
+        names = super()._find_targets(model)
+        return [*names, _input_embedding(model)] if self.config.embeddings else names
 
     def _layer(self, name: str, module: nn.Module) -> LoraLinear | LoraEmbedding:
         config = self.config
-        r = pattern_value(config.rank_pattern, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+        r, alpha = self._rank_and_alpha(name)
         spec = LoraSpec(
             r=r,
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
@@ -88,9 +62,6 @@ class LoraAdapter:
         return LoraLinear(module, name, spec, RowDropout(config.dropout, name, self.position))
 
     # -- training ------------------------------------------------------------------------------
-
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.position.begin(step, sample_ids)
 
     def lr_scale(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
@@ -127,27 +98,8 @@ class LoraAdapter:
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``peft_format``."""
-        whole: dict[str, dict[str, Tensor]] = {}
-        for path, layer in self.layers.items():
-            whole[path] = {}
-            for name, shape in layer.shapes.items():
-                if name == "base_norm2":
-                    continue
-                value = tensors.get(f"{path}.{name}")
-                if value is None or tuple(value.shape) != shape or value.numel() == 0:
-                    found = "is absent" if value is None else f"has shape {list(value.shape)}"
-                    raise RuntimeError(
-                        f"adapter tensor {path}.{name} {found}, expected {list(shape)}: "
-                        "the parameters were not gathered"
-                    )
-                whole[path][name] = value
+        whole = self._whole(tensors, leave_out=("base_norm2",))
         return public_lora(self.config, whole, self._target_names(), base)
-
-    def _target_names(self) -> list[str]:
-        """The shortest list that means the same modules: last components, else whole names."""
-        last = sorted({name.rpartition(".")[2] for name in self.layers})
-        meant = [name for name in self._all_names if name.rpartition(".")[2] in last]
-        return last if set(meant) == set(self.layers) else sorted(self.layers)
 
 
 def _input_embedding(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     LoRA        W' = W + s B A
     DoRA        W'_o = m_o V_o / ||V_o||        V = W + s B A
     embedding   W' = W + s (B A)^T              rows are vocabulary ids
+    QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros (``merge_groups``)
 
 PiSSA and LoftQ adapters are stored as the change since their start (``peft_format``), which is what
 the *original* base needs. The base *decoded* as training saw it, ``decode(encode(residual_rows))``,
@@ -17,10 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dist_peft.adapters.factors import Factors, factors
 from dist_peft.adapters.lowrank import add_product
-from dist_peft.adapters.peft_format import Factors, factors, read_adapter
+from dist_peft.adapters.merge_groups import group_change, merge_zeros, unmerge_zeros
+from dist_peft.adapters.peft_format import read_adapter
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.quant.affine import AffineParts
 
 __all__ = ["Merger"]
 
@@ -43,7 +47,7 @@ class Merger:
         for name, value in removed.items():
             path, _, own = name.rpartition(".")
             self._removed.setdefault(f"{path}.weight", {})[own] = value
-        self._rows_left = {name: _num_rows(module) for name, module in self._modules.items()}
+        self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
 
     @classmethod
     def open(cls, adapter_dir: Path, *, tied: bool = False) -> "Merger":
@@ -117,8 +121,53 @@ class Merger:
         module = self._modules[weight]
         if module.magnitude is not None:
             raise UserError(f"{weight} is adapted by DoRA, whose change depends on the base's rows")
-        columns = module.B.shape[0] if module.is_embedding else module.A.shape[1]
-        return _add(torch.zeros(len(span), columns), module, span)
+        return _add(torch.zeros(len(span), module.shape[1]), module, span)
+
+    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        """What the adapter adds to all weights of a group, float32 ``[len(span), groups]``.
+
+        Raises:
+            UserError: weights of a group change differently, or the adapter is another base's.
+        """
+        module = self._modules[weight]
+        groups = parts.scale.shape[1]
+        group_size = parts.codes.shape[1] // groups
+        columns = module.shape[1]
+        if -(-columns // group_size) != groups:
+            columns = groups * group_size
+        self._check_shape(weight, columns, span)
+        change = group_change(module, group_size, span)
+        if change is None:
+            raise UserError(
+                f"{weight}: the adapter changes the weights of a group of {group_size} "
+                "differently, which the group's one zero cannot hold; only QA-LoRA (adapter.kind "
+                f"qalora) with a pool_size that is a multiple of {group_size} merges into zeros"
+            )
+        return change
+
+    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        """Merge rows ``span`` of an integer base exactly: other zeros, the same codes and scales.
+
+        Args:
+            weight: a name that ``touches``.
+            parts: the rows as training saw them.
+            span: which rows these are.
+
+        Returns:
+            ``zero`` float32 ``[len(span), groups]``.
+
+        Raises:
+            UserError: see ``group_change``.
+        """
+        merged = merge_zeros(parts, self.group_change(weight, parts, span))
+        self._rows_left[weight] -= len(span)
+        return merged
+
+    def unmerge_parts(
+        self, weight: str, parts: AffineParts, span: Span, *, integer: bool = True
+    ) -> AffineParts:
+        """Take the adapter out again, bit for bit. See ``merge_groups.unmerge_zeros``."""
+        return unmerge_zeros(parts, self.group_change(weight, parts, span), integer=integer)
 
     def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """What training encoded for the original ``rows``: PiSSA and LoftQ removed a part first."""
@@ -146,14 +195,8 @@ class Merger:
 
     def _check(self, weight: str, rows: Tensor, span: Span) -> None:
         """Refuse rows of another base."""
+        self._check_shape(weight, rows.shape[1], span)
         module = self._modules[weight]
-        columns = module.B.shape[0] if module.is_embedding else module.A.shape[1]
-        if span.stop > _num_rows(module) or rows.shape[1:] != (columns,):
-            raise UserError(
-                f"{weight}: the adapter is for a weight of shape [{_num_rows(module)}, {columns}], "
-                f"but the base has rows up to {span.stop} of {list(rows.shape[1:])} elements; it "
-                "belongs to another base"
-            )
         if module.saved_base is not None:
             saved = module.saved_base[span.slice].to(rows.device)
             if not torch.equal(rows.to(saved.dtype), saved):
@@ -162,12 +205,23 @@ class Merger:
                     "(resized or trained); merge it with PEFT itself"
                 )
 
-
-def _num_rows(module: Factors) -> int:
-    return module.A.shape[1] if module.is_embedding else module.B.shape[0]
+    def _check_shape(self, weight: str, columns: int, span: Span) -> None:
+        module = self._modules[weight]
+        if span.stop <= module.shape[0] and columns == module.shape[1]:
+            return
+        if module.pool > 1 and columns == module.A.shape[1]:
+            raise UserError(
+                f"{weight}: the adapter's A has a column for each input, so it is no QA-LoRA: PEFT "
+                "ignores use_qalora except on GPTQ linears and trains plain LoRA; set use_qalora "
+                "to false in its adapter_config.json"
+            )
+        raise UserError(
+            f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the base "
+            f"has rows up to {span.stop} of [{columns}] elements; it belongs to another base"
+        )
 
 
 def _add(rows: Tensor, module: Factors, span: Span) -> Tensor:
     if module.is_embedding:
         return add_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
-    return add_product(rows, module.B[span.slice], module.A, module.scaling)
+    return add_product(rows, module.B[span.slice], module.wide_A(), module.scaling)

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk, in the format of Hugging Face PEFT.
+"""LoRA adapters on disk, in the format of Hugging Face PEFT (QA-LoRA: ``qalora_format``).
 
 A directory holds what PEFT reads, and up to two files that only this project reads::
 
@@ -23,7 +23,6 @@ nothing (``adapters.start``).
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,64 +32,24 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dist_peft.adapters.base import PublicAdapter, pattern_value
-from dist_peft.core.config import LoraConfig
+from dist_peft.adapters.factors import factors, tensor_name
+from dist_peft.core.config import LoraConfig, LowRankConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
 
-__all__ = ["Factors", "factors", "public_lora", "read_adapter", "read_metadata", "write_adapter"]
+__all__ = [
+    "common_config",
+    "factors",
+    "public_lora",
+    "read_adapter",
+    "read_metadata",
+    "write_adapter",
+]
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _METADATA = "dist_peft.json"
 _EXTRA = "dist_peft.safetensors"
-
-_PREFIX = "base_model.model."
-_SUFFIXES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-    "saved_base": "base_layer.weight",
-}
-
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One adapted module of a public adapter, float32.
-
-    Attributes:
-        A, B: ``[r, in]``, ``[out, r]``; of an embedding ``[r, vocab]``, ``[hidden, r]``.
-        scaling: ``s``.
-        magnitude: ``[out]`` with DoRA.
-        is_embedding: the weight is ``[vocab, hidden]``, so its change is ``s (B A)^T``.
-        saved_base: copy of the base weight that PEFT stores beside an adapted embedding.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    magnitude: Tensor | None
-    is_embedding: bool
-    saved_base: Tensor | None
-
 
 # -- making ------------------------------------------------------------------------------------
 
@@ -120,7 +79,7 @@ def public_lora(
             own["lora_A"] = torch.cat([own["lora_A"], own.pop("start_A")])
             own["lora_B"] = torch.cat([own["lora_B"], -own.pop("start_B")], 1)
         for name, value in own.items():
-            tensors[f"{_PREFIX}{path}.{_SUFFIXES[name]}"] = value.contiguous()
+            tensors[tensor_name(path, name)] = value.contiguous()
     facts = {"start": config.init} if config.init != "default" else {}
     plain = [path for path, own in modules.items() if "start_A" not in own]
     return PublicAdapter(_peft_config(config, plain, target_names, base), tensors, facts, extra)
@@ -142,28 +101,36 @@ def _peft_config(
     ranks |= {key: r * rank_factor for key, r in config.rank_pattern.items()}
     alphas |= {key: _number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
+        **common_config(config, target_names, base),
         "r": config.r * rank_factor,
         "lora_alpha": _number(config.alpha * alpha_factor),
-        "lora_dropout": config.dropout,
-        "target_modules": list(target_names),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
+    }
+
+
+def common_config(config: LowRankConfig, target_names: Sequence[str], base: str) -> dict[str, Any]:
+    """PEFT's keys that do not depend on the method."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _number(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": list(target_names),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {key: _number(a) for key, a in config.alpha_pattern.items()},
+        "use_rslora": False,
+        "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "init_lora_weights": True,
     }
-
-
-def _number(value: float) -> float:
-    """Whole numbers as ``int``: some readers of ``lora_alpha`` take nothing else."""
-    return int(value) if float(value).is_integer() else value
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -201,7 +168,7 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
 
 
 def read_adapter(directory: Path) -> PublicAdapter:
-    """Read a LoRA directory, ours or PEFT's own.
+    """Read a LoRA or QA-LoRA directory, ours or PEFT's own.
 
     Raises:
         UserError: no such adapter, another method, damaged, or one that cannot be read safely.
@@ -209,9 +176,10 @@ def read_adapter(directory: Path) -> PublicAdapter:
     config = _read_json(directory / _CONFIG)
     if config is None:
         raise UserError(f"{directory} has no {_CONFIG}; give the directory of a PEFT adapter")
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", "QALORA"):
         raise UserError(
-            f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA is read"
+            f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA and "
+            "QALORA are read"
         )
     if not (directory / _TENSORS).is_file():
         if (directory / "adapter_model.bin").is_file():
@@ -254,98 +222,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged: {error}; get it again") from None
 
 
-# -- meaning -----------------------------------------------------------------------------------
-
-
-def factors(public: PublicAdapter) -> dict[str, Factors]:
-    """Module path -> its factors, with every shape checked against the configuration.
-
-    Raises:
-        UserError: a tensor is empty, has the wrong shape, lacks its partner or is none of LoRA's;
-            or the adapter uses something besides LoRA, rsLoRA and DoRA.
-    """
-    _check_config(public)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, value in public.tensors.items():
-        path, name = _parse(key)
-        if value.numel() == 0:
-            raise UserError(
-                f"adapter tensor {key} is empty: the adapter was saved without its data"
-            )
-        modules.setdefault(path, {})[name] = value
-    if not modules:
-        raise UserError("the adapter has no tensors: it was saved without its data")
-    return {path: _factors(path, own, public.config) for path, own in modules.items()}
-
-
-def _check_config(public: PublicAdapter) -> None:
-    config = public.config
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise UserError(
-            f"the adapter was trained with {used[0]}, which is more than LoRA, rsLoRA and DoRA and "
-            "would be lost; merge it with PEFT itself"
-        )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise UserError(
-            f"the adapter was trained on a changed base (init_lora_weights: {start}) and does not "
-            "fit the original one; save it again with PEFT's save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...) or merge it with PEFT itself"
-        )
-
-
-def _parse(key: str) -> tuple[str, str]:
-    """Tensor name in the file -> (module path, own name)."""
-    stem = key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
-    for name, suffix in _SUFFIXES.items():
-        if stem.startswith(_PREFIX) and stem.endswith(f".{suffix}"):
-            return stem[len(_PREFIX) : -len(suffix) - 1], name
-    raise UserError(f"adapter tensor {key} is no LoRA tensor; merge this adapter with PEFT itself")
-
-
-def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
-    try:
-        r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
-        alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{_CONFIG} gives {path} no usable r and lora_alpha ({type(error).__name__}: {error})"
-        ) from None
-    is_embedding = any(name.startswith("lora_embedding") for name in own)
-    name_a, name_b = (
-        ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
-    )
-    for name in (name_a, name_b):
-        if name not in own:
-            raise UserError(f"adapter tensor {_PREFIX}{path}.{_SUFFIXES[name]} is absent")
-    A, B, magnitude = own[name_a], own[name_b], own.get("magnitude")
-    if is_embedding and magnitude is not None:
-        raise UserError(f"{path}: DoRA on an embedding is not supported; merge it with PEFT itself")
-    _check_shape(path, name_a, A, (r, None))
-    _check_shape(path, name_b, B, (None, r))
-    if magnitude is not None:
-        _check_shape(path, "magnitude", magnitude, (B.shape[0],))
-    return Factors(
-        A.float(),
-        B.float(),
-        alpha / (r**0.5 if config.get("use_rslora") else r),
-        None if magnitude is None else magnitude.float(),
-        is_embedding,
-        own.get("saved_base"),
-    )
-
-
-def _check_shape(path: str, name: str, value: Tensor, wanted: tuple[int | None, ...]) -> None:
-    """``None`` in ``wanted`` stands for any size."""
-    fits = value.dim() == len(wanted) and all(
-        size is None or size == found for size, found in zip(wanted, value.shape, strict=True)
-    )
-    if not fits:
-        shown = ", ".join("*" if size is None else str(size) for size in wanted)
-        raise UserError(
-            f"adapter tensor {_PREFIX}{path}.{_SUFFIXES[name]} has shape {list(value.shape)}, not "
-            f"[{shown}] as its configuration says"
-        )
+def _number(value: float) -> float:
+    """Whole numbers as ``int``: some readers of ``lora_alpha`` take nothing else."""
+    return int(value) if float(value).is_integer() else value

@@ -5,7 +5,8 @@ import torch
 from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
-from dist_peft.core.config import AdapterConfig, LoraConfig
+from dist_peft.adapters.qalora_method import QaLoraAdapter
+from dist_peft.core.config import AdapterConfig, LoraConfig, QaLoraConfig
 
 __all__ = ["make_adapter"]
 
@@ -20,4 +21,6 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
     """
     if isinstance(config, LoraConfig):
         return LoraAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, QaLoraConfig):
+        return QaLoraAdapter(config, seed=seed, arithmetic=arithmetic)
     return NoAdapter()

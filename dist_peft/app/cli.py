@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=export_app.run_merge)
 
     export = verbs.add_parser("export", help="write a run in a public format")
-    export.add_argument("--format", required=True, choices=export_app.FORMATS, help="what to write")
+    export_app.add_export_arguments(export)
     _add_merge(export)
     export.set_defaults(run=export_app.run_export)
 
@@ -114,8 +114,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         choices=["original", "decoded"],
-        default="original",
-        help="merge into the base's files, or into the base as training saw it (decoded)",
+        help="merge into the base's files (original, the default), or into the base as training "
+        "saw it (decoded)",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not reload the result and compare logits"

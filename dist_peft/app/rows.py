@@ -37,10 +37,11 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     Raises:
         UserError: on every rank: unreadable, empty or misfit data, or more ranks than rows.
     """
-    train = _rows(config, config.data.train, "train", tokenizer, world)
+    # held-out data are the smaller part: what is wrong there is told before the long part begins
     held_out = (
         _rows(config, config.data.eval, "eval", tokenizer, world) if config.data.eval else None
     )
+    train = _rows(config, config.data.train, "train", tokenizer, world)
     batch = config.train.global_batch
     for count, what in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:

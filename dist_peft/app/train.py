@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, give_start, load, prepare, restore
+from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, check_fit, make_loaders
 from dist_peft.core.config import RunConfig
@@ -74,6 +75,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
     setup_log(run_dir, world.rank, world.size)
     with world.together("read the base's configuration"):
         prepared = prepare(config, world)
+    warn_of_idle_options(config, world, prepared.model, device.type)
     loaders = make_loaders(config, prepared.tokenizer, world)
     check_fit(loaders, prepared.skeleton)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.save.keep, world)

@@ -7,7 +7,7 @@ descriptions here.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "AdapterConfig",
@@ -16,17 +16,29 @@ __all__ = [
     "DataSource",
     "EngineConfig",
     "LoraConfig",
+    "LowRankConfig",
     "NoAdapterConfig",
+    "QaLoraConfig",
     "QuantConfig",
     "RunConfig",
     "SaveConfig",
     "TrainConfig",
 ]
 
-_Count = Annotated[int, Field(ge=1)]
-_Positive = Annotated[float, Field(gt=0)]
+
+def _no_boolean(value: Any) -> Any:
+    """Python counts ``True`` as 1; a configuration must not."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+_Int = Annotated[int, BeforeValidator(_no_boolean)]
+_Float = Annotated[float, BeforeValidator(_no_boolean)]
+_Count = Annotated[_Int, Field(ge=1)]
+_Positive = Annotated[_Float, Field(gt=0)]
+_Beta = Annotated[_Float, Field(ge=0, lt=1)]
 _Names = Annotated[list[str], Field(min_length=1)]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -40,7 +52,7 @@ class QuantConfig(_Section):
         "nf4", description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups."
     )
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
-    group_size: int = Field(
+    group_size: _Int = Field(
         64, ge=8, description="Weights that share one scale, along in_features."
     )
     double_quant: bool = Field(
@@ -80,35 +92,53 @@ class BaseConfig(_Section):
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
 
-class LoraConfig(_Section):
-    """LoRA (Hu et al. 2021), QLoRA when the base is quantized."""
+class LowRankConfig(_Section):
+    """What LoRA and QA-LoRA have in common."""
 
-    kind: Literal["lora"] = "lora"
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    kind: str
+    r: _Int = Field(16, ge=1, description="Rank.")
+    alpha: _Float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
+    dropout: _Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | _Names = Field(
         "all-linear",
         description="all-linear: every linear inside the blocks. Or a list: names, name endings "
         "or regular expressions, as in PEFT.",
     )
-    embeddings: bool = Field(False, description="Also adapt the input embedding.")
     rank_pattern: dict[str, _Count] = Field(
         default_factory=dict, description="Regular expression or name ending -> other rank."
     )
     alpha_pattern: dict[str, _Positive] = Field(
         default_factory=dict, description="Regular expression or name ending -> other alpha."
     )
+
+
+class LoraConfig(LowRankConfig):
+    """LoRA (Hu et al. 2021), QLoRA when the base is quantized."""
+
+    kind: Literal["lora"] = "lora"
+    embeddings: bool = Field(False, description="Also adapt the input embedding.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rsLoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
-    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
+    lr_ratio: _Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
     init: Literal["default", "pissa", "loftq"] = Field(
         "default",
         description="default: A Kaiming-uniform, B zero. pissa: principal singular vectors. "
         "loftq: best low-rank fit of the quantization error.",
     )
-    init_iterations: int = Field(
+    init_iterations: _Int = Field(
         4, ge=1, description="pissa: power iterations of the SVD; loftq: alternations."
+    )
+
+
+class QaLoraConfig(LowRankConfig):
+    """QA-LoRA (Xu et al. 2024): an adapter that merges exactly into an integer base."""
+
+    kind: Literal["qalora"] = "qalora"
+    pool_size: _Int | None = Field(
+        None,
+        ge=1,
+        description="Inputs summed into one before A: a multiple of base.quant.group_size, and a "
+        "divisor of in_features. Default: the group_size.",
     )
 
 
@@ -118,7 +148,7 @@ class NoAdapterConfig(_Section):
     kind: Literal["none"] = "none"
 
 
-AdapterConfig = Annotated[LoraConfig | NoAdapterConfig, Field(discriminator="kind")]
+AdapterConfig = Annotated[LoraConfig | QaLoraConfig | NoAdapterConfig, Field(discriminator="kind")]
 
 
 class EngineConfig(_Section):
@@ -154,10 +184,10 @@ class EngineConfig(_Section):
         description="params (fsdp2): shards and optimizer state rest in host memory (CUDA only). "
         "optimizer (zero): optimizer state rests and is updated in host memory (ZeRO-Offload).",
     )
-    start_timeout_minutes: float = Field(
+    start_timeout_minutes: _Float = Field(
         10.0, gt=0, description="How long the ranks wait for each other at the start."
     )
-    timeout_minutes: float = Field(
+    timeout_minutes: _Float = Field(
         30.0, gt=0, description="A collective that waits longer than this ends the run."
     )
 
@@ -177,7 +207,7 @@ class DataSource(_Section):
         None, description="Prompt text with {column} fields, for completion and alpaca."
     )
     split: str = Field("train", description="Split of a hub data set.")
-    limit: int | None = Field(None, ge=1, description="Use only the first N records.")
+    limit: _Int | None = Field(None, ge=1, description="Use only the first N records.")
 
 
 class DataConfig(_Section):
@@ -187,7 +217,7 @@ class DataConfig(_Section):
         min_length=1, description="Training sources: paths or DataSource."
     )
     eval: list[DataSource] = Field(default_factory=list, description="Held-out sources.")
-    seq_len: int = Field(2048, ge=8, description="Window: tokens in a row.")
+    seq_len: _Int = Field(2048, ge=8, description="Window: tokens in a row.")
     packing: bool = Field(True, description="Several documents a row, isolated from each other.")
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="completion: assistant turns or completion only; all: each token."
@@ -218,34 +248,34 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """Steps, batch, optimizer and schedule."""
 
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
-    epochs: float | None = Field(None, gt=0, description="Instead of steps.")
-    micro_batch: int = Field(1, ge=1, description="Rows a rank computes at a time.")
-    global_batch: int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    steps: _Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
+    epochs: _Float | None = Field(None, gt=0, description="Instead of steps.")
+    micro_batch: _Int = Field(1, ge=1, description="Rows a rank computes at a time.")
+    global_batch: _Int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
+    lr: _Float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
     )
-    warmup: float = Field(
+    warmup: _Float = Field(
         0.03, ge=0, description="Warm-up: a share of the steps below 1, else a number of steps."
     )
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
+    min_lr_ratio: _Float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
         "adamw", description="adamw: torch's fused AdamW. The others: bitsandbytes."
     )
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas.")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
+    eps: _Float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: _Float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: _Float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
+    seed: _Int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
     shuffle: bool = Field(True, description="false: rows in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
         "Adapter weights and optimizer state are always float32.",
     )
-    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
-    log_every: int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
+    eval_every: _Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    log_every: _Int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present.")
 
     @model_validator(mode="after")
@@ -259,8 +289,8 @@ class SaveConfig(_Section):
     """Where results go."""
 
     dir: str = Field("runs/default", description="Run directory.")
-    every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    every: _Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: _Int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 
 class RunConfig(_Section):

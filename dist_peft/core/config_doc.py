@@ -5,7 +5,7 @@ Regenerate it with ``python -m dist_peft.core.config_doc > docs/configuration.md
 
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,6 +27,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("base", config.BaseConfig),
     ("base.quant", config.QuantConfig),
     ("adapter (kind: lora)", config.LoraConfig),
+    ("adapter (kind: qalora)", config.QaLoraConfig),
     ("adapter (kind: none)", config.NoAdapterConfig),
     ("engine", config.EngineConfig),
     ("data", config.DataConfig),
@@ -74,6 +75,8 @@ def _type(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " ".join(f"`{a}`" for a in args)
+    if origin is Annotated:
+        return _type(args[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(a) for a in args)
     if origin is list:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dist_peft.adapters.base import Adapter, AdapterModule, LinearStart
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.adapters.registry import make_adapter
-from dist_peft.core.config import LoraConfig, QuantConfig
+from dist_peft.core.config import LoraConfig, LowRankConfig, QuantConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import Codec, make_codec
@@ -114,11 +114,16 @@ def fill(model: nn.Module, original: nn.Module, ranks: int = 1) -> None:
 
 
 def adapted(
-    original: LlamaForCausalLM, codec: Codec = RAW, seed: int = 3, ranks: int = 1, **settings: Any
+    original: LlamaForCausalLM,
+    codec: Codec = RAW,
+    seed: int = 3,
+    ranks: int = 1,
+    method: type[LowRankConfig] = LoraConfig,
+    **settings: Any,
 ) -> tuple[LlamaForCausalLM, Adapter]:
-    """A frozen copy of ``original`` with a filled LoRA adapter."""
+    """A frozen copy of ``original`` with a filled adapter."""
     model = frozen_model(original, codec)
-    adapter = make_adapter(LoraConfig(**settings), seed=seed, arithmetic=torch.float32)
+    adapter = make_adapter(method(**settings), seed=seed, arithmetic=torch.float32)
     adapter.attach(model)
     fill(model, original, ranks)
     return model, adapter

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dist_peft.adapters.base import PublicAdapter
-from dist_peft.adapters.peft_format import factors, read_adapter, read_metadata, write_adapter
+from dist_peft.adapters.factors import factors
+from dist_peft.adapters.peft_format import read_adapter, read_metadata, write_adapter
 from dist_peft.core.errors import UserError
 from tests.adapters.helpers import adapted, disturb, ids, int_codec, save, tiny_llama
 
@@ -211,7 +212,6 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "trained with modules_to_save"),
         ({"bias": "all"}, "trained with bias"),
         ({"fan_in_fan_out": True}, "trained with fan_in_fan_out"),
-        ({"use_qalora": True}, "trained with use_qalora"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             r"changed base \(init_lora_weights: pissa_niter_4",
@@ -251,7 +251,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_adapter(tmp_path)
     config.write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UserError, match="peft_type is 'IA3'; only LORA is read"):
+    with pytest.raises(UserError, match="peft_type is 'IA3'; only LORA and QALORA are read"):
         read_adapter(tmp_path)
     config.write_text(json.dumps(public().config))
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):

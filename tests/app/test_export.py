@@ -173,3 +173,105 @@ def test_what_cannot_be_verified_is_not_written(
     assert "probe.safetensors is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main([*argv, "--no-verify"]) == 0
+
+
+@pytest.fixture(scope="module")
+def qalora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished QA-LoRA run; the linears of 104 inputs cannot be pooled."""
+    directory = tmp_path_factory.mktemp("qalora")
+    changes = {
+        "base__quant": {"kind": "int", "bits": 4, "group_size": 32},
+        "adapter": {
+            "kind": "qalora",
+            "r": 4,
+            "alpha": 8,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
+        },
+    }
+    assert train(parse_config(tiny_tree(directory, **changes)), World()) == 0
+    close_log()
+    return directory / "run"
+
+
+def test_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["export", "--list"])
+    out = capsys.readouterr().out
+    for name in ("hf-bf16", "peft", "bnb-nf4", "gptq", "compressed-tensors", "mlx", "gguf"):
+        assert f"| `{name}`" in out
+
+
+@pytest.mark.parametrize("name", ["hf-metal", "compressed-tensors"])
+def test_qalora_is_exported_exactly(
+    name: str, qalora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--run", str(qalora_run), "--out", str(tmp_path / "out"), "--format", name]
+    assert cli.main(argv) == 0
+    err = capsys.readouterr().err
+    assert "loaded by transformers" in err and " 0.00% of what training changed" in err
+    assert "2 linears stay float32" in err and "layers.0.mlp.down_proj" in err
+    assert f"Export {name}" in (qalora_run / "report.html").read_text()
+
+
+def test_nf4_run_as_bitsandbytes_model(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--format", "bnb-nf4", "--bits", "2", "--lossy"]) == 0
+    err = capsys.readouterr().err
+    assert "bitsandbytes" in err and "of what training changed" in err
+    assert "--bits has no effect on format bnb-nf4" in err
+    assert "--lossy has no effect on format bnb-nf4" in err
+
+
+def test_merge_into_integer_zeros_is_refused(
+    qalora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--run", str(qalora_run), "--out", str(tmp_path / "out"), "--merge"]
+    assert cli.main([*argv, "--format", "gptq"]) == 2
+    assert "integer zeros" in capsys.readouterr().err
+    assert cli.main([*argv, "--format", "compressed-tensors", "--lossy"]) == 0
+    err = capsys.readouterr().err
+    assert "of what training changed" in err and " 0.00% of" not in err
+
+
+def test_consumer_that_is_not_installed_is_named(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("dist_peft.export.verify_formats.find_spec", lambda name: None)
+    monkeypatch.delenv("DIST_PEFT_MLX_PYTHON", raising=False)
+    argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--format", "mlx"]
+    assert cli.main(argv) == 0
+    err = capsys.readouterr().err
+    assert "NOT VERIFIED: mlx-lm is not installed; pip install 'mlx[cpu]' mlx-lm" in err
+    assert cli.main([*argv[:-1], "gguf"]) == 2  # its directory is taken by now
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_tokenizer_that_gguf_cannot_name(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "a.gguf"), "--format", "gguf"]
+    assert cli.main(argv) == 2
+    assert "it is of type WordLevel" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_qalora_adapters(qalora_run: Path, tmp_path: Path) -> None:
+    """Plain PEFT loads the expanded adapter and computes what training changed."""
+    for name in ("peft", "peft-expanded"):
+        argv = ["export", "--run", str(qalora_run), "--out", str(tmp_path / name)]
+        assert cli.main([*argv, "--format", name]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["use_qalora"]
+    base = tf.AutoModelForCausalLM.from_pretrained(qalora_run.parent / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "peft-expanded").eval()
+    probe = Probe.load(qalora_run / "probe.safetensors")
+    found = logits(adapted, probe)
+    with adapted.disable_adapter():
+        change = found - logits(adapted, probe)
+    wanted = (probe.trained - probe.before).flatten()
+    assert torch.cosine_similarity(change.flatten(), wanted, 0) > 0.9

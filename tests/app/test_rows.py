@@ -75,6 +75,13 @@ def test_batch_that_does_not_divide_is_announced(
     assert "train.global_batch 3 is no multiple of 2 ranks" in caplog.text
 
 
+def test_missing_held_out_file_is_told_before_training_data_are_tokenized(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path, data__eval=[str(tmp_path / "none.jsonl")])
+    with pytest.raises(UserError, match=r"data\.eval\[0\]: file .*none\.jsonl does not exist"):
+        loaders(tree, World())
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
 class TestFit:
     def test_tokens_without_embedding(self, tmp_path: Path) -> None:
         tree = tiny_tree(tmp_path)

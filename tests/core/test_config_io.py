@@ -96,6 +96,11 @@ def test_missing_keys(file: Path) -> None:
         ("adapter: {target_modules: [5]}", "key adapter.target_modules.0: Input should be a valid"),
         ("adapter: {rank_pattern: {none: x}}", "key adapter.rank_pattern.none: "),
         ("save: {dir: [a]}", "key save.dir: Input should be a valid string"),
+        ("train: {lr: true}", "key train.lr: true and false are no numbers (given: True)"),
+        ("train: {steps: yes}", "key train.steps: true and false are no numbers"),
+        ("train: {betas: [false, 0.9]}", "key train.betas.0: true and false are no numbers"),
+        ("adapter: {rank_pattern: {a: on}}", "key adapter.rank_pattern.a: true and false are"),
+        ("engine: {shard_group: true}", "key engine.shard_group: true and false are no numbers"),
     ],
 )
 def test_wrong_types_name_key_and_value(file: Path, text: str, words: str) -> None:

@@ -20,7 +20,8 @@ from dist_peft.core.config import BaseConfig, QuantConfig
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.export.merge import MergeReport, merge_model
+from dist_peft.export.merge import merge_model
+from dist_peft.export.sink import Written
 from dist_peft.model.load import AdapterRows
 from dist_peft.quant.codec import make_codec
 from tests.app.tiny import save_words
@@ -67,8 +68,8 @@ def merge(base: Path, adapter: Path, out: Path, **settings: Any) -> dict[str, Te
     tensors = {
         k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()
     }
-    assert report == MergeReport(
-        len(tensors), 14, sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    assert report == Written(
+        len(tensors), 0, 14, sum(f.stat().st_size for f in out.glob("*.safetensors"))
     )
     return tensors
 

@@ -1,0 +1,185 @@
+"""One rank of ``wire.py``: orders come as JSON lines on stdin, answers leave so on stdout.
+
+Every form of the base is loaded into the same process, and forms take turns step by step, so that
+whatever else the machine does meets all of them.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import run_config
+from torch import nn
+
+from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.rows import Loaders, make_loaders
+from dist_peft.core.config import RunConfig
+from dist_peft.core.world import World
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.codec import RawCodec
+from dist_peft.train.loop import StepResult, fit
+from dist_peft.train.optim import make_optimizer_factory
+
+CPU = torch.device("cpu")
+CHUNK = bytearray(2**20)
+LR = 1e-3
+
+FORMS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "nf4": {"kind": "nf4"},
+    "int8": {"kind": "int", "bits": 8},
+    "int4": {"kind": "int", "bits": 4},
+    "int3": {"kind": "int", "bits": 3},
+    "int2": {"kind": "int", "bits": 2},
+}
+"""What travels -> ``base.quant``."""
+
+
+@dataclass
+class Job:
+    """A loaded form of the base, and how far its training is."""
+
+    config: RunConfig
+    built: Built
+    call: nn.Module
+    loaders: Loaders
+    done: int = 0
+
+    def step(self, world: World) -> StepResult:
+        """One step of the project's own training loop."""
+        results: list[StepResult] = []
+
+        def after_step(result: StepResult) -> bool:
+            results.append(result)
+            return False
+
+        self.done = fit(
+            self.built.model,
+            self.built.engine,
+            self.built.adapter,
+            self.loaders.train,
+            world,
+            call=self.call,
+            first_step=self.done,
+            last_step=self.done + 1,
+            lr_at=lambda step: LR,
+            max_grad_norm=1.0,
+            after_step=after_step,
+        )
+        return results[0]
+
+
+def start(settings: dict[str, Any], form: str, world: World) -> Job:
+    config = run_config(
+        Path(settings["base"]),
+        base={"quant": FORMS[form], "compute_dtype": settings["dtype"]},
+        adapter={"r": settings["r"]},
+        engine={"kind": settings["engine"]},
+        data={
+            "train": [settings["data"]],
+            "seq_len": settings["seq_len"],
+            "cache_dir": settings["cache"],
+        },
+        train={"global_batch": world.size * settings["batch"], "micro_batch": settings["batch"]},
+    )
+    prepared = prepare(config, world)
+    if form == "bf16":
+        store_as_bf16(prepared.model)
+    loaders = make_loaders(config, prepared.tokenizer, world)
+    built = load(prepared, config, world, CPU)
+    factory = make_optimizer_factory(config.train, CPU)
+    call = built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    return Job(config, built, call, loaders)
+
+
+def store_as_bf16(model: nn.Module) -> None:
+    """The blocks' linears rest and travel in bf16, whatever the run computes in."""
+    codec = RawCodec(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, FrozenLinear) and not module.is_head:
+            shape = (module.out_features, codec.row_bytes(module.in_features))
+            module.codec = codec
+            module.packed = nn.Parameter(
+                torch.empty(shape, dtype=torch.uint8, device="meta"), False
+            )
+
+
+def sent() -> int:
+    """Bytes that left this host so far."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+def measure(job: Job, world: World) -> dict[str, float]:
+    """One step between two barriers; whatever it sent has arrived when the second is through."""
+    world.barrier()
+    wire, processor, clock = sent(), time.process_time(), time.perf_counter()
+    result = job.step(world)
+    world.barrier()
+    return {
+        "seconds": time.perf_counter() - clock,
+        "cpu_seconds": time.process_time() - processor,
+        "sent": sent() - wire,
+        "gathered": result.bytes_gathered,
+        "loss": result.loss,
+    }
+
+
+def transfer(world: World, seconds: float, port: int = 29600) -> float:
+    """Gbit/s of a plain TCP stream from rank 0 to rank 1 (the others wait)."""
+    rate = 0.0
+    if world.rank == 1:
+        with socket.create_server(("", port)) as server:
+            world.barrier()
+            connection, _ = server.accept()
+            with connection:
+                rate = _receive(connection)
+    else:
+        world.barrier()
+        if world.rank == 0:
+            address = os.environ["RANK_1_ADDRESS"]
+            with socket.create_connection((address, port)) as connection:
+                end = time.perf_counter() + seconds
+                while time.perf_counter() < end:
+                    connection.sendall(CHUNK)
+    return world.sum(rate)[0]
+
+
+def _receive(connection: socket.socket) -> float:
+    """Gbit/s of what comes until the sender closes."""
+    total, begin = 0, time.perf_counter()
+    while count := connection.recv_into(CHUNK):
+        total += count
+    return total * 8e-9 / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    # libraries print on stdout; answers keep it for themselves
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    settings = json.loads(sys.argv[1])
+    world = World.from_env()
+    world.connect(CPU, timeout_minutes=5, start_timeout_minutes=3)
+    jobs = {form: start(settings, form, world) for form in settings["forms"]}
+    answers.write(json.dumps({f: job.built.stored_bytes for f, job in jobs.items()}) + "\n")
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "transfer" in order:
+            answer: Any = transfer(world, order["transfer"])
+        else:
+            answer = [
+                {form: measure(job, world) for form, job in jobs.items()}
+                for _ in range(order["steps"])
+            ]
+        answers.write(json.dumps(answer) + "\n")
+    world.disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the low-rank methods share: finding targets, wrapping them, gathering what was trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.base import (
+    PublicAdapter,
+    check_patterns,
+    match_targets,
+    pattern_value,
+)
+from dist_peft.adapters.dropout import DropoutPosition
+from dist_peft.adapters.module import LowRankModule
+from dist_peft.core.config import LowRankConfig
+
+__all__ = ["LowRankAdapter"]
+
+Config = TypeVar("Config", bound=LowRankConfig)
+Layer = TypeVar("Layer", bound=LowRankModule)
+
+
+class LowRankAdapter(ABC, Generic[Config, Layer]):
+    """See ``adapters.base.Adapter``.
+
+    Attributes:
+        layers: the wrappers by path, once attached.
+        position: what the layers' dropout masks depend on.
+    """
+
+    def __init__(self, config: Config, *, seed: int, arithmetic: torch.dtype) -> None:
+        self.config, self.seed, self.arithmetic = config, seed, arithmetic
+        self.position = DropoutPosition(seed)
+        self.layers: dict[str, Layer] = {}
+        self._all_names: list[str] = []
+
+    # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets. See ``Adapter``.
+
+        Raises:
+            UserError: targets or patterns match nothing, or settings that exclude each other.
+        """
+        names = self._find_targets(model)
+        check_patterns("rank_pattern", self.config.rank_pattern, names)
+        check_patterns("alpha_pattern", self.config.alpha_pattern, names)
+        self._all_names = [name for name, _ in model.named_modules()]
+        self.layers = {name: self._layer(name, model.get_submodule(name)) for name in names}
+        for name, layer in self.layers.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer)
+
+    def _find_targets(self, model: nn.Module) -> list[str]:
+        return match_targets(self.config.target_modules, model)
+
+    @abstractmethod
+    def _layer(self, name: str, module: nn.Module) -> Layer:
+        """The wrapper of one target."""
+
+    def _rank_and_alpha(self, name: str) -> tuple[int, float]:
+        config = self.config
+        return (
+            pattern_value(config.rank_pattern, name, config.r),
+            pattern_value(config.alpha_pattern, name, config.alpha),
+        )
+
+    # -- training ------------------------------------------------------------------------------
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin(step, sample_ids)
+
+    def lr_scale(self, name: str) -> float:
+        return 1.0
+
+    def start_state(self) -> tuple[str, ...]:
+        return ()
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    # -- saving --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """See ``Adapter``."""
+
+    def _whole(
+        self, tensors: Mapping[str, Tensor], leave_out: tuple[str, ...] = ()
+    ) -> dict[str, dict[str, Tensor]]:
+        """Path -> own name -> gathered parameter.
+
+        Raises:
+            RuntimeError: a tensor is absent, empty or has the wrong shape.
+        """
+        whole: dict[str, dict[str, Tensor]] = {}
+        for path, layer in self.layers.items():
+            whole[path] = {}
+            for name, shape in layer.shapes.items():
+                if name in leave_out:
+                    continue
+                value = tensors.get(f"{path}.{name}")
+                if value is None or tuple(value.shape) != shape or value.numel() == 0:
+                    found = "is absent" if value is None else f"has shape {list(value.shape)}"
+                    raise RuntimeError(
+                        f"adapter tensor {path}.{name} {found}, expected {list(shape)}: "
+                        "the parameters were not gathered"
+                    )
+                whole[path][name] = value
+        return whole
+
+    def _target_names(self) -> list[str]:
+        """The shortest list that means the same modules: last components, else whole names."""
+        last = sorted({name.rpartition(".")[2] for name in self.layers})
+        meant = [name for name in self._all_names if name.rpartition(".")[2] in last]
+        return last if set(meant) == set(self.layers) else sorted(self.layers)

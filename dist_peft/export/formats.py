@@ -1,0 +1,289 @@
+"""The formats of ``dist-peft export``: what each keeps, who loads it, and how a run is written.
+
+What is written depends on the run. With QA-LoRA the adapter fits into the zeros of the integer
+base: formats with float zeros or biases take codes and scales as training had them. With LoRA the
+merged rows are quantized anew. Formats with integer zeros take an integer base as it is, and the
+adapter beside it.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dist_peft.core.config import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.beside import write_adapter_beside
+from dist_peft.export.bnb_nf4 import BnbNf4
+from dist_peft.export.float_bias import HfMetal, Mlx
+from dist_peft.export.integer_zero import CompressedTensors, Gptq
+from dist_peft.export.sink import (
+    Packer,
+    Written,
+    check_new,
+    copy_configuration,
+    copy_tokenizer,
+    write_directory,
+)
+from dist_peft.export.walk import CHUNK_BYTES, State, Walk, open_walk
+from dist_peft.model.skeleton import torch_dtype
+from dist_peft.quant.affine import AffineCodec
+
+__all__ = ["FORMATS", "GGUF_TYPES", "Exported", "Format", "Job", "export_model", "format_table"]
+
+GGUF_TYPES = ("q4_1", "q8_0", "f16")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table: what the format keeps of a run, which libraries loaded it, and the error
+    that was measured on the runs of docs/export.md, over what training changed."""
+
+    name: str
+    keeps: str
+    loads: str
+    error: str
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format(
+            "hf-bf16",
+            "merged weights, rounded to bf16",
+            "transformers",
+            "15 %; 0.6 % with --base decoded",
+        ),
+        Format("peft", "the adapter, as it was trained", "PEFT", "none: a copy"),
+        Format("peft-expanded", "QA-LoRA as plain LoRA", "PEFT", "none: the same product"),
+        Format(
+            "bnb-nf4",
+            "merged weights, quantized anew to NF4",
+            "transformers with bitsandbytes",
+            "14 % (NF4 base)",
+        ),
+        Format(
+            "gptq",
+            "the integer base as it is; the adapter beside it",
+            "transformers with gptqmodel",
+            "0.02 %",
+        ),
+        Format(
+            "compressed-tensors",
+            "the integer base as it is; the adapter beside it",
+            "transformers with compressed-tensors",
+            "0.00 %",
+        ),
+        Format(
+            "mlx",
+            "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/3/4/8 bits",
+            "mlx-lm",
+            "QA-LoRA 0.00 %; LoRA 20 % (4 bits), 0.9 % (8 bits, --base decoded)",
+        ),
+        Format(
+            "hf-metal",
+            "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/4/8 bits",
+            "transformers, CPU or Apple GPU",
+            "QA-LoRA 0.00 %; LoRA 20 % (4 bits)",
+        ),
+        Format(
+            "gguf",
+            "QA-LoRA: codes, scales, fp16 biases (Q4_1). LoRA: merged, Q4_1/Q8_0/F16",
+            "llama.cpp, transformers",
+            "QA-LoRA 0.09 % (llama.cpp 0.7 %); LoRA Q8_0 1.3 %, F16 0.08 % (--base decoded)",
+        ),
+    )
+}
+
+
+def format_table() -> str:
+    """The formats as a Markdown table."""
+    head = ["format", "what it preserves", "who loads it", "measured error"]
+    rows = [[f"`{f.name}`", f.keeps, f.loads, f.error] for f in FORMATS.values()]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export.
+
+    Attributes:
+        base, directory: the run's base and where it is.
+        adapter_dir: the run's adapter.
+        out: where to write.
+        pooled: the adapter is QA-LoRA's and fits into the zeros of the base.
+        into: which rows plain LoRA is merged into before they are quantized.
+        bits, group_size: of quantization anew; default: the base's, or 4 bits.
+        kind: of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
+        merge, lossy: merge into integer zeros, although it loses the adapter.
+    """
+
+    base: BaseConfig
+    directory: Path
+    adapter_dir: Path
+    out: Path
+    pooled: bool = False
+    into: Literal["original", "decoded"] = "original"
+    bits: int | None = None
+    group_size: int | None = None
+    kind: str | None = None
+    merge: bool = False
+    lossy: bool = False
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.base.compute_dtype)
+
+    @property
+    def integer(self) -> AffineCodec | None:
+        """The codec of an integer base."""
+        quant = self.base.quant
+        if quant is None or quant.kind != "int":
+            return None
+        return AffineCodec(quant.bits, quant.group_size)
+
+    @property
+    def state(self) -> State:
+        """Of formats that hold the merged model."""
+        return "codes" if self.pooled else self.into
+
+    def walk(self, state: State | None = None) -> AbstractContextManager[Walk]:
+        state = state or self.state
+        return open_walk(self.base, self.directory, self.adapter_dir, state, self.chunk_bytes)
+
+    def codec(self, group_size: int) -> AffineCodec:
+        """Bits and group size of what is written: as asked for, or the integer base's, or 4 bits
+        in groups of ``group_size``.
+
+        Raises:
+            UserError: asked for others than those of a base whose codes are kept.
+        """
+        own = self.integer or AffineCodec(4, group_size)
+        asked = (self.bits or own.bits, self.group_size or own.group_size)
+        if self.pooled and asked != (own.bits, own.group_size):
+            raise UserError(
+                f"a QA-LoRA run keeps the codes of its base, {own.bits} bits in groups of "
+                f"{own.group_size}; leave out --bits and --group-size"
+            )
+        if asked[1] % 8:
+            raise UserError(f"--group-size {asked[1]} is not a multiple of 8")
+        return AffineCodec(*asked)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, the path that its consumer loads, and in a few words how."""
+
+    written: Written
+    path: Path
+    how: str
+
+
+def export_model(name: str, job: Job) -> Exported:
+    """Write a quantized format.
+
+    Raises:
+        UserError: the format cannot take the run, ``out`` is not empty, the disk is full.
+    """
+    return _WRITERS[name](job)
+
+
+def _bnb(job: Job) -> Exported:
+    quant = job.base.quant
+    packer = BnbNf4(quant.double_quant if quant else True, job.dtype)
+    return _directory(job, job.state, packer, job.dtype, "merged, quantized to NF4")
+
+
+def _float_bias(job: Job, kind: type[Mlx] | type[HfMetal]) -> Exported:
+    # with float32 scales all is float32: transformers would mix types, and fail
+    codec, dtype = job.codec(64), torch.float32 if job.pooled else job.dtype
+    packer = kind(codec.bits, codec.group_size, dtype)
+    return _directory(job, job.state, packer, dtype, _how(job, packer.bits, packer.group_size))
+
+
+def _how(job: Job, bits: int, group_size: int) -> str:
+    done = "codes kept, adapter in the biases" if job.pooled else "merged, rounded to nearest"
+    return f"{done}: {bits} bits in groups of {group_size}"
+
+
+def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
+    if job.merge and not job.lossy:
+        raise UserError(
+            "this format has integer zeros: a merge into it rounds most or all of the adapter away "
+            "(97 to 100 % where weights change little next to a step). Leave out --merge to get "
+            "base and adapter side by side, which loses nothing; or add --lossy to merge all the "
+            "same"
+        )
+    codec = job.codec(64)
+    # codes were chosen with fp16 scales; products are exact in float32
+    packer = kind(codec, torch.float32 if job.dtype == torch.float32 else torch.float16)
+    if job.merge:
+        how = f"merged with integer zeros: {codec.bits} bits in groups of {codec.group_size}"
+        return _directory(job, job.state, packer, job.dtype, how)
+    if job.integer is None:
+        raise UserError(
+            "this format keeps an integer base (base.quant.kind: int) with the adapter beside it, "
+            "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy to "
+            "quantize the merged model to integers"
+        )
+    if codec != job.integer:
+        raise UserError(
+            f"the base is kept as it is, {job.integer.bits} bits in groups of "
+            f"{job.integer.group_size}; leave out --bits and --group-size"
+        )
+    how = f"base as trained, {codec.bits} bits in groups of {codec.group_size}; adapter beside it"
+    exported = _directory(job, "base", packer, job.dtype, how)
+    write_adapter_beside(job.adapter_dir, job.out)
+    return exported
+
+
+def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: str) -> Exported:
+    check_new(job.out)
+    with job.walk(state) as walk:
+        written = write_directory(walk, packer, job.out, dtype, compute=job.dtype)
+        settings = packer.settings(walk, list(written.unpacked))
+    copy_configuration(job.directory, job.out, dtype, settings)
+    copy_tokenizer(job.adapter_dir, job.out)
+    return Exported(written, job.out, how)
+
+
+def _gguf(job: Job) -> Exported:
+    if find_spec("gguf") is None:
+        raise UserError("format gguf needs the gguf package; pip install 'dist_peft[export]'")
+    from dist_peft.export.gguf_file import write_gguf
+
+    codec = job.integer
+    fits = job.pooled and codec is not None and codec.bits <= 4 and codec.group_size % 32 == 0
+    kind = job.kind or ("q4_1" if fits else "q8_0")
+    file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
+    if file.exists():
+        raise UserError(f"{file} exists; choose another file")
+    if file.parent == job.out:
+        check_new(job.out)
+    with job.walk() as walk, tempfile.TemporaryDirectory() as scratch:
+        copy_configuration(job.directory, Path(scratch), job.dtype, {})
+        copy_tokenizer(job.adapter_dir, Path(scratch))
+        written = write_gguf(walk, kind, file, Path(scratch), job.directory.name, job.dtype)
+    done = "codes kept, adapter in the biases" if job.pooled and kind == "q4_1" else "merged"
+    return Exported(written, file, f"{done}: {kind.upper()}")
+
+
+_WRITERS: dict[str, Callable[[Job], Exported]] = {
+    "bnb-nf4": _bnb,
+    "gptq": lambda job: _integer(job, Gptq),
+    "compressed-tensors": lambda job: _integer(job, CompressedTensors),
+    "mlx": lambda job: _float_bias(job, Mlx),
+    "hf-metal": lambda job: _float_bias(job, HfMetal),
+    "gguf": _gguf,
+}

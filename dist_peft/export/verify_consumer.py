@@ -1,0 +1,60 @@
+"""Logits of an export, computed by the library it is for. Run by path, maybe by another Python::
+
+    python verify_consumer.py mlx|llama.cpp|gptq MODEL OUT.npy ID ID ...
+
+It imports nothing of this package, since the libraries have needs of their own (``gptqmodel`` wants
+another torch, ``llama-cpp-python`` a compiler) and may live in an environment of their own. Prints
+the library's version; writes float32 logits ``[1, n, vocabulary]``.
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> None:
+    consumer, model, out, *ids = argv
+    name, logits = _CONSUMERS[consumer](Path(model), [int(i) for i in ids])
+    np.save(out, np.asarray(logits, dtype=np.float32)[None])
+    print(name)
+
+
+def _mlx(model: Path, ids: list[int]) -> tuple[str, Any]:
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    loaded = load_model(model)[0]
+    logits = loaded(mx.array([ids])).astype(mx.float32)
+    return f"mlx-lm {version('mlx-lm')}", np.array(logits)[0]
+
+
+def _llama_cpp(model: Path, ids: list[int]) -> tuple[str, Any]:
+    from llama_cpp import Llama
+
+    context = max(len(ids), 32)
+    loaded = Llama(str(model), n_ctx=context, n_batch=context, logits_all=True, verbose=False)
+    loaded.eval(ids)
+    return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", loaded.scores[: len(ids)]
+
+
+def _gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="cpu", dtype=torch.float32)
+    if (model / "adapter").is_dir():
+        loaded.load_adapter(str(model / "adapter"))
+    with torch.no_grad():
+        logits = loaded.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
+    return f"gptqmodel {version('gptqmodel')}", logits[0].float().numpy()
+
+
+_CONSUMERS = {"mlx": _mlx, "llama.cpp": _llama_cpp, "gptq": _gptq}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,208 @@
+"""A run's weights, tensor by tensor, in row chunks: what every export walks.
+
+A chunk is read from the base's files, brought into the wanted state and handed on; nothing else is
+in memory. The states of a linear weight of the blocks:
+
+    original   rows of the files + adapter
+    decoded    rows as training saw them, ``decode(encode(rows))``, + adapter
+    codes      the integer base's own codes and scales; the adapter is in the zeros (QA-LoRA, exact)
+    base       the integer base's own codes, scales and zeros, without the adapter
+
+The first two give float32 rows, the others ``AffineParts`` with float32 zeros. All other tensors
+(embeddings, norms, biases, the head) are rows of the files in every state; where the adapter
+changes one of them, it is merged except in ``base``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.merge import Merger
+from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.core.config import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.skeleton import Skeleton, build_skeleton
+from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.store.index import TensorInfo
+from dist_peft.store.reader import RowReader
+
+__all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "open_walk", "parts_to_rows"]
+
+State = Literal["original", "decoded", "codes", "base"]
+
+CHUNK_BYTES = 64 * 2**20
+"""Of a chunk's rows in float32."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the base.
+
+    Attributes:
+        info: its place in the files; ``info.name`` is its name there.
+        path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
+        linear: the linear it is the weight of, the head included; None for every other tensor.
+    """
+
+    info: TensorInfo
+    path: str
+    linear: FrozenLinear | None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def in_block(self) -> bool:
+        """A linear that the base quantizes and that formats pack; the head is none."""
+        return self.linear is not None and not self.linear.is_head
+
+    @property
+    def stem(self) -> str:
+        """Name in the files without ``.weight``: what names of packed tensors begin with."""
+        return self.info.name.removesuffix(".weight")
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns it."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def rows(self) -> int:
+        return self.info.rows
+
+    @property
+    def columns(self) -> int:
+        """Of a matrix: in_features."""
+        return self.info.shape[1]
+
+
+class Walk:
+    """Walks a base with an adapter; made by ``open_walk``.
+
+    Attributes:
+        skeleton: the model without weights.
+        adapter_dir: where the adapter is from.
+        weights: every tensor of the base, in the order of its files.
+        state: see the module.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        merger: Merger,
+        reader: RowReader,
+        adapter_dir: Path,
+        state: State,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
+        self._merger, self._reader, self._chunk_bytes = merger, reader, chunk_bytes
+        self.weights = _weights(skeleton)
+
+    def adapts(self, weight: Weight) -> bool:
+        """Whether the adapter changes this tensor."""
+        return self._merger.touches(weight.path)
+
+    def spans(self, weight: Weight, multiple: int = 1) -> Iterator[Span]:
+        """Row spans of at most ``chunk_bytes``; all but the last have a multiple of ``multiple``
+        rows, and at least that many."""
+        row = 4 * max(1, torch.Size(weight.info.shape[1:]).numel())
+        rows = max(1, self._chunk_bytes // row // multiple) * multiple
+        yield from Span(0, weight.rows).chunks(rows)
+
+    def rows(self, weight: Weight, span: Span) -> Tensor:
+        """Rows as numbers: float32 where the state changed them, else in the file's type."""
+        linear = weight.linear
+        if linear is not None and weight.in_block and self.state in ("codes", "base"):
+            return parts_to_rows(self.parts(weight, span), linear.in_features)
+        rows = self._reader.read(weight.name, span)
+        adapted = self.adapts(weight) and self.state != "base"
+        decoded = self.state == "decoded" and linear is not None
+        if not (adapted or decoded):
+            return rows
+        rows = rows.float()
+        if decoded:
+            assert linear is not None
+            rows = self._merger.residual_rows(weight.path, rows, span)
+            rows = linear.codec.decode(linear.codec.encode(rows), linear.in_features, torch.float32)
+        into: Literal["original", "decoded"] = "decoded" if decoded else "original"
+        return self._merger.merge_rows(weight.path, rows, span, into) if adapted else rows
+
+    def parts(self, weight: Weight, span: Span) -> AffineParts:
+        """Rows of a block's linear on an integer base, in the states ``codes`` and ``base``."""
+        assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
+        codec, columns = weight.linear.codec, weight.linear.in_features
+        rows = self._reader.read(weight.name, span).float()
+        rows = self._merger.residual_rows(weight.path, rows, span)
+        parts = codec.split(codec.encode(rows), columns)
+        parts = parts._replace(zero=parts.zero.float())
+        if self.state == "codes" and self.adapts(weight):
+            return self._merger.merge_parts(weight.path, parts, span)
+        return parts
+
+    def check_complete(self) -> None:
+        """After the last row: no part of the adapter was left out.
+
+        Raises:
+            UserError: the adapter changes a weight that the base does not have.
+        """
+        if self.state != "base" and (left := self._merger.unused()):
+            base = self.skeleton.index.path
+            raise UserError(
+                f"adapter {self.adapter_dir} adapts {left[0]}, which {base} does not have: it "
+                "belongs to another base"
+            )
+
+
+@contextmanager
+def open_walk(
+    base: BaseConfig,
+    directory: Path,
+    adapter_dir: Path,
+    state: State,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[Walk]:
+    """Open the base's files and the adapter.
+
+    Raises:
+        UserError: damaged files, or an adapter that was trained on another base.
+    """
+    skeleton = build_skeleton(base, directory)
+    merger = Merger.open(adapter_dir, tied=skeleton.tied)
+    trained_on = read_metadata(adapter_dir).get("base_fingerprint")
+    if trained_on not in (None, skeleton.index.fingerprint()):
+        raise UserError(
+            f"adapter {adapter_dir} was trained on another base than {directory}: the weights "
+            "differ; set base.path in the run's config.yaml to the one it was trained on"
+        )
+    with RowReader(skeleton.index) as reader:
+        yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes)
+
+
+def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:
+    """``(code - zero) * scale`` in float32, ``[rows, columns]``."""
+    rows, groups = parts.scale.shape
+    codes = parts.codes.view(rows, groups, -1).float()
+    numbers = (codes - parts.zero.float().unsqueeze(-1)) * parts.scale.float().unsqueeze(-1)
+    return numbers.flatten(1)[:, :columns]
+
+
+def _weights(skeleton: Skeleton) -> list[Weight]:
+    paths: dict[str, tuple[str, FrozenLinear | None]] = {}
+    for path, module in skeleton.model.named_modules():
+        for own, name in module.checkpoint_names.items():
+            is_linear = isinstance(module, FrozenLinear) and own == "packed"
+            linear = module if is_linear else None
+            paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
+    return [
+        Weight(info, *paths.get(name, (name, None)))
+        for name, info in skeleton.index.tensors.items()
+    ]

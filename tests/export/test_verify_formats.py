@@ -1,0 +1,65 @@
+"""Consumers: which is asked, and what is said where there is none."""
+
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_peft.core.config import QuantConfig
+from dist_peft.export import verify_formats
+from dist_peft.export.formats import export_model
+from dist_peft.export.verify_formats import NotVerified, verify_export
+from tests.export.runs import make_run
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Modules that are not installed."""
+    absent: set[str] = set()
+
+    def find(name: str, *rest: Any) -> Any:
+        return None if name in absent else util.find_spec(name, *rest)
+
+    monkeypatch.setattr(verify_formats, "find_spec", find)
+    for other in verify_formats.OTHERS.values():
+        monkeypatch.delenv(other.variable, raising=False)
+    return absent
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "words"),
+    [
+        ("mlx", "mlx_lm", r"pip install 'mlx\[cpu\]' mlx-lm.*DIST_PEFT_MLX_PYTHON"),
+        ("gptq", "gptqmodel", "pip install gptqmodel optimum.*DIST_PEFT_GPTQ_PYTHON"),
+        ("bnb-nf4", "bitsandbytes", "bitsandbytes is not installed; pip install bitsandbytes"),
+        ("compressed-tensors", "compressed_tensors", "pip install compressed-tensors"),
+    ],
+)
+def test_absent_consumer(
+    name: str, module: str, words: str, without: set[str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, QuantConfig())
+    without.add(module)
+    with pytest.raises(NotVerified, match=words):
+        verify_export(name, tmp_path, run.probe, torch.float32)
+
+
+def test_consumer_that_refuses_is_an_error(
+    without: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, QuantConfig())
+    monkeypatch.setenv("DIST_PEFT_MLX_PYTHON", "/bin/false")
+    with pytest.raises(RuntimeError, match="mlx cannot load"):
+        verify_export("mlx", tmp_path, run.probe, torch.float32)
+
+
+def test_gguf_is_loaded_by_transformers_without_llama_cpp(
+    without: set[str], tmp_path: Path
+) -> None:
+    without.add("llama_cpp")
+    run = make_run(tmp_path, QuantConfig())
+    exported = export_model("gguf", run.job(tmp_path / "a.gguf", kind="f16", into="decoded"))
+    consumer, found = verify_export("gguf", exported.path, run.probe, torch.float32)
+    assert consumer.startswith("transformers") and found.relative < 0.02
