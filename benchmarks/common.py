@@ -55,7 +55,7 @@ def make_base(directory: Path, **sizes: int) -> Path:
     """
     if (directory / "tokenizer.json").is_file():
         return directory
-    usual = {
+    usual: dict[str, Any] = {
         "vocab_size": 32000,
         "hidden_size": 1024,
         "intermediate_size": 2816,
