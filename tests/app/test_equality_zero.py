@@ -51,6 +51,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 
+UNEVEN = ("nf4, stage 1", "int3, stage 2", "nf4, stage 3", "nf4, dora, stage 3")
+"""Cases that run at 3 ranks too, which divide no row count of the model."""
+
 
 @pytest.fixture(scope="module")
 def outcomes(
@@ -62,6 +65,8 @@ def outcomes(
     for ranks in (1, 2, 3):
         trees = {}
         for case, (stage, changes) in CASES.items():
+            if ranks == 3 and case not in UNEVEN:
+                continue
             engine = {"kind": "zero", "stage": stage} if ranks > 1 else {}
             single = {k: v for k, v in changes.items() if ranks > 1 or "offload" not in k}
             trees[case] = run_config(shared_data, directory, **{"engine": engine, **single})
@@ -72,7 +77,7 @@ def outcomes(
 @pytest.mark.parametrize("case", CASES)
 def test_zero_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
     """fp32 losses within 1e-6 of one process's, gradients after them likewise."""
-    for outcome in [*outcomes[2], *outcomes[3]]:
+    for outcome in [*outcomes[2], *(outcomes[3] if case in UNEVEN else [])]:
         # stage 3 computes linears with DeepSpeed's own function, which rounds otherwise; Adam's
         # first steps (a sign, nearly) make more of it than of two ways to sum
         tolerance = 5e-4 if CASES[case][0] == 3 else GRADIENT_TOLERANCE

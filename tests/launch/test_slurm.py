@@ -30,7 +30,6 @@ def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tup
     [
         ("fsdp2_nodes.sbatch", 1, "on 2 ranks (fsdp2)"),
         ("fsdp2_nodes.sbatch", 2, "on 4 ranks (fsdp2)"),
-        ("zero3_1node.sbatch", 2, "on 2 ranks (zero)"),
         ("zero3_nodes.sbatch", 1, "on 2 ranks (zero)"),
     ],
 )
