@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dist_peft.adapters.pooling import read_pooling
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.store.index import SafetensorsIndex
@@ -75,6 +76,7 @@ def _adapter(path: Path) -> list[str]:
         f"  method       {config.get('peft_type')} r={config.get('r')} "
         f"alpha={config.get('lora_alpha')} rslora={config.get('use_rslora', False)} "
         f"dora={config.get('use_dora', False)}",
+        *_pooling(config),
         f"  base         {config.get('base_model_name_or_path')}",
         f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
         f"  targets      {', '.join(sorted(config.get('target_modules') or []))}",
@@ -83,6 +85,11 @@ def _adapter(path: Path) -> list[str]:
     if own.is_file():
         lines += [f"  {key:<12} {value}" for key, value in _read_json(own).items()]
     return lines
+
+
+def _pooling(config: dict[str, Any]) -> list[str]:
+    pooling = read_pooling(config)
+    return [f"  pooling      {pooling.convention} of {pooling.size} inputs"] if pooling else []
 
 
 def _checkpoint(path: Path) -> list[str]:

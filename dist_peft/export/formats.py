@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from dist_peft.adapters.merge_groups import lost_share
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.beside import write_adapter_beside
@@ -220,10 +221,8 @@ def _how(job: Job, bits: int, group_size: int) -> str:
 def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
     if job.merge and not job.lossy:
         raise UserError(
-            "this format has integer zeros: a merge into it rounds most or all of the adapter away "
-            "(97 to 100 % where weights change little next to a step). Leave out --merge to get "
-            "base and adapter side by side, which loses nothing; or add --lossy to merge all the "
-            "same"
+            f"this format has integer zeros: {_loss(job)}. Leave out --merge to get base and "
+            "adapter side by side, which loses nothing; or add --lossy to merge all the same"
         )
     codec = job.codec(64)
     # codes were chosen with fp16 scales; products are exact in float32
@@ -246,6 +245,18 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
     exported = _directory(job, "base", packer, job.dtype, how)
     write_adapter_beside(job.adapter_dir, job.out)
     return exported
+
+
+def _loss(job: Job) -> str:
+    """What a merge into integer zeros takes away."""
+    if not job.pooled or job.integer is None:
+        return (
+            "merged weights are quantized anew, and what training changed by less than half a step "
+            "is rounded away"
+        )
+    with job.walk("base") as walk:
+        share = lost_share(walk.group_changes(), job.integer.bits)
+    return f"rounding its merged zeros loses {share:.1%} of this run's adapter (measured)"
 
 
 def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: str) -> Exported:

@@ -148,6 +148,15 @@ class Walk:
             return self._merger.merge_parts(weight.path, parts, span)
         return parts
 
+    def group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
+        """In the state ``base``: what an adapter that fits into zeros adds to each group, chunk by
+        chunk (``adapters.merge_groups``)."""
+        for weight in self.weights:
+            if weight.in_block and self.adapts(weight):
+                for span in self.spans(weight):
+                    parts = self.parts(weight, span)
+                    yield parts, self._merger.group_change(weight.path, parts, span)
+
     def check_complete(self) -> None:
         """After the last row: no part of the adapter was left out.
 

@@ -2,13 +2,16 @@ import torch
 
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.qalora_method import QaLoraAdapter
 from dist_peft.adapters.registry import make_adapter
-from dist_peft.core.config import LoraConfig, NoAdapterConfig
+from dist_peft.core.config import LoraConfig, NoAdapterConfig, QaLoraConfig
 
 
 def test_kinds() -> None:
     lora = make_adapter(LoraConfig(r=3), seed=5, arithmetic=torch.bfloat16)
     assert isinstance(lora, LoraAdapter)
     assert (lora.config.r, lora.seed, lora.arithmetic) == (3, 5, torch.bfloat16)
+    qalora = make_adapter(QaLoraConfig(r=3), seed=5, arithmetic=torch.bfloat16)
+    assert isinstance(qalora, QaLoraAdapter)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)

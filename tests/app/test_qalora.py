@@ -1,16 +1,20 @@
 """QA-LoRA on real weights: every engine and width, the exact merge, stopping and resuming."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
 from dist_peft.adapters.merge_groups import lost_share
+from dist_peft.app import cli
 from dist_peft.core.config_io import load_config
 from dist_peft.core.log import close_log
 from dist_peft.core.span import Span
@@ -174,7 +178,7 @@ def test_merge_into_zeros_is_exact(run: tuple[int, Path, Path]) -> None:
     before = compare(exact.logits(exact.original, probe.input_ids), probe)
     assert before.relative == pytest.approx(1.0, rel=1e-3)  # the bare base, as it was
     found = compare(exact.logits(exact.merged, probe.input_ids), probe)
-    print(f"int{run[0]}: {found}")
+    print(f"int{run[0]}: {found.relative:.1e} of what training changed; {found}")
     assert found.relative < 2e-4 and found.max_error < 1e-4
     for name, merged in exact.merged.items():
         assert torch.equal(merged.codes, exact.original[name].codes)
@@ -234,3 +238,37 @@ def test_resumed_in_another_engine(shared_data: Path, tmp_path: Path) -> None:
     assert adapters[0].keys() == adapters[1].keys()
     for key, want in adapters[0].items():
         torch.testing.assert_close(adapters[1][key], want, rtol=1e-2, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["peft-expanded", "peft"])
+def test_adapter_formats(run: tuple[int, Path, Path], tmp_path: Path, name: str) -> None:
+    """``export`` of the adapter; the expanded one is computed by PEFT on the base as trained."""
+    bits, base, directory = run
+    argv = ["export", "--format", name, "--run", str(directory), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    close_log()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config.get("use_qalora", False) == (name == "peft")
+    exact = Exact(bits, base, directory)
+    probe = Probe.load(directory / "probe.safetensors")
+    if name == "peft":  # needs gptqmodel's linears: tests/adapters/test_qalora_format.py
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PeftModel.from_pretrained(exact.model, tmp_path / "out")
+        return
+    exact.logits(exact.original, probe.input_ids)  # puts the base as trained into the model
+    adapted = PeftModel.from_pretrained(exact.model, tmp_path / "out").eval()
+    with torch.no_grad():
+        found = compare(adapted(input_ids=probe.input_ids, use_cache=False).logits, probe)
+    print(f"int{bits}, PEFT: {found.relative:.1e} of what training changed")
+    assert found.relative < 2e-4
+
+
+def test_integer_zero_format_is_refused_with_the_share(
+    run: tuple[int, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", "--format", "gptq", "--merge", "--run", str(run[2])]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    close_log()
+    message = capsys.readouterr().err
+    print(message)
+    assert re.search(r"loses \d+\.\d% of this run's adapter \(measured\)", message)

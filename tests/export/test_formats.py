@@ -83,8 +83,13 @@ def test_integer_base_and_adapter_side_by_side(name: str, qalora: FakeRun, tmp_p
 def test_merge_into_integer_zeros_is_refused_and_loses_the_adapter(
     name: str, qalora: FakeRun, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"integer zeros.*97 to 100 %.*add --lossy"):
+    message = r"integer zeros: .* loses \d+\.\d% of this run's adapter \(measured\).*add --lossy"
+    with pytest.raises(UserError, match=message):
         export_model(name, qalora.job(tmp_path / "out", pooled=True, merge=True))
+    with pytest.raises(
+        UserError, match=r"integer zeros: merged weights are quantized anew.*--lossy"
+    ):
+        export_model(name, qalora.job(tmp_path / "out", merge=True))
     assert not (tmp_path / "out").exists()
     settings = {"pooled": True, "merge": True, "lossy": True}
     found = loaded(qalora, name, tmp_path / "out", **settings)

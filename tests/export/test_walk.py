@@ -74,3 +74,14 @@ def test_parts_to_rows_by_hand() -> None:
     codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
     parts = AffineParts(codes, torch.tensor([[2.0, 0.5]]).half(), torch.tensor([[0.5, 1.0]]))
     assert parts_to_rows(parts, 3).tolist() == [[1.0, 3.0, 1.0]]
+
+
+def test_group_changes_are_the_adapter(run: FakeRun, tmp_path: Path) -> None:
+    with run.job(tmp_path, chunk_bytes=2048).walk("base") as walk:
+        found = torch.cat([change.flatten() for _, change in walk.group_changes()])
+        wanted = [
+            (run.trained[w.name] - rows(walk, w))[:, ::32].flatten()
+            for w in walk.weights
+            if w.in_block
+        ]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-6)
