@@ -12,7 +12,7 @@ from dist_peft.adapters.factors import factors
 from dist_peft.adapters.peft_format import read_adapter, read_metadata, write_adapter
 from dist_peft.adapters.qalora_format import as_expanded, as_peft
 from dist_peft.app.report import add_section
-from dist_peft.core.config import RunConfig
+from dist_peft.core.config import QaLoraConfig, RunConfig
 from dist_peft.core.config_io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -155,7 +155,7 @@ def export_run(
     """
     config = _run_config(run_dir)
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None
-    pooled = str(config.adapter.kind) == "qalora"
+    pooled = isinstance(config.adapter, QaLoraConfig)
     if pooled and options.get("into") == "decoded":
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
     directory = resolve_base(config.base)

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["Engine", "OptimizerFactory", "adam_start", "trainable"]
+__all__ = [
+    "Engine",
+    "OptimizerFactory",
+    "adam_start",
+    "lr_groups",
+    "move_buffers",
+    "trainable",
+]
 
 
 class OptimizerFactory(Protocol):
@@ -111,3 +118,21 @@ def adam_start(parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
     }
+
+
+def lr_groups(
+    parameters: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Optimizer groups: parameters of the same learning-rate factor, kept as ``lr_scale``."""
+    groups: dict[float, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        scale = lr_scale(name)
+        groups.setdefault(scale, {"params": [], "lr_scale": scale})["params"].append(parameter)
+    return list(groups.values())
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring every buffer to ``device``; they are small and whole on every rank."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,4 +1,6 @@
-"""Frozen uint8 parameters under FSDP2 on torch 2.11.
+"""Differences between torch 2.11 and 2.13 that engines meet.
+
+Frozen uint8 parameters under FSDP2 on torch 2.11:
 
 torch 2.12 taught FSDP2 about parameters that are not floating point (pytorch issue 177844). Before
 that, ``FSDPParam`` first wraps every shard in ``nn.Parameter(shard)``, which refuses integers
@@ -12,10 +14,15 @@ import types
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-__all__ = ["allow_integer_parameters"]
+__all__ = ["all_gather", "allow_integer_parameters"]
+
+# renamed in torch 2.13; the old name still works there but warns
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""``all_gather(output, input, group=, async_op=)``: one tensor from each rank into one tensor."""
 
 
 def allow_integer_parameters() -> None:

@@ -29,15 +29,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from dist_peft.core.config import EngineConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
-from dist_peft.engine.base import OptimizerFactory
-from dist_peft.engine.compat import allow_integer_parameters
+from dist_peft.engine.base import OptimizerFactory, move_buffers
+from dist_peft.engine.compat import all_gather, allow_integer_parameters
 from dist_peft.engine.local import LocalOptimizer
 from dist_peft.engine.mesh import ends_of, shard_mesh
 
 __all__ = ["Fsdp2Engine"]
-
-# renamed in torch 2.13; the old name still works there but warns
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class _CountingAllGather(AllGather):
@@ -59,7 +56,7 @@ class _CountingAllGather(AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.bytes += output_tensor.numel() * output_tensor.element_size()
-        return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class Fsdp2Engine:
@@ -87,9 +84,7 @@ class Fsdp2Engine:
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         allow_integer_parameters()
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+        move_buffers(model, self.device)
         whole = set[nn.Parameter]()
         if not self.config.shard_base:
             whole = {p for p in model.parameters() if not p.requires_grad}

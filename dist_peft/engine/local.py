@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_peft.engine.base import OptimizerFactory, trainable
+from dist_peft.engine.base import OptimizerFactory, lr_groups, trainable
 
 __all__ = ["LocalOptimizer"]
 
@@ -40,11 +39,7 @@ class LocalOptimizer:
         self.updated: dict[str, nn.Parameter] = dict(self.parameters)
         if factory.wants_plain:
             self.updated = {n: nn.Parameter(local(p.detach())) for n, p in self.parameters.items()}
-        groups: dict[float, dict[str, Any]] = {}
-        for name, parameter in self.updated.items():
-            scale = lr_scale(name)
-            groups.setdefault(scale, {"params": [], "lr_scale": scale})["params"].append(parameter)
-        self.optimizer = factory.build(list(groups.values()))
+        self.optimizer = factory.build(lr_groups(self.updated, lr_scale))
 
     def step(self, lr: float, max_norm: float) -> float:
         """Scale gradients to ``max_norm`` (0: as they are) and update. See ``Engine.step``."""

@@ -29,15 +29,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from dist_peft.core.span import Span, row_span
+from dist_peft.engine.compat import all_gather
 from dist_peft.engine.mesh import ends_of
 
 __all__ = ["RowShards"]
 
 _ALIGN = 16
 """Bytes: every parameter starts at a multiple, so that its rows can be viewed in its own type."""
-
-# renamed in torch 2.13; the old name still works there but warns
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class _Slot:
@@ -214,7 +212,7 @@ class RowShards:
         """Begin an all-gather of ``local`` [n] -> [parts * n], and count it."""
         output = torch.empty(self.parts * local.numel(), dtype=local.dtype, device=local.device)
         self.bytes_gathered += output.numel()
-        return output, _all_gather(output, local, group=self.group, async_op=True)
+        return output, all_gather(output, local, group=self.group, async_op=True)
 
     # -- computing -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
-from dist_peft.engine.base import OptimizerFactory
+from dist_peft.engine.base import OptimizerFactory, move_buffers
 from dist_peft.engine.local import LocalOptimizer
 
 __all__ = ["SingleEngine"]
@@ -21,9 +21,7 @@ class SingleEngine:
         self._optimizer: LocalOptimizer | None = None
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+        move_buffers(model, self.device)
 
     def span(self, parameter: Tensor) -> Span:
         return Span(0, parameter.shape[0])

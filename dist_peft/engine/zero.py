@@ -27,7 +27,7 @@ from dist_peft.core.config import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.base import OptimizerFactory, adam_start, trainable
+from dist_peft.engine.base import OptimizerFactory, adam_start, lr_groups, move_buffers, trainable
 from dist_peft.engine.mesh import shard_mesh
 from dist_peft.engine.shards import RowShards
 from dist_peft.engine.zero_config import deepspeed_config
@@ -72,9 +72,7 @@ class ZeroEngine:
     # -- before training -----------------------------------------------------------------------
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+        move_buffers(model, self.device)
         if self.config.shard_base:
             self.shards.shard(model, blocks)
 
@@ -100,11 +98,7 @@ class ZeroEngine:
         _hide_frozen(model)
         self._factory, self._names = factory, trainable(model)
         self._shapes = {id(p): p.shape for p in self._names.values()}
-        groups: dict[float, dict[str, Any]] = {}
-        for name, parameter in self._names.items():
-            scale = lr_scale(name)
-            groups.setdefault(scale, {"params": [], "lr_scale": scale})["params"].append(parameter)
-        optimizer = factory.build(list(groups.values()))
+        optimizer = factory.build(lr_groups(self._names, lr_scale))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
         self._ds, *_ = self.deepspeed.initialize(

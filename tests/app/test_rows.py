@@ -106,6 +106,7 @@ class TestFit:
         # the padding of a packed row has positions too, up to data.seq_len
         needed = 16 if learned and packing else found.train.rows.longest
         skeleton.config.max_position_embeddings = needed
+        caplog.clear()  # an earlier test of this process may have set the level to INFO
         with caplog.at_level(logging.WARNING, "dist_peft"):
             check_fit(found, skeleton)
             assert caplog.text == ""

@@ -128,7 +128,7 @@ def test_step_that_is_not_finite_is_not_made(
     run.fit(loader, 0, 1)
     before = {key: value.clone() for key, value in run.engine.state(run.model).items()}
 
-    def broken(model: nn.Module, batch: object, device: torch.device) -> Tensor:
+    def broken(model: nn.Module, batch: object, device: torch.device, call: object) -> Tensor:
         loss = batch_loss(model, batch, device)
         if where == "loss":
             return loss * math.nan
