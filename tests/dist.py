@@ -1,4 +1,8 @@
-"""Real processes for tests: ``run_ranks(function, 3)`` runs it on 3 ranks that meet over gloo."""
+"""Real processes for tests: ``run_ranks(function, 3)`` runs it on 3 ranks that meet over gloo.
+
+Ranks are forked from a server that has imported the libraries, so that a rank starts in a fraction
+of a second instead of importing for five. Nothing else of the test's process is in them.
+"""
 
 import io
 import multiprocessing as mp
@@ -7,6 +11,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -24,13 +29,15 @@ def run_ranks(
     """
     if size == 1:
         return [function(World(), *args)]
-    context = mp.get_context("spawn")
+    context = _context()
     port = free_port()
     children = []
     for rank in range(size):
         here, there = context.Pipe(duplex=False)
         process = context.Process(
-            target=_child, args=(there, function, rank, size, port, args), daemon=True
+            target=_child,
+            args=(dict(os.environ), there, function, rank, size, port, args),
+            daemon=True,
         )
         process.start()
         there.close()
@@ -55,6 +62,14 @@ def run_ranks(
     return [value for _, value in results]
 
 
+def _context() -> BaseContext:
+    if torch.cuda.is_available():  # CUDA, once asked for its devices, does not survive a fork
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["dist_peft.app.train", "tests.preloaded"])
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,8 +77,16 @@ def free_port() -> int:
 
 
 def _child(
-    pipe: Connection, function: Callable[..., Any], rank: int, size: int, port: int, args: Any
+    environment: dict[str, str],
+    pipe: Connection,
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    args: Any,
 ) -> None:
+    os.environ.clear()  # the server's is that of the first test
+    os.environ.update(environment)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     world = World(rank, size, rank, size, "test", "127.0.0.1", port)
