@@ -15,6 +15,7 @@ from pathlib import Path
 from dist_peft.app import eval as eval_app
 from dist_peft.app import export as export_app
 from dist_peft.app import inspect as inspect_app
+from dist_peft.app import quantize as quantize_app
 from dist_peft.app import quickstart as quickstart_app
 from dist_peft.app import train as train_app
 from dist_peft.core.errors import UserError
@@ -79,7 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("eval", help="held-out loss of a base, or of a run's adapter")
     _add_config(evaluate)
     evaluate.add_argument("--run", type=Path, dest="run_dir", help="use this run's newest state")
+    evaluate.add_argument(
+        "--choices",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="also answer the multiple-choice questions of a JSON Lines file; may be repeated",
+    )
     evaluate.set_defaults(run=eval_app.run)
+
+    quantize = verbs.add_parser("quantize", help="write the base packed, as base.quant says")
+    _add_config(quantize)
+    quantize.add_argument("--out", type=Path, required=True, help="new directory")
+    quantize.set_defaults(run=quantize_app.run)
 
     merge = verbs.add_parser("merge", help="write base + adapter as a Hugging Face directory")
     _add_merge(merge)

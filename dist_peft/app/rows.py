@@ -1,21 +1,23 @@
 """From the data section to the loaders of a run."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dist_peft.core.config import DataSource, RunConfig
+from dist_peft.core.config import DataConfig, DataSource, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.data.loader import Loader
+from dist_peft.data.choices import ChoiceRows, Question
+from dist_peft.data.loader import Loader, Rows
 from dist_peft.data.rows import RowSet, load_rows
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
 
-__all__ = ["Loaders", "check_fit", "make_loaders"]
+__all__ = ["Loaders", "check_fit", "check_tokens", "choice_loader", "make_loaders", "read_rows"]
 
 log = logging.getLogger("dist_peft")
 
@@ -24,11 +26,16 @@ PROBE_TOKENS = 64
 
 @dataclass
 class Loaders:
-    """Training rows, held-out rows, and a few tokens to compare logits on."""
+    """Training rows, held-out rows, and a few tokens to compare logits on.
+
+    Attributes:
+        chat_template: this project's own, where the training conversations were written with it.
+    """
 
     train: Loader
     eval: Loader | None
     probe: Tensor
+    chat_template: str | None
 
 
 def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loaders:
@@ -38,10 +45,9 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
         UserError: on every rank: unreadable, empty or misfit data, or more ranks than rows.
     """
     # held-out data are the smaller part: what is wrong there is told before the long part begins
-    held_out = (
-        _rows(config, config.data.eval, "eval", tokenizer, world) if config.data.eval else None
-    )
-    train = _rows(config, config.data.train, "train", tokenizer, world)
+    data = config.data
+    held_out = read_rows(data, data.eval, "eval", tokenizer, world) if data.eval else None
+    train = read_rows(data, data.train, "train", tokenizer, world)
     batch = config.train.global_batch
     for count, what in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:
@@ -59,7 +65,27 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     tokens, _, _ = (held_out or train).row(0)
     probe = torch.as_tensor(tokens[:PROBE_TOKENS], dtype=torch.long).unsqueeze(0)
     eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
-    return Loaders(_loader(config, train, tokenizer, world), eval_loader, probe)
+    train_loader = _loader(config, train, tokenizer, world)
+    return Loaders(train_loader, eval_loader, probe, train.chat_template)
+
+
+def choice_loader(
+    config: RunConfig,
+    questions: Sequence[Question],
+    skeleton: Skeleton,
+    tokenizer: Tokenizer,
+    world: World,
+) -> Loader:
+    """The answers of multiple-choice questions, this rank's share.
+
+    Raises:
+        UserError: an answer is longer than ``data.seq_len``, or does not fit the model.
+    """
+    loader = _loader(
+        config, ChoiceRows(questions, tokenizer, config.data.seq_len), tokenizer, world
+    )
+    _check_fit("the questions", loader.rows, skeleton)
+    return loader
 
 
 def check_fit(loaders: Loaders, skeleton: Skeleton) -> None:
@@ -68,48 +94,64 @@ def check_fit(loaders: Loaders, skeleton: Skeleton) -> None:
     Raises:
         UserError: it has not.
     """
-    for name, loader in (("train", loaders.train), ("eval", loaders.eval)):
-        if loader is None:
-            continue
-        rows = loader.rows
-        if rows.largest_token >= skeleton.vocabulary:
-            raise UserError(
-                f"data.{name} has token {rows.largest_token} but the base has embeddings for "
-                f"{skeleton.vocabulary} tokens: the tokenizer in base.path is another model's"
-            )
-        known = skeleton.positions
-        # the padding of a packed row has positions too
-        needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
-        if known is None or needed <= known:
-            continue
-        if skeleton.positions_are_learned:
-            raise UserError(
-                f"data.{name} needs {needed} positions but the base has learned {known}; "
-                f"set data.seq_len to at most {known}"
-            )
-        log.warning(
-            "data.%s: the longest document has %d tokens, the base was made for %d "
-            "(max_position_embeddings); results beyond may be poor",
-            name,
-            needed,
-            known,
-            extra=ONCE,
+    for name, loader in (("data.train", loaders.train), ("data.eval", loaders.eval)):
+        if loader is not None:
+            _check_fit(name, loader.rows, skeleton)
+
+
+def _check_fit(name: str, rows: Rows, skeleton: Skeleton) -> None:
+    check_tokens(name, rows, skeleton)
+    known = skeleton.positions
+    # the padding of a packed row has positions too
+    needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
+    if known is None or needed <= known:
+        return
+    if skeleton.positions_are_learned:
+        raise UserError(
+            f"{name} needs {needed} positions but the base has learned {known}; "
+            f"set data.seq_len to at most {known}"
+        )
+    log.warning(
+        "%s: the longest document has %d tokens, the base was made for %d "
+        "(max_position_embeddings); results beyond may be poor",
+        name,
+        needed,
+        known,
+        extra=ONCE,
+    )
+
+
+def check_tokens(name: str, rows: Rows, skeleton: Skeleton) -> None:
+    """See that the model has an embedding for every token of ``rows``, called ``name``.
+
+    Raises:
+        UserError: it has not.
+    """
+    if rows.largest_token >= skeleton.vocabulary:
+        raise UserError(
+            f"{name} has token {rows.largest_token} but the base has embeddings for "
+            f"{skeleton.vocabulary} tokens: the tokenizer in base.path is another model's"
         )
 
 
-def _rows(
-    config: RunConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
+def read_rows(
+    config: DataConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
 ) -> RowSet:
+    """The rows of some sources; the first rank of each node tokenizes, the others read the cache.
+
+    Raises:
+        UserError: on every rank: unreadable, empty or unfit data.
+    """
     rows: RowSet | None = None
     for first in (True, False):
         with world.together(f"read data.{name}"):
             if world.is_first_of_node == first:
-                rows = load_rows(config.data, sources, tokenizer, name=name)
+                rows = load_rows(config, sources, tokenizer, name=name)
     assert rows is not None
     return rows
 
 
-def _loader(config: RunConfig, rows: RowSet, tokenizer: Tokenizer, world: World) -> Loader:
+def _loader(config: RunConfig, rows: Rows, tokenizer: Tokenizer, world: World) -> Loader:
     return Loader(
         rows,
         global_batch=config.train.global_batch,

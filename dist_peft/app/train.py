@@ -71,10 +71,13 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
     run_dir = Path(config.save.dir)
     with world.together("prepare the run directory"):
         if world.is_first:
-            _prepare_directory(run_dir, config)
+            _prepare_directory(run_dir)
     setup_log(run_dir, world.rank, world.size)
     with world.together("read the base's configuration"):
         prepared = prepare(config, world)
+        config = prepared.config
+        if world.is_first:
+            _write_config(run_dir, config)
     warn_of_idle_options(config, world, prepared.model, device.type)
     loaders = make_loaders(config, prepared.tokenizer, world)
     check_fit(loaders, prepared.skeleton)
@@ -288,7 +291,7 @@ class _Session:
             "torch": torch.__version__,
         }
         write_adapter(self.run_dir / "adapter", public, about)
-        if (template := self.loaders.train.rows.chat_template) is not None:
+        if (template := self.loaders.chat_template) is not None:
             save_tokenizer(self.built.tokenizer, self.run_dir / "adapter", template)
         if self._probe_file.is_file():
             before = Probe.load(self._probe_file).before
@@ -319,9 +322,15 @@ class _Session:
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
 
 
-def _prepare_directory(run_dir: Path, config: RunConfig) -> None:
+def _prepare_directory(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+
+
+def _write_config(run_dir: Path, config: RunConfig) -> None:
+    try:
         atomic_write(run_dir / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None

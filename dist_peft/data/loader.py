@@ -15,15 +15,15 @@ integer), and each rank knows the step's number of target tokens without asking 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dist_peft.data.packing import IGNORE
-from dist_peft.data.rows import RowSet
 
-__all__ = ["Batch", "Loader"]
+__all__ = ["Batch", "Loader", "Rows"]
 
 _FILLER = -1
 _WIDTH_MULTIPLE = 8  # of unpacked batches, for the tensor cores
@@ -47,6 +47,28 @@ class Batch:
     sample_ids: torch.Tensor
 
 
+class Rows(Protocol):
+    """What a loader serves; see ``data.rows.RowSet`` for what the members mean."""
+
+    @property
+    def packed(self) -> bool: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def longest(self) -> int: ...
+
+    @property
+    def largest_token(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def num_targets(self, index: int) -> int: ...
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
 class Loader:
     """Serves the rows of one rank.
 
@@ -62,7 +84,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: RowSet,
+        rows: Rows,
         *,
         global_batch: int,
         micro_batch: int,

@@ -57,3 +57,28 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no complete checkpoint" in capsys.readouterr().err
     assert cli.main(["eval", "--config", config, "data.eval=[]"]) == 2
     assert "data.eval is empty" in capsys.readouterr().err
+
+
+def test_questions_are_answered_by_likelihood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was trained on is found; where the key names another answer, that is wrong."""
+    tree = tiny_tree(tmp_path, train__steps=25)
+    config = str(save_config(tmp_path, tree))
+    record = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    known, other = " " + record["completion"], " w90 w3 w50 w21 w77"
+    questions = [
+        {"prompt": record["prompt"], "choices": [other, known], "answer": 1},
+        {"prompt": record["prompt"], "choices": [known, other], "answer": 1},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in questions))
+    assert train(parse_config(tree), World()) == 0
+    argv = ["--config", config, "--run", str(tmp_path / "run"), "--choices", str(file)]
+    assert evaluate(capsys, *argv)["choices"][str(file)] == {
+        "questions": 2,
+        "accuracy": 0.5,
+        "accuracy_norm": 0.5,
+    }
+    assert cli.main(["eval", "--config", config, "--choices", str(tmp_path / "none")]) == 2
+    assert "cannot read questions" in capsys.readouterr().err
