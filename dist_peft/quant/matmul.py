@@ -11,8 +11,13 @@ Engines free the bytes after forward and gather them again before backward: FSDP
 storage, ZeRO-3 exchanges the tensor's data. A view or copy kept here would miss the new bytes, or
 pin the old ones in memory; autograd's check of saved tensors would take the refill for a change of
 the weight.
+
+On a CPU 16-bit products are computed in float32 and rounded once. Kernels there accumulate in
+float32 anyway, and where the processor has no instructions for 16-bit floats, PyTorch's own are 8
+(``x W^T``) to 80 times (``dy W``) slower than those for float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,14 +57,22 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
-        return functional.linear(x, _decode(packed, codec, in_features, x.dtype))
+        weight = _decode(packed, codec, in_features, x.dtype)
+        return _product(functional.linear, x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         weight = _decode(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
-        return grad @ weight, None, None, None
+        return _product(torch.matmul, grad, weight), None, None, None
+
+
+def _product(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """``multiply(x, weight)``, two matrices of one type; see the module."""
+    if x.device.type == "cpu" and x.dtype.itemsize == 2:
+        return multiply(x.float(), weight.float()).to(x.dtype)
+    return multiply(x, weight)
 
 
 def _decode(packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from tests.dist import free_port
 from tests.launch.cluster import Hosts, Slurm, need
 from tests.launch.conftest import TRAIN, SmallRun
 
-pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("deepspeed")]
+pytestmark = pytest.mark.launcher
 
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 

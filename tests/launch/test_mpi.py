@@ -11,7 +11,7 @@ import pytest
 from tests.launch.cluster import Hosts, need
 from tests.launch.conftest import ROOT, SmallRun
 
-pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("mpi")]
+pytestmark = pytest.mark.launcher
 
 SCRIPT = str(ROOT / "launch" / "mpi" / "train.sh")
 PYTHON = Path(sys.executable).parent

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.cluster import Slurm, wait_until
 from tests.launch.conftest import ROOT, TRAIN, SmallRun
 
-pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.launcher
 
 
 def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tuple[str, Path]:

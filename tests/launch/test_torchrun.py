@@ -10,7 +10,7 @@ from tests.dist import free_port
 from tests.launch.cluster import Hosts, need, wait_until
 from tests.launch.conftest import TRAIN, SmallRun
 
-pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("torchrun")]
+pytestmark = pytest.mark.launcher
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
