@@ -36,6 +36,7 @@ __all__ = [
     "derive_seed",
     "match_targets",
     "pattern_value",
+    "whole_parameters",
 ]
 
 Reduce = Callable[[Tensor], Tensor]
@@ -91,6 +92,11 @@ class PublicAdapter:
 class Adapter(Protocol):
     """An adapter method, made from its section of the configuration."""
 
+    @property
+    def extra_positions(self) -> int:
+        """Positions that it takes in front of each document (virtual tokens)."""
+        ...
+
     def attach(self, model: nn.Module) -> None:
         """Wrap the targets of ``model``.
 
@@ -127,6 +133,33 @@ class Adapter(Protocol):
             RuntimeError: a tensor is absent, empty or has the wrong shape.
         """
         ...
+
+
+def whole_parameters(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, dict[str, Tensor]]:
+    """Gathered parameters by full name -> path -> own name -> parameter.
+
+    Args:
+        tensors: see ``Adapter.to_public``.
+        shapes: path of each adapter module -> own name -> the shape it must have.
+
+    Raises:
+        RuntimeError: a tensor is absent, empty or has the wrong shape.
+    """
+    whole: dict[str, dict[str, Tensor]] = {}
+    for path, own in shapes.items():
+        whole[path] = {}
+        for name, shape in own.items():
+            value = tensors.get(f"{path}.{name}")
+            if value is None or tuple(value.shape) != shape or value.numel() == 0:
+                found = "is absent" if value is None else f"has shape {list(value.shape)}"
+                raise RuntimeError(
+                    f"adapter tensor {path}.{name} {found}, expected {list(shape)}: "
+                    "the parameters were not gathered"
+                )
+            whole[path][name] = value
+    return whole
 
 
 def derive_seed(*parts: object) -> int:

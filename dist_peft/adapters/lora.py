@@ -204,11 +204,10 @@ class LoraLinear(LowRankModule):
 
     def _find_norms(self, rows: Tensor, span: Span, start: LowRank | None) -> None:
         """``||W_o||^2`` of the base as it will be decoded, and the first magnitude."""
-        codec, features = self.base.codec, self.base.in_features
         base_norm2 = torch.empty(rows.shape[0])
         norm2 = torch.empty(rows.shape[0])
         for part in Span(0, rows.shape[0]).chunks(_NORM_ROWS):
-            weight = codec.decode(codec.encode(rows[part.slice]), features, torch.float32)
+            weight = self.base.rounded(rows[part.slice])
             base_norm2[part.slice] = weight.double().square().sum(1).float().cpu()
             if start is not None:
                 weight = add_product(weight, start.B[part.slice], start.A, self.spec.scaling)

@@ -52,6 +52,12 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
                 "set base.quant, take the module out of adapter.target_modules, or use another "
                 "adapter.init"
             )
+        if config.init != "default" and module.stored is not None:
+            raise UserError(
+                f"adapter.init {config.init} changes the base's weights before they are quantized, "
+                f"but {name} comes quantized from base.path; set adapter.init: default, or give "
+                "the unquantized base"
+            )
         most = min(module.in_features, module.out_features)
         if config.init != "default" and r > most:
             raise UserError(

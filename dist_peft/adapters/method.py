@@ -12,6 +12,7 @@ from dist_peft.adapters.base import (
     check_patterns,
     match_targets,
     pattern_value,
+    whole_parameters,
 )
 from dist_peft.adapters.dropout import DropoutPosition
 from dist_peft.adapters.module import LowRankModule
@@ -38,6 +39,10 @@ class LowRankAdapter(ABC, Generic[Config, Layer]):
         self._all_names: list[str] = []
 
     # -- building ------------------------------------------------------------------------------
+
+    @property
+    def extra_positions(self) -> int:
+        return 0
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the targets. See ``Adapter``.
@@ -96,21 +101,11 @@ class LowRankAdapter(ABC, Generic[Config, Layer]):
         Raises:
             RuntimeError: a tensor is absent, empty or has the wrong shape.
         """
-        whole: dict[str, dict[str, Tensor]] = {}
-        for path, layer in self.layers.items():
-            whole[path] = {}
-            for name, shape in layer.shapes.items():
-                if name in leave_out:
-                    continue
-                value = tensors.get(f"{path}.{name}")
-                if value is None or tuple(value.shape) != shape or value.numel() == 0:
-                    found = "is absent" if value is None else f"has shape {list(value.shape)}"
-                    raise RuntimeError(
-                        f"adapter tensor {path}.{name} {found}, expected {list(shape)}: "
-                        "the parameters were not gathered"
-                    )
-                whole[path][name] = value
-        return whole
+        shapes = {
+            path: {name: shape for name, shape in layer.shapes.items() if name not in leave_out}
+            for path, layer in self.layers.items()
+        }
+        return whole_parameters(tensors, shapes)
 
     def _target_names(self) -> list[str]:
         """The shortest list that means the same modules: last components, else whole names."""

@@ -12,6 +12,10 @@ __all__ = ["NoAdapter"]
 class NoAdapter:
     """Changes nothing. See ``adapters.base.Adapter``."""
 
+    @property
+    def extra_positions(self) -> int:
+        return 0
+
     def attach(self, model: nn.Module) -> None:
         pass
 

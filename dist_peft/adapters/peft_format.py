@@ -1,4 +1,7 @@
-"""LoRA adapters on disk, in the format of Hugging Face PEFT (QA-LoRA: ``qalora_format``).
+"""Adapters on disk, in the format of Hugging Face PEFT: LoRA, and what all methods share.
+
+QA-LoRA's form is in ``qalora_format``, that of virtual tokens in ``prompt_format``; bottleneck
+adapters, unknown to PEFT, have AdapterHub's files (``adapterhub_format``).
 
 A directory holds what PEFT reads, and up to two files that only this project reads::
 
@@ -31,18 +34,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dist_peft.adapters import adapterhub_format
+from dist_peft.adapters.adapterhub_format import bottleneck_tensors, is_adapterhub
 from dist_peft.adapters.base import PublicAdapter, pattern_value
 from dist_peft.adapters.factors import factors, tensor_name
+from dist_peft.adapters.prompt_format import PROMPT_TYPES, check_prompt
 from dist_peft.core.config import LoraConfig, LowRankConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
 
 __all__ = [
+    "check_adapter",
     "common_config",
     "factors",
     "public_lora",
     "read_adapter",
     "read_metadata",
+    "tensors_file",
     "write_adapter",
 ]
 
@@ -50,6 +58,7 @@ _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _METADATA = "dist_peft.json"
 _EXTRA = "dist_peft.safetensors"
+_TYPES = ("LORA", "QALORA", *PROMPT_TYPES)
 
 # -- making ------------------------------------------------------------------------------------
 
@@ -133,11 +142,32 @@ def common_config(config: LowRankConfig, target_names: Sequence[str], base: str)
     }
 
 
+def check_adapter(public: PublicAdapter) -> None:
+    """See that every tensor fits the configuration.
+
+    Raises:
+        UserError: one is empty, absent, of the wrong shape or of another method.
+    """
+    if is_adapterhub(public.config):
+        bottleneck_tensors(public)
+    elif public.config.get("peft_type") in PROMPT_TYPES:
+        check_prompt(public)
+    else:
+        factors(public)
+
+
 # -- files -------------------------------------------------------------------------------------
 
 
+def tensors_file(config: Mapping[str, Any]) -> str:
+    """Name of the file beside an ``adapter_config.json`` with these contents."""
+    return adapterhub_format.TENSORS if is_adapterhub(config) else _TENSORS
+
+
 def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str, Any]) -> None:
-    """Write a directory that PEFT loads. Each file is written whole or not at all.
+    """Write a directory that PEFT or AdapterHub's library loads.
+
+    Each file is written whole or not at all.
 
     Args:
         directory: made if it does not exist.
@@ -149,7 +179,7 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         UserError: the disk is full or the directory cannot be written.
     """
     try:
-        factors(public)
+        check_adapter(public)
     except UserError as error:
         raise RuntimeError(f"refusing to write a damaged adapter: {error}") from None
     try:
@@ -161,14 +191,15 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         atomic_write(directory / _EXTRA, safetensors.torch.save(public.extra, header))
     else:
         (directory / _EXTRA).unlink(missing_ok=True)
-    atomic_write(directory / _TENSORS, safetensors.torch.save(public.tensors, header))
+    data = safetensors.torch.save(public.tensors, header)
+    atomic_write(directory / tensors_file(public.config), data)
     facts = {**metadata, "adapter": public.facts}
     atomic_write(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
     atomic_write(directory / _CONFIG, json.dumps(public.config, indent=2) + "\n")
 
 
 def read_adapter(directory: Path) -> PublicAdapter:
-    """Read a LoRA or QA-LoRA directory, ours or PEFT's own.
+    """Read a directory, ours or PEFT's own, of a method that is trained here.
 
     Raises:
         UserError: no such adapter, another method, damaged, or one that cannot be read safely.
@@ -176,22 +207,30 @@ def read_adapter(directory: Path) -> PublicAdapter:
     config = _read_json(directory / _CONFIG)
     if config is None:
         raise UserError(f"{directory} has no {_CONFIG}; give the directory of a PEFT adapter")
-    if config.get("peft_type") not in ("LORA", "QALORA"):
+    if not is_adapterhub(config) and config.get("peft_type") not in _TYPES:
         raise UserError(
-            f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA and "
-            "QALORA are read"
+            f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only "
+            f"{', '.join(_TYPES)} are read"
         )
-    if not (directory / _TENSORS).is_file():
-        if (directory / "adapter_model.bin").is_file():
-            raise UserError(
-                f"{directory} has adapter_model.bin, a pickle, which can run code when it is "
-                f"opened; save the adapter as {_TENSORS} (PEFT: save_pretrained(..., "
-                "safe_serialization=True))"
-            )
-        raise UserError(f"{directory} has no {_TENSORS}; is the download complete?")
+    file = directory / tensors_file(config)
+    if not file.is_file():
+        raise _no_tensors(file)
     facts = read_metadata(directory).get("adapter", {})
     extra = _read_tensors(directory / _EXTRA) if (directory / _EXTRA).is_file() else {}
-    return PublicAdapter(config, _read_tensors(directory / _TENSORS), facts, extra)
+    return PublicAdapter(config, _read_tensors(file), facts, extra)
+
+
+def _no_tensors(file: Path) -> UserError:
+    """``file`` is absent; maybe a pickle is there instead."""
+    pickle, mend = "adapter_model.bin", "PEFT: save_pretrained(..., safe_serialization=True)"
+    if file.name == adapterhub_format.TENSORS:
+        pickle, mend = "pytorch_adapter.bin", "adapters: save_adapter(..., use_safetensors=True)"
+    if (file.parent / pickle).is_file():
+        return UserError(
+            f"{file.parent} has {pickle}, a pickle, which can run code when it is opened; save the "
+            f"adapter as {file.name} ({mend})"
+        )
+    return UserError(f"{file.parent} has no {file.name}; is the download complete?")
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:

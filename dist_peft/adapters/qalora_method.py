@@ -52,9 +52,14 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
         if not isinstance(codec, AffineCodec):
             raise UserError(
                 f"adapter.kind qalora merges into the zeros of an integer base, but {name} is "
-                f"stored as {codec.name}, which has none; set base.quant.kind to int"
-                + (" or leave the output head out of adapter.target_modules" * module.is_head)
-                + ", or adapter.kind to lora"
+                f"stored as {codec.name}, which has none; "
+                + (
+                    "set base.quant.kind to int"
+                    if module.stored is None
+                    else "give an integer base"
+                )
+                + f" or leave {'the output head' if module.is_head else 'it'} out of "
+                "adapter.target_modules, or adapter.kind to lora"
             )
         size = self.config.pool_size or codec.group_size
         if size % codec.group_size:

@@ -3,10 +3,22 @@
 import torch
 
 from dist_peft.adapters.base import Adapter
+from dist_peft.adapters.bottleneck_method import BottleneckAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.prefix import PrefixAdapter
+from dist_peft.adapters.prompt_tuning import PromptTuningAdapter
+from dist_peft.adapters.ptuning import PTuningAdapter
 from dist_peft.adapters.qalora_method import QaLoraAdapter
-from dist_peft.core.config import AdapterConfig, LoraConfig, QaLoraConfig
+from dist_peft.core.config import (
+    AdapterConfig,
+    BottleneckConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QaLoraConfig,
+)
 
 __all__ = ["make_adapter"]
 
@@ -17,10 +29,19 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
     Args:
         config: the ``adapter`` section.
         seed: ``train.seed``: start values and dropout.
-        arithmetic: type in which adapters compute; their parameters are always float32.
+        arithmetic: type in which adapters compute; their parameters are always float32, and so is
+            the arithmetic of those with virtual tokens.
     """
     if isinstance(config, LoraConfig):
         return LoraAdapter(config, seed=seed, arithmetic=arithmetic)
     if isinstance(config, QaLoraConfig):
         return QaLoraAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, PromptConfig):
+        return PromptTuningAdapter(config, seed=seed)
+    if isinstance(config, PTuningConfig):
+        return PTuningAdapter(config, seed=seed)
+    if isinstance(config, PrefixConfig):
+        return PrefixAdapter(config, seed=seed)
+    if isinstance(config, BottleneckConfig):
+        return BottleneckAdapter(config, seed=seed, arithmetic=arithmetic)
     return NoAdapter()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import RunConfig
+from dist_peft.core.errors import UserError
 from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
@@ -33,6 +34,8 @@ log = logging.getLogger("dist_peft")
 class Prepared:
     """Everything that needs no other rank: files found, model on meta, adapter attached."""
 
+    config: RunConfig
+    """As given; ``base.quant`` of a prequantized base is the base's."""
     directory: Path
     tokenizer: Tokenizer
     skeleton: Skeleton
@@ -68,8 +71,11 @@ class Built(Prepared):
         return {n: self.engine.gather(self.parameter(n)) for n in self.adapter_names}
 
 
-def prepare(config: RunConfig, world: World) -> Prepared:
+def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepared:
     """Find the base, build the model on meta and attach the adapter.
+
+    Args:
+        solving: an unquantized base is fine where ``base.quant.solver`` asks for a solved one.
 
     Raises:
         UserError: anything wrong with the base's files, its type, or the adapter's targets.
@@ -78,6 +84,16 @@ def prepare(config: RunConfig, world: World) -> Prepared:
         log.warning("base.trust_remote_code is on: code shipped with the base will run", extra=ONCE)
     directory = resolve_base(config.base)
     skeleton = build_skeleton(config.base, directory)
+    found = skeleton.prequantized
+    quant = config.base.quant
+    if found is None and quant is not None and quant.solver == "gptq" and not solving:
+        raise UserError(
+            f"base.quant.solver is gptq, and base.path {config.base.path} is not quantized: give "
+            "the directory that dist-peft quantize wrote, or the base/ of a run"
+        )
+    if found is not None:
+        base = config.base.model_copy(update={"quant": found.quant})
+        config = config.model_copy(update={"base": base})
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     compute = torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
@@ -85,8 +101,9 @@ def prepare(config: RunConfig, world: World) -> Prepared:
     adapter.attach(skeleton.model)
     stored = config.base.model_dump(include={"quant", "compute_dtype"}, mode="json")
     text = skeleton.index.fingerprint() + json.dumps(stored, sort_keys=True)
+    text += "" if found is None else found.label
     base_id = hashlib.sha256(text.encode()).hexdigest()
-    return Prepared(directory, tokenizer, skeleton, adapter, base_id)
+    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id)
 
 
 def load(prepared: Prepared, config: RunConfig, world: World, device: torch.device) -> Built:
@@ -103,6 +120,8 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
     with RowReader(prepared.skeleton.index) as reader:
         with world.together("load base"), freed_memory_is_returned():
             load_model(model, reader, engine, torch_dtype(config.base.compute_dtype), device)
+        if (packed := prepared.skeleton.prequantized) and (note := packed.rounding_note()):
+            log.warning("%s", note, extra=ONCE)
         log.info(
             "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
         )

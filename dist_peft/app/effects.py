@@ -70,6 +70,9 @@ def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
         return
     if base.quant.kind == "int" and not _is_default(base.quant, "double_quant"):
         yield "base.quant.double_quant has no effect: it is for kind nf4"
+    for name in ("calibration_samples", "calibration_tokens"):
+        if base.quant.solver != "gptq" and not _is_default(base.quant, name):
+            yield f"base.quant.{name} has no effect: it is for solver gptq"
     if 0 < widest < base.quant.group_size:
         yield (
             f"base.quant.group_size {base.quant.group_size} is more than the largest in_features, "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.app.build import Built, give_start, load, prepare, restore
+from dist_peft.app.quantize import with_base_of_run
 from dist_peft.app.rows import Loaders, check_fit, choice_loader, make_loaders
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import load_config
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace, world: World) -> int:
 def _choices(file: Path, config: RunConfig, built: Built, world: World) -> dict[str, Any]:
     with world.together("read questions"):
         questions = read_questions(file)
-        loader = choice_loader(config, questions, built.skeleton, built.tokenizer, world)
+        extra = built.adapter.extra_positions
+        loader = choice_loader(config, questions, built.skeleton, built.tokenizer, world, extra)
     return asdict(answer_questions(built.model, built.engine, questions, loader, world))
 
 
@@ -56,13 +58,13 @@ def _ready(config: RunConfig, run_dir: Path | None, world: World) -> tuple[Built
     setup_log(None, world.rank, world.size)
     checkpoints = Checkpoints((run_dir or Path()) / "checkpoints", 1, world)
     with world.together("prepare"):
-        prepared = prepare(config, world)
+        prepared = prepare(config if run_dir is None else with_base_of_run(config, run_dir), world)
         config = prepared.config
         path = checkpoints.choose("auto") if run_dir is not None else None
         if run_dir is not None and path is None:
             raise UserError(f"{run_dir} has no complete checkpoint")
     loaders = make_loaders(config, prepared.tokenizer, world)
-    check_fit(loaders, prepared.skeleton)
+    check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
     step = 0
     if path is not None:
         give_start(prepared, checkpoints, path)

@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 
-from dist_peft.adapters.factors import factors
-from dist_peft.adapters.peft_format import read_adapter, read_metadata, write_adapter
+from dist_peft.adapters.adapterhub_format import is_adapterhub
+from dist_peft.adapters.peft_format import (
+    check_adapter,
+    read_adapter,
+    read_metadata,
+    write_adapter,
+)
+from dist_peft.adapters.prompt_format import PLACED
 from dist_peft.adapters.qalora_format import as_expanded, as_peft
 from dist_peft.app.report import add_section
 from dist_peft.core.config import QaLoraConfig, RunConfig
@@ -129,7 +135,17 @@ def _write_adapter(run_dir: Path, name: str, out: Path) -> None:
     check_new(out)
     adapter = run_dir / "adapter"
     public = read_adapter(adapter)
-    factors(public)  # a damaged one is refused, not copied
+    check_adapter(public)  # a damaged one is refused, not copied
+    if is_adapterhub(public.config):
+        raise UserError(
+            f"{run_dir} was trained with adapter.kind bottleneck, which PEFT does not have; "
+            f"{adapter} already is what AdapterHub's library loads"
+        )
+    if public.config["peft_type"] == PLACED:
+        raise UserError(
+            f"{run_dir} was trained with adapter.pseudo_token, and PEFT puts virtual tokens in "
+            "front only: there is no PEFT form of it; dist-peft eval --run reads the run itself"
+        )
     try:
         shutil.copytree(adapter, out, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:

@@ -6,9 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dist_peft.adapters.adapterhub_format import is_adapterhub, read_settings
+from dist_peft.adapters.peft_format import tensors_file
 from dist_peft.adapters.pooling import read_pooling
+from dist_peft.adapters.prompt_format import PROMPT_TYPES
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
+from dist_peft.model.prequantized import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.metrics import METRICS_FILE, read_metrics
@@ -51,15 +55,19 @@ def _base(path: Path) -> list[str]:
     infos = index.tensors.values()
     numbers = sum(_numel(i.shape) for i in infos)
     types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
+    what = "parameters"
     lines = [f"base model {path}" if path.is_dir() else f"safetensors file {path}"]
     if (path / "config.json").is_file():
         config = _read_json(path / "config.json")
         kinds = ", ".join(config.get("architectures") or [])
         lines.append(f"  type         {config.get('model_type')} {kinds}")
+        if "quantization_config" in config:
+            lines.append(f"  quantized    {_quantization(path, index)}")
+            what = "numbers"  # several of them, packed, stand for one parameter or for many
     files = len({i.file for i in infos})
     size = sum(i.stop - i.start for i in infos)
     lines += [
-        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
+        f"  {what:<12} {numbers:,} in {len(index.tensors)} tensors",
         f"  files        {files}, {size / 2**20:,.1f} MiB, "
         + ", ".join(f"{n} x {t}" for t, n in types.most_common()),
         f"  fingerprint  {index.fingerprint()}",
@@ -67,24 +75,44 @@ def _base(path: Path) -> list[str]:
     return lines
 
 
+def _quantization(path: Path, index: SafetensorsIndex) -> str:
+    try:
+        return str(open_prequantized(path, index))
+    except UserError as error:
+        return f"no base to train on: {error}"
+
+
 def _adapter(path: Path) -> list[str]:
     config = _read_json(path / "adapter_config.json")
-    index = SafetensorsIndex.open(path / "adapter_model.safetensors")
+    index = SafetensorsIndex.open(path / tensors_file(config))
     numbers = sum(_numel(i.shape) for i in index.tensors.values())
     lines = [
         f"adapter {path}",
-        f"  method       {config.get('peft_type')} r={config.get('r')} "
-        f"alpha={config.get('lora_alpha')} rslora={config.get('use_rslora', False)} "
-        f"dora={config.get('use_dora', False)}",
+        f"  method       {_method(config)}",
         *_pooling(config),
-        f"  base         {config.get('base_model_name_or_path')}",
+        f"  base         {config.get('base_model_name_or_path', config.get('model_name'))}",
         f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
-        f"  targets      {', '.join(sorted(config.get('target_modules') or []))}",
     ]
+    if "target_modules" in config:
+        lines.append(f"  targets      {', '.join(sorted(config['target_modules'] or []))}")
     own = path / "dist_peft.json"
     if own.is_file():
         lines += [f"  {key:<12} {value}" for key, value in _read_json(own).items()]
     return lines
+
+
+def _method(config: dict[str, Any]) -> str:
+    if is_adapterhub(config):
+        found = read_settings(config)
+        shown = ("placement", "reduction_factor", "activation", "scaling", "train_layernorm")
+        return "bottleneck " + " ".join(f"{name}={getattr(found, name)}" for name in shown)
+    kind = config.get("peft_type")
+    if kind in PROMPT_TYPES:
+        return f"{kind} virtual_tokens={config.get('num_virtual_tokens')}"
+    return (
+        f"{kind} r={config.get('r')} alpha={config.get('lora_alpha')} "
+        f"rslora={config.get('use_rslora', False)} dora={config.get('use_dora', False)}"
+    )
 
 
 def _pooling(config: dict[str, Any]) -> list[str]:

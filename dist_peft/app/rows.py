@@ -75,8 +75,9 @@ def choice_loader(
     skeleton: Skeleton,
     tokenizer: Tokenizer,
     world: World,
+    extra: int,
 ) -> Loader:
-    """The answers of multiple-choice questions, this rank's share.
+    """The answers of multiple-choice questions, this rank's share. ``extra``: see ``check_fit``.
 
     Raises:
         UserError: an answer is longer than ``data.seq_len``, or does not fit the model.
@@ -84,35 +85,39 @@ def choice_loader(
     loader = _loader(
         config, ChoiceRows(questions, tokenizer, config.data.seq_len), tokenizer, world
     )
-    _check_fit("the questions", loader.rows, skeleton)
+    _check_fit("the questions", loader.rows, skeleton, extra)
     return loader
 
 
-def check_fit(loaders: Loaders, skeleton: Skeleton) -> None:
+def check_fit(loaders: Loaders, skeleton: Skeleton, extra: int) -> None:
     """See that the model has an embedding for every token and position of the data.
+
+    Args:
+        extra: positions that the adapter takes in front of each document.
 
     Raises:
         UserError: it has not.
     """
     for name, loader in (("data.train", loaders.train), ("data.eval", loaders.eval)):
         if loader is not None:
-            _check_fit(name, loader.rows, skeleton)
+            _check_fit(name, loader.rows, skeleton, extra)
 
 
-def _check_fit(name: str, rows: Rows, skeleton: Skeleton) -> None:
+def _check_fit(name: str, rows: Rows, skeleton: Skeleton, extra: int) -> None:
     check_tokens(name, rows, skeleton)
     known = skeleton.positions
     # the padding of a packed row has positions too
     needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
+    needed += extra
     if known is None or needed <= known:
         return
     if skeleton.positions_are_learned:
         raise UserError(
             f"{name} needs {needed} positions but the base has learned {known}; "
-            f"set data.seq_len to at most {known}"
+            f"set data.seq_len to at most {known - extra}"
         )
     log.warning(
-        "%s: the longest document has %d tokens, the base was made for %d "
+        "%s: the longest document needs %d positions, the base was made for %d "
         "(max_position_embeddings); results beyond may be poor",
         name,
         needed,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, give_start, load, prepare, restore
 from dist_peft.app.effects import warn_of_idle_options
+from dist_peft.app.quantize import made_from, with_solved_base
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, check_fit, make_loaders
 from dist_peft.core.config import RunConfig
@@ -73,6 +74,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         if world.is_first:
             _prepare_directory(run_dir)
     setup_log(run_dir, world.rank, world.size)
+    config = with_solved_base(config, run_dir, world, device)
     with world.together("read the base's configuration"):
         prepared = prepare(config, world)
         config = prepared.config
@@ -80,7 +82,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
             _write_config(run_dir, config)
     warn_of_idle_options(config, world, prepared.model, device.type)
     loaders = make_loaders(config, prepared.tokenizer, world)
-    check_fit(loaders, prepared.skeleton)
+    check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.save.keep, world)
     with world.together("choose a checkpoint"):
         resume_from = checkpoints.choose(config.resume)
@@ -281,7 +283,7 @@ class _Session:
         log.info("wrote %s and %s", self.run_dir / "adapter", self.run_dir / "report.html")
 
     def _write(self, tensors: dict[str, Tensor], logits: Tensor) -> None:
-        public = self.built.adapter.to_public(tensors, public_name(self.config.base))
+        public = self.built.adapter.to_public(tensors, self._base_name())
         about = {
             "base": self.config.base.path,
             "base_fingerprint": self.built.skeleton.index.fingerprint(),
@@ -297,6 +299,11 @@ class _Session:
             before = Probe.load(self._probe_file).before
             Probe(self.loaders.probe, logits, before).save(self._probe_file)
         start_report(self.run_dir, self._summary())
+
+    def _base_name(self) -> str:
+        """Of a base that this project packed, the one that others can load."""
+        origin = made_from(self.built.directory)
+        return str(origin.get("base") or public_name(self.config.base))
 
     def _summary(self) -> RunSummary:
         kind = engine_kind(self.config.engine, self.world)

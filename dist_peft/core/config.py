@@ -1,83 +1,95 @@
 """The typed description of a run: every key of the YAML file, its type, default and meaning.
 
-The tree is made of frozen pydantic models that refuse unknown keys. Reading files, overrides and
-error messages live in ``config_io``; ``docs/configuration.md`` is generated from the
-descriptions here.
+The tree is made of frozen pydantic models that refuse unknown keys (``sections``); those of the
+adapters are in ``adapter_config``. Reading files, overrides and error messages live in
+``config_io``; ``docs/configuration.md`` is generated from the descriptions.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dist_peft.core.adapter_config import (
+    AdapterConfig,
+    BottleneckConfig,
+    LoraConfig,
+    LowRankConfig,
+    NoAdapterConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QaLoraConfig,
+    VirtualTokensConfig,
+)
+from dist_peft.core.sections import Beta, Count, Float, Int, Section
 
 __all__ = [
     "AdapterConfig",
     "BaseConfig",
+    "BottleneckConfig",
     "DataConfig",
     "DataSource",
     "EngineConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
+    "PTuningConfig",
+    "PrefixConfig",
+    "PromptConfig",
     "QaLoraConfig",
     "QuantConfig",
     "RunConfig",
     "SaveConfig",
     "TrainConfig",
+    "VirtualTokensConfig",
 ]
 
 
-def _no_boolean(value: Any) -> Any:
-    """Python counts ``True`` as 1; a configuration must not."""
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
-    return value
-
-
-_Int = Annotated[int, BeforeValidator(_no_boolean)]
-_Float = Annotated[float, BeforeValidator(_no_boolean)]
-_Count = Annotated[_Int, Field(ge=1)]
-_Positive = Annotated[_Float, Field(gt=0)]
-_Beta = Annotated[_Float, Field(ge=0, lt=1)]
-_Names = Annotated[list[str], Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class QuantConfig(_Section):
+class QuantConfig(Section):
     """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
 
     kind: Literal["nf4", "int"] = Field(
         "nf4", description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups."
     )
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
-    group_size: _Int = Field(
+    group_size: Int = Field(
         64, ge=8, description="Weights that share one scale, along in_features."
     )
     double_quant: bool = Field(
         True, description="nf4 only: quantize the scales too, within each row."
     )
-    solver: Literal["rtn"] = Field(
-        "rtn", description="int only: how codes are chosen. rtn: round to nearest."
+    solver: Literal["rtn", "hqq", "gptq"] = Field(
+        "rtn",
+        description="int only: how codes are chosen. rtn: round to nearest. hqq: float zeros of "
+        "least error, without calibration. gptq: least error of each layer's output on text from "
+        "data.train.",
+    )
+    calibration_samples: Count = Field(
+        128, description="gptq only: windows of text that the Hessians are taken from."
+    )
+    calibration_tokens: Int = Field(
+        2048, ge=8, description="gptq only: tokens of a window, at most the base's positions."
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "nf4" and self.bits != 4:
             raise ValueError(f"nf4 has 4 bits, not {self.bits}; use kind: int for other widths")
+        if self.kind == "nf4" and self.solver != "rtn":
+            raise ValueError(f"nf4 rounds to nearest; solver {self.solver} is for kind: int")
         if self.group_size % 8:
             raise ValueError(f"group_size {self.group_size} is not a multiple of 8")
         return self
 
 
-class BaseConfig(_Section):
+class BaseConfig(Section):
     """The frozen base model."""
 
     path: str = Field(description="Hugging Face directory with safetensors, or a hub id.")
     quant: QuantConfig | None = Field(
         default_factory=lambda: QuantConfig(),
-        description="Storage of the frozen linears; null: no quantization.",
+        description="Storage of the frozen linears; null: no quantization. Leave it out where "
+        "base.path is quantized already: the directory decides.",
     )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
@@ -92,66 +104,7 @@ class BaseConfig(_Section):
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
 
-class LowRankConfig(_Section):
-    """What LoRA and QA-LoRA have in common."""
-
-    kind: str
-    r: _Int = Field(16, ge=1, description="Rank.")
-    alpha: _Float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
-    dropout: _Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | _Names = Field(
-        "all-linear",
-        description="all-linear: every linear inside the blocks. Or a list: names, name endings "
-        "or regular expressions, as in PEFT.",
-    )
-    rank_pattern: dict[str, _Count] = Field(
-        default_factory=dict, description="Regular expression or name ending -> other rank."
-    )
-    alpha_pattern: dict[str, _Positive] = Field(
-        default_factory=dict, description="Regular expression or name ending -> other alpha."
-    )
-
-
-class LoraConfig(LowRankConfig):
-    """LoRA (Hu et al. 2021), QLoRA when the base is quantized."""
-
-    kind: Literal["lora"] = "lora"
-    embeddings: bool = Field(False, description="Also adapt the input embedding.")
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rsLoRA).")
-    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
-    lr_ratio: _Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
-    init: Literal["default", "pissa", "loftq"] = Field(
-        "default",
-        description="default: A Kaiming-uniform, B zero. pissa: principal singular vectors. "
-        "loftq: best low-rank fit of the quantization error.",
-    )
-    init_iterations: _Int = Field(
-        4, ge=1, description="pissa: power iterations of the SVD; loftq: alternations."
-    )
-
-
-class QaLoraConfig(LowRankConfig):
-    """QA-LoRA (Xu et al. 2024): an adapter that merges exactly into an integer base."""
-
-    kind: Literal["qalora"] = "qalora"
-    pool_size: _Int | None = Field(
-        None,
-        ge=1,
-        description="Inputs summed into one before A: a multiple of base.quant.group_size, and a "
-        "divisor of in_features. Default: the group_size.",
-    )
-
-
-class NoAdapterConfig(_Section):
-    """No adapter: only for ``dist-peft eval`` of a bare base."""
-
-    kind: Literal["none"] = "none"
-
-
-AdapterConfig = Annotated[LoraConfig | QaLoraConfig | NoAdapterConfig, Field(discriminator="kind")]
-
-
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Who shards the base and the optimizer state."""
 
     kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
@@ -171,7 +124,7 @@ class EngineConfig(_Section):
     shard_base: bool = Field(
         True, description="false: every rank keeps the whole packed base (small bases)."
     )
-    shard_group: Literal["all", "node"] | _Count = Field(
+    shard_group: Literal["all", "node"] | Count = Field(
         "all",
         description="all: shard over all ranks. node or a number of ranks: shard inside groups "
         "of that size and replicate across them (HSDP).",
@@ -184,15 +137,15 @@ class EngineConfig(_Section):
         description="params (fsdp2): shards and optimizer state rest in host memory (CUDA only). "
         "optimizer (zero): optimizer state rests and is updated in host memory (ZeRO-Offload).",
     )
-    start_timeout_minutes: _Float = Field(
+    start_timeout_minutes: Float = Field(
         10.0, gt=0, description="How long the ranks wait for each other at the start."
     )
-    timeout_minutes: _Float = Field(
+    timeout_minutes: Float = Field(
         30.0, gt=0, description="A collective that waits longer than this ends the run."
     )
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """One file, glob, directory or hub data set, and how its records read."""
 
     path: str = Field(description="File (.jsonl .json .parquet .csv .tsv .txt), glob, or hub id.")
@@ -207,17 +160,17 @@ class DataSource(_Section):
         None, description="Prompt text with {column} fields, for completion and alpaca."
     )
     split: str = Field("train", description="Split of a hub data set.")
-    limit: _Int | None = Field(None, ge=1, description="Use only the first N records.")
+    limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is learnt, and how records become token rows."""
 
     train: list[DataSource] = Field(
         min_length=1, description="Training sources: paths or DataSource."
     )
     eval: list[DataSource] = Field(default_factory=list, description="Held-out sources.")
-    seq_len: _Int = Field(2048, ge=8, description="Window: tokens in a row.")
+    seq_len: Int = Field(2048, ge=8, description="Window: tokens in a row.")
     packing: bool = Field(True, description="Several documents a row, isolated from each other.")
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="completion: assistant turns or completion only; all: each token."
@@ -245,37 +198,37 @@ class DataConfig(_Section):
         return value
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Steps, batch, optimizer and schedule."""
 
-    steps: _Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
-    epochs: _Float | None = Field(None, gt=0, description="Instead of steps.")
-    micro_batch: _Int = Field(1, ge=1, description="Rows a rank computes at a time.")
-    global_batch: _Int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
-    lr: _Float = Field(2e-4, gt=0, description="Peak learning rate.")
+    steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
+    epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
+    micro_batch: Int = Field(1, ge=1, description="Rows a rank computes at a time.")
+    global_batch: Int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
+    lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
     )
-    warmup: _Float = Field(
+    warmup: Float = Field(
         0.03, ge=0, description="Warm-up: a share of the steps below 1, else a number of steps."
     )
-    min_lr_ratio: _Float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
+    min_lr_ratio: Float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
         "adamw", description="adamw: torch's fused AdamW. The others: bitsandbytes."
     )
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="Adam's betas.")
-    eps: _Float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: _Float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: _Float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
-    seed: _Int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's betas.")
+    eps: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: Float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
     shuffle: bool = Field(True, description="false: rows in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
         "Adapter weights and optimizer state are always float32.",
     )
-    eval_every: _Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
-    log_every: _Int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
+    eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    log_every: Int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present.")
 
     @model_validator(mode="after")
@@ -285,15 +238,15 @@ class TrainConfig(_Section):
         return self
 
 
-class SaveConfig(_Section):
+class SaveConfig(Section):
     """Where results go."""
 
     dir: str = Field("runs/default", description="Run directory.")
-    every: _Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep: _Int = Field(2, ge=1, description="Newest checkpoints kept.")
+    every: Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. Every key has a default but ``base.path`` and ``data.train``."""
 
     base: BaseConfig

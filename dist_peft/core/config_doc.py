@@ -16,7 +16,7 @@ __all__ = ["configuration_page"]
 
 _HEAD = """# Configuration reference
 
-Generated from `dist_peft/core/config.py`; do not edit.
+Generated from `dist_peft/core/config.py` and `adapter_config.py`; do not edit.
 
 A run is one YAML file. Every key can be given on the command line as `key.sub=value` after the
 file, and the resolved file is saved as `config.yaml` in the run directory. An unknown key is an
@@ -28,6 +28,10 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("base.quant", config.QuantConfig),
     ("adapter (kind: lora)", config.LoraConfig),
     ("adapter (kind: qalora)", config.QaLoraConfig),
+    ("adapter (kind: prompt)", config.PromptConfig),
+    ("adapter (kind: ptuning)", config.PTuningConfig),
+    ("adapter (kind: prefix)", config.PrefixConfig),
+    ("adapter (kind: bottleneck)", config.BottleneckConfig),
     ("adapter (kind: none)", config.NoAdapterConfig),
     ("engine", config.EngineConfig),
     ("data", config.DataConfig),

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import Place, detect
@@ -154,6 +155,20 @@ class World(Place):
         most = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return [float(v) for v in most]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum a tensor over the ranks, in place. Of integers: the same bits at any number of them.
+
+        A collective: all ranks come, with equal shapes and types.
+        """
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every rank, in place, the tensor of rank ``source``."""
+        assert tensor.is_contiguous()  # what arrives is laid out so
+        if self.size > 1:
+            dist.broadcast(tensor, source)
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:

@@ -78,7 +78,10 @@ class Engine(Protocol):
         ...
 
     def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
-        """Put this rank's rows into the parameter ``owner.name``; ``len(rows) == len(span)``."""
+        """Put this rank's rows into the parameter ``owner.name``; ``len(rows) == len(span)``.
+
+        May be called again before ``optimize``, between forwards, to replace rows.
+        """
         ...
 
     def optimize(

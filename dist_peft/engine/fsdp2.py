@@ -118,6 +118,11 @@ class Fsdp2Engine:
         old = owner._parameters[name]
         assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
         assert len(rows) == len(self.span(old)), f"{name}: {len(rows)} rows for {self.span(old)}"
+        if isinstance(old, DTensor) and not old.is_meta:
+            # FSDP2 keeps views of the shard from the first forward on, so its memory stays
+            with torch.no_grad():
+                old.to_local().copy_(rows)
+            return
         offloaded = self.config.cpu_offload == "params" and isinstance(old, DTensor)
         data: Tensor = rows.to("cpu" if offloaded else self.device)
         if isinstance(old, DTensor):

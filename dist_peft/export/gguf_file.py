@@ -133,11 +133,10 @@ def _aligned(size: int) -> int:
 def _kind(walk: Walk, weight: Weight, kind: str, dtype: torch.dtype) -> _Kind:
     if len(weight.info.shape) < 2:
         return _Kind.F32
-    if not weight.in_block or (kind != "f16" and weight.columns % BLOCK):
+    if not walk.packs(weight) or (kind != "f16" and weight.columns % BLOCK):
         return _FLOATS[dtype]
     if kind == "q4_1" and walk.state == "codes":
-        codec = weight.linear.codec if weight.linear is not None else None
-        bits, group = getattr(codec, "bits", 0), getattr(codec, "group_size", 0)
+        bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
         if bits > 4 or group % BLOCK:
             raise UserError(
                 "gguf Q4_1 has codes of up to 4 bits in groups of 32 or a multiple, not "

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.groups import pack_words
 from dist_peft.export.sink import Piece, unpacked_linears
@@ -38,13 +39,23 @@ def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) ->
 
     In the state ``base`` the base's own; in ``codes`` its zeros with the adapter, *rounded*; else
     the merged rows, quantized anew by ``codec``.
+
+    Raises:
+        UserError: the base's own zeros are no integers, and keeping them was what was asked for.
     """
     if walk.state in ("codes", "base"):
         parts = walk.parts(weight, span)
     else:
         parts = codec.split(codec.encode(walk.rows(weight, span)), weight.columns)
-    zero = parts.zero.float().round().clamp(0, 2**codec.bits - 1).to(torch.uint8)
-    return AffineParts(parts.codes[:, : weight.columns], parts.scale, zero)
+    own = parts.zero.float()
+    zero = own.round().clamp(0, 2**codec.bits - 1)
+    if walk.state == "base" and not torch.equal(zero, own):
+        raise UserError(
+            f"the base's zeros are fractions (such as {float(own[zero != own][0]):.3f} in "
+            f"{weight.name}), as base.quant.solver hqq makes them, and this format has integer "
+            "zeros: choose mlx, hf-metal or gguf, or a base of solver rtn or gptq"
+        )
+    return AffineParts(parts.codes[:, : weight.columns], parts.scale, zero.to(torch.uint8))
 
 
 def _pack_down(numbers: Tensor, bits: int) -> Tensor:

@@ -38,7 +38,10 @@ MAX_FILE_BYTES = 5 * 10**9
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What ``transformers`` saves of a fast tokenizer; training takes no other."""
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth")
+_LEFT_BEHIND = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth"),
+    *("quantize_config.json", "quant_config.json"),  # GPTQ's and AWQ's, beside config.json
+)
 
 
 class Piece(NamedTuple):
@@ -104,7 +107,7 @@ def write_directory(
         max_file_bytes: most bytes of a file.
         compute: the run's compute type, if ``dtype`` is wider: what training rounded to first.
     """
-    packed = {w.name for w in walk.weights if packer is not None and w.in_block and packer.takes(w)}
+    packed = {w.name for w in walk.weights if packer and walk.packs(w) and packer.takes(w)}
     plans: dict[str, list[TensorSpec]] = {}
     for weight in walk.weights:
         info = weight.info
@@ -168,7 +171,8 @@ def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
 def copy_configuration(
     directory: Path, out: Path, dtype: torch.dtype, changes: Mapping[str, Any]
 ) -> None:
-    """Configuration, tokenizer, licence: all files of the base that hold no weights.
+    """Configuration, tokenizer, licence: all files of the base that hold no weights and do not
+    say how they are quantized.
 
     Args:
         directory: the base.
@@ -177,9 +181,10 @@ def copy_configuration(
         changes: further keys of ``config.json``.
     """
     for path in sorted(directory.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
+        if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
             shutil.copyfile(path, out / path.name)
     config = json.loads((directory / "config.json").read_text())
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", "quantization_config"):  # of the base, not of what is written
+        config.pop(key, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     atomic_write(out / "config.json", json.dumps({**config, **changes}, indent=2))

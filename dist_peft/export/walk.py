@@ -8,14 +8,19 @@ in memory. The states of a linear weight of the blocks:
     codes      the integer base's own codes and scales; the adapter is in the zeros (QA-LoRA, exact)
     base       the integer base's own codes, scales and zeros, without the adapter
 
+Of a prequantized base the packed rows are those of its files. It has no others: ``original`` means
+its decoded rows, too.
+
 The first two give float32 rows, the others ``AffineParts`` with float32 zeros. All other tensors
 (embeddings, norms, biases, the head) are rows of the files in every state; where the adapter
 changes one of them, it is merged except in ``base``.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +31,18 @@ from dist_peft.adapters.merge import Merger
 from dist_peft.adapters.peft_format import read_metadata
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.store.index import TensorInfo
+from dist_peft.quant.codec import Codec
+from dist_peft.store.format import TensorSpec
 from dist_peft.store.reader import RowReader
 
 __all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "open_walk", "parts_to_rows"]
+
+log = logging.getLogger("dist_peft")
 
 State = Literal["original", "decoded", "codes", "base"]
 
@@ -46,12 +55,12 @@ class Weight:
     """A tensor of the base.
 
     Attributes:
-        info: its place in the files; ``info.name`` is its name there.
+        info: what the files say of it, or of what stands for it (``Skeleton.tensors``).
         path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
         linear: the linear it is the weight of, the head included; None for every other tensor.
     """
 
-    info: TensorInfo
+    info: TensorSpec
     path: str
     linear: FrozenLinear | None
 
@@ -63,6 +72,10 @@ class Weight:
     def in_block(self) -> bool:
         """A linear that the base quantizes and that formats pack; the head is none."""
         return self.linear is not None and not self.linear.is_head
+
+    @property
+    def codec(self) -> Codec | None:
+        return None if self.linear is None else self.linear.codec
 
     @property
     def stem(self) -> str:
@@ -111,6 +124,13 @@ class Walk:
         """Whether the adapter changes this tensor."""
         return self._merger.touches(weight.path)
 
+    def packs(self, weight: Weight) -> bool:
+        """Whether a format may pack this weight: a linear of a block, and in the states ``codes``
+        and ``base`` one that has codes (a prequantized base can have linears without)."""
+        if self.state not in ("codes", "base"):
+            return weight.in_block
+        return weight.in_block and isinstance(weight.codec, AffineCodec)
+
     def spans(self, weight: Weight, multiple: int = 1) -> Iterator[Span]:
         """Row spans of at most ``chunk_bytes``; all but the last have a multiple of ``multiple``
         rows, and at least that many."""
@@ -121,38 +141,42 @@ class Walk:
     def rows(self, weight: Weight, span: Span) -> Tensor:
         """Rows as numbers: float32 where the state changed them, else in the file's type."""
         linear = weight.linear
-        if linear is not None and weight.in_block and self.state in ("codes", "base"):
-            return parts_to_rows(self.parts(weight, span), linear.in_features)
-        rows = self._reader.read(weight.name, span)
+        if self.state in ("codes", "base") and self.packs(weight):
+            return parts_to_rows(self.parts(weight, span), weight.columns)
         adapted = self.adapts(weight) and self.state != "base"
-        decoded = self.state == "decoded" and linear is not None
-        if not (adapted or decoded):
-            return rows
-        rows = rows.float()
+        decoded = linear is not None and (self.state == "decoded" or linear.stored is not None)
         if decoded:
             assert linear is not None
-            rows = self._merger.residual_rows(weight.path, rows, span)
-            rows = linear.codec.decode(linear.codec.encode(rows), linear.in_features, torch.float32)
+            packed = self._packed(weight, span)
+            rows = linear.codec.decode(packed, linear.in_features, torch.float32)
+        else:
+            rows = self._reader.read(weight.name, span)
+        if not adapted:
+            return rows
+        rows = rows.float()
         into: Literal["original", "decoded"] = "decoded" if decoded else "original"
         return self._merger.merge_rows(weight.path, rows, span, into) if adapted else rows
 
     def parts(self, weight: Weight, span: Span) -> AffineParts:
         """Rows of a block's linear on an integer base, in the states ``codes`` and ``base``."""
         assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
-        codec, columns = weight.linear.codec, weight.linear.in_features
-        rows = self._reader.read(weight.name, span).float()
-        rows = self._merger.residual_rows(weight.path, rows, span)
-        parts = codec.split(codec.encode(rows), columns)
+        parts = weight.linear.codec.split(self._packed(weight, span), weight.columns)
         parts = parts._replace(zero=parts.zero.float())
         if self.state == "codes" and self.adapts(weight):
             return self._merger.merge_parts(weight.path, parts, span)
         return parts
 
+    def _packed(self, weight: Weight, span: Span) -> Tensor:
+        """Rows of a linear as training held them."""
+        assert weight.linear is not None
+        read = LinearRows.read(weight.linear, self._reader, span)
+        return read.packed(partial(self._merger.residual_rows, weight.path, span=span))
+
     def group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
         """In the state ``base``: what an adapter that fits into zeros adds to each group, chunk by
         chunk (``adapters.merge_groups``)."""
         for weight in self.weights:
-            if weight.in_block and self.adapts(weight):
+            if self.packs(weight) and self.adapts(weight):
                 for span in self.spans(weight):
                     parts = self.parts(weight, span)
                     yield parts, self._merger.group_change(weight.path, parts, span)
@@ -192,6 +216,13 @@ def open_walk(
             f"adapter {adapter_dir} was trained on another base than {directory}: the weights "
             "differ; set base.path in the run's config.yaml to the one it was trained on"
         )
+    if skeleton.prequantized is not None and state == "original":
+        log.info(
+            "%s is quantized already (%s): the adapter is merged into its decoded weights",
+            directory,
+            skeleton.prequantized.label,
+            extra=ONCE,
+        )
     with RowReader(skeleton.index) as reader:
         yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes)
 
@@ -211,7 +242,4 @@ def _weights(skeleton: Skeleton) -> list[Weight]:
             is_linear = isinstance(module, FrozenLinear) and own == "packed"
             linear = module if is_linear else None
             paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
-    return [
-        Weight(info, *paths.get(name, (name, None)))
-        for name, info in skeleton.index.tensors.items()
-    ]
+    return [Weight(info, *paths.get(name, (name, None))) for name, info in skeleton.tensors.items()]

@@ -4,6 +4,16 @@ A row holds several documents; their position ids restart at 0. From that ``tran
 block-diagonal causal mask (or cumulative lengths for variable-length flash attention), combined
 with sliding windows where a layer has one. A few families do not look at the positions there; they
 get the mask explicitly. ``documents_are_isolated`` does not trust either: it looks at the logits.
+
+A prefix that every document sees (prefix-tuning) is beyond what positions can say, so a packed row
+with a prefix of ``P`` always gets its mask explicitly (``prefix_mask``)::
+
+                  prefix   document 1   document 2
+    document 1    1 1      1 . .        . .
+                  1 1      1 1 .        . .
+                  1 1      1 1 1        . .
+    document 2    1 1      . . .        1 .
+                  1 1      . . .        1 1
 """
 
 from typing import Any
@@ -13,7 +23,14 @@ from torch import Tensor, nn
 
 from dist_peft.model.skeleton import torch_dtype
 
-__all__ = ["document_mask", "documents_are_isolated", "model_inputs"]
+__all__ = [
+    "document_mask",
+    "documents_are_isolated",
+    "is_packed",
+    "model_inputs",
+    "packing_mask",
+    "prefix_mask",
+]
 
 _NEED_EXPLICIT_MASK = {"opt"}
 """Model types that build their causal mask without looking at the position ids."""
@@ -22,13 +39,23 @@ _NEED_EXPLICIT_MASK = {"opt"}
 def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Keyword arguments of the forward pass for packed rows ``[B, S]``."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    mask = packing_mask(model, position_ids)
+    return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
+def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
+    """What ``document_mask`` gives, where the model would not find out itself."""
     config: Any = model.config
-    packed = bool((position_ids[:, 1:] == 0).any())
-    if config.model_type in _NEED_EXPLICIT_MASK and packed:
-        # a name after save_pretrained has made the configuration JSON
-        dtype = torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
-        inputs["attention_mask"] = document_mask(position_ids, dtype)
-    return inputs
+    if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed(position_ids):
+        return None
+    # a name after save_pretrained has made the configuration JSON
+    dtype = torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
+    return document_mask(position_ids, dtype)
+
+
+def is_packed(position_ids: Tensor) -> bool:
+    """Whether a row ``[B, S]`` holds several documents (padding after one counts as another)."""
+    return bool((position_ids[:, 1:] == 0).any())
 
 
 def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,10 +63,53 @@ def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
     A token sees itself and earlier tokens of its document; documents begin where positions are 0.
     """
+    return _additive(_sees(position_ids), dtype)
+
+
+def prefix_mask(
+    config: Any, position_ids: Tensor, prefix: int, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Additive mask(s) ``[B, 1, S, prefix + S]`` of packed rows whose documents all see a prefix.
+
+    In layers with a sliding window, a token sees what is less than the window away; the prefix is
+    right before each document.
+
+    Args:
+        config: of the model. One with ``layer_types`` takes a mask for each type, by its name.
+        position_ids: ``[B, S]``, 0 where a document begins; the prefix is not counted.
+    """
+    window = getattr(config, "sliding_window", None)
+    masks = {"full_attention": _additive(_sees_prefix(position_ids, prefix, None), dtype)}
+    if window is not None:
+        sees = _sees_prefix(position_ids, prefix, window)
+        masks["sliding_attention"] = _additive(sees, dtype)
+    if getattr(config, "layer_types", None) is not None:
+        return masks
+    return masks["full_attention" if window is None else "sliding_attention"]
+
+
+def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tensor:
+    """``[B, S, prefix + S]``: which keys a token sees."""
+    sees = _sees(position_ids)
+    if window is None:
+        ahead = torch.ones_like(sees[:, :, :1]).expand(-1, -1, prefix)
+        return torch.cat([ahead, sees], 2)
+    before = torch.arange(-prefix, 0, device=position_ids.device)
+    distance = position_ids[:, :, None] - position_ids[:, None, :]
+    ahead = position_ids[:, :, None] - before < window
+    return torch.cat([ahead, sees & (distance < window)], 2)
+
+
+def _sees(position_ids: Tensor) -> Tensor:
+    """``[B, S, S]``: a token sees itself and what is before it in its document."""
     document = (position_ids == 0).cumsum(1)
     same = document[:, :, None] == document[:, None, :]
-    sees = same & torch.ones_like(same).tril()
-    mask = torch.zeros(sees.shape, dtype=dtype, device=position_ids.device)
+    return same & torch.ones_like(same).tril()
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, Q, K]`` -> ``[B, 1, Q, K]``: 0 where a token sees, else the least number."""
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 

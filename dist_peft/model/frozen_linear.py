@@ -9,15 +9,32 @@ codec, each row self-contained, so that engines shard it along rows like any oth
 outlives either. This is the base layer of QLoRA (Dettmers et al. 2023), with one difference to
 bitsandbytes' ``Linear4bit``: scales and zeros lie in the row beside the codes, not in a separate
 state that engines would replicate.
+
+``LinearRows`` is the one way from a base's files to packed rows, for loading as for exports: rows
+of an unquantized base are encoded, those of a prequantized base are packed already.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.matmul import frozen_matmul
+from dist_peft.store.reader import RowReader
 
-__all__ = ["FrozenLinear"]
+__all__ = ["FrozenLinear", "LinearRows", "Stored", "is_finite"]
+
+
+class Stored(Protocol):
+    """A linear of a prequantized base."""
+
+    def read(self, reader: RowReader, span: Span) -> Tensor:
+        """Rows as the linear's codec packs them, ``uint8 [len(span), row_bytes]``."""
 
 
 class FrozenLinear(nn.Module):
@@ -30,6 +47,7 @@ class FrozenLinear(nn.Module):
         bias_dtype: type of the bias.
         source: name of the weight in the checkpoint's files.
         device: where the (unfilled) parameters are made; ``meta`` in a run.
+        stored: where a prequantized base has its packed rows; None: they are encoded.
 
     Attributes:
         packed: ``uint8 [out, row_bytes]``, frozen.
@@ -50,10 +68,11 @@ class FrozenLinear(nn.Module):
         bias_dtype: torch.dtype,
         source: str,
         device: torch.device | str,
+        stored: Stored | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.codec, self.source = codec, source
+        self.codec, self.source, self.stored = codec, source, stored
         shape = (out_features, codec.row_bytes(in_features))
         self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
         self.bias = None
@@ -71,8 +90,82 @@ class FrozenLinear(nn.Module):
         """The whole weight [out, in]; allocates it."""
         return self.codec.decode(self.packed, self.in_features, dtype)
 
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows of the base's weight ``[n, in]`` as the product will see them: rounded by the codec,
+        which those of a prequantized base are already."""
+        if self.stored is not None:
+            return rows
+        return self.codec.decode(self.codec.encode(rows), self.in_features, rows.dtype)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"codec={self.codec.name}, bias={self.bias is not None}"
         )
+
+
+@dataclass(frozen=True)
+class LinearRows:
+    """Some rows of a linear's weight, read.
+
+    Attributes:
+        linear: whose.
+        held: as the files have them, ``[n, in]`` numbers; or packed rows of a prequantized base.
+    """
+
+    linear: FrozenLinear
+    held: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        linear: FrozenLinear,
+        reader: RowReader,
+        span: Span,
+        device: torch.device | str = "cpu",
+    ) -> "LinearRows":
+        """Read rows ``span`` and bring them to ``device``.
+
+        Raises:
+            UserError: damaged files, or a weight that is not finite.
+        """
+        if linear.stored is not None:
+            return cls(linear, linear.stored.read(reader, span).to(device))
+        rows = reader.read(linear.source, span).to(device)
+        if not is_finite(rows):
+            raise UserError(
+                f"tensor {linear.source}: weight is not finite: NaN or infinity in a row; get the "
+                "base again"
+            )
+        return cls(linear, rows)
+
+    def numbers(self) -> Tensor:
+        """Float32 ``[n, in]``; of a prequantized base decoded."""
+        if self.linear.stored is None:
+            return self.held.float()
+        return self.linear.codec.decode(self.held, self.linear.in_features, torch.float32)
+
+    def packed(self, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Packed rows ``uint8 [n, row_bytes]``.
+
+        Args:
+            change: gets ``numbers()`` and gives the ones to encode. Where there is nothing to
+                encode, it may look at them only, and must give them back.
+
+        Raises:
+            UserError: values that the codec cannot hold.
+        """
+        numbers = self.held if change is None else self.numbers()
+        rows = numbers if change is None else change(numbers)
+        if self.linear.stored is not None:
+            assert rows is numbers, f"{self.linear.source} is packed already and cannot change"
+            return self.held
+        try:
+            return self.linear.codec.encode(rows)
+        except ValueError as error:
+            raise UserError(f"tensor {self.linear.source}: {error}") from None
+
+
+def is_finite(rows: Tensor) -> bool:
+    """Without a temporary of the size of ``rows``; NaN comes through ``aminmax``."""
+    return not rows.numel() or all(bool(end.isfinite()) for end in rows.aminmax())

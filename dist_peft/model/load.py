@@ -1,10 +1,10 @@
 """Filling a sharded model: each rank reads its own rows, encodes them, keeps them.
 
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
-turned into what the parameter stores (packed bytes for a ``FrozenLinear``, ``compute_dtype`` for
-embeddings, norms and biases) and handed to the engine (``fill``). One tensor is in memory at a
-time, and of it only this rank's rows. The functions are injected, so that this file knows neither
-engines nor adapters.
+turned into what the parameter stores (packed bytes for a ``FrozenLinear``, by ``LinearRows``;
+``compute_dtype`` for embeddings, norms and biases) and handed to the engine (``fill``). One tensor
+is in memory at a time, and of it only this rank's rows. The functions are injected, so that this
+file knows neither engines nor adapters.
 
 After the last parameter nothing may be left unfilled: ``_check_filled`` looks for parameters that
 still are on ``meta``.
@@ -12,6 +12,7 @@ still are on ``meta``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_linear import FrozenLinear, LinearRows, is_finite
 from dist_peft.store.reader import RowReader
 
 __all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
@@ -99,19 +100,23 @@ def load_model(
         span = placement.span(parameter)
         wrapper = wrappers.get(id(owner)) if name == "packed" else None
         rows = torch.empty(0)
+        linear: LinearRows | None = None
         if failure is None:
             try:
-                rows = _own_rows(owner, name, span, reader, dtype, device)
-                if isinstance(owner, FrozenLinear) and name == "packed" and wrapper is None:
-                    rows = _encode(owner, rows)
+                if isinstance(owner, FrozenLinear) and name == "packed":
+                    linear = LinearRows.read(owner, reader, span, device)
+                    rows = linear.packed() if wrapper is None else rows
+                else:
+                    rows = _own_rows(owner, name, span, reader, dtype)
             except (UserError, OSError) as error:
                 failure = error
         if wrapper is not None:
             failed = torch.tensor(int(failure is not None), device=device)
             if placement.sum_over_shards(failed).item():
                 break
-            rows = wrapper.prepare_rows(rows.float(), span, placement.sum_over_shards)
-            rows = _encode(cast(FrozenLinear, owner), rows)
+            assert linear is not None
+            reduce = placement.sum_over_shards
+            rows = linear.packed(partial(wrapper.prepare_rows, span=span, reduce=reduce))
         if failure is not None:
             continue
         placement.fill(owner, name, rows)
@@ -151,37 +156,23 @@ def _own_rows(
     span: Span,
     reader: RowReader,
     dtype: torch.dtype,
-    device: torch.device,
 ) -> Tensor:
-    """Rows ``span`` of a parameter; those of a ``FrozenLinear`` not yet encoded."""
+    """Rows ``span`` of a parameter that is no packed weight."""
     if isinstance(owner, AdapterRows):
         parameter = owner._parameters[name]
         assert parameter is not None
         return owner.initial_rows(name, span).to(parameter.dtype)
     source = cast(dict[str, str], owner.checkpoint_names)[name]
     read = reader.read(source, span)
-    packed = isinstance(owner, FrozenLinear) and name == "packed"
-    rows = read.to(device) if packed else read.to(dtype)
-    if not _is_finite(rows):
+    rows = read.to(dtype)
+    if not is_finite(rows):
         raise UserError(
             f"tensor {source}: weight is not finite: NaN or infinity in a row; get the base again"
-            if not _is_finite(read)
+            if not is_finite(read)
             else f"tensor {source}: weight is beyond the range of {dtype}; set "
             "base.compute_dtype to bfloat16 or float32"
         )
     return rows
-
-
-def _is_finite(rows: Tensor) -> bool:
-    """Without a temporary of the size of ``rows``; NaN comes through ``aminmax``."""
-    return not rows.numel() or all(bool(end.isfinite()) for end in rows.aminmax())
-
-
-def _encode(linear: FrozenLinear, rows: Tensor) -> Tensor:
-    try:
-        return linear.codec.encode(rows)
-    except ValueError as error:
-        raise UserError(f"tensor {linear.source}: {error}") from None
 
 
 def _fill_buffers(model: nn.Module, reader: RowReader) -> None:

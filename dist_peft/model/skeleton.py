@@ -16,6 +16,7 @@ stays right when an adapter later moves the module one level down.
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.hub import REFUSALS, read_json_object, reason
+from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
 from dist_peft.quant.codec import RawCodec, make_codec
-from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.format import TensorSpec
+from dist_peft.store.index import SafetensorsIndex, TensorInfo
 
 __all__ = ["Skeleton", "build_skeleton", "torch_dtype"]
 
@@ -49,12 +52,19 @@ class Skeleton:
         blocks: its decoder layers, first to last (the unit of sharding and recomputation).
         index: the tensors of the base's files.
         tied: the output head shares the input embedding's weight.
+        tensors: the model's tensors in the order of the files: those of ``index``, and for what a
+            prequantized directory stores in several tensors, the weight [out, in] that they stand
+            for, as float32.
+        prequantized: the directory is quantized already, and how; None: it is encoded by
+            ``base.quant`` while it is read.
     """
 
     model: PreTrainedModel
     blocks: list[nn.Module]
     index: SafetensorsIndex
     tied: bool
+    tensors: dict[str, TensorSpec]
+    prequantized: Prequantized | None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -101,25 +111,30 @@ def build_skeleton(base: BaseConfig, directory: Path) -> Skeleton:
 
     Raises:
         UserError: no or unreadable ``config.json``, a model type ``transformers`` does not know
-            or that is no causal LM, checkpoint tensors that do not fit the model.
+            or that is no causal LM, checkpoint tensors that do not fit the model; a prequantized
+            directory that is not read or that ``base.quant`` contradicts.
     """
     index = SafetensorsIndex.open(directory)
     dtype = torch_dtype(base.compute_dtype)
-    model = _build_meta(_read_config(base, directory), base, dtype)
+    config = _read_config(base, directory)
+    packed = open_prequantized(directory, index)
+    if packed is not None:
+        check_stated(base, packed, directory)
+    model = _build_meta(config, base, dtype)
     blocks = _find_blocks(model)
-    names = _checkpoint_names(model, index)
+    names = _checkpoint_names(model, index, packed)
     tied = _is_tied(model)
-    codec = make_codec(base.quant, dtype)
-    _freeze_linears(model, blocks, codec, RawCodec(dtype), dtype, tied)
+    _freeze_linears(model, blocks, names, base, packed, tied)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(module, FrozenLinear) and parameter.device.type != "meta":
                 meta = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
                 module.register_parameter(name, meta)
-    _attach_names(model, names, index)
+    tensors = _tensors(model, names, index, packed)
+    _attach_names(model, names, index, tensors)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
-    return Skeleton(model, blocks, index, tied)
+    return Skeleton(model, blocks, index, tied, tensors, packed)
 
 
 def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
@@ -130,11 +145,8 @@ def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
     except REFUSALS as error:
         raise UserError(f"cannot use {directory / 'config.json'}: {reason(error)}") from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{directory} is already quantized ({config.quantization_config}); "
-            "give the unquantized base: it is quantized while it is read"
-        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # is no matter of transformers' here
     config.use_cache = False
     return config
 
@@ -177,39 +189,58 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _freeze_linears(
-    model: nn.Module, blocks: list[nn.Module], codec: Any, raw: Any, dtype: torch.dtype, tied: bool
+    model: nn.Module,
+    blocks: list[nn.Module],
+    names: dict[str, str],
+    base: BaseConfig,
+    packed: Prequantized | None,
+    tied: bool,
 ) -> None:
-    """Inside the blocks linears take the base's codec; an untied head stays unquantized."""
+    """Inside the blocks linears take the base's codec; an untied head stays unquantized.
+
+    Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
+    """
+    dtype = torch_dtype(base.compute_dtype)
+    raw = RawCodec(dtype)
+    codec = make_codec(base.quant, dtype) if packed is None else raw
     in_blocks = {id(m) for block in blocks for m in block.modules()}
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear:
                 continue
             inside = id(child) in in_blocks
             if not inside and tied:
                 continue  # shares the embedding's parameter, which is no linear's
+            shape = child.out_features, child.in_features
+            source = names.get(f"{path}.{name}.weight".lstrip("."))
+            stored = packed.linear(source, *shape) if packed and source and inside else None
             frozen = FrozenLinear(
                 child.in_features,
                 child.out_features,
-                codec if inside else raw,
+                (codec if inside else raw) if stored is None else stored.codec,
                 bias=child.bias is not None,
                 bias_dtype=dtype,
                 source="",
                 device="meta",
+                stored=stored,
             )
             frozen.is_head = not inside
             setattr(parent, name, frozen)
 
 
-def _checkpoint_names(model: PreTrainedModel, index: SafetensorsIndex) -> dict[str, str]:
-    """Parameter or persistent buffer -> tensor in the files.
+def _checkpoint_names(
+    model: PreTrainedModel, index: SafetensorsIndex, packed: Prequantized | None
+) -> dict[str, str]:
+    """Parameter or persistent buffer -> tensor in the files; a packed weight under the name that
+    it had before.
 
     Some families were renamed after their checkpoints were written (``transformers`` knows how),
     and some checkpoints were saved from the headless model, without the leading ``model.``.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    in_files = {apply_renamings(name, renamings): name for name in index.tensors}
+    tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
+    in_files = {apply_renamings(name, renamings): name for name in tensors}
     prefix = model.base_model_prefix + "."
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     names, absent = {}, []
@@ -226,26 +257,30 @@ def _checkpoint_names(model: PreTrainedModel, index: SafetensorsIndex) -> dict[s
             f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
             f"such as {absent[0]}; is the download complete?"
         )
-    _warn_of_unused(model, index, set(names.values()))
+    _warn_of_unused(model, index, tensors, set(names.values()))
     for name, source in names.items():
-        shape, found = tuple(model.state_dict()[name].shape), index.tensors[source].shape
-        if shape != found:
+        info, shape = tensors[source], tuple(model.state_dict()[name].shape)
+        if info is not None and shape != info.shape:
             raise UserError(
-                f"tensor {source} has shape {list(found)} in the files but config.json asks "
+                f"tensor {source} has shape {list(info.shape)} in the files but config.json asks "
                 f"for {list(shape)}"
             )
     return names
 
 
-def _warn_of_unused(model: PreTrainedModel, index: SafetensorsIndex, used: set[str]) -> None:
+def _warn_of_unused(
+    model: PreTrainedModel,
+    index: SafetensorsIndex,
+    tensors: Mapping[str, TensorInfo | None],
+    used: set[str],
+) -> None:
     """Matrices that no parameter takes: a config.json of fewer layers would drop them silently."""
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(model._tied_weights_keys or ())]
     unused = [
         name
-        for name, info in index.tensors.items()
+        for name, info in tensors.items()
         if name not in used
-        and len(info.shape) == 2
-        and info.dtype.is_floating_point
+        and (info is None or (len(info.shape) == 2 and info.dtype.is_floating_point))
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if unused:
@@ -259,7 +294,42 @@ def _warn_of_unused(model: PreTrainedModel, index: SafetensorsIndex, used: set[s
         )
 
 
-def _attach_names(model: nn.Module, names: dict[str, str], index: SafetensorsIndex) -> None:
+def _tensors(
+    model: nn.Module, names: dict[str, str], index: SafetensorsIndex, packed: Prequantized | None
+) -> dict[str, TensorSpec]:
+    """See ``Skeleton.tensors``; packed weights that the model does not use are left out.
+
+    Raises:
+        UserError: what is packed is no linear of a block.
+    """
+    if packed is None:
+        return dict(index.tensors)
+    shapes = {
+        names[f"{path}.weight"]: (m.out_features, m.in_features)
+        for path, m in model.named_modules()
+        if isinstance(m, FrozenLinear) and m.stored is not None
+    }
+    used, tensors = set(names.values()), dict[str, TensorSpec]()
+    for name, info in packed.tensors.items():
+        if info is not None:
+            tensors[name] = info
+        elif name in shapes:
+            tensors[name] = TensorSpec(name, torch.float32, shapes[name])
+        elif name in used:
+            raise UserError(
+                f"{index.path} has {name} quantized ({packed.label}), which is no linear of a "
+                "block: output heads, embeddings and other kinds of layers are read unquantized "
+                "only; quantize without it, or give the unquantized base"
+            )
+    return tensors
+
+
+def _attach_names(
+    model: nn.Module,
+    names: dict[str, str],
+    index: SafetensorsIndex,
+    tensors: Mapping[str, TensorSpec],
+) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own: dict[str, str] = {}
@@ -275,7 +345,7 @@ def _attach_names(model: nn.Module, names: dict[str, str], index: SafetensorsInd
             elif isinstance(module, FrozenLinear):
                 raise UserError(f"no tensor for {full} in {index.path}")
         for source in own.values():
-            if not index.tensors[source].dtype.is_floating_point:
+            if not tensors[source].dtype.is_floating_point:
                 raise UserError(
                     f"tensor {source} in {index.tensors[source].file} has type "
                     f"{index.tensors[source].dtype}, not a floating-point type: this base is "

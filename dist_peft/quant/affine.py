@@ -1,4 +1,4 @@
-"""Affine integers of 2, 3, 4 or 8 bits in groups along a row, rounded to nearest.
+"""Affine integers of 2, 3, 4 or 8 bits in groups along a row.
 
 A group of ``group_size`` weights of a row shares a scale and a zero (``Q = 2**bits - 1``)::
 
@@ -8,10 +8,15 @@ A group of ``group_size`` weights of a row shares a scale and a zero (``Q = 2**b
     q     = clamp(round(w / scale) + zero, 0, Q)
     w'    = (q - zero) * scale                             float32, then the wanted type
 
+This is ``rtn``, rounding to nearest. ``hqq`` keeps the scale, looks for a better, fractional zero
+(``quant.hqq``) and takes ``q = clamp(round(w / scale + zero), 0, Q)``. ``gptq`` chooses codes,
+scales and integer zeros column by column with calibration data (``quant.gptq``); it is no way to
+encode rows alone. All of them decode alike.
+
 Codes are chosen with the *rounded* scale, the one that decoding uses. Rounding is to even. A weight
 of 0 decodes to 0. The error is at most ``scale / 2`` inside the range that the codes reach, from
 ``-zero * scale`` to ``(Q - zero) * scale``; ``lo`` and ``hi`` themselves can lie up to half a step
-outside (rounded zero), plus ``Q * scale / 2048`` (rounded scale).
+outside (rounded zero), plus ``Q * scale / 2048`` (rounded scale). All this is for ``rtn``.
 
 Row layout (``groups = ceil(in / group_size)``; the row is zero-padded to whole groups, and the
 padding has the code ``zero``)::
@@ -28,11 +33,12 @@ store ``bias = -scale * zero`` instead of ``zero``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dist_peft.quant.hqq import best_zero
 from dist_peft.quant.kernels import decode_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
 from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
@@ -72,10 +78,12 @@ class AffineCodec:
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: weights that share scale and zero; any multiple of 8.
+        solver: how ``encode`` chooses zeros and codes; decoding does not look at it.
     """
 
     bits: int = 4
     group_size: int = 64
+    solver: Literal["rtn", "hqq"] = "rtn"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -100,12 +108,19 @@ class AffineCodec:
         """
 
         def encode_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
-            scale, zero = self._scale_and_zero(groups, first_row)
-            codes = (groups / scale.float().unsqueeze(-1)).round_()
-            codes.add_(zero.float().unsqueeze(-1)).clamp_(0, 2**self.bits - 1)
+            scale, zero = self.scale_and_zero(groups, first_row)
+            if self.solver == "hqq":
+                columns = torch.arange(groups[0].numel(), device=groups.device)
+                real = (columns < in_features).view(groups.shape[1:])
+                zero = best_zero(groups, scale, zero, real, self.bits)
+            codes = groups / scale.float().unsqueeze(-1)
+            if self.solver == "rtn":  # halves to even before an odd zero is added
+                codes.round_()
+            codes.add_(zero.float().unsqueeze(-1)).round_().clamp_(0, 2**self.bits - 1)
             return self._fields(AffineParts(codes.to(torch.uint8).flatten(1), scale, zero))
 
-        row_bytes = self.row_bytes(weight.shape[-1] if weight.dim() else 0)
+        in_features = weight.shape[-1] if weight.dim() else 0
+        row_bytes = self.row_bytes(in_features)
         return encode_groups(weight, self.group_size, row_bytes, encode_chunk)
 
     def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -146,8 +161,19 @@ class AffineCodec:
         pad = -stream.shape[1] % 4
         return stream, stream.new_zeros(stream.shape[0], pad), parts.scale, parts.zero
 
-    def _scale_and_zero(self, groups: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        """fp16 scale and integer zero of each group, ``[rows, groups]`` (see the module)."""
+    def scale_and_zero(self, groups: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
+        """fp16 scale and integer zero of each group by its ends (see the module).
+
+        Args:
+            groups: float32 ``[rows, groups, group_size]``.
+            first_row: number of the first row, for messages.
+
+        Returns:
+            float16 ``[rows, groups]``, twice.
+
+        Raises:
+            ValueError: a value is NaN or infinite, or the range needs a scale beyond fp16.
+        """
         top = 2**self.bits - 1
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         # inf - inf is NaN, and halves cannot overflow: finite exactly if both ends are

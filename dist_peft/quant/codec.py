@@ -116,7 +116,10 @@ class RawCodec:
 
 _CODECS: dict[str, Callable[[QuantConfig], Codec]] = {
     "nf4": lambda quant: Nf4Codec(quant.group_size, quant.double_quant),
-    "int": lambda quant: AffineCodec(quant.bits, quant.group_size),
+    # what gptq solves is encoded once, by rounding, while the model is built
+    "int": lambda quant: AffineCodec(
+        quant.bits, quant.group_size, "hqq" if quant.solver == "hqq" else "rtn"
+    ),
 }
 """``base.quant.kind`` -> its codec."""
 

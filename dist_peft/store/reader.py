@@ -8,9 +8,13 @@ A row range of a row-major tensor is one contiguous byte range of its file::
 
 so that a rank which keeps rows ``[a, b)`` reads ``(b - a) * row_bytes`` bytes and no page of the
 other ranks' rows becomes its memory. The counters let tests and run reports prove it.
+
+Some formats keep a weight transposed; there a rank's part is a range of columns, one piece of each
+row, and these pieces alone are read.
 """
 
 import os
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -53,32 +57,52 @@ class RowReader:
     def close(self) -> None:
         self._files.close()
 
-    def read(self, name: str, span: Span | None = None) -> Tensor:
+    def read(self, name: str, span: Span | None = None, columns: Span | None = None) -> Tensor:
         """Rows ``span`` of a tensor (all of them by default) as a new CPU tensor.
 
         Args:
             name: the tensor.
             span: rows of dimension 0; of a vector, elements. A 0-d tensor has one row, and its
                 only span gives it back with shape ``()``.
+            columns: of a matrix, the columns wanted (all of them by default); a system call a row.
 
         Returns:
-            ``[len(span), *shape[1:]]`` in the file's type.
+            ``[len(span), *shape[1:]]`` in the file's type; ``[len(span), len(columns)]``.
 
         Raises:
             UserError: unknown name, or the file is gone, unreadable or shorter than it was.
-            ValueError: the span leaves the tensor.
+            ValueError: the span leaves the tensor, or columns of what is no matrix.
         """
         info = self.index.find(name)
         if span is None:
             span = Span(0, info.rows)
         if span.stop > info.rows or (not info.shape and not len(span)):
             raise ValueError(f"tensor {name} of shape {info.shape} has no {span}")
-        data = torch.empty(len(span) * info.row_bytes, dtype=torch.uint8)
+        shape = (len(span), *info.shape[1:]) if info.shape else ()
+        if columns is not None and (len(info.shape) != 2 or columns.stop > info.shape[1]):
+            raise ValueError(f"tensor {name} of shape {info.shape} has no columns {columns}")
+        if columns is None or len(columns) == info.shape[1]:
+            pieces = [(info.start + span.start * info.row_bytes, len(span) * info.row_bytes)]
+        else:
+            shape, size = (len(span), len(columns)), info.dtype.itemsize
+            begin = info.start + columns.start * size
+            pieces = [
+                (begin + row * info.row_bytes, len(columns) * size)
+                for row in range(span.start, span.stop)
+            ]
+        data = self._read(info.file, pieces)
+        return data.view(info.dtype).reshape(shape)
+
+    def _read(self, file: Path, pieces: list[tuple[int, int]]) -> Tensor:
+        """Pieces (offset, length) of a file behind each other, ``uint8``."""
+        data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)
         if data.numel():
-            with reading(info.file):
-                offset = info.start + span.start * info.row_bytes
-                read_exactly(self._files.get(info.file), data.numpy().data, offset, info.file)
+            memory, done = data.numpy().data, 0
+            with reading(file):
+                descriptor = self._files.get(file)
+                for offset, length in pieces:
+                    read_exactly(descriptor, memory[done : done + length], offset, file)
+                    done += length
         self.bytes_read += data.numel()
         self.largest_read = max(self.largest_read, data.numel())
-        shape = (len(span), *info.shape[1:]) if info.shape else ()
-        return data.view(info.dtype).reshape(shape)
+        return data

@@ -251,7 +251,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_adapter(tmp_path)
     config.write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UserError, match="peft_type is 'IA3'; only LORA and QALORA are read"):
+    with pytest.raises(UserError, match="peft_type is 'IA3'; only LORA, QALORA, PROMPT_TUNING"):
         read_adapter(tmp_path)
     config.write_text(json.dumps(public().config))
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):

@@ -2,9 +2,20 @@ import torch
 
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.prefix import PrefixAdapter
+from dist_peft.adapters.prompt_tuning import PromptTuningAdapter
+from dist_peft.adapters.ptuning import PTuningAdapter
 from dist_peft.adapters.qalora_method import QaLoraAdapter
 from dist_peft.adapters.registry import make_adapter
-from dist_peft.core.config import LoraConfig, NoAdapterConfig, QaLoraConfig
+from dist_peft.core.config import (
+    LoraConfig,
+    NoAdapterConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QaLoraConfig,
+    VirtualTokensConfig,
+)
 
 
 def test_kinds() -> None:
@@ -13,5 +24,14 @@ def test_kinds() -> None:
     assert (lora.config.r, lora.seed, lora.arithmetic) == (3, 5, torch.bfloat16)
     qalora = make_adapter(QaLoraConfig(r=3), seed=5, arithmetic=torch.bfloat16)
     assert isinstance(qalora, QaLoraAdapter)
+    methods: list[tuple[VirtualTokensConfig, type]] = [
+        (PromptConfig(), PromptTuningAdapter),
+        (PTuningConfig(), PTuningAdapter),
+        (PrefixConfig(), PrefixAdapter),
+    ]
+    for config, kind in methods:
+        virtual = make_adapter(config, seed=5, arithmetic=torch.bfloat16)
+        assert type(virtual) is kind
+        assert (virtual.config, virtual.position.seed) == (config, 5)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)

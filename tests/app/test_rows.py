@@ -87,16 +87,23 @@ class TestFit:
         tree = tiny_tree(tmp_path)
         found = loaders(tree, World())
         skeleton = build_skeleton(parse_config(tree).base, tmp_path / "base")
+        extra = 0
         skeleton.config.vocab_size = found.train.rows.largest_token + 1
-        check_fit(found, skeleton)
+        check_fit(found, skeleton, extra)
         skeleton.config.vocab_size -= 1
         with pytest.raises(UserError, match=r"data\.train has token \d+ but the base has"):
-            check_fit(found, skeleton)
+            check_fit(found, skeleton, extra)
 
+    @pytest.mark.parametrize("extra", [0, 3])
     @pytest.mark.parametrize("packing", [False, True])
     @pytest.mark.parametrize("family", ["llama", "opt"])
     def test_positions(
-        self, family: str, packing: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self,
+        family: str,
+        packing: bool,
+        extra: int,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         tree = tiny_tree(tmp_path, data__packing=packing)
         found = loaders(tree, World())
@@ -104,18 +111,20 @@ class TestFit:
         skeleton = build_skeleton(parse_config(tree).base, tmp_path / "base")
         learned = family == "opt"
         # the padding of a packed row has positions too, up to data.seq_len
-        needed = 16 if learned and packing else found.train.rows.longest
+        needed = extra + (16 if learned and packing else found.train.rows.longest)
         skeleton.config.max_position_embeddings = needed
         caplog.clear()  # an earlier test of this process may have set the level to INFO
         with caplog.at_level(logging.WARNING, "dist_peft"):
-            check_fit(found, skeleton)
+            check_fit(found, skeleton, extra)
             assert caplog.text == ""
             skeleton.config.max_position_embeddings = needed - 1
             if not learned:
-                check_fit(found, skeleton)
-                words = f"longest document has {needed} tokens, the base was made for {needed - 1}"
+                check_fit(found, skeleton, extra)
+                words = (
+                    f"longest document needs {needed} positions, the base was made for {needed - 1}"
+                )
                 assert words in caplog.text
                 return
             words = f"needs {needed} positions but the base has learned {needed - 1}"
             with pytest.raises(UserError, match=words):
-                check_fit(found, skeleton)
+                check_fit(found, skeleton, extra)

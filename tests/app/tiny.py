@@ -57,7 +57,7 @@ def tiny_tree(directory: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
-            tree[section] = {**tree[section], name: value}
+            tree[section] = {**tree.get(section, {}), name: value}
         else:
             tree[section] = value
     return tree

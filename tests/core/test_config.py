@@ -48,8 +48,6 @@ def test_only_two_keys_have_no_default() -> None:
 def test_every_key_has_a_description_and_every_section_a_docstring(
     section: type[BaseModel],
 ) -> None:
-    if section.__name__ == "_Section":
-        return
     assert section.__doc__
     undescribed = [
         name
@@ -106,6 +104,10 @@ def test_an_adapter_without_kind_is_lora() -> None:
         (
             {"base": {"path": "m", "quant": {"bits": 3}}},
             "key base.quant: nf4 has 4 bits, not 3; use kind: int",
+        ),
+        (
+            {"base": {"path": "m", "quant": {"solver": "hqq"}}},
+            "key base.quant: nf4 rounds to nearest; solver hqq is for kind: int",
         ),
         (
             {"base": {"path": "m", "quant": {"group_size": 12}}},

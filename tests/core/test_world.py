@@ -108,3 +108,20 @@ def _accuse(world: World) -> str | None:
     explanation = world.explain(RuntimeError("gloo: made up"))
     world.barrier()
     return explanation
+
+
+def _sum_and_copy(world: World) -> tuple[list[int], list[float]]:
+    total = torch.tensor([2**60 >> 2, world.rank])
+    world.add_up(total)
+    copied = torch.tensor([float(world.rank), 0.5])
+    world.broadcast(copied, 1)
+    return total.tolist(), copied.tolist()
+
+
+@pytest.mark.dist
+def test_tensors_are_added_up_and_copied() -> None:
+    assert run_ranks(_sum_and_copy, 3) == [([3 * 2**58, 3], [1.0, 0.5])] * 3
+    alone = torch.tensor([7])
+    World().add_up(alone)
+    World().broadcast(alone, 0)
+    assert alone.tolist() == [7]

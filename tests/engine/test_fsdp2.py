@@ -1,13 +1,22 @@
 """FSDP2 on packed bytes: spans, bytes on the wire, storage, HSDP; real processes, uneven rows."""
 
 import pytest
+import torch
 from torch.distributed.tensor import DTensor
 
 from dist_peft.core.config import EngineConfig
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from tests.dist import run_ranks
-from tests.engine.tiny import Model, assert_same, filled, padded_bytes, train
+from tests.engine.tiny import (
+    Model,
+    assert_same,
+    batch,
+    filled,
+    padded_bytes,
+    train,
+    whole_values,
+)
 
 
 @pytest.mark.dist
@@ -59,3 +68,22 @@ def test_each_rank_rests_on_its_own_rows() -> None:
             for p in Model().parameters()
         )
         assert local == expected
+
+
+def _refill(world: World) -> bool:
+    """Rows replaced between forwards are what the next forward gathers."""
+    model, engine = filled(world, EngineConfig())
+    with torch.no_grad():
+        before = model(batch(0))
+        for block in model.blocks:
+            rows = engine.span(block.up.packed)
+            engine.fill(block.up, "packed", whole_values()["blocks.0.up.packed"][rows.slice])
+        after = model(batch(0))
+    expected = whole_values()["blocks.0.up.packed"]
+    gathered = [engine.gather(block.up.packed) for block in model.blocks]
+    return not torch.equal(before, after) and all(torch.equal(g, expected) for g in gathered)
+
+
+@pytest.mark.dist
+def test_rows_can_be_replaced_between_forwards() -> None:
+    assert run_ranks(_refill, 3) == [True] * 3

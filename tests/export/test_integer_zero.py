@@ -9,6 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file
 
 from dist_peft.core.config import QuantConfig
+from dist_peft.core.errors import UserError
 from dist_peft.export.formats import export_model
 from dist_peft.model.skeleton import torch_dtype
 from dist_peft.quant.codec import make_codec
@@ -73,3 +74,12 @@ def test_what_gptq_leaves_out_is_named_for_its_loaders(tmp_path: Path) -> None:
     attention = [f"self_attn.{p}_proj" for p in "koqv"]
     assert how["modules_in_block_to_quantize"] == [attention]
     assert r"-:^model\.layers\.1\.mlp\.down_proj$" in how["dynamic"] and len(how["dynamic"]) == 6
+
+
+@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
+def test_float_zeros_are_refused(name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, QuantConfig(kind="int", bits=4, group_size=32, solver="hqq"))
+    with pytest.raises(UserError, match=r"zeros are fractions \(such as .* hqq .* choose mlx"):
+        export_model(name, run.job(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    export_model(name, run.job(tmp_path / "merged", merge=True, lossy=True))  # quantized anew

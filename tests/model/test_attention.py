@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_peft.model import attention
-from dist_peft.model.attention import document_mask, documents_are_isolated, model_inputs
+from dist_peft.model.attention import (
+    document_mask,
+    documents_are_isolated,
+    model_inputs,
+    prefix_mask,
+)
 from tests.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
@@ -54,6 +59,32 @@ def test_document_mask_is_what_a_loop_says(rows: list[list[int]], dtype: torch.d
         sees = torch.tensor(sees_by_loop(lengths))
         expected = torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)
         assert torch.equal(row, expected)
+
+
+class TestPrefixMask:
+    ROWS = ([5, 7], [9, 2, 1])
+
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_is_what_a_loop_says(self, window: int | None) -> None:
+        """With a prefix of 3: it is seen by all, within the window, and right before each."""
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.ROWS])
+        config = tf.MistralConfig(sliding_window=window)
+        mask = prefix_mask(config, positions, 3, torch.float32)
+        assert isinstance(mask, torch.Tensor) and mask.shape == (2, 1, 12, 15)
+        for row, own, lengths in zip(mask[:, 0], positions.tolist(), self.ROWS, strict=True):
+            inside = sees_by_loop(lengths)
+            for q in range(12):
+                for k in range(15):
+                    distance = own[q] - (own[k - 3] if k >= 3 else k - 3)
+                    sees = (k < 3 or inside[q][k - 3]) and (window is None or distance < window)
+                    assert (row[q, k] == 0) == sees, (q, k)
+
+    def test_one_for_each_type_of_layer(self) -> None:
+        positions = torch.tensor([[0, 1, 0, 1]])
+        masks = prefix_mask(CONFIGS["gemma2"], positions, 2, torch.float32)
+        assert isinstance(masks, dict)
+        assert set(masks) == {"full_attention", "sliding_attention"}
+        assert set(prefix_mask(CONFIGS["qwen3"], positions, 2, torch.float32)) == {"full_attention"}
 
 
 class TestIsolation:

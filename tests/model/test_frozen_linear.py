@@ -1,11 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_peft.core.config import QuantConfig
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear, LinearRows, is_finite
 from dist_peft.quant.codec import Codec, make_codec
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+from tests import packed
 
 CODECS = {
     "raw": make_codec(None, torch.float32),
@@ -85,3 +92,63 @@ def test_reads_the_parameter_as_it_is_then() -> None:
     layer.packed.data.copy_(CODECS["int4"].encode(torch.ones(20, 48)))
     loss.backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 20.0), rtol=1e-3, atol=0)
+
+
+class Given:
+    """Packed rows that are there already, as in a prequantized base."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def read(self, reader: RowReader, span: Span) -> Tensor:
+        return self.rows[span.slice]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> RowReader:
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(2))
+    weight[19, 1] = torch.nan
+    packed.save({"a.weight": weight}, tmp_path)
+    return RowReader(SafetensorsIndex.open(tmp_path))
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_rows_that_are_encoded(codec: Codec, reader: RowReader) -> None:
+    weight, span = reader.read("a.weight"), Span(3, 9)
+    rows = LinearRows.read(linear(codec, False), reader, span)
+    assert torch.equal(rows.numbers(), weight[3:9])
+    assert torch.equal(rows.packed(), codec.encode(weight[3:9]))
+    assert torch.equal(rows.packed(lambda found: 2 * found), codec.encode(2 * weight[3:9]))
+    with pytest.raises(UserError, match=r"a\.weight: weight is not finite"):
+        LinearRows.read(linear(codec, False), reader, Span(10, 20))
+
+
+def test_rows_that_are_packed_already(reader: RowReader) -> None:
+    codec, seen = CODECS["int4"], list[Tensor]()
+    own, layer = codec.encode(torch.randn(20, 48)), linear(CODECS["int4"], False)
+    layer.stored = Given(own)
+    rows = LinearRows.read(layer, reader, Span(3, 9))
+    assert torch.equal(rows.numbers(), codec.decode(own, 48, torch.float32)[3:9])
+
+    def look(found: Tensor) -> Tensor:
+        seen.append(found)
+        return found
+
+    assert torch.equal(rows.packed(), own[3:9]) and torch.equal(rows.packed(look), own[3:9])
+    assert torch.equal(seen[0], rows.numbers())
+    with pytest.raises(AssertionError, match=r"a\.weight is packed already"):
+        rows.packed(lambda found: 2 * found)
+
+
+def test_rounded() -> None:
+    rows, layer = torch.randn(4, 48), linear(CODECS["int4"], False)
+    codec = layer.codec
+    assert torch.equal(layer.rounded(rows), codec.decode(codec.encode(rows), 48, torch.float32))
+    layer.stored = Given(layer.packed)
+    assert layer.rounded(rows) is rows
+
+
+def test_is_finite() -> None:
+    assert is_finite(torch.empty(0, 3)) and is_finite(torch.ones(2, 3))
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.tensor([1.0, value]))

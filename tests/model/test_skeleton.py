@@ -168,9 +168,9 @@ class TestRefuses:
         with pytest.raises(UserError, match=f"{name}.*not a floating-point type"):
             load(directory)
 
-    def test_quantized_base(self, directory: Path) -> None:
-        self.edit(directory, quantization_config={"quant_method": "gptq", "bits": 4})
-        with pytest.raises(UserError, match="already quantized"):
+    def test_unknown_quantization(self, directory: Path) -> None:
+        self.edit(directory, quantization_config={"quant_method": "aqlm"})
+        with pytest.raises(UserError, match=r"'aqlm'.*the unquantized base"):
             load(directory)
 
     def test_encoder_decoder(self, tmp_path: Path) -> None:

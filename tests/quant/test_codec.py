@@ -25,6 +25,8 @@ QUANTIZING: list[Codec] = [
     AffineCodec(3, 64),
     AffineCodec(4, 40),
     AffineCodec(8, 128),
+    AffineCodec(2, 32, "hqq"),
+    AffineCodec(4, 40, "hqq"),
 ]
 RAW: list[Codec] = [RawCodec(torch.bfloat16), RawCodec(torch.float16), RawCodec(torch.float32)]
 CODECS = QUANTIZING + RAW
@@ -189,6 +191,9 @@ def test_make_codec_follows_the_config() -> None:
     assert make_codec(quant, torch.bfloat16) == Nf4Codec(128, False)
     quant = QuantConfig(kind="int", bits=3, group_size=32)
     assert make_codec(quant, torch.bfloat16) == AffineCodec(3, 32)
+    for solver, codec in (("hqq", AffineCodec(4, 64, "hqq")), ("gptq", AffineCodec(4, 64))):
+        quant = QuantConfig(kind="int", solver=solver)
+        assert make_codec(quant, torch.bfloat16) == codec
     names = [codec.name for codec in (RawCodec(), Nf4Codec(), AffineCodec(2), AffineCodec(8))]
     assert names == ["raw", "nf4", "int2", "int8"]
 

@@ -140,3 +140,24 @@ def test_files_are_closed_at_the_end(tmp_path: Path) -> None:
                 assert torch.equal(reader.read(str(i)), torch.full((2,), float(i)))
         assert len(os.listdir("/proc/self/fd")) - before <= 16
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@given(data=st.data())
+def test_columns_are_the_pieces_of_rows(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = torch.arange(7 * 9, dtype=torch.int32).reshape(7, 9)
+    a, b, c, d = (data.draw(st.integers(0, 7)) for _ in range(4))
+    rows, columns = Span(min(a, b), max(a, b)), Span(min(c, d), max(c, d) + 2)
+    with _reader(tmp_path_factory.mktemp("model"), {"w": whole}) as reader:
+        part = reader.read("w", rows, columns)
+        assert torch.equal(part, whole[rows.slice, columns.slice])
+        assert reader.bytes_read == reader.largest_read == part.nbytes
+        assert torch.equal(reader.read("w", columns=columns), whole[:, columns.slice])
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    with _reader(tmp_path, {"w": torch.zeros(3, 4), "v": torch.zeros(3)}) as reader:
+        for name, columns in (("w", Span(0, 5)), ("v", Span(0, 1))):
+            with pytest.raises(ValueError, match=f"tensor {name} .* no columns"):
+                reader.read(name, columns=columns)

@@ -1,0 +1,239 @@
+"""Bottleneck adapters: a small MLP beside a sublayer's output, and layer norms that learn.
+
+Houlsby et al. 2019 (section 2.1); Pfeiffer et al. 2021; the parallel form of He et al. 2022. With
+``x`` the residual stream before a sublayer (attention or MLP) and ``f`` what the sublayer gives::
+
+    x -+- norm -- sublayer -- f --(+)--(+)-- next        down [m, d], up [d, m], m = d / reduction
+       |                      |    |    |
+       |                      +- adapter |               adapter(h) = s up(act(down(h)))
+       +---------------------------------+
+
+    f' = f + adapter(h)       houlsby   h = f            after attention and after the MLP
+                              pfeiffer  h = x + f        after the MLP
+                              parallel  h = x            beside the MLP
+
+These are what AdapterHub's ``double_seq_bn``, ``seq_bn`` and ``par_bn`` compute in a decoder whose
+norms stand before the sublayers. The authors' own models have the norm after the residual sum:
+there ``h`` is normalized, here it is the raw stream. ``up`` follows a nonlinearity, so that no
+weight of the base could take the adapter in: it cannot be merged.
+
+The start is near the identity: ``up`` is small or zero, biases are zero (``initial_rows``).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_peft.adapters.base import derive_seed
+from dist_peft.adapters.dropout import RowDropout
+from dist_peft.core.span import Span
+
+__all__ = ["ACTIVATIONS", "BottleneckLayer", "BottleneckSpec", "Reads", "TrainedNorm"]
+
+Reads = Literal["output", "sum", "stream"]
+"""What the adapter's ``h`` is: ``f``, ``x + f`` or ``x``."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "leakyrelu": F.leaky_relu,
+}
+"""By AdapterHub's names."""
+
+
+@dataclass(frozen=True)
+class BottleneckSpec:
+    """What one adapter is.
+
+    Attributes:
+        hidden: ``d``.
+        bottleneck: ``m``.
+        activation: a key of ``ACTIVATIONS``.
+        scaling: ``s``.
+        reads: ``h``.
+        init: how it starts, see ``BottleneckLayer.initial_rows``.
+        arithmetic: type in which it computes.
+        seed: of the run; start values also depend on the path.
+    """
+
+    hidden: int
+    bottleneck: int
+    activation: str
+    scaling: float
+    reads: Reads
+    init: Literal["bert", "houlsby", "mam_adapter"]
+    arithmetic: torch.dtype
+    seed: int
+
+
+class BottleneckLayer(nn.Module):
+    """The adapter of one sublayer. See the module docstring.
+
+    Args:
+        base: the module that gives ``f``, after which this one is loaded.
+        path: this module's name in the model.
+        spec: what to build.
+        dropout: on ``adapter(h)``.
+        device: where the (unfilled) parameters are made.
+
+    Attributes:
+        down_weight, down_bias: ``[m, d]``, ``[m]``.
+        up_weight, up_bias: ``[d, m]``, ``[d]``.
+        shapes: of the parameters, by name.
+    """
+
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter
+
+    def __init__(
+        self,
+        base: nn.Module,
+        path: str,
+        spec: BottleneckSpec,
+        dropout: RowDropout,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.path, self.spec, self.dropout = path, spec, dropout
+        self._base = (base,)  # not a child: it is the block's
+        d, m = spec.hidden, spec.bottleneck
+        self.shapes = {
+            "down_weight": (m, d),
+            "down_bias": (m,),
+            "up_weight": (d, m),
+            "up_bias": (d,),
+        }
+        self._given: dict[str, Tensor] = {}
+        _add_parameters(self, self.shapes, device)
+
+    @property
+    def base(self) -> nn.Module:
+        return self._base[0]
+
+    def forward(self, output: Tensor, stream: Tensor | None = None) -> Tensor:
+        """``f`` [..., d] and ``x`` [..., d] -> ``f'`` in the type of ``f``.
+
+        Args:
+            output: ``f``.
+            stream: ``x``; may be absent where the adapter reads ``f`` alone.
+        """
+        spec = self.spec
+        dtype = spec.arithmetic
+        f = output.to(dtype)
+        h = f
+        if spec.reads != "output":
+            assert stream is not None, f"{self.path}: no residual stream"
+            h = stream.to(dtype) if spec.reads == "stream" else stream.to(dtype) + f
+        down = F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype))
+        inner = ACTIVATIONS[spec.activation](down)
+        change = F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype)) * spec.scaling
+        return (f + self.dropout(change)).to(output.dtype)
+
+    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Whole parameters by own name, to start from instead of random ones."""
+        self._given = dict(tensors)
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
+
+        Biases are zero. ``bert``: both matrices normal with deviation 0.02. ``houlsby``: with 0.01,
+        cut at two deviations. ``mam_adapter``: ``down`` Kaiming-uniform as LoRA's A, ``up`` zero.
+        """
+        if name in self._given:
+            return self._given[name][span.slice].float()
+        shape, init = self.shapes[name], self.spec.init
+        if name.endswith("bias") or (init == "mam_adapter" and name == "up_weight"):
+            return torch.zeros(len(span), *shape[1:])
+        generator = torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
+        value = torch.empty(shape)
+        if init == "mam_adapter":
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        elif init == "bert":
+            value.normal_(std=0.02, generator=generator)
+        else:
+            nn.init.trunc_normal_(value, std=0.01, a=-0.02, b=0.02, generator=generator)
+        return value[span.slice].clone()
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"{spec.hidden} -> {spec.bottleneck} -> {spec.hidden}, reads={spec.reads}"
+
+
+class TrainedNorm(nn.Module):
+    """A layer norm whose weights learn: those of the base plus a trained change, in float32.
+
+    The change starts at zero, so that it needs nothing of the base's files, and weight decay pulls
+    towards the base. All is computed in float32 (the sum too: near 1, bfloat16 has steps of 0.8 %),
+    whatever the family's formula: while ``base`` computes, the sums stand in for its weights.
+
+    Args:
+        base: the norm; ``weight`` and maybe ``bias`` are its parameters.
+        device: where the (unfilled) parameters are made.
+
+    Attributes:
+        weight_change, bias_change: shaped like the base's.
+        shapes: of them, by name.
+    """
+
+    def __init__(self, base: nn.Module, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        self.base = base
+        own = base.named_parameters(recurse=False)
+        self.shapes = {f"{name}_change": tuple(p.shape) for name, p in own}
+        self._given: dict[str, Tensor] = {}
+        _add_parameters(self, self.shapes, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., d] -> [..., d] in its type."""
+        names = [name.removesuffix("_change") for name in self.shapes]
+        sums = {n: getattr(self.base, n).float() + getattr(self, f"{n}_change") for n in names}
+        with _standing_in(self.base, sums):
+            y: Tensor = self.base(x.float())
+        return y.to(x.dtype)
+
+    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """See ``BottleneckLayer``."""
+        self._given = dict(tensors)
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Zeros. See ``AdapterModule``."""
+        if name in self._given:
+            return self._given[name][span.slice].float()
+        return torch.zeros(len(span), *self.shapes[name][1:])
+
+
+def _add_parameters(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str
+) -> None:
+    for name, shape in shapes.items():
+        value = torch.empty(shape, dtype=torch.float32, device=device)
+        module.register_parameter(name, nn.Parameter(value))
+
+
+@contextmanager
+def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Attributes of the instance, which Python finds before registered parameters.
+
+    The parameters themselves are left alone: engines count on which objects are registered.
+    """
+    own = module.__dict__
+    before = {name: own[name] for name in tensors if name in own}
+    own.update(tensors)
+    try:
+        yield
+    finally:
+        for name in tensors:
+            del own[name]
+        own.update(before)

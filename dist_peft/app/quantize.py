@@ -1,0 +1,237 @@
+"""``dist-peft quantize``: a packed base, to be read as it is.
+
+A directory like the base's, with each linear weight of the blocks in this project's packed rows::
+
+    config.json         the base's, with quantization_config:
+                        {"quant_method": "dist_peft", "kind": "int", "bits": 4, "group_size": 64,
+                         "solver": "gptq", "made_from": {"base": ..., "fingerprint": ..., ...}}
+    model*.safetensors  STEM.weight [out, in]  ->  STEM.packed uint8 [out, row_bytes]
+                        everything else as in the base
+    tokenizer, generation settings, licence: copies
+
+It appears under its name when it is complete. ``dist-peft train`` makes one in its run directory
+where ``base.quant.solver`` is ``gptq`` and the base is not quantized yet.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import logging
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.effects import warn_of_idle_options
+from dist_peft.app.solve import calibration_windows, solve
+from dist_peft.core.config import NoAdapterConfig, RunConfig
+from dist_peft.core.config_io import load_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.span import Span
+from dist_peft.core.world import World
+from dist_peft.export.sink import MAX_FILE_BYTES, check_new, copy_configuration
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.hub import public_name, read_json_object, resolve_base
+from dist_peft.model.prequantized import OWN_METHOD
+from dist_peft.model.skeleton import torch_dtype
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+from dist_peft.store.writer import StreamWriter, TensorSpec
+
+__all__ = ["made_from", "quantize", "run", "with_base_of_run", "with_solved_base"]
+
+log = logging.getLogger("dist_peft")
+
+_COPIED_BYTES = 64 * 2**20
+"""Copied at a time of a tensor that stays as it is."""
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    config = load_config(args.config, args.overrides)
+    device = world.device(config.train.device)
+    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    setup_log(None, world.rank, world.size)
+    quantize(config, args.out, world, device)
+    return 0
+
+
+def quantize(config: RunConfig, out: Path, world: World, device: torch.device) -> None:
+    """Quantize ``config.base`` as ``config.base.quant`` says and write it to ``out``.
+
+    Args:
+        config: the adapter and training sections do not matter; ``data.train`` is for gptq.
+        out: a new directory, on a disk that rank 0 sees.
+        world: connected.
+
+    Raises:
+        UserError: on every rank: an unusable base or data, ``out`` is not empty, no space.
+    """
+    quant = config.base.quant
+    if quant is None:
+        raise UserError("base.quant is null: there is nothing to quantize; set base.quant.kind")
+    engine = config.engine.model_copy(update={"activation_checkpointing": False})
+    config = config.model_copy(update={"adapter": NoAdapterConfig(), "engine": engine})
+    with world.together("read the base's configuration"):
+        check_new(out)
+        prepared = prepare(config, world, solving=True)
+        if (found := prepared.skeleton.prequantized) is not None:
+            raise UserError(
+                f"base.path {config.base.path} is quantized already ({found.label}); give the "
+                "unquantized base"
+            )
+    warn_of_idle_options(config, world, prepared.model, device.type)
+    built = load(prepared, config, world, device)
+    if quant.solver == "gptq":
+        solve(built, calibration_windows(config, built, world), world)
+    _write(built, config, out, world)
+    log.info("wrote %s", out)
+
+
+def with_solved_base(
+    config: RunConfig, run_dir: Path, world: World, device: torch.device
+) -> RunConfig:
+    """The configuration to train with: where ``base.quant.solver`` asks for gptq and the base is
+    not quantized yet, it is solved into ``run_dir/base``, once, and that is the base.
+
+    Raises:
+        UserError: on every rank: see ``quantize``; or ``run_dir/base`` was made in another way.
+    """
+    quant = config.base.quant
+    if quant is None or quant.solver != "gptq":
+        return config
+    out = run_dir / "base"
+    with world.together("look for a solved base"):
+        directory = resolve_base(config.base)
+        if "quantization_config" in read_json_object(directory / "config.json"):
+            return config
+        done = out.is_dir() and any(out.iterdir())
+        if done:
+            wanted = _origin(config, SafetensorsIndex.open(directory).fingerprint())
+            if made_from(out) != wanted:
+                raise UserError(
+                    f"{out} was made from another base, base.quant, data.train or seed; remove it "
+                    "to quantize anew, or choose another save.dir"
+                )
+    if done:
+        log.info("the base was solved before: %s", out)
+    else:
+        quantize(config, out, world, device)
+        gc.collect()  # modules and their hooks refer to each other; the next model needs the room
+    return with_base_of_run(config, run_dir)
+
+
+def with_base_of_run(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration with the base that ``with_solved_base`` has made, if it has."""
+    quant, solved = config.base.quant, run_dir / "base"
+    if quant is None or quant.solver != "gptq" or not solved.is_dir():
+        return config
+    base = config.base.model_copy(update={"path": str(solved), "revision": None})
+    return config.model_copy(update={"base": base})
+
+
+def made_from(directory: Path) -> dict[str, Any]:
+    """What a directory of ``quantize`` was made from; empty for any other."""
+    if not (directory / "config.json").is_file():
+        return {}
+    found = read_json_object(directory / "config.json").get("quantization_config")
+    origin = found.get("made_from") if isinstance(found, dict) else None
+    return origin if isinstance(origin, dict) else {}
+
+
+def _origin(config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """All that the packed rows depend on; ``base`` is for readers."""
+    quant = config.base.quant
+    assert quant is not None
+    origin: dict[str, Any] = {"base": public_name(config.base), "fingerprint": fingerprint}
+    if quant.solver == "gptq":
+        data = config.data.model_dump(mode="json", include={"train", "seq_len", "loss_on"})
+        text = json.dumps(data, sort_keys=True)
+        origin["calibration"] = {
+            "samples": quant.calibration_samples,
+            "tokens": quant.calibration_tokens,
+            "data": hashlib.sha256(text.encode()).hexdigest(),
+            "seed": config.train.seed,
+            "compute_dtype": config.base.compute_dtype,
+        }
+    return origin
+
+
+def _write(built: Built, config: RunConfig, out: Path, world: World) -> None:
+    """Gather one linear at a time and write it; rank 0 writes.
+
+    Raises:
+        UserError: on every rank: no space or no permission.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    linears = {
+        module.source: module
+        for module in built.model.modules()
+        if isinstance(module, FrozenLinear) and not module.is_head
+    }
+    with ExitStack() as stack:
+        writer: StreamWriter | None = None
+        with world.together("begin to write"):
+            if world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                stack.callback(shutil.rmtree, partial, ignore_errors=True)
+                specs = _specs(built, linears)
+                writer = stack.enter_context(StreamWriter(partial, specs, MAX_FILE_BYTES))
+        for source, linear in linears.items():
+            packed = built.engine.gather(linear.packed)
+            with world.together(f"write {source}"):
+                if writer is not None:
+                    writer.write(_packed_name(source), packed)
+        with world.together("write the rest"):
+            if writer is not None:
+                _copy_others(built, set(linears), writer)
+                writer.close()
+                _copy_configuration(built, config, partial)
+                if out.is_dir():
+                    out.rmdir()  # empty, as was checked
+                os.replace(partial, out)
+
+
+def _packed_name(source: str) -> str:
+    return f"{source.removesuffix('.weight')}.packed"
+
+
+def _specs(built: Built, linears: dict[str, FrozenLinear]) -> list[TensorSpec]:
+    specs = []
+    for name, info in built.skeleton.index.tensors.items():
+        if name in linears:
+            shape = tuple(linears[name].packed.shape)
+            specs.append(TensorSpec(_packed_name(name), torch.uint8, shape))
+        else:
+            specs.append(TensorSpec(name, info.dtype, info.shape))
+    return specs
+
+
+def _copy_others(built: Built, packed: set[str], writer: StreamWriter) -> None:
+    with RowReader(built.skeleton.index) as reader:
+        for name, info in built.skeleton.index.tensors.items():
+            if name in packed:
+                continue
+            rows = max(1, _COPIED_BYTES // max(1, info.row_bytes))
+            for span in Span(0, info.rows).chunks(rows):
+                writer.write(name, reader.read(name, span), span.start)
+
+
+def _copy_configuration(built: Built, config: RunConfig, out: Path) -> None:
+    """All files without weights; ``config.json`` says how linears are packed."""
+    quant = config.base.quant
+    assert quant is not None
+    known = read_json_object(built.directory / "config.json")
+    named = known.get("dtype") or known.get("torch_dtype")
+    dtype = torch_dtype(named if isinstance(named, str) else config.base.compute_dtype)
+    about = quant.model_dump(mode="json", include={"kind", "bits", "group_size", "solver"})
+    if quant.kind == "nf4":
+        about["double_quant"] = quant.double_quant
+    origin = _origin(config, built.skeleton.index.fingerprint())
+    settings = {"quant_method": OWN_METHOD, **about, "made_from": origin}
+    copy_configuration(built.directory, out, dtype, {"quantization_config": settings})

@@ -1,0 +1,28 @@
+"""What every section of the configuration is made of: a strict base and the types of its keys."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = ["Beta", "Count", "Float", "Int", "Names", "Positive", "Section"]
+
+
+def _no_boolean(value: Any) -> Any:
+    """Python counts ``True`` as 1; a configuration must not."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_boolean)]
+Float = Annotated[float, BeforeValidator(_no_boolean)]
+Count = Annotated[Int, Field(ge=1)]
+Positive = Annotated[Float, Field(gt=0)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,147 @@
+"""Running a model block by block on calibration samples.
+
+A decoder layer sees hidden states and, beside them, what the model computes once a forward (rotary
+angles, masks). One ordinary forward of the whole model records both; afterwards each block can be
+called alone, with hidden states that changed because blocks before it did::
+
+    model(ids)            records   block 0: h0, (angles, mask)    block 1: (angles, mask)   ...
+    block 0(h0, ...)      as often as needed, then once more for h1
+    block 1(h1, ...)      ...
+
+Linears that read the same tensor (q, k and v; gate and up) form a *stage*: they share a Hessian.
+Stages are in the order of computing, so that when one is solved, all before it have been.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = ["Sample", "capture", "find_stages", "watch_input"]
+
+
+@dataclass
+class Sample:
+    """One calibration sample on its way through the blocks.
+
+    Attributes:
+        hidden: input of the block to come, ``[1, tokens, hidden]``.
+        beside: what each block gets beside it: positional and keyword arguments.
+    """
+
+    hidden: Tensor
+    beside: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def run(self, block: nn.Module, number: int) -> Tensor:
+        """Output of ``block``, the one with this number."""
+        args, kwargs = self.beside[number]
+        output = block(self.hidden, *args, **kwargs)
+        found = output if isinstance(output, Tensor) else output[0]
+        assert isinstance(found, Tensor) and found.shape == self.hidden.shape
+        return found
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, like: Sample | None = None
+) -> Sample:
+    """Run the whole model once and record what its blocks are called with.
+
+    Args:
+        ids: long ``[1, tokens]``.
+        like: an earlier sample of as many tokens; what is equal is shared with it.
+
+    Raises:
+        UserError: a block is called in another way than with hidden states first.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, dict(kwargs)))
+
+    hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    in_turn = len(calls) == len(blocks)
+    if not in_turn or not all(args and isinstance(args[0], Tensor) for args, _ in calls):
+        raise UserError(
+            f"{type(model).__name__} does not call its blocks one after the other with hidden "
+            "states first; use base.quant.solver: hqq, which needs no calibration"
+        )
+    beside = [(args[1:], kwargs) for args, kwargs in calls]
+    if like is not None:
+        beside = _shared(beside, like.beside)
+    return Sample(calls[0][0][0], beside)
+
+
+def _shared(value: Any, like: Any) -> Any:
+    """``value`` with the tensors of ``like`` where they are equal."""
+    if isinstance(value, Tensor):
+        same = isinstance(like, Tensor) and value.shape == like.shape and torch.equal(value, like)
+        return like if same else value
+    if isinstance(value, tuple | list) and isinstance(like, tuple | list):
+        return type(value)(_shared(v, w) for v, w in zip(value, like, strict=True))
+    if isinstance(value, dict) and isinstance(like, dict):
+        return {key: _shared(item, like.get(key)) for key, item in value.items()}
+    return value
+
+
+@torch.no_grad()
+def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLinear]]:
+    """The linears of a block, those of one input together, in the order of their first use.
+
+    Args:
+        run: calls the block.
+
+    Raises:
+        UserError: a linear was never called, so there is no input to learn from.
+    """
+    linears = [module for module in block.modules() if isinstance(module, FrozenLinear)]
+    stages: dict[int, list[FrozenLinear]] = {}
+    inputs: list[Tensor] = []  # kept, or another tensor might get the address of one
+    seen: set[int] = set()
+
+    def before(linear: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(linear, FrozenLinear)
+        if id(linear) not in seen:
+            seen.add(id(linear))
+            inputs.append(args[0])
+            stages.setdefault(id(args[0]), []).append(linear)
+
+    hooks = [linear.register_forward_pre_hook(before) for linear in linears]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [linear.source for linear in linears if id(linear) not in seen]
+    if idle:
+        raise UserError(
+            f"calibration never reached {idle[0]}; use base.quant.solver: hqq, which needs no "
+            "calibration"
+        )
+    return list(stages.values())
+
+
+@contextmanager
+def watch_input(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, every input of ``linear`` is appended to the list that this gives."""
+    inputs: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0].detach())
+
+    hook = linear.register_forward_pre_hook(before)
+    try:
+        yield inputs
+    finally:
+        hook.remove()

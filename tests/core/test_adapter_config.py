@@ -1,0 +1,51 @@
+"""Adapter settings that belong together, or to another setting."""
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from dist_peft.core.adapter_config import (
+    AdapterConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+)
+
+ADAPTER: TypeAdapter[Any] = TypeAdapter(AdapterConfig)
+
+
+def test_kind_chooses_the_method() -> None:
+    for kind, section in (
+        ("prompt", PromptConfig),
+        ("ptuning", PTuningConfig),
+        ("prefix", PrefixConfig),
+    ):
+        found = ADAPTER.validate_python({"kind": kind})
+        assert type(found) is section
+        # a resolved file names every key
+        assert ADAPTER.validate_python(found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"kind": "prompt", "init": "text"}, "init: text and init_text belong together"),
+        ({"kind": "prompt", "init_text": "a"}, "init: text and init_text belong together"),
+        ({"kind": "prompt", "num_virtual_tokens": 0}, "greater than or equal to 1"),
+        ({"kind": "ptuning", "dropout": 0.1}, "dropout is for encoder: lstm"),
+        ({"kind": "ptuning", "encoder_layers": 3}, "encoder_layers is for encoder: lstm"),
+        (
+            {"kind": "ptuning", "encoder": "lstm", "encoder_layers": 1, "dropout": 0.1},
+            "dropout is between the LSTM's layers",
+        ),
+        (
+            {"kind": "prefix", "projection": False, "encoder_hidden_size": 8},
+            "encoder_hidden_size is for projection: true",
+        ),
+        ({"kind": "prefix", "r": 8}, "Extra inputs are not permitted"),
+    ],
+)
+def test_refused(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ADAPTER.validate_python(wrong)
