@@ -72,7 +72,7 @@ def measure(config: RunConfig) -> Measured:
     seconds = time.perf_counter() - begin
     held_out = make_loaders(config, prepared.tokenizer, world).eval
     assert held_out is not None
-    loss = evaluate(built.model, built.engine, held_out, world)
+    loss = evaluate(built.model, built.engine, held_out, world).loss
     bits, solver = (16, "none") if quant is None else (quant.bits, quant.solver)
     return Measured(bits, solver, loss, math.exp(loss), seconds)
 
@@ -104,7 +104,7 @@ def main() -> None:
     print(f"\nunquantized: {found[16, 'none']:.4f}\n")
     rows = [[b, *(f"{found[b, s]:.3f}" for s in SOLVERS)] for b in args.bits]
     print_table(["bits", *SOLVERS], rows)
-    about = {name: str(value) for name, value in vars(args).items()}
+    about = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     write_result(
         f"solvers_{args.base.name}_g{args.group_size}", {"options": about, "rows": results}
     )

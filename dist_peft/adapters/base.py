@@ -78,7 +78,7 @@ class PublicAdapter:
 
     Attributes:
         config: the contents of ``adapter_config.json``.
-        tensors: the contents of ``adapter_model.safetensors``.
+        tensors: the contents of the safetensors file beside it.
         facts: what only this project's merge needs to know (see ``peft_format``).
         extra: tensors that belong to ``facts``; no other library reads them.
     """

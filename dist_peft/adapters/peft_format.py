@@ -199,7 +199,7 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
 
 
 def read_adapter(directory: Path) -> PublicAdapter:
-    """Read a directory, ours or PEFT's own, of a method that is trained here.
+    """Read a directory, ours, PEFT's or AdapterHub's own, of a method that is trained here.
 
     Raises:
         UserError: no such adapter, another method, damaged, or one that cannot be read safely.

@@ -4,9 +4,9 @@
 
     [v0 v1 ... | x0 x1 x2 ...]        v [P, hidden]
 
-They start from a normal distribution (PEFT's default), from embeddings of random tokens, or from
-those of a text, which the paper finds best for small models. A text's rows are read from the base's
-file, each rank those of its own virtual tokens.
+They start from embeddings of random tokens, from those of a text, or from a normal distribution
+(PEFT's default, far from any embedding). Embeddings are read from the base's file, each rank those
+of its own virtual tokens.
 """
 
 from collections.abc import Mapping

@@ -27,15 +27,17 @@ log = logging.getLogger("dist_peft")
 
 
 def run(args: argparse.Namespace, world: World) -> int:
-    """Print one JSON line: ``{"eval_loss": nats, "step": steps trained}``, and for each file of
-    ``--choices`` its accuracies."""
+    """Print one JSON line: ``{"eval_loss": nats, "step": steps trained}``, with several held-out
+    sources ``eval_by_task``, and for each file of ``--choices`` its accuracies."""
     config = load_config(args.config, args.overrides)
     if not config.data.eval:
         raise UserError("data.eval is empty: nothing to evaluate")
     built, loaders, step = _ready(config, args.run_dir, world)
     assert loaders.eval is not None
-    loss = evaluate(built.model, built.engine, loaders.eval, world)
-    found: dict[str, Any] = {"eval_loss": loss, "step": step}
+    held_out = evaluate(built.model, built.engine, loaders.eval, world)
+    found: dict[str, Any] = {"eval_loss": held_out.loss, "step": step}
+    if held_out.by_task:
+        found["eval_by_task"] = held_out.by_task
     if args.choices:
         found["choices"] = {str(f): _choices(f, config, built, world) for f in args.choices}
     if world.is_first:

@@ -20,7 +20,9 @@ import json
 import logging
 import os
 import shutil
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +59,28 @@ def run(args: argparse.Namespace, world: World) -> int:
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
     setup_log(None, world.rank, world.size)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     quantize(config, args.out, world, device)
     return 0
 
 
-def quantize(config: RunConfig, out: Path, world: World, device: torch.device) -> None:
+def quantize(
+    config: RunConfig,
+    out: Path,
+    world: World,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Quantize ``config.base`` as ``config.base.quant`` says and write it to ``out``.
 
     Args:
         config: the adapter and training sections do not matter; ``data.train`` is for gptq.
         out: a new directory, on a disk that rank 0 sees.
         world: connected.
+        stop: asked while solving.
 
     Raises:
+        Stopped: ``stop`` was true; nothing is written.
         UserError: on every rank: an unusable base or data, ``out`` is not empty, no space.
     """
     quant = config.base.quant
@@ -87,19 +98,21 @@ def quantize(config: RunConfig, out: Path, world: World, device: torch.device) -
             )
     warn_of_idle_options(config, world, prepared.model, device.type)
     built = load(prepared, config, world, device)
-    if quant.solver == "gptq":
-        solve(built, calibration_windows(config, built, world), world)
-    _write(built, config, out, world)
+    with _writer(built, out, world) as writer:  # first: a disk that is full is told at once
+        if quant.solver == "gptq":
+            solve(built, calibration_windows(config, built, world), world, stop)
+        _write(built, config, out, world, writer)
     log.info("wrote %s", out)
 
 
 def with_solved_base(
-    config: RunConfig, run_dir: Path, world: World, device: torch.device
+    config: RunConfig, run_dir: Path, world: World, device: torch.device, stop: Callable[[], bool]
 ) -> RunConfig:
     """The configuration to train with: where ``base.quant.solver`` asks for gptq and the base is
     not quantized yet, it is solved into ``run_dir/base``, once, and that is the base.
 
     Raises:
+        Stopped: see ``quantize``.
         UserError: on every rank: see ``quantize``; or ``run_dir/base`` was made in another way.
     """
     quant = config.base.quant
@@ -121,7 +134,7 @@ def with_solved_base(
     if done:
         log.info("the base was solved before: %s", out)
     else:
-        quantize(config, out, world, device)
+        quantize(config, out, world, device, stop)
         gc.collect()  # modules and their hooks refer to each other; the next model needs the room
     return with_base_of_run(config, run_dir)
 
@@ -162,47 +175,69 @@ def _origin(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     return origin
 
 
-def _write(built: Built, config: RunConfig, out: Path, world: World) -> None:
+@contextmanager
+def _writer(built: Built, out: Path, world: World) -> Iterator[StreamWriter | None]:
+    """What rank 0 writes with; None on others. Without ``_write`` to its end nothing is left.
+
+    Raises:
+        UserError: on every rank: no space or no permission.
+    """
+    partial, writer = _partial(out), None
+    try:
+        with world.together("begin to write"):
+            if world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                writer = StreamWriter(partial, _specs(built), MAX_FILE_BYTES)
+        if writer is None:
+            yield None
+        else:
+            with writer:
+                yield writer
+    finally:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    built: Built, config: RunConfig, out: Path, world: World, writer: StreamWriter | None
+) -> None:
     """Gather one linear at a time and write it; rank 0 writes.
 
     Raises:
         UserError: on every rank: no space or no permission.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    linears = {
-        module.source: module
-        for module in built.model.modules()
-        if isinstance(module, FrozenLinear) and not module.is_head
-    }
-    with ExitStack() as stack:
-        writer: StreamWriter | None = None
-        with world.together("begin to write"):
-            if world.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-                stack.callback(shutil.rmtree, partial, ignore_errors=True)
-                specs = _specs(built, linears)
-                writer = stack.enter_context(StreamWriter(partial, specs, MAX_FILE_BYTES))
-        for source, linear in linears.items():
-            packed = built.engine.gather(linear.packed)
-            with world.together(f"write {source}"):
-                if writer is not None:
-                    writer.write(_packed_name(source), packed)
-        with world.together("write the rest"):
+    linears, partial = _linears(built), _partial(out)
+    for source, linear in linears.items():
+        packed = built.engine.gather(linear.packed)
+        with world.together(f"write {source}"):
             if writer is not None:
-                _copy_others(built, set(linears), writer)
-                writer.close()
-                _copy_configuration(built, config, partial)
-                if out.is_dir():
-                    out.rmdir()  # empty, as was checked
-                os.replace(partial, out)
+                writer.write(_packed_name(source), packed)
+    with world.together("write the rest"):
+        if writer is not None:
+            _copy_others(built, set(linears), writer)
+            writer.close()
+            _copy_configuration(built, config, partial)
+            if out.is_dir():
+                out.rmdir()  # empty, as was checked
+            os.replace(partial, out)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _linears(built: Built) -> dict[str, FrozenLinear]:
+    """Name of the weight in the base -> the linear that is packed."""
+    found = (module for module in built.model.modules() if isinstance(module, FrozenLinear))
+    return {module.source: module for module in found if not module.is_head}
 
 
 def _packed_name(source: str) -> str:
     return f"{source.removesuffix('.weight')}.packed"
 
 
-def _specs(built: Built, linears: dict[str, FrozenLinear]) -> list[TensorSpec]:
-    specs = []
+def _specs(built: Built) -> list[TensorSpec]:
+    specs, linears = [], _linears(built)
     for name, info in built.skeleton.index.tensors.items():
         if name in linears:
             shape = tuple(linears[name].packed.shape)

@@ -1,8 +1,10 @@
 """From the data section to the loaders of a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.choices import ChoiceRows, Question
 from dist_peft.data.loader import Loader, Rows
-from dist_peft.data.rows import RowSet, load_rows
+from dist_peft.data.mixture import Mixture
+from dist_peft.data.order import MixedOrder, Order, shares_of
+from dist_peft.data.rows import RowSet, load_row_sets, load_rows
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
 
@@ -22,6 +26,8 @@ __all__ = ["Loaders", "check_fit", "check_tokens", "choice_loader", "make_loader
 log = logging.getLogger("dist_peft")
 
 PROBE_TOKENS = 64
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,8 +52,13 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     """
     # held-out data are the smaller part: what is wrong there is told before the long part begins
     data = config.data
-    held_out = read_rows(data, data.eval, "eval", tokenizer, world) if data.eval else None
-    train = read_rows(data, data.train, "train", tokenizer, world)
+    held_out: RowSet | Mixture | None = None
+    if data.eval:
+        several = len(data.eval) > 1
+        read = _read_mixture if several else read_rows
+        held_out = read(data, data.eval, "eval", tokenizer, world)
+    read = read_rows if data.mixing == "joined" else _read_mixture
+    train = read(data, data.train, "train", tokenizer, world)
     batch = config.train.global_batch
     for count, what in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:
@@ -65,7 +76,7 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     tokens, _, _ = (held_out or train).row(0)
     probe = torch.as_tensor(tokens[:PROBE_TOKENS], dtype=torch.long).unsqueeze(0)
     eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
-    train_loader = _loader(config, train, tokenizer, world)
+    train_loader = _loader(config, train, tokenizer, world, _order(config, train))
     return Loaders(train_loader, eval_loader, probe, train.chat_template)
 
 
@@ -147,16 +158,49 @@ def read_rows(
     Raises:
         UserError: on every rank: unreadable, empty or unfit data.
     """
-    rows: RowSet | None = None
+    return _cached(lambda: load_rows(config, sources, tokenizer, name=name), name, world)
+
+
+def _read_mixture(
+    config: DataConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
+) -> Mixture:
+    """As ``read_rows``, each source by itself and under a name of its own."""
+    read = partial(load_row_sets, config, sources, tokenizer, name=name)
+    names: list[str] = []
+    for source in sources:
+        same = sum(n == source.task or n.startswith(f"{source.task}-") for n in names)
+        names.append(f"{source.task}-{same + 1}" if same else source.task)
+    return Mixture(_cached(read, name, world), names)
+
+
+def _cached(read: Callable[[], T], name: str, world: World) -> T:
+    """What ``read`` gives; the first rank of each node fills the cache before the others read."""
+    found: list[T] = []
     for first in (True, False):
         with world.together(f"read data.{name}"):
             if world.is_first_of_node == first:
-                rows = load_rows(config, sources, tokenizer, name=name)
-    assert rows is not None
-    return rows
+                found.append(read())
+    return found[0]
 
 
-def _loader(config: RunConfig, rows: Rows, tokenizer: Tokenizer, world: World) -> Loader:
+def _order(config: RunConfig, rows: RowSet | Mixture) -> Order | None:
+    if isinstance(rows, RowSet):
+        return None
+    return MixedOrder(
+        shares_of(config.data, rows.sizes),
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        shuffle=config.train.shuffle,
+    )
+
+
+def _loader(
+    config: RunConfig,
+    rows: Rows,
+    tokenizer: Tokenizer,
+    world: World,
+    order: Order | None = None,
+) -> Loader:
     return Loader(
         rows,
         global_batch=config.train.global_batch,
@@ -167,4 +211,5 @@ def _loader(config: RunConfig, rows: Rows, tokenizer: Tokenizer, world: World) -
         world_size=world.size,
         seq_len=config.data.seq_len,
         pad_id=tokenizer.pad_token_id or 0,
+        order=order,
     )

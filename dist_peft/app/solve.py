@@ -18,6 +18,7 @@ Hessian. No weight of the base is ever whole except packed, a block at a time, a
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -36,9 +37,13 @@ from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.gptq import Factor, Hessian, factorize, gram, largest_entry, solve_rows
 from dist_peft.store.reader import RowReader
 
-__all__ = ["calibration_windows", "solve"]
+__all__ = ["Stopped", "calibration_windows", "solve"]
 
 log = logging.getLogger("dist_peft")
+
+
+class Stopped(Exception):
+    """Solving was asked to stop before its end; nothing of it is kept."""
 
 
 def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor:
@@ -83,25 +88,37 @@ def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor
 
 
 @torch.no_grad()
-def solve(built: Built, windows: Tensor, world: World) -> None:
+def solve(
+    built: Built, windows: Tensor, world: World, stop: Callable[[], bool] = lambda: False
+) -> None:
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
     Args:
         built: a loaded model without adapter, not yet prepared for training.
         windows: calibration tokens, the same on every rank.
+        stop: asked after each sample of the first forward and before each stage; true on one rank
+            stops all.
 
     Raises:
+        Stopped: ``stop`` was true.
         UserError: on every rank: activations or Hessians that cannot be used.
     """
     with RowReader(built.skeleton.index) as reader, freed_memory_is_returned():
-        _Solver(built, windows, world, reader).run()
+        _Solver(built, windows, world, reader, stop).run()
 
 
 class _Solver:
     """Samples on their way through the blocks."""
 
-    def __init__(self, built: Built, windows: Tensor, world: World, reader: RowReader) -> None:
-        self.built, self.world, self.reader = built, world, reader
+    def __init__(
+        self,
+        built: Built,
+        windows: Tensor,
+        world: World,
+        reader: RowReader,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.built, self.world, self.reader, self.stop = built, world, reader, stop
         self.blocks, self.device = built.skeleton.blocks, built.engine.device
         self.count = len(windows)
         self.samples: list[Sample] = []
@@ -112,6 +129,7 @@ class _Solver:
             ids = windows[index : index + 1].to(self.device)
             like = self.samples[0] if self.samples else None
             self.samples.append(capture(built.model, self.blocks, ids, like))
+            self._stop_if_asked()
         self.stages_done = 0
 
     def run(self) -> None:
@@ -123,6 +141,7 @@ class _Solver:
         )
         for number, block in enumerate(self.blocks):
             for stage in find_stages(block, partial(self.samples[0].run, block, number)):
+                self._stop_if_asked()
                 factor = self._factor(block, number, stage[0])
                 for linear in stage:
                     self._refill(linear, factor)
@@ -130,15 +149,16 @@ class _Solver:
                 sample.hidden = sample.run(block, number)
             log.info("gptq: block %d of %d", number + 1, len(self.blocks))
 
+    def _stop_if_asked(self) -> None:
+        (stopping,) = self.world.max(self.stop())
+        if stopping:
+            raise Stopped
+
     def _factor(self, block: nn.Module, number: int, linear: FrozenLinear) -> Factor:
         """The factor of the Hessian of what ``linear`` reads, from one rank, on all."""
         hessian = self._hessian(block, number, linear)
         size = _codec(linear).group_size
-        padded = -(-linear.in_features // size) * size
-        factor = Factor(
-            torch.empty(padded, dtype=torch.long, device=self.device),
-            torch.empty(padded, padded, device=self.device),
-        )
+        factor: Factor | None = None
         owner = self.stages_done % self.world.size
         self.stages_done += 1
         with self.world.together(f"factor the Hessian of {linear.source}"):
@@ -150,6 +170,8 @@ class _Solver:
                         f"tensor {linear.source}: {error}; raise base.quant.calibration_samples "
                         "or use base.quant.solver: hqq"
                     ) from None
+        if factor is None:
+            factor = Factor.empty(-(-linear.in_features // size) * size, self.device)
         self.world.broadcast(factor.order, owner)
         self.world.broadcast(factor.upper, owner)
         return factor

@@ -23,6 +23,7 @@ from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.quantize import made_from, with_solved_base
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, check_fit, make_loaders
+from dist_peft.app.solve import Stopped
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import dump_config, load_config
 from dist_peft.core.errors import UserError
@@ -34,7 +35,7 @@ from dist_peft.model.attention import documents_are_isolated
 from dist_peft.model.hub import public_name, save_tokenizer
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
-from dist_peft.train.evaluate import evaluate, inference
+from dist_peft.train.evaluate import HeldOut, evaluate, inference
 from dist_peft.train.loop import StepResult, fit
 from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
 from dist_peft.train.optim import make_optimizer_factory
@@ -74,7 +75,11 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         if world.is_first:
             _prepare_directory(run_dir)
     setup_log(run_dir, world.rank, world.size)
-    config = with_solved_base(config, run_dir, world, device)
+    try:
+        config = with_solved_base(config, run_dir, world, device, stop)
+    except Stopped:
+        log.warning("stopped on a signal while solving the base; started again, it begins anew")
+        return RESUMABLE
     with world.together("read the base's configuration"):
         prepared = prepare(config, world)
         config = prepared.config
@@ -117,6 +122,7 @@ class _Session:
         c = self.config.train
         per_epoch = len(self.loaders.train.rows) / c.global_batch
         self.total_steps = c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
+        self.loaders.train.check_steps(self.total_steps)
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -199,10 +205,12 @@ class _Session:
                 last = result.step == self.total_steps
                 due = c.eval_every and result.step % c.eval_every == 0
                 record = self._record(result, int(most))
-                if last or due:
-                    record = replace(record, eval_loss=self._evaluate(result.step))
-                if result.step == 1:
-                    record = replace(record, eval_loss_before=before)
+                if (last or due) and (found := self._evaluate(result.step)) is not None:
+                    record = replace(record, eval_loss=found.loss, eval_by_task=found.by_task)
+                if result.step == 1 and before is not None:
+                    record = replace(
+                        record, eval_loss_before=before.loss, eval_by_task_before=before.by_task
+                    )
                 with self.world.together("write metrics"):
                     metrics.write(record)
                 progress.update(record)
@@ -245,12 +253,12 @@ class _Session:
             seconds=result.seconds,
         )
 
-    def _evaluate(self, step: int) -> float | None:
+    def _evaluate(self, step: int) -> HeldOut | None:
         if self.loaders.eval is None:
             return None
-        loss = evaluate(self.built.model, self.built.engine, self.loaders.eval, self.world)
-        log.info("step %d: held-out loss %.4f", step, loss)
-        return loss
+        found = evaluate(self.built.model, self.built.engine, self.loaders.eval, self.world)
+        log.info("step %d: held-out loss %s", step, found)
+        return found
 
     def _save(self, step: int) -> None:
         state = self.built.engine.state(self.built.model)

@@ -82,9 +82,9 @@ class PromptConfig(VirtualTokensConfig):
 
     kind: Literal["prompt"] = "prompt"
     init: Literal["random", "vocab", "text"] = Field(
-        "random",
-        description="random: normal. vocab: embeddings of random tokens. text: embeddings of "
-        "init_text, repeated or cut to num_virtual_tokens.",
+        "vocab",
+        description="vocab: embeddings of random tokens. text: embeddings of init_text, repeated "
+        "or cut to num_virtual_tokens. random: normal.",
     )
     init_text: str | None = Field(None, description="For init: text, such as the task in words.")
 

@@ -5,6 +5,7 @@ adapters are in ``adapter_config``. Reading files, overrides and error messages 
 ``config_io``; ``docs/configuration.md`` is generated from the descriptions.
 """
 
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -161,6 +162,27 @@ class DataSource(Section):
     )
     split: str = Field("train", description="Split of a hub data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
+    name: str | None = Field(
+        None, description="Of the task, in losses by task; default: the file's name."
+    )
+    weight: Float = Field(1.0, gt=0, description="With data.mixing weights: share of the rows.")
+    from_step: Int = Field(
+        0, ge=0, description="With data.mixing: the first step (from 0) that may take its rows."
+    )
+    to_step: Int | None = Field(
+        None, ge=1, description="With data.mixing: the step before which it ends; default: never."
+    )
+
+    @property
+    def task(self) -> str:
+        """``name``, or what ``path`` ends in."""
+        return self.name or PurePath(self.path).stem or self.path
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.to_step is not None and self.to_step <= self.from_step:
+            raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
+        return self
 
 
 class DataConfig(Section):
@@ -169,7 +191,20 @@ class DataConfig(Section):
     train: list[DataSource] = Field(
         min_length=1, description="Training sources: paths or DataSource."
     )
-    eval: list[DataSource] = Field(default_factory=list, description="Held-out sources.")
+    eval: list[DataSource] = Field(
+        default_factory=list,
+        description="Held-out sources. With several, each has a loss of its own, too.",
+    )
+    mixing: Literal["joined", "sizes", "weights"] = Field(
+        "joined",
+        description="joined: records of all training sources are one pool. Else each row is drawn "
+        "from one source, by its rows ** (1 / temperature) or by its weight.",
+    )
+    temperature: Float = Field(
+        1.0,
+        gt=0,
+        description="With mixing sizes: 1 as many rows as there are; large: equal shares.",
+    )
     seq_len: Int = Field(2048, ge=8, description="Window: tokens in a row.")
     packing: bool = Field(True, description="Several documents a row, isolated from each other.")
     loss_on: Literal["completion", "all"] = Field(
@@ -196,6 +231,26 @@ class DataConfig(Section):
                 if isinstance(entries, list):
                     value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
         return value
+
+    @model_validator(mode="after")
+    def _check_mixing(self) -> Self:
+        mixed = {"weight": ("weights",), "from_step": ("sizes", "weights")}
+        mixed["to_step"] = mixed["from_step"]
+        for number, source in enumerate(self.train):
+            for key, modes in mixed.items():
+                default = DataSource.model_fields[key].default
+                if getattr(source, key) != default and self.mixing not in modes:
+                    raise ValueError(
+                        f"train[{number}].{key} needs mixing: {' or '.join(modes)}, "
+                        f"not {self.mixing}"
+                    )
+        if self.temperature != 1 and self.mixing != "sizes":
+            raise ValueError(f"temperature needs mixing: sizes, not {self.mixing}")
+        for key in ("train", "eval"):
+            names = [s.name for s in getattr(self, key) if s.name is not None]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two sources of {key} have the same name")
+        return self
 
 
 class TrainConfig(Section):

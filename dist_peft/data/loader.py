@@ -14,13 +14,11 @@ integer), and each rank knows the step's number of target tokens without asking 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from dist_peft.data.order import Order, PoolOrder
 from dist_peft.data.packing import IGNORE
 
 __all__ = ["Batch", "Loader", "Rows"]
@@ -80,6 +78,7 @@ class Loader:
         rank, world_size: which share is served.
         seq_len: width of packed rows; at least that of the row set.
         pad_id: token of the padding; any valid one, it is never attended to or predicted.
+        order: which rows steps take; default: all in one pool.
     """
 
     def __init__(
@@ -94,6 +93,7 @@ class Loader:
         world_size: int,
         seq_len: int,
         pad_id: int,
+        order: Order | None = None,
     ) -> None:
         if min(global_batch, micro_batch) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch {global_batch}/{micro_batch}, rank {rank} of {world_size}")
@@ -106,8 +106,11 @@ class Loader:
         self._world_size = world_size
         self._seq_len = seq_len
         self._pad_id = pad_id
-        # a step may straddle two epochs
-        self._order = lru_cache(maxsize=2)(lambda epoch: _order(seed, epoch, len(rows), shuffle))
+        self._order = order or PoolOrder(len(rows), seed, shuffle)
+
+    def check_steps(self, steps: int) -> None:
+        """See that the first ``steps`` steps have rows. See ``Order.check``."""
+        self._order.check(steps)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -134,9 +137,7 @@ class Loader:
 
     def _rows_of_step(self, index: int) -> list[int]:
         first = index * self._global_batch
-        places = range(first, first + self._global_batch)
-        size = len(self.rows)
-        return [int(self._order(place // size)[place % size]) for place in places]
+        return self._order.rows(first, self._global_batch)
 
     def _batches(self, chosen: Sequence[int]) -> list[Batch]:
         share = list(chosen[self._rank :: self._world_size])
@@ -168,15 +169,3 @@ class Loader:
             return self._seq_len
         rounded = -(-max(longest, 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         return min(rounded, self._seq_len)
-
-
-def _order(seed: int, epoch: int, size: int, shuffle: bool) -> NDArray[np.int64]:
-    """The permutation of an epoch: rows sorted by random 64-bit numbers.
-
-    Raw Philox output is the one random stream that numpy promises never to change (NEP 19), so a
-    run resumed under another version goes on with the same order.
-    """
-    if not shuffle:
-        return np.arange(size)
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
-    return np.argsort(keys, kind="stable")

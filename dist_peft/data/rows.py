@@ -21,7 +21,7 @@ from dist_peft.data.cache import Documents
 from dist_peft.data.packing import IGNORE, join_documents, pack
 from dist_peft.data.tokens import Tokenizer, load_documents
 
-__all__ = ["RowSet", "load_rows", "show_row"]
+__all__ = ["RowSet", "load_row_sets", "load_rows", "show_row"]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -147,26 +147,49 @@ def load_rows(
     """
     if not sources:
         raise UserError(f"data.{name} names no source")
-    documents = []
-    pieces = []
-    for number, source in enumerate(sources):
-        key = f"data.{name}[{number}]"
-        loaded = load_documents(config, source, tokenizer, key)
-        _refuse_untrainable(loaded, config)
-        fit = _fit(loaded, config, key)
-        documents.append(loaded)
-        pieces.append(_Pieces(np.full(len(fit), number), fit.start, fit.length))
+    loaded = [_load(config, source, tokenizer, key) for key, source in _keys(name, sources)]
+    numbers = np.repeat(np.arange(len(loaded)), [len(fit) for _, fit in loaded])
     joined = _Pieces(
-        *(np.concatenate([getattr(p, f) for p in pieces]) for f in ("source", "start", "length"))
+        numbers, *(np.concatenate([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
     )
-    if not len(joined):
+    return _row_set(config, [documents for documents, _ in loaded], joined, f"data.{name}")
+
+
+def load_row_sets(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
+) -> list[RowSet]:
+    """As ``load_rows``, but each source has rows of its own."""
+    found = []
+    for key, source in _keys(name, sources):
+        documents, fit = _load(config, source, tokenizer, key)
+        found.append(_row_set(config, [documents], fit, key))
+    return found
+
+
+_PLACE = ("start", "length")
+
+
+def _keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
+    return [(f"data.{name}[{number}]", source) for number, source in enumerate(sources)]
+
+
+def _load(
+    config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
+) -> tuple[Documents, _Pieces]:
+    documents = load_documents(config, source, tokenizer, key)
+    _refuse_untrainable(documents, config)
+    return documents, _fit(documents, config, key)
+
+
+def _row_set(config: DataConfig, documents: list[Documents], pieces: _Pieces, name: str) -> RowSet:
+    if not len(pieces):
         raise UserError(
-            f"data.{name}: no record is left (data.too_long is {config.too_long}); "
+            f"{name}: no record is left (data.too_long is {config.too_long}); "
             f"raise data.seq_len (now {config.seq_len})"
         )
-    rows = RowSet(documents, joined, seq_len=config.seq_len, packed=config.packing)
+    rows = RowSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
     _LOG.info(
-        "data.%s: %d documents, %d rows, %d tokens (%d for the loss), rows filled to %.1f %%",
+        "%s: %d documents, %d rows, %d tokens (%d for the loss), rows filled to %.1f %%",
         name,
         rows.num_documents,
         len(rows),

@@ -1,10 +1,11 @@
 """Logits of an export, computed by the library it is for. Run by path, maybe by another Python::
 
-    python verify_consumer.py mlx|llama.cpp|gptq MODEL OUT.npy ID ID ...
+    python verify_consumer.py mlx|llama.cpp|gptq|adapters MODEL OUT.npy ID ID ...
 
 It imports nothing of this package, since the libraries have needs of their own (``gptqmodel`` wants
-another torch, ``llama-cpp-python`` a compiler) and may live in an environment of their own. Prints
-the library's version; writes float32 logits ``[1, n, vocabulary]``.
+another torch, ``adapters`` an older transformers, ``llama-cpp-python`` a compiler) and may live in
+an environment of their own. Prints the library's version; writes float32 logits
+``[1, n, vocabulary]``.
 """
 
 import sys
@@ -54,7 +55,20 @@ def _gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
     return f"gptqmodel {version('gptqmodel')}", logits[0].float().numpy()
 
 
-_CONSUMERS = {"mlx": _mlx, "llama.cpp": _llama_cpp, "gptq": _gptq}
+def _adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
+    import adapters
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapters.init(loaded)
+    loaded.load_adapter(str(model / "adapter"), use_safetensors=True, set_active=True)
+    with torch.no_grad():
+        logits = loaded.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
+    return f"adapters {version('adapters')}", logits[0].float().numpy()
+
+
+_CONSUMERS = {"mlx": _mlx, "llama.cpp": _llama_cpp, "gptq": _gptq, "adapters": _adapters}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -41,7 +41,15 @@ from torch import Tensor
 from dist_peft.quant.hqq import best_zero
 from dist_peft.quant.kernels import decode_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
+from dist_peft.quant.rows import (
+    align4,
+    as_bytes,
+    check_finite,
+    check_packed,
+    divide,
+    encode_groups,
+    field,
+)
 
 __all__ = ["AffineCodec", "AffineParts"]
 
@@ -146,7 +154,7 @@ class AffineCodec:
         if given != wanted:
             raise ValueError(f"codes, scale, zero of {self.name} are {wanted}, not {given}")
         halves = AffineParts(parts.codes, parts.scale.half(), parts.zero.half())
-        return torch.cat([part.contiguous().view(torch.uint8) for part in self._fields(halves)], 1)
+        return torch.cat([as_bytes(part) for part in self._fields(halves)], 1)
 
     def _read(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
         layout = self._layout(in_features)

@@ -34,7 +34,7 @@ from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.rows import align4, field, row_chunks
+from dist_peft.quant.rows import align4, as_bytes, field, row_chunks
 
 __all__ = [
     "awq_zeros",
@@ -91,7 +91,7 @@ def zeros_along_out(words: Tensor, before: int, rows: int, bits: int) -> Tensor:
     Returns:
         ``float16 [rows, groups]``.
     """
-    codes = unpack_bits(_bytes(words), bits)
+    codes = unpack_bits(as_bytes(words), bits)
     return codes[:, before : before + rows].T.half()
 
 
@@ -126,7 +126,7 @@ def from_gptq(qweight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         qweight: ``int32 [in * bits / 32, n]``.
         scale, zero: ``float16 [n, groups]``.
     """
-    return _lay_out(_bytes(qweight.T), scale, zero)
+    return _lay_out(as_bytes(qweight.T), scale, zero)
 
 
 def from_awq(qweight: Tensor, before: int, scale: Tensor, zero: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def from_compressed(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         packed: ``int32 [n, ceil(in * bits / 32)]``.
         scale, zero: ``float16 [n, groups]``.
     """
-    return _lay_out(_bytes(packed), scale, zero)
+    return _lay_out(as_bytes(packed), scale, zero)
 
 
 def from_bnb(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int) -> Tensor:
@@ -165,7 +165,7 @@ def from_bnb(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int)
         codec: its ``group_size`` divides ``in_features``.
     """
     rows = payload.view(-1, in_features // 2)
-    packed = torch.cat((rows, _bytes(absmax)), 1)
+    packed = torch.cat((rows, as_bytes(absmax)), 1)
     assert packed.shape[1] == codec.row_bytes(in_features), (packed.shape, codec)
     return packed
 
@@ -208,7 +208,7 @@ def check_statistics(packed: Tensor, codec: Codec, in_features: int) -> None:
 
 def _awq_codes(words: Tensor) -> Tensor:
     """``int32 [m, k]`` -> codes in the order of ``out``, ``uint8 [m, 8 k]``."""
-    nibbles = unpack_bits(_bytes(words), 4)
+    nibbles = unpack_bits(as_bytes(words), 4)
     return nibbles.view(len(words), words.shape[1], 8)[:, :, _AWQ_PLACES].flatten(1)
 
 
@@ -218,13 +218,4 @@ def _lay_out(stream: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     A last word that the codes do not fill has zero bits, which are the codec's padding.
     """
     assert stream.shape[1] == align4(stream.shape[1]), stream.shape
-    return torch.cat((stream, _bytes(scale), _bytes(zero)), 1)
-
-
-def _bytes(numbers: Tensor) -> Tensor:
-    """``[n, m]`` -> ``uint8 [n, m * itemsize]``, a copy.
-
-    ``contiguous`` would not do: for it the stride of a dimension of size 1, or of none, is no
-    matter, but for ``view`` it is.
-    """
-    return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return torch.cat((stream, as_bytes(scale), as_bytes(zero)), 1)

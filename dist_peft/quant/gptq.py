@@ -124,6 +124,12 @@ class Factor:
     order: Tensor
     upper: Tensor
 
+    @classmethod
+    def empty(cls, padded: int, device: torch.device) -> "Factor":
+        """Room for a factor that another rank has made."""
+        order = torch.empty(padded, dtype=torch.long, device=device)
+        return cls(order, torch.empty(padded, padded, device=device))
+
 
 def factorize(hessian: Tensor, group_size: int) -> Factor:
     """Order, damp and factor a Hessian.

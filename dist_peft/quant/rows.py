@@ -24,6 +24,7 @@ from dist_peft.core.span import Span
 
 __all__ = [
     "align4",
+    "as_bytes",
     "check_finite",
     "check_packed",
     "check_weight",
@@ -40,6 +41,15 @@ CHUNK_ELEMENTS = 2**20
 def align4(num_bytes: int) -> int:
     """``num_bytes`` rounded up to a multiple of 4."""
     return -(-num_bytes // 4) * 4
+
+
+def as_bytes(numbers: Tensor) -> Tensor:
+    """``[n, m]`` -> ``uint8 [n, m * itemsize]``, a copy.
+
+    ``contiguous`` would not do: for it the stride of a dimension of size 1, or of none, is no
+    matter, but for ``view`` it is.
+    """
+    return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def row_chunks(rows: int, in_features: int) -> list[Span]:

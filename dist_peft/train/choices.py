@@ -18,9 +18,7 @@ from dist_peft.core.world import World
 from dist_peft.data.choices import Question
 from dist_peft.data.loader import Loader
 from dist_peft.engine import Engine
-from dist_peft.model.attention import model_inputs
-from dist_peft.train.evaluate import inference
-from dist_peft.train.loss import token_loss
+from dist_peft.train.evaluate import inference, row_losses
 
 __all__ = ["ChoiceResult", "answer_questions"]
 
@@ -60,14 +58,10 @@ def answer_questions(
 def _scores(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
     """Log-likelihood of each row's targets, in nats: float64 [rows]."""
     scores = torch.zeros(len(loader.rows), dtype=torch.float64)
-    device = engine.device
     with inference(model):
         for batch in loader.sequential():
-            ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-            logits = model(**model_inputs(model, ids, positions), use_cache=False).logits
-            labels = batch.labels.to(device)
+            losses = row_losses(model, batch, engine.device)
             for b, sample in enumerate(batch.sample_ids.tolist()):
                 if sample >= 0:
-                    loss = token_loss(logits[b : b + 1], labels[b : b + 1])
-                    scores[sample] = -loss.double().cpu()
+                    scores[sample] = -losses[b]
     return torch.tensor(world.sum(*scores.tolist()), dtype=torch.float64)

@@ -36,6 +36,8 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 
+_BY_TASK = ("eval_by_task", "eval_by_task_before")
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -52,6 +54,7 @@ class StepMetrics:
         bytes_gathered: bytes of all-gather output one rank received in the step.
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
+        eval_by_task, eval_by_task_before: the same for each of several held-out sources, by name.
         epoch: passes over the training rows so far.
         samples: rows seen so far.
         seconds: wall time of the step.
@@ -67,6 +70,8 @@ class StepMetrics:
     bytes_gathered: int
     eval_loss: float | None = None
     eval_loss_before: float | None = None
+    eval_by_task: dict[str, float] | None = None
+    eval_by_task_before: dict[str, float] | None = None
     epoch: float | None = None
     samples: int | None = None
     seconds: float | None = None
@@ -156,10 +161,14 @@ class Metrics:
         board.add_scalar("speed/tokens_per_s", record.tokens_per_s, step)
         board.add_scalar("memory/peak_GiB", record.mem_peak / 2**30, step)
         board.add_scalar("communication/gathered_MiB", record.bytes_gathered / 2**20, step)
-        if record.eval_loss_before is not None:
-            board.add_scalar("eval/loss", record.eval_loss_before, step - 1)
-        if record.eval_loss is not None:
-            board.add_scalar("eval/loss", record.eval_loss, step)
+        for loss, by_task, when in (
+            (record.eval_loss_before, record.eval_by_task_before, step - 1),
+            (record.eval_loss, record.eval_by_task, step),
+        ):
+            if loss is not None:
+                board.add_scalar("eval/loss", loss, when)
+            for name, own in (by_task or {}).items():
+                board.add_scalar(f"eval/loss/{name}", own, when)
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
@@ -214,11 +223,15 @@ def format_bytes(count: float) -> str:
 
 
 def _to_line(record: StepMetrics) -> str:
-    values = {key: value for key, value in asdict(record).items() if value is not None}
-    for key, value in values.items():
-        if not math.isfinite(value):
-            values[key] = None  # JSON has no NaN
+    values = {key: _to_json(v) for key, v in asdict(record).items() if v is not None}
     return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no NaN: ``None`` stands for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _to_json(number) for key, number in value.items()}
+    return value if math.isfinite(value) else None
 
 
 def _from_line(line: str) -> StepMetrics:
@@ -228,11 +241,19 @@ def _from_line(line: str) -> StepMetrics:
     known = {field.name for field in fields(StepMetrics)}
     numbers: dict[str, Any] = {}
     for key in known & values.keys():
-        value = math.nan if values[key] is None else values[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{key} is {value!r}, not a number")
-        numbers[key] = value
+        value = values[key]
+        if key in _BY_TASK and isinstance(value, dict):
+            numbers[key] = {name: _number(f"{key}.{name}", own) for name, own in value.items()}
+        else:
+            numbers[key] = _number(key, value)
     return StepMetrics(**numbers)
+
+
+def _number(key: str, value: Any) -> float:
+    value = math.nan if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} is {value!r}, not a number")
+    return value
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from dist_peft.adapters.base import check_patterns, derive_seed, match_targets, pattern_value
+from dist_peft.adapters.base import (
+    check_patterns,
+    derive_seed,
+    match_targets,
+    pattern_value,
+    whole_parameters,
+)
 from dist_peft.core.errors import UserError
 from tests.adapters.helpers import frozen_model, tiny_llama
 
@@ -107,3 +113,14 @@ def test_seeds_differ_and_fit_a_generator() -> None:
     for seed in seeds:
         torch.Generator().manual_seed(seed)
     assert derive_seed(7, "model.layers.0", "lora_A") == 6507300586125493599
+
+
+def test_whole_parameters() -> None:
+    tensors = {"a.b.A": torch.ones(2, 3), "a.b.B": torch.zeros(1), "c.d": torch.zeros(1)}
+    found = whole_parameters(tensors, {"a.b": {"A": (2, 3), "B": (1,)}})
+    assert found.keys() == {"a.b"} and found["a.b"]["A"] is tensors["a.b.A"]
+    for shape, name in {(3, 2): "A", (2, 3): "C"}.items():
+        with pytest.raises(RuntimeError, match=rf"a\.b\.{name} .*the parameters were not gathered"):
+            whole_parameters(tensors, {"a.b": {name: shape}})
+    with pytest.raises(RuntimeError, match=r"has shape \[0\], expected \[0\]"):
+        whole_parameters({"a.A": torch.empty(0)}, {"a": {"A": (0,)}})

@@ -20,7 +20,12 @@ from tests.app.tiny import save_base
 from tests.tiny_models import CONFIGS
 
 BOTH: dict[str, tuple[VirtualTokensConfig, type[Any], dict[str, Any]]] = {
-    "prompt": (PromptConfig(num_virtual_tokens=3), peft.PromptTuningConfig, {}),
+    "prompt": (PromptConfig(num_virtual_tokens=3, init="random"), peft.PromptTuningConfig, {}),
+    "vocab": (
+        PromptConfig(num_virtual_tokens=3),
+        peft.PromptTuningConfig,
+        {"prompt_tuning_init": "SAMPLE_VOCAB"},
+    ),
     "text": (
         PromptConfig(num_virtual_tokens=3, init="text", init_text="w5 w6"),
         peft.PromptTuningConfig,

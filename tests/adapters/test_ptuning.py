@@ -121,6 +121,19 @@ def test_pseudo_tokens_are_replaced_in_order(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_generation_replaces_those_of_the_prompt(tmp_path: Path) -> None:
+    model, _ = placed(tmp_path)
+    ids = random_ids(1, 8)
+    ids[0, [1, 5]] = PSEUDO
+    settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(
+        input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=True, **settings
+    )
+    found = model(input_ids=made[:, :-1], use_cache=False).logits.argmax(-1)
+    assert torch.equal(found[:, 7:], made[:, 8:])
+
+
 def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, adapter = placed(tmp_path)
     ids = random_ids(2, 8)

@@ -1,5 +1,6 @@
 import torch
 
+from dist_peft.adapters.bottleneck_method import BottleneckAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
 from dist_peft.adapters.prefix import PrefixAdapter
@@ -8,6 +9,7 @@ from dist_peft.adapters.ptuning import PTuningAdapter
 from dist_peft.adapters.qalora_method import QaLoraAdapter
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import (
+    BottleneckConfig,
     LoraConfig,
     NoAdapterConfig,
     PrefixConfig,
@@ -33,5 +35,8 @@ def test_kinds() -> None:
         virtual = make_adapter(config, seed=5, arithmetic=torch.bfloat16)
         assert type(virtual) is kind
         assert (virtual.config, virtual.position.seed) == (config, 5)
+    bottleneck = make_adapter(BottleneckConfig(), seed=5, arithmetic=torch.bfloat16)
+    assert isinstance(bottleneck, BottleneckAdapter)
+    assert (bottleneck.seed, bottleneck.arithmetic) == (5, torch.bfloat16)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)

@@ -16,7 +16,7 @@ from dist_peft.core.span import Span
 from tests.tiny_models import CONFIGS, save_model
 
 METHODS: dict[str, VirtualTokensConfig] = {
-    "prompt": PromptConfig(num_virtual_tokens=3),
+    "prompt": PromptConfig(num_virtual_tokens=3, init="random"),
     "ptuning": PTuningConfig(num_virtual_tokens=3, encoder="lstm", encoder_hidden_size=8),
     "prefix": PrefixConfig(num_virtual_tokens=3, encoder_hidden_size=8),
 }

@@ -1,14 +1,35 @@
 """Bottleneck adapters on every engine: losses, resuming, the finished run, AdapterHub's library."""
 
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from dist_peft.app import cli
+from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.test_equality import GRADIENT_TOLERANCE, NF4, Outcome, all_cases, assert_same
-from tests.app.tiny import save_records, tiny_tree
+from dist_peft.export import verify_consumer
+from dist_peft.export.verify import Probe, compare
+from dist_peft.train.evaluate import inference
+from dist_peft.train.metrics import read_metrics
+from tests.app.test_equality import (
+    GRADIENT_TOLERANCE,
+    NF4,
+    Outcome,
+    all_cases,
+    assert_same,
+    build,
+)
+from tests.app.test_resume import losses, train
+from tests.app.tiny import save_config, save_records, tiny_tree
 from tests.dist import run_ranks
+from tests.tiny_models import CONFIGS, save_model
 
 pytestmark = pytest.mark.dist
 
@@ -32,11 +53,13 @@ CASES: dict[str, dict[str, Any]] = {
         "engine__activation_checkpointing": False,
     },
 }
-RUNS: dict[str, dict[str, Any]] = {
-    "fsdp2": {"kind": "fsdp2"},
-    "zero 2": {"kind": "zero", "stage": 2},
-    "zero 3": {"kind": "zero", "stage": 3},  # last: it replaces functional.linear for good
+RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "fsdp2": ({"kind": "fsdp2"}, tuple(CASES)),
+    "zero 2": ({"kind": "zero", "stage": 2}, ("houlsby and norms",)),
+    # last: it replaces functional.linear for good
+    "zero 3": ({"kind": "zero", "stage": 3}, ("pfeiffer", "houlsby and norms")),
 }
+"""Engine, cases: each placement and each engine, not their whole product."""
 
 
 def tree(directory: Path, case: str, **changes: Any) -> dict[str, Any]:
@@ -64,16 +87,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     directory = tmp_path_factory.mktemp("bottleneck")
     singles = {case: tree(directory, case) for case in CASES}
     trees = {
-        run: {case: {**t, "engine": {**t["engine"], **engine}} for case, t in singles.items()}
-        for run, engine in RUNS.items()
+        run: {c: {**singles[c], "engine": {**singles[c]["engine"], **engine}} for c in cases}
+        for run, (engine, cases) in RUNS.items()
     }
     found = run_ranks(all_runs, 2, trees, timeout=400)
     by_run = {run: [outcome[run] for outcome in found] for run in RUNS}
     return {"single": [all_cases(World(), singles)], **by_run}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "case"), [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
+)
 def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, case: str) -> None:
     """fp32 losses within 1e-6 of one process's, gradients likewise; losses fall."""
     expected = outcomes["single"][0][case]
@@ -81,3 +105,169 @@ def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, 
     for outcome in outcomes[run]:
         assert_same(outcome[case], expected, tolerance)
     print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+
+
+def test_resumed_in_another_engine(tmp_path: Path) -> None:
+    """Norms too: their changes are parameters like others."""
+    steps, stop = 4, 2
+
+    def short(name: str, **changes: Any) -> dict[str, Any]:
+        save = {"dir": str(tmp_path / name), "every": 0}
+        return tree(tmp_path, "houlsby and norms", save=save, train__steps=steps, **changes)
+
+    assert train(World(), short("whole")) == 0
+    assert run_ranks(train, 2, short("cut", engine={"kind": "fsdp2"}), stop) == [75, 75]
+    assert train(World(), short("cut")) == 0
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert len(found) == steps and expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+# -- finished runs ---------------------------------------------------------------------------------
+
+
+def lines(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
+    """What a verb prints, or its error for another exit code."""
+    assert cli.main(argv) == code
+    close_log()
+    captured = capsys.readouterr()
+    return captured.out if code == 0 else captured.err
+
+
+def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bfloat16: the loss falls, eval and inspect read it, merges are refused, another run can
+    start from it."""
+    case = "houlsby and norms"
+    whole = tree(tmp_path, case, train__steps=6, base__compute_dtype="bfloat16", base__quant=None)
+    assert train(World(), whole) == 0
+    close_log()
+    run = tmp_path / "run"
+    found = losses(run)
+    assert found[-1] < found[0]
+    recorded = read_metrics(run / "metrics.jsonl")[-1].eval_loss
+
+    printed = lines(["eval", "--config", str(run / "config.yaml"), "--run", str(run)], capsys)
+    expected = {"eval_loss": pytest.approx(recorded, rel=1e-6), "step": 6}
+    assert json.loads(printed.splitlines()[-1]) == expected
+
+    described = lines(["inspect", str(run)], capsys)
+    assert "bottleneck placement=houlsby reduction_factor=20.0 activation=swish" in described
+    assert f"base         {tmp_path / 'base'}" in described and "targets" not in described
+
+    out = ["--run", str(run), "--out", str(tmp_path / "out")]
+    for argv in (["merge"], ["export", "--format", "mlx"]):
+        message = lines([*argv, *out], capsys, code=2)
+        assert "between its matrices is a nonlinearity" in message and "cannot be merged" in message
+    message = lines(["export", "--format", "peft", *out], capsys, code=2)
+    assert "already is what AdapterHub's library loads" in message
+
+    start = {**whole["adapter"], "init_from": str(run / "adapter")}
+    config = save_config(tmp_path, {**whole, "adapter": start})
+    printed = lines(["eval", "--config", str(config)], capsys)
+    assert json.loads(printed.splitlines()[-1]) == {**expected, "step": 0}
+
+
+REFUSED = {
+    "unknown placement": ({"placement": "lora"}, "adapter.placement"),
+    "unknown key": ({"r": 8}, "adapter.r"),
+    "no factor": ({"reduction_factor": 0}, "adapter.reduction_factor"),
+    "no adapter": ({"init_from": "nowhere"}, "nowhere has no adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_configuration_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, message = REFUSED[case]
+    config = save_config(tmp_path, tiny_tree(tmp_path, adapter={"kind": "bottleneck", **changes}))
+    assert message in lines(["train", "--config", str(config)], capsys, code=2)
+
+
+# -- AdapterHub ------------------------------------------------------------------------------------
+
+READ_BY_ADAPTERHUB = [
+    *(("llama-tied-bias", placement) for placement in ("pfeiffer", "houlsby", "parallel")),
+    ("mistral", "pfeiffer"),
+    ("qwen2", "parallel"),
+    ("phi", "pfeiffer"),
+    ("gemma2", "houlsby"),
+]
+
+
+def adapterhub(*command: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script in the Python that has AdapterHub's library."""
+    python = os.environ.get("DIST_PEFT_ADAPTERS_PYTHON")
+    if python is None:
+        pytest.skip("DIST_PEFT_ADAPTERS_PYTHON names no Python with adapters 1.3")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    words = [python, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+
+def trained(tmp_path: Path, family: str, **settings: Any) -> tuple[Path, Probe]:
+    """A base with the adapter of a run in it, and what the run computes."""
+    adapter = {"kind": "bottleneck", **settings}
+    whole = tiny_tree(tmp_path, adapter=adapter, train__lr=0.1, train__steps=6, save__every=0)
+    save_model(CONFIGS[family], tmp_path / "base")
+    assert train(World(), whole) == 0
+    close_log()
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "base" / "adapter")
+    return tmp_path / "base", Probe.load(tmp_path / "run" / "probe.safetensors")
+
+
+@pytest.mark.parametrize(("family", "placement"), READ_BY_ADAPTERHUB)
+def test_adapterhub_computes_the_same(family: str, placement: str, tmp_path: Path) -> None:
+    """The run's own directory, loaded by AdapterHub's library: logits as trained."""
+    adapterhub("-c", "pass")  # or skip
+    base, probe = trained(tmp_path, family, placement=placement)
+    assert (probe.trained - probe.before).abs().max() > 0.1
+    ids = probe.input_ids[0].tolist()
+    out = tmp_path / "out.npy"
+    done = adapterhub(verify_consumer.__file__, "adapters", base, out, *ids)
+    assert done.returncode == 0 and "adapters 1." in done.stdout, done.stderr
+    found = compare(torch.from_numpy(np.load(out)), probe)
+    print(f"{family}, {placement}: {found.relative:.1e} of what training changed; {found}")
+    assert found.relative < 1e-5
+
+
+def test_adapterhub_refuses_norms_that_it_would_lose(tmp_path: Path) -> None:
+    adapterhub("-c", "pass")
+    base, _ = trained(tmp_path, "llama-tied-bias", train_layernorm=True)
+    done = adapterhub(verify_consumer.__file__, "adapters", base, tmp_path / "out.npy", 4, 5)
+    assert done.returncode != 0 and "bottleneck_and_layernorm" in done.stderr
+
+
+WRITES = """
+import sys, adapters, numpy as np, torch, transformers as tf
+base, out, preset, *ids = sys.argv[1:]
+model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+adapters.init(model)
+model.add_adapter("other", config=preset, set_active=True)
+for name, parameter in model.named_parameters():
+    if ".adapters." in name:
+        torch.nn.init.normal_(parameter, std=0.3)
+with torch.no_grad():
+    np.save(out + ".npy", model.eval()(input_ids=torch.tensor([[int(i) for i in ids]])).logits)
+model.save_adapter(out, "other", use_safetensors=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("preset", "placement"),
+    [("seq_bn", "pfeiffer"), ("double_seq_bn", "houlsby"), ("par_bn", "parallel")],
+)
+def test_adapterhubs_own_adapter_is_read(preset: str, placement: str, tmp_path: Path) -> None:
+    out = tmp_path / "theirs"
+    start = {"kind": "bottleneck", "placement": placement, "init_from": str(out)}
+    whole = tiny_tree(tmp_path, adapter=start)
+    save_model(CONFIGS["llama-tied-bias"], tmp_path / "base")
+    ids = [4, 9, 30, 31, 7, 50]
+    done = adapterhub("-c", WRITES, tmp_path / "base", out, preset, *ids)
+    assert done.returncode == 0, done.stderr
+    _, built, _, _ = build(World(), whole)
+    with inference(built.model):
+        logits = built.model(input_ids=torch.tensor([ids]), use_cache=False).logits
+    error = (logits - torch.from_numpy(np.load(f"{out}.npy"))).abs().max()
+    print(f"{preset}: max error {error:.1e} of logits up to {logits.abs().max():.2f}")
+    assert error < 1e-5

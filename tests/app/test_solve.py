@@ -55,7 +55,7 @@ def test_each_linear_is_solved_on_what_the_solved_ones_before_it_give(
 ) -> None:
     built, config = built_of(tmp_path)
     windows = calibration_windows(config, built, World())
-    assert windows.shape == (5, 24)
+    assert windows.shape == (3, 24)
     solve(built, windows, World())
     linear = linear_of(built, name)
     # all before it are final, so the finished model shows the inputs it was solved with

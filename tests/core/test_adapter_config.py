@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 
 from dist_peft.core.adapter_config import (
     AdapterConfig,
+    BottleneckConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
@@ -20,6 +21,7 @@ def test_kind_chooses_the_method() -> None:
         ("prompt", PromptConfig),
         ("ptuning", PTuningConfig),
         ("prefix", PrefixConfig),
+        ("bottleneck", BottleneckConfig),
     ):
         found = ADAPTER.validate_python({"kind": kind})
         assert type(found) is section
@@ -49,3 +51,19 @@ def test_kind_chooses_the_method() -> None:
 def test_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ADAPTER.validate_python(wrong)
+
+
+def test_bottleneck_defaults_are_the_placements() -> None:
+    found = ADAPTER.validate_python({"kind": "bottleneck", "placement": "parallel", "scaling": 1.5})
+    assert (found.reduction_factor, found.scaling, found.init) == (2.0, 1.5, "mam_adapter")
+    assert ADAPTER.validate_python(found.model_dump()) == found
+    assert BottleneckConfig(placement="houlsby").activation == "swish"
+    assert BottleneckConfig().activation == "relu"
+    with pytest.raises(ValueError, match="placement"):
+        ADAPTER.validate_python({"kind": "bottleneck", "placement": ["houlsby"]})
+
+
+def test_width_of_a_bottleneck() -> None:
+    assert BottleneckConfig(reduction_factor=16).bottleneck(4096) == 256
+    assert BottleneckConfig(reduction_factor=2.5).bottleneck(64) == 25
+    assert BottleneckConfig(reduction_factor=128).bottleneck(64) == 1

@@ -137,6 +137,26 @@ def test_an_adapter_without_kind_is_lora() -> None:
         ({"engine": {"shard_group": "rack"}}, "key engine.shard_group: Input should be 'all'"),
         ({"engine": {"kind": "zero4"}}, "key engine.kind: "),
         ({"save": {"keep": 0}}, "key save.keep: "),
+        (
+            {"data": {"train": [{"path": "a", "weight": 2.0}]}},
+            "key data: train[0].weight needs mixing: weights, not joined",
+        ),
+        (
+            {"data": {"train": ["a", {"path": "b", "to_step": 9}]}},
+            "key data: train[1].to_step needs mixing: sizes or weights, not joined",
+        ),
+        (
+            {"data": {"train": ["a"], "temperature": 2.0, "mixing": "weights"}},
+            "key data: temperature needs mixing: sizes, not weights",
+        ),
+        (
+            {"data": {"train": [{"path": "a", "from_step": 5, "to_step": 5}]}},
+            "key data.train.0: to_step 5 is not after from_step 5",
+        ),
+        (
+            {"data": {"train": [{"path": p, "name": "x"} for p in "ab"]}},
+            "key data: two sources of train have the same name",
+        ),
     ],
 )
 def test_values_that_are_refused(sections: dict[str, Any], words: str) -> None:

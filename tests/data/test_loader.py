@@ -1,10 +1,9 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_peft.data.loader import Batch, Loader, _order
+from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.rows import RowSet, _whole
 from tests.data.build import documents
@@ -143,20 +142,6 @@ def test_every_epoch_serves_every_row_once(
         assert sorted(served[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert (made.steps_per_epoch - 1) * int(arguments["global_batch"]) < size
     assert made.steps_per_epoch * int(arguments["global_batch"]) >= size
-
-
-def test_order_depends_on_seed_epoch_and_size_only() -> None:
-    assert _order(0, 0, 10, True).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    orders = [_order(seed, epoch, 50, True).tolist() for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert _order(5, 3, 4, False).tolist() == [0, 1, 2, 3]
-
-
-def test_the_order_is_fair() -> None:
-    """Each row comes first about equally often."""
-    first = np.bincount([_order(7, epoch, 5, True)[0] for epoch in range(1000)], minlength=5)
-    assert first.min() > 150
 
 
 def test_more_ranks_than_rows_get_filler() -> None:

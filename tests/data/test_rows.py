@@ -14,7 +14,14 @@ from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import default_chat_template
 from dist_peft.data.packing import IGNORE
-from dist_peft.data.rows import RowSet, _count_targets, _fit, load_rows, show_row
+from dist_peft.data.rows import (
+    RowSet,
+    _count_targets,
+    _fit,
+    load_row_sets,
+    load_rows,
+    show_row,
+)
 from tests.data.build import byte_tokenizer, data_config, documents, write_jsonl
 
 
@@ -221,3 +228,18 @@ def test_template_of_conversations_written_without_one(make: Make) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = make([{"text": "abcab"}], [chat], seq_len=64)
     assert rows.chat_template == default_chat_template(True)
+
+
+def test_rows_of_each_source_by_itself(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, make: Make
+) -> None:
+    """Packing never puts records of two sources into one row."""
+    files = [[pair("a", "b")], [pair("c", "d"), pair("e", "f")]]
+    together = make(*files, packing=True)
+    sources = [DataSource(path=str(tmp_path / f"{i}.jsonl")) for i in range(2)]
+    settings = data_config(tmp_path / "cache", packing=True)
+    apart = load_row_sets(settings, sources, tokenizer, name="train")
+    assert (len(together), [len(rows) for rows in apart]) == (1, [1, 1])
+    assert [rows.num_documents for rows in apart] == [1, 2]
+    shown = [text for rows in apart for text in make.shown(rows)]
+    assert " || ".join(shown) == make.shown(together)[0]

@@ -36,7 +36,7 @@ def dense_loss(model: nn.Module) -> float:
 
 def _evaluate(world: World, micro: int) -> float:
     loader = make_loader(ROWS, 4, micro, world.rank, world.size)
-    return evaluate(tiny_model(), SingleEngine(CPU), loader, world)
+    return evaluate(tiny_model(), SingleEngine(CPU), loader, world).loss
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])

@@ -1,0 +1,72 @@
+"""The rows of several data sets, kept apart: each belongs to one of them.
+
+Records of different sets never share a packed row, so that every row has a task: training can draw
+tasks (``data.order``), and evaluation tells their losses apart.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dist_peft.data.rows import RowSet
+
+__all__ = ["Mixture"]
+
+
+class Mixture:
+    """Row sets one after the other; row numbers run through all of them.
+
+    Attributes:
+        names: of the row sets.
+        starts: int64 [sets + 1]; rows ``[starts[i], starts[i + 1])`` are those of set ``i``.
+    """
+
+    def __init__(self, parts: Sequence[RowSet], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._parts = tuple(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+        text = "".join(part.fingerprint for part in parts)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def packed(self) -> bool:
+        return self._parts[0].packed
+
+    @property
+    def seq_len(self) -> int:
+        return self._parts[0].seq_len
+
+    @property
+    def longest(self) -> int:
+        return max(part.longest for part in self._parts)
+
+    @property
+    def largest_token(self) -> int:
+        return max(part.largest_token for part in self._parts)
+
+    @property
+    def chat_template(self) -> str | None:
+        return next((p.chat_template for p in self._parts if p.chat_template), None)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each set."""
+        return [len(part) for part in self._parts]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def source(self, index: int) -> int:
+        """The set that row ``index`` belongs to."""
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def num_targets(self, index: int) -> int:
+        part = self.source(index)
+        return self._parts[part].num_targets(index - int(self.starts[part]))
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See ``RowSet.row``."""
+        part = self.source(index)
+        return self._parts[part].row(index - int(self.starts[part]))
