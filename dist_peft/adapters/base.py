@@ -32,6 +32,7 @@ __all__ = [
     "LinearStart",
     "PublicAdapter",
     "Reduce",
+    "TrainsBase",
     "check_patterns",
     "derive_seed",
     "match_targets",
@@ -132,6 +133,23 @@ class Adapter(Protocol):
         Raises:
             RuntimeError: a tensor is absent, empty or has the wrong shape.
         """
+        ...
+
+
+@runtime_checkable
+class TrainsBase(Protocol):
+    """An ``Adapter`` whose trained parameters are weights of the base itself.
+
+    They are too many to be gathered at once, so they are written one by one, under the names of the
+    base's files (``adapters.weights_format``), and not by ``to_public``.
+    """
+
+    def sources(self) -> Mapping[str, str]:
+        """Full name of each parameter that learns -> its tensor in the base's files."""
+        ...
+
+    def first_step(self, name: str) -> int:
+        """Optimizer steps before the first update of the parameter with this full name."""
         ...
 
 

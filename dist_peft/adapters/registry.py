@@ -6,6 +6,7 @@ from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.bottleneck_method import BottleneckAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.partial import PartialAdapter
 from dist_peft.adapters.prefix import PrefixAdapter
 from dist_peft.adapters.prompt_tuning import PromptTuningAdapter
 from dist_peft.adapters.ptuning import PTuningAdapter
@@ -13,7 +14,9 @@ from dist_peft.adapters.qalora_method import QaLoraAdapter
 from dist_peft.core.config import (
     AdapterConfig,
     BottleneckConfig,
+    FullConfig,
     LoraConfig,
+    PartialConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
@@ -44,4 +47,6 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
         return PrefixAdapter(config, seed=seed)
     if isinstance(config, BottleneckConfig):
         return BottleneckAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, FullConfig | PartialConfig):
+        return PartialAdapter(config, arithmetic=arithmetic)
     return NoAdapter()

@@ -119,7 +119,7 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
     engine.shard(model, prepared.skeleton.blocks)
     with RowReader(prepared.skeleton.index) as reader:
         with world.together("load base"), freed_memory_is_returned():
-            load_model(model, reader, engine, torch_dtype(config.base.compute_dtype), device)
+            load_model(model, reader, engine, device)
         if (packed := prepared.skeleton.prequantized) and (note := packed.rounding_note()):
             log.warning("%s", note, extra=ONCE)
         log.info(

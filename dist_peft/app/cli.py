@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_peft.app import combine as combine_app
 from dist_peft.app import eval as eval_app
 from dist_peft.app import export as export_app
 from dist_peft.app import inspect as inspect_app
@@ -102,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     export_app.add_export_arguments(export)
     _add_merge(export)
     export.set_defaults(run=export_app.run_export)
+
+    combine = verbs.add_parser("combine", help="several LoRA adapters of one base become one")
+    combine_app.add_arguments(combine)
+    combine.set_defaults(run=combine_app.run)
 
     inspect = verbs.add_parser("inspect", help="what is this base, adapter, run or checkpoint")
     inspect.add_argument("path", type=Path)

@@ -9,13 +9,17 @@ from dist_peft.core.sections import Count, Float, Int, Names, Positive, Section
 __all__ = [
     "AdapterConfig",
     "BottleneckConfig",
+    "FullConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
     "PTuningConfig",
+    "Part",
+    "PartialConfig",
     "PrefixConfig",
     "PromptConfig",
     "QaLoraConfig",
+    "UnfreezeConfig",
     "VirtualTokensConfig",
 ]
 
@@ -199,6 +203,73 @@ class BottleneckConfig(Section):
         return max(int(hidden // self.reduction_factor), 1)
 
 
+Part = Literal["all", "norms", "biases", "embeddings", "head"]
+
+
+class UnfreezeConfig(Section):
+    """What learns from some step on."""
+
+    step: Int = Field(ge=0, description="Optimizer steps that are done before.")
+    parts: list[Part] = Field(default_factory=list, description="See adapter.parts.")
+    last_blocks: Int = Field(0, ge=0, description="See adapter.last_blocks.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.parts and not self.last_blocks:
+            raise ValueError("names nothing to learn; give parts or last_blocks")
+        return self
+
+
+class FullConfig(Section):
+    """Full fine-tuning: every parameter of the base learns, unquantized."""
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def stages(self) -> list[UnfreezeConfig]:
+        """As of ``PartialConfig``."""
+        return [UnfreezeConfig(step=0, parts=["all"])]
+
+
+class PartialConfig(Section):
+    """Partial fine-tuning: some parameters of the base learn, the rest is frozen and quantized."""
+
+    kind: Literal["partial"] = "partial"
+    parts: list[Part] = Field(
+        default_factory=list,
+        description="norms; biases (BitFit); embeddings: of tokens, and of positions where they "
+        "are learned; head: the output head (tied to the embedding: the same parameter); all.",
+    )
+    last_blocks: Int = Field(
+        0, ge=0, description="Decoder blocks that learn whole, counted from the last."
+    )
+    unfreeze: list[UnfreezeConfig] = Field(
+        default_factory=list,
+        description="What learns from later steps on, beside parts and last_blocks: a list of "
+        "{step, parts, last_blocks}. Until then it is not updated at all.",
+    )
+
+    @property
+    def stages(self) -> list[UnfreezeConfig]:
+        """Everything as stages, the first of which starts at step 0."""
+        first = []
+        if self.parts or self.last_blocks:
+            first = [UnfreezeConfig(step=0, parts=self.parts, last_blocks=self.last_blocks)]
+        return sorted([*first, *self.unfreeze], key=lambda stage: stage.step)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stages = self.stages
+        if not stages:
+            raise ValueError("nothing would learn; give parts, last_blocks or unfreeze")
+        if stages[0].step:
+            raise ValueError(
+                f"nothing learns before step {stages[0].step}; give parts or last_blocks, or let a "
+                "stage of unfreeze have step: 0"
+            )
+        return self
+
+
 class NoAdapterConfig(Section):
     """No adapter: only for ``dist-peft eval`` of a bare base."""
 
@@ -212,6 +283,8 @@ AdapterConfig = Annotated[
     | PTuningConfig
     | PrefixConfig
     | BottleneckConfig
+    | FullConfig
+    | PartialConfig
     | NoAdapterConfig,
     Field(discriminator="kind"),
 ]

@@ -13,13 +13,16 @@ from pydantic import Field, model_validator
 from dist_peft.core.adapter_config import (
     AdapterConfig,
     BottleneckConfig,
+    FullConfig,
     LoraConfig,
     LowRankConfig,
     NoAdapterConfig,
+    PartialConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
     QaLoraConfig,
+    UnfreezeConfig,
     VirtualTokensConfig,
 )
 from dist_peft.core.sections import Beta, Count, Float, Int, Section
@@ -31,10 +34,12 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "EngineConfig",
+    "FullConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
     "PTuningConfig",
+    "PartialConfig",
     "PrefixConfig",
     "PromptConfig",
     "QaLoraConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "RunConfig",
     "SaveConfig",
     "TrainConfig",
+    "UnfreezeConfig",
     "VirtualTokensConfig",
 ]
 

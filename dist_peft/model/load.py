@@ -1,10 +1,10 @@
 """Filling a sharded model: each rank reads its own rows, encodes them, keeps them.
 
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
-turned into what the parameter stores (packed bytes for a ``FrozenLinear``, by ``LinearRows``;
-``compute_dtype`` for embeddings, norms and biases) and handed to the engine (``fill``). One tensor
-is in memory at a time, and of it only this rank's rows. The functions are injected, so that this
-file knows neither engines nor adapters.
+turned into what the parameter stores (packed bytes for a ``FrozenLinear``, by ``LinearRows``; the
+parameter's own type for all others: ``compute_dtype``, or float32 where they learn) and handed to
+the engine (``fill``). One tensor is in memory at a time, and of it only this rank's rows. The
+functions are injected, so that this file knows neither engines nor adapters.
 
 After the last parameter nothing may be left unfilled: ``_check_filled`` looks for parameters that
 still are on ``meta``.
@@ -66,7 +66,6 @@ def load_model(
     model: nn.Module,
     reader: RowReader,
     placement: Placement,
-    dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> None:
@@ -81,7 +80,6 @@ def load_model(
         model: built on meta, adapters attached, sharded.
         reader: the base's files.
         placement: the engine.
-        dtype: type of the unquantized base parameters.
         device: where rows are encoded.
         progress: called with the number of parameters filled so far.
 
@@ -107,7 +105,7 @@ def load_model(
                     linear = LinearRows.read(owner, reader, span, device)
                     rows = linear.packed() if wrapper is None else rows
                 else:
-                    rows = _own_rows(owner, name, span, reader, dtype)
+                    rows = _own_rows(owner, name, span, reader)
             except (UserError, OSError) as error:
                 failure = error
         if wrapper is not None:
@@ -155,21 +153,20 @@ def _own_rows(
     name: str,
     span: Span,
     reader: RowReader,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """Rows ``span`` of a parameter that is no packed weight."""
+    """Rows ``span`` of a parameter that is no packed weight, in its type."""
+    parameter = owner._parameters[name]
+    assert parameter is not None
     if isinstance(owner, AdapterRows):
-        parameter = owner._parameters[name]
-        assert parameter is not None
         return owner.initial_rows(name, span).to(parameter.dtype)
     source = cast(dict[str, str], owner.checkpoint_names)[name]
     read = reader.read(source, span)
-    rows = read.to(dtype)
+    rows = read.to(parameter.dtype)
     if not is_finite(rows):
         raise UserError(
             f"tensor {source}: weight is not finite: NaN or infinity in a row; get the base again"
             if not is_finite(read)
-            else f"tensor {source}: weight is beyond the range of {dtype}; set "
+            else f"tensor {source}: weight is beyond the range of {parameter.dtype}; set "
             "base.compute_dtype to bfloat16 or float32"
         )
     return rows

@@ -38,7 +38,7 @@ from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 
-__all__ = ["Skeleton", "build_skeleton", "torch_dtype"]
+__all__ = ["Skeleton", "build_skeleton", "find_blocks", "torch_dtype"]
 
 log = logging.getLogger("dist_peft")
 
@@ -121,7 +121,7 @@ def build_skeleton(base: BaseConfig, directory: Path) -> Skeleton:
     if packed is not None:
         check_stated(base, packed, directory)
     model = _build_meta(config, base, dtype)
-    blocks = _find_blocks(model)
+    blocks = find_blocks(model)
     names = _checkpoint_names(model, index, packed)
     tied = _is_tied(model)
     _freeze_linears(model, blocks, names, base, packed, tied)
@@ -167,7 +167,7 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
         ) from None
 
 
-def _find_blocks(model: PreTrainedModel) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the longest ``ModuleList`` of modules of one class."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     uniform = [m for m in lists if len({type(child) for child in m}) == 1]

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from dist_peft.quant.codec import Codec
 
-__all__ = ["frozen_matmul"]
+__all__ = ["frozen_matmul", "product"]
 
 
 def frozen_matmul(x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
@@ -58,17 +58,17 @@ class _FrozenMatmul(torch.autograd.Function):
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
         weight = _decode(packed, codec, in_features, x.dtype)
-        return _product(functional.linear, x, weight)
+        return product(functional.linear, x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         weight = _decode(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
-        return _product(torch.matmul, grad, weight), None, None, None
+        return product(torch.matmul, grad, weight), None, None, None
 
 
-def _product(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+def product(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """``multiply(x, weight)``, two matrices of one type; see the module."""
     if x.device.type == "cpu" and x.dtype.itemsize == 2:
         return multiply(x.float(), weight.float()).to(x.dtype)

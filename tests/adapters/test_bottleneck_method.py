@@ -12,8 +12,9 @@ from torch import Tensor
 from dist_peft.adapters.bottleneck import BottleneckLayer
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.core.errors import UserError
-from tests.adapters.bottlenecks import adapted, fill, gathered
+from tests.adapters.bottlenecks import adapted, family, fill, gathered
 from tests.adapters.helpers import disturb, ids, tiny_llama
+from tests.tiny_models import CONFIGS
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 
@@ -67,6 +68,15 @@ def test_starts_near_the_base(placement: str) -> None:
     assert (logits - bare).norm() < 0.01 * bare.norm()
     assert adapter.lr_scale("any") == 1.0 and adapter.start_state() == ()
     assert adapter.extra_positions == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_norms_of_every_family(name: str) -> None:
+    """Wrapped and unchanged, they and second matrices of zeros leave the base as it is."""
+    original = family(CONFIGS[name])
+    model, _ = adapted(original, placement="houlsby", init="mam_adapter", train_layernorm=True)
+    with torch.no_grad():
+        assert torch.equal(model(ids()).logits, original(ids()).logits)
 
 
 def test_only_the_adapter_learns() -> None:

@@ -1,8 +1,11 @@
 """``dist-peft quantize``: the same packed bytes at any number of ranks, and what is refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -144,6 +147,42 @@ def test_failure_leaves_nothing(
     with pytest.raises(UserError, match="the disk is full"):
         write(World(), tree, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["file/out", "full/out"])
+def test_an_unusable_directory_is_told_before_solving(
+    place: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    message = "Not a directory"
+    if place == "full/out":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, free=9))
+        message = r"needs [\d,]+ bytes in all, 9 are free"
+    monkeypatch.setattr("dist_peft.app.quantize.solve", None)
+    with pytest.raises(UserError, match=message):
+        write(World(), tree, tmp_path / place)
+    assert not list(tmp_path.glob("full/.*"))
+
+
+def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
+    """``train`` with a signal that rank 1 has seen when it is asked for the n-th time."""
+    calls = iter(range(1, 1000))
+
+    def stop() -> bool:
+        return next(calls) == asked and world.rank == world.size - 1
+
+    with mock.patch("dist_peft.app.train._catch_signals", return_value=nullcontext(stop)):
+        return train(parse_config(tree), world)
+
+
+@pytest.mark.dist
+def test_a_signal_stops_solving_on_all_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
+    assert run_ranks(train_stopped, 2, tree, 4) == [75, 75]
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped on a signal while solving the base; started again, it begins anew" in told
+    assert "block 2" not in told
+    assert not (tmp_path / "run" / "base").exists() and not list(tmp_path.glob("run/.*"))
 
 
 def on_the_base_of_a_run(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def loaded(family: str, directory: Path) -> Skeleton:
     engine = SingleEngine(CPU)
     engine.shard(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
-        load_model(skeleton.model, reader, engine, torch.float32, CPU)
+        load_model(skeleton.model, reader, engine, CPU)
     return skeleton
 
 

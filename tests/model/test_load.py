@@ -51,7 +51,7 @@ def load(
     engine.shard(model, skeleton.blocks)
     progress: list[int] = []
     with RowReader(skeleton.index) as reader, world.together("load base"):
-        load_model(model, reader, engine, torch.float32, CPU, progress.append)
+        load_model(model, reader, engine, CPU, progress.append)
     local = {
         name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
@@ -182,7 +182,7 @@ def test_value_beyond_float16_is_named(llama: Path) -> None:
         RowReader(skeleton.index) as reader,
         pytest.raises(UserError, match=r"model\.norm\.weight.*range of torch\.float16"),
     ):
-        load_model(skeleton.model, reader, SingleEngine(CPU), torch.float16, CPU)
+        load_model(skeleton.model, reader, SingleEngine(CPU), CPU)
 
 
 class Forgetful(SingleEngine):
@@ -199,5 +199,5 @@ def test_nothing_is_left_unfilled(llama: Path) -> None:
         RowReader(skeleton.index) as reader,
         pytest.raises(AssertionError, match="never filled") as e,
     ):
-        load_model(skeleton.model, reader, Forgetful(CPU), torch.float32, CPU)
+        load_model(skeleton.model, reader, Forgetful(CPU), CPU)
     assert "model.layers.1.mlp.down_proj.packed" in str(e.value)

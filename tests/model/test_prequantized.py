@@ -69,7 +69,7 @@ def fill(world: World, base: BaseConfig, adapter: LoraConfig | None = None) -> t
     engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
     engine.shard(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader, world.together("load base"):
-        load_model(skeleton.model, reader, engine, torch.float32, CPU)
+        load_model(skeleton.model, reader, engine, CPU)
     return skeleton, reader.bytes_read
 
 

@@ -31,7 +31,7 @@ def load(directory: Path, **changes: Any) -> Skeleton:
     engine = SingleEngine(CPU)
     engine.shard(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
-        load_model(skeleton.model, reader, engine, torch.float32, CPU)
+        load_model(skeleton.model, reader, engine, CPU)
     return skeleton
 
 

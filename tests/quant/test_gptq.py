@@ -94,6 +94,15 @@ def test_equals_the_float64_reference(bits: int, columns: int) -> None:
     assert 0.98 < close < 1.02
 
 
+@pytest.mark.parametrize("columns", [32, 20])
+def test_a_row_may_be_one_group(columns: int) -> None:
+    codec, hessian = AffineCodec(4, 32), hessian_of(columns)
+    weight = weight_of(24, columns)
+    packed = solve_rows(weight, factorize(hessian, 32), codec)
+    assert packed.shape == (24, codec.row_bytes(columns))
+    assert cost(codec, weight, packed, hessian) < cost(codec, weight, codec.encode(weight), hessian)
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_output_error_is_below_that_of_rounding_to_nearest(bits: int) -> None:
     codec = AffineCodec(bits, 32)

@@ -46,7 +46,7 @@ class Run:
         self.engine = SingleEngine(CPU)
         self.engine.shard(self.model, skeleton.blocks)
         with RowReader(skeleton.index) as reader:
-            load_model(self.model, reader, self.engine, torch.float32, CPU)
+            load_model(self.model, reader, self.engine, CPU)
         factory = make_optimizer_factory(TrainConfig(), CPU)
         self.engine.optimize(self.model, factory, self.adapter.lr_scale)
         self.results: list[StepResult] = []
