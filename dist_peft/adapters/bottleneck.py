@@ -21,8 +21,7 @@ The start is near the identity: ``up`` is small or zero, biases are zero (``init
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.base import derive_seed
 from dist_peft.adapters.dropout import RowDropout
+from dist_peft.adapters.stand_ins import standing_in
 from dist_peft.core.span import Span
 
 __all__ = ["ACTIVATIONS", "BottleneckLayer", "BottleneckSpec", "Reads", "TrainedNorm"]
@@ -199,7 +199,7 @@ class TrainedNorm(nn.Module):
         """``x`` [..., d] -> [..., d] in its type."""
         names = [name.removesuffix("_change") for name in self.shapes]
         sums = {n: getattr(self.base, n).float() + getattr(self, f"{n}_change") for n in names}
-        with _standing_in(self.base, sums):
+        with standing_in(self.base, sums):
             y: Tensor = self.base(x.float())
         return y.to(x.dtype)
 
@@ -220,20 +220,3 @@ def _add_parameters(
     for name, shape in shapes.items():
         value = torch.empty(shape, dtype=torch.float32, device=device)
         module.register_parameter(name, nn.Parameter(value))
-
-
-@contextmanager
-def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Attributes of the instance, which Python finds before registered parameters.
-
-    The parameters themselves are left alone: engines count on which objects are registered.
-    """
-    own = module.__dict__
-    before = {name: own[name] for name in tensors if name in own}
-    own.update(tensors)
-    try:
-        yield
-    finally:
-        for name in tensors:
-            del own[name]
-        own.update(before)

@@ -44,6 +44,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
 
 __all__ = [
+    "WEIGHT_KINDS",
     "check_adapter",
     "common_config",
     "factors",
@@ -58,6 +59,9 @@ _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _METADATA = "dist_peft.json"
 _EXTRA = "dist_peft.safetensors"
+WEIGHT_KINDS = ("full", "partial")
+"""``kind`` in the ``dist_peft.json`` of trained weights (``adapters.weights_format``)."""
+
 _TYPES = ("LORA", "QALORA", *PROMPT_TYPES)
 
 # -- making ------------------------------------------------------------------------------------
@@ -206,6 +210,12 @@ def read_adapter(directory: Path) -> PublicAdapter:
     """
     config = _read_json(directory / _CONFIG)
     if config is None:
+        if (kind := read_metadata(directory).get("kind")) in WEIGHT_KINDS:
+            raise UserError(
+                f"{directory} holds weights of the base that adapter.kind {kind} trained. They are "
+                "no adapter, and PEFT has no format for them; make a model of the run with "
+                "dist-peft merge"
+            )
         raise UserError(f"{directory} has no {_CONFIG}; give the directory of a PEFT adapter")
     if not is_adapterhub(config) and config.get("peft_type") not in _TYPES:
         raise UserError(

@@ -17,17 +17,17 @@ Until its stage comes (``Clock``) a parameter computes without a gradient, so th
 touches it, and nothing below it is computed in backward for its sake.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dist_peft.adapters.stand_ins import standing_in
 from dist_peft.quant.matmul import product
 
 __all__ = ["Clock", "Learning", "TrainedLinear", "TrainedModule", "as_trained"]
@@ -106,8 +106,7 @@ class TrainedLinear(nn.Module):
 class TrainedModule(nn.Module):
     """Mixed into a module's class by ``as_trained``: its parameters are cast for its forward.
 
-    While ``forward`` runs, copies stand in as attributes of the instance, which Python finds before
-    registered parameters; those stay as they are, since engines count on which are registered.
+    While ``forward`` runs, the copies stand in for the registered parameters.
     """
 
     learning: Learning
@@ -118,8 +117,10 @@ class TrainedModule(nn.Module):
         """As the module's own; what it gives has the type that it would have given."""
         how = self.learning
         copies = {name: how.now(self, name).to(how.arithmetic) for name in self.cast_names}
-        with _standing_in(self, copies):
-            y = super().forward(*(_cast(a, how.arithmetic) for a in args), **kwargs)
+        with standing_in(self, copies):
+            if not isinstance(self, nn.Embedding):  # what looks up takes no numbers to round
+                args = tuple(_cast(a, how.arithmetic) for a in args)
+            y = super().forward(*args, **kwargs)
         return _cast(y, self.computes)
 
 
@@ -127,7 +128,7 @@ class _TrainedEmbedding(TrainedModule):
     """Casts the rows that are looked up, not the table: their gradients add up in float32."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _standing_in(self, {"weight": self.learning.now(self, "weight")}):
+        with standing_in(self, {"weight": self.learning.now(self, "weight")}):
             y: Tensor = super(TrainedModule, self).forward(*args, **kwargs)
         return y.to(self.learning.arithmetic).to(self.computes)
 
@@ -138,37 +139,25 @@ def as_trained(module: nn.Module, masters: Mapping[str, nn.Parameter], learning:
     It stays the same object of the same name and, by inheritance, of the same class.
     """
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    module.cast_names = tuple(own)
-    module.computes = next(iter(own.values())).dtype
-    module.learning = learning
+    module.__class__ = _mixed(cast(Any, type(module)))
+    trained = cast(TrainedModule, module)
+    trained.cast_names = tuple(own)
+    trained.computes = next(iter(own.values())).dtype
+    trained.learning = learning
     for name, master in masters.items():
-        module.register_parameter(name, master)
-    plain = type(module).forward is nn.Embedding.forward
-    module.__class__ = _mixed(_TrainedEmbedding if plain else TrainedModule, type(module))
+        trained.register_parameter(name, master)
 
 
 @cache
-def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _mixed(kind: Any) -> Any:
+    plain = kind.forward is nn.Embedding.forward
+    mixin = _TrainedEmbedding if plain else TrainedModule
     return type(f"Trained{kind.__name__}", (mixin, kind), {})
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     floats = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if floats else value
-
-
-@contextmanager
-def _standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Attributes of the instance; an engine may have put others there before."""
-    own = module.__dict__
-    before = {name: own[name] for name in tensors if name in own}
-    own.update(tensors)
-    try:
-        yield
-    finally:
-        for name in tensors:
-            del own[name]
-        own.update(before)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

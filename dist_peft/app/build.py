@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.base import Adapter
+from dist_peft.adapters.base import Adapter, TrainsBase
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import RunConfig
 from dist_peft.core.errors import UserError
@@ -18,6 +18,7 @@ from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
+from dist_peft.engine.base import OptimizerFactory
 from dist_peft.engine.recompute import checkpoint_blocks
 from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
 from dist_peft.model.load import AdapterRows, load_model
@@ -65,6 +66,13 @@ class Built(Prepared):
     def parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = attrgetter(name)(self.model)
         return found
+
+    def optimize(self, factory: OptimizerFactory) -> nn.Module:
+        """Give what learns its optimizer; see ``Engine.optimize``."""
+        adapter = self.adapter
+        if isinstance(adapter, TrainsBase):
+            return self.engine.optimize(self.model, factory, adapter.lr_scale, adapter.first_step)
+        return self.engine.optimize(self.model, factory, adapter.lr_scale)
 
     def gather_adapter(self) -> dict[str, Tensor]:
         """Every adapter parameter, whole, on the CPU of each rank."""
@@ -127,14 +135,14 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
         )
         fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
         parameters = dict(model.named_parameters())
-        adapters = [n for n, m in model.named_modules() if isinstance(m, AdapterRows)]
+        owners = {n for n, m in model.named_modules() if isinstance(m, AdapterRows)}
         return Built(
             **fields,
             engine=engine,
             bytes_read=reader.bytes_read,
             stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
-            adapter_names=tuple(n for n in parameters if n.rpartition(".")[0] in set(adapters)),
+            adapter_names=tuple(n for n in parameters if n.rpartition(".")[0] in owners),
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from torch import nn
 
-from dist_peft.core.config import LoraConfig, RunConfig
+from dist_peft.core.config import FullConfig, LoraConfig, PartialConfig, RunConfig
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import engine_kind
@@ -54,6 +54,7 @@ def idle_options(
         device: ``cpu`` or ``cuda``.
     """
     yield from _of_base(config, widest)
+    yield from _of_unfreezing(config)
     yield from _of_adapter(config)
     yield from _of_engine(config, engine, device)
     yield from _of_train(config, ranks)
@@ -67,6 +68,13 @@ def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
             "and revisions are the hub's"
         )
     if base.quant is None:
+        return
+    if widest == 0 and isinstance(config.adapter, FullConfig | PartialConfig):
+        if "quant" in base.model_fields_set:
+            yield (
+                f"base.quant has no effect: adapter.kind {config.adapter.kind} trains every linear "
+                "of the blocks, unquantized; set it to null"
+            )
         return
     if base.quant.kind == "int" and not _is_default(base.quant, "double_quant"):
         yield "base.quant.double_quant has no effect: it is for kind nf4"
@@ -90,6 +98,17 @@ def _of_adapter(config: RunConfig) -> Iterator[str]:
             f"adapter.init_iterations {adapter.init_iterations} has no effect with adapter.init "
             "default: it is for pissa and loftq"
         )
+
+
+def _of_unfreezing(config: RunConfig) -> Iterator[str]:
+    adapter, steps = config.adapter, config.train.steps
+    if isinstance(adapter, PartialConfig) and steps is not None:
+        for stage in adapter.unfreeze:
+            if stage.step >= steps:
+                yield (
+                    f"adapter.unfreeze has a stage at step {stage.step}, which has no effect: the "
+                    f"run ends after step {steps}"
+                )
 
 
 def _of_engine(config: RunConfig, engine: str, device: str) -> Iterator[str]:

@@ -76,7 +76,7 @@ def _ready(config: RunConfig, run_dir: Path | None, world: World) -> tuple[Built
         if position.base != built.base_id:
             raise UserError(f"checkpoint {path} was made on another base or another base.quant")
         factory = make_optimizer_factory(config.train, device)
-        built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+        built.optimize(factory)
         restore(built, checkpoints, path, position.step)
         step = position.step
     return built, loaders, step

@@ -17,6 +17,8 @@ from dist_peft.adapters.peft_format import (
 )
 from dist_peft.adapters.prompt_format import PLACED
 from dist_peft.adapters.qalora_format import as_expanded, as_peft
+from dist_peft.adapters.weights_format import holds_weights
+from dist_peft.app.quantize import with_base_of_run
 from dist_peft.app.report import add_section
 from dist_peft.core.config import QaLoraConfig, RunConfig
 from dist_peft.core.config_io import load_config
@@ -170,6 +172,12 @@ def export_run(
         verify: the probe must be there.
     """
     config = _run_config(run_dir)
+    if holds_weights(run_dir / "adapter") and name in _INTEGER_ZERO and not options.get("merge"):
+        raise UserError(
+            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
+            f"is no adapter to lie beside the base in format {name}; use dist-peft merge, another "
+            "format, or --merge --lossy"
+        )
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None
     pooled = isinstance(config.adapter, QaLoraConfig)
     if pooled and options.get("into") == "decoded":
@@ -240,7 +248,8 @@ def _run_config(run_dir: Path) -> RunConfig:
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     if not (run_dir / "adapter").is_dir():
         raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
-    return load_config(run_dir / "config.yaml")
+    # a run may have been moved, with the base that it solved
+    return with_base_of_run(load_config(run_dir / "config.yaml"), run_dir)
 
 
 def _only_one(world: World) -> None:

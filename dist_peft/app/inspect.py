@@ -10,6 +10,7 @@ from dist_peft.adapters.adapterhub_format import is_adapterhub, read_settings
 from dist_peft.adapters.peft_format import tensors_file
 from dist_peft.adapters.pooling import read_pooling
 from dist_peft.adapters.prompt_format import PROMPT_TYPES
+from dist_peft.adapters.weights_format import holds_weights
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.prequantized import open_prequantized
@@ -40,6 +41,8 @@ def describe(path: Path) -> list[str]:
         return _run(path)
     if (path / "run.json").is_file():
         return _checkpoint(path)
+    if holds_weights(path):
+        return _weights(path)
     if (path / "adapter_config.json").is_file():
         return _adapter(path)
     if path.suffix == ".safetensors" or (path / "config.json").is_file():
@@ -101,6 +104,18 @@ def _adapter(path: Path) -> list[str]:
     return lines
 
 
+def _weights(path: Path) -> list[str]:
+    index = SafetensorsIndex.open(path)
+    numbers = sum(_numel(i.shape) for i in index.tensors.values())
+    about = _read_json(path / "dist_peft.json")
+    return [
+        f"trained weights {path}",
+        f"  method       {about.pop('kind')} fine-tuning",
+        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
+        *(f"  {key:<12} {value}" for key, value in about.items()),
+    ]
+
+
 def _method(config: dict[str, Any]) -> str:
     if is_adapterhub(config):
         found = read_settings(config)
@@ -133,8 +148,10 @@ def _run(path: Path) -> list[str]:
         lines.append(f"  steps        {steps[-1].step}, last loss {steps[-1].loss:.4f}")
     for found in sorted((path / "checkpoints").glob("step-*")):
         lines += ["  " + line for line in _checkpoint(found)]
-    if (path / "adapter").is_dir():
-        lines += ["  " + line for line in _adapter(path / "adapter")]
+    adapter = path / "adapter"
+    if adapter.is_dir():
+        about = _weights(adapter) if holds_weights(adapter) else _adapter(adapter)
+        lines += ["  " + line for line in about]
     return lines
 
 

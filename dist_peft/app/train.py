@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.base import TrainsBase
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, give_start, load, prepare, restore
 from dist_peft.app.effects import warn_of_idle_options
@@ -24,6 +26,7 @@ from dist_peft.app.quantize import made_from, with_solved_base
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders, check_fit, make_loaders
 from dist_peft.app.solve import Stopped
+from dist_peft.app.trained import write_trained_weights
 from dist_peft.core.config import RunConfig
 from dist_peft.core.config_io import dump_config, load_config
 from dist_peft.core.errors import UserError
@@ -95,7 +98,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         give_start(prepared, checkpoints, resume_from)
     built = load(prepared, config, world, device)
     factory = make_optimizer_factory(config.train, device)
-    call = built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    call = built.optimize(factory)
     session = _Session(config, world, built, call, loaders, checkpoints, run_dir)
     first_step = session.resume(resume_from) if resume_from is not None else session.begin()
     done = session.fit(first_step, stop)
@@ -282,17 +285,25 @@ class _Session:
     # -- end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Gather the adapter, write it, complete the probe, write the report."""
-        tensors = self.built.gather_adapter()
+        """Gather what was trained, write it, complete the probe, write the report."""
+        directory = self.run_dir / "adapter"
+        if isinstance(self.built.adapter, TrainsBase):
+            about = {"kind": self.config.adapter.kind, **self._about()}
+            write_trained_weights(self.built, self.world, directory, about)
+        else:
+            tensors = self.built.gather_adapter()
+            with self.world.together("write the adapter"):
+                if self.world.is_first:
+                    public = self.built.adapter.to_public(tensors, self._base_name())
+                    write_adapter(directory, public, self._about())
         logits = self._probe_logits()
-        with self.world.together("write the adapter"):
+        with self.world.together("write what belongs to the adapter"):
             if self.world.is_first:
-                self._write(tensors, logits)
-        log.info("wrote %s and %s", self.run_dir / "adapter", self.run_dir / "report.html")
+                self._write_beside(directory, logits)
+        log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
-    def _write(self, tensors: dict[str, Tensor], logits: Tensor) -> None:
-        public = self.built.adapter.to_public(tensors, self._base_name())
-        about = {
+    def _about(self) -> dict[str, Any]:
+        return {
             "base": self.config.base.path,
             "base_fingerprint": self.built.skeleton.index.fingerprint(),
             "quant": self.config.base.model_dump(mode="json")["quant"],
@@ -300,9 +311,11 @@ class _Session:
             "dist_peft": importlib.metadata.version("dist_peft"),
             "torch": torch.__version__,
         }
-        write_adapter(self.run_dir / "adapter", public, about)
+
+    def _write_beside(self, directory: Path, logits: Tensor) -> None:
+        """Tokenizer, probe, report."""
         if (template := self.loaders.chat_template) is not None:
-            save_tokenizer(self.built.tokenizer, self.run_dir / "adapter", template)
+            save_tokenizer(self.built.tokenizer, directory, template)
         if self._probe_file.is_file():
             before = Probe.load(self._probe_file).before
             Probe(self.loaders.probe, logits, before).save(self._probe_file)

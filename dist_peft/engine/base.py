@@ -31,9 +31,11 @@ __all__ = [
     "Engine",
     "OptimizerFactory",
     "adam_start",
+    "at_once",
     "lr_groups",
     "move_buffers",
     "trainable",
+    "updates",
 ]
 
 
@@ -57,8 +59,16 @@ class OptimizerFactory(Protocol):
     ) -> None: ...
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Tell the optimizer how many updates it has made (Adam's bias correction)."""
+        """Tell the optimizer how many steps are done (Adam's bias correction).
+
+        A group of ``lr_groups`` has made ``updates(group, step)`` updates.
+        """
         ...
+
+
+def at_once(name: str) -> int:
+    """``first_step`` of parameters that learn from the start."""
+    return 0
 
 
 class Engine(Protocol):
@@ -85,9 +95,21 @@ class Engine(Protocol):
         ...
 
     def optimize(
-        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+        self,
+        model: nn.Module,
+        factory: OptimizerFactory,
+        lr_scale: Callable[[str], float],
+        first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
-        """Returns what to call in training steps: the model, or the engine's wrapper of it."""
+        """Give the parameters that learn their optimizer state.
+
+        Args:
+            lr_scale: learning-rate factor by parameter name (LoRA+).
+            first_step: steps that are done before a parameter's first update, by name. Until then
+                the model computes no gradient for it; the engine leaves it and its optimizer state
+                alone.
+
+        Returns what to call in training steps: the model, or the engine's wrapper of it."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
@@ -124,14 +146,24 @@ def adam_start(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def lr_groups(
-    parameters: Mapping[str, nn.Parameter], lr_scale: Callable[[str], float]
+    parameters: Mapping[str, nn.Parameter],
+    lr_scale: Callable[[str], float],
+    first_step: Callable[[str], int] = at_once,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: parameters of the same learning-rate factor, kept as ``lr_scale``."""
-    groups: dict[float, dict[str, Any]] = {}
+    """Optimizer groups: parameters of the same learning-rate factor, kept as ``lr_scale``, and of
+    the same ``first_step``."""
+    groups: dict[tuple[float, int], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        scale = lr_scale(name)
-        groups.setdefault(scale, {"params": [], "lr_scale": scale})["params"].append(parameter)
+        scale, first = key = lr_scale(name), first_step(name)
+        group = groups.setdefault(key, {"params": [], "lr_scale": scale, "first_step": first})
+        group["params"].append(parameter)
     return list(groups.values())
+
+
+def updates(group: Mapping[str, Any], step: int) -> int:
+    """How often a group was updated when ``step`` steps are done."""
+    first: int = group.get("first_step", 0)
+    return max(0, step - first)
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from dist_peft.core.config import EngineConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
-from dist_peft.engine.base import OptimizerFactory, move_buffers
+from dist_peft.engine.base import OptimizerFactory, at_once, move_buffers
 from dist_peft.engine.compat import all_gather, allow_integer_parameters
 from dist_peft.engine.local import LocalOptimizer
 from dist_peft.engine.mesh import ends_of, shard_mesh
@@ -141,10 +141,20 @@ class Fsdp2Engine:
         )
 
     def optimize(
-        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+        self,
+        model: nn.Module,
+        factory: OptimizerFactory,
+        lr_scale: Callable[[str], float],
+        first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
         self._optimizer = LocalOptimizer(
-            model, factory, lr_scale, local=_local, wrap=self._wrap, total=self._total
+            model,
+            factory,
+            lr_scale,
+            local=_local,
+            wrap=self._wrap,
+            total=self._total,
+            first_step=first_step,
         )
         return model
 

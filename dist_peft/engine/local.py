@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dist_peft.engine.base import OptimizerFactory, lr_groups, trainable
+from dist_peft.engine.base import OptimizerFactory, at_once, lr_groups, trainable
 
 __all__ = ["LocalOptimizer"]
 
@@ -22,6 +22,8 @@ class LocalOptimizer:
         wrap: turns a plain local tensor shaped like the shard back into what the engine's state
             holds (a DTensor), given the parameter it belongs to.
         total: sums a scalar over the ranks that share the parameters.
+        first_step: see ``Engine.optimize``. What has no gradient is left alone by torch's and
+            bitsandbytes' optimizers anyway; only a resume has to know.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class LocalOptimizer:
         local: Callable[[Tensor], Tensor],
         wrap: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor], Tensor],
+        first_step: Callable[[str], int] = at_once,
     ) -> None:
         self.factory = factory
         self.local, self.wrap, self.total = local, wrap, total
@@ -39,7 +42,7 @@ class LocalOptimizer:
         self.updated: dict[str, nn.Parameter] = dict(self.parameters)
         if factory.wants_plain:
             self.updated = {n: nn.Parameter(local(p.detach())) for n, p in self.parameters.items()}
-        self.optimizer = factory.build(lr_groups(self.updated, lr_scale))
+        self.optimizer = factory.build(lr_groups(self.updated, lr_scale, first_step))
 
     def step(self, lr: float, max_norm: float) -> float:
         """Scale gradients to ``max_norm`` (0: as they are) and update. See ``Engine.step``."""

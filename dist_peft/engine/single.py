@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
-from dist_peft.engine.base import OptimizerFactory, move_buffers
+from dist_peft.engine.base import OptimizerFactory, at_once, move_buffers
 from dist_peft.engine.local import LocalOptimizer
 
 __all__ = ["SingleEngine"]
@@ -33,10 +33,20 @@ class SingleEngine:
         owner.register_parameter(name, new)
 
     def optimize(
-        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+        self,
+        model: nn.Module,
+        factory: OptimizerFactory,
+        lr_scale: Callable[[str], float],
+        first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
         self._optimizer = LocalOptimizer(
-            model, factory, lr_scale, local=_same, wrap=lambda t, like: t, total=_same
+            model,
+            factory,
+            lr_scale,
+            local=_same,
+            wrap=lambda t, like: t,
+            total=_same,
+            first_step=first_step,
         )
         return model
 

@@ -27,7 +27,15 @@ from dist_peft.core.config import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.base import OptimizerFactory, adam_start, lr_groups, move_buffers, trainable
+from dist_peft.engine.base import (
+    OptimizerFactory,
+    adam_start,
+    at_once,
+    lr_groups,
+    move_buffers,
+    trainable,
+    updates,
+)
 from dist_peft.engine.mesh import shard_mesh
 from dist_peft.engine.shards import RowShards
 from dist_peft.engine.zero_config import deepspeed_config
@@ -62,7 +70,7 @@ class ZeroEngine:
         self._shapes: dict[int, torch.Size] = {}
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None
-        self._factory: OptimizerFactory | None = None
+        self._done = 0
         self._adapter_bytes = 0
 
     @property
@@ -92,19 +100,23 @@ class ZeroEngine:
         owner.register_parameter(name, new)
 
     def optimize(
-        self, model: nn.Module, factory: OptimizerFactory, lr_scale: Callable[[str], float]
+        self,
+        model: nn.Module,
+        factory: OptimizerFactory,
+        lr_scale: Callable[[str], float],
+        first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
         self.shards.make_whole()
         _hide_frozen(model)
-        self._factory, self._names = factory, trainable(model)
+        self._names = trainable(model)
         self._shapes = {id(p): p.shape for p in self._names.values()}
-        optimizer = factory.build(lr_groups(self._names, lr_scale))
+        optimizer = factory.build(lr_groups(self._names, lr_scale, first_step))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
         self._ds, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
-        for flat in self._flat_shards():
+        for flat, _ in self._flat_shards():
             optimizer.state[flat] = adam_start(flat)
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
@@ -112,12 +124,21 @@ class ZeroEngine:
         module: nn.Module = self._ds
         return module
 
-    def _flat_shards(self) -> list[Tensor]:
-        """This rank's float32 share of the trainable parameters, a flat tensor a group."""
+    def _flat_shards(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """This rank's float32 share of the trainable parameters, flat, with the optimizer's group:
+        one tensor a group, with stage 3 one or more."""
         optimizer = self._ds.optimizer
+        groups = optimizer.param_groups
         if self.config.stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        return list(optimizer.single_partition_of_fp32_groups)
+            flats = optimizer.fp32_partitioned_groups_flat
+            return [(f, groups[optimizer.sub_group_to_group_id[i]]) for i, f in enumerate(flats)]
+        return list(zip(optimizer.single_partition_of_fp32_groups, groups, strict=True))
+
+    def _set_updates(self, step: int) -> None:
+        """Tell Adam how many updates each share has had after ``step`` steps."""
+        self._done = step
+        for flat, group in self._flat_shards():
+            self._ds.optimizer.optimizer.state[flat]["step"].fill_(updates(group, step))
 
     def _count_adapter_bytes(self) -> None:
         """Count what DeepSpeed gathers: adapters before use (stage 3) or after an update."""
@@ -144,8 +165,10 @@ class ZeroEngine:
         optimizer = self._ds.optimizer
         optimizer.clip_grad = max_norm
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            # where the stage has not come there is no gradient, but DeepSpeed updates all the same
+            group["lr"] = lr * group["lr_scale"] if self._done >= group["first_step"] else 0.0
         self._ds.step()
+        self._set_updates(self._done + 1)
         return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
 
     # -- state ---------------------------------------------------------------------------------
@@ -169,8 +192,7 @@ class ZeroEngine:
             self._set(parameter, value)
             for key in ("exp_avg", "exp_avg_sq"):
                 self._set(parameter, state[f"{key}/{name}"].to(self.device), key)
-        assert self._factory is not None
-        self._factory.set_step(self._ds.optimizer.optimizer, step)
+        self._set_updates(step)
 
     def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
         """Write the optimizer's copy of a parameter, or its moment ``key``."""

@@ -19,6 +19,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.walk import Walk, Weight
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.store.fileio import writing
 from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
 
 __all__ = [
@@ -165,7 +166,7 @@ def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
     """A tokenizer beside the adapter, which formats conversations as training did, is the one."""
     for path in sorted(adapter_dir.iterdir()):
         if path.name in _TOKENIZER_FILES:
-            shutil.copyfile(path, out / path.name)
+            _copy(path, out / path.name)
 
 
 def copy_configuration(
@@ -179,12 +180,20 @@ def copy_configuration(
         out: exists.
         dtype: the type that loaders shall use.
         changes: further keys of ``config.json``.
+
+    Raises:
+        UserError: the disk is full, or no permission.
     """
     for path in sorted(directory.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
-            shutil.copyfile(path, out / path.name)
+            _copy(path, out / path.name)
     config = json.loads((directory / "config.json").read_text())
     for key in ("torch_dtype", "quantization_config"):  # of the base, not of what is written
         config.pop(key, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     atomic_write(out / "config.json", json.dumps({**config, **changes}, indent=2))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with writing(target, source.stat().st_size):
+        shutil.copyfile(source, target)

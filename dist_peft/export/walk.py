@@ -18,7 +18,7 @@ changes one of them, it is merged except in ``base``.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
 from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.adapters.weights_format import TrainedWeights, holds_weights
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
@@ -110,7 +111,7 @@ class Walk:
     def __init__(
         self,
         skeleton: Skeleton,
-        merger: Merger,
+        merger: Merger | TrainedWeights,
         reader: RowReader,
         adapter_dir: Path,
         state: State,
@@ -209,7 +210,6 @@ def open_walk(
         UserError: damaged files, or an adapter that was trained on another base.
     """
     skeleton = build_skeleton(base, directory)
-    merger = Merger.open(adapter_dir, tied=skeleton.tied)
     trained_on = read_metadata(adapter_dir).get("base_fingerprint")
     if trained_on not in (None, skeleton.index.fingerprint()):
         raise UserError(
@@ -223,8 +223,30 @@ def open_walk(
             skeleton.prequantized.label,
             extra=ONCE,
         )
-    with RowReader(skeleton.index) as reader:
+    with ExitStack() as stack:
+        merger = _open_merger(skeleton, adapter_dir, stack)
+        reader = stack.enter_context(RowReader(skeleton.index))
         yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes)
+
+
+def _open_merger(
+    skeleton: Skeleton, adapter_dir: Path, stack: ExitStack
+) -> Merger | TrainedWeights:
+    if not holds_weights(adapter_dir):
+        return Merger.open(adapter_dir, tied=skeleton.tied)
+    names = {weight.path: weight.name for weight in _weights(skeleton)}
+    if skeleton.tied:  # some files have the head's copy of the shared weight, too
+        paths = {id(m): path for path, m in skeleton.model.named_modules()}
+        embedding, head = (
+            f"{paths[id(module)]}.weight"
+            for module in (
+                skeleton.model.get_input_embeddings(),
+                skeleton.model.get_output_embeddings(),
+            )
+        )
+        if head in names:
+            names[head] = names[embedding]
+    return TrainedWeights.open(adapter_dir, names, stack)
 
 
 def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:

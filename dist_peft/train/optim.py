@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dist_peft.core.config import TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.base import OptimizerFactory, adam_start
+from dist_peft.engine.base import OptimizerFactory, adam_start, updates
 
 __all__ = ["make_optimizer_factory"]
 
@@ -66,8 +66,9 @@ class _TorchAdamW:
                 optimizer.state[parameter][key].copy_(value)
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        for state in optimizer.state.values():
-            state["step"].fill_(step)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["step"].fill_(updates(group, step))
 
 
 class _BitsAndBytesAdamW:
@@ -143,8 +144,10 @@ class _BitsAndBytesAdamW:
         )
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        for state in optimizer.state.values():
-            state["step"] = step
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.numel():
+                    optimizer.state[p]["step"] = updates(group, step)
 
 
 def _encode_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:

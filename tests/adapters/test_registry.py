@@ -3,6 +3,7 @@ import torch
 from dist_peft.adapters.bottleneck_method import BottleneckAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
+from dist_peft.adapters.partial import PartialAdapter
 from dist_peft.adapters.prefix import PrefixAdapter
 from dist_peft.adapters.prompt_tuning import PromptTuningAdapter
 from dist_peft.adapters.ptuning import PTuningAdapter
@@ -10,8 +11,10 @@ from dist_peft.adapters.qalora_method import QaLoraAdapter
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import (
     BottleneckConfig,
+    FullConfig,
     LoraConfig,
     NoAdapterConfig,
+    PartialConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
@@ -38,5 +41,9 @@ def test_kinds() -> None:
     bottleneck = make_adapter(BottleneckConfig(), seed=5, arithmetic=torch.bfloat16)
     assert isinstance(bottleneck, BottleneckAdapter)
     assert (bottleneck.seed, bottleneck.arithmetic) == (5, torch.bfloat16)
+    for section in (FullConfig(), PartialConfig(last_blocks=1)):
+        partial = make_adapter(section, seed=5, arithmetic=torch.bfloat16)
+        assert isinstance(partial, PartialAdapter)
+        assert (partial.config, partial.arithmetic) == (section, torch.bfloat16)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)

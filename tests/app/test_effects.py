@@ -72,6 +72,23 @@ def test_shard_group_without_sharded_base() -> None:
     assert idle("fsdp2", engine=both) == []  # there it shards the adapters
 
 
+def test_quantization_of_a_base_that_learns_whole() -> None:
+    full = {"kind": "full"}
+    assert idle(widest=0, adapter=full) == []  # it is the default
+    (text,) = idle(widest=0, adapter=full, base={"quant": {"kind": "nf4", "group_size": 128}})
+    assert text.startswith("base.quant has no effect: adapter.kind full trains every linear")
+    assert idle(widest=0, adapter=full, base={"quant": None}) == []
+    assert idle(adapter={"kind": "partial", "last_blocks": 1}, base={"quant": {}}) == []
+
+
+def test_stage_after_the_end() -> None:
+    stages = [{"step": 4, "last_blocks": 1}, {"step": 5, "parts": ["all"]}]
+    adapter = {"kind": "partial", "parts": ["head"], "unfreeze": stages}
+    (text,) = idle(adapter=adapter, train={"steps": 5})
+    assert text.startswith("adapter.unfreeze has a stage at step 5, which has no effect")
+    assert idle(adapter=adapter, train={"steps": None, "epochs": 1}) == []
+
+
 def test_micro_batch_above_a_ranks_share() -> None:
     train = {"global_batch": 5, "micro_batch": 4}
     (text,) = idle(ranks=2, train=train)

@@ -51,7 +51,7 @@ def build(world: World, tree: dict[str, Any]) -> tuple[RunConfig, Built, Loaders
     loaders = make_loaders(config, prepared.tokenizer, world)
     built = load(prepared, config, world, CPU)
     factory = make_optimizer_factory(config.train, CPU)
-    call = built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    call = built.optimize(factory)
     return config, built, loaders, call
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
@@ -57,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp2": {"kind": "fsdp2"},
+    "zero 1": {"kind": "zero", "stage": 1},
     "zero 2": {"kind": "zero", "stage": 2},
     "zero 3": {"kind": "zero", "stage": 3},  # last: it replaces functional.linear for good
 }
@@ -73,7 +75,7 @@ def all_outcomes(world: World, trees: dict[Any, dict[str, Any]]) -> dict[Any, Ou
 
 RUNS = [
     *((2, "fsdp2", case) for case in CASES),
-    (2, "zero 2", "int2"),
+    (2, "zero 1", "int4"),
     (2, "zero 3", "int4"),
     (3, "fsdp2", "int4"),
     (3, "zero 2", "int4, groups of 16 pooled by 32"),
@@ -194,6 +196,53 @@ def test_unmerge_gives_the_base_back(run: tuple[int, Path, Path]) -> None:
         assert not torch.equal(exact.merged[name].zero, exact.original[name].zero)
         for got, want in zip(back, exact.original[name], strict=True):
             assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_the_documented_snippet_runs(
+    run: tuple[int, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adapters" / "qalora.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(run[1])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(run[2])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(snippet.replace("bits=4", f"bits={run[0]}"), names)
+    assert not torch.equal(names["merged"].zero, names["parts"].zero)
+
+
+@pytest.mark.parametrize("convention", ["peft", "mean"])
+def test_adapter_of_another_program_is_exported_as_a_run(
+    run: tuple[int, Path, Path], tmp_path: Path, convention: str
+) -> None:
+    """The same factors as the other program would hold them give the same merged model."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    shutil.copy(run[2] / "config.yaml", foreign)
+    config = json.loads((run[2] / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(run[2] / "adapter" / "adapter_model.safetensors")
+    config |= {"peft_type": "LORA", "use_qalora": True}
+    del config["qalora_pool"]
+    if convention == "mean":
+        config["qalora_pool"] = "mean"
+    for name in (n for n in tensors if "lora_B" in n):
+        groups = tensors[name.replace("lora_B", "lora_A")].shape[1]
+        tensors[name] *= 32 if convention == "mean" else 32 / groups
+    (foreign / "adapter").mkdir()
+    (foreign / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, foreign / "adapter" / "adapter_model.safetensors")
+    for directory in (foreign, run[2]):
+        argv = ["export", "--format", "mlx", "--no-verify", "--run", str(directory)]
+        assert cli.main([*argv, "--out", str(tmp_path / f"{directory.name} out")]) == 0
+    close_log()
+    found, wanted = (
+        load_file(tmp_path / f"{directory.name} out" / "model.safetensors")
+        for directory in (foreign, run[2])
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_integer_zeros_would_lose_it(run: tuple[int, Path, Path]) -> None:

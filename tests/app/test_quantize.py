@@ -212,4 +212,6 @@ def test_training_solves_once_and_goes_on_there(tree: dict[str, Any], tmp_path: 
         train(parse_config(tree), World())
     with pytest.raises(UserError, match=r"is quantized already \(dist_peft\)"):
         write(World(), on_the_base_of_a_run(tmp_path, tree), tmp_path / "again")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli.main(["merge", "--run", str(moved), "--out", str(tmp_path / "merged")]) == 0
     close_log()

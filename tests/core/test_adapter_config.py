@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 from dist_peft.core.adapter_config import (
     AdapterConfig,
     BottleneckConfig,
+    FullConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
@@ -22,6 +23,7 @@ def test_kind_chooses_the_method() -> None:
         ("ptuning", PTuningConfig),
         ("prefix", PrefixConfig),
         ("bottleneck", BottleneckConfig),
+        ("full", FullConfig),
     ):
         found = ADAPTER.validate_python({"kind": kind})
         assert type(found) is section
@@ -45,12 +47,34 @@ def test_kind_chooses_the_method() -> None:
             {"kind": "prefix", "projection": False, "encoder_hidden_size": 8},
             "encoder_hidden_size is for projection: true",
         ),
+        ({"kind": "partial"}, "nothing would learn; give parts, last_blocks or unfreeze"),
+        (
+            {"kind": "partial", "unfreeze": [{"step": 3, "last_blocks": 1}]},
+            "nothing learns before step 3",
+        ),
+        (
+            {"kind": "partial", "last_blocks": 1, "unfreeze": [{"step": 3}]},
+            "names nothing to learn",
+        ),
+        ({"kind": "full", "parts": ["all"]}, "Extra inputs are not permitted"),
         ({"kind": "prefix", "r": 8}, "Extra inputs are not permitted"),
     ],
 )
 def test_refused(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ADAPTER.validate_python(wrong)
+
+
+def test_stages_are_in_order() -> None:
+    later = [{"step": 9, "parts": ["all"]}, {"step": 0, "parts": ["norms"]}]
+    found = ADAPTER.validate_python({"kind": "partial", "last_blocks": 2, "unfreeze": later})
+    assert [(s.step, s.parts, s.last_blocks) for s in found.stages] == [
+        (0, [], 2),
+        (0, ["norms"], 0),
+        (9, ["all"], 0),
+    ]
+    assert ADAPTER.validate_python(found.model_dump()) == found
+    assert [(s.step, s.parts) for s in FullConfig().stages] == [(0, ["all"])]
 
 
 def test_bottleneck_defaults_are_the_placements() -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dist_peft.engine.base import adam_start, lr_groups, move_buffers, trainable
+from dist_peft.engine.base import adam_start, lr_groups, move_buffers, trainable, updates
 
 
 def test_trainable_are_those_that_learn_in_the_models_order() -> None:
@@ -24,8 +24,16 @@ def test_a_shared_parameter_is_listed_once() -> None:
 def test_groups_hold_parameters_of_one_learning_rate() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b", "c")}
     first, second = lr_groups(parameters, lambda name: 2.0 if name == "b" else 1.0)
-    assert first == {"params": [parameters["a"], parameters["c"]], "lr_scale": 1.0}
-    assert second == {"params": [parameters["b"]], "lr_scale": 2.0}
+    assert first == {"params": [parameters["a"], parameters["c"]], "lr_scale": 1.0, "first_step": 0}
+    assert second == {"params": [parameters["b"]], "lr_scale": 2.0, "first_step": 0}
+
+
+def test_groups_of_one_learning_rate_part_where_they_start() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b")}
+    groups = lr_groups(parameters, lambda name: 1.0, lambda name: 7 if name == "b" else 0)
+    assert [group["first_step"] for group in groups] == [0, 7]
+    assert [updates(group, 9) for group in groups] == [9, 2]
+    assert [updates(group, 5) for group in groups] == [5, 0]
 
 
 def test_adam_starts_with_nothing() -> None:

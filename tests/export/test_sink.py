@@ -1,7 +1,10 @@
 """What directories of all formats share."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,6 +48,19 @@ def test_configuration(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"LICENSE", "tokenizer.json", "chat_template.jinja"}
     assert not any("safetensors" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE"])
+def test_a_disk_that_fills_up_while_files_are_copied(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / name).write_text("x" * 1000)
+    monkeypatch.setattr(shutil, "copyfile", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(
+        UserError, match=f"disk full while writing .*{name}: 1,000 bytes are needed"
+    ):
+        copy_configuration(tmp_path / "base", tmp_path, torch.float32, {})
 
 
 def test_check_new(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """GPTQ, AWQ and compressed-tensors: against the consumer's own dequantization; what is refused."""
 
+import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from tests import packed
-from tests.model.test_prequantized import linears, load, logits
+from tests.model.test_prequantized import IDS, linears, load, logits
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -88,6 +91,40 @@ def test_zeros_of_rows_that_fill_no_word(tmp_path: Path) -> None:
         number = sum(w << 32 * i for i, w in enumerate(stream))
         wanted = [number >> bits * row & 2**bits - 1 for row in range(12)]
         assert parts.zero[:, 1].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4, "sym": True},
+        {"bits": 4, "sym": False},
+        {"bits": 3, "sym": False, "format": "gptq_v2"},
+        {"bits": 4, "sym": False, "quant_method": "awq", "format": "gemm"},
+    ],
+    ids=lambda s: " ".join(map(str, s.values())),
+)
+def test_directories_that_gptqmodel_writes(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Decoded weights equal but for its rounding to float16; logits; and our export of it."""
+    python = os.environ.get("DIST_PEFT_GPTQ_PYTHON")
+    if python is None:
+        pytest.skip("DIST_PEFT_GPTQ_PYTHON names no Python with gptqmodel")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    plain = packed.save_plain(tmp_path / "plain", **sizes)
+    script, out = Path(__file__).with_name("gptqmodel_base.py"), tmp_path / "base"
+    text = json.dumps({"group_size": 32, "desc_act": False, **settings})
+    command = [python, script, plain, out, text, *map(str, IDS[0].tolist())]
+    workers = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default is too few on a machine with two cores
+    subprocess.run(command, env={**os.environ, **workers}, check=True, capture_output=True)
+
+    skeleton, wanted = load(out), load_file(f"{out}.safetensors")
+    error = (logits(skeleton.model)[:1] - wanted.pop("logits")).abs().max()
+    print(f"largest difference of a logit: {error:.1e}; {len(wanted)} weights compared")
+    assert error < 5e-3  # it computes weights in float16, and AWQ's activations too
+    assert len(wanted) == 14 or "quant_method" in settings
+    found = {name.removesuffix(".weight"): linear for name, linear in linears(skeleton).items()}
+    for name, weight in wanted.items():
+        decoded = found[name].codec.decode(found[name].packed, weight.shape[1], torch.float32)
+        assert torch.equal(decoded.half(), weight.half()), name
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -96,6 +96,16 @@ def test_moments_go_out_and_in_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_steps_of_a_late_group(name: str) -> None:
+    factory = build(name)[0]
+    early, late = (nn.Parameter(torch.zeros(8)) for _ in range(2))
+    groups = [{"params": [early]}, {"params": [late], "first_step": 7}]
+    optimizer = factory.build(groups)
+    factory.set_step(optimizer, 10)
+    assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [10, 3]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_step_counts_for_bias_correction(name: str) -> None:
     """Zero moments and 10 steps done: the formula of step 11."""
     factory, optimizer, learning = build(name)

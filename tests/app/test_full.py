@@ -1,0 +1,248 @@
+"""Full and partial fine-tuning: every engine, a plain training loop, stages, resuming."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.train.loop import StepResult, fit
+from tests.app.test_equality import (
+    GRADIENT_TOLERANCE,
+    NF4,
+    Outcome,
+    all_cases,
+    assert_same,
+    build,
+)
+from tests.app.test_resume import losses, train
+from tests.app.tiny import save_records, save_words, tiny_tree
+from tests.dist import run_ranks
+from tests.tiny_models import CONFIGS, save_model
+
+pytestmark = pytest.mark.dist
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"adapter": {"kind": "full"}, "base__quant": None},
+    "norms and ends": {
+        "adapter": {"kind": "partial", "parts": ["norms", "embeddings", "head"]},
+        "base__quant": NF4,
+    },
+    "biases and tied head": {
+        "adapter": {"kind": "partial", "parts": ["biases", "head"]},
+        "base__quant": NF4,
+    },
+    "last block": {"adapter": {"kind": "partial", "last_blocks": 1}, "base__quant": NF4},
+    "stages": {
+        "adapter": {
+            "kind": "partial",
+            "parts": ["head"],
+            "unfreeze": [{"step": 1, "last_blocks": 1}, {"step": 2, "parts": ["all"]}],
+        },
+        "engine__activation_checkpointing": False,
+    },
+}
+RUNS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+    "fsdp2, 2 ranks": (2, {"kind": "fsdp2"}, ("full", "norms and ends", "biases and tied head")),
+    "fsdp2, 3 ranks": (3, {"kind": "fsdp2"}, ("last block", "stages")),
+    "zero 2": (2, {"kind": "zero", "stage": 2}, ("norms and ends", "stages")),
+    "zero 3": (3, {"kind": "zero", "stage": 3}, ("last block", "biases and tied head", "stages")),
+}
+"""Ranks, engine, cases; at the end of ``stages`` everything learns."""
+
+LATE: dict[str, Any] = {
+    "kind": "partial",
+    "parts": ["norms"],
+    "unfreeze": [{"step": 100, "last_blocks": 1}],
+}
+
+
+def tree(directory: Path, case: str, **changes: Any) -> dict[str, Any]:
+    directory.mkdir(exist_ok=True)
+    short = {
+        "train__steps": 3,
+        "train__global_batch": 4,
+        "train__weight_decay": 0.1,
+        "train__lr": 3e-3,
+        "data__train": [str(save_records(directory / "twelve.jsonl", 12))],
+        "data__packing": True,
+        "data__seq_len": 32,
+        "engine": {},
+    }
+    made = tiny_tree(directory, **{**short, **CASES.get(case, {}), **changes})
+    if "tied" in case:
+        save_model(CONFIGS["llama-tied-bias"], directory / "base")
+        save_words(directory / "base")
+    return made
+
+
+def run_steps(world: World, tree: dict[str, Any]) -> tuple[Any, list[StepResult]]:
+    """Train as ``train`` does, at a constant rate; gives what was built and the steps."""
+    config, built, loaders, call = build(world, tree)
+    results: list[StepResult] = []
+
+    def note(result: StepResult) -> bool:
+        results.append(result)
+        return False
+
+    fit(
+        built.model,
+        built.engine,
+        built.adapter,
+        loaders.train,
+        world,
+        call=call,
+        first_step=0,
+        last_step=config.train.steps or 0,
+        lr_at=lambda step: config.train.lr,
+        max_grad_norm=config.train.max_grad_norm,
+        after_step=note,
+    )
+    return (built, loaders), results
+
+
+Waiting = dict[str, dict[str, Tensor]]
+"""What is kept -> parameter -> value, of the parameters whose stage did not come."""
+
+
+def waiting(world: World, tree: dict[str, Any]) -> Waiting:
+    """Parameters that waited, and their moments, after training under weight decay."""
+    (built, _), _ = run_steps(world, tree)
+    found: Waiting = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for key, value in built.engine.state(built.model).items():
+        kind, _, name = key.partition("/")
+        if built.adapter.first_step(name):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            found[kind][name] = whole.clone()
+    return found
+
+
+def everything(
+    world: World, trees: dict[str, dict[str, Any]], late: dict[str, Any]
+) -> tuple[dict[str, Outcome], Waiting]:
+    """All of a run's cases in one set of processes."""
+    return all_cases(world, trees), waiting(world, late)
+
+
+Outcomes = dict[str, list[tuple[dict[str, Outcome], Waiting]]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full")
+
+
+@pytest.fixture(scope="module")
+def outcomes(directory: Path) -> Outcomes:
+    """Run -> what each rank got; "single" is the reference."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    singles = {case: tree(directory / case, case) for case in CASES}
+    late = tree(directory / "late", "late", adapter=LATE)
+    found = {"single": [everything(World(), singles, late)]}
+    for run, (ranks, engine, cases) in RUNS.items():
+        trees = {
+            case: {**singles[case], "engine": {**singles[case]["engine"], **engine}}
+            for case in cases
+        }
+        found[run] = run_ranks(everything, ranks, trees, {**late, "engine": engine}, timeout=400)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "case"), [(run, case) for run, (_, _, cases) in RUNS.items() for case in cases]
+)
+def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
+    """fp32 losses within 1e-6 of one process's, gradients likewise."""
+    expected = outcomes["single"][0][0][case]
+    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
+    for outcome, _ in outcomes[run]:
+        assert_same(outcome[case], expected, tolerance)
+    print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+
+
+@pytest.mark.parametrize("run", ["single", *RUNS])
+def test_what_waits_is_untouched(outcomes: Outcomes, run: str, directory: Path) -> None:
+    """Bit for bit the base's, although all else decays; Adam has seen nothing."""
+    base = tf.AutoModelForCausalLM.from_pretrained(directory / "late" / "base").state_dict()
+    for _, found in outcomes[run]:
+        assert len(found["param"]) == 7  # the last block's linears; its norms learn
+        for name, value in found["param"].items():
+            assert torch.equal(value, base[name]), name
+            assert not found["exp_avg"][name].any() and not found["exp_avg_sq"][name].any()
+
+
+# -- against a loop without this project -----------------------------------------------------------
+
+
+def plain_loop(
+    directory: Path, tree: dict[str, Any], loader: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    """transformers' model and torch's AdamW on the same rows: losses, weights."""
+    model = tf.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+    settings = tree["train"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"]
+    )
+    losses = []
+    for step in range(settings["steps"]):
+        batches, targets = loader.step(step)
+        total = 0.0
+        for batch in batches:
+            # rows are not packed, and nothing sees the padding after it
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+            labels = batch.labels.flatten()
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+            total += loss.item()
+            (loss / targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / targets)
+    return losses, dict(model.named_parameters())
+
+
+def test_full_equals_a_plain_loop(tmp_path: Path) -> None:
+    made = tree(tmp_path, "full", data__packing=False, data__seq_len=16, train__steps=5)
+    (built, loaders), results = run_steps(World(), made)
+    expected, weights = plain_loop(tmp_path, made, loaders.train)
+    found = [result.loss for result in results]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    worst = 0.0
+    for name in built.adapter.sources():
+        mine = built.parameter(name).detach()
+        torch.testing.assert_close(mine, weights[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
+        worst = max(worst, (mine - weights[name]).abs().max().item())
+    print(f"losses {expected[0]:.4f} -> {expected[-1]:.4f}; largest difference {worst:.1e}")
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [({}, 1), ({"kind": "fsdp2"}, 2), ({"kind": "zero", "stage": 2}, 2)],
+    ids=str,
+)
+def test_resumed_between_stages(tmp_path: Path, engine: dict[str, Any], ranks: int) -> None:
+    """Stopped after step 2, before the last stage; goes on in one process."""
+    if engine.get("kind") == "zero":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+    def named(name: str, engine: dict[str, Any]) -> dict[str, Any]:
+        save = {"dir": str(tmp_path / name), "every": 0}
+        return tree(tmp_path, "stages", save=save, train__steps=4, engine=engine)
+
+    assert train(World(), named("whole", {})) == 0
+    assert run_ranks(train, ranks, named("cut", engine), 2) == [75] * ranks
+    assert train(World(), named("cut", {})) == 0
+    close_log()
+    expected, found = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "cut"))
+    assert len(found) == 4 and found[-1] < found[0]
+    tolerance = 1e-6 if engine else 0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
