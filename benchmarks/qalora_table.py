@@ -32,7 +32,6 @@ from omegaconf import OmegaConf
 from dist_peft.app import cli
 
 SETS = ("ARC-Challenge", "ARC-Easy", "boolq", "openbookqa", "piqa")
-GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,9 @@ def command(verb: str, *argv: object) -> None:
         raise SystemExit(f"dist-peft {verb} ended with {code}")
 
 
-def integers(bits: int) -> dict[str, Any]:
-    return {"quant": {"kind": "int", "bits": bits, "group_size": GROUP, "solver": "gptq"}}
+def integers(bits: int, args: argparse.Namespace) -> dict[str, Any]:
+    quant = {"kind": "int", "bits": bits, "group_size": args.group_size, "solver": "gptq"}
+    return {"quant": quant}
 
 
 def lowrank(kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,21 +163,22 @@ def run_seed(bench: Bench, seed: int, packed: dict[int, Path]) -> list[Score]:
     """All rows of one seed; ``packed``: the base quantized to each width."""
     args, scores = bench.args, []
     name = f"qlora-{seed}"
-    quant = {"quant": {"kind": "nf4", "group_size": GROUP}}
-    config = bench.config(name, args.base, seed, base=quant, adapter=lowrank("lora", args))
+    config = bench.config(
+        name, args.base, seed, base={"quant": {"kind": "nf4"}}, adapter=lowrank("lora", args)
+    )
     command("train", "--config", config)
     scores.append(bench.score("qlora", 4, seed, config, "--run", bench.directory / name))
     merged = bench.directory / f"{name}-merged"
     command("merge", "--run", bench.directory / name, "--out", merged, "--no-verify")
     for bits, base in packed.items():
         name = f"qlora-gptq-{bits}-{seed}"
-        again = bench.config(f"{name}-pack", merged, seed, base=integers(bits))
+        again = bench.config(f"{name}-pack", merged, seed, base=integers(bits, args))
         command("quantize", "--config", again, "--out", bench.directory / name)
         config = bench.config(f"{name}-eval", bench.directory / name, seed)
         scores.append(bench.score("qlora+gptq", bits, seed, config))
         name = f"qalora-{bits}-{seed}"
         adapter = lowrank("qalora", args)
-        config = bench.config(name, base, seed, base=integers(bits), adapter=adapter)
+        config = bench.config(name, base, seed, base=integers(bits, args), adapter=adapter)
         command("train", "--config", config)
         scores.append(bench.score("qa-lora", bits, seed, config, "--run", bench.directory / name))
     return scores
@@ -190,7 +191,13 @@ def main() -> None:
     parser.add_argument("--commonsense", type=Path, required=True, help="SET/test.json each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=8,
+        help="of the integer bases; QA-LoRA's A has in_features / group-size columns",
+    )
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
@@ -198,7 +205,7 @@ def main() -> None:
         "--targets",
         nargs="+",
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
-        help="adapted linears; groups of 32 divide their inputs",
+        help="adapted linears; groups divide their inputs",
     )
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--questions", type=int, default=200, help="of each set")
@@ -212,7 +219,7 @@ def main() -> None:
         scores = [bench.score("base", 16, 0, plain)]
         packed = {}
         for bits in args.bits:
-            config = bench.config(f"base-{bits}-pack", args.base, 0, base=integers(bits))
+            config = bench.config(f"base-{bits}-pack", args.base, 0, base=integers(bits, args))
             packed[bits] = directory / f"base-{bits}"
             command("quantize", "--config", config, "--out", packed[bits])
             config = bench.config(f"base-{bits}-eval", packed[bits], 0)
