@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.span import Span
 from dist_peft.export.gguf_model import GgufModel
 from dist_peft.export.gguf_tokenizer import add_tokenizer
@@ -86,7 +87,8 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             writer.close()
-            _append(walk, model, [w for w, _ in named], kinds, temporary, factors, dtype)
+            with freed_memory_is_returned():
+                _append(walk, model, [w for w, _ in named], kinds, temporary, factors, dtype)
             walk.check_complete()
             os.replace(temporary, file)
             sync_directory(file.parent)
