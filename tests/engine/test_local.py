@@ -165,6 +165,44 @@ def test_state_goes_on_where_it_was(name: Any) -> None:
     assert torch.equal(other.a, model.a) and torch.equal(other.b, model.b)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_what_learns_late_is_left_alone_and_resumes_there(name: Any) -> None:
+    """``b`` has gradients from step 2 on; stopped after step 3, all goes on as without a stop."""
+    factory = make_optimizer_factory(TrainConfig(optimizer=name, weight_decay=0.1), CPU)
+
+    def fresh() -> tuple[Model, LocalOptimizer]:
+        model = Model()
+        first_step = {"a": 0, "b": 2}.__getitem__
+        optimizer = LocalOptimizer(
+            model,
+            factory,
+            lambda name: 1.0,
+            local=same,
+            wrap=lambda t, like: t,
+            total=same,
+            first_step=first_step,
+        )
+        return model, optimizer
+
+    def run(model: Model, optimizer: LocalOptimizer, steps: range) -> None:
+        for step in steps:
+            model.give_gradients(step)
+            model.b.grad = model.b.grad if step >= 2 else None
+            optimizer.step(lr=0.1, max_norm=1.0)
+
+    model, optimizer = fresh()
+    run(model, optimizer, range(2))
+    assert torch.equal(model.b, Model().b) and not torch.equal(model.a, Model().a)
+    assert not optimizer.state()["exp_avg_sq/b"].any()
+    run(model, optimizer, range(2, 3))
+    saved = {key: value.clone() for key, value in optimizer.state().items()}
+    run(model, optimizer, range(3, 5))
+    other, resumed = fresh()
+    resumed.load_state(saved, step=3)
+    run(other, resumed, range(3, 5))
+    assert torch.equal(other.a, model.a) and torch.equal(other.b, model.b)
+
+
 def test_plain_factory_updates_the_models_memory_and_wraps_its_moments() -> None:
     model, factory = Model(), Factory(wants_plain=True)
     wrapped: list[tuple[Tensor, Tensor]] = []
