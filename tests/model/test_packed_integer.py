@@ -113,8 +113,10 @@ def test_directories_that_gptqmodel_writes(settings: dict[str, Any], tmp_path: P
     script, out = Path(__file__).with_name("gptqmodel_base.py"), tmp_path / "base"
     text = json.dumps({"group_size": 32, "desc_act": False, **settings})
     command = [python, script, plain, out, text, *map(str, IDS[0].tolist())]
-    workers = {"GPTQMODEL_CPU_WORKERS": "2"}  # its default is too few on a machine with two cores
-    subprocess.run(command, env={**os.environ, **workers}, check=True, capture_output=True)
+    # its default number of workers is too few on a machine with two cores; it logs into the
+    # working directory
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
 
     skeleton, wanted = load(out), load_file(f"{out}.safetensors")
     error = (logits(skeleton.model)[:1] - wanted.pop("logits")).abs().max()
