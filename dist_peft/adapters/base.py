@@ -30,6 +30,7 @@ __all__ = [
     "Adapter",
     "AdapterModule",
     "LinearStart",
+    "PlainAdapter",
     "PublicAdapter",
     "Reduce",
     "TrainsBase",
@@ -134,6 +135,23 @@ class Adapter(Protocol):
             RuntimeError: a tensor is absent, empty or has the wrong shape.
         """
         ...
+
+
+class PlainAdapter:
+    """What most methods answer: no positions of their own, one learning rate, no start factors."""
+
+    @property
+    def extra_positions(self) -> int:
+        return 0
+
+    def lr_scale(self, name: str) -> float:
+        return 1.0
+
+    def start_state(self) -> tuple[str, ...]:
+        return ()
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from dist_peft.adapters.adapterhub_format import (
     public_bottleneck,
     read_settings,
 )
-from dist_peft.adapters.base import PublicAdapter, whole_parameters
+from dist_peft.adapters.base import PlainAdapter, PublicAdapter, whole_parameters
 from dist_peft.adapters.bottleneck import BottleneckLayer, BottleneckSpec, TrainedNorm
 from dist_peft.adapters.bottleneck_sites import Site, find_sites, hidden_size, is_norm
 from dist_peft.adapters.dropout import DropoutPosition, RowDropout
@@ -31,7 +31,7 @@ from dist_peft.core.errors import UserError
 __all__ = ["BottleneckAdapter"]
 
 
-class BottleneckAdapter:
+class BottleneckAdapter(PlainAdapter):
     """See the module docstring and ``adapters.base.Adapter``.
 
     Attributes:
@@ -39,8 +39,6 @@ class BottleneckAdapter:
         norms: the learning norms by path.
         position: what dropout masks depend on.
     """
-
-    extra_positions = 0
 
     def __init__(self, config: BottleneckConfig, *, seed: int, arithmetic: torch.dtype) -> None:
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
@@ -123,15 +121,6 @@ class BottleneckAdapter:
 
     def begin(self, step: int, sample_ids: Tensor) -> None:
         self.position.begin(step, sample_ids)
-
-    def lr_scale(self, name: str) -> float:
-        return 1.0
-
-    def start_state(self) -> tuple[str, ...]:
-        return ()
-
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
 
     # -- saving --------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.base import (
+    PlainAdapter,
     PublicAdapter,
     check_patterns,
     match_targets,
@@ -24,7 +25,7 @@ Config = TypeVar("Config", bound=LowRankConfig)
 Layer = TypeVar("Layer", bound=LowRankModule)
 
 
-class LowRankAdapter(ABC, Generic[Config, Layer]):
+class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
     """See ``adapters.base.Adapter``.
 
     Attributes:
@@ -39,10 +40,6 @@ class LowRankAdapter(ABC, Generic[Config, Layer]):
         self._all_names: list[str] = []
 
     # -- building ------------------------------------------------------------------------------
-
-    @property
-    def extra_positions(self) -> int:
-        return 0
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the targets. See ``Adapter``.
@@ -77,15 +74,6 @@ class LowRankAdapter(ABC, Generic[Config, Layer]):
 
     def begin(self, step: int, sample_ids: Tensor) -> None:
         self.position.begin(step, sample_ids)
-
-    def lr_scale(self, name: str) -> float:
-        return 1.0
-
-    def start_state(self) -> tuple[str, ...]:
-        return ()
-
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
 
     # -- saving --------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.base import PublicAdapter
+from dist_peft.adapters.base import PlainAdapter, PublicAdapter
 from dist_peft.adapters.trained import Clock, Learning, TrainedLinear, as_trained
 from dist_peft.core.adapter_config import Part
 from dist_peft.core.config import FullConfig, PartialConfig, UnfreezeConfig
@@ -29,10 +29,8 @@ Chosen = dict[int, int]
 """``id`` of a parameter -> optimizer steps before its first update."""
 
 
-class PartialAdapter:
+class PartialAdapter(PlainAdapter):
     """See the module docstring, ``adapters.base.Adapter`` and ``adapters.base.TrainsBase``."""
-
-    extra_positions = 0
 
     def __init__(self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype) -> None:
         self.config, self.arithmetic = config, arithmetic
@@ -98,17 +96,8 @@ class PartialAdapter:
     def begin(self, step: int, sample_ids: Tensor) -> None:
         self.clock.step = step
 
-    def lr_scale(self, name: str) -> float:
-        return 1.0
-
     def first_step(self, name: str) -> int:
         return self._first_steps[name]
-
-    def start_state(self) -> tuple[str, ...]:
-        return ()
-
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
 
     # -- saving --------------------------------------------------------------------------------
 

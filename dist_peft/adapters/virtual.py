@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.base import PublicAdapter
+from dist_peft.adapters.base import PlainAdapter, PublicAdapter, whole_parameters
 from dist_peft.adapters.dropout import DropoutPosition
 from dist_peft.adapters.encoder import PATH, PromptEncoder
 from dist_peft.adapters.insertion import Insertion
@@ -35,7 +35,7 @@ __all__ = ["InsertedTokensAdapter", "VirtualTokensAdapter", "embedding_width", "
 Config = TypeVar("Config", bound=VirtualTokensConfig)
 
 
-class VirtualTokensAdapter(ABC, Generic[Config]):
+class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
     """See the module docstring and ``adapters.base.Adapter``.
 
     The encoder computes in float32 whatever the arithmetic type, so that what is deployed is what
@@ -98,29 +98,12 @@ class VirtualTokensAdapter(ABC, Generic[Config]):
     def begin(self, step: int, sample_ids: Tensor) -> None:
         self.position.begin(step, torch.zeros(1))  # one mask for all rows
 
-    def lr_scale(self, name: str) -> float:
-        return 1.0
-
-    def start_state(self) -> tuple[str, ...]:
-        return ()
-
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
-
     # -- saving --------------------------------------------------------------------------------
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The encoder's value in PEFT's form. See ``Adapter`` and ``prompt_format``."""
-        parameters = {}
-        for name, start in self.encoder.starts.items():
-            value = tensors.get(f"{PATH}.{name}")
-            if value is None or tuple(value.shape) != start.shape:
-                found = "is absent" if value is None else f"has shape {list(value.shape)}"
-                raise RuntimeError(
-                    f"adapter tensor {PATH}.{name} {found}, expected {list(start.shape)}: "
-                    "the parameters were not gathered"
-                )
-            parameters[name] = value
+        shapes = {name: tuple(start.shape) for name, start in self.encoder.starts.items()}
+        parameters = whole_parameters(tensors, {PATH: shapes})[PATH]
         with torch.no_grad():
             virtual = self.encoder.encode(parameters).contiguous().clone()
         text = cast(Any, self.model).config.get_text_config()
