@@ -1,6 +1,7 @@
 """Tiny randomly initialized models of every supported family, saved as real directories."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -41,6 +42,37 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
 }
 """One configuration a family; sliding windows are short enough to matter."""
 
+_TWO_MORE = {**_COMMON, "max_position_embeddings": 66}
+ENCODERS: dict[str, tf.PretrainedConfig] = {
+    "bert": tf.BertConfig(**_COMMON),
+    # positions are counted from the padding token's id on, which takes two places
+    "roberta": tf.RobertaConfig(
+        **{**_TWO_MORE, "pad_token_id": 1, "bos_token_id": 0}, type_vocab_size=1
+    ),
+    "modernbert": tf.ModernBertConfig(
+        **_COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
+    ),
+}
+"""Encoders, for classification."""
+
+_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+MIXTURES: dict[str, tf.PretrainedConfig] = {
+    "mixtral": tf.MixtralConfig(**_GROUPED, **_EXPERTS, num_local_experts=4),
+    "qwen2_moe": tf.Qwen2MoeConfig(
+        **_COMMON,
+        **_EXPERTS,
+        num_key_value_heads=2,
+        num_experts=5,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=72,
+    ),
+    # its first layer is dense
+    "qwen3_moe": tf.Qwen3MoeConfig(
+        **_GROUPED, **_EXPERTS, num_experts=3, moe_intermediate_size=40, mlp_only_layers=[0]
+    ),
+}
+"""Mixtures of experts; numbers of rows that ranks do not share evenly."""
+
 
 def save_model(
     config: tf.PretrainedConfig,
@@ -49,10 +81,14 @@ def save_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
+    auto: Any = tf.AutoModelForCausalLM,
 ) -> tf.PreTrainedModel:
-    """Save a random model whose norms and biases are random too, and return it in eval mode."""
+    """Save a random model whose norms and biases are random too, and return it in eval mode.
+
+    ``auto``: the kind of model, by its head.
+    """
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = auto.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

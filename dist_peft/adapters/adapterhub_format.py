@@ -6,7 +6,8 @@ two files that only this project reads::
     adapter_config.json    {"config": {BnConfig}, "hidden_size", "name", "version", ...}
     adapter.safetensors    BLOCK.SITE.adapters.NAME.adapter_down.0.weight [m, d], .bias [m],
                            BLOCK.SITE.adapters.NAME.adapter_up.weight [d, m], .bias [d]
-                           BLOCK: model.layers.0; SITE: output_adapters, attention_adapters
+                           BLOCK: model.layers.0; SITE: output_adapters, attention_adapters;
+                           in BERT and RoBERTa bert.encoder.layer.0; output, attention.output
     dist_peft.json         where the adapter comes from (``peft_format``)
     dist_peft.safetensors  train_layernorm: PATH.weight_change, PATH.bias_change
 
@@ -29,16 +30,20 @@ from dist_peft.core.errors import UserError
 
 __all__ = [
     "TENSORS",
+    "VERSION",
     "Described",
     "bottleneck_tensors",
     "is_adapterhub",
+    "place_in_file",
+    "place_in_model",
     "public_bottleneck",
     "read_settings",
+    "tensor_name",
 ]
 
 TENSORS = "adapter.safetensors"
 
-_VERSION = "adapters.1.3.0"
+VERSION = "adapters.1.3.0"
 _NAME = "dist_peft"
 _WITH_NORMS = "bottleneck_and_layernorm"
 _OWN_NAMES = {
@@ -48,6 +53,8 @@ _OWN_NAMES = {
     "up_bias": "adapter_up.bias",
 }
 _SITES = {"attention_adapters": "mh_adapter", "output_adapters": "output_adapter"}
+_POST_NORM = {"attention_adapters": ".attention.output", "output_adapters": ".output"}
+"""Where BERT and RoBERTa have an adapter, which the library calls by this alone."""
 _FIXED: dict[str, Any] = {
     "adapter_residual_before_ln": False,
     "cross_adapter": False,
@@ -102,6 +109,7 @@ def public_bottleneck(
     described: Described,
     layers: Mapping[str, Mapping[str, Tensor]],
     norms: Mapping[str, Mapping[str, Tensor]],
+    name: str = _NAME,
 ) -> PublicAdapter:
     """Trained parameters -> public form.
 
@@ -110,6 +118,7 @@ def public_bottleneck(
         described: the base.
         layers: path of each adapter -> own name (as in ``adapters.bottleneck``) -> whole tensor.
         norms: path of each learning norm -> own name -> whole tensor.
+        name: of the adapter.
     """
     own = _own_config(config)
     if norms:
@@ -120,16 +129,35 @@ def public_bottleneck(
         "model_class": described.model_class,
         "model_name": described.base,
         "model_type": described.model_type,
-        "name": _NAME,
-        "version": _VERSION,
+        "name": name,
+        "version": VERSION,
     }
     tensors = {
-        f"{path}.adapters.{_NAME}.{_OWN_NAMES[name]}": value.contiguous()
+        tensor_name(path, name, parameter): value.contiguous()
         for path, parameters in layers.items()
-        for name, value in parameters.items()
+        for parameter, value in parameters.items()
     }
     extra = {f"{path}.{n}": v.contiguous() for path, own in norms.items() for n, v in own.items()}
     return PublicAdapter(about, tensors, extra=extra)
+
+
+def place_in_file(path: str) -> str:
+    """Path of an adapter in the model -> what its tensors' names begin with in the file."""
+    parent, _, site = path.rpartition(".")
+    return parent if parent.endswith(_POST_NORM[site]) else path
+
+
+def place_in_model(prefix: str) -> str:
+    """What ``place_in_file`` gave, or the library wrote -> path of the adapter in the model."""
+    for site, ending in _POST_NORM.items():
+        if prefix.endswith(ending):
+            return f"{prefix}.{site}"
+    return prefix
+
+
+def tensor_name(path: str, adapter: str, parameter: str) -> str:
+    """Name in the file of an adapter's own parameter, such as ``down_weight``."""
+    return f"{place_in_file(path)}.adapters.{adapter}.{_OWN_NAMES[parameter]}"
 
 
 def _own_config(config: BottleneckConfig) -> dict[str, Any]:
@@ -227,11 +255,14 @@ def bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
                 "configuration says"
             )
         layers.setdefault(path, {})[name] = value
-    blocks = {path.rpartition(".")[0] for path in layers}
+    blocks = {_block(path) for path in layers}
     wanted = [site for site, key in _SITES.items() if _own_config(settings)[key]]
     if not blocks:
         raise UserError("the adapter has no tensors: it was saved without its data")
-    for path in (f"{block}.{site}" for block in sorted(blocks) for site in wanted):
+    ending = dict.fromkeys(_SITES, "")
+    if all(place_in_file(path) != path for path in layers):
+        ending = _POST_NORM
+    for path in (f"{b}{ending[site]}.{site}" for b in sorted(blocks) for site in wanted):
         if absent := shapes.keys() - layers.get(path, {}).keys():
             raise UserError(f"the adapter has no {sorted(absent)[0]} of {path}: it is damaged")
     if len(layers) != len(blocks) * len(wanted):
@@ -243,8 +274,15 @@ def bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
 
 def _parse(key: str, name: str) -> tuple[str, str]:
     """Tensor name in the file -> path of the adapter, own name."""
-    found = re.fullmatch(rf"(.*\.(?:{'|'.join(_SITES)}))\.adapters\.{re.escape(name)}\.(.*)", key)
+    places = "|".join((*_SITES, "output"))
+    found = re.fullmatch(rf"(.*\.(?:{places}))\.adapters\.{re.escape(name)}\.(.*)", key)
     own = {value: key for key, value in _OWN_NAMES.items()}
     if found is None or found[2] not in own:
         raise UserError(f"adapter tensor {key} is none of a bottleneck adapter's")
-    return found[1], own[found[2]]
+    return place_in_model(found[1]), own[found[2]]
+
+
+def _block(path: str) -> str:
+    """The block that the adapter at ``path`` is in."""
+    parent, _, site = path.rpartition(".")
+    return parent.removesuffix(_POST_NORM[site])

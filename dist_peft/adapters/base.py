@@ -5,6 +5,7 @@ Life of an adapter::
     attach(model)              on the meta skeleton: wrap modules, create fp32 meta parameters
     prepare_rows, initial_rows the loader asks each wrapped module for what it starts from
     begin(step, sample_ids)    before each micro-batch: what dropout masks depend on
+    penalize(loss, parts)      before its backward pass: the method's own share of the gradient
     to_public(tensors, base)   gathered parameters -> what other libraries read
 
 Engines replace ``Parameter`` objects when they shard, so a module never keeps one: it reads
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenRows
 
 __all__ = [
     "Adapter",
@@ -32,6 +34,7 @@ __all__ = [
     "LinearStart",
     "PlainAdapter",
     "PublicAdapter",
+    "PublicHead",
     "Reduce",
     "TrainsBase",
     "check_patterns",
@@ -75,6 +78,21 @@ class LinearStart(AdapterModule, Protocol):
 
 
 @dataclass(frozen=True)
+class PublicHead:
+    """A trained classification head.
+
+    Attributes:
+        labels: names of the classes, in the order of their ids.
+        tensors: its parameters under the model's names, such as ``classifier.weight``.
+        model_class: such as BertForSequenceClassification; empty where it is not known.
+    """
+
+    labels: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    model_class: str = ""
+
+
+@dataclass(frozen=True)
 class PublicAdapter:
     """An adapter as its ecosystem stores it.
 
@@ -83,12 +101,16 @@ class PublicAdapter:
         tensors: the contents of the safetensors file beside it.
         facts: what only this project's merge needs to know (see ``peft_format``).
         extra: tensors that belong to ``facts``; no other library reads them.
+        head: what was trained on top (``head_format``).
+        parts: adapters by name, each of which has a directory of its own in this one's.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    head: PublicHead | None = None
+    parts: dict[str, "PublicAdapter"] = field(default_factory=dict)
 
 
 class Adapter(Protocol):
@@ -111,6 +133,17 @@ class Adapter(Protocol):
         """Before a micro-batch: the optimizer step and the global index of each row, ``[B]``."""
         ...
 
+    def penalize(self, loss: Tensor, parts: int) -> None:
+        """Let the backward pass of ``loss`` add the gradient of this method's own penalty on
+        parameters, if it has one.
+
+        Args:
+            loss: the micro-batch's, as it is handed to the engine, which may scale it.
+            parts: how many backward passes the optimizer step has, over all ranks. Each adds its
+                share, as gradients are added up.
+        """
+        ...
+
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate of the parameter with this full name."""
         ...
@@ -122,6 +155,11 @@ class Adapter(Protocol):
 
     def start_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Give back the whole tensors named by ``start_state``, before the model is loaded."""
+        ...
+
+    def reads(self) -> str:
+        """Fingerprint of the files that it reads anew whenever it is attached; empty without any.
+        A run that goes on with other contents would be another run."""
         ...
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
@@ -138,11 +176,15 @@ class Adapter(Protocol):
 
 
 class PlainAdapter:
-    """What most methods answer: no positions of their own, one learning rate, no start factors."""
+    """What most methods answer: no positions of their own, no penalty, one learning rate, no start
+    factors, no files that are read again."""
 
     @property
     def extra_positions(self) -> int:
         return 0
+
+    def penalize(self, loss: Tensor, parts: int) -> None:
+        pass
 
     def lr_scale(self, name: str) -> float:
         return 1.0
@@ -152,6 +194,9 @@ class PlainAdapter:
 
     def start_from(self, tensors: Mapping[str, Tensor]) -> None:
         pass
+
+    def reads(self) -> str:
+        return ""
 
 
 @runtime_checkable
@@ -205,16 +250,17 @@ def derive_seed(*parts: object) -> int:
 
 
 def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Module) -> list[str]:
-    """Names of the ``FrozenLinear`` modules to adapt, in the model's order.
+    """Names of the ``FrozenLinear`` and ``ExpertStack`` modules to adapt, in the model's order.
 
-    ``all-linear`` is every one but the output head. An entry of a list matches a module whose
-    whole name it is, whose name ends with ``.entry``, or whose whole name it matches as a regular
-    expression; the output head is adapted if an entry names it.
+    ``all-linear`` is every one but the output head. An entry of a list matches a module whose whole
+    name it is, whose name ends with ``.entry``, or whose whole name it matches as a regular
+    expression; an entry that matches an experts module means both of its stacks. The output head is
+    adapted if an entry names it.
 
     Raises:
         UserError: an entry matches nothing.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenRows)}
     if targets == "all-linear":
         chosen = [name for name, module in linears.items() if not module.is_head]
         if not chosen:
@@ -222,7 +268,7 @@ def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Modu
         return chosen
     wanted: set[str] = set()
     for entry in targets:
-        found = [name for name in linears if _matches(entry, name)]
+        found = [name for name, module in linears.items() if _matches_target(entry, name, module)]
         if not found:
             others = (n for n, m in model.named_modules() if _matches(entry, n))
             raise _no_match(entry, linears, next(others, None))
@@ -258,6 +304,11 @@ def check_patterns(key: str, pattern: Iterable[str], names: Iterable[str]) -> No
 
 def _ends_with(key: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def _matches_target(entry: str, name: str, module: nn.Module) -> bool:
+    owner = name.rpartition(".")[0]
+    return _matches(entry, name) or (isinstance(module, ExpertStack) and _matches(entry, owner))
 
 
 def _matches(entry: str, name: str) -> bool:

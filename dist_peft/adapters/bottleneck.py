@@ -13,9 +13,17 @@ Houlsby et al. 2019 (section 2.1); Pfeiffer et al. 2021; the parallel form of He
                               parallel  h = x            beside the MLP
 
 These are what AdapterHub's ``double_seq_bn``, ``seq_bn`` and ``par_bn`` compute in a decoder whose
-norms stand before the sublayers. The authors' own models have the norm after the residual sum:
-there ``h`` is normalized, here it is the raw stream. ``up`` follows a nonlinearity, so that no
-weight of the base could take the adapter in: it cannot be merged.
+norms stand before the sublayers: ``h`` is the raw stream. In the authors' own models, BERT and its
+kin, the norm follows the residual sum. There it serves twice, for ``pfeiffer``'s ``h`` and for what
+the sublayer passes on::
+
+    x -+- sublayer -- f -+----------------(+)--(+)-- norm -- next
+       |                 |                 |    |
+       |                (+)- norm - adapter+    |            pfeiffer  h = norm(x + f)
+       +-----------------+----------------------+
+
+``up`` follows a nonlinearity, so that no weight of the base could take the adapter in: it cannot be
+merged.
 
 The start is near the identity: ``up`` is small or zero, biases are zero (``initial_rows``).
 """
@@ -35,10 +43,21 @@ from dist_peft.adapters.dropout import RowDropout
 from dist_peft.adapters.stand_ins import standing_in
 from dist_peft.core.span import Span
 
-__all__ = ["ACTIVATIONS", "BottleneckLayer", "BottleneckSpec", "Reads", "TrainedNorm"]
+__all__ = [
+    "ACTIVATIONS",
+    "BottleneckLayer",
+    "BottleneckSpec",
+    "Reads",
+    "Rows",
+    "TrainedNorm",
+    "add_parameters",
+]
 
-Reads = Literal["output", "sum", "stream"]
-"""What the adapter's ``h`` is: ``f``, ``x + f`` or ``x``."""
+Reads = Literal["output", "sum", "stream", "normed"]
+"""What the adapter's ``h`` is: ``f``, ``x + f``, ``x`` or ``norm(x + f)``."""
+
+Rows = Callable[[Span], Tensor]
+"""Gives the asked rows of a parameter's start value."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -84,6 +103,8 @@ class BottleneckLayer(nn.Module):
         path: this module's name in the model.
         spec: what to build.
         dropout: on ``adapter(h)``.
+        norm: of the base, where ``h`` is normed.
+        train: whether the parameters learn.
         device: where the (unfilled) parameters are made.
 
     Attributes:
@@ -103,11 +124,13 @@ class BottleneckLayer(nn.Module):
         path: str,
         spec: BottleneckSpec,
         dropout: RowDropout,
+        norm: nn.Module | None = None,
+        train: bool = True,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
         self.path, self.spec, self.dropout = path, spec, dropout
-        self._base = (base,)  # not a child: it is the block's
+        self._base, self._norm = (base,), (norm,)  # no children: they are the block's
         d, m = spec.hidden, spec.bottleneck
         self.shapes = {
             "down_weight": (m, d),
@@ -115,8 +138,8 @@ class BottleneckLayer(nn.Module):
             "up_weight": (d, m),
             "up_bias": (d,),
         }
-        self._given: dict[str, Tensor] = {}
-        _add_parameters(self, self.shapes, device)
+        self._given: dict[str, Rows] = {}
+        add_parameters(self, self.shapes, device, train)
 
     @property
     def base(self) -> nn.Module:
@@ -129,21 +152,40 @@ class BottleneckLayer(nn.Module):
             output: ``f``.
             stream: ``x``; may be absent where the adapter reads ``f`` alone.
         """
-        spec = self.spec
-        dtype = spec.arithmetic
-        f = output.to(dtype)
-        h = f
-        if spec.reads != "output":
-            assert stream is not None, f"{self.path}: no residual stream"
-            h = stream.to(dtype) if spec.reads == "stream" else stream.to(dtype) + f
+        f = output.to(self.spec.arithmetic)
+        return (f + self.dropout(self.change(self.reads(output, stream)))).to(output.dtype)
+
+    def reads(self, output: Tensor, stream: Tensor | None = None) -> Tensor:
+        """``f`` and ``x`` -> ``h`` [..., d] in the arithmetic type. See ``forward``."""
+        spec, dtype = self.spec, self.spec.arithmetic
+        if spec.reads == "output":
+            return output.to(dtype)
+        assert stream is not None, f"{self.path}: no residual stream"
+        if spec.reads == "stream":
+            return stream.to(dtype)
+        total = stream.to(dtype) + output.to(dtype)
+        if spec.reads == "sum":
+            return total
+        norm = self._norm[0]
+        assert norm is not None, f"{self.path}: no norm"
+        normed: Tensor = norm(total.to(output.dtype))
+        return normed.to(dtype)
+
+    def change(self, h: Tensor) -> Tensor:
+        """``h`` [..., d] -> ``adapter(h)`` [..., d], before dropout, in the arithmetic type."""
+        dtype = self.spec.arithmetic
         down = F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype))
-        inner = ACTIVATIONS[spec.activation](down)
-        change = F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype)) * spec.scaling
-        return (f + self.dropout(change)).to(output.dtype)
+        inner = ACTIVATIONS[self.spec.activation](down)
+        up = F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
+        return up * self.spec.scaling
 
     def give_start(self, tensors: Mapping[str, Tensor]) -> None:
         """Whole parameters by own name, to start from instead of random ones."""
-        self._given = dict(tensors)
+        self._given = {name: partial(_rows_of, tensor) for name, tensor in tensors.items()}
+
+    def give_rows(self, rows: Mapping[str, Rows]) -> None:
+        """As ``give_start``, with what reads the rows when they are asked for."""
+        self._given = dict(rows)
 
     def initial_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
@@ -152,7 +194,7 @@ class BottleneckLayer(nn.Module):
         cut at two deviations. ``mam_adapter``: ``down`` Kaiming-uniform as LoRA's A, ``up`` zero.
         """
         if name in self._given:
-            return self._given[name][span.slice].float()
+            return self._given[name](span).float()
         shape, init = self.shapes[name], self.spec.init
         if name.endswith("bias") or (init == "mam_adapter" and name == "up_weight"):
             return torch.zeros(len(span), *shape[1:])
@@ -193,7 +235,7 @@ class TrainedNorm(nn.Module):
         own = base.named_parameters(recurse=False)
         self.shapes = {f"{name}_change": tuple(p.shape) for name, p in own}
         self._given: dict[str, Tensor] = {}
-        _add_parameters(self, self.shapes, device)
+        add_parameters(self, self.shapes, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d] -> [..., d] in its type."""
@@ -214,9 +256,17 @@ class TrainedNorm(nn.Module):
         return torch.zeros(len(span), *self.shapes[name][1:])
 
 
-def _add_parameters(
-    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str
+def add_parameters(
+    module: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device | str,
+    train: bool = True,
 ) -> None:
+    """Register unfilled float32 parameters of these shapes, by own name."""
     for name, shape in shapes.items():
         value = torch.empty(shape, dtype=torch.float32, device=device)
-        module.register_parameter(name, nn.Parameter(value))
+        module.register_parameter(name, nn.Parameter(value, requires_grad=train))
+
+
+def _rows_of(tensor: Tensor, span: Span) -> Tensor:
+    return tensor[span.slice]

@@ -1,12 +1,12 @@
 """The adapter method ``bottleneck``: Houlsby, Pfeiffer and parallel adapters on any base.
 
-Nothing is wrapped: an adapter is a child of its block, so that engines gather it with the block,
-and hooks on the block's other children bring it ``x`` and ``f`` (``adapters.bottleneck``). Layer
+Nothing is wrapped: an adapter is a part of its block, so that engines gather it with the block,
+and hooks on the block's other parts bring it ``x`` and ``f`` (``adapters.bottleneck``). Layer
 norms that learn (``train_layernorm``, as Houlsby et al. do) are wrapped, those outside of the
 blocks too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from dist_peft.adapters.peft_format import read_adapter
 from dist_peft.core.config import BottleneckConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["BottleneckAdapter"]
+__all__ = ["BottleneckAdapter", "match_paths", "place", "spec_of"]
 
 
 class BottleneckAdapter(PlainAdapter):
@@ -62,25 +62,18 @@ class BottleneckAdapter(PlainAdapter):
         for path, sites in found:
             block = model.get_submodule(path)
             for site in sites:
-                layer = self._layer(f"{path}.{site.name}", block.get_submodule(site.output), site)
+                layer = self._layer(block, site.path_in(path), site)
                 self.layers[layer.path] = layer
-                _hook(block, site, layer)
+                place(block, site, layer)
         if self.config.init_from is not None:
             self._give_start(Path(self.config.init_from))
 
-    def _layer(self, path: str, base: nn.Module, site: Site) -> BottleneckLayer:
-        config, hidden = self.config, hidden_size(self.model)
-        spec = BottleneckSpec(
-            hidden=hidden,
-            bottleneck=config.bottleneck(hidden),
-            activation=config.activation,
-            scaling=config.scaling,
-            reads=site.reads,
-            init=config.init,
-            arithmetic=self.arithmetic,
-            seed=self.seed,
-        )
-        return BottleneckLayer(base, path, spec, RowDropout(config.dropout, path, self.position))
+    def _layer(self, block: nn.Module, path: str, site: Site) -> BottleneckLayer:
+        hidden = hidden_size(self.model)
+        spec = spec_of(self.config, hidden, site, arithmetic=self.arithmetic, seed=self.seed)
+        dropout = RowDropout(self.config.dropout, path, self.position)
+        norm = None if site.norm is None else block.get_submodule(site.norm)
+        return BottleneckLayer(block.get_submodule(site.output), path, spec, dropout, norm)
 
     def _give_start(self, directory: Path) -> None:
         """Start from an adapter on disk, which must be one of the same settings."""
@@ -96,15 +89,8 @@ class BottleneckAdapter(PlainAdapter):
                     "give the same"
                 )
         tensors = bottleneck_tensors(public)
-        fitted = {path: _fitting(path, tensors) for path in self.layers}
-        hidden = hidden_size(self.model)
-        if sorted(fitted.values()) != sorted(tensors) or public.config["hidden_size"] != hidden:
-            raise UserError(
-                f"adapter.init_from {directory} has {len(tensors)} adapters for a hidden size of "
-                f"{public.config['hidden_size']}, such as {min(tensors)}; base.path needs "
-                f"{len(self.layers)} for {hidden}, such as {min(self.layers)}: it was trained on "
-                "another base"
-            )
+        what, its = f"adapter.init_from {directory}", int(public.config["hidden_size"])
+        fitted = match_paths(what, list(self.layers), hidden_size(self.model), tensors, its)
         for path, layer in self.layers.items():
             layer.give_start(tensors[fitted[path]])
         for path, norm in self.norms.items():
@@ -147,13 +133,30 @@ class BottleneckAdapter(PlainAdapter):
         return {path: module.shapes for path, module in modules.items()}
 
 
-def _hook(block: nn.Module, site: Site, layer: BottleneckLayer) -> None:
-    """Make ``layer`` a child of ``block`` that changes the output of ``site.output``."""
-    setattr(block, site.name, layer)
+def spec_of(
+    config: BottleneckConfig, hidden: int, site: Site, *, arithmetic: torch.dtype, seed: int
+) -> BottleneckSpec:
+    """What the adapter at ``site`` is in a base of this hidden size."""
+    return BottleneckSpec(
+        hidden=hidden,
+        bottleneck=config.bottleneck(hidden),
+        activation=config.activation,
+        scaling=config.scaling,
+        reads=site.reads,
+        init=config.init,
+        arithmetic=arithmetic,
+        seed=seed,
+    )
+
+
+def place(block: nn.Module, site: Site, layer: nn.Module) -> None:
+    """Make ``layer`` a part of ``block`` that turns the output of ``site.output`` and the residual
+    stream into another output."""
+    setattr(block.get_submodule(site.parent), site.name, layer)
     seen: list[Tensor] = []  # between the two hooks; empty outside of the block's forward
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[:] = [args[0]]
+        seen[:] = [args[site.argument]]
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:
         stream = seen.pop() if seen else None
@@ -166,6 +169,26 @@ def _hook(block: nn.Module, site: Site, layer: BottleneckLayer) -> None:
     block.get_submodule(site.output).register_forward_hook(change)
 
 
-def _fitting(path: str, known: Mapping[str, object]) -> str:
-    """The name for ``path`` of a file that may come from a model without its head's prefix."""
-    return next((name for name in known if f".{path}".endswith(f".{name}")), "")
+def match_paths(
+    what: str, mine: Sequence[str], hidden: int, its: Iterable[str], its_hidden: int
+) -> dict[str, str]:
+    """The path of each adapter here -> its path in a file, which may come from a model without its
+    head's prefix.
+
+    Args:
+        what: key and directory, for the message.
+        mine, its: paths of the adapters here and in the file.
+        hidden, its_hidden: hidden size of the base, and of the one that the file is for.
+
+    Raises:
+        UserError: they are not the same adapters.
+    """
+    its = list(its)
+    found = {p: next((n for n in its if f".{p}".endswith(f".{n}")), "") for p in mine}
+    if sorted(found.values()) != sorted(its) or its_hidden != hidden:
+        raise UserError(
+            f"{what} has {len(its)} adapters for a hidden size of {its_hidden}, such as "
+            f"{min(its)}; base.path needs {len(mine)} for {hidden}, such as {min(mine)}: it was "
+            "trained on another base"
+        )
+    return found

@@ -151,6 +151,11 @@ def _plain(name: str, public: PublicAdapter) -> dict[str, Factors]:
                 f"{name} is a QA-LoRA adapter; write it as plain LoRA first (dist-peft export "
                 "--format peft-expanded)"
             )
+        if own.experts > 1:
+            raise UserError(
+                f"{name} adapts experts ({path}), and such adapters are not combined; merge one "
+                "into the base and train the next on that"
+            )
         if own.saved_base is not None:
             raise UserError(f"{name} holds a copy of the base's {path}; save it without")
     return found

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dist_peft.adapters.adapterhub_format import is_adapterhub
 from dist_peft.adapters.base import PublicAdapter, pattern_value
+from dist_peft.adapters.expert_format import expert_factors, stack_path
+from dist_peft.adapters.fusion_format import is_fusion
 from dist_peft.adapters.pooling import Pooling, factor_to_sum, read_pooling
 from dist_peft.adapters.prompt_format import PROMPT_TYPES
 from dist_peft.core.errors import UserError
@@ -37,7 +39,6 @@ _UNSUPPORTED = (
     "lora_bias",
     "modules_to_save",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "velora_config",
@@ -57,6 +58,8 @@ class Factors:
         is_embedding: the weight is ``[vocab, hidden]``, so its change is ``s (B A)^T``.
         saved_base: copy of the base weight that PEFT stores beside an adapted embedding.
         pool: inputs summed into one before ``A``; 1 for plain LoRA.
+        experts: how many weights are stacked in ``B``'s rows and ``A``'s, ``[experts * r, in]`` and
+            ``[experts * out, r]``; 1 where it is no stack.
     """
 
     A: Tensor
@@ -66,6 +69,7 @@ class Factors:
     is_embedding: bool
     saved_base: Tensor | None
     pool: int = 1
+    experts: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,8 +96,9 @@ def factors(public: PublicAdapter) -> dict[str, Factors]:
             or the adapter uses something besides LoRA, rsLoRA and DoRA.
     """
     if is_adapterhub(public.config):
+        what = "a fusion of bottlenecks" if is_fusion(public.config) else "a bottleneck"
         raise UserError(
-            "the adapter is a bottleneck: between its matrices is a nonlinearity, so no weight of "
+            f"the adapter is {what}: between its matrices is a nonlinearity, so no weight of "
             "the base can take it in and it cannot be merged; use it beside its base (dist-peft "
             "eval --run, or AdapterHub's library: load_adapter(DIR, use_safetensors=True))"
         )
@@ -114,7 +119,14 @@ def factors(public: PublicAdapter) -> dict[str, Factors]:
         modules.setdefault(path, {})[name] = value
     if not modules:
         raise UserError("the adapter has no tensors: it was saved without its data")
-    plain = {path: _factors(path, own, public.config) for path, own in modules.items()}
+    targets = public.config.get("target_parameters") or ()
+    plain: dict[str, Factors] = {}
+    for path, own in modules.items():
+        stack = stack_path(path, targets)
+        if stack is None:
+            plain[path] = _factors(path, own, public.config)
+        else:
+            plain[stack] = _stacked(path, stack, own, public.config)
     if pooling is None:
         return plain
     return {path: _pooled(path, module, pooling) for path, module in plain.items()}
@@ -156,15 +168,39 @@ def _parse(key: str) -> tuple[str, str]:
     raise UserError(f"adapter tensor {key} is no LoRA tensor; merge this adapter with PEFT itself")
 
 
-def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
+def _stacked(
+    path: str, stack: str, own: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Factors:
+    """Of the experts ``stack``, whose tensors begin with ``path``."""
+    r, scaling = _rank_and_scaling(stack, config)
+    if set(own) != {"lora_A", "lora_B"}:
+        raise UserError(f"adapter tensors of {_PREFIX}{path} are not one lora_A and one lora_B")
+    A, B = own["lora_A"], own["lora_B"]
+    _check_shape(path, "lora_A", A, (None, None))
+    if A.shape[0] % r:
+        raise UserError(
+            f"adapter tensor {_PREFIX}{path}.lora_A.weight has shape {list(A.shape)}, which are no "
+            f"whole experts of rank {r}"
+        )
+    _check_shape(path, "lora_B", B, (None, A.shape[0]))
+    A, B = expert_factors(A.float(), B.float(), r)
+    return Factors(A, B, scaling, None, False, None, experts=A.shape[0] // r)
+
+
+def _rank_and_scaling(path: str, config: Mapping[str, Any]) -> tuple[int, float]:
     try:
         r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
         alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+        return r, alpha / (r**0.5 if config.get("use_rslora") else r)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"adapter_config.json gives {path} no usable r and lora_alpha "
             f"({type(error).__name__}: {error})"
         ) from None
+
+
+def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
+    r, scaling = _rank_and_scaling(path, config)
     is_embedding = any(name.startswith("lora_embedding") for name in own)
     name_a, name_b = (
         ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
@@ -182,7 +218,7 @@ def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return Factors(
         A.float(),
         B.float(),
-        alpha / (r**0.5 if config.get("use_rslora") else r),
+        scaling,
         None if magnitude is None else magnitude.float(),
         is_embedding,
         own.get("saved_base"),

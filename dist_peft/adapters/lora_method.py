@@ -12,26 +12,35 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.base import PublicAdapter
 from dist_peft.adapters.dropout import RowDropout
+from dist_peft.adapters.expert_format import public_path, taken_for_experts, target_parameters
+from dist_peft.adapters.expert_lora import LoraExperts
 from dist_peft.adapters.lora import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.method import LowRankAdapter
 from dist_peft.adapters.peft_format import public_lora
 from dist_peft.core.config import LoraConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 
 __all__ = ["LoraAdapter"]
 
 
-class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
+class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
     """See the module docstring and ``adapters.base.Adapter``."""
 
     # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets. See ``LowRankAdapter``."""
+        modules = list(model.named_modules())
+        self._all_stacks = [name for name, m in modules if isinstance(m, ExpertStack)]
+        super().attach(model)
 
     def _find_targets(self, model: nn.Module) -> list[str]:
         names = super()._find_targets(model)
         return [*names, _input_embedding(model)] if self.config.embeddings else names
 
-    def _layer(self, name: str, module: nn.Module) -> LoraLinear | LoraEmbedding:
+    def _layer(self, name: str, module: nn.Module) -> LoraLinear | LoraEmbedding | LoraExperts:
         config = self.config
         r, alpha = self._rank_and_alpha(name)
         spec = LoraSpec(
@@ -45,6 +54,9 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
         )
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, name, spec)
+        if isinstance(module, ExpertStack):
+            self._check_experts(name)
+            return LoraExperts(module, name, spec)
         assert isinstance(module, FrozenLinear)
         if config.init == "loftq" and module.codec.name == "raw":
             raise UserError(
@@ -66,6 +78,22 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
                 "adapter.rank_pattern"
             )
         return LoraLinear(module, name, spec, RowDropout(config.dropout, name, self.position))
+
+    def _check_experts(self, name: str) -> None:
+        config = self.config
+        excluded = {
+            "dropout": config.dropout > 0,
+            "use_dora": config.use_dora,
+            f"init {config.init}": config.init != "default",
+        }
+        for key, is_set in excluded.items():
+            if is_set:
+                raise UserError(
+                    f"adapter.{key} is not for experts such as {name}: their adapters have PEFT's "
+                    "form (target_parameters), which has none of dropout, DoRA, PiSSA and LoftQ; "
+                    "leave it out, or list adapter.target_modules without experts, such as "
+                    "[q_proj, k_proj, v_proj, o_proj]"
+                )
 
     # -- training ------------------------------------------------------------------------------
 
@@ -105,7 +133,25 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding]):
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``peft_format``."""
         whole = self._whole(tensors, leave_out=("base_norm2",))
-        return public_lora(self.config, whole, self._target_names(), base)
+        stacks = [name for name, layer in self.layers.items() if isinstance(layer, LoraExperts)]
+        modules = {public_path(n, stacks) if n in stacks else n: own for n, own in whole.items()}
+        weights = self._linears_by_weight()
+        parameters = [*stacks, *(f"{name}.weight" for name in weights)]
+        others = [*self._all_stacks, *(f"{name}.weight" for name in self._all_names)]
+        return public_lora(
+            self.config,
+            modules,
+            self._target_names(leave_out=[*stacks, *weights]),
+            base,
+            target_parameters(parameters, others),
+        )
+
+    def _linears_by_weight(self) -> list[str]:
+        """Linears that ``target_modules`` of PEFT cannot name (see ``expert_format``)."""
+        if not self._all_stacks or self.config.use_dora:
+            return []
+        linears = (name for name, layer in self.layers.items() if isinstance(layer, LoraLinear))
+        return [name for name in linears if taken_for_experts(name)]
 
 
 def _input_embedding(model: nn.Module) -> str:

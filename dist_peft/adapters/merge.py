@@ -5,6 +5,7 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     LoRA        W' = W + s B A
     DoRA        W'_o = m_o V_o / ||V_o||        V = W + s B A
     embedding   W' = W + s (B A)^T              rows are vocabulary ids
+    experts     LoRA, each expert's rows with its own A
     QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros (``merge_groups``)
 
 PiSSA and LoftQ adapters are stored as the change since their start (``peft_format``), which is what
@@ -222,6 +223,20 @@ class Merger:
 
 
 def _add(rows: Tensor, module: Factors, span: Span) -> Tensor:
+    if module.experts > 1:
+        return _add_by_expert(rows, module, span)
     if module.is_embedding:
         return add_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
     return add_product(rows, module.B[span.slice], module.wide_A(), module.scaling)
+
+
+def _add_by_expert(rows: Tensor, module: Factors, span: Span) -> Tensor:
+    """Rows ``span`` of a stack of experts, which may begin and end within one."""
+    out, r = module.shape[0] // module.experts, module.B.shape[1]
+    parts = []
+    for expert in range(span.start // out, -(-span.stop // out)):
+        own = Span(expert * out, (expert + 1) * out).intersect(span)
+        A = module.A[expert * r : (expert + 1) * r]
+        part = rows[own.shift(-span.start).slice]
+        parts.append(add_product(part, module.B[own.slice], A, module.scaling))
+    return torch.cat(parts) if parts else rows

@@ -42,7 +42,7 @@ _INTEGERS_END = 2.0**23
 def group_change(module: Factors, group_size: int, span: Span) -> Tensor | None:
     """``D`` for rows ``span``: float32 ``[len(span), groups]``, or None if the adapter does not add
     the same to all weights of a group."""
-    if module.is_embedding or module.magnitude is not None:
+    if module.is_embedding or module.magnitude is not None or module.experts > 1:
         return None
     wide = module.wide_A()
     first = wide[:, ::group_size]

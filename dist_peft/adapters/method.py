@@ -1,7 +1,7 @@
 """What the low-rank methods share: finding targets, wrapping them, gathering what was trained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from dist_peft.adapters.base import (
 from dist_peft.adapters.dropout import DropoutPosition
 from dist_peft.adapters.module import LowRankModule
 from dist_peft.core.config import LowRankConfig
+from dist_peft.model.experts import ExpertStack
 
 __all__ = ["LowRankAdapter"]
 
@@ -50,7 +51,9 @@ class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
         names = self._find_targets(model)
         check_patterns("rank_pattern", self.config.rank_pattern, names)
         check_patterns("alpha_pattern", self.config.alpha_pattern, names)
-        self._all_names = [name for name, _ in model.named_modules()]
+        # of the modules that transformers has, too
+        modules = list(model.named_modules())
+        self._all_names = [name for name, m in modules if not isinstance(m, ExpertStack)]
         self.layers = {name: self._layer(name, model.get_submodule(name)) for name in names}
         for name, layer in self.layers.items():
             parent, _, own = name.rpartition(".")
@@ -95,8 +98,9 @@ class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
         }
         return whole_parameters(tensors, shapes)
 
-    def _target_names(self) -> list[str]:
+    def _target_names(self, leave_out: Collection[str] = ()) -> list[str]:
         """The shortest list that means the same modules: last components, else whole names."""
-        last = sorted({name.rpartition(".")[2] for name in self.layers})
+        layers = set(self.layers) - set(leave_out)
+        last = sorted({name.rpartition(".")[2] for name in layers})
         meant = [name for name in self._all_names if name.rpartition(".")[2] in last]
-        return last if set(meant) == set(self.layers) else sorted(self.layers)
+        return last if set(meant) == layers else sorted(layers)

@@ -20,6 +20,7 @@ from dist_peft.adapters.trained import Clock, Learning, TrainedLinear, as_traine
 from dist_peft.core.adapter_config import Part
 from dist_peft.core.config import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import find_blocks
 
@@ -117,6 +118,11 @@ def _master(path: str, module: nn.Module, name: str) -> nn.Parameter:
     parameter = module._parameters[name]
     assert parameter is not None
     shape = tuple(parameter.shape)
+    if isinstance(module, ExpertStack):
+        raise UserError(
+            f"{path} would learn, but the experts of a mixture stay frozen; choose adapter.parts "
+            "without them (norms, biases, embeddings, head), or adapter.kind lora"
+        )
     if isinstance(module, FrozenLinear) and name == "packed":
         if module.stored is not None:
             raise UserError(
@@ -155,7 +161,7 @@ def _choose(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
 
 def _of_part(model: nn.Module, part: Part) -> list[nn.Parameter]:
     found = list(_PARTS[part](model))
-    if not found:
+    if not found and not (part == "head" and _classifies(model)):
         known = [name for name, find in _PARTS.items() if any(True for _ in find(model))]
         raise UserError(
             f"adapter.parts: a {type(model).__name__} of this config.json has no {part}; it has "
@@ -186,7 +192,13 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:
-    yield from cast(Any, model).get_output_embeddings().parameters()
+    """A classifier's learns anyway (``adapters.head``)."""
+    if not _classifies(model):
+        yield from cast(Any, model).get_output_embeddings().parameters()
+
+
+def _classifies(model: nn.Module) -> bool:
+    return cast(Any, model).get_output_embeddings() is None
 
 
 _PARTS: dict[Part, Callable[[nn.Module], Iterator[nn.Parameter]]] = {

@@ -34,19 +34,29 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dist_peft.adapters import adapterhub_format
+from dist_peft.adapters import adapterhub_format, fusion_format
 from dist_peft.adapters.adapterhub_format import bottleneck_tensors, is_adapterhub
 from dist_peft.adapters.base import PublicAdapter, pattern_value
 from dist_peft.adapters.factors import factors, tensor_name
+from dist_peft.adapters.fusion_format import fusion_names, fusion_tensors, is_fusion
+from dist_peft.adapters.head_format import (
+    SAFE_HEAD,
+    join_peft_head,
+    read_head,
+    split_peft_head,
+    write_adapterhub_head,
+)
 from dist_peft.adapters.prompt_format import PROMPT_TYPES, check_prompt
 from dist_peft.core.config import LoraConfig, LowRankConfig
 from dist_peft.core.errors import UserError
+from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.writer import atomic_write
 
 __all__ = [
     "WEIGHT_KINDS",
     "check_adapter",
     "common_config",
+    "config_file",
     "factors",
     "public_lora",
     "read_adapter",
@@ -72,6 +82,7 @@ def public_lora(
     modules: Mapping[str, Mapping[str, Tensor]],
     target_names: Sequence[str],
     base: str,
+    target_parameters: Sequence[str] = (),
 ) -> PublicAdapter:
     """Trained parameters -> public form.
 
@@ -80,6 +91,7 @@ def public_lora(
         modules: module path -> own parameter name (as in ``adapters.lora``) -> whole tensor.
         target_names: PEFT's ``target_modules``.
         base: path or hub id of the base.
+        target_parameters: PEFT's (see ``expert_format``).
     """
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
@@ -95,7 +107,20 @@ def public_lora(
             tensors[tensor_name(path, name)] = value.contiguous()
     facts = {"start": config.init} if config.init != "default" else {}
     plain = [path for path, own in modules.items() if "start_A" not in own]
-    return PublicAdapter(_peft_config(config, plain, target_names, base), tensors, facts, extra)
+    public = _peft_config(config, plain, target_names, base)
+    if target_parameters:
+        public |= _with_parameters(public, target_parameters)
+    return PublicAdapter(public, tensors, facts, extra)
+
+
+def _with_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """What changes where PEFT adapts parameters, which it does without dropout only."""
+    changed: dict[str, Any] = {"target_parameters": list(targets), "lora_dropout": 0.0}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        known: dict[str, Any] = public[pattern]
+        # of a linear it asks for the name of the weight then
+        changed[pattern] = known | {rf"({key})\.weight": value for key, value in known.items()}
+    return changed
 
 
 def _peft_config(
@@ -152,7 +177,11 @@ def check_adapter(public: PublicAdapter) -> None:
     Raises:
         UserError: one is empty, absent, of the wrong shape or of another method.
     """
-    if is_adapterhub(public.config):
+    if is_fusion(public.config):
+        fusion_tensors(public)
+        for part in public.parts.values():
+            bottleneck_tensors(part)
+    elif is_adapterhub(public.config):
         bottleneck_tensors(public)
     elif public.config.get("peft_type") in PROMPT_TYPES:
         check_prompt(public)
@@ -163,8 +192,16 @@ def check_adapter(public: PublicAdapter) -> None:
 # -- files -------------------------------------------------------------------------------------
 
 
+def config_file(directory: Path) -> Path:
+    """The configuration in an adapter's directory, which may be that of a fusion, or be absent."""
+    own, fusion = directory / _CONFIG, directory / fusion_format.CONFIG
+    return fusion if fusion.is_file() and not own.is_file() else own
+
+
 def tensors_file(config: Mapping[str, Any]) -> str:
-    """Name of the file beside an ``adapter_config.json`` with these contents."""
+    """Name of the file beside a configuration with these contents."""
+    if is_fusion(config):
+        return fusion_format.TENSORS
     return adapterhub_format.TENSORS if is_adapterhub(config) else _TENSORS
 
 
@@ -190,25 +227,36 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make directory {directory}: {error.strerror}") from None
+    for name, part in public.parts.items():
+        write_adapter(directory / name, part, metadata)
     header = {"format": "pt"}
     if public.extra:
         atomic_write(directory / _EXTRA, safetensors.torch.save(public.extra, header))
     else:
         (directory / _EXTRA).unlink(missing_ok=True)
-    data = safetensors.torch.save(public.tensors, header)
+    config, tensors = public.config, public.tensors
+    if is_adapterhub(config):
+        write_adapterhub_head(directory, public)
+    else:
+        config, tensors = join_peft_head(public)
+    data = safetensors.torch.save(tensors, header)
     atomic_write(directory / tensors_file(public.config), data)
     facts = {**metadata, "adapter": public.facts}
     atomic_write(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
-    atomic_write(directory / _CONFIG, json.dumps(public.config, indent=2) + "\n")
+    file = fusion_format.CONFIG if is_fusion(config) else _CONFIG
+    atomic_write(directory / file, json.dumps(config, indent=2) + "\n")
 
 
-def read_adapter(directory: Path) -> PublicAdapter:
+def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
     """Read a directory, ours, PEFT's or AdapterHub's own, of a method that is trained here.
+
+    Args:
+        values: false for tensors on meta: names and shapes alone are read.
 
     Raises:
         UserError: no such adapter, another method, damaged, or one that cannot be read safely.
     """
-    config = _read_json(directory / _CONFIG)
+    config = _read_json(config_file(directory))
     if config is None:
         if (kind := read_metadata(directory).get("kind")) in WEIGHT_KINDS:
             raise UserError(
@@ -225,14 +273,25 @@ def read_adapter(directory: Path) -> PublicAdapter:
     file = directory / tensors_file(config)
     if not file.is_file():
         raise _no_tensors(file)
-    facts = read_metadata(directory).get("adapter", {})
-    extra = _read_tensors(directory / _EXTRA) if (directory / _EXTRA).is_file() else {}
-    return PublicAdapter(config, _read_tensors(file), facts, extra)
+    metadata = read_metadata(directory)
+    facts, labels = metadata.get("adapter", {}), tuple(metadata.get("labels", ()))
+    extra = _read_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
+    config, tensors, head = split_peft_head(config, _read_tensors(file, values), labels)
+    if is_adapterhub(config) and (directory / SAFE_HEAD).is_file():
+        head = read_head(_read_tensors(directory / SAFE_HEAD, values), labels)
+    parts = {}
+    if is_fusion(config):
+        own = {name: directory / name for name in fusion_names(config)}
+        parts = {name: read_adapter(d, values) for name, d in own.items() if d.is_dir()}
+    return PublicAdapter(config, tensors, facts, extra, head, parts)
 
 
 def _no_tensors(file: Path) -> UserError:
     """``file`` is absent; maybe a pickle is there instead."""
     pickle, mend = "adapter_model.bin", "PEFT: save_pretrained(..., safe_serialization=True)"
+    if file.name == fusion_format.TENSORS:
+        pickle = "pytorch_model_adapter_fusion.bin"
+        mend = "adapters: save_adapter_fusion(..., use_safetensors=True)"
     if file.name == adapterhub_format.TENSORS:
         pickle, mend = "pytorch_adapter.bin", "adapters: save_adapter(..., use_safetensors=True)"
     if (file.parent / pickle).is_file():
@@ -264,7 +323,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, values: bool) -> dict[str, Tensor]:
+    if not values:
+        infos = SafetensorsIndex.open(path).tensors
+        return {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in infos.items()}
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:

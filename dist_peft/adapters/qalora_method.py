@@ -13,6 +13,7 @@ from dist_peft.adapters.qalora import QaLoraLinear
 from dist_peft.adapters.qalora_format import public_qalora
 from dist_peft.core.config import QaLoraConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.affine import AffineCodec
 
@@ -40,6 +41,12 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
         super().attach(model)
 
     def _layer(self, name: str, module: nn.Module) -> QaLoraLinear:
+        if isinstance(module, ExpertStack):
+            raise UserError(
+                f"adapter.kind qalora is not for experts such as {name}; list "
+                "adapter.target_modules without experts, such as [q_proj, k_proj, v_proj, o_proj], "
+                "or use adapter.kind lora"
+            )
         assert isinstance(module, FrozenLinear)
         r, alpha = self._rank_and_alpha(name)
         spec = LowRankSpec(r, alpha / r, self.arithmetic, self.seed)

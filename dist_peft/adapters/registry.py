@@ -4,6 +4,7 @@ import torch
 
 from dist_peft.adapters.base import Adapter
 from dist_peft.adapters.bottleneck_method import BottleneckAdapter
+from dist_peft.adapters.fusion_method import FusionAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
 from dist_peft.adapters.partial import PartialAdapter
@@ -15,6 +16,7 @@ from dist_peft.core.config import (
     AdapterConfig,
     BottleneckConfig,
     FullConfig,
+    FusionConfig,
     LoraConfig,
     PartialConfig,
     PrefixConfig,
@@ -47,6 +49,8 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
         return PrefixAdapter(config, seed=seed)
     if isinstance(config, BottleneckConfig):
         return BottleneckAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, FusionConfig):
+        return FusionAdapter(config, seed=seed, arithmetic=arithmetic)
     if isinstance(config, FullConfig | PartialConfig):
         return PartialAdapter(config, arithmetic=arithmetic)
     return NoAdapter()

@@ -1,9 +1,11 @@
 """Putting a run together: files -> skeleton -> adapter -> shards -> loaded model."""
 
+import copy
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,22 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.base import Adapter, TrainsBase
+from dist_peft.adapters.head import HeadedAdapter, with_head
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
+from dist_peft.data.labels import class_names
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.base import OptimizerFactory
 from dist_peft.engine.recompute import checkpoint_blocks
+from dist_peft.model.classifier import take_pad_token
 from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import Checkpoints
 
-__all__ = ["Built", "Prepared", "give_start", "load", "prepare", "restore"]
+__all__ = ["Built", "Prepared", "give_start", "load", "prepare", "restore", "with_labels"]
 
 log = logging.getLogger("dist_peft")
 
@@ -91,7 +96,7 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
     if config.base.trust_remote_code:
         log.warning("base.trust_remote_code is on: code shipped with the base will run", extra=ONCE)
     directory = resolve_base(config.base)
-    skeleton = build_skeleton(config.base, directory)
+    skeleton = build_skeleton(config.base, directory, class_names(config.data))
     found = skeleton.prequantized
     quant = config.base.quant
     if found is None and quant is not None and quant.solver == "gptq" and not solving:
@@ -106,12 +111,36 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
     compute = torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
+    if skeleton.head is not None:
+        seed = config.train.seed
+        adapter = with_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+        take_pad_token(skeleton.model, tokenizer)
     adapter.attach(skeleton.model)
+    base_id = _base_id(config, skeleton)
+    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id)
+
+
+def _base_id(config: RunConfig, skeleton: Skeleton) -> str:
     stored = config.base.model_dump(include={"quant", "compute_dtype"}, mode="json")
     text = skeleton.index.fingerprint() + json.dumps(stored, sort_keys=True)
-    text += "" if found is None else found.label
-    base_id = hashlib.sha256(text.encode()).hexdigest()
-    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id)
+    text += "" if skeleton.prequantized is None else skeleton.prequantized.label
+    text += "" if skeleton.head is None else json.dumps(skeleton.head.labels)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_labels(built: Built, labels: Sequence[str]) -> Built:
+    """The same loaded model, its classes called ``labels``; as many as there are.
+
+    A language model, which has no classes, is given back as it is.
+    """
+    head, adapter = built.skeleton.head, copy.copy(built.adapter)
+    if head is None:
+        return built
+    assert len(labels) == len(head.labels) and isinstance(adapter, HeadedAdapter)
+    head = adapter.head = replace(head, labels=tuple(labels))
+    skeleton = replace(built.skeleton, head=head)
+    base_id = _base_id(built.config, skeleton)
+    return replace(built, adapter=adapter, skeleton=skeleton, base_id=base_id)
 
 
 def load(prepared: Prepared, config: RunConfig, world: World, device: torch.device) -> Built:

@@ -50,6 +50,12 @@ def run(args: argparse.Namespace, world: World) -> int:
     check_new(args.out)
     metadata = [read_metadata(directory) for directory in directories]
     adapters = {str(d): read_adapter(d) for d in directories}
+    for directory, adapter in adapters.items():
+        if adapter.head is not None:
+            raise UserError(
+                f"{directory} has a classification head, which was trained for its own classes: "
+                "heads do not add up to anything"
+            )
     _check_same_base(directories, metadata, [a.config for a in adapters.values()])
     combined, kept = combine(adapters, weights, recipe)
     about = {

@@ -16,7 +16,7 @@ from dist_peft.core.config import FullConfig, LoraConfig, PartialConfig, RunConf
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import engine_kind
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_linear import FrozenRows
 
 __all__ = ["idle_options", "warn_of_idle_options"]
 
@@ -153,6 +153,6 @@ def _is_default(section: BaseModel, name: str) -> bool:
 
 
 def _widest(model: nn.Module) -> int:
-    """The largest in_features of the blocks' frozen linears; the head is not quantized."""
-    frozen = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.is_head]
+    """The largest in_features of the blocks' frozen weights; the head is not quantized."""
+    frozen = [m for m in model.modules() if isinstance(m, FrozenRows) and not m.is_head]
     return max((m.in_features for m in frozen), default=0)

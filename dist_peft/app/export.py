@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_peft.adapters.adapterhub_format import is_adapterhub
+from dist_peft.adapters.fusion_format import is_fusion
 from dist_peft.adapters.peft_format import (
     check_adapter,
     read_adapter,
@@ -20,6 +21,7 @@ from dist_peft.adapters.qalora_format import as_expanded, as_peft
 from dist_peft.adapters.weights_format import holds_weights
 from dist_peft.app.quantize import with_base_of_run
 from dist_peft.app.report import add_section
+from dist_peft.app.tasks import refuse_tasks
 from dist_peft.core.config import QaLoraConfig, RunConfig
 from dist_peft.core.config_io import load_config
 from dist_peft.core.errors import UserError
@@ -139,8 +141,9 @@ def _write_adapter(run_dir: Path, name: str, out: Path) -> None:
     public = read_adapter(adapter)
     check_adapter(public)  # a damaged one is refused, not copied
     if is_adapterhub(public.config):
+        kind = "fusion" if is_fusion(public.config) else "bottleneck"
         raise UserError(
-            f"{run_dir} was trained with adapter.kind bottleneck, which PEFT does not have; "
+            f"{run_dir} was trained with adapter.kind {kind}, which PEFT does not have; "
             f"{adapter} already is what AdapterHub's library loads"
         )
     if public.config["peft_type"] == PLACED:
@@ -172,6 +175,11 @@ def export_run(
         verify: the probe must be there.
     """
     config = _run_config(run_dir)
+    if config.base.head == "classifier":
+        raise UserError(
+            f"{run_dir} trained a classifier, and format {name} is for language models: no library "
+            "that reads it was found to load such a head; use hf-bf16 (dist-peft merge) or peft"
+        )
     if holds_weights(run_dir / "adapter") and name in _INTEGER_ZERO and not options.get("merge"):
         raise UserError(
             f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
@@ -246,6 +254,7 @@ def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool 
 def _run_config(run_dir: Path) -> RunConfig:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    refuse_tasks(run_dir)
     if not (run_dir / "adapter").is_dir():
         raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
     # a run may have been moved, with the base that it solved

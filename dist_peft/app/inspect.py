@@ -1,16 +1,14 @@
 """``dist-peft inspect PATH``: what is this base, adapter, run or checkpoint."""
 
 import argparse
-import json
 from collections import Counter
+from math import prod
 from pathlib import Path
-from typing import Any
 
-from dist_peft.adapters.adapterhub_format import is_adapterhub, read_settings
-from dist_peft.adapters.peft_format import tensors_file
-from dist_peft.adapters.pooling import read_pooling
-from dist_peft.adapters.prompt_format import PROMPT_TYPES
+from dist_peft.adapters.peft_format import config_file
 from dist_peft.adapters.weights_format import holds_weights
+from dist_peft.app.inspect_adapter import describe_adapter, describe_weights, read_json
+from dist_peft.app.tasks import task_runs
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.prequantized import open_prequantized
@@ -42,9 +40,9 @@ def describe(path: Path) -> list[str]:
     if (path / "run.json").is_file():
         return _checkpoint(path)
     if holds_weights(path):
-        return _weights(path)
-    if (path / "adapter_config.json").is_file():
-        return _adapter(path)
+        return describe_weights(path)
+    if config_file(path).is_file():
+        return describe_adapter(path)
     if path.suffix == ".safetensors" or (path / "config.json").is_file():
         return _base(path)
     raise UserError(
@@ -56,12 +54,12 @@ def describe(path: Path) -> list[str]:
 def _base(path: Path) -> list[str]:
     index = SafetensorsIndex.open(path)
     infos = index.tensors.values()
-    numbers = sum(_numel(i.shape) for i in infos)
+    numbers = sum(prod(i.shape) for i in infos)
     types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
     what = "parameters"
     lines = [f"base model {path}" if path.is_dir() else f"safetensors file {path}"]
     if (path / "config.json").is_file():
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         kinds = ", ".join(config.get("architectures") or [])
         lines.append(f"  type         {config.get('model_type')} {kinds}")
         if "quantization_config" in config:
@@ -85,56 +83,6 @@ def _quantization(path: Path, index: SafetensorsIndex) -> str:
         return f"no base to train on: {error}"
 
 
-def _adapter(path: Path) -> list[str]:
-    config = _read_json(path / "adapter_config.json")
-    index = SafetensorsIndex.open(path / tensors_file(config))
-    numbers = sum(_numel(i.shape) for i in index.tensors.values())
-    lines = [
-        f"adapter {path}",
-        f"  method       {_method(config)}",
-        *_pooling(config),
-        f"  base         {config.get('base_model_name_or_path', config.get('model_name'))}",
-        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
-    ]
-    if "target_modules" in config:
-        lines.append(f"  targets      {', '.join(sorted(config['target_modules'] or []))}")
-    own = path / "dist_peft.json"
-    if own.is_file():
-        lines += [f"  {key:<12} {value}" for key, value in _read_json(own).items()]
-    return lines
-
-
-def _weights(path: Path) -> list[str]:
-    index = SafetensorsIndex.open(path)
-    numbers = sum(_numel(i.shape) for i in index.tensors.values())
-    about = _read_json(path / "dist_peft.json")
-    return [
-        f"trained weights {path}",
-        f"  method       {about.pop('kind')} fine-tuning",
-        f"  parameters   {numbers:,} in {len(index.tensors)} tensors",
-        *(f"  {key:<12} {value}" for key, value in about.items()),
-    ]
-
-
-def _method(config: dict[str, Any]) -> str:
-    if is_adapterhub(config):
-        found = read_settings(config)
-        shown = ("placement", "reduction_factor", "activation", "scaling", "train_layernorm")
-        return "bottleneck " + " ".join(f"{name}={getattr(found, name)}" for name in shown)
-    kind = config.get("peft_type")
-    if kind in PROMPT_TYPES:
-        return f"{kind} virtual_tokens={config.get('num_virtual_tokens')}"
-    return (
-        f"{kind} r={config.get('r')} alpha={config.get('lora_alpha')} "
-        f"rslora={config.get('use_rslora', False)} dora={config.get('use_dora', False)}"
-    )
-
-
-def _pooling(config: dict[str, Any]) -> list[str]:
-    pooling = read_pooling(config)
-    return [f"  pooling      {pooling.convention} of {pooling.size} inputs"] if pooling else []
-
-
 def _checkpoint(path: Path) -> list[str]:
     position = Checkpoints.position(path)
     lines = [f"checkpoint {path}"]
@@ -150,23 +98,9 @@ def _run(path: Path) -> list[str]:
         lines += ["  " + line for line in _checkpoint(found)]
     adapter = path / "adapter"
     if adapter.is_dir():
-        about = _weights(adapter) if holds_weights(adapter) else _adapter(adapter)
-        lines += ["  " + line for line in about]
+        about = describe_weights if holds_weights(adapter) else describe_adapter
+        lines += ["  " + line for line in about(adapter)]
+    for name, run in task_runs(path).items():
+        lines.append(f"  task {name}")
+        lines += ["    " + line for line in _run(run)]
     return lines
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it must hold a JSON object")
-    return content
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -38,6 +38,7 @@ from dist_peft.core.log import setup_log
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.export.sink import MAX_FILE_BYTES, check_new, copy_configuration
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.hub import public_name, read_json_object, resolve_base
 from dist_peft.model.prequantized import OWN_METHOD
@@ -86,6 +87,12 @@ def quantize(
     quant = config.base.quant
     if quant is None:
         raise UserError("base.quant is null: there is nothing to quantize; set base.quant.kind")
+    if quant.solver == "gptq" and config.base.head == "classifier":
+        raise UserError(
+            "base.quant.solver gptq calibrates on documents, and data.train has records of format: "
+            "classification; use solver hqq, or as base.path what dist-peft quantize made of the "
+            "base with base.head: lm and text"
+        )
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     config = config.model_copy(update={"adapter": NoAdapterConfig(), "engine": engine})
     with world.together("read the base's configuration"):
@@ -95,6 +102,13 @@ def quantize(
             raise UserError(
                 f"base.path {config.base.path} is quantized already ({found.label}); give the "
                 "unquantized base"
+            )
+        if any(isinstance(module, ExpertStack) for module in prepared.model.modules()):
+            raise UserError(
+                f"base.path {config.base.path} is a mixture of experts, which is not quantized in "
+                "advance: gptq would need calibration tokens for each expert. Train on it with "
+                "base.quant.kind nf4, or kind int with solver rtn or hqq, which quantize while it "
+                "is loaded"
             )
     warn_of_idle_options(config, world, prepared.model, device.type)
     built = load(prepared, config, world, device)

@@ -14,10 +14,12 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.choices import ChoiceRows, Question
+from dist_peft.data.labelled import LabelledLoader, LabelledRows, load_labelled
 from dist_peft.data.loader import Loader, Rows
 from dist_peft.data.mixture import Mixture
 from dist_peft.data.order import MixedOrder, Order, shares_of
 from dist_peft.data.rows import RowSet, load_row_sets, load_rows
+from dist_peft.model.classifier import pad_token
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
 
@@ -26,6 +28,9 @@ __all__ = ["Loaders", "check_fit", "check_tokens", "choice_loader", "make_loader
 log = logging.getLogger("dist_peft")
 
 PROBE_TOKENS = 64
+PROBE_ROWS = 8
+
+AnyRows = RowSet | LabelledRows | Mixture
 
 T = TypeVar("T")
 
@@ -52,13 +57,10 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     """
     # held-out data are the smaller part: what is wrong there is told before the long part begins
     data = config.data
-    held_out: RowSet | Mixture | None = None
+    held_out: AnyRows | None = None
     if data.eval:
-        several = len(data.eval) > 1
-        read = _read_mixture if several else read_rows
-        held_out = read(data, data.eval, "eval", tokenizer, world)
-    read = read_rows if data.mixing == "joined" else _read_mixture
-    train = read(data, data.train, "train", tokenizer, world)
+        held_out = _read(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
+    train = _read(data, data.train, "train", data.mixing != "joined", tokenizer, world)
     batch = config.train.global_batch
     for count, what in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:
@@ -73,11 +75,18 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
             world.size,
             extra=ONCE,
         )
-    tokens, _, _ = (held_out or train).row(0)
-    probe = torch.as_tensor(tokens[:PROBE_TOKENS], dtype=torch.long).unsqueeze(0)
+    probe = _probe(held_out or train)
     eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
     train_loader = _loader(config, train, tokenizer, world, _order(config, train))
     return Loaders(train_loader, eval_loader, probe, train.chat_template)
+
+
+def _probe(rows: AnyRows) -> Tensor:
+    """Tokens of the first row; of labelled records as many of each of the first rows."""
+    count = 1 if isinstance(rows, RowSet) else PROBE_ROWS
+    tokens = [rows.row(index)[0] for index in range(min(count, len(rows)))]
+    width = min(PROBE_TOKENS, *map(len, tokens))
+    return torch.stack([row[:width] for row in tokens])
 
 
 def choice_loader(
@@ -161,16 +170,29 @@ def read_rows(
     return _cached(lambda: load_rows(config, sources, tokenizer, name=name), name, world)
 
 
-def _read_mixture(
-    config: DataConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
-) -> Mixture:
-    """As ``read_rows``, each source by itself and under a name of its own."""
-    read = partial(load_row_sets, config, sources, tokenizer, name=name)
+def _read(
+    config: DataConfig,
+    sources: list[DataSource],
+    name: str,
+    apart: bool,
+    tokenizer: Tokenizer,
+    world: World,
+) -> AnyRows:
+    """Rows of several sources joined or, if ``apart``, as a ``Mixture``, each under a name of its
+    own. Labelled ones have a task of their own each, and are always apart."""
+    read: Callable[..., list[RowSet] | list[LabelledRows]] = load_row_sets
+    if config.classifies:
+        read, apart = load_labelled, apart or len(sources) > 1
+    elif not apart:
+        return read_rows(config, sources, name, tokenizer, world)
+    parts = _cached(partial(read, config, sources, tokenizer, name=name), name, world)
+    if not apart:
+        return parts[0]
     names: list[str] = []
     for source in sources:
         same = sum(n == source.task or n.startswith(f"{source.task}-") for n in names)
         names.append(f"{source.task}-{same + 1}" if same else source.task)
-    return Mixture(_cached(read, name, world), names)
+    return Mixture(parts, names)
 
 
 def _cached(read: Callable[[], T], name: str, world: World) -> T:
@@ -183,9 +205,10 @@ def _cached(read: Callable[[], T], name: str, world: World) -> T:
     return found[0]
 
 
-def _order(config: RunConfig, rows: RowSet | Mixture) -> Order | None:
-    if isinstance(rows, RowSet):
+def _order(config: RunConfig, rows: AnyRows) -> Order | None:
+    if config.data.mixing == "joined":
         return None
+    assert isinstance(rows, Mixture)
     return MixedOrder(
         shares_of(config.data, rows.sizes),
         global_batch=config.train.global_batch,
@@ -201,7 +224,8 @@ def _loader(
     world: World,
     order: Order | None = None,
 ) -> Loader:
-    return Loader(
+    kind = LabelledLoader if config.data.classifies else Loader
+    return kind(
         rows,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -210,6 +234,6 @@ def _loader(
         rank=world.rank,
         world_size=world.size,
         seq_len=config.data.seq_len,
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_token(tokenizer) if config.data.classifies else tokenizer.pad_token_id or 0,
         order=order,
     )

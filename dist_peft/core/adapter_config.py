@@ -1,5 +1,7 @@
 """The ``adapter`` section of the configuration: one class a method, told apart by ``kind``."""
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +12,8 @@ __all__ = [
     "AdapterConfig",
     "BottleneckConfig",
     "FullConfig",
+    "FusedAdapter",
+    "FusionConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -33,8 +37,8 @@ class LowRankConfig(Section):
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | Names = Field(
         "all-linear",
-        description="all-linear: every linear inside the blocks. Or a list: names, name endings "
-        "or regular expressions, as in PEFT.",
+        description="all-linear: every linear inside the blocks, and experts. Or a list: names, "
+        "name endings or regular expressions, as in PEFT.",
     )
     rank_pattern: dict[str, Count] = Field(
         default_factory=dict, description="Regular expression or name ending -> other rank."
@@ -203,6 +207,66 @@ class BottleneckConfig(Section):
         return max(int(hidden // self.reduction_factor), 1)
 
 
+class FusedAdapter(Section):
+    """A trained bottleneck adapter that is fused with others."""
+
+    path: str = Field(description="Directory of the adapter, ours or AdapterHub's.")
+    name: str | None = Field(
+        None, description="Default: the directory's; RUN/tasks/rte/adapter is called rte."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        """A bare string stands for ``{path: string}``."""
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """``name``, or what ``path`` ends in."""
+        path = PurePath(self.path)
+        return self.name or (path.parent if path.name == "adapter" else path).name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not re.fullmatch(r"\w[\w-]*", self.label):
+            raise ValueError(
+                f"the name {self.label!r} of {self.path} must be of letters, digits, '_' and '-'; "
+                "give another: {name: NAME, path: DIR}"
+            )
+        return self
+
+
+class FusionConfig(Section):
+    """AdapterFusion (Pfeiffer et al. 2021): attention over trained bottleneck adapters, which are
+    frozen."""
+
+    kind: Literal["fusion"] = "fusion"
+    adapters: list[FusedAdapter] = Field(
+        min_length=2,
+        description="What is fused, of one placement: directories, or {name, path}. A resumed run "
+        "reads them again.",
+    )
+    regularization: Float = Field(
+        0.01, ge=0, description="The loss grows by this times the sum of |V - I|^2; 0: not at all."
+    )
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the attention's scores.")
+    init_from: str | None = Field(
+        None,
+        description="Directory of a fusion of the same adapters, ours or AdapterHub's, to start "
+        "from.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [adapter.label for adapter in self.adapters]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two of adapters are called {double[0]}; name them: {{name: NAME, path: DIR}}"
+            )
+        return self
+
+
 Part = Literal["all", "norms", "biases", "embeddings", "head"]
 
 
@@ -283,6 +347,7 @@ AdapterConfig = Annotated[
     | PTuningConfig
     | PrefixConfig
     | BottleneckConfig
+    | FusionConfig
     | FullConfig
     | PartialConfig
     | NoAdapterConfig,

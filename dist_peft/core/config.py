@@ -14,6 +14,7 @@ from dist_peft.core.adapter_config import (
     AdapterConfig,
     BottleneckConfig,
     FullConfig,
+    FusionConfig,
     LoraConfig,
     LowRankConfig,
     NoAdapterConfig,
@@ -25,7 +26,7 @@ from dist_peft.core.adapter_config import (
     UnfreezeConfig,
     VirtualTokensConfig,
 )
-from dist_peft.core.sections import Beta, Count, Float, Int, Section
+from dist_peft.core.sections import Beta, Count, Float, Int, Label, Section
 
 __all__ = [
     "AdapterConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "DataSource",
     "EngineConfig",
     "FullConfig",
+    "FusionConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -98,6 +100,11 @@ class BaseConfig(Section):
         description="Storage of the frozen linears; null: no quantization. Leave it out where "
         "base.path is quantized already: the directory decides.",
     )
+    head: Literal["lm", "classifier"] = Field(
+        "lm",
+        description="lm: next tokens. classifier: one label a record (data of format "
+        "classification), for encoders and decoders; its parameters learn beside the adapter.",
+    )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
         description="Type of activations, decoded weights, embeddings, norms and biases.",
@@ -156,8 +163,10 @@ class DataSource(Section):
     """One file, glob, directory or hub data set, and how its records read."""
 
     path: str = Field(description="File (.jsonl .json .parquet .csv .tsv .txt), glob, or hub id.")
-    format: Literal["auto", "completion", "alpaca", "chat", "text"] = Field(
-        "auto", description="auto: told from the columns."
+    format: Literal["auto", "completion", "alpaca", "chat", "text", "classification"] = Field(
+        "auto",
+        description="auto: told from the columns. classification: for base.head classifier; "
+        "needs labels.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -165,6 +174,11 @@ class DataSource(Section):
     )
     template: str | None = Field(
         None, description="Prompt text with {column} fields, for completion and alpaca."
+    )
+    labels: list[Label] = Field(
+        default_factory=list,
+        description="Classification: values of the label column, in the order of their class ids; "
+        "of a held-out source by default those of its task.",
     )
     split: str = Field("train", description="Split of a hub data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
@@ -188,6 +202,10 @@ class DataSource(Section):
     def _check(self) -> Self:
         if self.to_step is not None and self.to_step <= self.from_step:
             raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
+        if self.labels and self.format != "classification":
+            raise ValueError(f"labels are for format: classification, not {self.format}")
+        if len(set(self.labels)) < len(self.labels) or len(self.labels) == 1:
+            raise ValueError(f"labels must be at least two different values, not {self.labels}")
         return self
 
 
@@ -236,7 +254,32 @@ class DataConfig(Section):
                     entries = [entries]
                 if isinstance(entries, list):
                     value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
+            if any(_format_of(entry) == "classification" for entry in value.get("train") or ()):
+                value.setdefault("packing", False)
         return value
+
+    @property
+    def classifies(self) -> bool:
+        """Records have a class, and no tokens are predicted."""
+        return self.train[0].format == "classification"
+
+    @model_validator(mode="after")
+    def _check_classification(self) -> Self:
+        formats = {(s.format == "classification") for s in [*self.train, *self.eval]}
+        if len(formats) > 1:
+            raise ValueError("either all sources have format: classification or none")
+        if self.classifies and self.packing:
+            raise ValueError(
+                "packing: true is not for classification, whose rows hold one record each; leave "
+                "it out"
+            )
+        for number, source in enumerate(self.train):
+            if self.classifies and not source.labels:
+                raise ValueError(
+                    f"train[{number}].labels is missing: give the values of the label column, such "
+                    "as [negative, positive]"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_mixing(self) -> Self:
@@ -262,6 +305,11 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Steps, batch, optimizer and schedule."""
 
+    tasks: Literal["mixed", "separate"] = Field(
+        "mixed",
+        description="mixed: one adapter learns from all of data.train. separate: one after the "
+        "other, each source trains an adapter of its own in save.dir/tasks/NAME.",
+    )
     steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
     epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
     micro_batch: Int = Field(1, ge=1, description="Rows a rank computes at a time.")
@@ -327,3 +375,22 @@ class RunConfig(Section):
         if isinstance(value, dict) and isinstance(value.get("adapter"), dict):
             value = {**value, "adapter": {"kind": "lora", **value["adapter"]}}
         return value
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        classifies = self.base.head == "classifier"
+        if classifies != self.data.classifies:
+            raise ValueError(
+                "base.head classifier goes with data of format: classification, and "
+                f"{'the sources have another' if classifies else 'base.head is lm'}"
+            )
+        if classifies and isinstance(self.adapter, VirtualTokensConfig):
+            raise ValueError(
+                f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "
+                "input; with base.head classifier use lora, qalora, bottleneck, partial or full"
+            )
+        return self
+
+
+def _format_of(entry: Any) -> Any:
+    return entry.get("format") if isinstance(entry, dict) else getattr(entry, "format", None)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dist_peft.core import config
+from dist_peft.core.adapter_config import FusedAdapter
 
 __all__ = ["configuration_page"]
 
@@ -32,6 +33,8 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("adapter (kind: ptuning)", config.PTuningConfig),
     ("adapter (kind: prefix)", config.PrefixConfig),
     ("adapter (kind: bottleneck)", config.BottleneckConfig),
+    ("adapter (kind: fusion)", config.FusionConfig),
+    ("adapter.adapters[]", FusedAdapter),
     ("adapter (kind: full)", config.FullConfig),
     ("adapter (kind: partial)", config.PartialConfig),
     ("adapter.unfreeze[]", config.UnfreezeConfig),

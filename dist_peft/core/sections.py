@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Beta", "Count", "Float", "Int", "Names", "Positive", "Section"]
+__all__ = ["Beta", "Count", "Float", "Int", "Label", "Names", "Positive", "Section"]
 
 
 def _no_boolean(value: Any) -> Any:
@@ -14,11 +14,17 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+def _written(value: Any) -> Any:
+    """A whole number as it is written in a table."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Int = Annotated[int, BeforeValidator(_no_boolean)]
 Float = Annotated[float, BeforeValidator(_no_boolean)]
 Count = Annotated[Int, Field(ge=1)]
 Positive = Annotated[Float, Field(gt=0)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
+Label = Annotated[str, BeforeValidator(_written)]
 Names = Annotated[list[str], Field(min_length=1)]
 
 

@@ -3,9 +3,10 @@
 A directory ``<root>/<key>/`` holds the documents of one source, in order, one after the other::
 
     tokens.npy   int32 [T]      all documents joined
-    mask.npy     uint8 [T]      1: the token counts for the loss
+    mask.npy     uint8 [T]      1: the token counts for the loss; with labels the token's type
     offsets.npy  int64 [D + 1]  document d is tokens[offsets[d] : offsets[d + 1]]
     places.npy   int64 [D, 2]   number of the file in meta.json, number of the record in it
+    classes.npy  int64 [D]      place of the label among the source's; -1: a document without one
     meta.json                   files, notes for the user, sha256 of the contents
 
 It appears by renaming a finished temporary directory, so it is whole or absent whoever else builds
@@ -21,7 +22,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -42,6 +43,7 @@ class Documents:
 
     Attributes:
         tokens: int32 [T]. mask: uint8 [T]. offsets: int64 [D + 1]. places: int64 [D, 2].
+        classes: int64 [D].
         files: names for messages. is_text: plain text, which may be cut into windows.
         notes: what the user should hear once a run. digest: sha256 of the contents.
         largest_token: for a look at whether the model has an embedding for all of them.
@@ -58,6 +60,7 @@ class Documents:
     digest: str
     largest_token: int = 0
     chat_template: str | None = None
+    classes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -146,7 +149,7 @@ def _open(directory: Path) -> Documents | None:
         documents = Documents(
             **{
                 name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("tokens", "mask", "offsets", "places")
+                for name in ("tokens", "mask", "offsets", "places", "classes")
             },
             files=tuple(meta["files"]),
             is_text=meta["is_text"],
@@ -161,14 +164,15 @@ def _open(directory: Path) -> Documents | None:
 
 
 def _consistent(d: Documents) -> bool:
-    kinds = [str(array.dtype) for array in (d.tokens, d.mask, d.offsets, d.places)]
+    kinds = [str(array.dtype) for array in (d.tokens, d.mask, d.offsets, d.places, d.classes)]
     return (
-        kinds == ["int32", "uint8", "int64", "int64"]
+        kinds == ["int32", "uint8", "int64", "int64", "int64"]
         and d.tokens.ndim == d.mask.ndim == d.offsets.ndim == 1
         and len(d.tokens) == len(d.mask) == int(d.offsets[-1])
         and int(d.offsets[0]) == 0
         and bool((np.diff(d.offsets) > 0).all())
         and d.places.shape == (len(d), 2)
+        and d.classes.shape == (len(d),)
         and int(d.places[:, 0].max()) < len(d.files)
     )
 
@@ -182,6 +186,7 @@ class DocumentWriter:
         self._mask = _GrowingArray(directory / "mask.npy", np.dtype(np.uint8))
         self._offsets = [0]
         self._places: list[tuple[int, int]] = []
+        self._classes: list[int] = []
         self._files: dict[str, int] = {}
         self._largest = 0
         self.is_text = False
@@ -191,7 +196,9 @@ class DocumentWriter:
     def __len__(self) -> int:
         return len(self._places)
 
-    def add(self, tokens: NDArray[np.int32], mask: NDArray[np.uint8], place: Place) -> None:
+    def add(
+        self, tokens: NDArray[np.int32], mask: NDArray[np.uint8], place: Place, label: int = -1
+    ) -> None:
         """Append a document of at least one token; ``mask`` has its shape [T]."""
         assert len(tokens) == len(mask) > 0
         with _writing(self._directory.parent):
@@ -201,6 +208,7 @@ class DocumentWriter:
         self._offsets.append(self._offsets[-1] + len(tokens))
         number = self._files.setdefault(place.file, len(self._files))
         self._places.append((number, place.number))
+        self._classes.append(label)
 
     def __enter__(self) -> Self:
         return self
@@ -218,12 +226,16 @@ class DocumentWriter:
                 self._finish()
 
     def _finish(self) -> None:
-        offsets = np.asarray(self._offsets, dtype=np.int64)
-        for name, array in (("offsets", offsets), ("places", np.asarray(self._places, np.int64))):
+        lists = {"offsets": self._offsets, "places": self._places, "classes": self._classes}
+        arrays = {name: np.asarray(values, np.int64) for name, values in lists.items()}
+        for name, array in arrays.items():
             with (self._directory / f"{name}.npy").open("wb") as file:
                 np.save(file, array)
                 _sync(file)
-        digest = hashlib.sha256(self._tokens.digest() + self._mask.digest() + offsets.tobytes())
+        digest = hashlib.sha256(self._tokens.digest() + self._mask.digest())
+        digest.update(arrays["offsets"].tobytes())
+        if max(self._classes, default=-1) >= 0:
+            digest.update(arrays["classes"].tobytes())
         meta: dict[str, Any] = {
             "files": list(self._files),
             "is_text": self.is_text,

@@ -24,8 +24,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["ChatRenderer", "RenderedChat", "default_chat_template"]
+__all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "default_chat_template"]
 
+Tokenizer = PreTrainedTokenizerBase
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
@@ -72,7 +73,7 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, mark_assistant: bool, starts_with_bos: bool
+        self, tokenizer: Tokenizer, *, mark_assistant: bool, starts_with_bos: bool
     ) -> None:
         self.tokenizer = tokenizer
         self.mark_assistant = mark_assistant

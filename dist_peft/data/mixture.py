@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dist_peft.data.labelled import LabelledRows
 from dist_peft.data.rows import RowSet
 
 __all__ = ["Mixture"]
@@ -23,9 +24,11 @@ class Mixture:
         starts: int64 [sets + 1]; rows ``[starts[i], starts[i + 1])`` are those of set ``i``.
     """
 
-    def __init__(self, parts: Sequence[RowSet], names: Sequence[str]) -> None:
+    def __init__(
+        self, parts: Sequence[RowSet] | Sequence[LabelledRows], names: Sequence[str]
+    ) -> None:
         self.names = tuple(names)
-        self._parts = tuple(parts)
+        self._parts: tuple[RowSet | LabelledRows, ...] = tuple(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         text = "".join(part.fingerprint for part in parts)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -67,6 +70,6 @@ class Mixture:
         return self._parts[part].num_targets(index - int(self.starts[part]))
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See ``RowSet.row``."""
+        """See ``row`` of the sets."""
         part = self.source(index)
         return self._parts[part].row(index - int(self.starts[part]))

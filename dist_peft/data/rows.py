@@ -21,7 +21,15 @@ from dist_peft.data.cache import Documents
 from dist_peft.data.packing import IGNORE, join_documents, pack
 from dist_peft.data.tokens import Tokenizer, load_documents
 
-__all__ = ["RowSet", "load_row_sets", "load_rows", "show_row"]
+__all__ = [
+    "Pieces",
+    "RowSet",
+    "fit",
+    "load_row_sets",
+    "load_rows",
+    "refuse_empty",
+    "show_row",
+]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -29,7 +37,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class Pieces:
     """Parts of documents, each isolated in its row: three int64 [P]."""
 
     source: Ints
@@ -39,8 +47,8 @@ class _Pieces:
     def __len__(self) -> int:
         return len(self.start)
 
-    def take(self, which: NDArray[np.bool_] | Ints) -> "_Pieces":
-        return _Pieces(self.source[which], self.start[which], self.length[which])
+    def take(self, which: NDArray[np.bool_] | Ints) -> "Pieces":
+        return Pieces(self.source[which], self.start[which], self.length[which])
 
 
 class RowSet:
@@ -54,7 +62,7 @@ class RowSet:
     """
 
     def __init__(
-        self, documents: Sequence[Documents], pieces: _Pieces, *, seq_len: int, packed: bool
+        self, documents: Sequence[Documents], pieces: Pieces, *, seq_len: int, packed: bool
     ) -> None:
         self.packed = packed
         self.seq_len = seq_len
@@ -149,7 +157,7 @@ def load_rows(
         raise UserError(f"data.{name} names no source")
     loaded = [_load(config, source, tokenizer, key) for key, source in _keys(name, sources)]
     numbers = np.repeat(np.arange(len(loaded)), [len(fit) for _, fit in loaded])
-    joined = _Pieces(
+    joined = Pieces(
         numbers, *(np.concatenate([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
     )
     return _row_set(config, [documents for documents, _ in loaded], joined, f"data.{name}")
@@ -175,18 +183,14 @@ def _keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
 
 def _load(
     config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
-) -> tuple[Documents, _Pieces]:
+) -> tuple[Documents, Pieces]:
     documents = load_documents(config, source, tokenizer, key)
     _refuse_untrainable(documents, config)
-    return documents, _fit(documents, config, key)
+    return documents, fit(documents, config, key)
 
 
-def _row_set(config: DataConfig, documents: list[Documents], pieces: _Pieces, name: str) -> RowSet:
-    if not len(pieces):
-        raise UserError(
-            f"{name}: no record is left (data.too_long is {config.too_long}); "
-            f"raise data.seq_len (now {config.seq_len})"
-        )
+def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, name: str) -> RowSet:
+    refuse_empty(config, pieces, name)
     rows = RowSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
     _LOG.info(
         "%s: %d documents, %d rows, %d tokens (%d for the loss), rows filled to %.1f %%",
@@ -200,9 +204,21 @@ def _row_set(config: DataConfig, documents: list[Documents], pieces: _Pieces, na
     return rows
 
 
-def _whole(documents: Documents) -> _Pieces:
+def refuse_empty(config: DataConfig, pieces: Pieces, name: str) -> None:
+    """
+    Raises:
+        UserError: ``pieces`` of the source called ``name`` are none.
+    """
+    if not len(pieces):
+        raise UserError(
+            f"{name}: no record is left (data.too_long is {config.too_long}); "
+            f"raise data.seq_len (now {config.seq_len})"
+        )
+
+
+def _whole(documents: Documents) -> Pieces:
     count = len(documents)
-    return _Pieces(
+    return Pieces(
         np.zeros(count, np.int64), documents.offsets[:-1].copy(), np.diff(documents.offsets)
     )
 
@@ -224,7 +240,7 @@ def _refuse_untrainable(documents: Documents, config: DataConfig) -> None:
     )
 
 
-def _fit(documents: Documents, config: DataConfig, key: str) -> _Pieces:
+def fit(documents: Documents, config: DataConfig, key: str) -> Pieces:
     """Pieces of at most ``seq_len`` tokens, each with something to learn."""
     pieces = _whole(documents)
     if documents.is_text:
@@ -249,7 +265,7 @@ def _fit(documents: Documents, config: DataConfig, key: str) -> _Pieces:
     raise UserError(_too_long_message(documents, pieces, long, config))
 
 
-def _too_long_message(documents: Documents, pieces: _Pieces, long: Ints, config: DataConfig) -> str:
+def _too_long_message(documents: Documents, pieces: Pieces, long: Ints, config: DataConfig) -> str:
     more = f" ({len(long)} records are too long)" if len(long) > 1 else ""
     refused = "data.too_long: split is for plain text only. " if config.too_long == "split" else ""
     return (
@@ -259,20 +275,20 @@ def _too_long_message(documents: Documents, pieces: _Pieces, long: Ints, config:
     )
 
 
-def _windows(pieces: _Pieces, size: int) -> _Pieces:
+def _windows(pieces: Pieces, size: int) -> Pieces:
     """Consecutive windows of ``size`` tokens; the last of each piece is what remains."""
     counts = -(-pieces.length // size)
     first = np.cumsum(counts) - counts
     within = (np.arange(counts.sum()) - np.repeat(first, counts)) * size
-    return _Pieces(
+    return Pieces(
         np.repeat(pieces.source, counts),
         np.repeat(pieces.start, counts) + within,
         np.minimum(size, np.repeat(pieces.length, counts) - within),
     )
 
 
-def _truncated(documents: Documents, pieces: _Pieces, size: int, key: str) -> _Pieces:
-    cut = _Pieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
+def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pieces:
+    cut = Pieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
     kept = _count_targets([documents], cut) > 0
     _LOG.warning(
         "%s: cut %d of %d records to data.seq_len %d tokens",
@@ -292,7 +308,7 @@ def _truncated(documents: Documents, pieces: _Pieces, size: int, key: str) -> _P
     return cut.take(kept)
 
 
-def _count_targets(documents: Sequence[Documents], pieces: _Pieces) -> Ints:
+def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
     """How many tokens of each piece count for the loss; its first is predicted by none. [P]"""
     counts = np.zeros(len(pieces), dtype=np.int64)
     for number, source in enumerate(documents):

@@ -1,17 +1,18 @@
 """Records become examples: the formats, how they are told apart, columns and templates.
 
-========== ============================================== ====================================
-format     roles                                          example
-========== ============================================== ====================================
-chat       messages (or conversations), tools?            [{role, content}] or [{from, value}]
-completion prompt, completion                             text before, text to learn
-alpaca     instruction, input?, output                    put into the Alpaca prompt
-text       text                                           a document, every token learnt
-========== ============================================== ====================================
+============== ========================================== ====================================
+format         roles                                      example
+============== ========================================== ====================================
+chat           messages (or conversations), tools?        [{role, content}] or [{from, value}]
+completion     prompt, completion                         text before, text to learn
+alpaca         instruction, input?, output                put into the Alpaca prompt
+text           text                                       a document, every token learnt
+classification text, text_pair?, label                    one or two texts and their class
+============== ========================================== ====================================
 
 A role reads the column of its own name unless ``columns`` names another; a name with dots
 (``instances.0.output``) goes into nested records. ``auto`` takes the first format of the table
-whose roles are all there.
+whose roles are all there; ``classification`` has to be named.
 """
 
 import difflib
@@ -25,7 +26,7 @@ from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import Opened, Place, Record, read_records
 
-__all__ = ["Chat", "Completion", "Example", "Text", "read_examples"]
+__all__ = ["Chat", "Completion", "Example", "Labelled", "Text", "read_examples"]
 
 # tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
 _ALPACA_WITH_INPUT = (
@@ -78,7 +79,16 @@ class Text:
     text: str
 
 
-Example = Completion | Chat | Text
+@dataclass(frozen=True)
+class Labelled:
+    """One text, or two, with a class: ``label`` is its place in the labels of the source."""
+
+    text: str
+    text_pair: str | None
+    label: int
+
+
+Example = Completion | Chat | Text | Labelled
 
 
 def read_examples(source: DataSource, opened: Opened, key: str) -> Iterator[tuple[Place, Example]]:
@@ -184,6 +194,22 @@ def _text(fields: _Fields) -> Text:
     return Text(fields.text("text"))
 
 
+def _labelled(fields: _Fields) -> Labelled:
+    columns, labels = fields.source.columns, fields.source.labels
+    value = fields.raw("label")
+    # JSON has numbers and truth values where tables have text
+    plain = value is _MISSING or isinstance(value, str)
+    label = fields.text("label") if plain else json.dumps(value, default=str)
+    if label not in labels:
+        raise UserError(
+            f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
+            f"of the labels {', '.join(labels)}; add it to the source's labels, or mend the record"
+        )
+    paired = "text_pair" in columns or fields.raw("text_pair") is not _MISSING
+    pair = fields.text("text_pair") if paired else None
+    return Labelled(fields.text("text"), pair, labels.index(label))
+
+
 def _chat(fields: _Fields) -> Chat:
     messages = fields.raw("messages")
     if messages is _MISSING and "messages" not in fields.source.columns:
@@ -274,11 +300,12 @@ _FORMATS = (
     _Format("alpaca", ("instruction", "output"), ("input",), _alpaca, templated="instruction"),
     _Format("text", ("text",), (), _text),
 )
+_CLASSIFICATION = _Format("classification", ("text", "label"), ("text_pair",), _labelled)
 
 
 def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
     """The format of a source, from its settings and its first record."""
-    formats = [f for f in _FORMATS if source.format in ("auto", f.name)]
+    formats = [f for f in _FORMATS if source.format in ("auto", f.name)] or [_CLASSIFICATION]
     roles = set().union(*(f.roles() for f in formats))
     for role in source.columns:
         if role not in roles:

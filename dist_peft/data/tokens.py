@@ -8,6 +8,8 @@ Chat       the rendered template, its own tokens only   assistant turns with the
 Text       [bos] text eos                               everything
 ========== ============================================ ========================================
 
+Labelled examples are encoded in ``pairs``: they have a class, and no tokens to predict.
+
 bos stands only if the tokenizer itself puts it in front. Prompt and completion are tokenized
 apart, so that the prompt has the tokens it will have at inference: tokenized together, a token may
 span the boundary. What is stored does not depend on ``seq_len``, ``packing`` or ``too_long``;
@@ -25,25 +27,24 @@ import numpy as np
 import tokenizers
 import transformers
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
-from dist_peft.data.chat import ChatRenderer
+from dist_peft.data.chat import ChatRenderer, Tokenizer
 from dist_peft.data.files import Place, open_source
-from dist_peft.data.sources import Chat, Completion, Example, Text, read_examples
+from dist_peft.data.pairs import PairEncoder
+from dist_peft.data.sources import Chat, Completion, Example, Labelled, Text, read_examples
 
 __all__ = ["Encoder", "Tokenizer", "load_documents"]
 
-Tokenizer = PreTrainedTokenizerBase
 Mask = NDArray[np.uint8]
 Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 1  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 2  # of the cache; raise it when the same input would give other documents
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
@@ -53,14 +54,20 @@ def load_documents(
     """The token documents of one source, from the cache or made now.
 
     Args:
-        config: of it ``loss_on`` and ``cache_dir`` matter here.
+        config: of it ``loss_on`` and ``cache_dir`` matter here, with labels what to do with a
+            record that is too long.
         key: configuration key of the source for messages, such as ``data.train[0]``.
 
     Raises:
         UserError: see ``files``, ``sources``, ``chat``; or a tokenizer that cannot be used.
     """
     opened = open_source(source, key)
-    encoder = Encoder(tokenizer, config.loss_on)
+    window = config.seq_len if config.too_long == "truncate" else None
+    encoder: Encoder | PairEncoder
+    if source.format == "classification":
+        encoder = PairEncoder(tokenizer, window)
+    else:
+        encoder = Encoder(tokenizer, config.loss_on)
 
     def build(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
@@ -68,8 +75,10 @@ def load_documents(
             examples = [example for _, example in batch]
             writer.is_text = isinstance(examples[0], Text)
             places = [place for place, _ in batch]
-            for place, (tokens, mask) in zip(places, encoder.encode(examples, places), strict=True):
-                writer.add(tokens, mask, place)
+            encoded = encoder.encode(examples, places)
+            for place, example, document in zip(places, examples, encoded, strict=True):
+                label = example.label if isinstance(example, Labelled) else -1
+                writer.add(*document, place, label)
         writer.notes = encoder.notes
         writer.chat_template = encoder.default_template
 
@@ -80,6 +89,8 @@ def load_documents(
         "source": source.model_dump(mode="json"),
         "files": opened.fingerprint(),
         "loss_on": config.loss_on,
+        # what is cut between the two texts of a pair is for the tokenizer to decide
+        "window": window if source.format == "classification" else None,
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     documents = load_or_build(cache_root(config.cache_dir), name, build)

@@ -14,6 +14,7 @@ Life of an engine::
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
 float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
 writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
+``own_parameters`` of it, a rank's own part, is what the same engine takes back in this process.
 
 The loss handed to ``backward`` is already divided by the *global* number of target tokens of the
 step; engines therefore sum gradients over ranks and never average.
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_peft.core.span import Span
 
@@ -34,6 +36,7 @@ __all__ = [
     "at_once",
     "lr_groups",
     "move_buffers",
+    "own_parameters",
     "trainable",
     "updates",
 ]
@@ -124,7 +127,13 @@ class Engine(Protocol):
 
     def state(self, model: nn.Module) -> dict[str, Tensor]: ...
 
-    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None: ...
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+        """Take back what ``state`` gave, after ``step`` steps.
+
+        Moments may be left out as a whole; they are then zero, as before the first step. A
+        parameter may be this rank's part alone, on the CPU (``own_parameters``).
+        """
+        ...
 
     def gather(self, parameter: Tensor) -> Tensor: ...
 
@@ -134,6 +143,13 @@ class Engine(Protocol):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by full name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def own_parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, on the CPU, of what this rank holds of each ``param/NAME`` of a ``state()``."""
+    values = {key: value for key, value in state.items() if key.startswith("param/")}
+    own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in values.items()}
+    return {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
 
 
 def adam_start(parameter: Tensor) -> dict[str, Tensor]:

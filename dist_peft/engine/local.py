@@ -87,7 +87,10 @@ class LocalOptimizer:
             mine, value = self.local(parameter), self.local(state[f"param/{name}"])
             if value.data_ptr() != mine.data_ptr():
                 mine.copy_(value)
-            moments = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key: state.get(f"{key}/{name}", torch.zeros_like(parameter))
+                for key in ("exp_avg", "exp_avg_sq")
+            }
             if plain:
                 moments = {key: self.local(value) for key, value in moments.items()}
             self.factory.set_moments(self.optimizer, self.updated[name], moments)

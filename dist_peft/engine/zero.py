@@ -191,7 +191,8 @@ class ZeroEngine:
                 parameter.data.copy_(value)
             self._set(parameter, value)
             for key in ("exp_avg", "exp_avg_sq"):
-                self._set(parameter, state[f"{key}/{name}"].to(self.device), key)
+                moment = state.get(f"{key}/{name}", torch.zeros_like(value))
+                self._set(parameter, moment.to(self.device), key)
         self._set_updates(step)
 
     def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:

@@ -7,8 +7,8 @@ adapter beside it.
 """
 
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from dist_peft.export.sink import (
     write_directory,
 )
 from dist_peft.export.walk import CHUNK_BYTES, State, Walk, open_walk
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import torch_dtype
 from dist_peft.quant.affine import AffineCodec
 
@@ -159,9 +160,24 @@ class Job:
         """Of formats that hold the merged model."""
         return "codes" if self.pooled else self.into
 
-    def walk(self, state: State | None = None) -> AbstractContextManager[Walk]:
+    @contextmanager
+    def walk(self, state: State | None = None) -> Iterator[Walk]:
+        """See ``open_walk``.
+
+        Raises:
+            UserError: also where the base is a mixture of experts, which no consumer of these
+                formats was seen to load.
+        """
         state = state or self.state
-        return open_walk(self.base, self.directory, self.adapter_dir, state, self.chunk_bytes)
+        with open_walk(
+            self.base, self.directory, self.adapter_dir, state, self.chunk_bytes
+        ) as walk:
+            if any(isinstance(weight.linear, ExpertStack) for weight in walk.weights):
+                raise UserError(
+                    f"{self.directory} is a mixture of experts, which is written as hf-bf16 and as "
+                    "peft only; use one of them, and quantize the result with the runtime's tools"
+                )
+            yield walk
 
     def codec(self, group_size: int) -> AffineCodec:
         """Bits and group size of what is written: as asked for, or the integer base's, or 4 bits

@@ -14,7 +14,7 @@ whatever the size of the model.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ from dist_peft.export.sink import (
     write_directory,
 )
 from dist_peft.export.walk import CHUNK_BYTES, open_walk
+from dist_peft.model.classifier import settings_of
+from dist_peft.model.hub import load_tokenizer
 
 __all__ = ["merge_model"]
 
@@ -51,6 +53,10 @@ def merge_model(
     check_new(out)
     with open_walk(base, directory, adapter_dir, into, chunk_bytes) as walk:
         written = write_directory(walk, None, out, dtype, max_file_bytes)
-    copy_configuration(directory, out, dtype, {})
+        changes: dict[str, Any] = {}
+        if walk.skeleton.head is not None:
+            tokenizer = load_tokenizer(directory, base.trust_remote_code)
+            changes = settings_of(walk.skeleton.model, tokenizer)
+    copy_configuration(directory, out, dtype, changes)
     copy_tokenizer(adapter_dir, out)
     return written

@@ -116,7 +116,7 @@ def write_directory(
             plans[weight.name] = packer.plan(weight)
         else:
             kind = dtype if info.dtype.is_floating_point else info.dtype
-            plans[weight.name] = [TensorSpec(info.name, kind, info.shape)]
+            plans[weight.name] = [TensorSpec(weight.written, kind, info.shape)]
     specs = [spec for plan in plans.values() for spec in plan]
     merged = 0
     with StreamWriter(out, specs, max_file_bytes) as writer:
@@ -131,7 +131,7 @@ def write_directory(
                     rows = walk.rows(weight, span)
                     if compute is not None and rows.is_floating_point():
                         rows = rows.to(compute)
-                    writer.write(weight.name, rows.to(kind), span.start)
+                    writer.write(weight.written, rows.to(kind), span.start)
             merged += walk.adapts(weight) and walk.state != "base"
         walk.check_complete()
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

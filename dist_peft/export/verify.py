@@ -8,12 +8,18 @@ the adapter has a small absolute error too.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
@@ -24,7 +30,8 @@ __all__ = ["Comparison", "Probe", "compare", "generate", "verify_directory"]
 
 @dataclass
 class Probe:
-    """Tokens [B, S] with the trained model's logits and the base's before training [B, S, V]."""
+    """Tokens [B, S] with the trained model's logits and the base's before training [B, S, V]; a
+    classifier's are [B, classes]."""
 
     input_ids: Tensor
     trained: Tensor
@@ -105,7 +112,10 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
 def verify_directory(directory: Path, probe: Probe, dtype: torch.dtype) -> Comparison:
     """Load ``directory`` with plain ``transformers`` and compare."""
     disable_progress_bar()  # a bar for each file would hide the one line that matters
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    architectures = AutoConfig.from_pretrained(directory).architectures or [""]
+    classifies = architectures[0].endswith("ForSequenceClassification")
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model = auto.from_pretrained(directory, dtype=dtype).eval()
     return compare(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
 
 

@@ -13,7 +13,8 @@ its decoded rows, too.
 
 The first two give float32 rows, the others ``AffineParts`` with float32 zeros. All other tensors
 (embeddings, norms, biases, the head) are rows of the files in every state; where the adapter
-changes one of them, it is merged except in ``base``.
+changes one of them, it is merged except in ``base``. Those of a classifier's head may be in no
+file: the adapter has them whole.
 """
 
 import logging
@@ -28,13 +29,15 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
-from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.adapters.merge_head import HeadMerger
+from dist_peft.adapters.peft_format import read_adapter, read_metadata
 from dist_peft.adapters.weights_format import TrainedWeights, holds_weights
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows, LinearRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.quant.codec import Codec
@@ -58,12 +61,18 @@ class Weight:
     Attributes:
         info: what the files say of it, or of what stands for it (``Skeleton.tensors``).
         path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
-        linear: the linear it is the weight of, the head included; None for every other tensor.
+        linear: the linear it is the weight of, the head included, or the stack of experts that it
+            is some rows of; None for every other tensor.
+        written: its name in what is written: that in the files, but for those of a trunk that was
+            saved without its head, which get its name in front.
+        first: the row of ``linear`` that it begins with.
     """
 
     info: TensorSpec
     path: str
-    linear: FrozenLinear | None
+    linear: FrozenRows | None
+    written: str
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -95,7 +104,12 @@ class Weight:
     @property
     def columns(self) -> int:
         """Of a matrix: in_features."""
-        return self.info.shape[1]
+        return self.info.shape[-1]
+
+    def in_linear(self, span: Span) -> Span:
+        """Rows ``span`` as rows of ``linear``; of experts stored together a row is an expert."""
+        height = torch.Size(self.info.shape[1:-1]).numel()
+        return Span(self.first + span.start * height, self.first + span.stop * height)
 
 
 class Walk:
@@ -111,7 +125,7 @@ class Walk:
     def __init__(
         self,
         skeleton: Skeleton,
-        merger: Merger | TrainedWeights,
+        merger: Merger | HeadMerger | TrainedWeights,
         reader: RowReader,
         adapter_dir: Path,
         state: State,
@@ -120,6 +134,12 @@ class Walk:
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._merger, self._reader, self._chunk_bytes = merger, reader, chunk_bytes
         self.weights = _weights(skeleton)
+        self._new = frozenset(skeleton.head.new if skeleton.head else ())
+        if absent := sorted(name for name in self._new if not merger.touches(name)):
+            raise UserError(
+                f"adapter {adapter_dir} has no {absent[0]}, a parameter of the classifier's head "
+                "that the base does not have either; is it of another run?"
+            )
 
     def adapts(self, weight: Weight) -> bool:
         """Whether the adapter changes this tensor."""
@@ -150,13 +170,20 @@ class Walk:
             assert linear is not None
             packed = self._packed(weight, span)
             rows = linear.codec.decode(packed, linear.in_features, torch.float32)
+            rows = rows.reshape(len(span), *weight.info.shape[1:])
+        elif weight.path in self._new:
+            rows = torch.zeros(len(span), *weight.info.shape[1:])  # all of it is the adapter's
         else:
             rows = self._reader.read(weight.name, span)
         if not adapted:
             return rows
         rows = rows.float()
         into: Literal["original", "decoded"] = "decoded" if decoded else "original"
-        return self._merger.merge_rows(weight.path, rows, span, into) if adapted else rows
+        if linear is None:
+            return self._merger.merge_rows(weight.path, rows, span, into)
+        flat = rows.reshape(-1, weight.columns)
+        merged = self._merger.merge_rows(weight.path, flat, weight.in_linear(span), into)
+        return merged.view(rows.shape)
 
     def parts(self, weight: Weight, span: Span) -> AffineParts:
         """Rows of a block's linear on an integer base, in the states ``codes`` and ``base``."""
@@ -170,8 +197,9 @@ class Walk:
     def _packed(self, weight: Weight, span: Span) -> Tensor:
         """Rows of a linear as training held them."""
         assert weight.linear is not None
-        read = LinearRows.read(weight.linear, self._reader, span)
-        return read.packed(partial(self._merger.residual_rows, weight.path, span=span))
+        own = weight.in_linear(span)
+        read = LinearRows.read(weight.linear, self._reader, own)
+        return read.packed(partial(self._merger.residual_rows, weight.path, span=own))
 
     def group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
         """In the state ``base``: what an adapter that fits into zeros adds to each group, chunk by
@@ -209,8 +237,9 @@ def open_walk(
     Raises:
         UserError: damaged files, or an adapter that was trained on another base.
     """
-    skeleton = build_skeleton(base, directory)
-    trained_on = read_metadata(adapter_dir).get("base_fingerprint")
+    about = read_metadata(adapter_dir)
+    skeleton = build_skeleton(base, directory, about.get("labels", ()))
+    trained_on = about.get("base_fingerprint")
     if trained_on not in (None, skeleton.index.fingerprint()):
         raise UserError(
             f"adapter {adapter_dir} was trained on another base than {directory}: the weights "
@@ -231,9 +260,11 @@ def open_walk(
 
 def _open_merger(
     skeleton: Skeleton, adapter_dir: Path, stack: ExitStack
-) -> Merger | TrainedWeights:
+) -> Merger | HeadMerger | TrainedWeights:
     if not holds_weights(adapter_dir):
-        return Merger.open(adapter_dir, tied=skeleton.tied)
+        merger = Merger.open(adapter_dir, tied=skeleton.tied)
+        trained = None if skeleton.head is None else read_adapter(adapter_dir).head
+        return merger if trained is None else HeadMerger(merger, trained.tensors)
     names = {weight.path: weight.name for weight in _weights(skeleton)}
     if skeleton.tied:  # some files have the head's copy of the shared weight, too
         paths = {id(m): path for path, m in skeleton.model.named_modules()}
@@ -258,10 +289,22 @@ def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:
 
 
 def _weights(skeleton: Skeleton) -> list[Weight]:
-    paths: dict[str, tuple[str, FrozenLinear | None]] = {}
+    paths: dict[str, tuple[str, FrozenRows | None]] = {}
+    first: dict[str, int] = {}
     for path, module in skeleton.model.named_modules():
         for own, name in module.checkpoint_names.items():
             is_linear = isinstance(module, FrozenLinear) and own == "packed"
             linear = module if is_linear else None
             paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
-    return [Weight(info, *paths.get(name, (name, None))) for name, info in skeleton.tensors.items()]
+        if isinstance(module, ExpertStack):
+            for piece in module.pieces:
+                paths[piece.name] = (f"{path}.weight", module)
+                first[piece.name] = piece.span.start
+    trunk = "" if skeleton.head is None else f"{skeleton.model.base_model_prefix}."
+    found = []
+    for name, info in skeleton.tensors.items():
+        path, linear = paths.get(name, (name, None))
+        headless = path.startswith(trunk) and not name.startswith(trunk)
+        written = f"{trunk}{name}" if headless else name
+        found.append(Weight(info, path, linear, written, first.get(name, 0)))
+    return found

@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_peft.data.labelled import LabelledBatch
+from dist_peft.data.loader import Batch
+from dist_peft.model.classifier import reads_token_types
 from dist_peft.model.skeleton import torch_dtype
 
 __all__ = [
+    "batch_inputs",
     "document_mask",
     "documents_are_isolated",
     "is_packed",
@@ -41,6 +45,21 @@ def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> d
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     mask = packing_mask(model, position_ids)
     return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
+def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the forward pass for a batch.
+
+    Labelled rows hold one document each, padded: they have a mask, and the positions that the model
+    counts itself (RoBERTa's begin at 2).
+    """
+    ids = batch.input_ids.to(device)
+    if not isinstance(batch, LabelledBatch):
+        return model_inputs(model, ids, batch.position_ids.to(device))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
+    if reads_token_types(model):
+        inputs["token_type_ids"] = batch.token_types.to(device)
+    return inputs
 
 
 def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:

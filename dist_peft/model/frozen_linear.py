@@ -10,6 +10,9 @@ outlives either. This is the base layer of QLoRA (Dettmers et al. 2023), with on
 bitsandbytes' ``Linear4bit``: scales and zeros lie in the row beside the codes, not in a separate
 state that engines would replicate.
 
+``FrozenRows`` is the packed weight alone, which linears share with the experts of a mixture
+(``model.experts``).
+
 ``LinearRows`` is the one way from a base's files to packed rows, for loading as for exports: rows
 of an unquantized base are encoded, those of a prequantized base are packed already.
 """
@@ -27,7 +30,7 @@ from dist_peft.quant.codec import Codec
 from dist_peft.quant.matmul import frozen_matmul
 from dist_peft.store.reader import RowReader
 
-__all__ = ["FrozenLinear", "LinearRows", "Stored", "is_finite"]
+__all__ = ["FrozenLinear", "FrozenRows", "LinearRows", "Stored", "is_finite"]
 
 
 class Stored(Protocol):
@@ -37,26 +40,69 @@ class Stored(Protocol):
         """Rows as the linear's codec packs them, ``uint8 [len(span), row_bytes]``."""
 
 
-class FrozenLinear(nn.Module):
-    """``y = x W^T + b`` with a packed, frozen ``W``.
+class FrozenRows(nn.Module):
+    """A packed, frozen weight that some product is made with.
 
     Args:
-        in_features, out_features: shape of the weight, ``[out, in]``.
+        in_features: columns of the weight.
+        rows: of the weight.
         codec: how rows are packed.
-        bias: whether there is a bias ``[out]``.
-        bias_dtype: type of the bias.
         source: name of the weight in the checkpoint's files.
-        device: where the (unfilled) parameters are made; ``meta`` in a run.
+        device: where the (unfilled) parameter is made; ``meta`` in a run.
         stored: where a prequantized base has its packed rows; None: they are encoded.
 
     Attributes:
-        packed: ``uint8 [out, row_bytes]``, frozen.
-        bias: ``[out]``, frozen, or ``None``.
+        packed: ``uint8 [rows, row_bytes]``, frozen.
         is_head: this is the output head, which ``all-linear`` leaves out.
     """
 
     is_head: bool = False
     packed: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        rows: int,
+        codec: Codec,
+        source: str,
+        device: torch.device | str,
+        stored: Stored | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.codec, self.source, self.stored = codec, source, stored
+        shape = (rows, codec.row_bytes(in_features))
+        self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
+
+    def read(self, reader: RowReader, span: Span) -> Tensor:
+        """Rows of an unquantized base's files, ``[len(span), in]`` in their type."""
+        return reader.read(self.source, span)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight [rows, in]; allocates it."""
+        return self.codec.decode(self.packed, self.in_features, dtype)
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows of the base's weight ``[n, in]`` as the product will see them: rounded by the codec,
+        which those of a prequantized base are already."""
+        if self.stored is not None:
+            return rows
+        return self.codec.decode(self.codec.encode(rows), self.in_features, rows.dtype)
+
+
+class FrozenLinear(FrozenRows):
+    """``y = x W^T + b`` with a packed, frozen ``W``.
+
+    Args:
+        in_features, out_features: shape of the weight, ``[out, in]``.
+        codec, source, device, stored: see ``FrozenRows``.
+        bias: whether there is a bias ``[out]``.
+        bias_dtype: type of the bias.
+
+    Attributes:
+        bias: ``[out]``, frozen, or ``None``.
+    """
+
     bias: nn.Parameter | None
 
     def __init__(
@@ -70,11 +116,8 @@ class FrozenLinear(nn.Module):
         device: torch.device | str,
         stored: Stored | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.codec, self.source, self.stored = codec, source, stored
-        shape = (out_features, codec.row_bytes(in_features))
-        self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
+        super().__init__(in_features, out_features, codec, source, device, stored)
+        self.out_features = out_features
         self.bias = None
         if bias:
             self.bias = nn.Parameter(
@@ -86,17 +129,6 @@ class FrozenLinear(nn.Module):
         y = frozen_matmul(x, self.packed, self.codec, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight [out, in]; allocates it."""
-        return self.codec.decode(self.packed, self.in_features, dtype)
-
-    def rounded(self, rows: Tensor) -> Tensor:
-        """Rows of the base's weight ``[n, in]`` as the product will see them: rounded by the codec,
-        which those of a prequantized base are already."""
-        if self.stored is not None:
-            return rows
-        return self.codec.decode(self.codec.encode(rows), self.in_features, rows.dtype)
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -106,20 +138,20 @@ class FrozenLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LinearRows:
-    """Some rows of a linear's weight, read.
+    """Some rows of a packed weight, read.
 
     Attributes:
         linear: whose.
         held: as the files have them, ``[n, in]`` numbers; or packed rows of a prequantized base.
     """
 
-    linear: FrozenLinear
+    linear: FrozenRows
     held: Tensor
 
     @classmethod
     def read(
         cls,
-        linear: FrozenLinear,
+        linear: FrozenRows,
         reader: RowReader,
         span: Span,
         device: torch.device | str = "cpu",
@@ -131,7 +163,7 @@ class LinearRows:
         """
         if linear.stored is not None:
             return cls(linear, linear.stored.read(reader, span).to(device))
-        rows = reader.read(linear.source, span).to(device)
+        rows = linear.read(reader, span).to(device)
         if not is_finite(rows):
             raise UserError(
                 f"tensor {linear.source}: weight is not finite: NaN or infinity in a row; get the "

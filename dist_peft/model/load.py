@@ -1,7 +1,7 @@
 """Filling a sharded model: each rank reads its own rows, encodes them, keeps them.
 
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
-turned into what the parameter stores (packed bytes for a ``FrozenLinear``, by ``LinearRows``; the
+turned into what the parameter stores (packed bytes for ``FrozenRows``, by ``LinearRows``; the
 parameter's own type for all others: ``compute_dtype``, or float32 where they learn) and handed to
 the engine (``fill``). One tensor is in memory at a time, and of it only this rank's rows. The
 functions are injected, so that this file knows neither engines nor adapters.
@@ -13,14 +13,14 @@ still are on ``meta``.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear, LinearRows, is_finite
+from dist_peft.model.frozen_linear import FrozenRows, LinearRows, is_finite
 from dist_peft.store.reader import RowReader
 
 __all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
@@ -101,7 +101,7 @@ def load_model(
         linear: LinearRows | None = None
         if failure is None:
             try:
-                if isinstance(owner, FrozenLinear) and name == "packed":
+                if isinstance(owner, FrozenRows) and name == "packed":
                     linear = LinearRows.read(owner, reader, span, device)
                     rows = linear.packed() if wrapper is None else rows
                 else:
@@ -135,11 +135,14 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
     A wrapper's own parameters come right after those of what it wraps: PiSSA, LoftQ and DoRA derive
     their start from the rows, and it should not lie about longer than needed.
     """
-    wrappers = {id(m.base): m for m in model.modules() if isinstance(m, AdapterRows)}
+    wrappers: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, AdapterRows):
+            wrappers.setdefault(id(module.base), []).append(module)
     order: list[nn.Module] = []
     for module in model.modules():
         if not isinstance(module, AdapterRows):
-            order += [module, *([wrappers[id(module)]] if id(module) in wrappers else [])]
+            order += [module, *wrappers.get(id(module), [])]
     uses: dict[int, list[_Use]] = {}
     for module in order:
         for name, parameter in module._parameters.items():
@@ -157,9 +160,10 @@ def _own_rows(
     """Rows ``span`` of a parameter that is no packed weight, in its type."""
     parameter = owner._parameters[name]
     assert parameter is not None
-    if isinstance(owner, AdapterRows):
+    in_files: dict[str, str] = getattr(owner, "checkpoint_names", {})
+    if isinstance(owner, AdapterRows) and name not in in_files:
         return owner.initial_rows(name, span).to(parameter.dtype)
-    source = cast(dict[str, str], owner.checkpoint_names)[name]
+    source = in_files[name]
     read = reader.read(source, span)
     rows = read.to(parameter.dtype)
     if not is_finite(rows):

@@ -1,4 +1,4 @@
-"""Any dense ``transformers`` causal LM on ``meta``, with its linears replaced by ``FrozenLinear``.
+"""Any ``transformers`` causal LM or classifier on ``meta``, its linears and experts packed.
 
 No weight is allocated: parameters live on the ``meta`` device until the engine has decided who
 keeps which rows. Buffers are another matter. Non-persistent ones (rotary frequencies, Gemma's
@@ -9,38 +9,35 @@ arithmetic such as ``torch.arange`` alone. Buffers thus come out real, computed 
 code, whatever the family; the norms' small parameters come out real too and are moved to ``meta``
 afterwards.
 
-Where checkpoint tensors go is decided here as well: every module that owns parameters gets
-``checkpoint_names``, a dict from its own parameter's name to the tensor's name in the files. It
-stays right when an adapter later moves the module one level down.
+Where checkpoint tensors go (found by ``model.naming``) is noted here, too: every module that owns
+parameters gets ``checkpoint_names``, a dict from its own parameter's name to the tensor's name in
+the files, and stacks of experts get ``pieces``. Both stay right when an adapter later moves the
+module one level down.
 """
 
-import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import ONCE
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model import classifier
+from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts, find_experts, find_routers
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason
+from dist_peft.model.naming import Names, find_names
 from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
-from dist_peft.quant.codec import RawCodec, make_codec
+from dist_peft.quant.codec import Codec, RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
-from dist_peft.store.index import SafetensorsIndex, TensorInfo
+from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["Skeleton", "build_skeleton", "find_blocks", "torch_dtype"]
-
-log = logging.getLogger("dist_peft")
 
 
 @dataclass
@@ -49,14 +46,16 @@ class Skeleton:
 
     Attributes:
         model: the ``transformers`` model; parameters on ``meta``, buffers real and on the CPU.
-        blocks: its decoder layers, first to last (the unit of sharding and recomputation).
+        blocks: its layers, first to last (the unit of sharding and recomputation).
         index: the tensors of the base's files.
         tied: the output head shares the input embedding's weight.
         tensors: the model's tensors in the order of the files: those of ``index``, and for what a
             prequantized directory stores in several tensors, the weight [out, in] that they stand
-            for, as float32.
+            for, as float32. A classifier's are the used ones only, and after them the new ones of
+            its head, as float32 and under the model's names.
         prequantized: the directory is quantized already, and how; None: it is encoded by
             ``base.quant`` while it is read.
+        head: a classifier's, which learns.
     """
 
     model: PreTrainedModel
@@ -65,6 +64,7 @@ class Skeleton:
     tied: bool
     tensors: dict[str, TensorSpec]
     prequantized: Prequantized | None
+    head: classifier.Head | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -78,7 +78,8 @@ class Skeleton:
     @property
     def positions(self) -> int | None:
         """The longest document that the base was made for; None: no limit is known."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if known is None else known - classifier.unused_positions(self.model)
 
     @property
     def positions_are_learned(self) -> bool:
@@ -106,12 +107,19 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def build_skeleton(base: BaseConfig, directory: Path) -> Skeleton:
+def _never(name: str) -> bool:
+    return False
+
+
+def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()) -> Skeleton:
     """Build the model of ``directory`` without weights.
+
+    Args:
+        labels: with ``base.head: classifier`` the names of the classes.
 
     Raises:
         UserError: no or unreadable ``config.json``, a model type ``transformers`` does not know
-            or that is no causal LM, checkpoint tensors that do not fit the model; a prequantized
+            or that has no such head, checkpoint tensors that do not fit the model; a prequantized
             directory that is not read or that ``base.quant`` contradicts.
     """
     index = SafetensorsIndex.open(directory)
@@ -120,21 +128,33 @@ def build_skeleton(base: BaseConfig, directory: Path) -> Skeleton:
     packed = open_prequantized(directory, index)
     if packed is not None:
         check_stated(base, packed, directory)
+    if base.head == "classifier":
+        classifier.prepare_labels(config, labels)
+    else:
+        classifier.refuse_encoder(config, base.path)
     model = _build_meta(config, base, dtype)
     blocks = find_blocks(model)
-    names = _checkpoint_names(model, index, packed)
+    may_lack = _never if base.head == "lm" else classifier.may_be_new(model, blocks)
+    experts = find_experts(blocks)
+    names = find_names(model, index, packed, experts, may_lack)
+    head = None if base.head == "lm" else classifier.head_of(model, names.found, labels)
     tied = _is_tied(model)
-    _freeze_linears(model, blocks, names, base, packed, tied)
+    codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
+    learning, routers = head.modules if head else (), find_routers(model, experts)
+    _freeze_linears(model, blocks, names.tensors, codec, dtype, packed, tied, learning, routers)
+    _freeze_experts(model, experts, names, codec)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, FrozenLinear) and parameter.device.type != "meta":
+            if not isinstance(module, FrozenRows) and parameter.device.type != "meta":
                 meta = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
                 module.register_parameter(name, meta)
-    tensors = _tensors(model, names, index, packed)
-    _attach_names(model, names, index, tensors)
+    tensors = _tensors(model, names.tensors, index, packed)
+    if head is not None:
+        tensors = classifier.used_and_new(model, names.found, tensors, head)
+    _attach_names(model, names.tensors, index, tensors)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
-    return Skeleton(model, blocks, index, tied, tensors, packed)
+    return Skeleton(model, blocks, index, tied, tensors, packed, head)
 
 
 def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
@@ -154,7 +174,7 @@ def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
 def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _EmptyOnMeta():
-            return AutoModelForCausalLM.from_config(
+            return classifier.MODELS[base.head].from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=None if base.attention == "auto" else base.attention,
@@ -162,7 +182,8 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
             )
     except REFUSALS as error:
         raise UserError(
-            f"transformers cannot build a causal LM of type {config.model_type!r} "
+            f"transformers cannot build a {classifier.KINDS[base.head]} of type "
+            f"{config.model_type!r} "
             f"with base.attention={base.attention!r}: {reason(error)}"
         ) from None
 
@@ -192,21 +213,27 @@ def _freeze_linears(
     model: nn.Module,
     blocks: list[nn.Module],
     names: dict[str, str],
-    base: BaseConfig,
+    codec: Codec,
+    dtype: torch.dtype,
     packed: Prequantized | None,
     tied: bool,
+    learning: Sequence[str],
+    routers: set[int],
 ) -> None:
-    """Inside the blocks linears take the base's codec; an untied head stays unquantized.
+    """Inside the blocks linears take the base's codec; an untied head stays unquantized, and
+    routers stay what they are.
+
+    ``learning``: paths of modules that are no frozen ones. ``routers``: see ``find_routers``.
 
     Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
     """
-    dtype = torch_dtype(base.compute_dtype)
     raw = RawCodec(dtype)
-    codec = make_codec(base.quant, dtype) if packed is None else raw
     in_blocks = {id(m) for block in blocks for m in block.modules()}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear:
+            if type(child) is not nn.Linear or id(child) in routers:
+                continue
+            if f"{path}.{name}".lstrip(".") in learning:
                 continue
             inside = id(child) in in_blocks
             if not inside and tied:
@@ -228,70 +255,21 @@ def _freeze_linears(
             setattr(parent, name, frozen)
 
 
-def _checkpoint_names(
-    model: PreTrainedModel, index: SafetensorsIndex, packed: Prequantized | None
-) -> dict[str, str]:
-    """Parameter or persistent buffer -> tensor in the files; a packed weight under the name that
-    it had before.
-
-    Some families were renamed after their checkpoints were written (``transformers`` knows how),
-    and some checkpoints were saved from the headless model, without the leading ``model.``.
-    """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
-    in_files = {apply_renamings(name, renamings): name for name in tensors}
-    prefix = model.base_model_prefix + "."
-    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    names, absent = {}, []
-    for name in [*dict(model.named_parameters()), *buffers]:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in in_files:
-                names[name] = in_files[candidate]
-                break
-        else:
-            if name not in buffers:  # a buffer keeps the value that the model computed for it
-                absent.append(name)
-    if absent:
-        raise UserError(
-            f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
-            f"such as {absent[0]}; is the download complete?"
-        )
-    _warn_of_unused(model, index, tensors, set(names.values()))
-    for name, source in names.items():
-        info, shape = tensors[source], tuple(model.state_dict()[name].shape)
-        if info is not None and shape != info.shape:
-            raise UserError(
-                f"tensor {source} has shape {list(info.shape)} in the files but config.json asks "
-                f"for {list(shape)}"
-            )
-    return names
-
-
-def _warn_of_unused(
-    model: PreTrainedModel,
-    index: SafetensorsIndex,
-    tensors: Mapping[str, TensorInfo | None],
-    used: set[str],
+def _freeze_experts(
+    model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
 ) -> None:
-    """Matrices that no parameter takes: a config.json of fewer layers would drop them silently."""
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(model._tied_weights_keys or ())]
-    unused = [
-        name
-        for name, info in tensors.items()
-        if name not in used
-        and (info is None or (len(info.shape) == 2 and info.dtype.is_floating_point))
-        and not any(re.search(pattern, name) for pattern in ignored)
-    ]
-    if unused:
-        log.warning(
-            "%s has %d weights that a %s of this config.json does not use, such as %s",
-            index.path,
-            len(unused),
-            type(model).__name__,
-            unused[0],
-            extra=ONCE,
-        )
+    """Experts take the base's codec, too."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in experts:
+        stacks: dict[str, ExpertStack] = {}
+        for own in STACKS:
+            count, out, columns = module.get_parameter(own).shape
+            source = f"{paths[id(module)]}.{own}"
+            stacks[own] = ExpertStack(count, columns, out, codec, source, "meta")
+            stacks[own].pieces = names.stacks[source]
+        parent, _, own = paths[id(module)].rpartition(".")
+        frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
+        setattr(model.get_submodule(parent), own, frozen)
 
 
 def _tensors(
@@ -344,7 +322,8 @@ def _attach_names(
                 own[name] = names[full]
             elif isinstance(module, FrozenLinear):
                 raise UserError(f"no tensor for {full} in {index.path}")
-        for source in own.values():
+        pieces = module.pieces if isinstance(module, ExpertStack) else ()
+        for source in [*own.values(), *(piece.name for piece in pieces)]:
             if not tensors[source].dtype.is_floating_point:
                 raise UserError(
                     f"tensor {source} in {index.tensors[source].file} has type "

@@ -93,6 +93,23 @@ class RowReader:
         data = self._read(info.file, pieces)
         return data.view(info.dtype).reshape(shape)
 
+    def read_flat(self, name: str, span: Span) -> Tensor:
+        """Rows ``span`` of a tensor ``[..., n]`` taken as one matrix of all its rows of ``n``.
+
+        Returns:
+            ``[len(span), n]`` in the file's type.
+
+        Raises:
+            UserError: see ``read``.
+            ValueError: the span leaves the tensor.
+        """
+        info = self.index.find(name)
+        row = info.shape[-1] * info.dtype.itemsize
+        if span.stop * row > info.nbytes:
+            raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
+        data = self._read(info.file, [(info.start + span.start * row, len(span) * row)])
+        return data.view(info.dtype).reshape(len(span), info.shape[-1])
+
     def _read(self, file: Path, pieces: list[tuple[int, int]]) -> Tensor:
         """Pieces (offset, length) of a file behind each other, ``uint8``."""
         data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)

@@ -17,9 +17,11 @@ from torch import nn
 from dist_peft.adapters.base import Adapter
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
+from dist_peft.data.labelled import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.engine import Engine
-from dist_peft.model.attention import model_inputs
+from dist_peft.model.attention import batch_inputs
+from dist_peft.train.class_loss import labelled_losses
 from dist_peft.train.loss import token_loss
 
 __all__ = ["StepResult", "batch_loss", "fit"]
@@ -45,12 +47,13 @@ class StepResult:
 def batch_loss(
     model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
 ) -> torch.Tensor:
-    """Sum of the token losses of a batch; packed documents do not see each other.
+    """Sum of the losses of a batch's targets; packed documents do not see each other.
 
     ``call``: what to call instead of ``model`` (an engine's wrapper of it).
     """
-    inputs = model_inputs(model, batch.input_ids.to(device), batch.position_ids.to(device))
-    logits = (call or model)(**inputs, use_cache=False).logits
+    logits = (call or model)(**batch_inputs(model, batch, device), use_cache=False).logits
+    if isinstance(batch, LabelledBatch):
+        return labelled_losses(logits, batch).sum()
     return token_loss(logits, batch.labels.to(device))
 
 
@@ -83,7 +86,9 @@ def fit(
             adapter.begin(step, batch.sample_ids)
             loss = batch_loss(model, batch, engine.device, call)
             total += loss.detach().double().cpu()
-            engine.backward(loss / targets, last=number == len(batches) - 1)
+            mean_part = loss / targets
+            adapter.penalize(mean_part, len(batches) * world.size)
+            engine.backward(mean_part, last=number == len(batches) - 1)
         mean = world.sum(total.item())[0] / targets
         norm = engine.step(lr_at(step), max_grad_norm) if math.isfinite(mean) else math.nan
         if not (math.isfinite(mean) and math.isfinite(norm)):

@@ -36,7 +36,11 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 
-_BY_TASK = ("eval_by_task", "eval_by_task_before")
+_BY_TASK = tuple(
+    f"eval_{what}by_task{when}"
+    for what in ("", "accuracy_", "macro_f1_")
+    for when in ("", "_before")
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class StepMetrics:
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
         eval_by_task, eval_by_task_before: the same for each of several held-out sources, by name.
+        eval_accuracy, eval_macro_f1, ...: of classes, see ``train.class_loss``; as the losses.
         epoch: passes over the training rows so far.
         samples: rows seen so far.
         seconds: wall time of the step.
@@ -72,6 +77,14 @@ class StepMetrics:
     eval_loss_before: float | None = None
     eval_by_task: dict[str, float] | None = None
     eval_by_task_before: dict[str, float] | None = None
+    eval_accuracy: float | None = None
+    eval_accuracy_before: float | None = None
+    eval_accuracy_by_task: dict[str, float] | None = None
+    eval_accuracy_by_task_before: dict[str, float] | None = None
+    eval_macro_f1: float | None = None
+    eval_macro_f1_before: float | None = None
+    eval_macro_f1_by_task: dict[str, float] | None = None
+    eval_macro_f1_by_task_before: dict[str, float] | None = None
     epoch: float | None = None
     samples: int | None = None
     seconds: float | None = None
@@ -161,14 +174,15 @@ class Metrics:
         board.add_scalar("speed/tokens_per_s", record.tokens_per_s, step)
         board.add_scalar("memory/peak_GiB", record.mem_peak / 2**30, step)
         board.add_scalar("communication/gathered_MiB", record.bytes_gathered / 2**20, step)
-        for loss, by_task, when in (
-            (record.eval_loss_before, record.eval_by_task_before, step - 1),
-            (record.eval_loss, record.eval_by_task, step),
-        ):
-            if loss is not None:
-                board.add_scalar("eval/loss", loss, when)
-            for name, own in (by_task or {}).items():
-                board.add_scalar(f"eval/loss/{name}", own, when)
+        for after, when in (("_before", step - 1), ("", step)):
+            for name in ("loss", "accuracy", "macro_f1"):
+                value = getattr(record, f"eval_{name}{after}")
+                if value is not None:
+                    board.add_scalar(f"eval/{name}", value, when)
+                prefix = "" if name == "loss" else f"{name}_"
+                by_task = getattr(record, f"eval_{prefix}by_task{after}")
+                for task, own in (by_task or {}).items():
+                    board.add_scalar(f"eval/{name}/{task}", own, when)
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

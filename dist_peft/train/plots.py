@@ -8,7 +8,7 @@ tell apart; curves that share axes also differ in width or marker.
 import io
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from dist_peft.train.metrics import StepMetrics
 
-__all__ = ["PLOTS", "Plot", "Theme", "draw", "eval_points", "smooth"]
+__all__ = ["PLOTS", "Plot", "Theme", "draw", "draw_heat_maps", "eval_points", "smooth"]
 
 Theme = Literal["light", "dark"]
 
@@ -64,13 +64,58 @@ def draw(plot: Plot, records: Sequence[StepMetrics], theme: Theme = "light") -> 
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
     palette = _PALETTES[theme]
-    figure = Figure(figsize=plot.size, dpi=144, layout="constrained", facecolor=palette.background)
-    FigureCanvasAgg(figure)
+    figure = _figure(plot.size, palette)
     axes = figure.add_subplot()
     _prepare(axes, plot, palette)
     plot.paint(axes, records, palette)
     # a single point or a constant would otherwise get ticks between steps
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    return _png(figure)
+
+
+def draw_heat_maps(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    theme: Theme = "light",
+) -> bytes:
+    """A PNG of tables of shares, side by side.
+
+    Args:
+        title: heading of the picture.
+        rows, columns: names along a table's sides.
+        panels: heading of each table -> ``[rows][columns]`` of numbers from 0 to 1.
+    """
+    palette = _PALETTES[theme]
+    width, height = 1.6 + (0.5 + 0.75 * len(columns)) * len(panels), 1.4 + 0.26 * len(rows)
+    figure = _figure((max(width, 4.8), max(height, 2.4)), palette)
+    figure.suptitle(title, x=0.02, ha="left", color=palette.ink, fontsize=11, fontweight="bold")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (heading, table) in zip(all_axes, panels.items(), strict=True):
+        image = axes.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(heading, color=palette.ink, fontsize=9)
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(colors=palette.ink, labelsize=8, length=0)
+        axes.spines[:].set_visible(False)
+        for y, numbers in enumerate(table):
+            for x, share in enumerate(numbers):
+                ink = "#000000" if share > 0.5 else "#ffffff"
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color=ink, fontsize=7)
+    bar = figure.colorbar(image, ax=list(all_axes))
+    bar.ax.tick_params(colors=palette.ink, labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    return _png(figure)
+
+
+def _figure(size: tuple[float, float], palette: _Palette) -> Figure:
+    figure = Figure(figsize=size, dpi=144, layout="constrained", facecolor=palette.background)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -7,9 +7,10 @@ or dark setting. Numbers come from ``metrics.jsonl``, the description of the run
 
 import base64
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -17,10 +18,11 @@ from jinja2 import Environment, StrictUndefined
 
 from dist_peft.core.config import RunConfig
 from dist_peft.store.writer import atomic_write
+from dist_peft.train.fusion_attention import FusionAttention
 from dist_peft.train.metrics import METRICS_FILE, StepMetrics, format_bytes, read_metrics
-from dist_peft.train.plots import PLOTS, Plot, draw, eval_points
+from dist_peft.train.plots import PLOTS, Plot, Theme, draw, draw_heat_maps, eval_points
 
-__all__ = ["RunSummary", "Section", "write_report"]
+__all__ = ["RunSummary", "Section", "write_report", "write_task_report"]
 
 Row = tuple[str, str]
 
@@ -87,24 +89,50 @@ class Section:
 def write_report(run_dir: Path, summary: RunSummary, sections: Sequence[Section] = ()) -> Path:
     """Write ``run_dir/report.html`` and return its path.
 
-    Reads ``metrics.jsonl`` and ``config.yaml`` of ``run_dir``; a part whose file or numbers do not
-    exist is left out.
+    Reads ``metrics.jsonl``, ``fusion_attention.json`` and ``config.yaml`` of ``run_dir``; a part
+    whose file or numbers do not exist is left out.
 
     Raises:
-        UserError: ``metrics.jsonl`` is damaged, or the disk is full.
+        UserError: a file is damaged, or the disk is full.
     """
     records = read_metrics(run_dir / METRICS_FILE)
-    config = run_dir / "config.yaml"
+    plots = [_inline(plot, records) for plot in PLOTS] if records else []
+    if (attention := FusionAttention.read(run_dir)) is not None:
+        plots.append(_inline_attention(attention))
+    return _write_page(
+        run_dir,
+        headline=_headline(records),
+        tables=[("Setup", _setup_rows(summary)), ("Outcome", _outcome_rows(records))],
+        plots=plots,
+        sections=sections,
+    )
+
+
+def write_task_report(
+    run_dir: Path, summary: RunSummary, tasks: Mapping[str, Sequence[StepMetrics]]
+) -> Path:
+    """Write ``run_dir/report.html`` about several tasks, by name; return its path."""
+    return _write_page(
+        run_dir,
+        headline=f"An adapter for each of {_plural(len(tasks), 'task')}; its curves are in the "
+        "report of its own directory, tasks/NAME.",
+        tables=[
+            ("Setup", _setup_rows(summary)),
+            *((name, _outcome_rows(records)) for name, records in tasks.items()),
+        ],
+        plots=[],
+        sections=(),
+    )
+
+
+def _write_page(run_dir: Path, **parts: object) -> Path:
+    config, path = run_dir / "config.yaml", run_dir / "report.html"
     page = _TEMPLATE.render(
         name=run_dir.resolve().name,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        headline=_headline(records),
-        tables=[("Setup", _setup_rows(summary)), ("Outcome", _outcome_rows(records))],
-        plots=[_inline(plot, records) for plot in PLOTS] if records else [],
-        sections=sections,
         config=config.read_text(encoding="utf-8") if config.exists() else None,
+        **parts,
     )
-    path = run_dir / "report.html"
     atomic_write(path, page)
     return path
 
@@ -155,6 +183,11 @@ def _outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
         best = min(points, key=lambda point: point[1])
         if best not in (points[0], points[-1]):
             rows.append(("Best held-out loss", f"{best[1]:.4f} at step {best[0]:,}"))
+    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+        ends = (getattr(first, f"eval_{name}_before"), getattr(last, f"eval_{name}"))
+        for share, step in zip(ends, (first.step - 1, last.step), strict=True):
+            if share is not None:
+                rows.append((f"Held-out {title} at step {step:,}", f"{share:.4f}"))
     speed = statistics.median(r.tokens_per_s for r in records)
     gathered = statistics.median(r.bytes_gathered for r in records)
     return [
@@ -180,21 +213,35 @@ def _setting(key: str, value: object) -> str:
     if value is True:
         return key
     if isinstance(value, list):
-        value = " ".join(str(item) for item in value)
+        value = " ".join(map(_item, value))
     return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def _item(value: object) -> str:
+    """Of a list of sections, each by what it is called or where it lies."""
+    if isinstance(value, dict):
+        value = value.get("name") or value.get("path") or value
+    return str(value)
 
 
 def _inline(plot: Plot, records: Sequence[StepMetrics]) -> dict[str, str]:
     """The plot in both themes as data URIs."""
-    images = {
-        "light": draw(plot, records, "light"),
-        "dark": draw(plot, records, "dark"),
-    }
-    inline = {
-        theme: "data:image/png;base64," + base64.b64encode(image).decode()
-        for theme, image in images.items()
-    }
+    inline = _in_both_themes(partial(draw, plot, records))
     return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
+
+
+def _inline_attention(found: FusionAttention) -> dict[str, str]:
+    """As ``_inline``: one table, or one for each task."""
+    title = "Attention to the fused adapters, by layer"
+    panels = found.by_task or {"held-out rows": found.attention}
+    paint = partial(draw_heat_maps, title, found.layer_labels(), found.adapters, panels)
+    return {"title": title, "name": "fusion_attention", **_in_both_themes(paint)}
+
+
+def _in_both_themes(paint: Callable[[Theme], bytes]) -> dict[str, str]:
+    themes: tuple[Theme, ...] = ("light", "dark")
+    prefix = "data:image/png;base64,"
+    return {theme: prefix + base64.b64encode(paint(theme)).decode() for theme in themes}
 
 
 _TEMPLATE = Environment(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.adapters.adapterhub_format import (
@@ -21,6 +22,7 @@ from dist_peft.core.config import BottleneckConfig
 from dist_peft.core.errors import UserError
 from tests.adapters.bottlenecks import adapted, gathered
 from tests.adapters.helpers import tiny_llama
+from tests.tiny_models import ENCODERS
 
 SEQ_BN: dict[str, Any] = {
     "adapter_residual_before_ln": False,
@@ -84,6 +86,10 @@ def public(placement: str = "houlsby", **settings: Any) -> PublicAdapter:
     return adapter.to_public(gathered(adapter), "tiny/base")
 
 
+def bert() -> Any:
+    return tf.AutoModelForSequenceClassification.from_config(ENCODERS["bert"]).eval()
+
+
 @pytest.mark.parametrize("placement", PRESETS)
 def test_written_as_the_library_does(placement: str, tmp_path: Path) -> None:
     """Every key, value and type of the presets; every tensor's name and shape."""
@@ -133,6 +139,28 @@ def test_read_as_written(placement: str, norms: bool, tmp_path: Path) -> None:
     )
     layers = bottleneck_tensors(found)
     assert {t["down_weight"].shape for t in layers.values()} == {(12, 32)}
+
+
+@pytest.mark.parametrize("placement", PRESETS)
+def test_places_in_post_norm_blocks(placement: str) -> None:
+    """BERT's are called by the part that they are in."""
+    _, adapter = adapted(bert(), placement=placement)
+    made = adapter.to_public(gathered(adapter), "tiny/base")
+    places = {key.partition(".adapters.")[0] for key in made.tensors}
+    parts = ["output"] + ["attention.output"] * (placement == "houlsby")
+    assert places == {f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in parts}
+    assert bottleneck_tensors(made).keys() == adapter.layers.keys()
+    assert made.config["model_class"] == "BertForSequenceClassification"
+    key = next(
+        key
+        for key in made.tensors
+        if key.endswith("layer.1.output.adapters.dist_peft.adapter_up.bias")
+    )
+    less = replace(made, tensors={k: v for k, v in made.tensors.items() if k != key})
+    with pytest.raises(
+        UserError, match=r"no up_bias of bert\.encoder\.layer\.1\.output\.output_ad"
+    ):
+        check_adapter(less)
 
 
 def test_the_library_refuses_what_it_would_lose() -> None:

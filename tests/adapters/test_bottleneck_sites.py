@@ -1,3 +1,4 @@
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from dist_peft.adapters.bottleneck_sites import find_sites, hidden_size, is_norm
 from dist_peft.core.errors import UserError
 from tests.adapters.bottlenecks import adapted, family
-from tests.adapters.helpers import frozen_model
-from tests.tiny_models import CONFIGS
+from tests.adapters.helpers import disturb, frozen_model
+from tests.tiny_models import CONFIGS, ENCODERS
 
 SANDWICH = ("gemma2", "gemma3")
 PARALLEL = ("phi", "gpt_neox")
+SITES = {"attention.output": "attention_adapters", "output": "output_adapters"}
 IDS = torch.tensor([[4, 7, 9, 11, 5]])
 
 
@@ -78,6 +80,58 @@ def test_sequential_gpt_neox() -> None:
     changes = {**CONFIGS["gpt_neox"].to_dict(), "use_parallel_residual": False}
     config = tf.GPTNeoXConfig(**changes)
     assert [s.reads for _, sites in found(config, "pfeiffer") for s in sites] == ["sum", "sum"]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby", "parallel"])
+def test_post_norm_blocks(name: str, placement: str) -> None:
+    """Each adapter reads what its placement says, and changes what the norm is given."""
+    torch.manual_seed(0)
+    original = tf.AutoModelForSequenceClassification.from_config(ENCODERS[name]).eval()
+    model, adapter = adapted(original, placement=placement, reduction_factor=4)
+    disturb(model)
+    parts = ["attention.output", "output"] if placement == "houlsby" else ["output"]
+    assert list(adapter.layers) == [
+        f"{name}.encoder.layer.{i}.{part}.{SITES[part]}" for i in (0, 1) for part in parts
+    ]
+    for path, layer in adapter.layers.items():
+        part = model.get_submodule(path.rpartition(".")[0])
+        seen: dict[str, Any] = {}
+        part.register_forward_hook(lambda m, args, out, seen=seen: seen.update(io=(args, out)))
+        model(input_ids=IDS)
+        (y, x), out = seen["io"]
+        hooks, part.dense._forward_hooks = part.dense._forward_hooks, OrderedDict()
+        f = part.dense(y)
+        part.dense._forward_hooks = hooks
+        h = {"pfeiffer": part.LayerNorm(x + f), "houlsby": f, "parallel": x}[placement]
+        torch.testing.assert_close(out, part.LayerNorm(f + layer.change(h) + x))
+
+
+def test_post_norm_blocks_with_learning_norms() -> None:
+    torch.manual_seed(0)
+    original = tf.AutoModelForSequenceClassification.from_config(ENCODERS["bert"]).eval()
+    model, adapter = adapted(original, train_layernorm=True, init="mam_adapter")
+    assert "bert.encoder.layer.1.attention.output.LayerNorm" in adapter.norms
+    with torch.no_grad():
+        found, expected = model(input_ids=IDS).logits, original(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_modernbert() -> None:
+    """As in AdapterHub's library, adapters are given the normed stream for ``x``."""
+    torch.manual_seed(0)
+    original = tf.AutoModelForSequenceClassification.from_config(ENCODERS["modernbert"]).eval()
+    model, adapter = adapted(original, reduction_factor=4)
+    disturb(model)
+    layer, block = adapter.layers["model.layers.1.output_adapters"], model.model.layers[1]
+    seen: dict[str, Any] = {}
+    block.mlp_norm.register_forward_hook(lambda m, args, out: seen.update(x=args[0], normed=out))
+    block.register_forward_hook(lambda m, args, out: seen.update(out=out))
+    model(input_ids=IDS)
+    with torch.no_grad():
+        f = original.model.layers[1].mlp(seen["normed"])
+        expected = seen["x"] + f + layer.change(seen["normed"] + f)
+    torch.testing.assert_close(seen["out"], expected)
 
 
 def test_unknown_blocks_are_refused() -> None:

@@ -1,6 +1,7 @@
 import torch
 
 from dist_peft.adapters.bottleneck_method import BottleneckAdapter
+from dist_peft.adapters.fusion_method import FusionAdapter
 from dist_peft.adapters.lora_method import LoraAdapter
 from dist_peft.adapters.none import NoAdapter
 from dist_peft.adapters.partial import PartialAdapter
@@ -12,6 +13,7 @@ from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config import (
     BottleneckConfig,
     FullConfig,
+    FusionConfig,
     LoraConfig,
     NoAdapterConfig,
     PartialConfig,
@@ -45,5 +47,9 @@ def test_kinds() -> None:
         partial = make_adapter(section, seed=5, arithmetic=torch.bfloat16)
         assert isinstance(partial, PartialAdapter)
         assert (partial.config, partial.arithmetic) == (section, torch.bfloat16)
+    fused = FusionConfig(adapters=["a", "b"])
+    fusion = make_adapter(fused, seed=5, arithmetic=torch.bfloat16)
+    assert isinstance(fusion, FusionAdapter)
+    assert (fusion.config, fusion.seed, fusion.arithmetic) == (fused, 5, torch.bfloat16)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)

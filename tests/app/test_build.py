@@ -5,9 +5,10 @@ import pytest
 import torch
 import transformers as tf
 
-from dist_peft.app.build import load, prepare
+from dist_peft.app.build import load, prepare, with_labels
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.world import World
+from tests.app.classifying import classifying_tree, save_classifier_base
 from tests.app.tiny import tiny_tree
 
 IDS = torch.tensor([[1, 5, 9, 80]])
@@ -48,3 +49,25 @@ def test_remote_code_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert "trust_remote_code" not in caplog.text
         prepare(parse_config(tiny_tree(tmp_path, base__trust_remote_code=True)), World())
     assert "code shipped with the base will run" in caplog.text
+
+
+def test_classes_can_be_called_otherwise(tmp_path: Path) -> None:
+    """As a model that was built with these labels; nothing else changes, nor does the first."""
+    tree = classifying_tree(tmp_path, save_classifier_base(tmp_path / "base", "bert"))
+    config = parse_config(tree)
+    built = load(prepare(config, World()), config, World(), torch.device("cpu"))
+    before = built.base_id
+    renamed = with_labels(built, ["0", "1"])
+    tree["data"]["train"][0]["labels"] = ["0", "1"]
+    tree["data"]["eval"] = []
+    assert renamed.base_id == prepare(parse_config(tree), World()).base_id != before
+    assert built.base_id == before and with_labels(renamed, ["no", "yes"]).base_id == before
+    public = renamed.adapter.to_public(renamed.gather_adapter(), "base")
+    assert public.head is not None and public.head.labels == ("0", "1")
+    assert renamed.model is built.model and renamed.engine is built.engine
+
+
+def test_a_language_model_has_no_classes_to_call(tmp_path: Path) -> None:
+    config = parse_config(tiny_tree(tmp_path))
+    built = load(prepare(config, World()), config, World(), torch.device("cpu"))
+    assert with_labels(built, []) is built

@@ -84,6 +84,7 @@ def losses_and_gradients(
     for number, batch in enumerate(batches):
         built.adapter.begin(steps, batch.sample_ids)
         loss = batch_loss(built.model, batch, CPU, call) / targets
+        built.adapter.penalize(loss, len(batches) * world.size)
         built.engine.backward(loss, last=number == len(batches) - 1)
     parameters = trainable(built.model)
     return [r.loss for r in results], {n: whole_gradient(p) for n, p in parameters.items()}

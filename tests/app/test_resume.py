@@ -21,7 +21,8 @@ STOP, STEPS = 6, 12
 
 
 def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> int:
-    """``train`` with a signal that comes during step ``stop_after``."""
+    """``train`` with a signal that comes during step ``stop_after``; its report has no curves,
+    which take longer to draw than these runs."""
     asked = 0
 
     def stop() -> bool:
@@ -29,7 +30,10 @@ def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> 
         asked += 1
         return asked == stop_after
 
-    with mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)):
+    with (
+        mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)),
+        mock.patch("dist_peft.train.report.PLOTS", ()),
+    ):
         return train_app.train(parse_config(tree), world)
 
 

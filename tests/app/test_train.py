@@ -15,13 +15,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app import train as train_app
 from dist_peft.app.export import merge_run
+from dist_peft.app.session import Session
 from dist_peft.core.config_io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data.rows import load_rows
 from dist_peft.export.verify import Probe
-from dist_peft.train import loop
 from dist_peft.train.loop import StepResult
 from dist_peft.train.metrics import read_metrics
 from tests.app.tiny import tiny_tree
@@ -80,7 +80,7 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = train_app._Session._record
+    record = Session._record
 
     def signal_in_step_two(session: Any, result: StepResult, memory: int) -> Any:
         if result.step == 1:
@@ -88,7 +88,7 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
         return record(session, result, memory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_app._Session, "_record", signal_in_step_two)
+        patch.setattr(Session, "_record", signal_in_step_two)
         assert train(tree) == train_app.RESUMABLE == 75
     run = tmp_path / "run"
     stopped = [r.loss for r in read_metrics(run / "metrics.jsonl")]
@@ -109,7 +109,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = train_app._Session._record
+    record = Session._record
     times = {1: 1, 3: 2}
 
     def interrupted(session: Any, result: StepResult, memory: int) -> Any:
@@ -117,53 +117,12 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
             os.kill(os.getpid(), signal.SIGINT)
         return record(session, result, memory)
 
-    monkeypatch.setattr(train_app._Session, "_record", interrupted)
+    monkeypatch.setattr(Session, "_record", interrupted)
     assert train(tree) == train_app.RESUMABLE
     assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()
     with pytest.raises(KeyboardInterrupt):
         train(tree)
-
-
-def test_loss_that_is_not_finite_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tree = tiny_tree(tmp_path, data__eval=[])
-    calls = []
-    real = loop.token_loss
-
-    def poisoned(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        return real(*args) * (torch.nan if len(calls) > 2 else 1)  # two rows a step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "token_loss", poisoned)
-        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.lr"):
-            train(tree)
-    run = tmp_path / "run"
-    assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1]
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000001"]
-    assert train(tree) == 0  # resumes from the last good step
-
-
-def test_finished_run_started_again_changes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tree = tiny_tree(tmp_path)
-    assert train(tree) == 0
-    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert train(tree) == 0
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
-    assert "has 3 steps and train.steps is 3: nothing is left to train" in capsys.readouterr().err
-
-
-def test_damaged_probe_is_told_before_training_goes_on(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path)
-    assert train(tree) == 0
-    (tmp_path / "run" / "probe.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"probe\.safetensors is damaged"):
-        train({**tree, "train": {**tree["train"], "steps": 5}})
 
 
 def test_consumer_formats_conversations_as_training_did(tmp_path: Path) -> None:

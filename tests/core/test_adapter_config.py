@@ -9,6 +9,7 @@ from dist_peft.core.adapter_config import (
     AdapterConfig,
     BottleneckConfig,
     FullConfig,
+    FusionConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
@@ -91,3 +92,25 @@ def test_width_of_a_bottleneck() -> None:
     assert BottleneckConfig(reduction_factor=16).bottleneck(4096) == 256
     assert BottleneckConfig(reduction_factor=2.5).bottleneck(64) == 25
     assert BottleneckConfig(reduction_factor=128).bottleneck(64) == 1
+
+
+def test_fused_adapters_have_names() -> None:
+    """That of the directory, or of the run or task whose adapter/ it is; a resolved file has it."""
+    paths = ["hub/rte", "runs/tasks/mrpc/adapter", {"path": "x.y", "name": "third"}]
+    found = ADAPTER.validate_python({"kind": "fusion", "adapters": paths})
+    assert isinstance(found, FusionConfig)
+    assert [adapter.label for adapter in found.adapters] == ["rte", "mrpc", "third"]
+    assert ADAPTER.validate_python(found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"),
+    [
+        (["a"], "at least 2 items"),
+        (["a", "b/a"], "two of adapters are called a"),
+        (["a", "b.c"], "the name 'b.c' of b.c must be of letters"),
+    ],
+)
+def test_fused_adapters_refused(adapters: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ADAPTER.validate_python({"kind": "fusion", "adapters": adapters})

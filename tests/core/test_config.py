@@ -168,3 +168,48 @@ def test_values_that_are_refused(sections: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("group", ["all", "node", 1, 8])
 def test_shard_groups(group: Any) -> None:
     assert _config(engine={"shard_group": group}).engine.shard_group == group
+
+
+# -- classification ----------------------------------------------------------------------------
+
+
+def _classifying(**changes: Any) -> dict[str, Any]:
+    source = {"path": "a.tsv", "format": "classification", "labels": ["no", "yes"]}
+    tree = {"base": {"path": "m", "head": "classifier"}, "data": {"train": [source]}}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = {**tree.get(section, {}), name: value} if name else value
+    return tree
+
+
+def _labelled(*labels: Any, **fields: Any) -> dict[str, Any]:
+    return {"path": "a.tsv", "format": "classification", "labels": list(labels), **fields}
+
+
+def test_classification_has_rows_of_one_record() -> None:
+    config = RunConfig.model_validate(_classifying())
+    assert config.data.classifies and not config.data.packing
+    assert RunConfig.model_validate(config.model_dump()) == config
+    numbers = DataSource.model_validate(_labelled(0, 1))
+    assert numbers.labels == ["0", "1"]
+    assert not RunConfig.model_validate({"base": {"path": "m"}, "data": {"train": ["a"]}}).data.eval
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__packing": True}, "packing: true is not for classification"),
+        ({"base__head": "lm"}, "base.head is lm"),
+        ({"data": {"train": ["a.jsonl"]}}, "the sources have another"),
+        ({"data__eval": ["a.jsonl"]}, "either all sources have format: classification or none"),
+        ({"data__train": [_labelled()]}, r"train\[0\].labels is missing"),
+        ({"data__train": [_labelled("a")]}, "at least two different values"),
+        ({"data__train": [_labelled("a", "a")]}, "at least two different values"),
+        ({"data__train": [_labelled("a", "b", format="text")]}, "labels are for format: class"),
+        ({"data__train": [_labelled(True, False)]}, "valid string"),
+        ({"adapter": {"kind": "prefix"}}, "adapter.kind prefix puts virtual tokens"),
+    ],
+)
+def test_wrong_classification(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        RunConfig.model_validate(_classifying(**changes))

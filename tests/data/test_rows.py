@@ -17,7 +17,7 @@ from dist_peft.data.packing import IGNORE
 from dist_peft.data.rows import (
     RowSet,
     _count_targets,
-    _fit,
+    fit,
     load_row_sets,
     load_rows,
     show_row,
@@ -204,7 +204,7 @@ def test_windows_and_targets_against_slicing(
     made = documents([[1] * len(m) for m in masks], is_text=True)
     counted = np.asarray([int(b) for m in masks for b in m], dtype=np.uint8)
     config = data_config(Path("unused"), seq_len=seq_len, packing=packing)
-    pieces = _fit(made, config, "k")
+    pieces = fit(made, config, "k")
     expected = [
         (start, min(start + seq_len, stop))
         for begin, stop in zip(made.offsets[:-1].tolist(), made.offsets[1:].tolist(), strict=True)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_peft.core.config import EngineConfig, TrainConfig
 from dist_peft.core.world import World
+from dist_peft.engine.base import own_parameters
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.local import LocalOptimizer
 from dist_peft.train.optim import make_optimizer_factory
@@ -228,6 +229,27 @@ def test_plain_factory_updates_the_models_memory_and_wraps_its_moments() -> None
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_without_moments_it_starts_afresh(name: Any) -> None:
+    """After other steps, parameters given back alone: as an optimizer that never made a step."""
+
+    def two_steps(optimizer: LocalOptimizer, model: Model, seed: int) -> dict[str, Tensor]:
+        for step in range(2):
+            model.give_gradients(seed + step)
+            optimizer.step(lr=0.1, max_norm=1.0)
+        return {key: value.clone() for key, value in optimizer.state().items()}
+
+    model = Model()
+    optimizer = make(model, make_optimizer_factory(TrainConfig(optimizer=name), CPU))
+    start = own_parameters(optimizer.state())
+    assert sorted(start) == ["param/a", "param/b"]
+    first = two_steps(optimizer, model, 7)
+    two_steps(optimizer, model, 9)
+    optimizer.load_state(start, step=0)
+    again = two_steps(optimizer, model, 7)
+    assert all(torch.equal(again[key], first[key]) for key in first)
+
+
 class Shardable(Model):
     def get_input_embeddings(self) -> nn.Module:
         return nn.Identity()
@@ -247,6 +269,10 @@ def _load_other_values(world: World) -> None:
         engine.load_state(model, wanted, step=3)
         for key, value in engine.state(model).items():
             assert torch.equal(engine.gather(value), engine.gather(wanted[key])), key
+        engine.load_state(model, own_parameters(wanted), step=0)
+        for key, value in engine.state(model).items():
+            expected = engine.gather(wanted[key]) * key.startswith("param/")
+            assert torch.equal(engine.gather(value), expected), key
 
 
 @pytest.mark.dist

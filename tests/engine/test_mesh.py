@@ -44,3 +44,9 @@ def test_tied_ends_are_no_units() -> None:
     model.head = nn.Linear(64, 33, bias=False, device="meta")
     model.head.weight = model.embedding.weight
     assert ends_of(model) == []
+
+
+def test_a_classifier_has_no_output_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert ends_of(model) == [model.embedding]

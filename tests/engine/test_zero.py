@@ -13,6 +13,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
+from dist_peft.engine.base import own_parameters
 from dist_peft.engine.zero import ZeroEngine
 from dist_peft.train.optim import make_optimizer_factory
 from tests.dist import run_ranks
@@ -153,18 +154,37 @@ def test_state_goes_on_at_another_world_size_and_in_another_engine(stage: int) -
     torch.testing.assert_close(losses, whole[4:6], rtol=1e-6, atol=0)
 
 
-def fresh_state(world: World) -> None:
-    model, engine = filled(world, zero(stage=3))
-    engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
-    state, values = engine.state(model), whole_values()
-    assert state
-    for key, value in state.items():
-        kind, _, name = key.partition("/")
-        assert torch.equal(value, values[name] if kind == "param" else torch.zeros_like(value))
+def fresh_state(world: World, stage: int) -> None:
+    model, engine = filled(world, zero(stage=stage))
+    call = engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+
+    def check() -> dict[str, Tensor]:
+        state, values = engine.state(model), whole_values()
+        assert state
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            assert torch.equal(value, values[name] if kind == "param" else torch.zeros_like(value))
+        return own_parameters(state)
+
+    def steps() -> list[float]:
+        losses = []
+        for step in range(3):
+            loss = call(batch(step)).square().mean() / world.size
+            losses.append(loss.item())
+            engine.backward(loss, last=True)
+            engine.step(lr=0.01, max_norm=0.1)
+        return losses
+
+    start = check()
+    first = steps()
+    engine.load_state(model, start, 0)
+    check()
+    assert steps() == first  # nothing of the steps before is left
 
 
-def test_state_before_the_first_step() -> None:
-    run_ranks(fresh_state, 2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_before_the_first_step_can_be_given_back(stage: int) -> None:
+    run_ranks(fresh_state, 2, stage)
 
 
 def not_finite(world: World, stage: int) -> None:

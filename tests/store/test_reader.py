@@ -48,6 +48,18 @@ def test_random_spans_equal_the_librarys_slices(
         assert reader.largest_read == largest
 
 
+def test_flat_rows_of_any_shape(tmp_path: Path) -> None:
+    whole = random_tensor(torch.bfloat16, (3, 4, 6))
+    with _reader(tmp_path, {"w": whole}) as reader:
+        for span in (Span(0, 12), Span(2, 9), Span(5, 5)):
+            part = reader.read_flat("w", span)
+            assert part.shape == (len(span), 6)
+            assert raw_bytes(part) == raw_bytes(whole.flatten(0, 1)[span.slice])
+        assert reader.bytes_read == (12 + 7) * 6 * 2
+        with pytest.raises(ValueError, match="has no flat"):
+            reader.read_flat("w", Span(3, 13))
+
+
 def test_ranks_read_disjoint_rows_that_cover_the_tensor(tmp_path: Path) -> None:
     whole = random_tensor(torch.bfloat16, (10, 6))
     parts, read = [], 0

@@ -1,5 +1,8 @@
 """Held-out loss against a dense computation, and the model left as it was."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -7,10 +10,12 @@ from torch import nn
 from torch.nn import functional
 
 from dist_peft.core.world import World
+from dist_peft.data.labelled import LabelledLoader
+from dist_peft.data.mixture import Mixture
 from dist_peft.engine.single import SingleEngine
-from dist_peft.train.evaluate import evaluate, inference
+from dist_peft.train.evaluate import HeldOut, evaluate, inference
 from tests.dist import run_ranks
-from tests.tiny_models import CONFIGS
+from tests.tiny_models import CONFIGS, ENCODERS
 from tests.train.rows import UnevenRows, make_loader
 
 CPU = torch.device("cpu")
@@ -49,6 +54,91 @@ def test_ranks_agree_though_their_shares_differ() -> None:
     """Five rows on two ranks: one rank has a filler row, which counts for nothing."""
     first, second = run_ranks(_evaluate, 2, 2)
     assert first == second == pytest.approx(dense_loss(tiny_model()), rel=1e-6)
+
+
+class LabelledEight:
+    """Eight rows of two tasks: the first six are of classes 0 and 1, the others of 2 to 4."""
+
+    packed, seq_len, longest, largest_token = False, 4, 4, 96
+
+    def __len__(self) -> int:
+        return 8
+
+    def num_targets(self, index: int) -> int:
+        return 1
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        target = [index % 2, 0, 2] if index < 6 else [2 + index % 3, 2, 5]
+        return torch.arange(4) + 5 * index + 3, torch.tensor(target), torch.zeros(4).long()
+
+
+def labelled() -> Mixture:
+    """As a mixture of six rows and two."""
+    mixture = Mixture.__new__(Mixture)
+    whole: Any = LabelledEight()
+    mixture.names, mixture._parts = ("two", "three"), (whole, whole)
+    mixture.starts = np.array([0, 6, 8])
+    mixture.row = whole.row  # type: ignore[method-assign]
+    return mixture
+
+
+def _scores(world: World, micro: int) -> HeldOut:
+    torch.manual_seed(0)
+    config = tf.BertConfig(**{**ENCODERS["bert"].to_dict(), "num_labels": 5})
+    model = tf.AutoModelForSequenceClassification.from_config(config)
+    nn.init.normal_(model.classifier.weight)
+    loader = LabelledLoader(
+        labelled(),
+        global_batch=3,
+        micro_batch=micro,
+        seed=0,
+        shuffle=False,
+        rank=world.rank,
+        world_size=world.size,
+        seq_len=4,
+        pad_id=0,
+    )
+    found = evaluate(model, SingleEngine(CPU), loader, world)
+    if world.size == 1:
+        _check_scores(model.eval(), found)
+    return found
+
+
+def _check_scores(model: nn.Module, found: HeldOut) -> None:
+    """Row by row, by the definition."""
+    rows, losses, right = LabelledEight(), [], []
+    for index in range(8):
+        tokens, (label, start, stop), _ = rows.row(index)
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0, start:stop]
+        losses.append(functional.cross_entropy(logits, label - start).item())
+        right.append(int(logits.argmax()) == int(label - start))
+    assert found.loss == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert found.by_task["three"] == pytest.approx(sum(losses[6:]) / 2, rel=1e-5)
+    assert found.scores is not None and found.scores.accuracy == sum(right) / 8
+    assert found.scores_by_task["two"].accuracy == sum(right[:6]) / 6
+
+
+@pytest.mark.dist
+def test_scores_of_classes() -> None:
+    """The same on three ranks, of which two have a filler row in each batch."""
+    found = _scores(World(), 2)
+    for other in run_ranks(_scores, 3, 1):
+        assert other.scores == found.scores and other.scores_by_task == found.scores_by_task
+        assert other.loss == pytest.approx(found.loss, rel=1e-6)
+    values = found.values("_before")
+    assert values.keys() == {
+        f"eval_{name}_before"
+        for name in (
+            "loss",
+            "by_task",
+            "accuracy",
+            "accuracy_by_task",
+            "macro_f1",
+            "macro_f1_by_task",
+        )
+    }
+    assert "accuracy" in str(found) and "macro F1" in str(found)
 
 
 class TestInference:

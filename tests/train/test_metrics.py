@@ -51,6 +51,25 @@ def test_one_line_a_step_with_the_agreed_keys(tmp_path: Path) -> None:
     assert read_metrics(metrics.path)[0] == record(1)
 
 
+def test_scores_of_classes(tmp_path: Path) -> None:
+    """Beside the losses, in the file and in TensorBoard; before the first step under step 0."""
+    scored = replace(
+        record(1),
+        eval_accuracy_before=0.5,
+        eval_accuracy=0.75,
+        eval_macro_f1=0.7,
+        eval_accuracy_by_task={"rte": 0.8, "mrpc": 0.7},
+    )
+    with Metrics(tmp_path, rank=0) as metrics:
+        metrics.write(scored)
+    assert read_metrics(metrics.path) == [scored]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    points = [(e.step, e.value) for e in board.Scalars("eval/accuracy")]
+    assert points == [(0, 0.5), (1, 0.75)]
+    assert board.Scalars("eval/accuracy/rte")[0].value == pytest.approx(0.8)
+
+
 def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     with Metrics(tmp_path, rank=0) as metrics:
         metrics.write(record(1))

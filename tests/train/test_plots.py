@@ -11,12 +11,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from dist_peft.train.metrics import StepMetrics
-from dist_peft.train.plots import _PALETTES, PLOTS, Plot, _prepare, draw, eval_points, smooth
+from dist_peft.train.plots import (
+    _PALETTES,
+    PLOTS,
+    Plot,
+    Theme,
+    _prepare,
+    draw,
+    draw_heat_maps,
+    eval_points,
+    smooth,
+)
 
+FIELDS = [colormaps["cividis"](share)[:3] for share in (0.02, 0.98)]
 BY_NAME = {plot.name: plot for plot in PLOTS}
 
 
@@ -51,6 +63,20 @@ def test_axes_say_what_they_show(plot: Plot) -> None:
     assert axes.get_xlabel() == "optimizer step"
     assert axes.get_ylabel() == plot.unit
     assert axes.get_title(loc="left") == plot.title
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_heat_maps_draw_in_both_themes(rows: int) -> None:
+    """A dark field for little, a bright one for much, in each of two tables."""
+    table = [[0.02, 0.98]] * rows
+    names = [str(row) for row in range(rows)]
+    themes: tuple[tuple[Theme, float], ...] = (("light", 1.0), ("dark", 0.12))
+    for theme, paper in themes:
+        data = draw_heat_maps("Shares", names, ["a", "b"], {"x": table, "y": table}, theme)
+        image = imread(io.BytesIO(data))[:, :, :3]
+        assert abs(image[0, 0].mean() - paper) < 0.1
+        little, much = (np.abs(image - colour).max(-1) < 0.02 for colour in FIELDS)
+        assert little.sum() > 500 and much.sum() > 500
 
 
 def test_names_are_unique() -> None:

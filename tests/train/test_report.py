@@ -11,9 +11,10 @@ import pytest
 from dist_peft.core.config_io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.train import report
+from dist_peft.train.fusion_attention import FusionAttention
 from dist_peft.train.metrics import Metrics, StepMetrics
 from dist_peft.train.plots import PLOTS, draw
-from dist_peft.train.report import RunSummary, Section, write_report
+from dist_peft.train.report import RunSummary, Section, write_report, write_task_report
 
 SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable", "1,234"),))
 
@@ -196,3 +197,48 @@ def test_the_resolved_configuration_is_shown_as_written(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config))
     page = write_report(tmp_path, RunSummary.of(config, engine="single", ranks=1)).read_text()
     assert "micro_batch: 1" in page
+
+
+def test_of_several_tasks(tmp_path: Path) -> None:
+    """One table a task; names are as safe as everything else."""
+    last = replace(record(2, 2.0), eval_loss=1.5)
+    tasks = {"<b>rte": [replace(record(1, 3.0), eval_loss_before=3.5), last], "mrpc": [last]}
+    page = Page(write_task_report(tmp_path, SUMMARY, tasks))
+    assert "An adapter for each of 2 tasks" in page.source and "<h2>mrpc</h2>" in page.source
+    assert "&lt;b&gt;rte" in page.source and "<b>" not in page.source
+    assert page.cells.count("Held-out loss at step 2") == 2
+    assert page.table["Adapter"] == "lora (r 8)"
+    assert page.table["Held-out loss at step 0"] == "3.5000"
+
+
+def test_attention_of_a_fusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table for each task, or one where there are none; no table without the file."""
+    write(tmp_path, record(1, 2.0))
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(report, "draw_heat_maps", lambda *args: drawn.append(args) or b"")
+    write_report(tmp_path, SUMMARY)
+    assert not drawn
+    one = FusionAttention(["a", "b"], ["l.3.output_adapters"], "tokens", 3, [[0.5, 0.5]], {})
+    several = replace(one, by_task={"x": [[0.1, 0.9]], "y": [[0.9, 0.1]]})
+    for found, panels in ((one, {"held-out rows": [[0.5, 0.5]]}), (several, several.by_task)):
+        found.write(tmp_path)
+        drawn.clear()
+        page = Page(write_report(tmp_path, SUMMARY))
+        assert [args[1:] for args in drawn] == [
+            (["3"], ["a", "b"], panels, theme) for theme in ("light", "dark")
+        ]
+        alts = [a["alt"] for tag, a in page.tags if tag == "img"]
+        assert alts[-1] == "Attention to the fused adapters, by layer"
+
+
+def test_settings_that_are_lists_of_sections() -> None:
+    config = parse_config(
+        {
+            "base": {"path": "b"},
+            "adapter": {"kind": "fusion", "adapters": ["x/rte", {"path": "y", "name": "mrpc"}]},
+            "data": {"train": ["d.jsonl"]},
+        }
+    )
+    assert RunSummary.of(config, engine="single", ranks=1).adapter == (
+        "fusion (adapters x/rte mrpc)"
+    )

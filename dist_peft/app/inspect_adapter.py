@@ -1,0 +1,154 @@
+"""What an adapter directory is, this project's, PEFT's or AdapterHub's, and whether it is read.
+
+A pickle is named and not opened.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dist_peft.adapters.adapterhub_format import is_adapterhub, read_settings
+from dist_peft.adapters.fusion_format import fusion_names, is_fusion
+from dist_peft.adapters.peft_format import (
+    check_adapter,
+    config_file,
+    read_adapter,
+    tensors_file,
+)
+from dist_peft.adapters.pooling import read_pooling
+from dist_peft.adapters.prompt_format import PROMPT_TYPES
+from dist_peft.core.errors import UserError
+from dist_peft.store.index import SafetensorsIndex
+
+__all__ = ["describe_adapter", "describe_weights", "read_json"]
+
+_PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+_TARGETS = {
+    "target_modules": "targets",
+    "target_parameters": "and",
+    "feedforward_modules": "feedforward",
+    "modules_to_save": "also whole",
+}
+"""Key of PEFT's that names modules -> its label."""
+_SHOWN = 12
+_LORA_FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
+
+
+def describe_adapter(path: Path) -> list[str]:
+    """Lines about a directory with an ``adapter_config.json`` or a fusion's.
+
+    Raises:
+        UserError: the configuration is damaged, or the safetensors file is.
+    """
+    config = read_json(config_file(path))
+    base = config.get("base_model_name_or_path", config.get("model_name"))
+    lines = [
+        f"adapter {path}",
+        f"  method       {_method(config)}",
+        *_pooling(config),
+        f"  base         {base}",
+    ]
+    lines += [f"  {_tensors(path, config)}"]
+    lines += [f"  {label:<12} {text}" for label, text in _targets(config)]
+    if (reason := _why_not_read(path)) is not None:
+        lines.append(f"  not read     {reason}")
+    own = path / "dist_peft.json"
+    about = read_json(own) if own.is_file() else {}
+    told: dict[str, Any] = {"base": base, "adapter": {}}
+    lines += [f"  {key:<12} {v}" for key, v in about.items() if key not in told or v != told[key]]
+    for part in fusion_names(config) if is_fusion(config) else ():
+        if (path / part).is_dir():
+            lines += ["  " + line for line in describe_adapter(path / part)]
+    return lines
+
+
+def describe_weights(path: Path) -> list[str]:
+    """Lines about trained weights of the base (``adapters.weights_format``)."""
+    about = read_json(path / "dist_peft.json")
+    return [
+        f"trained weights {path}",
+        f"  method       {about.pop('kind')} fine-tuning",
+        f"  {_count(SafetensorsIndex.open(path))}",
+        *(f"  {key:<12} {value}" for key, value in about.items()),
+    ]
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    if is_fusion(config):
+        return f"fusion of {', '.join(fusion_names(config))}"
+    if is_adapterhub(config):
+        return _adapterhub_method(config)
+    kind = config.get("peft_type")
+    if kind in PROMPT_TYPES:
+        return f"{kind} virtual_tokens={config.get('num_virtual_tokens')}"
+    settings = {"r": config.get("r"), "alpha": config.get("lora_alpha", config.get("alpha"))}
+    shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    if kind in ("LORA", "QALORA"):
+        shown += [f"{name}={config.get(key, False)}" for key, name in _LORA_FLAGS.items()]
+    return " ".join([str(kind), *shown])
+
+
+def _adapterhub_method(config: Mapping[str, Any]) -> str:
+    try:
+        found = read_settings(config)
+    except UserError:
+        own = config["config"]
+        mode = own.get("composition_mode")  # IA3 is a LoRA that scales
+        kind = own.get("architecture") or "bottleneck of another form"
+        return f"AdapterHub's {kind}{f' composition_mode={mode}' if mode else ''}"
+    shown = ("placement", "reduction_factor", "activation", "scaling", "train_layernorm")
+    return "bottleneck " + " ".join(f"{name}={getattr(found, name)}" for name in shown)
+
+
+def _pooling(config: Mapping[str, Any]) -> list[str]:
+    pooling = read_pooling(config)
+    return [f"  pooling      {pooling.convention} of {pooling.size} inputs"] if pooling else []
+
+
+def _tensors(path: Path, config: Mapping[str, Any]) -> str:
+    file = path / tensors_file(config)
+    if not file.is_file():
+        pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
+        if pickle is not None:
+            return f"parameters   in {pickle}, a pickle, which is not opened"
+    return _count(SafetensorsIndex.open(file))
+
+
+def _count(index: SafetensorsIndex) -> str:
+    numbers = sum(prod(info.shape) for info in index.tensors.values())
+    return f"parameters   {numbers:,} in {len(index.tensors)} tensors"
+
+
+def _targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What PEFT names in its configuration: names, or one regular expression or keyword."""
+    for key in _TARGETS:
+        if value := config.get(key):
+            names = [value] if isinstance(value, str) else sorted(map(str, value))
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            yield _TARGETS[key], ", ".join(names[:_SHOWN]) + more
+
+
+def _why_not_read(path: Path) -> str | None:
+    """The reason why this project cannot use the adapter; None: it can."""
+    try:
+        check_adapter(read_adapter(path))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it must hold a JSON object")
+    return content

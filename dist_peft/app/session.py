@@ -1,0 +1,305 @@
+"""A loaded run between its first and its last step: begin or resume, fit, finish."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.base import TrainsBase
+from dist_peft.adapters.peft_format import write_adapter
+from dist_peft.app.build import Built, restore
+from dist_peft.app.quantize import made_from
+from dist_peft.app.report import start_report
+from dist_peft.app.rows import Loaders
+from dist_peft.app.trained import write_trained_weights
+from dist_peft.core.config import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.core.world import World
+from dist_peft.engine import engine_kind
+from dist_peft.export.verify import Probe
+from dist_peft.model.attention import documents_are_isolated
+from dist_peft.model.hub import public_name, save_tokenizer
+from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.evaluate import HeldOut, evaluate, inference
+from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, measure_attention
+from dist_peft.train.loop import StepResult, fit
+from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
+from dist_peft.train.progress import Progress
+from dist_peft.train.report import RunSummary
+from dist_peft.train.schedule import lr_factor
+
+__all__ = ["Session"]
+
+log = logging.getLogger("dist_peft")
+
+
+@dataclass
+class Session:
+    """A loaded run between its first and its last step."""
+
+    config: RunConfig
+    world: World
+    built: Built
+    call: nn.Module
+    loaders: Loaders
+    checkpoints: Checkpoints
+    run_dir: Path
+
+    def __post_init__(self) -> None:
+        c = self.config.train
+        per_epoch = len(self.loaders.train.rows) / c.global_batch
+        self.total_steps = c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
+        self.loaders.train.check_steps(self.total_steps)
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def begin(self) -> int:
+        """First start: describe the run, take the probe's logits before training."""
+        log.info(
+            "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
+            f"{self.built.trained:,}",
+            self.config.adapter.kind,
+            self.world.size,
+            engine_kind(self.config.engine, self.world),
+            self.total_steps,
+            self.config.train.global_batch,
+        )
+        if self.config.data.packing:
+            self._check_isolation()
+        logits = self._probe_logits()
+        with self.world.together("write the probe"):
+            if self.world.is_first:
+                Probe(self.loaders.probe, logits, logits).save(self._probe_file)
+        return 0
+
+    def _check_isolation(self) -> None:
+        with inference(self.built.model):
+            if not documents_are_isolated(self.built.model, self.built.engine.device):
+                raise UserError(
+                    f"a {self.built.skeleton.config.model_type} model lets packed documents see "
+                    "each other; set data.packing: false"
+                )
+
+    def ends_at(self, path: Path) -> bool:
+        """Whether the checkpoint ``path``, of this configuration, is after the last step."""
+        position = self.checkpoints.position(path)
+        self._check_same(path, position)
+        return position.step >= self.total_steps
+
+    def resume(self, path: Path) -> int:
+        """Load a checkpoint; gives the number of steps that are done."""
+        position = self.checkpoints.position(path)
+        self._check_same(path, position)
+        restore(self.built, self.checkpoints, path, position.step)
+        log.info("resumed %s at step %d", path, position.step)
+        with self.world.together("read the probe"):
+            if self._probe_file.is_file():
+                Probe.load(self._probe_file)
+            else:
+                log.warning(
+                    "%s is missing: exports cannot be verified", self._probe_file, extra=ONCE
+                )
+        if position.step >= self.total_steps:
+            log.warning(
+                "%s has %d steps and train.steps is %d: nothing is left to train",
+                path,
+                position.step,
+                self.total_steps,
+                extra=ONCE,
+            )
+        return position.step
+
+    def _check_same(self, path: Path, found: RunPosition) -> None:
+        mine = self._position(found.step)
+        for field, key in (("base", "base.*"), ("adapter", "adapter.*"), ("data", "data.*")):
+            if getattr(found, field) != getattr(mine, field):
+                raise UserError(
+                    f"checkpoint {path} was made with another {key}"
+                    f"{', train.global_batch or train.seed' if field == 'data' else ''}; "
+                    "restore the configuration, or start afresh with resume: never"
+                )
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def fit(self, first_step: int, stop: Callable[[], bool]) -> int:
+        """Train to the end or to a signal; gives the number of steps done."""
+        c = self.config.train
+        before = self._evaluate(0) if first_step == 0 else None
+        with self.world.together("open metrics"):
+            metrics = Metrics(self.run_dir, self.world.rank, first_step)
+        progress = Progress(
+            self.total_steps, self.world.rank, first_step=first_step, every=c.log_every
+        )
+        with metrics, progress:
+
+            def after_step(result: StepResult) -> bool:
+                memory = peak_memory_bytes(self.built.engine.device)
+                most, stopping = self.world.max(memory, stop())
+                last = result.step == self.total_steps
+                due = c.eval_every and result.step % c.eval_every == 0
+                record = self._record(result, int(most))
+                if (last or due) and (found := self._evaluate(result.step)) is not None:
+                    record = replace(record, **found.values())
+                if result.step == 1 and before is not None:
+                    record = replace(record, **before.values("_before"))
+                with self.world.together("write metrics"):
+                    metrics.write(record)
+                progress.update(record)
+                every = self.config.save.every
+                if last or stopping or (every and result.step % every == 0):
+                    self._save(result.step)
+                return bool(stopping)
+
+            return fit(
+                self.built.model,
+                self.built.engine,
+                self.built.adapter,
+                self.loaders.train,
+                self.world,
+                call=self.call,
+                first_step=first_step,
+                last_step=self.total_steps,
+                lr_at=self._lr_at,
+                max_grad_norm=c.max_grad_norm,
+                after_step=after_step,
+            )
+
+    def _lr_at(self, step: int) -> float:
+        c = self.config.train
+        return c.lr * lr_factor(step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio)
+
+    def _record(self, result: StepResult, memory: int) -> StepMetrics:
+        samples = result.step * self.config.train.global_batch
+        return StepMetrics(
+            step=result.step,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            tokens_per_s=result.tokens / result.seconds,
+            mem_peak=memory,
+            bytes_gathered=result.bytes_gathered,
+            epoch=samples / len(self.loaders.train.rows),
+            samples=samples,
+            seconds=result.seconds,
+        )
+
+    def _evaluate(self, step: int) -> HeldOut | None:
+        if self.loaders.eval is None:
+            return None
+        found = evaluate(self.built.model, self.built.engine, self.loaders.eval, self.world)
+        log.info("step %d: held-out loss %s", step, found)
+        return found
+
+    def _save(self, step: int) -> None:
+        state = self.built.engine.state(self.built.model)
+        for name in self.built.adapter.start_state():
+            state[f"start/{name}"] = self.built.engine.gather(self.built.parameter(name))
+        path = self.checkpoints.save(state, self._position(step))
+        log.info("saved %s", path)
+
+    def _position(self, step: int) -> RunPosition:
+        c = self.config
+        data = c.data.model_dump(mode="json", exclude={"eval", "cache_dir"})
+        adapter = c.adapter.model_dump(mode="json")
+        files = self.built.adapter.reads()
+        return RunPosition(
+            step=step,
+            samples=step * c.train.global_batch,
+            seed=c.train.seed,
+            base=self.built.base_id,
+            adapter=_digest([adapter, files] if files else adapter),
+            data=_digest([data, c.train.global_batch, c.train.seed, c.train.shuffle]),
+        )
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Gather what was trained, write it, complete the probe, write the report."""
+        directory = self.run_dir / "adapter"
+        if isinstance(self.built.adapter, TrainsBase):
+            about = {"kind": self.config.adapter.kind, **self._about()}
+            write_trained_weights(self.built, self.world, directory, about)
+        else:
+            tensors = self.built.gather_adapter()
+            with self.world.together("write the adapter"):
+                if self.world.is_first:
+                    public = self.built.adapter.to_public(tensors, self._base_name())
+                    write_adapter(directory, public, self._about())
+        logits, attention = self._probe_logits(), self._fusion_attention()
+        with self.world.together("write what belongs to the adapter"):
+            if self.world.is_first:
+                if attention is not None:
+                    attention.write(self.run_dir)
+                self._write_beside(directory, logits)
+        log.info("wrote %s and %s", directory, self.run_dir / "report.html")
+
+    def _about(self) -> dict[str, Any]:
+        head = self.built.skeleton.head
+        return {
+            **({} if head is None else {"labels": head.labels}),
+            "base": self.config.base.path,
+            "base_fingerprint": self.built.skeleton.index.fingerprint(),
+            "quant": self.config.base.model_dump(mode="json")["quant"],
+            "start": getattr(self.config.adapter, "init", "default"),
+            "dist_peft": importlib.metadata.version("dist_peft"),
+            "torch": torch.__version__,
+        }
+
+    def _write_beside(self, directory: Path, logits: Tensor) -> None:
+        """Tokenizer, probe, report."""
+        if (template := self.loaders.chat_template) is not None:
+            save_tokenizer(self.built.tokenizer, directory, template)
+        if self._probe_file.is_file():
+            before = Probe.load(self._probe_file).before
+            Probe(self.loaders.probe, logits, before).save(self._probe_file)
+        start_report(self.run_dir, self.summary())
+
+    def _fusion_attention(self) -> FusionAttention | None:
+        """Of a fusion, what it attends to in the held-out rows, where there are any."""
+        layers, rows = fusion_layers(self.built.model), self.loaders.eval
+        if not layers or rows is None:
+            return None
+        return measure_attention(self.built.model, layers, self.built.engine, rows, self.world)
+
+    def _base_name(self) -> str:
+        """Of a base that this project packed, the one that others can load."""
+        origin = made_from(self.built.directory)
+        return str(origin.get("base") or public_name(self.config.base))
+
+    def summary(self) -> RunSummary:
+        """What the report tells beside the metrics."""
+        kind = engine_kind(self.config.engine, self.world)
+        return RunSummary.of(
+            self.config,
+            engine=kind,
+            ranks=self.world.size,
+            facts=[
+                ("Trained parameters", f"{self.built.trained:,}"),
+                ("Model as stored, all ranks", format_bytes(self.built.stored_bytes)),
+                ("Read from the base by rank 0", format_bytes(self.built.bytes_read)),
+            ],
+        )
+
+    @property
+    def _probe_file(self) -> Path:
+        return self.run_dir / "probe.safetensors"
+
+    def _probe_logits(self) -> Tensor:
+        """Logits of the probe tokens; every rank computes the same ones."""
+        ids = self.loaders.probe.to(self.built.engine.device)
+        with inference(self.built.model):
+            return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

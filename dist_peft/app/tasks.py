@@ -1,0 +1,178 @@
+"""``train.tasks: separate``: an adapter for each training source, each in a run of its own.
+
+::
+
+    RUN/config.yaml, log.txt   the whole
+    RUN/tasks.json             finished tasks and how they ended
+    RUN/report.html            the same to look at
+    RUN/tasks/NAME/            an ordinary run: config.yaml, adapter/, checkpoints/, metrics.jsonl
+
+A task's ``config.yaml`` is that of a run with this source alone, and the run of it would give the
+same numbers. So everything that reads a run reads a task's.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.config import DataSource, FullConfig, PartialConfig, RunConfig
+from dist_peft.core.config_io import load_config
+from dist_peft.core.errors import UserError
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics
+from dist_peft.train.report import RunSummary, write_task_report
+
+__all__ = ["TasksFile", "refuse_tasks", "task_configs", "task_runs"]
+
+
+def task_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """Name -> the run of each task, in the order of ``data.train``.
+
+    A held-out source belongs to the task of the same name.
+
+    Raises:
+        UserError: the configuration does not describe separate tasks; says which key and why.
+    """
+    _check(config)
+    names = [source.task for source in config.data.train]
+    for number, source in enumerate(config.data.eval):
+        if source.task not in names:
+            raise UserError(
+                f"data.eval[{number}] is of task {source.task}, which data.train does not have "
+                f"({', '.join(names)}); with train.tasks: separate give held-out and training "
+                "source of a task the same name"
+            )
+    return {source.task: _of_task(config, source) for source in config.data.train}
+
+
+def _of_task(config: RunConfig, source: DataSource) -> RunConfig:
+    held_out = [other for other in config.data.eval if other.task == source.task]
+    directory = Path(config.save.dir) / "tasks" / source.task
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"train": [source], "eval": held_out}),
+            "train": config.train.model_copy(update={"tasks": "mixed"}),
+            "save": config.save.model_copy(update={"dir": str(directory)}),
+        }
+    )
+
+
+def _check(config: RunConfig) -> None:
+    def refuse(reason: str) -> None:
+        raise UserError(f"train.tasks is separate, but {reason}")
+
+    sources, seen = config.data.train, set[str]()
+    if len(sources) < 2:
+        refuse("data.train has one source; name one a task, or set train.tasks: mixed")
+    if config.data.mixing != "joined":
+        refuse(
+            f"data.mixing is {config.data.mixing}, which draws the rows of one run from several "
+            "sources; leave it out, or set train.tasks: mixed"
+        )
+    for number, source in enumerate(sources):
+        if not re.fullmatch(r"\w[\w.+-]*", source.task):
+            refuse(
+                f"the name of data.train[{number}], {source.task!r}, cannot be a directory's; set "
+                "its name to letters, digits, '-', '_', '.' or '+'"
+            )
+        if source.task in seen:
+            refuse(f"two sources of data.train are called {source.task}; set their name")
+        seen.add(source.task)
+    if len({len(source.labels) for source in sources}) > 1:
+        numbers = ", ".join(f"{source.task} {len(source.labels)}" for source in sources)
+        refuse(
+            f"tasks have different numbers of labels ({numbers}), so their heads differ in shape; "
+            "train tasks of one number together"
+        )
+    if isinstance(config.adapter, FullConfig | PartialConfig):
+        refuse(
+            f"adapter.kind {config.adapter.kind} trains weights of the base, and the next task "
+            "would begin where the one before has left them; run the tasks one by one, or train "
+            "adapters"
+        )
+    if config.resume not in ("auto", "never"):
+        refuse(
+            "resume names a checkpoint, which is of one task; set it to auto (each task goes on "
+            "from its own newest one) or never"
+        )
+
+
+# -- what a run leaves -----------------------------------------------------------------------------
+
+
+def task_runs(run_dir: Path) -> dict[str, Path]:
+    """Name -> run directory of each task that ``run_dir`` has begun; empty for an ordinary run.
+
+    Raises:
+        UserError: ``config.yaml`` is damaged.
+    """
+    if not (run_dir / "tasks").is_dir() or not (run_dir / "config.yaml").is_file():
+        return {}
+    names = [source.task for source in load_config(run_dir / "config.yaml").data.train]
+    runs = {name: run_dir / "tasks" / name for name in names}
+    return {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
+
+
+def refuse_tasks(run_dir: Path) -> None:
+    """For what handles one adapter at a time.
+
+    Raises:
+        UserError: ``run_dir`` is a run of separate tasks.
+    """
+    if runs := task_runs(run_dir):
+        first = next(iter(runs.values()))
+        raise UserError(
+            f"{run_dir} has an adapter for each of its tasks; this takes one at a time: "
+            f"--run {first}"
+        )
+
+
+class TasksFile:
+    """``tasks.json``: the tasks that are finished, each with its steps and last losses."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Raises: UserError: the file is damaged."""
+        self.run_dir, self.path = run_dir, run_dir / "tasks.json"
+        self.tasks: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                self.tasks = dict(json.loads(self.path.read_text())["tasks"])
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(
+                    f"{self.path} is damaged ({error}); remove it: tasks go on from their "
+                    "checkpoints"
+                ) from None
+
+    def steps(self, name: str) -> int:
+        """With how many steps the task was finished; 0: it was not."""
+        return int(self.tasks.get(name, {}).get("steps", 0))
+
+    def begin(self, name: str) -> None:
+        """The task is at work; what was known of it no longer holds."""
+        if self.tasks.pop(name, None) is not None:
+            self._write()
+
+    def finish(self, name: str, summary: RunSummary) -> None:
+        """The task is done: note how it ended, and write the report of all tasks."""
+        records = self._records(name)
+        first, last = vars(records[0]), vars(records[-1])
+        found = {
+            "loss": last["loss"],
+            **{key: first[key] for key in first if key.endswith("_before")},
+            **{k: last[k] for k in last if k.startswith("eval_") and not k.endswith("_before")},
+        }
+        known = {key: value for key, value in found.items() if value not in (None, {})}
+        self.tasks[name] = {"run": f"tasks/{name}", "steps": last["step"], **known}
+        self._write()
+        write_task_report(self.run_dir, summary, self._all_records())
+
+    def _records(self, name: str) -> list[StepMetrics]:
+        return read_metrics(self.run_dir / "tasks" / name / METRICS_FILE)
+
+    def _all_records(self) -> Mapping[str, list[StepMetrics]]:
+        return {name: self._records(name) for name in self.tasks}
+
+    def _write(self) -> None:
+        atomic_write(self.path, json.dumps({"tasks": self.tasks}, indent=1) + "\n")

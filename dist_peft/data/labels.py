@@ -1,0 +1,95 @@
+"""Which classes a classifier tells apart: the labels of the training sources, one task each.
+
+One matrix of logits serves all tasks; each has its range of class ids, in the order of the
+sources::
+
+    data.train[0]  rte    labels [entailment, not_entailment]   ids 0 1
+    data.train[1]  mrpc   labels ["0", "1"]                     ids     2 3
+
+A row belongs to one task, and its softmax runs over that task's range alone. Held-out sources
+belong to the training task of their name; with a single training task all of them do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.errors import UserError
+
+__all__ = ["ClassTask", "class_names", "class_tasks", "task_of"]
+
+
+@dataclass(frozen=True)
+class ClassTask:
+    """One task.
+
+    Attributes:
+        name: of the training source.
+        labels: values of the label column, in the order of their ids.
+        start: the first of its class ids.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """After the last of its class ids."""
+        return self.start + len(self.labels)
+
+    def target(self, label: int) -> torch.Tensor:
+        """Class id and range of a row: LongTensor [3]. ``label``: its place in ``labels``."""
+        return torch.tensor([self.start + label, self.start, self.stop])
+
+
+def class_tasks(config: DataConfig) -> list[ClassTask]:
+    """The tasks of the training sources, in their order; none without classification.
+
+    Raises:
+        UserError: two of them have one name.
+    """
+    tasks: list[ClassTask] = []
+    for number, source in enumerate(config.train):
+        if source.format != "classification":
+            continue
+        if source.task in [task.name for task in tasks]:
+            raise UserError(
+                f"data.train[{number}]: a task {source.task} is there already; give each source a "
+                "name, or name the files of one task by a pattern in one path"
+            )
+        tasks.append(ClassTask(source.task, tuple(source.labels), tasks[-1].stop if tasks else 0))
+    return tasks
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """Names of all classes, by id: the label, with several tasks ``task/label``."""
+    tasks = class_tasks(config)
+    prefixes = [f"{task.name}/" if len(tasks) > 1 else "" for task in tasks]
+    return [p + label for p, task in zip(prefixes, tasks, strict=True) for label in task.labels]
+
+
+def task_of(source: DataSource, tasks: Sequence[ClassTask], key: str) -> ClassTask:
+    """The task that a training or held-out source belongs to.
+
+    Args:
+        key: configuration key of the source, such as ``data.eval[0]``.
+
+    Raises:
+        UserError: none of its name among several, or other labels.
+    """
+    named = [task for task in tasks if task.name == source.task]
+    if not named and len(tasks) > 1:
+        raise UserError(
+            f"{key}: no training task is called {source.task}; set {key}.name to one of "
+            f"{', '.join(task.name for task in tasks)}"
+        )
+    task = named[0] if named else tasks[0]
+    if source.labels and tuple(source.labels) != task.labels:
+        raise UserError(
+            f"{key}.labels are {source.labels}, but those of task {task.name} are "
+            f"{list(task.labels)}; leave {key}.labels out"
+        )
+    return task

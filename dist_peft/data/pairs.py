@@ -1,0 +1,83 @@
+"""Labelled texts and pairs of texts become tokens, as the tokenizer builds its model's input::
+
+    BERT      [CLS] a a a [SEP] b b [SEP]      types 0 0 0 0 0 1 1 1
+    RoBERTa   <s> a a a </s> </s> b b </s>
+    Llama     <s> a a a <s> b b                what its post-processor says
+
+A token's *type* tells the two texts apart, for models that have an embedding of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_peft.core.errors import UserError
+from dist_peft.data.chat import Tokenizer
+from dist_peft.data.files import Place
+from dist_peft.data.sources import Example, Labelled
+
+__all__ = ["PairEncoder"]
+
+Document = tuple[NDArray[np.int32], NDArray[np.uint8]]
+
+
+class PairEncoder:
+    """Tokenizes labelled examples.
+
+    Args:
+        tokenizer: of the base.
+        window: cut to so many tokens, from the longer of two texts, as ``transformers`` does by
+            ``longest_first``; None: do not cut.
+
+    Attributes:
+        notes: what the user should hear once.
+        default_template: none; see ``tokens.Encoder``.
+    """
+
+    default_template = None
+
+    def __init__(self, tokenizer: Tokenizer, window: int | None) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) has no "
+                "tokenizer.json; convert it to a fast tokenizer of transformers"
+            )
+        self._tokenizer, self._window = tokenizer, window
+        self._seen = self._cut = 0
+
+    @property
+    def notes(self) -> list[str]:
+        if not self._cut:
+            return []
+        return [f"cut {self._cut} of {self._seen} records to data.seq_len {self._window} tokens"]
+
+    def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
+        """Tokens int32 [T] and types uint8 [T] of each example.
+
+        Raises:
+            UserError: an example without a token.
+        """
+        documents = []
+        for example, place in zip(examples, places, strict=True):
+            assert isinstance(example, Labelled)
+            ids, types = self._tokenize(example)
+            if not ids:
+                raise UserError(f"{place} has no token: its text is empty; remove or mend it")
+            documents.append((np.asarray(ids, np.int32), np.asarray(types, np.uint8)))
+        return documents
+
+    def _tokenize(self, example: Labelled) -> tuple[list[int], list[int]]:
+        texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
+        encoded: Any = self._tokenizer(*texts, return_token_type_ids=True, verbose=False)
+        self._seen += 1
+        if self._window is not None and len(encoded["input_ids"]) > self._window:
+            self._cut += 1
+            encoded = self._tokenizer(
+                *texts,
+                return_token_type_ids=True,
+                truncation="longest_first",
+                max_length=self._window,
+            )
+        return encoded["input_ids"], encoded["token_type_ids"]

@@ -1,0 +1,207 @@
+"""Sequence classification: the second head that a base can have (``base.head: classifier``).
+
+``transformers`` puts it on encoders and on decoders::
+
+    BERT       [CLS] a [SEP] b [SEP] -> blocks -> state of [CLS] -> pooler -> classifier -> logits
+    RoBERTa    <s> a </s></s> b </s> -> blocks -> state of <s>   -> dense, tanh, out_proj
+    ModernBERT [CLS] a [SEP] b [SEP] -> blocks -> [CLS] or mean  -> dense, norm, classifier
+    Llama, ... <s> a b               -> blocks -> state of the last token -> score
+
+The *head* is what lies outside of the model's trunk (``base_model``), and a pooler that the files
+do not have. Most of it is in no checkpoint: such parameters are *new*. What the files have in the
+right shape is where training starts from. The head always learns (``adapters.head``), the trunk
+is frozen, quantized and sharded as under a language model's head.
+
+Checkpoints of encoders come from the trunk alone (no ``bert.`` in front) or with another head
+(``cls.*``, ``lm_head.*``); such tensors are passed over.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from dist_peft.core.errors import UserError
+from dist_peft.store.format import TensorSpec
+
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "Head",
+    "head_of",
+    "is_encoder",
+    "may_be_new",
+    "pad_token",
+    "prepare_labels",
+    "reads_token_types",
+    "refuse_encoder",
+    "settings_of",
+    "take_pad_token",
+    "unused_positions",
+    "used_and_new",
+]
+
+MODELS: dict[str, Any] = {
+    "lm": AutoModelForCausalLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+"""``base.head`` -> what builds it."""
+
+KINDS = {"lm": "causal LM", "classifier": "classifier"}
+"""``base.head`` -> its name in messages."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is trained on top.
+
+    Attributes:
+        labels: names of the classes, in the order of their ids.
+        modules: path of each module that owns parameters of the head, in the model's order.
+        new: full names of parameters that the base's files do not have.
+    """
+
+    labels: tuple[str, ...]
+    modules: tuple[str, ...]
+    new: tuple[str, ...]
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether attention sees both ways: such a model predicts no next tokens."""
+    decodes = getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
+
+
+def refuse_encoder(config: PretrainedConfig, path: str) -> None:
+    """
+    Raises:
+        UserError: ``config`` is an encoder's, which a language model's head does not fit.
+    """
+    if is_encoder(config):
+        raise UserError(
+            f"base.path {path} is an encoder ({config.model_type}), which predicts no next tokens; "
+            "set base.head: classifier and give data of format: classification"
+        )
+
+
+def prepare_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    """Write the classes into a model's configuration.
+
+    Raises:
+        UserError: an encoder-decoder.
+    """
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"base.head classifier: {config.model_type} has an encoder and a decoder; give an "
+            "encoder (BERT, RoBERTa, ModernBERT, ...) or a decoder (Llama, Qwen, ...)"
+        )
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+
+
+def may_be_new(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Callable[[str], bool]:
+    """Tells of a parameter's full name whether the base's files may lack it.
+
+    From then on only what looks like a block's weight is worth a warning where it is not used.
+
+    Raises:
+        UserError: layers that share weights (ALBERT), or a trunk that cannot be told apart.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if model.base_model is model or count != len(blocks):
+        raise UserError(
+            f"base.head classifier: the structure of {type(model).__name__} is not known here "
+            f"({len(blocks)} blocks found, config.json says {count} layers)"
+        )
+    path = next(n for n, m in model.base_model.named_modules() if m is blocks[0])
+    inside = re.escape(path.rpartition(".")[0])
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, rf"^(?!.*\b{inside}\.\d)"}
+    trunk = _trunk(model)
+    return lambda name: not name.startswith(trunk) or name.startswith(f"{trunk}pooler.")
+
+
+def _trunk(model: PreTrainedModel) -> str:
+    """What names inside the trunk begin with."""
+    return next(n for n, m in model.named_modules() if m is model.base_model) + "."
+
+
+def head_of(model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[str]) -> Head:
+    """The head of ``model``, whose parameters are in the files as ``names`` says.
+
+    Raises:
+        UserError: a part of the head that owns parameters and has parts itself.
+    """
+    trunk = _trunk(model)
+    parameters = dict(model.named_parameters())
+    new = [name for name in parameters if name not in names]
+    learns = [n for n in parameters if n in new or not n.startswith(trunk)]
+    modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in learns))
+    for path in modules:
+        if any(True for _ in model.get_submodule(path).children()):
+            raise UserError(
+                f"base.head classifier: {path} of {type(model).__name__} has parameters and parts; "
+                "such a head is not known here"
+            )
+    return Head(tuple(labels), modules, tuple(new))
+
+
+def unused_positions(model: nn.Module) -> int:
+    """Rows of learned positions that no token has: RoBERTa counts from the padding's id on."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def used_and_new(
+    model: nn.Module, names: dict[str, str], tensors: Mapping[str, TensorSpec], head: Head
+) -> dict[str, TensorSpec]:
+    """See ``Skeleton.tensors``."""
+    used = set(names.values())
+    found = {name: spec for name, spec in tensors.items() if name in used}
+    for name in head.new:
+        shape = tuple(model.get_parameter(name).shape)
+        found[name] = TensorSpec(name, torch.float32, shape)
+    return found
+
+
+def settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Keys of ``config.json`` that make ``transformers`` load a classifier as trained."""
+    config = model.config
+    return {
+        "architectures": [type(model).__name__],
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+        "problem_type": config.problem_type,
+        "pad_token_id": pad_token(tokenizer),
+    }
+
+
+def take_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a decoder which tokens are padding: it classifies at the last one that is none."""
+    model.config.get_text_config().pad_token_id = pad_token(tokenizer)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that fills rows up; that of the text's end where there is no other."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in ids if i is not None))
+
+
+def reads_token_types(model: nn.Module) -> bool:
+    """Whether the model tells the two texts of a pair apart by an embedding (BERT does)."""
+    types: int = getattr(model.config, "type_vocab_size", 0)
+    return types > 1

@@ -1,0 +1,228 @@
+"""Mixture-of-experts layers: the experts of a block, packed, frozen and sharded like any linear.
+
+A router chooses ``k`` of ``E`` experts for each token and weights what they give (Shazeer et al.
+2017; Mixtral, Qwen-MoE, OLMoE)::
+
+    y_t = sum over the k chosen e of  w_te  D_e (act(G_e x_t) * U_e x_t)
+
+``transformers`` keeps ``[G_e; U_e]`` and ``D_e`` of all experts in two 3-d parameters. Here each is
+the stack of its experts' rows, one packed matrix, so that engines, codecs and files treat it as any
+other weight::
+
+    gate_up_proj.packed   uint8 [E * 2I, row_bytes(H)]    | G_0 | U_0 | G_1 | U_1 | ...
+    down_proj.packed      uint8 [E * H,  row_bytes(I)]    | D_0 | D_1 | ...
+
+A rank's rows of a stack can begin and end within an expert. Whole stacks are gathered with their
+block, whichever experts the tokens chose, so that all ranks call the same collectives; what is
+*decoded* is one expert at a time, and only those that got tokens.
+
+The files have a tensor for each expert and projection, or the stack itself. ``pieces`` says which
+rows lie where.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenRows
+from dist_peft.quant.codec import Codec
+from dist_peft.quant.matmul import frozen_grouped_matmul
+from dist_peft.store.reader import RowReader
+
+__all__ = [
+    "STACKS",
+    "ExpertStack",
+    "FrozenExperts",
+    "Piece",
+    "Pieces",
+    "find_experts",
+    "find_routers",
+]
+
+STACKS = ("gate_up_proj", "down_proj")
+"""The two parameters of an experts module, in its order."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a stack that are one tensor of the files.
+
+    Attributes:
+        name: the tensor, ``[rows, in]``; or of any shape that is these rows if flattened.
+        span: which rows of the stack.
+    """
+
+    name: str
+    span: Span
+
+
+Pieces = tuple[Piece, ...]
+"""All rows of a stack, in order."""
+
+
+class ExpertStack(FrozenRows):
+    """One projection of all experts of a layer.
+
+    Args:
+        experts: their number.
+        in_features, out_features: shape of one expert's weight, ``[out, in]``.
+        codec, source, device: see ``FrozenRows``.
+
+    Attributes:
+        pieces: where the rows are in the files; set when the model is built.
+    """
+
+    pieces: Pieces = ()
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        codec: Codec,
+        source: str,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(in_features, experts * out_features, codec, source, device)
+        self.experts, self.out_features = experts, out_features
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """``x`` [n, in], ordered by expert, ``counts`` [E] rows for each -> [n, out]."""
+        return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, counts)
+
+    def read(self, reader: RowReader, span: Span) -> Tensor:
+        """See ``FrozenRows``; of each tensor that has some of the rows, these alone are read."""
+        dtypes = [reader.index.find(piece.name).dtype for piece in self.pieces]
+        rows = torch.empty(len(span), self.in_features, dtype=reduce(torch.promote_types, dtypes))
+        for piece in self.pieces:
+            common = piece.span.intersect(span)
+            if len(common):
+                read = reader.read_flat(piece.name, common.shift(-piece.span.start))
+                rows[common.shift(-span.start).slice] = read
+        return rows
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, codec={self.codec.name}"
+        )
+
+
+class FrozenExperts(nn.Module):
+    """Stands for a ``transformers`` experts module, and is called as that is.
+
+    Args:
+        gate_up_proj, down_proj: ``[2I, H]`` and ``[H, I]`` of each expert.
+        act_fn: between them.
+    """
+
+    def __init__(
+        self,
+        gate_up_proj: ExpertStack,
+        down_proj: ExpertStack,
+        act_fn: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.num_experts = gate_up_proj.experts
+        self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states: ``[n, H]``.
+            top_k_index: long ``[n, k]``, the experts of each token.
+            top_k_weights: ``[n, k]``; what they give is multiplied by it.
+
+        Returns:
+            ``[n, H]`` in the type of ``hidden_states``.
+        """
+        chosen = top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = chosen.bincount(minlength=self.num_experts).tolist()
+        x = hidden_states[order // top_k_index.shape[1]]
+        gate, up = self.gate_up_proj(x, counts).chunk(2, -1)
+        y = self.down_proj(self.act_fn(gate) * up, counts)
+        # back in the tokens' order: a sum over k is the same in each run, where adding to an index
+        # is not on a GPU
+        y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
+        return y.sum(1).to(hidden_states.dtype)
+
+
+def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The experts modules of ``transformers`` in ``blocks``.
+
+    ``transformers`` declares how a family's experts compute (``use_experts_implementation``); what
+    is declared otherwise than in the module above is refused, and so is what is not declared.
+
+    Raises:
+        UserError: experts of another kind.
+    """
+    found = []
+    for block in blocks:
+        for module in block.modules():
+            matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+            if not matrices or "expert" not in type(module).__name__.lower():
+                continue
+            if why := _other_kind(module):
+                raise UserError(
+                    f"base.path has mixture-of-experts layers of class {type(module).__name__}, "
+                    f"{why}; read are experts as Mixtral, Qwen-MoE and OLMoE have them: "
+                    "act(gate) * up with gate_up_proj [experts, 2I, H], then down_proj "
+                    "[experts, H, I]"
+                )
+            found.append(module)
+    return found
+
+
+def find_routers(model: nn.Module, experts: Sequence[nn.Module]) -> set[int]:
+    """``id`` of the linears that decide which experts a token gets, or how much of a shared one.
+
+    They lie beside ``experts`` (``shared_expert_gate`` of Qwen2-MoE), or in a module beside them
+    and have an output for each expert. What shared experts are made of does neither. Most families'
+    routers are no linears at all.
+    """
+    counts = {id(module): module.get_parameter(STACKS[0]).shape[0] for module in experts}
+    found: set[int] = set()
+    for module in model.modules():
+        children = list(module.children())
+        count = next((counts[id(child)] for child in children if id(child) in counts), None)
+        for child in children if count is not None else ():
+            inside = (m for m in child.modules() if type(m) is nn.Linear)
+            found |= {id(m) for m in inside if m is child or m.out_features == count}
+    return found
+
+
+_DECLARATION = "transformers.integrations.moe"
+_DECLARED: dict[str, tuple[bool, str]] = {
+    "is_transposed": (False, "which are stored transposed"),
+    "has_bias": (False, "which have biases"),
+    "has_gate": (True, "which have no gate"),
+    "is_concatenated": (True, "whose gate and up rows are interleaved"),
+    "has_post_expert_norm": (False, "which have a norm of their own"),
+}
+"""Attribute of an experts module -> what it is here, and what the opposite means."""
+
+
+def _other_kind(module: Any) -> str | None:
+    """Why ``FrozenExperts`` does not compute what ``module`` does; None if it does."""
+    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if not hasattr(module, "is_transposed"):
+        return "whose products transformers does not declare"
+    for name, (wanted, why) in _DECLARED.items():
+        if getattr(module, name, wanted) is not wanted:
+            return why
+    if set(own) != set(STACKS):
+        return f"whose parameters are {', '.join(own)}"
+    experts, twice, hidden = own["gate_up_proj"]
+    if own["down_proj"] != (experts, hidden, twice // 2):
+        return f"whose shapes are {list(own['gate_up_proj'])} and {list(own['down_proj'])}"
+    gate = getattr(type(module), "_apply_gate", None)  # the declaration adds the usual one
+    if getattr(gate, "__module__", "") != _DECLARATION or not hasattr(module, "act_fn"):
+        return "whose gate computes something else"
+    return None

@@ -1,0 +1,239 @@
+"""Which tensors of a base's files a model's parameters are.
+
+Names differ in three ways: families were renamed after their checkpoints were written
+(``transformers`` knows how), checkpoints were saved from the headless model, and the experts of a
+mixture lie in one tensor each where the model stacks them (``model.experts``)::
+
+    model.layers.0.block_sparse_moe.experts.3.w1.weight  ->  rows of layer 0's gate_up_proj
+    model.layers.0.mlp.experts.3.up_proj.weight          ->  rows of layer 0's gate_up_proj
+    model.layers.0.mlp.experts.gate_up_proj              ->  all of it
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+)
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.core.span import Span
+from dist_peft.model.experts import STACKS, Piece, Pieces
+from dist_peft.model.prequantized import Prequantized
+from dist_peft.store.index import SafetensorsIndex, TensorInfo
+
+__all__ = ["Names", "find_names"]
+
+log = logging.getLogger("dist_peft")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a model's parameters and persistent buffers are.
+
+    Attributes:
+        tensors: full name -> tensor in the files; a packed weight under the name that it had
+            before. Experts are in ``stacks``.
+        stacks: full name of a parameter of experts -> where its rows are.
+    """
+
+    tensors: dict[str, str]
+    stacks: dict[str, Pieces]
+
+    @property
+    def found(self) -> dict[str, str]:
+        """Every parameter that has a place, and every used tensor: names of the former, and of the
+        pieces themselves, -> a tensor."""
+        pieces = {piece.name: piece.name for pieces in self.stacks.values() for piece in pieces}
+        first = {name: pieces[0].name for name, pieces in self.stacks.items()}
+        return {**self.tensors, **pieces, **first}
+
+
+def find_names(
+    model: PreTrainedModel,
+    index: SafetensorsIndex,
+    packed: Prequantized | None,
+    experts: Sequence[nn.Module],
+    may_lack: Callable[[str], bool],
+) -> Names:
+    """Find the tensors of ``model``. Parameters that the files lack, or have in another shape, and
+    ``may_lack`` are left out.
+
+    Args:
+        experts: the modules whose parameters are stacks.
+
+    Raises:
+        UserError: tensors are absent or have another shape, or experts are quantized already.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
+    in_files = {apply_renamings(name, renamings): name for name in tensors}
+    stacks, absent = _stacks(model, index, tensors, in_files, rules, experts)
+    prefix = model.base_model_prefix + "."
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    names = {}
+    for name in [*dict(model.named_parameters()), *buffers]:
+        if name in stacks or name in absent:
+            continue
+        for candidate in _candidates(name, prefix):
+            if candidate in in_files:
+                names[name] = in_files[candidate]
+                break
+        else:
+            # a buffer keeps the value that the model computed for it
+            if name not in buffers and not may_lack(name):
+                absent.append(name)
+    if absent:
+        raise UserError(
+            f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
+            f"such as {absent[0]}; is the download complete?"
+        )
+    found = Names(names, stacks)
+    _warn_of_unused(model, index, tensors, set(found.found.values()))
+    for name, source in list(names.items()):
+        info, shape = tensors[source], tuple(model.state_dict()[name].shape)
+        if info is not None and shape != info.shape:
+            if may_lack(name):
+                del names[name]  # a head of other classes
+                continue
+            raise _other_shape(source, info.shape, shape)
+    return found
+
+
+def _candidates(name: str, prefix: str) -> tuple[str, str, str]:
+    """How a checkpoint of the same or of the headless model can call a parameter."""
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _other_shape(source: str, found: Sequence[int], wanted: Sequence[int]) -> UserError:
+    return UserError(
+        f"tensor {source} has shape {list(found)} in the files but config.json asks for "
+        f"{list(wanted)}"
+    )
+
+
+# -- experts -------------------------------------------------------------------------------------
+
+
+def _stacks(
+    model: PreTrainedModel,
+    index: SafetensorsIndex,
+    tensors: Mapping[str, TensorInfo | None],
+    in_files: Mapping[str, str],
+    rules: Sequence[object],
+    experts: Sequence[nn.Module],
+) -> tuple[dict[str, Pieces], list[str]]:
+    """``Names.stacks``, and the parameters of experts that the files lack."""
+    merged = _merged(in_files, rules) if experts else {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    prefix = model.base_model_prefix + "."
+    stacks: dict[str, Pieces] = {}
+    absent: list[str] = []
+    for module in experts:
+        for own in STACKS:
+            name, shape = f"{paths[id(module)]}.{own}", tuple(module.get_parameter(own).shape)
+            for candidate in _candidates(name, prefix):
+                if candidate in in_files:
+                    parts = [[in_files[candidate]]]
+                elif candidate in merged:
+                    parts = merged[candidate]
+                else:
+                    continue
+                stacks[name] = _pieces(index, tensors, parts, shape)
+                break
+            else:
+                absent.append(name)
+    return stacks, absent
+
+
+def _merged(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, list[list[str]]]:
+    """Name that the stack would have -> for each projection in it, each expert's tensor."""
+    found: dict[str, list[list[tuple[list[int], str]]]] = {}
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter) and _merges(rule)]
+    for renamed, source in in_files.items():
+        for converter in converters:
+            name, pattern = converter.rename_source_key(renamed)
+            if pattern is not None:
+                patterns = converter.source_patterns
+                parts = found.setdefault(name, [[] for _ in patterns])
+                number = [int(digits) for digits in re.findall(r"\d+", source)]
+                parts[patterns.index(pattern)].append((number, source))
+                break
+    return {
+        name: [[source for _, source in sorted(part)] for part in parts]
+        for name, parts in found.items()
+    }
+
+
+def _merges(rule: WeightConverter) -> bool:
+    """Whether it stacks experts, their projections behind each other, and does nothing else."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
+    stacks = [(MergeModulelist, 0), (Concatenate, 1)][: 1 + (len(rule.source_patterns) > 1)]
+    return kinds == stacks and len(rule.target_patterns) == 1
+
+
+def _pieces(
+    index: SafetensorsIndex,
+    tensors: Mapping[str, TensorInfo | None],
+    parts: list[list[str]],
+    shape: tuple[int, ...],
+) -> Pieces:
+    """The pieces of a stack [experts, out, in], from one tensor or from those of ``_merged``."""
+    experts, out, columns = shape
+    whole = parts == [[parts[0][0]]] and experts > 1
+    wanted = shape if whole else (out // len(parts), columns)
+    rows = math.prod(wanted[:-1])
+    for part in parts:
+        if len(part) != (1 if whole else experts):
+            raise UserError(
+                f"{index.path} has {len(part)} experts beside {(part or parts[0])[0]} but "
+                f"config.json asks for {experts}; is the download complete?"
+            )
+    ordered = [name for of_expert in zip(*parts, strict=True) for name in of_expert]
+    for name in ordered:
+        if (info := tensors[name]) is None:
+            raise UserError(
+                f"{index.path} has {name} quantized: of mixture-of-experts models only unquantized "
+                "bases are read; give the unquantized base"
+            )
+        if info.shape != wanted:
+            raise _other_shape(name, info.shape, wanted)
+    return tuple(Piece(name, Span(i * rows, (i + 1) * rows)) for i, name in enumerate(ordered))
+
+
+def _warn_of_unused(
+    model: PreTrainedModel,
+    index: SafetensorsIndex,
+    tensors: Mapping[str, TensorInfo | None],
+    used: set[str],
+) -> None:
+    """Matrices that no parameter takes: a config.json of fewer layers would drop them silently."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(model._tied_weights_keys or ())]
+    unused = [
+        name
+        for name, info in tensors.items()
+        if name not in used
+        and (info is None or (len(info.shape) == 2 and info.dtype.is_floating_point))
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unused:
+        log.warning(
+            "%s has %d weights that a %s of this config.json does not use, such as %s",
+            index.path,
+            len(unused),
+            type(model).__name__,
+            unused[0],
+            extra=ONCE,
+        )

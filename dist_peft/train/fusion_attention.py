@@ -1,0 +1,145 @@
+"""What a fusion attends to in held-out rows: ``fusion_attention.json`` of a run.
+
+::
+
+    {"adapters": ["rte", "mrpc"], "layers": ["model.layers.0.output_adapters", ...],
+     "counted": "target tokens", "tokens": 1432,
+     "attention": [[0.41, 0.59], ...],                       layer x adapter, rows sum to 1
+     "by_task": {"rte": [[0.62, 0.38], ...], ...}}           with several held-out sources
+
+Each number is a mean over tokens: those at which a token is predicted that counts for the loss
+(``target tokens``), of classified rows all but the padding (``tokens``). Sums are taken over all
+ranks, so that the file does not depend on their number.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.fusion import FusionLayer
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.data.labelled import LabelledBatch
+from dist_peft.data.loader import Batch, Loader
+from dist_peft.data.mixture import Mixture
+from dist_peft.engine import Engine
+from dist_peft.model.attention import batch_inputs
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.evaluate import inference
+from dist_peft.train.loss import IGNORE
+
+__all__ = ["FusionAttention", "fusion_layers", "measure_attention"]
+
+_FILE = "fusion_attention.json"
+_SITES = {"attention_adapters": "attention", "output_adapters": "MLP"}
+
+Table = list[list[float]]
+
+
+@dataclass(frozen=True)
+class FusionAttention:
+    """Mean attention. See the module docstring.
+
+    Attributes:
+        adapters: names of the fused adapters.
+        layers: paths of the fusions.
+        counted: what the mean is over.
+        tokens: how many.
+        attention: ``[layers][adapters]``.
+        by_task: the same for each of several held-out sources.
+    """
+
+    adapters: list[str]
+    layers: list[str]
+    counted: str
+    tokens: int
+    attention: Table
+    by_task: dict[str, Table]
+
+    def layer_labels(self) -> list[str]:
+        """A short name for each fusion: its block's number, and where there are two in a block."""
+        several = len({path.rpartition(".")[2] for path in self.layers}) > 1
+        return [
+            f"{''.join(re.findall(r'[.]([0-9]+)[.]', path)[-1:])}"
+            f"{' ' + _SITES[path.rpartition('.')[2]] if several else ''}"
+            for path in self.layers
+        ]
+
+    def write(self, run_dir: Path) -> None:
+        """Raises: UserError: the disk is full."""
+        atomic_write(run_dir / _FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self | None:
+        """What ``write`` wrote; None where it did not.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = run_dir / _FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it") from None
+
+
+def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
+    """The fusions of a model by path, in its order."""
+    return {module.path: module for module in model.modules() if isinstance(module, FusionLayer)}
+
+
+def measure_attention(
+    model: nn.Module,
+    layers: Mapping[str, FusionLayer],
+    engine: Engine,
+    loader: Loader,
+    world: World,
+) -> FusionAttention:
+    """One pass over the held-out rows; every rank calls it and gets the same.
+
+    Args:
+        layers: see ``fusion_layers``; at least one.
+        loader: of the held-out rows.
+    """
+    rows, first = loader.rows, next(iter(layers.values()))
+    names = rows.names if isinstance(rows, Mixture) else ("",)
+    meter, tokens = first.meter, torch.zeros(len(names), dtype=torch.float64)
+    meter.sums.clear()
+    labelled = False
+    with inference(model):
+        for batch in loader.sequential():
+            labelled = isinstance(batch, LabelledBatch)
+            samples = batch.sample_ids.tolist()
+            tasks = [rows.source(s) if isinstance(rows, Mixture) and s >= 0 else 0 for s in samples]
+            weights = _weights(batch)
+            tokens.index_add_(0, torch.tensor(tasks), weights.sum(1).double())
+            with meter.counting(weights, tasks, len(names)):
+                model(**batch_inputs(model, batch, engine.device), use_cache=False)
+    sums = torch.stack([meter.sums[path] for path in layers])  # [layers, tasks, adapters]
+    numbers = world.sum(*sums.flatten().tolist(), *tokens.tolist())
+    sums = torch.tensor(numbers[: sums.numel()], dtype=torch.float64).view_as(sums)
+    tokens = torch.tensor(numbers[sums.numel() :], dtype=torch.float64)
+    means = sums / tokens[:, None]
+    by_task = {name: means[:, task].tolist() for task, name in enumerate(names)}
+    return FusionAttention(
+        adapters=list(first.names),
+        layers=list(layers),
+        counted="tokens" if labelled else "target tokens",
+        tokens=int(tokens.sum()),
+        attention=(sums.sum(1) / tokens.sum()).tolist(),
+        by_task=by_task if isinstance(rows, Mixture) else {},
+    )
+
+
+def _weights(batch: Batch) -> Tensor:
+    """Which tokens count, float32 ``[B, S]``; none of a filler row."""
+    counted = batch.attention_mask if isinstance(batch, LabelledBatch) else batch.labels != IGNORE
+    return counted.float() * (batch.sample_ids >= 0).unsqueeze(1)

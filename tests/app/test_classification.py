@@ -1,0 +1,248 @@
+"""Classifiers on every engine: losses, resuming, finished runs, and who loads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from dist_peft.app.build import restore
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.data.labelled import LabelledBatch
+from dist_peft.model.attention import batch_inputs
+from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.evaluate import inference
+from dist_peft.train.metrics import read_metrics
+from tests.app.classifying import classifying_tree, save_classifier_base, save_pairs, source
+from tests.app.test_bottleneck import adapterhub, lines
+from tests.app.test_equality import GRADIENT_TOLERANCE, NF4, Outcome, all_cases, assert_same, build
+from tests.app.test_resume import losses, train
+from tests.app.tiny import save_config
+from tests.dist import run_ranks
+
+pytestmark = pytest.mark.dist
+
+INT4 = {"kind": "int", "bits": 4, "group_size": 8}
+CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    # the pooler is new
+    "bert, lora": (
+        "bert",
+        tf.AutoModelForMaskedLM,
+        {"adapter": {"r": 4, "dropout": 0.1}, "base__quant": NF4},
+    ),
+    "roberta, qalora": (
+        "roberta",
+        tf.AutoModel,
+        {"adapter": {"kind": "qalora", "r": 4}, "base__quant": INT4},
+    ),
+    "modernbert, partial": (
+        "modernbert",
+        tf.AutoModelForMaskedLM,
+        {
+            "adapter": {"kind": "partial", "parts": ["norms"], "last_blocks": 1},
+            "base__quant": NF4,
+            "engine__activation_checkpointing": False,
+        },
+    ),
+    "llama, bottleneck": (
+        "llama-tied-bias",
+        None,
+        {"adapter": {"kind": "bottleneck"}, "base__quant": NF4},
+    ),
+    "llama, dora": ("llama", None, {"adapter": {"r": 4, "use_dora": True}}),
+}
+RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "fsdp2": ({"kind": "fsdp2"}, tuple(CASES)[:4]),
+    "zero 2": ({"kind": "zero", "stage": 2}, ("bert, lora",)),
+    # last: it replaces functional.linear for good
+    "zero 3": ({"kind": "zero", "stage": 3}, ("bert, lora", "modernbert, partial")),
+}
+
+
+def tree(directory: Path, case: str, **changes: Any) -> dict[str, Any]:
+    """Two tasks, of two and of three classes, in one head. A step takes all 21 rows, so that of two
+    ranks one has a filler row."""
+    family, auto, own = CASES[case]
+    base = directory / case.split(",")[0]
+    if not base.exists():
+        save_classifier_base(base, family, auto)
+    three = ["a", "b", "c"]
+    more = source(save_pairs(directory / "three.tsv", 9, three), labels=three, name="three")
+    first = source(save_pairs(directory / "pairs.tsv"), name="two")
+    held = source(save_pairs(directory / "held.tsv", 5), name="two")
+    both = {"data__train": [first, more], "data__eval": [held, {**more, "labels": []}]}
+    both |= {"train__global_batch": 21, "train__micro_batch": 4}
+    return classifying_tree(directory, base, **{**both, "engine": {}, **own, **changes})
+
+
+def all_runs(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, Outcome]]:
+    """One set of processes for everything: starting them takes longer than the cases."""
+    return {run: all_cases(world, cases) for run, cases in trees.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Outcome]]]:
+    """Run -> what each rank got in each case; "single" is the reference."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    directory = tmp_path_factory.mktemp("classification")
+    singles = {case: tree(directory, case) for case in CASES}
+    trees = {
+        run: {c: {**singles[c], "engine": {**singles[c]["engine"], **engine}} for c in cases}
+        for run, (engine, cases) in RUNS.items()
+    }
+    found = run_ranks(all_runs, 2, trees, timeout=400)
+    by_run = {run: [outcome[run] for outcome in found] for run in RUNS}
+    return {"single": [all_cases(World(), singles)], **by_run}
+
+
+@pytest.mark.parametrize(
+    ("run", "case"), [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
+)
+def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, case: str) -> None:
+    """fp32 losses within 1e-6 of one process's, gradients likewise; losses fall."""
+    expected = outcomes["single"][0][case]
+    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
+    for outcome in outcomes[run]:
+        assert_same(outcome[case], expected, tolerance)
+    print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+
+
+def test_resumed_in_another_engine(tmp_path: Path) -> None:
+    """The head, too."""
+    steps, stop = 4, 2
+
+    def short(name: str, **changes: Any) -> dict[str, Any]:
+        save = {"dir": str(tmp_path / name), "every": 0}
+        return tree(tmp_path, "bert, lora", save=save, train__steps=steps, **changes)
+
+    assert train(World(), short("whole")) == 0
+    assert run_ranks(train, 2, short("cut", engine={"kind": "fsdp2"}), stop) == [75, 75]
+    assert train(World(), short("cut")) == 0
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert len(found) == steps and expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+# -- finished runs ---------------------------------------------------------------------------------
+
+
+def trained_logits(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+    """Padded inputs of held-out pairs, as training gives them, and the trained model's logits."""
+    _, built, loaders, _ = build(world, config)
+    checkpoints = Checkpoints(Path(config["save"]["dir"]) / "checkpoints", 1, world)
+    path = checkpoints.choose("auto")
+    assert path is not None and loaders.eval is not None
+    restore(built, checkpoints, path, checkpoints.position(path).step)
+    batch = loaders.eval.sequential()[0]
+    assert isinstance(batch, LabelledBatch) and not batch.attention_mask.all()
+    inputs = batch_inputs(built.model, batch, torch.device("cpu"))
+    with inference(built.model):
+        return inputs, built.model(**inputs).logits
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", ["bert, lora", "modernbert, partial", "llama, dora"])
+def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is merged, and the adapter in PEFT, give the trained logits; eval reads the run."""
+    save = {"dir": str(tmp_path / "run"), "every": 0}
+    whole = tree(tmp_path, case, train__steps=4, base__quant=None, save=save)
+    assert train(World(), whole) == 0
+    close_log()
+    run, out = tmp_path / "run", tmp_path / "out"
+    inputs, expected = trained_logits(World(), whole)
+
+    recorded = read_metrics(run / "metrics.jsonl")
+    last, first = recorded[-1], recorded[0]
+    printed = json.loads(
+        lines(["eval", "--config", str(run / "config.yaml"), "--run", str(run)], capsys)
+        .strip()
+        .splitlines()[-1]
+    )
+    assert printed["eval_accuracy"] == last.eval_accuracy and 0 < last.eval_accuracy <= 1
+    assert printed["eval_macro_f1_by_task"] == last.eval_macro_f1_by_task
+    assert printed["eval_loss"] == pytest.approx(last.eval_loss, rel=1e-6)
+    assert set(printed["eval_by_task"]) == {"two", "three"}
+    assert first.eval_accuracy_before is not None and first.loss > last.loss
+    assert "Held-out accuracy" in (run / "report.html").read_text()
+
+    argv = ["--run", str(run), "--out", str(out)]
+    lines(["merge", *argv], capsys)
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.bfloat16).eval()
+    assert merged.config.id2label[3] == "three/b" and merged.config.num_labels == 5
+    assert tf.AutoTokenizer.from_pretrained(out).pad_token == "[PAD]"
+    with torch.no_grad():
+        close(merged(**inputs).logits.float(), expected, 0.1)
+        close(merged.float()(**inputs).logits, expected, 0.03)
+    argv[-1] = str(tmp_path / "other")
+    message = lines(["export", "--format", "mlx", *argv], capsys, code=2)
+    assert "trained a classifier, and format mlx is for language models" in message
+    if "partial" in case:
+        return
+    base = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / case.split(",")[0], num_labels=5
+    )
+    reloaded = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
+    assert type(reloaded) is peft.PeftModelForSequenceClassification
+    with torch.no_grad():
+        close(reloaded(**inputs).logits, expected)
+
+
+REFUSED = {
+    "encoder as language model": (
+        {"base__head": "lm"},
+        "base.head classifier goes with data of format: classification",
+    ),
+    "packing": ({"data__packing": True}, "packing: true is not for classification"),
+    "virtual tokens": ({"adapter": {"kind": "prompt"}}, "adapter.kind prompt puts virtual tokens"),
+    "calibration": (
+        {"base__quant": {"kind": "int", "group_size": 8, "solver": "gptq"}},
+        "calibrates on documents",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_configuration_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, message = REFUSED[case]
+    config = save_config(tmp_path, tree(tmp_path, "bert, lora", **changes))
+    assert message in lines(["train", "--config", str(config)], capsys, code=2)
+
+
+LOADS = """
+import sys, adapters, numpy as np, torch, transformers as tf
+base, adapter, inputs, out, classes = sys.argv[1:]
+auto = tf.AutoModelForSequenceClassification
+model = auto.from_pretrained(base, num_labels=int(classes), dtype=torch.float32)
+adapters.init(model)
+model.load_adapter(adapter, set_active=True, use_safetensors=True)
+with torch.no_grad():
+    logits = model.eval()(**{n: torch.from_numpy(a) for n, a in np.load(inputs).items()}).logits
+np.save(out, logits)
+"""
+
+
+@pytest.mark.parametrize("case", ["bert, lora", "roberta, qalora", "llama, bottleneck"])
+def test_adapterhub_computes_the_same(case: str, tmp_path: Path) -> None:
+    """One ``load_adapter`` of the library takes the adapter and the head."""
+    adapterhub("-c", "pass")  # or skip
+    save = {"dir": str(tmp_path / "run"), "every": 0}
+    adapter = {"kind": "bottleneck", "placement": "houlsby"}
+    whole = tree(tmp_path, case, save=save, base__quant=None, adapter=adapter)
+    assert train(World(), whole) == 0
+    close_log()
+    inputs, expected = trained_logits(World(), whole)
+    np.savez(tmp_path / "in.npz", **{name: value.numpy() for name, value in inputs.items()})
+    paths = [tmp_path / name for name in (case.split(",")[0], "run/adapter", "in.npz", "out.npy")]
+    done = adapterhub("-c", LOADS, *paths, expected.shape[1])
+    assert done.returncode == 0, done.stderr
+    close(torch.from_numpy(np.load(tmp_path / "out.npy")), expected)

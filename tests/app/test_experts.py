@@ -1,0 +1,280 @@
+"""Mixtures of experts on every engine: losses, resuming, merges, and PEFT's library."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import nn
+
+from dist_peft.adapters.peft_format import read_adapter, write_adapter
+from dist_peft.app import cli
+from dist_peft.app.export import merge_run
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.export.verify import Probe, compare
+from dist_peft.train.metrics import read_metrics
+from tests.app import test_equality
+from tests.app.test_equality import (
+    GRADIENT_TOLERANCE,
+    NF4,
+    Outcome,
+    all_cases,
+    assert_same,
+    build,
+)
+from tests.app.test_resume import losses, train
+from tests.app.tiny import save_config, save_records, tiny_tree
+from tests.dist import run_ranks
+from tests.tiny_models import MIXTURES, save_model
+
+pytestmark = pytest.mark.dist
+
+INT4 = {"kind": "int", "bits": 4, "group_size": 32}
+CASES: dict[str, dict[str, Any]] = {
+    "mixtral": {"base__quant": NF4},
+    "qwen2_moe": {"base__quant": INT4, "data__packing": False},
+    "qwen3_moe": {
+        "base__quant": {**INT4, "solver": "hqq"},
+        "adapter__target_modules": ["experts", "q_proj"],
+        "adapter__rank_pattern": {r"experts\.down_proj": 3},
+        "engine__activation_checkpointing": False,
+    },
+}
+RUNS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+    "fsdp2 2": (2, {"kind": "fsdp2"}, tuple(CASES)),
+    "fsdp2 3": (3, {"kind": "fsdp2"}, ("mixtral",)),
+    "zero 2": (2, {"kind": "zero", "stage": 2}, ("qwen2_moe",)),
+    # last: it replaces functional.linear for good
+    "zero 3": (2, {"kind": "zero", "stage": 3}, ("mixtral", "qwen3_moe")),
+}
+"""Ranks, engine, families: rows of experts lie across ranks in all of them."""
+
+
+def tree(directory: Path, family: str, **changes: Any) -> dict[str, Any]:
+    """Four rows a step, of three short documents each where packed."""
+    short = {
+        "train__steps": 3,
+        "train__global_batch": 4,
+        "data__train": [str(save_records(directory / "twelve.jsonl", 12))],
+        "data__packing": True,
+        "data__seq_len": 32,
+        "engine": {},
+    }
+    whole = tiny_tree(directory, **{**short, **CASES[family], **changes})
+    base = directory / family
+    if not base.is_dir():
+        (directory / "base").rename(base)
+        (base / "model.safetensors").unlink()
+        save_model(MIXTURES[family], base)
+    whole["base"]["path"] = str(base)
+    return whole
+
+
+def all_runs(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, Outcome]]:
+    """One set of processes for everything: starting them takes longer than the cases."""
+    return {run: all_cases(world, cases) for run, cases in trees.items()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Outcome]]]:
+    """Run -> what each rank got in each case; "single" is the reference."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    directory = tmp_path_factory.mktemp("experts")
+    singles = {family: tree(directory, family) for family in CASES}
+    found: dict[str, list[dict[str, Outcome]]] = {"single": [all_cases(World(), singles)]}
+    for ranks in (2, 3):
+        trees = {
+            run: {f: {**singles[f], "engine": {**singles[f]["engine"], **engine}} for f in families}
+            for run, (size, engine, families) in RUNS.items()
+            if size == ranks
+        }
+        results = run_ranks(all_runs, ranks, trees, timeout=400)
+        found |= {run: [result[run] for result in results] for run in trees}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "family"), [(run, f) for run, (_, _, families) in RUNS.items() for f in families]
+)
+def test_equals_single(
+    outcomes: dict[str, list[dict[str, Outcome]]], run: str, family: str
+) -> None:
+    """fp32 losses within 1e-6 of one process's, gradients likewise; losses fall."""
+    expected = outcomes["single"][0][family]
+    assert any("experts.down_proj.lora_B" in name for name in expected[1])
+    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
+    for outcome in outcomes[run]:
+        assert_same(outcome[family], expected, tolerance)
+    print(f"{family}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+
+
+def test_resumed_at_other_ranks(tmp_path: Path) -> None:
+    """What travels is counted: the packed rows of each block, whichever experts were chosen."""
+    steps, stop = 4, 2
+
+    def short(name: str, **changes: Any) -> dict[str, Any]:
+        save = {"dir": str(tmp_path / name), "every": 0}
+        return tree(tmp_path, "qwen2_moe", save=save, train__steps=steps, **changes)
+
+    assert train(World(), short("whole")) == 0
+    assert run_ranks(train, 3, short("cut", engine={"kind": "fsdp2"}), stop) == [75, 75, 75]
+    assert train(World(), short("cut")) == 0
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert len(found) == steps and expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+    first, second, *alone = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert [record.bytes_gathered for record in alone] == [0, 0]
+    # two micro-batches, forward and backward: four times everything, were it in float32
+    most = 4 * (tmp_path / "qwen2_moe" / "model.safetensors").stat().st_size
+    assert 0 < second.bytes_gathered < most / 2
+    assert first.bytes_gathered == pytest.approx(second.bytes_gathered, rel=1e-3)
+
+
+# -- choices ---------------------------------------------------------------------------------------
+
+
+def routed(world: World, whole: dict[str, Any]) -> Outcome:
+    """Rows of even number choose experts 0 and 1, the others expert 2 twice; 3 is never chosen."""
+
+    def hooked(*args: Any) -> Any:
+        config, built, loaders, call = build(*args)
+
+        def route(module: nn.Module, inputs: Any, output: Any) -> Any:
+            logits, scores, index = output
+            even = built.adapter.position.sample_ids[0] % 2 == 0
+            return logits, scores, torch.tensor([0, 1] if even else [2, 2]).expand_as(index)
+
+        for module in built.model.modules():
+            if type(module).__name__ == "MixtralTopKRouter":
+                module.register_forward_hook(route)
+        return config, built, loaders, call
+
+    with mock.patch.object(test_equality, "build", hooked):
+        return test_equality.losses_and_gradients(world, whole)
+
+
+def test_experts_that_nobody_chooses(tmp_path: Path) -> None:
+    """Two ranks whose tokens share no expert call the same collectives; what no token chose has a
+    gradient of zero."""
+    whole = tree(tmp_path, "mixtral")
+    expected = routed(World(), whole)
+    for outcome in run_ranks(routed, 2, {**whole, "engine": {"kind": "fsdp2"}}):
+        assert_same(outcome, expected)
+    found = {n: g for n, g in expected[1].items() if n.endswith("experts.gate_up_proj.lora_B")}
+    for gradient in found.values():
+        by_expert = gradient.unflatten(1, (-1, 4)).abs().sum((0, 1))
+        assert (by_expert[:3] > 0).all() and by_expert[3] == 0
+    assert len(found) == 2
+
+
+# -- finished runs ---------------------------------------------------------------------------------
+
+
+def load(directory: Path) -> tf.PreTrainedModel:
+    return tf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_peft_and_transformers_compute_the_same(family: str, tmp_path: Path) -> None:
+    """PEFT loads the adapter, ``transformers`` the merged model; both give the trained logits.
+    PEFT's own save of it is read back."""
+    targets = {"adapter__target_modules": "all-linear"}
+    settings = {
+        **targets,
+        "base__quant": None,
+        "adapter__rank_pattern": {"down_proj": 3},
+        "train__lr": 0.1,
+    }
+    whole = tree(tmp_path, family, train__steps=6, save__every=0, **settings)
+    assert train(World(), whole) == 0
+    close_log()
+    run, base = tmp_path / "run", Path(whole["base"]["path"])
+    probe = Probe.load(run / "probe.safetensors")
+    assert (probe.trained - probe.before).abs().max() > 0.1
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = peft.PeftModel.from_pretrained(load(base), run / "adapter").eval()
+    found = compare(model(input_ids=probe.input_ids).logits, probe)
+    print(f"{family}: PEFT {found.relative:.1e} of what training changed")
+    assert found.relative < 1e-5
+
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = read_adapter(run / "adapter"), read_adapter(tmp_path / "theirs")
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    write_adapter(run / "adapter", theirs, {})
+    into = "decoded" if family == "mixtral" else "original"
+    merge_run(run, tmp_path / "merged", into=into, verify=False)
+    merged = compare(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
+    print(f"{family}: merged to bf16 {merged.relative:.1e}")
+    assert merged.relative < 0.05
+
+
+def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On NF4, from files that have the experts stacked: the merge into the decoded base gives the
+    trained logits; formats that hold no experts are refused."""
+    whole = tree(tmp_path, "qwen2_moe", train__steps=6, train__lr=0.1, base__quant=NF4)
+    base = Path(whole["base"]["path"])
+    load(base).save_pretrained(base, save_original_format=False)
+    assert "model.layers.0.mlp.experts.down_proj" in load_file(base / "model.safetensors")
+    assert train(World(), whole) == 0
+    close_log()
+    run = tmp_path / "run"
+    merge_run(run, tmp_path / "merged", into="decoded")
+    probe = Probe.load(run / "probe.safetensors")
+    merged = compare(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
+    print(f"merged into the decoded base: {merged.relative:.1e}")
+    assert merged.relative < 0.05
+    for name in ("bnb-nf4", "gguf"):
+        out = ["--format", name, "--out", str(tmp_path / name)]
+        assert cli.main(["export", "--run", str(run), *out]) == 2
+        close_log()
+        assert "is a mixture of experts, which is written as hf-bf16" in capsys.readouterr().err
+
+
+REFUSED = {
+    "adapter.dropout is not for experts": {"adapter__dropout": 0.1},
+    "adapter.use_dora is not for experts": {"adapter__use_dora": True},
+    "adapter.init pissa is not for experts": {"adapter__init": "pissa"},
+    "adapter.kind qalora is not for experts": {
+        "adapter": {"kind": "qalora", "r": 4},
+        "base__quant": {"kind": "int", "bits": 4, "group_size": 8},
+    },
+    "the experts of a mixture stay frozen": {"adapter": {"kind": "full"}},
+    "is not quantized in advance": {
+        "base__quant": {"kind": "int", "bits": 4, "group_size": 8, "solver": "gptq"}
+    },
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = save_config(tmp_path, tree(tmp_path, "mixtral", **REFUSED[message]))
+    assert cli.main(["train", "--config", str(config)]) == 2
+    close_log()
+    assert message in capsys.readouterr().err
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "dropout without experts": {"target_modules": ["q_proj", "v_proj"], "dropout": 0.1},
+    "bottleneck": {"kind": "bottleneck", "placement": "houlsby", "reduction_factor": 8},
+    "parallel": {"kind": "bottleneck", "placement": "parallel", "reduction_factor": 8},
+    "prefix": {"kind": "prefix", "num_virtual_tokens": 3},
+    "prompt": {"kind": "prompt", "num_virtual_tokens": 3},
+    "ptuning": {"kind": "ptuning", "num_virtual_tokens": 3},
+    "partial": {"kind": "partial", "parts": ["norms"]},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_learn(name: str, tmp_path: Path) -> None:
+    whole = tree(tmp_path, "qwen2_moe", adapter=OTHERS[name], base__quant=NF4)
+    found, gradients = all_cases(World(), {name: whole})[name]
+    assert len(set(found)) == 3 and gradients
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())

@@ -1,0 +1,204 @@
+"""Packed experts against those of ``transformers`` with the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from dist_peft.core.config import BaseConfig, QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.experts import (
+    STACKS,
+    ExpertStack,
+    FrozenExperts,
+    Piece,
+    find_experts,
+    find_routers,
+)
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.quant.codec import RawCodec, make_codec
+from dist_peft.store.reader import RowReader
+from tests.dist import run_ranks
+from tests.model.test_load import load, share
+from tests.tiny_models import MIXTURES, save_model
+
+CPU = torch.device("cpu")
+NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)
+
+
+def loaded(directory: Path, quant: QuantConfig | None) -> tf.PreTrainedModel:
+    base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
+    skeleton = build_skeleton(base, directory)
+    engine = SingleEngine(CPU)
+    engine.shard(skeleton.model, skeleton.blocks)
+    with RowReader(skeleton.index) as reader:
+        load_model(skeleton.model, reader, engine, CPU)
+    return skeleton.model
+
+
+@torch.no_grad()
+def with_decoded(original: tf.PreTrainedModel, mine: nn.Module) -> tf.PreTrainedModel:
+    """``original`` with the weights that ``mine`` decodes."""
+    for path, module in mine.named_modules():
+        if hasattr(module, "packed"):
+            name = path if isinstance(module, ExpertStack) else f"{path}.weight"
+            parameter = original.get_parameter(name)
+            parameter.copy_(module.decoded(torch.float32).view(parameter.shape))
+    return original
+
+
+@pytest.mark.parametrize("quant", [None, NF4, INT3], ids=["none", "nf4", "int3"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_model_equals_transformers(
+    family: str, quant: QuantConfig | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From files of one tensor an expert: the logits, and the gradient of the embeddings, which
+    comes through the routers too."""
+    save_model(MIXTURES[family], tmp_path)
+    mine = loaded(tmp_path, quant)
+    assert "does not use" not in caplog.text
+    original = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path, experts_implementation="eager"
+    ).eval()
+    if quant is not None:
+        with_decoded(original, mine)
+    torch.manual_seed(1)
+    embedded = torch.randn(2, 12, 64)
+    results = []
+    for model in (mine, original):
+        x = embedded.clone().requires_grad_()
+        logits = model(inputs_embeds=x, use_cache=False).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_equal_a_loop(tmp_path: Path) -> None:
+    """Outputs and the gradients of inputs and routing weights in float64, against the definition;
+    expert 1 gets no token, and a token has the same expert twice."""
+    torch.manual_seed(0)
+    count, hidden, inner = 4, 32, 24
+    gate_up, down = torch.randn(count, 2 * inner, hidden), torch.randn(count, hidden, inner)
+    codec = make_codec(INT3, torch.float32)
+    stacks = {}
+    for name, weight in zip(STACKS, (gate_up, down), strict=True):
+        stack = ExpertStack(count, weight.shape[2], weight.shape[1], codec, name, "cpu")
+        stack.packed.data = codec.encode(weight.flatten(0, 1))
+        stacks[name] = stack
+        weight.copy_(stack.decoded(torch.float32).view(weight.shape))
+    experts = FrozenExperts(**stacks, act_fn=nn.SiLU())
+    index = torch.tensor([[0, 3], [2, 2], [3, 0], [2, 0], [3, 2]])
+
+    def loop(x: Tensor, weights: Tensor) -> Tensor:
+        rows = []
+        for token in range(len(index)):
+            parts = []
+            for slot, expert in enumerate(index[token].tolist()):
+                gate, up = (gate_up[expert].double() @ x[token]).chunk(2)
+                inner_state = nn.functional.silu(gate) * up
+                parts.append(weights[token, slot] * (down[expert].double() @ inner_state))
+            rows.append(torch.stack(parts).sum(0))
+        return torch.stack(rows)
+
+    results = []
+    for function in (lambda x, w: experts(x, index, w), loop):
+        torch.manual_seed(1)
+        x = torch.randn(5, hidden, dtype=torch.float64, requires_grad=True)
+        weights = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+        y = function(x, weights)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, weights.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("family", "ranks"), [("mixtral", 3), ("qwen2_moe", 2), ("qwen3_moe", 3)])
+def test_each_rank_reads_its_own_rows(family: str, ranks: int, tmp_path: Path) -> None:
+    """Across the borders of tensors and experts: together the packed bytes of one process, each
+    rank about its share of the files."""
+    save_model(MIXTURES[family], tmp_path)
+    (whole,) = run_ranks(load, 1, tmp_path, NF4)
+    parts = run_ranks(load, ranks, tmp_path, NF4)
+    for name, packed in whole.local.items():
+        assert torch.equal(torch.cat([part.local[name] for part in parts]), packed), name
+    total = sum(share(tmp_path, 1, 0))
+    assert whole.bytes_read == total == sum(part.bytes_read for part in parts)
+    assert max(part.bytes_read for part in parts) < 1.1 * total / ranks
+
+
+def test_rows_of_a_stack_are_read_across_tensors(tmp_path: Path) -> None:
+    original = save_model(MIXTURES["mixtral"], tmp_path / "split")
+    original.save_pretrained(tmp_path / "fused", save_original_format=False)
+    for directory, pieces in (("split", 8), ("fused", 1)):
+        base = BaseConfig(path="", quant=None, compute_dtype="float32")
+        skeleton = build_skeleton(base, tmp_path / directory)
+        stack = skeleton.model.get_submodule("model.layers.1.mlp.experts.gate_up_proj")
+        assert isinstance(stack, ExpertStack) and len(stack.pieces) == pieces
+        whole = original.model.layers[1].mlp.experts.gate_up_proj.detach().flatten(0, 1)
+        with RowReader(skeleton.index) as reader:
+            for span in (Span(0, len(whole)), Span(100, 319), Span(3, 5), Span(104, 104)):
+                before = reader.bytes_read
+                assert torch.equal(stack.read(reader, span), whole[span.slice])
+                assert reader.bytes_read - before == len(span) * 64 * 4
+
+
+# -- kinds -----------------------------------------------------------------------------------------
+
+
+def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
+    with torch.device("meta"):
+        return find_experts([tf.AutoModelForCausalLM.from_config(config)])
+
+
+def test_routers_stay_unquantized(tmp_path: Path) -> None:
+    save_model(MIXTURES["qwen2_moe"], tmp_path)
+    model = build_skeleton(BaseConfig(path=""), tmp_path).model
+    block = model.model.layers[0].mlp
+    assert block.gate.weight.dtype == torch.bfloat16
+    assert type(block.shared_expert_gate) is nn.Linear
+    assert block.shared_expert_gate.weight.dtype == torch.bfloat16
+    assert block.shared_expert.up_proj.codec.name == block.experts.down_proj.codec.name == "nf4"
+
+
+def test_a_router_within_a_module_of_its_own() -> None:
+    config = tf.HunYuanMoEV1Config(
+        **_SMALL, num_experts=3, moe_topk=2, moe_intermediate_size=8, head_dim=8
+    )
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config)
+    block = model.model.layers[0].mlp
+    assert find_routers(model, [block.experts]) == {id(block.gate.wg)}
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 20,
+}
+
+
+def test_kinds_of_experts() -> None:
+    assert len(experts_of(tf.OlmoeConfig(**_SMALL, num_experts=3))) == 1
+    assert experts_of(tf.LlamaConfig(**_SMALL)) == []
+    with pytest.raises(UserError, match=r"class GptOssExperts, which are stored transposed; read"):
+        experts_of(tf.GptOssConfig(**_SMALL, num_local_experts=3))
+    with pytest.raises(UserError, match=r"class Llama4TextExperts, whose products transformers"):
+        experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
+
+
+def test_stacks_have_whole_shapes() -> None:
+    stack = ExpertStack(3, 16, 8, RawCodec(torch.float32), "stack", "meta")
+    stack.pieces = (Piece("a", Span(0, 24)),)
+    assert stack.packed.shape == (24, 64) and "experts=3" in repr(stack)

@@ -1,0 +1,95 @@
+"""Which tensors of the files stand for which parameters, experts above all (others: skeleton)."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_peft.core.config import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import find_experts
+from dist_peft.model.naming import Names, find_names
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.index import SafetensorsIndex
+from tests.tiny_models import CONFIGS, MIXTURES, save_model
+
+
+def names_of(directory: Path, config: tf.PretrainedConfig) -> Names:
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config)
+    index = SafetensorsIndex.open(directory)
+    return find_names(model, index, None, find_experts([model]), lambda name: False)
+
+
+def change(directory: Path, edit: dict[str, Tensor | None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: t for name, t in {**tensors, **edit}.items() if t is not None}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_tensor_of_experts_has_its_rows(
+    family: str, headless: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = save_model(MIXTURES[family], tmp_path)
+    if headless:
+        tensors = load_file(tmp_path / "model.safetensors")
+        stripped = {name.removeprefix("model."): t for name, t in tensors.items()}
+        save_file(stripped, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = names_of(tmp_path, MIXTURES[family])
+    assert "does not use" not in caplog.text
+    assert set(names.found.values()) == set(tensors)
+    assert set(names.found) - set(tensors) >= set(names.stacks)
+    for name, pieces in names.stacks.items():
+        whole = torch.cat([tensors[piece.name] for piece in pieces])
+        assert torch.equal(whole, original.get_parameter(name).flatten(0, 1))
+        assert [piece.span.start for piece in pieces[1:]] == [p.span.stop for p in pieces[:-1]]
+
+
+def test_more_than_ten_experts_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    config = copy.deepcopy(MIXTURES["qwen3_moe"])
+    config.num_experts, config.moe_intermediate_size = 12, 8
+    save_model(config, tmp_path)
+    pieces = names_of(tmp_path, config).stacks["model.layers.1.mlp.experts.down_proj"]
+    found = [piece.name for piece in pieces]
+    assert found == [f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in range(12)]
+
+
+def test_dense_models_have_no_stacks(tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"], tmp_path)
+    names = names_of(tmp_path, CONFIGS["llama"])
+    assert names.stacks == {} and names.found == names.tensors
+
+
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+def test_refuses_damaged_experts(tmp_path: Path) -> None:
+    config = MIXTURES["qwen3_moe"]
+    save_model(config, tmp_path)
+    change(tmp_path, {EXPERT: torch.zeros(64, 8)})
+    with pytest.raises(UserError, match=rf"{EXPERT} has shape \[64, 8\] .* asks for \[64, 40\]"):
+        names_of(tmp_path, config)
+    change(tmp_path, {EXPERT: None})
+    with pytest.raises(UserError, match=r"has 2 experts beside .*config\.json asks for 3"):
+        names_of(tmp_path, config)
+    others = {EXPERT.replace(".2.", f".{i}."): None for i in range(3)}
+    change(tmp_path, dict(others))
+    with pytest.raises(UserError, match=r"lacks 1 tensors .* such as .*1\.mlp\.experts\.down_proj"):
+        names_of(tmp_path, config)
+
+
+def test_refuses_quantized_experts(tmp_path: Path) -> None:
+    save_model(MIXTURES["qwen3_moe"], tmp_path)
+    change(tmp_path, {EXPERT: None, EXPERT.replace("weight", "packed"): torch.zeros(64, 20).byte()})
+    config = (tmp_path / "config.json").read_text()
+    settings = '"quantization_config": {"quant_method": "dist_peft", "kind": "nf4"},'
+    (tmp_path / "config.json").write_text(config.replace("{", "{" + settings, 1))
+    with pytest.raises(UserError, match=rf"has {EXPERT} quantized: of mixture-of-experts models"):
+        build_skeleton(BaseConfig(path=""), tmp_path)
