@@ -157,7 +157,7 @@ def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str
     print(f"{method}, {base}, {engine} then {NEXT[engine]}: {found[0]:.5f} -> {found[-1]:.5f}")
     assert len(found) == STEPS and found[-1] < found[0] - 0.01
     # bfloat16 turns a difference in the last bit of a sum into one of 0.4 %
-    rtol = 2e-3 if base == "bf16" else 2e-6
+    rtol = 1e-2 if base == "bf16" else 2e-6
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=0)
     same_probe(run, whole, 0.2 if base == "bf16" else 5e-3)
     reload(run, shared_data, method, base)
@@ -175,7 +175,7 @@ def same_probe(run: Path, whole: Path, tolerance: float) -> None:
 
 def reload(run: Path, data: Path, method: str, base: str) -> None:
     if method in ("bottleneck", "fusion"):
-        return reload_here(run)
+        return reload_here(run, 1e-2 if base == "bf16" else 1e-5)
     probe = Probe.load(run / "probe.safetensors")
     if method in PEFT:
         model = with_peft(run, decoded_base(data, base), method)
@@ -221,7 +221,7 @@ def with_peft(run: Path, model: Any, method: str) -> Any:
     return PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
 
 
-def reload_here(run: Path) -> None:
+def reload_here(run: Path, tolerance: float) -> None:
     """A new run that starts from the files has the old one's last held-out loss at its start."""
     tree = load_config(run / "config.yaml")
     section = tree.adapter.model_copy(update={"init_from": str(run / "adapter")})
@@ -233,7 +233,7 @@ def reload_here(run: Path) -> None:
     assert work(World(), [(again, None)]) == [0]
     expected = read_metrics(run / "metrics.jsonl")[-1].eval_loss
     before = read_metrics(run / "again" / "metrics.jsonl")[0].eval_loss_before
-    assert before == pytest.approx(expected, rel=1e-5)
+    assert before == pytest.approx(expected, rel=tolerance)
 
 
 # -- what is refused -------------------------------------------------------------------------------
