@@ -19,10 +19,10 @@ wrongly and without a word.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_peft.adapters.base import PublicAdapter
 from dist_peft.core.config import BottleneckConfig
@@ -99,6 +99,11 @@ class Described:
     model_class: str
     model_type: str
     hidden: int
+
+    @classmethod
+    def of(cls, model: nn.Module, hidden: int) -> "Described":
+        """Before an engine has ``model``, since FSDP2 changes its class; the base is not known."""
+        return cls("", type(model).__name__, cast(Any, model).config.model_type, hidden)
 
 
 # -- making ------------------------------------------------------------------------------------

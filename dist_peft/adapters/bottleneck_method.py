@@ -7,8 +7,9 @@ blocks too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class BottleneckAdapter(PlainAdapter):
         """
         self.model = model
         hidden = hidden_size(model)
+        self.described = Described.of(model, hidden)
         found = list(find_sites(model, self.config.placement))
         if self.config.train_layernorm:
             self._wrap_norms(model, hidden)
@@ -112,16 +114,9 @@ class BottleneckAdapter(PlainAdapter):
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """AdapterHub's form. See ``Adapter`` and ``adapterhub_format``."""
-        config = cast(Any, self.model).config
-        described = Described(
-            base=base,
-            model_class=type(self.model).__name__,
-            model_type=config.model_type,
-            hidden=hidden_size(self.model),
-        )
         return public_bottleneck(
             self.config,
-            described,
+            replace(self.described, base=base),
             whole_parameters(tensors, self._shapes(self.layers)),
             whole_parameters(tensors, self._shapes(self.norms)),
         )

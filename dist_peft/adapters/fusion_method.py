@@ -6,7 +6,7 @@ files. Only the fusion is trained, checkpointed, and has optimizer state.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -75,6 +75,7 @@ class FusionAdapter(PlainAdapter):
                 base; ``init_from`` does not fit.
         """
         self.model = model
+        self.described = Described.of(model, hidden_size(model))
         self.sources = [_Source.open(adapter) for adapter in self.config.adapters]
         placement = self._placement()
         sites = [(path, site) for path, sites in find_sites(model, placement) for site in sites]
@@ -155,12 +156,7 @@ class FusionAdapter(PlainAdapter):
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """AdapterHub's form. See ``Adapter`` and ``fusion_format``."""
-        described = Described(
-            base=base,
-            model_class=type(self.model).__name__,
-            model_type=cast(Any, self.model).config.model_type,
-            hidden=hidden_size(self.model),
-        )
+        described = replace(self.described, base=base)
         parts = {}
         for number, source in enumerate(self.sources):
             modules = {path: layer.adapters[number] for path, layer in self.layers.items()}

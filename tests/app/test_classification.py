@@ -19,8 +19,9 @@ from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
 from tests.app.classifying import classifying_tree, save_classifier_base, save_pairs, source
+from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
 from tests.app.test_bottleneck import adapterhub, lines
-from tests.app.test_equality import GRADIENT_TOLERANCE, NF4, Outcome, all_cases, assert_same, build
+from tests.app.test_equality import NF4, build
 from tests.app.test_resume import losses, train
 from tests.app.tiny import save_config
 from tests.dist import run_ranks
@@ -56,11 +57,10 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "llama, dora": ("llama", None, {"adapter": {"r": 4, "use_dora": True}}),
 }
-RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "fsdp2": ({"kind": "fsdp2"}, tuple(CASES)[:4]),
-    "zero 2": ({"kind": "zero", "stage": 2}, ("bert, lora",)),
-    # last: it replaces functional.linear for good
-    "zero 3": ({"kind": "zero", "stage": 3}, ("bert, lora", "modernbert, partial")),
+RUNS: Runs = {
+    "fsdp2": (2, {"kind": "fsdp2"}, tuple(CASES)[:4]),
+    "zero 2": (2, {"kind": "zero", "stage": 2}, ("bert, lora",)),
+    "zero 3": (2, {"kind": "zero", "stage": 3}, ("bert, lora", "modernbert, partial")),
 }
 
 
@@ -80,36 +80,16 @@ def tree(directory: Path, case: str, **changes: Any) -> dict[str, Any]:
     return classifying_tree(directory, base, **{**both, "engine": {}, **own, **changes})
 
 
-def all_runs(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, Outcome]]:
-    """One set of processes for everything: starting them takes longer than the cases."""
-    return {run: all_cases(world, cases) for run, cases in trees.items()}
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Outcome]]]:
-    """Run -> what each rank got in each case; "single" is the reference."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     directory = tmp_path_factory.mktemp("classification")
     singles = {case: tree(directory, case) for case in CASES}
-    trees = {
-        run: {c: {**singles[c], "engine": {**singles[c]["engine"], **engine}} for c in cases}
-        for run, (engine, cases) in RUNS.items()
-    }
-    found = run_ranks(all_runs, 2, trees, timeout=400)
-    by_run = {run: [outcome[run] for outcome in found] for run in RUNS}
-    return {"single": [all_cases(World(), singles)], **by_run}
+    return outcomes_of(singles, RUNS)
 
 
-@pytest.mark.parametrize(
-    ("run", "case"), [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
-)
-def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, case: str) -> None:
-    """fp32 losses within 1e-6 of one process's, gradients likewise; losses fall."""
-    expected = outcomes["single"][0][case]
-    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
-    for outcome in outcomes[run]:
-        assert_same(outcome[case], expected, tolerance)
-    print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+@pytest.mark.parametrize(("run", "case"), pairs(RUNS))
+def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
+    check_equals_single(outcomes, run, case)
 
 
 def test_resumed_in_another_engine(tmp_path: Path) -> None:

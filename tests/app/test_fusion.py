@@ -17,14 +17,13 @@ from dist_peft.export.verify import Probe, compare
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
 from tests.app.classifying import classifying_tree, save_classifier_base
+from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
 from tests.app.fusing import NAMES, changed, fusion_tree, train_adapters
-from tests.app.test_bottleneck import adapterhub, all_runs, lines
+from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import (
-    GRADIENT_TOLERANCE,
     NF4,
     Outcome,
     all_cases,
-    assert_same,
     build,
 )
 from tests.app.test_resume import losses, train
@@ -43,11 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
         "engine": {"activation_checkpointing": False},
     },
 }
-RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "fsdp2": ({"kind": "fsdp2"}, (*CASES, "bert")),
-    "zero 2": ({"kind": "zero", "stage": 2}, ("pfeiffer",)),
-    # last: it replaces functional.linear for good
-    "zero 3": ({"kind": "zero", "stage": 3}, ("pfeiffer",)),
+RUNS: Runs = {
+    "fsdp2": (2, {"kind": "fsdp2"}, (*CASES, "bert")),
+    "zero 2": (2, {"kind": "zero", "stage": 2}, ("pfeiffer",)),
+    "zero 3": (2, {"kind": "zero", "stage": 3}, ("pfeiffer",)),
 }
 
 
@@ -63,28 +61,14 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def outcomes(trees: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Outcome]]]:
-    """Run -> what each rank got in each case; "single" is the reference."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    jobs = {
-        run: {c: changed(trees[c], engine={**trees[c].get("engine", {}), **engine}) for c in cases}
-        for run, (engine, cases) in RUNS.items()
-    }
-    found = run_ranks(all_runs, 2, jobs, timeout=400)
-    by_run = {run: [outcome[run] for outcome in found] for run in RUNS}
-    return {"single": [all_cases(World(), trees)], **by_run}
+def outcomes(trees: dict[str, dict[str, Any]]) -> Outcomes:
+    return outcomes_of(trees, RUNS)
 
 
-@pytest.mark.parametrize(
-    ("run", "case"), [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
-)
-def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, case: str) -> None:
+@pytest.mark.parametrize(("run", "case"), pairs(RUNS))
+def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
     """Losses, and gradients with the penalty, are those of one process."""
-    expected = outcomes["single"][0][case]
-    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
-    for outcome in outcomes[run]:
-        assert_same(outcome[case], expected, tolerance)
-    print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+    check_equals_single(outcomes, run, case)
 
 
 def test_only_the_fusion_learns(outcomes: dict[str, list[dict[str, Outcome]]]) -> None:

@@ -223,6 +223,7 @@ def with_peft(run: Path, model: Any, method: str) -> Any:
 
 def reload_here(run: Path, tolerance: float) -> None:
     """A new run that starts from the files has the old one's last held-out loss at its start."""
+    assert read_adapter(run / "adapter").config["model_class"] == "LlamaForCausalLM"
     tree = load_config(run / "config.yaml")
     section = tree.adapter.model_copy(update={"init_from": str(run / "adapter")})
     save = tree.save.model_copy(update={"dir": str(run / "again")})

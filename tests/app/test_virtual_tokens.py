@@ -16,12 +16,9 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.metrics import read_metrics
+from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
 from tests.app.test_equality import (
-    GRADIENT_TOLERANCE,
     NF4,
-    Outcome,
-    all_cases,
-    assert_same,
 )
 from tests.app.test_resume import losses, train
 from tests.app.tiny import save_records, tiny_tree
@@ -55,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         "base__quant": NF4,
     },
 }
-RUNS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+RUNS: Runs = {
     "fsdp2, 2 ranks": (2, {"kind": "fsdp2"}, tuple(CASES)),
     "fsdp2, 3 ranks": (3, {"kind": "fsdp2"}, ("prompt", "ptuning", "prefix")),
     "zero 2": (2, {"kind": "zero", "stage": 2}, ("ptuning", "prefix")),
@@ -107,31 +104,16 @@ def _made(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Outcome]]]:
-    """Run -> what each rank got in each case; "single" is the reference."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     directory = tmp_path_factory.mktemp("virtual")
     singles = {case: tree(_made(directory / case), case) for case in CASES}
-    found = {"single": [all_cases(World(), singles)]}
-    for run, (ranks, engine, cases) in RUNS.items():
-        trees = {
-            case: {**singles[case], "engine": {**singles[case]["engine"], **engine}}
-            for case in cases
-        }
-        found[run] = run_ranks(all_cases, ranks, trees, timeout=400)
-    return found
+    return outcomes_of(singles, RUNS)
 
 
-@pytest.mark.parametrize(
-    ("run", "case"), [(run, case) for run, (_, _, cases) in RUNS.items() for case in cases]
-)
-def test_equals_single(outcomes: dict[str, list[dict[str, Outcome]]], run: str, case: str) -> None:
+@pytest.mark.parametrize(("run", "case"), pairs(RUNS))
+def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
     """fp32 losses within 1e-6 of one process's, gradients of the encoder likewise; losses fall."""
-    expected = outcomes["single"][0][case]
-    tolerance = 5e-4 if run == "zero 3" else GRADIENT_TOLERANCE  # see test_equality_zero
-    for outcome in outcomes[run]:
-        assert_same(outcome[case], expected, tolerance)
-    print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+    check_equals_single(outcomes, run, case)
 
 
 # -- finished runs ---------------------------------------------------------------------------------
