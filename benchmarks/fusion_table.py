@@ -77,9 +77,10 @@ def config(
     tasks: list[str],
     seed: int,
     adapter: dict[str, Any],
-    lr: float,
+    budget: dict[str, float],
     **extra: dict[str, Any],
 ) -> dict[str, Any]:
+    """``budget``: epochs and lr."""
     return {
         "base": {"path": str(args.base), "head": "classifier", "compute_dtype": "float32"},
         "adapter": adapter,
@@ -92,10 +93,9 @@ def config(
             **extra.get("data", {}),
         },
         "train": {
-            "epochs": args.epochs,
             "micro_batch": 16,
             "global_batch": 16,
-            "lr": lr,
+            **budget,
             "warmup": 0.1,
             "schedule": "linear",
             "seed": seed,
@@ -131,6 +131,7 @@ def outcome(way: str, task: str, seed: int, run: Path) -> Outcome:
 def run_seed(args: argparse.Namespace, scratch: Path, seed: int) -> list[Outcome]:
     both = list(TASKS)
     bottleneck = {"kind": "bottleneck", "reduction_factor": 8}
+    budget = {"epochs": args.epochs, "lr": args.lr}
 
     def go(tree: dict[str, Any]) -> Path:
         assert train(parse_config(tree), World()) == 0
@@ -143,24 +144,21 @@ def run_seed(args: argparse.Namespace, scratch: Path, seed: int) -> list[Outcome
             both,
             seed,
             bottleneck,
-            args.lr,
+            budget,
             train={"tasks": "separate"},
         )
     )
     found = [outcome("single", task, seed, single / "tasks" / task) for task in both]
     print(*found, sep="\n", flush=True)
     mixing = {"mixing": "sizes"}
-    multi = go(
-        config(args, scratch / f"multi-{seed}", both, seed, bottleneck, args.lr, data=mixing)
-    )
+    multi = go(config(args, scratch / f"multi-{seed}", both, seed, bottleneck, budget, data=mixing))
     found += [outcome("multi", task, seed, multi) for task in both]
     print(*found[-2:], sep="\n", flush=True)
     adapters = [{"name": task, "path": str(single / "tasks" / task / "adapter")} for task in both]
     fusion = {"kind": "fusion", "adapters": adapters}
+    budget = {"epochs": args.fusion_epochs, "lr": args.fusion_lr}
     for task in both:
-        run = go(
-            config(args, scratch / f"fusion-{task}-{seed}", [task], seed, fusion, args.fusion_lr)
-        )
+        run = go(config(args, scratch / f"fusion-{task}-{seed}", [task], seed, fusion, budget))
         found.append(outcome("fusion", task, seed, run))
         print(found[-1], flush=True)
     return found
@@ -195,6 +193,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=None)
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--fusion-epochs", type=float, default=1.0)
     parser.add_argument("--fusion-lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, help="keep the run directories here")
@@ -206,7 +205,8 @@ def main() -> None:
             outcomes += run_seed(args, args.runs or Path(scratch), seed)
     header = ["way", *(f"{task} {what}" for task in TASKS for what in ("acc", "F1", "loss"))]
     print_table(header, table(outcomes))
-    settings = {"epochs": args.epochs, "lr": args.lr, "fusion_lr": args.fusion_lr}
+    names = ("epochs", "lr", "fusion_epochs", "fusion_lr")
+    settings = {name: getattr(args, name) for name in names}
     write_result("fusion_table", {"settings": settings, "outcomes": outcomes})
 
 

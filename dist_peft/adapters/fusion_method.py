@@ -36,7 +36,7 @@ from dist_peft.adapters.fusion_format import (
     is_fusion,
     public_fusion,
 )
-from dist_peft.adapters.peft_format import read_adapter
+from dist_peft.adapters.peft_format import config_file, read_adapter
 from dist_peft.core.adapter_config import BottleneckConfig, FusedAdapter, FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -212,6 +212,11 @@ class _Source:
             UserError: no bottleneck adapter, one with norms of its own, or a damaged one.
         """
         directory, what = Path(adapter.path), f"adapter.adapters: {adapter.path}"
+        if not config_file(directory).is_file():
+            raise UserError(
+                f"{what} has no adapter_config.json; give the adapter/ of a finished run "
+                "(RUN/adapter, RUN/tasks/NAME/adapter), or what AdapterHub's library has saved"
+            )
         public = read_adapter(directory, values=False)
         if not is_adapterhub(public.config) or is_fusion(public.config):
             raise UserError(f"{what} is no bottleneck adapter; others cannot be fused")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.base import Adapter, TrainsBase
 from dist_peft.adapters.head import HeadedAdapter, with_head
+from dist_peft.adapters.peft_format import read_metadata
 from dist_peft.adapters.registry import make_adapter
-from dist_peft.core.config import RunConfig
+from dist_peft.core.config import FusionConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.hostmem import freed_memory_is_returned
 from dist_peft.core.log import ONCE
@@ -116,8 +117,27 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
         adapter = with_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
         take_pad_token(skeleton.model, tokenizer)
     adapter.attach(skeleton.model)
+    if isinstance(config.adapter, FusionConfig):
+        _warn_of_other_bases(config.adapter, config.base.path, skeleton)
     base_id = _base_id(config, skeleton)
     return Prepared(config, directory, tokenizer, skeleton, adapter, base_id)
+
+
+def _warn_of_other_bases(fusion: FusionConfig, mine: str, skeleton: Skeleton) -> None:
+    """Of adapters that fit this base, and were trained on files that are not its. No error: a base
+    and what ``dist-peft quantize`` made of it differ in this, too."""
+    for adapter in fusion.adapters:
+        about = read_metadata(Path(adapter.path))
+        theirs = about.get("base_fingerprint")
+        if theirs is not None and theirs != skeleton.index.fingerprint():
+            log.warning(
+                "adapter.adapters: %s was trained on %s, whose files are not those of base.path "
+                "%s; an adapter means nothing on another base",
+                adapter.path,
+                about.get("base"),
+                mine,
+                extra=ONCE,
+            )
 
 
 def _base_id(config: RunConfig, skeleton: Skeleton) -> str:

@@ -144,7 +144,12 @@ def _ready(
         position = checkpoints.position(path)
         own = with_labels(built, class_names(configs[name].data))
         if position.base != own.base_id:
-            raise UserError(f"checkpoint {path} was made on another base or another base.quant")
+            labels = class_names(configs[name].data)
+            raise UserError(
+                f"checkpoint {path} was made on another base or another base.quant"
+                + (f", or for other labels than {', '.join(labels)}" if labels else "")
+                + f"; see base{' and data.train' if labels else ''} in {runs[name]}/config.yaml"
+            )
         restore(built, checkpoints, path, position.step)
         steps[name] = position.step
         if name:

@@ -122,9 +122,11 @@ class Session:
         mine = self._position(found.step)
         for field, key in (("base", "base.*"), ("adapter", "adapter.*"), ("data", "data.*")):
             if getattr(found, field) != getattr(mine, field):
+                also = ", train.global_batch or train.seed" if field == "data" else ""
+                if field == "base" and self.built.skeleton.head is not None:
+                    also = " or other labels in data.train"
                 raise UserError(
-                    f"checkpoint {path} was made with another {key}"
-                    f"{', train.global_batch or train.seed' if field == 'data' else ''}; "
+                    f"checkpoint {path} was made with another {key}{also}; "
                     "restore the configuration, or start afresh with resume: never"
                 )
 

@@ -387,7 +387,8 @@ class RunConfig(Section):
         if classifies and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(
                 f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "
-                "input; with base.head classifier use lora, qalora, bottleneck, partial or full"
+                "input; with base.head classifier use lora, qalora, bottleneck, fusion, partial or "
+                "full"
             )
         return self
 

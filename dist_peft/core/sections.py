@@ -15,8 +15,13 @@ def _no_boolean(value: Any) -> Any:
 
 
 def _written(value: Any) -> Any:
-    """A whole number as it is written in a table."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """A whole number as it is written in a table. How YAML's other values were written is lost."""
+    if isinstance(value, bool | float):
+        raise ValueError(
+            "write a label that YAML takes for a truth value or a fraction (yes, off, true, 1.0) "
+            "in quotes, as the table has it"
+        )
+    return str(value) if isinstance(value, int) else value
 
 
 Int = Annotated[int, BeforeValidator(_no_boolean)]

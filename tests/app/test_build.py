@@ -9,6 +9,7 @@ from dist_peft.app.build import load, prepare, with_labels
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.world import World
 from tests.app.classifying import classifying_tree, save_classifier_base
+from tests.app.fusing import NAMES, fusion_tree
 from tests.app.tiny import tiny_tree
 
 IDS = torch.tensor([[1, 5, 9, 80]])
@@ -49,6 +50,23 @@ def test_remote_code_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert "trust_remote_code" not in caplog.text
         prepare(parse_config(tiny_tree(tmp_path, base__trust_remote_code=True)), World())
     assert "code shipped with the base will run" in caplog.text
+
+
+def test_fusing_adapters_of_another_base_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A base of the same shape, which no check of shapes tells apart."""
+    config = parse_config(fusion_tree(tmp_path))
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        prepare(config, World())
+        assert "adapter.adapters" not in caplog.text
+        file = tmp_path / "base" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        prepare(config, World())
+    for name in NAMES:
+        assert f"tasks/{name}/adapter was trained on {tmp_path / 'base'}" in caplog.text
 
 
 def test_classes_can_be_called_otherwise(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dist_peft.core.config_io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.metrics import read_metrics
+from tests.app.classifying import classifying_tree, save_classifier_base
 from tests.app.tiny import save_config, tiny_tree
 
 
@@ -57,6 +58,26 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no complete checkpoint" in capsys.readouterr().err
     assert cli.main(["eval", "--config", config, "data.eval=[]"]) == 2
     assert "data.eval is empty" in capsys.readouterr().err
+
+
+def test_other_labels_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In another order they would silently swap the classes."""
+    tree = classifying_tree(tmp_path, save_classifier_base(tmp_path / "base", "bert"))
+    assert train(parse_config(tree), World()) == 0
+    close_log()
+    (source,) = tree["data"]["train"]
+    other = {**source, "labels": source["labels"][::-1]}
+    data = {**tree["data"], "train": [other], "eval": [{**other, "labels": []}]}
+    config, run = str(save_config(tmp_path, {**tree, "data": data})), str(tmp_path / "run")
+    assert cli.main(["eval", "--config", config, "--run", run]) == 2
+    message = capsys.readouterr().err
+    assert f"for other labels than {', '.join(other['labels'])}" in message
+    assert f"see base and data.train in {run}/config.yaml" in message
+    assert cli.main(["train", "--config", config]) == 2
+    assert "another base.* or other labels in data.train" in capsys.readouterr().err
+    close_log()
 
 
 def test_questions_are_answered_by_likelihood(

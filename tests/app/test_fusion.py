@@ -175,7 +175,10 @@ REFUSED = {
     "one": ({"adapters": ["a"]}, "adapter.adapters"),
     "twice": ({"adapters": ["a", "b/a/adapter"]}, "two of adapters are called a"),
     "a name that is none": ({"adapters": ["a", "b.c"]}, "name 'b.c' of b.c must be of letters"),
-    "nowhere": ({"adapters": ["nowhere", "b"]}, "nowhere has no adapter_config.json"),
+    "nowhere": (
+        {"adapters": ["nowhere", "b"]},
+        "nowhere has no adapter_config.json; give the adapter/ of a finished run",
+    ),
 }
 
 

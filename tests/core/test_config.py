@@ -206,7 +206,7 @@ def test_classification_has_rows_of_one_record() -> None:
         ({"data__train": [_labelled("a")]}, "at least two different values"),
         ({"data__train": [_labelled("a", "a")]}, "at least two different values"),
         ({"data__train": [_labelled("a", "b", format="text")]}, "labels are for format: class"),
-        ({"data__train": [_labelled(True, False)]}, "valid string"),
+        ({"data__train": [_labelled(True, False)]}, "in quotes, as the table has it"),
         ({"adapter": {"kind": "prefix"}}, "adapter.kind prefix puts virtual tokens"),
     ],
 )
