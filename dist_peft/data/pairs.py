@@ -63,7 +63,8 @@ class PairEncoder:
         for example, place in zip(examples, places, strict=True):
             assert isinstance(example, Labelled)
             ids, types = self._tokenize(example)
-            if not ids:
+            # special tokens alone are none to learn from
+            if not ids or not f"{example.text}{example.text_pair or ''}".strip():
                 raise UserError(f"{place} has no token: its text is empty; remove or mend it")
             documents.append((np.asarray(ids, np.int32), np.asarray(types, np.uint8)))
         return documents

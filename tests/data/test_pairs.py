@@ -52,3 +52,11 @@ def test_nothing_to_read() -> None:
     encoder = PairEncoder(byte_tokenizer(bos=False), None)
     with pytest.raises(UserError, match=r"f.tsv, record 1 has no token"):
         encoder.encode([Labelled("", None, 0)], [PLACE])
+
+
+def test_blank_texts_are_nothing_to_read(tokenizer: tf.PreTrainedTokenizerFast) -> None:
+    """An encoder's special tokens alone would be trained on; one text of a pair may be blank."""
+    encoder = PairEncoder(tokenizer, None)
+    encoder.encode([Labelled("", "w10", 0)], [PLACE])
+    with pytest.raises(UserError, match=r"f.tsv, record 1 has no token"):
+        encoder.encode([Labelled(" ", "", 0)], [PLACE])
