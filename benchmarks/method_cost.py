@@ -156,7 +156,7 @@ def at_rest_and_peak(base: Path, section: dict[str, Any], tokens: int) -> tuple[
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in gc.get_objects()
-        if isinstance(t, torch.Tensor) and t.device.type == "cpu"
+        if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"
     }
     with freed_memory_is_returned():  # else pages of an earlier temporary hide a later one
         trainer.step()
