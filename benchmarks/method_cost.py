@@ -14,6 +14,7 @@ gradients, activations, decoded weights.
 """
 
 import argparse
+import ctypes
 import gc
 import statistics
 import tempfile
@@ -160,6 +161,7 @@ def at_rest_and_peak(base: Path, section: dict[str, Any], tokens: int) -> tuple[
     }
     with freed_memory_is_returned():  # else pages of an earlier temporary hide a later one
         trainer.step()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: also those of before
         with PeakMemory() as memory:
             trainer.step()
     peak = memory.anonymous - memory.before.anonymous

@@ -159,7 +159,7 @@ def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str
     # bfloat16 turns a difference in the last bit of a sum into one of 0.4 %
     rtol = 1e-2 if base == "bf16" else 2e-6
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=0)
-    same_probe(run, whole, 0.2 if base == "bf16" else 5e-3)
+    same_probe(run, whole, 0.35 if base == "bf16" else 5e-3)
     reload(run, shared_data, method, base)
 
 
