@@ -126,10 +126,11 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
 def _warn_of_other_bases(fusion: FusionConfig, mine: str, skeleton: Skeleton) -> None:
     """Of adapters that fit this base, and were trained on files that are not its. No error: a base
     and what ``dist-peft quantize`` made of it differ in this, too."""
+    own = skeleton.index.fingerprint()
     for adapter in fusion.adapters:
         about = read_metadata(Path(adapter.path))
         theirs = about.get("base_fingerprint")
-        if theirs is not None and theirs != skeleton.index.fingerprint():
+        if theirs is not None and theirs != own:
             log.warning(
                 "adapter.adapters: %s was trained on %s, whose files are not those of base.path "
                 "%s; an adapter means nothing on another base",

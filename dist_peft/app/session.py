@@ -139,7 +139,11 @@ class Session:
         with self.world.together("open metrics"):
             metrics = Metrics(self.run_dir, self.world.rank, first_step)
         progress = Progress(
-            self.total_steps, self.world.rank, first_step=first_step, every=c.log_every
+            self.total_steps,
+            self.world.rank,
+            first_step=first_step,
+            every=c.log_every,
+            unit="rows" if self.config.data.classifies else "tok",
         )
         with metrics, progress:
 

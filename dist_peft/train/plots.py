@@ -226,7 +226,7 @@ PLOTS: tuple[Plot, ...] = (
     Plot("loss", "Loss", "nats per target token", _WIDE, _paint_loss),
     Plot("lr", "Learning rate", "learning rate", _SMALL, _paint_lr),
     Plot("grad_norm", "Gradient norm", "L2 norm before clipping", _SMALL, _paint_grad_norm),
-    Plot("tokens_per_s", "Throughput", "target tokens / s", _SMALL, _paint_speed),
+    Plot("tokens_per_s", "Throughput", "targets / s", _SMALL, _paint_speed),
     Plot("memory", "Peak memory so far", "GiB, fullest rank", _SMALL, _paint_memory),
 )
 """The plots of a report, in its order."""

@@ -34,6 +34,7 @@ class Progress:
         *,
         first_step: int = 0,
         every: int = 1,
+        unit: str = "tok",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -42,11 +43,12 @@ class Progress:
             rank: this process.
             first_step: steps done by earlier attempts.
             every: steps between lines.
+            unit: what the targets of the loss are: tokens, or the rows of a classifier.
             clock: seconds.
         """
         self.total = total
         self.first_step = first_step
-        self.every = every
+        self.every, self.unit = every, unit
         self.active = rank == 0
         self._clock = clock
         self._start = clock()
@@ -62,7 +64,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {record.loss:.4f}, lr {record.lr:.2e}, {record.tokens_per_s:.0f} tok/s",
+                f"loss {record.loss:.4f}, lr {record.lr:.2e}, {self._speed(record)}",
                 refresh=False,
             )
             self._bar.update(record.step - self._bar.n)
@@ -94,13 +96,16 @@ class Progress:
             f"loss {record.loss:.4f}",
             f"lr {record.lr:.2e}",
             f"grad {record.grad_norm:.3g}",
-            f"{record.tokens_per_s:.0f} tok/s",
+            self._speed(record),
             format_bytes(record.mem_peak),
             f"eta {self._remaining(record.step)}",
         ]
         if record.eval_loss is not None:
             parts.insert(2, f"eval loss {record.eval_loss:.4f}")
         return "  ".join(parts)
+
+    def _speed(self, record: StepMetrics) -> str:
+        return f"{record.tokens_per_s:.0f} {self.unit}/s"
 
     def _remaining(self, step: int) -> timedelta:
         """From the mean of this attempt's steps, evaluations and checkpoints included."""

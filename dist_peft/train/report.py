@@ -192,7 +192,7 @@ def _outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     gathered = statistics.median(r.bytes_gathered for r in records)
     return [
         *rows,
-        ("Throughput (median)", f"{speed:,.0f} target tokens/s"),
+        ("Throughput (median)", f"{speed:,.0f} targets/s"),
         ("Peak memory (fullest rank)", format_bytes(max(r.mem_peak for r in records))),
         ("Gathered per step and rank", format_bytes(gathered)),
     ]

@@ -1,11 +1,15 @@
 """Cases of a method on several engines, against one process: what many tests here do."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_peft.core.world import World
 from tests.app.test_equality import GRADIENT_TOLERANCE, Outcome, all_cases, assert_same
+from tests.app.test_resume import losses, train
 from tests.dist import run_ranks
 
 Runs = dict[str, tuple[int, dict[str, Any], tuple[str, ...]]]
@@ -57,3 +61,25 @@ def check_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
     for outcome in outcomes[run]:
         assert_same(outcome[case], expected, tolerance)
     print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
+
+
+def check_resumes(directory: Path, make: Callable[..., dict[str, Any]], ranks: int) -> None:
+    """Stopped on several ranks (fsdp2), a run goes on in one process as if nothing had happened.
+
+    Leaves ``directory/whole`` and ``directory/cut``.
+
+    Args:
+        make: a configuration, with the given changes.
+    """
+    steps, stop = 4, 2
+
+    def short(name: str, **changes: Any) -> dict[str, Any]:
+        save = {"dir": str(directory / name), "every": 0}
+        return make(save=save, train__steps=steps, **changes)
+
+    assert train(World(), short("whole")) == 0
+    assert run_ranks(train, ranks, short("cut", engine={"kind": "fsdp2"}), stop) == [75] * ranks
+    assert train(World(), short("cut")) == 0
+    expected, found = losses(directory / "whole"), losses(directory / "cut")
+    assert len(found) == steps and expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from dist_peft.export.verify import Probe, compare
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
 from tests.app.classifying import classifying_tree, save_classifier_base
-from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.app.engines import Outcomes, Runs, check_equals_single, check_resumes, outcomes_of, pairs
 from tests.app.test_equality import (
     build,
 )
 from tests.app.test_resume import losses, train
 from tests.app.tiny import save_config, save_records, tiny_tree
-from tests.dist import run_ranks
 from tests.tiny_models import CONFIGS, save_model
 
 pytestmark = pytest.mark.dist
@@ -84,18 +84,7 @@ def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
 
 def test_resumed_in_another_engine(tmp_path: Path) -> None:
     """Norms too: their changes are parameters like others."""
-    steps, stop = 4, 2
-
-    def short(name: str, **changes: Any) -> dict[str, Any]:
-        save = {"dir": str(tmp_path / name), "every": 0}
-        return tree(tmp_path, "houlsby and norms", save=save, train__steps=steps, **changes)
-
-    assert train(World(), short("whole")) == 0
-    assert run_ranks(train, 2, short("cut", engine={"kind": "fsdp2"}), stop) == [75, 75]
-    assert train(World(), short("cut")) == 0
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
-    assert len(found) == steps and expected[-1] < expected[0]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+    check_resumes(tmp_path, partial(tree, tmp_path, "houlsby and norms"), 2)
 
 
 # -- finished runs ---------------------------------------------------------------------------------

@@ -55,18 +55,16 @@ def build(world: World, tree: dict[str, Any]) -> tuple[RunConfig, Built, Loaders
     return config, built, loaders, call
 
 
-def losses_and_gradients(
-    world: World, tree: dict[str, Any]
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of all steps, and the adapter gradients of one more."""
-    config, built, loaders, call = build(world, tree)
+def train_steps(
+    world: World, config: RunConfig, built: Built, loaders: Loaders, call: nn.Module, steps: range
+) -> list[StepResult]:
+    """Train as ``train`` does, at a constant rate."""
     results: list[StepResult] = []
 
     def note(result: StepResult) -> bool:
         results.append(result)
         return False
 
-    steps = config.train.steps or 0
     fit(
         built.model,
         built.engine,
@@ -74,12 +72,22 @@ def losses_and_gradients(
         loaders.train,
         world,
         call=call,
-        first_step=0,
-        last_step=steps,
+        first_step=steps.start,
+        last_step=steps.stop,
         lr_at=lambda step: config.train.lr,
         max_grad_norm=config.train.max_grad_norm,
         after_step=note,
     )
+    return results
+
+
+def losses_and_gradients(
+    world: World, tree: dict[str, Any]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps, and the adapter gradients of one more."""
+    config, built, loaders, call = build(world, tree)
+    steps = config.train.steps or 0
+    results = train_steps(world, config, built, loaders, call, range(steps))
     batches, targets = loaders.train.step(steps)
     for number, batch in enumerate(batches):
         built.adapter.begin(steps, batch.sample_ids)
@@ -131,6 +139,10 @@ CASES = {
 }
 
 
+UNEVEN = ("nf4", "int3", "unquantized", "dora", "embedding")
+"""Cases that run at 3 ranks too, which divide no row count of the model."""
+
+
 Outcome = tuple[list[float], dict[str, torch.Tensor]]
 
 
@@ -149,7 +161,11 @@ def outcomes(
         case: run_config(shared_data, directory, **{"engine": {}, **changes})
         for case, changes in CASES.items()
     }
-    return {ranks: run_ranks(all_cases, ranks, trees, timeout=400) for ranks in (1, 2, 3)}
+    uneven = {case: trees[case] for case in UNEVEN}
+    return {
+        ranks: run_ranks(all_cases, ranks, cases, timeout=400)
+        for ranks, cases in ((1, trees), (2, trees), (3, uneven))
+    }
 
 
 @pytest.mark.dist
@@ -157,7 +173,7 @@ def outcomes(
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp2_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
     """fp32 losses of 20 steps within 1e-6 of one process's, gradients after them likewise."""
-    for outcome in [*outcomes[2], *outcomes[3]]:
+    for outcome in [*outcomes[2], *(outcomes[3] if case in UNEVEN else [])]:
         assert_same(outcome[case], outcomes[1][0][case])
 
 

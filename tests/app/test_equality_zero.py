@@ -26,7 +26,7 @@ def integer(bits: int) -> dict[str, Any]:
 SHORT = {"train__steps": 6}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "nf4, stage 1": (1, {"base__quant": NF4, **SHORT}),
-    "int3, stage 2": (2, {"base__quant": integer(3), **SHORT}),
+    "int3, stage 2": (2, {"base__quant": integer(3)}),
     "int4, offload": (
         2,
         {"base__quant": integer(4), "engine__cpu_offload": "optimizer", **SHORT},

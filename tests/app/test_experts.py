@@ -1,6 +1,7 @@
 """Mixtures of experts on every engine: losses, resuming, merges, and PEFT's library."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.metrics import read_metrics
 from tests.app import test_equality
-from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.app.engines import Outcomes, Runs, check_equals_single, check_resumes, outcomes_of, pairs
 from tests.app.test_equality import (
     NF4,
     Outcome,
@@ -28,7 +29,7 @@ from tests.app.test_equality import (
     assert_same,
     build,
 )
-from tests.app.test_resume import losses, train
+from tests.app.test_resume import train
 from tests.app.tiny import save_config, save_records, tiny_tree
 from tests.dist import run_ranks
 from tests.tiny_models import MIXTURES, save_model
@@ -91,18 +92,7 @@ def test_equals_single(outcomes: Outcomes, run: str, family: str) -> None:
 
 def test_resumed_at_other_ranks(tmp_path: Path) -> None:
     """What travels is counted: the packed rows of each block, whichever experts were chosen."""
-    steps, stop = 4, 2
-
-    def short(name: str, **changes: Any) -> dict[str, Any]:
-        save = {"dir": str(tmp_path / name), "every": 0}
-        return tree(tmp_path, "qwen2_moe", save=save, train__steps=steps, **changes)
-
-    assert train(World(), short("whole")) == 0
-    assert run_ranks(train, 3, short("cut", engine={"kind": "fsdp2"}), stop) == [75, 75, 75]
-    assert train(World(), short("cut")) == 0
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
-    assert len(found) == steps and expected[-1] < expected[0]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+    check_resumes(tmp_path, partial(tree, tmp_path, "qwen2_moe"), 3)
     first, second, *alone = read_metrics(tmp_path / "cut" / "metrics.jsonl")
     assert [record.bytes_gathered for record in alone] == [0, 0]
     # two micro-batches, forward and backward: four times everything, were it in float32

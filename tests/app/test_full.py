@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.train.loop import StepResult, fit
+from dist_peft.train.loop import StepResult
 from tests.app.test_equality import (
     GRADIENT_TOLERANCE,
     NF4,
@@ -20,6 +20,7 @@ from tests.app.test_equality import (
     all_cases,
     assert_same,
     build,
+    train_steps,
 )
 from tests.app.test_resume import losses, train
 from tests.app.tiny import save_records, save_words, tiny_tree
@@ -85,26 +86,8 @@ def tree(directory: Path, case: str, **changes: Any) -> dict[str, Any]:
 def run_steps(world: World, tree: dict[str, Any]) -> tuple[Any, list[StepResult]]:
     """Train as ``train`` does, at a constant rate; gives what was built and the steps."""
     config, built, loaders, call = build(world, tree)
-    results: list[StepResult] = []
-
-    def note(result: StepResult) -> bool:
-        results.append(result)
-        return False
-
-    fit(
-        built.model,
-        built.engine,
-        built.adapter,
-        loaders.train,
-        world,
-        call=call,
-        first_step=0,
-        last_step=config.train.steps or 0,
-        lr_at=lambda step: config.train.lr,
-        max_grad_norm=config.train.max_grad_norm,
-        after_step=note,
-    )
-    return (built, loaders), results
+    steps = range(config.train.steps or 0)
+    return (built, loaders), train_steps(world, config, built, loaders, call, steps)
 
 
 Waiting = dict[str, dict[str, Tensor]]

@@ -1,11 +1,13 @@
 """Every method on every kind of base with every engine, on a really pretrained model.
 
 A cell is a method, a base and an engine. Its run begins on that engine, is cut short, and goes on
-from its checkpoint on the next engine, at another number of ranks::
+from its checkpoint on the next engine::
 
-    single -> fsdp2 (3 ranks, which divide nothing)
+    single -> fsdp2 (2 ranks)
     fsdp2 -> zero 3 (2 ranks)
     zero -> single
+
+Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
 The losses must be those of one process that was never cut, they must fall, and what the run leaves
 must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded) and
@@ -56,14 +58,14 @@ BASES: dict[str, dict[str, Any]] = {
     "int4": {"base__quant": {"kind": "int", "bits": 4, "group_size": 32}},
 }
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {
-    "lora": (3e-3, {"r": 4, "alpha": 8, "dropout": 0.1}),
+    "lora": (3e-3, {"r": 3, "alpha": 6, "dropout": 0.1}),
     # not down_proj: its 172 inputs are no whole number of groups
-    "qalora": (3e-3, {"r": 4, "alpha": 8, "target_modules": [r".*self_attn\..*", "gate_proj"]}),
-    "bottleneck": (3e-3, {"reduction_factor": 8, "dropout": 0.1}),
-    "fusion": (3e-3, {}),
-    "prefix": (3e-3, {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
-    "ptuning": (1e-3, {"num_virtual_tokens": 4}),
-    "prompt": (1e-2, {"num_virtual_tokens": 4}),
+    "qalora": (3e-3, {"r": 3, "alpha": 6, "target_modules": [r".*self_attn\..*", "gate_proj"]}),
+    "bottleneck": (3e-3, {"reduction_factor": 9, "dropout": 0.1}),
+    "fusion": (1e-2, {}),
+    "prefix": (3e-3, {"num_virtual_tokens": 3, "encoder_hidden_size": 16}),
+    "ptuning": (1e-3, {"num_virtual_tokens": 3}),
+    "prompt": (1.5e-2, {"num_virtual_tokens": 5}),
     "full": (1e-3, {}),
     "partial": (1e-3, {"parts": ["norms"], "last_blocks": 1}),
 }
@@ -139,10 +141,10 @@ def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     whole: list[Job] = [(tree(shared_data, directory, *cell, "whole"), None) for cell in CELLS]
     assert set(work(World(), [*whole, *jobs("single", "single", CUT)])) == {0, 75}
-    for engine, ranks, before in (("fsdp2", 3, "single"), ("zero", 2, "fsdp2")):
+    for engine, before in (("fsdp2", "single"), ("zero", "fsdp2")):
         # what zero 3 does to its process stays there
         todo = [*jobs(engine, before, None), *jobs(engine, engine, CUT)]
-        for codes in run_ranks(work, ranks, todo, timeout=900):
+        for codes in run_ranks(work, 2, todo, timeout=900):
             assert codes == [0] * len(CELLS) + [75] * len(CELLS)
     assert set(work(World(), jobs("single", "zero", None))) == {0}
     close_log()
@@ -159,7 +161,7 @@ def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str
     # bfloat16 turns a difference in the last bit of a sum into one of 0.4 %
     rtol = 1e-2 if base == "bf16" else 2e-6
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=0)
-    same_probe(run, whole, 0.35 if base == "bf16" else 5e-3)
+    same_probe(run, whole, 0.2 if base == "bf16" else 5e-3)
     reload(run, shared_data, method, base)
 
 

@@ -14,9 +14,8 @@ from dist_peft.app.tasks import task_runs
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import inference
-from dist_peft.train.loop import fit
 from dist_peft.train.metrics import METRICS_FILE, read_metrics
-from tests.app.test_equality import build
+from tests.app.test_equality import build, train_steps
 from tests.app.test_resume import train
 from tests.app.test_tasks import ENGINES, list_tree
 from tests.app.tiny import save_config
@@ -27,7 +26,7 @@ def switched(world: World, trees: list[dict[str, Any]]) -> list[list[Tensor]]:
     """For each tree: logits of two adapters as they were kept, and after switching a, b, a."""
     found = []
     for tree in trees:
-        _, built, loaders, call = build(world, tree)
+        config, built, loaders, call = build(world, tree)
         bank = AdapterBank(built)
 
         def logits(built: Any = built, loaders: Any = loaders) -> Tensor:
@@ -36,19 +35,8 @@ def switched(world: World, trees: list[dict[str, Any]]) -> list[list[Tensor]]:
 
         seen = []
         for number, name in enumerate("abc"):
-            fit(
-                built.model,
-                built.engine,
-                built.adapter,
-                loaders.train,
-                world,
-                call=call,
-                first_step=2 * number,
-                last_step=2 * number + 2,
-                lr_at=lambda step: 0.05,
-                max_grad_norm=1.0,
-                after_step=lambda result: False,
-            )
+            steps = range(2 * number, 2 * number + 2)
+            train_steps(world, config, built, loaders, call, steps)
             bank.keep(name)
             seen.append(logits())
         for name in "aba":

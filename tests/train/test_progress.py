@@ -63,6 +63,14 @@ def test_an_evaluation_is_always_shown(capsys: pytest.CaptureFixture[str]) -> No
     assert "step 7/100  loss 1.8342  eval loss 1.5000  lr" in capsys.readouterr().err
 
 
+def test_a_classifier_counts_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loss has one target a row, and the speed is not one of tokens."""
+    setup_log(None, 0, 1)
+    with Progress(100, 0, unit="rows") as progress:
+        progress.update(record(1))
+    assert "  5403 rows/s  " in capsys.readouterr().err
+
+
 def test_other_ranks_are_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "Held-out loss at step 0": "3.5000",
         "Held-out loss at step 3": "1.7500",
         "Best held-out loss": "1.5000 at step 2",
-        "Throughput (median)": "252 target tokens/s",
+        "Throughput (median)": "252 targets/s",
         "Peak memory (fullest rank)": "3.00 GiB",
         "Gathered per step and rank": "5.00 MiB",
     }
