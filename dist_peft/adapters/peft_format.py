@@ -227,8 +227,9 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make directory {directory}: {error.strerror}") from None
+    about_parts = {key: value for key, value in metadata.items() if key != "labels"}
     for name, part in public.parts.items():
-        write_adapter(directory / name, part, metadata)
+        write_adapter(directory / name, part, about_parts)
     header = {"format": "pt"}
     if public.extra:
         atomic_write(directory / _EXTRA, safetensors.torch.save(public.extra, header))
@@ -277,7 +278,12 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
     facts, labels = metadata.get("adapter", {}), tuple(metadata.get("labels", ()))
     extra = _read_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
     config, tensors, head = split_peft_head(config, _read_tensors(file, values), labels)
-    if is_adapterhub(config) and (directory / SAFE_HEAD).is_file():
+    if is_adapterhub(config) and (labels or (directory / SAFE_HEAD).is_file()):
+        if not (directory / SAFE_HEAD).is_file():
+            raise UserError(
+                f"{directory} has no {SAFE_HEAD}, the head of the classes that its {_METADATA} "
+                "names; is the download complete?"
+            )
         head = read_head(_read_tensors(directory / SAFE_HEAD, values), labels)
     parts = {}
     if is_fusion(config):

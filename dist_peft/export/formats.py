@@ -247,6 +247,8 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
         how = f"merged with integer zeros: {codec.bits} bits in groups of {codec.group_size}"
         return _directory(job, job.state, packer, job.dtype, how)
     if job.integer is None:
+        with job.walk("original"):
+            pass  # what no quantized format takes says so, instead of being sent to the next
         raise UserError(
             "this format keeps an integer base (base.quant.kind: int) with the adapter beside it, "
             "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy to "

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from dist_peft.adapters.base import PublicAdapter, PublicHead
 from dist_peft.adapters.head_format import join_peft_head, read_head, split_peft_head
 from dist_peft.adapters.merge import Merger
 from dist_peft.adapters.peft_format import read_adapter, write_adapter
+from dist_peft.core.errors import UserError
 from tests.adapters.test_adapterhub_format import public as public_bottleneck
 from tests.tiny_models import ENCODERS, save_model
 
@@ -86,3 +88,6 @@ def test_adapterhubs_files(tmp_path: Path) -> None:
     again = read_adapter(tmp_path)
     assert again.head is not None and again.head.labels == LABELS
     assert again.tensors.keys() == with_head.tensors.keys()
+    (tmp_path / "model_head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model_head.safetensors, the head of the classes"):
+        read_adapter(tmp_path)

@@ -139,7 +139,7 @@ CASES = {
 }
 
 
-UNEVEN = ("nf4", "int3", "unquantized", "dora", "embedding")
+UNEVEN = ("int3", "dora", "embedding")
 """Cases that run at 3 ranks too, which divide no row count of the model."""
 
 

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 
-UNEVEN = ("nf4, stage 1", "int3, stage 2", "nf4, dora, stage 3")
+UNEVEN = ("nf4, stage 1", "nf4, embedding", "nf4, dora, stage 3")
 """Cases that run at 3 ranks too, which divide no row count of the model."""
 
 

@@ -196,7 +196,7 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     merged = compare(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
     print(f"merged into the decoded base: {merged.relative:.1e}")
     assert merged.relative < 0.05
-    for name in ("bnb-nf4", "gguf"):
+    for name in ("bnb-nf4", "gguf", "gptq"):
         out = ["--format", name, "--out", str(tmp_path / name)]
         assert cli.main(["export", "--run", str(run), *out]) == 2
         close_log()

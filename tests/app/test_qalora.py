@@ -30,7 +30,7 @@ from tests.app.test_equality import (
     losses_and_gradients,
     run_config,
 )
-from tests.app.test_resume import STEPS, STOP, losses, train
+from tests.app.test_resume import losses, train
 from tests.dist import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.data]
@@ -76,12 +76,11 @@ def all_outcomes(world: World, trees: dict[Any, dict[str, Any]]) -> dict[Any, Ou
 RUNS = [
     *((2, "fsdp2", case) for case in CASES),
     (2, "zero 1", "int4"),
-    (2, "zero 3", "int4"),
+    (2, "zero 3", "int3"),
     (3, "fsdp2", "int4"),
     (3, "zero 2", "int4, groups of 16 pooled by 32"),
-    (3, "zero 3", "int3"),
 ]
-"""Ranks, engine, case: each width and engine at 2 and at 3 ranks, not their whole product."""
+"""Ranks, engine, case: each width and engine at 2 or at 3 ranks, not their whole product."""
 
 
 @pytest.fixture(scope="module")
@@ -263,30 +262,6 @@ def test_merge_into_the_decoded_rows(run: tuple[int, Path, Path], tmp_path: Path
     with torch.no_grad():
         found = compare(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
     assert found.relative < 2e-4
-
-
-def test_resumed_in_another_engine(shared_data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    settings = {"train__steps": STEPS, "adapter__dropout": 0.1}
-
-    def short(name: str, **changes: Any) -> dict[str, Any]:
-        save = {"dir": str(tmp_path / name), "every": 0}
-        return tree(shared_data, tmp_path, "int4", save=save, **settings, **changes)
-
-    whole = short("whole")
-    assert run_ranks(train, 1, whole) == [0]
-    assert run_ranks(train, 2, short("cut", engine={"kind": "fsdp2"}), STOP) == [75, 75]
-    assert run_ranks(train, 3, short("cut", engine={"kind": "zero", "stage": 2})) == [0] * 3
-    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "cut")
-    assert len(found) == STEPS and expected[-1] < expected[0]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-6, atol=0)
-    adapters = [
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        for name in ("whole", "cut")
-    ]
-    assert adapters[0].keys() == adapters[1].keys()
-    for key, want in adapters[0].items():
-        torch.testing.assert_close(adapters[1][key], want, rtol=1e-2, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", ["peft-expanded", "peft"])
