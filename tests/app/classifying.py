@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.app.tiny import tiny_tree
-from tests.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.tiny_models import CONFIGS, ENCODERS, MIXTURES, save_model
 
 LABELS = ["no", "yes"]
 TEMPLATES = {
@@ -16,12 +16,13 @@ TEMPLATES = {
     "roberta": ("[CLS] $A [SEP]", "[CLS] $A [SEP] [SEP] $B [SEP]"),
     "modernbert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
     "llama": ("[CLS] $A", "[CLS] $A $B:1"),
+    "mixtral": ("[CLS] $A", "[CLS] $A $B:1"),
 }
 """How each family's tokenizer writes a text, and a pair."""
 
 
 def save_classifier_base(directory: Path, family: str, auto: Any = None) -> Path:
-    """An encoder or a Llama, random, with a tokenizer of 97 words.
+    """An encoder or a decoder, random, with a tokenizer of 97 words.
 
     Args:
         auto: the kind of model that is saved; default: an encoder's trunk, a causal LM.
@@ -29,7 +30,8 @@ def save_classifier_base(directory: Path, family: str, auto: Any = None) -> Path
     if family in ENCODERS:
         save_model(ENCODERS[family], directory, auto=auto or tf.AutoModel)
     else:
-        save_model(CONFIGS[family], directory, auto=auto or tf.AutoModelForCausalLM)
+        config = (CONFIGS | MIXTURES)[family]
+        save_model(config, directory, auto=auto or tf.AutoModelForCausalLM)
     special = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3}
     if family == "roberta":
         special |= {"[PAD]": 1, "[CLS]": 0}

@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"adapter": {"kind": "bottleneck"}, "base__quant": NF4},
     ),
     "llama, dora": ("llama", None, {"adapter": {"r": 4, "use_dora": True}}),
+    # its experts too
+    "mixtral, lora": ("mixtral", None, {"adapter": {"r": 4}, "base__quant": NF4}),
 }
 RUNS: Runs = {
     "fsdp2": (2, {"kind": "fsdp2"}, tuple(CASES)[:4]),
@@ -118,7 +120,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["bert, lora", "modernbert, partial", "llama, dora"])
+@pytest.mark.parametrize("case", ["bert, lora", "modernbert, partial", "llama, dora", "mixtral, lora"])
 def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is merged, and the adapter in PEFT, give the trained logits; eval reads the run."""
     save = {"dir": str(tmp_path / "run"), "every": 0}
