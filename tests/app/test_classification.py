@@ -120,7 +120,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["bert, lora", "modernbert, partial", "llama, dora", "mixtral, lora"])
+@pytest.mark.parametrize(
+    "case", ["bert, lora", "modernbert, partial", "llama, dora", "mixtral, lora"]
+)
 def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is merged, and the adapter in PEFT, give the trained logits; eval reads the run."""
     save = {"dir": str(tmp_path / "run"), "every": 0}
