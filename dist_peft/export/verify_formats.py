@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.export import verify_consumer
 from dist_peft.export.verify import Comparison, Probe, compare
 
-__all__ = ["ADAPTER", "OTHERS", "NotVerified", "verify_export"]
+__all__ = ["ADAPTER", "OTHERS", "NotVerified", "correct_bitsandbytes", "verify_export"]
 
 ADAPTER = "adapter"
 """Directory inside an export that holds the adapter for the base beside it."""
@@ -114,7 +115,42 @@ def _here(name: str, out: Path, ids: Tensor, dtype: torch.dtype) -> tuple[str, T
     if name == "compressed-tensors" and (out / ADAPTER).is_dir():
         model.load_adapter(str(out / ADAPTER))
         consumer += f", peft {version('peft')}"
+    if name == "bnb-nf4" and correct_bitsandbytes(model):
+        consumer += " without its AVX512 kernels"
     return consumer, model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def correct_bitsandbytes(model: nn.Module) -> bool:
+    """Let a bitsandbytes model compute with the weights that its files hold, on any CPU.
+
+    With AVX512 bitsandbytes 0.50 decodes linears wrongly whose ``in_features`` are no whole number
+    of blocks of 64 (as one long row it decodes them rightly): those are made dense. With
+    AVX512-BF16 its products in evaluation round activations and scales to bfloat16 whatever the
+    model's type, 0.3 % of a product: that kernel is left out.
+
+    Returns:
+        Whether anything was changed.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    changed = False
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear4bit):
+            continue
+        changed |= bool(getattr(module, "support_avx512bf16_for_cpu", False))
+        module.support_avx512bf16_for_cpu = False
+        packed: Any = module.weight
+        state = packed.quant_state
+        in_one_row = copy(state)
+        in_one_row.shape = torch.Size([state.shape.numel()])
+        weight = dequantize_4bit(packed.data, in_one_row).reshape(state.shape)
+        if not torch.equal(weight, dequantize_4bit(packed.data, state)):
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            dense.weight, dense.bias = nn.Parameter(weight), module.bias
+            model.set_submodule(name, dense)
+            changed = True
+    return changed
 
 
 def _python(consumer: str) -> str | None:

@@ -36,7 +36,16 @@ def run_config(shared_data: Path, tmp_path: Path, **changes: Any) -> dict[str, A
             "seq_len": 128,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "train": {"micro_batch": 1, "global_batch": 4, "lr": 5e-3, "steps": 20, "device": "cpu"},
+        # far below most gradients, above their rounding: with 1e-8 Adam makes whole steps of the
+        # difference between two ways to sum, and losses differ by what the processor rounds
+        "train": {
+            "micro_batch": 1,
+            "global_batch": 4,
+            "lr": 5e-3,
+            "eps": 1e-5,
+            "steps": 20,
+            "device": "cpu",
+        },
         "save": {"dir": str(tmp_path / "run")},
     }
     for key, value in changes.items():
@@ -111,7 +120,6 @@ def whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 NF4 = {"kind": "nf4"}
-GRADIENT_TOLERANCE = 1e-4
 
 SHORT = 6
 """Steps of the cases that vary one thing; the storage formats themselves run 20."""
@@ -177,10 +185,8 @@ def test_fsdp2_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case
         assert_same(outcome[case], outcomes[1][0][case])
 
 
-def assert_same(
-    outcome: Outcome, expected: Outcome, gradient_tolerance: float = GRADIENT_TOLERANCE
-) -> None:
-    """Losses within 1e-6, gradients within their tolerance, relative to ``expected``."""
+def assert_same(outcome: Outcome, expected: Outcome) -> None:
+    """Losses within 1e-6, gradients within 2e-4, relative to ``expected``."""
     assert min(expected[0]) < expected[0][0]
     torch.testing.assert_close(
         torch.tensor(outcome[0]), torch.tensor(expected[0]), rtol=1e-6, atol=0
@@ -189,7 +195,7 @@ def assert_same(
     for name, gradient in outcome[1].items():
         want = expected[1][name]
         error = (gradient - want).norm() / want.norm().clamp_min(1e-12)
-        assert error < gradient_tolerance, f"{name}: relative error {error:.1e}"
+        assert error < 2e-4, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.dist

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.app.test_equality import (
-    GRADIENT_TOLERANCE,
     NF4,
     Outcome,
     all_cases,
@@ -31,7 +30,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"base__quant": integer(4), "engine__cpu_offload": "optimizer", **SHORT},
     ),
-    "nf4, embedding": (2, {"base__quant": NF4, "adapter__embeddings": True, **SHORT}),
+    # at 3 ranks DeepSpeed wants a loss times 3, and the whole backward pass rounds otherwise: 1e-6
+    # of the first gradients, which a high rate makes more of
+    "nf4, embedding": (
+        2,
+        {"base__quant": NF4, "adapter__embeddings": True, "train__lr": 2e-3, **SHORT},
+    ),
     # stage 3 comes last: it replaces torch.nn.functional.linear in its process for good
     "nf4, stage 3": (3, {"base__quant": NF4}),
     "int2, stage 3, no recomputation": (
@@ -78,7 +82,4 @@ def outcomes(
 def test_zero_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
     """fp32 losses within 1e-6 of one process's, gradients after them likewise."""
     for outcome in [*outcomes[2], *(outcomes[3] if case in UNEVEN else [])]:
-        # stage 3 computes linears with DeepSpeed's own function, which rounds otherwise; Adam's
-        # first steps (a sign, nearly) make more of it than of two ways to sum
-        tolerance = 5e-4 if CASES[case][0] == 3 else GRADIENT_TOLERANCE
-        assert_same(outcome[case], outcomes[1][0][case], tolerance)
+        assert_same(outcome[case], outcomes[1][0][case])

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -273,7 +273,8 @@ SECTIONS = {name: info.annotation for name, info in RunConfig.model_fields.items
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS))
-@settings(max_examples=40, deadline=None)
+# fields are drawn alone, and few draws pass the rules between them
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_what_is_dumped_loads_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, section: str, data: st.DataObject

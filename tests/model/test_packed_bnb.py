@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.export.verify_formats import correct_bitsandbytes
 from dist_peft.model.packed_bnb import Bitsandbytes
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
@@ -49,15 +50,19 @@ def simple(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_and_logits_of_bitsandbytes(which: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(which)
     model = tf.AutoModelForCausalLM.from_pretrained(directory, device_map="cpu").eval()
+    correct_bitsandbytes(model)
     skeleton = load(directory)
     assert torch.equal(logits(skeleton.model), logits(model))
     found = linears(skeleton)
     for weight, linear in found.items():
         own = model.get_submodule(weight.removesuffix(".weight"))
         if linear.codec.name == "raw":
-            assert weight.endswith("v_proj.weight") and not isinstance(own, bnb.nn.Linear4bit)
+            assert weight.endswith("v_proj.weight")
             continue
-        wanted = bnb.functional.dequantize_4bit(own.weight.data, own.weight.quant_state)
+        if isinstance(own, bnb.nn.Linear4bit):
+            wanted = bnb.functional.dequantize_4bit(own.weight.data, own.weight.quant_state)
+        else:
+            wanted = own.weight
         assert torch.equal(linear.decoded(torch.float32), wanted)
         assert linear.codec == Nf4Codec(64 if linear.in_features == 64 else 32, False)
     codecs = {linear.codec.name for linear in found.values()}
