@@ -76,7 +76,7 @@ ALLOWED = {
     ),
     "deepspeed": ("engine/zero",),
     "transformers": ("model/", "data/chat", "data/tokens", "export/verify"),
-    "bitsandbytes": ("quant/", "train/optim"),
+    "bitsandbytes": ("quant/", "train/optim", "export/verify"),
     "peft": (),
 }
 
