@@ -171,6 +171,12 @@ def packaged_base() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def mean(values: list[float], digits: int) -> str:
+    """With the standard deviation, if there are several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
 def table(outcomes: list[Outcome]) -> list[list[object]]:
     """Means over the seeds: accuracy and macro F1 in percent, loss in nats."""
     rows: list[list[object]] = []
@@ -179,9 +185,9 @@ def table(outcomes: list[Outcome]) -> list[list[object]]:
         for task in TASKS:
             own = [o for o in outcomes if (o.way, o.task) == (way, task)]
             row += [
-                100 * statistics.fmean(o.accuracy for o in own),
-                100 * statistics.fmean(o.f1 for o in own),
-                f"{statistics.fmean(o.loss for o in own):.3f}",
+                mean([100 * o.accuracy for o in own], 1),
+                mean([100 * o.f1 for o in own], 1),
+                mean([o.loss for o in own], 3),
             ]
         rows.append(row)
     return rows
