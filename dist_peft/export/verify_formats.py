@@ -142,11 +142,13 @@ def correct_bitsandbytes(model: nn.Module) -> bool:
         module.support_avx512bf16_for_cpu = False
         packed: Any = module.weight
         state = packed.quant_state
+        if module.in_features % state.blocksize == 0:
+            continue
         in_one_row = copy(state)
         in_one_row.shape = torch.Size([state.shape.numel()])
         weight = dequantize_4bit(packed.data, in_one_row).reshape(state.shape)
         if not torch.equal(weight, dequantize_4bit(packed.data, state)):
-            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            dense = nn.Linear(module.in_features, module.out_features, device="meta")
             dense.weight, dense.bias = nn.Parameter(weight), module.bias
             model.set_submodule(name, dense)
             changed = True

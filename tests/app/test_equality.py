@@ -188,13 +188,17 @@ def test_fsdp2_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case
 def assert_same(outcome: Outcome, expected: Outcome) -> None:
     """Losses within 1e-6, gradients within 2e-4, relative to ``expected``."""
     assert min(expected[0]) < expected[0][0]
+    losses = max(abs(a / b - 1) for a, b in zip(outcome[0], expected[0], strict=True))
+    errors = {
+        name: ((outcome[1][name] - want).norm() / want.norm().clamp_min(1e-12)).item()
+        for name, want in expected[1].items()
+    }
+    print(f"largest difference: losses {losses:.1e}, gradients {max(errors.values()):.1e}")
     torch.testing.assert_close(
         torch.tensor(outcome[0]), torch.tensor(expected[0]), rtol=1e-6, atol=0
     )
     assert outcome[1].keys() == expected[1].keys()
-    for name, gradient in outcome[1].items():
-        want = expected[1][name]
-        error = (gradient - want).norm() / want.norm().clamp_min(1e-12)
+    for name, error in errors.items():
         assert error < 2e-4, f"{name}: relative error {error:.1e}"
 
 
