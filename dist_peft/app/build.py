@@ -26,7 +26,7 @@ from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.base import OptimizerFactory
 from dist_peft.engine.recompute import checkpoint_blocks
 from dist_peft.model.classifier import take_pad_token
-from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
+from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
 from dist_peft.store.reader import RowReader
@@ -94,8 +94,7 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
     Raises:
         UserError: anything wrong with the base's files, its type, or the adapter's targets.
     """
-    if config.base.trust_remote_code:
-        log.warning("base.trust_remote_code is on: code shipped with the base will run", extra=ONCE)
+    announce_trust(config.base)
     directory = resolve_base(config.base)
     skeleton = build_skeleton(config.base, directory, class_names(config.data))
     found = skeleton.prequantized

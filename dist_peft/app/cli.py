@@ -138,3 +138,9 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="do not reload the result and compare logits"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model code that comes with the base; what the run directory says about it does "
+        "not count",
+    )

@@ -19,11 +19,9 @@ from dist_peft.adapters.peft_format import (
 from dist_peft.adapters.prompt_format import PLACED
 from dist_peft.adapters.qalora_format import as_expanded, as_peft
 from dist_peft.adapters.weights_format import holds_weights
-from dist_peft.app.quantize import with_base_of_run
+from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.report import add_section
-from dist_peft.app.tasks import refuse_tasks
-from dist_peft.core.config import QaLoraConfig, RunConfig
-from dist_peft.core.config_io import load_config
+from dist_peft.core.config import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -44,7 +42,13 @@ log = logging.getLogger("dist_peft")
 def run_merge(args: argparse.Namespace, world: World) -> int:
     _only_one(world)
     setup_log(None, 0, 1)
-    merge_run(args.run_dir, args.out, into=args.base or "original", verify=not args.no_verify)
+    merge_run(
+        args.run_dir,
+        args.out,
+        into=args.base or "original",
+        verify=not args.no_verify,
+        trust_remote_code=args.trust_remote_code,
+    )
     return 0
 
 
@@ -52,9 +56,10 @@ def run_export(args: argparse.Namespace, world: World) -> int:
     _only_one(world)
     setup_log(None, 0, 1)
     _warn_of_unused(args)
+    trust = args.trust_remote_code
     if args.format == "hf-bf16":
-        into = args.base or "original"
-        merge_run(args.run_dir, args.out, into=into, verify=not args.no_verify)
+        into, verify = args.base or "original", not args.no_verify
+        merge_run(args.run_dir, args.out, into=into, verify=verify, trust_remote_code=trust)
     elif args.format in _ADAPTERS:
         _write_adapter(args.run_dir, args.format, args.out)
     else:
@@ -66,7 +71,14 @@ def run_export(args: argparse.Namespace, world: World) -> int:
             "merge": args.merge,
             "lossy": args.lossy,
         }
-        export_run(args.run_dir, args.format, args.out, options, verify=not args.no_verify)
+        export_run(
+            args.run_dir,
+            args.format,
+            args.out,
+            options,
+            verify=not args.no_verify,
+            trust_remote_code=trust,
+        )
     return 0
 
 
@@ -135,7 +147,7 @@ _ADAPTERS = {"peft": as_peft, "peft-expanded": as_expanded}
 
 
 def _write_adapter(run_dir: Path, name: str, out: Path) -> None:
-    _run_config(run_dir)
+    load_finished_run(run_dir)  # neither model nor tokenizer is made: no trust is needed
     check_new(out)
     adapter = run_dir / "adapter"
     public = read_adapter(adapter)
@@ -163,7 +175,13 @@ def _write_adapter(run_dir: Path, name: str, out: Path) -> None:
 
 @torch.no_grad()
 def export_run(
-    run_dir: Path, name: str, out: Path, options: dict[str, Any], *, verify: bool = True
+    run_dir: Path,
+    name: str,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a quantized format and, unless told otherwise, load it with its consumer and compare.
 
@@ -173,8 +191,9 @@ def export_run(
         out: new directory, or a new ``.gguf`` file.
         options: further fields of ``export.formats.Job``.
         verify: the probe must be there.
+        trust_remote_code: the caller's command line allows the base's code to run.
     """
-    config = _run_config(run_dir)
+    config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     if config.base.head == "classifier":
         raise UserError(
             f"{run_dir} trained a classifier, and format {name} is for language models: no library "
@@ -221,9 +240,19 @@ def export_run(
 
 
 @torch.no_grad()
-def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool = True) -> None:
-    """Merge a finished run and, unless told otherwise, reload the result and compare logits."""
-    config = _run_config(run_dir)
+def merge_run(
+    run_dir: Path,
+    out: Path,
+    *,
+    into: str = "original",
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> None:
+    """Merge a finished run and, unless told otherwise, reload the result and compare logits.
+
+    ``trust_remote_code``: the caller's command line allows the base's code to run.
+    """
+    config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None
     directory = resolve_base(config.base)
     report = merge_model(
@@ -249,16 +278,6 @@ def merge_run(run_dir: Path, out: Path, *, into: str = "original", verify: bool 
             ("Reloaded by", f"transformers, {config.base.compute_dtype}"),
         ]
         add_section(run_dir, Section("Merge", rows=tuple(rows + found.rows())))
-
-
-def _run_config(run_dir: Path) -> RunConfig:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    refuse_tasks(run_dir)
-    if not (run_dir / "adapter").is_dir():
-        raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
-    # a run may have been moved, with the base that it solved
-    return with_base_of_run(load_config(run_dir / "config.yaml"), run_dir)
 
 
 def _only_one(world: World) -> None:

@@ -47,7 +47,14 @@ from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec
 
-__all__ = ["made_from", "quantize", "run", "with_base_of_run", "with_solved_base"]
+__all__ = [
+    "made_from",
+    "must_solve_base",
+    "quantize",
+    "run",
+    "with_base_of_run",
+    "with_solved_base",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -151,6 +158,15 @@ def with_solved_base(
         quantize(config, out, world, device, stop)
         gc.collect()  # modules and their hooks refer to each other; the next model needs the room
     return with_base_of_run(config, run_dir)
+
+
+def must_solve_base(config: RunConfig, run_dir: Path) -> bool:
+    """Whether ``with_solved_base`` will quantize, which takes long and writes to ``run_dir``."""
+    quant, solved = config.base.quant, run_dir / "base"
+    if quant is None or quant.solver != "gptq" or (solved.is_dir() and any(solved.iterdir())):
+        return False
+    described = read_json_object(resolve_base(config.base) / "config.json")
+    return "quantization_config" not in described
 
 
 def with_base_of_run(config: RunConfig, run_dir: Path) -> RunConfig:

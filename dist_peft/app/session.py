@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.base import TrainsBase
 from dist_peft.adapters.peft_format import write_adapter
 from dist_peft.app.build import Built, restore
+from dist_peft.app.finished_run import training_facts
 from dist_peft.app.quantize import made_from
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders
@@ -73,13 +74,20 @@ class Session:
             self.total_steps,
             self.config.train.global_batch,
         )
-        if self.config.data.packing:
-            self._check_isolation()
         logits = self._probe_logits()
         with self.world.together("write the probe"):
             if self.world.is_first:
                 Probe(self.loaders.probe, logits, logits).save(self._probe_file)
         return 0
+
+    def check_model(self) -> None:
+        """The check that needs the loaded model; before anything is written.
+
+        Raises:
+            UserError: packed documents see each other (on every rank).
+        """
+        if self.config.data.packing:
+            self._check_isolation()
 
     def _check_isolation(self) -> None:
         with inference(self.built.model):
@@ -255,7 +263,7 @@ class Session:
             **({} if head is None else {"labels": head.labels}),
             "base": self.config.base.path,
             "base_fingerprint": self.built.skeleton.index.fingerprint(),
-            "quant": self.config.base.model_dump(mode="json")["quant"],
+            **training_facts(self.config),
             "start": getattr(self.config.adapter, "init", "default"),
             "dist_peft": importlib.metadata.version("dist_peft"),
             "torch": torch.__version__,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.config import DataSource, FullConfig, PartialConfig, RunConfig
-from dist_peft.core.config_io import load_config
+from dist_peft.core.config_io import load_run_config
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics
@@ -110,7 +110,9 @@ def task_runs(run_dir: Path) -> dict[str, Path]:
     """
     if not (run_dir / "tasks").is_dir() or not (run_dir / "config.yaml").is_file():
         return {}
-    names = [source.task for source in load_config(run_dir / "config.yaml").data.train]
+    # only names are read from it: nothing of the base is opened, whatever it says about trust
+    config = load_run_config(run_dir / "config.yaml", trust_remote_code=True)
+    names = [source.task for source in config.data.train]
     runs = {name: run_dir / "tasks" / name for name in names}
     return {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, with_labels
 from dist_peft.app.effects import warn_of_idle_options
-from dist_peft.app.quantize import with_solved_base
+from dist_peft.app.quantize import must_solve_base, with_solved_base
 from dist_peft.app.rows import Loaders, check_fit, make_loaders
 from dist_peft.app.session import Session
 from dist_peft.app.solve import Stopped
@@ -61,37 +61,61 @@ def train(config: RunConfig, world: World) -> int:
 
 
 def _train(config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]) -> int:
+    """The order that "a refused command changes nothing" asks for: first all checks that need no
+    weights, then the run directory and its log, the load, the checks that need the model, and
+    ``config.yaml`` last, since merge and export believe it."""
     run_dir = Path(config.save.dir)
-    with world.together("prepare the run directory"):
+    setup_log(None, world.rank, world.size, hold=True)
+    with world.together("look at the run directory"):
         if world.is_first:
-            _prepare_directory(run_dir)
-    setup_log(run_dir, world.rank, world.size)
+            _check_writable(run_dir)
+        solving = must_solve_base(config, run_dir)
+    if solving:
+        _check_jobs(config, world, device, solving=True)  # before hours of solving
+        _open_run_directory(run_dir, world)
     try:
         config = with_solved_base(config, run_dir, world, device, stop)
     except Stopped:
         log.warning("stopped on a signal while solving the base; started again, it begins anew")
         return RESUMABLE
-    separate = config.train.tasks == "separate"
-    with world.together("read the base's configuration"):
-        runs = task_configs(config) if separate else {"": config}
-        prepared = prepare(next(iter(runs.values())), world)
-        base = {"base": prepared.config.base}
-        config = config.model_copy(update=base)
-        runs = {name: run.model_copy(update=base) for name, run in runs.items()}
-        if world.is_first:
-            _write_config(run_dir, config)
-    warn_of_idle_options(config, world, prepared.model, device.type)
-    jobs = {name: _Job.of(run, prepared, world) for name, run in runs.items()}
+    config, prepared, jobs = _check_jobs(config, world, device)
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
+    _open_run_directory(run_dir, world)
     if begun is not None and begun.resume_from is not None:
         give_start(prepared, begun.checkpoints, begun.resume_from)
     built = load(prepared, config, world, device)
     call = built.optimize(make_optimizer_factory(config.train, device))
     sessions = {name: job.session(built, call, world) for name, job in jobs.items()}
-    if separate:
+    next(iter(sessions.values())).check_model()
+    if config.train.tasks == "separate":
+        with world.together("write config.yaml"):
+            if world.is_first:
+                _write_config(run_dir, config)
         resume_from = {name: job.resume_from for name, job in jobs.items()}
         return _one_after_another(run_dir, built, sessions, resume_from, world, stop)
-    return RESUMABLE if _run(sessions[""], jobs[""].resume_from, stop) else 0
+    return RESUMABLE if _run(sessions[""], jobs[""].resume_from, world, stop) else 0
+
+
+def _check_jobs(
+    config: RunConfig, world: World, device: torch.device, *, solving: bool = False
+) -> "tuple[RunConfig, Prepared, dict[str, _Job]]":
+    """Everything that can be refused without weights; writes nothing but the token cache.
+
+    Returns:
+        the configuration with the base as it will be used, the model on meta with its adapter, and
+        the adapters to train, by task; a run of one adapter has one, called "".
+
+    Raises:
+        UserError: on every rank.
+    """
+    with world.together("read the base's configuration"):
+        runs = task_configs(config) if config.train.tasks == "separate" else {"": config}
+        prepared = prepare(next(iter(runs.values())), world, solving=solving)
+        base = {"base": prepared.config.base}
+        config = config.model_copy(update=base)
+        runs = {name: run.model_copy(update=base) for name, run in runs.items()}
+    warn_of_idle_options(config, world, prepared.model, device.type)
+    return config, prepared, {name: _Job.of(run, prepared, world) for name, run in runs.items()}
 
 
 @dataclass(frozen=True)
@@ -120,9 +144,14 @@ class _Job:
         return Session(self.config, world, built, call, self.loaders, self.checkpoints, directory)
 
 
-def _run(session: Session, resume_from: Path | None, stop: Callable[[], bool]) -> bool:
+def _run(
+    session: Session, resume_from: Path | None, world: World, stop: Callable[[], bool]
+) -> bool:
     """Train to the end; true where a signal stopped it before."""
     first_step = session.resume(resume_from) if resume_from is not None else session.begin()
+    with world.together("write config.yaml"):
+        if world.is_first:
+            _write_config(session.run_dir, session.config)
     done = session.fit(first_step, stop)
     if done < session.total_steps:
         log.warning("stopped on a signal after step %d; start again to go on", done)
@@ -155,14 +184,36 @@ def _one_after_another(
             if world.is_first:
                 finished.begin(name)
                 _prepare_directory(session.run_dir)
-                _write_config(session.run_dir, session.config)
         bank.activate("start")
-        if _run(session, newest, stop):
+        if _run(session, newest, world, stop):
             return RESUMABLE
         with world.together("write tasks.json"):
             if world.is_first:
                 finished.finish(name, session.summary())
     return 0
+
+
+def _check_writable(run_dir: Path) -> None:
+    """See that ``run_dir`` can be made or written, without doing it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"save.dir {run_dir} is a file; give a directory")
+    nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write run directory {run_dir}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write run directory {run_dir}: no permission to write {nearest}")
+
+
+def _open_run_directory(run_dir: Path, world: World) -> None:
+    """Make the directory and continue the log in its ``log.txt``."""
+    with world.together("prepare the run directory"):
+        if world.is_first:
+            _prepare_directory(run_dir)
+        setup_log(run_dir, world.rank, world.size)
 
 
 def _prepare_directory(run_dir: Path) -> None:

@@ -114,7 +114,12 @@ class BaseConfig(Section):
         description="transformers' attn_implementation: sdpa, eager, flash_attention_2, ...; "
         "auto: sdpa where the model has it, else eager.",
     )
-    trust_remote_code: bool = Field(False, description="Run model code shipped with the base.")
+    trust_remote_code: bool = Field(
+        False,
+        description="Run model code shipped with the base. Only as an override on the command "
+        "line (base.trust_remote_code=true): a file that sets it is refused, a run does not keep "
+        "it.",
+    )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
 

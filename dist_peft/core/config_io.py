@@ -20,7 +20,7 @@ from yaml import YAMLError
 from dist_peft.core.config import RunConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["dump_config", "load_config", "parse_config"]
+__all__ = ["dump_config", "load_config", "load_run_config", "parse_config"]
 
 _NO_SECTION = ("model_type", "model_attributes_type")
 """pydantic's names of the error that a section is something else."""
@@ -29,10 +29,34 @@ _NO_SECTION = ("model_type", "model_attributes_type")
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``key.sub=value`` overrides, check everything.
 
+    ``base.trust_remote_code`` counts only among the overrides, which are the caller's own words; a
+    file may come from a stranger.
+
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, a value is wrong.
+        UserError: the file is missing or no YAML, a key is unknown, a value is wrong, or the file
+            asks for code of the base to be run.
     """
-    file = Path(path)
+    return _load(Path(path), overrides)
+
+
+def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
+    """Read the ``config.yaml`` that a run has written.
+
+    A run directory may be a stranger's. ``config.yaml`` is written resolved, so a ``${...}`` in it
+    (which could carry a variable of the caller's environment to the Hub, as part of a model id)
+    is refused instead of resolved.
+
+    Args:
+        trust_remote_code: the caller's command line says that the base's code may run.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    trust = ["base.trust_remote_code=true"] if trust_remote_code else []
+    return _load(path, trust, resolved=True)
+
+
+def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False) -> RunConfig:
     if not file.is_file():
         what = "is no file" if file.exists() else "does not exist"
         raise UserError(f"config file {file} {what}; give --config a YAML file")
@@ -40,9 +64,15 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         tree = OmegaConf.load(file)
         if not OmegaConf.is_dict(tree):
             raise UserError(f"config file {file} must hold sections such as base: and data:")
+        if resolved and (key := _find_reference(tree)) is not None:
+            raise UserError(
+                f"{file} has a ${{...}} reference in {key}; a run writes its configuration "
+                "resolved, so this file was changed: write the value itself"
+            )
         for item in overrides:
             tree = _override(tree, item, file)
         plain = OmegaConf.to_container(tree, resolve=True)
+        _refuse_trust_from_file(plain, overrides, file)
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {file} is not valid YAML: {error}") from None
     except OmegaConfBaseException as error:
@@ -53,6 +83,34 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     except OSError as error:  # OmegaConf's answer to a lone number, and the disk's
         raise UserError(f"config file {file} cannot be read: {error}") from None
     return parse_config(plain, str(file))
+
+
+def _find_reference(node: Any, path: str = "") -> str | None:
+    """The first key below ``node`` whose value is a ``${...}`` reference."""
+    keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
+    for key in keys:
+        name = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_interpolation(node, key):
+            return name
+        if OmegaConf.is_missing(node, key):
+            continue
+        if OmegaConf.is_config(node[key]) and (found := _find_reference(node[key], name)):
+            return found
+    return None
+
+
+def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
+    """Raises: UserError: ``base.trust_remote_code`` is on, and no override says so."""
+    base = plain.get("base")
+    if not isinstance(base, dict) or not base.get("trust_remote_code"):
+        return
+    given = OmegaConf.from_dotlist(list(overrides))
+    if OmegaConf.select(given, "base.trust_remote_code") is None:
+        raise UserError(
+            f"config file {file} sets base.trust_remote_code, which runs code that comes with the "
+            "base; a file cannot give that permission. If you trust the base, say so on the "
+            "command line: base.trust_remote_code=true (merge, export: --trust-remote-code)"
+        )
 
 
 def _override(tree: Any, item: str, file: Path) -> Any:
@@ -80,8 +138,12 @@ def parse_config(tree: Any, where: str = "config") -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved description as YAML; ``load_config`` reads it back to an equal tree."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(config.model_dump(mode="json"))))
+    """The resolved description as YAML; ``load_config`` reads it back to an equal tree.
+
+    ``base.trust_remote_code`` is left out: a command line gives that permission for itself alone.
+    """
+    tree = config.model_dump(mode="json", exclude={"base": {"trust_remote_code"}})
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
 
 
 def _escape(value: Any) -> Any:

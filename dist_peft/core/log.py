@@ -28,8 +28,14 @@ ONCE = {"once": True}
 """Pass as ``extra`` with what every rank would say alike."""
 
 
-def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logger:
+def setup_log(
+    run_dir: Path | None, rank: int, world_size: int, *, hold: bool = False
+) -> logging.Logger:
     """Send the lines of logger ``dist_peft`` to stderr and, on rank 0, to ``run_dir/log.txt``.
+
+    With ``hold`` rank 0 keeps them in memory as well, and the next call that has a ``run_dir``
+    writes them there first: a command that is refused leaves no file, one that is not has its
+    whole log in one.
 
     May be called again, such as once the run directory is known: the last call holds. An existing
     ``log.txt`` is appended to, so that a resumed run has one log.
@@ -37,6 +43,7 @@ def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logge
     Raises:
         UserError: ``log.txt`` cannot be written.
     """
+    held = _held_records(logging.getLogger("dist_peft"))
     logger = close_log()
     terminal = _Terminal("" if world_size == 1 else f"[rank {rank}] ")
     handlers: list[logging.Handler] = [terminal]
@@ -44,7 +51,12 @@ def setup_log(run_dir: Path | None, rank: int, world_size: int) -> logging.Logge
         terminal.setLevel(logging.WARNING)
         terminal.addFilter(lambda record: not getattr(record, "once", False))
     elif run_dir is not None:
-        handlers.append(_log_file(run_dir / "log.txt"))
+        file = _log_file(run_dir / "log.txt")
+        for record in held:
+            file.handle(record)
+        handlers.append(file)
+    elif hold:
+        handlers.append(_HeldRecords(held))
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -56,7 +68,7 @@ def close_log() -> logging.Logger:
     """Close ``log.txt`` and give the logger back as Python makes it. Harmless if not set up."""
     logger = logging.getLogger("dist_peft")
     for handler in list(logger.handlers):
-        if isinstance(handler, _Terminal | _LogFile):
+        if isinstance(handler, _Terminal | _LogFile | _HeldRecords):
             logger.removeHandler(handler)
             handler.close()
     logger.setLevel(logging.NOTSET)
@@ -86,6 +98,21 @@ class _Terminal(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     """``log.txt``; a class of its own so that ``close_log`` removes no handler but ours."""
+
+
+class _HeldRecords(logging.Handler):
+    """Records of a command that has no run directory yet."""
+
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__(logging.INFO)
+        self.records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def _held_records(logger: logging.Logger) -> list[logging.LogRecord]:
+    return [r for h in logger.handlers if isinstance(h, _HeldRecords) for r in h.records]
 
 
 def _log_file(path: Path) -> _LogFile:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 
 __all__ = [
     "REFUSALS",
     "Tokenizer",
+    "announce_trust",
     "load_tokenizer",
     "public_name",
     "read_json_object",
     "reason",
+    "refuse_hub_kernels",
     "resolve_base",
     "save_tokenizer",
 ]
 
 Tokenizer = PreTrainedTokenizerBase
+
+log = logging.getLogger("dist_peft")
 
 REFUSALS = (
     OSError,
@@ -76,6 +82,14 @@ def resolve_base(base: BaseConfig) -> Path:
         raise UserError(
             f"base.path {base.path} is no local directory and cannot be had from the hub: {first}"
         ) from None
+
+
+def announce_trust(base: BaseConfig) -> None:
+    """Warn, before any file of the base is opened, that its code will run."""
+    if base.trust_remote_code:
+        log.warning(
+            "base.trust_remote_code is on: code shipped with %s will run", base.path, extra=ONCE
+        )
 
 
 def public_name(base: BaseConfig) -> str:
@@ -129,6 +143,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "get the base again"
         )
     return content
+
+
+def refuse_hub_kernels(described: Any, file: Path) -> None:
+    """See that ``config.json`` names no kernel repository.
+
+    ``transformers`` downloads an attention or experts implementation called ``org/name`` from the
+    Hub and imports it, where the ``kernels`` package is installed: that is remote code, too.
+
+    Args:
+        described: the contents of ``file``, or a part of them.
+
+    Raises:
+        UserError: it does.
+    """
+    if isinstance(described, list):
+        for inner in described:
+            refuse_hub_kernels(inner, file)
+    if not isinstance(described, dict):
+        return
+    for key, value in described.items():
+        if "implementation" in key:
+            names = list(value.values()) if isinstance(value, dict) else [value]
+            for name in names:
+                if isinstance(name, str) and "/" in name:
+                    raise UserError(
+                        f"{file} sets {key} to {name}, which transformers would download from the "
+                        "Hub and run; remove the key, or, if you trust it, add "
+                        "base.trust_remote_code=true to the command line"
+                    )
+        else:
+            refuse_hub_kernels(value, file)
 
 
 def reason(error: Exception) -> str:

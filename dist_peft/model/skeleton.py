@@ -30,7 +30,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
 from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts, find_experts, find_routers
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
-from dist_peft.model.hub import REFUSALS, read_json_object, reason
+from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
 from dist_peft.model.naming import Names, find_names
 from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
 from dist_peft.quant.codec import Codec, RawCodec, make_codec
@@ -160,7 +160,9 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
 def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
-    read_json_object(directory / "config.json")
+    described = read_json_object(directory / "config.json")
+    if not base.trust_remote_code:
+        refuse_hub_kernels(described, directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
     except REFUSALS as error:

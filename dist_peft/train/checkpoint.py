@@ -33,7 +33,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.store.writer import atomic_write
-from dist_peft.train.checkpoint_reader import CheckpointReader
+from dist_peft.train.checkpoint_reader import CheckpointReader, TensorLoadPlanner
 
 __all__ = ["Checkpoints", "RunPosition"]
 
@@ -182,7 +182,12 @@ class Checkpoints:
             _metadata(path)  # before torch does, which would log its tracebacks
         try:
             with _quiet():
-                dcp.load(state, storage_reader=CheckpointReader(path), **self._group())
+                dcp.load(
+                    state,
+                    storage_reader=CheckpointReader(path),
+                    planner=TensorLoadPlanner(),
+                    **self._group(),
+                )
         except dcp.api.CheckpointException as error:
             raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
         except (OSError, RuntimeError, ValueError) as error:
@@ -217,6 +222,8 @@ def _quiet() -> Iterator[None]:
 def _metadata(path: Path) -> Metadata:
     try:
         return CheckpointReader(path).read_metadata()
+    except UserError:
+        raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 

@@ -1,24 +1,35 @@
 """Reading ``torch.distributed.checkpoint`` files without trusting them.
 
-torch reads a checkpoint's tensors with ``weights_only=True`` but its ``.metadata`` with plain
-pickle, which runs whatever a stranger put there. Here the names that a metadata file may use are
-listed; anything else is refused by name.
+torch's own reader runs code from a checkpoint in two ways: ``.metadata`` is unpickled, and an
+entry that is stored as bytes instead of as a tensor goes through
+``torch.load(weights_only=False)``. Our checkpoints hold tensors only, so here
+
+- the classes that ``.metadata`` may name are listed, and any other one is refused by name;
+- every entry must be a tensor, whose chunks lie in regular files of the checkpoint's own
+  directory (no path, no symbolic link, no stream transformation) that are large enough for it;
+- the load planner has no way to read bytes.
+
+Tensors themselves are read by torch with ``weights_only=True``.
 """
 
+import io
+import math
 import pickle
+import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["CheckpointReader"]
+__all__ = ["CheckpointReader", "TensorLoadPlanner"]
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
+        "BytesStorageMetadata",  # unpickled so that the entry can be named, then refused
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -37,26 +48,95 @@ _ALLOWED = {
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """A ``FileSystemReader`` that unpickles only what metadata consists of."""
+    """A ``FileSystemReader`` that reads tensors and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata of the checkpoint.
+        """The metadata of the checkpoint, checked.
 
         Raises:
-            UserError: it holds something that is no metadata.
+            UserError: it holds something that is no metadata, an entry that is no tensor, or a
+                reference to anything but a regular file of this directory.
+            OSError: ``.metadata`` or a file that it names cannot be read.
+        ValueError: files are shorter than their tensors.
         """
         path = Path(self.path) / ".metadata"
+        _check_regular_file(path)
         with path.open("rb") as file:
-            metadata = _Unpickler(file, path).load()
+            metadata = _MetadataUnpickler(file, path).load()
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path} holds no checkpoint metadata")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        _check_entries(metadata, path)
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
+class TensorLoadPlanner(dcp.DefaultLoadPlanner):
+    """A load planner that fills tensors and cannot read bytes, which torch would unpickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
+        raise UserError(
+            f"checkpoint entry {read_item.storage_index.fqn} is stored as bytes, not as a tensor: "
+            "reading it could run code; do not use this checkpoint"
+        )
+
+
+def _check_entries(metadata: Metadata, path: Path) -> None:
+    """Every entry is a tensor that the directory's own files can hold.
+
+    Raises:
+        UserError: one is not.
+        ValueError: files are cut off.
+    """
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(
+                f"{path}: entry {name!r} is {type(entry).__name__}, not a tensor, and reading it "
+                "could run code; checkpoints of this program hold tensors only: do not use it"
+            )
+    sizes: dict[str, int] = {}
+    for index, stored in metadata.storage_data.items():
+        name = stored.relative_path
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise UserError(
+                f"{path}: entry {index.fqn!r} lies in {name!r}, which is no name of a file in the "
+                "checkpoint's own directory: do not use it"
+            )
+        if stored.transform_descriptors:
+            raise UserError(
+                f"{path}: entry {index.fqn!r} is stored transformed "
+                f"({stored.transform_descriptors!r}), which checkpoints of this program never are"
+            )
+        if name not in sizes:
+            sizes[name] = _check_regular_file(path.with_name(name))
+    needed = sum(
+        math.prod(entry.size) * entry.properties.dtype.itemsize
+        for entry in metadata.state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    )
+    if needed > sum(sizes.values()):
+        raise ValueError(
+            f"{path.name} describes {needed} bytes of tensors, and the files it names hold "
+            f"{sum(sizes.values())}"
+        )
+
+
+def _check_regular_file(path: Path) -> int:
+    """Size in bytes of a regular file. A link would read a file of the user's; a FIFO would block.
+
+    Raises:
+        UserError: it is a symbolic link, a directory, a FIFO or a device.
+        OSError: it does not exist.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        raise UserError(f"{path} is {kind}, which no checkpoint of this program holds")
+    return status.st_size
+
+
+class _MetadataUnpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(file)
         self._path = path

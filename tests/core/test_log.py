@@ -114,3 +114,20 @@ def test_what_every_rank_finds_is_shown_once(capsys: pytest.CaptureFixture[str])
         setup_log(None, rank=rank, world_size=2)
         log.warning("3 records dropped", extra=ONCE)
     assert capsys.readouterr().err == "[rank 0] warning: 3 records dropped\n"
+
+
+def test_held_lines_are_written_once_the_directory_is_known(tmp_path: Path) -> None:
+    """A command that is refused leaves no file; one that is not has its whole log in one."""
+    run = tmp_path / "run"
+    setup_log(None, 0, 1, hold=True).info("before")
+    setup_log(None, 0, 1, hold=True).warning("still before")
+    assert not run.exists()
+    setup_log(run, 0, 1).info("after")
+    setup_log(run, 0, 1).info("again")
+    lines = (run / "log.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["before", "before", "after", "again"]
+    close_log()
+    setup_log(None, 0, 1, hold=True).info("of a refused command")
+    close_log()
+    setup_log(run, 0, 1).info("of the next one")
+    assert "refused" not in (run / "log.txt").read_text()

@@ -1,0 +1,67 @@
+"""Reading a finished run directory, which may be a stranger's, to merge or export it.
+
+What was trained is said by ``adapter/dist_peft.json``, which is written with the adapter and by
+nothing else; ``config.yaml`` can be edited. Where the two disagree on how the base was stored, the
+merge would be wrong without a sign of it, so that is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.app.quantize import with_base_of_run
+from dist_peft.app.tasks import refuse_tasks
+from dist_peft.core.config import RunConfig
+from dist_peft.core.config_io import load_run_config
+from dist_peft.core.errors import UserError
+from dist_peft.model.hub import announce_trust
+
+__all__ = ["load_finished_run", "training_facts"]
+
+
+def training_facts(config: RunConfig) -> dict[str, Any]:
+    """The part of ``config`` without which the adapter's tensors cannot be applied as trained.
+
+    Stored in ``adapter/dist_peft.json``; ``load_finished_run`` compares it.
+    """
+    base = config.base.model_dump(mode="json", include={"quant", "compute_dtype", "head"})
+    return {**base, "adapter_kind": config.adapter.kind}
+
+
+def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunConfig:
+    """The configuration of a finished run, with the base that the run solved, if it did.
+
+    Args:
+        run_dir: has ``config.yaml`` and ``adapter/``; may have been moved.
+        trust_remote_code: the caller's command line allows the base's code to run. What the
+            directory says about that does not count.
+
+    Raises:
+        UserError: no run, an unfinished one, one of several tasks, or a ``config.yaml`` that
+            contradicts what was trained.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    refuse_tasks(run_dir)
+    if not (run_dir / "adapter").is_dir():
+        raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
+    config = load_run_config(file, trust_remote_code=trust_remote_code)
+    _refuse_contradiction(config, run_dir)
+    announce_trust(config.base)
+    return with_base_of_run(config, run_dir)
+
+
+def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
+    """Raises: UserError: ``config.yaml`` says other facts than those that were trained."""
+    trained = read_metadata(run_dir / "adapter")
+    for key, stated in training_facts(config).items():
+        if key not in trained or trained[key] == stated:  # older adapters keep fewer facts
+            continue
+        name = "adapter.kind" if key == "adapter_kind" else f"base.{key}"
+        raise UserError(
+            f"{run_dir / 'config.yaml'} says {name} {json.dumps(stated)}, and the adapter in "
+            f"{run_dir / 'adapter'} was trained with {json.dumps(trained[key])}: config.yaml was "
+            f"changed after the training; restore {name} in it"
+        )
