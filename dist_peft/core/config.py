@@ -116,9 +116,7 @@ class BaseConfig(Section):
     )
     trust_remote_code: bool = Field(
         False,
-        description="Run model code shipped with the base. Only as an override on the command "
-        "line (base.trust_remote_code=true): a file that sets it is refused, a run does not keep "
-        "it.",
+        description="Run model code shipped with the base; only as an override on the command line.",
     )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
