@@ -116,7 +116,7 @@ class BaseConfig(Section):
     )
     trust_remote_code: bool = Field(
         False,
-        description="Run model code shipped with the base; only as an override on the command line.",
+        description="Run code shipped with the base; only as an override on the command line.",
     )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
