@@ -178,6 +178,11 @@ def refuse_hub_kernels(described: Any, file: Path) -> None:
 
 def reason(error: Exception) -> str:
     """The first line of a library's error; with its class where the text alone says little."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with code of its own, which runs only with base.trust_remote_code=true on the "
+            "command line (merge, export: --trust-remote-code)"
+        )
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, StrictDataclassError):
         return " ".join(str(error).split())

@@ -99,6 +99,7 @@ def test_command_line_gives_trust_and_it_is_announced(
     change_config(run_dir, "base.path", str(base))
     command = ["merge", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--no-verify"]
     assert cli.main(command) == 2 and not ran.exists()  # neither file nor command line: no code
+    assert "runs only with base.trust_remote_code=true on the command" in capsys.readouterr().err
     cli.main([*command, "--trust-remote-code"])
     assert ran.exists()
     assert f"code shipped with {base} will run" in capsys.readouterr().err
