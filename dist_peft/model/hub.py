@@ -180,8 +180,8 @@ def reason(error: Exception) -> str:
     """The first line of a library's error; with its class where the text alone says little."""
     if "trust_remote_code" in str(error):
         return (
-            "it comes with code of its own, which runs only with base.trust_remote_code=true on the "
-            "command line (merge, export: --trust-remote-code)"
+            "it comes with code of its own, which runs only with base.trust_remote_code=true on "
+            "the command line (merge, export: --trust-remote-code)"
         )
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, StrictDataclassError):
