@@ -116,7 +116,7 @@ class _BitsAndBytesAdamW:
             return {key: torch.zeros_like(parameter) for key, _, _ in self._keys}
         state = optimizer.state[parameter]
         return {
-            key: self._decode(state, name, number).view_as(parameter)
+            key: self._decode(state, name, number, parameter.device).view_as(parameter)
             for key, name, number in self._keys
         }
 
@@ -131,16 +131,25 @@ class _BitsAndBytesAdamW:
             if state[name].dtype == torch.float32:
                 state[name].copy_(value)
                 continue
-            codes, scales = _encode_blocks(value.flatten(), state[f"qmap{number}"])
+            table = state[f"qmap{number}"].to(parameter.device)
+            codes, scales = _encode_blocks(value.flatten(), table)
             state[name].copy_(codes.view_as(value))
             state[f"absmax{number}"].copy_(scales)
 
-    def _decode(self, state: dict[str, Any], name: str, number: str) -> Tensor:
+    def _decode(
+        self, state: dict[str, Any], name: str, number: str, device: torch.device
+    ) -> Tensor:
         codes: Tensor = state[name]
+        # Paged state is a CPU tensor over memory that a GPU can read as well. bitsandbytes' kernel
+        # of the GPU asks the tensor for its device, so it must get a copy that is there.
+        codes = codes.to(device, copy=True)
         if codes.dtype == torch.float32:
-            return codes.clone()
+            return codes
         return self.bnb.functional.dequantize_blockwise(
-            codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=_BLOCK
+            codes,
+            absmax=state[f"absmax{number}"].to(device),
+            code=state[f"qmap{number}"].to(device),
+            blocksize=_BLOCK,
         )
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
