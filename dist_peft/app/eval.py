@@ -130,8 +130,8 @@ def _ready(
     config = next(iter(configs.values()))
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
-    for own in configs.values():
-        world.agree("configuration", rank_configuration(own, world))
+    for each in configs.values():
+        world.agree("configuration", rank_configuration(each, world))
     setup_log(None, world.rank, world.size)
     with world.together("prepare"):
         prepared = prepare(config if run_dir is None else with_base_of_run(config, run_dir), world)

@@ -126,13 +126,6 @@ def dated_loaders(
     date = datetime.date.fromordinal(int(world.max(today)[0]))
     with world.together("freeze the date of the chat template"):
         tokenizer, written = with_frozen_date(tokenizer, date)
-    if written is not None:
-        log.warning(
-            "the chat template writes the present day; in this run, also when it is resumed, it "
-            "is %s",
-            written,
-            extra=ONCE,
-        )
     loaders = make_loaders(config, tokenizer, world)
     loaders.inputs[TEMPLATE_DATE] = written
     return loaders

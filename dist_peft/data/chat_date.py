@@ -22,7 +22,6 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.chat import Tokenizer
 
@@ -42,68 +41,64 @@ def with_frozen_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokeniz
     """A tokenizer whose chat template writes ``date`` wherever it would write the present day.
 
     Returns:
-        The tokenizer itself and None, where its template (or none of several) writes no date; else
-        a copy and the date as ``2026-11-28``.
-
-    Raises:
-        UserError: the template writes the present day in a way that cannot be frozen.
+        The tokenizer itself and None, where no template of it asks for the day; else a copy and the
+        date as ``2026-11-28``.
     """
     templates = _templates(tokenizer)
     dated = {name: text for name, text in templates.items() if _NOW.search(text)}
-    _note_default_date(tokenizer, templates)
-    if not dated:
-        return tokenizer, None
-    frozen = {name: _freeze(text, date) for name, text in dated.items()}
-    made = copy.copy(tokenizer)
-    if isinstance(tokenizer.chat_template, dict):
-        made.chat_template = {**templates, **frozen}
-    else:
-        made.chat_template = frozen[""]
-    for name in frozen:
-        if template_writes_date(made, name):
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} writes the present day in a way "
-                "that cannot be frozen, so that rows would change from day to day; give the "
-                "tokenizer a template with a fixed date"
-            )
-    return made, date.isoformat()
-
-
-def template_writes_date(tokenizer: Tokenizer, name: str = "") -> bool:
-    """Whether a short conversation is written otherwise on another day: rendered under two dates.
-
-    False too for a template that refuses such conversations.
-    """
-    return _differs(tokenizer, name, "strftime_now", *(d.strftime for d in _DATES))
-
-
-def _note_default_date(tokenizer: Tokenizer, templates: dict[str, str]) -> None:
-    for name, text in templates.items():
-        if "date_string" not in text or _NOW.search(text):
-            continue
-        if _differs(tokenizer, name, "date_string", *(d.isoformat() for d in _DATES)):
+    for name in templates.keys() - dated.keys():
+        if _takes_date_string(tokenizer, templates[name]):
             log.warning(
                 "the chat template writes the date given as date_string; nothing gives it in "
                 "training, so rows have the template's default",
                 extra=ONCE,
             )
+    if not dated:
+        return tokenizer, None
+    frozen = {name: _freeze(text, date) for name, text in dated.items()}
+    made = copy.copy(tokenizer)
+    several = isinstance(tokenizer.chat_template, dict)
+    made.chat_template = {**templates, **frozen} if several else frozen[""]
+    log.warning(
+        "the chat template %s the present day; in this run, also when it is resumed, it is %s",
+        "writes" if template_writes_date(tokenizer) else "writes in some conversations",
+        date.isoformat(),
+        extra=ONCE,
+    )
+    return made, date.isoformat()
 
 
-def _differs(tokenizer: Tokenizer, name: str, variable: str, first: Any, second: Any) -> bool:
+def template_writes_date(tokenizer: Tokenizer) -> bool:
+    """Whether a short conversation is written otherwise on another day: rendered under two dates.
+
+    False too for a template that refuses such conversations.
+    """
+    return any(
+        _differs(tokenizer, (_freeze(text, _DATES[0]), {}), (_freeze(text, _DATES[1]), {}))
+        for text in _templates(tokenizer).values()
+    )
+
+
+def _takes_date_string(tokenizer: Tokenizer, text: str) -> bool:
+    first, second = ({"date_string": date.isoformat()} for date in _DATES)
+    return "date_string" in text and _differs(tokenizer, (text, first), (text, second))
+
+
+def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
+    """Whether two templates, each with further variables, write a conversation differently."""
     user = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "answer"}
     system = {"role": "system", "content": "rules"}
-    text = _templates(tokenizer)[name]
     for messages in ([user, answer], [system, user, answer]):
         try:
-            known: dict[str, Any] = dict(tokenizer.special_tokens_map)
-            made = [
-                render_jinja_template([messages], chat_template=text, **known, **{variable: value})
-                for value in (first, second)
+            given: list[dict[str, Any]] = [
+                {"chat_template": text, **tokenizer.special_tokens_map, **variables}
+                for text, variables in ways
             ]
-        except (TemplateError, TypeError, ValueError):
+            first, second = (render_jinja_template([messages], **each) for each in given)
+        except (TemplateError, TypeError):
             continue
-        if made[0] != made[1]:
+        if first != second:
             return True
     return False
 

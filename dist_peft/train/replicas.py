@@ -86,7 +86,7 @@ class ReplicaCheck:
         for name, parameter in self._model.named_parameters():
             if not (everything or parameter.requires_grad) or not parameter.dim():
                 continue
-            if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+            if hasattr(parameter, "ds_id"):
                 continue  # ZeRO 3 spreads a trainable parameter over all ranks: no copies
             yield name, parameter, self._engine.span(parameter)
         for name, buffer in _buffers(self._model, everything):
@@ -96,7 +96,8 @@ class ReplicaCheck:
         flat = _local(tensor).detach().contiguous().flatten()
         digest = xxhash.xxh3_64()
         for part in flat.split(_CHUNK) if flat.numel() else ():
-            digest.update(part.cpu().view(torch.uint8).numpy())
+            # a copy: memory that numpy has seen cannot be resized, which FSDP2 does
+            digest.update(part.to("cpu", copy=True).view(torch.uint8).numpy())
         self.bytes_hashed += flat.numel() * flat.element_size()
         return _signed(digest.intdigest())
 
