@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dist_peft.app import combine as combine_app
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     world = World()
     try:
-        world = World.from_env()
+        world = replace(World.from_env(), command=_command_of(args))
         code: int = args.run(args, world)
         world.disconnect()
         return _leave(world, code)
@@ -51,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explanation is not None:
             print(f"dist-peft: {explanation}", file=sys.stderr, flush=True)
         return _leave(world, 1)
+
+
+def _command_of(args: argparse.Namespace) -> str:
+    """The verb and its options, in words that are the same on every rank.
+
+    Without the configuration and its overrides, which are compared by key once ranks have met (the
+    file may lie elsewhere on each host), and without what a launcher adds for each rank.
+    """
+    own = ("verb", "run", "config", "overrides", "local_rank")
+    given = {k: v for k, v in vars(args).items() if k not in own and v not in (None, False)}
+    return " ".join([args.verb, *(f"--{k}={v}" for k, v in sorted(given.items()))])
 
 
 def _leave(world: World, code: int) -> int:

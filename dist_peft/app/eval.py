@@ -10,7 +10,9 @@ from typing import Any
 
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, restore, with_labels
 from dist_peft.app.quantize import with_base_of_run
-from dist_peft.app.rows import Loaders, check_fit, choice_loader, make_loaders
+from dist_peft.app.resuming import dated_loaders
+from dist_peft.app.rows import Loaders, check_fit, choice_loader
+from dist_peft.app.run_identity import rank_configuration, rank_inputs
 from dist_peft.app.switch import AdapterBank
 from dist_peft.app.tasks import task_configs, task_runs
 from dist_peft.core.config import RunConfig
@@ -20,7 +22,7 @@ from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.data.choices import read_questions
 from dist_peft.data.labels import class_names
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.checkpoint import Checkpoints, RunPosition
 from dist_peft.train.choices import answer_questions
 from dist_peft.train.evaluate import evaluate
 from dist_peft.train.optim import make_optimizer_factory
@@ -128,11 +130,14 @@ def _ready(
     config = next(iter(configs.values()))
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    for each in configs.values():
+        world.agree("configuration", rank_configuration(each, world))
     setup_log(None, world.rank, world.size)
     with world.together("prepare"):
         prepared = prepare(config if run_dir is None else with_base_of_run(config, run_dir), world)
         saved = {name: _newest(run, world) for name, run in runs.items() if run is not None}
-    loaders = _loaders(configs, prepared, world)
+        positions = {name: c.position(path) for name, (c, path) in saved.items()}
+    loaders = _loaders(configs, prepared, world, positions)
     for checkpoints, path in saved.values():
         give_start(prepared, checkpoints, path)
         break  # tasks of one run have one start
@@ -158,13 +163,19 @@ def _ready(
 
 
 def _loaders(
-    configs: Mapping[str, RunConfig], prepared: Prepared, world: World
+    configs: Mapping[str, RunConfig],
+    prepared: Prepared,
+    world: World,
+    positions: Mapping[str, RunPosition],
 ) -> dict[str, Loaders]:
-    """The data of each adapter; those of one configuration share them."""
+    """The data of each adapter, with the date that it was trained with in the chat template; those
+    of one configuration share them."""
     made: dict[int, Loaders] = {}
-    for config in configs.values():
+    for name, config in configs.items():
         if id(config) not in made:
-            made[id(config)] = make_loaders(config, prepared.tokenizer, world)
+            found = positions.get(name)
+            made[id(config)] = dated_loaders(config, prepared.tokenizer, world, found)
+            world.agree("inputs", rank_inputs(config, prepared, made[id(config)], None))
             check_fit(made[id(config)], prepared.skeleton, prepared.adapter.extra_positions)
     return {name: made[id(config)] for name, config in configs.items()}
 

@@ -30,6 +30,7 @@ import torch
 
 from dist_peft.app.build import Built, load, prepare
 from dist_peft.app.effects import warn_of_idle_options
+from dist_peft.app.run_identity import rank_configuration
 from dist_peft.app.solve import calibration_windows, solve
 from dist_peft.core.config import NoAdapterConfig, RunConfig
 from dist_peft.core.config_io import load_config
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     config = load_config(args.config, args.overrides)
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    world.agree("configuration", rank_configuration(config, world))
     setup_log(None, world.rank, world.size)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     quantize(config, args.out, world, device)

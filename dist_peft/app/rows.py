@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dist_peft.core.agreement import digest_of
 from dist_peft.core.config import DataConfig, DataSource, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
@@ -19,6 +20,7 @@ from dist_peft.data.loader import Loader, Rows
 from dist_peft.data.mixture import Mixture
 from dist_peft.data.order import MixedOrder, Order, shares_of
 from dist_peft.data.rows import RowSet, load_row_sets, load_rows
+from dist_peft.data.tokenizer_digest import template_digest, tokenizer_digest
 from dist_peft.model.classifier import pad_token
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
@@ -41,12 +43,14 @@ class Loaders:
 
     Attributes:
         chat_template: this project's own, where the training conversations were written with it.
+        inputs: fingerprints of what was read, by key, for comparisons (``app.run_identity``).
     """
 
     train: Loader
     eval: Loader | None
     probe: Tensor
     chat_template: str | None
+    inputs: dict[str, str | None]
 
 
 def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loaders:
@@ -78,7 +82,18 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     probe = _probe(held_out or train)
     eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
     train_loader = _loader(config, train, tokenizer, world, _order(config, train))
-    return Loaders(train_loader, eval_loader, probe, train.chat_template)
+    inputs = {
+        "contents of data.train": _contents(train),
+        "contents of data.eval": None if held_out is None else _contents(held_out),
+        "tokenizer of base.path": tokenizer_digest(tokenizer),
+        "chat template of base.path": template_digest(tokenizer),
+        "chat template of data.train": train.chat_template and digest_of(train.chat_template)[:32],
+    }
+    return Loaders(train_loader, eval_loader, probe, train.chat_template, inputs)
+
+
+def _contents(rows: AnyRows) -> str:
+    return f"{len(rows)} rows, fingerprint {rows.fingerprint[:32]}"
 
 
 def _probe(rows: AnyRows) -> Tensor:

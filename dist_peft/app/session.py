@@ -1,10 +1,7 @@
 """A loaded run between its first and its last step: begin or resume, fit, finish."""
 
-import hashlib
 import importlib.metadata
-import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +17,11 @@ from dist_peft.app.finished_run import training_facts
 from dist_peft.app.quantize import made_from
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders
+from dist_peft.app.run_identity import run_values, total_steps
 from dist_peft.app.trained import write_trained_weights
 from dist_peft.core.config import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import ONCE
+from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import engine_kind
 from dist_peft.export.verify import Probe
@@ -35,6 +33,7 @@ from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, mea
 from dist_peft.train.loop import StepResult, fit
 from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
 from dist_peft.train.progress import Progress
+from dist_peft.train.replicas import ReplicaCheck
 from dist_peft.train.report import RunSummary
 from dist_peft.train.schedule import lr_factor
 
@@ -56,9 +55,7 @@ class Session:
     run_dir: Path
 
     def __post_init__(self) -> None:
-        c = self.config.train
-        per_epoch = len(self.loaders.train.rows) / c.global_batch
-        self.total_steps = c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
+        self.total_steps = total_steps(self.config, self.loaders)
         self.loaders.train.check_steps(self.total_steps)
 
     # -- start ---------------------------------------------------------------------------------
@@ -99,14 +96,11 @@ class Session:
 
     def ends_at(self, path: Path) -> bool:
         """Whether the checkpoint ``path``, of this configuration, is after the last step."""
-        position = self.checkpoints.position(path)
-        self._check_same(path, position)
-        return position.step >= self.total_steps
+        return self.checkpoints.position(path).step >= self.total_steps
 
     def resume(self, path: Path) -> int:
-        """Load a checkpoint; gives the number of steps that are done."""
+        """Load a checkpoint (of this run: ``app.resuming``); gives the number of steps done."""
         position = self.checkpoints.position(path)
-        self._check_same(path, position)
         restore(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
         with self.world.together("read the probe"):
@@ -126,24 +120,15 @@ class Session:
             )
         return position.step
 
-    def _check_same(self, path: Path, found: RunPosition) -> None:
-        mine = self._position(found.step)
-        for field, key in (("base", "base.*"), ("adapter", "adapter.*"), ("data", "data.*")):
-            if getattr(found, field) != getattr(mine, field):
-                also = ", train.global_batch or train.seed" if field == "data" else ""
-                if field == "base" and self.built.skeleton.head is not None:
-                    also = " or other labels in data.train"
-                raise UserError(
-                    f"checkpoint {path} was made with another {key}{also}; "
-                    "restore the configuration, or start afresh with resume: never"
-                )
-
     # -- steps ---------------------------------------------------------------------------------
 
     def fit(self, first_step: int, stop: Callable[[], bool]) -> int:
         """Train to the end or to a signal; gives the number of steps done."""
         c = self.config.train
         before = self._evaluate(0) if first_step == 0 else None
+        replicas = ReplicaCheck(self.built.model, self.built.engine, self.world)
+        if c.check_every:
+            self._compare_replicas(replicas, first_step, everything=True)
         with self.world.together("open metrics"):
             metrics = Metrics(self.run_dir, self.world.rank, first_step)
         progress = Progress(
@@ -168,6 +153,8 @@ class Session:
                 with self.world.together("write metrics"):
                     metrics.write(record)
                 progress.update(record)
+                if c.check_every and result.step % c.check_every == 0:
+                    self._compare_replicas(replicas, result.step)
                 every = self.config.save.every
                 if last or stopping or (every and result.step % every == 0):
                     self._save(result.step)
@@ -185,6 +172,27 @@ class Session:
                 lr_at=self._lr_at,
                 max_grad_norm=c.max_grad_norm,
                 after_step=after_step,
+            )
+
+    def _compare_replicas(
+        self, replicas: ReplicaCheck, step: int, everything: bool = False
+    ) -> None:
+        """See that all ranks still hold the same; logs what it cost."""
+        before = replicas.seconds
+        facts = {
+            "step": step,
+            "train.lr": self._lr_at(step),
+            "order of rows": self.loaders.train.rows_of_step(step),
+            "contents of data.train": self.loaders.inputs["contents of data.train"],
+        }
+        replicas.compare(facts, everything=everything)
+        if self.world.size > 1:
+            log.info(
+                "step %d: ranks hold equal copies (%.1f MiB compared in %.3f s; train.check_every)",
+                step,
+                replicas.bytes_hashed / 2**20,
+                replicas.seconds - before,
+                extra=None if everything else FILE_ONLY,
             )
 
     def _lr_at(self, step: int) -> float:
@@ -222,17 +230,12 @@ class Session:
         log.info("saved %s", path)
 
     def _position(self, step: int) -> RunPosition:
-        c = self.config
-        data = c.data.model_dump(mode="json", exclude={"eval", "cache_dir"})
-        adapter = c.adapter.model_dump(mode="json")
-        files = self.built.adapter.reads()
         return RunPosition(
             step=step,
-            samples=step * c.train.global_batch,
-            seed=c.train.seed,
+            samples=step * self.config.train.global_batch,
+            seed=self.config.train.seed,
             base=self.built.base_id,
-            adapter=_digest([adapter, files] if files else adapter),
-            data=_digest([data, c.train.global_batch, c.train.seed, c.train.shuffle]),
+            values=run_values(self.config, self.built, self.loaders, self.world),
         )
 
     # -- end -----------------------------------------------------------------------------------
@@ -313,7 +316,3 @@ class Session:
         ids = self.loaders.probe.to(self.built.engine.device)
         with inference(self.built.model):
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -59,6 +59,9 @@ def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor
     each = data.model_copy(update={"packing": False, "too_long": "truncate"})
     rows = read_rows(each, each.train, "train", built.tokenizer, world)
     check_tokens("data.train", rows, built.skeleton)
+    base = built.skeleton.index.fingerprint()
+    inputs = {"contents of base.path": base, "contents of data.train": rows.fingerprint}
+    world.agree("calibration data", inputs)
     tokens = min(quant.calibration_tokens, built.skeleton.positions or quant.calibration_tokens)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.train.seed))
     parts: list[Tensor] = []

@@ -17,7 +17,9 @@ from torch import nn
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, with_labels
 from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.quantize import must_solve_base, with_solved_base
-from dist_peft.app.rows import Loaders, check_fit, make_loaders
+from dist_peft.app.resuming import read_inputs
+from dist_peft.app.rows import Loaders, check_fit
+from dist_peft.app.run_identity import rank_configuration
 from dist_peft.app.session import Session
 from dist_peft.app.solve import Stopped
 from dist_peft.app.switch import AdapterBank
@@ -56,6 +58,7 @@ def train(config: RunConfig, world: World) -> int:
         task_configs(config)  # before anything is written: what is wrong with the list
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    world.agree("configuration", rank_configuration(config, world))
     with _catch_signals() as stop:
         return _train(config, world, device, stop)
 
@@ -71,7 +74,8 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
             _check_writable(run_dir)
         solving = must_solve_base(config, run_dir)
     if solving:
-        _check_jobs(config, world, device, solving=True)  # before hours of solving
+        fresh = config.model_copy(update={"resume": "never"})  # another base until it is solved
+        _check_jobs(fresh, world, device, solving=True)  # before hours of solving
         _open_run_directory(run_dir, world)
     try:
         config = with_solved_base(config, run_dir, world, device, stop)
@@ -129,13 +133,14 @@ class _Job:
 
     @classmethod
     def of(cls, config: RunConfig, prepared: Prepared, world: World) -> Self:
-        """Raises: UserError: on every rank: unfit data, or no such checkpoint."""
-        loaders = make_loaders(config, prepared.tokenizer, world)
-        check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
+        """Raises: UserError: on every rank: unfit data, other data on another rank, or a
+        checkpoint that does not exist or is of another run."""
         directory = Path(config.save.dir) / "checkpoints"
         checkpoints = Checkpoints(directory, config.save.keep, world)
         with world.together("choose a checkpoint"):
             resume_from = checkpoints.choose(config.resume)
+        loaders = read_inputs(config, prepared, world, resume_from)
+        check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
         return cls(config, loaders, checkpoints, resume_from)
 
     def session(self, built: Built, call: nn.Module, world: World) -> Session:

@@ -340,6 +340,9 @@ class TrainConfig(Section):
         "Adapter weights and optimizer state are always float32.",
     )
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    check_every: Int = Field(
+        100, ge=0, description="Steps between checks that ranks hold equal copies; 0: no checks."
+    )
     log_every: Int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present.")
 

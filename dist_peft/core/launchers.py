@@ -43,6 +43,8 @@ class Place:
         host: the name of this host.
         hosts: every host of the run, where the launcher lists them.
         agent: restart count, when torchrun's agent (and not rank 0) serves the store.
+        job: the launcher's own name of this run, the same on every rank; empty where it has none.
+        command: what this process was asked to do, in words that are the same on every rank.
     """
 
     rank: int = 0
@@ -55,6 +57,8 @@ class Place:
     host: str = field(default_factory=socket.gethostname)
     hosts: tuple[str, ...] = ()
     agent: int | None = None
+    job: str = field(default="", compare=False)
+    command: str = field(default="", compare=False)
 
 
 def detect(env: Mapping[str, str] | None = None) -> Place:
@@ -64,6 +68,30 @@ def detect(env: Mapping[str, str] | None = None) -> Place:
         UserError: the variables are incomplete, not numbers, or contradict each other.
     """
     variables = _Variables(os.environ if env is None else env)
+    place = _detect(variables)
+    return replace(place, job=_job_of(place.launcher, variables))
+
+
+def _job_of(launcher: str, variables: "_Variables") -> str:
+    """What tells two runs of one launcher apart. Only what every rank of a run is given alike.
+
+    A SLURM job id says nothing where torchrun, deepspeed or a person started the ranks: one run may
+    extend over several jobs or steps, and ssh passes no such variable on. MPICH gives no name.
+    """
+    if launcher == "torchrun":
+        # torchrun's default is the word "none"
+        name = variables.text("TORCHELASTIC_RUN_ID") or "none"
+        return "" if name == "none" else f"torchrun run {name}"
+    if launcher == "slurm":
+        job = variables.text("SLURM_HET_JOB_ID") or variables.text("SLURM_JOB_ID")
+        return f"SLURM step {job}.{variables.text('SLURM_STEP_ID')}"
+    if launcher == "openmpi":
+        name = variables.text("PMIX_NAMESPACE") or variables.text("OMPI_MCA_ess_base_jobid") or ""
+        return f"Open MPI job {name}" if name else ""
+    return ""
+
+
+def _detect(variables: "_Variables") -> Place:
     if "RANK" in variables or "WORLD_SIZE" in variables:
         return _explicit(variables)
     step = _slurm(variables)

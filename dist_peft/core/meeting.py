@@ -6,6 +6,9 @@ one verdict that all read. So each rank ends within the same bounded time, with 
 names the missing ranks or the address that nobody answered. The store then serves torch's process
 group.
 
+Each rank also brings a token: the launcher's name of the run, the command and the versions. Ranks
+of two runs that meet at one address differ in it, and are refused together.
+
 Later each rank counts up a number of its own in the store every few seconds. When a collective
 fails, because somebody died, the numbers that stand still say who.
 """
@@ -16,11 +19,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
+from dist_peft.core.agreement import describe_differences, exchange_values, name_ranks
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import Place
 from dist_peft.core.mpi import exchange_address
@@ -60,6 +65,7 @@ class Meeting:
         self.store = store
         self.hosts = hosts
         self._rank = place.rank
+        self._topics = 0
         self._own_store = own_store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -71,6 +77,12 @@ class Meeting:
                 self._own_store.add(f"pulse/{self._rank}", 1)
             except RuntimeError:  # rank 0 has left, or is no more
                 return
+
+    def compare(self, values: Mapping[str, object], seconds: float) -> str:
+        """What differs between the ranks. See ``agreement.exchange_values``; all ranks call it."""
+        self._topics += 1
+        topic = f"same/{self._topics}"
+        return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
 
     def silent(self) -> str:
         """Names the ranks that give no sign of life for a few beats; empty if all do."""
@@ -92,14 +104,18 @@ class Meeting:
         self._thread.join()
 
 
-def meet(place: Place, seconds: float) -> Meeting:
+def meet(place: Place, seconds: float, token: Mapping[str, str] | None = None) -> Meeting:
     """Wait for all ranks.
+
+    Args:
+        token: what tells this run from others, the same on every rank of it.
 
     Sets ``GLOO_SOCKET_IFNAME`` to the interface that leads to the other hosts, unless it is set:
     gloo would take what the host's own name resolves to, often 127.0.1.1.
 
     Raises:
-        MeetingError: somebody did not come within ``seconds``, or the address is wrong.
+        MeetingError: somebody did not come within ``seconds``, the address is wrong, or ranks
+            with other tokens came there.
     """
     end = time.monotonic() + seconds
     if place.address is None:
@@ -110,7 +126,7 @@ def meet(place: Place, seconds: float) -> Meeting:
     serves = place.rank == 0 and place.agent is None
     store = _open_store(place, address, port, end, seconds, serves)
     try:
-        _register(store, place, _leaving_address(address, port), where)
+        _register(store, place, _leaving_address(address, port), where, token or {})
         if place.rank == 0:
             _count(store, place, where, end, seconds)
         table = _read_verdict(store, place, where, end, seconds)
@@ -156,7 +172,9 @@ def _open_store(
     return dist.PrefixStore(f"dist_peft/{place.agent or 0}", store)
 
 
-def _register(store: dist.Store, place: Place, leaving: str | None, where: str) -> None:
+def _register(
+    store: dist.Store, place: Place, leaving: str | None, where: str, token: Mapping[str, str]
+) -> None:
     if store.add(f"came/{place.rank}", 1) > 1:
         raise MeetingError(
             f"rank {place.rank} on {place.host}: another process has come to {where} as rank "
@@ -164,6 +182,7 @@ def _register(store: dist.Store, place: Place, leaving: str | None, where: str) 
             "rank twice. Set another MASTER_PORT"
         )
     store.set(f"size/{place.rank}", str(place.size))
+    store.set(f"token/{place.rank}", json.dumps(dict(token)))
     store.set(f"rank/{place.rank}", json.dumps([place.host, leaving]))
 
 
@@ -175,9 +194,9 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
         time.sleep(POLL_SECONDS)
         others = [r for r in others if not store.check([f"rank/{r}"])]
         if others and time.monotonic() > remind:
-            log.warning("waiting at %s for %s", where, _ranks(others))
+            log.warning("waiting at %s for %s", where, name_ranks(others))
             remind += REMIND_SECONDS
-    verdict = {"error": "", "table": []}
+    verdict: dict[str, Any] = {"error": "", "table": []}
     if others:
         verdict["error"] = _absence(store, place, others, where, seconds)
     else:
@@ -190,9 +209,27 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
                 f"rank 0 was told that there are {place.size} ranks, rank {odd} on "
                 f"{verdict['table'][odd][0]} that there are {sizes[odd]}"
             )
+        else:
+            hosts = [entry[0] for entry in verdict["table"]]
+            verdict["error"] = _strangers(store, hosts, where)
     store.set("verdict", json.dumps(verdict))
     if verdict["error"]:
         _wait_until_told(store, place.size - len(others) - 1)
+
+
+def _strangers(store: dist.Store, hosts: Sequence[str], where: str) -> str:
+    """The message about ranks of several runs; empty where all bring one token."""
+    groups: dict[bytes, list[int]] = {}
+    for rank in range(len(hosts)):
+        groups.setdefault(store.get(f"token/{rank}"), []).append(rank)
+    if len(groups) == 1:
+        return ""
+    told = [(ranks, json.loads(token)) for token, ranks in groups.items()]
+    return (
+        f"ranks of different runs met at {where}: {describe_differences(told, hosts)}. Give each "
+        "run a MASTER_PORT of its own, and start all ranks of a run with one command and one "
+        "installation"
+    )
 
 
 def _absence(
@@ -204,9 +241,9 @@ def _absence(
     empty = [h for h in place.hosts if h not in hosts]
     from_hosts = f"; nobody came from {', '.join(empty)}" if empty else ""
     return (
-        f"{_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
-        f"{from_hosts}. {_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an earlier "
-        "error of the missing ranks, check that their hosts reach that address, or raise "
+        f"{name_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
+        f"{from_hosts}. {name_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an "
+        "earlier error of the missing ranks, check that their hosts reach that address, or raise "
         "engine.start_timeout_minutes"
     )
 
@@ -253,18 +290,6 @@ def _choose_interface(place: Place, table: Sequence[tuple[str, str | None]], por
     name = interface_of(mine) if mine is not None else None
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """``[1, 3, 4, 5]`` -> ``ranks 1, 3-5``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
 def _first_line(error: Exception) -> str:

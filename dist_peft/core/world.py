@@ -6,8 +6,9 @@
 then all exchange what happened, so that nobody waits in a collective for a rank that has left.
 """
 
+import importlib.metadata
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -24,6 +25,9 @@ __all__ = ["MeetingError", "RemoteError", "World"]
 
 _meeting: Meeting | None = None
 """As torch's process group, one a process."""
+
+_VERSIONS = ("dist_peft", "torch", "transformers", "tokenizers")
+"""Distributions that must be of one version on every rank."""
 
 
 class RemoteError(RuntimeError):
@@ -72,7 +76,8 @@ class World(Place):
             start_timeout_minutes: the longest wait for all ranks to come, now.
 
         Raises:
-            MeetingError: somebody did not come, or the address is wrong.
+            MeetingError: somebody did not come, the address is wrong, or ranks of another run,
+                or of another version, came there.
             UserError: the launcher was not used: a batch script's own process.
         """
         if self.launcher == "sbatch":
@@ -87,7 +92,7 @@ class World(Place):
         if cuda:
             torch.cuda.set_device(device)
         global _meeting
-        _meeting = meet(self, start_timeout_minutes * 60)
+        _meeting = meet(self, start_timeout_minutes * 60, self.token(device))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_meeting.store,
@@ -95,6 +100,13 @@ class World(Place):
             world_size=self.size,
             timeout=timedelta(minutes=timeout_minutes),
         )
+
+    def token(self, device: torch.device) -> dict[str, str]:
+        """What every rank of this run says alike when they meet. The configuration is no part of
+        it: it is compared by key afterwards (``agree``)."""
+        versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
+        who = {"run": self.job, "command": self.command, "device": device.type}
+        return who | {f"version of {name}": version for name, version in versions.items()}
 
     def disconnect(self) -> None:
         global _meeting
@@ -131,6 +143,36 @@ class World(Place):
         """Wait for all. An all-reduce of a CPU byte: works on every backend, names no device."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(1, dtype=torch.uint8))
+
+    def agree(self, what: str, values: Mapping[str, object], timeout_minutes: float = 30.0) -> None:
+        """See that all ranks have the same ``values``, without a collective.
+
+        Args:
+            what: the subject of the message, such as ``configuration``.
+            values: by key: anything that JSON writes.
+            timeout_minutes: the longest wait for the others.
+
+        Raises:
+            UserError: on every rank, naming keys, values, ranks and hosts.
+        """
+        if self.size == 1:
+            return
+        assert _meeting is not None, "connect() comes first"
+        difference = _meeting.compare(values, timeout_minutes * 60)
+        if difference:
+            raise UserError(
+                f"the ranks of this run do not have the same {what}: {difference}. Give every "
+                "rank the same; if these are two runs, give each a MASTER_PORT of its own"
+            )
+
+    def collect(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The integers (64 bits, signed, equally many on each rank) of all ranks, by rank."""
+        if self.size == 1:
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [part.tolist() for part in parts]
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""

@@ -52,7 +52,9 @@ class LabelledRows:
         self._numbers = np.searchsorted(documents.offsets, pieces.start)
         digest = hashlib.sha256(documents.digest.encode())
         digest.update(pieces.start.tobytes())
-        digest.update(repr(task).encode())
+        digest.update(pieces.length.tobytes())
+        # not its name, which may be that of a file: the same records may lie elsewhere
+        digest.update(repr((task.labels, task.start)).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

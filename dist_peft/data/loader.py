@@ -125,7 +125,7 @@ class Loader:
         """
         if index < 0:
             raise IndexError(f"step {index}")
-        chosen = self._rows_of_step(index)
+        chosen = self.rows_of_step(index)
         return self._batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 
     def sequential(self) -> list[Batch]:
@@ -135,7 +135,8 @@ class Loader:
         """
         return self._batches(range(len(self.rows)))
 
-    def _rows_of_step(self, index: int) -> list[int]:
+    def rows_of_step(self, index: int) -> list[int]:
+        """Numbers of the rows, over all ranks, of optimizer step ``index`` (from 0)."""
         first = index * self._global_batch
         return self._order.rows(first, self._global_batch)
 

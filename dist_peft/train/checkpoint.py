@@ -4,7 +4,8 @@ Written through ``torch.distributed.checkpoint`` (each rank its own shards, by g
 that any engine at any number of ranks can read them. Layout of ``checkpoints/step-000100/``::
 
     .metadata, __0_0.distcp ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME in float32
-    run.json                      step, samples seen, seed, fingerprint of the base, versions
+    run.json                      step, samples seen, seed, fingerprint of the base, and by key what
+                                  the run was: configuration, rows, tokenizer, versions
 
 Random state: there is none beside ``seed`` and ``step``. Data order is a function of (seed, epoch),
 dropout of (seed, module, step, sample), so both continue exactly where they stopped.
@@ -20,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint_reader import CheckpointReader, TensorLoadPlanner
+from dist_peft.train.run_position import RunPosition, read_position
 
 __all__ = ["Checkpoints", "RunPosition"]
 
@@ -41,28 +43,6 @@ log = logging.getLogger("dist_peft")
 
 _UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError)
 """What reading a damaged ``.metadata`` raises."""
-
-
-@dataclass(frozen=True)
-class RunPosition:
-    """Where a run stands.
-
-    Attributes:
-        step: optimizer steps done.
-        samples: global index of the next row in the endless order of rows.
-        seed: the run's seed; with ``step`` it is the whole random state.
-        base: fingerprint of the base's files and of how they are stored.
-        adapter: what must agree for the tensors to fit (method, rank, targets).
-        data: what must agree for ``samples`` to mean the same rows.
-    """
-
-    step: int
-    samples: int
-    seed: int
-    base: str
-    adapter: str
-    data: str
-    format: int = 1
 
 
 class Checkpoints:
@@ -155,22 +135,8 @@ class Checkpoints:
 
     @staticmethod
     def position(path: Path) -> RunPosition:
-        try:
-            position = RunPosition(**json.loads((path / "run.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"checkpoint {path} has an unreadable run.json: {error}") from None
-        for field in fields(RunPosition):
-            value = getattr(position, field.name)
-            if type(value) is not field.type:
-                raise UserError(
-                    f"checkpoint {path} has an unreadable run.json: {field.name} is {value!r}"
-                )
-        if position.format != RunPosition.format:
-            raise UserError(
-                f"checkpoint {path} has format {position.format}, this version reads "
-                f"{RunPosition.format}; resume it with the version that wrote it"
-            )
-        return position
+        """See ``run_position.read_position``."""
+        return read_position(path)
 
     def load(self, path: Path, state: dict[str, Tensor]) -> None:
         """Read into the tensors of ``state``, in place.

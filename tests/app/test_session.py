@@ -81,9 +81,6 @@ def test_ends_at_the_checkpoint_after_its_last_step(tmp_path: Path) -> None:
     second, third = sorted((tmp_path / "run" / "checkpoints").iterdir())
     session = session_of(tree, tmp_path)
     assert session.ends_at(third) and not session.ends_at(second)
-    other = session_of({**tree, "train": {**tree["train"], "seed": 1}}, tmp_path)
-    with pytest.raises(UserError, match=r"step-000003 was made with another data"):
-        other.ends_at(third)
 
 
 def session_of(tree: dict[str, Any], tmp_path: Path) -> Session:

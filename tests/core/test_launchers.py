@@ -173,3 +173,22 @@ def test_expands_tasks() -> None:
 def test_port_of_a_job() -> None:
     assert job_port(7) == 20007
     assert job_port(30009) == 20009
+
+
+@pytest.mark.parametrize(
+    ("env", "job"),
+    [
+        ({}, ""),
+        (TORCHRUN, "torchrun run x"),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, ""),
+        (TORCHRUN | STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "torchrun run x"),
+        (DEEPSPEED | {"SLURM_JOB_ID": "7"}, ""),
+        (STEP, "SLURM step 1234567.0"),
+        (STEP | {"SLURM_HET_JOB_ID": "1234566"}, "SLURM step 1234566.0"),
+        (OPENMPI | {"PMIX_NAMESPACE": "prterun-node1-77@1"}, "Open MPI job prterun-node1-77@1"),
+        (OPENMPI, ""),
+        (MPICH, ""),
+    ],
+)
+def test_job_is_what_every_rank_of_a_run_is_given(env: dict[str, str], job: str) -> None:
+    assert detect(env).job == job

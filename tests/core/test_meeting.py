@@ -13,13 +13,15 @@ from dist_peft.core.meeting import Meeting, MeetingError, meet
 from tests.dist import free_port
 
 
-def come(places: list[Place], seconds: float = 20) -> list[Any]:
+def come(
+    places: list[Place], seconds: float = 20, tokens: list[dict[str, str]] | None = None
+) -> list[Any]:
     """What each place got out of ``meet``: a meeting, or the error's text."""
     results: list[Any] = [None] * len(places)
 
     def run(i: int) -> None:
         try:
-            results[i] = meet(places[i], seconds)
+            results[i] = meet(places[i], seconds, tokens and tokens[i])
         except MeetingError as error:
             results[i] = str(error)
 
@@ -93,6 +95,44 @@ def test_two_runs_on_one_address_are_refused() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (text,) = come([place(0, 2, server.port)], seconds=1)
     assert "is taken there; set MASTER_PORT" in text
+
+
+def test_ranks_of_two_runs_are_refused_together() -> None:
+    """The second run's rank 1 is faster than the first one's."""
+    port = free_port()
+    own, other = ({"run": f"SLURM step {n}.0", "command": "train"} for n in (7, 8))
+    texts = come([place(r, 3, port) for r in range(3)], tokens=[own, other, own])
+    assert len(set(texts)) == 1
+    assert (
+        f'ranks of different runs met at 127.0.0.1:{port}: run is "SLURM step 7.0" on ranks 0, 2 '
+        '(host0, host2) and "SLURM step 8.0" on rank 1 (host1). Give each run a MASTER_PORT'
+    ) in texts[0]
+
+
+def test_other_verb_or_version_is_refused() -> None:
+    for key in ("command", "version of dist_peft", "device"):
+        port = free_port()
+        texts = come([place(r, 2, port) for r in range(2)], tokens=[{key: "a"}, {key: "b"}])
+        assert texts[0] == texts[1] and f'{key} is "a" on rank 0' in texts[0]
+
+
+def test_values_are_compared_again_and_again() -> None:
+    port = free_port()
+    meetings: list[Meeting] = come([place(r, 2, port) for r in range(2)])
+    found: list[list[str]] = [[], []]
+
+    def run(rank: int) -> None:
+        for values in ({"a": 1}, {"a": rank}, {"a": 2}):
+            found[rank].append(meetings[rank].compare(values, 20))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [["", "a is 0 on rank 0 (host0) and 1 on rank 1 (host1)", ""]] * 2
+    for m in meetings:
+        m.close()
 
 
 def test_different_sizes_are_refused() -> None:

@@ -125,3 +125,25 @@ def test_tensors_are_added_up_and_copied() -> None:
     World().add_up(alone)
     World().broadcast(alone, 0)
     assert alone.tolist() == [7]
+
+
+def _compare(world: World) -> list[list[int]]:
+    world.agree("inputs", {"a": [1, "b"]})
+    with pytest.raises(
+        UserError, match=r"do not have the same inputs: a is 0 on rank 0 .* and 1 on"
+    ):
+        world.agree("inputs", {"a": min(world.rank, 1)})
+    return world.collect([world.rank, -(2**63)])
+
+
+@pytest.mark.dist
+def test_values_of_all_ranks_are_compared() -> None:
+    assert run_ranks(_compare, 3) == [[[rank, -(2**63)] for rank in range(3)]] * 3
+    World().agree("inputs", {})
+    assert World().collect([5]) == [[5]]
+
+
+def test_token_tells_runs_apart() -> None:
+    token = World(job="SLURM step 1.0", command="train").token(torch.device("cpu"))
+    assert (token["run"], token["command"], token["device"]) == ("SLURM step 1.0", "train", "cpu")
+    assert token["version of torch"] == str(torch.__version__)

@@ -91,6 +91,34 @@ def test_damaged_array_is_built_again(tmp_path: Path, name: str, damage: str) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
 
 
+@pytest.mark.parametrize("name", ["tokens", "mask", "offsets", "places", "classes"])
+def test_altered_bytes_of_the_right_size_are_built_again(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = Build()
+    load_or_build(tmp_path, "key", build)
+    file = tmp_path / "key" / f"{name}.npy"
+    data = bytearray(file.read_bytes())
+    data[-1 if name in ("tokens", "mask") else -8] ^= 1
+    file.write_bytes(data)
+    with caplog.at_level("WARNING", "dist_peft"):
+        check(load_or_build(tmp_path, "key", build))
+    assert build.calls == 2
+    assert f"is not as it was written ({name}.npy): the data are tokenized again" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["largest_token", "chat_template", "digest", "hashes"])
+def test_altered_description_is_built_again(tmp_path: Path, key: str) -> None:
+    build = Build()
+    load_or_build(tmp_path, "key", build)
+    file = tmp_path / "key" / "meta.json"
+    meta = json.loads(file.read_text())
+    meta[key] = {"largest_token": 1, "hashes": {}}.get(key, "other")
+    file.write_text(json.dumps(meta))
+    check(load_or_build(tmp_path, "key", build))
+    assert build.calls == 2
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": []'])
 def test_damaged_meta_is_built_again(tmp_path: Path, text: str) -> None:
     build = Build()

@@ -1,6 +1,5 @@
 """Checkpoints: written at one number of ranks, read at another, never half, never damaged."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ ROWS = 7  # divides by neither 2 nor 3
 
 
 def position(step: int) -> RunPosition:
-    return RunPosition(step, step * 4, 0, "base", "adapter", "data")
+    return RunPosition(step, step * 4, 0, "base", {"train.lr": 1e-3})
 
 
 def whole(step: int) -> dict[str, Tensor]:
@@ -171,19 +170,6 @@ def test_choose(tmp_path: Path) -> None:
     assert checkpoints.choose(str(first)) == first
     with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoints.choose(str(tmp_path))
-
-
-def test_unreadable_position_is_named(tmp_path: Path) -> None:
-    path = save_one(World(), tmp_path, 1)
-    good = json.loads((path / "run.json").read_text())
-    wrong_type = json.dumps({**good, "step": "x"})
-    for content in ("{", "[]", json.dumps({"step": 1}), wrong_type):
-        (path / "run.json").write_text(content)
-        with pytest.raises(UserError, match=r"step-000001 has an unreadable run\.json"):
-            Checkpoints.position(path)
-    (path / "run.json").write_text(json.dumps({**good, "format": 2}))
-    with pytest.raises(UserError, match="has format 2, this version reads 1"):
-        Checkpoints.position(path)
 
 
 def _damage(path: Path, kind: str) -> None:

@@ -1,0 +1,168 @@
+"""Whether ranks that hold copies of the same tensors still hold the same bytes.
+
+What is compared, in a run of four ranks that are sharded in two groups (HSDP)::
+
+    rank 0   buffers, whole parameters | rows of shard 0      equal on all ranks | equal on 0 and 2
+    rank 1   buffers, whole parameters | rows of shard 1                         | equal on 1 and 3
+    rank 2   ...                       | rows of shard 0
+
+Each rank sends three numbers: a hash of what is whole, the name of its shard, a hash of its rows.
+A shard that no other rank holds has nothing to be compared with, and is not hashed. Copies drift
+apart by a damaged memory or link, by ranks that compute other things, or by an error of an engine.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_peft.core.agreement import digest_of, name_ranks
+from dist_peft.core.span import Span
+from dist_peft.core.world import RemoteError, World
+from dist_peft.engine import Engine
+
+__all__ = ["ReplicaCheck"]
+
+log = logging.getLogger("dist_peft")
+
+_CHUNK = 16 * 2**20
+"""Elements brought to the CPU at a time."""
+
+
+class ReplicaCheck:
+    """Compares the copies of a model's tensors over all ranks; without other ranks it does nothing.
+
+    Attributes:
+        seconds: spent in checks so far. bytes_hashed: by this rank in the last check.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine, world: World) -> None:
+        self._model, self._engine, self._world = model, engine, world
+        self.seconds = 0.0
+        self.bytes_hashed = 0
+
+    def compare(self, facts: Mapping[str, object], *, everything: bool = False) -> None:
+        """Compare trainable parameters, persistent buffers and ``facts``; a collective.
+
+        Args:
+            facts: what else must be equal, such as step and learning rate: plain JSON.
+            everything: also the frozen parameters, and the buffers that no file holds, which some
+                models change with the lengths they see.
+
+        Raises:
+            RemoteError: on every rank: copies differ; names the tensor or fact and the ranks.
+        """
+        if self._world.size == 1:
+            return
+        start = time.perf_counter()
+        self.bytes_hashed = 0
+        whole, rows = dict[str, Tensor](), dict[str, tuple[Span, Tensor]]()
+        for name, tensor, span in self._tensors(everything):
+            if len(span) == tensor.shape[0] if tensor.dim() else True:
+                whole[name] = tensor
+            else:
+                rows[name] = (span, tensor)
+        shard = _number([[name, span.start, span.stop] for name, (span, _) in rows.items()])
+        common = {f"{n}": self._hash(t) for n, t in whole.items()}
+        common |= {key: _number(value) for key, value in facts.items()}
+        holders = [r for r, (s,) in enumerate(self._world.collect([shard])) if s == shard]
+        shared = bool(rows) and len(holders) > 1
+        own = {n: self._hash(_local(t)) for n, (_, t) in rows.items()} if shared else {}
+        sums = [_number(common), shard, _number(own) if shared else 0]
+        everyone = self._world.collect(sums)
+        equal = len({c for c, _, _ in everyone}) == 1 and len({(s, h) for _, s, h in everyone}) == (
+            len({s for _, s, _ in everyone})
+        )
+        self.seconds += time.perf_counter() - start
+        if not equal:
+            self._explain(common, shard, own)
+
+    def _tensors(self, everything: bool) -> Iterator[tuple[str, Tensor, Span]]:
+        """Name, tensor (a DTensor, or this rank's own part) and this rank's rows of it."""
+        for name, parameter in self._model.named_parameters():
+            if not (everything or parameter.requires_grad) or not parameter.dim():
+                continue
+            if hasattr(parameter, "ds_id"):
+                continue  # ZeRO 3 spreads a trainable parameter over all ranks: no copies
+            yield name, parameter, self._engine.span(parameter)
+        for name, buffer in _buffers(self._model, everything):
+            yield name, buffer, Span(0, buffer.shape[0] if buffer.dim() else 1)
+
+    def _hash(self, tensor: Tensor) -> int:
+        flat = _local(tensor).detach().contiguous().flatten()
+        digest = xxhash.xxh3_64()
+        for part in flat.split(_CHUNK) if flat.numel() else ():
+            # a copy: memory that numpy has seen cannot be resized, which FSDP2 does
+            digest.update(part.to("cpu", copy=True).view(torch.uint8).numpy())
+        self.bytes_hashed += flat.numel() * flat.element_size()
+        return _signed(digest.intdigest())
+
+    def _explain(self, common: Mapping[str, int], shard: int, own: Mapping[str, int]) -> None:
+        """Find the first name that differs; every rank of equal names comes here."""
+        # without a shared list of names, ranks compare them one by one under equal positions
+        sizes = self._world.collect([_number(list(common)), len(common), len(own)])
+        if len({s[0] for s in sizes}) > 1:
+            raise RemoteError("ranks hold other tensors than each other: " + _odd(sizes))
+        table = self._world.collect(list(common.values()))
+        for index, name in enumerate(common):
+            column = [row[index] for row in table]
+            if len(set(column)) > 1:
+                raise RemoteError(_message(name, column))
+        most = max(s[2] for s in sizes)
+        padded = [*own.values(), *([0] * (most - len(own)))]
+        table = self._world.collect([shard, *padded])
+        for r, row in enumerate(table):
+            first = next(i for i, other in enumerate(table) if other[0] == row[0])
+            if row != table[first]:
+                at = next(
+                    i for i, (a, b) in enumerate(zip(row, table[first], strict=True)) if a != b
+                )
+                name = list(own)[at - 1] if len(own) >= at else f"number {at} of their shard"
+                raise RemoteError(
+                    f"{name_ranks([first, r])} hold the same rows of {name} with other values; "
+                    + _ADVICE
+                )
+        raise RuntimeError("hashes differ but nothing that was hashed does")
+
+
+_ADVICE = (
+    "memory or a link may be damaged, or the ranks run different code. Resume from a checkpoint "
+    "before this step, without the host that differs"
+)
+
+
+def _message(name: str, column: list[int]) -> str:
+    return f"ranks no longer agree on {name}: {_odd([[c] for c in column])}; {_ADVICE}"
+
+
+def _odd(rows: list[list[int]]) -> str:
+    """Which ranks have which value, the largest group first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, row in enumerate(rows):
+        groups.setdefault(tuple(row), []).append(rank)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return " against ".join(name_ranks(group) for group in ordered)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _buffers(model: nn.Module, everything: bool) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if everything or name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _number(value: object) -> int:
+    """64 bits of a digest, signed."""
+    return _signed(int(digest_of(value)[:16], 16))
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number

@@ -1,0 +1,89 @@
+"""``run.json`` of a checkpoint: where the run stands, and by key what it was."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["RunPosition", "read_position"]
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Where a run stands, and what it is.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: global index of the next row in the endless order of rows.
+        seed: the run's seed; with ``step`` it is the whole random state.
+        base: fingerprint of the base's files and of how they are stored.
+        values: every key of the configuration and a fingerprint of each thing that was read, by
+            key (``app.run_identity``); empty in a checkpoint of format 1, which had digests only.
+    """
+
+    step: int
+    samples: int
+    seed: int
+    base: str
+    values: dict[str, Any]
+    format: int = 2
+
+    @classmethod
+    def from_json(cls, tree: Any) -> Self:
+        """
+        Raises:
+            ValueError: ``tree`` is not what ``run.json`` holds; says why.
+        """
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no JSON object")
+        tree = dict(tree)
+        if tree.get("format") == 1:
+            tree = {k: v for k, v in tree.items() if k not in ("adapter", "data")} | {"values": {}}
+        for name, kind in _POSITION_TYPES.items():
+            if type(tree.get(name)) is not kind:
+                raise ValueError(f"{name} is {tree.get(name)!r}")
+        if unknown := sorted(tree.keys() - _POSITION_TYPES.keys()):
+            raise ValueError(f"{unknown[0]} is not known")
+        if tree["step"] < 0 or tree["samples"] < 0:
+            raise ValueError(f"step is {tree['step']}, samples {tree['samples']}")
+        return cls(**tree)
+
+
+_POSITION_TYPES = {
+    "step": int,
+    "samples": int,
+    "seed": int,
+    "base": str,
+    "values": dict,
+    "format": int,
+}
+
+
+def read_position(path: Path) -> RunPosition:
+    """What ``path/run.json`` says.
+
+    Raises:
+        UserError: it cannot be read, is of another format, or contradicts the directory's name.
+    """
+    try:
+        tree = json.loads((path / "run.json").read_text())
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if type(found) is int and not 1 <= found <= RunPosition.format:
+            raise UserError(
+                f"checkpoint {path} has format {found}, this version reads up to "
+                f"{RunPosition.format}; resume it with the version that wrote it"
+            )
+        position = RunPosition.from_json(tree)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {path} has an unreadable run.json: {error}") from None
+    named = path.name.removeprefix("step-")
+    if named != path.name and named.isdecimal() and int(named) != position.step:
+        raise UserError(
+            f"checkpoint {path} has a run.json of step {position.step}: it was copied from "
+            "elsewhere or renamed; restore its name or its run.json"
+        )
+    return position

@@ -1,0 +1,188 @@
+"""What a resumed run may have changed, and what is refused by key with both values."""
+
+import datetime
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dist_peft.app import resuming
+from dist_peft.app.resuming import check_resumable, may_change
+from dist_peft.core.agreement import flatten_tree
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.train.checkpoint import RunPosition
+from tests.app.test_resume import train
+from tests.app.test_run_identity import changed, other_inputs
+from tests.app.tiny import save_words, tiny_tree
+from tests.dist import run_ranks
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    close_log()
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Tree:
+    """A run that stopped after its first step."""
+    tree = tiny_tree(tmp_path, data__eval=[])
+    assert train(World(), tree, 1) == 75
+    return tree
+
+
+REFUSED: dict[str, tuple[str, object, str]] = {
+    "r": ("adapter.r", 5, "adapter.r is 5, there 4"),
+    "alpha": ("adapter.alpha", 9, "adapter.alpha is 9.0, there 8.0"),
+    "quant": ("base.quant", {"kind": "nf4"}, 'base.quant.kind is "nf4", there not set'),
+    "dtype": ("base.compute_dtype", "bfloat16", "base.compute_dtype is"),
+    "seed": ("train.seed", 1, "train.seed is 1, there 0"),
+    "shuffle": ("train.shuffle", False, "train.shuffle is false, there true"),
+    "loss_on": ("data.loss_on", "all", 'data.loss_on is "all", there "completion"'),
+    "seq_len": ("data.seq_len", 32, "data.seq_len is 32, there 16"),
+    "global_batch": ("train.global_batch", 4, "train.global_batch is 4, there 2"),
+    "betas": ("train.betas", [0.5, 0.9], "train.betas is [0.5, 0.9], there [0.9, 0.999]"),
+    "eps": ("train.eps", 1e-3, "train.eps is 0.001, there 1e-08"),
+    "precision": ("train.precision", "fp32", 'train.precision is "fp32", there "bf16"'),
+}
+
+
+def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
+    others = {name: (changed(stopped, k, v), text) for name, (k, v, text) in REFUSED.items()}
+    inputs = other_inputs(stopped, tmp_path / "other")
+    others |= {name: (tree, text.partition(" is")[0]) for name, (tree, text) in inputs.items()}
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")
+    with mock.patch("dist_peft.app.train.load", side_effect=AssertionError("base was loaded")):
+        for name, (tree, text) in others.items():
+            with pytest.raises(UserError, match=re.escape(text)) as caught:
+                train(World(), tree)
+            assert "step-000001 is of another run" in str(caught.value), name
+            assert "resume: never" in str(caught.value)
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt") == before
+    (data,) = (other for other, text in others.values() if text == "contents of data.train")
+    with pytest.raises(UserError, match=r"contents of data.train is \"8 rows, fingerprint \w{32}"):
+        train(World(), data)
+
+
+def test_records_changed_in_place_are_refused(stopped: Tree) -> None:
+    """Same path, same number of records, same length."""
+    file = Path(stopped["data"]["train"][0])
+    file.write_text(file.read_text().replace("w10 ", "w11 "))
+    with pytest.raises(UserError, match="contents of data.train is"):
+        train(World(), stopped)
+
+
+def test_tokenizer_changed_in_place_is_refused(stopped: Tree) -> None:
+    file = Path(stopped["base"]["path"]) / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    table = tree["model"]["vocab"]
+    table["w95"], table["w96"] = table["w96"], table["w95"]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="tokenizer of base.path is"):
+        train(World(), stopped)
+
+
+def test_moved_run_with_other_steps_goes_on_and_says_what_changed(
+    stopped: Tree, tmp_path: Path
+) -> None:
+    """Everything lies elsewhere now: base, data, cache and the run."""
+    moved = tmp_path / "moved"
+    for name in ("base", "run"):
+        shutil.move(tmp_path / name, moved / name)
+    shutil.move(tmp_path / "train.jsonl", moved / "records.jsonl")
+    tree = changed(stopped, "base.path", str(moved / "base"))
+    tree = changed(tree, "data.train", [str(moved / "records.jsonl")])
+    tree = changed(tree, "data.cache_dir", str(moved / "cache"))
+    tree = changed(tree, "save.dir", str(moved / "run"))
+    for key, value in (("lr", 0.5), ("steps", 2), ("micro_batch", 2), ("schedule", "linear")):
+        tree = changed(tree, f"train.{key}", value)
+    assert train(World(), tree) == 0
+    log = (moved / "run" / "log.txt").read_text()
+    assert "resuming with train.lr 0.5, before 0.01" in log
+    assert 'resuming with train.schedule "linear", before "cosine"' in log
+    assert "resuming with train.steps 2, before 3" in log
+    assert "resuming with save.dir" in log and "resumed" in log
+
+
+@pytest.mark.dist
+def test_resumed_on_more_ranks_says_so(stopped: Tree, tmp_path: Path) -> None:
+    assert run_ranks(train, 2, stopped) == [0, 0]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "resuming with number of ranks 2, before 1" in log
+    assert 'resuming with engine in use "fsdp2", before "single"' in log
+
+
+def test_every_key_is_refused_unless_it_was_thought_of() -> None:
+    """The patterns name keys that exist; all others, coming ones too, are refused."""
+    sources = [{"path": "x", "format": "completion", "columns": {"prompt": "p"}}]
+    tree = {"base": {"path": "b"}, "data": {"train": sources, "eval": sources}}
+    keys = set(flatten_tree(parse_config(tree).model_dump(mode="json")))
+    refused = {key for key in keys if not may_change(key) and not key.startswith("resume")}
+    assert refused == {
+        "base.compute_dtype",
+        "base.head",
+        *(k for k in keys if k.startswith(("base.quant.", "adapter."))),
+        *(f"data.{k}" for k in ("loss_on", "mixing", "packing", "seq_len", "temperature")),
+        *(f"data.train[0].{k}" for k in ("from_step", "to_step", "weight")),
+        *(f"train.{k}" for k in ("betas", "eps", "global_batch", "optimizer", "precision")),
+        *(f"train.{k}" for k in ("seed", "shuffle", "tasks")),
+    } | {k for k in keys if k.startswith("data.") and k.removeprefix("data.") in NEW_DATA_KEYS}
+    assert not may_change("train.unknown") and not may_change("adapter.adapters[0].name")
+    assert may_change("adapter.adapters[12].path") and may_change("data.train[3].path")
+
+
+NEW_DATA_KEYS: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "good"),
+    [("adamw", "paged_adamw8bit", True), ("adamw8bit", "adamw", True), ("adamw", "other", False)],
+)
+def test_optimizer_of_the_same_algorithm(before: str, now: str, good: bool) -> None:
+    found = RunPosition(1, 2, 0, "", {"train.optimizer": before})
+    if good:
+        check_resumable(Path("c"), found, {"train.optimizer": now})
+    else:
+        with pytest.raises(UserError, match="train.optimizer"):
+            check_resumable(Path("c"), found, {"train.optimizer": now})
+
+
+def test_checkpoint_of_the_first_format_is_refused() -> None:
+    with pytest.raises(UserError, match="written by an earlier version"):
+        check_resumable(Path("c"), RunPosition(1, 2, 0, "", {}, 1), {"train.lr": 1})
+
+
+def test_date_in_the_template_is_that_of_the_first_start(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path, data__eval=[], data__seq_len=64)
+    base = Path(tree["base"]["path"])
+    save_words(base)
+    (base / "chat_template.jinja").write_text(
+        "w5{{ strftime_now(' w%d') }} {% for m in messages %}{{ m.content }} "
+        "{% generation %}w2{% endgeneration %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w9"}]
+    records = tmp_path / "train.jsonl"
+    records.write_text(f"{json.dumps({'messages': turns})}\n" * 4)
+
+    class FirstDay(datetime.date):
+        @classmethod
+        def today(cls) -> "FirstDay":
+            return cls(2024, 2, 11)
+
+    with mock.patch.object(resuming.datetime, "date", FirstDay):
+        assert train(World(), tree, 1) == 75
+    run_json = tmp_path / "run" / "checkpoints" / "step-000001" / "run.json"
+    assert json.loads(run_json.read_text())["values"]["date in the chat template"] == "2024-02-11"
+    assert train(World(), tree) == 0  # today
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("in this run, also when it is resumed, it is 2024-02-11") == 2
