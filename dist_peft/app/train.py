@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from dist_peft.app.base_content import checkpoint_bases
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, with_labels
 from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.quantize import with_solved_base
@@ -82,10 +83,13 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
             _write_config(run_dir, config)
     warn_of_idle_options(config, world, prepared.model, device.type)
     jobs = {name: _Job.of(run, prepared, world) for name, run in runs.items()}
+    with world.together("compare the base with that of the checkpoints"):
+        resumed = [job.resume_from for job in jobs.values() if job.resume_from is not None]
+        trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     if begun is not None and begun.resume_from is not None:
         give_start(prepared, begun.checkpoints, begun.resume_from)
-    built = load(prepared, config, world, device)
+    built = load(prepared, config, world, device, trained_on)
     call = built.optimize(make_optimizer_factory(config.train, device))
     sessions = {name: job.session(built, call, world) for name, job in jobs.items()}
     if separate:

@@ -95,7 +95,7 @@ def test_directory(solver: str, tree: dict[str, Any], tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], base[name]) for name in base)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     how = config.pop("quantization_config")
-    assert how.pop("made_from").keys() == {"base", "fingerprint"}
+    assert how.pop("made_from").keys() == {"base", "fingerprint", "content", "files"}
     assert how == {
         "quant_method": "dist_peft",
         "kind": quant["kind"],
