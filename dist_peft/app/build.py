@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.base import Adapter, TrainsBase
 from dist_peft.adapters.head import HeadedAdapter, with_head
-from dist_peft.adapters.peft_format import read_metadata
 from dist_peft.adapters.registry import make_adapter
+from dist_peft.app.base_content import TrainedOn, fused_bases, hashes_over_ranks
 from dist_peft.core.config import FusionConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.hostmem import freed_memory_is_returned
@@ -25,10 +25,12 @@ from dist_peft.data.labels import class_names
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.base import OptimizerFactory
 from dist_peft.engine.recompute import checkpoint_blocks
+from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.classifier import take_pad_token
 from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
+from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import Checkpoints
 
@@ -49,6 +51,8 @@ class Prepared:
     adapter: Adapter
     base_id: str
     """Fingerprint of the base's files and of how they are stored."""
+    fused: list[TrainedOn]
+    """The adapters of a fusion, which must have been trained on this base."""
 
     @property
     def model(self) -> nn.Module:
@@ -68,6 +72,8 @@ class Built(Prepared):
     adapter_names: tuple[str, ...]
     """The adapter's parameters, frozen start factors included. An engine may hide the base's
     parameters from the model's lists once training begins; attributes stay."""
+    record: BaseRecord
+    """Of the base, all its rows hashed."""
 
     def parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = attrgetter(name)(self.model)
@@ -116,28 +122,11 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
         adapter = with_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
         take_pad_token(skeleton.model, tokenizer)
     adapter.attach(skeleton.model)
+    fused: list[TrainedOn] = []
     if isinstance(config.adapter, FusionConfig):
-        _warn_of_other_bases(config.adapter, config.base.path, skeleton)
+        fused = fused_bases(config.adapter, config.base.path, skeleton)
     base_id = _base_id(config, skeleton)
-    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id)
-
-
-def _warn_of_other_bases(fusion: FusionConfig, mine: str, skeleton: Skeleton) -> None:
-    """Of adapters that fit this base, and were trained on files that are not its. No error: a base
-    and what ``dist-peft quantize`` made of it differ in this, too."""
-    own = skeleton.index.fingerprint()
-    for adapter in fusion.adapters:
-        about = read_metadata(Path(adapter.path))
-        theirs = about.get("base_fingerprint")
-        if theirs is not None and theirs != own:
-            log.warning(
-                "adapter.adapters: %s was trained on %s, whose files are not those of base.path "
-                "%s; an adapter means nothing on another base",
-                adapter.path,
-                about.get("base"),
-                mine,
-                extra=ONCE,
-            )
+    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id, fused)
 
 
 def _base_id(config: RunConfig, skeleton: Skeleton) -> str:
@@ -163,18 +152,29 @@ def with_labels(built: Built, labels: Sequence[str]) -> Built:
     return replace(built, adapter=adapter, skeleton=skeleton, base_id=base_id)
 
 
-def load(prepared: Prepared, config: RunConfig, world: World, device: torch.device) -> Built:
+def load(
+    prepared: Prepared,
+    config: RunConfig,
+    world: World,
+    device: torch.device,
+    trained_on: Sequence[TrainedOn] = (),
+) -> Built:
     """Shard the model and fill it; every rank reads its own rows only.
 
+    Args:
+        trained_on: what will be continued on this base.
+
     Raises:
-        UserError: on every rank when files turn out damaged on one.
+        UserError: on every rank when files turn out damaged on one, when ranks have read different
+            files, or when one of ``trained_on`` belongs to another base.
     """
     engine = make_engine(config.engine, config.train, world, device)
     model = prepared.model
     if config.engine.activation_checkpointing:
         checkpoint_blocks(prepared.skeleton.blocks)
     engine.shard(model, prepared.skeleton.blocks)
-    with RowReader(prepared.skeleton.index) as reader:
+    hashes = row_hashes(prepared.skeleton)
+    with RowReader(prepared.skeleton.index, hashes) as reader:
         with world.together("load base"), freed_memory_is_returned():
             load_model(model, reader, engine, device)
         if (packed := prepared.skeleton.prequantized) and (note := packed.rounding_note()):
@@ -182,6 +182,12 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
         log.info(
             "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
         )
+        record = replace(
+            BaseRecord.of_files(prepared.config.base.path, prepared.skeleton.index),
+            tensors=hashes_over_ranks(hashes, prepared.skeleton, engine, world),
+        )
+        for user in (*prepared.fused, *trained_on):
+            user.check_tensors(record.tensors, str(prepared.directory))
         fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
         parameters = dict(model.named_parameters())
         owners = {n for n, m in model.named_modules() if isinstance(m, AdapterRows)}
@@ -192,6 +198,7 @@ def load(prepared: Prepared, config: RunConfig, world: World, device: torch.devi
             stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
             adapter_names=tuple(n for n in parameters if n.rpartition(".")[0] in owners),
+            record=record,
         )
 
 

@@ -12,10 +12,17 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.export.sink import check_new
+from dist_peft.store.base_record import BaseRecord
 
 __all__ = ["add_arguments", "run"]
 
 log = logging.getLogger("dist_peft")
+
+_OF_BASE = {
+    *("base", "base_fingerprint", "base_content", "base_quantized", "base_made_from"),
+    "quant",
+}
+"""Keys of ``dist_peft.json`` that are the combined adapter's, too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     _check_same_base(directories, metadata, [a.config for a in adapters.values()])
     combined, kept = combine(adapters, weights, recipe)
     about = {
-        **{k: v for k, v in metadata[0].items() if k in ("base", "base_fingerprint", "quant")},
+        **{k: v for k, v in metadata[0].items() if k in _OF_BASE},
         "combined": [[d.name, w] for d, w in zip(directories, weights, strict=True)],
         "method": recipe.method,
         "dist_peft": version("dist_peft"),
@@ -105,14 +112,17 @@ def _adapter_dir(path: Path) -> Path:
 def _check_same_base(
     directories: list[Path], metadata: list[dict[str, Any]], configs: list[dict[str, Any]]
 ) -> None:
-    """Raises UserError: fingerprints differ. Where there are none, different names are told."""
-    prints = [about.get("base_fingerprint") for about in metadata]
+    """Raises UserError: bases differ. Where that is not known, different names are told."""
+    records = [
+        BaseRecord.from_metadata(about, directory / "dist_peft.json")
+        for directory, about in zip(directories, metadata, strict=True)
+    ]
     names = [config.get("base_model_name_or_path") for config in configs]
-    for directory, fingerprint, name in zip(directories[1:], prints[1:], names[1:], strict=True):
-        if fingerprint and prints[0] and fingerprint != prints[0]:
+    for directory, record, name in zip(directories[1:], records[1:], names[1:], strict=True):
+        if why := records[0].compare(record):
             raise UserError(
                 f"{directory} and {directories[0]} were trained on different bases ({name}, "
-                f"{names[0]}): their changes do not add up to anything"
+                f"{names[0]}): {why}; their changes do not add up to anything"
             )
-        if not (fingerprint and prints[0]) and name != names[0]:
+        if not records[0].is_comparable(record) and name != names[0]:
             log.warning("%s was trained on %s, the first adapter on %s", directory, name, names[0])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_peft.app.base_content import checkpoint_bases
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, restore, with_labels
 from dist_peft.app.quantize import with_base_of_run
 from dist_peft.app.resuming import dated_loaders
@@ -137,11 +138,13 @@ def _ready(
         prepared = prepare(config if run_dir is None else with_base_of_run(config, run_dir), world)
         saved = {name: _newest(run, world) for name, run in runs.items() if run is not None}
         positions = {name: c.position(path) for name, (c, path) in saved.items()}
+        paths = [path for _, path in saved.values()]
+        trained_on = checkpoint_bases(paths, prepared.skeleton.index)
     loaders = _loaders(configs, prepared, world, positions)
     for checkpoints, path in saved.values():
         give_start(prepared, checkpoints, path)
         break  # tasks of one run have one start
-    built = load(prepared, prepared.config, world, device)
+    built = load(prepared, prepared.config, world, device, trained_on)
     bank, steps = AdapterBank(built), {}
     if saved:
         built.optimize(make_optimizer_factory(config.train, device))

@@ -57,7 +57,11 @@ def describe_adapter(path: Path) -> list[str]:
     own = path / "dist_peft.json"
     about = read_json(own) if own.is_file() else {}
     told: dict[str, Any] = {"base": base, "adapter": {}}
-    lines += [f"  {key:<12} {v}" for key, v in about.items() if key not in told or v != told[key]]
+    lines += [
+        f"  {key:<12} {_shortened(key, value)}"
+        for key, value in about.items()
+        if key not in told or value != told[key]
+    ]
     for part in fusion_names(config) if is_fusion(config) else ():
         if (path / part).is_dir():
             lines += ["  " + line for line in describe_adapter(path / part)]
@@ -71,8 +75,17 @@ def describe_weights(path: Path) -> list[str]:
         f"trained weights {path}",
         f"  method       {about.pop('kind')} fine-tuning",
         f"  {_count(SafetensorsIndex.open(path))}",
-        *(f"  {key:<12} {value}" for key, value in about.items()),
+        *(f"  {key:<12} {_shortened(key, value)}" for key, value in about.items()),
     ]
+
+
+def _shortened(key: str, value: Any) -> Any:
+    """Of the record of a base (``store.base_record``) the id alone: it has a line a tensor."""
+    if key != "base_content" or not isinstance(value, dict):
+        return value
+    tensors = value.get("tensors")
+    count = len(tensors) if isinstance(tensors, dict) else 0
+    return f"{value.get('id')}, hashes of {count} tensors"
 
 
 def _method(config: Mapping[str, Any]) -> str:

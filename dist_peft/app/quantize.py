@@ -21,13 +21,14 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_peft.app.base_content import hash_files, made_from
 from dist_peft.app.build import Built, load, prepare
 from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.run_identity import rank_configuration
@@ -44,18 +45,12 @@ from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.hub import public_name, read_json_object, resolve_base
 from dist_peft.model.prequantized import OWN_METHOD
 from dist_peft.model.skeleton import torch_dtype
+from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec
 
-__all__ = [
-    "made_from",
-    "must_solve_base",
-    "quantize",
-    "run",
-    "with_base_of_run",
-    "with_solved_base",
-]
+__all__ = ["must_solve_base", "quantize", "run", "with_base_of_run", "with_solved_base"]
 
 log = logging.getLogger("dist_peft")
 
@@ -148,13 +143,12 @@ def with_solved_base(
             return config
         done = out.is_dir() and any(out.iterdir())
         if done:
-            wanted = _origin(config, SafetensorsIndex.open(directory).fingerprint())
-            if made_from(out) != wanted:
-                raise UserError(
-                    f"{out} was made from another base, base.quant, data.train or seed; remove it "
-                    "to quantize anew, or choose another save.dir"
-                )
+            index = SafetensorsIndex.open(directory)
+            found = made_from(out)
+            if other := _other_origin(found, _origin(config, index.fingerprint()), index):
+                raise _made_otherwise(out, other)
     if done:
+        _check_origin_rows(out, found, index, world)
         log.info("the base was solved before: %s", out)
     else:
         quantize(config, out, world, device, stop)
@@ -180,13 +174,56 @@ def with_base_of_run(config: RunConfig, run_dir: Path) -> RunConfig:
     return config.model_copy(update={"base": base})
 
 
-def made_from(directory: Path) -> dict[str, Any]:
-    """What a directory of ``quantize`` was made from; empty for any other."""
-    if not (directory / "config.json").is_file():
-        return {}
-    found = read_json_object(directory / "config.json").get("quantization_config")
-    origin = found.get("made_from") if isinstance(found, dict) else None
-    return origin if isinstance(origin, dict) else {}
+def _other_origin(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], index: SafetensorsIndex
+) -> str | None:
+    """What a solved base was made from and is another one now, as far as no row is needed."""
+    if not index.has_fingerprint(str(found.get("fingerprint"))):
+        return f"base.path: {index.path} is not what it was, or is another base"
+    mine, its = wanted.get("calibration", {}), found.get("calibration", {})
+    keys = [key for key in mine if its.get(key) != mine[key]]
+    return f"calibration ({', '.join(keys)} differ)" if keys else None
+
+
+def _check_origin_rows(
+    out: Path, found: Mapping[str, Any], index: SafetensorsIndex, world: World
+) -> None:
+    """Compare all rows of the unquantized base, which a run on the solved one does not read. Where
+    its files have the times and sizes that they had then, they are taken for what they were.
+
+    Raises:
+        UserError: on every rank: they are not what ``out`` was made from.
+    """
+    known = found.get("content")
+    with world.together("look at the files of the unquantized base"):
+        same_files = found.get("files") == _file_times(index)
+    if known is None or not world.any(not same_files):
+        return
+    log.info("hashing %s, from which the solved base was made: its files are new", index.path)
+    content = BaseRecord("", tensors=hash_files(index, index.tensors, world)).content_id
+    if content != known:
+        raise _made_otherwise(out, f"base.path: tensors of {index.path} hold other values")
+
+
+def _made_otherwise(out: Path, other: str) -> UserError:
+    return UserError(
+        f"{out} was made from another {other}; remove {out.name}/ to quantize anew, or choose "
+        "another save.dir"
+    )
+
+
+def _file_times(index: SafetensorsIndex) -> list[list[str | int]]:
+    """Name, size and time (ns) of the last change of each file."""
+    stats = [(file.name, file.stat()) for file in index.files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _content_of(built: Built, world: World) -> dict[str, Any]:
+    """Hashes of the unquantized base; tensors that the model does not use are read for it."""
+    index, tensors = built.skeleton.index, dict(built.record.tensors)
+    tensors |= hash_files(index, index.tensors.keys() - tensors.keys(), world)
+    content = BaseRecord("", tensors=tensors).content_id
+    return {"content": content, "files": _file_times(index)}
 
 
 def _origin(config: RunConfig, fingerprint: str) -> dict[str, Any]:
@@ -239,6 +276,7 @@ def _write(
         UserError: on every rank: no space or no permission.
     """
     linears, partial = _linears(built), _partial(out)
+    content = _content_of(built, world)
     for source, linear in linears.items():
         packed = built.engine.gather(linear.packed)
         with world.together(f"write {source}"):
@@ -248,7 +286,7 @@ def _write(
         if writer is not None:
             _copy_others(built, set(linears), writer)
             writer.close()
-            _copy_configuration(built, config, partial)
+            _copy_configuration(built, config, partial, content)
             if out.is_dir():
                 out.rmdir()  # empty, as was checked
             os.replace(partial, out)
@@ -289,7 +327,9 @@ def _copy_others(built: Built, packed: set[str], writer: StreamWriter) -> None:
                 writer.write(name, reader.read(name, span), span.start)
 
 
-def _copy_configuration(built: Built, config: RunConfig, out: Path) -> None:
+def _copy_configuration(
+    built: Built, config: RunConfig, out: Path, content: Mapping[str, Any]
+) -> None:
     """All files without weights; ``config.json`` says how linears are packed."""
     quant = config.base.quant
     assert quant is not None
@@ -299,6 +339,6 @@ def _copy_configuration(built: Built, config: RunConfig, out: Path) -> None:
     about = quant.model_dump(mode="json", include={"kind", "bits", "group_size", "solver"})
     if quant.kind == "nf4":
         about["double_quant"] = quant.double_quant
-    origin = _origin(config, built.skeleton.index.fingerprint())
+    origin = {**_origin(config, built.skeleton.index.fingerprint()), **content}
     settings = {"quant_method": OWN_METHOD, **about, "made_from": origin}
     copy_configuration(built.directory, out, dtype, {"quantization_config": settings})

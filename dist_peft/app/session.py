@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.base import TrainsBase
 from dist_peft.adapters.peft_format import write_adapter
+from dist_peft.app.base_content import RECORD_FILE, lineage, made_from, record_text
 from dist_peft.app.build import Built, restore
 from dist_peft.app.finished_run import training_facts
-from dist_peft.app.quantize import made_from
 from dist_peft.app.report import start_report
 from dist_peft.app.rows import Loaders
 from dist_peft.app.run_identity import run_values, total_steps
@@ -226,7 +226,8 @@ class Session:
         state = self.built.engine.state(self.built.model)
         for name in self.built.adapter.start_state():
             state[f"start/{name}"] = self.built.engine.gather(self.built.parameter(name))
-        path = self.checkpoints.save(state, self._position(step))
+        files = {RECORD_FILE: record_text(self.built.record)}
+        path = self.checkpoints.save(state, self._position(step), files)
         log.info("saved %s", path)
 
     def _position(self, step: int) -> RunPosition:
@@ -264,8 +265,8 @@ class Session:
         head = self.built.skeleton.head
         return {
             **({} if head is None else {"labels": head.labels}),
-            "base": self.config.base.path,
-            "base_fingerprint": self.built.skeleton.index.fingerprint(),
+            **self.built.record.metadata(),
+            **lineage(self.built.skeleton),
             **training_facts(self.config),
             "start": getattr(self.config.adapter, "init", "default"),
             "dist_peft": importlib.metadata.version("dist_peft"),

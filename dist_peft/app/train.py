@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from dist_peft.app.base_content import checkpoint_bases
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, with_labels
 from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.quantize import must_solve_base, with_solved_base
@@ -83,11 +84,14 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         log.warning("stopped on a signal while solving the base; started again, it begins anew")
         return RESUMABLE
     config, prepared, jobs = _check_jobs(config, world, device)
+    with world.together("compare the base with that of the checkpoints"):
+        resumed = [job.resume_from for job in jobs.values() if job.resume_from is not None]
+        trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     _open_run_directory(run_dir, world)
     if begun is not None and begun.resume_from is not None:
         give_start(prepared, begun.checkpoints, begun.resume_from)
-    built = load(prepared, config, world, device)
+    built = load(prepared, config, world, device, trained_on)
     call = built.optimize(make_optimizer_factory(config.train, device))
     sessions = {name: job.session(built, call, world) for name, job in jobs.items()}
     next(iter(sessions.values())).check_model()

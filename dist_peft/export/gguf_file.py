@@ -70,6 +70,7 @@ def write_gguf(
     kinds = {weight.name: _kind(walk, weight, kind, dtype) for weight, _ in named}
     sizes = {w.name: _row_bytes(w, kinds[w.name]) * w.rows for w, _ in named}
     factors = model.rope_factors()
+    made_directory = not file.parent.exists()
     with writing(file, sum(sizes.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(file)
@@ -94,6 +95,8 @@ def write_gguf(
             sync_directory(file.parent)
         finally:
             temporary.unlink(missing_ok=True)
+            if made_directory and not any(file.parent.iterdir()):
+                file.parent.rmdir()
     packed = [w for w, _ in named if w.in_block and kinds[w.name] == _KINDS[kind]]
     merged = sum(walk.adapts(w) for w in walk.weights)
     left = tuple(w.stem for w, _ in named if w.in_block and w not in packed)

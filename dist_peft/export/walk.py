@@ -36,11 +36,13 @@ from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
+from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows, LinearRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.quant.codec import Codec
+from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.reader import RowReader
 
@@ -49,6 +51,8 @@ __all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "open_walk", "parts_to_rows
 log = logging.getLogger("dist_peft")
 
 State = Literal["original", "decoded", "codes", "base"]
+
+_GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
 CHUNK_BYTES = 64 * 2**20
 """Of a chunk's rows in float32."""
@@ -115,6 +119,9 @@ class Weight:
 class Walk:
     """Walks a base with an adapter; made by ``open_walk``.
 
+    Args:
+        record: of the base that the adapter was trained on; None: nothing is known of it.
+
     Attributes:
         skeleton: the model without weights.
         adapter_dir: where the adapter is from.
@@ -130,8 +137,10 @@ class Walk:
         adapter_dir: Path,
         state: State,
         chunk_bytes: int = CHUNK_BYTES,
+        record: BaseRecord | None = None,
     ) -> None:
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
+        self._record = record
         self._merger, self._reader, self._chunk_bytes = merger, reader, chunk_bytes
         self.weights = _weights(skeleton)
         self._new = frozenset(skeleton.head.new if skeleton.head else ())
@@ -211,17 +220,41 @@ class Walk:
                     yield parts, self._merger.group_change(weight.path, parts, span)
 
     def check_complete(self) -> None:
-        """After the last row: no part of the adapter was left out.
+        """After the last row, before anything is published: no part of the adapter was left out,
+        and all rows of the base are those that it was trained on.
 
         Raises:
-            UserError: the adapter changes a weight that the base does not have.
+            UserError: the adapter changes a weight that the base does not have, or belongs to
+                another base.
         """
+        self._check_base()
         if self.state != "base" and (left := self._merger.unused()):
             base = self.skeleton.index.path
             raise UserError(
                 f"adapter {self.adapter_dir} adapts {left[0]}, which {base} does not have: it "
                 "belongs to another base"
             )
+
+    def _check_base(self) -> None:
+        """Compare the hashes of the rows; what the format had no use for is read now."""
+        hashes = self._reader.hashes
+        if hashes is None or self._record is None:
+            return
+        for weight in self.weights:
+            known = hashes.sums.get(weight.name)
+            if weight.name in self._record.tensors and not (known and known.is_whole):
+                for span in self.spans(weight):
+                    if weight.linear is not None and weight.linear.stored is not None:
+                        weight.linear.stored.read(self._reader, weight.in_linear(span))
+                    elif weight.path not in self._new:
+                        self._reader.read(weight.name, span)
+        found = {
+            name: hashes.describe(name, known.total)
+            for name, known in hashes.sums.items()
+            if known.is_whole
+        }
+        what, where = f"adapter {self.adapter_dir}", str(self.skeleton.index.path)
+        self._record.check_tensors(found, where, what, _GIVE_ITS_BASE)
 
 
 @contextmanager
@@ -239,12 +272,8 @@ def open_walk(
     """
     about = read_metadata(adapter_dir)
     skeleton = build_skeleton(base, directory, about.get("labels", ()))
-    trained_on = about.get("base_fingerprint")
-    if trained_on not in (None, skeleton.index.fingerprint()):
-        raise UserError(
-            f"adapter {adapter_dir} was trained on another base than {directory}: the weights "
-            "differ; set base.path in the run's config.yaml to the one it was trained on"
-        )
+    record = BaseRecord.from_metadata(about, adapter_dir / "dist_peft.json")
+    record.check_sample(skeleton.index, f"adapter {adapter_dir}", _GIVE_ITS_BASE)
     if skeleton.prequantized is not None and state == "original":
         log.info(
             "%s is quantized already (%s): the adapter is merged into its decoded weights",
@@ -254,8 +283,9 @@ def open_walk(
         )
     with ExitStack() as stack:
         merger = _open_merger(skeleton, adapter_dir, stack)
-        reader = stack.enter_context(RowReader(skeleton.index))
-        yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes)
+        hashes = row_hashes(skeleton) if record.is_complete else None
+        reader = stack.enter_context(RowReader(skeleton.index, hashes))
+        yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
 
 
 def _open_merger(

@@ -82,6 +82,8 @@ class PackedLinear(ABC):
             raise UserError(
                 f"{reader.index.path}: {self.stem} in rows {span.start} to {span.stop - 1}: {error}"
             ) from None
+        if reader.hashes is not None:
+            reader.hashes.add_packed(f"{self.stem}.weight", span.start, packed)
         return packed
 
     @abstractmethod

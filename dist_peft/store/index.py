@@ -10,16 +10,21 @@ the last shard was cut off by a full disk.
 """
 
 import difflib
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fileio import OpenFiles, read_exactly, reading
+from dist_peft.store.fileio import reading
+from dist_peft.store.fingerprint import (
+    edges_fingerprint,
+    is_sampled,
+    read_config_meaning,
+    sampled_fingerprint,
+)
 from dist_peft.store.format import TensorInfo, read_header
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsIndex", "TensorInfo"]
@@ -28,7 +33,6 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _PICKLE_ENDINGS = {".bin", ".pt", ".pth", ".ckpt"}
-_FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -116,33 +120,29 @@ class SafetensorsIndex:
         hint = f"nearest: {', '.join(near)}" if near else f"it has {_some(sorted(self.tensors))}"
         raise UserError(f"no tensor {name} in {self.path}; {hint}")
 
-    def fingerprint(self) -> str:
-        """A hexadecimal SHA-256 that tells bases apart without reading them.
+    @cached_property
+    def _fingerprint(self) -> str:
+        return sampled_fingerprint(self.tensors.values(), read_config_meaning(self.path))
 
-        It covers every tensor's name, type, shape and place within its file's data, and the first
-        and last 64 KiB of the data of every file. It does not see a change further inside a file,
-        nor header metadata, directory and file names. The same tensors split over files in another
-        way have another fingerprint.
+    def fingerprint(self) -> str:
+        """What tells bases apart without reading them; see ``store.fingerprint``.
+
+        It is computed once: it is of the files as they were at the first call.
 
         Raises:
             UserError: a file is gone or shorter than when it was opened.
         """
-        digest = hashlib.sha256()
-        contents: dict[Path, list[TensorInfo]] = {file: [] for file in self.files}
-        for info in self.tensors.values():
-            contents[info.file].append(info)
-        for file, infos in contents.items():
-            begin = min((i.start for i in infos), default=0)
-            end = max((i.stop for i in infos), default=0)
-            table = [
-                (i.name, str(i.dtype), i.shape, i.start - begin, i.stop - begin)
-                for i in sorted(infos, key=lambda i: i.name)
-            ]
-            digest.update(json.dumps(table).encode() + b"\n")
-            length = min(end - begin, _FINGERPRINT_BYTES)
-            for offset in (begin, end - length):
-                digest.update(_read_bytes(file, offset, length))
-        return digest.hexdigest()
+        return self._fingerprint
+
+    def has_fingerprint(self, known: str) -> bool:
+        """Whether ``known``, of this version or an earlier one, is this base's fingerprint.
+
+        Raises:
+            UserError: see ``fingerprint``.
+        """
+        if is_sampled(known):
+            return known == self.fingerprint()
+        return known == edges_fingerprint(self.files, self.tensors.values())
 
 
 def _loose_files(directory: Path) -> list[Path]:
@@ -177,17 +177,6 @@ def _read_index_json(file: Path) -> dict[str, str]:
         if not isinstance(value, str) or value != Path(value).name or value in ("", ".", ".."):
             raise UserError(f"{file}: weight_map of {name} is {value!r}, not a name of a file here")
     return places
-
-
-def _read_bytes(file: Path, offset: int, length: int) -> bytes:
-    files = OpenFiles(os.O_RDONLY)
-    buffer = bytearray(length)
-    try:
-        with reading(file):
-            read_exactly(files.get(file), memoryview(buffer), offset, file)
-    finally:
-        files.close()
-    return bytes(buffer)
 
 
 def _pickle_only(directory: Path, names: list[str]) -> UserError:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
+from dist_peft.store.content import RowHashes, flat_rows
 from dist_peft.store.fileio import OpenFiles, read_exactly, reading
 from dist_peft.store.index import SafetensorsIndex
 
@@ -35,10 +36,11 @@ class RowReader:
         index: where the tensors are.
         bytes_read: bytes of all ``read`` calls so far.
         largest_read: bytes of the largest one.
+        hashes: gets all whole rows that are read; None: nothing is hashed.
     """
 
-    def __init__(self, index: SafetensorsIndex) -> None:
-        self.index = index
+    def __init__(self, index: SafetensorsIndex, hashes: RowHashes | None = None) -> None:
+        self.index, self.hashes = index, hashes
         self.bytes_read = 0
         self.largest_read = 0
         self._files = OpenFiles(os.O_RDONLY)
@@ -81,7 +83,8 @@ class RowReader:
         shape = (len(span), *info.shape[1:]) if info.shape else ()
         if columns is not None and (len(info.shape) != 2 or columns.stop > info.shape[1]):
             raise ValueError(f"tensor {name} of shape {info.shape} has no columns {columns}")
-        if columns is None or len(columns) == info.shape[1]:
+        whole = columns is None or len(columns) == info.shape[1]
+        if columns is None or whole:
             pieces = [(info.start + span.start * info.row_bytes, len(span) * info.row_bytes)]
         else:
             shape, size = (len(span), len(columns)), info.dtype.itemsize
@@ -91,6 +94,8 @@ class RowReader:
                 for row in range(span.start, span.stop)
             ]
         data = self._read(info.file, pieces)
+        if self.hashes is not None and whole and info.rows:
+            self.hashes.add_plain(name, span.start * (flat_rows(info)[0] // info.rows), data)
         return data.view(info.dtype).reshape(shape)
 
     def read_flat(self, name: str, span: Span) -> Tensor:
@@ -108,6 +113,8 @@ class RowReader:
         if span.stop * row > info.nbytes:
             raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
         data = self._read(info.file, [(info.start + span.start * row, len(span) * row)])
+        if self.hashes is not None and len(info.shape) > 1:
+            self.hashes.add_plain(name, span.start, data)
         return data.view(info.dtype).reshape(len(span), info.shape[-1])
 
     def _read(self, file: Path, pieces: list[tuple[int, int]]) -> Tensor:

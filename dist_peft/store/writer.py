@@ -16,6 +16,7 @@ import re
 import shutil
 from bisect import bisect
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -115,6 +116,7 @@ class StreamWriter:
         self._prepare()
 
     def _prepare(self) -> None:
+        self._made_directory = not self.directory.exists()
         with writing(self.directory, self._total_bytes):
             self.directory.mkdir(parents=True, exist_ok=True)
             _check_leftovers(self.directory, {part.final for part in self._parts})
@@ -213,6 +215,9 @@ class StreamWriter:
         self._open_files.close()
         for part in self._parts:
             part.temporary.unlink(missing_ok=True)
+        if self._made_directory:
+            with suppress(OSError):  # it holds what was published
+                self.directory.rmdir()
 
 
 @dataclass

@@ -6,6 +6,7 @@ that any engine at any number of ranks can read them. Layout of ``checkpoints/st
     .metadata, __0_0.distcp ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME in float32
     run.json                      step, samples seen, seed, fingerprint of the base, and by key what
                                   the run was: configuration, rows, tokenizer, versions
+    base.json                     hashes of the base's tensors (``app.base_content``)
 
 Random state: there is none beside ``seed`` and ``step``. Data order is a function of (seed, epoch),
 dropout of (seed, module, step, sample), so both continue exactly where they stopped.
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -55,8 +57,16 @@ class Checkpoints:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def save(self, state: Mapping[str, Tensor], position: RunPosition) -> Path:
+    def save(
+        self,
+        state: Mapping[str, Tensor],
+        position: RunPosition,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> Path:
         """Write ``state`` atomically, then remove what is older than the newest ``keep``.
+
+        Args:
+            files: name -> contents of small files that belong to it.
 
         Raises:
             UserError: the disk is full or not writable (on every rank).
@@ -82,6 +92,8 @@ class Checkpoints:
             raise
         with self.world.together("finish checkpoint"):
             if self.world.is_first:
+                for name, text in files.items():
+                    atomic_write(partial / name, text)
                 atomic_write(partial / "run.json", json.dumps(asdict(position), indent=1))
                 _remove(final)
                 partial.rename(final)

@@ -70,7 +70,18 @@ def test_directories_that_are_refused(
     assert "an adapter is named twice" in capsys.readouterr().err
     about = runs[1] / "adapter" / "dist_peft.json"
     before = about.read_text()
-    about.write_text(json.dumps({**json.loads(before), "base_fingerprint": "0" * 64}))
+    other = json.loads(before)
+    name = "model.layers.1.mlp.up_proj.weight"
+    other["base_content"]["tensors"][name] = "0" * 16
+    about.write_text(json.dumps(other))
+    assert combine(*runs, "--out", tmp_path / "out") == 2
+    assert f"tensors hold other values, such as {name}" in capsys.readouterr().err
+    other["base_content"]["config"]["hidden_act"] = "relu"
+    about.write_text(json.dumps(other))
+    assert combine(*runs, "--out", tmp_path / "out") == 2
+    assert 'in config.json hidden_act is "relu", was "silu"' in capsys.readouterr().err
+    del other["base_content"]  # an adapter of an earlier version
+    about.write_text(json.dumps({**other, "base_fingerprint": "v2:" + "0" * 64}))
     assert combine(*runs, "--out", tmp_path / "out") == 2
     assert "were trained on different bases" in capsys.readouterr().err
     about.write_text(before)

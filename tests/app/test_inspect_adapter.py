@@ -57,6 +57,7 @@ def test_of_this_project(kind: str, tmp_path: Path) -> None:
     assert f"  parameters   {counted(next(directory.glob('*.safetensors')))}\n" in text
     assert text.count(f"  base         {tmp_path / 'base'}\n") == 1
     assert "  base_fingerprint " in text
+    assert ", hashes of " in text and "'tensors'" not in text
     assert ("pooling      sum of 8 inputs" in text) == (kind == "qalora")
 
 

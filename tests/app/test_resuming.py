@@ -78,7 +78,7 @@ def test_records_changed_in_place_are_refused(stopped: Tree) -> None:
     """Same path, same number of records, same length."""
     file = Path(stopped["data"]["train"][0])
     file.write_text(file.read_text().replace("w10 ", "w11 "))
-    with pytest.raises(UserError, match="contents of data.train is"):
+    with pytest.raises(UserError, match=r"contents of data\.train is"):
         train(World(), stopped)
 
 
@@ -88,7 +88,7 @@ def test_tokenizer_changed_in_place_is_refused(stopped: Tree) -> None:
     table = tree["model"]["vocab"]
     table["w95"], table["w96"] = table["w96"], table["w95"]
     file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="tokenizer of base.path is"):
+    with pytest.raises(UserError, match=r"tokenizer of base\.path is"):
         train(World(), stopped)
 
 
@@ -153,7 +153,7 @@ def test_optimizer_of_the_same_algorithm(before: str, now: str, good: bool) -> N
     if good:
         check_resumable(Path("c"), found, {"train.optimizer": now})
     else:
-        with pytest.raises(UserError, match="train.optimizer"):
+        with pytest.raises(UserError, match=r"train\.optimizer"):
             check_resumable(Path("c"), found, {"train.optimizer": now})
 
 

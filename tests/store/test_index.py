@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dist_peft.core.errors import UserError
+from dist_peft.store.fingerprint import edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
 from tests.store.helpers import INDEX, random_tensor, save_sharded
 
@@ -220,7 +221,7 @@ def test_fingerprint_knows_content_not_place_nor_metadata(tmp_path: Path) -> Non
     first = _save(tmp_path / "x", {"a": A, "b": B})
     second = _save(tmp_path / "y", {"a": A, "b": B}, format="pt", note="longer header")
     assert _fingerprint(first) == _fingerprint(second)
-    assert len(_fingerprint(first)) == 64
+    assert _fingerprint(first).startswith("v2:") and len(_fingerprint(first)) == 67
 
 
 def test_fingerprint_sees_every_difference(tmp_path: Path) -> None:
@@ -241,27 +242,28 @@ def test_fingerprint_sees_every_difference(tmp_path: Path) -> None:
     assert len(prints) == len(variants)
 
 
-def test_fingerprint_looks_at_both_ends_of_each_file_only(tmp_path: Path) -> None:
-    data = torch.zeros(200_000, dtype=torch.uint8)
-    prints = []
-    for at in (None, 0, 65_535, 100_000, 200_000 - 65_536, 199_999):
-        one = data.clone()
-        if at is not None:
-            one[at] = 1
-        prints.append(_fingerprint(_save(tmp_path / str(at), {"t": one})))
-    assert prints[3] == prints[0]  # the documented blind spot
-    assert len(set(prints)) == 5
+def test_fingerprint_samples_every_tensor(tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.zeros(100_000, dtype=torch.uint8) for number in range(5)}
+    prints = {None: _fingerprint(_save(tmp_path / "same", tensors))}
+    for name in tensors:
+        changed = {**tensors, name: torch.ones(100_000, dtype=torch.uint8)}
+        prints[name] = _fingerprint(_save(tmp_path / name, changed))
+    assert len(set(prints.values())) == len(prints)
 
 
-def test_fingerprint_of_shards(tmp_path: Path) -> None:
-    for name in ("x", "y"):
-        (tmp_path / name).mkdir()
-        save_sharded(tmp_path / name, {"a": A}, {"b": B})
-    assert _fingerprint(tmp_path / "x") == _fingerprint(tmp_path / "y")
-    single = _save(tmp_path / "z", {"a": A, "b": B})
-    assert _fingerprint(single) != _fingerprint(tmp_path / "x")  # as documented
-    save_sharded(tmp_path / "y", {"a": A}, {"b": C})
-    assert _fingerprint(tmp_path / "x") != _fingerprint(tmp_path / "y")
+def test_fingerprint_does_not_depend_on_shards(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    save_sharded(tmp_path / "x", {"a": A}, {"b": B})
+    assert _fingerprint(_save(tmp_path / "z", {"a": A, "b": B})) == _fingerprint(tmp_path / "x")
+    save_sharded(tmp_path / "x", {"a": A}, {"b": C})
+    assert _fingerprint(tmp_path / "z") != _fingerprint(tmp_path / "x")
+
+
+def test_fingerprint_of_an_earlier_version_is_known(tmp_path: Path) -> None:
+    index = SafetensorsIndex.open(_save(tmp_path / "x", {"a": A, "b": B}))
+    earlier = edges_fingerprint(index.files, index.tensors.values())
+    assert index.has_fingerprint(earlier) and index.has_fingerprint(index.fingerprint())
+    assert not index.has_fingerprint("0" * 64) and not index.has_fingerprint("v2:" + earlier)
 
 
 def test_fingerprint_of_a_file_that_is_gone(tmp_path: Path) -> None:

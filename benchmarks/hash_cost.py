@@ -1,0 +1,99 @@
+"""CPU time of loading a base with and without hashing its rows.
+
+    OMP_NUM_THREADS=1 python benchmarks/hash_cost.py [--base DIR] [--repeats 5]
+
+Both sides load the same base in one process, in turn, so that what else the machine does meets
+both; the ratio is of the medians of the process's own CPU seconds. ``hashing`` times the hash
+alone, on rows that were just read. Storage is no part of it: the files are in the page cache.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from common import MIB, base_argument, make_base, print_table, run_config, write_result
+
+from dist_peft.app.build import prepare
+from dist_peft.core.world import World
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.base_hashes import row_hashes
+from dist_peft.model.load import load_model
+from dist_peft.store.content import RowHashes
+from dist_peft.store.reader import RowReader
+
+CPU = torch.device("cpu")
+QUANTS: dict[str, dict[str, Any] | None] = {
+    "nf4": {"kind": "nf4"},
+    "int4 rtn": {"kind": "int", "bits": 4, "group_size": 64},
+    "none (bfloat16)": None,
+}
+
+
+class TimedHashes(RowHashes):
+    """Hashes, and how long they took."""
+
+    seconds = 0.0
+
+    def add_plain(self, name: str, first: int, data: torch.Tensor) -> None:
+        begin = time.process_time()
+        super().add_plain(name, first, data)
+        self.seconds += time.process_time() - begin
+
+
+def load_once(config: Any, hashed: bool) -> tuple[float, float, int]:
+    """CPU seconds of the load, of hashing within it, and bytes read."""
+    prepared = prepare(config, World())
+    engine = SingleEngine(CPU)
+    engine.shard(prepared.model, prepared.skeleton.blocks)
+    hashes = row_hashes(prepared.skeleton) if hashed else None
+    if hashes is not None:
+        timed = TimedHashes([])
+        vars(timed).update(vars(hashes))
+        hashes = timed
+    with RowReader(prepared.skeleton.index, hashes) as reader:
+        begin = time.process_time()
+        load_model(prepared.model, reader, engine, CPU)
+        seconds = time.process_time() - begin
+        return seconds, getattr(hashes, "seconds", 0.0), reader.bytes_read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    base_argument(parser)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    base = make_base(args.base)
+    rows, result = [], {}
+    for name, quant in QUANTS.items():
+        config = run_config(base, base={"quant": quant})
+        load_once(config, True)
+        plain, hashed, alone, size = [], [], [], 0
+        for _ in range(args.repeats):
+            plain.append(load_once(config, False)[0])
+            seconds, own, size = load_once(config, True)
+            hashed.append(seconds)
+            alone.append(own)
+        without, with_hashes = statistics.median(plain), statistics.median(hashed)
+        result[name] = {
+            "mib": size / MIB,
+            "cpu_s_without": plain,
+            "cpu_s_with": hashed,
+            "cpu_s_of_hashing": alone,
+            "share_of_load": statistics.median(alone) / with_hashes,
+        }
+        share = statistics.median(alone) / with_hashes
+        rows.append(
+            [name, f"{size / MIB:.0f}", f"{without:.2f}", f"{with_hashes:.2f}"]
+            + [f"{statistics.median(alone):.3f}", f"{share:.2%}"]
+        )
+    print_table(
+        ["base.quant", "MiB read", "load CPU s", "with hashes", "hashing s", "of the load"], rows
+    )
+    write_result("hash_cost", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Is it the base that this was trained on: records of bases, over ranks and over runs.
+
+``store.content`` hashes the rows that a rank reads while it loads, ``hashes_over_ranks`` makes one
+hash a tensor of them, ``load`` (``app.build``) compares these with every record that it is given:
+those of the checkpoints to resume and of the adapters that are fused. Merges and exports compare
+for themselves (``export.walk``), as they read the rows anyway.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.core.config import FusionConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.core.span import Span
+from dist_peft.core.world import World
+from dist_peft.engine import Engine
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.hub import read_json_object
+from dist_peft.model.prequantized import OWN_METHOD
+from dist_peft.model.skeleton import Skeleton
+from dist_peft.store.base_record import BaseRecord
+from dist_peft.store.content import RowHashes
+from dist_peft.store.fingerprint import is_sampled
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+
+__all__ = [
+    "RECORD_FILE",
+    "TrainedOn",
+    "checkpoint_bases",
+    "fused_bases",
+    "hash_files",
+    "hashes_over_ranks",
+    "lineage",
+    "made_from",
+    "record_text",
+]
+
+log = logging.getLogger("dist_peft")
+
+RECORD_FILE = "base.json"
+"""In a checkpoint."""
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """Something that only one base fits.
+
+    Attributes:
+        what: such as ``checkpoint DIR``.
+        record: of its base.
+        fix: what to do where the base is another one.
+    """
+
+    what: str
+    record: BaseRecord
+    fix: str
+
+    def check_sample(self, index: SafetensorsIndex) -> None:
+        """See ``BaseRecord.check_sample``."""
+        self.record.check_sample(index, self.what, self.fix)
+
+    def check_tensors(self, found: Mapping[str, str], where: str) -> None:
+        """See ``BaseRecord.check_tensors``."""
+        self.record.check_tensors(found, where, self.what, self.fix)
+
+
+# -- hashes ------------------------------------------------------------------------------------
+
+
+def hashes_over_ranks(
+    hashes: RowHashes, skeleton: Skeleton, engine: Engine, world: World
+) -> dict[str, str]:
+    """The hash of every tensor of the base that the model uses, the same on every rank.
+
+    What a rank has read to the last row counts as it is; else the ranks that together hold one
+    copy add up. Copies (replicated groups, tensors that all ranks read) are compared.
+
+    Args:
+        hashes: of what this rank has read of the base; all ranks come.
+
+    Raises:
+        UserError: on every rank: ranks have read different bytes.
+    """
+    names = hashes.names
+    own = {name: hashes.sums[name] for name in names if name in hashes.sums}
+    whole = {name for name, known in own.items() if known.is_whole}
+    parts = torch.zeros(len(names), 2, dtype=torch.int64)
+    for number, name in enumerate(names):
+        if name in own and name not in whole:
+            known = own[name]
+            parts[number] = torch.tensor([_signed(known.total), known.hashed])
+    summed = engine.sum_over_shards(parts.to(engine.device)).tolist()
+    anywhere = world.max(*(float(name in whole) for name in names))
+    values: list[int | None] = []
+    for name, (total, rows), someone in zip(names, summed, anywhere, strict=True):
+        if name in whole:
+            values.append(own[name].total)
+        elif not someone and rows == hashes.row_count(name):
+            values.append(total % 2**64)
+        else:
+            values.append(None)
+    agreed = _agree(names, values, skeleton.index.path, world)
+    found = {name: hashes.describe(name, value) for name, value in agreed.items()}
+    missing = _names_in_use(skeleton) - found.keys()
+    assert not missing, f"never hashed: {sorted(missing)[:5]}"
+    return found
+
+
+def _agree(names: list[str], values: list[int | None], path: Path, world: World) -> dict[str, int]:
+    """The values that ranks have, where they have one."""
+    halves = [
+        half
+        for value in values
+        for half in ((None, None) if value is None else (value >> 32, value & 0xFFFFFFFF))
+    ]
+    most = world.max(*(float("-inf") if half is None else half for half in halves))
+    least = world.max(*(float("-inf") if half is None else -half for half in halves))
+    agreed = {}
+    for number, name in enumerate(names):
+        high, low = most[2 * number : 2 * number + 2]
+        if high == float("-inf"):
+            continue
+        if (high, low) != (-least[2 * number], -least[2 * number + 1]):
+            raise UserError(
+                f"ranks have read different bytes of tensor {name} in {path}: hosts have different "
+                "copies of base.path; copy it again, or give one on storage that all hosts share"
+            )
+        agreed[name] = (int(high) << 32) + int(low)
+    return agreed
+
+
+def _signed(value: int) -> int:
+    """Below 2^64 -> the int64 of the same bits, whose sums wrap as these do."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _names_in_use(skeleton: Skeleton) -> set[str]:
+    """Names of the files' tensors that the model has, those without values left out."""
+    names: set[str] = set()
+    for module in skeleton.model.modules():
+        names |= set(_checkpoint_names(module).values())
+        if isinstance(module, ExpertStack):
+            names |= {piece.name for piece in module.pieces}
+    return {name for name in names if skeleton.tensors[name].nbytes}
+
+
+def _checkpoint_names(module: nn.Module) -> dict[str, str]:
+    found: dict[str, str] = getattr(module, "checkpoint_names", {})
+    return found
+
+
+def hash_files(index: SafetensorsIndex, names: Iterable[str], world: World) -> dict[str, str]:
+    """Hashes of tensors, read for this alone: each rank reads its share of them.
+
+    Raises:
+        UserError: on every rank: damaged files.
+    """
+    infos = [index.find(name) for name in sorted(names)]
+    hashes = RowHashes(infos)
+    with world.together("hash the base"), RowReader(index, hashes) as reader:
+        chunks = [
+            (info.name, span)
+            for info in infos
+            for span in Span(0, info.rows).chunks(max(1, _CHUNK_BYTES // max(1, info.row_bytes)))
+        ]
+        for name, span in chunks[world.rank :: world.size]:
+            reader.read(name, span)
+    totals = torch.zeros(len(infos), dtype=torch.int64)
+    for number, info in enumerate(infos):
+        if info.name in hashes.sums:
+            totals[number] = _signed(hashes.sums[info.name].total)
+    world.add_up(totals)
+    described = zip(infos, totals.tolist(), strict=True)
+    return {info.name: hashes.describe(info.name, total % 2**64) for info, total in described}
+
+
+# -- records -----------------------------------------------------------------------------------
+
+
+def record_text(record: BaseRecord) -> str:
+    """Contents of ``RECORD_FILE``."""
+    return json.dumps(record.metadata(), indent=1)
+
+
+def checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[TrainedOn]:
+    """The bases of checkpoints, compared with that of ``index`` as far as no row is needed.
+
+    Raises:
+        UserError: one was made on another base, or its record is damaged.
+    """
+    found = []
+    for path in paths:
+        file = path / RECORD_FILE
+        if not file.is_file():
+            continue  # of an earlier version: ``RunPosition.base`` is compared
+        record = BaseRecord.from_metadata(_read_record(file), file)
+        fix = "restore the base, or start afresh with resume: never"
+        found.append(TrainedOn(f"checkpoint {path}", record, fix))
+        found[-1].check_sample(index)
+    return found
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error}; resume another checkpoint") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; resume another checkpoint")
+    return about
+
+
+def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[TrainedOn]:
+    """The bases of the adapters of a fusion; those that must be ``skeleton``'s, row by row.
+
+    A base and what ``dist-peft quantize`` made of it count as one, as do two that it made of one
+    (``lineage``): they have no rows in common, and are compared by what they were made from.
+
+    Raises:
+        UserError: an adapter was trained on another base.
+    """
+    index, found = skeleton.index, []
+    for adapter in fusion.adapters:
+        directory = Path(adapter.path)
+        about = read_metadata(directory)
+        record = BaseRecord.from_metadata(about, directory / "dist_peft.json")
+        what = f"adapter.adapters: {adapter.path}"
+        fix = "an adapter means nothing on another base; fuse adapters of one base"
+        trained_on = TrainedOn(what, record, fix)
+        if not record.fingerprint or index.has_fingerprint(record.fingerprint):
+            trained_on.check_sample(index)
+            found.append(trained_on)
+            continue
+        mine, its = _origin_of(skeleton), _origin_of_adapter(record, about)
+        if mine is not None and mine == its:
+            continue
+        if mine is not None and its is not None and is_sampled(mine) == is_sampled(its):
+            trained_on.check_sample(index)  # which raises, and says how they differ
+        log.warning(
+            "%s was trained on %s, whose files are not those of base.path %s; an adapter means "
+            "nothing on another base, and the files do not say whether these are forms of one",
+            what,
+            record.path,
+            base,
+            extra=ONCE,
+        )
+    return found
+
+
+def _origin_of(skeleton: Skeleton) -> str | None:
+    """Fingerprint of the unquantized base; None: another tool has quantized it."""
+    if skeleton.prequantized is None:
+        return skeleton.index.fingerprint()
+    return lineage(skeleton).get("base_made_from")
+
+
+def _origin_of_adapter(record: BaseRecord, about: Mapping[str, Any]) -> str | None:
+    if "base_quantized" not in about:
+        return record.fingerprint
+    origin = about.get("base_made_from")
+    return origin if isinstance(origin, str) else None
+
+
+def lineage(skeleton: Skeleton) -> dict[str, str]:
+    """Keys for an adapter's ``dist_peft.json`` that say how its base came to be: the fingerprint of
+    what ``dist-peft quantize`` made it from, and how it is quantized; empty for an unquantized
+    base."""
+    if (packed := skeleton.prequantized) is None:
+        return {}
+    origin = made_from(skeleton.index.path).get("fingerprint")
+    known = {"base_made_from": origin} if isinstance(origin, str) else {}
+    return {"base_quantized": packed.label, **known}
+
+
+def made_from(directory: Path) -> dict[str, Any]:
+    """What a directory of ``dist-peft quantize`` was made from; empty for any other."""
+    if not (directory / "config.json").is_file():
+        return {}
+    found = read_json_object(directory / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != OWN_METHOD:
+        return {}
+    origin = found.get("made_from")
+    return origin if isinstance(origin, dict) else {}

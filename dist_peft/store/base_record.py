@@ -1,0 +1,197 @@
+"""What is kept of a base beside that which was trained on it, and how two bases are compared.
+
+An adapter and every checkpoint have a record::
+
+    {"fingerprint": "v2:...",            a sample of the files; known before they are read
+     "config": {"rope_theta": 10000, ...},       ``config.json``, what decides the function
+     "tensors": {"model.norm.weight": "9c1f...", ...}}   a hash of all rows of what the model uses
+
+Comparing fails in the order in which things are known: ``check_sample`` before a base is loaded,
+``check_tensors`` when all its rows were read. Messages name the keys and tensors that differ.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.store.fingerprint import is_sampled, read_config_meaning
+from dist_peft.store.index import SafetensorsIndex
+
+__all__ = ["BaseRecord"]
+
+log = logging.getLogger("dist_peft")
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """See the module docstring.
+
+    Attributes:
+        path: what the user called the base, for messages.
+        fingerprint: of ``SafetensorsIndex``, perhaps of an earlier version; empty: not known.
+        config: see ``fingerprint.config_meaning``; None: not known.
+        tensors: name -> hash (``RowHashes.describe``); empty: not known.
+    """
+
+    path: str
+    fingerprint: str = ""
+    config: Mapping[str, Any] | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_files(cls, path: str, index: SafetensorsIndex) -> "BaseRecord":
+        """What can be said of a base before it is read.
+
+        Raises:
+            UserError: damaged files.
+        """
+        return cls(path, index.fingerprint(), read_config_meaning(index.path))
+
+    # -- as JSON ---------------------------------------------------------------------------------
+
+    def metadata(self) -> dict[str, Any]:
+        """The keys for an adapter's ``dist_peft.json``."""
+        content = {"config": self.config, "tensors": dict(sorted(self.tensors.items()))}
+        return {
+            "base": self.path,
+            "base_fingerprint": self.fingerprint,
+            "base_content": {"id": self.content_id, **content},
+        }
+
+    @classmethod
+    def from_metadata(cls, about: Mapping[str, Any], where: Path) -> "BaseRecord":
+        """What ``metadata`` gave, or an earlier version wrote.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            UserError: the keys are there and hold something else.
+        """
+        fingerprint = about.get("base_fingerprint") or ""
+        content = about.get("base_content") or {}
+        known: dict[str, Any] = content if isinstance(content, dict) else {"tensors": None}
+        config, tensors = known.get("config"), known.get("tensors", {})
+        well = isinstance(fingerprint, str) and isinstance(config, dict | None)
+        if not (well and isinstance(tensors, dict)) or not all(
+            isinstance(value, str) for value in tensors.values()
+        ):
+            raise UserError(
+                f"{where} is damaged: base_fingerprint or base_content is not what this project "
+                "writes; get it again"
+            )
+        return cls(str(about.get("base", "")), fingerprint, config, tensors)
+
+    # -- comparing -------------------------------------------------------------------------------
+
+    @property
+    def content_id(self) -> str:
+        """One hexadecimal SHA-256 for ``tensors``."""
+        return hashlib.sha256(json.dumps(sorted(self.tensors.items())).encode()).hexdigest()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rows can be compared; else it is of an earlier version."""
+        return bool(self.tensors)
+
+    def check_sample(self, index: SafetensorsIndex, what: str, fix: str) -> None:
+        """See that the base of ``index`` may be the recorded one, without reading it. A record that
+        allows for no more than that is noted in the log.
+
+        Args:
+            what: was trained on the recorded base, such as ``adapter DIR``.
+            fix: what the user can do.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if not self.fingerprint or index.has_fingerprint(self.fingerprint):
+            if self.fingerprint and not self.is_complete:
+                log.info(
+                    "%s is of an earlier version, which kept no hashes of the base's rows: %s is "
+                    "compared by a sample of its bytes only",
+                    what,
+                    index.path,
+                    extra=ONCE,
+                )
+            return
+        found = read_config_meaning(index.path)
+        why = "" if self.config is None else _other_keys(self.config, found)
+        why = why or "a sample of its tensors holds other names, types, shapes or values"
+        raise self._other(what, str(index.path), why, fix)
+
+    def check_tensors(self, found: Mapping[str, str], where: str, what: str, fix: str) -> None:
+        """See that the base has the recorded tensors.
+
+        Args:
+            found: hashes of the base at ``where``; of more tensors than are recorded, perhaps.
+            what, fix: see ``check_sample``.
+
+        Raises:
+            UserError: it has not.
+        """
+        other = sorted(name for name, value in self.tensors.items() if found.get(name) != value)
+        if not other:
+            return
+        more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
+        why = (
+            f"{len(other)} of {len(self.tensors)} tensors hold other values: "
+            f"{', '.join(other[:_SHOWN])}{more}"
+        )
+        raise self._other(what, where, why, fix)
+
+    def compare(self, other: "BaseRecord") -> str | None:
+        """How two recorded bases differ; None where nothing is known to differ."""
+        known = self.config is not None and other.config is not None
+        if known and (why := _other_keys(self.config or {}, other.config or {})):
+            return why
+        common = self.tensors.keys() & other.tensors.keys()
+        names = sorted(name for name in common if self.tensors[name] != other.tensors[name])
+        if names:
+            return f"{len(names)} of {len(common)} tensors hold other values, such as {names[0]}"
+        if self.tensors and other.tensors:
+            return None if common else "they have no tensor of one name"
+        if self.is_comparable(other) and self.fingerprint != other.fingerprint:
+            return "their fingerprints differ"
+        return None
+
+    def is_comparable(self, other: "BaseRecord") -> bool:
+        """Whether both have a fingerprint, made in the same way."""
+        mine, its = self.fingerprint, other.fingerprint
+        return bool(mine and its) and is_sampled(mine) == is_sampled(its)
+
+    def _other(self, what: str, where: str, why: str, fix: str) -> UserError:
+        named = f" ({self.path})" if self.path and self.path != where else ""
+        return UserError(f"{what} was trained on another base{named} than {where}: {why}; {fix}")
+
+
+def _other_keys(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Which keys of ``config.json`` differ, with both values; empty if none does."""
+    mine, its = _leaves(recorded), _leaves(found)
+    keys = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
+    shown = [f"{key} is {_shown(its, key)}, was {_shown(mine, key)}" for key in keys[:_SHOWN]]
+    more = f", and {len(keys) - _SHOWN} more keys" if len(keys) > _SHOWN else ""
+    return f"in config.json {', '.join(shown)}{more}" if keys else ""
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(leaves[key]) if key in leaves else "missing"
+    return text if len(text) <= 60 else f"{text[:57]}..."

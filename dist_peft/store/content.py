@@ -1,0 +1,200 @@
+"""A hash of what a base holds, taken row by row while the rows are read for something else.
+
+Every row is hashed with its number, and a tensor's hash is the sum of its rows' hashes::
+
+    h(tensor) = sum over rows i of  h(i, bytes of row i)     mod 2^64
+
+A sum does not ask for an order, so that it is the same however rows are distributed over ranks and
+cut into chunks; the ranks add their sums up. A row is the last dimension: of a stack of experts
+``[E, out, in]`` every expert has ``out`` rows; of a vector a row is an element. Rows of at least
+``_SHORT`` bytes are hashed with XXH3 (seeded with the row's number), shorter ones all at once by
+the finalizer of SplitMix64 (Steele, Lea, Flood 2014) of each 8 bytes and their position.
+
+This finds other weights, damaged files and mistaken directories; it is no protection against an
+adversary, who can construct another base of the same hash.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_peft.core.span import Span
+from dist_peft.store.format import TensorSpec
+
+__all__ = ["RowHashes", "TensorSum", "flat_rows", "hash_rows"]
+
+_SHORT = 96
+"""Bytes; below it a call a row costs more than arithmetic on arrays does."""
+
+_WORDS_AT_ONCE = 1 << 18
+
+_MASK = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = (
+    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def flat_rows(spec: TensorSpec) -> tuple[int, int]:
+    """Number of rows (see the module) of a tensor, and bytes of each."""
+    if len(spec.shape) < 2:
+        return spec.rows, spec.dtype.itemsize
+    row_bytes = spec.shape[-1] * spec.dtype.itemsize
+    return torch.Size(spec.shape[:-1]).numel(), row_bytes
+
+
+def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
+    """The sum of the hashes of rows that lie behind each other.
+
+    Args:
+        data: contiguous ``uint8`` on the CPU, a multiple of ``row_bytes`` long.
+        first: the number of the first row.
+        row_bytes: at least 1.
+
+    Returns:
+        Below 2^64. ``hash_rows`` of two parts of ``data`` add up to that of the whole.
+    """
+    if not data.numel():
+        return 0
+    array: NDArray[np.uint8] = data.numpy().reshape(-1)
+    if row_bytes < _SHORT:
+        return _hash_short(array, first, row_bytes)
+    memory, digest, total = array.data, xxhash.xxh3_64_intdigest, 0
+    for number, start in enumerate(range(0, len(memory), row_bytes), first):
+        total += digest(memory[start : start + row_bytes], number)
+    return total & _MASK
+
+
+def _hash_short(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:
+    rows, words = len(array) // row_bytes, -(-row_bytes // 8)
+    total, step = 0, max(1, _WORDS_AT_ONCE // words)
+    for start in range(0, rows, step):
+        part = array[start * row_bytes : (start + step) * row_bytes].reshape(-1, row_bytes)
+        padded = np.zeros((len(part), 8 * words), np.uint8)
+        padded[:, :row_bytes] = part
+        begin = (first + start) * words
+        places = np.arange(begin + 1, begin + 1 + padded.size // 8, dtype=np.uint64)
+        numbers = padded.reshape(-1).view("<u8") ^ _mixed(places * _GOLDEN)
+        total += int(_mixed(numbers).sum(dtype=np.uint64))
+    return total & _MASK
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer, a permutation of the numbers below 2^64."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+@dataclass
+class TensorSum:
+    """What was hashed of one tensor.
+
+    Attributes:
+        rows: of the whole tensor.
+        total: the sum of the hashes of the rows in ``spans``.
+        spans: disjoint and sorted.
+    """
+
+    rows: int
+    total: int = 0
+    spans: list[Span] = field(default_factory=list)
+
+    def missing(self, span: Span) -> list[Span]:
+        """The parts of ``span`` that were not hashed yet."""
+        gaps, start = [], span.start
+        for known in self.spans:
+            if known.stop <= start:
+                continue
+            if known.start >= span.stop:
+                break
+            if known.start > start:
+                gaps.append(Span(start, known.start))
+            start = known.stop
+        if start < span.stop:
+            gaps.append(Span(start, span.stop))
+        return gaps
+
+    def cover(self, span: Span) -> None:
+        joined: list[Span] = []
+        for known in sorted([*self.spans, span], key=lambda s: s.start):
+            if joined and known.start <= joined[-1].stop:
+                joined[-1] = Span(joined[-1].start, max(joined[-1].stop, known.stop))
+            else:
+                joined.append(known)
+        self.spans = joined
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.missing(Span(0, self.rows))
+
+    @property
+    def hashed(self) -> int:
+        """Number of rows in ``spans``."""
+        return sum(map(len, self.spans))
+
+
+class RowHashes:
+    """Hashes of the rows that one process reads; given to a ``RowReader``.
+
+    A row that is read again is not hashed again.
+
+    Args:
+        plain: the tensors to hash as the files have them.
+        packed: the weights that the files have in several tensors, of which no range belongs to a
+            range of rows. They are hashed in the rows of the codec, which depend on the rows alone
+            (``add_packed``). The tensors they are made of are in neither.
+
+    Attributes:
+        sums: by name, of what was read at least in part.
+    """
+
+    def __init__(self, plain: Iterable[TensorSpec], packed: Iterable[TensorSpec] = ()) -> None:
+        self._plain = {spec.name: spec for spec in plain}
+        self._packed = {spec.name: spec for spec in packed}
+        self.sums: dict[str, TensorSum] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors that can be hashed, sorted."""
+        return sorted([*self._plain, *self._packed])
+
+    def row_count(self, name: str) -> int:
+        """How many rows are hashed of the whole tensor."""
+        return self._packed[name].rows if name in self._packed else flat_rows(self._plain[name])[0]
+
+    def add_plain(self, name: str, first: int, data: Tensor) -> None:
+        """Rows of a tensor, as bytes of its file; nothing happens for tensors that are not hashed.
+
+        Args:
+            first: number of the first row.
+            data: contiguous ``uint8``, whole rows.
+        """
+        if (spec := self._plain.get(name)) is not None:
+            self._add(name, first, data, flat_rows(spec)[1])
+
+    def add_packed(self, name: str, first: int, packed: Tensor) -> None:
+        """Packed rows ``uint8 [n, row_bytes]`` of a weight that several tensors make up."""
+        if name in self._packed:
+            self._add(name, first, packed.cpu().contiguous(), packed.shape[1])
+
+    def _add(self, name: str, first: int, data: Tensor, row_bytes: int) -> None:
+        if not data.numel():
+            return
+        known = self.sums.setdefault(name, TensorSum(self.row_count(name)))
+        data = data.reshape(-1)
+        span = Span(first, first + data.numel() // row_bytes)
+        for gap in known.missing(span):
+            begin, end = (gap.start - first) * row_bytes, (gap.stop - first) * row_bytes
+            known.total = (known.total + hash_rows(data[begin:end], gap.start, row_bytes)) & _MASK
+            known.cover(gap)
+
+    def describe(self, name: str, total: int) -> str:
+        """The hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""
+        spec = self._packed.get(name) or self._plain[name]
+        header = xxhash.xxh3_64_intdigest(f"{spec.dtype} {list(spec.shape)}".encode())
+        return f"{(total + header) & _MASK:016x}"
