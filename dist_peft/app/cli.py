@@ -15,12 +15,14 @@ from pathlib import Path
 from dist_peft.app import combine as combine_app
 from dist_peft.app import eval as eval_app
 from dist_peft.app import export as export_app
+from dist_peft.app import export_options
 from dist_peft.app import inspect as inspect_app
 from dist_peft.app import quantize as quantize_app
 from dist_peft.app import quickstart as quickstart_app
 from dist_peft.app import train as train_app
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import MeetingError, RemoteError, World
+from dist_peft.export.verdict import VerificationError
 
 __all__ = ["main"]
 
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_first or isinstance(error, MeetingError):
             print(f"dist-peft: {error}", file=sys.stderr, flush=True)
         return _leave(world, 2)
+    except VerificationError as error:
+        print(f"dist-peft: {error}", file=sys.stderr, flush=True)
+        return _leave(world, 1)
     except RemoteError as error:
         logging.getLogger("dist_peft").warning("%s", error)
         return _leave(world, 1)
@@ -97,10 +102,11 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = verbs.add_parser("merge", help="write base + adapter as a Hugging Face directory")
     _add_merge(merge)
+    export_options.add_merge_arguments(merge)
     merge.set_defaults(run=export_app.run_merge)
 
     export = verbs.add_parser("export", help="write a run in a public format")
-    export_app.add_export_arguments(export)
+    export_options.add_export_arguments(export)
     _add_merge(export)
     export.set_defaults(run=export_app.run_export)
 
@@ -138,3 +144,4 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify", action="store_true", help="do not reload the result and compare logits"
     )
+    export_options.add_verify_arguments(parser)

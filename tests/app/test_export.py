@@ -61,7 +61,7 @@ def test_merge_writes_verifies_and_reports(
 
 def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
     before = (run_dir / "report.html").read_bytes()
-    merge_run(run_dir, tmp_path / "out", verify=False)
+    merge_run(run_dir, tmp_path / "out", verify=None)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (run_dir / "report.html").read_bytes() == before
 
@@ -69,7 +69,7 @@ def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
 def test_hf_format_is_a_merge(run_dir: Path, tmp_path: Path) -> None:
     argv = ["export", "--format", "hf-bf16", "--run", str(run_dir), "--no-verify"]
     assert cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
-    merge_run(run_dir, tmp_path / "b", verify=False)
+    merge_run(run_dir, tmp_path / "b", verify=None)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
 
