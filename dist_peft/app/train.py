@@ -28,6 +28,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.data.labels import class_names
+from dist_peft.export.outlook import log_outlook
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.optim import make_optimizer_factory
@@ -81,6 +82,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         if world.is_first:
             _write_config(run_dir, config)
     warn_of_idle_options(config, world, prepared.model, device.type)
+    log_outlook(config, prepared.skeleton, prepared.directory)
     jobs = {name: _Job.of(run, prepared, world) for name, run in runs.items()}
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     if begun is not None and begun.resume_from is not None:

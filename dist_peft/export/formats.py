@@ -32,6 +32,7 @@ from dist_peft.export.sink import (
     copy_tokenizer,
     write_directory,
 )
+from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.walk import CHUNK_BYTES, State, Walk, open_walk
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import torch_dtype
@@ -291,6 +292,7 @@ def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: 
         settings = packer.settings(walk, list(written.unpacked))
     copy_configuration(job.directory, job.out, dtype, settings, code=job.base.trust_remote_code)
     copy_tokenizer(job.adapter_dir, job.out)
+    add_stop_tokens(job.adapter_dir, job.out)
     return Exported(written, job.out, how)
 
 

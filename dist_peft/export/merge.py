@@ -28,6 +28,7 @@ from dist_peft.export.sink import (
     copy_tokenizer,
     write_directory,
 )
+from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.walk import CHUNK_BYTES, open_walk
 from dist_peft.model.classifier import settings_of
 from dist_peft.model.hub import load_tokenizer
@@ -61,4 +62,5 @@ def merge_model(
             changes = settings_of(walk.skeleton.model, tokenizer)
     copy_configuration(directory, out, dtype, changes, code=base.trust_remote_code)
     copy_tokenizer(adapter_dir, out)
+    add_stop_tokens(adapter_dir, out)
     return written
