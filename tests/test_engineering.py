@@ -77,7 +77,7 @@ ALLOWED = {
     "deepspeed": ("engine/zero",),
     "transformers": ("model/", "data/chat", "data/tokens", "export/verify"),
     "bitsandbytes": ("quant/", "train/optim", "export/verify"),
-    "peft": (),
+    "peft": ("export/verify",),
 }
 
 

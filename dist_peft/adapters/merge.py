@@ -13,6 +13,7 @@ the *original* base needs. The base *decoded* as training saw it, ``decode(encod
 needs the trained factors alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +80,29 @@ class Merger:
     def touches(self, weight: str) -> bool:
         """Whether the adapter changes this weight."""
         return weight in self._modules
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """See, before a row is merged, that the adapter fits a base.
+
+        Args:
+            shapes: weight name -> rows and columns in the base.
+
+        Raises:
+            UserError: the base has no such weight, or of another shape.
+        """
+        for weight, module in self._modules.items():
+            if weight not in shapes:
+                raise UserError(
+                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
+                    "have: it belongs to another base"
+                )
+            rows, columns = shapes[weight]
+            self._check_shape(weight, columns, Span(0, rows))
+            if rows != module.shape[0]:
+                raise UserError(
+                    f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the "
+                    f"base's is {[rows, columns]}; it belongs to another base"
+                )
 
     def merge_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]

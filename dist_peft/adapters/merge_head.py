@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from dist_peft.adapters.merge import Merger
+from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 
@@ -30,6 +31,17 @@ class HeadMerger:
 
     def touches(self, weight: str) -> bool:
         return weight in self._head or self._trunk.touches(weight)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """See ``Merger.check_shapes``; the head's own parameters come from the adapter as well."""
+        self._trunk.check_shapes(shapes)
+        for name, value in self._head.items():
+            rows, columns = len(value), value[0].numel() if value.dim() > 1 else 1
+            if shapes.get(name, (rows, columns)) != (rows, columns):
+                raise UserError(
+                    f"the adapter's {name} has shape {list(value.shape)}, but the model's is "
+                    f"{list(shapes[name])}; it belongs to another base or to other labels"
+                )
 
     def merge_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]

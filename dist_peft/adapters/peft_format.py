@@ -47,6 +47,7 @@ from dist_peft.adapters.head_format import (
     write_adapterhub_head,
 )
 from dist_peft.adapters.prompt_format import PROMPT_TYPES, check_prompt
+from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.core.config import LoraConfig, LowRankConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
@@ -175,8 +176,12 @@ def check_adapter(public: PublicAdapter) -> None:
     """See that every tensor fits the configuration.
 
     Raises:
-        UserError: one is empty, absent, of the wrong shape or of another method.
+        UserError: one is empty, absent, of the wrong shape or type, of another method, or holds a
+            value that is not finite.
     """
+    check_tensor_values({**public.tensors, **public.extra}, "the adapter")
+    if public.head is not None:
+        check_tensor_values(public.head.tensors, "the adapter's head")
     if is_fusion(public.config):
         fusion_tensors(public)
         for part in public.parts.values():
@@ -255,7 +260,8 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
         values: false for tensors on meta: names and shapes alone are read.
 
     Raises:
-        UserError: no such adapter, another method, damaged, or one that cannot be read safely.
+        UserError: no such adapter, another method, damaged, one that cannot be read safely, or
+            tensors of a wrong type or with values that are not finite.
     """
     config = _read_json(config_file(directory))
     if config is None:
@@ -332,11 +338,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _read_tensors(path: Path, values: bool) -> dict[str, Tensor]:
     if not values:
         infos = SafetensorsIndex.open(path).tensors
-        return {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in infos.items()}
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}; get it again") from None
+        tensors = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in infos.items()}
+    else:
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}; get it again") from None
+    check_tensor_values(tensors, path)
+    return tensors
 
 
 def _number(value: float) -> float:

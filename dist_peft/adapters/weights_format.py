@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.peft_format import WEIGHT_KINDS, read_metadata
+from dist_peft.adapters.tensor_checks import check_tensor_type, check_tensor_values
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
@@ -31,6 +32,9 @@ from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
 
 __all__ = ["TrainedWeights", "WeightsWriter", "holds_weights"]
+
+_CHECKED_BYTES = 64 * 2**20
+"""Read at a time to look for values that are not finite."""
 
 
 def holds_weights(adapter_dir: Path) -> bool:
@@ -120,6 +124,38 @@ class TrainedWeights:
         """
         index = SafetensorsIndex.open(adapter_dir)
         return cls(adapter_dir, names, stack.enter_context(RowReader(index)))
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Before a row is merged: every trained tensor fits the base and holds finite numbers.
+
+        Reads all trained tensors once more, in chunks.
+
+        Args:
+            shapes: weight -> rows and elements of a row in the base.
+
+        Raises:
+            UserError: one does not.
+        """
+        tensors = self._reader.index.tensors
+        if left := set(tensors) - set(self._names.values()):
+            raise UserError(
+                f"{self.adapter_dir} has {sorted(left)[0]}, which the base does not have: it "
+                "belongs to another base"
+            )
+        for weight, name in self._names.items():
+            info = tensors[name]
+            own = (info.rows, torch.Size(info.shape[1:]).numel())
+            check_tensor_type(name, info.dtype, self.adapter_dir)
+            if shapes.get(weight, own) != own:
+                raise UserError(
+                    f"{self.adapter_dir}: {name} has shape {list(info.shape)}, but the base's is "
+                    f"{list(shapes[weight])}; it belongs to another base"
+                )
+        for name in dict.fromkeys(self._names.values()):
+            info = tensors[name]
+            rows = max(1, _CHECKED_BYTES // max(1, info.row_bytes))
+            for span in Span(0, info.rows).chunks(rows):
+                check_tensor_values({name: self._reader.read(name, span)}, self.adapter_dir)
 
     def touches(self, weight: str) -> bool:
         """Whether this weight was trained."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.base import Adapter, TrainsBase
 from dist_peft.adapters.head import HeadedAdapter, with_head
 from dist_peft.adapters.registry import make_adapter
+from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import TrainedOn, fused_bases, hashes_over_ranks
 from dist_peft.core.config import FusionConfig, RunConfig
 from dist_peft.core.errors import UserError
@@ -23,7 +24,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.labels import class_names
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.base import OptimizerFactory
+from dist_peft.engine.base import OptimizerFactory, own_parameters
 from dist_peft.engine.recompute import checkpoint_blocks
 from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.classifier import take_pad_token
@@ -210,7 +211,14 @@ def give_start(prepared: Prepared, checkpoints: Checkpoints, path: Path) -> None
 
 
 def restore(built: Built, checkpoints: Checkpoints, path: Path, step: int) -> None:
-    """After ``optimize``: adapters and optimizer moments of a checkpoint."""
+    """After ``optimize``: adapters and optimizer moments of a checkpoint.
+
+    Raises:
+        UserError: on every rank: files or tensors do not fit, or values are not finite.
+    """
     state = built.engine.state(built.model)
     checkpoints.load(path, state)
+    with checkpoints.world.together("check the checkpoint's values"):
+        for name, value in state.items():  # one by one: copies of all of them may not fit
+            check_tensor_values(own_parameters({name: value}), path)
     built.engine.load_state(built.model, state, step)

@@ -16,12 +16,14 @@ from pathlib import Path
 from dist_peft.app import combine as combine_app
 from dist_peft.app import eval as eval_app
 from dist_peft.app import export as export_app
+from dist_peft.app import export_options
 from dist_peft.app import inspect as inspect_app
 from dist_peft.app import quantize as quantize_app
 from dist_peft.app import quickstart as quickstart_app
 from dist_peft.app import train as train_app
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import MeetingError, RemoteError, World
+from dist_peft.export.verdict import VerificationError
 
 __all__ = ["main"]
 
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_first or isinstance(error, MeetingError):
             print(f"dist-peft: {error}", file=sys.stderr, flush=True)
         return _leave(world, 2)
+    except VerificationError as error:
+        print(f"dist-peft: {error}", file=sys.stderr, flush=True)
+        return _leave(world, 1)
     except RemoteError as error:
         logging.getLogger("dist_peft").warning("%s", error)
         return _leave(world, 1)
@@ -109,10 +114,11 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = verbs.add_parser("merge", help="write base + adapter as a Hugging Face directory")
     _add_merge(merge)
+    export_options.add_merge_arguments(merge)
     merge.set_defaults(run=export_app.run_merge)
 
     export = verbs.add_parser("export", help="write a run in a public format")
-    export_app.add_export_arguments(export)
+    export_options.add_export_arguments(export)
     _add_merge(export)
     export.set_defaults(run=export_app.run_export)
 
@@ -156,3 +162,4 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         help="run model code that comes with the base; what the run directory says about it does "
         "not count",
     )
+    export_options.add_verify_arguments(parser)

@@ -39,6 +39,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
+from dist_peft.export.model_files import model_files
 from dist_peft.export.sink import MAX_FILE_BYTES, check_new, copy_configuration
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -101,6 +102,7 @@ def quantize(
     config = config.model_copy(update={"adapter": NoAdapterConfig(), "engine": engine})
     with world.together("read the base's configuration"):
         check_new(out)
+        model_files(resolve_base(config.base), code=config.base.trust_remote_code)
         prepared = prepare(config, world, solving=True)
         if (found := prepared.skeleton.prequantized) is not None:
             raise UserError(
@@ -341,4 +343,6 @@ def _copy_configuration(
         about["double_quant"] = quant.double_quant
     origin = {**_origin(config, built.skeleton.index.fingerprint()), **content}
     settings = {"quant_method": OWN_METHOD, **about, "made_from": origin}
-    copy_configuration(built.directory, out, dtype, {"quantization_config": settings})
+    changes = {"quantization_config": settings}
+    code = config.base.trust_remote_code
+    copy_configuration(built.directory, out, dtype, changes, code=code)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from dist_peft.core.config import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.world import World
+from dist_peft.data.turn_end import turn_end_ids
 from dist_peft.engine import engine_kind
+from dist_peft.export.stopping import warn_of_no_stop
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention import documents_are_isolated
 from dist_peft.model.hub import public_name, save_tokenizer
@@ -71,6 +73,11 @@ class Session:
             self.total_steps,
             self.config.train.global_batch,
         )
+        ends = self._turn_end()
+        names = self.built.tokenizer.convert_ids_to_tokens(ends)
+        with self.world.together("read the base's generation settings"):
+            if self.world.is_first:
+                warn_of_no_stop(self.built.directory, ends, names)
         logits = self._probe_logits()
         with self.world.together("write the probe"):
             if self.world.is_first:
@@ -269,9 +276,18 @@ class Session:
             **lineage(self.built.skeleton),
             **training_facts(self.config),
             "start": getattr(self.config.adapter, "init", "default"),
+            "turn_end": self._turn_end(),
             "dist_peft": importlib.metadata.version("dist_peft"),
             "torch": torch.__version__,
         }
+
+    def _turn_end(self) -> list[int]:
+        """Ids of the tokens that end what the model is trained to write."""
+        rows, tokenizer = self.loaders.train.rows, self.built.tokenizer
+        if self.config.data.classifies:
+            return []
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        return turn_end_ids(cast(Any, rows), special)
 
     def _write_beside(self, directory: Path, logits: Tensor) -> None:
         """Tokenizer, probe, report."""

@@ -31,6 +31,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.data.labels import class_names
+from dist_peft.export.outlook import log_outlook
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.optim import make_optimizer_factory
@@ -123,6 +124,8 @@ def _check_jobs(
         config = config.model_copy(update=base)
         runs = {name: run.model_copy(update=base) for name, run in runs.items()}
     warn_of_idle_options(config, world, prepared.model, device.type)
+    if not solving:
+        log_outlook(config, prepared.skeleton, prepared.directory)
     return config, prepared, {name: _Job.of(run, prepared, world) for name, run in runs.items()}
 
 

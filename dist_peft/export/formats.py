@@ -9,7 +9,7 @@ adapter beside it.
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from dist_peft.export.beside import write_adapter_beside
 from dist_peft.export.bnb_nf4 import BnbNf4
 from dist_peft.export.float_bias import HfMetal, Mlx
 from dist_peft.export.integer_zero import CompressedTensors, Gptq
+from dist_peft.export.model_files import model_files
 from dist_peft.export.sink import (
     Packer,
     Written,
@@ -31,6 +32,7 @@ from dist_peft.export.sink import (
     copy_tokenizer,
     write_directory,
 )
+from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.walk import CHUNK_BYTES, State, Walk, open_walk
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import torch_dtype
@@ -200,11 +202,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, the path that its consumer loads, and in a few words how."""
+    """What was written, the path that its consumer loads, and in a few words how.
+
+    ``exact``: the form keeps the trained function, so that it may differ by rounding only.
+    """
 
     written: Written
     path: Path
     how: str
+    exact: bool = False
 
 
 def export_model(name: str, job: Job) -> Exported:
@@ -226,7 +232,8 @@ def _float_bias(job: Job, kind: type[Mlx] | type[HfMetal]) -> Exported:
     # with float32 scales all is float32: transformers would mix types, and fail
     codec, dtype = job.codec(64), torch.float32 if job.pooled else job.dtype
     packer = kind(codec.bits, codec.group_size, dtype)
-    return _directory(job, job.state, packer, dtype, _how(job, packer.bits, packer.group_size))
+    how = _how(job, packer.bits, packer.group_size)
+    return replace(_directory(job, job.state, packer, dtype, how), exact=job.pooled)
 
 
 def _how(job: Job, bits: int, group_size: int) -> str:
@@ -262,7 +269,7 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
     how = f"base as trained, {codec.bits} bits in groups of {codec.group_size}; adapter beside it"
     exported = _directory(job, "base", packer, job.dtype, how)
     write_adapter_beside(job.adapter_dir, job.out)
-    return exported
+    return replace(exported, exact=True)
 
 
 def _loss(job: Job) -> str:
@@ -279,11 +286,13 @@ def _loss(job: Job) -> str:
 
 def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: str) -> Exported:
     check_new(job.out)
+    model_files(job.directory, code=job.base.trust_remote_code)  # a refusal comes first
     with job.walk(state) as walk:
         written = write_directory(walk, packer, job.out, dtype, compute=job.dtype)
         settings = packer.settings(walk, list(written.unpacked))
-    copy_configuration(job.directory, job.out, dtype, settings)
+    copy_configuration(job.directory, job.out, dtype, settings, code=job.base.trust_remote_code)
     copy_tokenizer(job.adapter_dir, job.out)
+    add_stop_tokens(job.adapter_dir, job.out)
     return Exported(written, job.out, how)
 
 
@@ -304,8 +313,11 @@ def _gguf(job: Job) -> Exported:
         copy_configuration(job.directory, Path(scratch), job.dtype, {})
         copy_tokenizer(job.adapter_dir, Path(scratch))
         written = write_gguf(walk, kind, file, Path(scratch), job.directory.name, job.dtype)
-    done = "codes kept, adapter in the biases" if job.pooled and kind == "q4_1" else "merged"
-    return Exported(written, file, f"{done}: {kind.upper()}")
+    kept = job.pooled and kind == "q4_1"
+    as_trained = job.pooled or job.into == "decoded" or job.base.quant is None
+    done = "codes kept, adapter in the biases" if kept else "merged"
+    exact = kept or (kind == "f16" and as_trained)
+    return Exported(written, file, f"{done}: {kind.upper()}", exact)
 
 
 _WRITERS: dict[str, Callable[[Job], Exported]] = {

@@ -30,6 +30,7 @@ from dist_peft.export.gguf_model import GgufModel
 from dist_peft.export.gguf_tokenizer import add_tokenizer
 from dist_peft.export.groups import BiasGroups, quantize_rows, regroup
 from dist_peft.export.sink import Written
+from dist_peft.export.stopping import read_turn_end
 from dist_peft.export.walk import Walk, Weight
 from dist_peft.quant.rows import divide
 from dist_peft.store.fileio import sync_directory, temporary_name, write_exactly, writing
@@ -78,6 +79,8 @@ def write_gguf(
             writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[model.architecture])
             model.add_metadata(writer, name, _FILE_TYPES[kind])
             add_tokenizer(writer, tokenizer, model.config.vocab_size)
+            if ends := read_turn_end(walk.adapter_dir):
+                writer.add_eot_token_id(ends[0])
             for weight, own in named:
                 shape = tuple(weight.info.shape)
                 writer.add_tensor_info(own, shape, _IGNORED, sizes[weight.name], kinds[weight.name])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from dist_peft.core.config import BaseConfig
+from dist_peft.export.model_files import model_files
 from dist_peft.export.sink import (
     MAX_FILE_BYTES,
     Written,
@@ -27,6 +28,7 @@ from dist_peft.export.sink import (
     copy_tokenizer,
     write_directory,
 )
+from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.walk import CHUNK_BYTES, open_walk
 from dist_peft.model.classifier import settings_of
 from dist_peft.model.hub import load_tokenizer
@@ -51,12 +53,14 @@ def merge_model(
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
     """
     check_new(out)
+    model_files(directory, code=base.trust_remote_code)  # what cannot be copied is said first
     with open_walk(base, directory, adapter_dir, into, chunk_bytes) as walk:
         written = write_directory(walk, None, out, dtype, max_file_bytes)
         changes: dict[str, Any] = {}
         if walk.skeleton.head is not None:
             tokenizer = load_tokenizer(directory, base.trust_remote_code)
             changes = settings_of(walk.skeleton.model, tokenizer)
-    copy_configuration(directory, out, dtype, changes)
+    copy_configuration(directory, out, dtype, changes, code=base.trust_remote_code)
     copy_tokenizer(adapter_dir, out)
+    add_stop_tokens(adapter_dir, out)
     return written

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.export.model_files import check_link, model_files, without_code
 from dist_peft.export.walk import Walk, Weight
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.store.fileio import writing
@@ -38,11 +39,6 @@ MAX_FILE_BYTES = 5 * 10**9
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What ``transformers`` saves of a fast tokenizer; training takes no other."""
-
-_LEFT_BEHIND = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth"),
-    *("quantize_config.json", "quant_config.json"),  # GPTQ's and AWQ's, beside config.json
-)
 
 
 class Piece(NamedTuple):
@@ -166,30 +162,46 @@ def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
     """A tokenizer beside the adapter, which formats conversations as training did, is the one."""
     for path in sorted(adapter_dir.iterdir()):
         if path.name in _TOKENIZER_FILES:
+            check_link(path, adapter_dir)
             _copy(path, out / path.name)
 
 
 def copy_configuration(
-    directory: Path, out: Path, dtype: torch.dtype, changes: Mapping[str, Any]
+    directory: Path,
+    out: Path,
+    dtype: torch.dtype,
+    changes: Mapping[str, Any],
+    *,
+    code: bool = False,
 ) -> None:
-    """Configuration, tokenizer, licence: all files of the base that hold no weights and do not
-    say how they are quantized.
+    """Configuration, tokenizer, licence: what ``model_files`` lists, and nothing else.
 
     Args:
         directory: the base.
         out: exists.
         dtype: the type that loaders shall use.
         changes: further keys of ``config.json``.
+        code: the caller trusts the base's own code, which is then copied as far as ``auto_map``
+            needs it; else ``auto_map`` is left out.
 
     Raises:
-        UserError: the disk is full, or no permission.
+        UserError: a file is a link out of the directory, the disk is full, or no permission.
     """
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND):
-            _copy(path, out / path.name)
+    for name in model_files(directory, code=code):
+        if name == "config.json":
+            continue  # last, and in one piece: a directory without it is never taken for a model
+        path = directory / name
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        content = None if code else without_code(path)
+        if content is None:
+            _copy(path, out / name)
+        else:
+            atomic_write(out / name, json.dumps(content, indent=2, ensure_ascii=False))
     config = json.loads((directory / "config.json").read_text())
     for key in ("torch_dtype", "quantization_config"):  # of the base, not of what is written
         config.pop(key, None)
+    if not code:
+        config.pop("auto_map", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     atomic_write(out / "config.json", json.dumps({**config, **changes}, indent=2))
 

@@ -6,6 +6,7 @@ logits; its error is put in relation to what the adapter changed at all, since a
 the adapter has a small absolute error too.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
+from dist_peft.export.time_limit import NotVerified
 from dist_peft.store.writer import atomic_write
 
-__all__ = ["Comparison", "Probe", "compare", "generate", "verify_directory"]
+__all__ = ["Comparison", "Probe", "compare", "generate", "try_generate", "verify_directory"]
+
+log = logging.getLogger("dist_peft")
 
 
 @dataclass
@@ -61,8 +65,10 @@ class Comparison:
     """Distance between an export's logits and the trained model's on the probe.
 
     ``relative`` is the root mean square error over the root mean square change that training made:
-    0 is exact, 1 means that the adapter is lost. ``kl`` is the mean Kullback-Leibler divergence in
-    nats, ``top1`` the share of positions with the same most likely token.
+    0 is exact, 1 means that the adapter is lost. Where training changed nothing (``changed`` is
+    false) it is the error over the standard deviation of the trained logits. ``kl`` is the mean
+    Kullback-Leibler divergence in nats, ``kl_before`` that of the base before training, ``top1``
+    the share of positions with the same most likely token.
     """
 
     max_error: float
@@ -70,6 +76,8 @@ class Comparison:
     relative: float
     kl: float
     top1: float
+    kl_before: float
+    changed: bool
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table: (what, value)."""
@@ -85,8 +93,13 @@ class Comparison:
         return (
             f"logits against the trained model: max error {self.max_error:.2e}, "
             f"mean {self.mean_error:.2e}, {self.relative:.2%} of what training changed; "
-            f"KL {self.kl:.2e} nats; same top token {self.top1:.1%}"
+            f"KL {self.kl:.2e} nats (untrained base {self.kl_before:.2e}); "
+            f"same top token {self.top1:.1%}"
         )
+
+
+_UNCHANGED = 1e-6
+"""A change below this share of the logits' standard deviation is none."""
 
 
 def compare(logits: Tensor, probe: Probe) -> Comparison:
@@ -96,27 +109,78 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
             f"the export gives logits of shape {list(logits.shape)}, "
             f"the trained model gave {list(probe.trained.shape)}"
         )
-    got, want = logits.double(), probe.trained.double()
-    error, change = got - want, want - probe.before.double()
-    log_got, log_want = got.log_softmax(-1), want.log_softmax(-1)
+    got, want, before = logits.double(), probe.trained.double(), probe.before.double()
+    error, change = _difference(got, want), _difference(want, before)
+    size, spread = change.square().mean(), want[want.isfinite()].var(correction=0)
+    changed = bool(size > _UNCHANGED**2 * spread) or not bool(size.isfinite())
+    reference = size if changed else spread
     return Comparison(
         max_error=error.abs().max().item(),
         mean_error=error.abs().mean().item(),
-        relative=(error.square().mean() / change.square().mean().clamp_min(1e-30)).sqrt().item(),
-        kl=(log_want.exp() * (log_want - log_got)).sum(-1).mean().item(),
+        relative=(error.square().mean() / reference.clamp_min(1e-30)).sqrt().item(),
+        kl=_divergence(want, got),
         top1=(got.argmax(-1) == want.argmax(-1)).double().mean().item(),
+        kl_before=_divergence(want, before),
+        changed=changed,
     )
 
 
+def _difference(got: Tensor, want: Tensor) -> Tensor:
+    """0 where both are the same infinity, as of tokens that a model rules out."""
+    return torch.where(got == want, 0.0, got - want)
+
+
+def _divergence(want: Tensor, got: Tensor) -> float:
+    """Mean Kullback-Leibler divergence over positions, in nats."""
+    log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
+    terms = log_want.exp() * _difference(log_want, log_got)
+    return float(terms.sum(-1).mean())
+
+
 @torch.no_grad()
-def verify_directory(directory: Path, probe: Probe, dtype: torch.dtype) -> Comparison:
-    """Load ``directory`` with plain ``transformers`` and compare."""
+def verify_directory(
+    directory: Path, probe: Probe, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Comparison:
+    """Load ``directory`` with plain ``transformers`` and compare; a language model generates too,
+    and a warning says where that fails."""
     disable_progress_bar()  # a bar for each file would hide the one line that matters
-    architectures = AutoConfig.from_pretrained(directory).architectures or [""]
-    classifies = architectures[0].endswith("ForSequenceClassification")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, dtype=dtype).eval()
-    return compare(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
+    model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.eval()
+    found = compare(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
+    if not classifies:
+        try:
+            try_generate(model, probe.input_ids)
+        except NotVerified as error:
+            log.warning("NOT VERIFIED: %s", error)
+    return found
+
+
+def try_generate(model: Any, ids: Tensor) -> None:
+    """Let a loaded model write two tokens, as whoever uses it will.
+
+    Raises:
+        NotVerified: it fails.
+    """
+    if not model.can_generate():
+        return
+    try:
+        mask = torch.ones_like(ids[:1])
+        pad = model.config.get_text_config().pad_token_id or 0
+        model.generate(
+            input_ids=ids[:1],
+            attention_mask=mask,
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise NotVerified(
+            f"plain generate of transformers fails here: {type(error).__name__}: {reason}"
+        ) from None
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Logits of an export, computed by the library it is for. Run by path, maybe by another Python::
 
-    python verify_consumer.py mlx|llama.cpp|gptq|adapters MODEL OUT.npy ID ID ...
+    python verify_consumer.py mlx|llama.cpp|gptq|adapters|bnb-nf4:DTYPE MODEL OUT.npy ID ID ...
 
 It imports nothing of this package, since the libraries have needs of their own (``gptqmodel`` wants
 another torch, ``adapters`` an older transformers, ``llama-cpp-python`` a compiler) and may live in
@@ -20,7 +20,9 @@ __all__ = ["main"]
 
 def main(argv: list[str]) -> None:
     consumer, model, out, *ids = argv
-    name, logits = _CONSUMERS[consumer](Path(model), [int(i) for i in ids])
+    kind, _, option = consumer.partition(":")
+    options = [option] if option else []
+    name, logits = _CONSUMERS[kind](Path(model), [int(i) for i in ids], *options)
     np.save(out, np.asarray(logits, dtype=np.float32)[None])
     print(name)
 
@@ -52,7 +54,32 @@ def _gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
         loaded.load_adapter(str(model / "adapter"))
     with torch.no_grad():
         logits = loaded.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
+    _generate(loaded, ids)
     return f"gptqmodel {version('gptqmodel')}", logits[0].float().numpy()
+
+
+def _bnb(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(model, device_map="cpu", dtype=kind).eval()
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.tensor([ids]), use_cache=False).logits
+    _generate(loaded, ids)
+    name = f"transformers {version('transformers')}, bitsandbytes {version('bitsandbytes')}"
+    return name, logits[0].float().numpy()
+
+
+def _generate(loaded: Any, ids: list[int]) -> None:
+    """Two tokens, as whoever uses the model will ask for."""
+    import torch
+
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+    loaded.generate(
+        input_ids=prompt, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0
+    )
 
 
 def _adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
@@ -68,7 +95,13 @@ def _adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
     return f"adapters {version('adapters')}", logits[0].float().numpy()
 
 
-_CONSUMERS = {"mlx": _mlx, "llama.cpp": _llama_cpp, "gptq": _gptq, "adapters": _adapters}
+_CONSUMERS: dict[str, Any] = {
+    "mlx": _mlx,
+    "llama.cpp": _llama_cpp,
+    "gptq": _gptq,
+    "adapters": _adapters,
+    "bnb-nf4": _bnb,
+}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

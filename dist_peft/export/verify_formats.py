@@ -1,11 +1,14 @@
 """Loading each quantized export with the library it is for, and comparing it with the run's probe.
 
 ``transformers`` loads ``bnb-nf4``, ``hf-metal``, ``compressed-tensors`` and ``gguf`` in this
-process. ``mlx-lm``, ``llama.cpp`` and ``gptqmodel`` run in another: this Python if it has them, or
-the one that an environment variable names (``OTHERS``).
+process; of ``bnb-nf4`` its plain path, ``generate`` included, runs in another as a user's does.
+``mlx-lm``, ``llama.cpp`` and ``gptqmodel`` run in another, too: this Python if it has them, or the
+one that an environment variable names (``OTHERS``). All of them have a limit of time.
 """
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +27,13 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.export import verify_consumer
-from dist_peft.export.verify import Comparison, Probe, compare
+from dist_peft.export.time_limit import NotVerified, time_limit
+from dist_peft.export.verdict import VerificationError
+from dist_peft.export.verify import Comparison, Probe, compare, try_generate
 
-__all__ = ["ADAPTER", "OTHERS", "NotVerified", "correct_bitsandbytes", "verify_export"]
+__all__ = ["ADAPTER", "OTHERS", "correct_bitsandbytes", "verify_export"]
+
+log = logging.getLogger("dist_peft")
 
 ADAPTER = "adapter"
 """Directory inside an export that holds the adapter for the base beside it."""
@@ -51,11 +58,15 @@ OTHERS = {
 """Consumer -> its module, the variable that names a Python which has it, how to get it."""
 
 
-class NotVerified(Exception):
-    """The consumer is not installed; the message says how to get it."""
-
-
-def verify_export(name: str, out: Path, probe: Probe, dtype: torch.dtype) -> tuple[str, Comparison]:
+def verify_export(
+    name: str,
+    out: Path,
+    probe: Probe,
+    dtype: torch.dtype,
+    seconds: float = 600.0,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[str, Comparison]:
     """Load an export with its consumer.
 
     Args:
@@ -63,22 +74,61 @@ def verify_export(name: str, out: Path, probe: Probe, dtype: torch.dtype) -> tup
         out: the directory, or the file of a gguf.
         probe: of the run.
         dtype: what ``transformers`` computes in.
+        seconds: longest time that the consumer may take.
+        trust_remote_code: run code that lies in ``out``.
 
     Returns:
         The consumer with its version, and how far its logits are from the trained model's.
 
     Raises:
-        NotVerified: see there.
-        RuntimeError: the consumer refuses the export.
+        NotVerified: the consumer is not installed, did not end in time, or computes on this
+            machine something else than the files hold.
+        VerificationError: the consumer refuses the export.
     """
     if name in ("mlx", "gptq"):
-        consumer, logits = _elsewhere(name, out, probe.input_ids)
+        consumer, logits = _elsewhere(name, out, probe.input_ids, seconds)
     elif name == "gguf" and _python("llama.cpp"):
-        consumer, logits = _elsewhere("llama.cpp", out, probe.input_ids)
+        consumer, logits = _elsewhere("llama.cpp", out, probe.input_ids, seconds)
+    elif name == "bnb-nf4":
+        return _bitsandbytes(out, probe, dtype, seconds)
     else:
-        consumer, logits = _here(name, out, probe.input_ids, dtype)
+        with time_limit("loading it with transformers", seconds):
+            consumer, logits = _here(name, out, probe.input_ids, dtype, trust_remote_code)
     return consumer, compare(logits, probe)
 
+
+def _bitsandbytes(
+    out: Path, probe: Probe, dtype: torch.dtype, seconds: float
+) -> tuple[str, Comparison]:
+    """What the files hold, and what plain ``transformers`` makes of them on this machine.
+
+    Raises:
+        NotVerified: the second fails, or is further from the trained model.
+        VerificationError: the first is no number.
+    """
+    with time_limit("loading it with transformers", seconds):
+        consumer, logits = _here("bnb-nf4", out, probe.input_ids, dtype, False)
+    stored = compare(logits, probe)
+    own = str(dtype).removeprefix("torch.")
+    try:
+        plain, logits = _elsewhere(f"bnb-nf4:{own}", out, probe.input_ids, seconds)
+    except VerificationError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise NotVerified(
+            f"plain transformers with bitsandbytes cannot run {out} on this machine ({last}). The "
+            f"files are right: without the kernels that fail, {stored}"
+        ) from None
+    found = compare(logits, probe)
+    if not found.relative <= stored.relative + _PLAIN_MARGIN:
+        raise NotVerified(
+            f"bitsandbytes computes on this machine something else than the files hold: {found}; "
+            f"without its AVX512 kernels, {stored}. Use another machine or another format"
+        )
+    return plain if consumer == plain else f"{plain}, plain", found
+
+
+_PLAIN_MARGIN = 0.05
+"""By how much of what training changed a consumer's kernels may differ from what files hold."""
 
 _NEEDS = {
     "bnb-nf4": ("bitsandbytes", "accelerate"),
@@ -89,13 +139,15 @@ _NEEDS = {
 
 
 @torch.no_grad()
-def _here(name: str, out: Path, ids: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
+def _here(
+    name: str, out: Path, ids: Tensor, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[str, Tensor]:
     for module in _NEEDS[name]:
         if find_spec(module) is None:
             package = module.replace("_", "-")
             raise NotVerified(f"{package} is not installed; pip install {package}")
     disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     consumer = f"transformers {version('transformers')}"
     if name in ("bnb-nf4", "hf-metal"):
         options["device_map"] = "cpu"  # the default of hf-metal is an Apple GPU
@@ -117,7 +169,10 @@ def _here(name: str, out: Path, ids: Tensor, dtype: torch.dtype) -> tuple[str, T
         consumer += f", peft {version('peft')}"
     if name == "bnb-nf4" and correct_bitsandbytes(model):
         consumer += " without its AVX512 kernels"
-    return consumer, model.eval()(input_ids=ids, use_cache=False).logits.float()
+    logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    if name != "bnb-nf4":  # whose plain path runs in a process of its own
+        try_generate(model, ids)
+    return consumer, logits
 
 
 def correct_bitsandbytes(model: nn.Module) -> bool:
@@ -162,9 +217,19 @@ def _python(consumer: str) -> str | None:
     return named or (sys.executable if find_spec(other.module) else None)
 
 
-def _elsewhere(consumer: str, out: Path, ids: Tensor) -> tuple[str, Tensor]:
-    other, python = OTHERS[consumer], _python(consumer)
+def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[str, Tensor]:
+    other = OTHERS.get(consumer)
+    python = sys.executable if other is None else _python(consumer)
+    if other is not None:
+        log.info(
+            "loading %s with %s, for at most %g minutes%s",
+            out,
+            other.module,
+            seconds / 60,
+            "; it may compile kernels first" if consumer == "gptq" else "",
+        )
     if python is None:
+        assert other is not None
         raise NotVerified(
             f"{other.module.replace('_', '-')} is not installed; {other.install}, here or in an "
             f"environment of its own whose Python {other.variable} names"
@@ -175,9 +240,39 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor) -> tuple[str, Tensor]:
         command = [python, verify_consumer.__file__, consumer, str(out.resolve()), str(file)]
         command += [str(i) for i in ids[0].tolist()]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=scratch, env=environment
-        )
+        done = _within(command, scratch, environment, consumer, seconds)
+        if done.returncode < 0:
+            raise NotVerified(
+                f"the process of {consumer} was ended by signal {-done.returncode}"
+                + (", as the system does where memory is short" if done.returncode == -9 else "")
+            )
         if done.returncode:
-            raise RuntimeError(f"{consumer} cannot load {out}:\n{done.stderr}")
+            raise VerificationError(f"{consumer} cannot load {out}:\n{done.stderr}")
         return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(file))
+
+
+def _within(
+    command: list[str], scratch: str, environment: dict[str, str], consumer: str, seconds: float
+) -> subprocess.CompletedProcess[str]:
+    """Run it with what it starts, such as compilers; all of it is ended when the time is up."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=scratch,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise NotVerified(
+            f"{consumer} did not load it within {seconds / 60:g} minutes (it may compile kernels "
+            "when it runs first); give it more with --verify-minutes"
+        ) from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

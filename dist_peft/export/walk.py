@@ -18,7 +18,7 @@ file: the adapter has them whole.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.reader import RowReader
 
-__all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "open_walk", "parts_to_rows"]
+__all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "base_rows", "open_walk", "parts_to_rows"]
 
 log = logging.getLogger("dist_peft")
 
@@ -149,6 +149,21 @@ class Walk:
                 f"adapter {adapter_dir} has no {absent[0]}, a parameter of the classifier's head "
                 "that the base does not have either; is it of another run?"
             )
+
+        merger.check_shapes(self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """Path -> rows and columns of the whole weight, whose rows several tensors may hold."""
+        found: dict[str, tuple[int, int]] = {}
+        for weight in self.weights:
+            if weight.linear is None:
+                columns = torch.Size(weight.info.shape[1:]).numel()
+                found[weight.path] = (weight.rows, columns)
+            else:
+                stop = weight.in_linear(Span(0, weight.rows)).stop
+                rows = max(stop, found.get(weight.path, (0, 0))[0])
+                found[weight.path] = (rows, weight.columns)
+        return found
 
     def adapts(self, weight: Weight) -> bool:
         """Whether the adapter changes this tensor."""
@@ -286,6 +301,27 @@ def open_walk(
         hashes = row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
         yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
+
+
+def base_rows(
+    base: BaseConfig, directory: Path, labels: Sequence[str], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[tuple[str, Tensor, Span]]:
+    """The base as training saw it, without any adapter: path, rows, and which rows of the weight
+    they are, of every tensor in the files. Rows of experts stored together are matrices."""
+    skeleton = build_skeleton(base, directory, labels)
+    with RowReader(skeleton.index) as reader:
+        for weight in _weights(skeleton):
+            size = torch.Size(weight.info.shape[1:]).numel()
+            if skeleton.head is not None and weight.path in skeleton.head.new:
+                continue
+            for span in Span(0, weight.rows).chunks(max(1, chunk_bytes // 4 // max(1, size))):
+                if weight.linear is None:
+                    yield weight.path, reader.read(weight.name, span), span
+                    continue
+                own = weight.in_linear(span)
+                packed = LinearRows.read(weight.linear, reader, own).packed(lambda rows: rows)
+                columns = weight.linear.in_features
+                yield weight.path, weight.linear.codec.decode(packed, columns, torch.float32), own
 
 
 def _open_merger(

@@ -1,16 +1,20 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 
+from dist_peft.app import cli
 from dist_peft.app.build import load, prepare, with_labels
+from dist_peft.app.train import train
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.world import World
+from dist_peft.train.checkpoint import Checkpoints
 from tests.app.classifying import classifying_tree, save_classifier_base
 from tests.app.fusing import NAMES, fusion_tree
-from tests.app.tiny import tiny_tree
+from tests.app.tiny import save_config, tiny_tree
 
 IDS = torch.tensor([[1, 5, 9, 80]])
 
@@ -89,3 +93,23 @@ def test_a_language_model_has_no_classes_to_call(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path))
     built = load(prepare(config, World()), config, World(), torch.device("cpu"))
     assert with_labels(built, []) is built
+
+
+def test_checkpoint_with_values_that_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``eval --run`` of a state with a NaN names it, instead of printing a loss of NaN."""
+    save = Checkpoints.save
+
+    def save_damaged(self: Checkpoints, state: Any, position: Any) -> Path:
+        name = next(n for n in state if n.startswith("param/") and n.endswith("lora_B"))
+        damaged = state[name].clone()
+        damaged.view(-1)[0] = float("nan")
+        return save(self, {**state, name: damaged}, position)
+
+    monkeypatch.setattr(Checkpoints, "save", save_damaged)
+    tree = tiny_tree(tmp_path, train={"global_batch": 2, "steps": 1, "device": "cpu"})
+    assert train(parse_config(tree), World()) == 0
+    argv = ["eval", "--config", str(save_config(tmp_path, tree)), "--run", str(tmp_path / "run")]
+    assert cli.main(argv) == 2
+    assert "lora_B holds nan" in capsys.readouterr().err

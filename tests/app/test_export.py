@@ -19,6 +19,8 @@ from dist_peft.core.config_io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.export import verify_formats
+from dist_peft.export.verdict import VerificationError
 from dist_peft.export.verify import Probe
 from tests.app.tiny import tiny_tree
 
@@ -61,7 +63,7 @@ def test_merge_writes_verifies_and_reports(
 
 def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
     before = (run_dir / "report.html").read_bytes()
-    merge_run(run_dir, tmp_path / "out", verify=False)
+    merge_run(run_dir, tmp_path / "out", verify=None)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (run_dir / "report.html").read_bytes() == before
 
@@ -69,7 +71,7 @@ def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
 def test_hf_format_is_a_merge(run_dir: Path, tmp_path: Path) -> None:
     argv = ["export", "--format", "hf-bf16", "--run", str(run_dir), "--no-verify"]
     assert cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
-    merge_run(run_dir, tmp_path / "b", verify=False)
+    merge_run(run_dir, tmp_path / "b", verify=None)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
 
@@ -275,3 +277,145 @@ def test_qalora_adapters(qalora_run: Path, tmp_path: Path) -> None:
         change = found - logits(adapted, probe)
     wanted = (probe.trained - probe.before).flatten()
     assert torch.cosine_similarity(change.flatten(), wanted, 0) > 0.9
+
+
+# -- verdicts ----------------------------------------------------------------------------------
+
+
+def damage_probe(run: Path, how: str) -> None:
+    """Another trained model, whose logits the export cannot have."""
+    probe = Probe.load(run / "probe.safetensors")
+    change = probe.trained - probe.before
+    trained = {
+        "slightly": probe.trained + 0.2 * change.roll(1, -1),
+        "another base": probe.trained + 11 * change.roll(1, -1),
+        "nan": probe.trained * torch.nan,
+        "lost": probe.before - change,
+    }[how]
+    Probe(probe.input_ids, trained, probe.before).save(run / "probe.safetensors")
+
+
+@pytest.mark.parametrize("how", ["slightly", "another base", "nan", "lost"])
+@pytest.mark.parametrize(
+    ("form", "exact"),
+    [
+        (["merge", "--base", "decoded"], True),
+        (["merge"], False),
+        (["export", "--format", "peft"], True),
+        (["export", "--format", "hf-metal"], False),
+    ],
+    ids=["decoded", "original", "peft", "hf-metal"],
+)
+def test_lora_that_is_not_what_was_trained(
+    form: list[str],
+    exact: bool,
+    how: str,
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = copied(run_dir, tmp_path)
+    damage_probe(run, how)
+    argv = [*form, "--run", str(run), "--out", str(tmp_path / "out")]
+    fails = exact or how != "slightly"
+    assert cli.main(argv) == int(fails)
+    err = capsys.readouterr().err
+    assert ("was written and is kept" in err) == fails
+    assert fails or "of what training changed on the probe" in err
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("name", ["hf-metal", "compressed-tensors", "peft-expanded"])
+def test_qalora_that_is_not_what_was_trained(
+    name: str, qalora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(qalora_run, tmp_path)
+    argv = ["export", "--format", name, "--run", str(run), "--out"]
+    damage_probe(run, "slightly")
+    assert cli.main([*argv, str(tmp_path / "a")]) == 1
+    assert "keeps the trained function and may differ by at most 5.0%" in capsys.readouterr().err
+    assert cli.main([*argv, str(tmp_path / "b"), "--max-error", "0.5"]) == 0
+
+
+def test_bound_of_the_user(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["merge", "--run", str(run_dir), "--base", "decoded", "--out"]
+    assert cli.main([*argv, str(tmp_path / "a"), "--max-error", "1e-6"]) == 1
+    assert "--max-error allows at most 0.0%" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*argv, str(tmp_path / "b"), "--max-error", "nan"])
+    assert cli.main([*argv, str(tmp_path / "c"), "--max-error", "1", "--no-verify"]) == 0
+    assert "--max-error has no effect with --no-verify" in capsys.readouterr().err
+
+
+def test_consumer_that_takes_too_long(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A library that compiles, and one that loads in this process."""
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 30 & wait\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("DIST_PEFT_MLX_PYTHON", str(slow))
+    argv = ["--run", str(run_dir), "--verify-minutes", "0.005", "--out"]
+    assert cli.main(["export", "--format", "mlx", *argv, str(tmp_path / "mlx")]) == 0
+    err = capsys.readouterr().err
+    assert "with mlx_lm, for at most 0.005 minutes" in err
+    assert "NOT VERIFIED: mlx did not load it within 0.005 minutes" in err
+    argv[3] = "0.0001"
+    assert cli.main(["merge", *argv, str(tmp_path / "merged")]) == 0
+    assert "NOT VERIFIED: loading it with transformers took longer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_types_of_merged_weights(
+    dtype: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["merge", "--run", str(run_dir), "--out", str(out), "--base", "decoded"]
+    assert cli.main([*argv, "--dtype", dtype]) == 0
+    assert {str(t.dtype) for t in load_file(out / "model.safetensors").values()} == {
+        f"torch.{dtype}"
+    }
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    assert (" 0.00% of what training changed" in capsys.readouterr().err) == (dtype == "float32")
+
+
+def test_only_what_belongs_to_an_adapter_is_exported(run_dir: Path, tmp_path: Path) -> None:
+    run, out = copied(run_dir, tmp_path), tmp_path / "out"
+    (tmp_path / "key").write_text("secret")
+    (run / "adapter" / "notes.txt").symlink_to(tmp_path / "key")
+    (run / "adapter" / ".env").write_text("TOKEN=1")
+    (run / "adapter" / "pytorch_model.bin").write_text("pickle")
+    argv = ["export", "--format", "peft", "--run", str(run), "--out", str(out)]
+    assert cli.main(argv) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "dist_peft.json",
+    }
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+
+def test_bitsandbytes_that_fails_on_this_machine(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What plain transformers cannot run, as a user would, is not called loaded."""
+
+    def fail(*args: object) -> None:
+        raise VerificationError("bnb-nf4 cannot load it:\nAssertionError: N % block_n")
+
+    monkeypatch.setattr(verify_formats, "_elsewhere", fail)
+    argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--format", "bnb-nf4"]) == 0
+    err = capsys.readouterr().err
+    assert "NOT VERIFIED: plain transformers with bitsandbytes cannot run" in err
+    assert "AssertionError: N % block_n" in err and "of what training changed" in err
+    assert "loaded by" not in err

@@ -139,7 +139,7 @@ def short(directory: Path) -> str:
 def test_failure_leaves_nothing(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: object) -> None:
         raise UserError("the disk is full")
 
     monkeypatch.setattr("dist_peft.app.quantize.copy_configuration", full)

@@ -50,7 +50,24 @@ def test_numbers_by_hand() -> None:
 def test_training_that_changed_nothing_is_no_division_by_zero() -> None:
     same = probe().trained
     assert compare(same, Probe(IDS, same, same)).relative == 0
-    assert compare(same + 1, Probe(IDS, same, same)).relative > 1e9
+    other = compare(same + 1, Probe(IDS, same, same))
+    assert not other.changed  # measured against the spread of the logits instead
+    assert other.relative == pytest.approx(1 / same.std(correction=0).item(), rel=1e-5)
+
+
+def test_tokens_that_a_model_rules_out() -> None:
+    trained, before = probe().trained.clone(), probe().before.clone()
+    trained[..., 0] = before[..., 0] = -math.inf
+    found = compare(trained, Probe(IDS, trained, before))
+    assert (found.relative, found.kl) == (0, 0) and found.changed
+    wrong = compare(trained.nan_to_num(neginf=0.0), Probe(IDS, trained, before))
+    assert not wrong.relative < 1
+
+
+def test_divergence_of_the_base_before_training() -> None:
+    found = compare(probe().before, probe())
+    assert found.kl == found.kl_before > 0
+    assert compare(probe().trained, probe()).kl_before == found.kl
 
 
 def test_other_vocabulary_is_refused() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from dist_peft.core.config import QuantConfig
 from dist_peft.export import verify_formats
 from dist_peft.export.formats import export_model
-from dist_peft.export.verify_formats import NotVerified, correct_bitsandbytes, verify_export
+from dist_peft.export.time_limit import NotVerified
+from dist_peft.export.verify_formats import correct_bitsandbytes, verify_export
 from tests.export.runs import make_run
 
 

@@ -1,0 +1,116 @@
+"""``dist-peft export --format peft``: the adapter alone, loaded by PEFT and compared."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_peft.adapters.adapterhub_format import is_adapterhub
+from dist_peft.adapters.fusion_format import is_fusion
+from dist_peft.adapters.peft_format import (
+    check_adapter,
+    read_adapter,
+    read_metadata,
+    write_adapter,
+)
+from dist_peft.adapters.prompt_format import PLACED
+from dist_peft.adapters.qalora_format import as_expanded, as_peft
+from dist_peft.app.report import add_section
+from dist_peft.core.config import QaLoraConfig, RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.sink import check_new, copy_tokenizer
+from dist_peft.export.time_limit import NotVerified, time_limit
+from dist_peft.export.verdict import judge
+from dist_peft.export.verify import Probe
+from dist_peft.export.verify_adapter import verify_adapter
+from dist_peft.model.hub import resolve_base
+from dist_peft.train.report import Section
+
+__all__ = ["VERIFY", "Verification", "export_adapter"]
+
+log = logging.getLogger("dist_peft")
+
+_WRITTEN_AS = {"peft": as_peft, "peft-expanded": as_expanded}
+"""Format of an adapter -> how QA-LoRA is written in it; LoRA is the same in both."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How what was written is compared with the trained model.
+
+    Attributes:
+        max_error: another bound than the form's, as a share of what training changed.
+        seconds: longest time that the consumer may take.
+    """
+
+    max_error: float | None = None
+    seconds: float = 600.0
+
+
+VERIFY = Verification()
+
+
+@torch.no_grad()
+def export_adapter(
+    config: RunConfig,
+    run_dir: Path,
+    name: str,
+    out: Path,
+    *,
+    verify: Verification | None = VERIFY,
+) -> None:
+    """Write the adapter of a run as ``peft`` or ``peft-expanded``.
+
+    Raises:
+        UserError: PEFT has no such adapter, it is damaged, or nothing can be written.
+        VerificationError: with PEFT on the base it does not compute the trained function.
+    """
+    check_new(out)
+    adapter = run_dir / "adapter"
+    public = read_adapter(adapter)
+    check_adapter(public)  # a damaged one is refused, not copied
+    if is_adapterhub(public.config):
+        kind = "fusion" if is_fusion(public.config) else "bottleneck"
+        raise UserError(
+            f"{run_dir} was trained with adapter.kind {kind}, which PEFT does not have; "
+            f"{adapter} already is what AdapterHub's library loads"
+        )
+    if public.config["peft_type"] == PLACED:
+        raise UserError(
+            f"{run_dir} was trained with adapter.pseudo_token, and PEFT puts virtual tokens in "
+            "front only: there is no PEFT form of it; dist-peft eval --run reads the run itself"
+        )
+    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another directory") from None
+    # its tensors and settings alone: what else lies in the directory may be anything
+    write_adapter(out, _WRITTEN_AS[name](public), read_metadata(adapter))
+    copy_tokenizer(adapter, out)
+    log.info("wrote PEFT adapter %s", out)
+    if probe is None or verify is None:
+        return
+    try:
+        if name == "peft" and isinstance(config.adapter, QaLoraConfig):
+            raise NotVerified(
+                "PEFT applies its own QA-LoRA to GPTQ linears only; --format peft-expanded is the "
+                "same adapter as plain LoRA"
+            )
+        with time_limit("loading it with PEFT", verify.seconds):
+            base = resolve_base(config.base)
+            consumer, found = verify_adapter(config.base, base, adapter, out, probe)
+    except NotVerified as error:
+        log.warning("NOT VERIFIED: %s", error)
+        return
+    log.info("loaded by %s: %s", consumer, found)
+    rows = [("Loaded by", consumer), *found.rows()]
+    add_section(run_dir, Section(f"Export {name}", rows=tuple(rows)))
+    hint = ""
+    if public.facts.get("start"):
+        hint = (
+            f"adapter.init {public.facts['start']} trained on a base with its start taken away, "
+            "which no quantized base of PEFT is; merge the run with --base decoded"
+        )
+    judge(found, out, exact=True, max_error=verify.max_error, hint=hint)

@@ -1,0 +1,131 @@
+"""Arguments of ``merge`` and ``export``, and which of them have an effect on which format."""
+
+import argparse
+import logging
+from typing import Any
+
+from dist_peft.export.formats import FORMATS, GGUF_TYPES, format_table
+
+__all__ = [
+    "ADAPTERS",
+    "INTEGER_ZERO",
+    "add_export_arguments",
+    "add_merge_arguments",
+    "add_verify_arguments",
+    "warn_of_unused",
+]
+
+log = logging.getLogger("dist_peft")
+
+ADAPTERS = ("peft", "peft-expanded")
+"""Formats of an adapter alone."""
+
+INTEGER_ZERO = ("gptq", "compressed-tensors")
+"""Formats with the base as trained and the adapter beside it."""
+
+_FORMATS_WITH_BITS = ("mlx", "hf-metal", *INTEGER_ZERO)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``merge`` takes alone."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="type of the merged weights; default bfloat16",
+    )
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Bounds of the comparison with the trained model, of both verbs."""
+    parser.add_argument(
+        "--max-error",
+        type=_share,
+        metavar="X",
+        help="largest error that ends with exit code 0, as a share of what training changed (0.3); "
+        "default: 0.05 for forms that keep the trained function, 1 for the others",
+    )
+    parser.add_argument(
+        "--verify-minutes",
+        type=_positive,
+        default=10.0,
+        metavar="N",
+        help="longest time for loading the result with its own library; default 10",
+    )
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no share of at least 0")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
+    return number
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``export`` takes beside the arguments of ``merge``."""
+    names = ", ".join(FORMATS)
+    parser.add_argument(
+        "--list", action=_ListFormats, help="print what each format preserves and who loads it"
+    )
+    parser.add_argument(
+        "--format", required=True, choices=FORMATS, metavar="NAME", help=f"one of {names}"
+    )
+    for name, (kwargs, formats) in _OPTIONS.items():
+        text = f"{', '.join(formats)}: {kwargs['help']}"
+        parser.add_argument(f"--{name}", **{**kwargs, "help": text})
+
+
+_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "bits": (
+        {"type": int, "choices": (2, 3, 4, 8), "help": "default: an integer base's own, else 4"},
+        _FORMATS_WITH_BITS,
+    ),
+    "group-size": (
+        {"type": int, "help": "default: an integer base's own, else 64"},
+        _FORMATS_WITH_BITS,
+    ),
+    "type": (
+        {"choices": GGUF_TYPES, "help": "default: q4_1 where it keeps QA-LoRA's codes, else q8_0"},
+        ("gguf",),
+    ),
+    "merge": (
+        {"action": "store_true", "help": "one merged model instead of base and adapter"},
+        INTEGER_ZERO,
+    ),
+    "lossy": (
+        {"action": "store_true", "help": "allow --merge, which rounds most of the adapter away"},
+        INTEGER_ZERO,
+    ),
+}
+"""Option -> its argparse settings, and the formats that it changes."""
+
+
+class _ListFormats(argparse.Action):
+    """``--list``: print the table and leave, as ``--help`` does."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(format_table())
+        parser.exit()
+
+
+def warn_of_unused(args: argparse.Namespace) -> None:
+    """Say which of the given options change nothing."""
+    for name, (_, formats) in _OPTIONS.items():
+        if getattr(args, name.replace("-", "_")) and args.format not in formats:
+            log.warning("--%s has no effect on format %s", name, args.format)
+    if args.lossy and not args.merge and args.format in INTEGER_ZERO:
+        log.warning("--lossy has no effect without --merge")
+    beside = args.format in INTEGER_ZERO and not args.merge
+    if args.base and (args.format in ADAPTERS or beside):
+        log.warning("--base has no effect where nothing is merged")

@@ -1,0 +1,52 @@
+"""The tokens that end what a model was trained to write, found in the training rows themselves.
+
+A chat template may end a turn with another token than the tokenizer's eos, and the base's
+generation settings may stop at a third: then the model writes the end of its turn and carries on.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["turn_end_ids"]
+
+_ROWS = 64
+_TAIL = 3
+"""Targets at the end of a document that are looked at: a newline may follow the token."""
+_SHARE = 0.1
+
+
+class Rows(Protocol):
+    """Tokens, labels (-100: no target) and positions (0 at the start of each document) of rows."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def turn_end_ids(rows: Rows, special: Collection[int]) -> list[int]:
+    """Special tokens that are among the last targets of at least a tenth of the documents.
+
+    Args:
+        rows: of the training data; up to 64 of them, evenly spread, are looked at.
+        special: ids that mean more than text: special and added tokens, the eos.
+
+    Returns:
+        The ids, the most frequent first; empty where documents end with plain text.
+    """
+    ends, documents = Counter[int](), 0
+    for index in torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long().unique().tolist():
+        _, labels, positions = rows.row(index)
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(labels)]
+        for first, stop in pairwise(starts):
+            own = labels[first:stop]
+            targets = own[own != -100].tolist()
+            documents += bool(targets)
+            last = next((t for t in reversed(targets[-_TAIL:]) if t in special), None)
+            if last is not None:
+                ends[last] += 1
+    return [token for token, count in ends.most_common() if count >= _SHARE * documents]

@@ -1,0 +1,176 @@
+"""Which files of a base belong to a model that is made of it, by name; all others stay.
+
+A directory may hold weights in other formats, an adapter's configuration (which makes loaders look
+for an adapter), secrets and links to anywhere. So files are taken by a list: configuration,
+tokenizer, chat templates, processors, licence, and code as far as ``auto_map`` needs it.
+
+A link is followed only inside the directory, and from a snapshot of the Hugging Face cache into the
+``blobs`` of the same repository.
+"""
+
+import ast
+import json
+import logging
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["check_link", "model_files", "without_code"]
+
+log = logging.getLogger("dist_peft")
+
+_NEEDED = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json"),
+    *("*.model", "*.spm", "*.tiktoken", "tekken.json", "vocab-*.json"),
+    *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+    *("video_preprocessor_config.json", "feature_extractor_config.json"),
+)
+"""A model without one of these that its base has would be another model."""
+
+_DOCUMENTS = (
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "README*",
+    "*USE_POLICY*",
+    "*POLICY.md",
+)
+_DOCUMENT_ENDINGS = ("", ".md", ".txt", ".rst", ".pdf")
+
+
+def model_files(directory: Path, *, code: bool = False) -> list[str]:
+    """Names in ``directory`` of the files that belong to a model, relative to it, sorted.
+
+    Args:
+        directory: a base.
+        code: with the Python files that ``auto_map`` needs.
+
+    Raises:
+        UserError: one that the model needs is a link out of the directory.
+    """
+    found = set()
+    for path in [*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]:
+        name = path.relative_to(directory).as_posix()
+        if any(part.startswith(".") for part in Path(name).parts) or not path.is_file():
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in _NEEDED):
+            check_link(path, directory)
+            found.add(name)
+        elif _is_document(path):
+            if _stays_inside(path, directory):
+                found.add(name)
+            else:
+                log.warning("%s is a link out of %s and is not copied", path, directory)
+    if code:
+        found |= set(_code_files(directory))
+    return sorted(found)
+
+
+def _is_document(path: Path) -> bool:
+    known = any(fnmatchcase(path.name, pattern) for pattern in _DOCUMENTS)
+    return known and path.suffix.lower() in _DOCUMENT_ENDINGS
+
+
+def check_link(path: Path, directory: Path) -> None:
+    """Raises UserError: ``path`` is, or lies behind, a link out of ``directory``."""
+    if not _stays_inside(path, directory):
+        raise UserError(
+            f"{path} is a link to {path.resolve()}, out of {directory}: its contents are not "
+            "copied into what is written, since they may be anything; replace the link by the file"
+        )
+
+
+def _stays_inside(path: Path, directory: Path) -> bool:
+    root, target = directory.resolve(), path.resolve()
+    if target.is_relative_to(root):
+        return True
+    # of the hub's cache: models--org--name/snapshots/REVISION/config.json -> ../../blobs/HASH
+    cache = root.parent.parent
+    in_cache = root.parent.name == "snapshots" and cache.name.startswith(("models--", "datasets--"))
+    return in_cache and target.parent == cache / "blobs"
+
+
+def without_code(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object without ``auto_map``; None: it has none, or is no JSON object."""
+    if path.suffix != ".json":
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or "auto_map" not in content:
+        return None
+    return {key: value for key, value in content.items() if key != "auto_map"}
+
+
+# -- code --------------------------------------------------------------------------------------
+
+
+def _code_files(directory: Path) -> Iterator[str]:
+    """The modules that ``auto_map`` names, and all that they import from beside them."""
+    left, seen = sorted(_mapped_modules(directory)), set[str]()
+    while left:
+        module = left.pop()
+        for name in _files_of(module):
+            path = directory / name
+            if name in seen or not path.is_file():
+                continue
+            check_link(path, directory)
+            seen.add(name)
+            yield name
+            left += _relative_imports(path, ".".join(Path(name).parent.parts))
+
+
+def _files_of(module: str) -> list[str]:
+    """``a.b`` -> the files that importing it may run."""
+    names = module.split(".") if module else []
+    packages = ["/".join([*names[:i], "__init__.py"]) for i in range(1, len(names) + 1)]
+    return [*packages, "/".join(names) + ".py"] if names else []
+
+
+def _mapped_modules(directory: Path) -> Iterator[str]:
+    """Modules in the ``auto_map`` of any configuration; those of another repository are not here
+    (``org/name--module.Class``)."""
+    for path in sorted(directory.glob("*.json")):
+        if not any(fnmatchcase(path.name, pattern) for pattern in _NEEDED):
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        mapped = content.get("auto_map") if isinstance(content, dict) else None
+        values = list(mapped.values()) if isinstance(mapped, dict) else []
+        for value in (v for own in values for v in (own if isinstance(own, list) else [own])):
+            if isinstance(value, str) and "--" not in value and "." in value:
+                yield value.rpartition(".")[0]
+
+
+def _relative_imports(path: Path, package: str) -> list[str]:
+    """Modules that a file imports from its own directory tree, by their path from the top.
+
+    Args:
+        package: dotted path of the package that the file is in; empty at the top.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        names = package.split(".") if package else []
+        if node.level - 1 > len(names):
+            continue  # above the directory
+        parent = names[: len(names) - (node.level - 1)]
+        stem = [*parent, *(node.module.split(".") if node.module else [])]
+        found += [".".join(stem)] if stem else []
+        found += [".".join([*stem, alias.name]) for alias in node.names]
+    return found

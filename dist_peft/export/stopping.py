@@ -1,0 +1,85 @@
+"""Where generation stops: what is exported stops at the token that ended the trained turns.
+
+``transformers`` stops at the ``eos_token_id`` of ``generation_config.json``, or of ``config.json``
+where there is none; a run's ``adapter/dist_peft.json`` has ``turn_end``, the ids that its training
+rows ended with.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.model.hub import read_json_object
+from dist_peft.store.writer import atomic_write
+
+__all__ = ["add_stop_tokens", "read_turn_end", "stop_tokens", "warn_of_no_stop"]
+
+log = logging.getLogger("dist_peft")
+
+_GENERATION = "generation_config.json"
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """Ids at which plain ``generate`` of a model in ``directory`` stops."""
+    file = directory / _GENERATION
+    if file.is_file() and (found := _ids(read_json_object(file).get("eos_token_id"))):
+        return found
+    config = read_json_object(directory / "config.json")
+    text = config.get("text_config")
+    nested = text.get("eos_token_id") if isinstance(text, dict) else None
+    return _ids(config.get("eos_token_id")) or _ids(nested)
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+
+
+def read_turn_end(adapter_dir: Path) -> list[int]:
+    """``turn_end`` of a run's adapter; empty where it is unknown."""
+    return _ids(read_metadata(adapter_dir).get("turn_end"))
+
+
+def warn_of_no_stop(directory: Path, turn_end: Sequence[int], names: Sequence[str]) -> None:
+    """At the start of training: the base would not stop where the data end.
+
+    Args:
+        directory: the base.
+        turn_end: ids that end the training documents.
+        names: their texts.
+    """
+    stops = stop_tokens(directory)
+    missing = [name for token, name in zip(turn_end, names, strict=True) if token not in stops]
+    if missing:
+        log.warning(
+            "the training data end with %s, and the base's generation settings stop at token ids "
+            "%s: the base with the adapter would write on after the end of its turn. Merged and "
+            "exported models get the token in generation_config.json (gguf: eot_token_id); with "
+            "the adapter alone pass eos_token_id to generate",
+            ", ".join(map(repr, missing)),
+            stops,
+        )
+
+
+def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
+    """Let the model in ``out``, whose configuration is there, stop where the trained turns end.
+
+    Raises:
+        UserError: a file is damaged, or cannot be written.
+    """
+    stops = stop_tokens(out)
+    missing = [token for token in read_turn_end(adapter_dir) if token not in stops]
+    if not missing:
+        return
+    file = out / _GENERATION
+    if file.is_file():
+        settings = read_json_object(file)
+    else:  # what transformers derives from config.json where there is no such file
+        config = read_json_object(out / "config.json")
+        settings = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
+    settings["eos_token_id"] = [*stops, *missing]
+    atomic_write(file, json.dumps(settings, indent=2) + "\n")
+    log.info("%s stops at token ids %s, which end the trained turns, too", file, missing)

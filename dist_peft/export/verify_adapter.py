@@ -1,0 +1,88 @@
+"""An adapter in PEFT's format, loaded by PEFT on the base and compared with the trained model.
+
+The base is ``transformers``' own model with the weights that training had: linears of the blocks
+as they were quantized and decoded (of PiSSA and LoftQ without their start, which PEFT's form of
+them takes away itself), everything else in the compute type.
+"""
+
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.core.config import BaseConfig
+from dist_peft.export.time_limit import NotVerified
+from dist_peft.export.verify import Comparison, Probe, compare
+from dist_peft.export.walk import base_rows
+from dist_peft.model.skeleton import torch_dtype
+
+__all__ = ["verify_adapter"]
+
+
+@torch.no_grad()
+def verify_adapter(
+    base: BaseConfig, directory: Path, trained: Path, out: Path, probe: Probe
+) -> tuple[str, Comparison]:
+    """Apply the adapter ``out`` with PEFT.
+
+    Args:
+        base, directory: the run's base and where it is.
+        trained: the run's adapter, which says what classes a head has.
+        out: what was written.
+        probe: of the run.
+
+    Returns:
+        PEFT with its version, and how far its logits are from the trained model's.
+
+    Raises:
+        NotVerified: PEFT is not installed, or ``transformers`` has no such model.
+    """
+    if find_spec("peft") is None:
+        raise NotVerified("peft is not installed; pip install peft")
+    from peft import PeftModel
+
+    labels = read_metadata(trained).get("labels", ())
+    model = _plain_model(base, directory, labels)
+    _fill(model, base, directory, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a rank_pattern that matches no module of its own
+        adapted: Any = PeftModel.from_pretrained(model, str(out)).eval()
+    found = adapted(input_ids=probe.input_ids, use_cache="prefix" in _kind(adapted)).logits.float()
+    if (extra := found.shape[1] - probe.trained.shape[1]) > 0 and not labels:
+        found = found[:, extra:]  # of virtual tokens in front
+    return f"peft {version('peft')}, transformers {version('transformers')}", compare(found, probe)
+
+
+def _kind(adapted: Any) -> str:
+    return str(adapted.active_peft_config.peft_type.value).lower()
+
+
+def _plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
+    """With random weights, to be filled."""
+    trust = base.trust_remote_code
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    auto: Any = AutoModelForCausalLM
+    if labels:
+        auto, config.num_labels = AutoModelForSequenceClassification, len(labels)
+    dtype = torch_dtype(base.compute_dtype)
+    model: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
+    return model.eval()
+
+
+def _fill(model: nn.Module, base: BaseConfig, directory: Path, labels: Any) -> None:
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for path, rows, span in base_rows(base, directory, labels):
+        target = own.get(path, own.get(path.removesuffix(".weight")))
+        if target is None and not path.startswith("lm_head."):  # a tied head's own copy
+            raise NotVerified(f"the model of plain transformers has no {path}")
+        if target is not None:
+            flat = target.view(-1, *rows.shape[1:]) if rows.dim() > 1 else target.view(-1)
+            flat[span.slice] = rows.to(target.dtype)

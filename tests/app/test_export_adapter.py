@@ -1,0 +1,31 @@
+"""``export --format peft`` of initializations that PEFT's form cannot keep on a quantized base."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_peft.app import cli
+from dist_peft.app.train import train
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from tests.app.tiny import tiny_tree
+
+
+@pytest.mark.parametrize("quant", [None, {"kind": "nf4"}], ids=str)
+def test_pissa(
+    quant: dict[str, str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = {"r": 4, "alpha": 8, "init": "pissa"}
+    tree = tiny_tree(tmp_path, base__quant=quant, adapter=adapter)
+    assert train(parse_config(tree), World()) == 0
+    close_log()
+    run, out = tmp_path / "run", tmp_path / "out"
+    argv = ["export", "--format", "peft", "--run", str(run), "--out"]
+    code = cli.main([*argv, str(out)])
+    err = capsys.readouterr().err
+    assert code == (quant is not None)
+    assert ("trained on a base with its start taken away" in err) == (quant is not None)
+    assert "loaded by peft" in err
+    assert cli.main([*argv, str(tmp_path / "other"), "--max-error", "100"]) == 0
+    close_log()

@@ -1,0 +1,78 @@
+"""What a run can become is said before it is trained, and is what the exports then say."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_peft.app.build import prepare
+from dist_peft.core.config_io import parse_config
+from dist_peft.core.world import World
+from dist_peft.export.formats import FORMATS
+from dist_peft.export.outlook import export_outlook, log_outlook
+from tests.app.tiny import save_words, tiny_tree
+from tests.tiny_models import CONFIGS, MIXTURES, save_model
+
+INT = {"kind": "int", "bits": 4, "group_size": 8}
+
+
+def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]:
+    tree = tiny_tree(tmp_path, **changes)
+    if model is not None:
+        save_model(model, tmp_path / "base")
+        save_words(tmp_path / "base")
+    config = parse_config(tree)
+    prepared = prepare(config, World())
+    log_outlook(config, prepared.skeleton, prepared.directory)
+    return export_outlook(config, prepared.skeleton, prepared.directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "possible"),
+    [
+        ({"base__quant": {"kind": "nf4"}}, {*FORMATS} - {"gptq", "compressed-tensors"}),
+        ({"base__quant": INT}, {*FORMATS}),
+        (
+            {"base__quant": {**INT, "solver": "hqq"}},
+            {*FORMATS} - {"gptq", "compressed-tensors"},
+        ),
+        ({"base__quant": INT, "adapter": {"kind": "qalora", "r": 2}}, {*FORMATS} - {"mlx"}),
+        (
+            {"adapter": {"kind": "full"}},
+            {"hf-bf16", "bnb-nf4", "mlx", "hf-metal", "gguf"},
+        ),
+        ({"adapter": {"kind": "prompt"}}, {"peft", "peft-expanded"}),
+        ({"adapter": {"kind": "bottleneck"}}, set()),
+    ],
+    ids=str,
+)
+def test_methods_and_bases(changes: dict[str, Any], possible: set[str], tmp_path: Path) -> None:
+    refused = outlook(tmp_path, **changes)
+    assert {*FORMATS} - refused.keys() == possible
+    assert all(refused.values())
+
+
+def test_adapted_embedding_of_a_tied_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    adapter = {"r": 2, "embeddings": True}
+    refused = outlook(tmp_path, CONFIGS["qwen3"], adapter=adapter)
+    assert {*FORMATS} - refused.keys() == {"peft", "peft-expanded"}
+    assert "adapter.embeddings: false to merge" in refused["hf-bf16"]
+    assert "exports of this run: peft, peft-expanded; not hf-bf16" in caplog.text
+
+
+def test_families_that_formats_do_not_have(tmp_path: Path) -> None:
+    mixture = outlook(tmp_path / "a", MIXTURES["mixtral"])
+    assert {*FORMATS} - mixture.keys() == {"hf-bf16", "peft", "peft-expanded"}
+    assert "gguf is written for" in outlook(tmp_path / "b", CONFIGS["phi"])["gguf"]
+
+
+def test_files_that_will_not_be_copied(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    (tmp_path / "merges").write_text("x")
+    (tmp_path / "base" / "merges.txt").symlink_to(tmp_path / "merges")
+    config = parse_config(tree)
+    prepared = prepare(config, World())
+    refused = export_outlook(config, prepared.skeleton, prepared.directory)
+    assert "is a link to" in refused["hf-bf16"] and "peft" not in refused
