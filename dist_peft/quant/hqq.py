@@ -31,6 +31,7 @@ looks at the whole tensor, and rows would depend on each other. The range always
 import torch
 from torch import Tensor
 
+from dist_peft.quant.elementary import square_root
 from dist_peft.quant.rows import divide
 
 __all__ = ["best_zero"]
@@ -79,14 +80,14 @@ def _residual(steps: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _shrink(residual: Tensor, beta: float) -> Tensor:
     size = residual.abs()
     # an error of 0 has an infinite threshold, so it is no outlier
-    threshold = divide(size.sqrt().sqrt_().reciprocal_(), beta)
+    threshold = divide(square_root(square_root(size)).reciprocal_(), beta)
     return residual.sign() * (size - threshold).clamp_(min=0)
 
 
 def _norm(residual: Tensor, real: Tensor) -> Tensor:
     """``sum |r|**0.75`` over the real weights of each group."""
-    root = residual.abs().sqrt_()
-    return _sum(torch.where(real, root * root.sqrt(), 0.0))
+    root = square_root(residual.abs())
+    return _sum(torch.where(real, root * square_root(root), 0.0))
 
 
 def _sum(numbers: Tensor) -> Tensor:

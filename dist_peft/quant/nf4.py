@@ -37,6 +37,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dist_peft.quant.elementary import square_root
 from dist_peft.quant.kernels import NF4_LEVELS, decode_nf4
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
@@ -177,7 +178,7 @@ def _compress(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     rows, blocks = absmax.shape
     # repeating the last block fills the last run without changing its extremes
     index = torch.arange(runs * RUN_BLOCKS, device=absmax.device).clamp_(max=blocks - 1)
-    root = absmax.sqrt()[:, index].view(rows, runs, RUN_BLOCKS)
+    root = square_root(absmax)[:, index].view(rows, runs, RUN_BLOCKS)
     offset = root.amin(dim=-1, keepdim=True)
     scale = divide(root.amax(dim=-1, keepdim=True) - offset, 255)
     steps = (root - offset) / torch.where(scale > 0, scale, 1.0)

@@ -74,6 +74,9 @@ class _TorchAdamW:
 class _BitsAndBytesAdamW:
     """8-bit and paged AdamW on plain tensors.
 
+    The state of a paged optimizer is paged where a rank's part of a parameter has 1e5 values or
+    more; below that bitsandbytes keeps it on the device.
+
     bitsandbytes keeps tensors below 4096 elements in 32 bits even in its 8-bit optimizers; they
     are told apart by the type of their state.
     """
@@ -116,7 +119,7 @@ class _BitsAndBytesAdamW:
             return {key: torch.zeros_like(parameter) for key, _, _ in self._keys}
         state = optimizer.state[parameter]
         return {
-            key: self._decode(state, name, number).view_as(parameter)
+            key: self._decode(state, name, number, parameter.device).view_as(parameter)
             for key, name, number in self._keys
         }
 
@@ -135,10 +138,14 @@ class _BitsAndBytesAdamW:
             state[name].copy_(codes.view_as(value))
             state[f"absmax{number}"].copy_(scales)
 
-    def _decode(self, state: dict[str, Any], name: str, number: str) -> Tensor:
-        codes: Tensor = state[name]
+    def _decode(
+        self, state: dict[str, Any], name: str, number: str, device: torch.device
+    ) -> Tensor:
+        # paged state is a CPU tensor over memory that CUDA manages: decoding takes place where the
+        # parameter is, whose kernel does not take CPU tensors
+        codes = state[name].to(device, copy=True)
         if codes.dtype == torch.float32:
-            return codes.clone()
+            return codes
         return self.bnb.functional.dequantize_blockwise(
             codes, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=_BLOCK
         )

@@ -1,6 +1,7 @@
 """Optimizers against plain use of the libraries they come from."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,31 @@ def test_moments_of_another_optimizer_are_rounded_to_eight_bits() -> None:
 def test_paging_needs_cuda(name: Any) -> None:
     with pytest.raises(UserError, match=rf"train\.optimizer {name} pages .* needs a CUDA device"):
         make_optimizer_factory(TrainConfig(optimizer=name), CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_paged_state_is_decoded_where_the_parameter_is(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Paged state says it is on the CPU; the meta device stands in for CUDA."""
+    factory, _, _ = build("adamw8bit")
+    parameter = torch.empty(20, 30, device="meta")
+    devices: list[str] = []
+
+    def decode(codes: Tensor, **scales: Any) -> Tensor:
+        assert all(scales[key].device == codes.device for key in ("absmax", "code"))
+        devices.append(codes.device.type)
+        return torch.empty(codes.shape, device=codes.device)
+
+    monkeypatch.setattr(factory.bnb.functional, "dequantize_blockwise", decode)
+    state: dict[str, Any] = {}
+    for number in "12":
+        state[f"state{number}"] = torch.zeros(20, 30, dtype=dtype)
+        state[f"absmax{number}"] = torch.empty(3, device="meta")
+        state[f"qmap{number}"] = torch.empty(256, device="meta")
+    found = factory.moments(SimpleNamespace(state={parameter: state}), parameter)
+    assert [value.device.type for value in found.values()] == ["meta", "meta"]
+    assert devices == (["meta", "meta"] if dtype == torch.uint8 else [])
 
 
 def test_absent_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
