@@ -95,7 +95,8 @@ class Session:
 
     def _check_isolation(self) -> None:
         with inference(self.built.model):
-            if not documents_are_isolated(self.built.model, self.built.engine.device):
+            longest = self.config.data.seq_len
+            if not documents_are_isolated(self.built.model, self.built.engine.device, longest):
                 raise UserError(
                     f"a {self.built.skeleton.config.model_type} model lets packed documents see "
                     "each other; set data.packing: false"

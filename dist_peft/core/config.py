@@ -183,7 +183,9 @@ class TrainConfig(Section):
     )
     min_lr_ratio: Float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
-        "adamw", description="adamw: torch's fused AdamW. The others: bitsandbytes."
+        "adamw",
+        description="adamw: torch's fused AdamW. The others: bitsandbytes. Paged ones page state "
+        "from 1e5 values of a parameter a rank on (CUDA only).",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's betas.")
     eps: Float = Field(1e-8, gt=0, description="Adam's epsilon.")

@@ -46,7 +46,7 @@ class OptimizerFactory(Protocol):
     """Makes an optimizer and knows where it keeps Adam's moments.
 
     ``wants_plain``: the optimizer cannot take DTensors; the engine gives it plain tensors that
-    share the shards' memory.
+    share the shards' memory, contiguous ones, and points them there again before each update.
     """
 
     wants_plain: bool

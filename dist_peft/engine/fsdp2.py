@@ -115,19 +115,30 @@ class Fsdp2Engine:
         return row_span(parameter.shape[0], self.shards, self.shard_index)
 
     def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        self._reshard()
         old = owner._parameters[name]
         assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
         assert len(rows) == len(self.span(old)), f"{name}: {len(rows)} rows for {self.span(old)}"
         if isinstance(old, DTensor) and not old.is_meta:
-            # FSDP2 keeps views of the shard from the first forward on, so its memory stays
+            # FSDP2 keeps views of the shard from the first forward on, so the object stays
             with torch.no_grad():
                 old.to_local().copy_(rows)
             return
         offloaded = self.config.cpu_offload == "params" and isinstance(old, DTensor)
-        data: Tensor = rows.to("cpu" if offloaded else self.device)
+        data: Tensor = rows.to("cpu" if offloaded else self.device).contiguous()
         if isinstance(old, DTensor):
             data = self._wrap(data, old)
         owner.register_parameter(name, nn.Parameter(data, requires_grad=old.requires_grad))
+
+    def _reshard(self) -> None:
+        """Let the modules hold shards again, and forget what was gathered from them.
+
+        After a forward without backward (an evaluation, the probe) the root's parameters stay
+        whole: the modules hold gathered copies, and the next forward computes with these copies,
+        whatever was written into the shards in between.
+        """
+        for unit in self._units:
+            unit.reshard()
 
     def _wrap(self, local: Tensor, like: Tensor) -> Tensor:
         """A shard as DTensor with the global shape of ``like``."""
@@ -147,6 +158,7 @@ class Fsdp2Engine:
         lr_scale: Callable[[str], float],
         first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
+        self._reshard()
         self._optimizer = LocalOptimizer(
             model,
             factory,
@@ -177,9 +189,11 @@ class Fsdp2Engine:
     # -- state ---------------------------------------------------------------------------------
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
+        self._reshard()
         return self.optimizer.state()
 
     def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+        self._reshard()
         self.optimizer.load_state(state, step)
 
     def gather(self, parameter: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class LocalOptimizer:
                 torch._foreach_mul_(grads, max_norm / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+            self._bind_plain()
             if self.factory.wants_plain:
                 for name, parameter in self.parameters.items():
                     grad = parameter.grad
@@ -63,6 +64,22 @@ class LocalOptimizer:
             parameter.grad = None
         return norm
 
+    def _bind_plain(self) -> None:
+        """Point the plain parameters at the memory in which the shards are now.
+
+        A shard's memory may move between any two calls: at the first forward FSDP2 pads uneven
+        shards into new memory, and with offload it replaces each shard by a pinned copy. An
+        optimizer that holds the old memory would update values that are never read again. The
+        plain parameters stay the same objects, since optimizer state is found by them.
+        """
+        if not self.factory.wants_plain:
+            return
+        for name, parameter in self.parameters.items():
+            shard = self.local(parameter.detach())
+            # bitsandbytes copies what is not contiguous, and updates the copy
+            assert shard.is_contiguous(), f"{name}: strides {shard.stride()}"
+            self.updated[name].data = shard
+
     def _norm(self, grads: list[Tensor]) -> float:
         """2-norm over all ranks; squares are added in double precision."""
         if not grads:
@@ -71,6 +88,7 @@ class LocalOptimizer:
         return math.sqrt(float(self.total(squares.sum())))
 
     def state(self) -> dict[str, Tensor]:
+        self._bind_plain()
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             state[f"param/{name}"] = parameter.detach()
@@ -82,6 +100,7 @@ class LocalOptimizer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        self._bind_plain()
         plain = self.factory.wants_plain
         for name, parameter in self.parameters.items():
             mine, value = self.local(parameter), self.local(state[f"param/{name}"])

@@ -29,7 +29,7 @@ class SingleEngine:
     def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         old = owner._parameters[name]
         assert old is not None and rows.shape == old.shape and rows.dtype == old.dtype
-        new = nn.Parameter(rows.to(self.device), requires_grad=old.requires_grad)
+        new = nn.Parameter(rows.to(self.device).contiguous(), requires_grad=old.requires_grad)
         owner.register_parameter(name, new)
 
     def optimize(

@@ -96,7 +96,7 @@ class ZeroEngine:
             self.shards.fill(owner, name, rows)
             return
         assert rows.shape == old.shape and rows.dtype == old.dtype
-        new = nn.Parameter(rows.to(self.device), requires_grad=old.requires_grad)
+        new = nn.Parameter(rows.to(self.device).contiguous(), requires_grad=old.requires_grad)
         owner.register_parameter(name, new)
 
     def optimize(

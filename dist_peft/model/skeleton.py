@@ -33,6 +33,7 @@ from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
 from dist_peft.model.naming import Names, find_names
 from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
+from dist_peft.model.rotary import rotate_by_document
 from dist_peft.quant.codec import Codec, RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
@@ -152,6 +153,7 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     if head is not None:
         tensors = classifier.used_and_new(model, names.found, tensors, head)
     _attach_names(model, names.tensors, index, tensors)
+    rotate_by_document(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
     return Skeleton(model, blocks, index, tied, tensors, packed, head)

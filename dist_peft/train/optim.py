@@ -74,6 +74,9 @@ class _TorchAdamW:
 class _BitsAndBytesAdamW:
     """8-bit and paged AdamW on plain tensors.
 
+    The state of a paged optimizer is paged where a rank's part of a parameter has 1e5 values or
+    more; below that bitsandbytes keeps it on the device.
+
     bitsandbytes keeps tensors below 4096 elements in 32 bits even in its 8-bit optimizers; they
     are told apart by the type of their state.
     """

@@ -8,7 +8,6 @@ import pytest
 from dist_peft.core.config_io import parse_config
 from dist_peft.core.errors import UserError
 
-
 WRONG = [5, 2.5, True, [5], [[]], {"path": 5}]
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_peft.core.config import EngineConfig
+from dist_peft.core.config import EngineConfig, TrainConfig
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
+from dist_peft.train.optim import make_optimizer_factory
 from tests.dist import run_ranks
 from tests.engine.tiny import (
+    CPU,
     Model,
     assert_same,
     batch,
@@ -87,3 +89,22 @@ def _refill(world: World) -> bool:
 @pytest.mark.dist
 def test_rows_can_be_replaced_between_forwards() -> None:
     assert run_ranks(_refill, 3) == [True] * 3
+
+
+def _evaluate_then_load(world: World) -> bool:
+    """The root's parameters, whole after an evaluation, are those of the state loaded since."""
+    model, engine = filled(world, EngineConfig())
+    model.last.requires_grad_(True)
+    engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    with torch.no_grad():
+        model(batch(0))
+        state = {key: value.clone() for key, value in engine.state(model).items()}
+        state["param/last"] = torch.zeros_like(state["param/last"])
+        model(batch(0))
+        engine.load_state(model, state, 0)
+        return not model(batch(0)).any()
+
+
+@pytest.mark.dist
+def test_state_loaded_after_an_evaluation_is_computed_with() -> None:
+    assert run_ranks(_evaluate_then_load, 3) == [True] * 3

@@ -1,6 +1,7 @@
 """Optimizers against plain use of the libraries they come from."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,42 +143,32 @@ def test_paging_needs_cuda(name: Any) -> None:
         make_optimizer_factory(TrainConfig(optimizer=name), CPU)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_paged_state_is_decoded_where_the_parameter_is(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Paged state says it is on the CPU; the meta device stands in for CUDA."""
+    factory, _, _ = build("adamw8bit")
+    parameter = torch.empty(20, 30, device="meta")
+    devices: list[str] = []
+
+    def decode(codes: Tensor, **scales: Any) -> Tensor:
+        assert all(scales[key].device == codes.device for key in ("absmax", "code"))
+        devices.append(codes.device.type)
+        return torch.empty(codes.shape, device=codes.device)
+
+    monkeypatch.setattr(factory.bnb.functional, "dequantize_blockwise", decode)
+    state: dict[str, Any] = {}
+    for number in "12":
+        state[f"state{number}"] = torch.zeros(20, 30, dtype=dtype)
+        state[f"absmax{number}"] = torch.empty(3, device="meta")
+        state[f"qmap{number}"] = torch.empty(256, device="meta")
+    found = factory.moments(SimpleNamespace(state={parameter: state}), parameter)
+    assert [value.device.type for value in found.values()] == ["meta", "meta"]
+    assert devices == (["meta", "meta"] if dtype == torch.uint8 else [])
+
+
 def test_absent_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"adamw8bit needs bitsandbytes: pip install"):
         make_optimizer_factory(TrainConfig(optimizer="adamw8bit"), CPU)
-
-
-def test_paged_state_is_decoded_where_the_parameter_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes keeps paged state in CPU tensors, and its kernel runs where the tensors say.
-
-    The meta device stands for the GPU; the kernel's stand-in refuses tensors of other devices.
-    """
-    pytest.importorskip("bitsandbytes")
-    factory, optimizer, _ = build("adamw8bit")
-    parameter = nn.Parameter(torch.empty(64, 80, device="meta"))
-    paged = {
-        name: torch.zeros(shape, dtype=dtype)
-        for number in ("1", "2")
-        for name, shape, dtype in (
-            (f"state{number}", (64, 80), torch.uint8),
-            (f"absmax{number}", (20,), torch.float32),
-            (f"qmap{number}", (256,), torch.float32),
-        )
-    }
-    optimizer.state[parameter] = paged
-    decoded = []
-
-    def kernel(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
-        assert {t.device.type for t in (codes, absmax, code)} == {"meta"}
-        decoded.append(codes.shape)
-        return torch.empty(codes.shape, device=codes.device)
-
-    monkeypatch.setattr(factory.bnb.functional, "dequantize_blockwise", kernel)
-    found = factory.moments(optimizer, parameter)
-    assert decoded == [(64, 80)] * 2
-    assert all(v.device.type == "meta" and v.shape == (64, 80) for v in found.values())
-    for number in ("1", "2"):  # small paged tensors are float32, and no kernel is called
-        paged[f"state{number}"] = torch.zeros(64, 80)
-    assert all(v.device.type == "meta" for v in factory.moments(optimizer, parameter).values())
-    assert len(decoded) == 2
