@@ -281,7 +281,7 @@ def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: 
     check_new(job.out)
     with job.walk(state) as walk:
         written = write_directory(walk, packer, job.out, dtype, compute=job.dtype)
-        settings = packer.settings(walk, list(written.unpacked))
+        settings = {**walk.skeleton.settings, **packer.settings(walk, list(written.unpacked))}
     copy_configuration(job.directory, job.out, dtype, settings)
     copy_tokenizer(job.adapter_dir, job.out)
     return Exported(written, job.out, how)
