@@ -14,6 +14,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Hashable, Iterator, Sequence
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ def read_by_others(model: nn.Module) -> set[int]:
     """``id`` of the linears in ``model`` whose weight or bias another module's code reads."""
     found: set[int] = set()
     for module in model.modules():
-        for path in weights_read_by(type(module)):
+        for path in weights_read_by(cast(Hashable, type(module))):
             try:
                 child = module.get_submodule(path)
             except AttributeError:  # only in some variants of the class
