@@ -28,6 +28,7 @@ from dist_peft.engine.base import OptimizerFactory, own_parameters
 from dist_peft.engine.recompute import checkpoint_blocks
 from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.classifier import take_pad_token
+from dist_peft.model.freezing import packed_share
 from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
@@ -106,6 +107,8 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
     skeleton = build_skeleton(config.base, directory, class_names(config.data))
     found = skeleton.prequantized
     quant = config.base.quant
+    if quant is not None or found is not None:
+        log.info("%.1f %% of the model's bytes are packed", 100 * packed_share(skeleton.model))
     if found is None and quant is not None and quant.solver == "gptq" and not solving:
         raise UserError(
             f"base.quant.solver is gptq, and base.path {config.base.path} is not quantized: give "

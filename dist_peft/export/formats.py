@@ -289,7 +289,7 @@ def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: 
     model_files(job.directory, code=job.base.trust_remote_code)  # a refusal comes first
     with job.walk(state) as walk:
         written = write_directory(walk, packer, job.out, dtype, compute=job.dtype)
-        settings = packer.settings(walk, list(written.unpacked))
+        settings = {**walk.skeleton.settings, **packer.settings(walk, list(written.unpacked))}
     copy_configuration(job.directory, job.out, dtype, settings, code=job.base.trust_remote_code)
     copy_tokenizer(job.adapter_dir, job.out)
     add_stop_tokens(job.adapter_dir, job.out)

@@ -169,7 +169,7 @@ def _chunk(
     else:
         rows = walk.rows(weight, span)
         if not weight.in_block:
-            rows = rows.to(dtype)  # as training held it
+            rows = rows.to(weight.wide or dtype)  # as training held it
         rows = rows.float()
         if kind == _Kind.Q4_1:
             stored = q4_1_blocks(quantize_rows(rows, 4, BLOCK, torch.float16))

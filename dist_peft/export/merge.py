@@ -56,10 +56,10 @@ def merge_model(
     model_files(directory, code=base.trust_remote_code)  # what cannot be copied is said first
     with open_walk(base, directory, adapter_dir, into, chunk_bytes) as walk:
         written = write_directory(walk, None, out, dtype, max_file_bytes)
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = dict(walk.skeleton.settings)
         if walk.skeleton.head is not None:
             tokenizer = load_tokenizer(directory, base.trust_remote_code)
-            changes = settings_of(walk.skeleton.model, tokenizer)
+            changes |= settings_of(walk.skeleton.model, tokenizer)
     copy_configuration(directory, out, dtype, changes, code=base.trust_remote_code)
     copy_tokenizer(adapter_dir, out)
     add_stop_tokens(adapter_dir, out)

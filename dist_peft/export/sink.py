@@ -111,7 +111,7 @@ def write_directory(
         if packer is not None and weight.name in packed:
             plans[weight.name] = packer.plan(weight)
         else:
-            kind = dtype if info.dtype.is_floating_point else info.dtype
+            kind = (weight.wide or dtype) if info.dtype.is_floating_point else info.dtype
             plans[weight.name] = [TensorSpec(weight.written, kind, info.shape)]
     specs = [spec for plan in plans.values() for spec in plan]
     merged = 0
@@ -125,7 +125,7 @@ def write_directory(
                 kind = plans[weight.name][0].dtype
                 for span in walk.spans(weight):
                     rows = walk.rows(weight, span)
-                    if compute is not None and rows.is_floating_point():
+                    if compute is not None and rows.is_floating_point() and not weight.wide:
                         rows = rows.to(compute)
                     writer.write(weight.written, rows.to(kind), span.start)
             merged += walk.adapts(weight) and walk.state != "base"

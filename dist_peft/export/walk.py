@@ -70,6 +70,8 @@ class Weight:
         written: its name in what is written: that in the files, but for those of a trunk that was
             saved without its head, which get its name in front.
         first: the row of ``linear`` that it begins with.
+        wide: the type that it is written in where a format writes it as a 16-bit number; None:
+            that of the format.
     """
 
     info: TensorSpec
@@ -77,6 +79,7 @@ class Weight:
     linear: FrozenRows | None
     written: str
     first: int = 0
+    wide: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -371,6 +374,7 @@ def _weights(skeleton: Skeleton) -> list[Weight]:
     for name, info in skeleton.tensors.items():
         path, linear = paths.get(name, (name, None))
         headless = path.startswith(trunk) and not name.startswith(trunk)
-        written = f"{trunk}{name}" if headless else name
-        found.append(Weight(info, path, linear, written, first.get(name, 0)))
+        written = skeleton.renamed.get(name, f"{trunk}{name}" if headless else name)
+        wide = skeleton.wide.get(name)
+        found.append(Weight(info, path, linear, written, first.get(name, 0), wide))
     return found

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -31,6 +31,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.model.experts import STACKS, Piece, Pieces
 from dist_peft.model.prequantized import Prequantized
+from dist_peft.model.tied_weights import other_names, untie_different
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 
 __all__ = ["Names", "find_names"]
@@ -46,10 +47,13 @@ class Names:
         tensors: full name -> tensor in the files; a packed weight under the name that it had
             before. Experts are in ``stacks``.
         stacks: full name of a parameter of experts -> where its rows are.
+        renamed: tensor in the files -> the name that it should have had: of a tied weight that was
+            stored under the head's name only.
     """
 
     tensors: dict[str, str]
     stacks: dict[str, Pieces]
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def found(self) -> dict[str, str]:
@@ -68,7 +72,7 @@ def find_names(
     may_lack: Callable[[str], bool],
 ) -> Names:
     """Find the tensors of ``model``. Parameters that the files lack, or have in another shape, and
-    ``may_lack`` are left out.
+    ``may_lack`` are left out. Tied parameters that the files have with different values are untied.
 
     Args:
         experts: the modules whose parameters are stacks.
@@ -82,25 +86,33 @@ def find_names(
     in_files = {apply_renamings(name, renamings): name for name in tensors}
     stacks, absent = _stacks(model, index, tensors, in_files, rules, experts)
     prefix = model.base_model_prefix + "."
+
+    def source_of(name: str) -> str | None:
+        candidates = _candidates(name, prefix)
+        return next((in_files[c] for c in candidates if c in in_files), None)
+
+    def plain_source_of(name: str) -> str | None:
+        source = source_of(name)
+        return source if source in index.tensors else None
+
+    untie_different(model, index, plain_source_of)
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    names = {}
+    tied = other_names(model)
+    names: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     for name in [*dict(model.named_parameters()), *buffers]:
         if name in stacks or name in absent:
             continue
-        for candidate in _candidates(name, prefix):
-            if candidate in in_files:
-                names[name] = in_files[candidate]
-                break
-        else:
+        if source := source_of(name):
+            names[name] = source
+        elif source := next(filter(None, map(source_of, tied.get(name, ()))), None):
+            names[name], renamed[source] = source, name
+        elif name not in buffers and not may_lack(name):
             # a buffer keeps the value that the model computed for it
-            if name not in buffers and not may_lack(name):
-                absent.append(name)
+            absent.append(name)
     if absent:
-        raise UserError(
-            f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
-            f"such as {absent[0]}; is the download complete?"
-        )
-    found = Names(names, stacks)
+        raise _absent(model, index, in_files, rules, absent)
+    found = Names(names, stacks, renamed)
     _warn_of_unused(model, index, tensors, set(found.found.values()))
     for name, source in list(names.items()):
         info, shape = tensors[source], tuple(model.state_dict()[name].shape)
@@ -115,6 +127,33 @@ def find_names(
 def _candidates(name: str, prefix: str) -> tuple[str, str, str]:
     """How a checkpoint of the same or of the headless model can call a parameter."""
     return name, name.removeprefix(prefix), prefix + name
+
+
+def _absent(
+    model: PreTrainedModel,
+    index: SafetensorsIndex,
+    in_files: Mapping[str, str],
+    rules: Sequence[object],
+    absent: Sequence[str],
+) -> UserError:
+    """Parameters ``absent`` from the files: because of the download, or because ``transformers``
+    computes them from other tensors."""
+    kind = f"base.path {index.path} of type {model.config.model_type!r}"
+    for converter in (rule for rule in rules if isinstance(rule, WeightConverter)):
+        for renamed, source in in_files.items():
+            name, pattern = converter.rename_source_key(renamed)
+            if pattern is not None and name in absent:
+                how = ", ".join(type(operation).__name__ for operation in converter.operations)
+                return UserError(
+                    f"{kind} is not supported: transformers computes {name} from tensors such as "
+                    f"{source} ({how}), a conversion that is not read row by row; write the "
+                    "base converted, with transformers' "
+                    "save_pretrained(..., save_original_format=False), or use another one"
+                )
+    return UserError(
+        f"{index.path} lacks {len(absent)} tensors of a {type(model).__name__}, "
+        f"such as {absent[0]}; is the download complete?"
+    )
 
 
 def _other_shape(source: str, found: Sequence[int], wanted: Sequence[int]) -> UserError:

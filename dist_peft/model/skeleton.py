@@ -16,9 +16,9 @@ module one level down.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,13 +28,17 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
-from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts, find_experts, find_routers
+from dist_peft.model.experts import ExpertStack, find_experts, find_routers
+from dist_peft.model.float32_tensors import set_float32, written_types
+from dist_peft.model.freezing import check_packed, freeze_experts, freeze_linears
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
-from dist_peft.model.naming import Names, find_names
+from dist_peft.model.naming import find_names
 from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
 from dist_peft.model.rotary import rotate_by_document
-from dist_peft.quant.codec import Codec, RawCodec, make_codec
+from dist_peft.model.tied_weights import untied_settings
+from dist_peft.model.weight_probe import read_by_others, refuse_unsupported
+from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
 
@@ -57,6 +61,10 @@ class Skeleton:
         prequantized: the directory is quantized already, and how; None: it is encoded by
             ``base.quant`` while it is read.
         head: a classifier's, which learns.
+        wide: tensors of ``tensors`` that are written in a wider type than the rest, and the type
+            (``model.float32_tensors``).
+        renamed: tensors that are written under another name than they are stored with.
+        settings: keys of ``config.json`` that a written model has and the base has not.
     """
 
     model: PreTrainedModel
@@ -66,6 +74,9 @@ class Skeleton:
     tensors: dict[str, TensorSpec]
     prequantized: Prequantized | None
     head: classifier.Head | None = None
+    wide: dict[str, torch.dtype] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -134,7 +145,9 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     else:
         classifier.refuse_encoder(config, base.path)
     model = _build_meta(config, base, dtype)
+    set_float32(model, dtype)
     blocks = find_blocks(model)
+    refuse_unsupported(model, blocks, base.path)
     may_lack = _never if base.head == "lm" else classifier.may_be_new(model, blocks)
     experts = find_experts(blocks)
     names = find_names(model, index, packed, experts, may_lack)
@@ -142,21 +155,28 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     tied = _is_tied(model)
     codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
     learning, routers = head.modules if head else (), find_routers(model, experts)
-    _freeze_linears(model, blocks, names.tensors, codec, dtype, packed, tied, learning, routers)
-    _freeze_experts(model, experts, names, codec)
+    plain = routers | read_by_others(model)
+    freeze_linears(model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain)
+    freeze_experts(model, experts, names, codec)
+    if base.quant is not None:
+        check_packed(model, blocks, base.path)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(module, FrozenRows) and parameter.device.type != "meta":
                 meta = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
                 module.register_parameter(name, meta)
     tensors = _tensors(model, names.tensors, index, packed)
+    wide = written_types(model, names.tensors, tensors, dtype)
     if head is not None:
         tensors = classifier.used_and_new(model, names.found, tensors, head)
     _attach_names(model, names.tensors, index, tensors)
     rotate_by_document(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
-    return Skeleton(model, blocks, index, tied, tensors, packed, head)
+    settings = {} if tied else _untied_settings(model, directory)
+    return Skeleton(
+        model, blocks, index, tied, tensors, packed, head, wide, names.renamed, settings
+    )
 
 
 def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
@@ -213,67 +233,12 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 
-def _freeze_linears(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    names: dict[str, str],
-    codec: Codec,
-    dtype: torch.dtype,
-    packed: Prequantized | None,
-    tied: bool,
-    learning: Sequence[str],
-    routers: set[int],
-) -> None:
-    """Inside the blocks linears take the base's codec; an untied head stays unquantized, and
-    routers stay what they are.
-
-    ``learning``: paths of modules that are no frozen ones. ``routers``: see ``find_routers``.
-
-    Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
-    """
-    raw = RawCodec(dtype)
-    in_blocks = {id(m) for block in blocks for m in block.modules()}
-    for path, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or id(child) in routers:
-                continue
-            if f"{path}.{name}".lstrip(".") in learning:
-                continue
-            inside = id(child) in in_blocks
-            if not inside and tied:
-                continue  # shares the embedding's parameter, which is no linear's
-            shape = child.out_features, child.in_features
-            source = names.get(f"{path}.{name}.weight".lstrip("."))
-            stored = packed.linear(source, *shape) if packed and source and inside else None
-            frozen = FrozenLinear(
-                child.in_features,
-                child.out_features,
-                (codec if inside else raw) if stored is None else stored.codec,
-                bias=child.bias is not None,
-                bias_dtype=dtype,
-                source="",
-                device="meta",
-                stored=stored,
-            )
-            frozen.is_head = not inside
-            setattr(parent, name, frozen)
-
-
-def _freeze_experts(
-    model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
-) -> None:
-    """Experts take the base's codec, too."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    for module in experts:
-        stacks: dict[str, ExpertStack] = {}
-        for own in STACKS:
-            count, out, columns = module.get_parameter(own).shape
-            source = f"{paths[id(module)]}.{own}"
-            stacks[own] = ExpertStack(count, columns, out, codec, source, "meta")
-            stacks[own].pieces = names.stacks[source]
-        parent, _, own = paths[id(module)].rpartition(".")
-        frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
-        setattr(model.get_submodule(parent), own, frozen)
+def _untied_settings(model: PreTrainedModel, directory: Path) -> Mapping[str, Any]:
+    """What a written ``config.json`` says if the base's ties a head that is another weight."""
+    claimed = getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys
+    if not claimed or model.get_output_embeddings() is None:
+        return {}
+    return untied_settings(directory)
 
 
 def _tensors(

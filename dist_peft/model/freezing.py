@@ -1,0 +1,159 @@
+"""Linears and experts of a model on ``meta`` are replaced by packed ones.
+
+Which linears: ``nn.Linear`` and those of its subclasses that compute the same (Falcon writes
+``x @ W.T + b``). What other classes compute, such as GPT-2's ``Conv1D``, stays as it is.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
+from dist_peft.model.naming import Names
+from dist_peft.model.prequantized import Prequantized
+from dist_peft.quant.codec import Codec, RawCodec
+
+__all__ = ["check_packed", "freeze_experts", "freeze_linears", "is_plain_linear", "packed_share"]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x W^T + b`` and nothing else.
+
+    A subclass of ``nn.Linear`` with a forward of its own is tried with small numbers, exactly
+    (integers in float64), on inputs of two and three dimensions.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module) is nn.Linear:
+        return True
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    probe = copy.copy(module)
+    probe.__dict__ = {**module.__dict__, "in_features": 3, "out_features": 5}
+    weight = torch.arange(15.0, dtype=torch.float64).view(5, 3) - 7
+    bias = None if module.bias is None else torch.arange(5.0, dtype=torch.float64)
+    probe.__dict__["_parameters"] = {
+        "weight": nn.Parameter(weight, False),
+        "bias": None if bias is None else nn.Parameter(bias, False),
+    }
+    try:
+        for shape in ((4, 3), (2, 2, 3)):
+            x = torch.arange(12.0, dtype=torch.float64).view(shape) - 5
+            found = probe(x)
+            if not isinstance(found, torch.Tensor) or not torch.equal(
+                found, F.linear(x, weight, bias)
+            ):
+                return False
+    except Exception:  # code of any model: what cannot be tried is not taken
+        return False
+    return True
+
+
+def freeze_linears(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    names: dict[str, str],
+    codec: Codec,
+    dtype: torch.dtype,
+    packed: Prequantized | None,
+    tied: bool,
+    learning: Sequence[str],
+    plain: set[int],
+) -> None:
+    """Inside the blocks linears take the base's codec; an untied head stays unquantized.
+
+    ``learning``: paths of modules that are no frozen ones. ``plain``: ``id`` of linears that stay
+    what they are: routers, and those whose weight other modules read. So do linears that are
+    float32 in a 16-bit model, which is no packed type.
+
+    Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
+    """
+    raw = RawCodec(dtype)
+    in_blocks = {id(m) for block in blocks for m in block.modules()}
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if not is_plain_linear(child) or id(child) in plain:
+                continue
+            assert isinstance(child, nn.Linear)
+            if child.weight.dtype != dtype:
+                continue
+            if f"{path}.{name}".lstrip(".") in learning:
+                continue
+            inside = id(child) in in_blocks
+            if not inside and tied:
+                continue  # shares the embedding's parameter, which is no linear's
+            shape = child.out_features, child.in_features
+            source = names.get(f"{path}.{name}.weight".lstrip("."))
+            stored = packed.linear(source, *shape) if packed and source and inside else None
+            frozen = FrozenLinear(
+                child.in_features,
+                child.out_features,
+                (codec if inside else raw) if stored is None else stored.codec,
+                bias=child.bias is not None,
+                bias_dtype=dtype if child.bias is None else child.bias.dtype,
+                source="",
+                device="meta",
+                stored=stored,
+            )
+            frozen.is_head = not inside
+            setattr(parent, name, frozen)
+
+
+def freeze_experts(
+    model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
+) -> None:
+    """Experts take the base's codec, too."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in experts:
+        stacks: dict[str, ExpertStack] = {}
+        for own in STACKS:
+            count, out, columns = module.get_parameter(own).shape
+            source = f"{paths[id(module)]}.{own}"
+            stacks[own] = ExpertStack(count, columns, out, codec, source, "meta")
+            stacks[own].pieces = names.stacks[source]
+        parent, _, own = paths[id(module)].rpartition(".")
+        frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
+        setattr(model.get_submodule(parent), own, frozen)
+
+
+def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:
+    """``base.quant`` is set: see that it packs something.
+
+    Raises:
+        UserError: no linear of a block is packed; the message names what the blocks are made of.
+    """
+    if packed_share(model) > 0:
+        return
+    classes = {
+        type(module).__name__
+        for block in blocks
+        for module in block.modules()
+        if any(p.dim() == 2 for p in module.parameters(recurse=False))
+    }
+    raise UserError(
+        f"base.quant packs nothing of {path}: the matrices of {type(model).__name__}'s blocks are "
+        f"in modules of class {', '.join(sorted(classes)) or 'none'}, and only linears (nn.Linear "
+        "and what computes the same) are packed and adapted; set base.quant: null and "
+        "adapter.kind: full to train it unquantized, or use another base"
+    )
+
+
+def packed_share(model: nn.Module) -> float:
+    """Share of the model's bytes, as it rests, that are packed weights of blocks."""
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    packed = {
+        id(module.packed): module.packed.numel()
+        for module in model.modules()
+        if isinstance(module, FrozenRows)
+        and not module.is_head
+        and not isinstance(module.codec, RawCodec)
+    }
+    return sum(packed.values()) / max(1, sum(sizes.values()))

@@ -1,0 +1,98 @@
+"""Linears whose weight is read by the module around them.
+
+A packed or adapted linear is called like any other, but has no ``weight``. Some families read it
+all the same: Mamba-2 mixers hand ``self.out_proj.weight`` to a fused kernel, DSA indexers look at
+``self.weights_proj.weight.dtype``. Such linears must stay plain.
+
+The classes' source is searched, not a forward run: a forward on the CPU does not take the branch
+that calls the GPU's kernel, and would have to be run for each kind of layer. One class is searched
+once, whatever the number of layers.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Hashable, Iterator, Sequence
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dist_peft.core.errors import UserError
+from dist_peft.model.tied_weights import other_names
+
+__all__ = ["read_by_others", "refuse_unsupported", "weights_read_by"]
+
+_REFUSED = {
+    "rwkv": "its code divides weights of the blocks in place at the first forward, which is lost "
+    "or done twice where weights are sharded and packed",
+}
+"""Model type -> why no forward of ours computes what it does."""
+
+_OUTSIDE_OF_FORWARD = ("__init__", "reset_parameters", "_init_weights", "extra_repr", "__repr__")
+
+
+def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path: str) -> None:
+    """Families whose blocks cannot be frozen linear by linear.
+
+    Raises:
+        UserError: names the cause; nothing has been loaded.
+    """
+    kind = model.config.model_type
+    if why := _REFUSED.get(kind):
+        raise UserError(f"base.path {path} of type {kind!r} is not supported: {why}")
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for first, others in other_names(model).items():
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in (first, others[0])]
+        linears = all(isinstance(owner, nn.Linear) for owner in owners)
+        if linears and owners[0] is not owners[1] and id(model.get_parameter(first)) in inside:
+            raise UserError(
+                f"base.path {path} of type {kind!r} is not supported: its layers share weights "
+                f"({others[0]} is {first}), and each layer's weights are sharded and adapted on "
+                "their own here"
+            )
+
+
+def read_by_others(model: nn.Module) -> set[int]:
+    """``id`` of the linears in ``model`` whose weight or bias another module's code reads."""
+    found: set[int] = set()
+    for module in model.modules():
+        for path in weights_read_by(cast(Hashable, type(module))):
+            try:
+                child = module.get_submodule(path)
+            except AttributeError:  # only in some variants of the class
+                continue
+            if isinstance(child, nn.Linear):
+                found.add(id(child))
+    return found
+
+
+@functools.cache
+def weights_read_by(kind: Hashable) -> frozenset[str]:
+    """Paths ``a.b`` of which methods of ``kind`` read ``self.a.b.weight`` or ``.bias``."""
+    found: set[str] = set()
+    assert isinstance(kind, type)
+    for base in kind.__mro__:
+        if not issubclass(base, nn.Module) or base.__module__.startswith("torch."):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # made at run time
+            continue
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and method.name not in _OUTSIDE_OF_FORWARD:
+                found.update(_paths(method))
+    return frozenset(found)
+
+
+def _paths(method: ast.FunctionDef) -> Iterator[str]:
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias"):
+            names: list[str] = []
+            owner = node.value
+            while isinstance(owner, ast.Attribute):
+                names.append(owner.attr)
+                owner = owner.value
+            if names and isinstance(owner, ast.Name) and owner.id == "self":
+                yield ".".join(reversed(names))
