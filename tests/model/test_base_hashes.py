@@ -24,7 +24,9 @@ def test_of_an_unquantized_base(tmp_path: Path) -> None:
 
 def test_packed_linears_count_as_their_rows(tmp_path: Path) -> None:
     """bitsandbytes has a tensor of the weight's name that is no rows of it."""
-    base = packed.save_bnb(packed.save_plain(tmp_path / "plain"), tmp_path / "bnb")
+    base = packed.save_bnb(
+        packed.save_plain(tmp_path / "plain"), tmp_path / "bnb", double_quant=True
+    )
     skeleton = build_skeleton(BaseConfig(path=str(base)), base)
     hashes = row_hashes(skeleton)
     assert hashes.names == sorted(load_file(tmp_path / "plain" / "model.safetensors"))
