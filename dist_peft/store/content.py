@@ -14,8 +14,9 @@ This finds other weights, damaged files and mistaken directories; it is no prote
 adversary, who can construct another base of the same hash.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,9 +65,8 @@ def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
     if row_bytes < _SHORT:
         return _hash_short(array, first, row_bytes)
     rows = len(array) // row_bytes
-    digests = np.fromiter(
-        map(xxhash.xxh3_64_intdigest, array.reshape(rows, row_bytes)), np.uint64, rows
-    )
+    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+    digests = np.fromiter(map(digest, array.reshape(rows, row_bytes)), np.uint64, rows)
     places = np.arange(first + 1, first + 1 + rows, dtype=np.uint64)
     total = _mixed(digests ^ _mixed(places * _GOLDEN)).sum(dtype=np.uint64)
     return int(total) & _MASK
