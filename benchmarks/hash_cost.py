@@ -9,11 +9,13 @@ alone, on rows that were just read. Storage is no part of it: the files are in t
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, base_argument, make_base, print_table, run_config, write_result
+from common import MIB, make_base, print_table, run_config, write_result
 
 from dist_peft.app.build import prepare
 from dist_peft.core.world import World
@@ -24,6 +26,15 @@ from dist_peft.store.content import RowHashes
 from dist_peft.store.reader import RowReader
 
 CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 4000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+"""Rows as long as those of a model of 7 B parameters: the cost is by the row and by the byte."""
 QUANTS: dict[str, dict[str, Any] | None] = {
     "nf4": {"kind": "nf4"},
     "int4 rtn": {"kind": "int", "bits": 4, "group_size": 64},
@@ -61,11 +72,12 @@ def load_once(config: Any, hashed: bool) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    base_argument(parser)
+    default = Path(tempfile.gettempdir()) / "dist_peft_benchmark_wide_base"
+    parser.add_argument("--base", type=Path, default=default, help="made there when absent")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    base = make_base(args.base)
+    base = make_base(args.base, **SIZES)
     rows, result = [], {}
     for name, quant in QUANTS.items():
         config = run_config(base, base={"quant": quant})
@@ -85,10 +97,8 @@ def main() -> None:
             "share_of_load": statistics.median(alone) / with_hashes,
         }
         share = statistics.median(alone) / with_hashes
-        rows.append(
-            [name, f"{size / MIB:.0f}", f"{without:.2f}", f"{with_hashes:.2f}"]
-            + [f"{statistics.median(alone):.3f}", f"{share:.2%}"]
-        )
+        numbers = (f"{without:.2f}", f"{with_hashes:.2f}", f"{statistics.median(alone):.3f}")
+        rows.append([name, f"{size / MIB:.0f}", *numbers, f"{share:.2%}"])
     print_table(
         ["base.quant", "MiB read", "load CPU s", "with hashes", "hashing s", "of the load"], rows
     )

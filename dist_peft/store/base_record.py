@@ -169,8 +169,8 @@ class BaseRecord:
         return bool(mine and its) and is_sampled(mine) == is_sampled(its)
 
     def _other(self, what: str, where: str, why: str, fix: str) -> UserError:
-        named = f" ({self.path})" if self.path and self.path != where else ""
-        return UserError(f"{what} was trained on another base{named} than {where}: {why}; {fix}")
+        named = f"; it was {self.path}" if self.path and self.path != where else ""
+        return UserError(f"{what} was trained on another base than {where}: {why}{named}; {fix}")
 
 
 def _other_keys(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -7,15 +7,16 @@ Every row is hashed with its number, and a tensor's hash is the sum of its rows'
 A sum does not ask for an order, so that it is the same however rows are distributed over ranks and
 cut into chunks; the ranks add their sums up. A row is the last dimension: of a stack of experts
 ``[E, out, in]`` every expert has ``out`` rows; of a vector a row is an element. Rows of at least
-``_SHORT`` bytes are hashed with XXH3 (seeded with the row's number), shorter ones all at once by
-the finalizer of SplitMix64 (Steele, Lea, Flood 2014) of each 8 bytes and their position.
+``_SHORT`` bytes are hashed with XXH3, of shorter ones every 8 bytes stand for themselves; either is
+mixed with its position by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), for all at once.
 
 This finds other weights, damaged files and mistaken directories; it is no protection against an
 adversary, who can construct another base of the same hash.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,10 +64,12 @@ def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
     array: NDArray[np.uint8] = data.numpy().reshape(-1)
     if row_bytes < _SHORT:
         return _hash_short(array, first, row_bytes)
-    memory, digest, total = array.data, xxhash.xxh3_64_intdigest, 0
-    for number, start in enumerate(range(0, len(memory), row_bytes), first):
-        total += digest(memory[start : start + row_bytes], number)
-    return total & _MASK
+    rows = len(array) // row_bytes
+    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
+    digests = np.fromiter(map(digest, array.reshape(rows, row_bytes)), np.uint64, rows)
+    places = np.arange(first + 1, first + 1 + rows, dtype=np.uint64)
+    total = _mixed(digests ^ _mixed(places * _GOLDEN)).sum(dtype=np.uint64)
+    return int(total) & _MASK
 
 
 def _hash_short(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:

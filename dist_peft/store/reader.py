@@ -28,6 +28,9 @@ from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["RowReader"]
 
+_PANEL_BYTES = 1 << 19
+"""Read before it is hashed: it should still be in the processor's cache then."""
+
 
 class RowReader:
     """Reads rows of an index's tensors; a context manager that closes its files.
@@ -93,9 +96,9 @@ class RowReader:
                 (begin + row * info.row_bytes, len(columns) * size)
                 for row in range(span.start, span.stop)
             ]
-        data = self._read(info.file, pieces)
-        if self.hashes is not None and whole and info.rows:
-            self.hashes.add_plain(name, span.start * (flat_rows(info)[0] // info.rows), data)
+        rows, row_bytes = flat_rows(info)
+        first = span.start * (rows // max(1, info.rows))
+        data = self._read(info.file, pieces, (name, first, row_bytes) if whole else None)
         return data.view(info.dtype).reshape(shape)
 
     def read_flat(self, name: str, span: Span) -> Tensor:
@@ -112,21 +115,37 @@ class RowReader:
         row = info.shape[-1] * info.dtype.itemsize
         if span.stop * row > info.nbytes:
             raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
-        data = self._read(info.file, [(info.start + span.start * row, len(span) * row)])
-        if self.hashes is not None and len(info.shape) > 1:
-            self.hashes.add_plain(name, span.start, data)
+        pieces = [(info.start + span.start * row, len(span) * row)]
+        hashed = (name, span.start, row) if len(info.shape) > 1 else None
+        data = self._read(info.file, pieces, hashed)
         return data.view(info.dtype).reshape(len(span), info.shape[-1])
 
-    def _read(self, file: Path, pieces: list[tuple[int, int]]) -> Tensor:
-        """Pieces (offset, length) of a file behind each other, ``uint8``."""
+    def _read(
+        self, file: Path, pieces: list[tuple[int, int]], hashed: tuple[str, int, int] | None
+    ) -> Tensor:
+        """Pieces (offset, length) of a file behind each other, ``uint8``.
+
+        Args:
+            hashed: of one piece that is whole rows: name, number of the first row, bytes of a row.
+        """
         data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)
         if data.numel():
             memory, done = data.numpy().data, 0
             with reading(file):
                 descriptor = self._files.get(file)
-                for offset, length in pieces:
-                    read_exactly(descriptor, memory[done : done + length], offset, file)
-                    done += length
+                if self.hashes is not None and hashed is not None:
+                    ((offset, length),) = pieces
+                    name, first, row = hashed
+                    step = max(1, _PANEL_BYTES // row) * row
+                    for done in range(0, length, step):
+                        part = memory[done : done + step]
+                        read_exactly(descriptor, part, offset + done, file)
+                        panel = data[done : done + step]
+                        self.hashes.add_plain(name, first + done // row, panel)
+                else:
+                    for offset, length in pieces:
+                        read_exactly(descriptor, memory[done : done + length], offset, file)
+                        done += length
         self.bytes_read += data.numel()
         self.largest_read = max(self.largest_read, data.numel())
         return data
