@@ -25,6 +25,7 @@ from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.world import World
 from dist_peft.data.turn_end import turn_end_ids
 from dist_peft.engine import engine_kind
+from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_of_no_stop
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention import documents_are_isolated
@@ -35,7 +36,6 @@ from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, mea
 from dist_peft.train.loop import StepResult, fit
 from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
 from dist_peft.train.progress import Progress
-from dist_peft.train.replicas import ReplicaCheck
 from dist_peft.train.report import RunSummary
 from dist_peft.train.schedule import lr_factor
 

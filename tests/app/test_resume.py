@@ -87,12 +87,12 @@ def test_start_factors_are_read_and_not_computed_again(shared_data: Path, tmp_pa
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "base": ({"base__quant": {"kind": "nf4", "group_size": 32}}, r"another base\.\*"),
-    "compute": ({"base__compute_dtype": "bfloat16"}, r"another base\.\*"),
-    "adapter": ({"adapter__r": 8}, r"another adapter\.\*"),
-    "data": ({"data__seq_len": 64}, r"another data\.\*"),
-    "batch": ({"train__global_batch": 8}, r"train\.global_batch or train\.seed"),
-    "seed": ({"train__seed": 1}, r"train\.global_batch or train\.seed"),
+    "base": ({"base__quant": {"kind": "nf4", "group_size": 32}}, r"base\.quant\.group_size is 32"),
+    "compute": ({"base__compute_dtype": "bfloat16"}, r"base\.compute_dtype is"),
+    "adapter": ({"adapter__r": 8}, r"adapter\.r is 8, there 4"),
+    "data": ({"data__seq_len": 64}, r"data\.seq_len is 64, there 128"),
+    "batch": ({"train__global_batch": 8}, r"train\.global_batch is 8, there 4"),
+    "seed": ({"train__seed": 1}, r"train\.seed is 1, there 0"),
 }
 
 

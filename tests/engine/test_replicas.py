@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import RemoteError, World
+from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.engine.single import SingleEngine
-from dist_peft.train.replicas import ReplicaCheck
 from tests.dist import run_ranks
 
 CPU = torch.device("cpu")
