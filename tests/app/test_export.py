@@ -286,9 +286,14 @@ def damage_probe(run: Path, how: str) -> None:
     """Another trained model, whose logits the export cannot have."""
     probe = Probe.load(run / "probe.safetensors")
     change = probe.trained - probe.before
+    if how == "another base":
+        far = 11 * change.roll(1, -1)
+        Probe(probe.input_ids, probe.trained + far, probe.before + far).save(
+            run / "probe.safetensors"
+        )
+        return
     trained = {
         "slightly": probe.trained + 0.2 * change.roll(1, -1),
-        "another base": probe.trained + 11 * change.roll(1, -1),
         "nan": probe.trained * torch.nan,
         "lost": probe.before - change,
     }[how]

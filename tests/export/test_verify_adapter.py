@@ -21,13 +21,14 @@ def test_adapter_on_the_base_as_trained(quant: QuantConfig | None, tmp_path: Pat
     )
     assert name.startswith("peft ") and found.relative < 1e-4
     public = read_adapter(run.adapter_dir)
-    key = next(n for n in public.tensors if n.endswith("0.self_attn.q_proj.lora_B.weight"))
-    public.tensors[key] = -public.tensors[key]
+    for key, value in public.tensors.items():
+        if key.endswith("lora_B.weight"):
+            public.tensors[key] = -value
     write_adapter(tmp_path / "other", public, {})
     other = verify_adapter(run.base, run.directory, run.adapter_dir, tmp_path / "other", run.probe)[
         1
     ]
-    assert other.relative > 0.05
+    assert other.relative > 1
     zeros = {n: torch.zeros_like(t) for n, t in public.tensors.items()}
     write_adapter(tmp_path / "none", type(public)(public.config, zeros), {})
     lost = verify_adapter(run.base, run.directory, run.adapter_dir, tmp_path / "none", run.probe)[1]
