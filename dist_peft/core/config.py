@@ -162,7 +162,10 @@ class EngineConfig(Section):
 class DataSource(Section):
     """One file, glob, directory or hub data set, and how its records read."""
 
-    path: str = Field(description="File (.jsonl .json .parquet .csv .tsv .txt), glob, or hub id.")
+    path: str = Field(
+        description="File (.jsonl .json .parquet .arrow .csv .tsv .txt; text also .gz .zst), glob, "
+        "directory (also one of save_to_disk), or hub id."
+    )
     format: Literal["auto", "completion", "alpaca", "chat", "text", "classification"] = Field(
         "auto",
         description="auto: told from the columns. classification: for base.head classifier; "
@@ -180,7 +183,7 @@ class DataSource(Section):
         description="Classification: values of the label column, in the order of their class ids; "
         "of a held-out source by default those of its task.",
     )
-    split: str = Field("train", description="Split of a hub data set.")
+    split: str = Field("train", description="Split of a hub or saved data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
     name: str | None = Field(
         None, description="Of the task, in losses by task; default: the file's name."
@@ -254,7 +257,9 @@ class DataConfig(Section):
                     entries = [entries]
                 if isinstance(entries, list):
                     value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
-            if any(_format_of(entry) == "classification" for entry in value.get("train") or ()):
+            train = value.get("train")
+            entries = train if isinstance(train, list) else []
+            if any(_format_of(entry) == "classification" for entry in entries):
                 value.setdefault("packing", False)
         return value
 

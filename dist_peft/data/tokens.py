@@ -44,7 +44,7 @@ Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 2  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 3  # of the cache; raise it when the same input would give other documents
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
