@@ -175,6 +175,11 @@ class DataSource(Section):
         default_factory=dict,
         description="Role -> column of the file, such as {prompt: question, completion: answer}.",
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns to leave out although they mean something (label, weight, images, "
+        "...), which is refused otherwise.",
+    )
     template: str | None = Field(
         None, description="Prompt text with {column} fields, for completion and alpaca."
     )

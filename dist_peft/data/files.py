@@ -90,8 +90,8 @@ def open_source(source: DataSource, key: str) -> Opened:
     Args:
         source: of its ``path`` the first that fits: a file; a directory that ``save_to_disk`` of
             ``datasets`` wrote (of several splits ``source.split``), any other directory (its own
-            files, not those of subdirectories); a pattern (``**`` crosses directories); ``org/name`` or
-            ``org/name:config`` of the hub, unless ``org`` is a directory here.
+            files, not those of subdirectories); a pattern (``**`` crosses directories);
+            ``org/name`` or ``org/name:config`` of the hub, unless ``org`` is a directory here.
         key: configuration key for messages, such as ``data.train[0]``.
 
     Raises:

@@ -4,8 +4,8 @@ Text formats are read with the standard library rather than through Arrow, becau
 changes data: the string ``"2020-01-01"`` becomes a timestamp, the CSV field ``002`` becomes 2,
 ``NA`` becomes null, and keys that a record lacks appear with null. Here every JSON value keeps its
 type, every CSV field is text, and an error can name the record. Parquet and Arrow files, which
-carry their types, are read with ``pyarrow``, as plain values: nothing in them (an image, a sound) is
-decoded. Their batches are validated in full, so that altered bytes cannot be read past an array.
+carry their types, are read with ``pyarrow``, as plain values: nothing in them (an image, a sound)
+is decoded. Their batches are validated in full, so that altered bytes cannot be read past an array.
 """
 
 import csv
