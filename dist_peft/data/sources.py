@@ -96,6 +96,7 @@ def read_examples(
     build: Callable[[_Fields], Example] | None = None
     unused: UnusedColumns | None = None
     kind: type[Example] | None = None
+    count, blank, first_blank = 0, 0, None
     for place, record in read_records(opened, source.limit):
         if build is None:
             chosen = _choose(source, record, place.file, key)
@@ -113,11 +114,28 @@ def read_examples(
                 f"{place} holds {'messages' if isinstance(example, Chat) else 'text'} where "
                 "earlier records do not; give each kind a file of its own"
             )
+        count += 1
+        if _is_blank(example):
+            blank, first_blank = blank + 1, first_blank or place
         yield place, example
     if build is None or unused is None:
         raise UserError(f"{key}: {source.path} holds no records")
+    if blank == count:
+        raise UserError(
+            f"{key}: all {count} records of {source.path} have an empty text or completion (the "
+            f"first is {first_blank}): nothing is left to learn from; check {key}.columns"
+        )
+    if blank and notes is not None:
+        notes.append(f"{blank} of {count} records have an empty text; the first is {first_blank}")
     if notes is not None:
         notes += unused.notes
+
+
+def _is_blank(example: Example) -> bool:
+    """Whether what is to be learned of ``example`` is empty or white space."""
+    if isinstance(example, Completion):
+        return not example.completion.strip()
+    return isinstance(example, Text) and not example.text.strip()
 
 
 # -- one record ----------------------------------------------------------------------------------

@@ -280,3 +280,9 @@ def test_system_column_text_parts_json_text_and_conversational_completion(tmp_pa
         one(tmp_path, {"messages": "[{"})
     with pytest.raises(UserError, match="record 2 holds messages where earlier"):
         examples(tmp_path, [GOOD, {"prompt": [USER], "completion": TURNS[1:]}])
+
+
+@pytest.mark.parametrize("record", [{"prompt": "p", "completion": " "}, {"text": ""}])
+def test_nothing_but_empty_texts_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"all 2 records of .*a.jsonl have an empty text"):
+        examples(tmp_path, [record, record])
