@@ -21,6 +21,7 @@ from dist_peft.app import inspect as inspect_app
 from dist_peft.app import quantize as quantize_app
 from dist_peft.app import quickstart as quickstart_app
 from dist_peft.app import train as train_app
+from dist_peft.app import validate as validate_app
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import MeetingError, RemoteError, World
 from dist_peft.export.verdict import VerificationError
@@ -94,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="run a configuration")
     _add_config(train)
     train.set_defaults(run=train_app.run)
+
+    validate = verbs.add_parser("validate", help="show rows with the loss mask, without weights")
+    _add_config(validate)
+    validate_app.add_arguments(validate)
+    validate.set_defaults(run=validate_app.run)
 
     evaluate = verbs.add_parser("eval", help="held-out loss of a base, or of a run's adapter")
     _add_config(evaluate)

@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "data.train<>.path",
     "data.train<>.format",
     "data.train<>.columns.*",
+    "data.train<>.ignore*",
     "data.train<>.template",
     "data.train<>.labels",
     "data.train<>.split",

@@ -13,7 +13,10 @@ __all__ = ["DataConfig", "DataSource"]
 class DataSource(Section):
     """One file, glob, directory or hub data set, and how its records read."""
 
-    path: str = Field(description="File (.jsonl .json .parquet .csv .tsv .txt), glob, or hub id.")
+    path: str = Field(
+        description="File (.jsonl .json .parquet .arrow .csv .tsv .txt; text also .gz .zst), glob, "
+        "directory (also one of save_to_disk), or hub id."
+    )
     format: Literal["auto", "completion", "alpaca", "chat", "text", "classification"] = Field(
         "auto",
         description="auto: told from the columns. classification: for base.head classifier; "
@@ -23,6 +26,11 @@ class DataSource(Section):
         default_factory=dict,
         description="Role -> column of the file, such as {prompt: question, completion: answer}.",
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns to leave out although they mean something (label, weight, images, "
+        "...), which is refused otherwise.",
+    )
     template: str | None = Field(
         None, description="Prompt text with {column} fields, for completion and alpaca."
     )
@@ -31,7 +39,7 @@ class DataSource(Section):
         description="Classification: values of the label column, in the order of their class ids; "
         "of a held-out source by default those of its task.",
     )
-    split: str = Field("train", description="Split of a hub data set.")
+    split: str = Field("train", description="Split of a hub or saved data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
     name: str | None = Field(
         None, description="Of the task, in losses by task; default: the file's name."

@@ -1,20 +1,11 @@
-"""From a path to raw records: which files a source means, and their records one by one.
+"""From a path to raw records: which files a source means; ``readers`` reads each."""
 
-Text formats are read with the standard library rather than through Arrow, because type inference
-changes data: the string ``"2020-01-01"`` becomes a timestamp, the CSV field ``002`` becomes 2,
-``NA`` becomes null, and keys that a record lacks appear with null. Here every JSON value keeps its
-type, every CSV field is text, and an error can name the record. Parquet and hub data sets, which
-carry their types, are read with ``datasets``.
-"""
-
-import csv
 import glob
 import itertools
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,19 +13,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, data_ending, read_file
 
 if TYPE_CHECKING:
     import datasets
 
 __all__ = ["ENDINGS", "Opened", "Place", "Record", "open_source", "read_records"]
 
-Record = dict[str, Any]
 _LOG = logging.getLogger("dist_peft")
 
-_NOT_JSON = (ValueError, RecursionError)
-"""What ``json`` raises: for bad text, for numbers of thousands of digits, for too deep nesting."""
-
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+_ABOUT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""What ``datasets`` writes next to data; no data."""
+
+_READABLE = f"{', '.join(ENDINGS)}; text formats also as {' and '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class LocalFiles:
 
     def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         for file in self.files:
-            yield str(file), _guarded(file, _READERS[file.suffix.lower()])
+            yield str(file), read_file(file)
 
 
 @dataclass(frozen=True)
@@ -86,40 +79,60 @@ class HubData:
         return _fingerprint(tuple(Path(file["filename"]) for file in self.data.cache_files))
 
     def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
-        yield self.name, iter(self.data)
+        # as plain values: an image or a sound is not decoded
+        batches = self.data.with_format("arrow").iter(batch_size=1024)
+        yield self.name, (record for batch in batches for record in batch.to_pylist())
 
 
 def open_source(source: DataSource, key: str) -> Opened:
     """Find what ``source.path`` means: a file, a directory, a glob pattern or a hub data set.
 
     Args:
-        source: of its ``path`` the first that fits: a file; a directory (its own files, not those
-            of subdirectories); a pattern (``**`` crosses directories); ``org/name`` or
-            ``org/name:config`` of the hub, unless ``org`` is a directory here.
+        source: of its ``path`` the first that fits: a file; a directory that ``save_to_disk`` of
+            ``datasets`` wrote (of several splits ``source.split``), any other directory (its own
+            files, not those of subdirectories); a pattern (``**`` crosses directories);
+            ``org/name`` or ``org/name:config`` of the hub, unless ``org`` is a directory here.
         key: configuration key for messages, such as ``data.train[0]``.
 
     Raises:
         UserError: nothing there (told without asking the network, unless it can be a hub id),
             nothing of a known ending, or the hub data set cannot be loaded.
     """
+    try:
+        return _open(source, key)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise UserError(f"{key}: path {source.path:.200} cannot be looked at: {reason}") from None
+
+
+def _open(source: DataSource, key: str) -> Opened:
     path = source.path
-    hub = None if Path(path).exists() else _HUB_ID.fullmatch(path)
-    if hub and Path(path).suffix.lower() not in ENDINGS and not Path(path).parent.is_dir():
+    place = Path(path).expanduser()
+    hub = None if place.exists() else _HUB_ID.fullmatch(path)
+    if hub and data_ending(place) is None and not place.parent.is_dir():
         return _open_hub(source, hub["name"], hub["config"], key)
-    if source.split != "train":
+    splits = _saved_splits(place, key)
+    if splits is not None:
+        if source.split not in splits:
+            raise UserError(
+                f"{key}: directory {path} has no split {source.split}; set {key}.split to one of "
+                f"{', '.join(splits)}"
+            )
+        place = place / source.split
+    elif source.split != "train":
         _LOG.warning(
             "%s.split has no effect: %s is local, not a hub data set", key, path, extra=ONCE
         )
-    return LocalFiles(_locate(path, key))
+    saved = _saved_files(place, key)
+    return LocalFiles(_locate(path, place, key) if saved is None else saved)
 
 
-def _locate(path: str, key: str) -> tuple[Path, ...]:
-    place = Path(path).expanduser()
+def _locate(path: str, place: Path, key: str) -> tuple[Path, ...]:
     if place.is_file():
-        if place.suffix.lower() not in ENDINGS:
+        if data_ending(place) is None:
             raise UserError(
-                f"{key}: file {path} has the ending {place.suffix or '(none)'}; "
-                f"readable are {', '.join(ENDINGS)}"
+                f"{key}: file {path} has the ending {''.join(place.suffixes[-2:]) or '(none)'}; "
+                f"readable are {_READABLE}"
             )
         return (place,)
     if place.is_dir():
@@ -135,14 +148,71 @@ def _locate(path: str, key: str) -> tuple[Path, ...]:
 
 
 def _readable(files: list[Path], what: str) -> tuple[Path, ...]:
-    known = sorted(f for f in files if f.suffix.lower() in ENDINGS)
+    data = [f for f in files if f.name not in _ABOUT_DATA]
+    known = sorted(f for f in data if data_ending(f) is not None)
     if not known:
         others = sorted({f.suffix or f.name for f in files})[:5]
         raise UserError(
-            f"{what} has no file with a readable ending ({', '.join(ENDINGS)})"
+            f"{what} has no file with a readable ending ({_READABLE})"
             + (f"; it has {', '.join(others)}" if others else "")
         )
     return tuple(known)
+
+
+# -- what datasets' save_to_disk wrote -------------------------------------------------------------
+
+
+def _saved_splits(directory: Path, key: str) -> list[str] | None:
+    """The splits of a ``DatasetDict`` that was saved into ``directory``; None: there is none."""
+    file = directory / "dataset_dict.json"
+    if not file.is_file():
+        return None
+    return _bare_names(_read_json(file, key).get("splits"), file, key)
+
+
+def _saved_files(directory: Path, key: str) -> tuple[Path, ...] | None:
+    """The Arrow files, in order, of a ``Dataset`` that was saved into ``directory``."""
+    file = directory / "state.json"
+    if not file.is_file():
+        return None
+    state = _read_json(file, key)
+    if "_data_files" not in state:
+        return None
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{key}: {directory} was saved by datasets 1.x with an index of rows; load it with "
+            "datasets and save it again"
+        )
+    entries = state["_data_files"]
+    if not isinstance(entries, list):
+        entries = []
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    files = [directory / name for name in _bare_names(names, file, key)]
+    if missing := [f for f in files if not f.is_file()]:
+        raise UserError(f"{key}: {missing[0]} is missing, which {file} names; copy it again")
+    return tuple(files)
+
+
+def _read_json(file: Path, key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {file} is not valid JSON: {error}; copy it again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _bare_names(names: Any, file: Path, key: str) -> list[str]:
+    """Names of entries of ``file``'s own directory: a stranger's file must not lead out of it."""
+    named = isinstance(names, list) and bool(names)
+    if not named or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise UserError(
+            f"{key}: {file} does not name the files of its own directory; it is damaged, or not "
+            "what datasets writes"
+        )
+    return list(names)
+
+
+# -- the hub ---------------------------------------------------------------------------------------
 
 
 def _open_hub(source: DataSource, name: str, config: str | None, key: str) -> HubData:
@@ -180,117 +250,3 @@ def read_records(opened: Opened, limit: int | None) -> Iterator[tuple[Place, Rec
         ),
         limit,
     )
-
-
-def _guarded(file: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
-    """Turn what a broken file raises into a ``UserError`` that names it."""
-    try:
-        yield from reader(file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"file {file} is not UTF-8 text: {error}; convert it to UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"file {file} is not a valid {file.suffix[1:]} table: {error}") from None
-    except PermissionError:
-        raise UserError(f"file {file} cannot be read: permission denied") from None
-
-
-def _read_json(file: Path) -> Iterator[Record]:
-    """A list of records or strings, one record, or (whatever the ending says) JSON lines."""
-    text = file.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
-    try:
-        tree = json.loads(text)
-    except _NOT_JSON as error:
-        first, _, rest = text.lstrip().partition("\n")
-        if rest.strip() and _is_json(first):
-            yield from _read_jsonl(file)
-            return
-        raise UserError(f"file {file} is not valid JSON: {error}") from None
-    for number, item in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield _as_record(item, f"{file}, record {number}")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except _NOT_JSON:
-        return False
-    return True
-
-
-def _read_jsonl(file: Path) -> Iterator[Record]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except _NOT_JSON as error:
-                raise UserError(f"file {file}, line {number} is not valid JSON: {error}") from None
-            yield _as_record(item, f"{file}, line {number}")
-
-
-def _as_record(item: Any, where: str) -> Record:
-    """A plain string stands for ``{"text": string}``."""
-    if isinstance(item, str):
-        return {"text": item}
-    if not isinstance(item, dict):
-        raise UserError(f"{where} is {type(item).__name__}, not an object or a string")
-    return item
-
-
-def _read_csv(file: Path) -> Iterator[Record]:
-    """Comma-separated, header line first, quotes as in RFC 4180."""
-    yield from _read_table(file, delimiter=",", strict=True)
-
-
-def _read_tsv(file: Path) -> Iterator[Record]:
-    """Tab-separated, header line first; quotes are ordinary characters (IANA's definition)."""
-    yield from _read_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a document
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, **dialect)
-        header = next(rows, [])
-        if twice := sorted(name for name, count in Counter(header).items() if count > 1):
-            raise UserError(f"file {file} has more than one column {twice[0]}; rename one")
-        for number, row in enumerate((row for row in rows if row), start=1):
-            if len(row) != len(header):
-                raise UserError(
-                    f"{file}, record {number} (line {rows.line_num}) has {len(row)} fields, "
-                    f"the header {len(header)}: {', '.join(header)}"
-                )
-            yield dict(zip(header, row, strict=True))
-
-
-def _read_text(file: Path) -> Iterator[Record]:
-    """The whole file is one document."""
-    text = file.read_text(encoding="utf-8-sig")
-    if text:
-        yield {"text": text}
-
-
-def _read_parquet(file: Path) -> Iterator[Record]:
-    import datasets
-    from pyarrow import ArrowException
-
-    try:
-        yield from datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(file)), split="train", streaming=True
-        )
-    except ArrowException as error:
-        raise UserError(f"file {file} is not valid parquet: {error}") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".txt": _read_text,
-}
-ENDINGS = tuple(_READERS)

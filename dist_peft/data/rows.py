@@ -185,8 +185,10 @@ def _load(
     config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
 ) -> tuple[Documents, Pieces]:
     documents = load_documents(config, source, tokenizer, key)
-    _refuse_untrainable(documents, config)
-    return documents, fit(documents, config, key)
+    kept = _without_untrainable(documents, config, key)
+    pieces = fit(documents, config, key)
+    number = np.searchsorted(documents.offsets, pieces.start, side="right") - 1
+    return documents, pieces.take(kept[number])
 
 
 def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, name: str) -> RowSet:
@@ -223,21 +225,38 @@ def _whole(documents: Documents) -> Pieces:
     )
 
 
-def _refuse_untrainable(documents: Documents, config: DataConfig) -> None:
+def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> NDArray[np.bool_]:
+    """Which documents have a token that contributes to the loss; those without are counted. [D]
+
+    Raises:
+        UserError: no document has one.
+    """
     targets = _count_targets([documents], _whole(documents))
     empty = np.flatnonzero(targets == 0)
     if not len(empty):
-        return
-    more = f" ({len(empty)} records are like this)" if len(empty) > 1 else ""
+        return targets > 0
     why = (
         "it is empty"
         if documents.is_text or config.loss_on == "all"
         else "a conversation needs an assistant turn; or set data.loss_on: all"
     )
-    raise UserError(
-        f"{documents.place(int(empty[0]))} has no token that counts for the loss{more}: {why}; "
-        "remove or mend the record"
+    first = documents.place(int(empty[0]))
+    if len(empty) == len(documents):
+        raise UserError(
+            f"{first} has no token that counts for the loss, nor has any other of {key}: {why}; "
+            "remove or fix the records"
+        )
+    _LOG.warning(
+        "%s: left out %d of %d records without a token that contributes to the loss; the first is "
+        "%s: %s",
+        key,
+        len(empty),
+        len(documents),
+        first,
+        why,
+        extra=ONCE,
     )
+    return targets > 0
 
 
 def fit(documents: Documents, config: DataConfig, key: str) -> Pieces:

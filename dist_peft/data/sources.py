@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import Opened, Place, Record, read_records
+from dist_peft.data.meanings import UnusedColumns
+from dist_peft.data.messages import normalized_message, valid_unicode
 
 __all__ = ["Chat", "Completion", "Example", "Labelled", "Text", "read_examples"]
 
@@ -39,19 +41,6 @@ _ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
 
 _MISSING = object()
 
@@ -91,10 +80,13 @@ class Labelled:
 Example = Completion | Chat | Text | Labelled
 
 
-def read_examples(source: DataSource, opened: Opened, key: str) -> Iterator[tuple[Place, Example]]:
+def read_examples(
+    source: DataSource, opened: Opened, key: str, notes: list[str] | None = None
+) -> Iterator[tuple[Place, Example]]:
     """Every example of the source, with its place.
 
     Args:
+        notes: takes, at the end, what the user should hear once.
         opened: from ``files.open_source``.
         key: configuration key for messages, such as ``data.train[0]``.
 
@@ -102,12 +94,48 @@ def read_examples(source: DataSource, opened: Opened, key: str) -> Iterator[tupl
         UserError: no records; unknown format; a record that does not fit, named by file and number.
     """
     build: Callable[[_Fields], Example] | None = None
+    unused: UnusedColumns | None = None
+    kind: type[Example] | None = None
+    count, blank, first_blank = 0, 0, None
     for place, record in read_records(opened, source.limit):
         if build is None:
-            build = _choose(source, record, place.file, key).build
-        yield place, build(_Fields(source, record, place))
-    if build is None:
+            chosen = _choose(source, record, place.file, key)
+            build = chosen.build
+            reads = {r for r in chosen.roles() if r not in source.columns} | {
+                *chosen.aliases.values()
+            }
+            unused = UnusedColumns(source, reads, chosen.name, key)
+        assert unused is not None
+        unused.check(record, str(place))
+        example = build(_Fields(source, record, place))
+        kind = kind or type(example)
+        if not isinstance(example, kind):
+            raise UserError(
+                f"{place} holds {'messages' if isinstance(example, Chat) else 'text'} where "
+                "earlier records do not; give each kind a file of its own"
+            )
+        count += 1
+        if _is_blank(example):
+            blank, first_blank = blank + 1, first_blank or place
+        yield place, example
+    if build is None or unused is None:
         raise UserError(f"{key}: {source.path} holds no records")
+    if blank == count:
+        raise UserError(
+            f"{key}: all {count} records of {source.path} have an empty text or completion (the "
+            f"first is {first_blank}): nothing is left to learn from; check {key}.columns"
+        )
+    if blank and notes is not None:
+        notes.append(f"{blank} of {count} records have an empty text; the first is {first_blank}")
+    if notes is not None:
+        notes += unused.notes
+
+
+def _is_blank(example: Example) -> bool:
+    """Whether what is to be learned of ``example`` is empty or white space."""
+    if isinstance(example, Completion):
+        return not example.completion.strip()
+    return isinstance(example, Text) and not example.text.strip()
 
 
 # -- one record ----------------------------------------------------------------------------------
@@ -148,7 +176,7 @@ class _Fields:
         if not isinstance(value, str):
             kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
             raise UserError(f"{self.place}: column {column} must be text but is {kind}")
-        return _valid(value, f"{self.place}: column {column}")
+        return valid_unicode(value, f"{self.place}: column {column}")
 
 
 def _find(record: Any, path: str) -> Any:
@@ -165,18 +193,21 @@ def _find(record: Any, path: str) -> Any:
     return _find(inner, rest) if rest else inner
 
 
-def _valid(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{what} is not valid Unicode: half a surrogate pair at character {error.start}"
-        ) from None
-    return text
-
-
-def _completion(fields: _Fields) -> Completion:
+def _completion(fields: _Fields) -> Example:
     template = fields.source.template
+    prompt_value, answer = fields.raw("prompt"), fields.raw("completion")
+    if template is None and isinstance(prompt_value, list) and isinstance(answer, list | dict):
+        answer = answer if isinstance(answer, list) else [answer]
+        where = f"{fields.place}, message"
+        before = [
+            normalized_message(m, f"{where} {i} of prompt") for i, m in enumerate(prompt_value, 1)
+        ]
+        after = [
+            normalized_message(m, f"{where} {i} of completion") for i, m in enumerate(answer, 1)
+        ]
+        # only the completion contributes to the loss
+        before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
+        return Chat(before + after, _tools(fields))
     prompt = fields.filled(template) if template is not None else fields.text("prompt")
     return Completion(prompt, fields.text("completion"))
 
@@ -214,35 +245,25 @@ def _chat(fields: _Fields) -> Chat:
     messages = fields.raw("messages")
     if messages is _MISSING and "messages" not in fields.source.columns:
         messages = fields.raw("conversations")
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{fields.place}: messages is not valid JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{fields.place}: messages must be a list of at least one message")
     where = f"{fields.place}, message"
-    normal = [_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)]
-    return Chat(normal, _tools(fields))
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    """OpenAI or ShareGPT form -> role, content and what else the message has that is not null."""
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is {type(message).__name__}, not an object")
-    given = {name: value for name, value in message.items() if value is not None}
-    if "role" not in given and "from" in given:
-        speaker = given.pop("from")
-        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+    normal = [
+        normalized_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
+    ]
+    if system := fields.optional("system"):
+        if normal[0]["role"] != "system":
+            normal.insert(0, {"role": "system", "content": system})
+        elif normal[0]["content"] != system:
             raise UserError(
-                f"{where} is from {speaker!r}; known are {', '.join(sorted(_SHAREGPT_ROLES))}"
+                f"{fields.place}: column system and the system message differ; remove one of them"
             )
-        given = {"role": _SHAREGPT_ROLES[speaker], "content": given.pop("value", None), **given}
-    if not isinstance(given.get("role"), str):
-        raise UserError(f"{where} has no role; its keys are {', '.join(message)}")
-    if given.get("content") is None and given.get("tool_calls"):
-        given.pop("content", None)
-        return given
-    if not isinstance(given.get("content"), str):
-        kind = type(given.get("content")).__name__.replace("NoneType", "null or missing")
-        raise UserError(f"{where} ({given['role']}): content must be text but is {kind}")
-    _valid(given["content"], where)
-    return given
+    return Chat(normal, _tools(fields))
 
 
 def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
@@ -295,7 +316,9 @@ class _Format:
 
 
 _FORMATS = (
-    _Format("chat", ("messages",), ("tools",), _chat, aliases={"messages": "conversations"}),
+    _Format(
+        "chat", ("messages",), ("tools", "system"), _chat, aliases={"messages": "conversations"}
+    ),
     _Format("completion", ("prompt", "completion"), (), _completion, templated="prompt"),
     _Format("alpaca", ("instruction", "output"), ("input",), _alpaca, templated="instruction"),
     _Format("text", ("text",), (), _text),

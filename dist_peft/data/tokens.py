@@ -44,7 +44,7 @@ Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 2  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 3  # of the cache; raise it when the same input would give other documents
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
@@ -71,7 +71,8 @@ def load_documents(
 
     def build(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
-        for batch in _batches(read_examples(source, opened, key)):
+        reading: list[str] = []
+        for batch in _batches(read_examples(source, opened, key, reading)):
             examples = [example for _, example in batch]
             writer.is_text = isinstance(examples[0], Text)
             places = [place for place, _ in batch]
@@ -79,7 +80,7 @@ def load_documents(
             for place, example, document in zip(places, examples, encoded, strict=True):
                 label = example.label if isinstance(example, Labelled) else -1
                 writer.add(*document, place, label)
-        writer.notes = encoder.notes
+        writer.notes = [*reading, *encoder.notes]
         writer.chat_template = encoder.default_template
 
     identity = {

@@ -81,6 +81,15 @@ def test_a_source_may_be_a_bare_path_or_a_single_entry() -> None:
     assert mixed.data.train == [*wanted, DataSource(path="b.csv", limit=3)]
 
 
+@pytest.mark.parametrize("key", ["train", "eval"])
+@pytest.mark.parametrize("value", [5, True, 2.5])
+def test_sources_that_are_no_list_are_named(key: str, value: Any) -> None:
+    """Before, a number in data.train was a traceback."""
+    sections = {"base": {"path": "b"}, "data": {"train": ["a.jsonl"], key: value}}
+    with pytest.raises(ValueError, match=rf"data.{key}\n"):
+        RunConfig.model_validate(sections)
+
+
 def test_the_paths_given_are_not_changed_in_place() -> None:
     tree = {"train": ["a.jsonl"]}
     DataConfig.model_validate(tree)

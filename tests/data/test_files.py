@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from dist_peft.core.config import DataSource
@@ -151,6 +152,84 @@ def test_split_of_a_local_file_is_warned_about(
     assert "data.train[0].split has no effect" in caplog.text
 
 
+# -- what save_to_disk wrote ---------------------------------------------------------------------
+
+SAVED = [{"text": "a", "m": [{"role": "user"}]}, {"text": "b", "m": []}]
+
+
+def test_a_saved_data_set_and_one_with_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, the description (dataset_info.json) was read as the only record."""
+    many = datasets.Dataset.from_list([{"text": str(i)} for i in range(2500)])
+    whole = datasets.Dataset.from_list(SAVED)
+    whole.save_to_disk(tmp_path / "one")
+    splits = {"train": many, "test": whole}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two", num_shards={"train": 3, "test": 1})
+    assert read(tmp_path / "one") == SAVED
+    assert read(tmp_path / "two") == [{"text": str(i)} for i in range(2500)]
+    assert read(tmp_path / "two", split="test") == read(tmp_path / "two" / "test") == SAVED
+    assert "split has no effect" not in caplog.text
+    (file,) = (tmp_path / "one").glob("*.arrow")
+    assert read(file) == SAVED
+    with pytest.raises(UserError, match=r"two has no split dev; set .*split to one of train, test"):
+        read(tmp_path / "two", split="dev")
+
+
+def test_images_of_a_saved_data_set_are_not_decoded(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    records = {"text": ["a"], "image": [{"bytes": b"no image", "path": None}]}
+    saved = datasets.Dataset.from_dict(records, features=features)
+    saved.save_to_disk(tmp_path / "arrow")
+    saved.to_parquet(tmp_path / "a.parquet")
+    expected = [{"text": "a", "image": {"bytes": b"no image", "path": None}}]
+    assert read(tmp_path / "arrow") == read(tmp_path / "a.parquet") == expected
+
+
+def test_descriptions_are_no_data(tmp_path: Path) -> None:
+    """A directory of the cache of datasets: Arrow files and their description, no state.json."""
+    datasets.Dataset.from_list(SAVED).save_to_disk(tmp_path)
+    (tmp_path / "state.json").unlink()
+    assert read(tmp_path) == SAVED
+    next(tmp_path.glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="has no file with a readable ending"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", '{"_data_files": [{"filename": "../secret.arrow"}]}', "does not name the f"),
+        ("state.json", '{"_data_files": [{"filename": "/etc/passwd"}]}', "does not name the f"),
+        ("state.json", '{"_data_files": []}', "does not name the f"),
+        ("state.json", '{"_data_files": 5}', "does not name the f"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow is missing"),
+        ("state.json", '{"_data_files": ', "state.json is not valid JSON"),
+        ("dataset_dict.json", '{"splits": ["../other"]}', "does not name the f"),
+        ("dataset_dict.json", "[]", "does not name the f"),
+    ],
+)
+def test_a_saved_directory_that_is_no_such(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / "secret.arrow").write_bytes(b"")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / file).write_text(content)
+    with pytest.raises(UserError, match=rf"data.train\[0\]: .*{message}"):
+        read(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "y" * 300 + ".jsonl", "x" * 300 + "/*.jsonl"])
+def test_a_path_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(UserError, match=r"data.train\[0\]: .*(name too long|no file)"):
+        read(path)
+
+
+def test_home_of_an_unknown_user() -> None:
+    with pytest.raises(UserError, match=r"data.train\[0\]: path ~nosuchuser/a.jsonl cannot be"):
+        read("~nosuchuser/a.jsonl")
+
+
 # -- the hub -------------------------------------------------------------------------------------
 
 
@@ -161,9 +240,9 @@ def test_split_of_a_local_file_is_warned_about(
 def test_hub_id(monkeypatch: pytest.MonkeyPatch, path: str, asked: tuple[str, str | None]) -> None:
     calls = []
 
-    def load(name: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
+    def load(name: str, config: str | None, *, split: str) -> Any:
         calls.append((name, config, split))
-        return [{"text": "a"}, {"text": "b"}]
+        return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr("datasets.load_dataset", load)
     assert read(path, limit=1, split="test") == [{"text": "a"}]

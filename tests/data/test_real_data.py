@@ -104,10 +104,12 @@ def test_tool_calls_in_sharegpt_form(load: Load) -> None:
     assert shown.count("[[Of course!") == 1
 
 
-def test_messages_and_preference_pairs(load: Load) -> None:
-    shown = load.first("llamafactory-demo/kto_en_demo.json")
+def test_preference_data(load: Load) -> None:
+    with pytest.raises(UserError, match=r"kto_en_demo.json, record \d+: column label is False"):
+        load.first("llamafactory-demo/kto_en_demo.json")
+    shown = load.first("llamafactory-demo/kto_en_demo.json", ignore=["label"])
     assert "I think the answer is\n<|assistant|>\n[[Ooh ooh ah ah!" in shown
-    with pytest.raises(UserError, match=r"dpo_en_demo.json, record 1 has no token that counts"):
+    with pytest.raises(UserError, match=r"record 1: column chosen belongs to preference data"):
         load.first("llamafactory-demo/dpo_en_demo.json")
 
 

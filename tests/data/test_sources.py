@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
     for part in (
         "data.train[0]: cannot tell the format of",
         "a.jsonl: its columns are question, answer;",
-        "chat wants messages or conversations, tools?;",
+        "chat wants messages or conversations, tools?, system?;",
         "completion wants prompt, completion;",
         "alpaca wants instruction, output, input?;",
         "text wants text.",
@@ -230,3 +231,58 @@ def test_bad_record_is_named_by_file_and_number(
 ) -> None:
     with pytest.raises(UserError, match=rf"a\.jsonl, record 2[:, ].*{message}"):
         examples(tmp_path, [first, record])
+
+
+# -- columns that mean something -----------------------------------------------------------------
+
+TURNS = [USER, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p", "completion": "c", "label": False}, "column label is False: .*KTO"),
+        ({"messages": TURNS, "label": False}, "column label is False: .*KTO"),
+        (
+            {"conversations": [USER], "chosen": {"role": "assistant", "content": "a"}},
+            r"columns: \{prompt: conversations, completion: chosen\}",
+        ),
+        ({"messages": TURNS, "images": ["a.png"]}, "column images holds images"),
+        ({"text": "t", "audio": {"path": "a.wav"}}, "column audio holds images, audio"),
+        ({"messages": TURNS, "weight": 0.5}, "column weight is 0.5"),
+        ({"messages": TURNS, "train": False}, "column train is False"),
+        ({"instruction": "i", "output": "o", "system": "s"}, "system would be missing"),
+        ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history would be missing"),
+        ({"instruction": "i", "output": "o", "context": "c"}, "context would be missing"),
+    ],
+)
+def test_a_column_that_means_something_is_refused(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"a.jsonl, record 1: .*{message}"):
+        examples(tmp_path, [record])
+    means = ["label", "images", "audio", "weight", "train", "system", "history", "context"]
+    assert len(examples(tmp_path, [record], ignore=[*means, "chosen"])) == 1
+
+
+def test_system_column_text_parts_json_text_and_conversational_completion(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "u"}]
+    expected = Chat([{"role": "system", "content": "s"}, *TURNS])
+    messages = [{"role": "user", "content": parts}, TURNS[1]]
+    assert one(tmp_path, {"messages": messages, "system": "s"}) == expected
+    assert one(tmp_path, {"messages": json.dumps(TURNS), "system": ""}) == Chat(TURNS)
+    for answer in (TURNS[1:], TURNS[1]):
+        assert one(tmp_path, {"prompt": [USER], "completion": answer}) == Chat(TURNS)
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(UserError, match=r"message 1 \(user\): .*part 2 of type image_url"):
+        one(tmp_path, {"messages": [{"role": "user", "content": image}]})
+    with pytest.raises(UserError, match="messages is not valid JSON"):
+        one(tmp_path, {"messages": "[{"})
+    with pytest.raises(UserError, match="record 2 holds messages where earlier"):
+        examples(tmp_path, [GOOD, {"prompt": [USER], "completion": TURNS[1:]}])
+
+
+@pytest.mark.parametrize("record", [{"prompt": "p", "completion": " "}, {"text": ""}])
+def test_nothing_but_empty_texts_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"all 2 records of .*a.jsonl have an empty text"):
+        examples(tmp_path, [record, record])

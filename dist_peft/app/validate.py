@@ -1,0 +1,63 @@
+"""``dist-peft validate``: rendered rows with the loss mask, before any weight is read."""
+
+import argparse
+import logging
+
+from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.config_io import load_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.data.rows import load_row_sets, show_row
+from dist_peft.model.hub import Tokenizer, load_tokenizer, resolve_base
+
+__all__ = ["add_arguments", "preview_rows", "run"]
+
+log = logging.getLogger("dist_peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=2, help="rows to print of each source")
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    """Print ``--rows`` rows of each source.
+
+    Raises:
+        UserError: the configuration, the tokenizer or the data are wrong.
+    """
+    if args.rows < 0:
+        raise UserError(f"--rows {args.rows} is negative; give the number of rows to print")
+    config = load_config(args.config, args.overrides)
+    if config.data.classifies:
+        raise UserError("validate shows rows of language models; these data are classification")
+    setup_log(None, world.rank, world.size)
+    if not world.is_first:
+        return 0
+    tokenizer = load_tokenizer(resolve_base(config.base))
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        if sources:
+            print("\n".join(preview_rows(config.data, sources, tokenizer, name, args.rows)))
+    return 0
+
+
+def preview_rows(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
+) -> list[str]:
+    """A line about each source and its first ``count`` rows; what stands in ``[[...]]``
+    contributes to the loss.
+
+    Raises:
+        UserError: see ``data.rows.load_rows``.
+    """
+    lines = []
+    for number, rows in enumerate(load_row_sets(config, sources, tokenizer, name=name)):
+        lines.append(
+            f"data.{name}[{number}] {sources[number].path}: {rows.num_documents} documents in "
+            f"{len(rows)} rows, {rows.total_tokens} tokens, of which {rows.total_targets} "
+            "contribute to the loss, marked [[...]]"
+        )
+        for index in range(min(count, len(rows))):
+            lines.append(f"--- row {index}: {rows.num_tokens(index)} tokens")
+            lines.append(show_row(rows, index, tokenizer))
+    return lines

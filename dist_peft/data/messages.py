@@ -1,0 +1,70 @@
+"""One message of a conversation, in the forms that data sets have, becomes role and content."""
+
+from typing import Any
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["normalized_message", "valid_unicode"]
+
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def valid_unicode(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not valid Unicode: half a surrogate pair at character {error.start}"
+        ) from None
+    return text
+
+
+def normalized_message(message: Any, where: str) -> dict[str, Any]:
+    """OpenAI or ShareGPT form -> role, content and what else the message has that is not null."""
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is {type(message).__name__}, not an object")
+    given = {name: value for name, value in message.items() if value is not None}
+    if "role" not in given and "from" in given:
+        speaker = given.pop("from")
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise UserError(
+                f"{where} is from {speaker!r}; known are {', '.join(sorted(_SHAREGPT_ROLES))}"
+            )
+        given = {"role": _SHAREGPT_ROLES[speaker], "content": given.pop("value", None), **given}
+    if not isinstance(given.get("role"), str):
+        raise UserError(f"{where} has no role; its keys are {', '.join(message)}")
+    if given.get("content") is None and given.get("tool_calls"):
+        given.pop("content", None)
+        return given
+    if isinstance(given.get("content"), list):
+        given["content"] = _joined_parts(given["content"], f"{where} ({given['role']})")
+    if not isinstance(given.get("content"), str):
+        kind = type(given.get("content")).__name__.replace("NoneType", "null or missing")
+        raise UserError(f"{where} ({given['role']}): content must be text but is {kind}")
+    valid_unicode(given["content"], where)
+    return given
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """The text of content parts, joined as templates for parts join it: with nothing between."""
+    texts = []
+    for number, part in enumerate(parts, start=1):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{where}: content must be text but is list with part {number} of type {kind}; "
+                "only parts of type text are trained on: remove records with images or audio"
+            )
+        texts.append(part["text"])
+    return "".join(texts)

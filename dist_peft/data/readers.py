@@ -1,0 +1,237 @@
+"""From a file to raw records: one reader for each ending, compressed or not.
+
+Text formats are read with the standard library rather than through Arrow, because type inference
+changes data: the string ``"2020-01-01"`` becomes a timestamp, the CSV field ``002`` becomes 2,
+``NA`` becomes null, and keys that a record lacks appear with null. Here every JSON value keeps its
+type, every CSV field is text, and an error can name the record. Parquet and Arrow files, which
+carry their types, are read with ``pyarrow``, as plain values: nothing in them (an image, a sound)
+is decoded. Their batches are validated in full, so that altered bytes cannot be read past an array.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "data_ending", "read_file"]
+
+Record = dict[str, Any]
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Ending of a compressed text file -> its name in ``pyarrow``."""
+
+_NOT_JSON = (ValueError, RecursionError)
+"""What ``json`` raises: for bad text, for numbers of thousands of digits, for too deep nesting."""
+
+_BATCH = 1024  # records of an Arrow or Parquet file that are in memory at a time
+
+
+def data_ending(file: Path) -> str | None:
+    """The ending that says how ``file`` is read, such as ``.jsonl`` or ``.jsonl.gz``; None: none.
+
+    Parquet and Arrow files compress their own columns, so that ``.parquet.gz`` is none.
+    """
+    endings = [ending.lower() for ending in file.suffixes[-2:]]
+    if endings and endings[-1] in COMPRESSIONS:
+        known = len(endings) == 2 and endings[0] in _TEXT_READERS
+        return "".join(endings) if known else None
+    return endings[-1] if endings and endings[-1] in ENDINGS else None
+
+
+def read_file(file: Path) -> Iterator[Record]:
+    """The records of a file with a ``data_ending``, one by one.
+
+    Raises:
+        UserError: the file cannot be read, naming it and the line or record.
+    """
+    ending = data_ending(file)
+    assert ending is not None
+    kind, compression = ending, ""
+    for suffix in COMPRESSIONS:
+        if ending.endswith(suffix):
+            kind, compression = ending.removesuffix(suffix), suffix
+    binary = _BINARY_READERS.get(kind)
+    try:
+        yield from _read_binary(file, binary) if binary else _TEXT_READERS[kind](file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"file {file} is not UTF-8 text: {error}; convert it to UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"file {file} is not a valid {kind[1:]} table: {error}") from None
+    except OSError as error:
+        if error.strerror is None and compression:
+            # what the decompressor found has no number of the operating system
+            raise UserError(
+                f"file {file} is no whole {compression} file: {error}; get or write it again"
+            ) from None
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"file {file} cannot be read: {reason}") from None
+
+
+@contextmanager
+def _opened_text(file: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """``file`` as UTF-8 text, a byte-order mark taken off, decompressed if its ending says so."""
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        with file.open(encoding="utf-8-sig", newline=newline) as lines:
+            yield lines
+        return
+    import pyarrow
+
+    with (
+        pyarrow.OSFile(str(file)) as stored,
+        pyarrow.CompressedInputStream(stored, compression) as stream,
+        io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as lines,
+    ):
+        yield lines
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def _read_json(file: Path) -> Iterator[Record]:
+    """A list of records or strings, one record, or (whatever the ending says) JSON lines."""
+    with _opened_text(file) as lines:
+        text = lines.read()
+    if not text.strip():
+        return
+    try:
+        tree = json.loads(text)
+    except _NOT_JSON as error:
+        first, _, rest = text.lstrip().partition("\n")
+        if rest.strip() and _is_json(first):
+            yield from _read_jsonl(file)
+            return
+        raise UserError(f"file {file} is not valid JSON: {error}") from None
+    for number, item in enumerate(tree if isinstance(tree, list) else [tree], start=1):
+        yield _as_record(item, f"{file}, record {number}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except _NOT_JSON:
+        return False
+    return True
+
+
+def _read_jsonl(file: Path) -> Iterator[Record]:
+    with _opened_text(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except _NOT_JSON as error:
+                raise UserError(f"file {file}, line {number} is not valid JSON: {error}") from None
+            yield _as_record(item, f"{file}, line {number}")
+
+
+def _as_record(item: Any, where: str) -> Record:
+    """A plain string stands for ``{"text": string}``."""
+    if isinstance(item, str):
+        return {"text": item}
+    if not isinstance(item, dict):
+        raise UserError(f"{where} is {type(item).__name__}, not an object or a string")
+    return item
+
+
+def _read_csv(file: Path) -> Iterator[Record]:
+    """Comma-separated, header line first, quotes as in RFC 4180."""
+    yield from _read_table(file, delimiter=",", strict=True)
+
+
+def _read_tsv(file: Path) -> Iterator[Record]:
+    """Tab-separated, header line first; quotes are ordinary characters (IANA's definition)."""
+    yield from _read_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a document
+    with _opened_text(file, newline="") as lines:
+        rows = csv.reader(lines, **dialect)
+        header = next(rows, [])
+        if twice := sorted(name for name, count in Counter(header).items() if count > 1):
+            raise UserError(f"file {file} has more than one column {twice[0]}; rename one")
+        for number, row in enumerate((row for row in rows if row), start=1):
+            if len(row) != len(header):
+                raise UserError(
+                    f"{file}, record {number} (line {rows.line_num}) has {len(row)} fields, "
+                    f"the header {len(header)}: {', '.join(header)}"
+                )
+            yield dict(zip(header, row, strict=True))
+
+
+def _read_text(file: Path) -> Iterator[Record]:
+    """The whole file is one document."""
+    with _opened_text(file) as lines:
+        text = lines.read()
+    if text:
+        yield {"text": text}
+
+
+# -- typed columns -------------------------------------------------------------------------------
+
+
+def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Record]:
+    """The records of the record batches that ``batches`` gives."""
+    from pyarrow import ArrowException
+
+    file.open("rb").close()  # so that a missing right to read is told as such
+    try:
+        for batch in batches(file):
+            batch.validate(full=True)
+            yield from batch.to_pylist()
+    # pyarrow tells broken contents by either class, and by Python's own where a value is impossible
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"file {file} is not valid {file.suffix[1:]}: {reason}; get or write it again"
+        ) from None
+
+
+def _parquet_batches(file: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        yield from table.iter_batches(batch_size=_BATCH)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """Of a stream, as ``datasets`` writes it, or of a file with Arrow's own footer."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as stored:
+        if stored.read(6) == b"ARROW1":
+            with pyarrow.ipc.open_file(stored) as table:
+                for number in range(table.num_record_batches):
+                    yield from _sliced(table.get_batch(number))
+            return
+        stored.seek(0)
+        with pyarrow.ipc.open_stream(stored) as stream:
+            for batch in stream:
+                yield from _sliced(batch)
+
+
+def _sliced(batch: Any) -> Iterator[Any]:
+    for start in range(0, batch.num_rows, _BATCH):
+        yield batch.slice(start, _BATCH)
+
+
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_text,
+}
+_BINARY_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".parquet": _parquet_batches,
+    ".arrow": _arrow_batches,
+}
+ENDINGS = (".jsonl", ".json", *_BINARY_READERS, ".csv", ".tsv", ".txt")
