@@ -70,6 +70,7 @@ ALLOWED = {
     "torch.distributed": (
         "core/world",
         "core/meeting",
+        "core/agreement",
         "engine/",
         "train/checkpoint",
         "train/metrics",

@@ -45,7 +45,7 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
         ({"adapter": {"kind": "prompt"}}, {"peft", "peft-expanded"}),
         ({"adapter": {"kind": "bottleneck"}}, set()),
     ],
-    ids=str,
+    ids=["nf4", "int4", "int4 hqq", "qalora", "full", "prompt", "bottleneck"],
 )
 def test_methods_and_bases(changes: dict[str, Any], possible: set[str], tmp_path: Path) -> None:
     refused = outlook(tmp_path, **changes)
