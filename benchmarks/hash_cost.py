@@ -22,7 +22,7 @@ from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.load import load_model
-from dist_peft.store.content import RowHashes
+from dist_peft.store.content import RowHashes, RowsBeingRead
 from dist_peft.store.reader import RowReader
 
 CPU = torch.device("cpu")
@@ -42,15 +42,33 @@ QUANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
+class TimedRows:
+    """The rows of one read, and how long hashing them took."""
+
+    def __init__(self, rows: RowsBeingRead, hashes: "TimedHashes") -> None:
+        self._rows, self._hashes = rows, hashes
+
+    def hash_up_to(self, num_bytes: int) -> None:
+        begin = time.process_time()
+        self._rows.hash_up_to(num_bytes)
+        self._hashes.seconds += time.process_time() - begin
+
+    def finish(self) -> None:
+        begin = time.process_time()
+        self._rows.finish()
+        self._hashes.seconds += time.process_time() - begin
+
+
 class TimedHashes(RowHashes):
     """Hashes, and how long they took."""
 
     seconds = 0.0
 
-    def add_plain(self, name: str, first: int, data: torch.Tensor) -> None:
+    def begin_rows(self, name: str, first: int, data: torch.Tensor) -> Any:
         begin = time.process_time()
-        super().add_plain(name, first, data)
+        rows = super().begin_rows(name, first, data)
         self.seconds += time.process_time() - begin
+        return rows if rows is None else TimedRows(rows, self)
 
 
 def load_once(config: Any, hashed: bool) -> tuple[float, float, int]:
@@ -94,9 +112,9 @@ def main() -> None:
             "cpu_s_without": plain,
             "cpu_s_with": hashed,
             "cpu_s_of_hashing": alone,
-            "share_of_load": statistics.median(alone) / with_hashes,
+            "share_of_load": (share := statistics.median(alone) / with_hashes),
+            "ratio_of_loads": statistics.median(h / p for h, p in zip(hashed, plain, strict=True)),
         }
-        share = statistics.median(alone) / with_hashes
         numbers = (f"{without:.2f}", f"{with_hashes:.2f}", f"{statistics.median(alone):.3f}")
         rows.append([name, f"{size / MIB:.0f}", *numbers, f"{share:.2%}"])
     print_table(

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from dist_peft.app.base_content import checkpoint_bases
+from dist_peft.app.base_content import TrainedOn, checkpoint_bases
 from dist_peft.app.build import Built, Prepared, give_start, load, prepare, with_labels
 from dist_peft.app.effects import warn_of_idle_options
 from dist_peft.app.quantize import must_solve_base, with_solved_base
@@ -85,9 +85,7 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
         log.warning("stopped on a signal while solving the base; started again, it begins anew")
         return RESUMABLE
     config, prepared, jobs = _check_jobs(config, world, device)
-    with world.together("compare the base with that of the checkpoints"):
-        resumed = [job.resume_from for job in jobs.values() if job.resume_from is not None]
-        trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
+    trained_on = [base for job in jobs.values() for base in job.trained_on]
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     _open_run_directory(run_dir, world)
     if begun is not None and begun.resume_from is not None:
@@ -137,6 +135,7 @@ class _Job:
     loaders: Loaders
     checkpoints: Checkpoints
     resume_from: Path | None
+    trained_on: list[TrainedOn]
 
     @classmethod
     def of(cls, config: RunConfig, prepared: Prepared, world: World) -> Self:
@@ -146,9 +145,13 @@ class _Job:
         checkpoints = Checkpoints(directory, config.save.keep, world)
         with world.together("choose a checkpoint"):
             resume_from = checkpoints.choose(config.resume)
+        resumed = [] if resume_from is None else [resume_from]
+        # before all else that a checkpoint is compared with: it names keys of config.json
+        with world.together("compare the base with that of the checkpoint"):
+            trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
         loaders = read_inputs(config, prepared, world, resume_from)
         check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
-        return cls(config, loaders, checkpoints, resume_from)
+        return cls(config, loaders, checkpoints, resume_from, trained_on)
 
     def session(self, built: Built, call: nn.Module, world: World) -> Session:
         built = with_labels(built, class_names(self.config.data))

@@ -9,6 +9,12 @@ cut into chunks; the ranks add their sums up. A row is the last dimension: of a 
 ``[E, out, in]`` every expert has ``out`` rows; of a vector a row is an element. Rows of at least
 ``_SHORT`` bytes are hashed with XXH3, of shorter ones every 8 bytes stand for themselves; either is
 mixed with its position by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), for all at once.
+Every byte counts, and one that changes always changes the sum where rows are short; of a longer row
+XXH3 misses a change with a chance of 2^-64.
+
+Where the time of it goes (``benchmarks/hash_cost.py``): XXH3 needs the rows in the processor's
+cache, so they are hashed panel by panel between the reads of a file (``RowsBeingRead``); arithmetic
+on arrays costs by the call at that size, so positions are mixed in once a read, not once a panel.
 
 This finds other weights, damaged files and mistaken directories; it is no protection against an
 adversary, who can construct another base of the same hash.
@@ -27,7 +33,7 @@ from torch import Tensor
 from dist_peft.core.span import Span
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["RowHashes", "TensorSum", "flat_rows", "hash_rows"]
+__all__ = ["RowHashes", "RowsBeingRead", "TensorSum", "flat_rows", "hash_rows"]
 
 _SHORT = 96
 """Bytes; below it a call a row costs more than arithmetic on arrays does."""
@@ -64,10 +70,17 @@ def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
     array: NDArray[np.uint8] = data.numpy().reshape(-1)
     if row_bytes < _SHORT:
         return _hash_short(array, first, row_bytes)
+    return _sum_of_digests(_row_digests(array, row_bytes), first)
+
+
+def _row_digests(array: NDArray[np.uint8], row_bytes: int) -> NDArray[np.uint64]:
     rows = len(array) // row_bytes
     digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
-    digests = np.fromiter(map(digest, array.reshape(rows, row_bytes)), np.uint64, rows)
-    places = np.arange(first + 1, first + 1 + rows, dtype=np.uint64)
+    return np.fromiter(map(digest, array.reshape(rows, row_bytes)), np.uint64, rows)
+
+
+def _sum_of_digests(digests: NDArray[np.uint64], first: int) -> int:
+    places = np.arange(first + 1, first + 1 + len(digests), dtype=np.uint64)
     total = _mixed(digests ^ _mixed(places * _GOLDEN)).sum(dtype=np.uint64)
     return int(total) & _MASK
 
@@ -141,6 +154,46 @@ class TensorSum:
         return sum(map(len, self.spans))
 
 
+class RowsBeingRead:
+    """Rows of one tensor that a reader is about to fill in, hashed as far as they are there.
+
+    Args:
+        known: of the tensor; gets the rows at ``finish``, so that a read that fails adds nothing.
+        first: number of the first row.
+        data: contiguous ``uint8`` on the CPU, whole rows, at least one.
+        row_bytes: of each.
+    """
+
+    def __init__(self, known: TensorSum, first: int, data: Tensor, row_bytes: int) -> None:
+        self._known, self._first, self._row_bytes = known, first, row_bytes
+        self._array: NDArray[np.uint8] = data.numpy().reshape(-1)
+        self._done = 0
+        rows = 0 if row_bytes < _SHORT else len(self._array) // row_bytes
+        self._digests = np.empty(rows, np.uint64)
+
+    def hash_up_to(self, num_bytes: int) -> None:
+        """The first ``num_bytes`` of ``data`` have been read, a multiple of ``row_bytes``."""
+        if len(self._digests):
+            fresh = self._array[self._done : num_bytes]
+            rows = slice(self._done // self._row_bytes, num_bytes // self._row_bytes)
+            self._digests[rows] = _row_digests(fresh, self._row_bytes)
+        self._done = num_bytes
+
+    def finish(self) -> None:
+        """All of ``data`` has been read; rows that the tensor had before count once."""
+        assert self._done == len(self._array)
+        rows = Span(self._first, self._first + len(self._array) // self._row_bytes)
+        for gap in self._known.missing(rows):
+            own = gap.shift(-self._first)
+            if len(self._digests):
+                part = _sum_of_digests(self._digests[own.slice], gap.start)
+            else:
+                short = self._array[own.start * self._row_bytes : own.stop * self._row_bytes]
+                part = _hash_short(short, gap.start, self._row_bytes)
+            self._known.total = (self._known.total + part) & _MASK
+            self._known.cover(gap)
+
+
 class RowHashes:
     """Hashes of the rows that one process reads; given to a ``RowReader``.
 
@@ -170,31 +223,42 @@ class RowHashes:
         """How many rows are hashed of the whole tensor."""
         return self._packed[name].rows if name in self._packed else flat_rows(self._plain[name])[0]
 
-    def add_plain(self, name: str, first: int, data: Tensor) -> None:
-        """Rows of a tensor, as bytes of its file; nothing happens for tensors that are not hashed.
+    def begin_rows(self, name: str, first: int, data: Tensor) -> RowsBeingRead | None:
+        """Hash rows of a tensor, as bytes of its file, while they are read.
 
         Args:
             first: number of the first row.
-            data: contiguous ``uint8``, whole rows.
+            data: contiguous ``uint8``, whole rows, yet to be read.
+
+        Returns:
+            None where there is nothing to do: the tensor is not hashed, or these rows were.
         """
-        if (spec := self._plain.get(name)) is not None:
-            self._add(name, first, data, flat_rows(spec)[1])
+        spec = self._plain.get(name)
+        return None if spec is None else self._begin(name, first, data, flat_rows(spec)[1])
+
+    def add_plain(self, name: str, first: int, data: Tensor) -> None:
+        """``begin_rows`` of rows that have been read."""
+        self._finish(self.begin_rows(name, first, data), data)
 
     def add_packed(self, name: str, first: int, packed: Tensor) -> None:
         """Packed rows ``uint8 [n, row_bytes]`` of a weight that several tensors make up."""
         if name in self._packed:
-            self._add(name, first, packed.cpu().contiguous(), packed.shape[1])
+            data = packed.cpu().contiguous()
+            self._finish(self._begin(name, first, data, packed.shape[1]), data)
 
-    def _add(self, name: str, first: int, data: Tensor, row_bytes: int) -> None:
+    def _begin(self, name: str, first: int, data: Tensor, row_bytes: int) -> RowsBeingRead | None:
         if not data.numel():
-            return
+            return None
         known = self.sums.setdefault(name, TensorSum(self.row_count(name)))
-        data = data.reshape(-1)
-        span = Span(first, first + data.numel() // row_bytes)
-        for gap in known.missing(span):
-            begin, end = (gap.start - first) * row_bytes, (gap.stop - first) * row_bytes
-            known.total = (known.total + hash_rows(data[begin:end], gap.start, row_bytes)) & _MASK
-            known.cover(gap)
+        if not known.missing(Span(first, first + data.numel() // row_bytes)):
+            return None
+        return RowsBeingRead(known, first, data, row_bytes)
+
+    @staticmethod
+    def _finish(rows: RowsBeingRead | None, data: Tensor) -> None:
+        if rows is not None:
+            rows.hash_up_to(data.numel())
+            rows.finish()
 
     def describe(self, name: str, total: int) -> str:
         """The hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""

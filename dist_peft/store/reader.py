@@ -130,22 +130,27 @@ class RowReader:
         """
         data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)
         if data.numel():
-            memory, done = data.numpy().data, 0
+            memory, done, rows = data.numpy().data, 0, None
+            if self.hashes is not None and hashed is not None:
+                name, first, row_bytes = hashed
+                rows = self.hashes.begin_rows(name, first, data)
+                if rows is not None:
+                    pieces = _panels(*pieces[0], row_bytes)
             with reading(file):
                 descriptor = self._files.get(file)
-                if self.hashes is not None and hashed is not None:
-                    ((offset, length),) = pieces
-                    name, first, row = hashed
-                    step = max(1, _PANEL_BYTES // row) * row
-                    for done in range(0, length, step):
-                        part = memory[done : done + step]
-                        read_exactly(descriptor, part, offset + done, file)
-                        panel = data[done : done + step]
-                        self.hashes.add_plain(name, first + done // row, panel)
-                else:
-                    for offset, length in pieces:
-                        read_exactly(descriptor, memory[done : done + length], offset, file)
-                        done += length
+                for offset, length in pieces:
+                    read_exactly(descriptor, memory[done : done + length], offset, file)
+                    done += length
+                    if rows is not None:
+                        rows.hash_up_to(done)
+            if rows is not None:
+                rows.finish()
         self.bytes_read += data.numel()
         self.largest_read = max(self.largest_read, data.numel())
         return data
+
+
+def _panels(offset: int, length: int, row_bytes: int) -> list[tuple[int, int]]:
+    """One piece cut into several of about ``_PANEL_BYTES`` each, whole rows."""
+    step = max(1, _PANEL_BYTES // row_bytes) * row_bytes
+    return [(offset + done, min(step, length - done)) for done in range(0, length, step)]

@@ -54,6 +54,60 @@ def test_any_byte_and_any_exchange_of_rows_is_seen(row_bytes: int, draw: st.Data
     assert (hash_rows(moved.view(-1), 0, row_bytes) == whole) == torch.equal(moved, rows)
 
 
+@pytest.mark.parametrize("row_bytes", [7, 96, 250, 1031])
+def test_every_bit_counts(row_bytes: int) -> None:
+    """Each of the first row's bits alone: none leaves the hash, and no two give the same one."""
+    data = data_of(3, row_bytes, seed=row_bytes)
+    found = {hash_rows(data, 5, row_bytes)}
+    for bit in range(8 * row_bytes):
+        data[bit // 8] ^= 1 << bit % 8
+        found.add(hash_rows(data, 5, row_bytes))
+        data[bit // 8] ^= 1 << bit % 8
+    assert len(found) == 1 + 8 * row_bytes
+
+
+@pytest.mark.parametrize("row_bytes", [16, 88, 96, 512, 4096])
+def test_every_exchange_of_words_in_a_row_is_seen(row_bytes: int) -> None:
+    """Neighbours and words at the distance of XXH3's lanes, stripes and blocks."""
+    words = data_of(2, row_bytes, seed=1).view(torch.int64)
+    whole = hash_rows(words.view(torch.uint8), 0, row_bytes)
+    count = row_bytes // 8
+    for first, distance in itertools.product(range(count), (1, 2, 8, 16, 128)):
+        if first + distance < count:
+            swapped = words.clone()
+            swapped[[first, first + distance]] = words[[first + distance, first]]
+            assert hash_rows(swapped.view(torch.uint8), 0, row_bytes) != whole
+
+
+def test_hashes_are_the_same_on_every_machine() -> None:
+    """Checkpoints and adapters keep them."""
+    data = torch.arange(3 * 1000).remainder(251).to(torch.uint8)
+    assert f"{hash_rows(data, 2, 1000):016x}" == "0c4f5b84ed6948ef"
+    assert f"{hash_rows(data, 2, 6):016x}" == "dfa3955facef53ef"
+
+
+@pytest.mark.parametrize("row_bytes", [40, 3000])
+def test_rows_count_once_they_are_all_read(row_bytes: int) -> None:
+    """Panel by panel into memory that was hashed in no part before, over rows known already."""
+    content = data_of(11, row_bytes)
+    hashes = RowHashes([TensorSpec("t", torch.uint8, (20, row_bytes))])
+    hashes.add_plain("t", 6, content[2 * row_bytes : 5 * row_bytes])
+    before = hashes.sums["t"].total
+    data = torch.zeros_like(content)
+    rows = hashes.begin_rows("t", 4, data)
+    assert rows is not None
+    for begin, end in itertools.pairwise((0, 1, 4, 4, 11)):
+        part = slice(begin * row_bytes, end * row_bytes)
+        data[part] = content[part]
+        rows.hash_up_to(end * row_bytes)
+    assert hashes.sums["t"].total == before  # a read that fails adds nothing
+    rows.finish()
+    assert hashes.sums["t"].spans == [Span(4, 15)]
+    assert hashes.sums["t"].total == hash_rows(content, 4, row_bytes)
+    assert hashes.begin_rows("t", 5, data[: 4 * row_bytes]) is None
+    assert hashes.begin_rows("other", 0, data) is None
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=6))
 def test_rows_read_again_count_once(reads: list[tuple[int, int]]) -> None:
