@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -57,9 +57,10 @@ def render(
     *,
     mark: bool = True,
     tools: list[dict[str, Any]] | None = None,
+    turn_end: Literal["error", "warn"] = "error",
 ) -> tuple[RenderedChat, list[str]]:
     tokenizer.chat_template = template
-    renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True)
+    renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True, turn_end=turn_end)
     return renderer.render(messages, tools, "f.jsonl, record 3"), renderer.notes
 
 
@@ -87,8 +88,8 @@ def test_assistant_turns_with_their_end_are_learnt(
     ("template", "expected"),
     [
         (LLAMA2, [" i </s>", " second </s>"]),
-        # the header is learnt too where the prompt at inference is not the beginning of a turn
-        (OPENS_THINKING, ["<Bot>i</s>", "<Bot>second</s>"]),
+        # the prompt at inference opens a block that finished turns do not have
+        (OPENS_THINKING, ["i</s>", "second</s>"]),
     ],
 )
 def test_templates_without_a_plain_generation_prompt(
@@ -107,7 +108,7 @@ def test_neighbouring_assistant_turns_and_one_at_the_start(
 ) -> None:
     messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat, _ = render(tokenizer, CHATML, messages)
-    assert learnt(chat) == ["<|im_start|>assistant\na<|im_end|>", "b<|im_end|>"]
+    assert learnt(chat) == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_no_assistant_turn_learns_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -119,31 +120,33 @@ def test_without_marking_all_is_learnt_whatever_the_template(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     for template in (CHATML, CHATML_MARKED, REVERSED):
-        chat, _ = render(tokenizer, template, TWO_TURNS, mark=False)
+        chat, _ = render(tokenizer, template, TWO_TURNS, mark=False, turn_end="warn")
         assert learnt(chat) == [chat.text]
 
 
-@pytest.mark.parametrize(
-    ("template", "messages"),
-    [
-        (REVERSED, TWO_TURNS),
-        (
-            THINKING,
-            [
-                {"role": "user", "content": "u"},
-                {"role": "assistant", "content": "<think>why</think>because"},
-                {"role": "user", "content": "v"},
-                {"role": "assistant", "content": "ok"},
-            ],
-        ),
-    ],
-)
-def test_a_template_that_rewrites_turns_is_refused(
-    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]
-) -> None:
+def test_a_template_that_rewrites_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     expected = r"f.jsonl, record 3: the chat template rewrites earlier turns .*generation.*loss_on"
     with pytest.raises(UserError, match=expected):
-        render(tokenizer, template, messages)
+        render(tokenizer, REVERSED, TWO_TURNS)
+
+
+def test_reasoning_that_is_dropped_from_earlier_turns_is_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "<think>why</think>because"},
+        {"role": "user", "content": "v"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    chat, notes = render(tokenizer, THINKING, messages)
+    assert learnt(chat) == ["because<|im_end|>", "<think>\n\n</think>\n\nok<|im_end|>"]
+    assert notes == [
+        "1 texts (<think>) are left out by the chat template; the first is f.jsonl, record 3, "
+        "message 2"
+    ]
+    with pytest.raises(UserError, match=r"record 3, message 2: .*leaves out <think> .*'why'"):
+        render(tokenizer, THINKING, messages[:2])
 
 
 def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -> None:
