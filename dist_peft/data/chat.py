@@ -95,11 +95,11 @@ class ChatRenderer:
 
     @property
     def notes(self) -> list[str]:
-        counted = [f"{n} {what}; the first is {self._first[what]}" for what, n in self._all()]
-        return [*self._notes, *counted]
-
-    def _all(self) -> list[tuple[str, int]]:
-        return list(self._counts.items())
+        counts = self._counts.items()
+        return [
+            *self._notes,
+            *(f"{n} {what}; the first is {self._first[what]}" for what, n in counts),
+        ]
 
     def _count(self, what: str, where: str) -> None:
         self._counts[what] += 1

@@ -85,7 +85,10 @@ def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """The messages with the marks of ``pieces``; those of later messages are left out."""
-    made = copy.deepcopy(list(messages))
+    made = [dict(message) for message in messages]
+    for index in {piece.message for piece in pieces if piece.key == "tool_calls"}:
+        if index < len(made):
+            made[index]["tool_calls"] = copy.deepcopy(made[index]["tool_calls"])
     # from the end, so that the first place of a text that occurs twice stays where it was
     for piece in reversed(pieces):
         if piece.message >= len(made):
