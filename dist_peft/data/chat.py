@@ -31,11 +31,7 @@ from dist_peft.data.chat_template import (
     default_chat_template,
 )
 from dist_peft.data.message_weights import contributes, without_weights
-from dist_peft.data.tool_arguments import (
-    arguments_as_objects,
-    arguments_as_text,
-    writes_python_form,
-)
+from dist_peft.data.tool_calls import check_calls, render_calls
 
 __all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "default_chat_template"]
 
@@ -127,6 +123,7 @@ class ChatRenderer:
             else message["role"] == "assistant"
             for number, message in enumerate(messages, start=1)
         ]
+        check_calls(messages, where)
         asked = without_weights(messages)
         if not self.mark_assistant and asked != messages:
             self._count(
@@ -154,23 +151,13 @@ class ChatRenderer:
         self, messages: Messages, tools: Tools, where: str
     ) -> tuple[Messages, str, list[Span] | None]:
         """The messages as the template takes them, what it writes, what it marks."""
-        objects = arguments_as_objects(messages)
-        texts = arguments_as_text(objects)
         try:
             marks = self._chat.marks_assistant(tools) and self.mark_assistant
             if tools and "tools" not in self._chat.source(tools):
                 self._notes[
                     "the chat template does not write tools: the records' tools are left out"
                 ] = None
-            chosen = objects
-            try:
-                text = self._chat.render(objects, tools)
-                if texts != objects and writes_python_form(text, objects):
-                    chosen, text = texts, self._chat.render(texts, tools)
-            except RenderError:
-                if texts == objects:
-                    raise
-                chosen, text = texts, self._chat.render(texts, tools)
+            chosen, text = render_calls(self._chat, messages, tools)
             generated = self._chat.render_marked(chosen, tools)[1] if marks else None
             text.encode()
         except RenderError as error:
@@ -228,9 +215,12 @@ class ChatRenderer:
     ) -> None:
         """Count texts that the template does not write; refuse them in the last turn."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        kept = {(p.message, p.text) for p in finder.pieces if finder.is_written(p)}
+        written = [piece for piece in finder.pieces if finder.is_written(piece)]
+        kept = {(piece.message, piece.text) for piece in written}
         for piece in finder.pieces:
-            if (piece.message, piece.text) in kept:
+            # the same reasoning under two names is written once
+            again = piece.key not in ("content", "tool_calls")
+            if piece in written or (again and (piece.message, piece.text) in kept):
                 continue
             place = f"{where}, message {piece.message + 1}"
             what = _name(piece, messages)

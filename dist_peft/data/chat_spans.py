@@ -107,7 +107,9 @@ class TurnFinder:
         if any(self.places[piece.number] > self.places[first.number] for piece in earlier):
             return None
         start = self._start(index, first)
-        if start is None or start > self.places[first.number]:
+        # behind the middle of the text where the prompt of inference has its first characters
+        end = self.places[first.number] + len(first.text) - first.middle
+        if start is None or start > end:
             return None
         stop, closed = self._stop(index, last)
         return Turn(index, start, stop, closed)

@@ -157,7 +157,7 @@ def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -
     with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation: no systems"):
         render(tokenizer, "{{ raise_exception('no systems') }}", TWO_TURNS)
     with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation"):
-        render(tokenizer, CHATML, [{"role": "assistant", "tool_calls": [{}]}])
+        render(tokenizer, CHATML, [{"role": "assistant"}])
 
 
 def test_default_template_is_noted_and_starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -282,6 +282,8 @@ def test_text_beside_a_call_that_is_left_out() -> None:
     call = {"function": {"name": "look_up", "arguments": {}}}
     with pytest.raises(UserError, match="leaves out the assistant message of the last answer"):
         family_render("llama31", [ASKED, {**ANSWERED, "tool_calls": [call]}])
+    with pytest.raises(UserError, match="leaves out a tool call of the last answer"):
+        family_render("harmony", [ASKED, {"role": "assistant", "tool_calls": [call, call]}])
     with pytest.raises(UserError, match="leaves out a tool call of the last answer"):
         family_render("zephyr", [ASKED, {**ANSWERED, "tool_calls": [call]}])
 

@@ -116,9 +116,6 @@ def test_tool_calls_contribute_and_results_do_not(family: Family, trained: bool)
         {"role": "tool", "content": "result", "name": "look_up", "tool_call_id": "call00001"},
         {"role": "assistant", "content": "answer"},
     ]
-    if family.name == "deepseek_r1":  # writes a second turn for content that is no null
-        messages[1].pop("content")
-        messages[1]["content"] = None
     text = trained_text(family, messages, tools=[tool])
     assert ("look_up" in text, "zebra" in text) == (trained, trained)
     assert "question" not in text
@@ -136,6 +133,19 @@ def test_conversation_that_ends_with_a_call_ends_with_the_marker_of_its_result()
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
     assert trained_text(FAMILIES["glm4"], messages) == "look_up\n{}<|observation|>"
+
+
+@pytest.mark.parametrize("name", ["qwen3_thinking", "deepseek_r1"])
+def test_text_that_begins_as_the_prompt_of_inference_ends(name: str) -> None:
+    """Both prompts end with an opened <think>, as the text begins."""
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>\nhm"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "bcd"},
+    ]
+    end = FAMILIES[name].ends[0]
+    assert trained_text(FAMILIES[name], messages).startswith(f"hm{end}")
 
 
 def test_closing_tokens_at_the_end() -> None:

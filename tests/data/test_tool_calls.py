@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_peft.core.errors import UserError
 from dist_peft.data.chat import ChatRenderer
-from dist_peft.data.tool_arguments import (
+from dist_peft.data.chat_template import ChatTemplate, RenderError
+from dist_peft.data.tool_calls import (
     arguments_as_objects,
     arguments_as_text,
+    check_calls,
+    render_calls,
     writes_python_form,
 )
 from tests.data.build import byte_tokenizer
@@ -62,7 +66,7 @@ def test_both_forms_are_written_the_same_by_each_family(name: str) -> None:
     written = []
     for arguments in ({"city": "Köln", "n": 2}, '{"city": "Köln", "n": 2}'):
         messages = [{"role": "user", "content": "u"}, *call(arguments)]
-        messages[1]["content"] = None if name == "deepseek_r1" else ""
+        messages[1]["content"] = ""
         messages[1]["tool_calls"][0]["type"] = "function"
         renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
         chat = renderer.render(messages, None, "f, record 1")
@@ -70,3 +74,33 @@ def test_both_forms_are_written_the_same_by_each_family(name: str) -> None:
     assert written[0] == written[1]
     assert "Köln" in written[0] and "\\" not in written[0]
     assert "'" not in written[0]
+
+
+@pytest.mark.parametrize("content", [None, "", "missing"])
+@pytest.mark.parametrize("name", ["deepseek_r1", "deepseek_v31", "qwen25", "chatml"])
+def test_content_beside_a_call_opens_no_turn(name: str, content: str | None) -> None:
+    (message,) = call({"a": "x"})
+    message["tool_calls"][0]["type"] = "function"
+    if content != "missing":
+        message["content"] = content
+    messages = [{"role": "user", "content": "u"}, message]
+    chat = ChatTemplate(FAMILIES[name].tokenizer())
+    _, text = render_calls(chat, messages, None)
+    assert "None" not in text
+    assert (
+        sum(text.count(end) for end in FAMILIES[name].ends)
+        == (2 if name == "chatml" else 1) + (name == "qwen25") * 2
+    )
+
+
+@pytest.mark.parametrize("calls", [[{}], [{"function": {"name": " "}}], "f()", [{"function": "f"}]])
+def test_call_without_a_name_is_refused(calls: Any) -> None:
+    with pytest.raises(UserError, match="r, message 1: tool_calls must be a list of objects"):
+        check_calls([{"role": "assistant", "tool_calls": calls}], "r")
+
+
+def test_template_that_takes_no_form() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].tool_calls[0].function.arguments.a.b.c }}"
+    with pytest.raises(RenderError, match="UndefinedError"):
+        render_calls(ChatTemplate(tokenizer), call({"a": 1}), None)
