@@ -131,7 +131,7 @@ class ChatRenderer:
                 "each token does",
                 where,
             )
-        written, text, generated = self._write(asked, tools, where)
+        written, tools, text, generated = self._write(asked, tools, where)
         appended = self._appended(written[-1], text)
         finder = TurnFinder(self._chat, written, tools, text, self._closing, appended)
         self._check_roles(written, tools, text, finder, where)
@@ -149,15 +149,15 @@ class ChatRenderer:
 
     def _write(
         self, messages: Messages, tools: Tools, where: str
-    ) -> tuple[Messages, str, list[Span] | None]:
-        """The messages as the template takes them, what it writes, what it marks."""
+    ) -> tuple[Messages, Tools, str, list[Span] | None]:
+        """Messages and tools as the template takes them, what it writes, what it marks."""
         try:
             marks = self._chat.marks_assistant(tools) and self.mark_assistant
             if tools and "tools" not in self._chat.source(tools):
                 self._notes[
                     "the chat template does not write tools: the records' tools are left out"
                 ] = None
-            chosen, text = render_calls(self._chat, messages, tools)
+            chosen, tools, text = render_calls(self._chat, messages, tools)
             generated = self._chat.render_marked(chosen, tools)[1] if marks else None
             text.encode()
         except RenderError as error:
@@ -168,7 +168,7 @@ class ChatRenderer:
             raise UserError(
                 f"{where} is not valid Unicode: half a surrogate pair in tools or tool calls"
             ) from None
-        return chosen, text, generated
+        return chosen, tools, text, generated
 
     def _appended(self, last: dict[str, Any], text: str) -> str:
         """The marker of the next role, in templates in which only that ends a turn."""

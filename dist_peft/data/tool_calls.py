@@ -1,9 +1,10 @@
 """Tool calls in the form that a chat template takes.
 
 Arguments are an object, or the JSON text of one as OpenAI's format has it: templates with
-``tojson`` encode text a second time, others join text and fail on an object. The content beside a call is
-null, missing or empty: for some templates content that is no null opens a turn of its own, others
-write ``None``. The first form is taken that the template writes without such faults.
+``tojson`` encode text a second time, others join text and fail on an object. The content beside a
+call is null, missing or empty: for some templates content that is no null opens a turn of its own,
+others write ``None``. Tools are described with or without ``{"type": "function", "function": ...}``
+around them. The first form is taken that the template writes without such faults.
 """
 
 import json
@@ -28,9 +29,14 @@ def check_calls(messages: list[Message], where: str) -> None:
     """See that every tool call names a function.
 
     Raises:
-        UserError: one does not; ``where`` names the record.
+        UserError: one does not, or a call is under ``function_call``; ``where`` names the record.
     """
     for number, message in enumerate(messages, start=1):
+        if message.get("function_call"):
+            raise UserError(
+                f"{where}, message {number}: function_call is an older form that chat templates "
+                "do not write; write tool_calls: [{function: {name, arguments}}] instead"
+            )
         calls = message.get("tool_calls")
         for call in calls if isinstance(calls, list) else [calls] if calls else []:
             function = call.get("function", call) if isinstance(call, dict) else None
@@ -44,25 +50,36 @@ def check_calls(messages: list[Message], where: str) -> None:
 
 def render_calls(
     chat: ChatTemplate, messages: list[Message], tools: Tools | None
-) -> tuple[list[Message], str]:
-    """The messages in the first form that the template takes, and what it writes.
+) -> tuple[list[Message], Tools | None, str]:
+    """Messages and tools in the first form that the template takes, and what it writes.
 
     Raises:
         RenderError: it takes none.
     """
     refusal: RenderError | None = None
-    for form in _forms(messages):
-        try:
-            text = chat.render(form, tools)
-        except RenderError as error:
-            refusal = refusal or error
-            continue
-        if writes_python_form(text, form):
-            refusal = refusal or RenderError("it writes arguments as Python prints them")
-        elif not _writes_none(chat, form, tools, text):
-            return form, text
+    wrapped = _wrapped(tools)
+    for described in [tools] if wrapped == tools else [tools, wrapped]:
+        for form in _forms(messages):
+            try:
+                text = chat.render(form, described)
+            except RenderError as error:
+                refusal = refusal or error
+                continue
+            if writes_python_form(text, form):
+                refusal = refusal or RenderError("it writes arguments as Python prints them")
+            elif not _writes_none(chat, form, described, text):
+                return form, described, text
     assert refusal is not None
     raise refusal
+
+
+def _wrapped(tools: Tools | None) -> Tools | None:
+    """The tools in the form that OpenAI's interface has."""
+    if tools is None:
+        return None
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    ]
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:

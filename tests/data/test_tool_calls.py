@@ -85,7 +85,7 @@ def test_content_beside_a_call_opens_no_turn(name: str, content: str | None) -> 
         message["content"] = content
     messages = [{"role": "user", "content": "u"}, message]
     chat = ChatTemplate(FAMILIES[name].tokenizer())
-    _, text = render_calls(chat, messages, None)
+    _, _, text = render_calls(chat, messages, None)
     assert "None" not in text
     assert (
         sum(text.count(end) for end in FAMILIES[name].ends)
@@ -104,3 +104,19 @@ def test_template_that_takes_no_form() -> None:
     tokenizer.chat_template = "{{ messages[0].tool_calls[0].function.arguments.a.b.c }}"
     with pytest.raises(RenderError, match="UndefinedError"):
         render_calls(ChatTemplate(tokenizer), call({"a": 1}), None)
+
+
+@pytest.mark.parametrize("name", ["coder", "glm4", "qwen25"])
+def test_tools_with_and_without_function_around_them(name: str) -> None:
+    bare = {"name": "look_up", "parameters": {"properties": {"a": {"type": "string"}}}}
+    chat = ChatTemplate(FAMILIES[name].tokenizer())
+    messages = [{"role": "user", "content": "u"}]
+    for tools in ([bare], [{"type": "function", "function": bare}]):
+        _, _, text = render_calls(chat, messages, tools)
+        assert "look_up" in text
+
+
+def test_older_form_of_calls_is_refused() -> None:
+    message = {"role": "assistant", "content": "a", "function_call": {"name": "f"}}
+    with pytest.raises(UserError, match="message 1: function_call is an older form"):
+        check_calls([message], "r")
