@@ -48,6 +48,7 @@ _MAY_CHANGE = (
     "data.train<>.limit",
     "data.train<>.name",
     "data.too_long",
+    "data.turn_end",
     # nothing is learnt from held-out data
     "data.eval*",
     "contents of data.eval",

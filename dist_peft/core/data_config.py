@@ -97,6 +97,11 @@ class DataConfig(Section):
         "error",
         description="A record longer than the window: refuse, cut, leave out, or (text) split.",
     )
+    turn_end: Literal["error", "warn"] = Field(
+        "error",
+        description="An assistant turn that no token ends, so that the model would not learn to "
+        "stop: refuse, or train anyway.",
+    )
     cache_dir: str | None = Field(
         None, description="Token cache; default ~/.cache/dist_peft or $DIST_PEFT_CACHE."
     )

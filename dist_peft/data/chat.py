@@ -1,60 +1,50 @@
-"""Conversations become text and the character spans that the assistant wrote.
+"""Conversations become text and the character spans that contribute to the loss.
 
-Only what the model has to produce is learnt: the assistant's turns with the token that ends them,
-not the header that the inference side writes (``<|im_start|>assistant``)::
+Only what the model has to produce is trained on: the assistant's turns with the token that ends
+them, not the header that the inference side writes (``<|im_start|>assistant``)::
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                                           ^^^^^^^^^^^^^^^
 
-A template that marks these parts itself (``{% generation %}``) is believed. For all others the
-spans come from rendering the conversation piece by piece: a turn starts where the rendering of
-the messages before it, with generation prompt, ends, and stops where the rendering that includes
-it ends. That is right only if each such rendering is a prefix of the whole, which is checked; a
-template that rewrites earlier turns is refused instead of masked wrongly.
+A template that marks these parts itself (``{% generation %}``) is believed, but for the closing
+token if it leaves that out. For all others ``chat_spans`` finds the turns. What cannot be right is
+refused: turns that cannot be told, that no token ends, a last turn whose text the template drops,
+a role that it does not know.
 """
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from functools import cached_property
+from typing import Any, Literal
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.chat_closing import TurnEnds, find_turn_ends
+from dist_peft.data.chat_pieces import Piece
+from dist_peft.data.chat_spans import TurnFinder, closing_pattern, first_closing
+from dist_peft.data.chat_template import (
+    ChatTemplate,
+    RenderError,
+    Span,
+    Tokenizer,
+    default_chat_template,
+)
+from dist_peft.data.message_weights import contributes, without_weights
+from dist_peft.data.tool_calls import check_calls, render_calls
 
 __all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "default_chat_template"]
 
-Tokenizer = PreTrainedTokenizerBase
 Messages = list[dict[str, Any]]
-Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-_DEFAULT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-
-
-def default_chat_template(starts_with_bos: bool) -> str:
-    """The template for tokenizers that have none: plain-text role lines, the tokenizer's eos.
-
-    ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``. To chat with the result, the inference side
-    needs the same template: training saves it with the tokenizer beside the adapter.
-    """
-    return ("{{ bos_token }}" if starts_with_bos else "") + _DEFAULT_TEMPLATE
+_MADE_UP = "unheardof"
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """``text`` holds its own special tokens; ``spans`` are the characters that are learnt."""
+    """``text`` holds its own special tokens; ``spans`` are the characters that contribute to the
+    loss."""
 
     text: str
     spans: tuple[Span, ...]
@@ -67,135 +57,276 @@ class ChatRenderer:
         mark_assistant: find the assistant's spans; else the whole text is one span.
         starts_with_bos: whether documents of this tokenizer begin with bos; matters only for a
             tokenizer without a template.
+        turn_end: what to do with a turn that no token ends: ``error`` or ``warn``.
 
     ``notes`` collects what the user should hear once. ``default_template`` is the template of this
     project, where the tokenizer has none.
+
+    Raises:
+        UserError: the tokenizer's chat template is no text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, mark_assistant: bool, starts_with_bos: bool
+        self,
+        tokenizer: Tokenizer,
+        *,
+        mark_assistant: bool,
+        starts_with_bos: bool,
+        turn_end: Literal["error", "warn"] = "error",
     ) -> None:
-        self.tokenizer = tokenizer
         self.mark_assistant = mark_assistant
-        self.notes: list[str] = []
+        self._turn_end = turn_end
+        self._chat = ChatTemplate(tokenizer, starts_with_bos=starts_with_bos)
+        self._notes: dict[str, None] = {}
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._known_roles = {"user", "assistant"}
         self.default_template: str | None = None
-        if not tokenizer.chat_template:
-            self.default_template = default_chat_template(starts_with_bos)
-            self._note(
+        if self._chat.is_default:
+            self.default_template = self._chat.source()
+            self._notes[
                 "the tokenizer has no chat template: conversations are written as "
                 "'<|role|>\\ncontent' with the eos token after assistant turns"
-            )
-        # an end-of-turn token is learnt, white space behind it is not the model's to write
-        self._end_tokens = tuple(tokenizer.get_added_vocab())
+            ] = None
 
-    def render(
-        self, messages: Messages, tools: list[dict[str, Any]] | None, where: str
-    ) -> RenderedChat:
-        """The conversation as text, and which characters are learnt.
+    @property
+    def notes(self) -> list[str]:
+        counts = self._counts.items()
+        return [
+            *self._notes,
+            *(f"{n} {what}; the first is {self._first[what]}" for what, n in counts),
+        ]
+
+    def _count(self, what: str, where: str) -> None:
+        self._counts[what] += 1
+        self._first.setdefault(what, where)
+
+    @cached_property
+    def _ends(self) -> TurnEnds:
+        return find_turn_ends(self._chat)
+
+    @cached_property
+    def _closing(self) -> re.Pattern[str]:
+        return closing_pattern(self._chat, self._ends)
+
+    def render(self, messages: Messages, tools: Tools, where: str) -> RenderedChat:
+        """The conversation as text, and which characters contribute to the loss.
 
         Raises:
-            UserError: the template refuses the conversation, or rewrites earlier turns so that
-                the assistant's part cannot be told. ``where`` names the record in it.
+            UserError: the template refuses the conversation, drops what is to be trained on, does
+                not know a role, rewrites earlier turns so that the assistant's part cannot be
+                told, or ends a turn with no token. ``where`` names the record in it.
         """
-        template = self._template(tools)
-        variables: dict[str, Any] = {"tools": tools, **self.tokenizer.special_tokens_map}
-        marks = self.mark_assistant and _GENERATION.search(template) is not None
-
-        def rendered(part: Messages, prompt: bool = False) -> tuple[str, list[Span]]:
-            try:
-                texts, generated = cast(
-                    tuple[list[str], list[list[Span]]],
-                    render_jinja_template(
-                        conversations=[part],
-                        chat_template=template,
-                        return_assistant_tokens_mask=marks,
-                        add_generation_prompt=prompt,
-                        **variables,
-                    ),
-                )
-            # TypeError: a template that adds a missing content to a string
-            except (TemplateError, TypeError) as error:
-                raise UserError(
-                    f"{where}: the chat template cannot write this conversation: {error}"
-                ) from None
-            return texts[0], generated[0] if marks else []
-
-        text, spans = rendered(messages)
-        if not self.mark_assistant:
-            spans = [(0, len(text))]
-        elif not marks:
-            spans = self._spans(
-                lambda part, prompt: rendered(part, prompt)[0], messages, text, where
+        trained = [
+            contributes(message, f"{where}, message {number}")
+            if self.mark_assistant
+            else message["role"] == "assistant"
+            for number, message in enumerate(messages, start=1)
+        ]
+        check_calls(messages, where)
+        asked = without_weights(messages)
+        if not self.mark_assistant and asked != messages:
+            self._count(
+                "conversations say which messages contribute to the loss; with data.loss_on: all "
+                "each token does",
+                where,
             )
+        written, tools, text, generated = self._write(asked, tools, where)
+        appended = self._appended(written[-1], text)
+        finder = TurnFinder(self._chat, written, tools, text, self._closing, appended)
+        self._check_roles(written, tools, text, finder, where)
+        self._check_dropped(written, trained, finder, where)
+        text += appended
+        if not self.mark_assistant:
+            if written[-1]["role"] == "assistant" and first_closing(text, self._closing) is None:
+                self._no_end(text, len(written) - 1, where)
+            return RenderedChat(text, ((0, len(text)),))
+        if generated is None:
+            spans = self._spans(written, trained, finder, text, where)
+        else:
+            spans = self._marked(generated, written, trained, finder, text, where)
         return RenderedChat(text, tuple(spans))
 
-    def _template(self, tools: list[dict[str, Any]] | None) -> str:
-        if self.default_template is not None:
-            template = self.default_template
-        else:
-            template = self.tokenizer.get_chat_template(None, tools)
-        if tools and "tools" not in template:
-            self._note("the chat template does not write tools: the records' tools are left out")
-        return template
+    def _write(
+        self, messages: Messages, tools: Tools, where: str
+    ) -> tuple[Messages, Tools, str, list[Span] | None]:
+        """Messages and tools as the template takes them, what it writes, what it marks."""
+        try:
+            marks = self._chat.marks_assistant(tools) and self.mark_assistant
+            if tools and "tools" not in self._chat.source(tools):
+                self._notes[
+                    "the chat template does not write tools: the records' tools are left out"
+                ] = None
+            chosen, tools, text = render_calls(self._chat, messages, tools)
+            generated = self._chat.render_marked(chosen, tools)[1] if marks else None
+            text.encode()
+        except RenderError as error:
+            raise UserError(
+                f"{where}: {self._chat} cannot write this conversation: {error}"
+            ) from None
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} is not valid Unicode: half a surrogate pair in tools or tool calls"
+            ) from None
+        return chosen, tools, text, generated
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
+    def _appended(self, last: dict[str, Any], text: str) -> str:
+        """The marker of the next role, in templates in which only that ends a turn."""
+        if last["role"] != "assistant" or first_closing(text, self._closing) is not None:
+            return ""
+        ends = self._ends
+        return (ends.append_call if last.get("tool_calls") else ends.append) or ""
+
+    # -- what must not be lost -------------------------------------------------------------------
+
+    def _check_roles(
+        self, messages: Messages, tools: Tools, text: str, finder: TurnFinder, where: str
+    ) -> None:
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role in self._known_roles:
+                continue
+            said = [p for p in finder.pieces if p.message == index and p.key == "content"]
+            if not said:
+                continue
+            dropped = not finder.is_written(said[0])
+            if dropped if role == "system" else not (dropped and role == "developer"):
+                if self._is_unknown(role, messages, tools, text):
+                    raise UserError(
+                        f"{where}, message {index + 1}: {self._chat} does not know the role "
+                        f"{role}, and {'leaves it out' if dropped else 'writes it as another'}; "
+                        "rename the role, or remove such messages"
+                    )
+                if not dropped:
+                    self._known_roles.add(role)
+
+    def _is_unknown(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
+        """Whether the template treats ``role`` as it treats a word that it cannot know."""
+        if re.search(f"['\"]{re.escape(role)}['\"]", self._chat.source(tools)):
+            return False
+        other = [{**m, "role": _MADE_UP} if m["role"] == role else m for m in messages]
+        try:
+            return self._chat.render(other, tools) == text
+        except RenderError:
+            return False
+
+    def _check_dropped(
+        self, messages: Messages, trained: list[bool], finder: TurnFinder, where: str
+    ) -> None:
+        """Count texts that the template does not write; refuse them in the last turn."""
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        written = [piece for piece in finder.pieces if finder.is_written(piece)]
+        kept = {(piece.message, piece.text) for piece in written}
+        for piece in finder.pieces:
+            # the same reasoning under two names is written once
+            again = piece.key not in ("content", "tool_calls")
+            if piece in written or (again and (piece.message, piece.text) in kept):
+                continue
+            place = f"{where}, message {piece.message + 1}"
+            what = _name(piece, messages)
+            if piece.message == last and trained[last]:
+                raise UserError(
+                    f"{place}: {self._chat} leaves out {what} of the last answer "
+                    f"({piece.text!r:.60}), so that it would not be trained on; give the tokenizer "
+                    "a template that writes it, or remove it from the records"
+                )
+            self._count(f"texts ({what}) are left out by the chat template", place)
+
+    def _no_end(self, turn: str, index: int, where: str) -> None:
+        if self._turn_end == "error":
+            raise UserError(
+                f"{where}, message {index + 1}: no token that ends generation closes the turn "
+                f"({turn[-40:]!r}), so that the model would not learn to stop. Give the tokenizer "
+                "a chat template that closes turns with its eos token or another token of its own, "
+                "or train anyway with data.turn_end: warn"
+            )
+        self._count(
+            "assistant turns end with no token that ends generation",
+            f"{where}, message {index + 1}",
+        )
+
+    # -- what contributes to the loss ------------------------------------------------------------
 
     def _spans(
-        self, render: Callable[[Messages, bool], str], messages: Messages, text: str, where: str
+        self,
+        messages: Messages,
+        trained: Sequence[bool],
+        finder: TurnFinder,
+        text: str,
+        where: str,
     ) -> list[Span]:
-        spans = []
+        spans: list[Span] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or not trained[index]:
+                continue
+            own = [piece for piece in finder.pieces if piece.message == index]
+            if not any(finder.is_written(piece) for piece in own):
+                # nothing to write, or all of it left out by the template
+                self._count("assistant messages are empty", f"{where}, message {index + 1}")
+                continue
+            turn = finder.find(index)
+            if turn is None or (spans and turn.start < spans[-1][1]):
+                raise self._unclear(index, where)
+            if not turn.closed and not _continues(messages, index):
+                self._no_end(text[turn.start : turn.stop], index, where)
+            spans.append((turn.start, turn.stop))
+        return spans
+
+    def _marked(
+        self,
+        generated: list[Span],
+        messages: Messages,
+        trained: Sequence[bool],
+        finder: TurnFinder,
+        text: str,
+        where: str,
+    ) -> list[Span]:
+        """The spans that the template marks, each with the token that closes it."""
+        spans = [self._with_end(text, span) for span in generated]
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = _turn_start(render, messages[:index], text)
-            stop = None
-            if start is not None:
-                stop = _turn_stop(render, messages[: index + 1], text, start, len(messages))
-            if start is None or stop is None:
-                raise UserError(
-                    f"{where}: the chat template rewrites earlier turns (rendering messages "
-                    f"1..{index + 1} alone gives no beginning of the whole), so it cannot be told "
-                    f"what the assistant wrote in message {index + 1}. Give the tokenizer a "
-                    "template with {% generation %} marks, split the conversation, or set "
-                    "data.loss_on: all"
-                )
-            spans.append((start, self._without_trailing_space(text, start, stop)))
+            turn = finder.find(index)
+            if turn is None:
+                if not trained[index] and any(
+                    finder.is_written(p) for p in finder.pieces if p.message == index
+                ):
+                    raise self._unclear(index, where)
+                continue
+            own = [s for s in spans if s[0] < turn.stop and turn.start < s[1]]
+            if not trained[index]:
+                spans = [span for span in spans if span not in own]
+            elif own and not _continues(messages, index):
+                start, stop = own[-1]
+                if first_closing(text[start:stop], self._closing) != stop - start:
+                    self._no_end(text[start:stop], index, where)
         return spans
 
-    def _without_trailing_space(self, text: str, start: int, stop: int) -> int:
-        turn = text[start:stop].rstrip()
-        return start + len(turn) if turn.endswith(self._end_tokens) else stop
+    def _with_end(self, text: str, span: Span) -> Span:
+        start, stop = span
+        if (closed := first_closing(text[start:stop], self._closing)) is not None:
+            # white space behind the token is not the model's to write
+            return start, start + closed
+        space = len(text[stop:]) - len(text[stop:].lstrip())
+        found = self._closing.match(text, stop + space)
+        return start, found.end() if found else stop
+
+    def _unclear(self, index: int, where: str) -> UserError:
+        return UserError(
+            f"{where}: the chat template rewrites earlier turns (rendering messages 1..{index + 1} "
+            "alone does not give what they are in the whole), so it cannot be told what the "
+            f"assistant wrote in message {index + 1}. Give the tokenizer a template with "
+            "{% generation %} marks, split the conversation, or set data.loss_on: all"
+        )
 
 
-def _turn_start(render: Callable[[Messages, bool], str], before: Messages, text: str) -> int | None:
-    if not before:
-        return 0
-    opened = render(before, True)
-    if text.startswith(opened):
-        return len(opened)
-    # a generation prompt that a finished turn does not keep, such as an opened <think>
-    closed = render(before, False)
-    return len(closed) if text.startswith(closed) else None
+def _continues(messages: Messages, index: int) -> bool:
+    """Whether the assistant speaks on in the next message."""
+    return index + 1 < len(messages) and messages[index + 1]["role"] == "assistant"
 
 
-def _turn_stop(
-    render: Callable[[Messages, bool], str], upto: Messages, text: str, start: int, count: int
-) -> int | None:
-    if len(upto) == count:
-        return len(text)
-    alone = render(upto, False)
-    if text.startswith(alone):
-        return len(alone)
-    # The template writes the last turn of a conversation differently from the same turn inside
-    # it (Qwen3: a <think> block in front): what both share is the end of one, the start of other.
-    content = (upto[-1].get("content") or "").strip()
-    turn = alone[start:] if alone.startswith(text[:start]) else ""
-    cut = turn.find(text[start], 1)
-    while cut >= 0:
-        shared = turn[cut:]
-        if text.startswith(shared, start) and content in shared:
-            return start + len(shared)
-        cut = turn.find(text[start], cut + 1)
-    return None
+def _name(piece: Piece, messages: Messages) -> str:
+    role = messages[piece.message]["role"]
+    if piece.key == "tool_calls":
+        return "a tool call"
+    return f"the {role} message" if piece.key == "content" else piece.key

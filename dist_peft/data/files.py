@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.data.arrow_nulls import plain_records
 from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, data_ending, read_file
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class HubData:
     def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         # as plain values: an image or a sound is not decoded
         batches = self.data.with_format("arrow").iter(batch_size=1024)
-        yield self.name, (record for batch in batches for record in batch.to_pylist())
+        yield self.name, (record for batch in batches for record in plain_records(batch))
 
 
 def open_source(source: DataSource, key: str) -> Opened:

@@ -5,7 +5,8 @@ changes data: the string ``"2020-01-01"`` becomes a timestamp, the CSV field ``0
 ``NA`` becomes null, and keys that a record lacks appear with null. Here every JSON value keeps its
 type, every CSV field is text, and an error can name the record. Parquet and Arrow files, which
 carry their types, are read with ``pyarrow``, as plain values: nothing in them (an image, a sound)
-is decoded. Their batches are validated in full, so that altered bytes cannot be read past an array.
+is decoded, and keys that a nested record lacks do not appear. Their batches are validated in full,
+so that altered bytes cannot be read past an array.
 """
 
 import csv
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.arrow_nulls import plain_records
 
 __all__ = ["COMPRESSIONS", "ENDINGS", "Record", "data_ending", "read_file"]
 
@@ -186,7 +188,7 @@ def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterat
     try:
         for batch in batches(file):
             batch.validate(full=True)
-            yield from batch.to_pylist()
+            yield from plain_records(batch)
     # pyarrow tells broken contents by either class, and by Python's own where a value is impossible
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".")

@@ -42,9 +42,10 @@ __all__ = ["Encoder", "Tokenizer", "load_documents"]
 Mask = NDArray[np.uint8]
 Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
+TurnEnd = Literal["error", "warn"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 3  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 4  # of the cache; raise it when the same input would give other documents
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
@@ -54,8 +55,8 @@ def load_documents(
     """The token documents of one source, from the cache or made now.
 
     Args:
-        config: of it ``loss_on`` and ``cache_dir`` matter here, with labels what to do with a
-            record that is too long.
+        config: of it ``loss_on``, ``turn_end`` and ``cache_dir`` matter here, with labels what to
+            do with a record that is too long.
         key: configuration key of the source for messages, such as ``data.train[0]``.
 
     Raises:
@@ -67,7 +68,7 @@ def load_documents(
     if source.format == "classification":
         encoder = PairEncoder(tokenizer, window)
     else:
-        encoder = Encoder(tokenizer, config.loss_on)
+        encoder = Encoder(tokenizer, config.loss_on, config.turn_end)
 
     def build(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
@@ -90,6 +91,7 @@ def load_documents(
         "source": source.model_dump(mode="json"),
         "files": opened.fingerprint(),
         "loss_on": config.loss_on,
+        "turn_end": config.turn_end,
         # what is cut between the two texts of a pair is for the tokenizer to decide
         "window": window if source.format == "classification" else None,
     }
@@ -122,7 +124,7 @@ class Encoder:
     ``notes`` collects what the user should hear once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, loss_on: LossOn) -> None:
+    def __init__(self, tokenizer: Tokenizer, loss_on: LossOn, turn_end: TurnEnd = "error") -> None:
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) has no "
@@ -135,7 +137,8 @@ class Encoder:
                 "not learn where to stop; set eos_token in its tokenizer_config.json"
             )
         self._tokenizer = tokenizer
-        self._loss_on = loss_on
+        self._loss_on: LossOn = loss_on
+        self._turn_end: TurnEnd = turn_end
         self._front = _front_tokens(tokenizer)
         self._eos = [int(tokenizer.eos_token_id)]
         self._chats: ChatRenderer | None = None
@@ -175,6 +178,7 @@ class Encoder:
                 self._tokenizer,
                 mark_assistant=self._loss_on == "completion",
                 starts_with_bos=self._tokenizer.bos_token_id in self._front,
+                turn_end=self._turn_end,
             )
         rendered = [
             self._chats.render(e.messages, e.tools, str(place))

@@ -1,11 +1,15 @@
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import ChatRenderer, RenderedChat, default_chat_template
-from tests.data.build import byte_tokenizer
+from dist_peft.data.tokens import load_documents
+from tests.data.build import byte_tokenizer, data_config, write_jsonl
+from tests.data.families import FAMILIES
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -57,9 +61,10 @@ def render(
     *,
     mark: bool = True,
     tools: list[dict[str, Any]] | None = None,
+    turn_end: Literal["error", "warn"] = "error",
 ) -> tuple[RenderedChat, list[str]]:
     tokenizer.chat_template = template
-    renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True)
+    renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True, turn_end=turn_end)
     return renderer.render(messages, tools, "f.jsonl, record 3"), renderer.notes
 
 
@@ -87,8 +92,8 @@ def test_assistant_turns_with_their_end_are_learnt(
     ("template", "expected"),
     [
         (LLAMA2, [" i </s>", " second </s>"]),
-        # the header is learnt too where the prompt at inference is not the beginning of a turn
-        (OPENS_THINKING, ["<Bot>i</s>", "<Bot>second</s>"]),
+        # the prompt at inference opens a block that finished turns do not have
+        (OPENS_THINKING, ["i</s>", "second</s>"]),
     ],
 )
 def test_templates_without_a_plain_generation_prompt(
@@ -107,7 +112,7 @@ def test_neighbouring_assistant_turns_and_one_at_the_start(
 ) -> None:
     messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat, _ = render(tokenizer, CHATML, messages)
-    assert learnt(chat) == ["<|im_start|>assistant\na<|im_end|>", "b<|im_end|>"]
+    assert learnt(chat) == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_no_assistant_turn_learns_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -119,38 +124,40 @@ def test_without_marking_all_is_learnt_whatever_the_template(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     for template in (CHATML, CHATML_MARKED, REVERSED):
-        chat, _ = render(tokenizer, template, TWO_TURNS, mark=False)
+        chat, _ = render(tokenizer, template, TWO_TURNS, mark=False, turn_end="warn")
         assert learnt(chat) == [chat.text]
 
 
-@pytest.mark.parametrize(
-    ("template", "messages"),
-    [
-        (REVERSED, TWO_TURNS),
-        (
-            THINKING,
-            [
-                {"role": "user", "content": "u"},
-                {"role": "assistant", "content": "<think>why</think>because"},
-                {"role": "user", "content": "v"},
-                {"role": "assistant", "content": "ok"},
-            ],
-        ),
-    ],
-)
-def test_a_template_that_rewrites_turns_is_refused(
-    tokenizer: PreTrainedTokenizerFast, template: str, messages: list[dict[str, Any]]
-) -> None:
+def test_a_template_that_rewrites_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     expected = r"f.jsonl, record 3: the chat template rewrites earlier turns .*generation.*loss_on"
     with pytest.raises(UserError, match=expected):
-        render(tokenizer, template, messages)
+        render(tokenizer, REVERSED, TWO_TURNS)
+
+
+def test_reasoning_that_is_dropped_from_earlier_turns_is_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "<think>why</think>because"},
+        {"role": "user", "content": "v"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    chat, notes = render(tokenizer, THINKING, messages)
+    assert learnt(chat) == ["because<|im_end|>", "<think>\n\n</think>\n\nok<|im_end|>"]
+    assert notes == [
+        "1 texts (<think>) are left out by the chat template; the first is f.jsonl, record 3, "
+        "message 2"
+    ]
+    with pytest.raises(UserError, match=r"record 3, message 2: .*leaves out <think> .*'why'"):
+        render(tokenizer, THINKING, messages[:2])
 
 
 def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation: no systems"):
         render(tokenizer, "{{ raise_exception('no systems') }}", TWO_TURNS)
     with pytest.raises(UserError, match=r"record 3: .*cannot write this conversation"):
-        render(tokenizer, CHATML, [{"role": "assistant", "tool_calls": [{}]}])
+        render(tokenizer, CHATML, [{"role": "assistant"}])
 
 
 def test_default_template_is_noted_and_starts_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -177,3 +184,136 @@ def test_tools_reach_the_template_or_are_noted(tokenizer: PreTrainedTokenizerFas
     assert notes == []
     _, notes = render(tokenizer, CHATML, TWO_TURNS, tools=tools)
     assert notes == ["the chat template does not write tools: the records' tools are left out"]
+
+
+# -- what must not be lost -----------------------------------------------------------------------
+
+
+def family_render(
+    name: str, messages: list[dict[str, Any]], **settings: Any
+) -> tuple[list[str], list[str]]:
+    """What contributes to the loss, and the notes."""
+    renderer = ChatRenderer(
+        FAMILIES[name].tokenizer(), mark_assistant=True, starts_with_bos=True, **settings
+    )
+    chat = renderer.render(messages, None, "f, record 1")
+    return learnt(chat), renderer.notes
+
+
+ASKED = {"role": "user", "content": "question"}
+ANSWERED = {"role": "assistant", "content": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("phi3", "tool"), ("zephyr", "tool"), ("llama2", "tool"), ("harmony", "narrator")],
+)
+def test_role_that_the_template_does_not_know(name: str, role: str) -> None:
+    messages = [ASKED, ANSWERED, ASKED, {"role": role, "content": "so"}, ANSWERED]
+    if name == "llama2":  # any role but user is written as the assistant's
+        messages = [ASKED, {"role": role, "content": "so"}, ASKED, ANSWERED]
+    with pytest.raises(UserError, match=rf"message [24]: .* does not know the role {role}"):
+        family_render(name, messages)
+
+
+def test_system_message_that_is_left_out() -> None:
+    tokenizer = FAMILIES["zephyr"].tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("'system'", "'context'")
+    renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
+    messages = [{"role": "system", "content": "be"}, ASKED, ANSWERED]
+    with pytest.raises(UserError, match=r"message 1: .*the role system, and leaves it out"):
+        renderer.render(messages, None, "f, record 1")
+
+
+@pytest.mark.parametrize(("name", "role"), [("chatml", "narrator"), ("qwen25", "tool")])
+def test_roles_that_are_written(name: str, role: str) -> None:
+    trained, notes = family_render(name, [ASKED, {"role": role, "content": "so"}, ANSWERED])
+    assert trained == ["answer<|im_end|>"]
+    assert notes == []
+
+
+def test_developer_message_that_is_left_out_is_counted() -> None:
+    messages = [{"role": "developer", "content": "be brief"}, ASKED, ANSWERED]
+    trained, notes = family_render("qwen3", messages)
+    assert trained == ["<think>\n\n</think>\n\nanswer<|im_end|>"]
+    assert notes == [
+        "1 texts (the developer message) are left out by the chat template; the first is f, "
+        "record 1, message 1"
+    ]
+    assert family_render("harmony", messages)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "kept"),
+    [
+        ("qwen3", "reasoning_content", True),
+        ("glm45", "reasoning_content", True),
+        ("qwen25", "reasoning_content", False),
+        ("deepseek_r1", "reasoning_content", False),
+        ("qwen3", "thinking", True),
+        ("llama31", "reasoning", False),
+    ],
+)
+def test_reasoning_of_the_last_turn_is_written_or_refused(name: str, key: str, kept: bool) -> None:
+    messages = [ASKED, {**ANSWERED, key: "because of this"}]
+    if kept:
+        assert "because of this" in family_render(name, messages)[0][0]
+        return
+    with pytest.raises(UserError, match=rf"message 2: .*leaves out {key} of the last answer"):
+        family_render(name, messages)
+
+
+def test_think_block_of_the_last_turn() -> None:
+    thought = {"role": "assistant", "content": "<think>because</think>\n\nanswer"}
+    assert family_render("qwen3", [ASKED, thought])[0] == [
+        "<think>\nbecause\n</think>\n\nanswer<|im_end|>"
+    ]
+    for name in ("deepseek_r1", "deepseek_v31"):
+        with pytest.raises(UserError, match="leaves out <think> of the last answer"):
+            family_render(name, [ASKED, thought])
+    # of a turn that is context only it is counted
+    trained, notes = family_render(
+        "deepseek_r1", [ASKED, ANSWERED, ASKED, {**thought, "weight": 0}]
+    )
+    assert len(trained) == 1 and "texts (<think>)" in notes[0]
+
+
+def test_text_beside_a_call_that_is_left_out() -> None:
+    call = {"function": {"name": "look_up", "arguments": {}}}
+    with pytest.raises(UserError, match="leaves out the assistant message of the last answer"):
+        family_render("llama31", [ASKED, {**ANSWERED, "tool_calls": [call]}])
+    with pytest.raises(UserError, match="leaves out a tool call of the last answer"):
+        family_render("harmony", [ASKED, {"role": "assistant", "tool_calls": [call, call]}])
+    with pytest.raises(UserError, match="leaves out a tool call of the last answer"):
+        family_render("zephyr", [ASKED, {**ANSWERED, "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked", "marked_without_end", "glm4"])
+def test_empty_answers_are_counted(name: str) -> None:
+    messages = [ASKED, {"role": "assistant", "content": " "}, ASKED, ANSWERED]
+    trained, notes = family_render(name, messages)
+    assert len(trained) - trained.count(" <|im_end|>") == 1
+    assert trained[-1].strip().startswith("answer")
+    assert name.startswith("marked") or "1 assistant messages are empty" in notes[0]
+
+
+def test_weights_with_the_loss_on_all_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [ASKED, {**ANSWERED, "weight": 0}]
+    chat, notes = render(tokenizer, CHATML, messages, mark=False)
+    assert learnt(chat) == [chat.text]
+    assert "with data.loss_on: all each token does" in notes[0]
+
+
+def test_half_a_surrogate_pair_in_tools(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="record 3 is not valid Unicode"):
+        render(tokenizer, None, [ASKED, ANSWERED], tools=[{"name": "\ud800"}])
+
+
+def test_answers_of_a_prompt_of_messages_do_not_contribute(tmp_path: Path) -> None:
+    """TRL's prompt and completion."""
+    record = {"prompt": [ASKED, {**ANSWERED, "content": "before"}, ASKED], "completion": [ANSWERED]}
+    file = write_jsonl(tmp_path / "a.jsonl", [record])
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    source = DataSource(path=str(file))
+    documents = load_documents(data_config(tmp_path), source, tokenizer, "data.train[0]")
+    assert tokenizer.decode(documents.tokens[documents.mask == 1]) == "answer<|im_end|>"

@@ -92,6 +92,15 @@ def test_date_given_as_variable_is_named(
     assert "writes the date given as date_string" in caplog.text
 
 
+@pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}"])
+def test_template_that_fails_is_told_with_the_first_record(words: Tokenizer, broken: str) -> None:
+    words.chat_template = "{{ strftime_now('%Y') }}" + broken
+    frozen, date = with_frozen_date(words, DAY)
+    assert date == "2024-02-09" and not template_writes_date(frozen)
+    words.chat_template = "{{ date_string }}" + broken
+    assert with_frozen_date(words, DAY) == (words, None)
+
+
 @given(
     st.dates(datetime.date(1970, 1, 1), datetime.date(2100, 12, 31)),
     st.lists(st.sampled_from(["%d", "%-d", "%b", "%B", "%Y", "%%", "%A", "%j", "d", " "])),

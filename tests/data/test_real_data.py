@@ -98,7 +98,8 @@ def test_self_instruct_needs_nested_columns(load: Load) -> None:
 
 def test_tool_calls_in_sharegpt_form(load: Load) -> None:
     shown = load.first("llamafactory-demo/glaive_toolcall_en_demo.json")
-    assert shown.startswith("<s> <|user|>\nHi, I have some ingredients")
+    assert shown.startswith('<s> <|tools|>\n{"name": "search_recipes", "description":')
+    assert "}\n<|user|>\nHi, I have some ingredients" in shown
     assert '<|assistant|>\n[[{"name": "search_recipes",' in shown
     assert '"rice"]}}</s>]]\n<|tool|>\n{"recipes": [' in shown
     assert shown.count("[[Of course!") == 1

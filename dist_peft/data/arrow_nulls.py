@@ -1,0 +1,47 @@
+"""Keys with null that Arrow added to nested records.
+
+A column of structs has the keys of all records: a tool that takes ``city`` and one that takes
+``query`` come back with both, one of them null, and a chat template would write both. JSON text is
+one value to Arrow and comes back as it was written.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["plain_records"]
+
+Record = dict[str, Any]
+
+
+def plain_records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Record]:
+    """The rows of ``batch`` as plain values, without null keys in nested records.
+
+    The record's own columns stay, null or not. ``default: null`` of a JSON schema stays where no
+    record has another default: then it was written, since Arrow aligns with keys that hold values.
+    """
+    import pyarrow.types as kinds
+
+    def cleaned(value: Any, kind: Any) -> Any:
+        if value is None:
+            return None
+        if kinds.is_struct(kind):
+            fields = [kind.field(number) for number in range(kind.num_fields)]
+            return {
+                field.name: cleaned(value[field.name], field.type)
+                for field in fields
+                if value[field.name] is not None
+                or (field.name == "default" and kinds.is_null(field.type))
+            }
+        if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+            return [cleaned(item, kind.value_type) for item in value]
+        return value
+
+    nested = {field.name: field.type for field in batch.schema if kinds.is_nested(field.type)}
+    for record in batch.to_pylist():
+        yield {
+            name: cleaned(value, nested[name]) if name in nested else value
+            for name, value in record.items()
+        }

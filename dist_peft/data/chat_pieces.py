@@ -1,0 +1,152 @@
+"""Where a chat template puts the texts of a conversation.
+
+Every text of a record - what a message says, its reasoning, the names of the tools it calls - gets
+a mark in its middle, and the template writes the conversation with marks. Where it writes the same
+as without them, apart from the marks, their places are those of the texts, and a mark that is
+missing belongs to a text that the template drops.
+
+The middle, because templates look at the ends of texts: they trim them, or ask whether a message
+starts with ``<tool_response>``.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_peft.data.chat_template import ChatTemplate, Messages, RenderError, Tools
+from dist_peft.data.marks import MARK, mark, mark_number
+
+__all__ = ["Piece", "find_pieces", "locate_pieces", "marked_messages", "marked_tail"]
+
+_THINK_END = "</think>"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One text of a message.
+
+    Attributes:
+        number: of its mark.
+        message: number of the message, from 0.
+        key: ``content``, ``<think>`` (in the content), ``tool_calls`` (the name of one), or the
+            name of a key that holds reasoning.
+        call: number of the tool call.
+        text: without white space around it.
+    """
+
+    number: int
+    message: int
+    key: str
+    text: str
+    call: int = 0
+
+    @property
+    def middle(self) -> int:
+        """Characters of ``text`` before the mark."""
+        return len(self.text) // 2
+
+
+def find_pieces(messages: Messages) -> list[Piece]:
+    """The texts of all messages that are more than white space."""
+    found: list[tuple[int, str, str, int]] = []
+    for index, message in enumerate(messages):
+        for key in _REASONING:
+            if isinstance(message.get(key), str):
+                found.append((index, key, message[key], 0))
+        content = message.get("content")
+        if isinstance(content, str):
+            thought, answer = _split_thought(message["role"], content)
+            found += [(index, "<think>", thought, 0), (index, "content", answer, 0)]
+        for number, function in enumerate(_functions(message)):
+            if isinstance(function.get("name"), str):
+                found.append((index, "tool_calls", function["name"], number))
+    texts = [(index, key, text.strip(), call) for index, key, text, call in found if text.strip()]
+    return [Piece(number, *piece) for number, piece in enumerate(texts)]
+
+
+def _split_thought(role: str, content: str) -> tuple[str, str]:
+    """What stands in ``<think>`` and what follows."""
+    if role != "assistant" or _THINK_END not in content:
+        return "", content
+    before, _, after = content.rpartition(_THINK_END)
+    return before.rpartition("<think>")[2], after
+
+
+def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    found = []
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        found.append(function if isinstance(function, dict) else {})
+    return found
+
+
+def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The messages with the marks of ``pieces``; those of later messages are left out."""
+    made = [dict(message) for message in messages]
+    for index in {piece.message for piece in pieces if piece.key == "tool_calls"}:
+        if index < len(made):
+            made[index]["tool_calls"] = copy.deepcopy(made[index]["tool_calls"])
+    # from the end, so that the first place of a text that occurs twice stays where it was
+    for piece in reversed(pieces):
+        if piece.message >= len(made):
+            continue
+        message = made[piece.message]
+        if piece.key == "tool_calls":
+            holder, key = _functions(message)[piece.call], "name"
+        else:
+            holder, key = message, "content" if piece.key == "<think>" else piece.key
+        text = holder[key]
+        start = text.rfind(piece.text) if piece.key == "content" else text.find(piece.text)
+        middle = start + piece.middle
+        holder[key] = text[:middle] + mark(piece.number) + text[middle:]
+    return made
+
+
+def locate_pieces(
+    chat: ChatTemplate, messages: Messages, tools: Tools | None, text: str, pieces: Sequence[Piece]
+) -> dict[int, int] | None:
+    """Number of each piece that the template writes -> place of its middle in ``text``.
+
+    Args:
+        text: the conversation as the template writes it.
+
+    Returns:
+        None where marks change what the template writes.
+    """
+    try:
+        marked = chat.render(marked_messages(messages, pieces), tools)
+    except RenderError:
+        return None
+    if MARK.sub("", marked) != text:
+        return None
+    places: dict[int, int] = {}
+    removed = 0
+    for found in MARK.finditer(marked):
+        places.setdefault(mark_number(found), found.start() - removed)
+        removed += len(found[0])
+    return places
+
+
+def marked_tail(
+    chat: ChatTemplate,
+    messages: Messages,
+    tools: Tools | None,
+    pieces: Sequence[Piece],
+    number: int,
+    *,
+    prompt: bool,
+) -> str | None:
+    """What the template writes behind mark ``number``, without marks; None if it does not.
+
+    Args:
+        prompt: with the generation prompt.
+    """
+    try:
+        marked = chat.render(marked_messages(messages, pieces), tools, prompt=prompt)
+    except RenderError:
+        return None
+    _, found, tail = marked.partition(mark(number))
+    return MARK.sub("", tail) if found else None

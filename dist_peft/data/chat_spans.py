@@ -1,0 +1,227 @@
+"""Where the assistant's turns lie in a rendered conversation.
+
+A turn begins where the prompt of inference ends and stops with the token that closes it::
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+                                                          ^^^^^^^^^^^^^^^
+
+Both are found by comparing with shorter conversations, from a text in the middle on (see
+``chat_pieces``), so that a template may write earlier turns otherwise in them:
+
+- the beginning: the messages before the turn with the generation prompt. Behind the text of the
+  message before, both have what closes that message and the header of the turn.
+- the end: the messages up to the turn. Behind the turn's text, both have what closes the turn.
+"""
+
+import re
+from dataclasses import dataclass
+
+from dist_peft.data.chat_closing import TurnEnds
+from dist_peft.data.chat_pieces import Piece, find_pieces, locate_pieces, marked_tail
+from dist_peft.data.chat_template import ChatTemplate, Messages, RenderError, Tools
+from dist_peft.data.marks import shared_markers
+
+__all__ = ["Turn", "TurnFinder", "closing_pattern", "first_closing"]
+
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Characters of one assistant message.
+
+    Attributes:
+        message: its number, from 0.
+        closed: ends with a token that ends generation.
+    """
+
+    message: int
+    start: int
+    stop: int
+    closed: bool
+
+
+def closing_pattern(chat: ChatTemplate, ends: TurnEnds) -> re.Pattern[str]:
+    """Matches a token that closes turns; where none is known, any control token."""
+    tokens = sorted(ends.tokens or chat.special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def first_closing(text: str, closing: re.Pattern[str]) -> int | None:
+    """Where the first of the closing tokens ends that stand at the end of ``text``.
+
+    Phi-3 closes the last turn with ``<|end|>`` and then the conversation with ``<|endoftext|>``.
+    """
+    end = len(text)
+    stop: int | None = None
+    for found in reversed(list(closing.finditer(text))):
+        if text[found.end() : end].strip():
+            break
+        stop, end = found.end(), found.start()
+    return stop
+
+
+class TurnFinder:
+    """Finds the turns of one conversation.
+
+    Args:
+        text: as the template writes it.
+        closing: of ``closing_pattern``.
+        appended: stands behind ``text`` in training.
+    """
+
+    def __init__(
+        self,
+        chat: ChatTemplate,
+        messages: Messages,
+        tools: Tools | None,
+        text: str,
+        closing: re.Pattern[str],
+        appended: str = "",
+    ) -> None:
+        self._chat, self._messages, self._tools = chat, list(messages), tools
+        self._text, self._closing = text + appended, closing
+        self.pieces = find_pieces(messages)
+        self._marked = self.pieces
+        places = locate_pieces(chat, messages, tools, text, self._marked)
+        if places is None:
+            # reasoning and names steer templates more often than what is said
+            self._marked = [piece for piece in self.pieces if piece.key == "content"]
+            places = locate_pieces(chat, messages, tools, text, self._marked)
+        self.places = places or {}
+        self.is_exact = places is not None and len(self._marked) == len(self.pieces)
+
+    def is_written(self, piece: Piece) -> bool:
+        """Whether the template writes the text ``piece``."""
+        if self.is_exact:
+            return piece.number in self.places
+        return "".join(piece.text.split()) in "".join(self._text.split())
+
+    def find(self, index: int) -> Turn | None:
+        """The turn of message ``index``; None if it cannot be told."""
+        own = self._written(index)
+        if not own:
+            return None
+        first, last = own[0], own[-1]
+        earlier = [p for p in self._marked if p.message < index and p.number in self.places]
+        if any(self.places[piece.number] > self.places[first.number] for piece in earlier):
+            return None
+        start = self._start(index, first)
+        # behind the middle of the text where the prompt of inference has its first characters
+        end = self.places[first.number] + len(first.text) - first.middle
+        if start is None or start > end:
+            return None
+        stop, closed = self._stop(index, last)
+        return Turn(index, start, stop, closed)
+
+    def _written(self, index: int) -> list[Piece]:
+        """Texts of message ``index`` that have a place, in the order of their places."""
+        found = [p for p in self._marked if p.message == index and p.number in self.places]
+        return sorted(found, key=lambda piece: self.places[piece.number])
+
+    # -- where it begins ---------------------------------------------------------------------
+
+    def _start(self, index: int, first: Piece) -> int | None:
+        for before in range(index - 1, -1, -1):
+            if written := self._written(before):
+                start = self._start_behind(index, written[-1], first)
+                if start is not None:
+                    return start
+                break
+        return self._start_behind_a_question(index, first)
+
+    def _start_behind(self, index: int, anchor: Piece, first: Piece) -> int | None:
+        """Compare with the prompt of inference, from ``anchor`` in an earlier message on."""
+        earlier = self._messages[:index]
+        tail = self._tail(earlier, anchor, prompt=True)
+        place, limit = self.places[anchor.number], self.places[first.number]
+        if tail is None or place > limit:
+            return None
+        told = self._content_start(first)
+        whole = self._text[place:]
+        if whole.startswith(tail):
+            start = place + len(tail)
+            gap = self._text[start:told] if told is not None else ""
+            if self._has_control(gap) and self._tail(earlier, anchor, prompt=False) == tail:
+                # a template without generation prompt: the header is not the model's to write
+                return told
+            return start
+        # a generation prompt that this turn does not keep, such as an opened <think>
+        shared = shared_markers(whole, tail, self._chat.token_pattern)
+        if tag := _OPEN_TAG.search(whole[:shared]):
+            shared = tag.start()
+        closed = self._tail(earlier, anchor, prompt=False)
+        if closed is None or shared < shared_markers(closed, tail, self._chat.token_pattern):
+            return told
+        start = place + shared
+        return start if told is None else min(start, told)
+
+    def _start_behind_a_question(self, index: int, first: Piece) -> int | None:
+        """As in a conversation with a user's message in front of the turn."""
+        told = self._content_start(first)
+        question = {"role": "user", "content": "question"}
+        longer = [*self._messages[:index], question, *self._messages[index:]]
+        if index and self._messages[index - 1]["role"] == "user":
+            return told
+        try:
+            text = self._chat.render(longer, self._tools)
+        except RenderError:
+            return told
+        inner = TurnFinder(self._chat, longer, self._tools, text, self._closing)
+        own, asked = inner._written(index + 1), inner._written(index)
+        if not own or not asked:
+            return told
+        start = inner._start_behind(index + 1, asked[-1], own[0])
+        if start is None:
+            return told
+        length = inner.places[own[0].number] - start
+        place = self.places[first.number]
+        same = self._text[place - length : place] == text[start : start + length]
+        return place - length if same and 0 <= length <= place else told
+
+    def _content_start(self, first: Piece) -> int | None:
+        """Where the content begins, if it is the first that the turn has."""
+        start = self.places[first.number] - first.middle
+        same = self._text[start : start + first.middle] == first.text[: first.middle]
+        return start if same and first.key == "content" else None
+
+    def _has_control(self, text: str) -> bool:
+        found = self._chat.token_pattern.finditer(text)
+        return any(token[0] in self._chat.special_tokens for token in found)
+
+    # -- where it stops ----------------------------------------------------------------------
+
+    def _stop(self, index: int, last: Piece) -> tuple[int, bool]:
+        """The end, and whether a closing token stands there."""
+        place = self.places[last.number]
+        behind = self._text[place:]
+        shared = len(behind)
+        if index < len(self._messages) - 1:
+            alone = self._tail(self._messages[: index + 1], last, prompt=False)
+            limit = self._next_place(index) - place
+            shared = min(limit, shared_markers(behind, alone or "", self._chat.token_pattern))
+            if alone is None:
+                found = self._closing.search(behind, 0, limit)
+                shared = found.end() if found else limit
+        stop = first_closing(behind[:shared], self._closing)
+        if stop is not None:
+            return place + stop, True
+        # the marker of the next role, or a token that closes a turn only inside a conversation
+        space = len(behind[shared:]) - len(behind[shared:].lstrip())
+        if found := self._closing.match(behind, shared + space):
+            return place + found.end(), True
+        return place + shared, False
+
+    def _next_place(self, index: int) -> int:
+        later = [
+            self.places[piece.number]
+            for piece in self._marked
+            if piece.message > index and piece.number in self.places
+        ]
+        after = [place for place in later if place >= self.places[self._written(index)[-1].number]]
+        return min(after, default=len(self._text))
+
+    def _tail(self, messages: Messages, anchor: Piece, *, prompt: bool) -> str | None:
+        return marked_tail(
+            self._chat, messages, self._tools, self._marked, anchor.number, prompt=prompt
+        )

@@ -1,0 +1,193 @@
+"""A tokenizer's chat template: which one it is, and rendering without a traceback.
+
+A chat template is a program that came with the tokenizer. Whatever it raises while it runs is its
+refusal of the conversation (``RenderError``), which callers turn into a message that names the
+template and the record.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dist_peft.core.errors import UserError
+
+__all__ = [
+    "ChatTemplate",
+    "Messages",
+    "RenderError",
+    "Span",
+    "Tokenizer",
+    "Tools",
+    "default_chat_template",
+]
+
+Tokenizer = PreTrainedTokenizerBase
+Messages = Sequence[dict[str, Any]]
+Tools = list[dict[str, Any]]
+Span = tuple[int, int]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_DEFAULT_TEMPLATE = (
+    "{% if tools %}{{ '<|tools|>\n' }}"
+    "{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' }}"
+    "{% set content = message['content'] or '' %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ content }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% set function = call['function'] or call %}"
+    "{{ '\n' if content or not loop.first }}"
+    "{{ '<tool_call>\n{\"name\": ' + (function['name'] | tojson) + ', \"arguments\": ' }}"
+    "{{ (function['arguments'] or {}) | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ content + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def default_chat_template(starts_with_bos: bool) -> str:
+    """The template for tokenizers that have none: plain-text role lines, the tokenizer's eos.
+
+    ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``; tools stand before the conversation, a JSON
+    object a line, and calls as ``<tool_call>`` blocks in the assistant's turn. To chat with the
+    result, the inference side needs the same template: training saves it with the tokenizer beside
+    the adapter.
+    """
+    return ("{{ bos_token }}" if starts_with_bos else "") + _DEFAULT_TEMPLATE
+
+
+class RenderError(Exception):
+    """The template cannot write a conversation; the text says why, in its own words."""
+
+
+class ChatTemplate:
+    """The template that writes the conversations of one tokenizer.
+
+    Args:
+        tokenizer: its special tokens are the template's variables.
+        template: Jinja text; None: the tokenizer's own, else this project's.
+        starts_with_bos: whether documents of this tokenizer begin with bos; matters only for
+            this project's template.
+
+    Attributes:
+        is_default: the tokenizer has no template and this project's is used.
+
+    Raises:
+        UserError: the tokenizer's template is no text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: str | None = None, *, starts_with_bos: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.is_default = template is None and not tokenizer.chat_template
+        self._fixed = default_chat_template(starts_with_bos) if self.is_default else template
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        named = tokenizer.chat_template
+        for text in named.values() if isinstance(named, dict) else [named]:
+            if not (self._fixed or isinstance(text, str)):
+                raise UserError(
+                    f"{self}: it must be text but is {type(text).__name__}; correct chat_template "
+                    "in the tokenizer_config.json"
+                )
+
+    def __str__(self) -> str:
+        name = self._tokenizer.name_or_path
+        return f"the chat template of the tokenizer {name}" if name else "the chat template"
+
+    def source(self, tools: Tools | None = None) -> str:
+        """The Jinja text used for a conversation with these tools.
+
+        Raises:
+            RenderError: the tokenizer has several templates and none of them is the default.
+        """
+        if self._fixed is not None:
+            return self._fixed
+        try:
+            return str(self._tokenizer.get_chat_template(None, tools))
+        except ValueError as error:
+            raise RenderError(str(error)) from None
+
+    def marks_assistant(self, tools: Tools | None = None) -> bool:
+        """Whether the template itself marks what the assistant writes."""
+        return _GENERATION.search(self.source(tools)) is not None
+
+    def render(
+        self, messages: Messages, tools: Tools | None = None, *, prompt: bool = False
+    ) -> str:
+        """The conversation as text.
+
+        Args:
+            prompt: with the generation prompt behind it, which opens an assistant turn.
+
+        Raises:
+            RenderError: the template refuses it, or fails.
+        """
+        return self._render(messages, tools, prompt=prompt, marked=False)[0]
+
+    def render_marked(
+        self, messages: Messages, tools: Tools | None = None
+    ) -> tuple[str, list[Span]]:
+        """The conversation, and the characters that ``{% generation %}`` encloses.
+
+        Raises:
+            RenderError: the template refuses it, or fails.
+        """
+        return self._render(messages, tools, prompt=False, marked=True)
+
+    def _render(
+        self, messages: Messages, tools: Tools | None, *, prompt: bool, marked: bool
+    ) -> tuple[str, list[Span]]:
+        template = self.source(tools)
+        try:
+            texts, generated = cast(
+                tuple[list[str], list[list[Span]]],
+                render_jinja_template(
+                    conversations=[list(messages)],
+                    chat_template=template,
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=prompt,
+                    tools=cast(Any, tools),
+                    **self._variables,
+                ),
+            )
+        # a foreign program may raise anything: division by zero, endless recursion, a range that
+        # the sandbox forbids, a missing content added to a string
+        except Exception as error:
+            said = " ".join(str(error).split()) or "no reason given"
+            kind = type(error).__name__
+            raise RenderError(said if kind == "TemplateError" else f"{kind}: {said}") from None
+        if messages and not texts[0].strip():
+            raise RenderError("it writes nothing")
+        return texts[0], generated[0] if marked else []
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that stand for themselves in a text, with their ids; eos is one of them."""
+        tokens: dict[str, int] = dict(self._tokenizer.get_added_vocab())
+        if self._tokenizer.eos_token is not None:
+            tokens.setdefault(
+                str(self._tokenizer.eos_token), cast(int, self._tokenizer.eos_token_id)
+            )
+        return {token: number for token, number in tokens.items() if token.strip()}
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Of ``added_tokens`` those that are control tokens rather than text, and eos."""
+        decoder = self._tokenizer.added_tokens_decoder
+        special = {str(token) for token in decoder.values() if token.special}
+        return frozenset({*special, str(self._tokenizer.eos_token)} & set(self.added_tokens))
+
+    @cached_property
+    def token_pattern(self) -> re.Pattern[str]:
+        """Matches any of ``added_tokens``, the longest first."""
+        longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,0 +1,50 @@
+"""Marks: texts that occur nowhere else, to see where a template puts what.
+
+A mark is a number in characters of Unicode's private use area, which no trimming, splitting or
+JSON encoding of a template touches.
+"""
+
+import re
+
+__all__ = ["MARK", "mark", "mark_number", "position_after", "shared_markers"]
+
+_OPEN, _CLOSE, _ZERO = 0xE000, 0xE001, 0xE010
+
+MARK = re.compile(f"{chr(_OPEN)}([{chr(_ZERO)}-{chr(_ZERO + 9)}]+){chr(_CLOSE)}")
+
+
+def mark(number: int) -> str:
+    """The mark ``number`` (>= 0)."""
+    digits = "".join(chr(_ZERO + int(digit)) for digit in str(number))
+    return f"{chr(_OPEN)}{digits}{chr(_CLOSE)}"
+
+
+def mark_number(found: re.Match[str]) -> int:
+    """The number of a mark that ``MARK`` matched."""
+    return int("".join(str(ord(digit) - _ZERO) for digit in found[1]))
+
+
+def position_after(text: str, number: int) -> int | None:
+    """Where the last occurrence of mark ``number`` in ``text`` ends; None if there is none."""
+    found = text.rfind(mark(number))
+    return None if found < 0 else found + len(mark(number))
+
+
+def shared_markers(first: str, second: str, tokens: re.Pattern[str]) -> int:
+    """Length of what both texts begin with, never ending inside a token of either.
+
+    ``<|end|>\\n<|user|>`` and ``<|end|>\\n<|endoftext|>`` share ``<|end|>\\n``, not ``<|``.
+
+    Args:
+        tokens: matches the added tokens of the tokenizer.
+    """
+    shared = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        shared += 1
+    for text in (first, second):
+        for found in tokens.finditer(text):
+            if found.start() < shared < found.end():
+                shared = found.start()
+    return shared

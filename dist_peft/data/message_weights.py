@@ -1,0 +1,59 @@
+"""Which messages of a conversation contribute to the loss, as the record itself says.
+
+========================================= ===================================================
+key of a message                          where it is used
+========================================= ===================================================
+``weight``: 0 or 1                        OpenAI's fine-tuning format, of assistant messages
+``train``, ``trainable``: truth value     conversations whose earlier answers are context only
+``loss_mask``: 0 or 1                     the same as a number; 1 contributes
+========================================= ===================================================
+"""
+
+from typing import Any
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["WEIGHT_KEYS", "contributes", "without_weights"]
+
+WEIGHT_KEYS = ("weight", "train", "trainable", "loss_mask")
+
+_FALSE = ("0", "false", "no")
+_TRUE = ("1", "true", "yes")
+
+
+def contributes(message: dict[str, Any], where: str) -> bool:
+    """Whether ``message`` is trained on: an assistant's message that no key excludes.
+
+    Raises:
+        UserError: a weight that is neither 0 nor 1, keys that contradict each other, or another
+            role's message that is to be trained on.
+    """
+    said = {key: _truth(message[key], key, where) for key in WEIGHT_KEYS if key in message}
+    if message["role"] != "assistant":
+        wanted = [key for key, value in said.items() if value and key != "weight"]
+        if wanted:
+            raise UserError(
+                f"{where} ({message['role']}): {wanted[0]} asks to train on it, but only assistant "
+                "messages contribute to the loss; remove the key, or set data.loss_on: all"
+            )
+        return False
+    if len(set(said.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one of them")
+    return all(said.values())
+
+
+def without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without these keys, which are not the template's."""
+    return [{k: v for k, v in message.items() if k not in WEIGHT_KEYS} for message in messages]
+
+
+def _truth(value: Any, key: str, where: str) -> bool:
+    text = str(value).strip().lower()
+    if isinstance(value, bool | str) and text in (*_FALSE, *_TRUE):
+        return text in _TRUE
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise UserError(
+        f"{where}: {key} is {value!r:.40}, but a message contributes to the loss or does not; set "
+        "it to 0 or 1, or remove it"
+    )

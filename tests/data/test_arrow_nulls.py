@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dist_peft.data.arrow_nulls import plain_records
+from dist_peft.data.files import HubData
+from dist_peft.data.readers import read_file
+
+
+def tool(**properties: Any) -> dict[str, Any]:
+    return {"name": "f", "parameters": {"type": "object", "properties": properties}}
+
+
+RECORDS: list[dict[str, Any]] = [
+    {
+        "tools": [tool(city={"type": "string", "enum": ["a"], "default": None})],
+        "messages": [{"role": "assistant", "tool_calls": [{"arguments": {"city": "a"}}]}],
+        "text": json.dumps({"default": None}),
+    },
+    {
+        "tools": [tool(query={"type": "integer", "minimum": 1})],
+        "messages": [{"role": "assistant", "tool_calls": [{"arguments": {"query": 1}}]}],
+        "text": None,
+    },
+]
+
+
+def test_keys_of_other_records_do_not_appear() -> None:
+    table = pyarrow.Table.from_pylist(RECORDS)
+    assert table.to_pylist() != RECORDS
+    assert list(plain_records(table)) == RECORDS
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_files(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"a.{ending}"
+    table = pyarrow.Table.from_pylist(RECORDS)
+    if ending == "parquet":
+        # Parquet keeps the null type, too
+        parquet.write_table(table, file)
+    else:
+        with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+            stream.write_table(table)
+    assert list(read_file(file)) == RECORDS
+
+
+def test_hub_data() -> None:
+    import datasets
+
+    data = HubData("a/b", datasets.Dataset.from_list(RECORDS))
+    ((_, records),) = data.parts()
+    assert list(records) == RECORDS
+
+
+def test_lists_of_lists_and_nulls_in_lists_stay() -> None:
+    records = [{"a": [[{"x": 1}, None], []]}, {"a": [[{"y": 2}]]}, {"a": None}]
+    assert list(plain_records(pyarrow.Table.from_pylist(records))) == records

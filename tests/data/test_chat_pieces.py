@@ -1,0 +1,66 @@
+from typing import Any
+
+from dist_peft.data.chat_pieces import find_pieces, locate_pieces, marked_messages, marked_tail
+from dist_peft.data.chat_template import ChatTemplate
+from dist_peft.data.marks import MARK
+from tests.data.families import FAMILIES
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": " ask </think> "},
+    {
+        "role": "assistant",
+        "content": "<think>same</think> same ",
+        "reasoning_content": "  ",
+        "tool_calls": [{"function": {"name": "f1"}}, {"name": "f2"}, "odd"],
+    },
+]
+
+
+def test_texts_of_messages() -> None:
+    pieces = find_pieces(MESSAGES)
+    assert [(p.message, p.key, p.text, p.call) for p in pieces] == [
+        (0, "content", "ask </think>", 0),
+        (1, "<think>", "same", 0),
+        (1, "content", "same", 0),
+        (1, "tool_calls", "f1", 0),
+        (1, "tool_calls", "f2", 1),
+    ]
+
+
+def test_marks_go_into_the_middle() -> None:
+    (_, message) = marked_messages(MESSAGES, find_pieces(MESSAGES))
+    shown = MARK.sub("|", message["content"])
+    assert shown == "<think>sa|me</think> sa|me "
+    assert MARK.sub("|", message["tool_calls"][1]["name"]) == "f|2"
+    assert "|" not in MESSAGES[1]["content"]
+
+
+def test_places_and_what_is_dropped() -> None:
+    chat = ChatTemplate(FAMILIES["qwen3"].tokenizer())
+    messages = [
+        {"role": "user", "content": "<tool_response>xy</tool_response>"},
+        {"role": "assistant", "content": "<think>why</think>\n\nso"},
+        {"role": "user", "content": "next"},
+        {"role": "assistant", "content": "<think>again</think>\n\nend"},
+    ]
+    text = chat.render(messages)
+    pieces = find_pieces(messages)
+    places = locate_pieces(chat, messages, None, text, pieces)
+    assert places is not None
+    written = {pieces[number].text for number in places}
+    assert {piece.text for piece in pieces} - written == {"why"}
+    for number, place in places.items():
+        piece = pieces[number]
+        start = place - piece.middle
+        assert text[start : start + len(piece.text)] == piece.text
+    last = pieces[-1].number
+    tail = marked_tail(chat, messages, None, pieces, last, prompt=True)
+    assert tail == "nd<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_that_marks_change() -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content | length }}"
+    chat = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": "abc"}]
+    assert locate_pieces(chat, messages, None, "3", find_pieces(messages)) is None
