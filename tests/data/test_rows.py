@@ -186,7 +186,7 @@ def test_empty_text_without_bos_is_counted(
     """Windows of the other texts stay, the second and later ones, too."""
     make = Make(tmp_path, byte_tokenizer(bos=False))
     assert len(make([{"text": "xyz" * 8}, {"text": ""}], seq_len=8, packing=False)) == 3
-    assert "0.jsonl, record 2: it is empty" in caplog.text
+    assert "left out 1 of 2 records, which have an empty text" in caplog.text
 
 
 def test_no_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -123,9 +123,11 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
         "data.train[0]: cannot tell the format of",
         "a.jsonl: its columns are question, answer;",
         "chat wants messages or conversations, tools?, system?;",
-        "completion wants prompt, completion;",
-        "alpaca wants instruction, output, input?;",
-        "text wants text.",
+        "completion wants prompt, completion, tools?, system?;",
+        "alpaca wants instruction, output, input?, system?, history?;",
+        "text wants text;",
+        "classification wants text, label, text_pair? (to be named).",
+        "Map them: data.train[0].columns: {prompt: question, completion: answer}",
     ):
         assert part in message
 
@@ -250,9 +252,14 @@ TURNS = [USER, {"role": "assistant", "content": "a"}]
         ({"messages": TURNS, "images": ["a.png"]}, "column images holds images"),
         ({"text": "t", "audio": {"path": "a.wav"}}, "column audio holds images, audio"),
         ({"messages": TURNS, "weight": 0.5}, "column weight is 0.5"),
-        ({"messages": TURNS, "train": False}, "column train is False"),
-        ({"instruction": "i", "output": "o", "system": "s"}, "system would be missing"),
-        ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history would be missing"),
+        ({"text": "t", "weight": 2}, "column weight is 2, .* set it to 0 or 1"),
+        ({"messages": TURNS, "loss_mask": "0.3"}, "column loss_mask is '0.3'"),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "system would be missing"),
+        (
+            {"prompt": "p", "completion": "c", "tools": [{"name": "f"}]},
+            "tools is for conversations",
+        ),
+        ({"messages": TURNS, "history": [["a", "b"]]}, "history would be missing"),
         ({"instruction": "i", "output": "o", "context": "c"}, "context would be missing"),
     ],
 )
@@ -261,7 +268,17 @@ def test_a_column_that_means_something_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=rf"a.jsonl, record 1: .*{message}"):
         examples(tmp_path, [record])
-    means = ["label", "images", "audio", "weight", "train", "system", "history", "context"]
+    means = [
+        "label",
+        "images",
+        "audio",
+        "weight",
+        "loss_mask",
+        "system",
+        "tools",
+        "history",
+        "context",
+    ]
     assert len(examples(tmp_path, [record], ignore=[*means, "chosen"])) == 1
 
 
@@ -276,13 +293,97 @@ def test_system_column_text_parts_json_text_and_conversational_completion(tmp_pa
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(UserError, match=r"message 1 \(user\): .*part 2 of type image_url"):
         one(tmp_path, {"messages": [{"role": "user", "content": image}]})
+    record = {"prompt": [USER], "completion": TURNS[1], "system": "s", "tools": [{"name": "f"}]}
+    assert one(tmp_path, record) == Chat(expected.messages, [{"name": "f"}])
+    assert one(tmp_path, record, ignore=["system", "tools"]) == Chat(TURNS)
     with pytest.raises(UserError, match="messages is not valid JSON"):
         one(tmp_path, {"messages": "[{"})
     with pytest.raises(UserError, match="record 2 holds messages where earlier"):
         examples(tmp_path, [GOOD, {"prompt": [USER], "completion": TURNS[1:]}])
 
 
-@pytest.mark.parametrize("record", [{"prompt": "p", "completion": " "}, {"text": ""}])
+# -- records that are left out -------------------------------------------------------------------
+
+BLANK_CHAT = {"messages": [USER, {"role": "assistant", "content": " "}]}
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "p", "completion": " "}, {"text": ""}, {"text": "\n"}, BLANK_CHAT]
+)
 def test_nothing_but_empty_texts_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"all 2 records of .*a.jsonl have an empty text"):
         examples(tmp_path, [record, record])
+
+
+def left(tmp_path: Path, records: list[Any], **fields: Any) -> tuple[list[int], list[str]]:
+    """Numbers of the records that are left, and notes."""
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", records)), **fields)
+    notes: list[str] = []
+    found = read_examples(source, open_source(source, KEY), KEY, notes)
+    return [place.number for place, _ in found], notes
+
+
+@pytest.mark.parametrize(
+    ("record", "blank"),
+    [
+        ({"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "\n"}),
+        ({"instruction": "i", "output": "o"}, {"instruction": "i", "output": ""}),
+        ({"text": "t"}, {"text": "  "}),
+        ({"messages": TURNS}, BLANK_CHAT),
+        (
+            {"prompt": [*TURNS, USER], "completion": TURNS[1]},
+            {"prompt": [*TURNS, USER], "completion": {"role": "assistant", "content": ""}},
+        ),
+    ],
+)
+def test_blank_records_are_left_out_and_counted(
+    tmp_path: Path, record: dict[str, Any], blank: dict[str, Any]
+) -> None:
+    numbers, notes = left(tmp_path, [record, blank, record, blank])
+    assert numbers == [1, 3]
+    assert notes[0] == (
+        "left out 2 of 4 records, which have an empty text or completion; the first is "
+        f"{tmp_path}/a.jsonl, record 2"
+    )
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"loss_mask": 0},
+        {"trainable": "false"},
+        {"sample_weight": "0"},
+    ],
+)
+@pytest.mark.parametrize("record", [{"text": "t"}, GOOD, {"messages": TURNS}])
+def test_records_that_say_so_are_left_out(
+    tmp_path: Path, says: dict[str, Any], record: dict[str, Any]
+) -> None:
+    (column,) = says
+    numbers, notes = left(tmp_path, [record, {**record, **says}, {**record, column: 1}])
+    assert numbers == [1, 3]
+    (note,) = notes
+    assert note.startswith(f"left out 1 of 3 records, which say not to train on them ({column}: ")
+    assert left(tmp_path, [{**record, **says}], ignore=[column])[0] == [1]
+    with pytest.raises(
+        UserError, match=r"all 1 records of .*say not to train on them .*nothing is"
+    ):
+        examples(tmp_path, [{**record, **says}])
+
+
+def test_a_blank_turn_of_a_conversation_does_not_contribute(tmp_path: Path) -> None:
+    blank = {"role": "assistant", "content": "", "weight": 1}
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    record = {"messages": [USER, blank, USER, thought, USER, TURNS[1]]}
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", [record])))
+    notes: list[str] = []
+    ((_, example),) = read_examples(source, open_source(source, KEY), KEY, notes)
+    excluded = {"role": "assistant", "content": "", "train": False}
+    assert example == Chat([USER, excluded, USER, thought, USER, TURNS[1]])
+    assert notes == [
+        "1 assistant turns are empty and do not contribute to the loss; the first is in "
+        f"{tmp_path}/a.jsonl, record 1"
+    ]
