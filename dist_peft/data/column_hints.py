@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["chosen_columns", "columns_hint"]
+__all__ = ["chosen_columns", "columns_hint", "nested_columns"]
 
 _PROMPTS = (
     "prompt",
@@ -88,13 +88,18 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
 
 def _nested_column(record: dict[str, Any]) -> str | None:
     """A text inside a column of ``record``, such as ``instances.0.output``."""
+    nested = nested_columns(record)
+    answers = [path for path in nested if path.rpartition(".")[2] in _ANSWERS]
+    return next(iter([*answers, *nested]), None)
+
+
+def nested_columns(record: dict[str, Any]) -> list[str]:
+    """Texts inside columns of ``record``, as ``columns`` names them."""
+    found = []
     for name, value in record.items():
         inner, path = value, name
         if isinstance(inner, list) and inner:
             inner, path = inner[0], f"{path}.0"
         if isinstance(inner, dict):
-            texts = [key for key, found in inner.items() if isinstance(found, str)]
-            best = _first(_ANSWERS, texts) or next(iter(texts), None)
-            if best:
-                return f"{path}.{best}"
-    return None
+            found += [f"{path}.{key}" for key, text in inner.items() if isinstance(text, str)]
+    return found

@@ -27,7 +27,7 @@ from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import ALPACA_OPTIONAL, Turn, alpaca_turns
 from dist_peft.data.blank_turns import BlankTurns, excluded_turn, is_blank_turn
-from dist_peft.data.column_hints import columns_hint
+from dist_peft.data.column_hints import columns_hint, nested_columns
 from dist_peft.data.files import Opened, Place, Record, read_records
 from dist_peft.data.left_out import BLANK, LeftOut, excluding_column
 from dist_peft.data.meanings import UnusedColumns
@@ -90,15 +90,14 @@ def read_examples(
     Raises:
         UserError: no records; unknown format; a record that does not fit, named by file and number.
     """
-    build: Callable[[RecordFields], Example] | None = None
+    chosen: _Format | None = None
     unused: UnusedColumns | None = None
     kind: type[Example] | None = None
     left_out = LeftOut(source.path, key)
     blank_turns = BlankTurns()
     for place, record in read_records(opened, source.limit):
-        if build is None:
+        if chosen is None:
             chosen = _choose(source, record, place.file, key)
-            build = chosen.build
             reads = {r for r in chosen.roles() if r not in source.columns} | {
                 *chosen.aliases.values()
             }
@@ -109,7 +108,13 @@ def read_examples(
             left_out.add(f"say not to train on them ({column}: {record[column]})", place)
             continue
         unused.check(record, str(place))
-        example = build(RecordFields(source, record, place))
+        if lacking := chosen.lacks(source, record):
+            raise UserError(
+                f"{place} has no column {lacking[0]} (has {', '.join(record)}), but the first "
+                f"record of the source is of format {chosen.name}; fix the record, or give records "
+                "of another form a source of their own"
+            )
+        example = chosen.build(RecordFields(source, record, place))
         kind = kind or type(example)
         if not isinstance(example, kind):
             raise UserError(
@@ -208,7 +213,11 @@ def _chat(fields: RecordFields) -> Chat:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{fields.place}: messages is not valid JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{fields.place}: messages must be a list of at least one message")
+        column = fields.source.columns.get("messages")
+        raise UserError(
+            f"{fields.place}: {f'column {column} as ' if column else ''}messages must be a list of "
+            f"at least one message but is {type(messages).__name__} {messages!r:.40}"
+        )
     where = f"{fields.place}, message"
     normal = [
         normalized_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
@@ -302,6 +311,11 @@ def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
     roles = set().union(*(f.roles() for f in formats))
     for role in source.columns:
         if role not in roles:
+            if role in _CLASSIFICATION.roles():
+                raise UserError(
+                    f"{key}.columns: {role} is a role of classification; set {key}.format: "
+                    "classification, with labels and base.head: classifier"
+                )
             near = difflib.get_close_matches(role, sorted(roles), n=1)
             hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(sorted(roles))}"
             raise UserError(f"{key}.columns: {role} is no role of format {source.format}; {hint}")
@@ -328,12 +342,13 @@ def _refuse_columns(
     wanted: _Format, source: DataSource, record: Record, file: str, key: str
 ) -> NoReturn:
     column = wanted.lacks(source, record)[0]
-    near = difflib.get_close_matches(column, list(record), n=1)
+    role = next((r for r, c in source.columns.items() if c == column), column)
+    near = difflib.get_close_matches(column, [*record, *nested_columns(record)], n=1)
     raise UserError(
         f"{key}: {file} has no column {column}; its columns are {', '.join(record)}; "
         f"{wanted.describe()}. "
         + (f"Did you mean {near[0]}? " if near else "")
-        + f"Set {key}.columns: {{role: column}}"
+        + f"Set {key}.columns: {{{role}: {near[0] if near else 'a_column'}}}"
     )
 
 

@@ -180,6 +180,23 @@ def test_conversations_without_assistant_are_counted_and_left_out(
     assert len(make(records, loss_on="all", packing=False)) == 3
 
 
+def test_what_is_left_out_is_not_too_long_as_well(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counts of long records are of those that are left; each record is counted once."""
+    user = {"role": "user", "content": "u" * 30}
+    answer = {"role": "assistant", "content": "a"}
+    records = [{"messages": [user]}, {"messages": [{**user, "content": "u"}, answer]}]
+    assert len(make(records, seq_len=32, packing=False)) == 1
+    long = {"messages": [{**user, "content": "u"}, {**answer, "content": "a" * 40}]}
+    for too_long in ("truncate", "drop"):
+        make([*records, long], seq_len=32, packing=False, too_long=too_long)
+    assert "cut 1 of 2 records" in caplog.text and "of these" not in caplog.text
+    assert "dropped 1 of 2 records longer" in caplog.text
+    with pytest.raises(UserError, match="record 3 has .* tokens, more than data.seq_len 32"):
+        make([*records, long], seq_len=32)
+
+
 def test_empty_text_without_bos_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -141,13 +141,28 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
             {"columns": {"prompt": "question", "completion": "answr"}},
             r"has no column answr; its columns are question, answer; .*Did you mean answer\?",
         ),
+        (
+            {"columns": {"text": "question", "label": "answer"}},
+            r"label is a role of classification; set data.train\[0\].format: classification",
+        ),
+        (
+            {"format": "completion", "columns": {"prompt": "question"}},
+            r"has no column completion; .*Set data.train\[0\].columns: \{completion: a_column\}",
+        ),
+        (
+            {"columns": {"prompt": "question", "completion": "more.0.txt"}},
+            r"Did you mean more.0.text\? Set data.train\[0\].columns: \{completion: more.0.text\}",
+        ),
         ({"format": "chat"}, r"has no column messages; .*chat wants messages or conversations"),
         ({"format": "text", "template": "{question}"}, r"template is for completion and alpaca"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    record: dict[str, Any] = {"question": "q", "answer": "a"}
+    if "more" in str(fields):
+        record["more"] = [{"text": "t"}]
     with pytest.raises(UserError, match=message):
-        examples(tmp_path, [{"question": "q", "answer": "a"}], **fields)
+        examples(tmp_path, [record], **fields)
 
 
 def test_no_records(tmp_path: Path) -> None:
@@ -199,10 +214,15 @@ USER = {"role": "user", "content": "u"}
     [
         (GOOD, {"prompt": "p", "completion": None}, "column completion must be text but is null"),
         (GOOD, {"prompt": 7, "completion": "c"}, "column prompt must be text but is int 7"),
-        (GOOD, {"prompt": "p"}, r"has no column completion \(has prompt\)"),
+        (
+            GOOD,
+            {"prompt": "p"},
+            r"has no column completion \(has prompt\), but the first record .* format completion",
+        ),
+        (GOOD, {"text": "t"}, r"has no column prompt .* a source of their own"),
         (GOOD, {"prompt": "\ud83d", "completion": "c"}, "column prompt is not valid Unicode"),
         ({"messages": [USER]}, {"messages": []}, "messages must be a list of at least one"),
-        ({"messages": [USER]}, {"messages": "hi"}, "messages must be a list"),
+        ({"messages": [USER]}, {"messages": "hi"}, "messages must be a list .* but is str 'hi'"),
         ({"messages": [USER]}, {"messages": [USER, "x"]}, "message 2 is str, not an object"),
         (
             {"messages": [USER]},
