@@ -131,7 +131,7 @@ REFUSED = {
     "mrpc/LICENCE.html": r"has the ending .html; readable are .jsonl",
     "gsm8k": r"Map them: data.train\[0\].columns: \{prompt: question, completion: answer\}",
     "self-instruct/*.jsonl": r"\{output: a_column\}; .* is written instances.0.output",
-    "llamafactory-demo": r"c4_demo.jsonl, record 1 has no column output .*is of format alpaca",
+    "llamafactory-demo": r"c4_demo.jsonl, record 1 has no column instruction .*is of format alpaca",
     "commonsense": r"has no file with a readable ending .*; it has .md",
     "nowhere.json": r"nowhere.json does not exist",
 }

@@ -394,6 +394,14 @@ def test_records_that_say_so_are_left_out(
         examples(tmp_path, [{**record, **says}])
 
 
+def test_weights_of_classification(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"format": "classification", "labels": ["a", "b"]}
+    record = {"text": "t", "label": "a"}
+    assert left(tmp_path, [record, {**record, "weight": 0}], **settings)[0] == [1]
+    with pytest.raises(UserError, match=r"record 1: column weight is 0.5, but a record"):
+        left(tmp_path, [{**record, "weight": 0.5}], **settings)
+
+
 def test_a_blank_turn_of_a_conversation_does_not_contribute(tmp_path: Path) -> None:
     blank = {"role": "assistant", "content": "", "weight": 1}
     thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
