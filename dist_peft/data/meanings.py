@@ -99,10 +99,18 @@ class UnusedColumns:
                 "not give; remove the records with a false label"
             )
         if name in _PARTS and self._format != "chat":
+            role = {"context": "input", "system_prompt": "system"}.get(name)
+            fix = f"map it with {self._key}.columns: {{{role}: {name}}}, or "
             return (
-                "would be missing from the prompt; write it with "
-                f'{self._key}.template, such as "{{{name}}}\\n{{...}}"'
+                "would be missing from the prompt; "
+                f"{fix if self._format == 'alpaca' and role not in {None, *record} else ''}"
+                f'write it with {self._key}.template, such as "{{{name}}}\\n{{...}}"'
             )
-        if name in ("system_prompt", "history", "functions", "chat_template_kwargs"):
+        if name == "system_prompt":
+            return (
+                "would be missing from the conversation; map it with "
+                f"{self._key}.columns: {{system: {name}}}"
+            )
+        if name in ("history", "functions", "chat_template_kwargs"):
             return "would be missing from the conversation; write it into messages or tools"
         return None

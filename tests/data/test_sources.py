@@ -280,7 +280,12 @@ TURNS = [USER, {"role": "assistant", "content": "a"}]
             "tools is for conversations",
         ),
         ({"messages": TURNS, "history": [["a", "b"]]}, "history would be missing"),
-        ({"instruction": "i", "output": "o", "context": "c"}, "context would be missing"),
+        ({"instruction": "i", "output": "o", "context": "c"}, r"map it .*\{input: context\}"),
+        ({"messages": TURNS, "system_prompt": "s"}, r"map it .*\{system: system_prompt\}"),
+        (
+            {"instruction": "i", "output": "o", "system_prompt": "s"},
+            r"map it .*\{system: system_prompt\}, or write it with",
+        ),
     ],
 )
 def test_a_column_that_means_something_is_refused(
@@ -298,8 +303,20 @@ def test_a_column_that_means_something_is_refused(
         "tools",
         "history",
         "context",
+        "system_prompt",
     ]
     assert len(examples(tmp_path, [record], ignore=[*means, "chosen"])) == 1
+
+
+def test_what_a_message_says_to_map_is_read(tmp_path: Path) -> None:
+    system = {"columns": {"system": "system_prompt"}}
+    expected = Chat([{"role": "system", "content": "s"}, *TURNS])
+    assert one(tmp_path, {"messages": TURNS, "system_prompt": "s"}, **system) == expected
+    alpaca = {"instruction": "i", "output": "o"}
+    read = one(tmp_path, {**alpaca, "system_prompt": "s"}, **system)
+    assert isinstance(read, Completion) and read.prompt.startswith("s\n\n### Instruction")
+    read = one(tmp_path, {**alpaca, "context": "c"}, columns={"input": "context"})
+    assert isinstance(read, Completion) and "### Input:\nc\n" in read.prompt
 
 
 def test_system_column_text_parts_json_text_and_conversational_completion(tmp_path: Path) -> None:
