@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import sys
 
 from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.config_io import load_config
@@ -39,8 +41,20 @@ def run(args: argparse.Namespace, world: World) -> int:
     preview = preview_labelled_rows if config.data.classifies else preview_rows
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
         if sources:
-            print("\n".join(preview(config.data, sources, tokenizer, name, args.rows)))
+            if not _print_lines(preview(config.data, sources, tokenizer, name, args.rows)):
+                return 0
     return 0
+
+
+def _print_lines(lines: list[str]) -> bool:
+    """Whether somebody still reads: ``validate | head`` ends without a traceback."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # so that the interpreter's last flush does not fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def preview_rows(

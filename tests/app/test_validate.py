@@ -1,3 +1,5 @@
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,16 @@ def test_no_weights_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(filter_repo_objects([*files, *shards], allow_patterns=asked[0])) == sorted(files)
     hub.resolve_base(BaseConfig(path="some/model"))
     assert set(filter_repo_objects(shards, allow_patterns=asked[1])) == set(shards[:2])
+
+
+def test_output_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}])
+    data = {"train": [str(file)], "cache_dir": str(tmp_path / "cache")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"base": {"path": str(tmp_path / "base")}, "data": data}))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["validate", "--config", str(config)]) == 0

@@ -122,7 +122,6 @@ READ_AS_IT_IS = {
     "llamafactory-demo/c4_demo.jsonl": "<s>[[Don\u2019t think you need all the bells",
     "llamafactory-demo/wiki_demo.txt": "<s>[[Anarchism is a political philosophy",
     "tinystories-1000/wikitext_1000.json": "<s>[[= Valkyria Chronicles III =",
-    "wikitext2/valid.txt": " = Homarus gammarus = ",
     "wikitext2": "is an English film , television and theatre actor",
 }
 REFUSED = {
