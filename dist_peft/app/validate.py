@@ -40,9 +40,9 @@ def run(args: argparse.Namespace, world: World) -> int:
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     preview = preview_labelled_rows if config.data.classifies else preview_rows
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        if sources:
-            if not _print_lines(preview(config.data, sources, tokenizer, name, args.rows)):
-                return 0
+        lines = preview(config.data, sources, tokenizer, name, args.rows) if sources else []
+        if lines and not _print_lines(lines):
+            break
     return 0
 
 
