@@ -10,6 +10,8 @@ from typing import Any
 
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.data.column_hints import chosen_columns
+from dist_peft.data.left_out import WEIGHT_COLUMNS
 from dist_peft.data.readers import Record
 
 __all__ = ["UnusedColumns"]
@@ -17,8 +19,7 @@ __all__ = ["UnusedColumns"]
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _PREFERENCE = ("chosen", "rejected")
 _PARTS = ("system", "system_prompt", "history", "input", "context")
-_SHARES = ("weight", "train", "loss_mask")
-_GOOD = (True, 1, "1", "true", "True")
+_GOOD = (True, 1, "1", "1.0", "true", "True", "yes")
 
 
 class UnusedColumns:
@@ -28,6 +29,9 @@ class UnusedColumns:
         reads: columns that roles of the format read.
         format_name: such as ``chat``.
         key: configuration key of the source, such as ``data.train[0]``.
+
+    Attributes:
+        taken: columns that roles of the format read, and those to leave out.
     """
 
     def __init__(self, source: DataSource, reads: set[str], format_name: str, key: str) -> None:
@@ -35,14 +39,15 @@ class UnusedColumns:
         named = {*source.columns.values(), *(name for _, name, _, _ in fields if name)}
         self._reads = reads | named | {name.partition(".")[0] for name in named}
         self._chosen = bool({"chosen"} & self._reads)
-        self._ignored, self._format, self._key = set(source.ignore), format_name, key
+        self.taken = self._reads | {*source.ignore}
+        self._format, self._key = format_name, key
         self._seen: dict[str, None] = {}
         self._path = source.path
 
     @property
     def notes(self) -> list[str]:
         """What the user should hear once."""
-        names = ", ".join(self._seen)
+        names = ", ".join(name for name in self._seen if name not in WEIGHT_COLUMNS)
         return [f"columns of {self._path} that are not used: {names}"] if names else []
 
     def check(self, record: Record, where: str) -> None:
@@ -51,28 +56,40 @@ class UnusedColumns:
             UserError: a column of ``record`` means something that would be lost.
         """
         for name, value in record.items():
-            if name in self._reads or name in self._ignored:
+            if name in self.taken:
                 continue
             if value is not None and value not in ("", [], {}):
                 lost = self._lost(name, value, record)
                 if lost:
                     raise UserError(
                         f"{where}: column {name} {lost}; or leave the column out with "
-                        f"{self._key}.ignore: [{name}]"
+                        f"{self._key}.ignore: [{name}]{self._warning(name)}"
                     )
             self._seen.setdefault(name)
 
+    def _warning(self, name: str) -> str:
+        """What happens if column ``name`` is ignored."""
+        if name in ("label", "kto_tag"):
+            return " and train on all answers as good ones"
+        if name in _PREFERENCE and self._format == "chat":
+            return " and train on the assistant's turns of the conversation alone"
+        return ""
+
     def _lost(self, name: str, value: Any, record: Record) -> str | None:
         """What would be lost, and the fix; None: nothing."""
-        classes = self._format == "classification"
         if name in _MEDIA:
             return "holds images, audio or video, and only text is trained on; remove such records"
-        if classes:
+        if name in WEIGHT_COLUMNS and value not in _GOOD:
+            return (
+                f"is {value!r:.40}, but a record contributes to the loss as a whole or is left "
+                "out: the loss is a mean over tokens that all weigh the same; set it to 0 or 1"
+            )
+        if self._format == "classification":
             return None
         if name in _PREFERENCE and not self._chosen:
             return (
                 "belongs to preference data (DPO), which this training does not read; to train on "
-                f"the chosen answers set {self._key}.columns: {_chosen_columns(record)}"
+                f"the chosen answers set {self._key}.columns: {chosen_columns(record)}"
             )
         if self._format == "text":
             return None
@@ -81,29 +98,19 @@ class UnusedColumns:
                 f"is {value!r}: in preference data (KTO) that marks an answer the model should "
                 "not give; remove the records with a false label"
             )
-        if name in _SHARES and value not in _GOOD:
-            return (
-                f"is {value!r:.40}, and records are not weighted; remove the records that should "
-                "not contribute to the loss"
-            )
         if name in _PARTS and self._format != "chat":
+            role = {"context": "input", "system_prompt": "system"}.get(name)
+            fix = f"map it with {self._key}.columns: {{{role}: {name}}}, or "
             return (
-                "would be missing from the prompt; write it with "
-                f'{self._key}.template, such as "{{{name}}}\\n{{...}}"'
+                "would be missing from the prompt; "
+                f"{fix if self._format == 'alpaca' and role not in {None, *record} else ''}"
+                f'write it with {self._key}.template, such as "{{{name}}}\\n{{...}}"'
             )
-        if name in ("system_prompt", "history", "functions", "chat_template_kwargs"):
+        if name == "system_prompt":
+            return (
+                "would be missing from the conversation; map it with "
+                f"{self._key}.columns: {{system: {name}}}"
+            )
+        if name in ("history", "functions", "chat_template_kwargs"):
             return "would be missing from the conversation; write it into messages or tools"
         return None
-
-
-def _chosen_columns(record: Record) -> str:
-    turns = next((n for n in ("messages", "conversations") if n in record), None)
-    if turns is None and "prompt" in record and isinstance(record.get("chosen"), str):
-        return "{prompt: prompt, completion: chosen}"
-    if "instruction" in record:
-        return "{output: chosen}"
-    if isinstance(record.get("chosen"), list) and turns is None:
-        return "{messages: chosen}"
-    if turns is None:
-        return "{text: chosen}"
-    return f"{{prompt: {turns}, completion: chosen}}"

@@ -18,6 +18,7 @@ from dist_peft.core.config import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.cache import Documents
+from dist_peft.data.files import Place
 from dist_peft.data.packing import IGNORE, join_documents, pack
 from dist_peft.data.tokens import Tokenizer, load_documents
 
@@ -186,9 +187,7 @@ def _load(
 ) -> tuple[Documents, Pieces]:
     documents = load_documents(config, source, tokenizer, key)
     kept = _without_untrainable(documents, config, key)
-    pieces = fit(documents, config, key)
-    number = np.searchsorted(documents.offsets, pieces.start, side="right") - 1
-    return documents, pieces.take(kept[number])
+    return documents, fit(documents, config, key, kept)
 
 
 def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, name: str) -> RowSet:
@@ -259,9 +258,15 @@ def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> 
     return targets > 0
 
 
-def fit(documents: Documents, config: DataConfig, key: str) -> Pieces:
-    """Pieces of at most ``seq_len`` tokens, each with something to learn."""
-    pieces = _whole(documents)
+def fit(
+    documents: Documents, config: DataConfig, key: str, kept: NDArray[np.bool_] | None = None
+) -> Pieces:
+    """Pieces of at most ``seq_len`` tokens, each with something to learn.
+
+    Args:
+        kept: which documents to look at [D]; None: all.
+    """
+    pieces = _whole(documents) if kept is None else _whole(documents).take(kept)
     if documents.is_text:
         windows = _windows(pieces, config.seq_len)
         # a last window of one token has nothing to predict
@@ -281,14 +286,16 @@ def fit(documents: Documents, config: DataConfig, key: str) -> Pieces:
         return pieces.take(pieces.length <= config.seq_len)
     if config.too_long == "truncate":
         return _truncated(documents, pieces, config.seq_len, key)
-    raise UserError(_too_long_message(documents, pieces, long, config))
+    numbers = np.flatnonzero(kept) if kept is not None else np.arange(len(documents))
+    place = documents.place(int(numbers[long[0]]))
+    raise UserError(_too_long_message(place, pieces, long, config))
 
 
-def _too_long_message(documents: Documents, pieces: Pieces, long: Ints, config: DataConfig) -> str:
+def _too_long_message(place: Place, pieces: Pieces, long: Ints, config: DataConfig) -> str:
     more = f" ({len(long)} records are too long)" if len(long) > 1 else ""
     refused = "data.too_long: split is for plain text only. " if config.too_long == "split" else ""
     return (
-        f"{documents.place(int(long[0]))} has {pieces.length[long[0]]} tokens, more than "
+        f"{place} has {pieces.length[long[0]]} tokens, more than "
         f"data.seq_len {config.seq_len}{more}. {refused}Raise data.seq_len (the longest has "
         f"{pieces.length.max()}), or set data.too_long to truncate or drop"
     )

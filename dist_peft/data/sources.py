@@ -4,8 +4,9 @@
 format         roles                                      example
 ============== ========================================== ====================================
 chat           messages (or conversations), tools?        [{role, content}] or [{from, value}]
-completion     prompt, completion                         text before, text to learn
-alpaca         instruction, input?, output                put into the Alpaca prompt
+completion     prompt, completion, tools?, system?        text before, text to learn; or messages
+alpaca         instruction, input?, output, system?,      put into the Alpaca prompt
+               history?
 text           text                                       a document, every token learnt
 classification text, text_pair?, label                    one or two texts and their class
 ============== ========================================== ====================================
@@ -24,33 +25,29 @@ from typing import Any, NoReturn
 
 from dist_peft.core.config import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.data.alpaca import ALPACA_OPTIONAL, Turn, alpaca_turns
+from dist_peft.data.blank_turns import BlankTurns, excluded_turn, is_blank_turn
+from dist_peft.data.column_hints import columns_hint, nested_columns
 from dist_peft.data.files import Opened, Place, Record, read_records
+from dist_peft.data.left_out import BLANK, LeftOut, excluding_column
 from dist_peft.data.meanings import UnusedColumns
-from dist_peft.data.messages import normalized_message, valid_unicode
+from dist_peft.data.messages import normalized_message
+from dist_peft.data.record_fields import MISSING, RecordFields, column_value, template_fields
 
 __all__ = ["Chat", "Completion", "Example", "Labelled", "Text", "read_examples"]
-
-# tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
-_MISSING = object()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """``completion`` is learnt as what follows ``prompt``."""
+    """``completion`` is learnt as what follows ``prompt``.
+
+    Attributes:
+        earlier: turns before, (text before, text to learn) each; ``prompt`` follows the last.
+    """
 
     prompt: str
     completion: str
+    earlier: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,107 +90,63 @@ def read_examples(
     Raises:
         UserError: no records; unknown format; a record that does not fit, named by file and number.
     """
-    build: Callable[[_Fields], Example] | None = None
+    chosen: _Format | None = None
     unused: UnusedColumns | None = None
     kind: type[Example] | None = None
-    count, blank, first_blank = 0, 0, None
+    left_out = LeftOut(source.path, key)
+    blank_turns = BlankTurns()
     for place, record in read_records(opened, source.limit):
-        if build is None:
+        if chosen is None:
             chosen = _choose(source, record, place.file, key)
-            build = chosen.build
             reads = {r for r in chosen.roles() if r not in source.columns} | {
                 *chosen.aliases.values()
             }
             unused = UnusedColumns(source, reads, chosen.name, key)
         assert unused is not None
+        left_out.records += 1
+        if column := excluding_column(record, unused.taken):
+            left_out.add(f"say not to train on them ({column}: {record[column]})", place)
+            continue
         unused.check(record, str(place))
-        example = build(_Fields(source, record, place))
+        if lacking := chosen.lacks(source, record):
+            raise UserError(
+                f"{place} has no column {lacking[0]} (has {', '.join(record)}), but the first "
+                f"record of the source is of format {chosen.name}; fix the record, or give records "
+                "of another form a source of their own"
+            )
+        example = chosen.build(RecordFields(source, record, place))
         kind = kind or type(example)
         if not isinstance(example, kind):
             raise UserError(
                 f"{place} holds {'messages' if isinstance(example, Chat) else 'text'} where "
                 "earlier records do not; give each kind a file of its own"
             )
-        count += 1
+        if isinstance(example, Chat):
+            example = Chat(blank_turns.excluded(example.messages, place), example.tools)
         if _is_blank(example):
-            blank, first_blank = blank + 1, first_blank or place
+            left_out.add(BLANK, place)
+            continue
         yield place, example
-    if build is None or unused is None:
-        raise UserError(f"{key}: {source.path} holds no records")
-    if blank == count:
-        raise UserError(
-            f"{key}: all {count} records of {source.path} have an empty text or completion (the "
-            f"first is {first_blank}): nothing is left to learn from; check {key}.columns"
-        )
-    if blank and notes is not None:
-        notes.append(f"{blank} of {count} records have an empty text; the first is {first_blank}")
-    if notes is not None:
-        notes += unused.notes
+    left_out.refuse_if_all()
+    if unused is not None and notes is not None:
+        notes += [*left_out.notes, *blank_turns.notes, *unused.notes]
 
 
 def _is_blank(example: Example) -> bool:
     """Whether what is to be learned of ``example`` is empty or white space."""
     if isinstance(example, Completion):
         return not example.completion.strip()
+    if isinstance(example, Chat):
+        turns = [m for m in example.messages if m["role"] == "assistant"]
+        remaining = [m for m in turns if m.get("train") is not False]
+        return not remaining and any(is_blank_turn(m) for m in turns)
     return isinstance(example, Text) and not example.text.strip()
 
 
 # -- one record ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """A record seen through the roles of its source."""
-
-    source: DataSource
-    record: Record
-    place: Place
-
-    def raw(self, role: str) -> Any:
-        return _find(self.record, self.source.columns.get(role, role))
-
-    def text(self, role: str) -> str:
-        return self._checked(self.raw(role), self.source.columns.get(role, role))
-
-    def optional(self, role: str) -> str:
-        """Like ``text``, but absent and null mean the empty string."""
-        return "" if self.raw(role) in (None, _MISSING) else self.text(role)
-
-    def filled(self, template: str) -> str:
-        """``template`` with each ``{name}`` replaced by the column, or else the role, ``name``."""
-        parts = []
-        for literal, name, _, _ in string.Formatter().parse(template):
-            parts.append(literal)
-            if name is not None:
-                column = _find(self.record, name)
-                is_role = column is _MISSING and name in (*self.source.columns, "input")
-                parts.append(self.optional(name) if is_role else self._checked(column, name))
-        return "".join(parts)
-
-    def _checked(self, value: Any, column: str) -> str:
-        if value is _MISSING:
-            raise UserError(f"{self.place} has no column {column} (has {', '.join(self.record)})")
-        if not isinstance(value, str):
-            kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-            raise UserError(f"{self.place}: column {column} must be text but is {kind}")
-        return valid_unicode(value, f"{self.place}: column {column}")
-
-
-def _find(record: Any, path: str) -> Any:
-    """The value at column ``path``; ``a.0.b`` looks into nested records and lists."""
-    if isinstance(record, dict) and path in record:
-        return record[path]
-    head, _, rest = path.partition(".")
-    if isinstance(record, dict) and head in record:
-        inner = record[head]
-    elif isinstance(record, list) and head.isdecimal() and int(head) < len(record):
-        inner = record[int(head)]
-    else:
-        return _MISSING
-    return _find(inner, rest) if rest else inner
-
-
-def _completion(fields: _Fields) -> Example:
+def _completion(fields: RecordFields) -> Example:
     template = fields.source.template
     prompt_value, answer = fields.raw("prompt"), fields.raw("completion")
     if template is None and isinstance(prompt_value, list) and isinstance(answer, list | dict):
@@ -206,44 +159,53 @@ def _completion(fields: _Fields) -> Example:
             normalized_message(m, f"{where} {i} of completion") for i, m in enumerate(answer, 1)
         ]
         # only the completion contributes to the loss
-        before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
-        return Chat(before + after, _tools(fields))
+        before = [excluded_turn(m) if m["role"] == "assistant" else m for m in before]
+        return Chat(_with_system(before + after, fields), _tools(fields))
+    if (fields.raw("tools") or "[]") not in (MISSING, "[]"):
+        raise UserError(
+            f"{fields.place}: column tools is for conversations, and prompt is text; write the "
+            f"record as messages, or leave the column out with ignore: [{fields.column('tools')}]"
+        )
+    named = template_fields(template)
+    if fields.optional("system") and not {"system", fields.column("system")} & named:
+        raise UserError(
+            f"{fields.place}: column {fields.column('system')} would be missing from the prompt; "
+            f"write it with the source's template, such as "
+            f'"{{{fields.column("system")}}}\\n{{...}}", or leave the column out with ignore: '
+            f"[{fields.column('system')}]"
+        )
     prompt = fields.filled(template) if template is not None else fields.text("prompt")
     return Completion(prompt, fields.text("completion"))
 
 
-def _alpaca(fields: _Fields) -> Completion:
-    output = fields.text("output")
-    if fields.source.template is not None:
-        return Completion(fields.filled(fields.source.template), output)
-    instruction, context = fields.text("instruction"), fields.optional("input")
-    pattern = _ALPACA_WITH_INPUT if context else _ALPACA_WITHOUT_INPUT
-    return Completion(pattern.format(instruction=instruction, input=context), output)
+def _alpaca(fields: RecordFields) -> Completion:
+    *earlier, (prompt, output) = alpaca_turns(fields)
+    return Completion(prompt, output, tuple(earlier))
 
 
-def _text(fields: _Fields) -> Text:
+def _text(fields: RecordFields) -> Text:
     return Text(fields.text("text"))
 
 
-def _labelled(fields: _Fields) -> Labelled:
+def _labelled(fields: RecordFields) -> Labelled:
     columns, labels = fields.source.columns, fields.source.labels
     value = fields.raw("label")
     # JSON has numbers and truth values where tables have text
-    plain = value is _MISSING or isinstance(value, str)
+    plain = value is MISSING or isinstance(value, str)
     label = fields.text("label") if plain else json.dumps(value, default=str)
     if label not in labels:
         raise UserError(
             f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
             f"of the labels {', '.join(labels)}; add it to the source's labels, or mend the record"
         )
-    paired = "text_pair" in columns or fields.raw("text_pair") is not _MISSING
+    paired = "text_pair" in columns or fields.raw("text_pair") is not MISSING
     pair = fields.text("text_pair") if paired else None
     return Labelled(fields.text("text"), pair, labels.index(label))
 
 
-def _chat(fields: _Fields) -> Chat:
+def _chat(fields: RecordFields) -> Chat:
     messages = fields.raw("messages")
-    if messages is _MISSING and "messages" not in fields.source.columns:
+    if messages is MISSING and "messages" not in fields.source.columns:
         messages = fields.raw("conversations")
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         try:
@@ -251,22 +213,33 @@ def _chat(fields: _Fields) -> Chat:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{fields.place}: messages is not valid JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{fields.place}: messages must be a list of at least one message")
+        column = fields.source.columns.get("messages")
+        raise UserError(
+            f"{fields.place}: {f'column {column} as ' if column else ''}messages must be a list of "
+            f"at least one message but is {type(messages).__name__} {messages!r:.40}"
+        )
     where = f"{fields.place}, message"
     normal = [
         normalized_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
     ]
-    if system := fields.optional("system"):
-        if normal[0]["role"] != "system":
-            normal.insert(0, {"role": "system", "content": system})
-        elif normal[0]["content"] != system:
-            raise UserError(
-                f"{fields.place}: column system and the system message differ; remove one of them"
-            )
-    return Chat(normal, _tools(fields))
+    return Chat(_with_system(normal, fields), _tools(fields))
 
 
-def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
+def _with_system(messages: list[dict[str, Any]], fields: RecordFields) -> list[dict[str, Any]]:
+    """``messages`` that begin with the text of column ``system``, if there is one."""
+    system = fields.optional("system")
+    if not system.strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise UserError(
+            f"{fields.place}: column system and the system message differ; remove one of them"
+        )
+    return messages
+
+
+def _tools(fields: RecordFields) -> list[dict[str, Any]] | None:
     """Tool descriptions: a list of JSON schemas, or its JSON text."""
     tools = fields.raw("tools")
     if isinstance(tools, str) and tools.strip():
@@ -274,7 +247,7 @@ def _tools(fields: _Fields) -> list[dict[str, Any]] | None:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"{fields.place}: column tools is not valid JSON: {error}") from None
-    if tools in (None, _MISSING) or not tools or not str(tools).strip():
+    if tools in (None, MISSING) or not tools or not str(tools).strip():
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{fields.place}: column tools must be a list of objects")
@@ -289,7 +262,7 @@ class _Format:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    build: Callable[[_Fields], Example]
+    build: Callable[[RecordFields], Example]
     # the role whose text source.template gives instead, if the format takes a template
     templated: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
@@ -307,7 +280,7 @@ class _Format:
         return [
             column
             for column in wanted
-            if _find(record, column) is _MISSING and self.aliases.get(column) not in record
+            if column_value(record, column) is MISSING and self.aliases.get(column) not in record
         ]
 
     def describe(self) -> str:
@@ -319,8 +292,14 @@ _FORMATS = (
     _Format(
         "chat", ("messages",), ("tools", "system"), _chat, aliases={"messages": "conversations"}
     ),
-    _Format("completion", ("prompt", "completion"), (), _completion, templated="prompt"),
-    _Format("alpaca", ("instruction", "output"), ("input",), _alpaca, templated="instruction"),
+    _Format(
+        "completion",
+        ("prompt", "completion"),
+        ("tools", "system"),
+        _completion,
+        templated="prompt",
+    ),
+    _Format("alpaca", ("instruction", "output"), ALPACA_OPTIONAL, _alpaca, templated="instruction"),
     _Format("text", ("text",), (), _text),
 )
 _CLASSIFICATION = _Format("classification", ("text", "label"), ("text_pair",), _labelled)
@@ -332,6 +311,11 @@ def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
     roles = set().union(*(f.roles() for f in formats))
     for role in source.columns:
         if role not in roles:
+            if role in _CLASSIFICATION.roles():
+                raise UserError(
+                    f"{key}.columns: {role} is a role of classification; set {key}.format: "
+                    "classification, with labels and base.head: classifier"
+                )
             near = difflib.get_close_matches(role, sorted(roles), n=1)
             hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(sorted(roles))}"
             raise UserError(f"{key}.columns: {role} is no role of format {source.format}; {hint}")
@@ -349,7 +333,8 @@ def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
     raise UserError(
         f"{key}: cannot tell the format of {file}: its columns are {', '.join(record)}; "
         + "; ".join(f.describe() for f in formats or _FORMATS)
-        + f". Map them, for example {key}.columns: {{prompt: a_column, completion: a_column}}"
+        + (f"; {_CLASSIFICATION.describe()} (to be named)" if source.format == "auto" else "")
+        + f". {columns_hint(record, key)}"
     )
 
 
@@ -357,12 +342,13 @@ def _refuse_columns(
     wanted: _Format, source: DataSource, record: Record, file: str, key: str
 ) -> NoReturn:
     column = wanted.lacks(source, record)[0]
-    near = difflib.get_close_matches(column, list(record), n=1)
+    role = next((r for r, c in source.columns.items() if c == column), column)
+    near = difflib.get_close_matches(column, [*record, *nested_columns(record)], n=1)
     raise UserError(
         f"{key}: {file} has no column {column}; its columns are {', '.join(record)}; "
         f"{wanted.describe()}. "
         + (f"Did you mean {near[0]}? " if near else "")
-        + f"Set {key}.columns: {{role: column}}"
+        + f"Set {key}.columns: {{{role}: {near[0] if near else 'a_column'}}}"
     )
 
 
@@ -379,7 +365,7 @@ def _check_template(source: DataSource, record: Record, file: str, key: str) -> 
             continue
         if spec or conversion or not name:
             raise UserError(f"{key}.template: a field is {{column}}, without format or number")
-        known = _find(record, name) is not _MISSING or name in (*source.columns, "input")
+        known = column_value(record, name) is not MISSING or name in (*source.columns, "input")
         if not known:
             raise UserError(
                 f"{key}.template: {file} has no column {name}; its columns are {', '.join(record)}"

@@ -3,7 +3,7 @@
 ========== ============================================ ========================================
 example    tokens                                       counts for the loss (loss_on: completion)
 ========== ============================================ ========================================
-Completion [bos] prompt | completion eos                completion and eos
+Completion [bos] prompt | completion eos                completion and eos, those of earlier turns
 Chat       the rendered template, its own tokens only   assistant turns with their end token
 Text       [bos] text eos                               everything
 ========== ============================================ ========================================
@@ -161,12 +161,17 @@ class Encoder:
         return self._texts([e for e in examples if isinstance(e, Text)])
 
     def _completions(self, examples: list[Completion]) -> list[Document]:
-        prompts = self._plain([e.prompt for e in examples])
-        completions = self._plain([e.completion for e in examples])
-        return [
-            self._document(self._begun(prompt), self._ended(completion))
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        turns = [(*e.earlier, (e.prompt, e.completion)) for e in examples]
+        ids = iter(self._plain([text for turn in turns for pair in turn for text in pair]))
+        documents = []
+        for turn in turns:
+            pairs = [(next(ids), self._ended(next(ids))) for _ in turn]
+            pairs[0] = (self._begun(pairs[0][0]), pairs[0][1])
+            parts = [self._document(*pair) for pair in pairs]
+            documents.append(
+                (np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+            )
+        return documents
 
     def _texts(self, examples: list[Text]) -> list[Document]:
         texts = self._plain([e.text for e in examples])

@@ -56,11 +56,15 @@ _JSON_OBJECTS = (
     "special_tokens_map.json",
 )
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_WEIGHTS = ["*.safetensors"]
 
 
-def resolve_base(base: BaseConfig) -> Path:
+def resolve_base(base: BaseConfig, *, weights: bool = True) -> Path:
     """A directory as it is; a hub id downloaded into the hub cache (or found there).
+
+    Args:
+        weights: download them too; False: configuration, tokenizer and code alone.
 
     Raises:
         UserError: neither a directory nor a hub id that can be had.
@@ -76,7 +80,8 @@ def resolve_base(base: BaseConfig) -> Path:
             "of a model, or a hub id as org/name"
         )
     try:
-        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=_WANTED))
+        wanted = [*_DESCRIPTION, *(_WEIGHTS if weights else [])]
+        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

@@ -112,6 +112,41 @@ def test_preference_data(load: Load) -> None:
     assert "I think the answer is\n<|assistant|>\n[[Ooh ooh ah ah!" in shown
     with pytest.raises(UserError, match=r"record 1: column chosen belongs to preference data"):
         load.first("llamafactory-demo/dpo_en_demo.json")
+    columns = {"prompt": "conversations", "completion": "chosen"}  # what the message says
+    shown = load.first("llamafactory-demo/dpo_en_demo.json", columns=columns)
+    assert "<|assistant|>\n[[That sounds like a fun and engaging idea!" in shown
+
+
+READ_AS_IT_IS = {
+    "commonsense/*/*.json": "### Response:[[the correct answer is answer3</s>]]",
+    "llamafactory-demo/alpaca_en_demo.json": "### Response:[[Making crepes",
+    "llamafactory-demo/c4_demo.jsonl": "<s>[[Don\u2019t think you need all the bells",
+    "llamafactory-demo/wiki_demo.txt": "<s>[[Anarchism is a political philosophy",
+    "tinystories-1000/wikitext_1000.json": "<s>[[= Valkyria Chronicles III =",
+    "wikitext2": "is an English film , television and theatre actor",
+}
+REFUSED = {
+    "rte/*.tsv": r"columns are index, sentence1, .*classifier on label .*format: classification",
+    "mrpc/*.tsv": r"columns are Quality, #1 ID, .*classification wants text, label, text_pair\?",
+    "mrpc/LICENCE.html": r"has the ending .html; readable are .jsonl",
+    "gsm8k": r"Map them: data.train\[0\].columns: \{prompt: question, completion: answer\}",
+    "self-instruct/*.jsonl": r"\{output: a_column\}; .* is written instances.0.output",
+    "llamafactory-demo": r"c4_demo.jsonl, record 1 has no column instruction .*is of format alpaca",
+    "commonsense": r"has no file with a readable ending .*; it has .md",
+    "nowhere.json": r"nowhere.json does not exist",
+}
+
+
+@pytest.mark.parametrize("path", READ_AS_IT_IS)
+def test_files_that_need_no_setting(load: Load, path: str) -> None:
+    shown = load.first(path, {"seq_len": 2048}, limit=1)
+    assert READ_AS_IT_IS[path] in shown
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_files_that_need_one_are_refused_with_it(load: Load, path: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[path]):
+        load.first(path)
 
 
 def test_generation_marks_and_rendering_piece_by_piece_agree(load: Load) -> None:

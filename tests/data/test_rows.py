@@ -180,13 +180,51 @@ def test_conversations_without_assistant_are_counted_and_left_out(
     assert len(make(records, loss_on="all", packing=False)) == 3
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "p", "completion": " "},
+        {"prompt": "p", "completion": "c", "weight": 0},
+        {"prompt": "p", "completion": "c", "train": False},
+    ],
+)
+def test_records_that_are_not_to_be_trained_on(make: Make, record: dict[str, Any]) -> None:
+    rows = make([pair("p", "ok"), record, pair("q", "ok")], packing=False)
+    assert make.shown(rows) == ["<s>p[[ok</s>]]", "<s>q[[ok</s>]]"]
+
+
+def test_system_and_history_of_alpaca_are_trained_on(make: Make) -> None:
+    record = {"instruction": "i", "output": "o", "system": "S", "history": [["q", "a"]]}
+    assert make.shown(make([record])) == [
+        "<s>S\n\n### Instruction:\nq\n\n### Response:[[a</s>]]\n\n### Instruction:\ni\n\n"
+        "### Response:[[o</s>]]"
+    ]
+
+
+def test_what_is_left_out_is_not_too_long_as_well(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counts of long records are of those that are left; each record is counted once."""
+    user = {"role": "user", "content": "u" * 30}
+    answer = {"role": "assistant", "content": "a"}
+    records = [{"messages": [user]}, {"messages": [{**user, "content": "u"}, answer]}]
+    assert len(make(records, seq_len=32, packing=False)) == 1
+    long = {"messages": [{**user, "content": "u"}, {**answer, "content": "a" * 40}]}
+    for too_long in ("truncate", "drop"):
+        make([*records, long], seq_len=32, packing=False, too_long=too_long)
+    assert "cut 1 of 2 records" in caplog.text and "of these" not in caplog.text
+    assert "dropped 1 of 2 records longer" in caplog.text
+    with pytest.raises(UserError, match=r"record 3 has .* tokens, more than data.seq_len 32"):
+        make([*records, long], seq_len=32)
+
+
 def test_empty_text_without_bos_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Windows of the other texts stay, the second and later ones, too."""
     make = Make(tmp_path, byte_tokenizer(bos=False))
     assert len(make([{"text": "xyz" * 8}, {"text": ""}], seq_len=8, packing=False)) == 3
-    assert "0.jsonl, record 2: it is empty" in caplog.text
+    assert "left out 1 of 2 records, which have an empty text" in caplog.text
 
 
 def test_no_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -123,9 +123,11 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
         "data.train[0]: cannot tell the format of",
         "a.jsonl: its columns are question, answer;",
         "chat wants messages or conversations, tools?, system?;",
-        "completion wants prompt, completion;",
-        "alpaca wants instruction, output, input?;",
-        "text wants text.",
+        "completion wants prompt, completion, tools?, system?;",
+        "alpaca wants instruction, output, input?, system?, history?;",
+        "text wants text;",
+        "classification wants text, label, text_pair? (to be named).",
+        "Map them: data.train[0].columns: {prompt: question, completion: answer}",
     ):
         assert part in message
 
@@ -139,13 +141,28 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
             {"columns": {"prompt": "question", "completion": "answr"}},
             r"has no column answr; its columns are question, answer; .*Did you mean answer\?",
         ),
+        (
+            {"columns": {"text": "question", "label": "answer"}},
+            r"label is a role of classification; set data.train\[0\].format: classification",
+        ),
+        (
+            {"format": "completion", "columns": {"prompt": "question"}},
+            r"has no column completion; .*Set data.train\[0\].columns: \{completion: a_column\}",
+        ),
+        (
+            {"columns": {"prompt": "question", "completion": "more.0.txt"}},
+            r"Did you mean more.0.text\? Set data.train\[0\].columns: \{completion: more.0.text\}",
+        ),
         ({"format": "chat"}, r"has no column messages; .*chat wants messages or conversations"),
         ({"format": "text", "template": "{question}"}, r"template is for completion and alpaca"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    record: dict[str, Any] = {"question": "q", "answer": "a"}
+    if "more" in str(fields):
+        record["more"] = [{"text": "t"}]
     with pytest.raises(UserError, match=message):
-        examples(tmp_path, [{"question": "q", "answer": "a"}], **fields)
+        examples(tmp_path, [record], **fields)
 
 
 def test_no_records(tmp_path: Path) -> None:
@@ -197,10 +214,15 @@ USER = {"role": "user", "content": "u"}
     [
         (GOOD, {"prompt": "p", "completion": None}, "column completion must be text but is null"),
         (GOOD, {"prompt": 7, "completion": "c"}, "column prompt must be text but is int 7"),
-        (GOOD, {"prompt": "p"}, r"has no column completion \(has prompt\)"),
+        (
+            GOOD,
+            {"prompt": "p"},
+            r"has no column completion \(has prompt\), but the first record .* format completion",
+        ),
+        (GOOD, {"text": "t"}, r"has no column prompt .* a source of their own"),
         (GOOD, {"prompt": "\ud83d", "completion": "c"}, "column prompt is not valid Unicode"),
         ({"messages": [USER]}, {"messages": []}, "messages must be a list of at least one"),
-        ({"messages": [USER]}, {"messages": "hi"}, "messages must be a list"),
+        ({"messages": [USER]}, {"messages": "hi"}, "messages must be a list .* but is str 'hi'"),
         ({"messages": [USER]}, {"messages": [USER, "x"]}, "message 2 is str, not an object"),
         (
             {"messages": [USER]},
@@ -250,10 +272,20 @@ TURNS = [USER, {"role": "assistant", "content": "a"}]
         ({"messages": TURNS, "images": ["a.png"]}, "column images holds images"),
         ({"text": "t", "audio": {"path": "a.wav"}}, "column audio holds images, audio"),
         ({"messages": TURNS, "weight": 0.5}, "column weight is 0.5"),
-        ({"messages": TURNS, "train": False}, "column train is False"),
-        ({"instruction": "i", "output": "o", "system": "s"}, "system would be missing"),
-        ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history would be missing"),
-        ({"instruction": "i", "output": "o", "context": "c"}, "context would be missing"),
+        ({"text": "t", "weight": 2}, "column weight is 2, .* set it to 0 or 1"),
+        ({"messages": TURNS, "loss_mask": "0.3"}, "column loss_mask is '0.3'"),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "system would be missing"),
+        (
+            {"prompt": "p", "completion": "c", "tools": [{"name": "f"}]},
+            "tools is for conversations",
+        ),
+        ({"messages": TURNS, "history": [["a", "b"]]}, "history would be missing"),
+        ({"instruction": "i", "output": "o", "context": "c"}, r"map it .*\{input: context\}"),
+        ({"messages": TURNS, "system_prompt": "s"}, r"map it .*\{system: system_prompt\}"),
+        (
+            {"instruction": "i", "output": "o", "system_prompt": "s"},
+            r"map it .*\{system: system_prompt\}, or write it with",
+        ),
     ],
 )
 def test_a_column_that_means_something_is_refused(
@@ -261,8 +293,30 @@ def test_a_column_that_means_something_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=rf"a.jsonl, record 1: .*{message}"):
         examples(tmp_path, [record])
-    means = ["label", "images", "audio", "weight", "train", "system", "history", "context"]
+    means = [
+        "label",
+        "images",
+        "audio",
+        "weight",
+        "loss_mask",
+        "system",
+        "tools",
+        "history",
+        "context",
+        "system_prompt",
+    ]
     assert len(examples(tmp_path, [record], ignore=[*means, "chosen"])) == 1
+
+
+def test_what_a_message_says_to_map_is_read(tmp_path: Path) -> None:
+    system = {"columns": {"system": "system_prompt"}}
+    expected = Chat([{"role": "system", "content": "s"}, *TURNS])
+    assert one(tmp_path, {"messages": TURNS, "system_prompt": "s"}, **system) == expected
+    alpaca = {"instruction": "i", "output": "o"}
+    read = one(tmp_path, {**alpaca, "system_prompt": "s"}, **system)
+    assert isinstance(read, Completion) and read.prompt.startswith("s\n\n### Instruction")
+    read = one(tmp_path, {**alpaca, "context": "c"}, columns={"input": "context"})
+    assert isinstance(read, Completion) and "### Input:\nc\n" in read.prompt
 
 
 def test_system_column_text_parts_json_text_and_conversational_completion(tmp_path: Path) -> None:
@@ -276,13 +330,105 @@ def test_system_column_text_parts_json_text_and_conversational_completion(tmp_pa
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(UserError, match=r"message 1 \(user\): .*part 2 of type image_url"):
         one(tmp_path, {"messages": [{"role": "user", "content": image}]})
+    record = {"prompt": [USER], "completion": TURNS[1], "system": "s", "tools": [{"name": "f"}]}
+    assert one(tmp_path, record) == Chat(expected.messages, [{"name": "f"}])
+    assert one(tmp_path, record, ignore=["system", "tools"]) == Chat(TURNS)
     with pytest.raises(UserError, match="messages is not valid JSON"):
         one(tmp_path, {"messages": "[{"})
     with pytest.raises(UserError, match="record 2 holds messages where earlier"):
         examples(tmp_path, [GOOD, {"prompt": [USER], "completion": TURNS[1:]}])
 
 
-@pytest.mark.parametrize("record", [{"prompt": "p", "completion": " "}, {"text": ""}])
+# -- records that are left out -------------------------------------------------------------------
+
+BLANK_CHAT = {"messages": [USER, {"role": "assistant", "content": " "}]}
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "p", "completion": " "}, {"text": ""}, {"text": "\n"}, BLANK_CHAT]
+)
 def test_nothing_but_empty_texts_is_refused(tmp_path: Path, record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"all 2 records of .*a.jsonl have an empty text"):
         examples(tmp_path, [record, record])
+
+
+def left(tmp_path: Path, records: list[Any], **fields: Any) -> tuple[list[int], list[str]]:
+    """Numbers of the records that are left, and notes."""
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", records)), **fields)
+    notes: list[str] = []
+    found = read_examples(source, open_source(source, KEY), KEY, notes)
+    return [place.number for place, _ in found], notes
+
+
+@pytest.mark.parametrize(
+    ("record", "blank"),
+    [
+        ({"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "\n"}),
+        ({"instruction": "i", "output": "o"}, {"instruction": "i", "output": ""}),
+        ({"text": "t"}, {"text": "  "}),
+        ({"messages": TURNS}, BLANK_CHAT),
+        (
+            {"prompt": [*TURNS, USER], "completion": TURNS[1]},
+            {"prompt": [*TURNS, USER], "completion": {"role": "assistant", "content": ""}},
+        ),
+    ],
+)
+def test_blank_records_are_left_out_and_counted(
+    tmp_path: Path, record: dict[str, Any], blank: dict[str, Any]
+) -> None:
+    numbers, notes = left(tmp_path, [record, blank, record, blank])
+    assert numbers == [1, 3]
+    assert notes[0] == (
+        "left out 2 of 4 records, which have an empty text or completion; the first is "
+        f"{tmp_path}/a.jsonl, record 2"
+    )
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"loss_mask": 0},
+        {"trainable": "false"},
+        {"sample_weight": "0"},
+    ],
+)
+@pytest.mark.parametrize("record", [{"text": "t"}, GOOD, {"messages": TURNS}])
+def test_records_that_say_so_are_left_out(
+    tmp_path: Path, says: dict[str, Any], record: dict[str, Any]
+) -> None:
+    (column,) = says
+    numbers, notes = left(tmp_path, [record, {**record, **says}, {**record, column: 1}])
+    assert numbers == [1, 3]
+    (note,) = notes
+    assert note.startswith(f"left out 1 of 3 records, which say not to train on them ({column}: ")
+    assert left(tmp_path, [{**record, **says}], ignore=[column])[0] == [1]
+    with pytest.raises(
+        UserError, match=r"all 1 records of .*say not to train on them .*nothing is"
+    ):
+        examples(tmp_path, [{**record, **says}])
+
+
+def test_weights_of_classification(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"format": "classification", "labels": ["a", "b"]}
+    record = {"text": "t", "label": "a"}
+    assert left(tmp_path, [record, {**record, "weight": 0}], **settings)[0] == [1]
+    with pytest.raises(UserError, match=r"record 1: column weight is 0.5, but a record"):
+        left(tmp_path, [{**record, "weight": 0.5}], **settings)
+
+
+def test_a_blank_turn_of_a_conversation_does_not_contribute(tmp_path: Path) -> None:
+    blank = {"role": "assistant", "content": "", "weight": 1}
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    record = {"messages": [USER, blank, USER, thought, USER, TURNS[1]]}
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", [record])))
+    notes: list[str] = []
+    ((_, example),) = read_examples(source, open_source(source, KEY), KEY, notes)
+    excluded = {"role": "assistant", "content": "", "train": False}
+    assert example == Chat([USER, excluded, USER, thought, USER, TURNS[1]])
+    assert notes == [
+        "1 assistant turns are empty and do not contribute to the loss; the first is in "
+        f"{tmp_path}/a.jsonl, record 1"
+    ]

@@ -1,0 +1,112 @@
+"""The Alpaca prompt, with the system prompt and the earlier turns that LLaMA-Factory's files have.
+
+::
+
+    {system, or what Alpaca says}
+
+    ### Instruction:
+    {history[0][0]}
+
+    ### Response:{history[0][1]}{eos}
+
+    ### Instruction:
+    {instruction}
+
+    ### Response:{output}{eos}
+
+As in LLaMA-Factory, whose ``alpaca`` template this follows, a system prompt takes the place of
+Alpaca's own first sentences, and the answers of earlier turns contribute to the loss.
+"""
+
+import json
+from typing import Any
+
+from dist_peft.core.errors import UserError
+from dist_peft.data.record_fields import MISSING, RecordFields, template_fields
+
+__all__ = ["ALPACA_OPTIONAL", "Turn", "alpaca_turns"]
+
+Turn = tuple[str, str]
+"""Text before, text to train on."""
+
+ALPACA_OPTIONAL = ("input", "system", "history")
+
+# tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def alpaca_turns(fields: RecordFields) -> list[Turn]:
+    """The turns of a record, the last one that of ``instruction`` and ``output``.
+
+    Raises:
+        UserError: a column is no text, ``history`` no list of pairs, or ``source.template`` writes
+            the prompt and leaves out what the record has.
+    """
+    output = fields.text("output")
+    if fields.source.template is not None:
+        _refuse_unwritten(fields, fields.source.template)
+        return [(fields.filled(fields.source.template), output)]
+    instruction, context = fields.text("instruction"), fields.optional("input")
+    system, history = fields.optional("system"), _earlier_turns(fields)
+    before = system.strip() or (_WITH_INPUT if context else _WITHOUT_INPUT)
+    turns: list[Turn] = []
+    for question, answer in history:
+        before += _asked(question)
+        if answer.strip():
+            turns.append((before, answer))
+            before = ""
+        else:
+            before += answer  # a blank answer is context only
+    question = f"{instruction}\n\n### Input:\n{context}" if context else instruction
+    turns.append((before + _asked(question), output))
+    return turns
+
+
+def _asked(question: str) -> str:
+    return f"\n\n### Instruction:\n{question}\n\n### Response:"
+
+
+def _earlier_turns(fields: RecordFields) -> list[Turn]:
+    value: Any = fields.raw("history")
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{fields.place}: history is not valid JSON: {error}") from None
+    if value in (None, MISSING, "", []):
+        return []
+    column = fields.column("history")
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
+    ):
+        raise UserError(
+            f"{fields.place}: column {column} must be a list of [instruction, response] pairs; "
+            f"write other forms as messages, or leave it out with ignore: [{column}]"
+        )
+    return [
+        (
+            fields.checked_text(pair[0], f"{column}.{number}.0"),
+            fields.checked_text(pair[1], f"{column}.{number}.1"),
+        )
+        for number, pair in enumerate(value)
+    ]
+
+
+def _refuse_unwritten(fields: RecordFields, template: str) -> None:
+    named = template_fields(template)
+    for role in ("system", "history"):
+        column = fields.column(role)
+        if fields.raw(role) in (None, MISSING, "", []) or {role, column} & named:
+            continue
+        raise UserError(
+            f"{fields.place}: column {column} would be missing from the prompt, which the source's "
+            f"template writes without it; remove the template, add {{{column}}} to it, or leave "
+            f"the column out with ignore: [{column}]"
+        )

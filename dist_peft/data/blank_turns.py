@@ -1,0 +1,51 @@
+"""Assistant turns without a word: they would train on the end of a turn alone."""
+
+from typing import Any
+
+from dist_peft.data.files import Place
+
+__all__ = ["BlankTurns", "excluded_turn", "is_blank_turn"]
+
+_FLAGS = ("weight", "train", "trainable", "loss_mask")
+_NO_WORDS = ("role", "content", "name", *_FLAGS)
+
+
+def is_blank_turn(message: dict[str, Any]) -> bool:
+    """Whether an assistant's message has neither text nor a tool call, nor reasoning."""
+    if message["role"] != "assistant" or str(message.get("content") or "").strip():
+        return False
+    return not any(value for key, value in message.items() if key not in _NO_WORDS)
+
+
+def excluded_turn(message: dict[str, Any]) -> dict[str, Any]:
+    """``message`` as one that does not contribute to the loss."""
+    return {**{k: v for k, v in message.items() if k not in _FLAGS}, "train": False}
+
+
+class BlankTurns:
+    """Takes blank assistant turns out of the loss and counts them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._first: Place | None = None
+
+    def excluded(self, messages: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
+        """``messages``, of which no blank assistant turn contributes to the loss."""
+        blank = [is_blank_turn(message) for message in messages]
+        if any(blank):
+            self._count += sum(blank)
+            self._first = self._first or place
+        return [
+            excluded_turn(message) if empty else message
+            for message, empty in zip(messages, blank, strict=True)
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should hear once."""
+        if not self._count:
+            return []
+        return [
+            f"{self._count} assistant turns are empty and do not contribute to the loss; the "
+            f"first is in {self._first}"
+        ]

@@ -1,0 +1,85 @@
+"""A record seen through the roles of its source: which column a role reads, and its text."""
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+from dist_peft.core.config import DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.data.files import Place, Record
+from dist_peft.data.messages import valid_unicode
+
+__all__ = ["MISSING", "RecordFields", "column_value", "template_fields"]
+
+MISSING = object()
+"""What a role has whose column the record lacks."""
+
+
+@dataclass(frozen=True)
+class RecordFields:
+    """A record seen through the roles of its source."""
+
+    source: DataSource
+    record: Record
+    place: Place
+
+    def column(self, role: str) -> str:
+        """The column that ``role`` reads."""
+        return self.source.columns.get(role, role)
+
+    def raw(self, role: str) -> Any:
+        """The value of ``role``; ``MISSING`` also where ``source.ignore`` names its column."""
+        column = self.column(role)
+        if column in self.source.ignore:
+            return MISSING
+        return column_value(self.record, column)
+
+    def text(self, role: str) -> str:
+        return self.checked_text(self.raw(role), self.column(role))
+
+    def optional(self, role: str) -> str:
+        """Like ``text``, but absent and null mean the empty string."""
+        return "" if self.raw(role) in (None, MISSING) else self.text(role)
+
+    def filled(self, template: str) -> str:
+        """``template`` with each ``{name}`` replaced by the column, or else the role, ``name``."""
+        parts = []
+        for literal, name, _, _ in string.Formatter().parse(template):
+            parts.append(literal)
+            if name is not None:
+                column = column_value(self.record, name)
+                is_role = column is MISSING and name in (*self.source.columns, "input")
+                parts.append(self.optional(name) if is_role else self.checked_text(column, name))
+        return "".join(parts)
+
+    def checked_text(self, value: Any, column: str) -> str:
+        """``value`` of ``column``, if it is text.
+
+        Raises:
+            UserError: it is none, or no valid Unicode.
+        """
+        if value is MISSING:
+            raise UserError(f"{self.place} has no column {column} (has {', '.join(self.record)})")
+        if not isinstance(value, str):
+            kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+            raise UserError(f"{self.place}: column {column} must be text but is {kind}")
+        return valid_unicode(value, f"{self.place}: column {column}")
+
+
+def column_value(record: Any, path: str) -> Any:
+    """The value at column ``path``; ``a.0.b`` looks into nested records and lists."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    head, _, rest = path.partition(".")
+    if isinstance(record, dict) and head in record:
+        inner = record[head]
+    elif isinstance(record, list) and head.isdecimal() and int(head) < len(record):
+        inner = record[int(head)]
+    else:
+        return MISSING
+    return column_value(inner, rest) if rest else inner
+
+
+def template_fields(template: str | None) -> set[str]:
+    """The names of columns and roles that ``template`` writes."""
+    return {name for _, name, _, _ in string.Formatter().parse(template or "") if name}
