@@ -30,6 +30,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
 from dist_peft.model.experts import ExpertStack, find_experts, find_routers
 from dist_peft.model.float32_tensors import set_float32, written_types
+from dist_peft.model.forward_probe import probe_forward
 from dist_peft.model.freezing import check_packed, freeze_experts, freeze_linears
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
@@ -156,8 +157,11 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
     learning, routers = head.modules if head else (), find_routers(model, experts)
     plain = routers | read_by_others(model)
-    freeze_linears(model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain)
-    freeze_experts(model, experts, names, codec)
+    replaced = freeze_linears(
+        model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
+    )
+    replaced += freeze_experts(model, experts, names, codec)
+    probe_forward(model, blocks, replaced, base.path)
     if base.quant is not None:
         check_packed(model, blocks, base.path)
     for module in model.modules():
