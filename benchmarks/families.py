@@ -119,6 +119,14 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "opt": {"dropout": 0.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 104, "moe_num_experts": 4, "moe_top_k": 2},
+    },
 }
 """What a type needs beside the sizes."""
 
@@ -133,7 +141,7 @@ def small_config(kind: str) -> PretrainedConfig:
     parts = {name: getattr(default, name, None) for name in default.sub_configs}
     sizes = {n: _small(part, part.model_type) for n, part in parts.items() if part is not None}
     own = {k: v for k, v in _small(default, kind).items() if k not in sizes}
-    return known(**own, **sizes)
+    return known(**{**own, **sizes, **_PER_TYPE.get(kind, {})})
 
 
 def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
@@ -141,6 +149,8 @@ def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
     changes = {k: v for k, v in _SIZES.items() if k in given and given[k] is not None}
     if given.get("head_dim") is not None and "qk_rope_head_dim" in given:
         changes["head_dim"] = changes["qk_rope_head_dim"]
+    if "kv_lora_rank" in given and "num_key_value_heads" in given:  # multi-head latent attention
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
     pattern = given.get("layer_types")
     count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in given), None)
     if pattern and count:

@@ -174,6 +174,8 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     if head is not None:
         tensors = classifier.used_and_new(model, names.found, tensors, head)
     _attach_names(model, names.tensors, index, tensors)
+    if base.head == "lm":
+        _refuse_nameless(model, base.path)
     rotate_by_document(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
@@ -273,6 +275,23 @@ def _tensors(
                 "only; quantize without it, or give the unquantized base"
             )
     return tensors
+
+
+def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
+    """
+    Raises:
+        UserError: a parameter is filled from no tensor of the files.
+    """
+    seen: set[int] = set()
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and name not in module.checkpoint_names:
+                raise UserError(
+                    f"base.path {path} of type {model.config.model_type!r} is not supported: "
+                    f"{owner}.{name} has no tensor of its own in the files, and what it shares "
+                    "one with in transformers is not shared here"
+                )
+            seen.add(id(parameter))
 
 
 def _attach_names(

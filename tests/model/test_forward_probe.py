@@ -230,3 +230,11 @@ def test_encoder_decoder_attention_is_left_out(tmp_path: Path) -> None:
     chosen = match_targets("all-linear", model)
     assert chosen and not any("encoder_attn" in name for name in chosen)
     assert any("self_attn.k_proj" in name for name in chosen)
+
+
+def test_a_shared_bias_without_a_tensor_is_refused(tmp_path: Path) -> None:
+    """Two modules have one bias in transformers; of a packed head it would be another."""
+    sizes = {**_COMMON, "is_decoder": True}
+    save_model(tf.BertGenerationConfig(**sizes), tmp_path)
+    with pytest.raises(UserError, match="bias has no tensor of its own"):
+        build(tmp_path)
