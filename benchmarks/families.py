@@ -98,14 +98,21 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"num_key_value_heads": 4, "n_routed_experts": 8, "index_head_dim": 32},
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"use_mamba_kernels": False, "num_hidden_layers": 8},
-    "zamba": {"use_mamba_kernels": False},
+    "zamba": {
+        "use_mamba_kernels": False,
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_hidden_layers": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"is_decoder": True},
+    "xlm": {"emb_dim": 64, "n_words": 97},
     "zamba2": {
+        "attention_head_dim": 32,
         "num_hidden_layers": 4,
         "num_key_value_heads": 4,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
     "nemotron_h": {"layers_block_type": ["mamba", "attention"], "num_hidden_layers": 2},
-    "kimi_linear": {"num_hidden_layers": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "phi3": {"rope_scaling": None},
     "xlstm": {"num_heads": 4},
@@ -146,7 +153,9 @@ def small_config(kind: str) -> PretrainedConfig:
 
 def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
     given = default.to_dict()
-    changes = {k: v for k, v in _SIZES.items() if k in given and given[k] is not None}
+    always = ("head_dim", "num_key_value_heads")
+    known = {k for k, v in given.items() if v is not None or k in always}
+    changes = {k: v for k, v in _SIZES.items() if k in known}
     if given.get("head_dim") is not None and "qk_rope_head_dim" in given:
         changes["head_dim"] = changes["qk_rope_head_dim"]
     if "kv_lora_rank" in given and "num_key_value_heads" in given:  # multi-head latent attention

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
@@ -219,9 +220,17 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the longest ``ModuleList`` of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    uniform = [m for m in lists if len({type(child) for child in m}) == 1]
+    """The decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
+
+    Layers are of several classes in Jamba and OLMo-Hybrid.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    uniform = [
+        m
+        for m in lists
+        if len({type(child) for child in m}) == 1
+        or all(isinstance(child, GradientCheckpointingLayer) for child in m)
+    ]
     if not uniform:
         raise UserError(
             f"no list of decoder layers found in {type(model).__name__}; "
@@ -285,7 +294,8 @@ def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
     seen: set[int] = set()
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and name not in module.checkpoint_names:
+            packed = isinstance(module, FrozenRows) and name == "packed"
+            if id(parameter) not in seen and not packed and name not in module.checkpoint_names:
                 raise UserError(
                     f"base.path {path} of type {model.config.model_type!r} is not supported: "
                     f"{owner}.{name} has no tensor of its own in the files, and what it shares "
