@@ -16,6 +16,7 @@ Targets follow PEFT: ``all-linear`` or a list of names, name endings and regular
 
 import difflib
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ __all__ = [
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
+
+log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -252,17 +255,23 @@ def derive_seed(*parts: object) -> int:
 def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Module) -> list[str]:
     """Names of the ``FrozenLinear`` and ``ExpertStack`` modules to adapt, in the model's order.
 
-    ``all-linear`` is every one but the output head. An entry of a list matches a module whose whole
-    name it is, whose name ends with ``.entry``, or whose whole name it matches as a regular
-    expression; an entry that matches an experts module means both of its stacks. The output head is
-    adapted if an entry names it.
+    ``all-linear`` is every one but the output head and what no gradient reaches. An entry of a list
+    matches a module whose whole name it is, whose name ends with ``.entry``, or whose whole name it
+    matches as a regular expression; an entry that matches an experts module means both of its
+    stacks. The output head is adapted if an entry names it.
 
     Raises:
         UserError: an entry matches nothing.
     """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenRows)}
     if targets == "all-linear":
-        chosen = [name for name, module in linears.items() if not module.is_head]
+        inside = [name for name, module in linears.items() if not module.is_head]
+        chosen = [name for name in inside if not linears[name].without_gradient]
+        if left := sorted({re.sub(r"\d+", "*", name) for name in set(inside) - set(chosen)}):
+            log.info(
+                "adapter.target_modules all-linear leaves out %s: no gradient reaches them",
+                ", ".join(left),
+            )
         if not chosen:
             raise UserError("adapter.target_modules all-linear: the model has no linear to adapt")
         return chosen

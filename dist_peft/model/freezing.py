@@ -5,7 +5,9 @@ Which linears: ``nn.Linear`` and those of its subclasses that compute the same (
 """
 
 import copy
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,7 +21,38 @@ from dist_peft.model.naming import Names
 from dist_peft.model.prequantized import Prequantized
 from dist_peft.quant.codec import Codec, RawCodec
 
-__all__ = ["check_packed", "freeze_experts", "freeze_linears", "is_plain_linear", "packed_share"]
+__all__ = [
+    "Replaced",
+    "check_packed",
+    "freeze_experts",
+    "freeze_linears",
+    "is_plain_linear",
+    "packed_share",
+]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A child of ``parent`` that was frozen: what ``transformers`` built, and ours.
+
+    ``path``: of the child in the model.
+    """
+
+    parent: nn.Module
+    path: str
+    original: nn.Module
+    frozen: nn.Module
+
+    @property
+    def kind(self) -> str:
+        """The path, the same in each layer: ``model.layers.*.mlp.up_proj``."""
+        return re.sub(r"\d+", "*", self.path)
+
+    def put_original(self) -> None:
+        setattr(self.parent, self.path.rpartition(".")[2], self.original)
+
+    def put_frozen(self) -> None:
+        setattr(self.parent, self.path.rpartition(".")[2], self.frozen)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -67,7 +100,7 @@ def freeze_linears(
     tied: bool,
     learning: Sequence[str],
     plain: set[int],
-) -> None:
+) -> list[Replaced]:
     """Inside the blocks linears take the base's codec; an untied head stays unquantized.
 
     ``learning``: paths of modules that are no frozen ones. ``plain``: ``id`` of linears that stay
@@ -77,6 +110,7 @@ def freeze_linears(
     Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
     """
     raw = RawCodec(dtype)
+    replaced: list[Replaced] = []
     in_blocks = {id(m) for block in blocks for m in block.modules()}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -104,13 +138,16 @@ def freeze_linears(
                 stored=stored,
             )
             frozen.is_head = not inside
-            setattr(parent, name, frozen)
+            replaced.append(Replaced(parent, f"{path}.{name}".lstrip("."), child, frozen))
+            replaced[-1].put_frozen()
+    return replaced
 
 
 def freeze_experts(
     model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
-) -> None:
+) -> list[Replaced]:
     """Experts take the base's codec, too."""
+    replaced: list[Replaced] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in experts:
         stacks: dict[str, ExpertStack] = {}
@@ -121,7 +158,9 @@ def freeze_experts(
             stacks[own].pieces = names.stacks[source]
         parent, _, own = paths[id(module)].rpartition(".")
         frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
-        setattr(model.get_submodule(parent), own, frozen)
+        replaced.append(Replaced(model.get_submodule(parent), paths[id(module)], module, frozen))
+        replaced[-1].put_frozen()
+    return replaced
 
 
 def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:

@@ -54,9 +54,12 @@ class FrozenRows(nn.Module):
     Attributes:
         packed: ``uint8 [rows, row_bytes]``, frozen.
         is_head: this is the output head, which ``all-linear`` leaves out.
+        without_gradient: the model's code lets no gradient through from its output, so nothing
+            learns here; ``all-linear`` leaves it out.
     """
 
     is_head: bool = False
+    without_gradient: bool = False
     packed: nn.Parameter
 
     def __init__(

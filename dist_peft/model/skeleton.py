@@ -24,12 +24,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dist_peft.core.config import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
 from dist_peft.model.experts import ExpertStack, find_experts, find_routers
 from dist_peft.model.float32_tensors import set_float32, written_types
+from dist_peft.model.forward_probe import probe_forward
 from dist_peft.model.freezing import check_packed, freeze_experts, freeze_linears
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
@@ -156,8 +158,11 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
     learning, routers = head.modules if head else (), find_routers(model, experts)
     plain = routers | read_by_others(model)
-    freeze_linears(model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain)
-    freeze_experts(model, experts, names, codec)
+    replaced = freeze_linears(
+        model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
+    )
+    replaced += freeze_experts(model, experts, names, codec)
+    probe_forward(model, blocks, replaced, base.path)
     if base.quant is not None:
         check_packed(model, blocks, base.path)
     for module in model.modules():
@@ -170,6 +175,8 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     if head is not None:
         tensors = classifier.used_and_new(model, names.found, tensors, head)
     _attach_names(model, names.tensors, index, tensors)
+    if base.head == "lm":
+        _refuse_nameless(model, base.path)
     rotate_by_document(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
@@ -213,9 +220,17 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the longest ``ModuleList`` of modules of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    uniform = [m for m in lists if len({type(child) for child in m}) == 1]
+    """The decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
+
+    Layers are of several classes in Jamba and OLMo-Hybrid.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    uniform = [
+        m
+        for m in lists
+        if len({type(child) for child in m}) == 1
+        or all(isinstance(child, GradientCheckpointingLayer) for child in m)
+    ]
     if not uniform:
         raise UserError(
             f"no list of decoder layers found in {type(model).__name__}; "
@@ -269,6 +284,24 @@ def _tensors(
                 "only; quantize without it, or give the unquantized base"
             )
     return tensors
+
+
+def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
+    """
+    Raises:
+        UserError: a parameter is filled from no tensor of the files.
+    """
+    seen: set[int] = set()
+    for owner, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            packed = isinstance(module, FrozenRows) and name == "packed"
+            if id(parameter) not in seen and not packed and name not in module.checkpoint_names:
+                raise UserError(
+                    f"base.path {path} of type {model.config.model_type!r} is not supported: "
+                    f"{owner}.{name} has no tensor of its own in the files, and what it shares "
+                    "one with in transformers is not shared here"
+                )
+            seen.add(id(parameter))
 
 
 def _attach_names(

@@ -4,9 +4,9 @@ A packed or adapted linear is called like any other, but has no ``weight``. Some
 all the same: Mamba-2 mixers hand ``self.out_proj.weight`` to a fused kernel, DSA indexers look at
 ``self.weights_proj.weight.dtype``. Such linears must stay plain.
 
-The classes' source is searched, not a forward run: a forward on the CPU does not take the branch
-that calls the GPU's kernel, and would have to be run for each kind of layer. One class is searched
-once, whatever the number of layers.
+The classes' source is searched, since a forward on the CPU does not take the branch that calls the
+GPU's kernel. One class is searched once, whatever the number of layers. What the source does not
+show, reads through variables, a forward finds afterwards (``model.forward_probe``).
 """
 
 import ast

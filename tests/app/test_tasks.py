@@ -167,9 +167,7 @@ def test_stopped_in_the_second_task_it_goes_on_there(
     assert train(World(), more) == 0  # more steps: each goes on
     assert [len(losses(run / "tasks" / name)) for name in NAMES[:2]] == [4, 4]
     other = {**tree, "adapter": {**adapter, "dropout": 0.0}}
-    with pytest.raises(
-        UserError, match=r"tasks/long/.*adapter\.dropout is 0\.0, there 0\.2"
-    ):
+    with pytest.raises(UserError, match=r"tasks/long/.*adapter\.dropout is 0\.0, there 0\.2"):
         train(World(), other)
 
 

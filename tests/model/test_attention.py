@@ -18,9 +18,29 @@ from dist_peft.model.attention import (
     model_inputs,
     prefix_mask,
 )
-from tests.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.tiny_models import _GROUPED, CONFIGS, ENCODERS, MIXTURES, save_model
 
 CPU = torch.device("cpu")
+CONVOLUTIONS: dict[str, tf.PretrainedConfig] = {
+    "lfm2": tf.Lfm2Config(**_GROUPED, layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": tf.Qwen3_5TextConfig(
+        **_GROUPED,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "falcon_h1": tf.FalconH1Config(
+        **_GROUPED,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_ssm=128,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+    ),
+}
+"""Families with a short convolution over the row, which no mask stops."""
 
 
 def model_of(family: str, directory: Path) -> tf.PreTrainedModel:
@@ -100,6 +120,22 @@ class TestIsolation:
     ) -> None:
         model = model_of("opt", tmp_path)
         monkeypatch.setattr(attention, "_NEED_EXPLICIT_MASK", set())
+        assert not documents_are_isolated(model, CPU)
+
+    @pytest.mark.parametrize("family", ["llama", "mixtral"])
+    def test_holds_in_half_precision(self, family: str) -> None:
+        torch.manual_seed(0)
+        config = {**CONFIGS, **MIXTURES}[family]
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        assert documents_are_isolated(model, CPU)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("family", CONVOLUTIONS)
+    def test_convolutions_let_through(self, family: str, dtype: torch.dtype) -> None:
+        """Random weights as small as initialized: the leak is, too."""
+        torch.manual_seed(0)
+        config = CONVOLUTIONS[family]
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         assert not documents_are_isolated(model, CPU)
 
 

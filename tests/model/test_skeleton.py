@@ -18,7 +18,7 @@ from dist_peft.engine.single import SingleEngine
 from dist_peft.model.attention import model_inputs
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
-from dist_peft.model.skeleton import Skeleton, build_skeleton
+from dist_peft.model.skeleton import Skeleton, build_skeleton, find_blocks
 from dist_peft.store.reader import RowReader
 from tests.tiny_models import CONFIGS, save_model
 
@@ -237,3 +237,17 @@ def test_limits(family: str, learned: bool, tmp_path: Path) -> None:
     skeleton = load(tmp_path)
     assert (skeleton.vocabulary, skeleton.positions) == (97, 64)
     assert skeleton.positions_are_learned == learned
+
+
+def test_blocks_may_be_of_several_classes() -> None:
+    """Jamba's layers are of two, and the list of them is taken."""
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(
+            tf.JambaConfig(hidden_size=64, num_hidden_layers=8, num_experts=2, vocab_size=97)
+        )
+    blocks = find_blocks(model)
+    assert len(blocks) == 8
+    assert {type(block).__name__ for block in blocks} == {
+        "JambaAttentionDecoderLayer",
+        "JambaMambaDecoderLayer",
+    }

@@ -1,0 +1,394 @@
+"""Every causal language model type of the installed transformers: works, refused, or crashes.
+
+    OMP_NUM_THREADS=1 python benchmarks/families.py [--only TYPE ...] [--jobs 2] [--limit 90]
+
+For each type a tiny random model is made from its default configuration with small sizes, and four
+things are looked at, in float32 on the CPU, in a process of its own with a time limit:
+
+    logits    the model as built and loaded here without quantization, against transformers' own
+    gradient  NF4 and LoRA on all linears, one backward: which factors get a gradient
+    packing   whether documents of a row are isolated (else the run refuses data.packing)
+    refused   the message, if one of the above is refused
+
+A type is not tried where its small configuration or transformers' own forward fails. The classes
+that declare tensors to be kept in float32 are read from transformers' source, all of them, with the
+tried types that they belong to. Results: ``families.json`` and ``families.md``.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing as mp
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import RESULTS, machine, write_result
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dist_peft.adapters.lora_method import LoraAdapter
+from dist_peft.core.config import BaseConfig, LoraConfig, QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.engine.single import SingleEngine
+from dist_peft.model.attention import documents_are_isolated
+from dist_peft.model.load import load_model
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.reader import RowReader
+
+CPU = torch.device("cpu")
+TOKENS = 24
+SMALL: dict[int, str] = {
+    64: (
+        "hidden_size d_model n_embd embed_dim embedding_size dim_model lru_width "
+        "word_embed_proj_dim max_position_embeddings n_positions n_ctx max_seq_len seq_length "
+        "context_length moe_latent_size attention_hidden_size"
+    ),
+    97: "vocab_size vocab_size_per_layer_input",
+    104: (
+        "intermediate_size ffn_dim ffn_hidden_size dim_ff n_inner decoder_ffn_dim encoder_ffn_dim "
+        "d_ff d_inner dense_intermediate_size intermediate_size_mlp mlp_hidden_size"
+    ),
+    32: (
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+        "expert_ffn_hidden_size q_lora_rank kv_lora_rank o_lora_rank index_head_dim "
+        "moe_shared_expert_intermediate_size mamba_dt_rank hidden_size_per_layer_input"
+    ),
+    16: (
+        "head_dim global_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim "
+        "linear_value_head_dim mamba_d_head mamba_head_dim mamba_d_state state_size ssm_state_size "
+        "kv_channels attention_head_dim chunk_size mamba_chunk_size d_kv laurel_rank rotary_dim"
+    ),
+    8: (
+        "sliding_window window_size attention_window_size index_topk mamba_n_heads mamba_num_heads "
+        "n_mamba_heads local_attention block_size"
+    ),
+    4: (
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+        "encoder_attention_heads linear_num_value_heads num_experts num_local_experts "
+        "n_routed_experts moe_num_experts o_groups"
+    ),
+    2: (
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
+        "num_key_value_heads num_kv_heads linear_num_key_heads num_experts_per_tok moe_topk "
+        "moe_k num_experts_per_token index_n_heads num_decoder_layers num_global_key_value_heads "
+        "eos_token_id"
+    ),
+    1: (
+        "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts "
+        "mamba_n_groups n_groups mamba_ngroups num_mem_blocks "
+        "bos_token_id"
+    ),
+    0: "pad_token_id num_kv_shared_layers",
+}
+_SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+_PER_TYPE: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16, "num_heads": 8},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "deepseek_v32": {"num_key_value_heads": 4, "n_routed_experts": 8, "index_head_dim": 32},
+    "glm_moe_dsa": {"num_key_value_heads": 4, "n_routed_experts": 8, "index_head_dim": 32},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"use_mamba_kernels": False, "num_hidden_layers": 8},
+    "zamba": {
+        "use_mamba_kernels": False,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlm": {"emb_dim": 64, "n_words": 97},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    },
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"], "num_hidden_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "phi3": {"rope_scaling": None},
+    "xlstm": {"num_heads": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "gemma3n_text": {"intermediate_size": [104] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "num_hidden_layers": 2,
+        "num_dense_layers": 1,
+    },
+    "opt": {"dropout": 0.0},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 2,
+    },
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts": 8},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 104, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+}
+"""What a type needs beside the sizes."""
+
+
+def small_config(kind: str) -> PretrainedConfig:
+    """The default configuration of a type with small sizes, one layer or more of each kind."""
+    known = CONFIG_MAPPING[kind]
+    default = known()
+    text = default.get_text_config()
+    if text is default:
+        return known(**_small(default, kind))
+    parts = {name: getattr(default, name, None) for name in default.sub_configs}
+    sizes = {n: _small(part, part.model_type) for n, part in parts.items() if part is not None}
+    own = {k: v for k, v in _small(default, kind).items() if k not in sizes}
+    return known(**{**own, **sizes, **_PER_TYPE.get(kind, {})})
+
+
+def _small(default: PretrainedConfig, kind: str) -> dict[str, Any]:
+    given = default.to_dict()
+    always = ("head_dim", "num_key_value_heads")
+    known = {k for k, v in given.items() if v is not None or k in always}
+    changes = {k: v for k, v in _SIZES.items() if k in known}
+    if given.get("head_dim") is not None and "qk_rope_head_dim" in given:
+        changes["head_dim"] = changes["qk_rope_head_dim"]
+    if "kv_lora_rank" in given and "num_key_value_heads" in given:  # multi-head latent attention
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
+    pattern = given.get("layer_types")
+    count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers") if k in given), None)
+    if pattern and count:
+        kinds = list(dict.fromkeys(pattern))
+        changes["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+        changes[count] = len(changes["layer_types"])
+    return changes | _PER_TYPE.get(kind, {})
+
+
+def reference_model(kind: str, directory: Path) -> nn.Module:
+    """A random model, saved; norms and biases are random, too."""
+    torch.manual_seed(0)
+    config = small_config(kind)
+    size = sum(p.numel() for p in _on_meta(config).parameters())
+    if size > 1.5e8:
+        raise ValueError(f"the small configuration still has {size / 1e6:.0f} M parameters")
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(directory)
+    return model  # type: ignore[no-any-return]
+
+
+def _on_meta(config: PretrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def build_loaded(directory: Path, quant: QuantConfig | None, lora: bool) -> nn.Module:
+    base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
+    skeleton = build_skeleton(base, directory)
+    if lora:
+        LoraAdapter(LoraConfig(), seed=0, arithmetic=torch.float32).attach(skeleton.model)
+    engine = SingleEngine(CPU)
+    engine.shard(skeleton.model, skeleton.blocks)
+    with RowReader(skeleton.index) as reader:
+        load_model(skeleton.model, reader, engine, CPU)
+    return skeleton.model
+
+
+def factors_without_gradient(model: nn.Module, ids: Tensor) -> tuple[int, list[str]]:
+    """Number of LoRA factors, and those without a gradient where all factors are random."""
+    factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.normal_(std=0.1)
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+    lacking = [n for n, p in factors.items() if p.grad is None or not p.grad.any()]
+    return len(factors), lacking
+
+
+def try_type(kind: str, directory: Path) -> dict[str, Any]:
+    """What the table has of one type."""
+    found: dict[str, Any] = {"type": kind}
+    ids = 3 + torch.arange(TOKENS)[None] * 7 % 89
+    try:
+        model = reference_model(kind, directory)
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+        found["class"] = type(model).__name__
+    except Exception as error:
+        return {**found, "outcome": "not tried", "message": _text(error)}
+    try:
+        ours = build_loaded(directory, None, False)
+        with torch.no_grad():
+            logits = ours(input_ids=ids, use_cache=False).logits
+        found["logits_difference"] = float((logits - expected).abs().max())
+        found["packing"] = "isolated" if documents_are_isolated(ours, CPU) else "refused"
+        trained = build_loaded(directory, QuantConfig(), True)
+        found["factors"], found["without_gradient"] = factors_without_gradient(trained, ids)
+        found["outcome"] = "works" if found["logits_difference"] < 1e-4 else "wrong"
+    except UserError as error:
+        message = str(error).replace(str(directory), "BASE")
+        return {**found, "outcome": "refused", "message": message}
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        return {**found, "outcome": "crashes", "message": f"{_text(error)} [{where}]"}
+    return found
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _in_process(kind: str, out: Path) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        out.write_text(json.dumps(try_type(kind, Path(directory))))
+
+
+def with_limit(kind: str, limit: float) -> dict[str, Any]:
+    """``try_type`` in a forked process, which shares the imports."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "found.json"
+        begin = time.monotonic()
+        process = mp.get_context("fork").Process(target=_in_process, args=(kind, out))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            found = {"type": kind, "outcome": "not tried", "message": f"over {limit:.0f} s"}
+        elif not out.exists():
+            code = process.exitcode or 0
+            name = signal.Signals(-code).name if code < 0 else f"exit {code}"
+            found = {"type": kind, "outcome": "crashes", "message": name}
+        else:
+            found = json.loads(out.read_text())
+        print(f"{time.monotonic() - begin:5.1f} s {kind}: {found['outcome']}", flush=True)
+        return found
+
+
+def float32_classes() -> list[dict[str, Any]]:
+    """Classes of transformers that keep tensors in float32: name, directory, patterns."""
+    found = []
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        text = path.read_text()
+        if "_keep_in_fp32_modules" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found += [
+                    {"class": node.name, "directory": path.parent.name, "key": key, "names": names}
+                    for key, names in _kept_names(node)
+                ]
+    return found
+
+
+def _kept_names(node: ast.ClassDef) -> list[tuple[str, str]]:
+    kept = []
+    for statement in node.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else ()
+        for target in targets:
+            key = target.id if isinstance(target, ast.Name) else ""
+            if key.startswith("_keep_in_fp32_modules") and statement.value is not None:  # type: ignore[attr-defined]
+                kept.append((key, ast.unparse(statement.value)))  # type: ignore[attr-defined]
+    return [(key, names) for key, names in kept if names != "None"]
+
+
+def directory_of(kind: str) -> str:
+    """The package of transformers that has a type's model."""
+    return CONFIG_MAPPING[kind].__module__.split(".")[-2]
+
+
+def as_markdown(types: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
+    """The tables, with the machine above them."""
+    host = machine()
+    counts = {o: sum(t["outcome"] == o for t in types) for o in OUTCOMES}
+    lines = [
+        "# Causal language model types",
+        "",
+        ", ".join(f"{key} {value}" for key, value in host.items()),
+        "",
+        ", ".join(f"{outcome}: {count}" for outcome, count in counts.items()),
+        "",
+        "| type | outcome | logits off | packing | LoRA factors | without gradient | message |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for t in sorted(types, key=lambda t: (OUTCOMES.index(t["outcome"]), t["type"])):
+        without = ", ".join(t.get("without_gradient", ()))
+        difference = t.get("logits_difference")
+        cells = [
+            t["type"],
+            t["outcome"],
+            "" if difference is None else f"{difference:.1e}",
+            t.get("packing", ""),
+            str(t.get("factors", "")),
+            without if len(without) < 200 else f"{without[:200]} ...",
+            t.get("message", "").replace("|", "\\|"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    outcomes: dict[str, list[str]] = {}
+    for t in types:
+        outcomes.setdefault(directory_of(t["type"]), []).append(f"{t['type']}: {t['outcome']}")
+    lines += ["", "# Classes that keep tensors in float32", ""]
+    lines += ["| class | key | names | types tried |", "|---|---|---|---|"]
+    for k in kept:
+        tried = ", ".join(outcomes.get(k["directory"], [])) or "no causal LM type"
+        lines.append(f"| {k['class']} | `{k['key']}` | `{k['names']}` | {tried} |")
+    return "\n".join(lines) + "\n"
+
+
+OUTCOMES = ("works", "refused", "crashes", "wrong", "not tried")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=90, help="seconds a type")
+    parser.add_argument("--resume", action="store_true", help="of a run that was ended")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:  # what is imported now is not imported again
+        print("llama:", try_type("llama", Path(directory))["outcome"], flush=True)
+    partial = args.out / "families.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = partial.read_text().splitlines() if args.resume and partial.exists() else []
+    types = [t for t in map(json.loads, lines) if t["type"] in args.only]
+    left = [kind for kind in args.only if kind not in {t["type"] for t in types}]
+    with ThreadPoolExecutor(args.jobs) as pool, partial.open("a" if lines else "w") as file:
+        for found in pool.map(lambda kind: with_limit(kind, args.limit), left):
+            types.append(found)
+            print(json.dumps(found), file=file, flush=True)
+    partial.unlink()
+    types.sort(key=lambda t: args.only.index(t["type"]))
+    kept = float32_classes()
+    write_result("families", {"types": types, "kept_in_float32": kept}, args.out)
+    (args.out / "families.md").write_text(as_markdown(types, kept))
+    for outcome in OUTCOMES:
+        print(outcome, sum(t["outcome"] == outcome for t in types))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""One forward without memory or arithmetic, before anything is loaded.
+
+A family's own code may treat a packed linear as what it is not: read its weight through a local
+variable, ask for its type, change it. ``model.weight_probe`` sees what the source says of
+``self.a.b.weight``; here the code runs. All parameters and buffers are replaced by fake tensors
+(``torch._subclasses``: meta tensors that name a device), packed linears and experts answer with a
+fake tensor of the right shape and decode nothing, and afterwards every module has its own
+attributes back.
+
+What a failure means is told by running the forward again with the linears that ``transformers``
+built. If that fails, too, the family's code cannot run on fake tensors (it asks for values, such as
+which tokens an expert gets), and nothing is concluded.
+
+Blocks that are built alike are run once; the others hand on the output of the first.
+
+A second run has a graph and a number added to the output of each packed linear. Linears whose
+numbers get no gradient (what only picks indices, as DSA indexers do; what is not run, as a
+decoder's attention to an absent encoder) can learn nothing, and ``all-linear`` leaves them out.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import FrozenExperts
+from dist_peft.model.freezing import Replaced
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = ["probe_forward"]
+
+log = logging.getLogger(__name__)
+
+_TOKENS = 8
+_ON_ANY_DEVICE = ("eager", "sdpa")
+"""Implementations of attention that run on fake tensors of the CPU."""
+
+
+def probe_forward(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: list[Replaced], path: str
+) -> None:
+    """Run the forward of a frozen model on fake tensors.
+
+    A linear whose weight the code reads is given back as ``transformers`` built it, with those of
+    the other layers, and the forward is run again.
+
+    Args:
+        replaced: linears and experts that were frozen; those given back are removed.
+        path: ``base.path``, for messages.
+
+    Sets ``without_gradient`` of packed linears.
+
+    Raises:
+        UserError: the forward fails with packed linears and not with the original ones, or it
+            changes weights.
+    """
+    error = _forward_error(model, blocks)
+    while (kind := _read_linear(error, replaced)) is not None:
+        for one in [one for one in replaced if one.kind == kind]:
+            one.put_original()
+            replaced.remove(one)
+        log.info("%s stays plain: other code reads its weight", kind)
+        error = _forward_error(model, blocks)
+    if error is None:
+        _note_without_gradient(model, blocks, replaced)
+        return
+    linears = [one for one in replaced if isinstance(one.frozen, FrozenLinear)]
+    if isinstance(error, _ChangedWeightsError) or any(
+        _works_with_originals(model, blocks, some) for some in (linears, replaced)
+    ):
+        raise UserError(
+            f"base.path {path} of type {model.config.model_type!r} is not supported: its code does "
+            f"not work with packed linears: {_cause(error)}"
+        )
+    log.debug("the forward of %s cannot be tried without weights: %s", path, _cause(error))
+
+
+class _ChangedWeightsError(Exception):
+    """The forward writes to parameters."""
+
+
+def _works_with_originals(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
+) -> bool:
+    for one in replaced:
+        one.put_original()
+    try:
+        return bool(replaced) and _forward_error(model, blocks) is None
+    finally:
+        for one in replaced:
+            one.put_frozen()
+
+
+def _read_linear(error: Exception | None, replaced: Sequence[Replaced]) -> str | None:
+    """Of an ``AttributeError`` on a frozen linear: its kind."""
+    if not isinstance(error, AttributeError):
+        return None
+    found = (one for one in replaced if one.frozen is error.obj)
+    return next((o.kind for o in found if isinstance(o.frozen, FrozenLinear)), None)
+
+
+def _cause(error: Exception) -> str:
+    """Type, text and the place in the family's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    place = ""
+    if outside:
+        place = f" ({Path(outside[-1].filename).name}, line {outside[-1].lineno})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{place}"
+
+
+def _forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Exception | None:
+    """What the forward raises on fake tensors, each kind of block run once; None: nothing.
+
+    Blocks may be alike only for a look at their modules, so a failure counts only if it is seen
+    when all of them are run.
+    """
+    error = _run(model, blocks)
+    return None if error is None else _run(model, ())
+
+
+def _note_without_gradient(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
+) -> None:
+    """By kind: of blocks that are alike, one is run."""
+    markers: dict[nn.Module, Tensor] = {}
+    error = _run(model, blocks, markers)
+    if error is not None or not markers:
+        log.debug("gradients cannot be tried without weights: %s", error and _cause(error))
+        return
+    reached = {
+        one.kind
+        for one in replaced
+        if (m := markers.get(one.frozen)) is not None and m.grad is not None
+    }
+    for one in replaced:
+        if isinstance(one.frozen, FrozenLinear):
+            one.frozen.without_gradient = one.kind not in reached
+
+
+def _run(
+    model: PreTrainedModel,
+    alike: Sequence[nn.Module],
+    markers: dict[nn.Module, Tensor] | None = None,
+) -> Exception | None:
+    """What the forward raises, blocks in ``alike`` run once if they are.
+
+    Args:
+        markers: where there is one, the backward is run, too, and the numbers that were added to
+            the output of linears are put there.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    attention = model.config._attn_implementation
+    try:
+        if attention not in _ON_ANY_DEVICE:
+            model.config._attn_implementation = "eager"
+        with _own_attributes_restored(model), torch.set_grad_enabled(markers is not None):
+            parameters = _replace_tensors(model, mode)
+            _answer_without_weights(model, mode, markers)
+            _run_alike_once(alike)
+            model.eval()
+            with mode:
+                ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+                inputs = {"input_ids": ids}
+                if model.get_output_embeddings() is not None:
+                    inputs["position_ids"] = torch.arange(_TOKENS)[None]
+                logits = model(**inputs).logits
+                if markers is not None:
+                    logits.float().sum().backward()
+            changed = sum(p._version > 0 for p in parameters)
+        if changed:
+            raise _ChangedWeightsError(f"its forward changes {changed} of its weights in place")
+    except Exception as error:  # of any family's code
+        return error
+    finally:
+        if attention not in _ON_ANY_DEVICE:
+            model.config._attn_implementation = attention
+    return None
+
+
+@contextmanager
+def _own_attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Whatever is assigned to modules inside is undone."""
+    before = [
+        (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, *tables in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, table in zip(("_parameters", "_buffers", "_modules"), tables, strict=True):
+                own = module.__dict__[name]
+                own.clear()
+                own.update(table)
+
+
+def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
+    """Parameters and buffers become fake ones on the CPU; what is tied stays so.
+
+    Returns:
+        The fake parameters.
+    """
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return fakes[id(tensor)]
+
+    parameters: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = nn.Parameter(fake(parameter), False)
+                module._parameters[name] = parameters[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+    return list(parameters.values())
+
+
+def _answer_without_weights(
+    model: nn.Module, mode: FakeTensorMode, markers: dict[nn.Module, Tensor] | None
+) -> None:
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            marker = None
+            if markers is not None:
+                with mode:
+                    marker = markers[module] = torch.zeros((), requires_grad=True)
+            module.forward = _linear_answer(module, marker)
+        elif isinstance(module, FrozenExperts):
+            module.forward = _experts_answer
+
+
+def _linear_answer(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def answer(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != linear.in_features:
+            raise ValueError(f"a linear of {linear.in_features} columns gets {list(x.shape)}")
+        y = x.new_empty(*x.shape[:-1], linear.out_features)
+        if marker is None:
+            return y
+        # a graph with the input and the marker in it
+        return y + (x.sum(-1, keepdim=True) + marker.to(x.dtype))
+
+    return answer
+
+
+def _experts_answer(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return torch.empty_like(hidden_states) + hidden_states
+
+
+def _run_alike_once(blocks: Sequence[nn.Module]) -> None:
+    outputs: dict[object, Any] = {}
+    for block in blocks:
+        block.forward = _first_of_kind(block.forward, _kind(block), outputs)
+
+
+def _first_of_kind(
+    forward: Callable[..., Any], kind: object, outputs: dict[object, Any]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kind not in outputs:
+            outputs[kind] = forward(*args, **kwargs)
+        return outputs[kind]
+
+    return run
+
+
+def _kind(block: nn.Module) -> object:
+    """What blocks have in common that compute alike: classes, shapes, plain settings."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
+            tuple(
+                sorted(
+                    (key, str(value))
+                    for key, value in module.__dict__.items()
+                    if isinstance(value, (bool, str, float))
+                )
+            ),
+        )
+        for name, module in block.named_modules()
+    )
