@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
-from dist_peft.store.content import RowHashes, flat_rows
+from dist_peft.store.content import RowHashes, RowsBeingRead, flat_rows
 from dist_peft.store.fileio import OpenFiles, read_exactly, reading
 from dist_peft.store.index import SafetensorsIndex
 
@@ -130,7 +130,8 @@ class RowReader:
         """
         data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)
         if data.numel():
-            memory, done, rows = data.numpy().data, 0, None
+            memory, done = data.numpy().data, 0
+            rows: RowsBeingRead | None = None
             if self.hashes is not None and hashed is not None:
                 name, first, row_bytes = hashed
                 rows = self.hashes.begin_rows(name, first, data)
