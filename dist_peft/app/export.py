@@ -64,6 +64,7 @@ def run_export(args: argparse.Namespace, world: World) -> int:
             "kind": args.type,
             "merge": args.merge,
             "lossy": args.lossy,
+            "keep_adapter": args.keep_adapter,
         }
         export_run(
             args.run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
@@ -114,6 +115,11 @@ def export_run(
             f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
             f"is no adapter to lie beside the base in format {name}; use dist-peft merge, another "
             "format, or --merge --lossy"
+        )
+    if holds_weights(run_dir / "adapter") and options.get("keep_adapter"):
+        raise UserError(
+            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
+            "is no adapter to keep; leave out --keep-adapter"
         )
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None
     pooled = isinstance(config.adapter, QaLoraConfig)

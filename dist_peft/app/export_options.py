@@ -104,6 +104,13 @@ _OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"action": "store_true", "help": "allow --merge, which rounds most of the adapter away"},
         INTEGER_ZERO,
     ),
+    "keep-adapter": (
+        {
+            "action": "store_true",
+            "help": "the NF4 base's own codes, and the adapter beside them: loses nothing",
+        },
+        ("bnb-nf4",),
+    ),
 }
 """Option -> its argparse settings, and the formats that it changes."""
 
@@ -126,6 +133,8 @@ def warn_of_unused(args: argparse.Namespace) -> None:
             log.warning("--%s has no effect on format %s", name, args.format)
     if args.lossy and not args.merge and args.format in INTEGER_ZERO:
         log.warning("--lossy has no effect without --merge")
-    beside = args.format in INTEGER_ZERO and not args.merge
+    beside = (args.format in INTEGER_ZERO and not args.merge) or (
+        args.format == "bnb-nf4" and args.keep_adapter
+    )
     if args.base and (args.format in ADAPTERS or beside):
         log.warning("--base has no effect where nothing is merged")

@@ -29,7 +29,7 @@ from dist_peft.export.walk import Walk, Weight
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["BnbNf4", "dynamic_map", "nest"]
+__all__ = ["BnbNf4", "bnb_settings", "dynamic_map", "nest", "quant_state", "quant_state_name"]
 
 BLOCK, NESTED_BLOCK = 64, 256
 _CODEC = Nf4Codec(BLOCK, double_quant=False)
@@ -68,7 +68,7 @@ class BnbNf4:
                 TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
             ]
         state = self._state(weight, 0.0)
-        return [*specs, TensorSpec(_state_name(weight), torch.uint8, tuple(state.shape))]
+        return [*specs, TensorSpec(quant_state_name(weight), torch.uint8, tuple(state.shape))]
 
     def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
         flat = walk.rows(weight, span).to(self.dtype).float().flatten()
@@ -93,40 +93,67 @@ class BnbNf4:
             yield Piece(f"{name}.nested_quant_map", dynamic_map(), 0)
         else:
             yield Piece(f"{name}.absmax", absmax, 0)
-        yield Piece(_state_name(weight), self._state(weight, offset), 0)
+        yield Piece(quant_state_name(weight), self._state(weight, offset), 0)
 
     def _state(self, weight: Weight, offset: float) -> Tensor:
         """The JSON of a weight's quantization state as bytes, of a length that does not depend on
         ``offset``: tensors are planned before it is known."""
-        state: dict[str, Any] = {
-            "quant_type": "nf4",
-            "blocksize": BLOCK,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": [weight.rows, weight.columns],
-        }
+        nested: dict[str, Any] | None = None
         if self.double_quant:
-            state |= {
+            nested = {
                 "nested_blocksize": NESTED_BLOCK,
                 "nested_dtype": "float32",
                 "nested_offset": offset,
             }
-        text = json.dumps(state)
-        padding = 32 - len(repr(offset)) if self.double_quant else 0
-        return torch.frombuffer(bytearray(text.encode() + b" " * padding), dtype=torch.uint8)
+        return quant_state(weight, BLOCK, self.dtype, nested)
 
     def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
-        return {
-            "quantization_config": {
-                "quant_method": "bitsandbytes",
-                "load_in_4bit": True,
-                "load_in_8bit": False,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": self.double_quant,
-                "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
-                "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": unpacked_linears(walk, unpacked),
-            }
+        return bnb_settings(walk, unpacked, double_quant=self.double_quant, dtype=self.dtype)
+
+
+def quant_state(
+    weight: Weight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
+) -> Tensor:
+    """The JSON of a weight's quantization state as bytes, ``uint8 [n]``.
+
+    Args:
+        weight: the linear's weight.
+        block: weights that share a scale.
+        dtype: what bitsandbytes decodes to.
+        nested: of double quantization, with ``nested_offset``; the length does not depend on it.
+    """
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": block,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [weight.rows, weight.columns],
+        **(nested or {}),
+    }
+    padding = 32 - len(repr(nested["nested_offset"])) if nested else 0
+    text = json.dumps(state).encode() + b" " * padding
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def bnb_settings(
+    walk: Walk, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
+) -> Mapping[str, Any]:
+    """What ``config.json`` says of a model in bitsandbytes' NF4.
+
+    Args:
+        unpacked: paths of linears of the blocks that are written in full.
+    """
+    return {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": unpacked_linears(walk, unpacked),
         }
+    }
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -159,5 +186,6 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(entries), dtype=torch.float32)
 
 
-def _state_name(weight: Weight) -> str:
+def quant_state_name(weight: Weight) -> str:
+    """Name of the tensor that holds the weight's ``quant_state``."""
     return f"{weight.name}.quant_state.bitsandbytes__nf4"

@@ -23,6 +23,7 @@ from dist_peft.export.beside import write_adapter_beside
 from dist_peft.export.bnb_nf4 import BnbNf4
 from dist_peft.export.float_bias import HfMetal, Mlx
 from dist_peft.export.integer_zero import CompressedTensors, Gptq
+from dist_peft.export.kept_nf4 import KeptNf4
 from dist_peft.export.model_files import model_files
 from dist_peft.export.sink import (
     Packer,
@@ -63,13 +64,18 @@ FORMATS = {
             "transformers",
             "15 %; 0.6 % with --base decoded",
         ),
-        Format("peft", "the adapter, as it was trained", "PEFT", "none: a copy"),
+        Format(
+            "peft",
+            "the adapter; PiSSA and LoftQ as the change since their start",
+            "PEFT",
+            "none on the base as trained, but for PiSSA and LoftQ on a quantized base",
+        ),
         Format("peft-expanded", "QA-LoRA as plain LoRA", "PEFT", "none: the same product"),
         Format(
             "bnb-nf4",
-            "merged weights, quantized anew to NF4",
-            "transformers with bitsandbytes",
-            "14 % (NF4 base)",
+            "merged, re-quantized to NF4; --keep-adapter: the base's codes, adapter beside them",
+            "transformers with bitsandbytes (and PEFT)",
+            "14 % (NF4 base); --keep-adapter 0.0 %",
         ),
         Format(
             "gptq",
@@ -130,6 +136,7 @@ class Job:
         bits, group_size: of quantization anew; default: the base's, or 4 bits.
         kind: of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
         merge, lossy: merge into integer zeros, although it loses the adapter.
+        keep_adapter: of bnb-nf4: the base's own codes, and the adapter beside them.
     """
 
     base: BaseConfig
@@ -143,6 +150,7 @@ class Job:
     kind: str | None = None
     merge: bool = False
     lossy: bool = False
+    keep_adapter: bool = False
     chunk_bytes: int = CHUNK_BYTES
 
     @property
@@ -224,8 +232,31 @@ def export_model(name: str, job: Job) -> Exported:
 
 def _bnb(job: Job) -> Exported:
     quant = job.base.quant
+    if job.keep_adapter:
+        return _kept_nf4(job)
     packer = BnbNf4(quant.double_quant if quant else True, job.dtype)
     return _directory(job, job.state, packer, job.dtype, "merged, quantized to NF4")
+
+
+def _kept_nf4(job: Job) -> Exported:
+    quant = job.base.quant
+    if quant is None or quant.kind != "nf4":
+        raise UserError(
+            "--keep-adapter keeps the codes of an NF4 base (base.quant.kind: nf4), and this run "
+            "has none; "
+            + (
+                "gptq and compressed-tensors keep the codes of an integer base and the adapter"
+                if quant
+                else "on a base that was not quantized, peft is the trained adapter"
+            )
+        )
+    packer = KeptNf4(quant.group_size, job.dtype)
+    check_new(job.out)
+    with job.walk("base") as walk:
+        packer.check_weights(walk)
+    exported = _directory(job, "base", packer, job.dtype, "base as trained; adapter beside it")
+    write_adapter_beside(job.adapter_dir, job.out)
+    return replace(exported, exact=True)
 
 
 def _float_bias(job: Job, kind: type[Mlx] | type[HfMetal]) -> Exported:

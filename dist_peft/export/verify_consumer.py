@@ -64,10 +64,13 @@ def _bnb(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
 
     kind = getattr(torch, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(model, device_map="cpu", dtype=kind).eval()
+    name = f"transformers {version('transformers')}, bitsandbytes {version('bitsandbytes')}"
+    if (model / "adapter").is_dir():
+        loaded.load_adapter(str(model / "adapter"))
+        name += f", peft {version('peft')}"
     with torch.no_grad():
         logits = loaded(input_ids=torch.tensor([ids]), use_cache=False).logits
     _generate(loaded, ids)
-    name = f"transformers {version('transformers')}, bitsandbytes {version('bitsandbytes')}"
     return name, logits[0].float().numpy()
 
 

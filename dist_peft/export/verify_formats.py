@@ -164,11 +164,11 @@ def _here(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that our dequantize=True is not the file's
         model = AutoModelForCausalLM.from_pretrained(out, **options)
-    if name == "compressed-tensors" and (out / ADAPTER).is_dir():
+    if name == "bnb-nf4" and correct_bitsandbytes(model):  # before PEFT wraps its linears
+        consumer += " without its AVX512 kernels"
+    if name in ("compressed-tensors", "bnb-nf4") and (out / ADAPTER).is_dir():
         model.load_adapter(str(out / ADAPTER))
         consumer += f", peft {version('peft')}"
-    if name == "bnb-nf4" and correct_bitsandbytes(model):
-        consumer += " without its AVX512 kernels"
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
     if name != "bnb-nf4":  # whose plain path runs in a process of its own
         try_generate(model, ids)

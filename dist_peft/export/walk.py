@@ -6,7 +6,8 @@ in memory. The states of a linear weight of the blocks:
     original   rows of the files + adapter
     decoded    rows as training saw them, ``decode(encode(rows))``, + adapter
     codes      the integer base's own codes and scales; the adapter is in the zeros (QA-LoRA, exact)
-    base       the integer base's own codes, scales and zeros, without the adapter
+    base       the base as training saw it, without the adapter: an integer base's codes, scales
+               and zeros, an NF4 base's packed rows
 
 Of a prequantized base the packed rows are those of its files. It has no others: ``original`` means
 its decoded rows, too.
@@ -42,6 +43,7 @@ from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows, LinearRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.quant.codec import Codec
+from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.reader import RowReader
@@ -177,7 +179,8 @@ class Walk:
         and ``base`` one that has codes (a prequantized base can have linears without)."""
         if self.state not in ("codes", "base"):
             return weight.in_block
-        return weight.in_block and isinstance(weight.codec, AffineCodec)
+        kept = AffineCodec if self.state == "codes" else (AffineCodec, Nf4Codec)
+        return weight.in_block and isinstance(weight.codec, kept)
 
     def spans(self, weight: Weight, multiple: int = 1) -> Iterator[Span]:
         """Row spans of at most ``chunk_bytes``; all but the last have a multiple of ``multiple``
@@ -189,13 +192,14 @@ class Walk:
     def rows(self, weight: Weight, span: Span) -> Tensor:
         """Rows as numbers: float32 where the state changed them, else in the file's type."""
         linear = weight.linear
-        if self.state in ("codes", "base") and self.packs(weight):
+        if self.state in ("codes", "base") and self._has_parts(weight):
             return parts_to_rows(self.parts(weight, span), weight.columns)
         adapted = self.adapts(weight) and self.state != "base"
-        decoded = linear is not None and (self.state == "decoded" or linear.stored is not None)
+        as_trained = self.state == "decoded" or (self.state == "base" and weight.in_block)
+        decoded = linear is not None and (as_trained or linear.stored is not None)
         if decoded:
             assert linear is not None
-            packed = self._packed(weight, span)
+            packed = self.packed_rows(weight, span)
             rows = linear.codec.decode(packed, linear.in_features, torch.float32)
             rows = rows.reshape(len(span), *weight.info.shape[1:])
         elif weight.path in self._new:
@@ -215,14 +219,18 @@ class Walk:
     def parts(self, weight: Weight, span: Span) -> AffineParts:
         """Rows of a block's linear on an integer base, in the states ``codes`` and ``base``."""
         assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
-        parts = weight.linear.codec.split(self._packed(weight, span), weight.columns)
+        parts = weight.linear.codec.split(self.packed_rows(weight, span), weight.columns)
         parts = parts._replace(zero=parts.zero.float())
         if self.state == "codes" and self.adapts(weight):
             return self._merger.merge_parts(weight.path, parts, span)
         return parts
 
-    def _packed(self, weight: Weight, span: Span) -> Tensor:
-        """Rows of a linear as training held them."""
+    def _has_parts(self, weight: Weight) -> bool:
+        return weight.in_block and isinstance(weight.codec, AffineCodec)
+
+    def packed_rows(self, weight: Weight, span: Span) -> Tensor:
+        """Packed rows of a linear as training held them, ``uint8 [rows, row_bytes]``; of PiSSA and
+        LoftQ those of the residual, without the initial factors' product."""
         assert weight.linear is not None
         own = weight.in_linear(span)
         read = LinearRows.read(weight.linear, self._reader, own)
@@ -232,7 +240,7 @@ class Walk:
         """In the state ``base``: what an adapter that fits into zeros adds to each group, chunk by
         chunk (``adapters.merge_groups``)."""
         for weight in self.weights:
-            if self.packs(weight) and self.adapts(weight):
+            if self._has_parts(weight) and self.adapts(weight):
                 for span in self.spans(weight):
                     parts = self.parts(weight, span)
                     yield parts, self._merger.group_change(weight.path, parts, span)
