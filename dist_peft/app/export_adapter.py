@@ -111,6 +111,7 @@ def export_adapter(
     if public.facts.get("start"):
         hint = (
             f"adapter.init {public.facts['start']} trained on a base with its start taken away, "
-            "which no quantized base of PEFT is; merge the run with --base decoded"
+            "which no quantized base of PEFT is; of an NF4 base --format bnb-nf4 --keep-adapter "
+            "keeps base and adapter as they were trained, or merge the run with --base decoded"
         )
     judge(found, out, exact=True, max_error=verify.max_error, hint=hint)

@@ -3,11 +3,11 @@
 from typing import Any
 
 from dist_peft.data.files import Place
+from dist_peft.data.message_weights import WEIGHT_KEYS
 
 __all__ = ["BlankTurns", "excluded_turn", "is_blank_turn"]
 
-_FLAGS = ("weight", "train", "trainable", "loss_mask")
-_NO_WORDS = ("role", "content", "name", *_FLAGS)
+_NO_WORDS = ("role", "content", "name", *WEIGHT_KEYS)
 
 
 def is_blank_turn(message: dict[str, Any]) -> bool:
@@ -19,7 +19,7 @@ def is_blank_turn(message: dict[str, Any]) -> bool:
 
 def excluded_turn(message: dict[str, Any]) -> dict[str, Any]:
     """``message`` as one that does not contribute to the loss."""
-    return {**{k: v for k, v in message.items() if k not in _FLAGS}, "train": False}
+    return {**{k: v for k, v in message.items() if k not in WEIGHT_KEYS}, "train": False}
 
 
 class BlankTurns:
