@@ -62,10 +62,10 @@ class ReplicaCheck:
         self.bytes_hashed = 0
         whole, rows = dict[str, Tensor](), dict[str, tuple[Span, Tensor]]()
         for name, tensor, span in self._tensors(everything):
-            if len(span) == tensor.shape[0] if tensor.dim() else True:
-                whole[name] = tensor
-            else:
+            if _is_sharded(tensor):
                 rows[name] = (span, tensor)
+            else:
+                whole[name] = tensor
         shard = _number([[name, span.start, span.stop] for name, (span, _) in rows.items()])
         common = {f"{n}": self._hash(t) for n, t in whole.items()}
         common |= {key: _number(value) for key, value in facts.items()}
@@ -146,6 +146,15 @@ def _odd(rows: list[list[int]]) -> str:
         groups.setdefault(tuple(row), []).append(rank)
     ordered = sorted(groups.values(), key=len, reverse=True)
     return " against ".join(name_ranks(group) for group in ordered)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether ranks hold different rows. Not told from the rows of this rank: of a matrix with fewer
+    rows than ranks (the gate of a shared expert has one) a single rank may hold all of them."""
+    return isinstance(tensor, DTensor) and any(
+        placement.is_shard() and tensor.device_mesh.size(axis) > 1
+        for axis, placement in enumerate(tensor.placements)
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:

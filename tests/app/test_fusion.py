@@ -121,7 +121,7 @@ def test_resumed_in_another_engine(trees: dict[str, dict[str, Any]], tmp_path: P
     moved = shutil.copytree(own, tmp_path / "moved")
     tensors = load_file(moved / "adapter.safetensors")
     save_file({k: v + 1 for k, v in tensors.items()}, own / "adapter.safetensors")
-    with pytest.raises(UserError, match=r"was made with another adapter\.\*"):
+    with pytest.raises(UserError, match=r"contents of adapter\.adapters is"):
         train(World(), run("cut"))
     close_log()
     shutil.copy(moved / "adapter.safetensors", own / "adapter.safetensors")

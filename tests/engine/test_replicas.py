@@ -126,3 +126,32 @@ def test_rows_that_two_ranks_hold() -> None:
 def test_one_process_compares_nothing() -> None:
     assert compare(Model(), World()) == "0 bytes"
     assert not issubclass(RemoteError, UserError)  # the machine's fault: exit code 1
+
+
+class RowsOfRank(SingleEngine):
+    """Rows of a sharded parameter by the rank; all of any other."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(CPU)
+        self.world = world
+
+    def span(self, parameter: Tensor) -> Span:
+        size, rank = (
+            (self.world.size, self.world.rank) if isinstance(parameter, DTensor) else (1, 0)
+        )
+        return row_span(parameter.shape[0], size, rank)
+
+
+def _fewer_rows_than_ranks(world: World) -> str:
+    model = Model()
+    mesh = init_device_mesh("cpu", (world.size,))
+    own = torch.ones(int(world.rank == 0), 3)  # rank 0 holds the only row
+    shard = DTensor.from_local(own, mesh, [Shard(0)], shape=torch.Size([1, 3]), stride=(3, 1))
+    model.inner.weight = nn.Parameter(shard)
+    return compare(model, world, RowsOfRank(world))
+
+
+@pytest.mark.dist
+def test_fewer_rows_than_ranks_are_no_copies() -> None:
+    """Such as the gate of a shared expert, one row: no rank has a copy of it, and no alarm comes."""
+    assert run_ranks(_fewer_rows_than_ranks, 3) == ["8 bytes"] * 3
