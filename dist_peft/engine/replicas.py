@@ -149,8 +149,11 @@ def _odd(rows: list[list[int]]) -> str:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Whether ranks hold different rows. Not told from the rows of this rank: of a matrix with fewer
-    rows than ranks (the gate of a shared expert has one) a single rank may hold all of them."""
+    """Whether ranks hold different rows.
+
+    The rows of this rank do not tell: of a matrix with fewer rows than ranks (the gate of a shared
+    expert has one) a single rank may hold all of them.
+    """
     return isinstance(tensor, DTensor) and any(
         placement.is_shard() and tensor.device_mesh.size(axis) > 1
         for axis, placement in enumerate(tensor.placements)
