@@ -153,5 +153,5 @@ def _fewer_rows_than_ranks(world: World) -> str:
 
 @pytest.mark.dist
 def test_fewer_rows_than_ranks_are_no_copies() -> None:
-    """Such as the gate of a shared expert, one row: no rank has a copy of it, and no alarm comes."""
+    """Such as the gate of a shared expert, one row: no rank has a copy, and no alarm comes."""
     assert run_ranks(_fewer_rows_than_ranks, 3) == ["8 bytes"] * 3
