@@ -145,7 +145,7 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 104, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
-"""What a type needs beside the sizes."""
+"""What a type needs in addition to the sizes."""
 
 
 def small_config(kind: str) -> PretrainedConfig:

@@ -21,7 +21,7 @@ ADAPTERS = ("peft", "peft-expanded")
 """Formats of an adapter alone."""
 
 INTEGER_ZERO = ("gptq", "compressed-tensors")
-"""Formats with the base as trained and the adapter beside it."""
+"""Formats of the base as trained, with the adapter in a directory of its own."""
 
 _FORMATS_WITH_BITS = ("mlx", "hf-metal", *INTEGER_ZERO)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -70,7 +70,7 @@ def _positive(text: str) -> float:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``export`` takes beside the arguments of ``merge``."""
+    """Arguments of ``export`` in addition to those of ``merge``."""
     names = ", ".join(FORMATS)
     parser.add_argument(
         "--list", action=_ListFormats, help="print what each format preserves and who loads it"
@@ -107,7 +107,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "keep-adapter": (
         {
             "action": "store_true",
-            "help": "the NF4 base's own codes, and the adapter beside them: loses nothing",
+            "help": "the NF4 base's own codes, with the adapter in a directory of its own; lossless",
         },
         ("bnb-nf4",),
     ),
@@ -133,8 +133,8 @@ def warn_of_unused(args: argparse.Namespace) -> None:
             log.warning("--%s has no effect on format %s", name, args.format)
     if args.lossy and not args.merge and args.format in INTEGER_ZERO:
         log.warning("--lossy has no effect without --merge")
-    beside = (args.format in INTEGER_ZERO and not args.merge) or (
+    keeps_adapter = (args.format in INTEGER_ZERO and not args.merge) or (
         args.format == "bnb-nf4" and args.keep_adapter
     )
-    if args.base and (args.format in ADAPTERS or beside):
+    if args.base and (args.format in ADAPTERS or keeps_adapter):
         log.warning("--base has no effect where nothing is merged")

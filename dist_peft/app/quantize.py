@@ -209,7 +209,7 @@ def _check_origin_rows(
 
 def _made_otherwise(out: Path, other: str) -> UserError:
     return UserError(
-        f"{out} was made from another {other}; remove {out.name}/ to quantize anew, or choose "
+        f"{out} was made from another {other}; remove {out.name}/ to quantize again, or choose "
         "another save.dir"
     )
 

@@ -49,7 +49,7 @@ _MAY_CHANGE = (
     "data.train<>.name",
     "data.too_long",
     "data.turn_end",
-    # nothing is learnt from held-out data
+    # held-out data do not change the trained parameters
     "data.eval*",
     "contents of data.eval",
     # the same function, computed in another way

@@ -69,7 +69,7 @@ class DataSource(Section):
 
 
 class DataConfig(Section):
-    """What is learnt, and how records become token rows."""
+    """Training and held-out data, and how records become token rows."""
 
     train: list[DataSource] = Field(
         min_length=1, description="Training sources: paths or DataSource."
