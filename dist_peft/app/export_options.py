@@ -107,7 +107,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "keep-adapter": (
         {
             "action": "store_true",
-            "help": "the NF4 base's own codes, with the adapter in a directory of its own; lossless",
+            "help": "the NF4 base's own codes and the adapter in its own directory; lossless",
         },
         ("bnb-nf4",),
     ),

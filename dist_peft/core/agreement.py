@@ -119,7 +119,7 @@ def _wait(store: KeyValueStore, keys: list[str], seconds: float, whom: str) -> N
 
 
 def _leave_together(store: KeyValueStore, size: int, topic: str) -> None:
-    """Nobody leaves, and closes the store, before all have read the message."""
+    """No rank leaves, or closes the store, before all have read the message."""
     store.add(f"{topic}/read", 1)
     end = time.monotonic() + GRACE_SECONDS
     while store.add(f"{topic}/read", 0) < size and time.monotonic() < end:

@@ -58,8 +58,8 @@ def default_chat_template(starts_with_bos: bool) -> str:
 
     ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``; tools stand before the conversation, a JSON
     object a line, and calls as ``<tool_call>`` blocks in the assistant's turn. To chat with the
-    result, the inference side needs the same template: training saves it with the tokenizer in
-    the adapter.
+    result, the inference side needs the same template: training saves it with the tokenizer in the
+    adapter's directory.
     """
     return ("{{ bos_token }}" if starts_with_bos else "") + _DEFAULT_TEMPLATE
 
