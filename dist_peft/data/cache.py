@@ -93,7 +93,7 @@ def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None
         UserError: from ``build``; or the cache cannot be written (rights, space).
     """
     final = root / key
-    stored = _open(final)
+    stored = _open(final, warn=True)
     if stored is not None:
         return stored
     with _writing(root):
@@ -152,19 +152,23 @@ def _publish(temporary: Path, final: Path) -> None:
     os.close(directory)
 
 
-def _open(directory: Path) -> Documents | None:
+def _open(directory: Path, *, warn: bool = False) -> Documents | None:
     """None if absent, cut short, inconsistent, or not what was written: every byte is compared with
-    its stored hash, which reads the files once (10 GB in about a second from memory)."""
+    its stored hash, which reads the files once (10 GB in about a second from memory).
+
+    ``warn``: say so in the log; the calls that look again under the lock do not.
+    """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         stored, found = meta.pop("hashes"), _hashes(directory, meta)
         if altered := sorted(name for name in found if found[name] != stored.get(name)):
-            _LOG.warning(
-                "token cache %s is not as it was written (%s): the data are tokenized again",
-                directory,
-                ", ".join(altered),
-                extra=ONCE,
-            )
+            if warn:
+                _LOG.warning(
+                    "token cache %s is not as it was written (%s): the data are tokenized again",
+                    directory,
+                    ", ".join(altered),
+                    extra=ONCE,
+                )
             return None
         documents = Documents(
             **{
