@@ -154,7 +154,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 def _open(directory: Path, *, warn: bool = False) -> Documents | None:
     """None if absent, cut short, inconsistent, or not what was written: every byte is compared with
-    its stored hash, which reads the files once (10 GB in about a second from memory).
+    its stored hash, which reads the files once (500 MB took 0.08 s from the page cache).
 
     ``warn``: say so in the log; the calls that look again under the lock do not.
     """
