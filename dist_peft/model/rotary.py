@@ -3,8 +3,9 @@
 longrope (Ding et al. 2024, "LongRoPE") has one set of frequencies for sequences up to the original
 length and another beyond it; dynamic NTK scaling computes new ones for each length beyond it.
 ``transformers`` takes the largest position of the whole batch for that length, and with dynamic NTK
-keeps what it has computed for the next call. So a short document beside a long one, or after one,
-would get other angles than alone. Here each document, padding included, has its own length::
+keeps what it has computed for the next call. So a short document in a batch with a long one, or
+after one, would get other angles than alone. Here each document, padding included, has its own
+length::
 
     positions   0 1 2 3 4 5 | 0 1 2 | 0 0        original length 4
     lengths     6 6 6 6 6 6 | 3 3 3 | 1 1
