@@ -1,12 +1,22 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from dist_peft.core.log import close_log
+
 # a busy machine is no defect
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def _log_is_closed() -> Iterator[None]:
+    """A test that sets the log up leaves it as it was, or the next one captures nothing."""
+    yield
+    close_log()
 
 
 @pytest.fixture(scope="session")

@@ -125,12 +125,12 @@ def test_packed_bytes_of_a_fresh_process_on_two_threads() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", HASHES)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [name for name in HASHES if "gptq" not in name])
 def test_packed_bytes_of_a_gpu(name: str) -> None:
+    """But for gptq, whose factor is made on the CPU here."""
     digest = hashlib.sha256()
     for rows, columns in ((5, 96), (37, 1056), (64, 2048)):
-        if name == "int3 gptq":
-            pytest.skip("the factor of this test is made on the CPU")
         packed = packed_bytes(name, fixed_weight(rows, columns).cuda())
         digest.update(packed.cpu().numpy().tobytes())
     assert digest.hexdigest()[:16] == HASHES[name]
