@@ -58,7 +58,7 @@ def iterate_phrases(path: Path) -> Iterator[Phrase]:
         if token.type == tokenize.COMMENT:
             yield Phrase(token.string.lstrip("#! "), f"{path}:{token.start[0]}")
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield Phrase(node.value, f"{path}:{node.lineno}")
 
 
