@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import parse_config
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
 
 __all__ = [
     "MIB",

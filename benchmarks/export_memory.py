@@ -27,7 +27,7 @@ from common import (
 )
 from merge_memory import make_adapter
 
-from dist_peft.export.formats import Job, export_model
+from dist_peft.export.formats.registry import Job, export_model
 from dist_peft.store.index import SafetensorsIndex
 
 FORMATS = ("bnb-nf4", "gptq", "compressed-tensors", "mlx", "hf-metal", "gguf")

@@ -36,11 +36,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dist_peft.adapters.lora_method import LoraAdapter
-from dist_peft.core.config import BaseConfig, LoraConfig, QuantConfig
+from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.core.config.run import BaseConfig, LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
-from dist_peft.model.attention import documents_are_isolated
+from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader

@@ -26,8 +26,8 @@ from typing import Any
 
 from common import print_table, write_result
 
-from dist_peft.app.train import train
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.commands.train import train
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.train.metrics import read_metrics
 

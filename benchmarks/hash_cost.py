@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from common import MIB, make_base, print_table, run_config, write_result
 
-from dist_peft.app.build import prepare
+from dist_peft.app.model_setup import prepare
 from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import row_hashes

@@ -29,7 +29,7 @@ from common import (
 )
 from torch.distributed.tensor import DTensor
 
-from dist_peft.app.build import Built, load, prepare
+from dist_peft.app.model_setup import Built, load, prepare
 from dist_peft.core.world import World
 
 CONSTANT_MIB = 28 + 16

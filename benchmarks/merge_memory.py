@@ -23,8 +23,8 @@ from common import (
 )
 from safetensors.torch import save_file
 
-from dist_peft.core.config import LoraConfig
-from dist_peft.export.merge import merge_model
+from dist_peft.core.config.run import LoraConfig
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.model.skeleton import build_skeleton
 
 

@@ -35,15 +35,15 @@ from common import (
 )
 from torch import nn
 
-from dist_peft.adapters.peft_format import write_adapter
-from dist_peft.app.build import Built, load, prepare
-from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import parse_config
-from dist_peft.core.hostmem import freed_memory_is_returned
+from dist_peft.adapters.directory import write_adapter
+from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.host_memory import freed_memory_is_returned
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.train.loop import batch_loss
-from dist_peft.train.optim import make_optimizer_factory
+from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 2048}

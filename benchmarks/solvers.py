@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from common import print_table, write_result
 
-from dist_peft.app.build import load, prepare
-from dist_peft.app.rows import make_loaders
-from dist_peft.app.solve import calibration_windows, solve
-from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.data_setup import make_loaders
+from dist_peft.app.model_setup import load, prepare
+from dist_peft.app.solved_base import calibration_windows, solve
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import evaluate
 

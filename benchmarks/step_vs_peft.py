@@ -33,11 +33,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dist_peft.app.build import load, prepare
+from dist_peft.app.model_setup import load, prepare
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.train.loop import batch_loss
-from dist_peft.train.optim import make_optimizer_factory
+from dist_peft.train.optimizers import make_optimizer_factory
 
 BATCH, SEQUENCE, LR = 2, 256, 1e-3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,14 +17,14 @@ import torch
 from common import run_config
 from torch import nn
 
-from dist_peft.app.build import Built, load, prepare
-from dist_peft.app.rows import Loaders, make_loaders
-from dist_peft.core.config import RunConfig
+from dist_peft.app.data_setup import Loaders, make_loaders
+from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
 from dist_peft.train.loop import StepResult, fit
-from dist_peft.train.optim import make_optimizer_factory
+from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
 CHUNK = bytearray(2**20)

@@ -2,17 +2,17 @@
 
 import torch
 
-from dist_peft.adapters.base import Adapter
-from dist_peft.adapters.bottleneck_method import BottleneckAdapter
-from dist_peft.adapters.fusion_method import FusionAdapter
-from dist_peft.adapters.lora_method import LoraAdapter
-from dist_peft.adapters.none import NoAdapter
-from dist_peft.adapters.partial import PartialAdapter
-from dist_peft.adapters.prefix import PrefixAdapter
-from dist_peft.adapters.prompt_tuning import PromptTuningAdapter
-from dist_peft.adapters.ptuning import PTuningAdapter
-from dist_peft.adapters.qalora_method import QaLoraAdapter
-from dist_peft.core.config import (
+from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.adapters.full.method import PartialAdapter
+from dist_peft.adapters.fusion.method import FusionAdapter
+from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.adapters.no_adapter import NoAdapter
+from dist_peft.adapters.protocol import Adapter
+from dist_peft.adapters.qalora.method import QaLoraAdapter
+from dist_peft.adapters.virtual_tokens.p_tuning import PTuningAdapter
+from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixAdapter
+from dist_peft.adapters.virtual_tokens.prompt_tuning import PromptTuningAdapter
+from dist_peft.core.config.run import (
     AdapterConfig,
     BottleneckConfig,
     FullConfig,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.peft_format import read_metadata
-from dist_peft.core.config import FusionConfig
+from dist_peft.adapters.directory import read_metadata
+from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
@@ -25,7 +25,7 @@ from dist_peft.core.world import World
 from dist_peft.engine import Engine
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.hub import read_json_object
-from dist_peft.model.prequantized import OWN_METHOD
+from dist_peft.model.prequantized.base import OWN_METHOD
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.content import RowHashes

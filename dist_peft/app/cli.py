@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_peft.app import combine as combine_app
-from dist_peft.app import eval as eval_app
-from dist_peft.app import export as export_app
 from dist_peft.app import export_options
-from dist_peft.app import inspect as inspect_app
-from dist_peft.app import quantize as quantize_app
-from dist_peft.app import quickstart as quickstart_app
-from dist_peft.app import train as train_app
-from dist_peft.app import validate as validate_app
+from dist_peft.app.commands import combine as combine_app
+from dist_peft.app.commands import eval as eval_app
+from dist_peft.app.commands import export as export_app
+from dist_peft.app.commands import inspect as inspect_app
+from dist_peft.app.commands import quantize as quantize_app
+from dist_peft.app.commands import quickstart as quickstart_app
+from dist_peft.app.commands import train as train_app
+from dist_peft.app.commands import validate as validate_app
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import MeetingError, RemoteError, World
 from dist_peft.export.verdict import VerificationError

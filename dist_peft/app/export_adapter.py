@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.adapterhub_format import is_adapterhub
-from dist_peft.adapters.fusion_format import is_fusion
-from dist_peft.adapters.peft_format import (
+from dist_peft.adapters.bottleneck.format import is_adapterhub
+from dist_peft.adapters.directory import (
     check_adapter,
     read_adapter,
     read_metadata,
     write_adapter,
 )
-from dist_peft.adapters.prompt_format import PLACED
-from dist_peft.adapters.qalora_format import as_expanded, as_peft
-from dist_peft.app.report import add_section
-from dist_peft.core.config import QaLoraConfig, RunConfig
+from dist_peft.adapters.fusion.format import is_fusion
+from dist_peft.adapters.qalora.format import as_expanded, as_peft
+from dist_peft.adapters.virtual_tokens.format import PLACED
+from dist_peft.app.run_report import add_section
+from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.sink import check_new, copy_tokenizer
+from dist_peft.export.model_directory import check_new, copy_tokenizer
 from dist_peft.export.time_limit import NotVerified, time_limit
 from dist_peft.export.verdict import judge
 from dist_peft.export.verify import Probe

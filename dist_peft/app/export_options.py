@@ -4,7 +4,7 @@ import argparse
 import logging
 from typing import Any
 
-from dist_peft.export.formats import FORMATS, GGUF_TYPES, format_table
+from dist_peft.export.formats.registry import FORMATS, GGUF_TYPES, format_table
 
 __all__ = [
     "ADAPTERS",

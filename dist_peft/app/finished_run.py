@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.peft_format import read_metadata
-from dist_peft.app.quantize import with_base_of_run
+from dist_peft.adapters.directory import read_metadata
+from dist_peft.app.commands.quantize import with_base_of_run
 from dist_peft.app.tasks import refuse_tasks
-from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import load_run_config
+from dist_peft.core.config.io import load_run_config
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.hub import announce_trust
 

@@ -9,16 +9,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.adapterhub_format import is_adapterhub, read_settings
-from dist_peft.adapters.fusion_format import fusion_names, is_fusion
-from dist_peft.adapters.peft_format import (
+from dist_peft.adapters.bottleneck.format import is_adapterhub, read_settings
+from dist_peft.adapters.directory import (
     check_adapter,
     config_file,
     read_adapter,
     tensors_file,
 )
-from dist_peft.adapters.pooling import read_pooling
-from dist_peft.adapters.prompt_format import PROMPT_TYPES
+from dist_peft.adapters.fusion.format import fusion_names, is_fusion
+from dist_peft.adapters.qalora.pooling import read_pooling
+from dist_peft.adapters.virtual_tokens.format import PROMPT_TYPES
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 

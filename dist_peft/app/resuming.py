@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dist_peft.app.build import Prepared
-from dist_peft.app.rows import Loaders, make_loaders
+from dist_peft.app.data_setup import Loaders, make_loaders
+from dist_peft.app.model_setup import Prepared
 from dist_peft.app.run_identity import rank_inputs, run_values
 from dist_peft.core.agreement import NOT_SET, shown
-from dist_peft.core.config import RunConfig
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World

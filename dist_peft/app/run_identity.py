@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.base import Adapter
-from dist_peft.app.build import Prepared
-from dist_peft.app.rows import Loaders
+from dist_peft.adapters.protocol import Adapter
+from dist_peft.app.data_setup import Loaders
+from dist_peft.app.model_setup import Prepared
 from dist_peft.core.agreement import digest_of, flatten_tree
-from dist_peft.core.config import FusionConfig, RunConfig
+from dist_peft.core.config.run import FusionConfig, RunConfig
 from dist_peft.core.world import World
 from dist_peft.data.labels import class_names
 from dist_peft.engine import engine_kind

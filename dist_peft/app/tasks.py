@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_peft.core.config import DataSource, FullConfig, PartialConfig, RunConfig
-from dist_peft.core.config_io import load_run_config
+from dist_peft.core.config.io import load_run_config
+from dist_peft.core.config.run import DataSource, FullConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics

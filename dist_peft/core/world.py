@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import Place, detect
-from dist_peft.core.meeting import Meeting, MeetingError, meet
+from dist_peft.core.rendezvous import Meeting, MeetingError, meet
 
 __all__ = ["MeetingError", "RemoteError", "World"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 
 __all__ = ["ClassTask", "class_names", "class_tasks", "task_of"]

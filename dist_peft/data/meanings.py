@@ -8,7 +8,7 @@ on something else than the records say.
 import string
 from typing import Any
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.column_hints import chosen_columns
 from dist_peft.data.left_out import WEIGHT_COLUMNS

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dist_peft.data.labelled import LabelledRows
-from dist_peft.data.rows import RowSet
+from dist_peft.data.classification import LabelledRows
+from dist_peft.data.documents import RowSet
 
 __all__ = ["Mixture"]
 

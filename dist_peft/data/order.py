@@ -28,7 +28,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_peft.core.config import DataConfig
+from dist_peft.core.config.run import DataConfig
 from dist_peft.core.errors import UserError
 
 __all__ = ["MixedOrder", "Order", "PoolOrder", "Share", "shares_of"]

@@ -4,7 +4,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import Place, Record
 from dist_peft.data.messages import valid_unicode

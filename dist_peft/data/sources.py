@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import ALPACA_OPTIONAL, Turn, alpaca_turns
 from dist_peft.data.blank_turns import BlankTurns, excluded_turn, is_blank_turn

@@ -28,7 +28,7 @@ import tokenizers
 import transformers
 from numpy.typing import NDArray
 
-from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build

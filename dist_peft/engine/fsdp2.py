@@ -26,13 +26,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from dist_peft.core.config import EngineConfig
+from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
-from dist_peft.engine.base import OptimizerFactory, at_once, move_buffers
 from dist_peft.engine.compat import all_gather, allow_integer_parameters
-from dist_peft.engine.local import LocalOptimizer
 from dist_peft.engine.mesh import ends_of, shard_mesh
+from dist_peft.engine.optimizer import LocalOptimizer
+from dist_peft.engine.protocol import OptimizerFactory, at_once, move_buffers
 
 __all__ = ["Fsdp2Engine"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dist_peft.core.config import EngineConfig
+from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from dist_peft.core.agreement import digest_of, name_ranks
 from dist_peft.core.span import Span
 from dist_peft.core.world import RemoteError, World
-from dist_peft.engine.base import Engine
+from dist_peft.engine.protocol import Engine
 
 __all__ = ["ReplicaCheck"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
-from dist_peft.engine.base import OptimizerFactory, at_once, move_buffers
-from dist_peft.engine.local import LocalOptimizer
+from dist_peft.engine.optimizer import LocalOptimizer
+from dist_peft.engine.protocol import OptimizerFactory, at_once, move_buffers
 
 __all__ = ["SingleEngine"]
 

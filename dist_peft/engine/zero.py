@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.base import (
+from dist_peft.engine.mesh import shard_mesh
+from dist_peft.engine.protocol import (
     OptimizerFactory,
     adam_start,
     at_once,
@@ -36,8 +37,7 @@ from dist_peft.engine.base import (
     trainable,
     updates,
 )
-from dist_peft.engine.mesh import shard_mesh
-from dist_peft.engine.shards import RowShards
+from dist_peft.engine.row_shards import RowShards
 from dist_peft.engine.zero_config import deepspeed_config
 
 __all__ = ["ZeroEngine"]

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 
 __all__ = ["deepspeed_config"]

@@ -21,9 +21,9 @@ import torch
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.groups import BiasGroups, pack_words, quantize_rows, regroup
-from dist_peft.export.sink import Piece, unpacked_linears
-from dist_peft.export.walk import Walk, Weight
+from dist_peft.export.formats.groups import BiasGroups, pack_words, quantize_rows, regroup
+from dist_peft.export.merged_weights import Walk, Weight
+from dist_peft.export.model_directory import Piece, unpacked_linears
 from dist_peft.store.writer import TensorSpec
 
 __all__ = ["BiasPacker", "HfMetal", "Mlx", "stored_group"]

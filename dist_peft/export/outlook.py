@@ -4,7 +4,7 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
-from dist_peft.core.config import (
+from dist_peft.core.config.run import (
     BottleneckConfig,
     FusionConfig,
     LoraConfig,
@@ -16,7 +16,7 @@ from dist_peft.core.config import (
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.export.float_bias import MLX_GROUPS, stored_group
-from dist_peft.export.formats import FORMATS
+from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.model_files import model_files
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import Skeleton
@@ -86,7 +86,7 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
     if quant is not None and kept and not stored_group(quant.group_size, MLX_GROUPS):
         own.setdefault("mlx", f"mlx has no groups of {quant.group_size}")
     if "gguf" not in own and find_spec("gguf") is not None:
-        from dist_peft.export.gguf_model import GgufModel  # needs an optional package
+        from dist_peft.export.formats.gguf_model import GgufModel  # needs an optional package
 
         try:
             GgufModel(skeleton)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.peft_format import read_metadata
+from dist_peft.adapters.directory import read_metadata
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import atomic_write
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dist_peft.adapters.peft_format import read_metadata
-from dist_peft.core.config import BaseConfig
+from dist_peft.adapters.directory import read_metadata
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.export.merged_weights import base_rows
 from dist_peft.export.time_limit import NotVerified
 from dist_peft.export.verify import Comparison, Probe, compare
-from dist_peft.export.walk import base_rows
 from dist_peft.model.skeleton import torch_dtype
 
 __all__ = ["verify_adapter"]

@@ -32,7 +32,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenRows
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.matmul import frozen_grouped_matmul
+from dist_peft.quant.frozen_matmul import frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = [

@@ -18,7 +18,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.naming import Names
-from dist_peft.model.prequantized import Prequantized
+from dist_peft.model.prequantized.base import Prequantized
 from dist_peft.quant.codec import Codec, RawCodec
 
 __all__ = [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.matmul import frozen_matmul
+from dist_peft.quant.frozen_matmul import frozen_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = ["FrozenLinear", "FrozenRows", "LinearRows", "Stored", "is_finite"]

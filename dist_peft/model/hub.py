@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 

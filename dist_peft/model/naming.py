@@ -30,7 +30,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.model.experts import STACKS, Piece, Pieces
-from dist_peft.model.prequantized import Prequantized
+from dist_peft.model.prequantized.base import Prequantized
 from dist_peft.model.tied_weights import other_names, untie_different
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
 from dist_peft.model.experts import ExpertStack, find_experts, find_routers
@@ -36,7 +36,7 @@ from dist_peft.model.freezing import check_packed, freeze_experts, freeze_linear
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
 from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
 from dist_peft.model.naming import find_names
-from dist_peft.model.prequantized import Prequantized, check_stated, open_prequantized
+from dist_peft.model.prequantized.base import Prequantized, check_stated, open_prequantized
 from dist_peft.model.rotary import rotate_by_document
 from dist_peft.model.tied_weights import untied_settings
 from dist_peft.model.weight_probe import read_by_others, refuse_unsupported

@@ -41,7 +41,7 @@ from torch import Tensor
 from dist_peft.quant.hqq import best_zero
 from dist_peft.quant.kernels import decode_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.rows import (
+from dist_peft.quant.packed_rows import (
     align4,
     as_bytes,
     check_finite,

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.nf4 import Nf4Codec
-from dist_peft.quant.rows import align4, check_packed, check_weight
+from dist_peft.quant.packed_rows import align4, check_packed, check_weight
 
 __all__ = ["Codec", "RawCodec", "make_codec"]
 

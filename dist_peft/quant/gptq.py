@@ -47,7 +47,7 @@ from torch.nn import functional
 
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.quant.rows import CHUNK_ELEMENTS, check_weight
+from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, check_weight
 
 __all__ = ["Factor", "Hessian", "factorize", "gram", "largest_entry", "solve_rows"]
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.quant.exact_math import exact_sqrt
-from dist_peft.quant.rows import divide
+from dist_peft.quant.packed_rows import divide
 
 __all__ = ["best_zero"]
 

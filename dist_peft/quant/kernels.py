@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.quant.pack import lookup
-from dist_peft.quant.rows import row_chunks
+from dist_peft.quant.packed_rows import row_chunks
 
 __all__ = ["NF4_LEVELS", "decode_affine", "decode_nf4", "nf4_path"]
 

@@ -40,7 +40,14 @@ from torch import Tensor
 from dist_peft.quant.exact_math import exact_sqrt
 from dist_peft.quant.kernels import NF4_LEVELS, decode_nf4
 from dist_peft.quant.pack import pack_bits
-from dist_peft.quant.rows import align4, check_finite, check_packed, divide, encode_groups, field
+from dist_peft.quant.packed_rows import (
+    align4,
+    check_finite,
+    check_packed,
+    divide,
+    encode_groups,
+    field,
+)
 
 __all__ = ["NF4_LEVELS", "Nf4Codec"]
 

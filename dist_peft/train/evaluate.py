@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.world import World
-from dist_peft.data.labelled import LabelledBatch
+from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.mixture import Mixture
 from dist_peft.engine import Engine
-from dist_peft.model.attention import batch_inputs
-from dist_peft.train.class_loss import ClassCounts, Scores, in_range, labelled_losses, sum_of
+from dist_peft.model.attention_mask import batch_inputs
+from dist_peft.train.classification_metrics import (
+    ClassCounts,
+    Scores,
+    in_range,
+    labelled_losses,
+    sum_of,
+)
 from dist_peft.train.loss import IGNORE, token_loss
 
 __all__ = ["HeldOut", "evaluate", "inference", "row_losses"]

@@ -22,14 +22,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.fusion import FusionLayer
+from dist_peft.adapters.fusion.layer import FusionLayer
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.data.labelled import LabelledBatch
+from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.mixture import Mixture
 from dist_peft.engine import Engine
-from dist_peft.model.attention import batch_inputs
+from dist_peft.model.attention_mask import batch_inputs
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.evaluate import inference
 from dist_peft.train.loss import IGNORE

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dist_peft.adapters.base import Adapter
+from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.data.labelled import LabelledBatch
+from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.engine import Engine
-from dist_peft.model.attention import batch_inputs
-from dist_peft.train.class_loss import labelled_losses
+from dist_peft.model.attention_mask import batch_inputs
+from dist_peft.train.classification_metrics import labelled_losses
 from dist_peft.train.loss import token_loss
 
 __all__ = ["StepResult", "batch_loss", "fit"]

@@ -16,7 +16,7 @@ from typing import Self
 
 from jinja2 import Environment, StrictUndefined
 
-from dist_peft.core.config import RunConfig
+from dist_peft.core.config.run import RunConfig
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.fusion_attention import FusionAttention
 from dist_peft.train.metrics import METRICS_FILE, StepMetrics, format_bytes, read_metrics

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_peft.adapters.peft_format import check_adapter, read_adapter, write_adapter
+from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app import cli
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
-from dist_peft.export.formats import export_model
-from dist_peft.export.merge import merge_model
-from tests.export.runs import FakeRun, make_run
+from dist_peft.export.formats.registry import export_model
+from dist_peft.export.merge_weights import merge_model
+from tests.support.export_runs import FakeRun, make_run
 
 _A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 

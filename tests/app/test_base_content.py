@@ -12,20 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from dist_peft.app import cli
 from dist_peft.app.base_content import RECORD_FILE
-from dist_peft.app.build import load, prepare
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.model_setup import load, prepare
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.store.fingerprint import edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
-from tests import packed
-from tests.app.fusing import train_adapters
 from tests.app.test_resume import train
-from tests.app.tiny import save_config, save_words, tiny_tree
-from tests.dist import run_ranks
-from tests.store.helpers import save_sharded
-from tests.tiny_models import CONFIGS, MIXTURES, save_model
+from tests.support import packed
+from tests.support.dist import run_ranks
+from tests.support.fusion_runs import train_adapters
+from tests.support.store_files import save_sharded
+from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
+from tests.support.tiny_runs import save_config, save_words, tiny_tree
 
 CPU = torch.device("cpu")
 MIDDLE = "model.layers.1.self_attn.q_proj.weight"
@@ -132,7 +132,7 @@ def test_other_function_of_the_same_weights_is_refused(
     (rope if rope is not None else config)[key] = value
     file.write_text(json.dumps(config))
     save_config(run_of(changed), changed)
-    monkeypatch.setattr("dist_peft.app.train.load", None)  # refused before
+    monkeypatch.setattr("dist_peft.app.commands.train.load", None)  # refused before
     tree = {**changed, "train": {**changed["train"], "steps": 4}}
     command = {
         "train": ["train", "--config", str(save_config(tmp_path, tree))],

@@ -19,14 +19,21 @@ from dist_peft.export import verify_consumer
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
-from tests.app.classifying import classifying_tree, save_classifier_base
-from tests.app.engines import Outcomes, Runs, check_equals_single, check_resumes, outcomes_of, pairs
 from tests.app.test_equality import (
     build,
 )
 from tests.app.test_resume import losses, train
-from tests.app.tiny import save_config, save_records, tiny_tree
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.classification_runs import classifying_tree, save_classifier_base
+from tests.support.engines import (
+    Outcomes,
+    Runs,
+    check_equals_single,
+    check_resumes,
+    outcomes_of,
+    pairs,
+)
+from tests.support.tiny_models import CONFIGS, save_model
+from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
 pytestmark = pytest.mark.dist
 

@@ -11,20 +11,32 @@ import pytest
 import torch
 import transformers as tf
 
-from dist_peft.app.build import restore
+from dist_peft.app.model_setup import restore
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.data.labelled import LabelledBatch
-from dist_peft.model.attention import batch_inputs
+from dist_peft.data.classification import LabelledBatch
+from dist_peft.model.attention_mask import batch_inputs
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
-from tests.app.classifying import classifying_tree, save_classifier_base, save_pairs, source
-from tests.app.engines import Outcomes, Runs, check_equals_single, check_resumes, outcomes_of, pairs
 from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import NF4, build
 from tests.app.test_resume import train
-from tests.app.tiny import save_config
+from tests.support.classification_runs import (
+    classifying_tree,
+    save_classifier_base,
+    save_pairs,
+    source,
+)
+from tests.support.engines import (
+    Outcomes,
+    Runs,
+    check_equals_single,
+    check_resumes,
+    outcomes_of,
+    pairs,
+)
+from tests.support.tiny_runs import save_config
 
 pytestmark = pytest.mark.dist
 

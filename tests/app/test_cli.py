@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dist_peft.app import cli, inspect
+from dist_peft.app import cli
+from dist_peft.app.commands import inspect
 from dist_peft.core.log import close_log
-from tests.app.tiny import save_config, tiny_tree
+from tests.support.tiny_runs import save_config, tiny_tree
 
 
 @pytest.fixture(autouse=True)

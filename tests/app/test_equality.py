@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_peft.app.build import Built, load, prepare
-from dist_peft.app.rows import Loaders, make_loaders
-from dist_peft.core.config import RunConfig
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.data_setup import Loaders, make_loaders
+from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
-from dist_peft.engine.base import trainable
+from dist_peft.engine.protocol import trainable
 from dist_peft.train.loop import StepResult, batch_loss, fit
-from dist_peft.train.optim import make_optimizer_factory
-from tests.dist import run_ranks
+from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.dist import run_ranks
 
 CPU = torch.device("cpu")
 

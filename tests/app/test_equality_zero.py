@@ -12,7 +12,7 @@ from tests.app.test_equality import (
     assert_same,
     run_config,
 )
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]

@@ -13,15 +13,14 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_peft.adapters.peft_format import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter, write_adapter
 from dist_peft.app import cli
-from dist_peft.app.export import merge_run
+from dist_peft.app.commands.export import merge_run
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.metrics import read_metrics
 from tests.app import test_equality
-from tests.app.engines import Outcomes, Runs, check_equals_single, check_resumes, outcomes_of, pairs
 from tests.app.test_equality import (
     NF4,
     Outcome,
@@ -30,9 +29,17 @@ from tests.app.test_equality import (
     build,
 )
 from tests.app.test_resume import train
-from tests.app.tiny import save_config, save_records, tiny_tree
-from tests.dist import run_ranks
-from tests.tiny_models import MIXTURES, save_model
+from tests.support.dist import run_ranks
+from tests.support.engines import (
+    Outcomes,
+    Runs,
+    check_equals_single,
+    check_resumes,
+    outcomes_of,
+    pairs,
+)
+from tests.support.tiny_models import MIXTURES, save_model
+from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
 pytestmark = pytest.mark.dist
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.train import train
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.commands.train import train
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.tiny import tiny_tree
+from tests.support.tiny_runs import tiny_tree
 
 
 @pytest.mark.parametrize("quant", [None, {"kind": "nf4"}], ids=str)

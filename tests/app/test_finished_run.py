@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from dist_peft.app import cli
+from dist_peft.app.commands.train import train
 from dist_peft.app.finished_run import load_finished_run
-from dist_peft.app.train import train
-from dist_peft.core.config_io import load_config, parse_config
+from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.tiny import save_config, tiny_tree
+from tests.support.tiny_runs import save_config, tiny_tree
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ from tests.app.test_equality import (
     train_steps,
 )
 from tests.app.test_resume import losses, train
-from tests.app.tiny import save_records, save_words, tiny_tree
-from tests.dist import run_ranks
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.dist import run_ranks
+from tests.support.tiny_models import CONFIGS, save_model
+from tests.support.tiny_runs import save_records, save_words, tiny_tree
 
 pytestmark = pytest.mark.dist
 

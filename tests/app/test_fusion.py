@@ -16,9 +16,6 @@ from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.evaluate import inference
 from dist_peft.train.metrics import read_metrics
-from tests.app.classifying import classifying_tree, save_classifier_base
-from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
-from tests.app.fusing import NAMES, changed, fusion_tree, train_adapters
 from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import (
     NF4,
@@ -27,9 +24,12 @@ from tests.app.test_equality import (
     build,
 )
 from tests.app.test_resume import losses, train
-from tests.app.tiny import save_config, tiny_tree
-from tests.dist import run_ranks
-from tests.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.support.classification_runs import classifying_tree, save_classifier_base
+from tests.support.dist import run_ranks
+from tests.support.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.support.fusion_runs import NAMES, changed, fusion_tree, train_adapters
+from tests.support.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.support.tiny_runs import save_config, tiny_tree
 
 pytestmark = pytest.mark.dist
 

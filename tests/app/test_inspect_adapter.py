@@ -13,12 +13,12 @@ import pytest
 import transformers as tf
 from safetensors.torch import load_file
 
-from dist_peft.app.inspect import describe
+from dist_peft.app.commands.inspect import describe
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from tests.app.test_resume import train
-from tests.app.tiny import save_base, tiny_tree
+from tests.support.tiny_runs import save_base, tiny_tree
 
 INT4 = {"kind": "int", "bits": 4, "group_size": 8}
 OURS: dict[str, tuple[dict[str, Any], str]] = {

@@ -26,11 +26,11 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from dist_peft.adapters.peft_format import read_adapter, write_adapter
-from dist_peft.adapters.qalora_format import as_expanded
+from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.qalora.format import as_expanded
 from dist_peft.app import cli
-from dist_peft.core.config import QuantConfig
-from dist_peft.core.config_io import load_config
+from dist_peft.core.config.io import load_config
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -40,7 +40,7 @@ from dist_peft.quant.codec import make_codec
 from dist_peft.train.metrics import read_metrics
 from tests.app.test_equality import run_config
 from tests.app.test_resume import losses, train
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]

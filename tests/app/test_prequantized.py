@@ -11,19 +11,19 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.app import cli
-from dist_peft.app.build import prepare
-from dist_peft.core.config import QuantConfig
-from dist_peft.core.config_io import load_config, parse_config
+from dist_peft.app.model_setup import prepare
+from dist_peft.core.config.io import load_config, parse_config
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.export.merged_weights import open_walk
 from dist_peft.export.verify import Probe, compare
-from dist_peft.export.walk import open_walk
 from dist_peft.quant.affine import AffineCodec
-from tests import packed
 from tests.app.test_resume import losses, train
-from tests.app.tiny import tiny_tree
-from tests.dist import run_ranks
+from tests.support import packed
+from tests.support.dist import run_ranks
+from tests.support.tiny_runs import tiny_tree
 
 QALORA = {"kind": "qalora", "r": 4, "alpha": 8}
 INT4 = QuantConfig(kind="int", bits=4, group_size=packed.GROUP)

@@ -13,14 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_peft.adapters.merge import Merger
-from dist_peft.adapters.merge_groups import lost_share
+from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.qalora.merge import lost_share
 from dist_peft.app import cli
-from dist_peft.core.config_io import load_config
+from dist_peft.core.config.io import load_config
 from dist_peft.core.log import close_log
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.export.merge import merge_model
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.verify import Probe, compare
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from tests.app.test_equality import (
@@ -30,7 +30,7 @@ from tests.app.test_equality import (
     run_config,
 )
 from tests.app.test_resume import losses, train
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.data]
 
@@ -273,7 +273,7 @@ def test_adapter_formats(run: tuple[int, Path, Path], tmp_path: Path, name: str)
     assert config["peft_type"] == "LORA" and config.get("use_qalora", False) == (name == "peft")
     exact = Exact(bits, base, directory)
     probe = Probe.load(directory / "probe.safetensors")
-    if name == "peft":  # needs gptqmodel's linears: tests/adapters/test_qalora_format.py
+    if name == "peft":  # needs gptqmodel's linears: tests/adapters/qalora/test_format.py
         with pytest.raises(RuntimeError, match="size mismatch"):
             PeftModel.from_pretrained(exact.model, tmp_path / "out")
         return

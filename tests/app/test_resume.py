@@ -8,14 +8,14 @@ from unittest import mock
 import pytest
 import torch
 
-from dist_peft.app import train as train_app
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.commands import train as train_app
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.metrics import read_metrics
 from tests.app.test_equality import run_config
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 STOP, STEPS = 6, 12
 

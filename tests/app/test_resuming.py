@@ -14,15 +14,15 @@ import pytest
 from dist_peft.app import resuming
 from dist_peft.app.resuming import check_resumable, may_change
 from dist_peft.core.agreement import flatten_tree
-from dist_peft.core.config_io import parse_config
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import RunPosition
 from tests.app.test_resume import train
 from tests.app.test_run_identity import changed, other_inputs
-from tests.app.tiny import save_words, tiny_tree
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
+from tests.support.tiny_runs import save_words, tiny_tree
 
 Tree = dict[str, Any]
 
@@ -64,7 +64,9 @@ def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
     other_base = "was trained on another base than"  # says how it differs, which no value does
     others["weights"] = (others["weights"][0], f"step-000001 {other_base}")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")
-    with mock.patch("dist_peft.app.train.load", side_effect=AssertionError("base was loaded")):
+    with mock.patch(
+        "dist_peft.app.commands.train.load", side_effect=AssertionError("base was loaded")
+    ):
         for name, (tree, text) in others.items():
             with pytest.raises(UserError, match=re.escape(text)) as caught:
                 train(World(), tree)

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_peft.app.run_identity import rank_configuration, run_values
-from dist_peft.core.config_io import parse_config
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from tests.app.test_equality import build
 from tests.app.test_resume import train
-from tests.app.tiny import save_records, tiny_tree
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
+from tests.support.tiny_runs import save_records, tiny_tree
 
 Tree = dict[str, Any]
 

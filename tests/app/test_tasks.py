@@ -10,16 +10,21 @@ import pytest
 
 from dist_peft.app import cli
 from dist_peft.app.tasks import refuse_tasks, task_configs, task_runs
-from dist_peft.core.config_io import dump_config, load_config, parse_config
+from dist_peft.core.config.io import dump_config, load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train import report
 from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics
-from tests.app.classifying import classifying_tree, save_classifier_base, save_pairs, source
 from tests.app.test_resume import losses, train
-from tests.app.tiny import save_records, tiny_tree
-from tests.dist import run_ranks
+from tests.support.classification_runs import (
+    classifying_tree,
+    save_classifier_base,
+    save_pairs,
+    source,
+)
+from tests.support.dist import run_ranks
+from tests.support.tiny_runs import save_records, tiny_tree
 
 NAMES = ("long", "short", "other")
 

@@ -16,13 +16,13 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.metrics import read_metrics
-from tests.app.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
 from tests.app.test_equality import (
     NF4,
 )
 from tests.app.test_resume import losses, train
-from tests.app.tiny import save_records, tiny_tree
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
+from tests.support.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.support.tiny_runs import save_records, tiny_tree
 
 pytestmark = pytest.mark.dist
 

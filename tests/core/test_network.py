@@ -10,7 +10,7 @@ from dist_peft.core.network import (
     local_address_towards,
     wait_for_port,
 )
-from tests.dist import free_port
+from tests.support.dist import free_port
 
 
 def test_route_and_interface() -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import MeetingError, RemoteError, World
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 
 def test_device() -> None:

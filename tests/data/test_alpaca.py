@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import alpaca_turns
+from dist_peft.data.documents import load_rows, show_row
 from dist_peft.data.files import Place
 from dist_peft.data.record_fields import RecordFields
-from dist_peft.data.rows import load_rows, show_row
-from tests.data.build import byte_tokenizer, data_config, write_jsonl
+from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
 RECORD = {"instruction": "I", "output": "O"}
 

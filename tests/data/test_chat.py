@@ -4,12 +4,12 @@ from typing import Any, Literal
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import ChatRenderer, RenderedChat, default_chat_template
 from dist_peft.data.tokens import load_documents
-from tests.data.build import byte_tokenizer, data_config, write_jsonl
-from tests.data.families import FAMILIES
+from tests.support.chat_families import FAMILIES
+from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

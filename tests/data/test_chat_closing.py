@@ -2,8 +2,8 @@ import pytest
 
 from dist_peft.data.chat_closing import find_turn_ends
 from dist_peft.data.chat_template import ChatTemplate
-from tests.data.build import byte_tokenizer
-from tests.data.families import FAMILIES, Family
+from tests.support.chat_families import FAMILIES, Family
+from tests.support.data_files import byte_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dist_peft.data.chat_date import _freeze, template_writes_date, with_frozen_date
 from dist_peft.model.hub import Tokenizer, load_tokenizer
-from tests.app.tiny import save_words
+from tests.support.tiny_runs import save_words
 
 DAY = datetime.date(2024, 2, 9)
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -3,7 +3,7 @@ from typing import Any
 from dist_peft.data.chat_pieces import find_pieces, locate_pieces, marked_messages, marked_tail
 from dist_peft.data.chat_template import ChatTemplate
 from dist_peft.data.marks import MARK
-from tests.data.families import FAMILIES
+from tests.support.chat_families import FAMILIES
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": " ask </think> "},

@@ -16,7 +16,7 @@ from dist_peft.data.chat_template import ChatTemplate
 from dist_peft.data.files import Place
 from dist_peft.data.sources import Chat
 from dist_peft.data.tokens import Encoder
-from tests.data.families import FAMILIES, Family
+from tests.support.chat_families import FAMILIES, Family
 
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 _EOS = "\uff5c".join(["<", "end\u2581of\u2581sentence", ">"])

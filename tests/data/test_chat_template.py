@@ -3,8 +3,8 @@ import pytest
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import ChatRenderer
 from dist_peft.data.chat_template import ChatTemplate, RenderError
-from tests.data.build import byte_tokenizer
-from tests.data.families import FAMILIES
+from tests.support.chat_families import FAMILIES
+from tests.support.data_files import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 BROKEN = {

@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import pytest
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import Place, open_source, read_records
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dist_peft.core.config import DataConfig, DataSource
+from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.labels import class_names, class_tasks, task_of
 

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_peft.data.documents import RowSet, _whole
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.packing import IGNORE
-from dist_peft.data.rows import RowSet, _whole
-from tests.data.build import documents
+from tests.support.data_files import documents
 
 PAD = 999_999
 

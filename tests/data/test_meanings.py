@@ -1,4 +1,4 @@
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.data.meanings import UnusedColumns
 
 

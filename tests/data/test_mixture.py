@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dist_peft.data.documents import RowSet, _whole
 from dist_peft.data.mixture import Mixture
-from dist_peft.data.rows import RowSet, _whole
-from tests.data.build import documents
+from tests.support.data_files import documents
 
 
 def row_set(*lengths: int) -> RowSet:

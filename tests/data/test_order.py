@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_peft.core.config import DataConfig
+from dist_peft.core.config.run import DataConfig
 from dist_peft.core.errors import UserError
 from dist_peft.data import order as order_module
 from dist_peft.data.order import MixedOrder, PoolOrder, Share, shares_of

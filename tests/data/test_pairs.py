@@ -8,8 +8,8 @@ from dist_peft.data.files import Place
 from dist_peft.data.pairs import PairEncoder
 from dist_peft.data.sources import Labelled
 from dist_peft.model.hub import load_tokenizer
-from tests.app.classifying import save_classifier_base
-from tests.data.build import byte_tokenizer
+from tests.support.classification_runs import save_classifier_base
+from tests.support.data_files import byte_tokenizer
 
 PLACE = Place("f.tsv", 1)
 PAIR = Labelled("w10 w11 w12 w13", "w20 w21", 0)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data import RowSet, load_rows, show_row
 from dist_peft.data.packing import IGNORE
-from tests.data.build import data_config
+from tests.support.data_files import data_config
 
 pytestmark = pytest.mark.data
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import Place
 from dist_peft.data.record_fields import MISSING, RecordFields, column_value, template_fields

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.files import open_source
 from dist_peft.data.sources import Chat, Completion, Example, Text, read_examples
-from tests.data.build import write_jsonl
+from tests.support.data_files import write_jsonl
 
 KEY = "data.train[0]"
 

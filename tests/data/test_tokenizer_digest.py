@@ -8,7 +8,7 @@ import pytest
 
 from dist_peft.data.tokenizer_digest import template_digest, tokenizer_digest
 from dist_peft.model.hub import load_tokenizer
-from tests.app.tiny import save_words
+from tests.support.tiny_runs import save_words
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dist_peft.core.config import DataSource
+from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.cache import Documents
 from dist_peft.data.files import Place
 from dist_peft.data.sources import Chat, Completion, Example, Text
 from dist_peft.data.tokens import Encoder, LossOn, load_documents
-from tests.data.build import byte_tokenizer, data_config, write_jsonl
+from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

@@ -15,8 +15,8 @@ from dist_peft.data.tool_calls import (
     render_calls,
     writes_python_form,
 )
-from tests.data.build import byte_tokenizer
-from tests.data.families import FAMILIES
+from tests.support.chat_families import FAMILIES
+from tests.support.data_files import byte_tokenizer
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),

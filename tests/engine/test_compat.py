@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from dist_peft.core.world import World
 from dist_peft.engine.compat import allow_integer_parameters
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])

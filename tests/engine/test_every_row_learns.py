@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.base import OptimizerFactory, trainable
+from dist_peft.engine.protocol import OptimizerFactory, trainable
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
-from dist_peft.train.optim import make_optimizer_factory
-from tests.dist import run_ranks
+from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.dist import run_ranks
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")

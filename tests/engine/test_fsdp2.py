@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
-from dist_peft.train.optim import make_optimizer_factory
-from tests.dist import run_ranks
-from tests.engine.tiny import (
+from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.dist import run_ranks
+from tests.support.tiny_engines import (
     CPU,
     Model,
     assert_same,

@@ -3,12 +3,12 @@
 import pytest
 from torch import nn
 
-from dist_peft.core.config import EngineConfig
+from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.mesh import ends_of, shard_mesh
-from tests.dist import run_ranks
-from tests.engine.tiny import CPU, Model
+from tests.support.dist import run_ranks
+from tests.support.tiny_engines import CPU, Model
 
 
 def meshes(world: World) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.engine.single import SingleEngine
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 CPU = torch.device("cpu")
 FACTS = {"step": 3, "train.lr": 0.1}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.core.config import TrainConfig
+from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.span import Span
-from dist_peft.engine.base import trainable
+from dist_peft.engine.protocol import trainable
 from dist_peft.engine.single import SingleEngine
-from dist_peft.train.optim import make_optimizer_factory
+from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dist_peft.core.config import EngineConfig, TrainConfig
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.zero_config import deepspeed_config
 

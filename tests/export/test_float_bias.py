@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.export.float_bias import stored_group
-from dist_peft.export.formats import export_model
-from tests.export.runs import make_run
+from dist_peft.export.formats.registry import export_model
+from tests.support.export_runs import make_run
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_peft.core.errors import UserError
+from dist_peft.export.model_directory import copy_configuration, copy_tokenizer
 from dist_peft.export.model_files import check_link, model_files, without_code
-from dist_peft.export.sink import copy_configuration, copy_tokenizer
 
 
 def fill(directory: Path, names: list[str], content: str = "{}") -> Path:

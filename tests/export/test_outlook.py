@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from dist_peft.app.build import prepare
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.model_setup import prepare
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
-from dist_peft.export.formats import FORMATS
+from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.outlook import export_outlook, log_outlook
-from tests.app.tiny import save_words, tiny_tree
-from tests.tiny_models import CONFIGS, MIXTURES, save_model
+from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
+from tests.support.tiny_runs import save_words, tiny_tree
 
 INT = {"kind": "int", "bits": 4, "group_size": 8}
 

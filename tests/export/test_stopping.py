@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from dist_peft.adapters.peft_format import read_adapter, write_adapter
-from dist_peft.core.config import QuantConfig
-from dist_peft.export.formats import export_model
-from dist_peft.export.merge import merge_model
+from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.export.formats.registry import export_model
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.stopping import (
     add_stop_tokens,
     read_turn_end,
     stop_tokens,
     warn_of_no_stop,
 )
-from tests.export.runs import make_run
+from tests.support.export_runs import make_run
 
 
 def write(directory: Path, name: str, content: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
 from dist_peft.export.verify import Probe, compare, generate, verify_directory
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.tiny_models import CONFIGS, save_model
 
 IDS = torch.tensor([[1, 2, 3]])
 

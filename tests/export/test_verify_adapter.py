@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.adapters.peft_format import read_adapter, write_adapter
-from dist_peft.core.config import QuantConfig
+from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.export import verify_adapter as module
 from dist_peft.export.time_limit import NotVerified
 from dist_peft.export.verify_adapter import verify_adapter
-from tests.export.runs import make_run
+from tests.support.export_runs import make_run
 
 
 @pytest.mark.parametrize("quant", [None, QuantConfig(), QuantConfig(kind="int", bits=3)], ids=str)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.export import verify_consumer
-from dist_peft.export.formats import export_model
+from dist_peft.export.formats.registry import export_model
 from dist_peft.export.verify import compare
-from tests.export.runs import make_run
+from tests.support.export_runs import make_run
 
 
 def test_script_imports_nothing_of_the_package(tmp_path: Path) -> None:

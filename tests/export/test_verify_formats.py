@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.export import verify_formats
-from dist_peft.export.formats import export_model
+from dist_peft.export.formats.registry import export_model
 from dist_peft.export.time_limit import NotVerified
 from dist_peft.export.verify_formats import correct_bitsandbytes, verify_export
-from tests.export.runs import make_run
+from tests.support.export_runs import make_run
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dist_peft.app.train import train
-from dist_peft.core.config_io import parse_config
+from dist_peft.app.commands.train import train
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
-from tests.app.tiny import save_config, tiny_tree
-from tests.launch.cluster import Slurm, need
+from tests.support.cluster import Slurm, need
+from tests.support.tiny_runs import save_config, tiny_tree
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist import free_port
-from tests.launch.cluster import Hosts, Slurm, need
 from tests.launch.conftest import TRAIN, SmallRun
+from tests.support.cluster import Hosts, Slurm, need
+from tests.support.dist import free_port
 
 pytestmark = pytest.mark.launcher
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_peft.core.config import EngineConfig, TrainConfig
-from dist_peft.core.config_io import load_config
+from dist_peft.core.config.io import load_config
+from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.engine.zero_config import deepspeed_config
 from tests.launch.conftest import ROOT
 

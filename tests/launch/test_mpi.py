@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cluster import Hosts, need
 from tests.launch.conftest import ROOT, SmallRun
+from tests.support.cluster import Hosts, need
 
 pytestmark = pytest.mark.launcher
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.cluster import Slurm, wait_until
 from tests.launch.conftest import ROOT, TRAIN, SmallRun
+from tests.support.cluster import Slurm, wait_until
 
 pytestmark = pytest.mark.launcher
 

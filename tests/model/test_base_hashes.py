@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import Span
 from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.content import hash_rows
 from dist_peft.store.reader import RowReader
-from tests import packed
-from tests.tiny_models import MIXTURES, save_model
+from tests.support import packed
+from tests.support.tiny_models import MIXTURES, save_model
 
 
 def test_of_an_unquantized_base(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers as tf
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.classifier import pad_token, reads_token_types, take_pad_token
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.skeleton import Skeleton, build_skeleton
-from tests.app.tiny import save_words
-from tests.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.support.tiny_models import CONFIGS, ENCODERS, save_model
+from tests.support.tiny_runs import save_words
 
 LABELS = ("no", "yes", "perhaps")
 

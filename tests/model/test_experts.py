@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from dist_peft.core.config import BaseConfig, QuantConfig
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.engine.single import SingleEngine
@@ -24,9 +24,9 @@ from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.reader import RowReader
-from tests.dist import run_ranks
 from tests.model.test_load import load, share
-from tests.tiny_models import MIXTURES, save_model
+from tests.support.dist import run_ranks
+from tests.support.tiny_models import MIXTURES, save_model
 
 CPU = torch.device("cpu")
 NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)

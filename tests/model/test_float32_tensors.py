@@ -9,13 +9,13 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_peft.adapters.base import PublicAdapter
-from dist_peft.adapters.peft_format import write_adapter
-from dist_peft.core.config import BaseConfig
-from dist_peft.export.merge import merge_model
+from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.model.float32_tensors import keeps_float32
 from tests.model.test_skeleton import IDS, load
-from tests.tiny_models import _COMMON, _GROUPED
+from tests.support.tiny_models import _COMMON, _GROUPED
 
 BF16 = torch.bfloat16
 _ROUTED: dict[str, Any] = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1}

@@ -10,15 +10,15 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from dist_peft.adapters.base import match_targets
-from dist_peft.core.config import BaseConfig, QuantConfig
+from dist_peft.adapters.protocol import match_targets
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import weight_probe
 from dist_peft.model.forward_probe import probe_forward
 from dist_peft.model.freezing import Replaced
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import Skeleton, build_skeleton
-from tests.tiny_models import _COMMON, CONFIGS, MIXTURES, save_model
+from tests.support.tiny_models import _COMMON, CONFIGS, MIXTURES, save_model
 
 
 def build(directory: Path) -> Skeleton:

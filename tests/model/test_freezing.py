@@ -8,11 +8,11 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.freezing import is_plain_linear, packed_share
 from tests.model.test_skeleton import IDS, load, logits
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.tiny_models import CONFIGS, save_model
 
 
 class _Same(nn.Linear):

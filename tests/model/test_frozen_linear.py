@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_peft.core.config import QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenLinear, LinearRows, is_finite
 from dist_peft.quant.codec import Codec, make_codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from tests import packed
+from tests.support import packed
 
 CODECS = {
     "raw": make_codec(None, torch.float32),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.hub import load_tokenizer, public_name, resolve_base, save_tokenizer
-from tests.data.build import byte_tokenizer
+from tests.support.data_files import byte_tokenizer
 
 
 class TestResolveBase:

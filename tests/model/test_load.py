@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_peft.adapters.lora_method import LoraAdapter
-from dist_peft.core.config import BaseConfig, EngineConfig, LoraConfig, QuantConfig
+from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.core.config.run import BaseConfig, EngineConfig, LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import RemoteError, World
@@ -22,8 +22,8 @@ from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
-from tests.dist import run_ranks
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.dist import run_ranks
+from tests.support.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
 NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)

@@ -9,13 +9,13 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_peft.core.config import BaseConfig
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import find_experts
 from dist_peft.model.naming import Names, find_names
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.index import SafetensorsIndex
-from tests.tiny_models import CONFIGS, MIXTURES, save_model
+from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 
 
 def names_of(directory: Path, config: tf.PretrainedConfig) -> Names:

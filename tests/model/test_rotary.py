@@ -5,9 +5,9 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from dist_peft.model.attention import documents_are_isolated
+from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.rotary import document_lengths, rotate_by_document, switch_lengths
-from tests.tiny_models import CONFIGS
+from tests.support.tiny_models import CONFIGS
 
 CPU = torch.device("cpu")
 SWITCH = 16

@@ -12,15 +12,15 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_peft.core.config import BaseConfig, QuantConfig
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
-from dist_peft.model.attention import model_inputs
+from dist_peft.model.attention_mask import model_inputs
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, find_blocks
 from dist_peft.store.reader import RowReader
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
 

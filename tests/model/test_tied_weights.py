@@ -9,13 +9,13 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from dist_peft.adapters.base import PublicAdapter
-from dist_peft.adapters.peft_format import write_adapter
-from dist_peft.core.config import BaseConfig
-from dist_peft.export.merge import merge_model
+from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.export.merge_weights import merge_model
 from dist_peft.model.tied_weights import other_names, untied_settings
 from tests.model.test_skeleton import IDS, load, logits
-from tests.tiny_models import CONFIGS, save_model
+from tests.support.tiny_models import CONFIGS, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from dist_peft.adapters.lora_method import LoraAdapter
-from dist_peft.core.config import BaseConfig, LoraConfig, QuantConfig
+from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.core.config.run import BaseConfig, LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -17,7 +17,7 @@ from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.weight_probe import read_by_others, weights_read_by
 from dist_peft.store.reader import RowReader
 from tests.model.test_skeleton import IDS
-from tests.tiny_models import _COMMON, _GROUPED, save_model
+from tests.support.tiny_models import _COMMON, _GROUPED, save_model
 
 CPU = torch.device("cpu")
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_peft.core.config import QuantConfig
-from dist_peft.quant import rows
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.quant import packed_rows as rows
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec, make_codec
 from dist_peft.quant.nf4 import Nf4Codec

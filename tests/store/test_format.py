@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.store.format import DTYPES, TensorSpec, make_header, read_header
-from tests.store.helpers import (
+from tests.support.store_files import (
     LIBRARY_DTYPES,
     entry,
     names,

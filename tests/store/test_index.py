@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from dist_peft.core.errors import UserError
 from dist_peft.store.fingerprint import edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
-from tests.store.helpers import INDEX, random_tensor, save_sharded
+from tests.support.store_files import INDEX, random_tensor, save_sharded
 
 A, B, C = (random_tensor(torch.float32, (4, 3), seed) for seed in range(3))
 

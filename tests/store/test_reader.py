@@ -13,7 +13,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from tests.store.helpers import random_tensor, raw_bytes, tensors
+from tests.support.store_files import random_tensor, raw_bytes, tensors
 
 
 def _reader(directory: Path, content: dict[str, Tensor]) -> RowReader:

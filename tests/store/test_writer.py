@@ -16,7 +16,7 @@ from dist_peft.core.span import Span
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
-from tests.store.helpers import INDEX, raw_bytes, tensors
+from tests.support.store_files import INDEX, raw_bytes, tensors
 
 W = torch.arange(12.0).reshape(6, 2)
 SPEC = TensorSpec("w", torch.float32, (6, 2))

@@ -14,7 +14,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import Checkpoints, RunPosition
-from tests.dist import run_ranks
+from tests.support.dist import run_ranks
 
 NAMES = ("param/a", "exp_avg/a", "start/b")
 ROWS = 7  # divides by neither 2 nor 3

@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from dist_peft.core.world import World
-from dist_peft.data.labelled import LabelledLoader
+from dist_peft.data.classification import LabelledLoader
 from dist_peft.data.mixture import Mixture
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.evaluate import HeldOut, evaluate, inference
-from tests.dist import run_ranks
-from tests.tiny_models import CONFIGS, ENCODERS
-from tests.train.rows import UnevenRows, make_loader
+from tests.support.dist import run_ranks
+from tests.support.row_sets import UnevenRows, make_loader
+from tests.support.tiny_models import CONFIGS, ENCODERS
 
 CPU = torch.device("cpu")
 ROWS = UnevenRows([1, 9, 3, 14, 2])

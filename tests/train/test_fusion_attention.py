@@ -11,10 +11,10 @@ from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.evaluate import inference
 from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, measure_attention
-from tests.adapters.fusions import NAMES, fused, save_adapters
-from tests.adapters.helpers import disturb, tiny_llama
-from tests.dist import run_ranks
-from tests.train.rows import UnevenRows, make_loader
+from tests.support.adapters import disturb, tiny_llama
+from tests.support.dist import run_ranks
+from tests.support.fusions import NAMES, fused, save_adapters
+from tests.support.row_sets import UnevenRows, make_loader
 
 CPU = torch.device("cpu")
 ROWS = UnevenRows([1, 9, 3, 14, 2])

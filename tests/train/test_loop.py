@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_peft.adapters.lora_method import LoraAdapter
-from dist_peft.adapters.none import NoAdapter
-from dist_peft.core.config import BaseConfig, LoraConfig, TrainConfig
+from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.adapters.no_adapter import NoAdapter
+from dist_peft.core.config.run import BaseConfig, LoraConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.data.loader import Loader
@@ -19,9 +19,9 @@ from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
 from dist_peft.train.loop import StepResult, batch_loss, fit
-from dist_peft.train.optim import make_optimizer_factory
-from tests.tiny_models import CONFIGS, save_model
-from tests.train.rows import UnevenRows, make_loader
+from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.row_sets import UnevenRows, make_loader
+from tests.support.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
 ROWS = UnevenRows([1, 9, 3, 14, 2, 7, 5, 11])

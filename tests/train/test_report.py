@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.core.config_io import dump_config, parse_config
+from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.train import report
 from dist_peft.train.fusion_attention import FusionAttention

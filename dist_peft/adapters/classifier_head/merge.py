@@ -1,0 +1,66 @@
+"""Merging a trained head: its parameters take the place of the base's, or are added to them.
+
+``HeadMerger`` stands around what merges the trunk (``adapters.merge.Merger``), as
+``adapters.head.HeadedAdapter`` stands around a method in training.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from dist_peft.adapters.lora.merge import Merger
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.quant.affine import AffineParts
+
+__all__ = ["HeadMerger"]
+
+
+class HeadMerger:
+    """See the module docstring and ``adapters.merge.Merger``.
+
+    Args:
+        trunk: merges everything else.
+        head: trained parameters by the model's names.
+    """
+
+    def __init__(self, trunk: Merger, head: Mapping[str, Tensor]) -> None:
+        self._trunk, self._head = trunk, head
+        self._left = {name: len(value) for name, value in head.items()}
+
+    def touches(self, weight: str) -> bool:
+        return weight in self._head or self._trunk.touches(weight)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """See ``Merger.check_shapes``; the head's own parameters come from the adapter as well."""
+        self._trunk.check_shapes(shapes)
+        for name, value in self._head.items():
+            rows, columns = len(value), value[0].numel() if value.dim() > 1 else 1
+            if shapes.get(name, (rows, columns)) != (rows, columns):
+                raise UserError(
+                    f"the adapter's {name} has shape {list(value.shape)}, but the model's is "
+                    f"{list(shapes[name])}; it belongs to another base or to other labels"
+                )
+
+    def merge_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """Rows ``span`` of the trained parameter, float32, or what the trunk's are."""
+        if weight not in self._head:
+            return self._trunk.merge_rows(weight, rows, span, in_base)
+        self._left[weight] -= len(span)
+        return self._head[weight][span.slice].float()
+
+    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        return self._trunk.residual_rows(weight, rows, span)
+
+    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        return self._trunk.merge_parts(weight, parts, span)
+
+    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        return self._trunk.group_change(weight, parts, span)
+
+    def unused(self) -> list[str]:
+        """Adapted weights, and parameters of the head, of which not every row was merged."""
+        return [*(name for name, rows in self._left.items() if rows), *self._trunk.unused()]

@@ -1,0 +1,185 @@
+"""A classification head that learns beside any adapter method.
+
+The head (``model.classifier``) is trained whole, in float32, whatever the method does to the trunk.
+No method knows about it: ``HeadedAdapter`` stands around the method, hides the head's parameters
+while the method looks for its targets, and adds what was trained to what the method writes::
+
+    HeadedAdapter
+      method        lora, bottleneck, partial, ...: the trunk
+      HeadPart      classifier, score, pooler: float32 masters, cast where they compute
+
+What the base's files do not have starts as ``transformers`` starts it: matrices normal with
+``initializer_range``, biases zero, scales of norms one; from a generator that depends on the seed
+and the parameter's name alone, so that any number of ranks starts with the same head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.parameter_override import standing_in
+from dist_peft.adapters.protocol import (
+    Adapter,
+    PublicAdapter,
+    PublicHead,
+    TrainsBase,
+    derive_seed,
+    whole_parameters,
+)
+from dist_peft.core.span import Span
+from dist_peft.model.classifier import Head
+
+__all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedWeights", "with_head"]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the parts of a head share.
+
+    Attributes:
+        deviation: of the start values of matrices.
+        arithmetic: type in which the head computes.
+        seed: of the run.
+    """
+
+    deviation: float
+    arithmetic: torch.dtype
+    seed: int
+
+
+class HeadPart(nn.Module):
+    """A module of the head whose own parameters are float32 masters that learn.
+
+    They have the names that they have in the model. While ``base`` computes, rounded copies stand
+    in for the parameters that were taken from it.
+
+    Args:
+        base: a module without parts; its parameters go.
+        path: of it.
+        spec: see there.
+
+    Attributes:
+        shapes: of the parameters, by own name.
+        checkpoint_names: own name -> tensor of the base's files, for those that are there.
+    """
+
+    def __init__(self, base: nn.Module, path: str, spec: HeadSpec) -> None:
+        super().__init__()
+        self.base, self.path, self.spec = base, path, spec
+        self.checkpoint_names = cast(dict[str, str], base.checkpoint_names)
+        cast(Any, base).checkpoint_names = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in list(base.named_parameters(recurse=False)):
+            self.shapes[name] = tuple(parameter.shape)
+            master = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            self.register_parameter(name, nn.Parameter(master))
+            base.register_parameter(name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``base``; gives what it gives in the type of ``x``."""
+        dtype = self.spec.arithmetic
+        copies = {name: getattr(self, name).to(dtype) for name in self.shapes}
+        with standing_in(self.base, copies):
+            y: Tensor = self.base(x.to(dtype))
+        return y.to(x.dtype)
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Start value of a parameter that the files lack. See ``AdapterModule``."""
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return torch.full((len(span),), 0.0 if name == "bias" else 1.0)
+        generator = torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
+        value = torch.empty(shape).normal_(std=self.spec.deviation, generator=generator)
+        return value[span.slice].clone()
+
+
+class HeadedAdapter:
+    """A method with a head beside it. See the module docstring and ``adapters.base.Adapter``.
+
+    Attributes:
+        method: the adapter of the trunk.
+        parts: the head's modules by path, once attached.
+    """
+
+    def __init__(self, method: Adapter, head: Head, *, seed: int, arithmetic: torch.dtype) -> None:
+        self.method, self.head, self.seed, self.arithmetic = method, head, seed, arithmetic
+        self.parts: dict[str, HeadPart] = {}
+        self._model_class = ""
+
+    @property
+    def extra_positions(self) -> int:
+        return self.method.extra_positions
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the method change the trunk, and the head learn. See ``Adapter``."""
+        self._model_class = type(model).__name__  # FSDP2 will change it
+        config = cast(Any, model).config
+        deviation = getattr(config.get_text_config(), "initializer_range", None) or 0.02
+        spec = HeadSpec(deviation, self.arithmetic, self.seed)
+        for path in self.head.modules:
+            self.parts[path] = HeadPart(model.get_submodule(path), path, spec)
+        self.method.attach(model)
+        for path, part in self.parts.items():
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, part)
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        self.method.begin(step, sample_ids)
+
+    def penalize(self, loss: Tensor, parts: int) -> None:
+        self.method.penalize(loss, parts)
+
+    def lr_scale(self, name: str) -> float:
+        return 1.0 if self._is_mine(name) else self.method.lr_scale(name)
+
+    def start_state(self) -> tuple[str, ...]:
+        return self.method.start_state()
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        self.method.start_from(tensors)
+
+    def reads(self) -> str:
+        return self.method.reads()
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """The method's form with the head in it. See ``Adapter``."""
+        others = {name: value for name, value in tensors.items() if not self._is_mine(name)}
+        whole = whole_parameters(tensors, {path: p.shapes for path, p in self.parts.items()})
+        mine = {f"{path}.{name}": v for path, own in whole.items() for name, v in own.items()}
+        head = PublicHead(self.head.labels, mine, self._model_class)
+        return replace(self.method.to_public(others, base), head=head)
+
+    def _is_mine(self, name: str) -> bool:
+        return name.rpartition(".")[0] in self.parts
+
+
+class HeadedWeights(HeadedAdapter):
+    """A method that trains weights of the base, with a head. See ``adapters.base.TrainsBase``.
+
+    Parameters of the head that the base's files lack are written under the model's names.
+    """
+
+    def sources(self) -> Mapping[str, str]:
+        found = dict(cast(TrainsBase, self.method).sources())
+        for path, part in self.parts.items():
+            for name in part.shapes:
+                full = f"{path}.{name}"
+                found[full] = part.checkpoint_names.get(name, full)
+        return found
+
+    def first_step(self, name: str) -> int:
+        return 0 if self._is_mine(name) else cast(TrainsBase, self.method).first_step(name)
+
+
+def with_head(method: Adapter, head: Head, *, seed: int, arithmetic: torch.dtype) -> HeadedAdapter:
+    """``method`` with ``head`` beside it.
+
+    Args:
+        seed: ``train.seed``.
+        arithmetic: type in which adapters, and so the head, compute.
+    """
+    kind = HeadedWeights if isinstance(method, TrainsBase) else HeadedAdapter
+    return kind(method, head, seed=seed, arithmetic=arithmetic)

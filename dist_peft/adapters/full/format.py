@@ -1,0 +1,194 @@
+"""Trained weights of the base on disk: what ``full`` and ``partial`` leave in ``adapter/``.
+
+::
+
+    model.safetensors   float32 masters under the names of the base's files (several files and an
+                        index if they are large)
+    dist_peft.json      ``kind``: full or partial, the fingerprint of the base, versions
+
+PEFT has no such format: its ``modules_to_save`` holds whole modules beside an adapter. So there is
+no ``adapter_config.json`` here; ``dist-peft merge`` makes a model of it.
+
+Weights are written one by one, so that nobody holds all of them, to ``adapter.partial`` first.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.directory import WEIGHT_KINDS, read_metadata
+from dist_peft.adapters.tensor_checks import check_tensor_type, check_tensor_values
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.quant.affine import AffineParts
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
+
+__all__ = ["TrainedWeights", "WeightsWriter", "holds_weights"]
+
+_CHECKED_BYTES = 64 * 2**20
+"""Read at a time to look for values that are not finite."""
+
+
+def holds_weights(adapter_dir: Path) -> bool:
+    """Whether this is what ``WeightsWriter`` wrote, and no adapter."""
+    return read_metadata(adapter_dir).get("kind") in WEIGHT_KINDS
+
+
+class WeightsWriter:
+    """Writes ``directory`` tensor by tensor; it appears when it is complete.
+
+    Args:
+        directory: an older one is replaced.
+        shapes: name in the base's files -> shape, of everything that will be written.
+        metadata: contents of ``dist_peft.json``.
+
+    Raises:
+        UserError: too little space, or no permission.
+    """
+
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]
+    ) -> None:
+        assert metadata["kind"] in WEIGHT_KINDS
+        self.directory, self.metadata = directory, metadata
+        self._partial = directory.with_name(f"{directory.name}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed here
+        specs = [TensorSpec(n, torch.float32, tuple(shape)) for n, shape in shapes.items()]
+        self._stack = ExitStack()
+        self._writer = self._stack.enter_context(StreamWriter(self._partial, specs))
+        self._failure: UserError | None = None
+
+    def write(self, name: str, whole: Tensor) -> None:
+        """One tensor. A full disk is told by ``close``: ranks that gather must go on together."""
+        if self._failure is not None:
+            return
+        try:
+            self._writer.write(name, whole.float())
+        except UserError as error:
+            self._failure = error
+
+    def close(self) -> None:
+        """Publish.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            with self._stack:
+                if self._failure is not None:
+                    raise self._failure
+            text = json.dumps(self.metadata, indent=2) + "\n"
+            atomic_write(self._partial / "dist_peft.json", text)
+            if self.directory.exists():
+                shutil.rmtree(self.directory)
+            self._partial.rename(self.directory)
+        except BaseException:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+
+class TrainedWeights:
+    """Reads such a directory for a merge: trained rows in the place of the base's.
+
+    The counterpart of ``adapters.merge.Merger``.
+
+    Args:
+        adapter_dir: see the module.
+        names: path of each of the base's weights -> its name in the base's files.
+        reader: of the trained tensors.
+    """
+
+    def __init__(self, adapter_dir: Path, names: Mapping[str, str], reader: RowReader) -> None:
+        self.adapter_dir, self._reader = adapter_dir, reader
+        self._names = {p: n for p, n in names.items() if n in reader.index.tensors}
+        left = set(reader.index.tensors) - set(self._names.values())
+        self._rows_left = {n: reader.index.tensors[n].rows for n in self._names.values()}
+        self._rows_left |= dict.fromkeys(left, 1)
+
+    @classmethod
+    def open(
+        cls, adapter_dir: Path, names: Mapping[str, str], stack: ExitStack
+    ) -> "TrainedWeights":
+        """Open the files; ``stack`` closes them.
+
+        Raises:
+            UserError: they are damaged or absent.
+        """
+        index = SafetensorsIndex.open(adapter_dir)
+        return cls(adapter_dir, names, stack.enter_context(RowReader(index)))
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Before a row is merged: every trained tensor fits the base and holds finite numbers.
+
+        Reads all trained tensors once more, in chunks.
+
+        Args:
+            shapes: weight -> rows and elements of a row in the base.
+
+        Raises:
+            UserError: one does not.
+        """
+        tensors = self._reader.index.tensors
+        if left := set(tensors) - set(self._names.values()):
+            raise UserError(
+                f"{self.adapter_dir} has {sorted(left)[0]}, which the base does not have: it "
+                "belongs to another base"
+            )
+        for weight, name in self._names.items():
+            info = tensors[name]
+            own = (info.rows, torch.Size(info.shape[1:]).numel())
+            check_tensor_type(name, info.dtype, self.adapter_dir)
+            if shapes.get(weight, own) != own:
+                raise UserError(
+                    f"{self.adapter_dir}: {name} has shape {list(info.shape)}, but the base's is "
+                    f"{list(shapes[weight])}; it belongs to another base"
+                )
+        for name in dict.fromkeys(self._names.values()):
+            info = tensors[name]
+            rows = max(1, _CHECKED_BYTES // max(1, info.row_bytes))
+            for span in Span(0, info.rows).chunks(rows):
+                check_tensor_values({name: self._reader.read(name, span)}, self.adapter_dir)
+
+    def touches(self, weight: str) -> bool:
+        """Whether this weight was trained."""
+        return weight in self._names
+
+    def merge_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """The trained rows ``span``, float32; ``rows`` are the base's.
+
+        Raises:
+            UserError: the shapes show that they belong to another base.
+        """
+        name = self._names[weight]
+        info = self._reader.index.tensors[name]
+        if span.stop > info.rows or rows.shape[1:] != info.shape[1:]:
+            raise UserError(
+                f"{self.adapter_dir}: {name} has shape {list(info.shape)}, but the base has rows "
+                f"up to {span.stop} of {list(rows.shape[1:])} elements; it belongs to another base"
+            )
+        self._rows_left[name] -= len(span)
+        return self._reader.read(name, span)
+
+    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """Nothing was taken from the base before it was encoded."""
+        return rows
+
+    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        raise AssertionError("trained weights have no codes of the base")
+
+    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        raise AssertionError("trained weights have no codes of the base")
+
+    def unused(self) -> list[str]:
+        """Trained tensors of which not every row was merged."""
+        return [name for name, rows in self._rows_left.items() if rows > 0]

@@ -1,0 +1,189 @@
+"""Parameters of the base that learn: float32 masters, cast where they compute.
+
+Mixed precision (Micikevicius et al. 2018): an update of a thousandth of a weight is lost in
+bfloat16, whose steps are 1/256 to 1/128 of it. So what learns rests in float32, sharded by rows
+like everything, and each forward computes with a rounded copy::
+
+    master (float32, learns) --cast--> copy (compute type) --module's own forward--> y
+       ^                                                                             |
+       +--------------------- gradient, float32, of the copy's ----------------------+
+
+What a merge writes in the compute type is therefore exactly what training computed with.
+
+A linear keeps its master, not the copy, for backward, where it casts once more: what waits between
+the two are parameters that exist anyway (the idea of ``quant.matmul``, with a gradient for ``W``).
+
+Until its stage comes (``Clock``) a parameter computes without a gradient, so that no optimizer
+touches it, and nothing below it is computed in backward for its sake.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from dist_peft.adapters.parameter_override import standing_in
+from dist_peft.quant.frozen_matmul import product
+
+__all__ = ["Clock", "Learning", "TrainedLinear", "TrainedModule", "as_trained"]
+
+
+@dataclass
+class Clock:
+    """The optimizer steps that are done."""
+
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a module's own parameters learn.
+
+    Attributes:
+        first_steps: name of each that learns -> optimizer steps before its first update.
+        arithmetic: the type to compute in.
+        clock: tells the step.
+    """
+
+    first_steps: Mapping[str, int]
+    arithmetic: torch.dtype
+    clock: Clock = field(default_factory=Clock)
+
+    def now(self, module: nn.Module, name: str) -> Tensor:
+        """The parameter, detached before its stage."""
+        parameter: Tensor = getattr(module, name)
+        learns = self.clock.step >= self.first_steps.get(name, 0)
+        return parameter if learns else parameter.detach()
+
+
+class TrainedLinear(nn.Module):
+    """``y = x W^T + b`` with a plain ``W`` that learns, in the place of a frozen linear.
+
+    Args:
+        weight: ``[out, in]`` float32; may be shared with an embedding.
+        bias: ``[out]``, or None.
+        learning: see there; a bias that it does not name stays frozen.
+
+    Attributes:
+        checkpoint_names: own parameter -> tensor in the base's files.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        learning: Learning,
+        checkpoint_names: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.learning = weight, bias, learning
+        self.checkpoint_names = checkpoint_names
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of ``x``."""
+        how = self.learning
+        y = _linear(x.to(how.arithmetic), how.now(self, "weight"))
+        if self.bias is not None:
+            y = y + how.now(self, "bias").to(y.dtype)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class TrainedModule(nn.Module):
+    """Mixed into a module's class by ``as_trained``: its parameters are cast for its forward.
+
+    While ``forward`` runs, the copies stand in for the registered parameters.
+    """
+
+    learning: Learning
+    cast_names: tuple[str, ...]
+    computes: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own; what it gives has the type that it would have given."""
+        how = self.learning
+        copies = {name: how.now(self, name).to(how.arithmetic) for name in self.cast_names}
+        with standing_in(self, copies):
+            if not isinstance(self, nn.Embedding):  # what looks up takes no numbers to round
+                args = tuple(_cast(a, how.arithmetic) for a in args)
+            y = super().forward(*args, **kwargs)
+        return _cast(y, self.computes)
+
+
+class _TrainedEmbedding(TrainedModule):
+    """Casts the rows that are looked up, not the table: their gradients add up in float32."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with standing_in(self, {"weight": self.learning.now(self, "weight")}):
+            y: Tensor = super(TrainedModule, self).forward(*args, **kwargs)
+        return y.to(self.learning.arithmetic).to(self.computes)
+
+
+def as_trained(module: nn.Module, masters: Mapping[str, nn.Parameter], learning: Learning) -> None:
+    """Let ``module`` learn: ``masters`` replace its own parameters of these names.
+
+    It stays the same object of the same name and, by inheritance, of the same class.
+    """
+    own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    module.__class__ = _mixed(cast(Any, type(module)))
+    trained = cast(TrainedModule, module)
+    trained.cast_names = tuple(own)
+    trained.computes = next(iter(own.values())).dtype
+    trained.learning = learning
+    for name, master in masters.items():
+        trained.register_parameter(name, master)
+
+
+@cache
+def _mixed(kind: Any) -> Any:
+    plain = kind.forward is nn.Embedding.forward
+    mixin = _TrainedEmbedding if plain else TrainedModule
+    return type(f"Trained{kind.__name__}", (mixin, kind), {})
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floats else value
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in the type of ``x``."""
+    if weight.dtype == x.dtype:
+        return functional.linear(x, weight)
+    y: Tensor = _CastLinear.apply(x, weight)
+    return y
+
+
+class _CastLinear(torch.autograd.Function):
+    """Keeps the weight object, since engines free and refill it (see ``quant.matmul``)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return product(functional.linear, x, weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (x,) = grads, ctx.saved_tensors
+        dx, dw = None, None
+        if ctx.needs_input_grad[0]:
+            dx = product(torch.matmul, grad, ctx.weight.to(grad.dtype))
+        if ctx.needs_input_grad[1]:
+            dw = product(torch.matmul, grad.flatten(0, -2).T, x.flatten(0, -2)).float()
+        return dx, dw

@@ -1,0 +1,210 @@
+"""The adapter methods ``full`` and ``partial``: parameters of the base itself learn.
+
+Which ones is chosen by parts and blocks; a shared parameter (an embedding tied to the head) is one,
+whichever of its uses is named. What is chosen becomes a float32 master (``adapters.trained``) that
+starts from the rows of the base's files; a chosen weight of a linear is not quantized. All else
+stays as it was: frozen, and quantized as ``base.quant`` says.
+
+BitFit (Ben Zaken et al. 2021) is ``parts: [biases]``. Stages (``unfreeze``) let more parameters
+learn later, as in gradual unfreezing (Howard & Ruder 2018).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.full.master_weights import Clock, Learning, TrainedLinear, as_trained
+from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter
+from dist_peft.core.config.adapter import Part
+from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.skeleton import find_blocks
+
+__all__ = ["PartialAdapter"]
+
+Chosen = dict[int, int]
+"""``id`` of a parameter -> optimizer steps before its first update."""
+
+
+class PartialAdapter(PlainAdapter):
+    """See the module docstring, ``adapters.base.Adapter`` and ``adapters.base.TrainsBase``."""
+
+    def __init__(self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype) -> None:
+        self.config, self.arithmetic = config, arithmetic
+        self.clock = Clock()
+        self._sources: dict[str, str] = {}
+        self._first_steps: dict[str, int] = {}
+
+    # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Make what is chosen learn. See ``Adapter``.
+
+        Raises:
+            UserError: the model lacks what is named, or has it quantized.
+        """
+        chosen = _choose(model, self.config.stages)
+        keep = list(model.parameters())  # alive while their ids are in use
+        masters: dict[int, nn.Parameter] = {}
+        for path, module in list(model.named_modules()):
+            own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in chosen}
+            if not own:
+                continue
+            first_steps = {_public(name): chosen[id(p)] for name, p in own.items()}
+            new = {}
+            for name, parameter in own.items():
+                if id(parameter) not in masters:
+                    masters[id(parameter)] = _master(path, module, name)
+                    self._note(path, module, name, chosen[id(parameter)])
+                new[_public(name)] = masters[id(parameter)]
+            self._replace(model, path, module, new, first_steps)
+        del keep
+
+    def _note(self, path: str, module: nn.Module, name: str, first_step: int) -> None:
+        full = f"{path}.{_public(name)}"
+        self._sources[full] = cast(dict[str, str], module.checkpoint_names)[name]
+        self._first_steps[full] = first_step
+
+    def _replace(
+        self,
+        model: nn.Module,
+        path: str,
+        module: nn.Module,
+        masters: dict[str, nn.Parameter],
+        first_steps: dict[str, int],
+    ) -> None:
+        learning = Learning(first_steps, self.arithmetic, self.clock)
+        is_linear = isinstance(module, FrozenLinear | nn.Linear)
+        if is_linear and "weight" in masters:
+            bias = cast(nn.Parameter | None, masters.get("bias", module.bias))
+            names = cast(dict[str, str], module.checkpoint_names)
+            names = {_public(name): source for name, source in names.items()}
+            linear = TrainedLinear(masters["weight"], bias, learning, names)
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, linear)
+            return
+        if isinstance(module, FrozenLinear):  # only its bias: the product is the base's affair
+            assert module.bias is not None
+            learning = Learning(first_steps, module.bias.dtype, self.clock)
+        as_trained(module, masters, learning)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        self.clock.step = step
+
+    def first_step(self, name: str) -> int:
+        return self._first_steps[name]
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def sources(self) -> Mapping[str, str]:
+        return self._sources
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        raise RuntimeError("trained weights are written one by one (adapters.weights_format)")
+
+
+def _public(name: str) -> str:
+    """A frozen linear's packed parameter stands for its weight."""
+    return "weight" if name == "packed" else name
+
+
+def _master(path: str, module: nn.Module, name: str) -> nn.Parameter:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    shape = tuple(parameter.shape)
+    if isinstance(module, ExpertStack):
+        raise UserError(
+            f"{path} would learn, but the experts of a mixture stay frozen; choose adapter.parts "
+            "without them (norms, biases, embeddings, head), or adapter.kind lora"
+        )
+    if isinstance(module, FrozenLinear) and name == "packed":
+        if module.stored is not None:
+            raise UserError(
+                f"{path} would learn, but it comes quantized from base.path; give the unquantized "
+                "base, or take it out of adapter.parts and adapter.last_blocks"
+            )
+        shape = (module.out_features, module.in_features)
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
+
+
+# -- choosing ----------------------------------------------------------------------------------
+
+
+def _choose(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
+    """The earliest stage of each parameter that is in one.
+
+    Raises:
+        UserError: a stage names what the model does not have.
+    """
+    chosen: Chosen = {}
+    blocks = find_blocks(model)
+    for stage in stages:
+        found = [p for part in stage.parts for p in _of_part(model, part)]
+        if stage.last_blocks > len(blocks):
+            raise UserError(
+                f"adapter.last_blocks is {stage.last_blocks}, but the model has {len(blocks)} "
+                "decoder blocks"
+            )
+        for block in blocks[len(blocks) - stage.last_blocks :]:
+            found += block.parameters()
+        for parameter in found:
+            first = min(stage.step, chosen.get(id(parameter), stage.step))
+            chosen[id(parameter)] = first
+    return chosen
+
+
+def _of_part(model: nn.Module, part: Part) -> list[nn.Parameter]:
+    found = list(_PARTS[part](model))
+    if not found and not (part == "head" and _classifies(model)):
+        known = [name for name, find in _PARTS.items() if any(True for _ in find(model))]
+        raise UserError(
+            f"adapter.parts: a {type(model).__name__} of this config.json has no {part}; it has "
+            f"{', '.join(known)}"
+        )
+    return found
+
+
+def _norms(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        flat = bool(own) and all(p.dim() == 1 for p in own) and not module._modules
+        if flat and "norm" in type(module).__name__.lower():
+            yield from own
+
+
+def _biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            yield bias
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters()
+
+
+def _head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """A classifier's learns anyway (``adapters.head``)."""
+    if not _classifies(model):
+        yield from cast(Any, model).get_output_embeddings().parameters()
+
+
+def _classifies(model: nn.Module) -> bool:
+    return cast(Any, model).get_output_embeddings() is None
+
+
+_PARTS: dict[Part, Callable[[nn.Module], Iterator[nn.Parameter]]] = {
+    "all": lambda model: model.parameters(),
+    "norms": _norms,
+    "biases": _biases,
+    "embeddings": _embeddings,
+    "head": _head,
+}

@@ -1,0 +1,71 @@
+"""LoRA on the experts of a mixture: a low-rank change of each expert's own.
+
+For one of a layer's two stacks (``model.experts``), ``E`` experts of ``W_e`` [out, in]::
+
+    y = W_e x + s B_e A_e x         A_e [r, in], B_e [out, r]; s = alpha/r, rsLoRA: alpha/sqrt(r)
+
+The factors of all experts are two parameters, as PEFT lays them out for ``target_parameters``
+(``ParamWrapper``); an expert's rows of A are together, its columns of B are ``E`` apart::
+
+    lora_A [E * r, in]     rows e r .. e r + r of expert e
+    lora_B [out, r * E]    columns e, E + e, 2 E + e, ...
+
+PEFT adds ``s B_e A_e`` to the dense weight of every expert, in each forward; here the product of
+the factors is never formed, and experts without tokens cost nothing. As in PEFT there is no
+dropout and no DoRA.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.model.experts import ExpertStack
+
+__all__ = ["LoraExperts"]
+
+
+class LoraExperts(LowRankModule):
+    """An ``ExpertStack`` with LoRA. See the module docstring.
+
+    Args:
+        base: the wrapped stack.
+        path: its name in the model.
+        spec: what to build; ``r`` is the rank of each expert.
+        device: where the (unfilled) parameters are made.
+    """
+
+    starts_at_zero = "lora_B"
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        base: ExpertStack,
+        path: str,
+        spec: LowRankSpec,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(path, spec)
+        self.base = base
+        width = base.experts * spec.r
+        self._add("lora_A", (width, base.in_features), device, train=True)
+        self._add("lora_B", (base.out_features, width), device, train=True)
+
+    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """See ``ExpertStack``."""
+        y: Tensor = self.base(x, counts)
+        # cut once, so that backward puts the experts' gradients together once
+        A = self.lora_A.view(len(counts), self.spec.r, -1).unbind(0)
+        B = self.lora_B.view(-1, self.spec.r, len(counts)).unbind(2)
+        rows = x.split(list(counts))
+        groups = zip(rows, A, B, strict=True)
+        changes = [self._product(*group) for group in groups if len(group[0])]
+        return (y + torch.cat(changes)).to(y.dtype)
+
+    def _random(self, name: str) -> Tensor:
+        """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
+        value = torch.empty(self.shapes[name])
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._generator(name))

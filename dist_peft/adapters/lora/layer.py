@@ -1,0 +1,281 @@
+"""LoRA layers: a frozen linear or embedding and its trainable low-rank change.
+
+LoRA (Hu et al. 2021)::
+
+    y = W x + b + s B A drop(x)         A [r, in], B [out, r]; s = alpha/r, rsLoRA: alpha/sqrt(r)
+
+DoRA (Liu et al. 2024) also trains the length of each row of the weight, ``m`` [out]::
+
+    y = m/n (W + s B A) drop(x) + b     n_o = ||W_o + s (B A)_o||, no gradient through n (sec. 4.3)
+
+written as ``y_base + (m/n - 1) W drop(x) + m/n s B A drop(x)``, where ``y_base`` sees ``x`` without
+dropout, as in PEFT. Other implementations decode ``W`` and form ``W + s B A`` in each forward to
+get ``n``; here the norm is expanded, so that only products of size ``r`` are needed::
+
+    n_o^2 = ||W_o||^2 + 2 s B_o . (W A^T)_o + s^2 B_o (A A^T) B_o^T
+
+``||W_o||^2`` is computed when the base is loaded (``base_norm2``), ``W A^T`` is a frozen matmul of
+``r`` vectors.
+
+The output has the type of the base's output.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_peft.adapters.lora.initialization import Start, loftq, pissa
+from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.adapters.low_rank.row_sharded import LowRank, add_product
+from dist_peft.adapters.protocol import Reduce, derive_seed
+from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.frozen_matmul import frozen_matmul
+
+__all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]
+
+_NORM_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LoraSpec(LowRankSpec):
+    """What one adapted module is. See ``LowRankSpec``.
+
+    Attributes:
+        dora: train the rows' lengths too.
+        start: default (B = 0), pissa or loftq.
+        iterations: pissa: power iterations; loftq: alternations.
+    """
+
+    dora: bool = False
+    start: Literal["default", "pissa", "loftq"] = "default"
+    iterations: int = 4
+
+
+class LoraLinear(LowRankModule):
+    """A ``FrozenLinear`` with LoRA or DoRA. See the module docstring.
+
+    Args:
+        base: the wrapped linear.
+        path: its name in the model.
+        spec: what to build.
+        dropout: on the adapter's input.
+        device: where the (unfilled) parameters are made.
+
+    Attributes:
+        lora_A, lora_B: ``[r, in]``, ``[out, r]``.
+        magnitude, base_norm2: ``[out]``, DoRA only; the latter is frozen.
+        start_A, start_B: frozen start, PiSSA and LoftQ only. What a merge into the original weight
+            takes away again.
+        removed_A, removed_B: frozen, LoftQ with several alternations only. What was taken from the
+            weight before it was encoded (for PiSSA that is the start).
+    """
+
+    starts_at_zero = "lora_B"
+    spec: LoraSpec
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude: nn.Parameter
+    base_norm2: nn.Parameter
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        path: str,
+        spec: LoraSpec,
+        dropout: RowDropout,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(path, spec)
+        self.base = base
+        self.dropout = dropout
+        shape_a, shape_b = (spec.r, base.in_features), (base.out_features, spec.r)
+        self._add("lora_A", shape_a, device, train=True)
+        self._add("lora_B", shape_b, device, train=True)
+        if spec.dora:
+            self._add("magnitude", (base.out_features,), device, train=True)
+            self._add("base_norm2", (base.out_features,), device, train=False)
+        frozen = [] if spec.start == "default" else ["start"]
+        if spec.start == "loftq" and spec.iterations > 1:
+            frozen.append("removed")
+        for prefix in frozen:
+            self._add(f"{prefix}_A", shape_a, device, train=False)
+            self._add(f"{prefix}_B", shape_b, device, train=False)
+        self.start_names = tuple(f"{prefix}_{factor}" for prefix in frozen for factor in "AB")
+        self._given: dict[str, Tensor] = {}
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        dropped = self.dropout(x)
+        if self.spec.dora:
+            return self._dora(x, dropped)
+        y: Tensor = self.base(x)
+        return (y + self._change(dropped)).to(y.dtype)
+
+    def _change(self, x: Tensor) -> Tensor:
+        return self._product(x, self.lora_A, self.lora_B)
+
+    def _dora(self, x: Tensor, dropped: Tensor) -> Tensor:
+        base = self.base
+        product = frozen_matmul(dropped, base.packed, base.codec, base.in_features)
+        y = product
+        if dropped is not x:
+            y = frozen_matmul(x, base.packed, base.codec, base.in_features)
+        factor = self.magnitude / self._norm()
+        dtype = self.spec.arithmetic
+        change = (factor - 1).to(dtype) * product + factor.to(dtype) * self._change(dropped)
+        if base.bias is not None:
+            y = y + base.bias.to(y.dtype)
+        return (y + change).to(y.dtype)
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """``|| W_o + s (B A)_o ||`` [out], float32."""
+        base, s = self.base, self.spec.scaling
+        A, B = self.lora_A, self.lora_B
+        image = frozen_matmul(A.to(self.spec.arithmetic), base.packed, base.codec, base.in_features)
+        cross = (B * image.T).sum(1)
+        square = ((B @ (A @ A.T)) * B).sum(1)
+        return _root(self.base_norm2 + 2 * s * cross + s * s * square)
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start factors of an earlier run (whole, by own name); ``prepare_rows`` then uses them."""
+        self._given = {name: tensors[name] for name in self.start_names}
+
+    @torch.no_grad()
+    def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+        """Find the start, give the rows to encode. See ``LinearStart``."""
+        start = self._find_start(rows, span, reduce)
+        encoded = rows
+        if start is not None:
+            for prefix, factors in (
+                ("lora", start.start),
+                ("start", start.start),
+                ("removed", start.removed),
+            ):
+                if factors is not None and f"{prefix}_A" in self.shapes:
+                    self._starts[f"{prefix}_A"] = (Span(0, self.spec.r), factors.A.cpu())
+                    self._starts[f"{prefix}_B"] = (span, factors.B.cpu())
+            if start.removed is not None:
+                removed = start.removed
+                encoded = add_product(rows, removed.B, removed.A, -self.spec.scaling)
+        if self.spec.dora:
+            self._find_norms(encoded, span, None if start is None else start.start)
+        return encoded
+
+    def _find_start(self, rows: Tensor, span: Span, reduce: Reduce) -> Start | None:
+        spec = self.spec
+        if self._given:
+            given, self._given = self._given, {}
+            pairs = {
+                name.removesuffix("_A"): LowRank(given[name], given[f"{name[:-1]}B"][span.slice])
+                for name in given
+                if name.endswith("_A")
+            }
+            removed = "start" if spec.start == "pissa" else "removed"
+            return Start(pairs["start"], pairs.get(removed))
+        seed = derive_seed(spec.seed, self.path, spec.start)
+        if spec.start == "pissa":
+            return pissa(
+                rows, spec.r, spec.scaling, iterations=spec.iterations, seed=seed, reduce=reduce
+            )
+        if spec.start == "loftq":
+            return loftq(
+                rows,
+                spec.r,
+                spec.scaling,
+                self.base.codec,
+                iterations=spec.iterations,
+                seed=seed,
+                reduce=reduce,
+            )
+        return None
+
+    def _find_norms(self, rows: Tensor, span: Span, start: LowRank | None) -> None:
+        """``||W_o||^2`` of the base as it will be decoded, and the first magnitude."""
+        base_norm2 = torch.empty(rows.shape[0])
+        norm2 = torch.empty(rows.shape[0])
+        for part in Span(0, rows.shape[0]).chunks(_NORM_ROWS):
+            weight = self.base.rounded(rows[part.slice])
+            base_norm2[part.slice] = weight.double().square().sum(1).float().cpu()
+            if start is not None:
+                weight = add_product(weight, start.B[part.slice], start.A, self.spec.scaling)
+            norm2[part.slice] = weight.double().square().sum(1).float().cpu()
+        self._starts["base_norm2"] = (span, base_norm2)
+        self._starts["magnitude"] = (span, _root(norm2))
+
+    def _random(self, name: str) -> Tensor:
+        """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
+        if name != "lora_A" or self.spec.start != "default":
+            raise RuntimeError(f"{self.path}.{name} has no start before prepare_rows")
+        value = torch.empty(self.shapes[name])
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._generator(name))
+
+
+class LoraEmbedding(LowRankModule):
+    """An embedding with LoRA, in PEFT's form: no dropout, ``A`` starts at zero and ``B`` normal.
+
+        y = E[i] + s (B A)[:, i]        A [r, vocab], B [hidden, r]
+
+    An output head tied to the embedding keeps using the unchanged ``E``.
+
+    Args:
+        base: the wrapped embedding.
+        path: its name in the model.
+        spec: what to build; DoRA and other starts do not apply.
+        device: where the (unfilled) parameters are made.
+    """
+
+    starts_at_zero = "lora_embedding_A"
+    spec: LoraSpec
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
+
+    def __init__(
+        self, base: nn.Embedding, path: str, spec: LoraSpec, device: torch.device | str = "meta"
+    ) -> None:
+        super().__init__(path, spec)
+        if spec.dora:
+            raise UserError(
+                "adapter.use_dora cannot be combined with adapter.embeddings: the norms of an "
+                "embedding run over the whole vocabulary; set one of them to false"
+            )
+        self.base = base
+        self._add("lora_embedding_A", (spec.r, base.num_embeddings), device, train=True)
+        self._add("lora_embedding_B", (base.embedding_dim, spec.r), device, train=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, which a tied head uses."""
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids`` [...] -> [..., hidden] in the type of the base."""
+        y: Tensor = self.base(ids)
+        dtype = self.spec.arithmetic
+        columns = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx)
+        inner = columns.to(dtype) * self.spec.scaling
+        change = F.linear(inner, self.lora_embedding_B.to(dtype))
+        scale = getattr(self.base, "embed_scale", None)  # Gemma multiplies what it looks up
+        if scale is not None:
+            change = change * scale
+        return (y + change).to(y.dtype)
+
+    def _random(self, name: str) -> Tensor:
+        return torch.randn(self.shapes[name], generator=self._generator(name))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Norms from their squares; a zero row gets a norm that can be divided by."""
+    return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

@@ -1,0 +1,266 @@
+"""Folding an adapter into weight rows, without a model.
+
+Row-local, so that an export can walk a base of any size in chunks. With ``W`` the rows given:
+
+    LoRA        W' = W + s B A
+    DoRA        W'_o = m_o V_o / ||V_o||        V = W + s B A
+    embedding   W' = W + s (B A)^T              rows are vocabulary ids
+    experts     LoRA, each expert's rows with its own A
+    QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros (``merge_groups``)
+
+PiSSA and LoftQ adapters are stored as the change since their start (``peft_format``), which is what
+the *original* base needs. The base *decoded* as training saw it, ``decode(encode(residual_rows))``,
+needs the trained factors alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.directory import read_adapter
+from dist_peft.adapters.lora.tensors import Factors, factors
+from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.adapters.qalora.merge import group_change, merge_zeros, unmerge_zeros
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.quant.affine import AffineParts
+
+__all__ = ["Merger"]
+
+
+class Merger:
+    """One adapter, by weight name such as ``model.layers.0.self_attn.q_proj.weight``.
+
+    Args:
+        modules: module path -> factors.
+        start: pissa or loftq where the factors hold the change since such a start.
+        removed: LoftQ's extra product, ``PATH.removed_A`` and ``PATH.removed_B``.
+    """
+
+    def __init__(
+        self, modules: dict[str, Factors], start: str | None, removed: dict[str, Tensor]
+    ) -> None:
+        self._modules = {f"{path}.weight": module for path, module in modules.items()}
+        self._start = start
+        self._removed: dict[str, dict[str, Tensor]] = {}
+        for name, value in removed.items():
+            path, _, own = name.rpartition(".")
+            self._removed.setdefault(f"{path}.weight", {})[own] = value
+        self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
+
+    @classmethod
+    def open(cls, adapter_dir: Path, *, tied: bool = False) -> "Merger":
+        """Read an adapter directory, ours or PEFT's own.
+
+        Args:
+            adapter_dir: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+            tied: the base's output head shares the input embedding's weight.
+
+        Raises:
+            UserError: see ``read_adapter`` and ``factors``; or the embedding is adapted and tied.
+        """
+        public = read_adapter(adapter_dir)
+        try:
+            modules = factors(public)
+        except UserError as error:
+            raise UserError(f"{adapter_dir}: {error}") from None
+        embedding = next((path for path, f in modules.items() if f.is_embedding), None)
+        if tied and embedding is not None:
+            raise UserError(
+                f"{adapter_dir} adapts the embedding {embedding}, whose weight the base's output "
+                "head shares unadapted: one merged weight cannot be both. Keep this adapter "
+                "unmerged, merge into a base saved with tie_word_embeddings: false and a head of "
+                "its own, or train with adapter.embeddings: false"
+            )
+        return cls(modules, public.facts.get("start"), public.extra)
+
+    def touches(self, weight: str) -> bool:
+        """Whether the adapter changes this weight."""
+        return weight in self._modules
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """See, before a row is merged, that the adapter fits a base.
+
+        Args:
+            shapes: weight name -> rows and columns in the base.
+
+        Raises:
+            UserError: the base has no such weight, or of another shape.
+        """
+        for weight, module in self._modules.items():
+            if weight not in shapes:
+                raise UserError(
+                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
+                    "have: it belongs to another base"
+                )
+            rows, columns = shapes[weight]
+            self._check_shape(weight, columns, Span(0, rows))
+            if rows != module.shape[0]:
+                raise UserError(
+                    f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the "
+                    f"base's is {[rows, columns]}; it belongs to another base"
+                )
+
+    def merge_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """Merge rows ``span`` of an adapted weight.
+
+        Args:
+            weight: a name that ``touches``.
+            rows: float32 [len(span), columns].
+            span: which rows these are.
+            in_base: original: rows of the base's files. decoded: rows as training saw them.
+
+        Returns:
+            float32, the shape of ``rows``.
+
+        Raises:
+            UserError: the shapes show that the adapter belongs to another base.
+        """
+        module = self._modules[weight]
+        self._check(weight, rows, span)
+        merged = rows
+        if in_base == "decoded" and self._has_start(weight):
+            r = module.A.shape[0] // 2
+            merged = add_product(rows, module.B[span.slice, :r], module.A[:r], module.scaling)
+        else:
+            merged = _add(rows, module, span)
+        if module.magnitude is not None:
+            norm = merged.double().square().sum(1).sqrt().float()
+            norm = norm.clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+            magnitude = module.magnitude[span.slice].to(rows.device)
+            merged = (magnitude / norm)[:, None] * merged
+        self._rows_left[weight] -= len(span)
+        return merged
+
+    def delta_rows(self, weight: str, span: Span) -> Tensor:
+        """What a merge into the original base adds to rows ``span``, float32.
+
+        Raises:
+            UserError: with DoRA, where the change depends on the base.
+        """
+        module = self._modules[weight]
+        if module.magnitude is not None:
+            raise UserError(f"{weight} is adapted by DoRA, whose change depends on the base's rows")
+        return _add(torch.zeros(len(span), module.shape[1]), module, span)
+
+    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        """What the adapter adds to all weights of a group, float32 ``[len(span), groups]``.
+
+        Raises:
+            UserError: weights of a group change differently, or the adapter is another base's.
+        """
+        module = self._modules[weight]
+        groups = parts.scale.shape[1]
+        group_size = parts.codes.shape[1] // groups
+        columns = module.shape[1]
+        if -(-columns // group_size) != groups:
+            columns = groups * group_size
+        self._check_shape(weight, columns, span)
+        change = group_change(module, group_size, span)
+        if change is None:
+            raise UserError(
+                f"{weight}: the adapter changes the weights of a group of {group_size} "
+                "differently, which the group's one zero cannot hold; only QA-LoRA (adapter.kind "
+                f"qalora) with a pool_size that is a multiple of {group_size} merges into zeros"
+            )
+        return change
+
+    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        """Merge rows ``span`` of an integer base exactly: other zeros, the same codes and scales.
+
+        Args:
+            weight: a name that ``touches``.
+            parts: the rows as training saw them.
+            span: which rows these are.
+
+        Returns:
+            ``zero`` float32 ``[len(span), groups]``.
+
+        Raises:
+            UserError: see ``group_change``.
+        """
+        merged = merge_zeros(parts, self.group_change(weight, parts, span))
+        self._rows_left[weight] -= len(span)
+        return merged
+
+    def unmerge_parts(
+        self, weight: str, parts: AffineParts, span: Span, *, integer: bool = True
+    ) -> AffineParts:
+        """Take the adapter out again, bit for bit. See ``merge_groups.unmerge_zeros``."""
+        return unmerge_zeros(parts, self.group_change(weight, parts, span), integer=integer)
+
+    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """What training encoded for the original ``rows``: PiSSA and LoftQ removed a part first."""
+        if not self._has_start(weight):
+            return rows
+        self._check(weight, rows, span)
+        module = self._modules[weight]
+        if self._start == "pissa":
+            r = module.A.shape[0] // 2  # B[:, r:] is -B0
+            return add_product(rows, module.B[span.slice, r:], module.A[r:], module.scaling)
+        if weight not in self._removed:
+            return rows
+        removed = self._removed[weight]
+        return add_product(
+            rows, removed["removed_B"][span.slice], removed["removed_A"], -module.scaling
+        )
+
+    def unused(self) -> list[str]:
+        """Adapted weights of which not every row was merged."""
+        return [name for name, rows in self._rows_left.items() if rows > 0]
+
+    def _has_start(self, weight: str) -> bool:
+        module = self._modules.get(weight)
+        return self._start is not None and module is not None and not module.is_embedding
+
+    def _check(self, weight: str, rows: Tensor, span: Span) -> None:
+        """Refuse rows of another base."""
+        self._check_shape(weight, rows.shape[1], span)
+        module = self._modules[weight]
+        if module.saved_base is not None:
+            saved = module.saved_base[span.slice].to(rows.device)
+            if not torch.equal(rows.to(saved.dtype), saved):
+                raise UserError(
+                    f"{weight}: the adapter was trained on another embedding than the base has "
+                    "(resized or trained); merge it with PEFT itself"
+                )
+
+    def _check_shape(self, weight: str, columns: int, span: Span) -> None:
+        module = self._modules[weight]
+        if span.stop <= module.shape[0] and columns == module.shape[1]:
+            return
+        if module.pool > 1 and columns == module.A.shape[1]:
+            raise UserError(
+                f"{weight}: the adapter's A has a column for each input, so it is no QA-LoRA: PEFT "
+                "ignores use_qalora except on GPTQ linears and trains plain LoRA; set use_qalora "
+                "to false in its adapter_config.json"
+            )
+        raise UserError(
+            f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the base "
+            f"has rows up to {span.stop} of [{columns}] elements; it belongs to another base"
+        )
+
+
+def _add(rows: Tensor, module: Factors, span: Span) -> Tensor:
+    if module.experts > 1:
+        return _add_by_expert(rows, module, span)
+    if module.is_embedding:
+        return add_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
+    return add_product(rows, module.B[span.slice], module.wide_A(), module.scaling)
+
+
+def _add_by_expert(rows: Tensor, module: Factors, span: Span) -> Tensor:
+    """Rows ``span`` of a stack of experts, which may begin and end within one."""
+    out, r = module.shape[0] // module.experts, module.B.shape[1]
+    parts = []
+    for expert in range(span.start // out, -(-span.stop // out)):
+        own = Span(expert * out, (expert + 1) * out).intersect(span)
+        A = module.A[expert * r : (expert + 1) * r]
+        part = rows[own.shift(-span.start).slice]
+        parts.append(add_product(part, module.B[own.slice], A, module.scaling))
+    return torch.cat(parts) if parts else rows

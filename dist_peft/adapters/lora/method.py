@@ -1,0 +1,166 @@
+"""The adapter method ``lora``: LoRA, rsLoRA, DoRA, LoRA+, PiSSA and LoftQ on any base.
+
+LoRA+ (Hayou, Ghosh, Yu 2024): ``B`` learns ``lr_ratio`` times faster than ``A``; magnitudes and
+embeddings learn at the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / sqrt(r)``.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from dist_peft.adapters.directory import public_lora
+from dist_peft.adapters.lora.expert_format import public_path, taken_for_experts, target_parameters
+from dist_peft.adapters.lora.expert_layer import LoraExperts
+from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
+from dist_peft.adapters.low_rank.method import LowRankAdapter
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.core.config.run import LoraConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = ["LoraAdapter"]
+
+
+class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
+    """See the module docstring and ``adapters.base.Adapter``."""
+
+    # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets. See ``LowRankAdapter``."""
+        modules = list(model.named_modules())
+        self._all_stacks = [name for name, m in modules if isinstance(m, ExpertStack)]
+        super().attach(model)
+
+    def _find_targets(self, model: nn.Module) -> list[str]:
+        names = super()._find_targets(model)
+        return [*names, _input_embedding(model)] if self.config.embeddings else names
+
+    def _layer(self, name: str, module: nn.Module) -> LoraLinear | LoraEmbedding | LoraExperts:
+        config = self.config
+        r, alpha = self._rank_and_alpha(name)
+        spec = LoraSpec(
+            r=r,
+            scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
+            arithmetic=self.arithmetic,
+            seed=self.seed,
+            dora=config.use_dora,
+            start=config.init,
+            iterations=config.init_iterations,
+        )
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding(module, name, spec)
+        if isinstance(module, ExpertStack):
+            self._check_experts(name)
+            return LoraExperts(module, name, spec)
+        assert isinstance(module, FrozenLinear)
+        if config.init == "loftq" and module.codec.name == "raw":
+            raise UserError(
+                f"adapter.init loftq fits what quantization loses, but {name} is not quantized; "
+                "set base.quant, take the module out of adapter.target_modules, or use another "
+                "adapter.init"
+            )
+        if config.init != "default" and module.stored is not None:
+            raise UserError(
+                f"adapter.init {config.init} changes the base's weights before they are quantized, "
+                f"but {name} comes quantized from base.path; set adapter.init: default, or give "
+                "the unquantized base"
+            )
+        most = min(module.in_features, module.out_features)
+        if config.init != "default" and r > most:
+            raise UserError(
+                f"adapter.init {config.init} needs a rank of at most {most} in {name} "
+                f"[{module.out_features}, {module.in_features}], not {r}; lower adapter.r or "
+                "adapter.rank_pattern"
+            )
+        return LoraLinear(module, name, spec, RowDropout(config.dropout, name, self.position))
+
+    def _check_experts(self, name: str) -> None:
+        config = self.config
+        excluded = {
+            "dropout": config.dropout > 0,
+            "use_dora": config.use_dora,
+            f"init {config.init}": config.init != "default",
+        }
+        for key, is_set in excluded.items():
+            if is_set:
+                raise UserError(
+                    f"adapter.{key} is not for experts such as {name}: their adapters have PEFT's "
+                    "form (target_parameters), which has none of dropout, DoRA, PiSSA and LoftQ; "
+                    "leave it out, or list adapter.target_modules without experts, such as "
+                    "[q_proj, k_proj, v_proj, o_proj]"
+                )
+
+    # -- training ------------------------------------------------------------------------------
+
+    def lr_scale(self, name: str) -> float:
+        return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
+
+    def start_state(self) -> tuple[str, ...]:
+        return tuple(
+            f"{path}.{name}"
+            for path, layer in self.layers.items()
+            if isinstance(layer, LoraLinear)
+            for name in layer.start_names
+        )
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give back start factors. See ``Adapter``.
+
+        Raises:
+            UserError: a factor is absent or has another shape.
+        """
+        for path, layer in self.layers.items():
+            if not isinstance(layer, LoraLinear) or not layer.start_names:
+                continue
+            for name in layer.start_names:
+                value = tensors.get(f"{path}.{name}")
+                if value is None or tuple(value.shape) != layer.shapes[name]:
+                    found = "is absent" if value is None else f"has shape {list(value.shape)}"
+                    raise UserError(
+                        f"checkpoint: {path}.{name} {found}, not {list(layer.shapes[name])}; it "
+                        "was written with another adapter.init, adapter.r or target: resume with "
+                        "the configuration it was written with"
+                    )
+            layer.give_start({name: tensors[f"{path}.{name}"] for name in layer.start_names})
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """PEFT's form. See ``Adapter`` and ``peft_format``."""
+        whole = self._whole(tensors, leave_out=("base_norm2",))
+        stacks = [name for name, layer in self.layers.items() if isinstance(layer, LoraExperts)]
+        modules = {public_path(n, stacks) if n in stacks else n: own for n, own in whole.items()}
+        weights = self._linears_by_weight()
+        parameters = [*stacks, *(f"{name}.weight" for name in weights)]
+        others = [*self._all_stacks, *(f"{name}.weight" for name in self._all_names)]
+        return public_lora(
+            self.config,
+            modules,
+            self._target_names(leave_out=[*stacks, *weights]),
+            base,
+            target_parameters(parameters, others),
+        )
+
+    def _linears_by_weight(self) -> list[str]:
+        """Linears that ``target_modules`` of PEFT cannot name (see ``expert_format``)."""
+        if not self._all_stacks or self.config.use_dora:
+            return []
+        linears = (name for name, layer in self.layers.items() if isinstance(layer, LoraLinear))
+        return [name for name in linears if taken_for_experts(name)]
+
+
+def _input_embedding(model: nn.Module) -> str:
+    """Name of the input embedding of a ``transformers`` model."""
+    embedding = cast(Callable[[], nn.Module], model.get_input_embeddings)()
+    if not isinstance(embedding, nn.Embedding):
+        raise UserError(
+            f"adapter.embeddings: the input embedding is a {type(embedding).__name__}, which "
+            "cannot be adapted; set it to false"
+        )
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(embedding)]

@@ -1,0 +1,106 @@
+"""What the low-rank methods share: finding targets, wrapping them, gathering what was trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.low_rank.module import LowRankModule
+from dist_peft.adapters.protocol import (
+    PlainAdapter,
+    PublicAdapter,
+    check_patterns,
+    match_targets,
+    pattern_value,
+    whole_parameters,
+)
+from dist_peft.adapters.sample_dropout import DropoutPosition
+from dist_peft.core.config.run import LowRankConfig
+from dist_peft.model.experts import ExpertStack
+
+__all__ = ["LowRankAdapter"]
+
+Config = TypeVar("Config", bound=LowRankConfig)
+Layer = TypeVar("Layer", bound=LowRankModule)
+
+
+class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
+    """See ``adapters.base.Adapter``.
+
+    Attributes:
+        layers: the wrappers by path, once attached.
+        position: what the layers' dropout masks depend on.
+    """
+
+    def __init__(self, config: Config, *, seed: int, arithmetic: torch.dtype) -> None:
+        self.config, self.seed, self.arithmetic = config, seed, arithmetic
+        self.position = DropoutPosition(seed)
+        self.layers: dict[str, Layer] = {}
+        self._all_names: list[str] = []
+
+    # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets. See ``Adapter``.
+
+        Raises:
+            UserError: targets or patterns match nothing, or settings that exclude each other.
+        """
+        names = self._find_targets(model)
+        check_patterns("rank_pattern", self.config.rank_pattern, names)
+        check_patterns("alpha_pattern", self.config.alpha_pattern, names)
+        # of the modules that transformers has, too
+        modules = list(model.named_modules())
+        self._all_names = [name for name, m in modules if not isinstance(m, ExpertStack)]
+        self.layers = {name: self._layer(name, model.get_submodule(name)) for name in names}
+        for name, layer in self.layers.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer)
+
+    def _find_targets(self, model: nn.Module) -> list[str]:
+        return match_targets(self.config.target_modules, model)
+
+    @abstractmethod
+    def _layer(self, name: str, module: nn.Module) -> Layer:
+        """The wrapper of one target."""
+
+    def _rank_and_alpha(self, name: str) -> tuple[int, float]:
+        config = self.config
+        return (
+            pattern_value(config.rank_pattern, name, config.r),
+            pattern_value(config.alpha_pattern, name, config.alpha),
+        )
+
+    # -- training ------------------------------------------------------------------------------
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin(step, sample_ids)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """See ``Adapter``."""
+
+    def _whole(
+        self, tensors: Mapping[str, Tensor], leave_out: tuple[str, ...] = ()
+    ) -> dict[str, dict[str, Tensor]]:
+        """Path -> own name -> gathered parameter.
+
+        Raises:
+            RuntimeError: a tensor is absent, empty or has the wrong shape.
+        """
+        shapes = {
+            path: {name: shape for name, shape in layer.shapes.items() if name not in leave_out}
+            for path, layer in self.layers.items()
+        }
+        return whole_parameters(tensors, shapes)
+
+    def _target_names(self, leave_out: Collection[str] = ()) -> list[str]:
+        """The shortest list that means the same modules: last components, else whole names."""
+        layers = set(self.layers) - set(leave_out)
+        last = sorted({name.rpartition(".")[2] for name in layers})
+        meant = [name for name in self._all_names if name.rpartition(".")[2] in last]
+        return last if set(meant) == layers else sorted(layers)

@@ -1,0 +1,88 @@
+"""What the layers of low-rank methods share: parameters, their start, and the product.
+
+Parameters are float32 and cast to the arithmetic type in forward; no engine needs mixed precision.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_peft.adapters.protocol import derive_seed
+from dist_peft.core.span import Span
+
+__all__ = ["LowRankModule", "LowRankSpec"]
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """What one adapted module is.
+
+    Attributes:
+        r: rank.
+        scaling: ``s``.
+        arithmetic: type in which the adapter computes.
+        seed: of the run; start values also depend on the module's path.
+    """
+
+    r: int
+    scaling: float
+    arithmetic: torch.dtype
+    seed: int
+
+
+class LowRankModule(nn.Module, ABC):
+    """A wrapper with two factors and maybe more.
+
+    Attributes:
+        path: the wrapped module's name in the model.
+        shapes: the whole shape of each own parameter.
+        starts_at_zero: the parameter whose zeros make the start the base's own function.
+    """
+
+    starts_at_zero: ClassVar[str]
+
+    def __init__(self, path: str, spec: LowRankSpec) -> None:
+        super().__init__()
+        self.path, self.spec = path, spec
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._starts: dict[str, tuple[Span, Tensor]] = {}
+
+    def _add(
+        self, name: str, shape: tuple[int, ...], device: torch.device | str, train: bool
+    ) -> None:
+        self.shapes[name] = shape
+        value = torch.empty(shape, dtype=torch.float32, device=device)
+        self.register_parameter(name, nn.Parameter(value, requires_grad=train))
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
+
+        What ``prepare_rows`` left for this parameter is released.
+        """
+        if name in self._starts:
+            known, value = self._starts.pop(name)
+            assert known.intersect(span) == span, f"{self.path}.{name}: {span} outside of {known}"
+            return value[span.shift(-known.start).slice].clone()  # others start from it too
+        if name == self.starts_at_zero:
+            return torch.zeros(len(span), *self.shapes[name][1:])
+        return self._random(name)[span.slice].clone()
+
+    @abstractmethod
+    def _random(self, name: str) -> Tensor:
+        """The whole start value of a parameter that does not start at zero."""
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``s B A x`` in the arithmetic type: ``x`` [..., columns of A] -> [..., rows of B]."""
+        dtype = self.spec.arithmetic
+        inner = F.linear(x.to(dtype), A.to(dtype)) * self.spec.scaling
+        return F.linear(inner, B.to(dtype))
+
+    def extra_repr(self) -> str:
+        return f"r={self.spec.r}, scaling={self.spec.scaling:g}"

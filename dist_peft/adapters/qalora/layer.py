@@ -1,0 +1,88 @@
+"""QA-LoRA's layer: a low-rank change that is constant within the base's quantization groups.
+
+QA-LoRA (Xu et al. 2024, section 3.3 and algorithm 1)::
+
+    y = W x + b + s B A drop(P x)       A [r, L], B [out, r]; s = alpha/r
+
+``P`` sums each group of ``pool_size`` neighbouring inputs, ``L = in / pool_size``. The same as LoRA
+with an ``A`` whose columns repeat within a group::
+
+    in:     x0 x1 x2 x3 | x4 x5 x6 x7 |          pool_size 4
+    P x:    x0+x1+x2+x3 | x4+x5+x6+x7 |
+    s B A:  d0 d0 d0 d0 | d1 d1 d1 d1 |          [out, in], one number a row and group
+
+An affine base has one zero a row and group, ``W = (q - zero) scale``, if a pool group is a union of
+whole quantization groups. Then the change fits into the zeros and codes stay (``merge_groups``)::
+
+    (q - zero) scale + d  =  (q - (zero - d / scale)) scale
+
+Sums grow with the group: at equal factors a group of 32 changes the output as 32 LoRA inputs do
+that agree. ``A`` therefore starts as LoRA's would with the same ``in``, uniform in
+``[-1, 1] / sqrt(in)`` (the paper does not say how), ``B`` at zero.
+
+Differences: the authors' repository and PEFT scale the sum (``pooling``).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = ["QaLoraLinear", "pool"]
+
+
+def pool(x: Tensor, size: int) -> Tensor:
+    """Sums of ``size`` neighbours: ``[..., in]`` -> ``[..., in / size]`` in the type of ``x``."""
+    return x.unflatten(-1, (-1, size)).sum(-1)
+
+
+class QaLoraLinear(LowRankModule):
+    """A ``FrozenLinear`` with QA-LoRA. See the module docstring.
+
+    Args:
+        base: the wrapped linear.
+        path: its name in the model.
+        spec: what to build.
+        pool_size: inputs summed into one; divides ``in_features``.
+        dropout: on the pooled input.
+        device: where the (unfilled) parameters are made.
+
+    Attributes:
+        lora_A, lora_B: ``[r, in / pool_size]``, ``[out, r]``.
+    """
+
+    starts_at_zero = "lora_B"
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        path: str,
+        spec: LowRankSpec,
+        pool_size: int,
+        dropout: RowDropout,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__(path, spec)
+        self.base = base
+        self.pool_size = pool_size
+        self.dropout = dropout
+        self._add("lora_A", (spec.r, base.in_features // pool_size), device, train=True)
+        self._add("lora_B", (base.out_features, spec.r), device, train=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        pooled = self.dropout(pool(x.to(self.spec.arithmetic), self.pool_size))
+        y: Tensor = self.base(x)
+        return (y + self._product(pooled, self.lora_A, self.lora_B)).to(y.dtype)
+
+    def _random(self, name: str) -> Tensor:
+        bound = self.base.in_features**-0.5
+        value = torch.empty(self.shapes[name])
+        return value.uniform_(-bound, bound, generator=self._generator(name))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pool_size={self.pool_size}"

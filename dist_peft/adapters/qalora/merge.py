@@ -1,0 +1,104 @@
+"""Folding an adapter into the zeros of an affine base: exact, and what rounding would lose.
+
+With one zero and one scale a row and group, and an adapter that adds the same ``D`` to all weights
+of a group (QA-LoRA; ``D = s B A``, ``[rows, groups]``)::
+
+    w     = (q - zero) scale
+    w + D = (q - zero') scale        zero' = zero - D / scale        codes and scales stay
+
+    bias' = bias + D                 where a format stores bias = -scale zero (MLX, GGUF Q4_1)
+
+``zero'`` is a float32, computed in float64 and rounded once. A decoded weight is then off by less
+than ``2^-24 |zero'| scale``, as much as float32 rounds ``w`` itself where ``zero'`` is of the size
+of the codes.
+
+Back (``unmerge_zeros``): ``zero' + D / scale`` differs from ``zero`` by that one rounding, at most
+``2^-24 |zero'|``, and is rounded again to what ``zero`` can have been::
+
+    integers (rtn, GPTQ)    to an integer: the very zero if |zero'| < 2^23
+    float16 (HQQ)           to float16: the very zero if |zero'| < 2^12 |zero|, |zero| >= 2^-14
+
+Integer zeros cannot hold the adapter. Rounding ``zero'`` to an integer changes a group only where
+``|D| > scale / 2``, while adapters change weights by a small part of a step: ``lost_share`` says
+how much of the adapter that erases.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.lora.tensors import Factors
+from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.core.span import Span
+from dist_peft.quant.affine import AffineParts
+
+__all__ = ["group_change", "lost_share", "merge_zeros", "unmerge_zeros"]
+
+_INTEGERS_END = 2.0**23
+"""float32 has steps of 1 from here on."""
+
+
+def group_change(module: Factors, group_size: int, span: Span) -> Tensor | None:
+    """``D`` for rows ``span``: float32 ``[len(span), groups]``, or None if the adapter does not add
+    the same to all weights of a group."""
+    if module.is_embedding or module.magnitude is not None or module.experts > 1:
+        return None
+    wide = module.wide_A()
+    first = wide[:, ::group_size]
+    whole = first.repeat_interleave(group_size, 1)[:, : wide.shape[1]]
+    if not torch.equal(whole, wide):
+        return None
+    change = torch.zeros(len(span), first.shape[1])
+    return add_product(change, module.B[span.slice], first, module.scaling)
+
+
+def merge_zeros(parts: AffineParts, change: Tensor) -> AffineParts:
+    """``parts`` with the float32 zeros that hold ``change`` [rows, groups]."""
+    zero = parts.zero.double() - _steps(parts, change)
+    return parts._replace(zero=zero.float())
+
+
+def unmerge_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> AffineParts:
+    """The parts that ``merge_zeros`` was given, bit for bit, with float16 zeros.
+
+    Args:
+        parts: merged.
+        change: the same as in the merge.
+        integer: whether the base's zeros are integers (see the module for what the rest takes).
+
+    Raises:
+        ValueError: a zero is so large that an integer is not known to come back.
+    """
+    zero = parts.zero.double() + _steps(parts, change)
+    if integer:
+        if bool((parts.zero.abs() >= _INTEGERS_END).any()):
+            raise ValueError("the adapter moved a zero beyond 2^23: its fraction is lost")
+        zero = zero.round()
+    return parts._replace(zero=zero.half())
+
+
+def lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float:
+    """The share of an adapter that is lost when merged zeros are rounded to integers of ``bits``.
+
+    Args:
+        pieces: rows of the base (not merged) and their change, of as many weights as wanted.
+        bits: of a zero, which is clamped to ``0 .. 2**bits - 1``.
+
+    Returns:
+        ``|| kept - D || / || D ||`` over all weights: 0 if nothing is lost, 1 if everything is;
+        0 for an adapter that changes nothing.
+    """
+    lost, total = 0.0, 0.0
+    for parts, change in pieces:
+        exact = parts.zero.double() - _steps(parts, change)
+        rounded = exact.round().clamp(0, 2**bits - 1)
+        kept = (parts.zero.double() - rounded) * parts.scale.double()
+        lost += float((kept - change.double()).square().sum())
+        total += float(change.double().square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def _steps(parts: AffineParts, change: Tensor) -> Tensor:
+    """The change in units of the codes."""
+    return change.to(parts.scale.device).double() / parts.scale.double()

@@ -1,0 +1,95 @@
+"""The adapter method ``qalora``: QA-LoRA on an integer base (``adapters.qalora`` has the layer)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dist_peft.adapters.low_rank.method import LowRankAdapter
+from dist_peft.adapters.low_rank.module import LowRankSpec
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.qalora.format import public_qalora
+from dist_peft.adapters.qalora.layer import QaLoraLinear
+from dist_peft.adapters.qalora.pooling import Pooling
+from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.core.config.run import QaLoraConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.affine import AffineCodec
+
+__all__ = ["QaLoraAdapter"]
+
+
+class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
+    """See the module docstring and ``adapters.base.Adapter``."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap the targets. See ``LowRankAdapter``.
+
+        Raises:
+            UserError: also where the base has no integer groups, or pool groups are no unions of
+                them.
+        """
+        misfits = [
+            f"{name} ({module.in_features})"
+            for name in self._find_targets(model)
+            if isinstance(module := model.get_submodule(name), FrozenLinear)
+            and module.in_features % self._pool_size(name, module)
+        ]
+        if misfits:
+            raise self._misfit(misfits)
+        super().attach(model)
+
+    def _layer(self, name: str, module: nn.Module) -> QaLoraLinear:
+        if isinstance(module, ExpertStack):
+            raise UserError(
+                f"adapter.kind qalora is not for experts such as {name}; list "
+                "adapter.target_modules without experts, such as [q_proj, k_proj, v_proj, o_proj], "
+                "or use adapter.kind lora"
+            )
+        assert isinstance(module, FrozenLinear)
+        r, alpha = self._rank_and_alpha(name)
+        spec = LowRankSpec(r, alpha / r, self.arithmetic, self.seed)
+        dropout = RowDropout(self.config.dropout, name, self.position)
+        return QaLoraLinear(module, name, spec, self._pool_size(name, module), dropout)
+
+    def _pool_size(self, name: str, module: FrozenLinear) -> int:
+        """The size of pool groups, which must be unions of the base's groups."""
+        codec = module.codec
+        if not isinstance(codec, AffineCodec):
+            raise UserError(
+                f"adapter.kind qalora merges into the zeros of an integer base, but {name} is "
+                f"stored as {codec.name}, which has none; "
+                + (
+                    "set base.quant.kind to int"
+                    if module.stored is None
+                    else "give an integer base"
+                )
+                + f" or leave {'the output head' if module.is_head else 'it'} out of "
+                "adapter.target_modules, or adapter.kind to lora"
+            )
+        size = self.config.pool_size or codec.group_size
+        if size % codec.group_size:
+            raise UserError(
+                f"adapter.pool_size {size} is no multiple of base.quant.group_size "
+                f"{codec.group_size}: a group of the base would lie in two pool groups and its one "
+                "zero could not hold both changes; leave adapter.pool_size out to pool by the "
+                "base's groups"
+            )
+        return size
+
+    def _misfit(self, misfits: list[str]) -> UserError:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        key = "adapter.pool_size" if self.config.pool_size else "base.quant.group_size"
+        return UserError(
+            "adapter.kind qalora pools whole groups, but the in_features of "
+            f"{', '.join(misfits[:3])}{more} are not divisible by {key}; choose a size that "
+            "divides them, or leave these modules out of adapter.target_modules"
+        )
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """Our form, with the sum convention. See ``Adapter`` and ``qalora_format``."""
+        sizes = {layer.pool_size for layer in self.layers.values()}
+        assert len(sizes) == 1, sizes
+        pooling = Pooling(sizes.pop(), "sum")
+        return public_qalora(self.config, pooling, self._whole(tensors), self._target_names(), base)

@@ -1,0 +1,175 @@
+"""What the methods with virtual tokens share: an encoder beside the model, hooks on its decoder.
+
+Nothing inside the model is replaced. Before the decoder runs (the module that looks up embeddings
+and goes through the blocks), a hook changes what it is given; after it, another takes away from its
+output what belongs to virtual tokens, so that neither loss nor labels know about them::
+
+    forward of the model     engines have gathered what is not in a block
+      before decoder         encoder() -> virtual tokens; put into the decoder's inputs
+      decoder                embeddings, blocks
+      after decoder          as many states as there were tokens
+      output head, loss      as without adapter
+
+The methods differ in what they put where: ``prompt_tuning`` and ``ptuning`` rows of embeddings,
+``prefix`` keys and values.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter, whole_parameters
+from dist_peft.adapters.sample_dropout import DropoutPosition
+from dist_peft.adapters.virtual_tokens.encoder import PATH, PromptEncoder
+from dist_peft.adapters.virtual_tokens.format import TENSOR, prompt_config
+from dist_peft.adapters.virtual_tokens.insertion import Insertion
+from dist_peft.core.config.run import VirtualTokensConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.attention_mask import packing_mask
+
+__all__ = ["InsertedTokensAdapter", "VirtualTokensAdapter", "embedding_width", "shifted"]
+
+Config = TypeVar("Config", bound=VirtualTokensConfig)
+
+
+class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
+    """See the module docstring and ``adapters.base.Adapter``.
+
+    The encoder computes in float32 whatever the arithmetic type, so that what is deployed is what
+    was trained; it is small, and runs once a forward.
+
+    Attributes:
+        position: what the encoder's dropout depends on.
+        encoder: once attached.
+    """
+
+    encoder: PromptEncoder
+
+    def __init__(self, config: Config, *, seed: int) -> None:
+        self.config = config
+        self.position = DropoutPosition(seed)
+
+    @property
+    def extra_positions(self) -> int:
+        return self.config.num_virtual_tokens
+
+    # -- building ------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the encoder beside the model and hook its decoder. See ``Adapter``.
+
+        Raises:
+            UserError: the method does not fit the model.
+        """
+        self.model = model
+        self.encoder = self._encoder(model)
+        setattr(model, PATH, self.encoder)
+        decoder = cast(Any, model).get_decoder()
+
+        def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:  # some families give the ids by position
+                kwargs = {"input_ids": args[0], **kwargs}
+            assert len(args) < 2, "a decoder is called with names"
+            return (), self._before(kwargs)
+
+        def after(decoder: nn.Module, args: Any, output: Any) -> None:
+            self._after(output)
+
+        decoder.register_forward_pre_hook(before, with_kwargs=True)
+        decoder.register_forward_hook(after)
+
+    @abstractmethod
+    def _encoder(self, model: nn.Module) -> PromptEncoder:
+        """The encoder for this model, its parameters on meta."""
+
+    @abstractmethod
+    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the decoder -> those with virtual tokens."""
+
+    @abstractmethod
+    def _after(self, output: Any) -> None:
+        """Take virtual tokens out of the decoder's output, in place."""
+
+    # -- training ------------------------------------------------------------------------------
+
+    def begin(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin(step, torch.zeros(1))  # one mask for all rows
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """The encoder's value in PEFT's form. See ``Adapter`` and ``prompt_format``."""
+        shapes = {name: tuple(start.shape) for name, start in self.encoder.starts.items()}
+        parameters = whole_parameters(tensors, {PATH: shapes})[PATH]
+        with torch.no_grad():
+            virtual = self.encoder.encode(parameters).contiguous().clone()
+        text = cast(Any, self.model).config.get_text_config()
+        config = prompt_config(self.config, base, text, virtual.shape[1])
+        return PublicAdapter(config, {TENSOR: virtual})
+
+
+class InsertedTokensAdapter(VirtualTokensAdapter[Config]):
+    """Virtual tokens as rows of embeddings in front of each document.
+
+    Every document of a packed row gets them, with positions of their own. In generation they stand
+    before the prompt and rest in the model's cache from then on.
+    """
+
+    _insertion: Insertion | None = None
+
+    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        count = self.config.num_virtual_tokens
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids")
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if cache is not None and cache.get_seq_length():  # they are in it
+            self._insertion = None
+            return {**kwargs, **shifted(count, positions, padding)}
+        ids = kwargs["input_ids"]
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        positions = positions.expand(ids.shape[0], -1)
+        if padding is None:
+            insertion = Insertion.before_documents(positions, count)
+            mask = packing_mask(self.model, insertion.position_ids)
+        else:
+            insertion = Insertion.before_rows(positions, count)
+            mask = insertion.widen_mask(padding)
+        self._insertion = insertion
+        embeddings = self.encoder.base(ids)
+        return {
+            **kwargs,
+            "input_ids": None,
+            "inputs_embeds": insertion.widen(embeddings, self.encoder().to(embeddings.dtype)),
+            "position_ids": insertion.position_ids,
+            "attention_mask": mask,
+        }
+
+    def _after(self, output: Any) -> None:
+        if self._insertion is not None:
+            output.last_hidden_state = self._insertion.narrow(output.last_hidden_state)
+            self._insertion = None
+
+
+def shifted(count: int, positions: Tensor | None, padding: Tensor | None) -> dict[str, Any]:
+    """Positions and padding mask of tokens that have ``count`` virtual ones before them."""
+    changed: dict[str, Any] = {}
+    if positions is not None:
+        changed["position_ids"] = positions + count
+    if padding is not None:
+        changed["attention_mask"] = torch.cat([padding.new_ones(len(padding), count), padding], 1)
+    return changed
+
+
+def embedding_width(model: nn.Module) -> int:
+    """Size of a row of the input embedding."""
+    embedding = cast(Any, model).get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise UserError(
+            f"adapter: the input embedding is a {type(embedding).__name__}, in front of which "
+            "virtual tokens cannot be put; use adapter.kind lora"
+        )
+    return embedding.embedding_dim

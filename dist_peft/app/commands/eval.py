@@ -1,0 +1,204 @@
+"""``dist-peft eval``: held-out loss of a base, or of a run's newest state; multiple choice."""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_peft.app.adapter_bank import AdapterBank
+from dist_peft.app.base_content import checkpoint_bases
+from dist_peft.app.commands.quantize import with_base_of_run
+from dist_peft.app.data_setup import Loaders, check_fit, choice_loader
+from dist_peft.app.model_setup import (
+    Built,
+    Prepared,
+    give_start,
+    load,
+    prepare,
+    restore,
+    with_labels,
+)
+from dist_peft.app.resuming import dated_loaders
+from dist_peft.app.run_identity import rank_configuration, rank_inputs
+from dist_peft.app.tasks import task_configs, task_runs
+from dist_peft.core.config.io import load_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.data.labels import class_names
+from dist_peft.data.multiple_choice import read_questions
+from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.evaluate import evaluate
+from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.option_scores import answer_questions
+
+__all__ = ["run"]
+
+log = logging.getLogger("dist_peft")
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    """Print one JSON line: ``{"eval_loss": nats, "step": steps trained}``, with several held-out
+    sources ``eval_by_task``, and for each file of ``--choices`` its accuracies. Of a classifier
+    ``eval_accuracy`` and ``eval_macro_f1``, too.
+
+    Of a run of separate tasks: ``{"adapters": {NAME: that of each}, "own": {NAME: loss}}``; the
+    base is loaded once. ``own`` is each adapter's loss on the held-out source of its own task. A
+    classifier, which has its task's labels alone, is evaluated on that source only.
+    """
+    config = load_config(args.config, args.overrides)
+    if not config.data.eval:
+        raise UserError("data.eval is empty: nothing to evaluate")
+    if args.choices and config.data.classifies:
+        raise UserError("--choices asks a language model; with base.head classifier leave it out")
+    runs = {} if args.run_dir is None else task_runs(args.run_dir)
+    if not runs:
+        ready = _ready({"": config}, args.run_dir, {"": args.run_dir}, world)
+        found = _found(ready, "", args.choices, world)
+    else:
+        ready = _ready(_of_tasks(config, runs), args.run_dir, runs, world)
+        found = {"adapters": {}, "own": {}}
+        for name in runs:
+            ready.bank.activate(name)
+            found["adapters"][name] = _found(ready, name, args.choices, world)
+            if (own := _own_loss(ready.configs[name], name, found["adapters"][name])) is not None:
+                found["own"][name] = own
+    if world.is_first:
+        print(json.dumps(found))
+    return 0
+
+
+def _of_tasks(config: RunConfig, runs: Iterable[str]) -> dict[str, RunConfig]:
+    """What each task's adapter is evaluated with: all held-out sources; a classifier, which knows
+    the labels of its task alone, with those of its task."""
+    if not config.data.classifies:
+        return dict.fromkeys(runs, config)
+    tasks = task_configs(config)
+    if unknown := set(runs) - set(tasks):
+        raise UserError(f"data.train of --config has no task {sorted(unknown)[0]}, the run has")
+    return {name: tasks[name] for name in runs}
+
+
+def _found(
+    ready: "_Ready", name: str, choices: Sequence[Path] | None, world: World
+) -> dict[str, Any]:
+    """What is to be told of the live adapter, called ``name``."""
+    built, rows = ready.built, ready.loaders[name].eval
+    found: dict[str, Any] = {}
+    if rows is not None:
+        found |= evaluate(built.model, built.engine, rows, world).values()
+    found["step"] = ready.steps.get(name, 0)
+    if choices:
+        config = ready.configs[name]
+        found["choices"] = {str(f): _choices(f, config, built, world) for f in choices}
+    return found
+
+
+def _own_loss(config: RunConfig, name: str, found: dict[str, Any]) -> float | None:
+    """The loss on the held-out source of task ``name``, if there is one."""
+    loss: float | None = found.get("eval_by_task", {}).get(name)
+    if [source.task for source in config.data.eval] == [name]:
+        loss = found["eval_loss"]
+    return loss
+
+
+def _choices(file: Path, config: RunConfig, built: Built, world: World) -> dict[str, Any]:
+    with world.together("read questions"):
+        questions = read_questions(file)
+        extra = built.adapter.extra_positions
+        loader = choice_loader(config, questions, built.skeleton, built.tokenizer, world, extra)
+    return asdict(answer_questions(built.model, built.engine, questions, loader, world))
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A loaded model and, by the name of each adapter, what it is evaluated with and on, and how
+    many steps it was trained.
+
+    A base without a run, and an ordinary run, have one adapter, of no name, which is live.
+    """
+
+    built: Built
+    bank: AdapterBank
+    configs: Mapping[str, RunConfig]
+    loaders: Mapping[str, Loaders]
+    steps: Mapping[str, int]
+
+
+def _ready(
+    configs: Mapping[str, RunConfig],
+    run_dir: Path | None,
+    runs: Mapping[str, Path | None],
+    world: World,
+) -> _Ready:
+    """``runs``: name -> run directory of each adapter; what they share is in ``run_dir``."""
+    config = next(iter(configs.values()))
+    device = world.device(config.train.device)
+    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    for each in configs.values():
+        world.agree("configuration", rank_configuration(each, world))
+    setup_log(None, world.rank, world.size)
+    with world.together("prepare"):
+        prepared = prepare(config if run_dir is None else with_base_of_run(config, run_dir), world)
+        saved = {name: _newest(run, world) for name, run in runs.items() if run is not None}
+        positions = {name: c.position(path) for name, (c, path) in saved.items()}
+        paths = [path for _, path in saved.values()]
+        trained_on = checkpoint_bases(paths, prepared.skeleton.index)
+    loaders = _loaders(configs, prepared, world, positions)
+    for checkpoints, path in saved.values():
+        give_start(prepared, checkpoints, path)
+        break  # tasks of one run have one start
+    built = load(prepared, prepared.config, world, device, trained_on)
+    bank, steps = AdapterBank(built), {}
+    if saved:
+        built.optimize(make_optimizer_factory(config.train, device))
+    for name, (checkpoints, path) in saved.items():
+        position = checkpoints.position(path)
+        own = with_labels(built, class_names(configs[name].data))
+        if position.base != own.base_id:
+            labels = class_names(configs[name].data)
+            raise UserError(
+                f"checkpoint {path} was made on another base or another base.quant"
+                + (f", or for other labels than {', '.join(labels)}" if labels else "")
+                + f"; see base{' and data.train' if labels else ''} in {runs[name]}/config.yaml"
+            )
+        restore(built, checkpoints, path, position.step)
+        steps[name] = position.step
+        if name:
+            bank.keep(name)
+    return _Ready(built, bank, configs, loaders, steps)
+
+
+def _loaders(
+    configs: Mapping[str, RunConfig],
+    prepared: Prepared,
+    world: World,
+    positions: Mapping[str, RunPosition],
+) -> dict[str, Loaders]:
+    """The data of each adapter, with the date that it was trained with in the chat template; those
+    of one configuration share them."""
+    made: dict[int, Loaders] = {}
+    for name, config in configs.items():
+        if id(config) not in made:
+            found = positions.get(name)
+            made[id(config)] = dated_loaders(config, prepared.tokenizer, world, found)
+            world.agree("inputs", rank_inputs(config, prepared, made[id(config)], None))
+            check_fit(made[id(config)], prepared.skeleton, prepared.adapter.extra_positions)
+    return {name: made[id(config)] for name, config in configs.items()}
+
+
+def _newest(run_dir: Path, world: World) -> tuple[Checkpoints, Path]:
+    """The checkpoints of a run, and the newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", 1, world)
+    path = checkpoints.choose("auto")
+    if path is None:
+        raise UserError(f"{run_dir} has no complete checkpoint")
+    return checkpoints, path

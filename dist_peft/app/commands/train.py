@@ -1,0 +1,266 @@
+"""``dist-peft train``: the main job, in the order in which it happens."""
+
+import argparse
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import torch
+from torch import nn
+
+from dist_peft.app.adapter_bank import AdapterBank
+from dist_peft.app.base_content import TrainedOn, checkpoint_bases
+from dist_peft.app.commands.quantize import must_solve_base, with_solved_base
+from dist_peft.app.data_setup import Loaders, check_fit
+from dist_peft.app.model_setup import Built, Prepared, give_start, load, prepare, with_labels
+from dist_peft.app.resuming import read_inputs
+from dist_peft.app.run_identity import rank_configuration
+from dist_peft.app.solved_base import Stopped
+from dist_peft.app.tasks import TasksFile, task_configs
+from dist_peft.app.trainer import Session
+from dist_peft.app.unused_options import warn_of_idle_options
+from dist_peft.core.config.io import dump_config, load_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.data.labels import class_names
+from dist_peft.export.outlook import log_outlook
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.optimizers import make_optimizer_factory
+
+__all__ = ["RESUMABLE", "run", "train"]
+
+log = logging.getLogger("dist_peft")
+
+RESUMABLE = 75
+"""Exit code after a stop on a signal: a checkpoint is written, the same command goes on."""
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    return train(load_config(args.config, args.overrides), world)
+
+
+def train(config: RunConfig, world: World) -> int:
+    """Run ``config`` to its end, or until a signal; returns the exit code.
+
+    Raises:
+        UserError: on every rank, whatever rank found it.
+    """
+    if config.adapter.kind == "none":
+        raise UserError("adapter.kind is none: nothing would be trained; choose lora")
+    if config.train.tasks == "separate":
+        task_configs(config)  # before anything is written: what is wrong with the list
+    device = world.device(config.train.device)
+    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
+    world.agree("configuration", rank_configuration(config, world))
+    with _catch_signals() as stop:
+        return _train(config, world, device, stop)
+
+
+def _train(config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]) -> int:
+    """The order that "a refused command changes nothing" asks for: first all checks that need no
+    weights, then the run directory and its log, the load, the checks that need the model, and
+    ``config.yaml`` last, since merge and export believe it."""
+    run_dir = Path(config.save.dir)
+    setup_log(None, world.rank, world.size, hold=True)
+    with world.together("look at the run directory"):
+        if world.is_first:
+            _check_writable(run_dir)
+        solving = must_solve_base(config, run_dir)
+    if solving:
+        fresh = config.model_copy(update={"resume": "never"})  # another base until it is solved
+        _check_jobs(fresh, world, device, solving=True)  # before hours of solving
+        _open_run_directory(run_dir, world)
+    try:
+        config = with_solved_base(config, run_dir, world, device, stop)
+    except Stopped:
+        log.warning("stopped on a signal while solving the base; started again, it begins anew")
+        return RESUMABLE
+    config, prepared, jobs = _check_jobs(config, world, device)
+    trained_on = [base for job in jobs.values() for base in job.trained_on]
+    begun = next((job for job in jobs.values() if job.resume_from is not None), None)
+    _open_run_directory(run_dir, world)
+    if begun is not None and begun.resume_from is not None:
+        give_start(prepared, begun.checkpoints, begun.resume_from)
+    built = load(prepared, config, world, device, trained_on)
+    call = built.optimize(make_optimizer_factory(config.train, device))
+    sessions = {name: job.session(built, call, world) for name, job in jobs.items()}
+    next(iter(sessions.values())).check_model()
+    if config.train.tasks == "separate":
+        with world.together("write config.yaml"):
+            if world.is_first:
+                _write_config(run_dir, config)
+        resume_from = {name: job.resume_from for name, job in jobs.items()}
+        return _one_after_another(run_dir, built, sessions, resume_from, world, stop)
+    return RESUMABLE if _run(sessions[""], jobs[""].resume_from, world, stop) else 0
+
+
+def _check_jobs(
+    config: RunConfig, world: World, device: torch.device, *, solving: bool = False
+) -> "tuple[RunConfig, Prepared, dict[str, _Job]]":
+    """Everything that can be refused without weights; writes nothing but the token cache.
+
+    Returns:
+        the configuration with the base as it will be used, the model on meta with its adapter, and
+        the adapters to train, by task; a run of one adapter has one, called "".
+
+    Raises:
+        UserError: on every rank.
+    """
+    with world.together("read the base's configuration"):
+        runs = task_configs(config) if config.train.tasks == "separate" else {"": config}
+        prepared = prepare(next(iter(runs.values())), world, solving=solving)
+        base = {"base": prepared.config.base}
+        config = config.model_copy(update=base)
+        runs = {name: run.model_copy(update=base) for name, run in runs.items()}
+    warn_of_idle_options(config, world, prepared.model, device.type)
+    if not solving:
+        log_outlook(config, prepared.skeleton, prepared.directory)
+    return config, prepared, {name: _Job.of(run, prepared, world) for name, run in runs.items()}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An adapter to train: the run's only one, or a task's; what can be said before loading."""
+
+    config: RunConfig
+    loaders: Loaders
+    checkpoints: Checkpoints
+    resume_from: Path | None
+    trained_on: list[TrainedOn]
+
+    @classmethod
+    def of(cls, config: RunConfig, prepared: Prepared, world: World) -> Self:
+        """Raises: UserError: on every rank: unfit data, other data on another rank, or a
+        checkpoint that does not exist or is of another run."""
+        directory = Path(config.save.dir) / "checkpoints"
+        checkpoints = Checkpoints(directory, config.save.keep, world)
+        with world.together("choose a checkpoint"):
+            resume_from = checkpoints.choose(config.resume)
+        resumed = [] if resume_from is None else [resume_from]
+        # before all else that a checkpoint is compared with: it names keys of config.json
+        with world.together("compare the base with that of the checkpoint"):
+            trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
+        loaders = read_inputs(config, prepared, world, resume_from)
+        check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
+        return cls(config, loaders, checkpoints, resume_from, trained_on)
+
+    def session(self, built: Built, call: nn.Module, world: World) -> Session:
+        built = with_labels(built, class_names(self.config.data))
+        directory = Path(self.config.save.dir)
+        return Session(self.config, world, built, call, self.loaders, self.checkpoints, directory)
+
+
+def _run(
+    session: Session, resume_from: Path | None, world: World, stop: Callable[[], bool]
+) -> bool:
+    """Train to the end; true where a signal stopped it before."""
+    first_step = session.resume(resume_from) if resume_from is not None else session.begin()
+    with world.together("write config.yaml"):
+        if world.is_first:
+            _write_config(session.run_dir, session.config)
+    done = session.fit(first_step, stop)
+    if done < session.total_steps:
+        log.warning("stopped on a signal after step %d; start again to go on", done)
+        return True
+    session.finish()
+    return False
+
+
+def _one_after_another(
+    run_dir: Path,
+    built: Built,
+    sessions: dict[str, Session],
+    resume_from: dict[str, Path | None],
+    world: World,
+    stop: Callable[[], bool],
+) -> int:
+    """Train the adapter of each task, every one from the same start."""
+    with world.together("read tasks.json"):
+        finished = TasksFile(run_dir)
+    bank = AdapterBank(built)
+    bank.keep("start")
+    for number, (name, session) in enumerate(sessions.items(), 1):
+        newest = resume_from[name]
+        steps = finished.steps(name) if world.is_first else 0
+        if newest is not None and session.ends_at(newest) and world.max(steps)[0]:
+            log.info("task %s is finished", name)
+            continue
+        log.info("task %s, %d of %d, in %s", name, number, len(sessions), session.run_dir)
+        with world.together("prepare the task's directory"):
+            if world.is_first:
+                finished.begin(name)
+                _prepare_directory(session.run_dir)
+        bank.activate("start")
+        if _run(session, newest, world, stop):
+            return RESUMABLE
+        with world.together("write tasks.json"):
+            if world.is_first:
+                finished.finish(name, session.summary())
+    return 0
+
+
+def _check_writable(run_dir: Path) -> None:
+    """See that ``run_dir`` can be made or written, without doing it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"save.dir {run_dir} is a file; give a directory")
+    nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write run directory {run_dir}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write run directory {run_dir}: no permission to write {nearest}")
+
+
+def _open_run_directory(run_dir: Path, world: World) -> None:
+    """Make the directory and continue the log in its ``log.txt``."""
+    with world.together("prepare the run directory"):
+        if world.is_first:
+            _prepare_directory(run_dir)
+        setup_log(run_dir, world.rank, world.size)
+
+
+def _prepare_directory(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+
+
+def _write_config(run_dir: Path, config: RunConfig) -> None:
+    try:
+        atomic_write(run_dir / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+
+
+@contextmanager
+def _catch_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, SIGUSR1 (what schedulers send before the end) and Ctrl-C ask for a stop after the
+    step; a second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""``dist-peft validate``: rendered rows with the loss mask or the label, without any weight."""
+
+import argparse
+import logging
+import os
+import sys
+
+from dist_peft.core.config.io import load_config
+from dist_peft.core.config.run import DataConfig, DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.data.classification import load_labelled
+from dist_peft.data.documents import load_row_sets, show_row
+from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
+
+__all__ = ["add_arguments", "preview_labelled_rows", "preview_rows", "run"]
+
+log = logging.getLogger("dist_peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=2, help="rows to print of each source")
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    """Print ``--rows`` rows of each source.
+
+    Raises:
+        UserError: the configuration, the tokenizer or the data are wrong.
+    """
+    if args.rows < 0:
+        raise UserError(f"--rows {args.rows} is negative; give the number of rows to print")
+    config = load_config(args.config, args.overrides)
+    setup_log(None, world.rank, world.size)
+    if not world.is_first:
+        return 0
+    announce_trust(config.base)
+    directory = resolve_base(config.base, weights=False)
+    tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
+    preview = preview_labelled_rows if config.data.classifies else preview_rows
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        lines = preview(config.data, sources, tokenizer, name, args.rows) if sources else []
+        if lines and not _print_lines(lines):
+            break
+    return 0
+
+
+def _print_lines(lines: list[str]) -> bool:
+    """Whether somebody still reads: ``validate | head`` ends without a traceback."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # so that the interpreter's last flush does not fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def preview_rows(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
+) -> list[str]:
+    """A line about each source and its first ``count`` rows; what stands in ``[[...]]``
+    contributes to the loss.
+
+    Raises:
+        UserError: see ``data.rows.load_rows``.
+    """
+    lines = []
+    for number, rows in enumerate(load_row_sets(config, sources, tokenizer, name=name)):
+        lines.append(
+            f"data.{name}[{number}] {sources[number].path}: {rows.num_documents} documents in "
+            f"{len(rows)} rows, {rows.total_tokens} tokens, of which {rows.total_targets} "
+            "contribute to the loss, marked [[...]]"
+        )
+        for index in range(min(count, len(rows))):
+            lines.append(f"--- row {index}: {rows.num_tokens(index)} tokens")
+            lines.append(show_row(rows, index, tokenizer))
+    return lines
+
+
+def preview_labelled_rows(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
+) -> list[str]:
+    """As ``preview_rows``, of classification: each row's tokens as text and its label.
+
+    Raises:
+        UserError: see ``data.labelled.load_labelled``.
+    """
+    lines = []
+    for number, rows in enumerate(load_labelled(config, sources, tokenizer, name=name)):
+        labels = rows.task.labels
+        lines.append(
+            f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows of task "
+            f"{rows.task.name}, labels {', '.join(labels)}"
+        )
+        for index in range(min(count, len(rows))):
+            tokens, target, _ = rows.row(index)
+            label = labels[int(target[0]) - rows.task.start]
+            lines.append(f"--- row {index}: {len(tokens)} tokens, label {label}")
+            lines.append(str(tokenizer.decode(tokens.tolist())))
+    return lines

@@ -1,0 +1,158 @@
+"""Options that are set and change nothing in this run, told once.
+
+Whoever sets an option expects something of it. What contradicts the run is refused elsewhere; what
+is merely idle (another engine's option, a batch larger than what there is) is said here, so that
+nobody waits for its effect.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from torch import nn
+
+from dist_peft.core.config.run import FullConfig, LoraConfig, PartialConfig, RunConfig
+from dist_peft.core.log import ONCE
+from dist_peft.core.world import World
+from dist_peft.engine import engine_kind
+from dist_peft.model.frozen_linear import FrozenRows
+
+__all__ = ["idle_options", "warn_of_idle_options"]
+
+log = logging.getLogger("dist_peft")
+
+_NO_PEERS = ("shard_base", "shard_group", "cpu_offload")
+_DEEPSPEED = ("stage", "deepspeed_config")
+_IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ()}
+"""Engine -> options of section ``engine`` that it does not look at."""
+
+
+def warn_of_idle_options(config: RunConfig, world: World, model: nn.Module, device: str) -> None:
+    """Log a warning for each option without effect.
+
+    Args:
+        model: with its frozen linears; may be on meta.
+        device: type of the device that computes.
+
+    Raises:
+        UserError: the engine does not fit the number of processes.
+    """
+    kind = engine_kind(config.engine, world)
+    for text in idle_options(config, kind, world.size, _widest(model), device):
+        log.warning("%s", text, extra=ONCE)
+
+
+def idle_options(
+    config: RunConfig, engine: str, ranks: int, widest: int, device: str
+) -> Iterator[str]:
+    """A sentence for each option without effect, in the order of the sections.
+
+    Args:
+        engine: the engine of the run, resolved.
+        widest: the largest in_features of a quantized linear; 0 without any.
+        device: ``cpu`` or ``cuda``.
+    """
+    yield from _of_base(config, widest)
+    yield from _of_unfreezing(config)
+    yield from _of_adapter(config)
+    yield from _of_engine(config, engine, device)
+    yield from _of_train(config, ranks)
+
+
+def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
+    base = config.base
+    if base.revision is not None and Path(base.path).expanduser().is_dir():
+        yield (
+            f"base.revision {base.revision} has no effect: base.path {base.path} is a directory, "
+            "and revisions are the hub's"
+        )
+    if base.quant is None:
+        return
+    if widest == 0 and isinstance(config.adapter, FullConfig | PartialConfig):
+        if "quant" in base.model_fields_set:
+            yield (
+                f"base.quant has no effect: adapter.kind {config.adapter.kind} trains every linear "
+                "of the blocks, unquantized; set it to null"
+            )
+        return
+    if base.quant.kind == "int" and not _is_default(base.quant, "double_quant"):
+        yield "base.quant.double_quant has no effect: it is for kind nf4"
+    for name in ("calibration_samples", "calibration_tokens"):
+        if base.quant.solver != "gptq" and not _is_default(base.quant, name):
+            yield f"base.quant.{name} has no effect: it is for solver gptq"
+    if 0 < widest < base.quant.group_size:
+        yield (
+            f"base.quant.group_size {base.quant.group_size} is more than the largest in_features, "
+            f"{widest}: each row is one group, padded with zeros to {base.quant.group_size} "
+            f"weights; set it to at most {widest}"
+        )
+
+
+def _of_adapter(config: RunConfig) -> Iterator[str]:
+    adapter = config.adapter
+    if not isinstance(adapter, LoraConfig):
+        return
+    if adapter.init == "default" and not _is_default(adapter, "init_iterations"):
+        yield (
+            f"adapter.init_iterations {adapter.init_iterations} has no effect with adapter.init "
+            "default: it is for pissa and loftq"
+        )
+
+
+def _of_unfreezing(config: RunConfig) -> Iterator[str]:
+    adapter, steps = config.adapter, config.train.steps
+    if isinstance(adapter, PartialConfig) and steps is not None:
+        for stage in adapter.unfreeze:
+            if stage.step >= steps:
+                yield (
+                    f"adapter.unfreeze has a stage at step {stage.step}, which has no effect: the "
+                    f"run ends after step {steps}"
+                )
+
+
+def _of_engine(config: RunConfig, engine: str, device: str) -> Iterator[str]:
+    section = config.engine
+    for name in _IGNORED[engine]:
+        if not _is_default(section, name):
+            yield (
+                f"engine.{name} {getattr(section, name)} has no effect: this run's engine is "
+                f"{engine}"
+            )
+    if engine == "single":
+        return
+    if section.cpu_offload != "none" and device == "cpu":
+        yield (
+            f"engine.cpu_offload {section.cpu_offload} has no effect: the run computes on the CPU, "
+            "so everything is in host memory"
+        )
+    if engine == "zero" and not section.shard_base and not _is_default(section, "shard_group"):
+        yield (
+            f"engine.shard_group {section.shard_group} has no effect: engine.shard_base is false, "
+            "and DeepSpeed shards adapters over all ranks"
+        )
+
+
+def _of_train(config: RunConfig, ranks: int) -> Iterator[str]:
+    train = config.train
+    share = -(-train.global_batch // ranks)
+    if train.micro_batch > share:
+        yield (
+            f"train.micro_batch {train.micro_batch} has no effect beyond {share}: of the "
+            f"{train.global_batch} rows of train.global_batch, one of {ranks} "
+            f"{'rank' if ranks == 1 else 'ranks'} has {share}"
+        )
+    if train.schedule == "constant" and train.min_lr_ratio:
+        yield (f"train.min_lr_ratio {train.min_lr_ratio} has no effect: train.schedule is constant")
+    if train.eval_every and not config.data.eval:
+        yield f"train.eval_every {train.eval_every} has no effect: data.eval names no source"
+
+
+def _is_default(section: BaseModel, name: str) -> bool:
+    return bool(getattr(section, name) == type(section).model_fields[name].default)
+
+
+def _widest(model: nn.Module) -> int:
+    """The largest in_features of the blocks' frozen weights; the head is not quantized."""
+    frozen = [m for m in model.modules() if isinstance(m, FrozenRows) and not m.is_head]
+    return max((m.in_features for m in frozen), default=0)

@@ -1,0 +1,355 @@
+"""The ``adapter`` section of the configuration: one class a method, told apart by ``kind``."""
+
+import re
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_peft.core.config.types import Count, Float, Int, Names, Positive, Section
+
+__all__ = [
+    "AdapterConfig",
+    "BottleneckConfig",
+    "FullConfig",
+    "FusedAdapter",
+    "FusionConfig",
+    "LoraConfig",
+    "LowRankConfig",
+    "NoAdapterConfig",
+    "PTuningConfig",
+    "Part",
+    "PartialConfig",
+    "PrefixConfig",
+    "PromptConfig",
+    "QaLoraConfig",
+    "UnfreezeConfig",
+    "VirtualTokensConfig",
+]
+
+
+class LowRankConfig(Section):
+    """What LoRA and QA-LoRA have in common."""
+
+    kind: str
+    r: Int = Field(16, ge=1, description="Rank.")
+    alpha: Float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: Literal["all-linear"] | Names = Field(
+        "all-linear",
+        description="all-linear: every linear inside the blocks, and experts. Or a list: names, "
+        "name endings or regular expressions, as in PEFT.",
+    )
+    rank_pattern: dict[str, Count] = Field(
+        default_factory=dict, description="Regular expression or name ending -> other rank."
+    )
+    alpha_pattern: dict[str, Positive] = Field(
+        default_factory=dict, description="Regular expression or name ending -> other alpha."
+    )
+
+
+class LoraConfig(LowRankConfig):
+    """LoRA (Hu et al. 2021), QLoRA when the base is quantized."""
+
+    kind: Literal["lora"] = "lora"
+    embeddings: bool = Field(False, description="Also adapt the input embedding.")
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rsLoRA).")
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
+    lr_ratio: Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
+    init: Literal["default", "pissa", "loftq"] = Field(
+        "default",
+        description="default: A Kaiming-uniform, B zero. pissa: principal singular vectors. "
+        "loftq: best low-rank fit of the quantization error.",
+    )
+    init_iterations: Int = Field(
+        4, ge=1, description="pissa: power iterations of the SVD; loftq: alternations."
+    )
+
+
+class QaLoraConfig(LowRankConfig):
+    """QA-LoRA (Xu et al. 2024): an adapter that merges exactly into an integer base."""
+
+    kind: Literal["qalora"] = "qalora"
+    pool_size: Int | None = Field(
+        None,
+        ge=1,
+        description="Inputs summed into one before A: a multiple of base.quant.group_size, and a "
+        "divisor of in_features. Default: the group_size.",
+    )
+
+
+class VirtualTokensConfig(Section):
+    """What prompt tuning, P-tuning and prefix-tuning have in common."""
+
+    kind: str
+    num_virtual_tokens: Count = Field(20, description="Virtual tokens that are trained.")
+
+
+class PromptConfig(VirtualTokensConfig):
+    """Prompt tuning (Lester et al. 2021): trained embeddings in front of each document."""
+
+    kind: Literal["prompt"] = "prompt"
+    init: Literal["random", "vocab", "text"] = Field(
+        "vocab",
+        description="vocab: embeddings of random tokens. text: embeddings of init_text, repeated "
+        "or cut to num_virtual_tokens. random: normal.",
+    )
+    init_text: str | None = Field(None, description="For init: text, such as the task in words.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.init == "text") != bool(self.init_text):
+            raise ValueError("init: text and init_text belong together; give both or neither")
+        return self
+
+
+class PTuningConfig(VirtualTokensConfig):
+    """P-tuning (Liu et al. 2021): virtual tokens that a small network, the encoder, gives."""
+
+    kind: Literal["ptuning"] = "ptuning"
+    encoder: Literal["mlp", "lstm"] = Field(
+        "mlp", description="mlp: two hidden layers. lstm: bidirectional LSTM and one hidden layer."
+    )
+    encoder_hidden_size: Count | None = Field(
+        None, description="Width of the encoder (of each direction). Default: the base's."
+    )
+    encoder_layers: Count = Field(2, description="lstm only: layers.")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="lstm only: dropout between its layers.")
+    pseudo_token: str | None = Field(
+        None,
+        description="A token of the base's tokenizer that stands for virtual tokens wherever the "
+        "data have it, at most num_virtual_tokens times a document. Default: all are in front.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.encoder == "mlp":
+            for name in ("encoder_layers", "dropout"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for encoder: lstm; the MLP has none")
+        elif self.dropout and self.encoder_layers == 1:
+            raise ValueError(
+                "dropout is between the LSTM's layers; set encoder_layers to 2 or more"
+            )
+        return self
+
+
+class PrefixConfig(VirtualTokensConfig):
+    """Prefix-tuning (Li and Liang 2021): trained keys and values before each layer's own."""
+
+    kind: Literal["prefix"] = "prefix"
+    projection: bool = Field(
+        True,
+        description="Train the prefix through an MLP, as the paper does; false: train it directly.",
+    )
+    encoder_hidden_size: Count | None = Field(
+        None, description="Width of the MLP. Default: that of a layer's keys."
+    )
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.projection and self.encoder_hidden_size is not None:
+            raise ValueError("encoder_hidden_size is for projection: true")
+        return self
+
+
+_BOTTLENECK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "houlsby": {"activation": "swish"},
+    "parallel": {"reduction_factor": 2.0, "scaling": 4.0, "init": "mam_adapter"},
+}
+"""By placement, as AdapterHub's presets double_seq_bn and par_bn; pfeiffer has the fields' own."""
+
+
+class BottleneckConfig(Section):
+    """Bottleneck adapters (Houlsby et al. 2019): a small MLP in each layer; not mergeable."""
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    placement: Literal["pfeiffer", "houlsby", "parallel"] = Field(
+        "pfeiffer",
+        description="pfeiffer: after each MLP, reads the residual stream. houlsby: after attention "
+        "and after the MLP, reads their outputs. parallel: beside the MLP, reads what comes in. "
+        "AdapterHub's seq_bn, double_seq_bn and par_bn.",
+    )
+    reduction_factor: Positive = Field(
+        16.0, description="The base's hidden size over the adapter's. Default for parallel: 2."
+    )
+    activation: Literal["relu", "gelu", "gelu_new", "swish", "tanh", "leakyrelu"] = Field(
+        "relu", description="Between the two matrices. Default for houlsby: swish."
+    )
+    scaling: Positive = Field(1.0, description="Factor on the output. Default for parallel: 4.")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's output.")
+    init: Literal["bert", "houlsby", "mam_adapter"] = Field(
+        "bert",
+        description="bert: both matrices normal, deviation 0.02. houlsby: truncated normal, 0.01. "
+        "mam_adapter: the second one zero, so that training starts from exactly the base. "
+        "Default for parallel: mam_adapter.",
+    )
+    train_layernorm: bool = Field(
+        False, description="The base's layer norms learn too, as in the paper by Houlsby et al."
+    )
+    init_from: str | None = Field(
+        None,
+        description="Directory of a bottleneck adapter, ours or AdapterHub's, to start from "
+        "instead of init.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        """What is not given is the placement's."""
+        if isinstance(value, dict):
+            value = {**_BOTTLENECK_DEFAULTS.get(str(value.get("placement")), {}), **value}
+        return value
+
+    def bottleneck(self, hidden: int) -> int:
+        """Width of an adapter where the base's hidden size is ``hidden``."""
+        return max(int(hidden // self.reduction_factor), 1)
+
+
+class FusedAdapter(Section):
+    """A trained bottleneck adapter that is fused with others."""
+
+    path: str = Field(description="Directory of the adapter, ours or AdapterHub's.")
+    name: str | None = Field(
+        None, description="Default: the directory's; RUN/tasks/rte/adapter is called rte."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        """A bare string stands for ``{path: string}``."""
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """``name``, or what ``path`` ends in."""
+        path = PurePath(self.path)
+        return self.name or (path.parent if path.name == "adapter" else path).name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not re.fullmatch(r"\w[\w-]*", self.label):
+            raise ValueError(
+                f"the name {self.label!r} of {self.path} must be of letters, digits, '_' and '-'; "
+                "give another: {name: NAME, path: DIR}"
+            )
+        return self
+
+
+class FusionConfig(Section):
+    """AdapterFusion (Pfeiffer et al. 2021): attention over trained bottleneck adapters, which are
+    frozen."""
+
+    kind: Literal["fusion"] = "fusion"
+    adapters: list[FusedAdapter] = Field(
+        min_length=2,
+        description="What is fused, of one placement: directories, or {name, path}. A resumed run "
+        "reads them again.",
+    )
+    regularization: Float = Field(
+        0.01, ge=0, description="The loss grows by this times the sum of |V - I|^2; 0: not at all."
+    )
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the attention's scores.")
+    init_from: str | None = Field(
+        None,
+        description="Directory of a fusion of the same adapters, ours or AdapterHub's, to start "
+        "from.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [adapter.label for adapter in self.adapters]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two of adapters are called {double[0]}; name them: {{name: NAME, path: DIR}}"
+            )
+        return self
+
+
+Part = Literal["all", "norms", "biases", "embeddings", "head"]
+
+
+class UnfreezeConfig(Section):
+    """What learns from some step on."""
+
+    step: Int = Field(ge=0, description="Optimizer steps that are done before.")
+    parts: list[Part] = Field(default_factory=list, description="See adapter.parts.")
+    last_blocks: Int = Field(0, ge=0, description="See adapter.last_blocks.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.parts and not self.last_blocks:
+            raise ValueError("names nothing to learn; give parts or last_blocks")
+        return self
+
+
+class FullConfig(Section):
+    """Full fine-tuning: every parameter of the base learns, unquantized."""
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def stages(self) -> list[UnfreezeConfig]:
+        """As of ``PartialConfig``."""
+        return [UnfreezeConfig(step=0, parts=["all"])]
+
+
+class PartialConfig(Section):
+    """Partial fine-tuning: some parameters of the base learn, the rest is frozen and quantized."""
+
+    kind: Literal["partial"] = "partial"
+    parts: list[Part] = Field(
+        default_factory=list,
+        description="norms; biases (BitFit); embeddings: of tokens, and of positions where they "
+        "are learned; head: the output head (tied to the embedding: the same parameter); all.",
+    )
+    last_blocks: Int = Field(
+        0, ge=0, description="Decoder blocks that learn whole, counted from the last."
+    )
+    unfreeze: list[UnfreezeConfig] = Field(
+        default_factory=list,
+        description="What learns from later steps on, beside parts and last_blocks: a list of "
+        "{step, parts, last_blocks}. Until then it is not updated at all.",
+    )
+
+    @property
+    def stages(self) -> list[UnfreezeConfig]:
+        """Everything as stages, the first of which starts at step 0."""
+        first = []
+        if self.parts or self.last_blocks:
+            first = [UnfreezeConfig(step=0, parts=self.parts, last_blocks=self.last_blocks)]
+        return sorted([*first, *self.unfreeze], key=lambda stage: stage.step)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stages = self.stages
+        if not stages:
+            raise ValueError("nothing would learn; give parts, last_blocks or unfreeze")
+        if stages[0].step:
+            raise ValueError(
+                f"nothing learns before step {stages[0].step}; give parts or last_blocks, or let a "
+                "stage of unfreeze have step: 0"
+            )
+        return self
+
+
+class NoAdapterConfig(Section):
+    """No adapter: only for ``dist-peft eval`` of a bare base."""
+
+    kind: Literal["none"] = "none"
+
+
+AdapterConfig = Annotated[
+    LoraConfig
+    | QaLoraConfig
+    | PromptConfig
+    | PTuningConfig
+    | PrefixConfig
+    | BottleneckConfig
+    | FusionConfig
+    | FullConfig
+    | PartialConfig
+    | NoAdapterConfig,
+    Field(discriminator="kind"),
+]

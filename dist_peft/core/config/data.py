@@ -1,0 +1,171 @@
+"""The ``data`` section of a run description: sources, how they are mixed, how rows are made."""
+
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_peft.core.config.types import Float, Int, Label, Section
+
+__all__ = ["DataConfig", "DataSource"]
+
+
+class DataSource(Section):
+    """One file, glob, directory or hub data set, and how its records read."""
+
+    path: str = Field(
+        description="File (.jsonl .json .parquet .arrow .csv .tsv .txt; text also .gz .zst), glob, "
+        "directory (also one of save_to_disk), or hub id."
+    )
+    format: Literal["auto", "completion", "alpaca", "chat", "text", "classification"] = Field(
+        "auto",
+        description="auto: told from the columns. classification: for base.head classifier; "
+        "needs labels.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Role -> column of the file, such as {prompt: question, completion: answer}.",
+    )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns to leave out although they mean something (label, weight, images, "
+        "...), which is refused otherwise.",
+    )
+    template: str | None = Field(
+        None, description="Prompt text with {column} fields, for completion and alpaca."
+    )
+    labels: list[Label] = Field(
+        default_factory=list,
+        description="Classification: values of the label column, in the order of their class ids; "
+        "of a held-out source by default those of its task.",
+    )
+    split: str = Field("train", description="Split of a hub or saved data set.")
+    limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
+    name: str | None = Field(
+        None, description="Of the task, in losses by task; default: the file's name."
+    )
+    weight: Float = Field(1.0, gt=0, description="With data.mixing weights: share of the rows.")
+    from_step: Int = Field(
+        0, ge=0, description="With data.mixing: the first step (from 0) that may take its rows."
+    )
+    to_step: Int | None = Field(
+        None, ge=1, description="With data.mixing: the step before which it ends; default: never."
+    )
+
+    @property
+    def task(self) -> str:
+        """``name``, or what ``path`` ends in."""
+        return self.name or PurePath(self.path).stem or self.path
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.to_step is not None and self.to_step <= self.from_step:
+            raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
+        if self.labels and self.format != "classification":
+            raise ValueError(f"labels are for format: classification, not {self.format}")
+        if len(set(self.labels)) < len(self.labels) or len(self.labels) == 1:
+            raise ValueError(f"labels must be at least two different values, not {self.labels}")
+        return self
+
+
+class DataConfig(Section):
+    """Training and held-out data, and how records become token rows."""
+
+    train: list[DataSource] = Field(
+        min_length=1, description="Training sources: paths or DataSource."
+    )
+    eval: list[DataSource] = Field(
+        default_factory=list,
+        description="Held-out sources. With several, each has a loss of its own, too.",
+    )
+    mixing: Literal["joined", "sizes", "weights"] = Field(
+        "joined",
+        description="joined: records of all training sources are one pool. Else each row is drawn "
+        "from one source, by its rows ** (1 / temperature) or by its weight.",
+    )
+    temperature: Float = Field(
+        1.0,
+        gt=0,
+        description="With mixing sizes: 1 as many rows as there are; large: equal shares.",
+    )
+    seq_len: Int = Field(2048, ge=8, description="Window: tokens in a row.")
+    packing: bool = Field(True, description="Several documents a row, isolated from each other.")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion", description="completion: assistant turns or completion only; all: each token."
+    )
+    too_long: Literal["error", "truncate", "drop", "split"] = Field(
+        "error",
+        description="A record longer than the window: refuse, cut, leave out, or (text) split.",
+    )
+    turn_end: Literal["error", "warn"] = Field(
+        "error",
+        description="An assistant turn that no token ends, so that the model would not learn to "
+        "stop: refuse, or train anyway.",
+    )
+    cache_dir: str | None = Field(
+        None, description="Token cache; default ~/.cache/dist_peft or $DIST_PEFT_CACHE."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        """A bare string in ``train`` or ``eval`` stands for ``{path: string}``."""
+        if isinstance(value, dict):
+            value = dict(value)
+            for key in ("train", "eval"):
+                entries = value.get(key)
+                if isinstance(entries, str | dict):
+                    entries = [entries]
+                if isinstance(entries, list):
+                    value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
+            train = value.get("train")
+            if isinstance(train, list) and any(_format_of(e) == "classification" for e in train):
+                value.setdefault("packing", False)
+        return value
+
+    @property
+    def classifies(self) -> bool:
+        """Records have a class, and no tokens are predicted."""
+        return self.train[0].format == "classification"
+
+    @model_validator(mode="after")
+    def _check_classification(self) -> Self:
+        formats = {(s.format == "classification") for s in [*self.train, *self.eval]}
+        if len(formats) > 1:
+            raise ValueError("either all sources have format: classification or none")
+        if self.classifies and self.packing:
+            raise ValueError(
+                "packing: true is not for classification, whose rows hold one record each; leave "
+                "it out"
+            )
+        for number, source in enumerate(self.train):
+            if self.classifies and not source.labels:
+                raise ValueError(
+                    f"train[{number}].labels is missing: give the values of the label column, such "
+                    "as [negative, positive]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixing(self) -> Self:
+        mixed = {"weight": ("weights",), "from_step": ("sizes", "weights")}
+        mixed["to_step"] = mixed["from_step"]
+        for number, source in enumerate(self.train):
+            for key, modes in mixed.items():
+                default = DataSource.model_fields[key].default
+                if getattr(source, key) != default and self.mixing not in modes:
+                    raise ValueError(
+                        f"train[{number}].{key} needs mixing: {' or '.join(modes)}, "
+                        f"not {self.mixing}"
+                    )
+        if self.temperature != 1 and self.mixing != "sizes":
+            raise ValueError(f"temperature needs mixing: sizes, not {self.mixing}")
+        for key in ("train", "eval"):
+            names = [s.name for s in getattr(self, key) if s.name is not None]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two sources of {key} have the same name")
+        return self
+
+
+def _format_of(entry: Any) -> Any:
+    return entry.get("format") if isinstance(entry, dict) else getattr(entry, "format", None)

@@ -1,0 +1,106 @@
+"""``docs/configuration.md`` from the configuration's own field descriptions.
+
+Regenerate it with ``python -m dist_peft.core.config.docs > docs/configuration.md``; a test
+compares.
+"""
+
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dist_peft.core.config import run as config
+from dist_peft.core.config.adapter import FusedAdapter
+
+__all__ = ["configuration_page"]
+
+_HEAD = """# Configuration reference
+
+Generated from `dist_peft/core/config/run.py` and `adapter_config.py`; do not edit.
+
+A run is one YAML file. Every key can be given on the command line as `key.sub=value` after the
+file, and the resolved file is saved as `config.yaml` in the run directory. An unknown key is an
+error that names the nearest known one. Only `base.path` and `data.train` have no default.
+"""
+
+_SECTIONS: list[tuple[str, type[BaseModel]]] = [
+    ("base", config.BaseConfig),
+    ("base.quant", config.QuantConfig),
+    ("adapter (kind: lora)", config.LoraConfig),
+    ("adapter (kind: qalora)", config.QaLoraConfig),
+    ("adapter (kind: prompt)", config.PromptConfig),
+    ("adapter (kind: ptuning)", config.PTuningConfig),
+    ("adapter (kind: prefix)", config.PrefixConfig),
+    ("adapter (kind: bottleneck)", config.BottleneckConfig),
+    ("adapter (kind: fusion)", config.FusionConfig),
+    ("adapter.adapters[]", FusedAdapter),
+    ("adapter (kind: full)", config.FullConfig),
+    ("adapter (kind: partial)", config.PartialConfig),
+    ("adapter.unfreeze[]", config.UnfreezeConfig),
+    ("adapter (kind: none)", config.NoAdapterConfig),
+    ("engine", config.EngineConfig),
+    ("data", config.DataConfig),
+    ("data.train[] and data.eval[]", config.DataSource),
+    ("train", config.TrainConfig),
+    ("save", config.SaveConfig),
+]
+
+
+def configuration_page() -> str:
+    """The whole page as Markdown."""
+    parts = [_HEAD]
+    for title, model in _SECTIONS:
+        about = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        rows = [_row(name, field) for name, field in model.model_fields.items()]
+        head = "| key | type | default | meaning |\n|---|---|---|---|"
+        parts.append(f"## {title}\n\n{about}\n\n{head}\n" + "\n".join(rows) + "\n")
+    resume = _row("resume", config.RunConfig.model_fields["resume"])
+    parts.append(f"## resume\n\n| key | type | default | meaning |\n|---|---|---|---|\n{resume}\n")
+    return "\n".join(parts)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    cells = (f"`{name}`", _type(field.annotation), _default(field), field.description or "")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        return "see its section"
+    if isinstance(value, tuple):
+        value = list(value)
+    shown = {None: "null", True: "true", False: "false"}.get(value) if _hashable(value) else None
+    return f"`{shown or value}`"
+
+
+def _hashable(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _type(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " ".join(f"`{a}`" for a in args)
+    if origin is Annotated:
+        return _type(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(a) for a in args)
+    if origin is list:
+        return f"list of {_type(args[0])}"
+    if origin is tuple:
+        return f"list of {len(args)} {_type(args[0])}"
+    if origin is dict:
+        return f"map of {_type(args[1])}"
+    if annotation is type(None):
+        return "null"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, "section")
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

@@ -1,0 +1,221 @@
+"""Reading and writing run descriptions: YAML, ``key.sub=value`` overrides, error messages.
+
+OmegaConf reads the YAML and the overrides, pydantic checks the tree. What the user sees is one
+message per wrong key, with the nearest key that exists.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+
+__all__ = ["dump_config", "load_config", "load_run_config", "parse_config"]
+
+_NO_SECTION = ("model_type", "model_attributes_type")
+"""pydantic's names of the error that a section is something else."""
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, apply ``key.sub=value`` overrides, check everything.
+
+    ``base.trust_remote_code`` counts only among the overrides, which are the caller's own words; a
+    file may come from a stranger.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, a value is wrong, or the file
+            asks for code of the base to be run.
+    """
+    return _load(Path(path), overrides)
+
+
+def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
+    """Read the ``config.yaml`` that a run has written.
+
+    A run directory may be a stranger's. ``config.yaml`` is written resolved, so a ``${...}`` in it
+    (which could carry a variable of the caller's environment to the Hub, as part of a model id)
+    is refused instead of resolved.
+
+    Args:
+        trust_remote_code: the caller's command line says that the base's code may run.
+
+    Raises:
+        UserError: see ``load_config``.
+    """
+    trust = ["base.trust_remote_code=true"] if trust_remote_code else []
+    return _load(path, trust, resolved=True)
+
+
+def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False) -> RunConfig:
+    if not file.is_file():
+        what = "is no file" if file.exists() else "does not exist"
+        raise UserError(f"config file {file} {what}; give --config a YAML file")
+    try:
+        tree = OmegaConf.load(file)
+        if not OmegaConf.is_dict(tree):
+            raise UserError(f"config file {file} must hold sections such as base: and data:")
+        if resolved and (key := _find_reference(tree)) is not None:
+            raise UserError(
+                f"{file} has a ${{...}} reference in {key}; a run writes its configuration "
+                "resolved, so this file was changed: write the value itself"
+            )
+        for item in overrides:
+            tree = _override(tree, item, file)
+        plain = OmegaConf.to_container(tree, resolve=True)
+        _refuse_trust_from_file(plain, overrides, file)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {file} is not valid YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"config file {file}, with its overrides, has a wrong ${{...}} reference: {error}; "
+            "write \\${ for a literal ${"
+        ) from None
+    except OSError as error:  # OmegaConf's answer to a lone number, and the disk's
+        raise UserError(f"config file {file} cannot be read: {error}") from None
+    return parse_config(plain, str(file))
+
+
+def _find_reference(node: Any, path: str = "") -> str | None:
+    """The first key below ``node`` whose value is a ``${...}`` reference."""
+    keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
+    for key in keys:
+        name = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_interpolation(node, key):
+            return name
+        if OmegaConf.is_missing(node, key):
+            continue
+        if OmegaConf.is_config(node[key]) and (found := _find_reference(node[key], name)):
+            return found
+    return None
+
+
+def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
+    """Raises: UserError: ``base.trust_remote_code`` is on, and no override says so."""
+    base = plain.get("base")
+    if not isinstance(base, dict) or not base.get("trust_remote_code"):
+        return
+    given = OmegaConf.from_dotlist(list(overrides))
+    if OmegaConf.select(given, "base.trust_remote_code") is None:
+        raise UserError(
+            f"config file {file} sets base.trust_remote_code, which runs code that comes with the "
+            "base; a file cannot give that permission. If you trust the base, say so on the "
+            "command line: base.trust_remote_code=true (merge, export: --trust-remote-code)"
+        )
+
+
+def _override(tree: Any, item: str, file: Path) -> Any:
+    key, equals, _ = item.partition("=")
+    if not equals or "" in key.split(".") or key.startswith("-"):
+        raise UserError(f"override {item!r} is not of the form key.sub=value")
+    try:
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {item!r} cannot be read: {error}") from None
+    except TypeError:  # a number within the key, where the file has a list
+        raise UserError(
+            f"override {item!r} does not fit config file {file}: a list is replaced as a whole, "
+            "such as data.train=[a.jsonl]"
+        ) from None
+
+
+def parse_config(tree: Any, where: str = "config") -> RunConfig:
+    """Check a plain tree of dicts and lists and give the typed run description."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(detail, tree) for detail in error.errors(include_url=False)]
+        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved description as YAML; ``load_config`` reads it back to an equal tree.
+
+    ``base.trust_remote_code`` is left out: a command line gives that permission for itself alone.
+    """
+    tree = config.model_dump(mode="json", exclude={"base": {"trust_remote_code"}})
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
+
+
+def _escape(value: Any) -> Any:
+    """Protect ``${`` in strings (prompt templates), which OmegaConf takes for a reference."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _explain(detail: ErrorDetails, tree: Any) -> str:
+    path = ".".join(_written_keys(detail, tree))
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys([part for part in detail["loc"] if isinstance(part, str)])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {path}; {hint}"
+    if detail["type"] == "missing":
+        return f"key {path} is required"
+    if detail["type"] in _NO_SECTION:
+        keys = _known_keys([*(p for p in detail["loc"] if isinstance(p, str)), ""])
+        return (
+            f"key {path or 'config'} must be a section, of keys such as {', '.join(keys[:4])} "
+            f"(given: {_shown(detail.get('input'))})"
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
+    return f"key {path or 'config'}: {message}{shown}"
+
+
+def _shown(given: Any) -> str:
+    if given is None:
+        return "nothing"
+    return "a list" if isinstance(given, list) else repr(given)
+
+
+def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
+    """The keys the user wrote: the error's location without the members of unions it names."""
+    keys: list[str] = []
+    for part in detail["loc"]:
+        children = dict(enumerate(tree)) if isinstance(tree, list) else tree
+        if isinstance(children, dict) and part in children:
+            tree = children[part]
+        elif not isinstance(part, int):  # an index without a list: one source instead of a list
+            continue
+        keys.append(str(part))
+    return [*keys, str(detail["loc"][-1])] if detail["type"] == "missing" else keys
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that exist beside the last element of ``location``."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for name in location[:-1]:
+        inner = [
+            _models_in(m.model_fields[name].annotation) for m in models if name in m.model_fields
+        ]
+        models = [model for found in inner for model in found] or models
+        tagged = [m for m in models if "kind" in m.model_fields and _tag(m) == name]
+        models = tagged or models
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _tag(model: type[BaseModel]) -> object:
+    return model.model_fields["kind"].default
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every section class inside ``Optional``, ``Union``, ``Annotated`` or ``list`` annotations."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]

@@ -1,0 +1,258 @@
+"""The typed description of a run: every key of the YAML file, its type, default and meaning.
+
+The tree is made of frozen pydantic models that refuse unknown keys (``sections``); those of the
+adapters are in ``adapter_config``. Reading files, overrides and error messages live in
+``config_io``; ``docs/configuration.md`` is generated from the descriptions.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_peft.core.config.adapter import (
+    AdapterConfig,
+    BottleneckConfig,
+    FullConfig,
+    FusionConfig,
+    LoraConfig,
+    LowRankConfig,
+    NoAdapterConfig,
+    PartialConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+    QaLoraConfig,
+    UnfreezeConfig,
+    VirtualTokensConfig,
+)
+from dist_peft.core.config.data import DataConfig, DataSource
+from dist_peft.core.config.types import Beta, Count, Float, Int, Section
+
+__all__ = [
+    "AdapterConfig",
+    "BaseConfig",
+    "BottleneckConfig",
+    "DataConfig",
+    "DataSource",
+    "EngineConfig",
+    "FullConfig",
+    "FusionConfig",
+    "LoraConfig",
+    "LowRankConfig",
+    "NoAdapterConfig",
+    "PTuningConfig",
+    "PartialConfig",
+    "PrefixConfig",
+    "PromptConfig",
+    "QaLoraConfig",
+    "QuantConfig",
+    "RunConfig",
+    "SaveConfig",
+    "TrainConfig",
+    "UnfreezeConfig",
+    "VirtualTokensConfig",
+]
+
+
+class QuantConfig(Section):
+    """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
+
+    kind: Literal["nf4", "int"] = Field(
+        "nf4", description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups."
+    )
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
+    group_size: Int = Field(
+        64, ge=8, description="Weights that share one scale, along in_features."
+    )
+    double_quant: bool = Field(
+        True, description="nf4 only: quantize the scales too, within each row."
+    )
+    solver: Literal["rtn", "hqq", "gptq"] = Field(
+        "rtn",
+        description="int only: how codes are chosen. rtn: round to nearest. hqq: float zeros of "
+        "least error, without calibration. gptq: least error of each layer's output on text from "
+        "data.train.",
+    )
+    calibration_samples: Count = Field(
+        128, description="gptq only: windows of text that the Hessians are taken from."
+    )
+    calibration_tokens: Int = Field(
+        2048, ge=8, description="gptq only: tokens of a window, at most the base's positions."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "nf4" and self.bits != 4:
+            raise ValueError(f"nf4 has 4 bits, not {self.bits}; use kind: int for other widths")
+        if self.kind == "nf4" and self.solver != "rtn":
+            raise ValueError(f"nf4 rounds to nearest; solver {self.solver} is for kind: int")
+        if self.group_size % 8:
+            raise ValueError(f"group_size {self.group_size} is not a multiple of 8")
+        return self
+
+
+class BaseConfig(Section):
+    """The frozen base model."""
+
+    path: str = Field(description="Hugging Face directory with safetensors, or a hub id.")
+    quant: QuantConfig | None = Field(
+        default_factory=lambda: QuantConfig(),
+        description="Storage of the frozen linears; null: no quantization. Leave it out where "
+        "base.path is quantized already: the directory decides.",
+    )
+    head: Literal["lm", "classifier"] = Field(
+        "lm",
+        description="lm: next tokens. classifier: one label a record (data of format "
+        "classification), for encoders and decoders; its parameters learn beside the adapter.",
+    )
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16",
+        description="Type of activations, decoded weights, embeddings, norms and biases.",
+    )
+    attention: str = Field(
+        "auto",
+        description="transformers' attn_implementation: sdpa, eager, flash_attention_2, ...; "
+        "auto: sdpa where the model has it, else eager.",
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run code shipped with the base; only as an override on the command line.",
+    )
+    revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
+
+
+class EngineConfig(Section):
+    """Who shards the base and the optimizer state."""
+
+    kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
+        "auto",
+        description="auto: single with one process, zero under the deepspeed launcher, else fsdp2.",
+    )
+    stage: Literal[1, 2, 3] = Field(
+        3,
+        description="zero: DeepSpeed's ZeRO stage for adapters. 1 shards their optimizer state, 2 "
+        "gradients too, 3 the adapters too. The base is sharded in every stage (shard_base).",
+    )
+    deepspeed_config: str | None = Field(
+        None,
+        description="zero: DeepSpeed JSON file to take further settings from (buckets, overlap, "
+        "logging); what contradicts this configuration is refused.",
+    )
+    shard_base: bool = Field(
+        True, description="false: every rank keeps the whole packed base (small bases)."
+    )
+    shard_group: Literal["all", "node"] | Count = Field(
+        "all",
+        description="all: shard over all ranks. node or a number of ranks: shard inside groups "
+        "of that size and replicate across them (HSDP).",
+    )
+    activation_checkpointing: bool = Field(
+        True, description="Keep only each block's input; recompute the rest in backward."
+    )
+    cpu_offload: Literal["none", "params", "optimizer"] = Field(
+        "none",
+        description="params (fsdp2): shards and optimizer state rest in host memory (CUDA only). "
+        "optimizer (zero): optimizer state rests and is updated in host memory (ZeRO-Offload).",
+    )
+    start_timeout_minutes: Float = Field(
+        10.0, gt=0, description="How long the ranks wait for each other at the start."
+    )
+    timeout_minutes: Float = Field(
+        30.0, gt=0, description="A collective that waits longer than this ends the run."
+    )
+
+
+class TrainConfig(Section):
+    """Steps, batch, optimizer and schedule."""
+
+    tasks: Literal["mixed", "separate"] = Field(
+        "mixed",
+        description="mixed: one adapter learns from all of data.train. separate: one after the "
+        "other, each source trains an adapter of its own in save.dir/tasks/NAME.",
+    )
+    steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
+    epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
+    micro_batch: Int = Field(1, ge=1, description="Rows a rank computes at a time.")
+    global_batch: Int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
+    lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="After warm-up."
+    )
+    warmup: Float = Field(
+        0.03, ge=0, description="Warm-up: a share of the steps below 1, else a number of steps."
+    )
+    min_lr_ratio: Float = Field(0.0, ge=0, le=1, description="Final over peak learning rate.")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        "adamw",
+        description="adamw: torch's fused AdamW. The others: bitsandbytes. Paged ones page state "
+        "from 1e5 values of a parameter a rank on (CUDA only).",
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's betas.")
+    eps: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    max_grad_norm: Float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
+    shuffle: bool = Field(True, description="false: rows in file order.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
+        "Adapter weights and optimizer state are always float32.",
+    )
+    eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    check_every: Int = Field(
+        100, ge=0, description="Steps between checks that ranks hold equal copies; 0: no checks."
+    )
+    log_every: Int = Field(1, ge=1, description="Steps between lines on the terminal and log.txt.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give train.steps or train.epochs, not both")
+        return self
+
+
+class SaveConfig(Section):
+    """Where results go."""
+
+    dir: str = Field("runs/default", description="Run directory.")
+    every: Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
+
+
+class RunConfig(Section):
+    """A whole run. Every key has a default but ``base.path`` and ``data.train``."""
+
+    base: BaseConfig
+    adapter: AdapterConfig = Field(default_factory=lambda: LoraConfig())
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    save: SaveConfig = Field(default_factory=lambda: SaveConfig())
+    resume: str = Field(
+        "auto", description="auto: newest checkpoint of save.dir if any; never; or a path."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any) -> Any:
+        """An adapter section without ``kind`` is the default adapter's."""
+        if isinstance(value, dict) and isinstance(value.get("adapter"), dict):
+            value = {**value, "adapter": {"kind": "lora", **value["adapter"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        classifies = self.base.head == "classifier"
+        if classifies != self.data.classifies:
+            raise ValueError(
+                "base.head classifier goes with data of format: classification, and "
+                f"{'the sources have another' if classifies else 'base.head is lm'}"
+            )
+        if classifies and isinstance(self.adapter, VirtualTokensConfig):
+            raise ValueError(
+                f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "
+                "input; with base.head classifier use lora, qalora, bottleneck, fusion, partial or "
+                "full"
+            )
+        return self

@@ -1,0 +1,156 @@
+"""Rows of labelled records and their batches: one record a row, one class a row.
+
+::
+
+    input_ids       [CLS] a a [SEP] b [SEP] pad pad
+    attention_mask    1   1 1   1   1   1    0   0      padding is seen by no token
+    token_types       0   0 0   0   1   1    0   0
+    labels          [class id]                          one target a row: the loss is a mean of rows
+    ranges          [first, stop)                       class ids of the row's task
+
+A filler row (see ``loader``) sees its first padding token, since attention to nothing at all is not
+a number, and has no label.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dist_peft.core.config.run import DataConfig, DataSource
+from dist_peft.data.cache import Documents
+from dist_peft.data.documents import Pieces, fit, refuse_empty
+from dist_peft.data.labels import ClassTask, class_tasks, task_of
+from dist_peft.data.loader import Batch, Loader
+from dist_peft.data.packing import IGNORE
+from dist_peft.data.tokens import Tokenizer, load_documents
+
+__all__ = ["LabelledBatch", "LabelledLoader", "LabelledRows", "load_labelled"]
+
+_LOG = logging.getLogger("dist_peft")
+
+
+class LabelledRows:
+    """The records of one source. See ``data.loader.Rows``.
+
+    Attributes:
+        task: which classes they are of.
+        fingerprint: see ``data.rows.RowSet``.
+    """
+
+    packed = False
+    chat_template = None
+
+    def __init__(
+        self, documents: Documents, pieces: Pieces, task: ClassTask, *, seq_len: int
+    ) -> None:
+        self.seq_len, self.task = seq_len, task
+        self._documents, self._pieces = documents, pieces
+        self._numbers = np.searchsorted(documents.offsets, pieces.start)
+        digest = hashlib.sha256(documents.digest.encode())
+        digest.update(pieces.start.tobytes())
+        digest.update(pieces.length.tobytes())
+        # not its name, which may be that of a file: the same records may lie elsewhere
+        digest.update(repr((task.labels, task.start)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def num_targets(self, index: int) -> int:
+        """A row has one class."""
+        return 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self._pieces.length.max())
+
+    @property
+    def largest_token(self) -> int:
+        return self._documents.largest_token
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """tokens [T], target [3] (class id, its task's first and stop), token types [T]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start, length = int(self._pieces.start[index]), int(self._pieces.length[index])
+        span = slice(start, start + length)
+        tokens = torch.from_numpy(self._documents.tokens[span].astype(np.int64))
+        types = torch.from_numpy(self._documents.mask[span].astype(np.int64))
+        label = int(self._documents.classes[self._numbers[index]])
+        return tokens, self.task.target(label), types
+
+
+def load_labelled(
+    config: DataConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, *, name: str
+) -> list[LabelledRows]:
+    """The rows of each source. See ``data.rows.load_row_sets``; ``config.train`` tells the tasks.
+
+    Raises:
+        UserError: unreadable data, an unknown label, a record that is too long.
+    """
+    tasks = class_tasks(config)
+    found = []
+    for number, source in enumerate(sources):
+        key = f"data.{name}[{number}]"
+        task = task_of(source, tasks, key)
+        source = source.model_copy(update={"labels": list(task.labels)})
+        documents = load_documents(config, source, tokenizer, key)
+        pieces = fit(documents, config, key)
+        refuse_empty(config, pieces, key)
+        rows = LabelledRows(documents, pieces, task, seq_len=config.seq_len)
+        counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
+        shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
+        _LOG.info("%s: %d rows of up to %d tokens (%s)", key, len(rows), rows.longest, shares)
+        found.append(rows)
+    return found
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """One micro-batch on the CPU.
+
+    Attributes:
+        labels: long [B, 1], the class id, -100 for a filler row.
+        attention_mask: long [B, S], 1 where there is a token.
+        token_types: long [B, S].
+        ranges: long [B, 2], class ids [first, stop) of each row's task.
+    """
+
+    attention_mask: torch.Tensor
+    token_types: torch.Tensor
+    ranges: torch.Tensor
+
+
+class LabelledLoader(Loader):
+    """Serves labelled rows. See ``data.loader``."""
+
+    def _collate(self, numbers: list[int]) -> LabelledBatch:
+        made = [self._row(number) for number in numbers]
+        width = self._width(max(len(tokens) for tokens, _, _ in made))
+        input_ids = torch.full((len(made), width), self._pad_id)
+        mask, types = (torch.zeros(len(made), width, dtype=torch.long) for _ in range(2))
+        for b, (tokens, _, own_types) in enumerate(made):
+            input_ids[b, : len(tokens)] = tokens
+            mask[b, : max(1, len(tokens))] = 1
+            types[b, : len(tokens)] = own_types
+        targets = torch.stack([target for _, target, _ in made])
+        return LabelledBatch(
+            input_ids=input_ids,
+            labels=targets[:, :1],
+            position_ids=torch.arange(width).expand(len(made), -1),
+            sample_ids=torch.tensor(numbers),
+            attention_mask=mask,
+            token_types=types,
+            ranges=targets[:, 1:],
+        )
+
+    def _row(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if number >= 0:
+            return self.rows.row(number)
+        empty = torch.zeros(0, dtype=torch.long)
+        return empty, torch.tensor([IGNORE, 0, 1]), empty

@@ -1,0 +1,368 @@
+"""Token documents become rows: what is too long is dealt with, the rest shares windows.
+
+A row is what a loader serves: with packing one window of several documents, without it one
+document (or one window of a plain text). Rows are numbered once, from the documents alone, so that
+a row number means the same on every rank; nothing but a few integers a document is kept in memory.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_peft.core.config.run import DataConfig, DataSource
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.data.cache import Documents
+from dist_peft.data.files import Place
+from dist_peft.data.packing import IGNORE, join_documents, pack
+from dist_peft.data.tokens import Tokenizer, load_documents
+
+__all__ = [
+    "Pieces",
+    "RowSet",
+    "fit",
+    "load_row_sets",
+    "load_rows",
+    "refuse_empty",
+    "show_row",
+]
+
+_LOG = logging.getLogger("dist_peft")
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts of documents, each isolated in its row: three int64 [P]."""
+
+    source: Ints
+    start: Ints  # in the tokens of the source
+    length: Ints
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def take(self, which: NDArray[np.bool_] | Ints) -> "Pieces":
+        return Pieces(self.source[which], self.start[which], self.length[which])
+
+
+class RowSet:
+    """The rows of a data set.
+
+    Attributes:
+        packed: rows are windows of several documents (to be padded to ``seq_len``).
+        seq_len: the most tokens a row has.
+        fingerprint: sha256 of all rows' contents and order; equal exactly when row numbers mean
+            the same rows, which is what resuming and ranks that read their own copies rely on.
+    """
+
+    def __init__(
+        self, documents: Sequence[Documents], pieces: Pieces, *, seq_len: int, packed: bool
+    ) -> None:
+        self.packed = packed
+        self.seq_len = seq_len
+        self._documents = documents
+        rows = pack(pieces.length, seq_len) if packed else [[i] for i in range(len(pieces))]
+        order = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=len(pieces))
+        self._bounds = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+        self._pieces = pieces.take(order)
+        per_piece = _count_targets(documents, self._pieces)
+        self._targets = np.add.reduceat(per_piece, self._bounds[:-1])
+        self._lengths = np.add.reduceat(self._pieces.length, self._bounds[:-1])
+        self.fingerprint = self._digest()
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def num_targets(self, index: int) -> int:
+        """Tokens of row ``index`` that count for the loss; at least 1."""
+        return int(self._targets[index])
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of row ``index``, without padding."""
+        return int(self._lengths[index])
+
+    @property
+    def total_targets(self) -> int:
+        return int(self._targets.sum())
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self._lengths.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document: positions that the model must know."""
+        return int(self._pieces.length.max())
+
+    @property
+    def largest_token(self) -> int:
+        return max(d.largest_token for d in self._documents)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of this project, where conversations were written with it."""
+        return next((d.chat_template for d in self._documents if d.chat_template), None)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents and windows of plain text, over all rows."""
+        return len(self._pieces)
+
+    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """tokens, labels, positions of a row, not padded: LongTensors [T], T <= seq_len.
+
+        ``labels[t]`` is the token to predict at ``t`` (the one after it), or -100; positions
+        restart at 0 with each document.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        parts = []
+        for piece in range(self._bounds[index], self._bounds[index + 1]):
+            documents = self._documents[self._pieces.source[piece]]
+            start = int(self._pieces.start[piece])
+            span = slice(start, start + int(self._pieces.length[piece]))
+            parts.append((documents.tokens[span], documents.mask[span]))
+        tokens, labels, positions = (torch.from_numpy(a) for a in join_documents(parts))
+        return tokens, labels, positions
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256("".join(d.digest for d in self._documents).encode())
+        for array in (self._bounds, self._pieces.source, self._pieces.start, self._pieces.length):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def load_rows(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
+) -> RowSet:
+    """The rows of ``sources``, in their order, tokenized or taken from the cache.
+
+    Args:
+        config: window, packing, loss, cache; its own ``train`` and ``eval`` are not looked at.
+        sources: at least one.
+        tokenizer: of the base.
+        name: ``train`` or ``eval``, for messages.
+
+    Raises:
+        UserError: unreadable or unfit data (see ``files``, ``sources``, ``chat``), a record that
+            is too long with ``too_long: error``, a record that teaches nothing, no row left.
+    """
+    if not sources:
+        raise UserError(f"data.{name} names no source")
+    loaded = [_load(config, source, tokenizer, key) for key, source in _keys(name, sources)]
+    numbers = np.repeat(np.arange(len(loaded)), [len(fit) for _, fit in loaded])
+    joined = Pieces(
+        numbers, *(np.concatenate([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
+    )
+    return _row_set(config, [documents for documents, _ in loaded], joined, f"data.{name}")
+
+
+def load_row_sets(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
+) -> list[RowSet]:
+    """As ``load_rows``, but each source has rows of its own."""
+    found = []
+    for key, source in _keys(name, sources):
+        documents, fit = _load(config, source, tokenizer, key)
+        found.append(_row_set(config, [documents], fit, key))
+    return found
+
+
+_PLACE = ("start", "length")
+
+
+def _keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
+    return [(f"data.{name}[{number}]", source) for number, source in enumerate(sources)]
+
+
+def _load(
+    config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
+) -> tuple[Documents, Pieces]:
+    documents = load_documents(config, source, tokenizer, key)
+    kept = _without_untrainable(documents, config, key)
+    return documents, fit(documents, config, key, kept)
+
+
+def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, name: str) -> RowSet:
+    refuse_empty(config, pieces, name)
+    rows = RowSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
+    _LOG.info(
+        "%s: %d documents, %d rows, %d tokens (%d for the loss), rows filled to %.1f %%",
+        name,
+        rows.num_documents,
+        len(rows),
+        rows.total_tokens,
+        rows.total_targets,
+        100 * rows.total_tokens / (len(rows) * config.seq_len),
+    )
+    return rows
+
+
+def refuse_empty(config: DataConfig, pieces: Pieces, name: str) -> None:
+    """
+    Raises:
+        UserError: ``pieces`` of the source called ``name`` are none.
+    """
+    if not len(pieces):
+        raise UserError(
+            f"{name}: no record is left (data.too_long is {config.too_long}); "
+            f"raise data.seq_len (now {config.seq_len})"
+        )
+
+
+def _whole(documents: Documents) -> Pieces:
+    count = len(documents)
+    return Pieces(
+        np.zeros(count, np.int64), documents.offsets[:-1].copy(), np.diff(documents.offsets)
+    )
+
+
+def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> NDArray[np.bool_]:
+    """Which documents have a token that contributes to the loss; those without are counted. [D]
+
+    Raises:
+        UserError: no document has one.
+    """
+    targets = _count_targets([documents], _whole(documents))
+    empty = np.flatnonzero(targets == 0)
+    if not len(empty):
+        return targets > 0
+    why = (
+        "it is empty"
+        if documents.is_text or config.loss_on == "all"
+        else "a conversation needs an assistant turn; or set data.loss_on: all"
+    )
+    first = documents.place(int(empty[0]))
+    if len(empty) == len(documents):
+        raise UserError(
+            f"{first} has no token that counts for the loss, nor has any other of {key}: {why}; "
+            "remove or fix the records"
+        )
+    _LOG.warning(
+        "%s: left out %d of %d records without a token that contributes to the loss; the first is "
+        "%s: %s",
+        key,
+        len(empty),
+        len(documents),
+        first,
+        why,
+        extra=ONCE,
+    )
+    return targets > 0
+
+
+def fit(
+    documents: Documents, config: DataConfig, key: str, kept: NDArray[np.bool_] | None = None
+) -> Pieces:
+    """Pieces of at most ``seq_len`` tokens, each with something to learn.
+
+    Args:
+        kept: which documents to look at [D]; None: all.
+    """
+    pieces = _whole(documents) if kept is None else _whole(documents).take(kept)
+    if documents.is_text:
+        windows = _windows(pieces, config.seq_len)
+        # a last window of one token has nothing to predict
+        return windows.take(windows.length > 1)
+    long = np.flatnonzero(pieces.length > config.seq_len)
+    if not len(long):
+        return pieces
+    if config.too_long == "drop":
+        _LOG.warning(
+            "%s: dropped %d of %d records longer than data.seq_len %d",
+            key,
+            len(long),
+            len(pieces),
+            config.seq_len,
+            extra=ONCE,
+        )
+        return pieces.take(pieces.length <= config.seq_len)
+    if config.too_long == "truncate":
+        return _truncated(documents, pieces, config.seq_len, key)
+    numbers = np.flatnonzero(kept) if kept is not None else np.arange(len(documents))
+    place = documents.place(int(numbers[long[0]]))
+    raise UserError(_too_long_message(place, pieces, long, config))
+
+
+def _too_long_message(place: Place, pieces: Pieces, long: Ints, config: DataConfig) -> str:
+    more = f" ({len(long)} records are too long)" if len(long) > 1 else ""
+    refused = "data.too_long: split is for plain text only. " if config.too_long == "split" else ""
+    return (
+        f"{place} has {pieces.length[long[0]]} tokens, more than "
+        f"data.seq_len {config.seq_len}{more}. {refused}Raise data.seq_len (the longest has "
+        f"{pieces.length.max()}), or set data.too_long to truncate or drop"
+    )
+
+
+def _windows(pieces: Pieces, size: int) -> Pieces:
+    """Consecutive windows of ``size`` tokens; the last of each piece is what remains."""
+    counts = -(-pieces.length // size)
+    first = np.cumsum(counts) - counts
+    within = (np.arange(counts.sum()) - np.repeat(first, counts)) * size
+    return Pieces(
+        np.repeat(pieces.source, counts),
+        np.repeat(pieces.start, counts) + within,
+        np.minimum(size, np.repeat(pieces.length, counts) - within),
+    )
+
+
+def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pieces:
+    cut = Pieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
+    kept = _count_targets([documents], cut) > 0
+    _LOG.warning(
+        "%s: cut %d of %d records to data.seq_len %d tokens",
+        key,
+        int((pieces.length > size).sum()),
+        len(pieces),
+        size,
+        extra=ONCE,
+    )
+    if not kept.all():
+        _LOG.warning(
+            "%s: dropped %d of these, as nothing to learn was left",
+            key,
+            int((~kept).sum()),
+            extra=ONCE,
+        )
+    return cut.take(kept)
+
+
+def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
+    """How many tokens of each piece count for the loss; its first is predicted by none. [P]"""
+    counts = np.zeros(len(pieces), dtype=np.int64)
+    for number, source in enumerate(documents):
+        mine = np.flatnonzero((pieces.source == number) & (pieces.length > 1))
+        if not len(mine):
+            continue
+        start, stop = pieces.start[mine] + 1, pieces.start[mine] + pieces.length[mine]
+        # sums over [start, stop) at the even places of the alternating bounds; a bound at the very
+        # end of the array is not allowed there, nor needed
+        order = np.argsort(start, kind="stable")
+        bounds = np.stack([start[order], stop[order]], axis=1).ravel()
+        inside = bounds[:-1] if bounds[-1] == len(source.mask) else bounds
+        counts[mine[order]] = np.add.reduceat(source.mask, inside, dtype=np.int64)[::2]
+    return counts
+
+
+def show_row(rows: RowSet, index: int, tokenizer: Tokenizer) -> str:
+    """A row as text, for looking at: ``[[...]]`` is learnt, ``||`` stands between documents."""
+    tokens, labels, positions = rows.row(index)
+    text: list[str] = []
+    run: list[int] = []
+    learning = False
+    for t, token in enumerate(tokens.tolist()):
+        begins = int(positions[t]) == 0
+        learnt = not begins and int(labels[t - 1]) != IGNORE
+        if learnt != learning or (begins and t):
+            text += [str(tokenizer.decode(run)), "]]" if learning else "", " || " if begins else ""]
+            text.append("[[" if learnt else "")
+            run, learning = [], learnt
+        run.append(token)
+    return "".join([*text, str(tokenizer.decode(run)), "]]" if learning else ""])

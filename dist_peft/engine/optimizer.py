@@ -1,0 +1,116 @@
+"""What engines share once each rank has plain local tensors: optimizer groups, moments, steps."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.engine.protocol import OptimizerFactory, at_once, lr_groups, trainable
+
+__all__ = ["LocalOptimizer"]
+
+
+class LocalOptimizer:
+    """An optimizer over a model's trainable parameters.
+
+    Args:
+        model: its trainable parameters are taken by name, once, after sharding.
+        factory: builds the optimizer.
+        lr_scale: learning-rate factor by parameter name (LoRA+).
+        local: gives the plain tensor of a sharded parameter (identity for plain ones).
+        wrap: turns a plain local tensor shaped like the shard back into what the engine's state
+            holds (a DTensor), given the parameter it belongs to.
+        total: sums a scalar over the ranks that share the parameters.
+        first_step: see ``Engine.optimize``. What has no gradient is left alone by torch's and
+            bitsandbytes' optimizers anyway; only a resume has to know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factory: OptimizerFactory,
+        lr_scale: Callable[[str], float],
+        local: Callable[[Tensor], Tensor],
+        wrap: Callable[[Tensor, Tensor], Tensor],
+        total: Callable[[Tensor], Tensor],
+        first_step: Callable[[str], int] = at_once,
+    ) -> None:
+        self.factory = factory
+        self.local, self.wrap, self.total = local, wrap, total
+        self.parameters = trainable(model)
+        self.updated: dict[str, nn.Parameter] = dict(self.parameters)
+        if factory.wants_plain:
+            self.updated = {n: nn.Parameter(local(p.detach())) for n, p in self.parameters.items()}
+        self.optimizer = factory.build(lr_groups(self.updated, lr_scale, first_step))
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Scale gradients to ``max_norm`` (0: as they are) and update. See ``Engine.step``."""
+        grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        norm = self._norm(grads)
+        if math.isfinite(norm):
+            if 0 < max_norm < norm:
+                torch._foreach_mul_(grads, max_norm / norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            self._bind_plain()
+            if self.factory.wants_plain:
+                for name, parameter in self.parameters.items():
+                    grad = parameter.grad
+                    self.updated[name].grad = None if grad is None else self.local(grad)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm
+
+    def _bind_plain(self) -> None:
+        """Point the plain parameters at the memory in which the shards are now.
+
+        A shard's memory may move between any two calls: at the first forward FSDP2 pads uneven
+        shards into new memory, and with offload it replaces each shard by a pinned copy. An
+        optimizer that holds the old memory would update values that are never read again. The
+        plain parameters stay the same objects, since optimizer state is found by them.
+        """
+        if not self.factory.wants_plain:
+            return
+        for name, parameter in self.parameters.items():
+            shard = self.local(parameter.detach())
+            # bitsandbytes copies what is not contiguous, and updates the copy
+            assert shard.is_contiguous(), f"{name}: strides {shard.stride()}"
+            self.updated[name].data = shard
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        """2-norm over all ranks; squares are added in double precision."""
+        if not grads:
+            return 0.0
+        squares = torch.stack([n.double() ** 2 for n in torch._foreach_norm(grads)])
+        return math.sqrt(float(self.total(squares.sum())))
+
+    def state(self) -> dict[str, Tensor]:
+        self._bind_plain()
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            state[f"param/{name}"] = parameter.detach()
+            moments = self.factory.moments(self.optimizer, self.updated[name])
+            for key, value in moments.items():
+                plain = self.factory.wants_plain
+                state[f"{key}/{name}"] = self.wrap(value, parameter) if plain else value
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        self._bind_plain()
+        plain = self.factory.wants_plain
+        for name, parameter in self.parameters.items():
+            mine, value = self.local(parameter), self.local(state[f"param/{name}"])
+            if value.data_ptr() != mine.data_ptr():
+                mine.copy_(value)
+            moments = {
+                key: state.get(f"{key}/{name}", torch.zeros_like(parameter))
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            if plain:
+                moments = {key: self.local(value) for key, value in moments.items()}
+            self.factory.set_moments(self.optimizer, self.updated[name], moments)
+        self.factory.set_step(self.optimizer, step)

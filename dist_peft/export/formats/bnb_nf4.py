@@ -1,0 +1,191 @@
+"""``bnb-nf4``: merged rows in bitsandbytes' NF4, a prequantized model for ``transformers``.
+
+A weight ``[out, in]`` is cut into blocks of 64 along its flattened rows (a block may run from one
+row into the next). Tensors of a linear, as ``bitsandbytes.functional.QuantState`` stores them::
+
+    weight                               uint8 [out * in / 2, 1]   even element in the high nibble
+    weight.quant_map                     float32 [16]              the 16 levels
+    weight.absmax                        float32 [blocks], or with double quantization:
+    weight.absmax                        uint8 [blocks]            codes into nested_quant_map
+    weight.nested_absmax                 float32 [blocks / 256]
+    weight.nested_quant_map              float32 [256]
+    weight.quant_state.bitsandbytes__nf4 uint8 [n]                 JSON: shape, types, offset
+
+The offset of double quantization is the mean over the whole tensor's absmax, so that these (4 bytes
+a block) are kept until the weight is complete; of the weight itself only a chunk is in memory.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_peft.core.span import Span
+from dist_peft.export.merged_weights import Walk, Weight
+from dist_peft.export.model_directory import Piece, unpacked_linears
+from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
+from dist_peft.store.writer import TensorSpec
+
+__all__ = ["BnbNf4", "bnb_settings", "dynamic_map", "nest", "quant_state", "quant_state_name"]
+
+BLOCK, NESTED_BLOCK = 64, 256
+_CODEC = Nf4Codec(BLOCK, double_quant=False)
+
+
+class BnbNf4:
+    """Packs linears in bitsandbytes' NF4.
+
+    Args:
+        double_quant: store the blocks' scales in 8 bits.
+        dtype: what bitsandbytes decodes to and computes in.
+    """
+
+    row_multiple = 2 * BLOCK  # whole bytes and blocks in every chunk but the last
+
+    def __init__(self, double_quant: bool, dtype: torch.dtype) -> None:
+        self.double_quant, self.dtype = double_quant, dtype
+        self._absmax: list[Tensor] = []
+
+    def takes(self, weight: Weight) -> bool:
+        return True
+
+    def plan(self, weight: Weight) -> list[TensorSpec]:
+        elements, name = weight.rows * weight.columns, weight.name
+        blocks = -(-elements // BLOCK)
+        specs = [
+            TensorSpec(name, torch.uint8, (-(-elements // 2), 1)),
+            TensorSpec(f"{name}.quant_map", torch.float32, (16,)),
+            TensorSpec(
+                f"{name}.absmax", torch.uint8 if self.double_quant else torch.float32, (blocks,)
+            ),
+        ]
+        if self.double_quant:
+            specs += [
+                TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)),
+                TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
+            ]
+        state = self._state(weight, 0.0)
+        return [*specs, TensorSpec(quant_state_name(weight), torch.uint8, tuple(state.shape))]
+
+    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+        flat = walk.rows(weight, span).to(self.dtype).float().flatten()
+        start, elements = span.start * weight.columns, flat.numel()
+        blocks = functional.pad(flat, (0, -elements % BLOCK)).view(-1, BLOCK)
+        payload, absmax = _CODEC.split(_CODEC.encode(blocks), BLOCK)
+        self._absmax.append(absmax.flatten())
+        codes = payload.reshape(-1, 1)[: -(-elements // 2)]
+        yield Piece(weight.name, codes, start // 2)
+        if span.stop == weight.rows:
+            yield from self._finish(weight)
+
+    def _finish(self, weight: Weight) -> Iterator[Piece]:
+        absmax = torch.cat(self._absmax)
+        self._absmax.clear()
+        name, offset = weight.name, 0.0
+        yield Piece(f"{name}.quant_map", torch.tensor(NF4_LEVELS), 0)
+        if self.double_quant:
+            codes, nested, offset = nest(absmax)
+            yield Piece(f"{name}.absmax", codes, 0)
+            yield Piece(f"{name}.nested_absmax", nested, 0)
+            yield Piece(f"{name}.nested_quant_map", dynamic_map(), 0)
+        else:
+            yield Piece(f"{name}.absmax", absmax, 0)
+        yield Piece(quant_state_name(weight), self._state(weight, offset), 0)
+
+    def _state(self, weight: Weight, offset: float) -> Tensor:
+        """The JSON of a weight's quantization state as bytes, of a length that does not depend on
+        ``offset``: tensors are planned before it is known."""
+        nested: dict[str, Any] | None = None
+        if self.double_quant:
+            nested = {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": offset,
+            }
+        return quant_state(weight, BLOCK, self.dtype, nested)
+
+    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+        return bnb_settings(walk, unpacked, double_quant=self.double_quant, dtype=self.dtype)
+
+
+def quant_state(
+    weight: Weight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
+) -> Tensor:
+    """The JSON of a weight's quantization state as bytes, ``uint8 [n]``.
+
+    Args:
+        weight: the linear's weight.
+        block: weights that share a scale.
+        dtype: what bitsandbytes decodes to.
+        nested: of double quantization, with ``nested_offset``; the length does not depend on it.
+    """
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": block,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [weight.rows, weight.columns],
+        **(nested or {}),
+    }
+    padding = 32 - len(repr(nested["nested_offset"])) if nested else 0
+    text = json.dumps(state).encode() + b" " * padding
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def bnb_settings(
+    walk: Walk, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
+) -> Mapping[str, Any]:
+    """What ``config.json`` says of a model in bitsandbytes' NF4.
+
+    Args:
+        unpacked: paths of linears of the blocks that are written in full.
+    """
+    return {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": unpacked_linears(walk, unpacked),
+        }
+    }
+
+
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Double quantization as bitsandbytes does it: blocks of 256 values ``absmax - mean``, each
+    divided by its largest magnitude, as the nearest entry of ``dynamic_map``.
+
+    Returns:
+        codes uint8 [n], largest magnitudes float32 [ceil(n / 256)], the mean.
+    """
+    offset = absmax.mean()
+    centred = absmax - offset
+    blocks = functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = blocks.abs().amax(1)
+    scaled = blocks / largest.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+    entries = dynamic_map()
+    borders = (entries[1:] + entries[:-1]) / 2
+    codes = torch.bucketize(scaled, borders).to(torch.uint8)
+    return codes.flatten()[: len(absmax)], largest, float(offset)
+
+
+def dynamic_map() -> Tensor:
+    """bitsandbytes' 8-bit map (Dettmers 2016, "8-bit approximations for parallelism"), ascending
+    float32 [256]: sign, a decimal exponent of up to 7 places, the other bits linear in [0.1, 1]."""
+    entries = [0.0, 1.0]
+    for exponent in range(7):
+        borders = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (borders[:-1] + borders[1:]) / 2
+        magnitudes = (10 ** (exponent - 6) * means).tolist()
+        entries += [*magnitudes, *(-m for m in magnitudes)]
+    return torch.tensor(sorted(entries), dtype=torch.float32)
+
+
+def quant_state_name(weight: Weight) -> str:
+    """Name of the tensor that holds the weight's ``quant_state``."""
+    return f"{weight.name}.quant_state.bitsandbytes__nf4"

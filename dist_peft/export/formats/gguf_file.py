@@ -1,0 +1,198 @@
+"""``gguf``: one file that llama.cpp runs, with tokenizer and metadata.
+
+Linears of the blocks are stored in one of::
+
+    Q4_1    32 weights: fp16 d, fp16 m, 16 bytes    w = d q + m    byte j: codes j, j + 16
+    Q8_0    32 weights: fp16 d, 32 int8             w = d q        d = max |w| / 127
+    F16
+
+From an integer base with the adapter in its zeros, Q4_1 keeps codes and scales and rounds only
+``m`` to fp16; codes of 2 and 3 bits fit, groups are cut into blocks of 32. Embeddings, head and
+linears that blocks of 32 do not divide are stored in the run's compute type, norms and biases in
+float32.
+
+The ``gguf`` package writes header, metadata and tensor table; rows are then written at their place.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.span import Span
+from dist_peft.export.formats.gguf_model import GgufModel
+from dist_peft.export.formats.gguf_tokenizer import add_tokenizer
+from dist_peft.export.formats.groups import BiasGroups, quantize_rows, regroup
+from dist_peft.export.merged_weights import Walk, Weight
+from dist_peft.export.model_directory import Written
+from dist_peft.export.stopping import read_turn_end
+from dist_peft.quant.packed_rows import divide
+from dist_peft.store.fileio import sync_directory, temporary_name, write_exactly, writing
+
+__all__ = ["q4_1_blocks", "q8_0_blocks", "write_gguf"]
+
+BLOCK = 32
+_IGNORED = np.dtype(np.float32)  # the writer looks at it only where no type is given
+
+_Kind = gguf.GGMLQuantizationType
+_FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
+_KINDS = {"q4_1": _Kind.Q4_1, "q8_0": _Kind.Q8_0, "f16": _Kind.F16}
+_FILE_TYPES = {
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+}
+
+
+def write_gguf(
+    walk: Walk, kind: str, file: Path, tokenizer: Path, name: str, dtype: torch.dtype
+) -> Written:
+    """Write ``walk`` as a GGUF file, in one pass.
+
+    Args:
+        walk: what to write.
+        kind: q4_1, q8_0 or f16, for linears of blocks.
+        file: does not exist.
+        tokenizer: directory with the tokenizer's files.
+        name: of the model, in the metadata.
+        dtype: compute type of the run.
+
+    Raises:
+        UserError: an architecture or tokenizer that cannot be written, or the disk is full.
+    """
+    model = GgufModel(walk.skeleton)
+    named = [(weight, own) for weight in walk.weights if (own := model.name(weight)) is not None]
+    kinds = {weight.name: _kind(walk, weight, kind, dtype) for weight, _ in named}
+    sizes = {w.name: _row_bytes(w, kinds[w.name]) * w.rows for w, _ in named}
+    factors = model.rope_factors()
+    made_directory = not file.parent.exists()
+    with writing(file, sum(sizes.values())):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(file)
+        try:
+            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[model.architecture])
+            model.add_metadata(writer, name, _FILE_TYPES[kind])
+            add_tokenizer(writer, tokenizer, model.config.vocab_size)
+            if ends := read_turn_end(walk.adapter_dir):
+                writer.add_eot_token_id(ends[0])
+            for weight, own in named:
+                shape = tuple(weight.info.shape)
+                writer.add_tensor_info(own, shape, _IGNORED, sizes[weight.name], kinds[weight.name])
+            if factors is not None:
+                shape, size = tuple(factors.shape), factors.nbytes
+                writer.add_tensor_info("rope_freqs.weight", shape, _IGNORED, size, _Kind.F32)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            with freed_memory_is_returned():
+                _append(walk, model, [w for w, _ in named], kinds, temporary, factors, dtype)
+            walk.check_complete()
+            os.replace(temporary, file)
+            sync_directory(file.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            if made_directory and not any(file.parent.iterdir()):
+                file.parent.rmdir()
+    packed = [w for w, _ in named if w.in_block and kinds[w.name] == _KINDS[kind]]
+    merged = sum(walk.adapts(w) for w in walk.weights)
+    left = tuple(w.stem for w, _ in named if w.in_block and w not in packed)
+    return Written(len(named), len(packed), merged, file.stat().st_size, left)
+
+
+def _append(
+    walk: Walk,
+    model: GgufModel,
+    weights: Iterable[Weight],
+    kinds: dict[str, _Kind],
+    file: Path,
+    factors: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Write the tensors behind the table; each begins at a multiple of the alignment."""
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        place = _aligned(os.fstat(descriptor).st_size)
+        for weight in weights:
+            for span in walk.spans(weight, model.row_multiple(weight)):
+                data = _chunk(walk, model, weight, span, kinds[weight.name], dtype)
+                write_exactly(descriptor, data.numpy().data, place)
+                place += data.numel()
+            place = _aligned(place)
+        if factors is not None:
+            write_exactly(descriptor, factors.view(torch.uint8).numpy().data, place)
+            place = _aligned(place + factors.nbytes)
+        os.ftruncate(descriptor, place)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aligned(size: int) -> int:
+    return int(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def _kind(walk: Walk, weight: Weight, kind: str, dtype: torch.dtype) -> _Kind:
+    if len(weight.info.shape) < 2:
+        return _Kind.F32
+    if not walk.packs(weight) or (kind != "f16" and weight.columns % BLOCK):
+        return _FLOATS[dtype]
+    if kind == "q4_1" and walk.state == "codes":
+        bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
+        if bits > 4 or group % BLOCK:
+            raise UserError(
+                "gguf Q4_1 has codes of up to 4 bits in groups of 32 or a multiple, not "
+                f"{bits} bits in groups of {group}; give --type q8_0 or f16"
+            )
+    return _KINDS[kind]
+
+
+def _row_bytes(weight: Weight, kind: _Kind) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    columns = torch.Size(weight.info.shape[1:]).numel()
+    return columns // block * size
+
+
+def _chunk(
+    walk: Walk, model: GgufModel, weight: Weight, span: Span, kind: _Kind, dtype: torch.dtype
+) -> Tensor:
+    """Rows ``span`` as bytes, flat, in llama.cpp's order."""
+    if kind == _Kind.Q4_1 and walk.state == "codes":
+        parts = walk.parts(weight, span)
+        stored = q4_1_blocks(regroup(parts, weight.columns, BLOCK, torch.float16))
+    else:
+        rows = walk.rows(weight, span)
+        if not weight.in_block:
+            rows = rows.to(weight.wide or dtype)  # as training held it
+        rows = rows.float()
+        if kind == _Kind.Q4_1:
+            stored = q4_1_blocks(quantize_rows(rows, 4, BLOCK, torch.float16))
+        elif kind == _Kind.Q8_0:
+            stored = q8_0_blocks(rows)
+        else:
+            types = {own: dtype for dtype, own in _FLOATS.items()}
+            stored = rows.to(types[kind]).contiguous()
+    return model.order(weight, stored).contiguous().reshape(-1).view(torch.uint8)
+
+
+def q4_1_blocks(groups: BiasGroups) -> Tensor:
+    """Groups of 32 codes below 16 with fp16 scale and bias -> uint8 [rows, blocks * 20]."""
+    rows, blocks = groups.scale.shape
+    codes = groups.codes.reshape(rows, blocks, 2, 16)
+    payload = codes[:, :, 0] | codes[:, :, 1] << 4
+    ends = torch.stack((groups.scale, groups.bias), -1).half().view(torch.uint8)
+    return torch.cat((ends, payload), -1).flatten(1)
+
+
+def q8_0_blocks(rows: Tensor) -> Tensor:
+    """float32 [n, in] -> uint8 [n, in / 32 * 34], rounded to nearest."""
+    blocks = rows.reshape(rows.shape[0], -1, BLOCK)
+    scale = divide(blocks.abs().amax(-1, keepdim=True), 127)
+    codes = torch.where(scale > 0, blocks / scale, 0.0).round_().clamp_(-127, 127).to(torch.int8)
+    return torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), -1).flatten(1)

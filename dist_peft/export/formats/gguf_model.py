@@ -1,0 +1,133 @@
+"""A model's configuration and tensor names as GGUF has them, per architecture.
+
+llama.cpp rotates neighbouring pairs of a head's dimensions where ``transformers`` rotates its two
+halves. For architectures whose llama.cpp graph does the former, rows of q and k are interleaved
+within each head::
+
+    transformers   row  h, (half, i)        llama.cpp   row  h, (i, half)
+
+which moves whole rows and leaves their quantization groups alone.
+"""
+
+import math
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+from dist_peft.export.merged_weights import Weight
+from dist_peft.model.skeleton import Skeleton
+
+__all__ = ["GgufModel"]
+
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+"""``transformers`` model type -> architecture."""
+
+
+class GgufModel:
+    """Names, metadata and row order of one model.
+
+    Raises:
+        UserError: an architecture or a rotary scaling that is not written.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        config = skeleton.config.get_text_config()
+        if config.model_type not in _ARCHITECTURES:
+            raise UserError(
+                f"gguf is written for {', '.join(_ARCHITECTURES)}, not for {config.model_type}; "
+                "merge the run (hf-bf16) and use llama.cpp's own converter"
+            )
+        self.config: Any = config
+        self.tied = skeleton.tied
+        self.architecture = _ARCHITECTURES[config.model_type]
+        self._names = gguf.get_tensor_name_map(self.architecture, config.num_hidden_layers)
+        self._rope = dict(getattr(config, "rope_parameters", None) or {})
+        kind = self._rope.get("rope_type", "default")
+        if kind not in ("default", "linear", "llama3"):
+            raise UserError(
+                f"gguf is not written for rotary scaling {kind!r}; merge the run (hf-bf16) and use "
+                "llama.cpp's own converter"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        own = getattr(self.config, "head_dim", None)
+        return int(own or self.config.hidden_size // self.config.num_attention_heads)
+
+    def name(self, weight: Weight) -> str | None:
+        """GGUF name of a tensor; None: llama.cpp has none and needs none.
+
+        Raises:
+            UserError: it has none, but the model uses the tensor.
+        """
+        if self.tied and weight.path.startswith("lm_head."):
+            return None
+        name = self._names.get_name(weight.path, try_suffixes=(".weight", ".bias"))
+        if name is None and not weight.path.endswith("rotary_emb.inv_freq"):
+            raise UserError(
+                f"gguf has no name for tensor {weight.name} of {self.architecture.name}"
+            )
+        return name
+
+    def row_multiple(self, weight: Weight) -> int:
+        """Chunks of this many rows can be reordered."""
+        return self.head_dim if self._is_interleaved(weight) else 1
+
+    def order(self, weight: Weight, rows: Tensor) -> Tensor:
+        """Whole heads of rows in llama.cpp's order."""
+        if not self._is_interleaved(weight):
+            return rows
+        heads = rows.reshape(-1, 2, self.head_dim // 2, *rows.shape[1:])
+        return heads.transpose(1, 2).reshape(rows.shape)
+
+    def _is_interleaved(self, weight: Weight) -> bool:
+        if self.architecture != gguf.MODEL_ARCH.LLAMA:
+            return False
+        return weight.path.split(".")[-2] in ("q_proj", "k_proj")
+
+    def add_metadata(self, writer: gguf.GGUFWriter, name: str, file_type: int) -> None:
+        config, heads = self.config, self.config.num_attention_heads
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(float(self._rope.get("rope_theta", 10000.0)))
+        writer.add_rope_dimension_count(self.head_dim)
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        if self._rope.get("rope_type") == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(self._rope["factor"]))
+
+    def rope_factors(self) -> Tensor | None:
+        """Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2]; else None.
+
+        A wave that fits the original context often enough keeps its frequency, one that does not
+        fit is slowed down by ``factor``, and in between the two are mixed.
+        """
+        if self._rope.get("rope_type") != "llama3":
+            return None
+        rope, theta = self._rope, float(self._rope["rope_theta"])
+        factor, context = float(rope["factor"]), rope["original_max_position_embeddings"]
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        factors = []
+        for i in range(0, self.head_dim, 2):
+            waves = context * theta ** (-i / self.head_dim) / (2 * math.pi)  # in the context
+            smooth = min(max((waves - low) / (high - low), 0.0), 1.0)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+        return torch.tensor(factors, dtype=torch.float32)

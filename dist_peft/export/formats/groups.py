@@ -1,0 +1,78 @@
+"""Affine groups with a float bias, as MLX, transformers' Metal format and GGUF Q4_1 store them.
+
+::
+
+    w' = q * scale + bias        0 <= q < 2**bits        one scale and bias a group of a row
+
+From an integer base with the adapter in its zeros (``AffineParts``) nothing is quantized: codes and
+scales stay, and ``bias = -scale * zero``. A group may be cut into smaller ones that repeat its
+scale and bias, and codes may be stored in wider fields; both are exact.
+
+From merged rows a group is rounded to nearest between its own ends::
+
+    bias = min w        scale = (max w - min w) / (2**bits - 1)        q = round((w - bias) / scale)
+
+with ``bias`` and ``scale`` rounded to the stored type *before* codes are chosen.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.pack import pack_bits
+from dist_peft.quant.packed_rows import divide
+
+__all__ = ["BiasGroups", "pack_words", "quantize_rows", "regroup"]
+
+
+class BiasGroups(NamedTuple):
+    """Rows of affine groups: ``codes`` uint8 [rows, in], ``scale`` and ``bias`` [rows, groups]."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def decoded(self) -> Tensor:
+        """float32 [rows, in]."""
+        rows, groups = self.scale.shape
+        codes = self.codes.view(rows, groups, -1).float()
+        scale, bias = self.scale.float().unsqueeze(-1), self.bias.float().unsqueeze(-1)
+        return (codes * scale + bias).flatten(1)
+
+
+def quantize_rows(rows: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
+    """Round rows ``[n, in]`` to nearest; ``group_size`` divides ``in``, ``dtype`` is the stored
+    type of scale and bias."""
+    top = 2**bits - 1
+    groups = rows.float().reshape(rows.shape[0], -1, group_size)
+    low, high = groups.aminmax(dim=-1)
+    scale = divide(high - low, top).to(dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    bias = low.to(dtype)
+    codes = (groups - bias.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
+    return BiasGroups(codes.round_().clamp_(0, top).to(torch.uint8).flatten(1), scale, bias)
+
+
+def regroup(parts: AffineParts, columns: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
+    """Codes with float zeros -> codes with biases, in groups of ``group_size``.
+
+    Args:
+        parts: groups of ``g``; ``group_size`` divides ``g`` and ``columns``.
+        columns: in_features; padding behind it is dropped.
+        group_size: of the result.
+        dtype: of the stored scale and bias; float32 keeps all that the adapter put into the zeros.
+    """
+    groups = parts.scale.shape[1]
+    repeat = parts.codes.shape[1] // groups // group_size
+    scale = parts.scale.float()
+    bias = -scale * parts.zero.float()
+    kept = columns // group_size
+    scale, bias = (x.repeat_interleave(repeat, 1)[:, :kept].to(dtype) for x in (scale, bias))
+    return BiasGroups(parts.codes[:, :columns], scale, bias)
+
+
+def pack_words(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """uint8 codes ``[rows, n]``, 32 dividing ``n`` -> 4-byte words ``[rows, n * bits / 32]``."""
+    return pack_bits(codes.contiguous(), bits).contiguous().view(dtype)

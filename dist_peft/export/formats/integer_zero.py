@@ -1,0 +1,195 @@
+"""``gptq`` and ``compressed-tensors``: affine groups with integer zeros.
+
+``w = (code - zero) * scale`` with a zero of ``bits`` bits, which cannot hold what an adapter adds
+to it: an integer base is written as it is, and the adapter beside it.
+
+Tensors of a linear ``[out, in]``; words are int32, codes a dense LSB-first bit stream::
+
+    compressed-tensors (pack-quantized)           gptq (gptq_v2: zeros as they are, not less one)
+    weight_packed      [out, in * bits / 32]      qweight [in * bits / 32, out]   along in
+    weight_scale       [out, in / group]          scales  [in / group, out]       float16
+    weight_zero_point  [out * bits / 32, in / g]  qzeros  [in / group, out * bits / 32]
+    weight_shape       int64 [2]                  g_idx   [in]                    column -> group
+
+GPTQ's tensors have ``out`` last, so that rows of a weight are columns there: one linear's packed
+tensors are put together in memory (``bits / 16`` of its bf16 size), the only place where an export
+holds more than a chunk.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.export.formats.groups import pack_words
+from dist_peft.export.merged_weights import Walk, Weight
+from dist_peft.export.model_directory import Piece, unpacked_linears
+from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.store.writer import TensorSpec
+
+__all__ = ["CompressedTensors", "Gptq", "integer_parts"]
+
+
+def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) -> AffineParts:
+    """Rows with integer zeros, padding dropped: uint8 codes [n, in], float16 scales, uint8 zeros.
+
+    In the state ``base`` the base's own; in ``codes`` its zeros with the adapter, *rounded*; else
+    the merged rows, quantized anew by ``codec``.
+
+    Raises:
+        UserError: the base's own zeros are no integers, and keeping them was what was asked for.
+    """
+    if walk.state in ("codes", "base"):
+        parts = walk.parts(weight, span)
+    else:
+        parts = codec.split(codec.encode(walk.rows(weight, span)), weight.columns)
+    own = parts.zero.float()
+    zero = own.round().clamp(0, 2**codec.bits - 1)
+    if walk.state == "base" and not torch.equal(zero, own):
+        raise UserError(
+            f"the base's zeros are fractions (such as {float(own[zero != own][0]):.3f} in "
+            f"{weight.name}), as base.quant.solver hqq makes them, and this format has integer "
+            "zeros: choose mlx, hf-metal or gguf, or a base of solver rtn or gptq"
+        )
+    return AffineParts(parts.codes[:, : weight.columns], parts.scale, zero.to(torch.uint8))
+
+
+def _pack_down(numbers: Tensor, bits: int) -> Tensor:
+    """uint8 ``[n, m]`` packed along dimension 0: int32 ``[ceil(n * bits / 32), m]``."""
+    rows = numbers.shape[0]
+    padded = functional.pad(numbers.T, (0, -rows % 32))
+    return pack_words(padded, bits, torch.int32).T[: -(-rows * bits // 32)].contiguous()
+
+
+class _IntegerPacker:
+    row_multiple = 32  # zeros of 32 rows are whole words
+
+    def __init__(self, codec: AffineCodec, dtype: torch.dtype) -> None:
+        self.codec, self.dtype = codec, dtype
+
+    def _fits(self, length: int) -> bool:
+        return length % self.codec.group_size == 0 and length % 32 == 0
+
+    def _groups(self, weight: Weight) -> int:
+        return weight.columns // self.codec.group_size
+
+
+class CompressedTensors(_IntegerPacker):
+    """compressed-tensors' ``pack-quantized``.
+
+    Args:
+        codec: bits and group size; quantizes merged rows.
+        dtype: of the stored scales.
+    """
+
+    def takes(self, weight: Weight) -> bool:
+        return self._fits(weight.columns)
+
+    def plan(self, weight: Weight) -> list[TensorSpec]:
+        bits, out, groups = self.codec.bits, weight.rows, self._groups(weight)
+        stem = weight.stem
+        return [
+            TensorSpec(f"{stem}.weight_packed", torch.int32, (out, weight.columns * bits // 32)),
+            TensorSpec(f"{stem}.weight_scale", self.dtype, (out, groups)),
+            TensorSpec(f"{stem}.weight_zero_point", torch.int32, (-(-out * bits // 32), groups)),
+            TensorSpec(f"{stem}.weight_shape", torch.int64, (2,)),
+        ]
+
+    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+        bits, stem = self.codec.bits, weight.stem
+        parts = integer_parts(walk, weight, span, self.codec)
+        words = pack_words(parts.codes, bits, torch.int32)
+        yield Piece(f"{stem}.weight_packed", words, span.start)
+        yield Piece(f"{stem}.weight_scale", parts.scale.to(self.dtype), span.start)
+        zeros = _pack_down(parts.zero, bits)
+        yield Piece(f"{stem}.weight_zero_point", zeros, span.start * bits // 32)
+        if span.start == 0:
+            yield Piece(f"{stem}.weight_shape", torch.tensor([weight.rows, weight.columns]), 0)
+
+    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+        weights = {
+            "num_bits": self.codec.bits,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "group",
+            "group_size": self.codec.group_size,
+        }
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+                "ignore": unpacked_linears(walk, unpacked),
+            }
+        }
+
+
+class Gptq(_IntegerPacker):
+    """GPTQ, ``checkpoint_format: gptq_v2``.
+
+    Args:
+        codec: bits and group size; quantizes merged rows.
+        dtype: unused by the format, whose scales are float16.
+    """
+
+    def __init__(self, codec: AffineCodec, dtype: torch.dtype) -> None:
+        super().__init__(codec, dtype)
+        self._parts: list[AffineParts] = []
+
+    def takes(self, weight: Weight) -> bool:
+        return self._fits(weight.columns) and weight.rows % 32 == 0
+
+    def plan(self, weight: Weight) -> list[TensorSpec]:
+        bits, out, groups = self.codec.bits, weight.rows, self._groups(weight)
+        stem = weight.stem
+        return [
+            TensorSpec(f"{stem}.qweight", torch.int32, (weight.columns * bits // 32, out)),
+            TensorSpec(f"{stem}.qzeros", torch.int32, (groups, out * bits // 32)),
+            TensorSpec(f"{stem}.scales", torch.float16, (groups, out)),
+            TensorSpec(f"{stem}.g_idx", torch.int32, (weight.columns,)),
+        ]
+
+    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+        bits, stem = self.codec.bits, weight.stem
+        parts = integer_parts(walk, weight, span, self.codec)
+        words = pack_words(parts.codes, bits, torch.int32)
+        zeros = _pack_down(parts.zero, bits)
+        self._parts.append(AffineParts(words.T, parts.scale.half().T, zeros.T))
+        if span.stop < weight.rows:
+            return
+        words, scale, zeros = (torch.cat(part, 1) for part in zip(*self._parts, strict=True))
+        self._parts.clear()
+        yield Piece(f"{stem}.qweight", words, 0)
+        yield Piece(f"{stem}.scales", scale, 0)
+        yield Piece(f"{stem}.qzeros", zeros, 0)
+        index = torch.arange(weight.columns, dtype=torch.int32) // self.codec.group_size
+        yield Piece(f"{stem}.g_idx", index, 0)
+
+    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+        how: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": self.codec.bits,
+            "group_size": self.codec.group_size,
+            "desc_act": False,
+            "sym": False,
+            "checkpoint_format": "gptq_v2",
+            "true_sequential": True,
+            "lm_head": False,
+        }
+        if unpacked:  # a block's own: gptqmodel reads the first key, optimum the second
+            how["dynamic"] = {f"-:^{path.replace('.', chr(92) + '.')}$": {} for path in unpacked}
+            inside = {w.module for w in walk.weights if w.in_block} - set(unpacked)
+            how["modules_in_block_to_quantize"] = [sorted({_within_block(p) for p in inside})]
+        return {"quantization_config": how}
+
+
+def _within_block(path: str) -> str:
+    """``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
+    names = path.split(".")
+    last = max(i for i, name in enumerate(names) if name.isdigit())
+    return ".".join(names[last + 1 :])

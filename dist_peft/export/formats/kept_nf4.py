@@ -1,0 +1,107 @@
+"""``bnb-nf4 --keep-adapter``: an NF4 base's own codes for bitsandbytes, the adapter apart.
+
+A merge into an NF4 base must be rounded again, which loses a part of the adapter. Here nothing is
+rounded: the payload of each packed row (``quant.nf4``) is bitsandbytes' payload as it is, and its
+scales are written un-nested, as the float32 numbers that decoding uses. (bitsandbytes' own double
+quantization takes one offset for the whole weight and blocks that cross rows; ours stays within a
+row, so that its 8-bit codes have no counterpart there.) ::
+
+    weight               uint8 [out * in / 2, 1]    codes of the base as training held them
+    weight.absmax        float32 [out * in / B]     scale of each block of B weights
+    weight.quant_map     float32 [16]
+    weight.quant_state.bitsandbytes__nf4            JSON as uint8: shape, types, block size
+
+``B`` is 64, or 32 where the base's groups are no multiple of 64; a group that is longer repeats its
+scale. A block of bitsandbytes runs over the flattened weight, ours within a row: both agree where
+``B`` divides ``in_features``, and other linears are refused.
+
+With PiSSA and LoftQ the codes are those of the residual, ``W - s B0 A0``, which is the base that
+the trained factors belong to.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.export.formats.bnb_nf4 import bnb_settings, quant_state, quant_state_name
+from dist_peft.export.merged_weights import Walk, Weight
+from dist_peft.export.model_directory import Piece
+from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
+from dist_peft.store.writer import TensorSpec
+
+__all__ = ["KeptNf4"]
+
+_BLOCKS = (64, 32)
+"""Block sizes that bitsandbytes reads, the most widely supported first."""
+
+
+class KeptNf4:
+    """Packs the codes of an NF4 base; for the walk's state ``base``.
+
+    Args:
+        group_size: of the base.
+        dtype: what bitsandbytes decodes to and computes in.
+
+    Raises:
+        UserError: bitsandbytes has no block size that divides ``group_size``.
+    """
+
+    row_multiple = 1
+
+    def __init__(self, group_size: int, dtype: torch.dtype) -> None:
+        found = next((size for size in _BLOCKS if group_size % size == 0), None)
+        if found is None:
+            raise UserError(
+                f"the base is quantized in groups of {group_size} weights, and bitsandbytes reads "
+                "blocks of 32 or 64: its codes cannot be kept. Use hf-bf16 with --base decoded, or "
+                "train with base.quant.group_size: 64"
+            )
+        self.block, self.group_size, self.dtype = found, group_size, dtype
+
+    def takes(self, weight: Weight) -> bool:
+        """Whether the weight's codes can be kept. See ``check_weights``."""
+        return isinstance(weight.codec, Nf4Codec) and weight.columns % self.block == 0
+
+    def check_weights(self, walk: Walk) -> None:
+        """See that every linear of the blocks can be kept, before anything is written.
+
+        Raises:
+            UserError: one cannot; written in full it would be another function.
+        """
+        for weight in walk.weights:
+            if walk.packs(weight) and not self.takes(weight):
+                raise UserError(
+                    f"{weight.name} has in_features {weight.columns}, which blocks of {self.block} "
+                    "do not divide: bitsandbytes' blocks would run from one row into the next, "
+                    "and the codes of the base cannot be kept. Use hf-bf16 with --base decoded"
+                )
+
+    def plan(self, weight: Weight) -> list[TensorSpec]:
+        elements, name = weight.rows * weight.columns, weight.name
+        state = quant_state(weight, self.block, self.dtype)
+        return [
+            TensorSpec(name, torch.uint8, (elements // 2, 1)),
+            TensorSpec(f"{name}.absmax", torch.float32, (elements // self.block,)),
+            TensorSpec(f"{name}.quant_map", torch.float32, (len(NF4_LEVELS),)),
+            TensorSpec(quant_state_name(weight), torch.uint8, tuple(state.shape)),
+        ]
+
+    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+        assert isinstance(weight.codec, Nf4Codec)
+        payload, scales = weight.codec.split(walk.packed_rows(weight, span), weight.columns)
+        # the payload of the last group of a row may go on beyond the weights
+        codes = payload[:, : weight.columns // 2].reshape(-1, 1)
+        group = torch.arange(weight.columns // self.block) * self.block // self.group_size
+        absmax = scales[:, group].flatten()
+        yield Piece(weight.name, codes, span.start * weight.columns // 2)
+        yield Piece(f"{weight.name}.absmax", absmax, span.start * weight.columns // self.block)
+        if span.stop == weight.rows:
+            yield Piece(f"{weight.name}.quant_map", torch.tensor(NF4_LEVELS), 0)
+            state = quant_state(weight, self.block, self.dtype)
+            yield Piece(quant_state_name(weight), state, 0)
+
+    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+        return bnb_settings(walk, unpacked, double_quant=False, dtype=self.dtype)

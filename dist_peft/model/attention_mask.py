@@ -1,0 +1,187 @@
+"""Packed rows: how a model is told that the documents of a row must not see each other.
+
+A row holds several documents; their position ids restart at 0. From that ``transformers`` builds a
+block-diagonal causal mask (or cumulative lengths for variable-length flash attention), combined
+with sliding windows where a layer has one. A few families do not look at the positions there; they
+get the mask explicitly. ``documents_are_isolated`` does not trust either: it looks at the logits.
+
+A prefix that every document sees (prefix-tuning) is beyond what positions can say, so a packed row
+with a prefix of ``P`` always gets its mask explicitly (``prefix_mask``)::
+
+                  prefix   document 1   document 2
+    document 1    1 1      1 . .        . .
+                  1 1      1 1 .        . .
+                  1 1      1 1 1        . .
+    document 2    1 1      . . .        1 .
+                  1 1      . . .        1 1
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.data.classification import LabelledBatch
+from dist_peft.data.loader import Batch
+from dist_peft.model.classifier import reads_token_types
+from dist_peft.model.experts import FrozenExperts
+from dist_peft.model.rotary import switch_lengths
+from dist_peft.model.skeleton import torch_dtype
+
+__all__ = [
+    "batch_inputs",
+    "document_mask",
+    "documents_are_isolated",
+    "is_packed",
+    "model_inputs",
+    "packing_mask",
+    "prefix_mask",
+]
+
+_LEAK, _FLOAT32, _HALF = 1e-5, 1e-4, 5e-2
+"""How far logits may be apart, by the largest one: where operations are the same, where they are
+others in float32, and in half precision."""
+
+_NEED_EXPLICIT_MASK = {"opt"}
+"""Model types that build their causal mask without looking at the position ids."""
+
+
+def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments of the forward pass for packed rows ``[B, S]``."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    mask = packing_mask(model, position_ids)
+    return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
+def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of the forward pass for a batch.
+
+    Labelled rows hold one document each, padded: they have a mask, and the positions that the model
+    counts itself (RoBERTa's begin at 2).
+    """
+    ids = batch.input_ids.to(device)
+    if not isinstance(batch, LabelledBatch):
+        return model_inputs(model, ids, batch.position_ids.to(device))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
+    if reads_token_types(model):
+        inputs["token_type_ids"] = batch.token_types.to(device)
+    return inputs
+
+
+def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
+    """What ``document_mask`` gives, where the model would not find out itself."""
+    config: Any = model.config
+    if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed(position_ids):
+        return None
+    # a name after save_pretrained has made the configuration JSON
+    dtype = torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
+    return document_mask(position_ids, dtype)
+
+
+def is_packed(position_ids: Tensor) -> bool:
+    """Whether a row ``[B, S]`` holds several documents (padding after one counts as another)."""
+    return bool((position_ids[:, 1:] == 0).any())
+
+
+def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask ``[B, 1, S, S]``: 0 where a token sees another, else the least number.
+
+    A token sees itself and earlier tokens of its document; documents begin where positions are 0.
+    """
+    return _additive(_sees(position_ids), dtype)
+
+
+def prefix_mask(
+    config: Any, position_ids: Tensor, prefix: int, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Additive mask(s) ``[B, 1, S, prefix + S]`` of packed rows whose documents all see a prefix.
+
+    In layers with a sliding window, a token sees what is less than the window away; the prefix is
+    right before each document.
+
+    Args:
+        config: of the model. One with ``layer_types`` takes a mask for each type, by its name.
+        position_ids: ``[B, S]``, 0 where a document begins; the prefix is not counted.
+    """
+    window = getattr(config, "sliding_window", None)
+    masks = {"full_attention": _additive(_sees_prefix(position_ids, prefix, None), dtype)}
+    if window is not None:
+        sees = _sees_prefix(position_ids, prefix, window)
+        masks["sliding_attention"] = _additive(sees, dtype)
+    if getattr(config, "layer_types", None) is not None:
+        return masks
+    return masks["full_attention" if window is None else "sliding_attention"]
+
+
+def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tensor:
+    """``[B, S, prefix + S]``: which keys a token sees."""
+    sees = _sees(position_ids)
+    if window is None:
+        ahead = torch.ones_like(sees[:, :, :1]).expand(-1, -1, prefix)
+        return torch.cat([ahead, sees], 2)
+    before = torch.arange(-prefix, 0, device=position_ids.device)
+    distance = position_ids[:, :, None] - position_ids[:, None, :]
+    ahead = position_ids[:, :, None] - before < window
+    return torch.cat([ahead, sees & (distance < window)], 2)
+
+
+def _sees(position_ids: Tensor) -> Tensor:
+    """``[B, S, S]``: a token sees itself and what is before it in its document."""
+    document = (position_ids == 0).cumsum(1)
+    same = document[:, :, None] == document[:, None, :]
+    return same & torch.ones_like(same).tril()
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, Q, K]`` -> ``[B, 1, Q, K]``: 0 where a token sees, else the least number."""
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
+
+
+@torch.no_grad()
+def documents_are_isolated(model: nn.Module, device: torch.device, longest: int = 0) -> bool:
+    """Whether a packed document has the logits that it has alone, whatever is before it.
+
+    Looks at a row of two short documents and, for each length beyond which the model computes other
+    rotary angles, at rows with a document of that length before and after a short one. A document
+    is compared behind two neighbours of one length, which are the same operations: what is masked
+    counts exactly nothing, so in half precision as in float32 any difference is a leak, however
+    small (of experts, products of other sizes round differently: they are allowed that). And it is
+    compared with itself alone, where half precision is allowed its own rounding. Differences are
+    relative to the largest logit of the document alone. What a convolution lets through is in the
+    first tokens of a document: all count. Every rank must call it.
+
+    Args:
+        longest: tokens of the longest row to come; longer switch lengths are left out.
+    """
+    short = 8
+    pairs = [(short, short)]
+    for switch in switch_lengths(model.config):
+        if switch + 1 + short <= longest:
+            pairs += [(switch + 1, short), (short, switch + 1)]
+    return all(_second_is_as_alone(model, device, first, second) for first, second in pairs)
+
+
+def _second_is_as_alone(model: nn.Module, device: torch.device, first: int, second: int) -> bool:
+    config: Any = model.config
+    count = torch.arange(first + second, device=device)
+    ids = (3 + count * 5 % min(89, config.get_text_config().vocab_size - 3)).unsqueeze(0)
+    other = ids.clone()
+    other[0, :first] = ids[0, :first].flip(0)
+    positions = torch.cat([count[:first], count[:second]]).unsqueeze(0)
+
+    def logits(row: Tensor, places: Tensor) -> Tensor:
+        found = model(**model_inputs(model, row, places), use_cache=False).logits[0, -second:]
+        assert isinstance(found, Tensor)
+        return found
+
+    alone = logits(ids[:, first:], positions[:, first:])
+    scale = float(alone.abs().amax())
+    one, two = (logits(row, positions) for row in (ids, other))
+    half = alone.dtype != torch.float32
+    leak = float((one - two).abs().amax())
+    rounded = half and any(isinstance(m, FrozenExperts) for m in model.modules())
+    if not leak <= (_HALF if rounded else _LEAK) * scale:
+        return False
+    error = float((one.float() - alone.float()).abs().amax())
+    return error <= (_HALF if half else _FLOAT32) * scale

@@ -1,0 +1,199 @@
+"""Directories whose linears are quantized already: told from ``config.json``, read as they are.
+
+    quantization_config.quant_method     read
+    dist_peft                            our own packed rows, ``STEM.packed``
+    gptq                                 layouts gptq and gptq_v2 with natural groups
+    awq                                  layout gemm
+    bitsandbytes                         NF4, with and without double quantization
+    compressed-tensors                   pack-quantized
+
+The codec of such a base is the directory's; ``base.quant`` may repeat it and not contradict it.
+Which linears are packed is told by the tensors that are there, not by lists of names in the
+settings: what has a plain ``STEM.weight`` instead is kept in ``base.compute_dtype``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_peft.core.config.run import BaseConfig, QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.hub import read_json_object
+from dist_peft.model.prequantized.bnb import Bitsandbytes
+from dist_peft.model.prequantized.integer import Awq, CompressedTensors, Gptq
+from dist_peft.model.prequantized.linear import MEND, PackedFormat, PackedLinear, Settings, need
+from dist_peft.quant.codec import make_codec
+from dist_peft.store.index import SafetensorsIndex, TensorInfo
+from dist_peft.store.reader import RowReader
+
+__all__ = ["OWN_METHOD", "Prequantized", "check_stated", "open_prequantized"]
+
+OWN_METHOD = "dist_peft"
+
+
+@dataclass(frozen=True)
+class _OwnLinear(PackedLinear):
+    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+        return reader.read(f"{self.stem}.packed", span)
+
+
+@dataclass(frozen=True)
+class _Own(PackedFormat):
+    """Rows as our codecs pack them: ``STEM.packed`` uint8 ``[out, row_bytes]``."""
+
+    MARK: ClassVar[str] = ".packed"
+    OTHERS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        # what is idle for a kind keeps its default, so that a run does not warn of it
+        idle = "double_quant" if settings.get("kind") == "int" else "solver"
+        known = {"kind", "bits", "group_size", "double_quant", "solver"} - {idle}
+        try:
+            quant = QuantConfig(**{key: settings[key] for key in known & settings.keys()})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{index.path / 'config.json'}: quantization_config {where}: {first['msg']}"
+            ) from None
+        return cls(OWN_METHOD, quant)
+
+    def linear(
+        self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
+    ) -> PackedLinear:
+        codec = make_codec(self.quant, torch.float32)
+        shape = (out_features, codec.row_bytes(in_features))
+        need(index, f"{stem}.packed", shape, (torch.uint8,))
+        return _OwnLinear(stem, out_features, in_features, codec)
+
+
+_FORMATS: Mapping[str, type[PackedFormat]] = {
+    OWN_METHOD: _Own,
+    "gptq": Gptq,
+    "awq": Awq,
+    "bitsandbytes": Bitsandbytes,
+    "compressed-tensors": CompressedTensors,
+}
+"""``quant_method`` -> format."""
+
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ wrote their settings before ``config.json`` had them."""
+
+
+class Prequantized:
+    """A prequantized directory.
+
+    Attributes:
+        format: what its settings say.
+        tensors: its tensors under the names of an unquantized base, in the order of the files;
+            None for a packed weight.
+    """
+
+    def __init__(self, format: PackedFormat, index: SafetensorsIndex) -> None:
+        self.format, self._index = format, index
+        self.tensors: dict[str, TensorInfo | None] = {}
+        mark = format.MARK
+        stems = {name.removesuffix(mark) for name in index.tensors if name.endswith(mark)}
+        parts = {stem + ending for stem in stems for ending in (mark, *format.OTHERS)}
+        for name, info in index.tensors.items():
+            if name.endswith(mark):
+                self.tensors[f"{name.removesuffix(mark)}.weight"] = None
+            elif name not in parts:
+                self.tensors[name] = info
+        if not stems:
+            raise UserError(
+                f"{index.path} says in config.json that it is quantized ({format.label}), but has "
+                f"no tensor *{mark}; remove quantization_config if it is not"
+            )
+
+    def __str__(self) -> str:
+        quant = self.quant
+        shown = f"{self.label}: {quant.kind}, {quant.bits} bits, group_size {quant.group_size}"
+        if quant.kind == "nf4":
+            return shown + ", double_quant" * quant.double_quant
+        return shown + f", solver {quant.solver}" * (self.label == OWN_METHOD)
+
+    @property
+    def label(self) -> str:
+        return self.format.label
+
+    @property
+    def quant(self) -> QuantConfig:
+        """How the linears are packed, as ``base.quant`` would say it."""
+        return self.format.quant
+
+    def linear(self, weight: str, out_features: int, in_features: int) -> PackedLinear | None:
+        """The linear with this weight; None if it is not packed. See ``PackedFormat.linear``."""
+        if self.tensors[weight] is not None:
+            return None
+        stem = weight.removesuffix(".weight")
+        return self.format.linear(self._index, stem, out_features, in_features)
+
+    def rounding_note(self) -> str | None:
+        """What became of scales that float16 does not hold exactly; None if there were none."""
+        if not (worst := self.format.rounding.worst):
+            return None
+        return (
+            f"scales of {self._index.path} are rounded to float16: they changed by at most "
+            f"{worst:.2%} in the rows read here"
+        )
+
+
+def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized | None:
+    """What the directory says about its quantization; None for an unquantized base.
+
+    Raises:
+        UserError: a method, variant or setting that is not read.
+    """
+    file = directory / "config.json"
+    settings: Any = read_json_object(file).get("quantization_config")
+    if settings is None and any(name.endswith(Gptq.MARK) for name in index.tensors):
+        for name, known in _BESIDE.items():
+            if (directory / name).is_file():
+                file = directory / name
+                settings = {**read_json_object(file), "quant_method": known}
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: quantization_config is {settings!r}, not a section")
+    method = settings.get("quant_method")
+    if method is None and "load_in_4bit" in settings:
+        method = "bitsandbytes"
+    if not isinstance(method, str) or method not in _FORMATS:
+        raise UserError(
+            f"{file}: quantization_config has quant_method {method!r}; read are "
+            f"{', '.join(_FORMATS)}; {MEND}"
+        )
+    return Prequantized(_FORMATS[method].of(settings, index), index)
+
+
+def check_stated(base: BaseConfig, found: Prequantized, directory: Path) -> None:
+    """See that ``base.quant``, where the user gave it, says what the directory is.
+
+    Raises:
+        UserError: it says something else.
+    """
+    if "quant" not in base.model_fields_set:
+        return
+    has = f"{directory} is quantized already ({found})"
+    if base.quant is None:
+        raise UserError(f"base.quant is null, but {has}; leave base.quant out")
+    keys = ["kind", "bits", "group_size"]
+    if found.quant.kind == "nf4":
+        keys.append("double_quant")
+    elif found.label == OWN_METHOD:  # the others do not say how their codes were found
+        keys.append("solver")
+    for key in keys:
+        stated, own = getattr(base.quant, key), getattr(found.quant, key)
+        if key in base.quant.model_fields_set and stated != own:
+            raise UserError(
+                f"base.quant.{key} is {stated}, but {has}; leave base.quant out, the directory "
+                "decides"
+            )

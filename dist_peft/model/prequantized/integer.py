@@ -1,0 +1,367 @@
+"""Integer linears as GPTQ, AWQ and compressed-tensors store them (``quant.foreign`` has the bits).
+
+GPTQ and AWQ have ``out`` last, so that the rows of a rank are columns there: one piece of each row
+of the file's tensor is read. The zeros of neighbouring rows share words; a rank reads the words
+that its rows need.
+
+One scale a row (``group_size`` -1, strategy ``channel``) is stored as groups with equal scales, of
+the largest size up to 128 that divides every linear: the codec's groups have one size in a base.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.prequantized.linear import (
+    MEND,
+    PackedFormat,
+    PackedLinear,
+    Rounding,
+    Settings,
+    need,
+    whole_groups,
+)
+from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.import_formats import (
+    awq_zeros,
+    from_awq,
+    from_compressed,
+    from_gptq,
+    plus_one,
+    word_span,
+    zeros_along_out,
+)
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+
+__all__ = ["Awq", "CompressedTensors", "Gptq"]
+
+_INT32 = (torch.int32,)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _IntegerLinear(PackedLinear):
+    rounding: Rounding
+
+    @property
+    def _bits(self) -> int:
+        assert isinstance(self.codec, AffineCodec)
+        return self.codec.bits
+
+    def _spread(self, numbers: Tensor) -> Tensor:
+        """``[n, groups of the file]`` -> ``[n, groups of the codec]``."""
+        assert isinstance(self.codec, AffineCodec)
+        groups = self.in_features // self.codec.group_size
+        return numbers.repeat_interleave(groups // numbers.shape[1], 1)
+
+
+# -- GPTQ ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _GptqLinear(_IntegerLinear):
+    group_size: int  # of the file
+    first_version: bool
+    indexed: bool
+
+    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+        if self.indexed:
+            self._check_order(reader)
+        words, before = word_span(span, self._bits)
+        qzeros = reader.read(f"{self.stem}.qzeros", columns=words)
+        zero = zeros_along_out(
+            plus_one(qzeros, self._bits) if self.first_version else qzeros,
+            before,
+            len(span),
+            self._bits,
+        )
+        scale = self.rounding.round(reader.read(f"{self.stem}.scales", columns=span).T)
+        qweight = reader.read(f"{self.stem}.qweight", columns=span)
+        return from_gptq(qweight, self._spread(scale), self._spread(zero))
+
+    def _check_order(self, reader: RowReader) -> None:
+        name = f"{self.stem}.g_idx"
+        if torch.equal(reader.read(name), torch.arange(self.in_features) // self.group_size):
+            return
+        raise UserError(
+            f"tensor {name} in {reader.index.path} puts columns into groups in another order than "
+            "theirs (act-order, desc_act: true): rows of groups are not contiguous; quantize with "
+            "desc_act: false or static groups, or give the unquantized base"
+        )
+
+
+@dataclass(frozen=True)
+class Gptq(PackedFormat):
+    """GPTQ, both versions of its zeros."""
+
+    MARK: ClassVar[str] = ".qweight"
+    OTHERS: ClassVar[tuple[str, ...]] = (".qzeros", ".scales", ".g_idx")
+
+    per_row: bool = False
+    act_order: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        bits = _bits(settings.get("bits"), "bits", index)
+        label = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
+        if label not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
+            raise UserError(
+                f"{index.path} is GPTQ in the layout {label!r}; gptq and gptq_v2 are read: "
+                f"convert it (gptqmodel does), or {MEND}"
+            )
+        if settings.get("pack_dtype", "int32") != "int32":
+            raise UserError(
+                f"{index.path} is GPTQ packed into {settings['pack_dtype']} words, not int32; "
+                f"{MEND}"
+            )
+        if bits == 3 and label == "gptq":
+            raise UserError(
+                f"{index.path} is GPTQ of 3 bits in the layout gptq, whose writers disagree about "
+                f"how zeros less one lie in words; save it as gptq_v2, or {MEND}"
+            )
+        wanted = settings.get("group_size", 128)
+        per_row = wanted == -1
+        inputs = (words * 32 // bits for words, _ in _shapes(index, cls.MARK))
+        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
+        return cls(label, quant, per_row=per_row, act_order=settings.get("desc_act") is True)
+
+    def linear(
+        self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
+    ) -> PackedLinear:
+        bits, own = self.quant.bits, self.quant.group_size
+        group_size = in_features if self.per_row else own
+        groups = whole_groups(stem, in_features, group_size)
+        need(index, f"{stem}.qweight", (-(-in_features * bits // 32), out_features), _INT32)
+        need(index, f"{stem}.qzeros", (groups, -(-out_features * bits // 32)), _INT32)
+        need(index, f"{stem}.scales", (groups, out_features), _SCALES)
+        indexed = f"{stem}.g_idx" in index.tensors
+        if indexed:
+            need(index, f"{stem}.g_idx", (in_features,), (torch.int32, torch.int64))
+        elif self.act_order:
+            raise UserError(
+                f"{index.path} has desc_act: true but no {stem}.g_idx, which says what order was "
+                f"taken; {MEND}"
+            )
+        codec = AffineCodec(bits, own)
+        first = self.label == "gptq"
+        return _GptqLinear(
+            stem, out_features, in_features, codec, self.rounding, group_size, first, indexed
+        )
+
+
+# -- AWQ -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AwqLinear(_IntegerLinear):
+    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+        words, before = word_span(span, self._bits)
+        zero = awq_zeros(reader.read(f"{self.stem}.qzeros", columns=words), before, len(span))
+        scale = self.rounding.round(reader.read(f"{self.stem}.scales", columns=span).T)
+        qweight = reader.read(f"{self.stem}.qweight", columns=words)
+        return from_awq(qweight, before, self._spread(scale), self._spread(zero))
+
+
+@dataclass(frozen=True)
+class Awq(PackedFormat):
+    """AWQ in the GEMM layout: 4 bits, integer zeros."""
+
+    MARK: ClassVar[str] = ".qweight"
+    OTHERS: ClassVar[tuple[str, ...]] = (".qzeros", ".scales")
+
+    per_row: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        bits = settings.get("bits", settings.get("w_bit", 4))
+        if bits != 4:
+            raise UserError(f"{index.path} is AWQ of {bits} bits; 4 are read: {MEND}")
+        layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
+        if layout != "gemm":
+            raise UserError(
+                f"{index.path} is AWQ in the layout {layout!r}; gemm is read: convert it, or {MEND}"
+            )
+        if settings.get("zero_point", True) is not True:
+            raise UserError(f"{index.path} is AWQ without zeros (zero_point: false); {MEND}")
+        wanted = settings.get("group_size", settings.get("q_group_size", 128))
+        per_row = wanted == -1
+        inputs = (rows for rows, _ in _shapes(index, cls.MARK))
+        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        return cls("awq", QuantConfig(kind="int", bits=4, group_size=group_size), per_row=per_row)
+
+    def linear(
+        self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
+    ) -> PackedLinear:
+        own = self.quant.group_size
+        groups = whole_groups(stem, in_features, in_features if self.per_row else own)
+        words = -(-out_features // 8)
+        need(index, f"{stem}.qweight", (in_features, words), _INT32)
+        need(index, f"{stem}.qzeros", (groups, words), _INT32)
+        need(index, f"{stem}.scales", (groups, out_features), _SCALES)
+        return _AwqLinear(stem, out_features, in_features, AffineCodec(4, own), self.rounding)
+
+
+# -- compressed-tensors ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _CompressedLinear(_IntegerLinear):
+    symmetric: bool
+
+    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+        shape = reader.read(f"{self.stem}.weight_shape").tolist()
+        if shape != [self.out_features, self.in_features]:
+            raise ValueError(
+                f"weight_shape is {shape}, not {[self.out_features, self.in_features]}"
+            )
+        scale = self.rounding.round(reader.read(f"{self.stem}.weight_scale", span))
+        if self.symmetric:
+            zero = torch.full_like(scale, 2 ** (self._bits - 1))
+        else:
+            zero = self._zero(reader, span)
+        packed = reader.read(f"{self.stem}.weight_packed", span)
+        return from_compressed(packed, self._spread(scale), self._spread(zero))
+
+    def _zero(self, reader: RowReader, span: Span) -> Tensor:
+        name = f"{self.stem}.weight_zero_point"
+        words, before = word_span(span, self._bits)
+        there = Span(words.start, min(words.stop, reader.index.find(name).rows))
+        read = functional.pad(reader.read(name, there).T, (0, len(words) - len(there)))
+        return zeros_along_out(read, before, len(span), self._bits)
+
+
+@dataclass(frozen=True)
+class CompressedTensors(PackedFormat):
+    """compressed-tensors' ``pack-quantized``: integers in groups or with one scale a row."""
+
+    MARK: ClassVar[str] = ".weight_packed"
+    OTHERS: ClassVar[tuple[str, ...]] = (
+        ".weight_scale",
+        ".weight_zero_point",
+        ".weight_shape",
+        ".weight_g_idx",
+    )
+
+    per_row: bool = False
+    symmetric: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        weights = _scheme(settings, index)
+        bits = _bits(weights.get("num_bits"), "num_bits", index)
+        strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+        if strategy not in ("group", "channel"):
+            raise UserError(
+                f"{index.path} has one scale a {strategy}; strategies group and channel are read: "
+                f"{MEND}"
+            )
+        per_row = strategy == "channel"
+        inputs = (words * 32 // bits for _, words in _shapes(index, cls.MARK))
+        wanted = weights.get("group_size")
+        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
+        symmetric = weights.get("symmetric", True) is True
+        return cls("compressed-tensors", quant, per_row=per_row, symmetric=symmetric)
+
+    def linear(
+        self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
+    ) -> PackedLinear:
+        bits, own = self.quant.bits, self.quant.group_size
+        groups = whole_groups(stem, in_features, in_features if self.per_row else own)
+        if f"{stem}.weight_g_idx" in index.tensors:
+            raise UserError(
+                f"{index.path} has {stem}.weight_g_idx: columns are in groups in another order "
+                "than theirs (actorder group); quantize with actorder static or without, or give "
+                "the unquantized base"
+            )
+        packed = (out_features, -(-in_features * bits // 32))
+        need(index, f"{stem}.weight_packed", packed, _INT32)
+        need(index, f"{stem}.weight_scale", (out_features, groups), _SCALES)
+        need(index, f"{stem}.weight_shape", (2,), (torch.int64, torch.int32))
+        if not self.symmetric:
+            zeros = (-(-out_features * bits // 32), groups)
+            need(index, f"{stem}.weight_zero_point", zeros, _INT32)
+        codec = AffineCodec(bits, own)
+        return _CompressedLinear(
+            stem, out_features, in_features, codec, self.rounding, self.symmetric
+        )
+
+
+def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
+    """``weights`` of the one group of settings, where nothing else changes the function."""
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        count = len(groups) if isinstance(groups, dict) else 0
+        raise UserError(
+            f"{index.path} has {count} config_groups in its quantization_config; a base with one "
+            f"is read: {MEND}"
+        )
+    (group,) = groups.values()
+    layout = group.get("format") or settings.get("format")
+    weights = group.get("weights")
+    if layout != "pack-quantized" or not isinstance(weights, dict) or weights.get("type") != "int":
+        kind = weights.get("type") if isinstance(weights, dict) else None
+        raise UserError(
+            f"{index.path} is compressed-tensors of format {layout!r} with weights of type "
+            f"{kind!r}; pack-quantized with type int is read: {MEND}"
+        )
+    sparsity = settings.get("sparsity_config") or {}
+    extras = {
+        "input_activations": group.get("input_activations"),
+        "output_activations": group.get("output_activations"),
+        "transform_config": settings.get("transform_config"),
+        "sparsity_config": sparsity.get("format", "dense") != "dense",
+        "dynamic": weights.get("dynamic"),
+    }
+    for name, value in extras.items():
+        if value:
+            raise UserError(
+                f"{index.path} has {name} in its quantization_config, which is more than packed "
+                f"weights; {MEND}"
+            )
+    return weights
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def _bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
+    if value not in (2, 3, 4, 8) or isinstance(value, bool):
+        raise UserError(
+            f"{index.path} has {key} {value!r} in its quantization_config; 2, 3, 4 and 8 are read: "
+            f"{MEND}"
+        )
+    return value
+
+
+def _group(value: Any, index: SafetensorsIndex) -> int:
+    if not isinstance(value, int) or value < 8 or value % 8:
+        raise UserError(
+            f"{index.path} has group_size {value!r} in its quantization_config; multiples of 8 "
+            f"are read: {MEND}"
+        )
+    return value
+
+
+def _shapes(index: SafetensorsIndex, mark: str) -> list[tuple[int, ...]]:
+    """Of the matrices with the codes."""
+    infos = [info for name, info in index.tensors.items() if name.endswith(mark)]
+    return [info.shape for info in infos if len(info.shape) == 2]
+
+
+def _common_group(inputs: Iterable[int], index: SafetensorsIndex) -> int:
+    """The largest group size that divides every linear's in_features."""
+    inputs = list(inputs)
+    for size in (128, 64, 32, 16, 8):
+        if not any(count % size for count in inputs):
+            return size
+    raise UserError(f"{index.path} has linears whose in_features 8 does not divide; {MEND}")

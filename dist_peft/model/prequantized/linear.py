@@ -1,0 +1,169 @@
+"""What the formats of prequantized directories have in common.
+
+A directory keeps the weight of a linear ``STEM.weight`` as several tensors ``STEM.*``. A
+``PackedFormat`` knows their names and shapes, and a ``PackedLinear`` reads the part of them that
+belongs to some rows and gives these rows as a codec of ours packs them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.quant.codec import Codec
+from dist_peft.quant.import_formats import check_statistics, to_half
+from dist_peft.store.index import SafetensorsIndex, TensorInfo
+from dist_peft.store.reader import RowReader
+
+__all__ = [
+    "MEND",
+    "PackedFormat",
+    "PackedLinear",
+    "Rounding",
+    "Settings",
+    "need",
+    "whole_groups",
+]
+
+MEND = "give the unquantized base, which is quantized while it is read"
+"""What helps wherever a directory is not read."""
+
+Settings = Mapping[str, Any]
+"""``quantization_config`` of a ``config.json``."""
+
+
+@dataclass
+class Rounding:
+    """How much scales changed when they were rounded to float16, over all rows read so far."""
+
+    worst: float = 0.0
+
+    def round(self, scale: Tensor) -> Tensor:
+        """Scales in float16. ValueError where they do not fit."""
+        half, change = to_half(scale)
+        self.worst = max(self.worst, change)
+        return half
+
+
+@dataclass(frozen=True)
+class PackedLinear(ABC):
+    """One linear of a prequantized directory.
+
+    Attributes:
+        stem: what the names of its tensors begin with.
+        out_features, in_features: shape of the weight.
+        codec: of the rows that ``read`` gives.
+    """
+
+    stem: str
+    out_features: int
+    in_features: int
+    codec: Codec
+
+    def read(self, reader: RowReader, span: Span) -> Tensor:
+        """Packed rows ``uint8 [len(span), row_bytes]``; reads what belongs to them, and no more
+        than a word at either end.
+
+        Raises:
+            UserError: damaged, or something that the codec cannot hold.
+        """
+        if not len(span):
+            return torch.empty(0, self.codec.row_bytes(self.in_features), dtype=torch.uint8)
+        try:
+            packed = self._packed(reader, span)
+            check_statistics(packed, self.codec, self.in_features)
+        except ValueError as error:
+            raise UserError(
+                f"{reader.index.path}: {self.stem} in rows {span.start} to {span.stop - 1}: {error}"
+            ) from None
+        if reader.hashes is not None:
+            reader.hashes.add_packed(f"{self.stem}.weight", span.start, packed)
+        return packed
+
+    @abstractmethod
+    def _packed(self, reader: RowReader, span: Span) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PackedFormat(ABC):
+    """A format, as the settings of one directory describe it.
+
+    Attributes:
+        label: its name in messages, such as ``gptq_v2``.
+        quant: the same in our terms.
+        rounding: of scales, so far.
+    """
+
+    label: str
+    quant: QuantConfig
+    rounding: Rounding = field(default_factory=Rounding, compare=False)
+
+    MARK: ClassVar[str]
+    """Ending of the tensor that every packed linear has, behind its stem."""
+
+    OTHERS: ClassVar[tuple[str, ...]]
+    """Endings of the other tensors that it may have; its bias is none of them."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, settings: Settings, index: SafetensorsIndex) -> "PackedFormat":
+        """From the settings of a directory.
+
+        Raises:
+            UserError: a variant that is not read.
+        """
+
+    @abstractmethod
+    def linear(
+        self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
+    ) -> PackedLinear:
+        """The linear with this stem, its tensors checked by what the header says of them.
+
+        Raises:
+            UserError: a tensor is missing or has another shape or type than the settings say.
+        """
+
+
+def need(
+    index: SafetensorsIndex, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype]
+) -> TensorInfo:
+    """A tensor of a packed linear.
+
+    Raises:
+        UserError: it is missing, or differs from what the format asks for.
+    """
+    if name not in index.tensors:
+        raise UserError(
+            f"{index.path} has other tensors of a packed linear but no {name}: it is incomplete; "
+            "get it again"
+        )
+    info, dtypes = index.tensors[name], tuple(dtypes)
+    if info.shape != shape or info.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        found = str(info.dtype).removeprefix("torch.")
+        raise UserError(
+            f"tensor {name} in {info.file} is {found} {list(info.shape)}, but by config.json "
+            f"(quantization_config and the model's sizes) it is {wanted} {list(shape)}: a variant "
+            f"that is not read; {MEND}"
+        )
+    return info
+
+
+def whole_groups(stem: str, in_features: int, group_size: int) -> int:
+    """Number of groups of a row.
+
+    Raises:
+        UserError: the last one would not be whole.
+    """
+    if in_features % group_size:
+        raise UserError(
+            f"{stem} has {in_features} in_features, which groups of {group_size} do not divide; "
+            f"{MEND}"
+        )
+    return in_features // group_size

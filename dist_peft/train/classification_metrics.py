@@ -1,0 +1,93 @@
+"""Cross entropy of classes, and how well they are told apart.
+
+One matrix of logits serves several tasks; of a row only the classes of its task count::
+
+    logits        z_0 z_1 | z_2 z_3 z_4        row of the second task: softmax over z_2 z_3 z_4
+
+Accuracy is the share of rows whose largest logit is the right one. Macro F1 is the plain mean of
+each class's ``F1 = 2 right / (predicted + actual)`` over the classes that occur, among the labels
+or the predictions (as scikit-learn's ``f1_score(average="macro")``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_peft.data.classification import LabelledBatch
+from dist_peft.train.loss import IGNORE
+
+__all__ = ["ClassCounts", "Scores", "class_losses", "in_range", "labelled_losses", "sum_of"]
+
+
+def in_range(logits: Tensor, ranges: Tensor) -> Tensor:
+    """``logits`` [B, C] in float32, minus infinity outside of each row's ``ranges`` [B, 2]."""
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    inside = (ids >= ranges[:, :1]) & (ids < ranges[:, 1:])
+    return logits.float().masked_fill(~inside, -torch.inf)
+
+
+def class_losses(logits: Tensor, labels: Tensor, ranges: Tensor) -> Tensor:
+    """Cross entropy of each row over the classes of its task, in nats.
+
+    Args:
+        logits: ``[B, C]`` of any float dtype.
+        labels: int64 ``[B]``, class ids, or -100.
+        ranges: int64 ``[B, 2]``, class ids [first, stop) of the row's task.
+
+    Returns:
+        float32 ``[B]``; 0 where there is no label.
+    """
+    return functional.cross_entropy(
+        in_range(logits, ranges), labels, ignore_index=IGNORE, reduction="none"
+    )
+
+
+def labelled_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
+    """``class_losses`` of a batch, on the device of ``logits``."""
+    device = logits.device
+    return class_losses(logits, batch.labels[:, 0].to(device), batch.ranges.to(device))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares between 0 and 1; see the module docstring."""
+
+    accuracy: float
+    macro_f1: float
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f}"
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """What scores are computed from: float64 ``[3, C]``, of each class the rows that are rightly
+    told to be in it, that are told to be in it, and that are in it."""
+
+    counts: Tensor
+
+    @classmethod
+    def none(cls, classes: int) -> "ClassCounts":
+        """Of no rows yet."""
+        return cls(torch.zeros(3, classes, dtype=torch.float64))
+
+    def add(self, chosen: int, label: int) -> None:
+        """One row."""
+        self.counts[0, label] += chosen == label
+        self.counts[1, chosen] += 1
+        self.counts[2, label] += 1
+
+    def scores(self) -> Scores:
+        """At least one row is needed."""
+        right, predicted, actual = self.counts
+        occurs = (predicted + actual) > 0
+        f1 = 2 * right[occurs] / (predicted + actual)[occurs]
+        return Scores(float(right.sum() / actual.sum()), float(f1.mean()))
+
+
+def sum_of(counts: Sequence[ClassCounts]) -> ClassCounts:
+    """Of the rows of all, at least one."""
+    return ClassCounts(torch.stack([count.counts for count in counts]).sum(0))

@@ -1,0 +1,67 @@
+"""Multiple choice by likelihood: the answer that the model finds most probable.
+
+For a question with prompt ``p`` and choices ``c_1 ... c_n``::
+
+    score_i = log P(c_i | p) = sum over the tokens of c_i        chosen: argmax of the scores
+
+Long answers have small probabilities, whatever they say. So a second accuracy divides each score by
+the number of characters of the choice, as the common harnesses' ``acc_norm`` does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.world import World
+from dist_peft.data.loader import Loader
+from dist_peft.data.multiple_choice import Question
+from dist_peft.engine import Engine
+from dist_peft.train.evaluate import inference, row_losses
+
+__all__ = ["ChoiceResult", "answer_questions"]
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """Shares of questions answered right; ``accuracy_norm``: by score per character."""
+
+    questions: int
+    accuracy: float
+    accuracy_norm: float
+
+
+def answer_questions(
+    model: nn.Module,
+    engine: Engine,
+    questions: Sequence[Question],
+    loader: Loader,
+    world: World,
+) -> ChoiceResult:
+    """Score every choice; each rank computes its share of the rows.
+
+    Args:
+        loader: of the questions' ``ChoiceRows``.
+    """
+    scores = _scores(model, engine, loader, world)
+    right = right_norm = start = 0
+    for question in questions:
+        own = scores[start : start + len(question.choices)]
+        lengths = torch.tensor([len(choice.strip()) or 1 for choice in question.choices])
+        right += int(own.argmax()) == question.answer
+        right_norm += int((own / lengths).argmax()) == question.answer
+        start += len(question.choices)
+    return ChoiceResult(len(questions), right / len(questions), right_norm / len(questions))
+
+
+def _scores(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
+    """Log-likelihood of each row's targets, in nats: float64 [rows]."""
+    scores = torch.zeros(len(loader.rows), dtype=torch.float64)
+    with inference(model):
+        for batch in loader.sequential():
+            losses = row_losses(model, batch, engine.device)
+            for b, sample in enumerate(batch.sample_ids.tolist()):
+                if sample >= 0:
+                    scores[sample] = -losses[b]
+    return torch.tensor(world.sum(*scores.tolist()), dtype=torch.float64)

@@ -1,0 +1,59 @@
+"""LoRA on stacks of experts against the definition, and its start."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.lora.expert_layer import LoraExperts
+from dist_peft.adapters.low_rank.module import LowRankSpec
+from dist_peft.core.span import Span
+from dist_peft.model.experts import ExpertStack
+from dist_peft.quant.codec import RawCodec
+
+EXPERTS, OUT, IN, R = 4, 6, 8, 3
+COUNTS = [2, 0, 5, 1]
+
+
+@pytest.fixture
+def layer() -> LoraExperts:
+    torch.manual_seed(0)
+    codec = RawCodec(torch.float32)
+    stack = ExpertStack(EXPERTS, IN, OUT, codec, "stack", "cpu")
+    stack.packed.data = codec.encode(torch.randn(EXPERTS * OUT, IN))
+    spec = LowRankSpec(R, 0.5, torch.float32, seed=3)
+    layer = LoraExperts(stack, "experts.down_proj", spec, "cpu")
+    for parameter in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def by_definition(layer: LoraExperts, x: Tensor) -> Tensor:
+    """``W_e + s B_e A_e`` of each expert; PEFT's reading of the two parameters."""
+    A = layer.lora_A.view(EXPERTS, R, IN)
+    B = layer.lora_B.view(OUT, R, EXPERTS)
+    change = 0.5 * torch.einsum("ore,eri->eoi", B, A)
+    weight = layer.base.decoded(torch.float32).view(EXPERTS, OUT, IN) + change
+    return torch.cat([part @ w.T for part, w in zip(x.split(COUNTS), weight, strict=True)])
+
+
+def test_equals_its_definition(layer: LoraExperts) -> None:
+    results = []
+    for forward in (lambda x: layer(x, COUNTS), lambda x: by_definition(layer, x)):
+        torch.manual_seed(1)
+        x = torch.randn(sum(COUNTS), IN, requires_grad=True)
+        layer.zero_grad()
+        y = forward(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()))
+    torch.testing.assert_close(results[0], results[1])
+    unused = results[0][2].view(EXPERTS, R, IN)[1]
+    assert not unused.any() and not results[0][3].view(OUT, R, EXPERTS)[:, :, 1].any()
+
+
+def test_starts_at_the_base(layer: LoraExperts) -> None:
+    whole = Span(0, EXPERTS * R)
+    A = layer.initial_rows("lora_A", whole)
+    assert A.shape == (EXPERTS * R, IN) and 0 < A.abs().max() <= IN**-0.5
+    part = Span(2, 9)
+    assert torch.equal(layer.initial_rows("lora_A", part), A[part.slice])
+    assert not layer.initial_rows("lora_B", Span(0, OUT)).any()

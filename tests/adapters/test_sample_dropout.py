@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+
+
+def dropout(p: float, path: str = "a.b", seed: int = 0) -> RowDropout:
+    return RowDropout(p, path, DropoutPosition(seed))
+
+
+def masks(layer: RowDropout, step: int, samples: list[int], length: int = 50) -> torch.Tensor:
+    layer.position.begin(step, torch.tensor(samples))
+    return layer(torch.ones(len(samples), length, 8))
+
+
+def test_identity_in_evaluation_and_without_probability() -> None:
+    x = torch.ones(2, 3)
+    assert dropout(0.0)(x) is x
+    layer = dropout(0.5)
+    layer.eval()
+    assert layer(x) is x
+
+
+def test_keeps_the_mean_and_the_scale() -> None:
+    y = masks(dropout(0.25), 0, [0, 1], length=5000)
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert y.mean().item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_mask_follows_the_sample_not_the_batch() -> None:
+    together = masks(dropout(0.5), 4, [10, 11, 12, 13])
+    for row, sample in enumerate([10, 11, 12, 13]):
+        assert torch.equal(masks(dropout(0.5), 4, [sample])[0], together[row])
+    swapped = masks(dropout(0.5), 4, [13, 10])
+    assert torch.equal(swapped, together[[3, 0]])
+
+
+def test_mask_depends_on_seed_path_step_and_sample() -> None:
+    variants = [
+        masks(dropout(0.5), 0, [0]),
+        masks(dropout(0.5, path="a.c"), 0, [0]),
+        masks(dropout(0.5, seed=1), 0, [0]),
+        masks(dropout(0.5), 1, [0]),
+        masks(dropout(0.5), 0, [1]),
+        masks(dropout(0.5), 0, [-1]),
+    ]
+    for i, a in enumerate(variants):
+        for b in variants[i + 1 :]:
+            assert not torch.equal(a, b)
+
+
+def test_the_global_stream_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    masks(dropout(0.5), 0, [0])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_flattened_batches_are_cut_into_samples() -> None:
+    layer = dropout(0.5)
+    kept = masks(layer, 0, [3, 4])
+    assert torch.equal(layer(torch.ones(100, 8)), kept.view(100, 8))
+
+
+def test_half_precision_gets_the_same_mask() -> None:
+    layer = dropout(0.5)
+    kept = masks(layer, 0, [3, 4])
+    half = layer(torch.ones(2, 50, 8, dtype=torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.float(), kept)
+
+
+def test_recomputation_gives_the_same_gradient() -> None:
+    layer = dropout(0.5)
+    layer.position.begin(0, torch.tensor([1, 2]))
+    grads = []
+    for use in (False, True):
+        x = torch.ones(2, 5, 8, requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if use else layer(x)
+        (y * y).sum().backward()
+        grads.append(x.grad)
+        torch.rand(7)
+    assert torch.equal(grads[0], grads[1])
+    assert (grads[0] == 0).any()
+
+
+def test_without_begin() -> None:
+    with pytest.raises(RuntimeError, match=r"dropout of a\.b: 2 rows but 0 sample ids"):
+        dropout(0.5)(torch.ones(2, 3))
+
+
+def test_ids_that_do_not_fit() -> None:
+    layer = dropout(0.5)
+    layer.position.begin(0, torch.tensor([1, 2]))
+    with pytest.raises(RuntimeError, match="3 rows but 2 sample ids"):
+        layer(torch.ones(3, 3))

@@ -1,0 +1,87 @@
+"""``dist-peft combine`` on two runs, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_peft.adapters.directory import read_adapter, read_metadata
+from dist_peft.app import cli
+from dist_peft.app.commands.train import train
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.world import World
+from tests.support.tiny_runs import tiny_tree
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs on one base, with other seeds."""
+    directory = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        save = {"dir": str(directory / f"run{seed}"), "every": 0}
+        assert train(parse_config(tiny_tree(directory, train__seed=seed, save=save)), World()) == 0
+    return directory / "run1", directory / "run2"
+
+
+def combine(*argv: object) -> int:
+    return cli.main(["combine", *map(str, argv)])
+
+
+def test_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert combine(*runs, "--out", tmp_path / "sum", "--weights", 0.5, 0.5) == 0
+    combined = read_adapter(tmp_path / "sum")
+    assert combined.config["r"] == 8
+    about, first = read_metadata(tmp_path / "sum"), read_metadata(runs[0] / "adapter")
+    assert about["base_fingerprint"] == first["base_fingerprint"]
+    assert about["combined"] == [["adapter", 0.5], ["adapter", 0.5]]
+    argv = ["--method", "ties", "--density", 0.3, "--rank", 4]
+    assert combine(*runs, "--out", tmp_path / "ties", *argv) == 0
+    assert read_adapter(tmp_path / "ties").config["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--weights", "1"], "--weights has 1 numbers for 2 adapters"),
+        (["--density", "0.5"], "--density is for --method ties or dare"),
+        (["--seed", "1", "--method", "ties"], "--seed is for --method dare"),
+        (["--density", "0", "--method", "ties"], "--density 0.0 is not above 0"),
+        (["--rank", "0"], "--rank 0 is not at least 1"),
+    ],
+)
+def test_options_that_are_refused(
+    runs: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    words: str,
+) -> None:
+    assert combine(*runs, "--out", tmp_path / "out", *argv) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories_that_are_refused(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert combine(runs[0], tmp_path, "--out", tmp_path / "out") == 2
+    assert "has no adapter_config.json" in capsys.readouterr().err
+    assert combine(runs[0], runs[0] / "adapter", "--out", tmp_path / "out") == 2
+    assert "an adapter is named twice" in capsys.readouterr().err
+    about = runs[1] / "adapter" / "dist_peft.json"
+    before = about.read_text()
+    other = json.loads(before)
+    name = "model.layers.1.mlp.up_proj.weight"
+    other["base_content"]["tensors"][name] = "0" * 16
+    about.write_text(json.dumps(other))
+    assert combine(*runs, "--out", tmp_path / "out") == 2
+    assert f"tensors hold other values, such as {name}" in capsys.readouterr().err
+    other["base_content"]["config"]["hidden_act"] = "relu"
+    about.write_text(json.dumps(other))
+    assert combine(*runs, "--out", tmp_path / "out") == 2
+    assert 'in config.json hidden_act is "relu", was "silu"' in capsys.readouterr().err
+    del other["base_content"]  # an adapter of an earlier version
+    about.write_text(json.dumps({**other, "base_fingerprint": "v2:" + "0" * 64}))
+    assert combine(*runs, "--out", tmp_path / "out") == 2
+    assert "were trained on different bases" in capsys.readouterr().err
+    about.write_text(before)

@@ -1,0 +1,89 @@
+"""A run between its first and its last step: what ends it early, and what is done already."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_peft.app.trainer import Session
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.train import loop
+from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.metrics import read_metrics
+from tests.app.commands.test_train import train
+from tests.app.test_equality import build
+from tests.support.tiny_runs import tiny_tree
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    close_log()
+
+
+def test_loss_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_tree(tmp_path, data__eval=[])
+    calls = []
+    real = loop.token_loss
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args) * (torch.nan if len(calls) > 2 else 1)  # two rows a step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", poisoned)
+        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.lr"):
+            train(tree)
+    run = tmp_path / "run"
+    assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert train(tree) == 0  # resumes from the last good step
+
+
+def test_finished_run_started_again_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_tree(tmp_path)
+    assert train(tree) == 0
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert train(tree) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert "has 3 steps and train.steps is 3: nothing is left to train" in capsys.readouterr().err
+
+
+def test_damaged_probe_is_told_before_training_goes_on(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    assert train(tree) == 0
+    (tmp_path / "run" / "probe.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"probe\.safetensors is damaged"):
+        train({**tree, "train": {**tree["train"], "steps": 5}})
+
+
+@pytest.mark.parametrize(("settings", "steps"), [({"epochs": 2.5}, 10), ({"steps": 3}, 3)])
+def test_number_of_steps(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    """Eight rows, two a step; a part of a step counts whole."""
+    tree = tiny_tree(tmp_path)
+    tree["train"] = {k: v for k, v in tree["train"].items() if k != "steps"} | settings
+    session = session_of(tree, tmp_path)
+    assert session.total_steps == steps
+
+
+def test_ends_at_the_checkpoint_after_its_last_step(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    assert train(tree) == 0
+    second, third = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    session = session_of(tree, tmp_path)
+    assert session.ends_at(third) and not session.ends_at(second)
+
+
+def session_of(tree: dict[str, Any], tmp_path: Path) -> Session:
+    config, built, loaders, call = build(World(), tree)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 2, World())
+    return Session(config, World(), built, call, loaders, checkpoints, tmp_path / "run")

@@ -1,0 +1,145 @@
+"""Rows kept by the project itself: bytes come back as they went in, and rest as little as said."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dist_peft.core.span import row_span
+from dist_peft.core.world import World
+from dist_peft.engine.activation_checkpointing import checkpoint_blocks
+from dist_peft.engine.row_shards import RowShards, _Slot, _tensors
+from tests.support.dist import run_ranks
+from tests.support.tiny_engines import CPU, VOCAB, Model, batch, whole_values
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 7),
+    parts=st.integers(1, 9),
+    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+)
+def test_a_slot_puts_each_ranks_rows_in_their_place(
+    rows: int, columns: int, parts: int, dtype: torch.dtype
+) -> None:
+    """Also where the last ranks have fewer rows, or none."""
+    value = (torch.randn(rows, columns) * 50).to(dtype)
+    meta = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), False)
+    chunks = []
+    for index in range(parts):
+        slot = _Slot(meta, parts)
+        slot.local = torch.zeros(slot.part, dtype=torch.uint8)
+        parameter = slot.fill(value[row_span(rows, parts, index).slice])
+        assert parameter.shape == value.shape and parameter.dtype == dtype
+        assert parameter.untyped_storage().nbytes() == 0
+        chunks.append(slot.local)
+    slot.place(torch.stack(chunks))
+    assert torch.equal(parameter, value)
+    slot.release()
+    assert parameter.untyped_storage().nbytes() == 0 and parameter.shape == value.shape
+
+
+def test_tensors_of_nested_outputs() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    assert list(_tensors({"x": (a, [b, None]), "y": 3})) == [a, b]
+
+
+class Tied(Model):
+    """The head uses the embedding's weight: it must stay whole from the first use to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(self.embedding.embedding_dim, VOCAB, bias=False, device="meta")
+        self.head.weight = self.embedding.weight
+
+
+def shard(
+    world: World, kind: type[Model], recompute: bool
+) -> tuple[Model, RowShards, dict[str, nn.Parameter]]:
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    model, values, shards = kind(), whole_values(), RowShards(group, CPU)
+    if recompute:
+        checkpoint_blocks(list(model.blocks))
+    shards.shard(model, list(model.blocks))
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if shards.holds(parameter) and parameter.is_meta:
+                value = values.get(f"{path}.{name}" if path else name)
+                assert value is not None
+                shards.fill(module, name, value[shards.span(parameter).slice].clone())
+    if kind is Tied:
+        model.head.weight = model.embedding.weight
+    return model, shards, dict(model.named_parameters())
+
+
+def reference(kind: type[Model]) -> tuple[Tensor, dict[str, Tensor]]:
+    model, values = kind(), whole_values()
+    for path, module in model.named_modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            value = values.get(f"{path}.{name}" if path else name)
+            if value is not None:
+                setattr(module, name, nn.Parameter(value.clone(), old.requires_grad))
+    if kind is Tied:
+        model.head.weight = model.embedding.weight
+    loss = model(batch(0)).square().mean()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compute(world: World, kind: type[Model], recompute: bool) -> None:
+    model, shards, parameters = shard(world, kind, recompute)
+    frozen = {n: p for n, p in parameters.items() if not p.requires_grad}
+    most = 0
+
+    def watch(module: nn.Module, inputs: object, output: object = None) -> None:
+        nonlocal most
+        whole = [b for b in model.blocks if b.up.packed.untyped_storage().nbytes()]
+        most = max(most, len(whole))
+
+    for block in model.blocks:
+        block.up.register_forward_hook(watch)
+    want, gradients = reference(kind)
+    with torch.no_grad():  # an evaluation releases everything at its end
+        assert torch.equal(model(batch(0)).square().mean(), want)
+    assert not any(p.untyped_storage().nbytes() for p in frozen.values())
+    for _ in range(2):
+        loss = model(batch(0)).square().mean()
+        assert torch.equal(loss.detach(), want)
+        loss.backward()
+        assert not any(p.untyped_storage().nbytes() for p in frozen.values())
+    for name, gradient in gradients.items():
+        learned = parameters[name].grad
+        assert learned is not None and torch.equal(learned, 2 * gradient), name
+    assert most == 1, "the block before is released before the next computes"
+    for name, value in whole_values().items():
+        if name in frozen:
+            assert torch.equal(shards.gather(frozen[name]), value), name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("ranks", "kind"), [(2, Model), (3, Model), (2, Tied)])
+def test_same_numbers_as_the_whole_model(ranks: int, kind: type[Model], recompute: bool) -> None:
+    """Losses and gradients bit for bit, and nothing whole at rest."""
+    run_ranks(compute, ranks, kind, recompute)
+
+
+def more_ranks_than_rows(world: World) -> None:
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    shards, model = RowShards(group, CPU), Model()
+    model.embedding = nn.Embedding(2, 4, device="meta").requires_grad_(False)
+    shards.shard(model, list(model.blocks))
+    weight = model.embedding.weight
+    assert len(shards.span(weight)) == (1 if world.rank < 2 else 0)
+    value = torch.arange(8.0).view(2, 4)
+    shards.fill(model.embedding, "weight", value[shards.span(weight).slice])
+    assert torch.equal(shards.gather(model.embedding.weight), value)
+
+
+@pytest.mark.dist
+def test_more_ranks_than_rows() -> None:
+    run_ranks(more_ranks_than_rows, 3)

@@ -1,0 +1,87 @@
+"""The four states of a weight, and how it is cut into chunks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.merged_weights import State, Walk, Weight, parts_to_rows
+from dist_peft.quant.affine import AffineCodec, AffineParts
+from tests.support.export_runs import FakeRun, make_run
+
+INT4 = QuantConfig(kind="int", bits=4, group_size=32)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+    return make_run(tmp_path_factory.mktemp("walk"), INT4, group=32)
+
+
+def rows(walk: Walk, weight: Weight) -> torch.Tensor:
+    return torch.cat([walk.rows(weight, span).float() for span in walk.spans(weight)])
+
+
+@pytest.mark.parametrize("state", ["decoded", "codes"])
+def test_trained_weights(state: State, run: FakeRun, tmp_path: Path) -> None:
+    with run.job(tmp_path, chunk_bytes=2048).walk(state) as walk:
+        assert [w.path for w in walk.weights if w.in_block] == [
+            n for n in walk.skeleton.index.tensors if "proj" in n
+        ]
+        for weight in walk.weights:
+            wanted = run.trained[weight.name]
+            torch.testing.assert_close(rows(walk, weight), wanted, rtol=1e-5, atol=1e-6)
+        walk.check_complete()
+
+
+def test_base_and_original(run: FakeRun, tmp_path: Path) -> None:
+    codec, files = AffineCodec(4, 32), load_file(run.directory / "model.safetensors")
+    with (
+        run.job(tmp_path).walk("base") as base,
+        run.job(tmp_path).walk("original") as original,
+        run.job(tmp_path).walk("decoded") as decoded,
+    ):
+        for weight in base.weights:
+            plain = files[weight.name]
+            if not weight.in_block:
+                assert torch.equal(rows(base, weight), plain)
+                continue
+            trained_on = codec.decode(codec.encode(plain), weight.columns, torch.float32)
+            assert torch.equal(rows(base, weight), trained_on)
+            change = rows(original, weight) - plain
+            torch.testing.assert_close(
+                change, rows(decoded, weight) - trained_on, rtol=1e-3, atol=1e-6
+            )
+        base.check_complete()
+
+
+def test_adapter_that_was_not_used_up(run: FakeRun, tmp_path: Path) -> None:
+    with run.job(tmp_path).walk() as walk, pytest.raises(UserError, match="another base"):
+        walk.check_complete()
+
+
+def test_spans_have_whole_multiples(run: FakeRun, tmp_path: Path) -> None:
+    with run.job(tmp_path, chunk_bytes=4 * 64 * 10).walk() as walk:
+        weight = next(w for w in walk.weights if w.name.endswith("gate_proj.weight"))
+        assert [len(s) for s in walk.spans(weight)] == [10] * 9 + [6]
+        assert [len(s) for s in walk.spans(weight, 4)] == [8] * 12
+        assert [len(s) for s in walk.spans(weight, 64)] == [64, 32]
+
+
+def test_parts_to_rows_by_hand() -> None:
+    codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
+    parts = AffineParts(codes, torch.tensor([[2.0, 0.5]]).half(), torch.tensor([[0.5, 1.0]]))
+    assert parts_to_rows(parts, 3).tolist() == [[1.0, 3.0, 1.0]]
+
+
+def test_group_changes_are_the_adapter(run: FakeRun, tmp_path: Path) -> None:
+    with run.job(tmp_path, chunk_bytes=2048).walk("base") as walk:
+        found = torch.cat([change.flatten() for _, change in walk.group_changes()])
+        wanted = [
+            (run.trained[w.name] - rows(walk, w))[:, ::32].flatten()
+            for w in walk.weights
+            if w.in_block
+        ]
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-6)

@@ -1,8 +1,0 @@
-"""``python -m tests.lint_imports``: import-linter as a module, with its exit code."""
-
-import sys
-
-from importlinter.cli import lint_imports
-
-if __name__ == "__main__":
-    sys.exit(lint_imports())

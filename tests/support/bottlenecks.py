@@ -1,0 +1,53 @@
+"""A tiny frozen model with bottleneck adapters, filled in one process as a run fills its shards."""
+
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+from dist_peft.adapters.bottleneck.layer import BottleneckLayer, TrainedNorm
+from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.core.config.run import BottleneckConfig
+from dist_peft.core.span import Span, row_span
+from tests.support.adapters import frozen_model
+
+
+def fill(adapter: BottleneckAdapter, ranks: int = 1) -> None:
+    """Give every parameter its start, in the shares of so many ranks."""
+    modules: list[BottleneckLayer | TrainedNorm] = [
+        *adapter.layers.values(),
+        *adapter.norms.values(),
+    ]
+    for module in modules:
+        for name, shape in module.shapes.items():
+            spans = [row_span(shape[0], ranks, rank) for rank in range(ranks)]
+            rows = torch.cat([module.initial_rows(name, span) for span in spans])
+            module.register_parameter(name, nn.Parameter(rows))
+
+
+def adapted(original: Any, seed: int = 3, **settings: Any) -> tuple[Any, BottleneckAdapter]:
+    """A frozen copy of a model with a filled adapter."""
+    model = frozen_model(original)
+    adapter = BottleneckAdapter(BottleneckConfig(**settings), seed=seed, arithmetic=torch.float32)
+    adapter.attach(model)
+    fill(adapter)
+    return model, adapter
+
+
+def family(config: tf.PretrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def gathered(adapter: BottleneckAdapter) -> dict[str, torch.Tensor]:
+    modules = {**adapter.layers, **adapter.norms}
+    return {
+        f"{path}.{name}": getattr(module, name).detach()
+        for path, module in modules.items()
+        for name in module.shapes
+    }
+
+
+def whole(size: int) -> Span:
+    return Span(0, size)

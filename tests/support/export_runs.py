@@ -1,0 +1,124 @@
+"""Finished runs without training: a small Llama, a random adapter, and the trained model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.config.run import BaseConfig, QuantConfig
+from dist_peft.export.formats.registry import Job
+from dist_peft.export.verify import Probe
+from dist_peft.model.skeleton import torch_dtype
+from dist_peft.quant.codec import make_codec
+from tests.support.tiny_models import save_model
+
+VOCABULARY = 320
+TEXT = "the quick brown fox jumps over the lazy dog; it's 12345 times that we've seen it. "
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def llama(**changes: Any) -> tf.LlamaConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return tf.LlamaConfig(**{**settings, **changes})
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Byte-level BPE as GPT-2 has it."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    inner.train_from_iterator([TEXT] * 3, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+
+
+@dataclass
+class FakeRun:
+    """``trained`` are the float32 weights of the trained model by name in the files."""
+
+    base: BaseConfig
+    directory: Path
+    adapter_dir: Path
+    probe: Probe
+    trained: dict[str, Tensor]
+
+    def job(self, out: Path, **settings: Any) -> Job:
+        return Job(self.base, self.directory, self.adapter_dir, out, **settings)
+
+
+def make_run(
+    root: Path, quant: QuantConfig | None, *, group: int = 1, dtype: str = "float32", **changes: Any
+) -> FakeRun:
+    """Args: ``group`` columns of the adapter's A are equal (QA-LoRA); ``changes`` of the model."""
+    model = save_model(llama(**changes), root / "base", seed=3).float()
+    save_tokenizer(root / "base")
+    base = BaseConfig(path=str(root / "base"), quant=quant, compute_dtype=dtype)
+    codec = make_codec(quant, torch_dtype(dtype))
+    generator = torch.Generator().manual_seed(5)
+    tensors, deltas = {}, {}
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        stem = name.removesuffix(".weight")
+        if not stem.endswith(PROJECTIONS):
+            weight.data = weight.data.to(torch_dtype(dtype)).float()
+            continue
+        out, columns = weight.shape
+        weight.data = codec.decode(codec.encode(weight.data), columns, torch.float32)
+        pooled = torch.randn(4, -(-columns // group), generator=generator) * 0.03
+        A = pooled.repeat_interleave(group, 1)[:, :columns].contiguous()
+        B = torch.randn(out, 4, generator=generator) * 0.03
+        tensors |= {
+            f"base_model.model.{stem}.lora_A.weight": A,
+            f"base_model.model.{stem}.lora_B.weight": B,
+        }
+        deltas[name] = 2.0 * B @ A
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(root / "base"),
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": [p.rpartition(".")[2] for p in PROJECTIONS],
+        "inference_mode": True,
+    }
+    write_adapter(root / "adapter", PublicAdapter(config, tensors), {})
+    ids = torch.arange(3, 27).unsqueeze(0) * 11 % VOCABULARY
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        for name, delta in deltas.items():
+            weights[name].data += delta
+        trained = model(input_ids=ids, use_cache=False).logits
+    state = {name: weight.data.clone() for name, weight in weights.items()}
+    return FakeRun(base, root / "base", root / "adapter", Probe(ids, trained, before), state)
