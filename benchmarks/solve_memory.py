@@ -31,8 +31,8 @@ from common import (
     write_result,
 )
 
+from dist_peft.app.gptq_solver import solve
 from dist_peft.app.model_setup import load, prepare
-from dist_peft.app.solved_base import solve
 from dist_peft.core.config.run import NoAdapterConfig
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear

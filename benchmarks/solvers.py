@@ -19,8 +19,8 @@ import torch
 from common import print_table, write_result
 
 from dist_peft.app.data_setup import make_loaders
+from dist_peft.app.gptq_solver import calibration_windows, solve
 from dist_peft.app.model_setup import load, prepare
-from dist_peft.app.solved_base import calibration_windows, solve
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World

@@ -2,8 +2,12 @@
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
+from dist_peft.app.export_adapter import Verification
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
 from dist_peft.export.formats.registry import FORMATS, GGUF_TYPES, format_table
 
 __all__ = [
@@ -11,7 +15,9 @@ __all__ = [
     "INTEGER_ZERO",
     "add_export_arguments",
     "add_merge_arguments",
-    "add_verify_arguments",
+    "add_run_arguments",
+    "read_verification",
+    "require_one_process",
     "warn_of_unused",
 ]
 
@@ -37,8 +43,25 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """Bounds of the comparison with the trained model, of both verbs."""
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the run, the output and the comparison with the trained model, of both verbs."""
+    parser.add_argument("--run", type=Path, required=True, dest="run_dir", help="run directory")
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--base",
+        choices=["original", "decoded"],
+        help="merge into the base's files (original, the default), or into the base as training "
+        "saw it (decoded)",
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not reload the result and compare logits"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model code that comes with the base; what the run directory says about it does "
+        "not count",
+    )
     parser.add_argument(
         "--max-error",
         type=_share,
@@ -124,6 +147,25 @@ class _ListFormats(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(format_table())
         parser.exit()
+
+
+def read_verification(args: argparse.Namespace) -> Verification | None:
+    """Return how to compare the result with the trained model; None with ``--no-verify``."""
+    if args.no_verify:
+        if args.max_error is not None:
+            log.warning("--max-error has no effect with --no-verify")
+        return None
+    return Verification(args.max_error, 60 * args.verify_minutes)
+
+
+def require_one_process(world: World) -> None:
+    """Refuse several ranks: merge and export stream through one process.
+
+    Raises:
+        UserError: the launcher started more than one.
+    """
+    if world.size > 1:
+        raise UserError(f"this verb runs in one process, not {world.size}; start it with python")
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.adapters.directory import read_metadata
-from dist_peft.app.commands.quantize import with_base_of_run
+from dist_peft.app.quantized_base import with_base_of_run
 from dist_peft.app.tasks import refuse_tasks
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig

@@ -186,3 +186,24 @@ def test_ctrl_c_is_no_traceback(
     monkeypatch.setattr(inspect, "describe", interrupt)
     assert cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr().err == "dist-peft: interrupted\n"
+
+
+def test_help_and_version_import_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "dist_peft.core.world")
+    code = (
+        "import sys\nfrom dist_peft.app.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nexcept SystemExit as left:\n    assert left.code == 0\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    for option, expected in (("--help", "quantize"), ("--version", "dist-peft ")):
+        command = [sys.executable, "-c", code, option]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert expected in done.stdout and done.stdout.endswith("[]\n")
+
+
+def test_every_command_is_a_module_with_arguments() -> None:
+    for name in cli.COMMANDS:
+        parser = cli.build_parser([name])
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args([name, "--help"])
+        assert caught.value.code == 0

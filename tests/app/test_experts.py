@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_peft.adapters.directory import read_adapter, write_adapter
 from dist_peft.app import cli
-from dist_peft.app.commands.export import merge_run
+from dist_peft.app.verified_export import merge_run
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare

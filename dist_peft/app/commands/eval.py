@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import checkpoint_bases
-from dist_peft.app.commands.quantize import with_base_of_run
+from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.data_setup import Loaders, check_fit, choice_loader
 from dist_peft.app.model_setup import (
     Built,
@@ -21,6 +21,7 @@ from dist_peft.app.model_setup import (
     restore,
     with_labels,
 )
+from dist_peft.app.quantized_base import with_base_of_run
 from dist_peft.app.resuming import dated_loaders
 from dist_peft.app.run_identity import rank_configuration, rank_inputs
 from dist_peft.app.tasks import task_configs, task_runs
@@ -36,9 +37,22 @@ from dist_peft.train.evaluate import evaluate
 from dist_peft.train.optimizers import make_optimizer_factory
 from dist_peft.train.option_scores import answer_questions
 
-__all__ = ["run"]
+__all__ = ["add_arguments", "run"]
 
 log = logging.getLogger("dist_peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft eval``."""
+    add_config_arguments(parser)
+    parser.add_argument("--run", type=Path, dest="run_dir", help="use this run's newest state")
+    parser.add_argument(
+        "--choices",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="also answer the multiple-choice questions of a JSON Lines file; may be repeated",
+    )
 
 
 def run(args: argparse.Namespace, world: World) -> int:

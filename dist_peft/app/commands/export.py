@@ -1,55 +1,41 @@
-"""``dist-peft merge`` and ``dist-peft export``: from a run directory to something others load."""
+"""``dist-peft export``: write a finished run in a public format."""
 
 import argparse
-import logging
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from dist_peft.adapters.full.format import holds_weights
-from dist_peft.app.export_adapter import VERIFY, Verification, export_adapter
-from dist_peft.app.export_options import ADAPTERS, INTEGER_ZERO, warn_of_unused
+from dist_peft.app.export_adapter import export_adapter
+from dist_peft.app.export_options import (
+    ADAPTERS,
+    add_export_arguments,
+    add_run_arguments,
+    read_verification,
+    require_one_process,
+    warn_of_unused,
+)
 from dist_peft.app.finished_run import load_finished_run
-from dist_peft.app.run_report import add_section
-from dist_peft.core.config.run import QaLoraConfig
-from dist_peft.core.errors import UserError
+from dist_peft.app.verified_export import export_run, merge_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.export.formats.registry import Job, export_model
-from dist_peft.export.merge_weights import merge_model
-from dist_peft.export.time_limit import NotVerified, time_limit
-from dist_peft.export.verdict import judge
-from dist_peft.export.verify import Probe, verify_directory
-from dist_peft.export.verify_formats import verify_export
-from dist_peft.model.hub import read_json_object, resolve_base
-from dist_peft.model.skeleton import torch_dtype
-from dist_peft.train.report import Section
 
-__all__ = ["export_run", "merge_run", "run_export", "run_merge"]
-
-log = logging.getLogger("dist_peft")
+__all__ = ["add_arguments", "run"]
 
 
-def run_merge(args: argparse.Namespace, world: World) -> int:
-    _only_one(world)
-    setup_log(None, 0, 1)
-    merge_run(
-        args.run_dir,
-        args.out,
-        into=args.base or "original",
-        dtype=args.dtype,
-        verify=_verification(args),
-        trust_remote_code=args.trust_remote_code,
-    )
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft export``."""
+    add_export_arguments(parser)
+    add_run_arguments(parser)
 
 
-def run_export(args: argparse.Namespace, world: World) -> int:
-    _only_one(world)
+def run(args: argparse.Namespace, world: World) -> int:
+    """Write ``--format``, load it with its consumer and compare; return 0.
+
+    Raises:
+        UserError: the format cannot take this run, or there are several processes.
+        VerificationError: the written model is not the trained one.
+    """
+    require_one_process(world)
     setup_log(None, 0, 1)
     warn_of_unused(args)
-    verify, trust = _verification(args), args.trust_remote_code
+    verify, trust = read_verification(args), args.trust_remote_code
     if args.format == "hf-bf16":
         into = args.base or "original"
         merge_run(args.run_dir, args.out, into=into, verify=verify, trust_remote_code=trust)
@@ -70,167 +56,3 @@ def run_export(args: argparse.Namespace, world: World) -> int:
             args.run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
         )
     return 0
-
-
-def _verification(args: argparse.Namespace) -> Verification | None:
-    if args.no_verify:
-        if args.max_error is not None:
-            log.warning("--max-error has no effect with --no-verify")
-        return None
-    return Verification(args.max_error, 60 * args.verify_minutes)
-
-
-@torch.no_grad()
-def export_run(
-    run_dir: Path,
-    name: str,
-    out: Path,
-    options: dict[str, Any],
-    *,
-    verify: Verification | None = VERIFY,
-    trust_remote_code: bool = False,
-) -> None:
-    """Write a quantized format and, unless told otherwise, load it with its consumer and compare.
-
-    Args:
-        run_dir: a finished run.
-        name: a format of ``export.formats.export_model``.
-        out: new directory, or a new ``.gguf`` file.
-        options: further fields of ``export.formats.Job``.
-        verify: how to compare, for which the probe must be there; None: not at all.
-        trust_remote_code: the caller's command line allows the base's code to run.
-
-    Raises:
-        UserError: the format cannot take the run, or nothing can be written.
-        VerificationError: what was written is not the trained model.
-    """
-    config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
-    if config.base.head == "classifier":
-        raise UserError(
-            f"{run_dir} trained a classifier, and format {name} is for language models: no library "
-            "that reads it was found to load such a head; use hf-bf16 (dist-peft merge) or peft"
-        )
-    if holds_weights(run_dir / "adapter") and name in INTEGER_ZERO and not options.get("merge"):
-        raise UserError(
-            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
-            f"is no adapter to lie beside the base in format {name}; use dist-peft merge, another "
-            "format, or --merge --lossy"
-        )
-    if holds_weights(run_dir / "adapter") and options.get("keep_adapter"):
-        raise UserError(
-            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
-            "is no adapter to keep; leave out --keep-adapter"
-        )
-    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
-    pooled = isinstance(config.adapter, QaLoraConfig)
-    if pooled and options.get("into") == "decoded":
-        log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
-    directory = resolve_base(config.base)
-    job = Job(config.base, directory, run_dir / "adapter", out, pooled, **options)
-    exported = export_model(name, job)
-    written = exported.written
-    log.info(
-        "wrote %s, %s: %d weights packed, %.1f MiB",
-        exported.path,
-        exported.how,
-        written.packed,
-        written.bytes_written / 2**20,
-    )
-    if written.unpacked:
-        log.warning(
-            "%d linears stay %s, since groups do not divide them, such as %s",
-            len(written.unpacked),
-            config.base.compute_dtype,
-            written.unpacked[0],
-        )
-    if probe is None or verify is None:
-        return
-    trust = config.base.trust_remote_code
-    try:
-        consumer, found = verify_export(
-            name, exported.path, probe, job.dtype, verify.seconds, trust_remote_code=trust
-        )
-    except NotVerified as error:
-        log.warning("NOT VERIFIED: %s", error)
-        return
-    log.info("loaded by %s: %s", consumer, found)
-    rows = [("Written", exported.how), ("Loaded by", consumer), *found.rows()]
-    add_section(run_dir, Section(f"Export {name}", rows=tuple(rows)))
-    hint = "" if exported.exact else "--base decoded, or more bits, lose less"
-    judge(found, exported.path, exact=exported.exact, max_error=verify.max_error, hint=hint)
-
-
-@torch.no_grad()
-def merge_run(
-    run_dir: Path,
-    out: Path,
-    *,
-    into: str = "original",
-    dtype: str = "bfloat16",
-    verify: Verification | None = VERIFY,
-    trust_remote_code: bool = False,
-) -> None:
-    """Merge a finished run and, unless told otherwise, reload the result and compare logits.
-
-    Args:
-        run_dir: a finished run.
-        out: new directory.
-        into: ``original`` or ``decoded``, see ``export.merge``.
-        dtype: of the merged weights.
-        verify: how to compare, for which the probe must be there; None: not at all.
-        trust_remote_code: the caller's command line allows the base's code to run.
-
-    Raises:
-        UserError: the run cannot be merged, or nothing can be written.
-        VerificationError: what was written is not the trained model.
-    """
-    config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
-    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
-    directory = resolve_base(config.base)
-    as_trained = (
-        into == "decoded"
-        or config.base.quant is None
-        or "quantization_config" in read_json_object(directory / "config.json")
-    )
-    report = merge_model(
-        config.base,
-        directory,
-        run_dir / "adapter",
-        out,
-        into="decoded" if into == "decoded" else "original",
-        dtype=torch_dtype(dtype),
-    )
-    log.info(
-        "wrote %s: %d tensors, %d of them merged, %.1f MiB, %s",
-        out,
-        report.tensors,
-        report.merged,
-        report.bytes_written / 2**20,
-        dtype,
-    )
-    if probe is None or verify is None:
-        return
-    compute = torch_dtype(config.base.compute_dtype)
-    trust = config.base.trust_remote_code
-    try:
-        with time_limit("loading it with transformers", verify.seconds):
-            found = verify_directory(out, probe, compute, trust_remote_code=trust)
-    except NotVerified as error:
-        log.warning("NOT VERIFIED: %s", error)
-        return
-    log.info("reloaded in transformers as %s, merged into the %s base: %s", compute, into, found)
-    rows = [
-        ("Merged into", f"{into} base"),
-        ("Type of the weights", dtype),
-        ("Reloaded by", f"transformers, {config.base.compute_dtype}"),
-    ]
-    add_section(run_dir, Section("Merge", rows=tuple(rows + found.rows())))
-    hint = "" if dtype == "float32" else "--dtype float32 rounds nothing"
-    if not as_trained:
-        hint = "--base decoded merges into the base as training saw it"
-    judge(found, out, exact=as_trained, max_error=verify.max_error, hint=hint)
-
-
-def _only_one(world: World) -> None:
-    if world.size > 1:
-        raise UserError(f"this verb runs in one process, not {world.size}; start it with python")

@@ -16,7 +16,12 @@ from dist_peft.store.index import SafetensorsIndex
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.metrics import METRICS_FILE, read_metrics
 
-__all__ = ["describe", "run"]
+__all__ = ["add_arguments", "describe", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft inspect``."""
+    parser.add_argument("path", type=Path)
 
 
 def run(args: argparse.Namespace, world: World) -> int:

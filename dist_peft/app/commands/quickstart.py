@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.app.commands.export import merge_run
 from dist_peft.app.run_report import add_section
+from dist_peft.app.verified_export import merge_run
 from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.errors import UserError

@@ -16,12 +16,13 @@ from torch import nn
 
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import TrainedOn, checkpoint_bases
-from dist_peft.app.commands.quantize import must_solve_base, with_solved_base
+from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.data_setup import Loaders, check_fit
+from dist_peft.app.gptq_solver import Stopped
 from dist_peft.app.model_setup import Built, Prepared, give_start, load, prepare, with_labels
+from dist_peft.app.quantized_base import must_solve_base, with_solved_base
 from dist_peft.app.resuming import read_inputs
 from dist_peft.app.run_identity import rank_configuration
-from dist_peft.app.solved_base import Stopped
 from dist_peft.app.tasks import TasksFile, task_configs
 from dist_peft.app.trainer import Session
 from dist_peft.app.unused_options import warn_of_idle_options
@@ -36,12 +37,17 @@ from dist_peft.store.writer import atomic_write
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.optimizers import make_optimizer_factory
 
-__all__ = ["RESUMABLE", "run", "train"]
+__all__ = ["RESUMABLE", "add_arguments", "run", "train"]
 
 log = logging.getLogger("dist_peft")
 
 RESUMABLE = 75
 """Exit code after a stop on a signal: a checkpoint is written, the same command goes on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft train``."""
+    add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace, world: World) -> int:

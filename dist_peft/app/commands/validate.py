@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.core.config.io import load_config
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
@@ -20,6 +21,8 @@ log = logging.getLogger("dist_peft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft validate``."""
+    add_config_arguments(parser)
     parser.add_argument("--rows", type=int, default=2, help="rows to print of each source")
 
 

@@ -14,8 +14,8 @@ import transformers as tf
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app.commands import train as train_app
-from dist_peft.app.commands.export import merge_run
 from dist_peft.app.trainer import Session
+from dist_peft.app.verified_export import merge_run
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log

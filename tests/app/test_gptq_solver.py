@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.app import solved_base as solve_app
+from dist_peft.app.gptq_solver import calibration_windows, solve
 from dist_peft.app.model_setup import Built, load, prepare
-from dist_peft.app.solved_base import calibration_windows, solve
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError

@@ -1,0 +1,41 @@
+"""``dist-peft merge``: write base + adapter of a finished run as a Hugging Face directory."""
+
+import argparse
+
+from dist_peft.app.export_options import (
+    add_merge_arguments,
+    add_run_arguments,
+    read_verification,
+    require_one_process,
+)
+from dist_peft.app.verified_export import merge_run
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``dist-peft merge``."""
+    add_run_arguments(parser)
+    add_merge_arguments(parser)
+
+
+def run(args: argparse.Namespace, world: World) -> int:
+    """Merge, reload and compare; return 0.
+
+    Raises:
+        UserError: the run cannot be merged, or there are several processes.
+        VerificationError: the merged model is not the trained one.
+    """
+    require_one_process(world)
+    setup_log(None, 0, 1)
+    merge_run(
+        args.run_dir,
+        args.out,
+        into=args.base or "original",
+        dtype=args.dtype,
+        verify=read_verification(args),
+        trust_remote_code=args.trust_remote_code,
+    )
+    return 0

@@ -1,0 +1,217 @@
+"""``dist-peft quantize``: the same packed bytes at any number of ranks, and what is refused."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_peft.app import cli
+from dist_peft.app.commands.train import train
+from dist_peft.app.quantized_base import quantize
+from dist_peft.core.config.io import load_config, parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
+from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.nf4 import Nf4Codec
+from tests.support.dist import run_ranks
+from tests.support.tiny_runs import save_config, save_records, tiny_tree
+
+CPU = torch.device("cpu")
+GPTQ: dict[str, Any] = {
+    "kind": "int",
+    "bits": 3,
+    "group_size": 16,
+    "solver": "gptq",
+    "calibration_samples": 3,  # on 2 ranks one of them has one more
+    "calibration_tokens": 24,
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    made = tiny_tree(tmp_path, base__quant=GPTQ, data__seq_len=32)
+    made["base"]["compute_dtype"] = "bfloat16"
+    save_records(tmp_path / "train.jsonl", 30, 10)
+    return made
+
+
+def write(world: World, tree: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
+    quantize(parse_config(tree), out, world, CPU)
+    return load_file(out / "model.safetensors")
+
+
+def on_two_ranks(world: World, tree: dict[str, Any], out: Path) -> None:
+    write(world, tree, out / "fsdp2")
+    write(world, {**tree, "engine": {"kind": "zero"}}, out / "zero")
+    write(world, {**tree, "engine": {"shard_base": False}}, out / "whole")
+
+
+def on_three_ranks(world: World, tree: dict[str, Any], out: Path) -> None:
+    write(world, tree, out / "three")
+    write(world, with_samples(tree, 2), out / "a rank without a sample")
+
+
+def with_samples(tree: dict[str, Any], count: int) -> dict[str, Any]:
+    quant = {**tree["base"]["quant"], "calibration_samples": count}
+    return {**tree, "base": {**tree["base"], "quant": quant}}
+
+
+@pytest.mark.dist
+def test_packed_bytes_do_not_depend_on_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
+    write(World(), tree, tmp_path / "single")
+    run_ranks(on_two_ranks, 2, tree, tmp_path)
+    run_ranks(on_three_ranks, 3, tree, tmp_path)
+    expected = (tmp_path / "single" / "model.safetensors").read_bytes()
+    for name in ("fsdp2", "zero", "whole", "three"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == expected, name
+    write(World(), with_samples(tree, 2), tmp_path / "two samples")
+    two = (tmp_path / "two samples" / "model.safetensors").read_bytes()
+    found = (tmp_path / "a rank without a sample" / "model.safetensors").read_bytes()
+    assert found == two != expected
+
+
+@pytest.mark.parametrize("solver", ["rtn", "hqq", "nf4"])
+def test_directory(solver: str, tree: dict[str, Any], tmp_path: Path) -> None:
+    quant = {"kind": "int", "bits": 4, "group_size": 32, "solver": solver}
+    if solver == "nf4":
+        quant = {"kind": "nf4", "group_size": 32}
+    tree["base"]["quant"] = quant
+    tensors = write(World(), tree, tmp_path / "out")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    codec = Nf4Codec(32) if solver == "nf4" else AffineCodec(4, 32, solver)
+    inside = [n for n in base if ".layers." in n and n.endswith("_proj.weight")]
+    assert len(inside) == 14
+    for name in inside:
+        packed = tensors.pop(name.replace(".weight", ".packed"))
+        assert torch.equal(packed, codec.encode(base.pop(name)))
+    assert tensors.keys() == base.keys()
+    assert all(torch.equal(tensors[name], base[name]) for name in base)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    how = config.pop("quantization_config")
+    assert how.pop("made_from").keys() == {"base", "fingerprint", "content", "files"}
+    assert how == {
+        "quant_method": "dist_peft",
+        "kind": quant["kind"],
+        "bits": 4,
+        "group_size": 32,
+        "solver": quant.get("solver", "rtn"),
+        **({"double_quant": True} if solver == "nf4" else {}),
+    }
+    assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_command(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    file = str(save_config(tmp_path, tree))
+    assert cli.main(["quantize", "--config", file, "--out", str(out), "base.quant.bits=2"]) == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2
+    assert cli.main(["quantize", "--config", file, "--out", str(out)]) == 2
+    assert f"{out} is not empty; give a new directory" in capsys.readouterr().err
+    close_log()
+
+
+def test_what_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["base"]["quant"] = {**GPTQ, "calibration_tokens": 4000}
+    tree["base"]["path"] = str(tmp_path / "base")
+    with pytest.raises(UserError, match=r"data\.train has \d+ tokens, less than a calibration win"):
+        write(
+            World(), {**tree, "data": {**tree["data"], "train": [short(tmp_path)]}}, tmp_path / "o"
+        )
+    tree["base"]["quant"] = None
+    with pytest.raises(UserError, match=r"base\.quant is null: there is nothing to quantize"):
+        write(World(), tree, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def short(directory: Path) -> str:
+    return str(save_records(directory / "short.jsonl", 2, 3))
+
+
+def test_failure_leaves_nothing(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("dist_peft.app.quantized_base.copy_configuration", full)
+    tree["base"]["quant"] = {"kind": "int", "group_size": 32}
+    with pytest.raises(UserError, match="the disk is full"):
+        write(World(), tree, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["file/out", "full/out"])
+def test_an_unusable_directory_is_told_before_solving(
+    place: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    message = "Not a directory"
+    if place == "full/out":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, free=9))
+        message = r"needs [\d,]+ bytes in all, 9 are free"
+    monkeypatch.setattr("dist_peft.app.quantized_base.solve", None)
+    with pytest.raises(UserError, match=message):
+        write(World(), tree, tmp_path / place)
+    assert not list(tmp_path.glob("full/.*"))
+
+
+def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
+    """``train`` with a signal that rank 1 has seen when it is asked for the n-th time."""
+    calls = iter(range(1, 1000))
+
+    def stop() -> bool:
+        return next(calls) == asked and world.rank == world.size - 1
+
+    with mock.patch("dist_peft.app.commands.train._catch_signals", return_value=nullcontext(stop)):
+        return train(parse_config(tree), world)
+
+
+@pytest.mark.dist
+def test_a_signal_stops_solving_on_all_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
+    assert run_ranks(train_stopped, 2, tree, 4) == [75, 75]
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped on a signal while solving the base; started again, it begins anew" in told
+    assert "block 2" not in told
+    assert not (tmp_path / "run" / "base").exists() and not list(tmp_path.glob("run/.*"))
+
+
+def on_the_base_of_a_run(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "base": {**tree["base"], "path": str(directory / "run" / "base")}}
+
+
+def test_training_solves_once_and_goes_on_there(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["train"]["steps"] = 1
+    assert train(parse_config(tree), World()) == 0
+    packed = (tmp_path / "run" / "base" / "model.safetensors").read_bytes()
+    write(World(), tree, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == packed
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert kept.base.path == str(tmp_path / "run" / "base")
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "base")
+    tree["train"]["steps"] = 2
+    assert train(parse_config(tree), World()) == 0
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "the base was solved before" in told and "at step 1" in told
+    assert "has no effect" not in told
+    with_config = ["eval", "--config", str(save_config(tmp_path, tree))]
+    assert cli.main([*with_config, "--run", str(tmp_path / "run")]) == 0
+    assert cli.main(with_config) == 2  # rounding to nearest is not what was asked for
+    tree["train"]["seed"] = 5
+    with pytest.raises(UserError, match=r"run/base was made from another calibration \(seed"):
+        train(parse_config(tree), World())
+    with pytest.raises(UserError, match=r"is quantized already \(dist_peft\)"):
+        write(World(), on_the_base_of_a_run(tmp_path, tree), tmp_path / "again")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli.main(["merge", "--run", str(moved), "--out", str(tmp_path / "merged")]) == 0
+    close_log()
