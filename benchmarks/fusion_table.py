@@ -29,7 +29,7 @@ from common import print_table, write_result
 from dist_peft.app.commands.train import train
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 
 TASKS: dict[str, dict[str, Any]] = {
     "rte": {

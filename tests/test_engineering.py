@@ -73,7 +73,6 @@ ALLOWED = {
         "core/agreement",
         "engine/",
         "train/checkpoint",
-        "train/metrics",
     ),
     "deepspeed": ("engine/zero",),
     "transformers": ("model/", "data/chat", "data/tokens", "export/verify", "quickstart/"),

@@ -21,8 +21,8 @@ from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import DataSource, FullConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import atomic_write
-from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics
 from dist_peft.train.report import RunSummary, write_task_report
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["TasksFile", "refuse_tasks", "task_configs", "task_runs"]
 

@@ -35,9 +35,10 @@ from dist_peft.train.evaluate import HeldOut, evaluate, inference
 from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, measure_attention
 from dist_peft.train.loop import StepResult, fit
 from dist_peft.train.lr_schedule import lr_factor
-from dist_peft.train.metrics import Metrics, StepMetrics, format_bytes, peak_memory_bytes
+from dist_peft.train.metrics import Metrics, format_bytes, peak_memory_bytes
 from dist_peft.train.progress import Progress
 from dist_peft.train.report import RunSummary
+from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["Session"]
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dist_peft.train.metrics import StepMetrics
+from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["PLOTS", "Plot", "Theme", "draw", "draw_heat_maps", "eval_points", "smooth"]
 

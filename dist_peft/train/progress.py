@@ -17,7 +17,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from dist_peft.core.log import FILE_ONLY
-from dist_peft.train.metrics import StepMetrics, format_bytes
+from dist_peft.train.metrics import format_bytes
+from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["Progress"]
 

@@ -19,8 +19,9 @@ from jinja2 import Environment, StrictUndefined
 from dist_peft.core.config.run import RunConfig
 from dist_peft.store.writer import atomic_write
 from dist_peft.train.fusion_attention import FusionAttention
-from dist_peft.train.metrics import METRICS_FILE, StepMetrics, format_bytes, read_metrics
+from dist_peft.train.metrics import format_bytes
 from dist_peft.train.plots import PLOTS, Plot, Theme, draw, draw_heat_maps, eval_points
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["RunSummary", "Section", "write_report", "write_task_report"]
 

@@ -14,7 +14,7 @@ from dist_peft.app.tasks import task_runs
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import inference
-from dist_peft.train.metrics import METRICS_FILE, read_metrics
+from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 from tests.app.test_equality import build, train_steps
 from tests.app.test_resume import train
 from tests.app.test_tasks import ENGINES, list_tree

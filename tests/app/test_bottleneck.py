@@ -18,7 +18,7 @@ from dist_peft.core.world import World
 from dist_peft.export import verify_consumer
 from dist_peft.export.verify import Probe, compare
 from dist_peft.train.evaluate import inference
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import (
     build,
 )

@@ -18,7 +18,7 @@ from dist_peft.data.classification import LabelledBatch
 from dist_peft.model.attention_mask import batch_inputs
 from dist_peft.train.checkpoint import Checkpoints
 from dist_peft.train.evaluate import inference
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import NF4, build
 from tests.app.test_resume import train

@@ -19,7 +19,7 @@ from dist_peft.app.verified_export import merge_run
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app import test_equality
 from tests.app.test_equality import (
     NF4,

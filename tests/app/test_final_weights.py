@@ -18,7 +18,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Comparison, Probe, verify_directory
 from dist_peft.model.skeleton import torch_dtype
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import NF4
 from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks

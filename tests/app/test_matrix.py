@@ -37,7 +37,7 @@ from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
 from dist_peft.model.skeleton import find_blocks
 from dist_peft.quant.codec import make_codec
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import run_config
 from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks

@@ -9,7 +9,7 @@ import torch
 from dist_peft.app import cli
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
 from tests.support.tiny_runs import save_config, save_records, tiny_tree

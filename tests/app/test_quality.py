@@ -8,7 +8,7 @@ import pytest
 from dist_peft.app.commands.train import train
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import run_config
 
 

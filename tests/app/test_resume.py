@@ -13,7 +13,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import Checkpoints
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import run_config
 from tests.support.dist import run_ranks
 

@@ -15,7 +15,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train import report
-from dist_peft.train.metrics import METRICS_FILE, StepMetrics, read_metrics
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 from tests.app.test_resume import losses, train
 from tests.support.classification_runs import (
     classifying_tree,

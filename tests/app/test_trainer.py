@@ -13,7 +13,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train import loop
 from dist_peft.train.checkpoint import Checkpoints
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.commands.test_train import train
 from tests.app.test_equality import build
 from tests.support.tiny_runs import tiny_tree

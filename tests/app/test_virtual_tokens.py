@@ -15,7 +15,7 @@ from dist_peft.app import cli
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import (
     NF4,
 )

@@ -17,13 +17,9 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_peft.core.errors import UserError
-from dist_peft.train.metrics import (
-    Metrics,
-    StepMetrics,
-    format_bytes,
-    peak_memory_bytes,
-    read_metrics,
-)
+from dist_peft.train.metric_sinks import JsonLinesSink
+from dist_peft.train.metrics import Metrics, format_bytes, peak_memory_bytes
+from dist_peft.train.step_metrics import StepMetrics, read_metrics
 
 
 def record(step: int, loss: float = 2.0) -> StepMetrics:
@@ -199,9 +195,10 @@ def test_unwritable_directory_is_the_users(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_is_the_users(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, rank=0)
-    assert metrics._file is not None
-    metrics._file.close()
-    metrics._file = io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    sink = metrics._sinks[0]
+    assert isinstance(sink, JsonLinesSink)
+    sink._file.close()
+    sink._file = io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
     with pytest.raises(UserError, match="No space left on device; free space"):
         metrics.write(record(1))
     metrics.close()  # the buffered line is given up, so this does not fail again

@@ -15,7 +15,6 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from dist_peft.train.metrics import StepMetrics
 from dist_peft.train.plots import (
     _PALETTES,
     PLOTS,
@@ -27,6 +26,7 @@ from dist_peft.train.plots import (
     eval_points,
     smooth,
 )
+from dist_peft.train.step_metrics import StepMetrics
 
 FIELDS = [colormaps["cividis"](share)[:3] for share in (0.02, 0.98)]
 BY_NAME = {plot.name: plot for plot in PLOTS}

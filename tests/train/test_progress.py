@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dist_peft.core.log import close_log, setup_log
-from dist_peft.train.metrics import StepMetrics
 from dist_peft.train.progress import Progress
+from dist_peft.train.step_metrics import StepMetrics
 
 
 class Terminal(io.StringIO):

@@ -12,9 +12,10 @@ from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.train import report
 from dist_peft.train.fusion_attention import FusionAttention
-from dist_peft.train.metrics import Metrics, StepMetrics
+from dist_peft.train.metrics import Metrics
 from dist_peft.train.plots import PLOTS, draw
 from dist_peft.train.report import RunSummary, Section, write_report, write_task_report
+from dist_peft.train.step_metrics import StepMetrics
 
 SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable", "1,234"),))
 

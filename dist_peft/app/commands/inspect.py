@@ -14,7 +14,7 @@ from dist_peft.core.world import World
 from dist_peft.model.prequantized.base import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.train.checkpoint import Checkpoints
-from dist_peft.train.metrics import METRICS_FILE, read_metrics
+from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = ["add_arguments", "describe", "run"]
 

@@ -28,8 +28,8 @@ from dist_peft.model.hub import resolve_base
 from dist_peft.quickstart.task import make_tiny_task
 from dist_peft.quickstart.tiny_model import make_tiny_base
 from dist_peft.store.writer import atomic_write
-from dist_peft.train.metrics import METRICS_FILE, read_metrics
 from dist_peft.train.report import Section
+from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = ["add_arguments", "run"]
 

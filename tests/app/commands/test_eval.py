@@ -10,7 +10,7 @@ from dist_peft.app.commands.train import train
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.support.classification_runs import classifying_tree, save_classifier_base
 from tests.support.tiny_runs import save_config, tiny_tree
 

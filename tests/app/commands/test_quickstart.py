@@ -10,7 +10,7 @@ from dist_peft.app.commands import quickstart
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 
 
 def parse(*argv: str) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from dist_peft.core.world import World
 from dist_peft.data.documents import load_rows
 from dist_peft.export.verify import Probe
 from dist_peft.train.loop import StepResult
-from dist_peft.train.metrics import read_metrics
+from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import tiny_tree
 
 

@@ -1,0 +1,93 @@
+"""Where metrics of a step are written: ``metrics.jsonl`` and TensorBoard.
+
+A sink is a class with ``__init__(run_dir, first_step)``, ``write_step`` and ``close``, and a row in
+``METRIC_SINKS``. It runs on rank 0 only and may raise ``OSError``, which the caller reports.
+
+A resumed run drops the records of later steps that an interrupted attempt has left: the lines of
+the file, and in TensorBoard by ``purge_step``. So each step is written once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from dist_peft.store.writer import atomic_write
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, format_line, read_metrics
+
+__all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink"]
+
+
+class MetricSink(Protocol):
+    """Receives the metrics of each optimizer step."""
+
+    def write_step(self, record: StepMetrics) -> None:
+        """Write one step, in order of steps."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release files."""
+        ...
+
+
+class JsonLinesSink:
+    """``metrics.jsonl``: a line a step, in the file when ``write_step`` returns."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._drop_steps_after(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _drop_steps_after(self, step: int) -> None:
+        """Rewrite the file without later steps, torn or repeated lines, if it has any."""
+        if not self.path.exists():
+            return
+        kept = "".join(format_line(r) for r in read_metrics(self.path) if r.step <= step)
+        if kept != self.path.read_text(encoding="utf-8", errors="replace"):
+            atomic_write(self.path, kept)
+
+    def write_step(self, record: StepMetrics) -> None:
+        """Append a line and flush it."""
+        self._file.write(format_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """``tensorboard/``: a scalar a metric."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        # imported here: it takes seconds, and only rank 0 writes
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory = str(run_dir / "tensorboard")
+        self._board = SummaryWriter(directory, purge_step=first_step + 1, flush_secs=30)
+
+    def write_step(self, record: StepMetrics) -> None:
+        """Add the scalars of a step; those before training under the step before."""
+        board, step = self._board, record.step
+        board.add_scalar("train/loss", record.loss, step)
+        board.add_scalar("train/lr", record.lr, step)
+        board.add_scalar("train/grad_norm", record.grad_norm, step)
+        board.add_scalar("speed/tokens_per_s", record.tokens_per_s, step)
+        board.add_scalar("memory/peak_GiB", record.mem_peak / 2**30, step)
+        board.add_scalar("communication/gathered_MiB", record.bytes_gathered / 2**20, step)
+        for after, when in (("_before", step - 1), ("", step)):
+            for name in ("loss", "accuracy", "macro_f1"):
+                value = getattr(record, f"eval_{name}{after}")
+                if value is not None:
+                    board.add_scalar(f"eval/{name}", value, when)
+                prefix = "" if name == "loss" else f"{name}_"
+                by_task = getattr(record, f"eval_{prefix}by_task{after}")
+                for task, own in (by_task or {}).items():
+                    board.add_scalar(f"eval/{name}/{task}", own, when)
+
+    def close(self) -> None:
+        """Write the last events."""
+        self._board.close()
+
+
+METRIC_SINKS: tuple[Callable[[Path, int], MetricSink], ...] = (JsonLinesSink, TensorBoardSink)
+"""Every run writes to each of them."""
