@@ -17,6 +17,7 @@ from dist_peft.app.data_setup import Loaders
 from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.finished_run import training_facts
 from dist_peft.app.model_setup import Built, restore
+from dist_peft.app.peft_form import report_peft_form
 from dist_peft.app.run_identity import run_values, total_steps
 from dist_peft.app.run_report import start_report
 from dist_peft.core.config.run import RunConfig
@@ -268,6 +269,7 @@ class Session:
                 if attention is not None:
                     attention.write(self.run_dir)
                 self._write_beside(directory, logits)
+                report_peft_form(self.config, self.built, self.run_dir)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
     def _about(self) -> dict[str, Any]:

@@ -195,7 +195,8 @@ class Walk:
         if self.state in ("codes", "base") and self._has_parts(weight):
             return parts_to_rows(self.parts(weight, span), weight.columns)
         adapted = self.adapts(weight) and self.state != "base"
-        as_trained = self.state == "decoded" or (self.state == "base" and weight.in_block)
+        # the head, too: PiSSA took its start away from it, although it is not quantized
+        as_trained = self.state in ("decoded", "base")
         decoded = linear is not None and (as_trained or linear.stored is not None)
         if decoded:
             assert linear is not None
@@ -308,7 +309,7 @@ def open_walk(
             extra=ONCE,
         )
     with ExitStack() as stack:
-        merger = _open_merger(skeleton, adapter_dir, stack)
+        merger = _open_merger(skeleton, adapter_dir, stack, merges=state != "base")
         hashes = row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
         yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
@@ -336,10 +337,11 @@ def base_rows(
 
 
 def _open_merger(
-    skeleton: Skeleton, adapter_dir: Path, stack: ExitStack
+    skeleton: Skeleton, adapter_dir: Path, stack: ExitStack, *, merges: bool
 ) -> Merger | HeadMerger | TrainedWeights:
     if not holds_weights(adapter_dir):
-        merger = Merger.open(adapter_dir, tied=skeleton.tied)
+        # kept apart, an adapter of a tied embedding leaves the head as it was, as in training
+        merger = Merger.open(adapter_dir, tied=skeleton.tied and merges)
         trained = None if skeleton.head is None else read_adapter(adapter_dir).head
         return merger if trained is None else HeadMerger(merger, trained.tensors)
     names = {weight.path: weight.name for weight in _weights(skeleton)}

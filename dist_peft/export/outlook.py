@@ -16,12 +16,13 @@ from dist_peft.core.config.run import (
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.export.float_bias import MLX_GROUPS, stored_group
+from dist_peft.export.formats.kept_nf4 import KeptNf4
 from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.model_files import model_files
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.skeleton import Skeleton
+from dist_peft.model.skeleton import Skeleton, torch_dtype
 
-__all__ = ["export_outlook", "log_outlook"]
+__all__ = ["FORMS", "KEPT_NF4", "export_outlook", "log_outlook"]
 
 log = logging.getLogger("dist_peft")
 
@@ -29,9 +30,17 @@ _ADAPTERS = ("peft", "peft-expanded")
 _INTEGER_ZERO = ("gptq", "compressed-tensors")
 _WEIGHT_KINDS = ("full", "partial")
 
+KEPT_NF4 = "bnb-nf4 --keep-adapter"
+"""A form of its own: what hinders a merge need not hinder it."""
+
+FORMS = tuple(
+    form for name in FORMATS for form in ((name, KEPT_NF4) if name == "bnb-nf4" else (name,))
+)
+"""What a run can be exported as: the formats, and ``KEPT_NF4``."""
+
 
 def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> dict[str, str]:
-    """Format -> why this run cannot be written in it; formats that are not named can be tried.
+    """Form (``FORMS``) -> why this run cannot be written as it; others can be tried.
 
     Args:
         config: the run; ``base.quant`` of a prequantized base is the base's.
@@ -40,13 +49,34 @@ def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> di
     """
     merged = [name for name in FORMATS if name not in _ADAPTERS]
     refused = dict.fromkeys(merged, reason) if (reason := _no_merge(config, skeleton)) else {}
+    if reason := _no_kept_nf4(config, skeleton):
+        refused[KEPT_NF4] = reason
     try:
         model_files(directory, code=config.base.trust_remote_code)
     except UserError as error:
-        refused = dict.fromkeys(merged, str(error)) | refused
+        refused = dict.fromkeys((*merged, KEPT_NF4), str(error)) | refused
     for name, reason in _by_format(config, skeleton).items():
         refused.setdefault(name, reason)
-    return {name: refused[name] for name in FORMATS if name in refused}
+    return {name: refused[name] for name in FORMS if name in refused}
+
+
+def _no_kept_nf4(config: RunConfig, skeleton: Skeleton) -> str | None:
+    """Why the base's NF4 codes cannot be kept with the adapter apart; None: they can."""
+    adapter, quant = config.adapter, config.base.quant
+    if adapter.kind in _WEIGHT_KINDS:
+        return f"adapter.kind {adapter.kind} trains weights, no adapter"
+    if isinstance(adapter, VirtualTokensConfig):
+        return "virtual tokens change no weight; peft writes them for any base that PEFT loads"
+    if isinstance(adapter, BottleneckConfig | FusionConfig):
+        return "no weight can take in a nonlinear adapter; AdapterHub's library loads adapter/"
+    if quant is None or quant.kind != "nf4":
+        return "the base has no NF4 codes"
+    try:
+        packer = KeptNf4(quant.group_size, torch_dtype(config.base.compute_dtype))
+        packer.check_linears(skeleton.model)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _no_merge(config: RunConfig, skeleton: Skeleton) -> str | None:
@@ -66,7 +96,7 @@ def _no_merge(config: RunConfig, skeleton: Skeleton) -> str | None:
 def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
     adapter, quant = config.adapter, config.base.quant
     own: dict[str, str] = {}
-    quantized = [name for name in FORMATS if name not in (*_ADAPTERS, "hf-bf16")]
+    quantized = [name for name in FORMS if name not in (*_ADAPTERS, "hf-bf16")]
     if config.base.head == "classifier":
         own |= dict.fromkeys(quantized, "the format is for language models")
     if any(isinstance(module, ExpertStack) for module in skeleton.model.modules()):
@@ -98,7 +128,7 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
 def log_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> None:
     """Say once what the run can be exported as, and as what not and why."""
     refused = export_outlook(config, skeleton, directory)
-    possible = [name for name in FORMATS if name not in refused]
+    possible = [name for name in FORMS if name not in refused]
     reasons: dict[str, list[str]] = {}
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)

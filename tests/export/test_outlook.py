@@ -10,7 +10,7 @@ from dist_peft.app.model_setup import prepare
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.export.formats.registry import FORMATS
-from dist_peft.export.outlook import export_outlook, log_outlook
+from dist_peft.export.outlook import FORMS, KEPT_NF4, export_outlook, log_outlook
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 
@@ -60,6 +60,42 @@ def test_adapted_embedding_of_a_tied_base(tmp_path: Path, caplog: pytest.LogCapt
     assert {*FORMATS} - refused.keys() == {"peft", "peft-expanded"}
     assert "adapter.embeddings: false to merge" in refused["hf-bf16"]
     assert "exports of this run: peft, peft-expanded; not hf-bf16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "reason"),
+    [
+        ("qwen3", {"adapter": {"r": 2, "embeddings": True}}, None),  # tied
+        ("llama", {"adapter": {"r": 2, "init": "loftq"}}, None),
+        ("llama", {"adapter": {"kind": "prompt"}}, "virtual tokens"),
+        ("llama", {"adapter": {"kind": "prefix"}}, "virtual tokens"),
+        ("llama", {"adapter": {"kind": "bottleneck"}}, "nonlinear"),
+        ("llama", {"adapter": {"kind": "full"}}, "trains weights, no adapter"),
+        ("llama", {"base__quant": None}, "the base has no NF4 codes"),
+        ("llama", {"base__quant": INT}, "the base has no NF4 codes"),
+        ("llama", {"base__quant": {"kind": "nf4", "group_size": 8}}, "blocks of 32 or 64"),
+        ("narrow", {}, "down_proj.weight has in_features 72, which blocks of 64 do not divide"),
+        ("mixtral", {}, "mixture of experts"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_kept_codes_are_a_form_of_their_own(
+    model: str, changes: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    """What hinders a merge need not hinder them, and the other way round."""
+    wide = {"hidden_size": 64, "intermediate_size": 72 if model == "narrow" else 128}
+    known = {**CONFIGS, **MIXTURES, "narrow": CONFIGS["llama"]}[model]
+    config = type(known)(**{**known.to_dict(), **wide})
+    refused = outlook(tmp_path, config, **{"base__quant": {"kind": "nf4"}, **changes})
+    assert {*FORMS} == {*FORMATS, KEPT_NF4}
+    if reason is None:
+        assert KEPT_NF4 not in refused
+    else:
+        assert reason in refused[KEPT_NF4]
+    if "embeddings" in str(changes):
+        assert "adapter.embeddings: false to merge" in refused["bnb-nf4"]
+    if model == "narrow":
+        assert "bnb-nf4" not in refused
 
 
 def test_families_that_formats_do_not_have(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class Merger:
         module = self._modules[weight]
         self._check(weight, rows, span)
         merged = rows
-        if in_base == "decoded" and self._has_start(weight):
+        if in_base == "decoded" and self.has_start(weight):
             r = module.A.shape[0] // 2
             merged = add_product(rows, module.B[span.slice, :r], module.A[:r], module.scaling)
         else:
@@ -196,7 +196,7 @@ class Merger:
 
     def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """What training encoded for the original ``rows``: PiSSA and LoftQ removed a part first."""
-        if not self._has_start(weight):
+        if not self.has_start(weight):
             return rows
         self._check(weight, rows, span)
         module = self._modules[weight]
@@ -210,13 +210,23 @@ class Merger:
             rows, removed["removed_B"][span.slice], removed["removed_A"], -module.scaling
         )
 
+    def has_start(self, weight: str) -> bool:
+        """Whether the weight was trained on a base with its start (PiSSA, LoftQ) taken away."""
+        module = self._modules.get(weight)
+        return self._start is not None and module is not None and not module.is_embedding
+
+    def start_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """What the first step of training computed with, where ``has_start``: ``rows``, decoded as
+        training saw them, with the start added; float32."""
+        self._check(weight, rows, span)
+        module = self._modules[weight]
+        r = module.A.shape[0] // 2
+        # B[:, r:] is -B0; DoRA's magnitude starts as the norm of this, so that it changes nothing
+        return add_product(rows, module.B[span.slice, r:], module.A[r:], -module.scaling)
+
     def unused(self) -> list[str]:
         """Adapted weights of which not every row was merged."""
         return [name for name, rows in self._rows_left.items() if rows > 0]
-
-    def _has_start(self, weight: str) -> bool:
-        module = self._modules.get(weight)
-        return self._start is not None and module is not None and not module.is_embedding
 
     def _check(self, weight: str, rows: Tensor, span: Span) -> None:
         """Refuse rows of another base."""

@@ -23,12 +23,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.formats.bnb_nf4 import bnb_settings, quant_state, quant_state_name
 from dist_peft.export.merged_weights import Walk, Weight
 from dist_peft.export.model_directory import Piece
+from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.writer import TensorSpec
 
@@ -73,11 +75,26 @@ class KeptNf4:
         """
         for weight in walk.weights:
             if walk.packs(weight) and not self.takes(weight):
-                raise UserError(
-                    f"{weight.name} has in_features {weight.columns}, which blocks of {self.block} "
-                    "do not divide: bitsandbytes' blocks would run from one row into the next, "
-                    "and the codes of the base cannot be kept. Use hf-bf16 with --base decoded"
-                )
+                raise self._undivided(weight.name, weight.columns)
+
+    def check_linears(self, model: nn.Module) -> None:
+        """The same of a model on meta, before anything is trained.
+
+        Raises:
+            UserError: see ``check_weights``.
+        """
+        for linear in model.modules():
+            if not isinstance(linear, FrozenLinear) or not isinstance(linear.codec, Nf4Codec):
+                continue
+            if linear.in_features % self.block:
+                raise self._undivided(linear.source, linear.in_features)
+
+    def _undivided(self, name: str, columns: int) -> UserError:
+        return UserError(
+            f"{name} has in_features {columns}, which blocks of {self.block} do not divide: "
+            "bitsandbytes' blocks would run from one row into the next, and the codes of the base "
+            "cannot be kept. Use hf-bf16 with --base decoded"
+        )
 
     def plan(self, weight: Weight) -> list[TensorSpec]:
         elements, name = weight.rows * weight.columns, weight.name

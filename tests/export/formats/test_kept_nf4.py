@@ -22,7 +22,7 @@ from dist_peft.export.merged_weights import open_walk
 from dist_peft.export.verify import Probe
 from dist_peft.quant.nf4 import Nf4Codec
 from tests.support.tiny_models import save_model
-from tests.support.tiny_runs import save_records, save_words, tiny_tree
+from tests.support.tiny_runs import save_records, tiny_tree
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -38,12 +38,13 @@ CONFIG = tf.LlamaConfig(
 """in_features are multiples of 64 (o_proj: 64, down_proj: 192)."""
 
 
-def finished_run(directory: Path, quant: dict[str, Any], adapter: dict[str, Any]) -> Path:
+def finished_run(
+    directory: Path, quant: dict[str, Any], adapter: dict[str, Any], *, tied: bool = False
+) -> Path:
     """A run of three steps on a random Llama."""
-    save_model(CONFIG, directory / "base")
-    save_words(directory / "base")
+    config = tf.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
     tree = tiny_tree(directory, adapter={"r": 5, "alpha": 10, **adapter})
-    save_model(CONFIG, directory / "base")  # tiny_tree writes a base of its own
+    save_model(config, directory / "base")  # tiny_tree writes a base of its own
     tree["base"] |= {"path": str(directory / "base"), "quant": quant}
     tree["data"]["train"] = [str(save_records(directory / "train.jsonl"))]
     assert train(parse_config(tree), World()) == 0
@@ -52,19 +53,28 @@ def finished_run(directory: Path, quant: dict[str, Any], adapter: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("quant", "adapter"),
+    ("quant", "adapter", "tied"),
     [
-        ({"kind": "nf4"}, {}),
-        ({"kind": "nf4", "group_size": 192, "double_quant": False}, {"use_rslora": True}),
-        ({"kind": "nf4", "group_size": 32}, {"init": "pissa"}),
-        ({"kind": "nf4"}, {"init": "loftq"}),
+        ({"kind": "nf4"}, {}, False),
+        ({"kind": "nf4", "group_size": 192, "double_quant": False}, {"use_rslora": True}, False),
+        ({"kind": "nf4", "group_size": 32}, {"init": "pissa"}, False),
+        ({"kind": "nf4"}, {"init": "loftq"}, False),
+        ({"kind": "nf4"}, {"init": "pissa", "embeddings": True}, True),
+        ({"kind": "nf4"}, {"init": "pissa", "target_modules": ["q_proj", "lm_head"]}, False),
     ],
-    ids=["lora", "groups of 192", "pissa, groups of 32", "loftq"],
+    ids=[
+        "lora",
+        "groups of 192",
+        "pissa, groups of 32",
+        "loftq",
+        "pissa, tied embedding",
+        "pissa, head",
+    ],
 )
 def test_consumer_computes_the_trained_function(
-    tmp_path: Path, quant: dict[str, Any], adapter: dict[str, Any], capsys: Any
+    tmp_path: Path, quant: dict[str, Any], adapter: dict[str, Any], tied: bool, capsys: Any
 ) -> None:
-    run, out = finished_run(tmp_path, quant, adapter), tmp_path / "out"
+    run, out = finished_run(tmp_path, quant, adapter, tied=tied), tmp_path / "out"
     argv = ["export", "--run", str(run), "--format", "bnb-nf4", "--keep-adapter", "--out", str(out)]
     assert cli.main(argv) == 0, capsys.readouterr().err
     close_log()

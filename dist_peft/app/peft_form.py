@@ -1,0 +1,66 @@
+"""The end of a run that began with PiSSA or LoftQ: how exact ``adapter/`` is, and what is exact."""
+
+import json
+import logging
+from pathlib import Path
+
+from dist_peft.adapters.directory import read_metadata
+from dist_peft.app.model_setup import Built
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.outlook import KEPT_NF4, export_outlook
+from dist_peft.export.peft_form import measure_peft_form
+from dist_peft.store.writer import atomic_write
+
+__all__ = ["exact_form", "report_peft_form"]
+
+log = logging.getLogger("dist_peft")
+
+
+def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
+    """Say how far the adapter is from the trained model where PEFT puts it on the original base.
+
+    The figure and the command that is exact are logged and stored in ``adapter/dist_peft.json`` as
+    ``peft_form``. Nothing for an adapter without such a start. The run has succeeded already, so
+    that a base which cannot be read any more is a warning. Uses no process group.
+    """
+    adapter = run_dir / "adapter"
+    try:
+        found = measure_peft_form(config.base, built.directory, adapter)
+    except (OSError, UserError) as error:
+        log.warning("how exact %s is with PEFT was not measured: %s", adapter, error)
+        return
+    if found is None:
+        return
+    command = exact_form(config, built, run_dir)
+    about = read_metadata(adapter)
+    about["peft_form"] = {
+        "error": found.share,
+        "of": "Frobenius norm of what training changed in the adapted weights",
+        "base": "original",
+        "linears": found.linears,
+        "rows": found.rows,
+        "exact": command,
+    }
+    atomic_write(adapter / "dist_peft.json", json.dumps(about, indent=2) + "\n")
+    log.log(
+        logging.INFO if found.is_exact else logging.WARNING,
+        "%s with PEFT on the original base: weights differ from the trained ones by %.1f %% of "
+        "what training changed (%d rows of %d linears; adapter.init %s trained beside the "
+        "residual of the base), logits by less, which export --format peft measures. Exact: %s",
+        adapter,
+        100 * found.share,
+        found.rows,
+        found.linears,
+        about.get("start"),
+        command,
+    )
+
+
+def exact_form(config: RunConfig, built: Built, run_dir: Path) -> str:
+    """The command that writes what was trained, with the adapter apart where a format can."""
+    refused = export_outlook(config, built.skeleton, built.directory)
+    for form in (KEPT_NF4, "gptq", "compressed-tensors"):
+        if form not in refused:
+            return f"dist-peft export --run {run_dir} --format {form} --out OUT"
+    return f"dist-peft merge --run {run_dir} --base decoded --out OUT"

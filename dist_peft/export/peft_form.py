@@ -1,0 +1,111 @@
+"""What the directory ``adapter/`` computes with PEFT where training began with PiSSA or LoftQ.
+
+Such a run trains factors beside the *residual* of the base, as it was quantized; its adapter is
+written as the change since the start, for the *original* base (``adapters.peft_format``)::
+
+    trained    decode(encode(W - s B0 A0)) + s B A
+    with PEFT  W                           + s (B A - B0 A0)
+
+The two differ by the quantization error of the residual, which no adapter of that form holds. What
+the difference means for the run is said in relation to what training changed, ``s (B A - B0 A0)``.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dist_peft.adapters.directory import read_adapter, read_metadata
+from dist_peft.adapters.full.format import holds_weights
+from dist_peft.adapters.lora.merge import Merger
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.span import Span
+from dist_peft.export.verdict import EXACT_BOUND
+from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.reader import RowReader
+
+__all__ = ["PeftFormError", "measure_peft_form"]
+
+_PIECES, _PIECE_ROWS = 4, 16
+"""Rows of a linear that are looked at: so many, evenly spread runs of neighbours."""
+
+
+@dataclass(frozen=True)
+class PeftFormError:
+    """See the module.
+
+    Attributes:
+        share: Frobenius norm of the difference over that of what training changed, of all rows
+            that were looked at.
+        linears, rows: how many those are.
+    """
+
+    share: float
+    linears: int
+    rows: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Within what a form that keeps the trained function may have."""
+        return self.share <= EXACT_BOUND
+
+
+@torch.no_grad()
+def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> PeftFormError | None:
+    """Compare the weights of both on some rows of each adapted linear.
+
+    Rows are read from the base's files and forgotten; the process group is not used, so that one
+    rank can do it alone.
+
+    Args:
+        base, directory: the run's base and where it is.
+        adapter_dir: the trained adapter, as it was written.
+
+    Returns:
+        None where no linear has such a start, so that PEFT computes the trained function on the
+        base as trained.
+
+    Raises:
+        UserError: damaged files.
+    """
+    start = read_adapter(adapter_dir).facts.get("start") if not holds_weights(adapter_dir) else None
+    if start is None:
+        return None
+    labels = read_metadata(adapter_dir).get("labels", ())
+    skeleton = build_skeleton(base, directory, labels)
+    merger = Merger.open(adapter_dir)
+    error = change = 0.0
+    linears = rows = 0
+    with RowReader(skeleton.index) as reader:
+        for path, linear in skeleton.model.named_modules():
+            weight = f"{path}.weight"
+            if not isinstance(linear, FrozenLinear) or not merger.has_start(weight):
+                continue
+            linears += 1
+            for span in _sample(linear.out_features):
+                read = LinearRows.read(linear, reader, span)
+                packed = read.packed(partial(merger.residual_rows, weight, span=span))
+                decoded = linear.codec.decode(packed, linear.in_features, torch.float32)
+                trained = merger.merge_rows(weight, decoded, span, "decoded")
+                with_peft = merger.merge_rows(weight, read.numbers(), span, "original")
+                begun = merger.start_rows(weight, decoded, span)
+                error += float((with_peft - trained).double().square().sum())
+                change += float((trained - begun).double().square().sum())
+                rows += len(span)
+    if not linears:
+        return None
+    return PeftFormError(math.sqrt(error / change) if change else math.inf, linears, rows)
+
+
+def _sample(rows: int) -> Iterator[Span]:
+    """Rows to look at; all of a small linear."""
+    if rows <= _PIECES * _PIECE_ROWS:
+        yield Span(0, rows)
+        return
+    for piece in range(_PIECES):
+        start = piece * (rows - _PIECE_ROWS) // (_PIECES - 1)
+        yield Span(start, start + _PIECE_ROWS)
