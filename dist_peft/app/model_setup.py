@@ -30,6 +30,7 @@ from dist_peft.model.base_hashes import row_hashes
 from dist_peft.model.classifier import take_pad_token
 from dist_peft.model.freezing import packed_share
 from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
+from dist_peft.model.isolation_probe import refuse_leaks
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
 from dist_peft.store.base_record import BaseRecord
@@ -93,14 +94,18 @@ class Built(Prepared):
         return {n: self.engine.gather(self.parameter(n)) for n in self.adapter_names}
 
 
-def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, world: World, *, solving: bool = False, packed_tokens: int = 0
+) -> Prepared:
     """Find the base, build the model on meta and attach the adapter.
 
     Args:
         solving: an unquantized base is fine where ``base.quant.solver`` asks for a solved one.
+        packed_tokens: of a row, which will hold several documents; 0: each has its own row.
 
     Raises:
-        UserError: anything wrong with the base's files, its type, or the adapter's targets.
+        UserError: anything wrong with the base's files, its type, or the adapter's targets; packed
+            documents see each other.
     """
     announce_trust(config.base)
     directory = resolve_base(config.base)
@@ -117,6 +122,8 @@ def prepare(config: RunConfig, world: World, *, solving: bool = False) -> Prepar
     if found is not None:
         base = config.base.model_copy(update={"quant": found.quant})
         config = config.model_copy(update={"base": base})
+    if packed_tokens:
+        refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     compute = torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32

@@ -16,6 +16,7 @@ with a prefix of ``P`` always gets its mask explicitly (``prefix_mask``)::
                   1 1      . . .        1 1
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -139,7 +140,9 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def documents_are_isolated(model: nn.Module, device: torch.device, longest: int = 0) -> bool:
+def documents_are_isolated(
+    model: nn.Module, device: torch.device, longest: int = 0, more_lengths: Iterable[int] = ()
+) -> bool:
     """Whether a packed document has the logits that it has alone, whatever is before it.
 
     Looks at a row of two short documents and, for each length beyond which the model computes other
@@ -153,10 +156,11 @@ def documents_are_isolated(model: nn.Module, device: torch.device, longest: int 
 
     Args:
         longest: tokens of the longest row to come; longer switch lengths are left out.
+        more_lengths: treated as those of rotary angles.
     """
     short = 8
     pairs = [(short, short)]
-    for switch in switch_lengths(model.config):
+    for switch in sorted({*switch_lengths(model.config), *more_lengths}):
         if switch + 1 + short <= longest:
             pairs += [(switch + 1, short), (short, switch + 1)]
     return all(_second_is_as_alone(model, device, first, second) for first, second in pairs)

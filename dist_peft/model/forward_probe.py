@@ -35,12 +35,12 @@ from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import Replaced
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["probe_forward"]
+__all__ = ["ON_ANY_DEVICE", "block_kind", "own_attributes_restored", "probe_forward"]
 
 log = logging.getLogger(__name__)
 
 _TOKENS = 8
-_ON_ANY_DEVICE = ("eager", "sdpa")
+ON_ANY_DEVICE = ("eager", "sdpa")
 """Implementations of attention that run on fake tensors of the CPU."""
 
 
@@ -161,9 +161,9 @@ def _run(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     attention = model.config._attn_implementation
     try:
-        if attention not in _ON_ANY_DEVICE:
+        if attention not in ON_ANY_DEVICE:
             model.config._attn_implementation = "eager"
-        with _own_attributes_restored(model), torch.set_grad_enabled(markers is not None):
+        with own_attributes_restored(model), torch.set_grad_enabled(markers is not None):
             parameters = _replace_tensors(model, mode)
             _answer_without_weights(model, mode, markers)
             _run_alike_once(alike)
@@ -182,13 +182,13 @@ def _run(
     except Exception as error:  # of any family's code
         return error
     finally:
-        if attention not in _ON_ANY_DEVICE:
+        if attention not in ON_ANY_DEVICE:
             model.config._attn_implementation = attention
     return None
 
 
 @contextmanager
-def _own_attributes_restored(model: nn.Module) -> Iterator[None]:
+def own_attributes_restored(model: nn.Module) -> Iterator[None]:
     """Whatever is assigned to modules inside is undone."""
     before = [
         (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
@@ -267,7 +267,7 @@ def _experts_answer(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: T
 def _run_alike_once(blocks: Sequence[nn.Module]) -> None:
     outputs: dict[object, Any] = {}
     for block in blocks:
-        block.forward = _first_of_kind(block.forward, _kind(block), outputs)
+        block.forward = _first_of_kind(block.forward, block_kind(block), outputs)
 
 
 def _first_of_kind(
@@ -281,7 +281,7 @@ def _first_of_kind(
     return run
 
 
-def _kind(block: nn.Module) -> object:
+def block_kind(block: nn.Module) -> object:
     """What blocks have in common that compute alike: classes, shapes, plain settings."""
     return tuple(
         (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["document_lengths", "rotate_by_document", "switch_lengths"]
+__all__ = ["document_lengths", "rotate_by_document", "switch_lengths", "window_lengths"]
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
@@ -40,6 +40,14 @@ def switch_lengths(config: Any) -> list[int]:
             original = parameters.get("original_max_position_embeddings")
             found.add(int(original or text.max_position_embeddings))
     return sorted(found)
+
+
+def window_lengths(config: Any) -> list[int]:
+    """Sequence lengths beyond which layers see a part of a document only, in order."""
+    text = config.get_text_config()
+    keys = ("sliding_window", "attention_chunk_size", "local_attention")
+    found = {getattr(text, key, None) for key in keys}
+    return sorted(int(n) for n in found if isinstance(n, int) and n > 0)
 
 
 def rotate_by_document(model: nn.Module) -> None:

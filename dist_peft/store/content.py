@@ -20,6 +20,7 @@ This finds other weights, damaged files and mistaken directories; it is no prote
 adversary, who can construct another base of the same hash.
 """
 
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ _SHORT = 96
 """Bytes; below it a call a row costs more than arithmetic on arrays does."""
 
 _WORDS_AT_ONCE = 1 << 18
+
+_digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
 
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = (
@@ -75,8 +78,7 @@ def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
 
 def _row_digests(array: NDArray[np.uint8], row_bytes: int) -> NDArray[np.uint64]:
     rows = len(array) // row_bytes
-    digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
-    return np.fromiter(map(digest, array.reshape(rows, row_bytes)), np.uint64, rows)
+    return np.fromiter(map(_digest, array.reshape(rows, row_bytes)), np.uint64, rows)
 
 
 def _sum_of_digests(digests: NDArray[np.uint64], first: int) -> int:
@@ -168,25 +170,25 @@ class RowsBeingRead:
         self._known, self._first, self._row_bytes = known, first, row_bytes
         self._array: NDArray[np.uint8] = data.numpy().reshape(-1)
         self._done = 0
-        rows = 0 if row_bytes < _SHORT else len(self._array) // row_bytes
-        self._digests = np.empty(rows, np.uint64)
+        self._rows = None if row_bytes < _SHORT else self._array.reshape(-1, row_bytes)
+        self._digests = array("Q")  # extended in C: cheaper for a panel than an array of numpy's
 
     def hash_up_to(self, num_bytes: int) -> None:
         """The first ``num_bytes`` of ``data`` have been read, a multiple of ``row_bytes``."""
-        if len(self._digests):
-            fresh = self._array[self._done : num_bytes]
-            rows = slice(self._done // self._row_bytes, num_bytes // self._row_bytes)
-            self._digests[rows] = _row_digests(fresh, self._row_bytes)
+        if self._rows is not None:
+            fresh = self._rows[len(self._digests) : num_bytes // self._row_bytes]
+            self._digests.extend(map(_digest, fresh))
         self._done = num_bytes
 
     def finish(self) -> None:
         """All of ``data`` has been read; rows that the tensor had before count once."""
         assert self._done == len(self._array)
         rows = Span(self._first, self._first + len(self._array) // self._row_bytes)
+        digests = np.frombuffer(self._digests, np.uint64) if self._digests else None
         for gap in self._known.missing(rows):
             own = gap.shift(-self._first)
-            if len(self._digests):
-                part = _sum_of_digests(self._digests[own.slice], gap.start)
+            if digests is not None:
+                part = _sum_of_digests(digests[own.slice], gap.start)
             else:
                 short = self._array[own.start * self._row_bytes : own.stop * self._row_bytes]
                 part = _hash_short(short, gap.start, self._row_bytes)

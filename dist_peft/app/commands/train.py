@@ -123,7 +123,9 @@ def _check_jobs(
     """
     with world.together("read the base's configuration"):
         runs = task_configs(config) if config.train.tasks == "separate" else {"": config}
-        prepared = prepare(next(iter(runs.values())), world, solving=solving)
+        packed_tokens = config.data.seq_len if config.data.packing else 0
+        first = next(iter(runs.values()))
+        prepared = prepare(first, world, solving=solving, packed_tokens=packed_tokens)
         base = {"base": prepared.config.base}
         config = config.model_copy(update=base)
         runs = {name: run.model_copy(update=base) for name, run in runs.items()}
