@@ -30,7 +30,7 @@ from dist_peft.data.chat_template import (
     Tokenizer,
     default_chat_template,
 )
-from dist_peft.data.message_weights import contributes, without_weights
+from dist_peft.data.message_weights import contributes, excludes, without_weights
 from dist_peft.data.tool_calls import check_calls, render_calls
 
 __all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "default_chat_template"]
@@ -117,20 +117,16 @@ class ChatRenderer:
                 not know a role, rewrites earlier turns so that the assistant's part cannot be
                 told, or ends a turn with no token. ``where`` names the record in it.
         """
+        places = [f"{where}, message {number}" for number in range(1, len(messages) + 1)]
+        left_out = [excludes(m, place) for m, place in zip(messages, places, strict=True)]
         trained = [
-            contributes(message, f"{where}, message {number}")
+            contributes(message, place)
             if self.mark_assistant
-            else message["role"] == "assistant"
-            for number, message in enumerate(messages, start=1)
+            else message["role"] == "assistant" and not left_out[index]
+            for index, (message, place) in enumerate(zip(messages, places, strict=True))
         ]
         check_calls(messages, where)
         asked = without_weights(messages)
-        if not self.mark_assistant and asked != messages:
-            self._count(
-                "conversations say which messages contribute to the loss; with data.loss_on: all "
-                "each token does",
-                where,
-            )
         written, tools, text, generated = self._write(asked, tools, where)
         appended = self._appended(written[-1], text)
         finder = TurnFinder(self._chat, written, tools, text, self._closing, appended)
@@ -138,9 +134,9 @@ class ChatRenderer:
         self._check_dropped(written, trained, finder, where)
         text += appended
         if not self.mark_assistant:
-            if written[-1]["role"] == "assistant" and first_closing(text, self._closing) is None:
+            if trained[-1] and first_closing(text, self._closing) is None:
                 self._no_end(text, len(written) - 1, where)
-            return RenderedChat(text, ((0, len(text)),))
+            return RenderedChat(text, self._all_but(left_out, finder, text, where))
         if generated is None:
             spans = self._spans(written, trained, finder, text, where)
         else:
@@ -247,6 +243,21 @@ class ChatRenderer:
 
     # -- what contributes to the loss ------------------------------------------------------------
 
+    def _all_but(
+        self, left_out: Sequence[bool], finder: TurnFinder, text: str, where: str
+    ) -> tuple[Span, ...]:
+        """The text without messages that say that they do not contribute to the loss."""
+        cuts: list[Span] = []
+        for index in (i for i, out in enumerate(left_out) if out):
+            if any(finder.is_written(p) for p in finder.pieces if p.message == index):
+                span = finder.find_message(index)
+                if span is None:
+                    raise self._unclear(index, where)
+                cuts.append(span)
+        edges = [0, *(edge for cut in sorted(cuts) for edge in cut), len(text)]
+        spans = zip(edges[::2], edges[1::2], strict=True)
+        return tuple((start, stop) for start, stop in spans if start < stop)
+
     def _spans(
         self,
         messages: Messages,
@@ -316,7 +327,8 @@ class ChatRenderer:
             f"{where}: the chat template rewrites earlier turns (rendering messages 1..{index + 1} "
             "alone does not give what they are in the whole), so it cannot be told what the "
             f"assistant wrote in message {index + 1}. Give the tokenizer a template with "
-            "{% generation %} marks, split the conversation, or set data.loss_on: all"
+            "{% generation %} marks, split the conversation, or set data.loss_on: all (without "
+            "weights of single messages)"
         )
 
 

@@ -114,6 +114,24 @@ class TurnFinder:
         stop, closed = self._stop(index, last)
         return Turn(index, start, stop, closed)
 
+    def find_message(self, index: int) -> tuple[int, int] | None:
+        """Characters of message ``index`` of any role; None if they cannot be told.
+
+        Of an assistant's message its turn, of another the text that it holds.
+        """
+        if self._messages[index]["role"] == "assistant":
+            turn = self.find(index)
+            return None if turn is None else (turn.start, turn.stop)
+        spans = []
+        for piece in self.pieces:
+            if piece.message != index:
+                continue
+            start = self.places.get(piece.number, -1) - piece.middle
+            if start < 0 or not self._text.startswith(piece.text, start):
+                return None
+            spans.append((start, start + len(piece.text)))
+        return (min(spans)[0], max(spans)[1]) if spans else None
+
     def _written(self, index: int) -> list[Piece]:
         """Texts of message ``index`` that have a place, in the order of their places."""
         found = [p for p in self._marked if p.message == index and p.number in self.places]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.render_bound import find_excess
 
 __all__ = [
     "ChatTemplate",
@@ -30,6 +31,7 @@ Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]]
 Span = tuple[int, int]
 
+_EXCESS: dict[str, str | None] = {}  # of each template that wrote a conversation here
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _DEFAULT_TEMPLATE = (
@@ -147,8 +149,9 @@ class ChatTemplate:
         self, messages: Messages, tools: Tools | None, *, prompt: bool, marked: bool
     ) -> tuple[str, list[Span]]:
         template = self.source(tools)
-        try:
-            texts, generated = cast(
+
+        def write() -> tuple[list[str], list[list[Span]]]:
+            return cast(
                 tuple[list[str], list[list[Span]]],
                 render_jinja_template(
                     conversations=[list(messages)],
@@ -159,6 +162,13 @@ class ChatTemplate:
                     **self._variables,
                 ),
             )
+
+        if template not in _EXCESS:
+            _EXCESS[template] = find_excess(write)
+        if (excess := _EXCESS[template]) is not None:
+            raise RenderError(excess)
+        try:
+            texts, generated = write()
         # a foreign program may raise anything: division by zero, endless recursion, a range that
         # the sandbox forbids, a missing content added to a string
         except Exception as error:

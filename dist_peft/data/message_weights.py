@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["WEIGHT_KEYS", "contributes", "without_weights"]
+__all__ = ["WEIGHT_KEYS", "contributes", "excludes", "without_weights"]
 
 WEIGHT_KEYS = ("weight", "train", "trainable", "loss_mask")
 
@@ -40,6 +40,18 @@ def contributes(message: dict[str, Any], where: str) -> bool:
     if len(set(said.values())) > 1:
         raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one of them")
     return all(said.values())
+
+
+def excludes(message: dict[str, Any], where: str) -> bool:
+    """Whether a key takes ``message``, of any role, out of the loss on all text.
+
+    Raises:
+        UserError: a weight that is neither 0 nor 1, or keys that contradict each other.
+    """
+    said = {key: _truth(message[key], key, where) for key in WEIGHT_KEYS if key in message}
+    if len(set(said.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one of them")
+    return not all(said.values())
 
 
 def without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ LossOn = Literal["completion", "all"]
 TurnEnd = Literal["error", "warn"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 5  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 6  # of the cache; raise it when the same input would give other documents
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 

@@ -297,11 +297,31 @@ def test_empty_answers_are_counted(name: str) -> None:
     assert name.startswith("marked") or "1 assistant messages are empty" in notes[0]
 
 
-def test_weights_with_the_loss_on_all_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
-    messages = [ASKED, {**ANSWERED, "weight": 0}]
-    chat, notes = render(tokenizer, CHATML, messages, mark=False)
-    assert learnt(chat) == [chat.text]
-    assert "with data.loss_on: all each token does" in notes[0]
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"trainable": "false"}, {"loss_mask": 0}]
+)
+def test_messages_left_out_of_the_loss_on_all(
+    tokenizer: PreTrainedTokenizerFast, flag: dict[str, Any]
+) -> None:
+    messages = [ASKED, {**ANSWERED, **flag}, ASKED, ANSWERED]
+    chat, _ = render(tokenizer, CHATML, messages, mark=False)
+    whole, _ = render(tokenizer, CHATML, [ASKED, ANSWERED, ASKED, ANSWERED], mark=False)
+    assert chat.text == whole.text and learnt(whole) == [whole.text]
+    answer = f"{ANSWERED['content']}<|im_end|>"
+    start = whole.text.index(answer)
+    assert learnt(chat) == [whole.text[:start], whole.text[start + len(answer) :]]
+
+
+def test_a_question_left_out_of_the_loss_on_all(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat, _ = render(tokenizer, CHATML, [{**ASKED, "weight": 0}, ANSWERED], mark=False)
+    assert learnt(chat) == chat.text.split(ASKED["content"], 1)
+
+
+def test_a_cut_that_cannot_be_told_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    cuts = "{% for m in messages %}{{ m.role + m.content[1:] + eos_token }}{% endfor %}"
+    messages = [{**ASKED, "content": "xxxx question", "weight": 0}, ANSWERED]
+    with pytest.raises(UserError, match="cannot be told"):
+        render(tokenizer, cuts, messages, mark=False)
 
 
 def test_half_a_surrogate_pair_in_tools(tokenizer: PreTrainedTokenizerFast) -> None:
