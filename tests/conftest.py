@@ -12,6 +12,26 @@ hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 
+LONGEST_FIRST = (
+    "app/test_matrix.py",
+    "app/test_equality_zero.py",
+    "app/test_equality.py",
+    "app/test_qalora.py",
+    "test_engineering.py",
+    "app/test_quickstart.py",
+)
+"""Files of which each takes about a minute or more of one processor."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: where workers get whole files in this order
+    (``--dist loadfile --no-loadscope-reorder``), none is left alone with one at the end."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def _log_is_closed() -> Iterator[None]:
     """A test that sets the log up leaves it as it was, or the next one captures nothing."""

@@ -13,7 +13,7 @@ which tokens an expert gets), and nothing is concluded.
 
 Blocks that are built alike are run once; the others hand on the output of the first.
 
-A second run has a graph and a number added to the output of each packed linear. Linears whose
+The run has a graph and a number added to the output of each packed linear. Linears whose
 numbers get no gradient (what only picks indices, as DSA indexers do; what is not run, as a
 decoder's attention to an absent encoder) can learn nothing, and ``all-linear`` leaves them out.
 """
@@ -62,6 +62,8 @@ def probe_forward(
         UserError: the forward fails with packed linears and not with the original ones, or it
             changes weights.
     """
+    if _note_without_gradient(model, blocks, replaced):
+        return  # what runs with a graph runs without one
     error = _forward_error(model, blocks)
     while (kind := _read_linear(error, replaced)) is not None:
         for one in [one for one in replaced if one.kind == kind]:
@@ -130,13 +132,17 @@ def _forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Excep
 
 def _note_without_gradient(
     model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
-) -> None:
-    """By kind: of blocks that are alike, one is run."""
+) -> bool:
+    """By kind: of blocks that are alike, one is run.
+
+    Returns:
+        Whether the forward and the backward ran.
+    """
     markers: dict[nn.Module, Tensor] = {}
     error = _run(model, blocks, markers)
     if error is not None or not markers:
         log.debug("gradients cannot be tried without weights: %s", error and _cause(error))
-        return
+        return error is None
     reached = {
         one.kind
         for one in replaced
@@ -145,6 +151,7 @@ def _note_without_gradient(
     for one in replaced:
         if isinstance(one.frozen, FrozenLinear):
             one.frozen.without_gradient = one.kind not in reached
+    return True
 
 
 def _run(

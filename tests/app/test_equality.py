@@ -121,8 +121,10 @@ def whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 NF4 = {"kind": "nf4"}
 
-SHORT = 6
-"""Steps of the cases that vary one thing; the storage formats themselves run 20."""
+SHORT = 4
+"""Steps of the cases that vary one thing. An engine that loses an update, a row or a part of a
+gradient is wrong from the second loss on; that rounding does not grow with steps is seen in "nf4",
+which runs 20."""
 
 CASES = {
     "nf4": {"base__quant": NF4},
@@ -132,8 +134,11 @@ CASES = {
         "engine__activation_checkpointing": False,
         "train__steps": SHORT,
     },
-    "int3": {"base__quant": {"kind": "int", "bits": 3, "group_size": 32}},
-    "unquantized": {"base__quant": None},
+    "int3": {
+        "base__quant": {"kind": "int", "bits": 3, "group_size": 32},
+        "train__steps": SHORT,
+    },
+    "unquantized": {"base__quant": None, "train__steps": SHORT},
     "dora": {"base__quant": NF4, "adapter__use_dora": True, "train__steps": SHORT},
     "embedding": {"base__quant": NF4, "adapter__embeddings": True, "train__steps": SHORT},
     "unsharded base": {"base__quant": NF4, "engine__shard_base": False, "train__steps": SHORT},
@@ -143,7 +148,8 @@ CASES = {
         "data__too_long": "truncate",
         "train__steps": SHORT,
     },
-    "pissa": {"base__quant": NF4, "adapter__init": "pissa", "train__steps": SHORT},
+    # its loss is below the first only after the fourth step
+    "pissa": {"base__quant": NF4, "adapter__init": "pissa", "train__steps": 6},
 }
 
 
@@ -180,7 +186,7 @@ def outcomes(
 @pytest.mark.data
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp2_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
-    """fp32 losses of 20 steps within 1e-6 of one process's, gradients after them likewise."""
+    """fp32 losses of all steps within 1e-6 of one process's, gradients after them likewise."""
     for outcome in [*outcomes[2], *(outcomes[3] if case in UNEVEN else [])]:
         assert_same(outcome[case], outcomes[1][0][case])
 

@@ -38,7 +38,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 """All of stories260K's linears but down_proj, whose 172 inputs no group divides."""
 
 ADAPTER = {"kind": "qalora", "r": 4, "alpha": 8, "target_modules": TARGETS}
-SHORT = {"train__steps": 6}
+SHORT = {"train__steps": 4}
+"""Of the comparisons of engines; see ``test_equality``."""
 
 
 def integer(bits: int) -> dict[str, Any]:
