@@ -18,7 +18,7 @@ LONGEST_FIRST = (
     "app/test_equality.py",
     "app/test_qalora.py",
     "test_engineering.py",
-    "app/test_quickstart.py",
+    "app/commands/test_quickstart.py",
 )
 """Files of which each takes about a minute or more of one processor."""
 

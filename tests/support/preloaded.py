@@ -1,4 +1,4 @@
-"""What the server of ``tests.support.dist`` has imported beside the trainer: forked ranks find it there.
+"""Modules that the server of ``tests.support.dist`` imports: forked ranks find them loaded.
 
 Nothing here may start a thread, which a forked process would lack.
 """
