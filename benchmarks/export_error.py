@@ -1,7 +1,8 @@
-"""What each form of a trained adapter on an NF4 base is off, as a share of the adapter's effect.
+r"""What each form of a trained adapter on an NF4 base is off, as a share of the adapter's effect.
 
     python benchmarks/export_error.py --base stories260K-hf --text tinystories_clean.jsonl
-    python benchmarks/export_error.py --base stories260K-hf --text input.txt --name tinyshakespeare --steps 40 --tokens 128
+    python benchmarks/export_error.py --base stories260K-hf --text input.txt \
+        --name tinyshakespeare --steps 40 --tokens 128
 
 LoRA, PiSSA and LoftQ are trained for some steps on the same text and exported by the command line
 in every form; its consumer (transformers, PEFT, bitsandbytes) gives the logits of the run's
