@@ -49,6 +49,7 @@ from dist_peft.adapters.lora.tensors import factors, tensor_name
 from dist_peft.adapters.protocol import PublicAdapter, pattern_value
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.adapters.virtual_tokens.format import PROMPT_TYPES, check_prompt
+from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
@@ -248,7 +249,7 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         config, tensors = join_peft_head(public)
     data = safetensors.torch.save(tensors, header)
     atomic_write(directory / tensors_file(public.config), data)
-    facts = {**metadata, "adapter": public.facts}
+    facts = {**metadata, "adapter": public.facts, WRITTEN_CONFIG: dict(config)}
     atomic_write(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
     file = fusion_format.CONFIG if is_fusion(config) else _CONFIG
     atomic_write(directory / file, json.dumps(config, indent=2) + "\n")
@@ -261,8 +262,9 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
         values: false for tensors on meta: names and shapes alone are read.
 
     Raises:
-        UserError: no such adapter, another method, damaged, one that cannot be read safely, or
-            tensors of a wrong type or with values that are not finite.
+        UserError: no such adapter, another method, damaged, one that cannot be read safely, a
+            configuration changed after it was written, or tensors of a wrong type or with values
+            that are not finite.
     """
     config = _read_json(config_file(directory))
     if config is None:
@@ -282,6 +284,7 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
     if not file.is_file():
         raise _no_tensors(file)
     metadata = read_metadata(directory)
+    refuse_edited_config(config_file(directory), config, metadata)
     facts, labels = metadata.get("adapter", {}), tuple(metadata.get("labels", ()))
     extra = _read_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
     config, tensors, head = split_peft_head(config, _read_tensors(file, values), labels)
