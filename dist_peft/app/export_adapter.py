@@ -6,16 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.bottleneck.format import is_adapterhub
-from dist_peft.adapters.directory import (
-    check_adapter,
-    read_adapter,
-    read_metadata,
-    write_adapter,
-)
-from dist_peft.adapters.fusion.format import is_fusion
+from dist_peft.adapters.adapter_format import find_format
+from dist_peft.adapters.directory import check_adapter, read_adapter, read_metadata, write_adapter
 from dist_peft.adapters.qalora.format import as_expanded, as_peft
-from dist_peft.adapters.virtual_tokens.format import PLACED
 from dist_peft.app.run_report import add_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
@@ -70,17 +63,13 @@ def export_adapter(
     adapter = run_dir / "adapter"
     public = read_adapter(adapter)
     check_adapter(public)  # a damaged one is refused, not copied
-    if is_adapterhub(public.config):
-        kind = "fusion" if is_fusion(public.config) else "bottleneck"
-        raise UserError(
-            f"{run_dir} was trained with adapter.kind {kind}, which PEFT does not have; "
-            f"{adapter} already is what AdapterHub's library loads"
-        )
-    if public.config["peft_type"] == PLACED:
-        raise UserError(
-            f"{run_dir} was trained with adapter.pseudo_token, and PEFT puts virtual tokens in "
-            "front only: there is no PEFT form of it; dist-peft eval --run reads the run itself"
-        )
+    known = find_format(public.config)
+    assert known is not None  # read_adapter refuses others
+    if reason := known.explain_no_peft_form(public.config):
+        other = "dist-peft eval --run reads the run itself"
+        if not known.peft_types:
+            other = f"{adapter} already is what AdapterHub's library loads"
+        raise UserError(f"{run_dir} {reason}; {other}")
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None
     try:
         out.mkdir(parents=True, exist_ok=True)

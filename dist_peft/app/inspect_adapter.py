@@ -9,22 +9,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.bottleneck.format import is_adapterhub, read_settings
-from dist_peft.adapters.directory import (
-    check_adapter,
-    config_file,
-    read_adapter,
-    tensors_file,
-)
+from dist_peft.adapters.adapter_format import ADAPTER_FORMATS, find_format
+from dist_peft.adapters.directory import check_adapter, config_file, read_adapter, tensors_file
 from dist_peft.adapters.fusion.format import fusion_names, is_fusion
 from dist_peft.adapters.qalora.pooling import read_pooling
-from dist_peft.adapters.virtual_tokens.format import PROMPT_TYPES
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["describe_adapter", "describe_weights", "read_json"]
 
-_PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+_PICKLES = tuple(dict.fromkeys(known.pickle_file for known in ADAPTER_FORMATS))
 _TARGETS = {
     "target_modules": "targets",
     "target_parameters": "and",
@@ -33,7 +27,6 @@ _TARGETS = {
 }
 """Key of PEFT's that names modules -> its label."""
 _SHOWN = 12
-_LORA_FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
 
 
 def describe_adapter(path: Path) -> list[str]:
@@ -89,30 +82,13 @@ def _shortened(key: str, value: Any) -> Any:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    if is_fusion(config):
-        return f"fusion of {', '.join(fusion_names(config))}"
-    if is_adapterhub(config):
-        return _adapterhub_method(config)
-    kind = config.get("peft_type")
-    if kind in PROMPT_TYPES:
-        return f"{kind} virtual_tokens={config.get('num_virtual_tokens')}"
+    """The method and its sizes in one line, those of methods that are not trained here too."""
+    known = find_format(config)
+    if known is not None:
+        return known.describe(config)
     settings = {"r": config.get("r"), "alpha": config.get("lora_alpha", config.get("alpha"))}
     shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
-    if kind in ("LORA", "QALORA"):
-        shown += [f"{name}={config.get(key, False)}" for key, name in _LORA_FLAGS.items()]
-    return " ".join([str(kind), *shown])
-
-
-def _adapterhub_method(config: Mapping[str, Any]) -> str:
-    try:
-        found = read_settings(config)
-    except UserError:
-        own = config["config"]
-        mode = own.get("composition_mode")  # IA3 is a LoRA that scales
-        kind = own.get("architecture") or "bottleneck of another form"
-        return f"AdapterHub's {kind}{f' composition_mode={mode}' if mode else ''}"
-    shown = ("placement", "reduction_factor", "activation", "scaling", "train_layernorm")
-    return "bottleneck " + " ".join(f"{name}={getattr(found, name)}" for name in shown)
+    return " ".join([str(config.get("peft_type")), *shown])
 
 
 def _pooling(config: Mapping[str, Any]) -> list[str]:

@@ -280,7 +280,7 @@ class ChatRenderer:
                 raise self._unclear(index, where)
             if not turn.closed and not _continues(messages, index):
                 self._no_end(text[turn.start : turn.stop], index, where)
-            spans.append((turn.start, turn.stop))
+            spans.extend(finder.split_at_eos(turn))
         return spans
 
     def _marked(

@@ -15,6 +15,7 @@ Both are found by comparing with shorter conversations, from a text in the middl
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dist_peft.data.chat_closing import TurnEnds
 from dist_peft.data.chat_pieces import Piece, find_pieces, locate_pieces, marked_tail
@@ -113,6 +114,27 @@ class TurnFinder:
             return None
         stop, closed = self._stop(index, last)
         return Turn(index, start, stop, closed)
+
+    def split_at_eos(self, turn: Turn) -> list[tuple[int, int]]:
+        """``turn`` without headers behind an eos inside it.
+
+        Generation has ended at eos, so what opens the next part is written by the inference side
+        (DeepSeek-R1 writes calls and text of one message as two turns).
+        """
+        spans, start = [], turn.start
+        own = self._written(turn.message)
+        eos = self._chat.eos_token
+        for before, piece in pairwise(own):
+            told = self._content_start(piece)
+            place = self.places[before.number]
+            found = self._text.rfind(eos, place, told) if told and eos else -1
+            if told is None or found < 0:
+                continue
+            behind = found + len(eos)
+            tokens = [t.end() for t in self._chat.token_pattern.finditer(self._text, behind, told)]
+            spans.append((start, behind))
+            start = tokens[-1] if tokens else told
+        return [*spans, (start, turn.stop)]
 
     def find_message(self, index: int) -> tuple[int, int] | None:
         """Characters of message ``index`` of any role; None if they cannot be told.

@@ -179,6 +179,11 @@ class ChatTemplate:
             raise RenderError("it writes nothing")
         return texts[0], generated[0] if marked else []
 
+    @property
+    def eos_token(self) -> str:
+        """Text of the tokenizer's eos; empty if it has none."""
+        return str(self._tokenizer.eos_token or "")
+
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         """Tokens that stand for themselves in a text, with their ids; eos is one of them."""

@@ -29,10 +29,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.classifier_head.merge import HeadMerger
-from dist_peft.adapters.directory import read_adapter, read_metadata
-from dist_peft.adapters.full.format import TrainedWeights, holds_weights
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.adapter_format import WeightMerger
+from dist_peft.adapters.directory import read_metadata
+from dist_peft.adapters.mergers import open_merger
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
@@ -137,7 +136,7 @@ class Walk:
     def __init__(
         self,
         skeleton: Skeleton,
-        merger: Merger | HeadMerger | TrainedWeights,
+        merger: WeightMerger,
         reader: RowReader,
         adapter_dir: Path,
         state: State,
@@ -309,7 +308,9 @@ def open_walk(
             extra=ONCE,
         )
     with ExitStack() as stack:
-        merger = _open_merger(skeleton, adapter_dir, stack, merges=state != "base")
+        # kept apart, an adapter of a tied embedding leaves the head as it was, as in training
+        tied = skeleton.tied and state != "base"
+        merger = open_merger(adapter_dir, _base_names(skeleton), stack, tied=tied)
         hashes = row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
         yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
@@ -336,14 +337,8 @@ def base_rows(
                 yield weight.path, weight.linear.codec.decode(packed, columns, torch.float32), own
 
 
-def _open_merger(
-    skeleton: Skeleton, adapter_dir: Path, stack: ExitStack, *, merges: bool
-) -> Merger | HeadMerger | TrainedWeights:
-    if not holds_weights(adapter_dir):
-        # kept apart, an adapter of a tied embedding leaves the head as it was, as in training
-        merger = Merger.open(adapter_dir, tied=skeleton.tied and merges)
-        trained = None if skeleton.head is None else read_adapter(adapter_dir).head
-        return merger if trained is None else HeadMerger(merger, trained.tensors)
+def _base_names(skeleton: Skeleton) -> dict[str, str]:
+    """Path of each weight in the model -> its name in the base's files."""
     names = {weight.path: weight.name for weight in _weights(skeleton)}
     if skeleton.tied:  # some files have the head's copy of the shared weight, too
         paths = {id(m): path for path, m in skeleton.model.named_modules()}
@@ -356,7 +351,7 @@ def _open_merger(
         )
         if head in names:
             names[head] = names[embedding]
-    return TrainedWeights.open(adapter_dir, names, stack)
+    return names
 
 
 def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:

@@ -72,12 +72,15 @@ def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> P
     Raises:
         UserError: damaged files.
     """
-    start = read_adapter(adapter_dir).facts.get("start") if not holds_weights(adapter_dir) else None
+    if holds_weights(adapter_dir):
+        return None
+    public = read_adapter(adapter_dir)
+    start = public.facts.get("start")
     if start is None:
         return None
     labels = read_metadata(adapter_dir).get("labels", ())
     skeleton = build_skeleton(base, directory, labels)
-    merger = Merger.open(adapter_dir)
+    merger = Merger.of(public)
     error = change = 0.0
     linears = rows = 0
     with RowReader(skeleton.index) as reader:

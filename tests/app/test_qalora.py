@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.qalora.merge import lost_share
 from dist_peft.app import cli
 from dist_peft.core.config.io import load_config
@@ -146,7 +146,7 @@ class Exact:
     def __init__(self, bits: int, base: Path, run: Path) -> None:
         self.codec = AffineCodec(bits, 32)
         self.model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        self.merger = Merger.open(run / "adapter")
+        self.merger = open_adapter_merger(run / "adapter")
         self.original: dict[str, AffineParts] = {}
         self.merged: dict[str, AffineParts] = {}
         self.changes: dict[str, Tensor] = {}

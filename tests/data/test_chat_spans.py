@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.chat import ChatRenderer
 from dist_peft.data.chat_spans import first_closing
 from dist_peft.data.chat_template import ChatTemplate
 from dist_peft.data.files import Place
@@ -173,3 +174,23 @@ def test_template_is_text() -> None:
     tokenizer.chat_template = 5
     with pytest.raises(UserError, match="must be text but is int"):
         ChatTemplate(tokenizer)
+
+
+def test_header_behind_eos_inside_a_message_is_no_target() -> None:
+    family = FAMILIES["deepseek_r1"]
+    tokenizer = family.tokenizer()
+    tokenizer.eos_token = family.specials[2]
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "said", "tool_calls": [call]},
+    ]
+    renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
+    chat = renderer.render(messages, None, "r")
+    parts = [chat.text[a:b] for a, b in chat.spans]
+    eos = tokenizer.eos_token
+    assert len(parts) == 2 and parts[1] == "said" + eos
+    assert parts[0].endswith(eos)
+    # between both parts the header alone, as in front of the first one
+    header = chat.text[chat.spans[0][1] : chat.spans[1][0]]
+    assert "Assistant" in header and chat.text[: chat.spans[0][0]].endswith(header)

@@ -19,7 +19,7 @@ wrongly and without a word.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Never, cast
 
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from dist_peft.core.errors import UserError
 __all__ = [
     "TENSORS",
     "VERSION",
+    "BottleneckFormat",
     "Described",
     "bottleneck_tensors",
     "is_adapterhub",
@@ -38,6 +39,7 @@ __all__ = [
     "place_in_model",
     "public_bottleneck",
     "read_settings",
+    "refuse_nonlinear_merge",
     "tensor_name",
 ]
 
@@ -179,6 +181,58 @@ def _own_config(config: BottleneckConfig) -> dict[str, Any]:
         "reduction_factor": int(factor) if factor.is_integer() else factor,
         "scaling": config.scaling,
     }
+
+
+class BottleneckFormat:
+    """A bottleneck adapter in AdapterHub's files."""
+
+    peft_types = ()
+    config_file = "adapter_config.json"
+    tensors_file = TENSORS
+    pickle_file = "pytorch_adapter.bin"
+    safe_saving = "adapters: save_adapter(..., use_safetensors=True)"
+    joins_head = False
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the configuration is AdapterHub's."""
+        return is_adapterhub(config)
+
+    def check(self, public: PublicAdapter) -> None:
+        """Raises: UserError: see ``bottleneck_tensors``."""
+        bottleneck_tensors(public)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return the settings, or the name of the method that AdapterHub's library gives it."""
+        try:
+            found = read_settings(config)
+        except UserError:
+            own = config["config"]
+            mode = own.get("composition_mode")  # IA3 is a LoRA that scales
+            kind = own.get("architecture") or "bottleneck of another form"
+            return f"AdapterHub's {kind}{f' composition_mode={mode}' if mode else ''}"
+        shown = ("placement", "reduction_factor", "activation", "scaling", "train_layernorm")
+        return "bottleneck " + " ".join(f"{name}={getattr(found, name)}" for name in shown)
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str:
+        """Return that PEFT lacks the method."""
+        return "trained adapter.kind bottleneck, which PEFT does not have"
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
+        """Raises: UserError: always, see ``refuse_nonlinear_merge``."""
+        refuse_nonlinear_merge("a bottleneck")
+
+
+def refuse_nonlinear_merge(method: str) -> Never:
+    """Refuse the merge of ``method``, which is no linear function.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"the adapter is {method}: between its matrices is a nonlinearity, so no weight of the "
+        "base can take it in and it cannot be merged; use it with its base (dist-peft eval --run, "
+        "or AdapterHub's library: load_adapter(DIR, use_safetensors=True))"
+    )
 
 
 # -- reading -----------------------------------------------------------------------------------

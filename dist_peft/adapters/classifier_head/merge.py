@@ -1,6 +1,6 @@
 """Merging a trained head: its parameters take the place of the base's, or are added to them.
 
-``HeadMerger`` stands around what merges the trunk (``adapters.merge.Merger``), as
+``HeadMerger`` stands around what merges the trunk (``adapters.lora.merge.Merger``), as
 ``adapters.head.HeadedAdapter`` stands around a method in training.
 """
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.adapter_format import WeightMerger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
@@ -18,14 +18,14 @@ __all__ = ["HeadMerger"]
 
 
 class HeadMerger:
-    """See the module docstring and ``adapters.merge.Merger``.
+    """See the module docstring and ``adapters.lora.merge.Merger``.
 
     Args:
         trunk: merges everything else.
         head: trained parameters by the model's names.
     """
 
-    def __init__(self, trunk: Merger, head: Mapping[str, Tensor]) -> None:
+    def __init__(self, trunk: WeightMerger, head: Mapping[str, Tensor]) -> None:
         self._trunk, self._head = trunk, head
         self._left = {name: len(value) for name, value in head.items()}
 

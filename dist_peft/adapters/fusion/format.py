@@ -14,7 +14,7 @@ commas. The library reads it with ``load_adapter(DIR/RTE)``, ``load_adapter(DIR/
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -22,13 +22,23 @@ from torch import Tensor
 from dist_peft.adapters.bottleneck.format import (
     VERSION,
     Described,
+    bottleneck_tensors,
     place_in_file,
     place_in_model,
+    refuse_nonlinear_merge,
 )
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 
-__all__ = ["CONFIG", "TENSORS", "fusion_names", "fusion_tensors", "is_fusion", "public_fusion"]
+__all__ = [
+    "CONFIG",
+    "TENSORS",
+    "FusionFormat",
+    "fusion_names",
+    "fusion_tensors",
+    "is_fusion",
+    "public_fusion",
+]
 
 CONFIG = "adapter_fusion_config.json"
 TENSORS = "model_adapter_fusion.safetensors"
@@ -144,3 +154,36 @@ def fusion_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
         if absent := _OWN_NAMES.keys() - tensors.keys():
             raise UserError(f"the fusion has no {sorted(absent)[0]} of {path}: it is damaged")
     return layers
+
+
+class FusionFormat:
+    """AdapterFusion in AdapterHub's files; each fused adapter has a directory of its own."""
+
+    peft_types = ()
+    config_file = CONFIG
+    tensors_file = TENSORS
+    pickle_file = "pytorch_model_adapter_fusion.bin"
+    safe_saving = "adapters: save_adapter_fusion(..., use_safetensors=True)"
+    joins_head = False
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the configuration is a fusion's."""
+        return "peft_type" not in config and is_fusion(config)
+
+    def check(self, public: PublicAdapter) -> None:
+        """Raises: UserError: see ``fusion_tensors``; or a fused adapter is damaged."""
+        fusion_tensors(public)
+        for part in public.parts.values():
+            bottleneck_tensors(part)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return the names of the fused adapters."""
+        return f"fusion of {', '.join(fusion_names(config))}"
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str:
+        """Return that PEFT lacks the method."""
+        return "trained adapter.kind fusion, which PEFT does not have"
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
+        """Raises: UserError: always, see ``refuse_nonlinear_merge``."""
+        refuse_nonlinear_merge("a fusion of bottlenecks")

@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.lora.tensors import Factors, factors, tensor_name
 from dist_peft.adapters.low_rank.row_sharded import LowRank, top_singular
 from dist_peft.adapters.protocol import PublicAdapter, derive_seed
@@ -139,6 +140,9 @@ def _trimmed(change: Tensor, density: float) -> Tensor:
 
 
 def _plain(name: str, public: PublicAdapter) -> dict[str, Factors]:
+    known = find_format(public.config)
+    if known is not None:
+        known.open_merger(public, tied=False)  # refuses methods that change no weight
     found = factors(public)
     for path, own in found.items():
         if own.magnitude is not None:

@@ -14,15 +14,14 @@ needs the trained factors alone.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import read_adapter
 from dist_peft.adapters.lora.tensors import Factors, factors
 from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.qalora.merge import group_change, merge_zeros, unmerge_zeros
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -52,25 +51,21 @@ class Merger:
         self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
 
     @classmethod
-    def open(cls, adapter_dir: Path, *, tied: bool = False) -> "Merger":
-        """Read an adapter directory, ours or PEFT's own.
+    def of(cls, public: PublicAdapter, *, tied: bool = False) -> Self:
+        """Return the merger of a LoRA or QA-LoRA adapter.
 
         Args:
-            adapter_dir: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+            public: ours or PEFT's own.
             tied: the base's output head shares the input embedding's weight.
 
         Raises:
-            UserError: see ``read_adapter`` and ``factors``; or the embedding is adapted and tied.
+            UserError: see ``factors``; or the embedding is adapted and tied.
         """
-        public = read_adapter(adapter_dir)
-        try:
-            modules = factors(public)
-        except UserError as error:
-            raise UserError(f"{adapter_dir}: {error}") from None
+        modules = factors(public)
         embedding = next((path for path, f in modules.items() if f.is_embedding), None)
         if tied and embedding is not None:
             raise UserError(
-                f"{adapter_dir} adapts the embedding {embedding}, whose weight the base's output "
+                f"the adapter adapts the embedding {embedding}, whose weight the base's output "
                 "head shares unadapted: one merged weight cannot be both. Keep this adapter "
                 "unmerged, merge into a base saved with tie_word_embeddings: false and a head of "
                 "its own, or train with adapter.embeddings: false"

@@ -10,9 +10,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import public_lora
 from dist_peft.adapters.lora.expert_format import public_path, taken_for_experts, target_parameters
 from dist_peft.adapters.lora.expert_layer import LoraExperts
+from dist_peft.adapters.lora.format import public_lora
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import PublicAdapter

@@ -10,12 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_peft.adapters.bottleneck.format import is_adapterhub
-from dist_peft.adapters.fusion.format import is_fusion
 from dist_peft.adapters.lora.expert_format import expert_factors, stack_path
 from dist_peft.adapters.protocol import PublicAdapter, pattern_value
 from dist_peft.adapters.qalora.pooling import Pooling, factor_to_sum, read_pooling
-from dist_peft.adapters.virtual_tokens.format import PROMPT_TYPES
 from dist_peft.core.errors import UserError
 
 __all__ = ["Factors", "factors", "tensor_name"]
@@ -95,18 +92,6 @@ def factors(public: PublicAdapter) -> dict[str, Factors]:
         UserError: a tensor is empty, has the wrong shape, lacks its partner or is none of LoRA's;
             or the adapter uses something besides LoRA, rsLoRA and DoRA.
     """
-    if is_adapterhub(public.config):
-        what = "a fusion of bottlenecks" if is_fusion(public.config) else "a bottleneck"
-        raise UserError(
-            f"the adapter is {what}: between its matrices is a nonlinearity, so no weight of "
-            "the base can take it in and it cannot be merged; use it beside its base (dist-peft "
-            "eval --run, or AdapterHub's library: load_adapter(DIR, use_safetensors=True))"
-        )
-    if public.config.get("peft_type") in PROMPT_TYPES:
-        raise UserError(
-            f"the adapter is {public.config['peft_type']}: virtual tokens change no weight, so "
-            "there is nothing to merge; use it beside its base (dist-peft export --format peft)"
-        )
     _check_config(public)
     pooling = read_pooling(public.config)
     modules: dict[str, dict[str, Tensor]] = {}

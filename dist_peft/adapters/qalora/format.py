@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_peft.adapters.directory import common_config
+from dist_peft.adapters.lora.format import common_config
 from dist_peft.adapters.lora.tensors import factors, tensor_name
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.qalora.pooling import (

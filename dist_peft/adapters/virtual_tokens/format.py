@@ -15,13 +15,22 @@ Pseudo tokens at any place (``adapter.pseudo_token``) are unknown to PEFT. Their
 type of its own, since as PEFT's P-tuning it would be loaded and put in front without a word.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Never
 
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["PLACED", "PROMPT_TYPES", "TENSOR", "check_prompt", "kv_shape", "prompt_config"]
+__all__ = [
+    "PLACED",
+    "PROMPT_TYPES",
+    "TENSOR",
+    "VirtualTokensFormat",
+    "check_prompt",
+    "kv_shape",
+    "prompt_config",
+]
 
 TENSOR = "prompt_embeddings"
 PLACED = "P_TUNING_PLACED"
@@ -116,4 +125,43 @@ def check_prompt(public: PublicAdapter) -> None:
     if found != wanted:
         raise UserError(
             f"adapter tensor {TENSOR} has shape {found}, not {wanted} as its configuration says"
+        )
+
+
+class VirtualTokensFormat:
+    """Prompt tuning, P-tuning and prefix-tuning in PEFT's files."""
+
+    peft_types = PROMPT_TYPES
+    config_file = "adapter_config.json"
+    tensors_file = "adapter_model.safetensors"
+    pickle_file = "adapter_model.bin"
+    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
+    joins_head = True
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether ``peft_type`` is one of the methods with virtual tokens."""
+        return config.get("peft_type") in self.peft_types
+
+    def check(self, public: PublicAdapter) -> None:
+        """Raises: UserError: see ``check_prompt``."""
+        check_prompt(public)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return type and number of virtual tokens."""
+        return f"{config['peft_type']} virtual_tokens={config.get('num_virtual_tokens')}"
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str | None:
+        """Return the reason for pseudo tokens at any place; PEFT loads the others."""
+        if config["peft_type"] != PLACED:
+            return None
+        return (
+            "trained adapter.pseudo_token, and PEFT puts virtual tokens in front only: there is no "
+            "PEFT form of it"
+        )
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
+        """Raises: UserError: always: virtual tokens are no weight."""
+        raise UserError(
+            f"the adapter is {public.config['peft_type']}: virtual tokens change no weight, so "
+            "there is nothing to merge; use it with its base (dist-peft export --format peft)"
         )

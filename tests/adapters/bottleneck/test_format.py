@@ -16,7 +16,7 @@ from dist_peft.adapters.bottleneck.format import (
     read_settings,
 )
 from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError
@@ -264,7 +264,7 @@ def test_directories_without_tensors(tmp_path: Path) -> None:
 def test_merge_is_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path, public(), {})
     with pytest.raises(UserError, match=r"nonlinearity, so no weight .* it cannot be merged; use"):
-        Merger.open(tmp_path)
+        open_adapter_merger(tmp_path)
 
 
 def test_norms_are_extra() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dist_peft.adapters.classifier_head.format import join_peft_head, read_head, split_peft_head
 from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
 from dist_peft.core.errors import UserError
 from tests.adapters.bottleneck.test_format import public as public_bottleneck
@@ -64,7 +64,7 @@ def test_pefts_own_directory(tmp_path: Path) -> None:
     for name, value in found.head.tensors.items():
         saved = name.replace("classifier.", "classifier.modules_to_save.default.")
         assert torch.equal(value, expected[saved])
-    assert Merger.open(tmp_path / "theirs").touches(
+    assert open_adapter_merger(tmp_path / "theirs").touches(
         "roberta.encoder.layer.0.attention.self.query.weight"
     )
     write_adapter(tmp_path / "ours", found, {"labels": LABELS})

@@ -15,7 +15,7 @@ from dist_peft.adapters.fusion.format import (
     is_fusion,
     public_fusion,
 )
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 
@@ -83,7 +83,7 @@ def test_read_as_written(tmp_path: Path) -> None:
         torch.testing.assert_close(read[1][name], value, rtol=0, atol=1e-6)
     assert not is_fusion({"config": {"mh_adapter": True}}) and not is_fusion({})
     with pytest.raises(UserError, match="a fusion of bottlenecks: between its matrices"):
-        Merger.open(tmp_path)
+        open_adapter_merger(tmp_path)
 
 
 @pytest.mark.parametrize(

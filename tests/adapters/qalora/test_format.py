@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.lora.merge import Merger
 from dist_peft.adapters.lora.tensors import factors
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.qalora.format import as_expanded, as_peft
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
@@ -143,7 +143,7 @@ def test_pefts_own_adapter_is_read(tmp_path: Path) -> None:
         peft_model = get_peft_model(gptq_model(copy.deepcopy(base)), config)
     disturb(peft_model)
     peft_model.save_pretrained(tmp_path)
-    merger = Merger.open(tmp_path)
+    merger = open_adapter_merger(tmp_path)
     merged = base.state_dict()
     for name, weight in merged.items():
         if merger.touches(name):
@@ -168,7 +168,7 @@ def test_official_adapter_is_read(tmp_path: Path) -> None:
     x = torch.randn(5, 32, generator=generator)
     # the forward of the authors' peft_utils.py: lora_B(lora_A(AvgPool1d(x))) * scale
     expected = nn.AvgPool1d(size)(x) @ A.T @ B.T * (16 / 4)
-    delta = Merger.open(tmp_path).delta_rows(f"{Q}.weight", Span(0, 32))
+    delta = open_adapter_merger(tmp_path).delta_rows(f"{Q}.weight", Span(0, 32))
     torch.testing.assert_close(x @ delta.T, expected, rtol=1e-5, atol=1e-5)
     # the zeros of its merge.py: -= (B @ A).t() * scale / group_size / scales
     change = factors(read_adapter(tmp_path))[Q]
@@ -205,6 +205,6 @@ def test_plain_lora_that_peft_calls_qalora(tmp_path: Path) -> None:
     A = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{Q}.lora_A.weight"]
     assert A.shape == (4, 32)  # should it be (4, 4) one day, this trap is gone
     with pytest.raises(UserError, match=r"set use_qalora to false in its adapter_config\.json"):
-        Merger.open(tmp_path).merge_rows(
+        open_adapter_merger(tmp_path).merge_rows(
             f"{Q}.weight", torch.zeros(32, 32), Span(0, 32), "original"
         )

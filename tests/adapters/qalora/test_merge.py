@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.qalora.merge import lost_share, merge_zeros, unmerge_zeros
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QaLoraConfig
 from dist_peft.core.errors import UserError
@@ -134,7 +135,7 @@ def test_lost_share_of_whole_steps_and_of_nothing() -> None:
 def merger(directory: Path, method: type[LowRankConfig] = QaLoraConfig, **settings: Any) -> Merger:
     model, adapter = adapted(tiny_llama(), int_codec(), method=method, r=4, **settings)
     disturb(model)
-    return Merger.open(save(model, adapter, directory))
+    return open_adapter_merger(save(model, adapter, directory))
 
 
 def parts_of(weight: str) -> tuple[AffineParts, Tensor]:
@@ -179,7 +180,7 @@ def test_pool_over_several_groups(tmp_path: Path) -> None:
         target_modules=["q_proj"],
     )
     disturb(model)
-    wide = Merger.open(save(model, adapter, tmp_path))
+    wide = open_adapter_merger(save(model, adapter, tmp_path))
     D = wide.group_change(Q, parts_of(Q)[0], Span(3, 9))
     assert D.shape == (6, 2) and torch.equal(D[:, 0], D[:, 1]) and bool(D.any())
 

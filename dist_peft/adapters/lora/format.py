@@ -1,0 +1,168 @@
+"""LoRA and QA-LoRA on disk, in the format of Hugging Face PEFT.
+
+::
+
+    adapter_config.json         PEFT's LoraConfig
+    adapter_model.safetensors   base_model.model.PATH.lora_A.weight [r, in], .lora_B.weight
+                                [out, r], .lora_magnitude_vector [out], and for an embedding
+                                .lora_embedding_A [r, vocab], .lora_embedding_B [hidden, r]
+    dist_peft.safetensors       LoftQ: PATH.removed_A, PATH.removed_B
+
+PiSSA and LoftQ train ``s B A`` on a base that was changed first. PEFT applies adapters to the
+original base, so the file holds the change since the start, ``s (B A - B0 A0)``, as one product of
+rank ``2 r``::
+
+    [B, -B0] [A; A0]        with alpha' such that s stays: 2 alpha, or sqrt(2) alpha with rsLoRA
+
+A merge into the base *as training saw it* needs the two halves apart. The fact ``start: pissa`` (or
+loftq) says that the first half of each linear's factors is the trained one; what was removed from
+the weight before it was encoded is the second half for PiSSA, and for LoftQ an extra product, or
+nothing (``adapters.start``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.lora.tensors import factors, tensor_name
+from dist_peft.adapters.protocol import PublicAdapter, pattern_value
+from dist_peft.core.config.run import LoraConfig, LowRankConfig
+
+__all__ = ["LoraFormat", "common_config", "public_lora"]
+
+_FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
+
+
+class LoraFormat:
+    """LoRA, rsLoRA, DoRA, and QA-LoRA in its three forms (``qalora.format``)."""
+
+    peft_types = ("LORA", "QALORA")
+    config_file = "adapter_config.json"
+    tensors_file = "adapter_model.safetensors"
+    pickle_file = "adapter_model.bin"
+    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
+    joins_head = True
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether ``peft_type`` is LORA or QALORA."""
+        return config.get("peft_type") in self.peft_types
+
+    def check(self, public: PublicAdapter) -> None:
+        """Raises: UserError: see ``lora.tensors.factors``."""
+        factors(public)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return type, rank, alpha and flags."""
+        settings = {"r": config.get("r"), "alpha": config.get("lora_alpha", config.get("alpha"))}
+        shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        shown += [f"{name}={config.get(key, False)}" for key, name in _FLAGS.items()]
+        return " ".join([str(config["peft_type"]), *shown])
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> None:
+        """PEFT loads all of them."""
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Merger:
+        """Raises: UserError: see ``factors``; or the embedding is adapted and tied."""
+        return Merger.of(public, tied=tied)
+
+
+def public_lora(
+    config: LoraConfig,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    target_names: Sequence[str],
+    base: str,
+    target_parameters: Sequence[str] = (),
+) -> PublicAdapter:
+    """Trained parameters -> public form.
+
+    Args:
+        config: what was trained.
+        modules: module path -> own parameter name (as in ``adapters.lora``) -> whole tensor.
+        target_names: PEFT's ``target_modules``.
+        base: path or hub id of the base.
+        target_parameters: PEFT's (see ``expert_format``).
+    """
+    tensors: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    for path, own in modules.items():
+        own = dict(own)
+        for factor in "AB":
+            if f"removed_{factor}" in own:
+                extra[f"{path}.removed_{factor}"] = own.pop(f"removed_{factor}")
+        if "start_A" in own:
+            own["lora_A"] = torch.cat([own["lora_A"], own.pop("start_A")])
+            own["lora_B"] = torch.cat([own["lora_B"], -own.pop("start_B")], 1)
+        for name, value in own.items():
+            tensors[tensor_name(path, name)] = value.contiguous()
+    facts = {"start": config.init} if config.init != "default" else {}
+    plain = [path for path, own in modules.items() if "start_A" not in own]
+    public = _peft_config(config, plain, target_names, base)
+    if target_parameters:
+        public |= _with_parameters(public, target_parameters)
+    return PublicAdapter(public, tensors, facts, extra)
+
+
+def _with_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """What changes where PEFT adapts parameters, which it does without dropout only."""
+    changed: dict[str, Any] = {"target_parameters": list(targets), "lora_dropout": 0.0}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        known: dict[str, Any] = public[pattern]
+        # of a linear it asks for the name of the weight then
+        changed[pattern] = known | {rf"({key})\.weight": value for key, value in known.items()}
+    return changed
+
+
+def _peft_config(
+    config: LoraConfig, plain: Sequence[str], target_names: Sequence[str], base: str
+) -> dict[str, Any]:
+    """``plain``: modules whose rank is not doubled although others' is."""
+    doubled = config.init != "default"
+    rank_factor = 2 if doubled else 1
+    alpha_factor = (2**0.5 if config.use_rslora else 2) if doubled else 1
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    if doubled:  # first in the dict: PEFT takes the first key that matches
+        for path in plain:
+            ranks[path] = pattern_value(config.rank_pattern, path, config.r)
+            alphas[path] = _number(pattern_value(config.alpha_pattern, path, config.alpha))
+    ranks |= {key: r * rank_factor for key, r in config.rank_pattern.items()}
+    alphas |= {key: _number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
+    return {
+        **common_config(config, target_names, base),
+        "r": config.r * rank_factor,
+        "lora_alpha": _number(config.alpha * alpha_factor),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+
+
+def common_config(config: LowRankConfig, target_names: Sequence[str], base: str) -> dict[str, Any]:
+    """PEFT's keys that do not depend on the method."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _number(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": list(target_names),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {key: _number(a) for key, a in config.alpha_pattern.items()},
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+    }
+
+
+def _number(value: float) -> float:
+    """Whole numbers as ``int``: some readers of ``lora_alpha`` take nothing else."""
+    return int(value) if float(value).is_integer() else value
