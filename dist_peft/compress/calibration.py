@@ -1,6 +1,6 @@
-"""Running a model block by block on calibration samples.
+"""Run a model block by block on calibration samples.
 
-A decoder layer sees hidden states and, beside them, what the model computes once a forward (rotary
+A decoder layer takes hidden states and tensors that the model computes once a forward (rotary
 angles, masks). One ordinary forward of the whole model records both; afterwards each block can be
 called alone, with hidden states that changed because blocks before it did::
 
@@ -32,15 +32,15 @@ class Sample:
 
     Attributes:
         hidden: input of the block to come, ``[1, tokens, hidden]``.
-        beside: what each block gets beside it: positional and keyword arguments.
+        block_inputs: further positional and keyword arguments of each block.
     """
 
     hidden: Tensor
-    beside: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     def run(self, block: nn.Module, number: int) -> Tensor:
-        """Output of ``block``, the one with this number."""
-        args, kwargs = self.beside[number]
+        """Return the output of ``block``, the one with this number."""
+        args, kwargs = self.block_inputs[number]
         output = block(self.hidden, *args, **kwargs)
         found = output if isinstance(output, Tensor) else output[0]
         assert isinstance(found, Tensor) and found.shape == self.hidden.shape
@@ -51,14 +51,14 @@ class Sample:
 def capture(
     model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, like: Sample | None = None
 ) -> Sample:
-    """Run the whole model once and record what its blocks are called with.
+    """Run the whole model once and record the inputs of its blocks.
 
     Args:
         ids: long ``[1, tokens]``.
-        like: an earlier sample of as many tokens; what is equal is shared with it.
+        like: an earlier sample of as many tokens; equal tensors are shared with it.
 
     Raises:
-        UserError: a block is called in another way than with hidden states first.
+        UserError: a block's first argument is not the hidden states.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -77,14 +77,14 @@ def capture(
             f"{type(model).__name__} does not call its blocks one after the other with hidden "
             "states first; use base.quant.solver: hqq, which needs no calibration"
         )
-    beside = [(args[1:], kwargs) for args, kwargs in calls]
+    block_inputs = [(args[1:], kwargs) for args, kwargs in calls]
     if like is not None:
-        beside = _shared(beside, like.beside)
-    return Sample(calls[0][0][0], beside)
+        block_inputs = _shared(block_inputs, like.block_inputs)
+    return Sample(calls[0][0][0], block_inputs)
 
 
 def _shared(value: Any, like: Any) -> Any:
-    """``value`` with the tensors of ``like`` where they are equal."""
+    """Return ``value`` with the tensors of ``like`` where they are equal."""
     if isinstance(value, Tensor):
         same = isinstance(like, Tensor) and value.shape == like.shape and torch.equal(value, like)
         return like if same else value
@@ -97,13 +97,13 @@ def _shared(value: Any, like: Any) -> Any:
 
 @torch.no_grad()
 def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLinear]]:
-    """The linears of a block, those of one input together, in the order of their first use.
+    """Return the linears of a block grouped by input, in the order of their first use.
 
     Args:
         run: calls the block.
 
     Raises:
-        UserError: a linear was never called, so there is no input to learn from.
+        UserError: a linear was never called, so it has no calibration input.
     """
     linears = [module for module in block.modules() if isinstance(module, FrozenLinear)]
     stages: dict[int, list[FrozenLinear]] = {}
@@ -134,7 +134,7 @@ def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLin
 
 @contextmanager
 def watch_input(linear: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, every input of ``linear`` is appended to the list that this gives."""
+    """Append every input of ``linear`` to the yielded list."""
     inputs: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:

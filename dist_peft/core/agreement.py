@@ -1,4 +1,4 @@
-"""Whether all ranks say the same about what they run, and which key they differ in.
+"""Check that all ranks run the same configuration, and find the keys in which they differ.
 
 The exchange goes through the key-value store of the rendezvous and not through collectives: ranks
 that run different things would come to different collectives, with different shapes. Each rank
@@ -51,15 +51,15 @@ def exchange_values(
     """Compare ``values`` over all ranks; every rank calls it with the same ``topic``.
 
     Args:
-        store: all ranks see the same.
+        store: shared by all ranks.
         hosts: the host of each rank.
         topic: prefix of the keys in the store, not used before.
-        values: what must be equal, by key: anything that JSON writes.
+        values: the values that must be equal, by key; anything that JSON can represent.
         seconds: the longest wait for the others.
 
     Returns:
-        What differs, with ranks, hosts and values; empty where everything is equal. The same text
-        on every rank.
+        The differences with ranks, hosts and values; empty where all values are equal. The same
+        text on every rank.
 
     Raises:
         UserError: a rank did not come within ``seconds``.
@@ -86,7 +86,7 @@ def exchange_values(
 
 
 def _judge(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
-    """Rank 0: write which ranks have equal digests, nothing if all have."""
+    """Write, on rank 0, which ranks have equal digests; nothing if all have."""
     keys = [f"{topic}/digest/{rank}" for rank in range(size)]
     end = time.monotonic() + seconds
     pause, longest = POLL_SECONDS
@@ -94,7 +94,7 @@ def _judge(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
         if time.monotonic() > end:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise UserError(
-                f"{name_ranks(missing)} did not say within {seconds:g} s what they run; look for "
+                f"{name_ranks(missing)} sent no values within {seconds:g} s; look for "
                 "an earlier error there"
             )
         time.sleep(pause)
@@ -111,15 +111,15 @@ def _wait(store: KeyValueStore, keys: list[str], seconds: float, whom: str) -> N
     while not store.check(keys):
         if time.monotonic() > end:
             raise UserError(
-                f"{whom} did not answer within {seconds:g} s while the ranks compared what they "
-                "run; look for an earlier error there"
+                f"{whom} did not answer within {seconds:g} s while the ranks compared their "
+                "configuration; look for an earlier error there"
             )
         time.sleep(pause)
         pause = min(2 * pause, longest)
 
 
 def _leave_together(store: KeyValueStore, size: int, topic: str) -> None:
-    """No rank leaves, or closes the store, before all have read the message."""
+    """Wait until all ranks have read the message, before any leaves or closes the store."""
     store.add(f"{topic}/read", 1)
     end = time.monotonic() + GRACE_SECONDS
     while store.add(f"{topic}/read", 0) < size and time.monotonic() < end:
@@ -129,7 +129,7 @@ def _leave_together(store: KeyValueStore, size: int, topic: str) -> None:
 def describe_differences(
     told: Sequence[tuple[Sequence[int], Mapping[str, object]]], hosts: Sequence[str]
 ) -> str:
-    """``train.lr is 0.01 on rank 0 (node1) and 0.02 on ranks 1-3 (node1, node2); ...``
+    """Return ``train.lr is 0.01 on rank 0 (node1) and 0.02 on ranks 1-3 (node1, node2); ...``.
 
     Args:
         told: groups of ranks, and the values of each; the first group is rank 0's.
@@ -158,12 +158,12 @@ def _with_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def digest_of(value: object) -> str:
-    """SHA-256, hexadecimal, of ``value`` as JSON with sorted keys."""
+    """Return the hexadecimal SHA-256 of ``value`` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: JSON; of a long text the beginning and a digest."""
+    """Return ``value`` as JSON for a message; a long text is cut and its digest appended."""
     text = json.dumps(value, sort_keys=True)
     if len(text) <= LONGEST_VALUE:
         return text
@@ -171,7 +171,8 @@ def shown(value: object) -> str:
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> dict[str, object]:
-    """``{"a": {"b": 1}, "c": [{"d": 2}], "e": [3]}`` -> ``{"a.b": 1, "c[0].d": 2, "e": [3]}``.
+    """Flatten ``{"a": {"b": 1}, "c": [{"d": 2}], "e": [3]}`` to ``{"a.b": 1, "c[0].d": 2, "e":
+    [3]}``.
 
     Empty sections have no entry.
     """
@@ -189,7 +190,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, object]:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """``[1, 3, 4, 5]`` -> ``ranks 1, 3-5``."""
+    """Return ``[1, 3, 4, 5]`` as ``ranks 1, 3-5``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and runs[-1][1] == rank - 1:

@@ -4,8 +4,8 @@ __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Something the user can mend; the command prints the message alone and exits with code 2.
+    """An error that the user can fix; the command prints the message alone and exits with code 2.
 
-    The message names the culprit (key, file, tensor, column) and the mend. Anything that is not a
+    The message names the offending key, file, tensor or column, and the fix. Anything that is not a
     ``UserError`` is a failure of the program or the machine: traceback and exit code 1.
     """

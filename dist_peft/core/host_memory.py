@@ -1,11 +1,11 @@
-"""Giving freed host memory back while a model is loaded.
+"""Return freed host memory to the system while a model is loaded (``M_MMAP_THRESHOLD``).
 
 glibc serves large blocks by ``mmap`` and returns them to the system when they are freed, but its
 threshold for "large" rises with the largest block freed so far, up to 32 MiB. While a model is
 loaded, rows that were read and temporaries of the encoder then land in the heap between packed rows
-that stay, and cannot be returned: a rank was measured to rest at twice its share. Holding the
-threshold down during the load cures that; afterwards it is set to its maximum, since a training
-step's temporaries are better reused than mapped anew.
+that stay, and cannot be returned: the resident memory of a rank was measured at twice its share.
+    Holding the threshold down during the load fixes that; afterwards it is set to its maximum,
+    since a training step's temporaries are better reused than mapped again.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _LOADING, _OTHERWISE = 256 * 1024, 32 * 1024 * 1024  # the latter is glibc's upp
 
 @contextmanager
 def freed_memory_is_returned() -> Iterator[None]:
-    """Inside, blocks from 256 KiB on go back to the system when freed. No effect without glibc."""
+    """Return blocks from 256 KiB on to the system when they are freed; a no-op without glibc."""
     _set_threshold(_LOADING)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Who started this process, and as which rank of how many: the only reader of launcher variables.
+"""Detect the launcher, rank and world size: the only reader of launcher variables.
 
 ``detect`` knows torchrun, the deepspeed launcher, Open MPI, MPICH (and other PMI launchers) and
 SLURM steps. Launchers nest, and each leaves its variables in the environment of the next, so the
@@ -11,8 +11,8 @@ srun with a PMI plug-in                   both say the same; SLURM also knows th
 the batch script itself                   ``SLURM_PROCID=0`` and N tasks, but no step: not a rank
 ========================================  ==================================================
 
-Whatever is incomplete or contradicts itself is refused: falling back to one process would start
-N runs that each believe to be alone and write into the same directory.
+Incomplete or contradictory variables are refused: falling back to one process would start N
+single-process runs that write into the same directory.
 """
 
 import os
@@ -32,7 +32,7 @@ PORTS = range(20000, 30000)
 
 @dataclass(frozen=True)
 class Place:
-    """This process among its peers, as the launcher tells it.
+    """Rank, world size and rendezvous address of this process, as set by the launcher.
 
     Attributes:
         rank, size: number of this process, and of all.
@@ -43,8 +43,8 @@ class Place:
         host: the name of this host.
         hosts: every host of the run, where the launcher lists them.
         agent: restart count, when torchrun's agent (and not rank 0) serves the store.
-        job: the launcher's own name of this run, the same on every rank; empty where it has none.
-        command: what this process was asked to do, in words that are the same on every rank.
+        job: the launcher's name of this run, the same on every rank; empty where it has none.
+        command: the command of this process, in words that are the same on every rank.
     """
 
     rank: int = 0
@@ -73,10 +73,11 @@ def detect(env: Mapping[str, str] | None = None) -> Place:
 
 
 def _job_of(launcher: str, variables: "_Variables") -> str:
-    """What tells two runs of one launcher apart. Only what every rank of a run is given alike.
+    """Return a name that distinguishes runs of one launcher and is the same on every rank.
 
-    A SLURM job id says nothing where torchrun, deepspeed or a person started the ranks: one run may
-    extend over several jobs or steps, and ssh passes no such variable on. MPICH gives no name.
+    A SLURM job id does not identify the run where torchrun, deepspeed or a person started the
+    ranks: one run may extend over several jobs or steps, and ssh passes no such variable on. MPICH
+    sets no name.
     """
     if launcher == "torchrun":
         # torchrun's default is the word "none"
@@ -125,38 +126,38 @@ class _Variables:
     def text(self, name: str) -> str | None:
         return self._env.get(name)
 
-    def need(self, name: str, beside: str) -> str:
+    def need(self, name: str, present: str) -> str:
         if name not in self._env:
             raise UserError(
-                f"the environment is incomplete: {name} is not set beside {beside}; start all "
-                "processes through one launcher, or set it by hand"
+                f"the environment is incomplete: {name} is not set, although {present} is; start "
+                "all processes through one launcher, or set it by hand"
             )
         return self._env[name]
 
-    def number(self, name: str, default: int | None = None, beside: str = "") -> int:
+    def number(self, name: str, default: int | None = None, present: str = "") -> int:
         if default is not None and name not in self._env:
             return default
-        text = self.need(name, beside)
+        text = self.need(name, present)
         try:
             return int(text)
         except ValueError:
             raise UserError(f"environment variable {name}={text!r} is not a number") from None
 
     def place(self, launcher: str, rank: str, size: str, local: str, local_size: str) -> Place:
-        """A place from four variables; one process needs no local rank."""
-        ranks, index = self.number(size, beside=rank), self.number(rank, beside=size)
+        """Build a place from four variables; one process needs no local rank."""
+        ranks, index = self.number(size, present=rank), self.number(rank, present=size)
         if not 0 <= index < ranks:
             raise UserError(f"the environment says {rank}={index} of {size}={ranks}")
         return Place(
             rank=index,
             size=ranks,
-            local_rank=self.number(local, 0 if ranks == 1 else None, beside=rank),
+            local_rank=self.number(local, 0 if ranks == 1 else None, present=rank),
             local_size=self.number(local_size, 1),
             launcher=launcher,
         )
 
     def meeting(self, place: Place, address: str | None, port: int) -> Place:
-        """``place`` with ``MASTER_ADDR`` and ``MASTER_PORT``, or these where they are not set."""
+        """Return ``place`` with ``MASTER_ADDR`` and ``MASTER_PORT``; default: the arguments."""
         address = self.text("MASTER_ADDR") or address
         found = replace(place, address=address, port=self.number("MASTER_PORT", port))
         elsewhere = place.local_size <= place.rank
@@ -170,7 +171,7 @@ class _Variables:
 
 
 def _explicit(variables: _Variables) -> Place:
-    """torchrun, deepspeed, or the variables by hand (a container platform, a shell script)."""
+    """Detect torchrun, deepspeed, or variables set by hand (container platform, shell script)."""
     launcher, local_size = "environment", "LOCAL_WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in variables:
         launcher, group = "torchrun", "GROUP_WORLD_SIZE"
@@ -187,8 +188,8 @@ def _explicit(variables: _Variables) -> Place:
             )
         if launcher != "environment" and variables.number(group, outer.size) == 1:
             raise UserError(
-                f"{outer.launcher} started {outer.size} copies of {launcher}, and each believes "
-                f"to be alone; tell {launcher} the number of nodes and where they meet, or start "
+                f"{outer.launcher} started {outer.size} copies of {launcher}, and each runs "
+                f"alone; pass {launcher} the number of nodes and the rendezvous address, or start "
                 f"it once"
             )
     if place.size > 1:
@@ -213,14 +214,14 @@ def _mpi(variables: _Variables) -> Place | None:
 
 
 def _slurm(variables: _Variables) -> Place | None:
-    """A task of a SLURM step of several tasks."""
+    """Detect a task of a SLURM step of several tasks."""
     if "SLURM_STEP_ID" not in variables or variables.number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return None
     place = variables.place(
         "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
     )
     tasks = expand_tasks(variables.need("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID"))
-    node = variables.number("SLURM_NODEID", beside="SLURM_STEP_ID")
+    node = variables.number("SLURM_NODEID", present="SLURM_STEP_ID")
     if node >= len(tasks):
         raise UserError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE names {len(tasks)}")
     hosts = expand_hosts(variables.need("SLURM_STEP_NODELIST", "SLURM_STEP_ID"))
@@ -230,17 +231,17 @@ def _slurm(variables: _Variables) -> Place | None:
         hosts=tuple(hosts),
         host=variables.text("SLURMD_NODENAME") or place.host,
     )
-    port = job_port(variables.number("SLURM_JOB_ID", beside="SLURM_STEP_ID"))
+    port = job_port(variables.number("SLURM_JOB_ID", present="SLURM_STEP_ID"))
     return variables.meeting(place, hosts[0], port)
 
 
 def job_port(job: int) -> int:
-    """The port on which the ranks of SLURM job ``job`` meet, unless ``MASTER_PORT`` says."""
+    """Return the rendezvous port of SLURM job ``job``, used unless ``MASTER_PORT`` is set."""
     return PORTS[job % len(PORTS)]
 
 
 def expand_hosts(text: str) -> list[str]:
-    """``n[08-10,12],login`` -> ``n08 n09 n10 n12 login``, as ``scontrol show hostnames``.
+    """Expand ``n[08-10,12],login`` to ``n08 n09 n10 n12 login``, as ``scontrol show hostnames``.
 
     Raises:
         UserError: not a SLURM host list.
@@ -258,7 +259,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """``08-10`` -> ``08 09 10``; one number is a range of its own."""
+    """Expand ``08-10`` to ``08 09 10``; one number is a range of one."""
     first, _, last = text.partition("-")
     last = last or first
     if not (first.isdecimal() and last.isdecimal()):
@@ -267,7 +268,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def expand_tasks(text: str) -> list[int]:
-    """``2(x3),1`` -> ``2 2 2 1``: the tasks on each host of a step."""
+    """Expand ``2(x3),1`` to ``2 2 2 1``: the number of tasks on each host of a step."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

@@ -1,4 +1,4 @@
-"""The logger ``dist_peft``: what the terminal and ``log.txt`` show, and for which rank.
+"""The logger ``dist_peft``: handlers of the terminal and of ``log.txt``, by rank.
 
 Every module logs through ``logging.getLogger("dist_peft")``; one call of ``setup_log`` per process
 decides where lines go::
@@ -7,8 +7,8 @@ decides where lines go::
     other ranks    stderr: warnings and above, each with its rank; no file
 
 Lines on stderr go through ``tqdm.write``, which lifts a progress bar out of the way. Records logged
-with ``extra=FILE_ONLY`` skip the terminal: what the bar shows there is still found in the file.
-Records with ``extra=ONCE`` are what every rank finds alike; only rank 0 shows them.
+with ``extra=FILE_ONLY`` skip the terminal: values that the bar shows there are still found in the
+file. Records with ``extra=ONCE`` are the same on every rank; only rank 0 shows them.
 """
 
 import logging
@@ -25,7 +25,7 @@ FILE_ONLY = {"file_only": True}
 """Pass as ``extra`` to keep a record off the terminal."""
 
 ONCE = {"once": True}
-"""Pass as ``extra`` with what every rank would say alike."""
+"""Pass as ``extra`` of a record that is the same on every rank."""
 
 
 def setup_log(
@@ -65,7 +65,7 @@ def setup_log(
 
 
 def close_log() -> logging.Logger:
-    """Close ``log.txt`` and give the logger back as Python makes it. Harmless if not set up."""
+    """Close ``log.txt`` and reset the logger to Python's defaults. Harmless if not set up."""
     logger = logging.getLogger("dist_peft")
     for handler in list(logger.handlers):
         if isinstance(handler, _Terminal | _LogFile | _HeldRecords):

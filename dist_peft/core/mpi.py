@@ -1,4 +1,4 @@
-"""Where the ranks of ``mpirun`` meet, when nobody exported ``MASTER_ADDR``.
+"""Rendezvous address of the ranks of ``mpirun`` where ``MASTER_ADDR`` is not exported.
 
 MPI launchers tell each process its rank, not the host of rank 0. mpi4py carries the question:
 rank 0 broadcasts its addresses and a free port, every rank tries which address answers it. MPI is
@@ -19,7 +19,7 @@ WAYS_OUT = "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> on a
 
 
 def exchange_address(place: Place) -> tuple[str, int]:
-    """The address under which this rank reaches rank 0, and the port; called by every rank.
+    """Return the address under which this rank reaches rank 0, and the port; called by every rank.
 
     Raises:
         UserError: mpi4py is not installed or belongs to another MPI; no address of rank 0 answers.
@@ -70,5 +70,5 @@ def _exchange(place: Place, comm: Any, library: str) -> tuple[str, int]:
             f"{', '.join(lost)} cannot reach rank 0 on {answers[0][0]} at any of "
             f"{', '.join(addresses)} (port {port}); check firewalls, or {WAYS_OUT}"
         )
-    comm.Barrier()  # the port is free again before anybody goes on
+    comm.Barrier()  # the port is free again before any rank continues
     return mine, port

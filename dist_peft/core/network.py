@@ -17,7 +17,7 @@ __all__ = ["Greeter", "interface_of", "is_loopback", "local_address_towards", "w
 
 
 def local_address_towards(address: str, port: int) -> str:
-    """The address of this host from which packets to ``address`` leave.
+    """Return the address of this host from which packets to ``address`` leave.
 
     A connected UDP socket asks the kernel for the route; nothing is sent.
 
@@ -35,7 +35,7 @@ def is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that carries a local ``address``."""
+    """Return the network interface that carries a local ``address``."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
             return str(name)
@@ -43,7 +43,7 @@ def interface_of(address: str) -> str | None:
 
 
 def wait_for_port(address: str, port: int, seconds: float) -> str | None:
-    """Try to connect until somebody listens; gives the last error's text if nobody did."""
+    """Try to connect until a process listens; return the last error's text if none did."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -60,7 +60,7 @@ def wait_for_port(address: str, port: int, seconds: float) -> str | None:
 
 
 class Greeter:
-    """Rank 0 while its address is looked for: answers each connection with a secret word.
+    """Server of rank 0 while the ranks search for its address; sends a secret word to each client.
 
     Ranks on other hosts try every address of rank 0; only the word proves that it was rank 0 who
     answered (a bridge address such as 172.17.0.1 exists on every host).
@@ -82,7 +82,7 @@ class Greeter:
                 connection.sendall(self.word)
 
     def addresses(self) -> list[str]:
-        """This host's IPv4 addresses, loopback last."""
+        """Return this host's IPv4 addresses, loopback last."""
         found = [
             entry.address
             for entries in psutil.net_if_addrs().values()
@@ -97,7 +97,7 @@ class Greeter:
 
     @staticmethod
     def reached(address: str, port: int, word: bytes, seconds: float = 2.0) -> bool:
-        """Is it the greeter with this word who answers there?"""
+        """Return whether the server that answers there sends this word."""
         try:
             with socket.create_connection((address, port), timeout=seconds) as connection:
                 return connection.recv(len(word), socket.MSG_WAITALL) == word

@@ -1,16 +1,16 @@
-"""How the ranks find each other, and what is said about those who do not come.
+"""Rendezvous of the ranks through a key-value store, with messages about missing ranks.
 
-Rank 0 serves a key-value store at the meeting address (under torchrun its agent does). Every rank
-registers there with its host; rank 0 counts, and when all have come, or the time is over, writes
-one verdict that all read. So each rank ends within the same bounded time, with a message that
-names the missing ranks or the address that nobody answered. The store then serves torch's process
-group.
+Rank 0 serves a key-value store at the rendezvous address (under torchrun its agent does). Every
+rank registers there with its host; rank 0 counts, and when all have come, or the time is over,
+writes one verdict that all read. So each rank ends within the same bounded time, with a message
+that names the missing ranks or the address that did not answer. The store then serves torch's
+process group.
 
 Each rank also brings a token: the launcher's name of the run, the command and the versions. Ranks
 of two runs that meet at one address differ in it, and are refused together.
 
 Later each rank counts up a number of its own in the store every few seconds. When a collective
-fails, because somebody died, the numbers that stand still say who.
+fails because a rank died, the numbers that stand still identify it.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ PULSE_SECONDS = 2.0
 
 
 class MeetingError(UserError):
-    """The ranks did not find each other. Every rank says what it knows, not only the first."""
+    """The rendezvous failed. Every rank reports its own error, not only the first."""
 
 
 class Meeting:
-    """What the ranks share after they have met: a store, and who is where.
+    """The state shared by all ranks after the rendezvous: a store and the host of each rank.
 
     Attributes:
         store: for torch's process group.
@@ -61,7 +61,7 @@ class Meeting:
     def __init__(
         self, place: Place, store: dist.Store, own_store: dist.Store, hosts: list[str]
     ) -> None:
-        """``own_store``: another connection, for the thread that shows that this rank lives."""
+        """Take ``own_store``, another connection, for the heartbeat thread of this rank."""
         self.store = store
         self.hosts = hosts
         self._rank = place.rank
@@ -79,13 +79,14 @@ class Meeting:
                 return
 
     def compare(self, values: Mapping[str, object], seconds: float) -> str:
-        """What differs between the ranks. See ``agreement.exchange_values``; all ranks call it."""
+        """Return the differences between the ranks' ``values`` as text; called by all ranks."""
         self._topics += 1
         topic = f"same/{self._topics}"
         return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
 
     def silent(self) -> str:
-        """Names the ranks that give no sign of life for a few beats; empty if all do."""
+        """Return the ranks without a heartbeat for a few intervals as text; empty if there are
+        none."""
         try:
             before = self._pulses()
             time.sleep(4 * PULSE_SECONDS)
@@ -105,17 +106,17 @@ class Meeting:
 
 
 def meet(place: Place, seconds: float, token: Mapping[str, str] | None = None) -> Meeting:
-    """Wait for all ranks.
+    """Wait for all ranks at the rendezvous address.
 
     Args:
-        token: what tells this run from others, the same on every rank of it.
+        token: identifies this run; the same on each of its ranks.
 
     Sets ``GLOO_SOCKET_IFNAME`` to the interface that leads to the other hosts, unless it is set:
-    gloo would take what the host's own name resolves to, often 127.0.1.1.
+    gloo would take the address that the host's own name resolves to, often 127.0.1.1.
 
     Raises:
-        MeetingError: somebody did not come within ``seconds``, the address is wrong, or ranks
-            with other tokens came there.
+        MeetingError: a rank did not join within ``seconds``, the address is wrong, or ranks with
+            other tokens joined.
     """
     end = time.monotonic() + seconds
     if place.address is None:
@@ -154,7 +155,7 @@ def _open_store(
             )
     try:
         store: dist.Store = dist.TCPStore(
-            # rank 0 need not reach itself under the name that the others use
+            # rank 0 need not be reachable from its own host under the name that the others use
             "localhost" if serves else address,
             port,
             is_master=serves,
@@ -162,12 +163,12 @@ def _open_store(
             wait_for_workers=False,
         )
     except dist.DistError as error:
-        mend = (
+        fix = (
             f"port {port} is taken there; set MASTER_PORT to a free one"
             if "EADDRINUSE" in str(error)
             else f"something else than this run's rank 0 answers there ({_first_line(error)})"
         )
-        raise MeetingError(f"{who} cannot use {where}: {mend}") from None
+        raise MeetingError(f"{who} cannot use {where}: {fix}") from None
     # the restarts of torchrun share one store
     return dist.PrefixStore(f"dist_peft/{place.agent or 0}", store)
 
@@ -187,7 +188,7 @@ def _register(
 
 
 def _count(store: dist.Store, place: Place, where: str, end: float, seconds: float) -> None:
-    """Rank 0: wait for the others and write the verdict."""
+    """Wait, on rank 0, for the others and write the verdict."""
     others = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
     remind = time.monotonic() + REMIND_SECONDS
     while others and time.monotonic() < end:
@@ -206,8 +207,8 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
         odd = next((r for r in everyone if sizes[r] != place.size), None)
         if odd is not None:
             verdict["error"] = (
-                f"rank 0 was told that there are {place.size} ranks, rank {odd} on "
-                f"{verdict['table'][odd][0]} that there are {sizes[odd]}"
+                f"rank 0 was started with a world size of {place.size}, rank {odd} on "
+                f"{verdict['table'][odd][0]} with {sizes[odd]}"
             )
         else:
             hosts = [entry[0] for entry in verdict["table"]]
@@ -218,7 +219,7 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
 
 
 def _strangers(store: dist.Store, hosts: Sequence[str], where: str) -> str:
-    """The message about ranks of several runs; empty where all bring one token."""
+    """Return the message about ranks of several runs; empty where all tokens are equal."""
     groups: dict[bytes, list[int]] = {}
     for rank in range(len(hosts)):
         groups.setdefault(store.get(f"token/{rank}"), []).append(rank)
@@ -235,11 +236,11 @@ def _strangers(store: dist.Store, hosts: Sequence[str], where: str) -> str:
 def _absence(
     store: dist.Store, place: Place, missing: Sequence[int], where: str, seconds: float
 ) -> str:
-    """The message about ranks that did not come; names hosts where the launcher lists them."""
+    """Return the message about missing ranks; names hosts where the launcher lists them."""
     came = [r for r in range(place.size) if r not in set(missing)]
     hosts = {json.loads(store.get(f"rank/{r}"))[0] for r in came}
     empty = [h for h in place.hosts if h not in hosts]
-    from_hosts = f"; nobody came from {', '.join(empty)}" if empty else ""
+    from_hosts = f"; no rank came from {', '.join(empty)}" if empty else ""
     return (
         f"{name_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
         f"{from_hosts}. {name_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an "
@@ -266,7 +267,7 @@ def _read_verdict(
 
 
 def _wait_until_told(store: dist.Store, others: int) -> None:
-    """Keep the store open until those who came have read why they must leave."""
+    """Keep the store open until the ranks that joined have read the verdict."""
     end = time.monotonic() + GRACE_SECONDS
     while store.add("told", 0) < others and time.monotonic() < end:
         time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Row ranges: who keeps which rows of a tensor. Pure integers, no tensors, no processes.
+"""Row ranges of sharded tensors. Pure integers, no tensors, no processes.
 
 A *span* is a half-open range ``[start, stop)`` of rows (dimension 0). Every engine shards along
 rows only, so that a shard is one contiguous byte range of a row-major file, and every codec is
@@ -36,7 +36,7 @@ class Span:
         return slice(self.start, self.stop)
 
     def intersect(self, other: "Span") -> "Span":
-        """The rows in both; where there are none, an empty span inside ``self``'s bounds."""
+        """Return the rows in both; if there are none, an empty span inside ``self``'s bounds."""
         start = min(max(self.start, other.start), self.stop)
         return Span(start, max(start, min(self.stop, other.stop)))
 
@@ -52,7 +52,8 @@ class Span:
 
 
 def row_span(num_rows: int, parts: int, index: int) -> Span:
-    """The rows of part ``index`` of ``parts``, by the rule of ``torch.chunk`` (see the module)."""
+    """Return the rows of part ``index`` of ``parts``, by the rule of ``torch.chunk`` (see the
+    module)."""
     if not 0 <= index < parts:
         raise ValueError(f"part {index} of {parts} does not exist")
     size = -(-num_rows // parts)

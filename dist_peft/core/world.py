@@ -1,9 +1,9 @@
-"""This process among its peers: how they meet, and how they agree.
+"""Process group of a run: rendezvous, agreement between ranks and error propagation.
 
-``launchers`` finds out who this process is, ``meeting`` brings the ranks together.
+``launchers`` detects rank and world size, ``meeting`` performs the rendezvous.
 
 ``World.together`` is how an error of one rank becomes an error of all: every rank runs the phase,
-then all exchange what happened, so that nobody waits in a collective for a rank that has left.
+then all exchange the outcome, so that no rank waits in a collective for one that has left.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ __all__ = ["MeetingError", "RemoteError", "World"]
 
 
 _meeting: Meeting | None = None
-"""As torch's process group, one a process."""
+"""The rendezvous of this process; one a process, as torch's process group."""
 
 _VERSIONS = ("dist_peft", "torch", "transformers", "tokenizers")
 """Distributions that must be of one version on every rank."""
@@ -35,7 +35,7 @@ class RemoteError(RuntimeError):
 
 
 class World(Place):
-    """This process among its peers: a place (see there for the attributes) that can talk."""
+    """A launched process (attributes: ``Place``) that can communicate with the other ranks."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
@@ -46,10 +46,14 @@ class World(Place):
         """
         return cls(**vars(detect(env)))
 
-    # -- meeting -------------------------------------------------------------------------------
+    # -- rendezvous ----------------------------------------------------------------------------
 
     def device(self, wanted: str) -> torch.device:
-        """``auto``, ``cpu`` or ``cuda`` -> this rank's device."""
+        """Return this rank's device for ``auto``, ``cpu`` or ``cuda``.
+
+        Raises:
+            UserError: there is no CUDA device, or this host has fewer than ranks.
+        """
         if wanted == "cuda" and not torch.cuda.is_available():
             raise UserError("train.device is cuda but torch sees no CUDA device; use cpu or auto")
         if wanted == "cpu" or not torch.cuda.is_available():
@@ -76,8 +80,8 @@ class World(Place):
             start_timeout_minutes: the longest wait for all ranks to come, now.
 
         Raises:
-            MeetingError: somebody did not come, the address is wrong, or ranks of another run,
-                or of another version, came there.
+            MeetingError: a rank is missing, the address is wrong, or ranks of another run or
+                another version joined.
             UserError: the launcher was not used: a batch script's own process.
         """
         if self.launcher == "sbatch":
@@ -102,8 +106,8 @@ class World(Place):
         )
 
     def token(self, device: torch.device) -> dict[str, str]:
-        """What every rank of this run says alike when they meet. The configuration is no part of
-        it: it is compared by key afterwards (``agree``)."""
+        """Return the facts that identify this run at the rendezvous, equal on every rank. The
+        configuration is compared afterwards, key by key (``agree``)."""
         versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
         who = {"run": self.job, "command": self.command, "device": device.type}
         return who | {f"version of {name}": version for name, version in versions.items()}
@@ -117,9 +121,9 @@ class World(Place):
             _meeting = None
 
     def explain(self, error: Exception) -> str | None:
-        """Whose death made a collective fail; None if ``error`` is no failed communication.
+        """Identify the rank that failed; None if ``error`` is not a failed collective.
 
-        Takes some seconds, in which the others show that they live.
+        Takes some seconds to wait for heartbeats of the other ranks.
         """
         broken = isinstance(error, dist.DistError) or "gloo" in str(error)
         if _meeting is None or not broken:
@@ -129,7 +133,7 @@ class World(Place):
             return None
         return f"rank {self.rank} on {self.host} lost its peers: no sign of life from {silent}"
 
-    # -- agreeing ------------------------------------------------------------------------------
+    # -- agreement -----------------------------------------------------------------------------
 
     @property
     def is_first(self) -> bool:
@@ -140,16 +144,18 @@ class World(Place):
         return self.local_rank == 0
 
     def barrier(self) -> None:
-        """Wait for all. An all-reduce of a CPU byte: works on every backend, names no device."""
+        """Wait for all ranks: an all-reduce of a CPU byte works on every backend."""
         if self.size > 1:
             dist.all_reduce(torch.zeros(1, dtype=torch.uint8))
 
-    def agree(self, what: str, values: Mapping[str, object], timeout_minutes: float = 30.0) -> None:
-        """See that all ranks have the same ``values``, without a collective.
+    def agree(
+        self, subject: str, values: Mapping[str, object], timeout_minutes: float = 30.0
+    ) -> None:
+        """Check that all ranks have the same ``values``, without a collective.
 
         Args:
-            what: the subject of the message, such as ``configuration``.
-            values: by key: anything that JSON writes.
+            subject: for the message, such as ``configuration``.
+            values: by key; anything that JSON can represent.
             timeout_minutes: the longest wait for the others.
 
         Raises:
@@ -161,12 +167,12 @@ class World(Place):
         difference = _meeting.compare(values, timeout_minutes * 60)
         if difference:
             raise UserError(
-                f"the ranks of this run do not have the same {what}: {difference}. Give every "
+                f"the ranks of this run do not have the same {subject}: {difference}. Give every "
                 "rank the same; if these are two runs, give each a MASTER_PORT of its own"
             )
 
     def collect(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The integers (64 bits, signed, equally many on each rank) of all ranks, by rank."""
+        """Gather the integers (int64, equally many on each rank) of all ranks, by rank."""
         if self.size == 1:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64)
@@ -175,7 +181,7 @@ class World(Place):
         return [part.tolist() for part in parts]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one."""
+        """Return on every rank whether ``flag`` is true on any."""
         if self.size == 1:
             return flag
         value = torch.tensor([int(flag)])
@@ -191,7 +197,7 @@ class World(Place):
         return [float(v) for v in total]
 
     def max(self, *values: float) -> list[float]:
-        """The largest of each number over the ranks."""
+        """Return the maximum of each number over the ranks."""
         if self.size == 1:
             return list(values)
         most = torch.tensor(values, dtype=torch.float64)
@@ -199,7 +205,7 @@ class World(Place):
         return [float(v) for v in most]
 
     def add_up(self, tensor: Tensor) -> None:
-        """Sum a tensor over the ranks, in place. Of integers: the same bits at any number of them.
+        """Sum a tensor over the ranks, in place. Integers: bit-equal at any number of ranks.
 
         A collective: all ranks come, with equal shapes and types.
         """
@@ -207,8 +213,8 @@ class World(Place):
             dist.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Give every rank, in place, the tensor of rank ``source``."""
-        assert tensor.is_contiguous()  # what arrives is laid out so
+        """Copy the tensor of rank ``source`` to every rank, in place."""
+        assert tensor.is_contiguous()  # the received tensor is laid out so
         if self.size > 1:
             dist.broadcast(tensor, source)
 
@@ -218,7 +224,7 @@ class World(Place):
 
         The body must hold no collective that a failing rank would leave others waiting in. Every
         rank raises the error of the lowest failing rank: that rank its own exception, the others a
-        ``UserError`` with the same text, or ``RemoteError`` for what is no user's fault.
+        ``UserError`` with the same text, or ``RemoteError`` for an error that is not the user's.
         """
         failure: Exception | None = None
         try:

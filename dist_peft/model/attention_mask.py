@@ -1,11 +1,12 @@
-"""Packed rows: how a model is told that the documents of a row must not see each other.
+"""Attention masks of packed sequences, in which documents must not attend to each other.
 
-A row holds several documents; their position ids restart at 0. From that ``transformers`` builds a
-block-diagonal causal mask (or cumulative lengths for variable-length flash attention), combined
-with sliding windows where a layer has one. A few families do not look at the positions there; they
-get the mask explicitly. ``documents_are_isolated`` does not trust either: it looks at the logits.
+A packed sequence holds several documents; their position ids restart at 0. From that
+``transformers`` builds a block-diagonal causal mask (or cumulative lengths for variable-length
+flash attention), combined with sliding windows where a layer has one. A few families do not look at
+the positions there; they get the mask explicitly. ``documents_are_isolated`` does not rely on
+either: it compares logits.
 
-A prefix that every document sees (prefix-tuning) is beyond what positions can say, so a packed row
+Positions cannot describe a prefix that every document sees (prefix-tuning), so a packed sequence
 with a prefix of ``P`` always gets its mask explicitly (``prefix_mask``)::
 
                   prefix   document 1   document 2
@@ -40,25 +41,25 @@ __all__ = [
 ]
 
 _LEAK, _FLOAT32, _HALF = 1e-5, 1e-4, 5e-2
-"""How far logits may be apart, by the largest one: where operations are the same, where they are
-others in float32, and in half precision."""
+"""Tolerance of logits relative to the largest one: for the same operations, for others in float32,
+and in half precision."""
 
 _NEED_EXPLICIT_MASK = {"opt"}
 """Model types that build their causal mask without looking at the position ids."""
 
 
 def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    """Keyword arguments of the forward pass for packed rows ``[B, S]``."""
+    """Return keyword arguments of the forward pass for packed sequences ``[B, S]``."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     mask = packing_mask(model, position_ids)
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
 def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of the forward pass for a batch.
+    """Return keyword arguments of the forward pass for a batch.
 
-    Labelled rows hold one document each, padded: they have a mask, and the positions that the model
-    counts itself (RoBERTa's begin at 2).
+    Labelled rows hold one document each, padded: they have a mask, and the model computes its own
+    positions (RoBERTa's begin at 2).
     """
     ids = batch.input_ids.to(device)
     if not isinstance(batch, LabelledBatch):
@@ -70,7 +71,7 @@ def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[s
 
 
 def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
-    """What ``document_mask`` gives, where the model would not find out itself."""
+    """Return ``document_mask`` for models that do not derive it from positions, else None."""
     config: Any = model.config
     if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed(position_ids):
         return None
@@ -80,12 +81,13 @@ def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
 
 
 def is_packed(position_ids: Tensor) -> bool:
-    """Whether a row ``[B, S]`` holds several documents (padding after one counts as another)."""
+    """Return whether a sequence of ``[B, S]`` holds several documents (padding after one counts as
+    another)."""
     return bool((position_ids[:, 1:] == 0).any())
 
 
 def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask ``[B, 1, S, S]``: 0 where a token sees another, else the least number.
+    """Return the additive mask ``[B, 1, S, S]``: 0 where a token sees another, else the minimum.
 
     A token sees itself and earlier tokens of its document; documents begin where positions are 0.
     """
@@ -95,10 +97,10 @@ def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 def prefix_mask(
     config: Any, position_ids: Tensor, prefix: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """Additive mask(s) ``[B, 1, S, prefix + S]`` of packed rows whose documents all see a prefix.
+    """Return additive mask(s) ``[B, 1, S, prefix + S]`` of packed sequences with a prefix.
 
-    In layers with a sliding window, a token sees what is less than the window away; the prefix is
-    right before each document.
+    Every document sees the prefix. In layers with a sliding window, a token sees tokens less than
+    the window away; the prefix is right before each document.
 
     Args:
         config: of the model. One with ``layer_types`` takes a mask for each type, by its name.
@@ -115,7 +117,7 @@ def prefix_mask(
 
 
 def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tensor:
-    """``[B, S, prefix + S]``: which keys a token sees."""
+    """Return ``[B, S, prefix + S]``: which keys a token sees."""
     sees = _sees(position_ids)
     if window is None:
         ahead = torch.ones_like(sees[:, :, :1]).expand(-1, -1, prefix)
@@ -127,14 +129,14 @@ def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tenso
 
 
 def _sees(position_ids: Tensor) -> Tensor:
-    """``[B, S, S]``: a token sees itself and what is before it in its document."""
+    """Return ``[B, S, S]``: a token sees itself and the tokens before it in its document."""
     document = (position_ids == 0).cumsum(1)
     same = document[:, :, None] == document[:, None, :]
     return same & torch.ones_like(same).tril()
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, Q, K]`` -> ``[B, 1, Q, K]``: 0 where a token sees, else the least number."""
+    """Convert ``[B, Q, K]`` to ``[B, 1, Q, K]``: 0 where a token sees, else the minimum."""
     mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
@@ -143,19 +145,20 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 def documents_are_isolated(
     model: nn.Module, device: torch.device, longest: int = 0, more_lengths: Iterable[int] = ()
 ) -> bool:
-    """Whether a packed document has the logits that it has alone, whatever is before it.
+    """Return whether a packed document has the same logits as alone, whatever is before it.
 
-    Looks at a row of two short documents and, for each length beyond which the model computes other
-    rotary angles, at rows with a document of that length before and after a short one. A document
-    is compared behind two neighbours of one length, which are the same operations: what is masked
-    counts exactly nothing, so in half precision as in float32 any difference is a leak, however
-    small (of experts, products of other sizes round differently: they are allowed that). And it is
+    Tries a sequence of two short documents and, for each length beyond which the model computes
+    other rotary angles, sequences with a document of that length before and after a short one. A
+    document
+    is compared behind two neighbours of one length, which are the same operations: masked tokens
+    contribute exactly zero, so in half precision as in float32 any difference is a leak, however
+    small (products of experts have other sizes and round differently, which is allowed). And it is
     compared with itself alone, where half precision is allowed its own rounding. Differences are
-    relative to the largest logit of the document alone. What a convolution lets through is in the
-    first tokens of a document: all count. Every rank must call it.
+    relative to the largest logit of the document alone. A leak through a convolution is in the
+    first tokens of a document: all are compared. Every rank must call it.
 
     Args:
-        longest: tokens of the longest row to come; longer switch lengths are left out.
+        longest: tokens of the longest sequence to come; longer switch lengths are left out.
         more_lengths: treated as those of rotary angles.
     """
     short = 8

@@ -1,4 +1,4 @@
-"""Which tensors of a base are hashed while they are read, and how."""
+"""Choose the tensors of a base that are hashed while they are read."""
 
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.content import RowHashes
@@ -7,10 +7,10 @@ __all__ = ["row_hashes"]
 
 
 def row_hashes(skeleton: Skeleton) -> RowHashes:
-    """For a ``RowReader`` of the skeleton's files.
+    """Return the hashes for a ``RowReader`` of the skeleton's files.
 
-    Tensors that the model has as the files have them are hashed as they are; weights that a
-    prequantized directory has in several tensors, in the packed rows that are made of these.
+    Tensors that the model has as stored are hashed as they are; weights that a prequantized
+    directory stores as several tensors, in the packed rows built from these.
     """
     files = skeleton.index.tensors
     plain = [spec for name, spec in skeleton.tensors.items() if files.get(name) == spec]

@@ -7,13 +7,13 @@
     ModernBERT [CLS] a [SEP] b [SEP] -> blocks -> [CLS] or mean  -> dense, norm, classifier
     Llama, ... <s> a b               -> blocks -> state of the last token -> score
 
-The *head* is what lies outside of the model's trunk (``base_model``), and a pooler that the files
-do not have. Most of it is in no checkpoint: such parameters are *new*. What the files have in the
-right shape is where training starts from. The head always learns (``adapters.head``), the trunk
-is frozen, quantized and sharded as under a language model's head.
+The *head* is every module outside the model's trunk (``base_model``), and a pooler that the files
+do not have. Most of its parameters are in no checkpoint and are *new*; the others, if the files
+have them in the right shape, are initialized from the files. The head is always trainable
+(``adapters.head``), the trunk is frozen, quantized and sharded as under a language model's head.
 
 Checkpoints of encoders come from the trunk alone (no ``bert.`` in front) or with another head
-(``cls.*``, ``lm_head.*``); such tensors are passed over.
+(``cls.*``, ``lm_head.*``); such tensors are ignored.
 """
 
 import re
@@ -56,7 +56,7 @@ MODELS: dict[str, Any] = {
     "lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
 }
-"""``base.head`` -> what builds it."""
+"""``base.head`` -> the class that builds it."""
 
 KINDS = {"lm": "causal LM", "classifier": "classifier"}
 """``base.head`` -> its name in messages."""
@@ -64,7 +64,7 @@ KINDS = {"lm": "causal LM", "classifier": "classifier"}
 
 @dataclass(frozen=True)
 class Head:
-    """What is trained on top.
+    """The classification head of a model.
 
     Attributes:
         labels: names of the classes, in the order of their ids.
@@ -78,13 +78,14 @@ class Head:
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether attention sees both ways: such a model predicts no next tokens."""
+    """Return whether attention is bidirectional: such a model predicts no next tokens."""
     decodes = getattr(config, "is_decoder", False)
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
 
 
 def refuse_encoder(config: PretrainedConfig, path: str) -> None:
-    """
+    """Refuse an encoder as a language model.
+
     Raises:
         UserError: ``config`` is an encoder's, which a language model's head does not fit.
     """
@@ -96,7 +97,7 @@ def refuse_encoder(config: PretrainedConfig, path: str) -> None:
 
 
 def prepare_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
-    """Write the classes into a model's configuration.
+    """Set the class labels in a model's configuration.
 
     Raises:
         UserError: an encoder-decoder.
@@ -112,12 +113,12 @@ def prepare_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
 
 
 def may_be_new(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Callable[[str], bool]:
-    """Tells of a parameter's full name whether the base's files may lack it.
+    """Return a predicate on full names: whether the base's files may lack the parameter.
 
-    From then on only what looks like a block's weight is worth a warning where it is not used.
+    Afterwards only unused tensors that look like a block's weight are worth a warning.
 
     Raises:
-        UserError: layers that share weights (ALBERT), or a trunk that cannot be told apart.
+        UserError: layers that share weights (ALBERT), or a trunk that cannot be identified.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if model.base_model is model or count != len(blocks):
@@ -134,12 +135,12 @@ def may_be_new(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Callable[
 
 
 def _trunk(model: PreTrainedModel) -> str:
-    """What names inside the trunk begin with."""
+    """Return the prefix of names inside the trunk."""
     return next(n for n, m in model.named_modules() if m is model.base_model) + "."
 
 
 def head_of(model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[str]) -> Head:
-    """The head of ``model``, whose parameters are in the files as ``names`` says.
+    """Return the head of ``model``; ``names`` maps its parameters to tensors of the files.
 
     Raises:
         UserError: a part of the head that owns parameters and has parts itself.
@@ -159,7 +160,8 @@ def head_of(model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[s
 
 
 def unused_positions(model: nn.Module) -> int:
-    """Rows of learned positions that no token has: RoBERTa counts from the padding's id on."""
+    """Return the number of position embeddings without a token: RoBERTa starts after the padding
+    id."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -169,7 +171,7 @@ def unused_positions(model: nn.Module) -> int:
 def used_and_new(
     model: nn.Module, names: dict[str, str], tensors: Mapping[str, TensorSpec], head: Head
 ) -> dict[str, TensorSpec]:
-    """See ``Skeleton.tensors``."""
+    """Return the used tensors of the files and the new ones of the head (``Skeleton.tensors``)."""
     used = set(names.values())
     found = {name: spec for name, spec in tensors.items() if name in used}
     for name in head.new:
@@ -179,7 +181,7 @@ def used_and_new(
 
 
 def settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Keys of ``config.json`` that make ``transformers`` load a classifier as trained."""
+    """Return keys of ``config.json`` that make ``transformers`` load a classifier as trained."""
     config = model.config
     return {
         "architectures": [type(model).__name__],
@@ -191,17 +193,17 @@ def settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def take_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell a decoder which tokens are padding: it classifies at the last one that is none."""
+    """Set a decoder's padding token: it classifies at the last token that is not padding."""
     model.config.get_text_config().pad_token_id = pad_token(tokenizer)
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that fills rows up; that of the text's end where there is no other."""
+    """Return the id of the padding token, or of the end-of-text token where there is none."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(i for i in ids if i is not None))
 
 
 def reads_token_types(model: nn.Module) -> bool:
-    """Whether the model tells the two texts of a pair apart by an embedding (BERT does)."""
+    """Return whether token type embeddings mark the two texts of a pair, as in BERT."""
     types: int = getattr(model.config, "type_vocab_size", 0)
     return types > 1

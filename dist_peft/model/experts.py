@@ -1,6 +1,6 @@
 """Mixture-of-experts layers: the experts of a block, packed, frozen and sharded like any linear.
 
-A router chooses ``k`` of ``E`` experts for each token and weights what they give (Shazeer et al.
+A router chooses ``k`` of ``E`` experts for each token and weights their outputs (Shazeer et al.
 2017; Mixtral, Qwen-MoE, OLMoE)::
 
     y_t = sum over the k chosen e of  w_te  D_e (act(G_e x_t) * U_e x_t)
@@ -13,11 +13,11 @@ other weight::
     down_proj.packed      uint8 [E * H,  row_bytes(I)]    | D_0 | D_1 | ...
 
 A rank's rows of a stack can begin and end within an expert. Whole stacks are gathered with their
-block, whichever experts the tokens chose, so that all ranks call the same collectives; what is
-*decoded* is one expert at a time, and only those that got tokens.
+block, whichever experts the tokens chose, so that all ranks call the same collectives;
+*dequantized* is one expert at a time, and only those that got tokens.
 
-The files have a tensor for each expert and projection, or the stack itself. ``pieces`` says which
-rows lie where.
+The files have a tensor for each expert and projection, or the stack itself. ``pieces`` maps rows to
+tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,11 +93,11 @@ class ExpertStack(FrozenRows):
         self.experts, self.out_features = experts, out_features
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """``x`` [n, in], ordered by expert, ``counts`` [E] rows for each -> [n, out]."""
+        """Multiply ``x`` [n, in], sorted by expert with ``counts`` [E] rows each, to [n, out]."""
         return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, counts)
 
     def read(self, reader: RowReader, span: Span) -> Tensor:
-        """See ``FrozenRows``; of each tensor that has some of the rows, these alone are read."""
+        """Read rows of the stack; of each tensor that holds some of them, only these are read."""
         dtypes = [reader.index.find(piece.name).dtype for piece in self.pieces]
         rows = torch.empty(len(span), self.in_features, dtype=reduce(torch.promote_types, dtypes))
         for piece in self.pieces:
@@ -115,7 +115,7 @@ class ExpertStack(FrozenRows):
 
 
 class FrozenExperts(nn.Module):
-    """Stands for a ``transformers`` experts module, and is called as that is.
+    """Replacement of a ``transformers`` experts module with the same forward signature.
 
     Args:
         gate_up_proj, down_proj: ``[2I, H]`` and ``[H, I]`` of each expert.
@@ -133,11 +133,12 @@ class FrozenExperts(nn.Module):
         self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """
+        """Compute the weighted sum of the chosen experts' outputs.
+
         Args:
             hidden_states: ``[n, H]``.
             top_k_index: long ``[n, k]``, the experts of each token.
-            top_k_weights: ``[n, k]``; what they give is multiplied by it.
+            top_k_weights: ``[n, k]``, factors of the experts' outputs.
 
         Returns:
             ``[n, H]`` in the type of ``hidden_states``.
@@ -148,17 +149,17 @@ class FrozenExperts(nn.Module):
         x = hidden_states[order // top_k_index.shape[1]]
         gate, up = self.gate_up_proj(x, counts).chunk(2, -1)
         y = self.down_proj(self.act_fn(gate) * up, counts)
-        # back in the tokens' order: a sum over k is the same in each run, where adding to an index
+        # back in the tokens' order: a sum over k is deterministic, where adding to an index
         # is not on a GPU
         y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
 
 
 def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The experts modules of ``transformers`` in ``blocks``.
+    """Return the experts modules of ``transformers`` in ``blocks``.
 
-    ``transformers`` declares how a family's experts compute (``use_experts_implementation``); what
-    is declared otherwise than in the module above is refused, and so is what is not declared.
+    ``transformers`` declares how a family's experts compute (``use_experts_implementation``);
+    modules with another declaration than above, or without one, are refused.
 
     Raises:
         UserError: experts of another kind.
@@ -181,11 +182,11 @@ def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def find_routers(model: nn.Module, experts: Sequence[nn.Module]) -> set[int]:
-    """``id`` of the linears that decide which experts a token gets, or how much of a shared one.
+    """Return ``id`` of the linears that route tokens to experts, or weight a shared expert.
 
-    They lie beside ``experts`` (``shared_expert_gate`` of Qwen2-MoE), or in a module beside them
-    and have an output for each expert. What shared experts are made of does neither. Most families'
-    routers are no linears at all.
+    They are siblings of ``experts`` (``shared_expert_gate`` of Qwen2-MoE), or lie in a sibling
+    module and have an output for each expert. Linears of shared experts are neither. Most families'
+    routers are not linears.
     """
     counts = {id(module): module.get_parameter(STACKS[0]).shape[0] for module in experts}
     found: set[int] = set()
@@ -206,11 +207,11 @@ _DECLARED: dict[str, tuple[bool, str]] = {
     "is_concatenated": (True, "whose gate and up rows are interleaved"),
     "has_post_expert_norm": (False, "which have a norm of their own"),
 }
-"""Attribute of an experts module -> what it is here, and what the opposite means."""
+"""Attribute of an experts module -> its value here, and the meaning of the opposite."""
 
 
 def _other_kind(module: Any) -> str | None:
-    """Why ``FrozenExperts`` does not compute what ``module`` does; None if it does."""
+    """Return why ``FrozenExperts`` cannot replace ``module``; None if it can."""
     own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if not hasattr(module, "is_transposed"):
         return "whose products transformers does not declare"

@@ -3,15 +3,15 @@
 A model class lists them as regular expressions, which ``from_pretrained`` searches for in full
 names::
 
-    _keep_in_fp32_modules_strict    float32 beside float16 and bfloat16 (routers' correction biases)
-    _keep_in_fp32_modules           float32 beside float16 only (norms of gpt-oss, rwkv's decay)
+    _keep_in_fp32_modules_strict    float32 with float16 and bfloat16 (routers' correction biases)
+    _keep_in_fp32_modules           float32 with float16 only (norms of gpt-oss, rwkv's decay)
 
 A tensor that no pattern names has the type in which the class builds it: the default type, or one
 that its code states (``torch.zeros(..., dtype=torch.float32)``). The model's own rounding is part
 of the function: DeepSeek-V3 adds a correction bias to the scores of its experts, and bfloat16's
 8 bits of it order the experts differently.
 
-A directory that is written must give the same function when it is loaded again, so the same
+A written directory must compute the same function when it is loaded again, so the same
 tensors are written in float32 (``written_types``). Persistent buffers are never written narrower
 than the base stores them: no adapter changes them, and runtimes other than ``transformers`` keep
 some in float32 that ``transformers`` rounds when it loads them (MiniMax-M2's correction bias).
@@ -32,9 +32,9 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def keeps_float32(model: nn.Module, name: str, *dtypes: torch.dtype) -> bool:
-    """Whether a parameter or buffer with this full name is float32 in a model of ``dtypes``.
+    """Return whether a parameter or buffer with this full name is float32 in a model of ``dtypes``.
 
-    Several ``dtypes`` (that of training, that of a written file): float32 beside one of them.
+    With several ``dtypes`` (of training, of a written file): float32 with any of them.
     """
     if not set(dtypes) & set(_HALVES):
         return False
@@ -49,8 +49,8 @@ def _patterns(model: Any, attribute: str) -> Iterable[str]:
 
 
 def set_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters and persistent buffers of ``model`` the types that ``from_pretrained(dtype)``
-    gives them.
+    """Cast parameters and persistent buffers of ``model`` to their types after
+    ``from_pretrained(dtype)``.
 
     Args:
         model: built with default type ``dtype``; parameters may be on ``meta``.
@@ -74,11 +74,12 @@ def written_types(
     tensors: Mapping[str, TensorSpec],
     dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
-    """Tensors of the files that are written wider than the 16 bits asked for, and their type.
+    """Return tensors of the files that are written wider than the 16 bits asked for, and their
+    type.
 
     Args:
         names: full name -> tensor in the files (``naming.Names``).
-        tensors: what the files say of each.
+        tensors: name -> spec in the files.
         dtype: the run's compute type.
     """
     # merged directories are 16 bits wide even where training was in float32
@@ -95,7 +96,7 @@ def written_types(
         if wide == torch.float32 or keeps_float32(model, name, narrow):
             found[source] = torch.float32
     used = set(names.values())
-    for name, spec in tensors.items():  # further layers that this model does not have
+    for name, spec in tensors.items():  # extra layers that this model does not have
         half = spec.dtype.is_floating_point and name not in used
         if half and keeps_float32(model, name, narrow):
             found[name] = torch.float32

@@ -1,21 +1,21 @@
-"""One forward without memory or arithmetic, before anything is loaded.
+"""One forward on fake tensors, without memory or arithmetic, before weights are loaded.
 
-A family's own code may treat a packed linear as what it is not: read its weight through a local
-variable, ask for its type, change it. ``model.weight_probe`` sees what the source says of
-``self.a.b.weight``; here the code runs. All parameters and buffers are replaced by fake tensors
-(``torch._subclasses``: meta tensors that name a device), packed linears and experts answer with a
-fake tensor of the right shape and decode nothing, and afterwards every module has its own
-attributes back.
+A family's own code may treat a packed linear as a plain one: read its weight through a local
+variable, ask for its type, change it. ``model.weight_probe`` finds ``self.a.b.weight`` in the
+source; here the code runs. All parameters and buffers are replaced by fake tensors
+(``torch._subclasses``: meta tensors that name a device), packed linears and experts return a fake
+tensor of the right shape without dequantizing, and afterwards the attributes of every module are
+restored.
 
-What a failure means is told by running the forward again with the linears that ``transformers``
-built. If that fails, too, the family's code cannot run on fake tensors (it asks for values, such as
-which tokens an expert gets), and nothing is concluded.
+A failure is diagnosed by running the forward again with the linears that ``transformers`` built. If
+that fails, too, the family's code cannot run on fake tensors (it asks for values, such as which
+tokens an expert gets), and nothing is concluded.
 
-Blocks that are built alike are run once; the others hand on the output of the first.
+Of blocks that are built alike one is run; the others return its output.
 
 The run has a graph and a number added to the output of each packed linear. Linears whose
-numbers get no gradient (what only picks indices, as DSA indexers do; what is not run, as a
-decoder's attention to an absent encoder) can learn nothing, and ``all-linear`` leaves them out.
+numbers get no gradient (they only pick indices, as DSA indexers do, or are not run, as a decoder's
+attention to an absent encoder) cannot be trained, and ``all-linear`` leaves them out.
 """
 
 import logging
@@ -49,11 +49,11 @@ def probe_forward(
 ) -> None:
     """Run the forward of a frozen model on fake tensors.
 
-    A linear whose weight the code reads is given back as ``transformers`` built it, with those of
-    the other layers, and the forward is run again.
+    A linear whose weight the code reads is restored as ``transformers`` built it, with those of the
+    other layers, and the forward is run again.
 
     Args:
-        replaced: linears and experts that were frozen; those given back are removed.
+        replaced: linears and experts that were frozen; restored ones are removed.
         path: ``base.path``, for messages.
 
     Sets ``without_gradient`` of packed linears.
@@ -102,7 +102,7 @@ def _works_with_originals(
 
 
 def _read_linear(error: Exception | None, replaced: Sequence[Replaced]) -> str | None:
-    """Of an ``AttributeError`` on a frozen linear: its kind."""
+    """Return the kind of the frozen linear that raised an ``AttributeError``, else None."""
     if not isinstance(error, AttributeError):
         return None
     found = (one for one in replaced if one.frozen is error.obj)
@@ -110,7 +110,7 @@ def _read_linear(error: Exception | None, replaced: Sequence[Replaced]) -> str |
 
 
 def _cause(error: Exception) -> str:
-    """Type, text and the place in the family's code."""
+    """Return type, text and the place in the family's code."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
     place = ""
@@ -121,10 +121,9 @@ def _cause(error: Exception) -> str:
 
 
 def _forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Exception | None:
-    """What the forward raises on fake tensors, each kind of block run once; None: nothing.
+    """Return the error of the forward on fake tensors, each kind of block run once, or None.
 
-    Blocks may be alike only for a look at their modules, so a failure counts only if it is seen
-    when all of them are run.
+    Blocks may look alike by their modules only, so a failure is confirmed by a run of all of them.
     """
     error = _run(model, blocks)
     return None if error is None else _run(model, ())
@@ -133,7 +132,7 @@ def _forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Excep
 def _note_without_gradient(
     model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
 ) -> bool:
-    """By kind: of blocks that are alike, one is run.
+    """Set ``without_gradient`` by kind of linear: of blocks that are alike, one is run.
 
     Returns:
         Whether the forward and the backward ran.
@@ -159,11 +158,11 @@ def _run(
     alike: Sequence[nn.Module],
     markers: dict[nn.Module, Tensor] | None = None,
 ) -> Exception | None:
-    """What the forward raises, blocks in ``alike`` run once if they are.
+    """Return the error of the forward or None; of like blocks in ``alike`` one is run.
 
     Args:
-        markers: where there is one, the backward is run, too, and the numbers that were added to
-            the output of linears are put there.
+        markers: if not None, run the backward too and store the numbers added to the outputs of
+            linears here.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     attention = model.config._attn_implementation
@@ -186,7 +185,7 @@ def _run(
             changed = sum(p._version > 0 for p in parameters)
         if changed:
             raise _ChangedWeightsError(f"its forward changes {changed} of its weights in place")
-    except Exception as error:  # of any family's code
+    except Exception as error:  # any error of a family's code
         return error
     finally:
         if attention not in ON_ANY_DEVICE:
@@ -196,7 +195,7 @@ def _run(
 
 @contextmanager
 def own_attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Whatever is assigned to modules inside is undone."""
+    """Restore the attributes of all modules on exit."""
     before = [
         (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
         for m in model.modules()
@@ -214,7 +213,7 @@ def own_attributes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
-    """Parameters and buffers become fake ones on the CPU; what is tied stays so.
+    """Replace parameters and buffers by fake ones on the CPU; tied ones stay tied.
 
     Returns:
         The fake parameters.
@@ -289,7 +288,7 @@ def _first_of_kind(
 
 
 def block_kind(block: nn.Module) -> object:
-    """What blocks have in common that compute alike: classes, shapes, plain settings."""
+    """Return a key equal for blocks that compute alike: classes, shapes, plain settings."""
     return tuple(
         (
             name,

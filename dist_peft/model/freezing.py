@@ -1,7 +1,7 @@
-"""Linears and experts of a model on ``meta`` are replaced by packed ones.
+"""Replace linears and experts of a model on ``meta`` by packed ones.
 
 Which linears: ``nn.Linear`` and those of its subclasses that compute the same (Falcon writes
-``x @ W.T + b``). What other classes compute, such as GPT-2's ``Conv1D``, stays as it is.
+``x @ W.T + b``). Other classes, such as GPT-2's ``Conv1D``, are left unchanged.
 """
 
 import copy
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Replaced:
-    """A child of ``parent`` that was frozen: what ``transformers`` built, and ours.
+    """A frozen child of ``parent``: the module that ``transformers`` built, and its replacement.
 
     ``path``: of the child in the model.
     """
@@ -45,7 +45,7 @@ class Replaced:
 
     @property
     def kind(self) -> str:
-        """The path, the same in each layer: ``model.layers.*.mlp.up_proj``."""
+        """The path with layer numbers removed: ``model.layers.*.mlp.up_proj``."""
         return re.sub(r"\d+", "*", self.path)
 
     def put_original(self) -> None:
@@ -56,7 +56,7 @@ class Replaced:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``x W^T + b`` and nothing else.
+    """Return whether ``module`` computes ``x W^T + b`` and nothing else.
 
     A subclass of ``nn.Linear`` with a forward of its own is tried with small numbers, exactly
     (integers in float64), on inputs of two and three dimensions.
@@ -85,7 +85,7 @@ def is_plain_linear(module: nn.Module) -> bool:
                 found, F.linear(x, weight, bias)
             ):
                 return False
-    except Exception:  # code of any model: what cannot be tried is not taken
+    except Exception:  # code of any model: a module that fails is not a plain linear
         return False
     return True
 
@@ -101,11 +101,11 @@ def freeze_linears(
     learning: Sequence[str],
     plain: set[int],
 ) -> list[Replaced]:
-    """Inside the blocks linears take the base's codec; an untied head stays unquantized.
+    """Replace linears of the blocks by packed ones; an untied head is frozen unquantized.
 
-    ``learning``: paths of modules that are no frozen ones. ``plain``: ``id`` of linears that stay
-    what they are: routers, and those whose weight other modules read. So do linears that are
-    float32 in a 16-bit model, which is no packed type.
+    ``learning``: paths of trainable modules, left out. ``plain``: ``id`` of linears left unchanged:
+    routers, and those whose weight other modules read. Linears in float32 of a 16-bit model are
+    left unchanged too, since no packed type holds them.
 
     Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
     """
@@ -123,7 +123,7 @@ def freeze_linears(
                 continue
             inside = id(child) in in_blocks
             if not inside and tied:
-                continue  # shares the embedding's parameter, which is no linear's
+                continue  # shares the parameter of the embedding, which is not a linear
             shape = child.out_features, child.in_features
             source = names.get(f"{path}.{name}.weight".lstrip("."))
             stored = packed.linear(source, *shape) if packed and source and inside else None
@@ -146,7 +146,7 @@ def freeze_linears(
 def freeze_experts(
     model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
 ) -> list[Replaced]:
-    """Experts take the base's codec, too."""
+    """Replace experts by ones packed with the base's codec."""
     replaced: list[Replaced] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in experts:
@@ -164,10 +164,10 @@ def freeze_experts(
 
 
 def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:
-    """``base.quant`` is set: see that it packs something.
+    """Check that ``base.quant``, which is set, packs at least one weight.
 
     Raises:
-        UserError: no linear of a block is packed; the message names what the blocks are made of.
+        UserError: no linear of a block is packed; the message names the classes in the blocks.
     """
     if packed_share(model) > 0:
         return
@@ -180,13 +180,13 @@ def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> No
     raise UserError(
         f"base.quant packs nothing of {path}: the matrices of {type(model).__name__}'s blocks are "
         f"in modules of class {', '.join(sorted(classes)) or 'none'}, and only linears (nn.Linear "
-        "and what computes the same) are packed and adapted; set base.quant: null and "
+        "and classes that compute the same) are packed and adapted; set base.quant: null and "
         "adapter.kind: full to train it unquantized, or use another base"
     )
 
 
 def packed_share(model: nn.Module) -> float:
-    """Share of the model's bytes, as it rests, that are packed weights of blocks."""
+    """Return the share of the model's bytes that are packed weights of blocks, 0 to 1."""
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     packed = {
         id(module.packed): module.packed.numel()

@@ -1,13 +1,13 @@
-"""A linear layer whose weight is frozen, packed and decoded only while it multiplies.
+"""A linear layer with a frozen, packed weight that is dequantized only for the product.
 
-The weight ``[out, in]`` rests as one ``uint8`` parameter ``[out, row_bytes]`` in the format of a
-codec, each row self-contained, so that engines shard it along rows like any other parameter::
+The weight ``[out, in]`` is stored as one ``uint8`` parameter ``[out, row_bytes]`` in the format of
+a codec, each row self-contained, so that engines shard it along rows like any other parameter::
 
     y = x W^T + b        W = codec.decode(packed)
 
-``decode`` happens inside ``frozen_matmul`` in forward and once more in backward; no decoded copy
-outlives either. This is the base layer of QLoRA (Dettmers et al. 2023), with one difference to
-bitsandbytes' ``Linear4bit``: scales and zeros lie in the row beside the codes, not in a separate
+``decode`` happens inside ``frozen_matmul`` in forward and once more in backward; no dequantized
+copy outlives either. This is the base layer of QLoRA (Dettmers et al. 2023), with one difference to
+bitsandbytes' ``Linear4bit``: scales and zeros lie in the row with the codes, not in a separate
 state that engines would replicate.
 
 ``FrozenRows`` is the packed weight alone, which linears share with the experts of a mixture
@@ -37,25 +37,25 @@ class Stored(Protocol):
     """A linear of a prequantized base."""
 
     def read(self, reader: RowReader, span: Span) -> Tensor:
-        """Rows as the linear's codec packs them, ``uint8 [len(span), row_bytes]``."""
+        """Read rows packed by the linear's codec, ``uint8 [len(span), row_bytes]``."""
 
 
 class FrozenRows(nn.Module):
-    """A packed, frozen weight that some product is made with.
+    """A packed, frozen weight of a linear or of experts.
 
     Args:
         in_features: columns of the weight.
         rows: of the weight.
         codec: how rows are packed.
         source: name of the weight in the checkpoint's files.
-        device: where the (unfilled) parameter is made; ``meta`` in a run.
-        stored: where a prequantized base has its packed rows; None: they are encoded.
+        device: of the unfilled parameter; ``meta`` in a run.
+        stored: reader of packed rows of a prequantized base; None: rows are encoded.
 
     Attributes:
         packed: ``uint8 [rows, row_bytes]``, frozen.
         is_head: this is the output head, which ``all-linear`` leaves out.
-        without_gradient: the model's code lets no gradient through from its output, so nothing
-            learns here; ``all-linear`` leaves it out.
+        without_gradient: the model's code lets no gradient through from its output, so an adapter
+            on it cannot be trained; ``all-linear`` leaves it out.
     """
 
     is_head: bool = False
@@ -78,16 +78,16 @@ class FrozenRows(nn.Module):
         self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
 
     def read(self, reader: RowReader, span: Span) -> Tensor:
-        """Rows of an unquantized base's files, ``[len(span), in]`` in their type."""
+        """Read rows of an unquantized base's files, ``[len(span), in]`` in their type."""
         return reader.read(self.source, span)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight [rows, in]; allocates it."""
+        """Dequantize the whole weight to a new tensor [rows, in]."""
         return self.codec.decode(self.packed, self.in_features, dtype)
 
     def rounded(self, rows: Tensor) -> Tensor:
-        """Rows of the base's weight ``[n, in]`` as the product will see them: rounded by the codec,
-        which those of a prequantized base are already."""
+        """Quantize and dequantize rows of the base's weight ``[n, in]``, as the product sees them.
+        Rows of a prequantized base are returned unchanged."""
         if self.stored is not None:
             return rows
         return self.codec.decode(self.codec.encode(rows), self.in_features, rows.dtype)
@@ -98,7 +98,7 @@ class FrozenLinear(FrozenRows):
 
     Args:
         in_features, out_features: shape of the weight, ``[out, in]``.
-        codec, source, device, stored: see ``FrozenRows``.
+        codec, source, device, stored: as in ``FrozenRows``.
         bias: whether there is a bias ``[out]``.
         bias_dtype: type of the bias.
 
@@ -128,7 +128,7 @@ class FrozenLinear(FrozenRows):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of ``x``."""
+        """Map ``x`` [..., in] to [..., out] in the type of ``x``."""
         y = frozen_matmul(x, self.packed, self.codec, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -141,11 +141,11 @@ class FrozenLinear(FrozenRows):
 
 @dataclass(frozen=True)
 class LinearRows:
-    """Some rows of a packed weight, read.
+    """Rows of a packed weight as read from the files.
 
     Attributes:
-        linear: whose.
-        held: as the files have them, ``[n, in]`` numbers; or packed rows of a prequantized base.
+        linear: the module that the rows belong to.
+        held: ``[n, in]`` in the files' type, or packed rows of a prequantized base.
     """
 
     linear: FrozenRows
@@ -175,17 +175,17 @@ class LinearRows:
         return cls(linear, rows)
 
     def numbers(self) -> Tensor:
-        """Float32 ``[n, in]``; of a prequantized base decoded."""
+        """Return the rows as float32 ``[n, in]``; those of a prequantized base are dequantized."""
         if self.linear.stored is None:
             return self.held.float()
         return self.linear.codec.decode(self.held, self.linear.in_features, torch.float32)
 
     def packed(self, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Packed rows ``uint8 [n, row_bytes]``.
+        """Return packed rows ``uint8 [n, row_bytes]``.
 
         Args:
-            change: gets ``numbers()`` and gives the ones to encode. Where there is nothing to
-                encode, it may look at them only, and must give them back.
+            change: maps ``numbers()`` to the values to encode. For a prequantized base, where rows
+                are not encoded, it must return its argument.
 
         Raises:
             UserError: values that the codec cannot hold.
@@ -202,5 +202,5 @@ class LinearRows:
 
 
 def is_finite(rows: Tensor) -> bool:
-    """Without a temporary of the size of ``rows``; NaN comes through ``aminmax``."""
+    """Return whether all values are finite, without a temporary: ``aminmax`` propagates NaN."""
     return not rows.numel() or all(bool(end.isfinite()) for end in rows.aminmax())

@@ -47,7 +47,7 @@ REFUSALS = (
     ImportError,
     StrictDataclassError,
 )
-"""What ``transformers`` raises for files whose contents it does not expect."""
+"""Exceptions of ``transformers`` for files with unexpected contents."""
 
 _JSON_OBJECTS = (
     "config.json",
@@ -61,13 +61,13 @@ _WEIGHTS = ["*.safetensors"]
 
 
 def resolve_base(base: BaseConfig, *, weights: bool = True) -> Path:
-    """A directory as it is; a hub id downloaded into the hub cache (or found there).
+    """Return the base's directory; a hub id is downloaded into the hub cache if missing there.
 
     Args:
         weights: download them too; False: configuration, tokenizer and code alone.
 
     Raises:
-        UserError: neither a directory nor a hub id that can be had.
+        UserError: neither a directory nor a hub id that is available.
     """
     path = Path(base.path).expanduser()
     if path.is_dir():
@@ -85,7 +85,7 @@ def resolve_base(base: BaseConfig, *, weights: bool = True) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base.path {base.path} is no local directory and cannot be had from the hub: {first}"
+            f"base.path {base.path} is neither a local directory nor available on the hub: {first}"
         ) from None
 
 
@@ -98,13 +98,13 @@ def announce_trust(base: BaseConfig) -> None:
 
 
 def public_name(base: BaseConfig) -> str:
-    """What others find the base by: a directory from anywhere on this machine, or the hub id."""
+    """Return a name of the base for adapter files: an absolute directory, or the hub id."""
     path = Path(base.path).expanduser()
     return str(path.resolve()) if path.is_dir() else base.path
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The base's tokenizer.
+    """Load the base's tokenizer.
 
     Raises:
         UserError: tokenizer files are missing or unreadable.
@@ -133,10 +133,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, chat_template: str) ->
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """Read the JSON object in ``path``.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_hub_kernels(described: Any, file: Path) -> None:
-    """See that ``config.json`` names no kernel repository.
+    """Refuse a ``config.json`` that names a kernel repository.
 
     ``transformers`` downloads an attention or experts implementation called ``org/name`` from the
     Hub and imports it, where the ``kernels`` package is installed: that is remote code, too.
@@ -160,7 +160,7 @@ def refuse_hub_kernels(described: Any, file: Path) -> None:
         described: the contents of ``file``, or a part of them.
 
     Raises:
-        UserError: it does.
+        UserError: it names one.
     """
     if isinstance(described, list):
         for inner in described:
@@ -182,10 +182,10 @@ def refuse_hub_kernels(described: Any, file: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's error; with its class where the text alone says little."""
+    """Return the first line of a library's error, with its class where the text is too short."""
     if "trust_remote_code" in str(error):
         return (
-            "it comes with code of its own, which runs only with base.trust_remote_code=true on "
+            "it comes with its own code, which runs only with base.trust_remote_code=true on "
             "the command line (merge, export: --trust-remote-code)"
         )
     text = next(iter(str(error).strip().splitlines()), "")

@@ -1,13 +1,12 @@
-"""Filling a sharded model: each rank reads its own rows, encodes them, keeps them.
+"""Fill a sharded model: each rank reads and encodes its own rows.
 
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
-turned into what the parameter stores (packed bytes for ``FrozenRows``, by ``LinearRows``; the
-parameter's own type for all others: ``compute_dtype``, or float32 where they learn) and handed to
+converted to the parameter's storage (packed bytes for ``FrozenRows``, by ``LinearRows``; the
+parameter's own type for all others: ``compute_dtype``, or float32 for trainable ones) and passed to
 the engine (``fill``). One tensor is in memory at a time, and of it only this rank's rows. The
 functions are injected, so that this file knows neither engines nor adapters.
 
-After the last parameter nothing may be left unfilled: ``_check_filled`` looks for parameters that
-still are on ``meta``.
+At the end ``_check_filled`` fails if a parameter still is on ``meta``.
 """
 
 from collections.abc import Callable
@@ -38,7 +37,8 @@ class Placement(Protocol):
 
 @runtime_checkable
 class AdapterRows(Protocol):
-    """A wrapper, around ``base``, whose own parameters start from a formula, not from a file."""
+    """A wrapper, around ``base``, whose own parameters are initialized by a formula, not from a
+    file."""
 
     base: nn.Module
 
@@ -47,7 +47,7 @@ class AdapterRows(Protocol):
 
 @runtime_checkable
 class BaseRows(Protocol):
-    """A wrapper around a ``FrozenLinear`` that wants to see its rows first."""
+    """A wrapper around a ``FrozenLinear`` whose initialization depends on the base's rows."""
 
     base: nn.Module
 
@@ -71,16 +71,16 @@ def load_model(
 ) -> None:
     """Fill every parameter and persistent buffer of ``model``.
 
-    Finding a start (PiSSA, LoftQ) takes collectives, in which a rank that cannot read its rows
-    must not leave the others waiting. So the ranks that share a weight agree before: where one of
-    them has failed, it raises, and the others return early with an unfilled model. Call this in
-    ``World.together``, which then raises on every rank.
+    Initialization from the weight (PiSSA, LoftQ) takes collectives, in which a rank that cannot
+    read its rows must not leave the others waiting. So the ranks that share a weight agree before:
+    where one of them has failed, it raises, and the others return early with an unfilled model.
+    Call this in ``World.together``, which then raises on every rank.
 
     Args:
         model: built on meta, adapters attached, sharded.
         reader: the base's files.
         placement: the engine.
-        device: where rows are encoded.
+        device: device on which rows are encoded.
         progress: called with the number of parameters filled so far.
 
     Raises:
@@ -130,10 +130,10 @@ def load_model(
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
-    """Every parameter with the places that hold it (tied ones have several).
+    """Return every parameter with the modules that hold it (tied ones have several).
 
-    A wrapper's own parameters come right after those of what it wraps: PiSSA, LoftQ and DoRA derive
-    their start from the rows, and it should not lie about longer than needed.
+    A wrapper's own parameters come right after those of the module it wraps: PiSSA, LoftQ and DoRA
+    derive their initialization from the rows, which are freed as soon as possible.
     """
     wrappers: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -157,7 +157,7 @@ def _own_rows(
     span: Span,
     reader: RowReader,
 ) -> Tensor:
-    """Rows ``span`` of a parameter that is no packed weight, in its type."""
+    """Return rows ``span`` of a parameter that is not a packed weight, in its type."""
     parameter = owner._parameters[name]
     assert parameter is not None
     in_files: dict[str, str] = getattr(owner, "checkpoint_names", {})

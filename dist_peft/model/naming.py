@@ -1,4 +1,4 @@
-"""Which tensors of a base's files a model's parameters are.
+"""Map a model's parameters to the tensors of a base's files.
 
 Names differ in three ways: families were renamed after their checkpoints were written
 (``transformers`` knows how), checkpoints were saved from the headless model, and the experts of a
@@ -41,12 +41,12 @@ log = logging.getLogger("dist_peft")
 
 @dataclass(frozen=True)
 class Names:
-    """Where a model's parameters and persistent buffers are.
+    """Tensors of a model's parameters and persistent buffers.
 
     Attributes:
-        tensors: full name -> tensor in the files; a packed weight under the name that it had
-            before. Experts are in ``stacks``.
-        stacks: full name of a parameter of experts -> where its rows are.
+        tensors: full name -> tensor in the files; a packed weight under its name before packing.
+            Experts are in ``stacks``.
+        stacks: full name of a parameter of experts -> the pieces that its rows come from.
         renamed: tensor in the files -> the name that it should have had: of a tied weight that was
             stored under the head's name only.
     """
@@ -57,8 +57,7 @@ class Names:
 
     @property
     def found(self) -> dict[str, str]:
-        """Every parameter that has a place, and every used tensor: names of the former, and of the
-        pieces themselves, -> a tensor."""
+        """Names of all parameters that were found, and of all pieces of stacks, -> a tensor."""
         pieces = {piece.name: piece.name for pieces in self.stacks.values() for piece in pieces}
         first = {name: pieces[0].name for name, pieces in self.stacks.items()}
         return {**self.tensors, **pieces, **first}
@@ -71,8 +70,9 @@ def find_names(
     experts: Sequence[nn.Module],
     may_lack: Callable[[str], bool],
 ) -> Names:
-    """Find the tensors of ``model``. Parameters that the files lack, or have in another shape, and
-    ``may_lack`` are left out. Tied parameters that the files have with different values are untied.
+    """Find the tensors of ``model``. Parameters that the files lack, or have in another shape, are
+    left out if ``may_lack`` allows it. Tied parameters that the files have with different values
+    are untied.
 
     Args:
         experts: the modules whose parameters are stacks.
@@ -108,7 +108,7 @@ def find_names(
         elif source := next(filter(None, map(source_of, tied.get(name, ()))), None):
             names[name], renamed[source] = source, name
         elif name not in buffers and not may_lack(name):
-            # a buffer keeps the value that the model computed for it
+            # the buffer keeps the value computed by the model
             absent.append(name)
     if absent:
         raise _absent(model, index, in_files, rules, absent)
@@ -118,14 +118,14 @@ def find_names(
         info, shape = tensors[source], tuple(model.state_dict()[name].shape)
         if info is not None and shape != info.shape:
             if may_lack(name):
-                del names[name]  # a head of other classes
+                del names[name]  # the head of another set of classes
                 continue
             raise _other_shape(source, info.shape, shape)
     return found
 
 
 def _candidates(name: str, prefix: str) -> tuple[str, str, str]:
-    """How a checkpoint of the same or of the headless model can call a parameter."""
+    """Return the possible names of a parameter in checkpoints of the full or headless model."""
     return name, name.removeprefix(prefix), prefix + name
 
 
@@ -136,8 +136,8 @@ def _absent(
     rules: Sequence[object],
     absent: Sequence[str],
 ) -> UserError:
-    """Parameters ``absent`` from the files: because of the download, or because ``transformers``
-    computes them from other tensors."""
+    """Return the error about parameters ``absent`` from the files: an incomplete download, or
+    tensors that ``transformers`` converts."""
     kind = f"base.path {index.path} of type {model.config.model_type!r}"
     for converter in (rule for rule in rules if isinstance(rule, WeightConverter)):
         for renamed, source in in_files.items():
@@ -174,7 +174,7 @@ def _stacks(
     rules: Sequence[object],
     experts: Sequence[nn.Module],
 ) -> tuple[dict[str, Pieces], list[str]]:
-    """``Names.stacks``, and the parameters of experts that the files lack."""
+    """Return ``Names.stacks``, and the parameters of experts that the files lack."""
     merged = _merged(in_files, rules) if experts else {}
     paths = {id(module): path for path, module in model.named_modules()}
     prefix = model.base_model_prefix + "."
@@ -198,7 +198,7 @@ def _stacks(
 
 
 def _merged(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, list[list[str]]]:
-    """Name that the stack would have -> for each projection in it, each expert's tensor."""
+    """Return name of a stack -> for each of its projections, each expert's tensor."""
     found: dict[str, list[list[tuple[list[int], str]]]] = {}
     converters = [rule for rule in rules if isinstance(rule, WeightConverter) and _merges(rule)]
     for renamed, source in in_files.items():
@@ -217,7 +217,7 @@ def _merged(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, l
 
 
 def _merges(rule: WeightConverter) -> bool:
-    """Whether it stacks experts, their projections behind each other, and does nothing else."""
+    """Return whether the rule only stacks experts with concatenated projections."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
     stacks = [(MergeModulelist, 0), (Concatenate, 1)][: 1 + (len(rule.source_patterns) > 1)]
     return kinds == stacks and len(rule.target_patterns) == 1
@@ -229,7 +229,7 @@ def _pieces(
     parts: list[list[str]],
     shape: tuple[int, ...],
 ) -> Pieces:
-    """The pieces of a stack [experts, out, in], from one tensor or from those of ``_merged``."""
+    """Return the pieces of a stack [experts, out, in], from one tensor or those of ``_merged``."""
     experts, out, columns = shape
     whole = parts == [[parts[0][0]]] and experts > 1
     wanted = shape if whole else (out // len(parts), columns)
@@ -237,7 +237,7 @@ def _pieces(
     for part in parts:
         if len(part) != (1 if whole else experts):
             raise UserError(
-                f"{index.path} has {len(part)} experts beside {(part or parts[0])[0]} but "
+                f"{index.path} has {len(part)} experts next to {(part or parts[0])[0]} but "
                 f"config.json asks for {experts}; is the download complete?"
             )
     ordered = [name for of_expert in zip(*parts, strict=True) for name in of_expert]
@@ -258,7 +258,7 @@ def _warn_of_unused(
     tensors: Mapping[str, TensorInfo | None],
     used: set[str],
 ) -> None:
-    """Matrices that no parameter takes: a config.json of fewer layers would drop them silently."""
+    """Warn of unused matrices, which a config.json of fewer layers would drop silently."""
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(model._tied_weights_keys or ())]
     unused = [
         name

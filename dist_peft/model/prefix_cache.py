@@ -4,11 +4,11 @@ A decoder that is given a ``Cache`` puts its contents before the keys and values
 hand, counts their positions and lets every token see them: that is prefix-tuning. Two ways to fill
 one::
 
-    training      PrefixCache      keeps nothing of what passes: a block that is computed again in
-                                   backward (activation checkpointing) finds what it found before
-    generation    the model's own  starts with the prefix and grows with each token (``fill``)
+    training      PrefixCache stores no new states: a block that is recomputed in backward
+    (activation checkpointing) sees the same prefix as in forward generation    the model's own
+    starts with the prefix and grows with each token (``fill``)
 
-Keys are as a cache holds them: rotary positions applied, one head a group of query heads.
+Keys are stored as in any cache: rotary positions applied, one head a group of query heads.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ class _PrefixLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """The prefix before ``[B, heads, S, head size]`` states of the tokens at hand."""
+        """Return the prefix followed by the ``[B, heads, S, head size]`` states of this call."""
         keys, values = self.prefix
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
 
 class PrefixCache(Cache):
-    """Every layer's prefix and nothing else. Gradients flow into ``prefix``."""
+    """A cache of every layer's prefix alone. Gradients flow into ``prefix``."""
 
     def __init__(self, prefix: KeysValues) -> None:
         super().__init__(layers=[_PrefixLayer(keys, values) for keys, values in prefix])

@@ -1,10 +1,10 @@
-"""Rotary angles that depend on a sequence's length, for rows of several documents.
+"""Rotary angles that depend on a document's length, for packed sequences.
 
 longrope (Ding et al. 2024, "LongRoPE") has one set of frequencies for sequences up to the original
 length and another beyond it; dynamic NTK scaling computes new ones for each length beyond it.
 ``transformers`` takes the largest position of the whole batch for that length, and with dynamic NTK
-keeps what it has computed for the next call. So a short document in a batch with a long one, or
-after one, would get other angles than alone. Here each document, padding included, has its own
+keeps the frequencies for the next call. So a short document in a batch with a long one, or after
+one, would get other angles than alone. Here each document, padding included, has its own
 length::
 
     positions   0 1 2 3 4 5 | 0 1 2 | 0 0        original length 4
@@ -21,7 +21,7 @@ __all__ = ["document_lengths", "rotate_by_document", "switch_lengths", "window_l
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
-    """Of each token of ``[B, S]``, the largest position of its document, plus one."""
+    """Return the length of each token's document, ``[B, S]``: the largest position plus one."""
     document = (position_ids == 0).cumsum(1)
     largest = torch.zeros(len(document), document.shape[1] + 1, dtype=position_ids.dtype)
     largest = largest.to(position_ids.device).scatter_reduce(1, document, position_ids, "amax")
@@ -29,7 +29,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 
 def switch_lengths(config: Any) -> list[int]:
-    """Sequence lengths beyond which the model computes other rotary angles, in order."""
+    """Return the sequence lengths beyond which rotary angles change, in order."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
@@ -51,7 +51,7 @@ def window_lengths(config: Any) -> list[int]:
 
 
 def rotate_by_document(model: nn.Module) -> None:
-    """Let rotary embeddings whose angles depend on a length take each document's own."""
+    """Make rotary embeddings whose angles depend on a length use each document's length."""
     switches = switch_lengths(model.config)
     if not switches:
         return
@@ -63,7 +63,7 @@ def rotate_by_document(model: nn.Module) -> None:
 
 
 class _PerDocument:
-    """The forward of a rotary module, called once for each kind of length in the batch."""
+    """Forward of a rotary module, called once for each kind of length in the batch."""
 
     def __init__(self, module: nn.Module, switch: int) -> None:
         self.module, self.switch, self.whole = module, switch, module.forward
@@ -92,7 +92,7 @@ class _PerDocument:
         return result
 
     def _forget(self) -> None:
-        """Of dynamic NTK: what earlier calls have left."""
+        """Reset the frequencies that earlier calls of dynamic NTK have stored."""
         module: Any = self.module
         kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
         for layer_type, kind in kinds.items():

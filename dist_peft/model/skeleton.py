@@ -1,18 +1,17 @@
 """Any ``transformers`` causal LM or classifier on ``meta``, its linears and experts packed.
 
-No weight is allocated: parameters live on the ``meta`` device until the engine has decided who
-keeps which rows. Buffers are another matter. Non-persistent ones (rotary frequencies, Gemma's
-embedding scale) are in no checkpoint and are lost for good if they are built on ``meta``, so the
-model is built under a function mode that redirects only the allocation of *uninitialized* memory
-(``torch.empty``, which every ``nn.Linear`` and ``nn.Embedding`` weight comes from) and leaves
-arithmetic such as ``torch.arange`` alone. Buffers thus come out real, computed by the model's own
-code, whatever the family; the norms' small parameters come out real too and are moved to ``meta``
-afterwards.
+No weight is allocated: parameters live on the ``meta`` device until the engine has assigned rows to
+ranks. Buffers are another matter. Non-persistent ones (rotary frequencies, Gemma's embedding scale)
+are in no checkpoint and are lost for good if they are built on ``meta``, so the model is built
+under a function mode that redirects only the allocation of *uninitialized* memory (``torch.empty``,
+which every ``nn.Linear`` and ``nn.Embedding`` weight comes from) and leaves arithmetic such as
+``torch.arange`` alone. Buffers thus come out real, computed by the model's own code, whatever the
+family; the norms' small parameters come out real too and are moved to ``meta`` afterwards.
 
-Where checkpoint tensors go (found by ``model.naming``) is noted here, too: every module that owns
-parameters gets ``checkpoint_names``, a dict from its own parameter's name to the tensor's name in
-the files, and stacks of experts get ``pieces``. Both stay right when an adapter later moves the
-module one level down.
+The mapping to checkpoint tensors (found by ``model.naming``) is attached here, too: every module
+that owns parameters gets ``checkpoint_names``, a dict from its own parameter's name to the tensor's
+name in the files, and stacks of experts get ``pieces``. Both stay right when an adapter later moves
+the module one level down.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,15 +53,15 @@ class Skeleton:
     Attributes:
         model: the ``transformers`` model; parameters on ``meta``, buffers real and on the CPU.
         blocks: its layers, first to last (the unit of sharding and recomputation).
-        index: the tensors of the base's files.
+        index: index of the base's files.
         tied: the output head shares the input embedding's weight.
-        tensors: the model's tensors in the order of the files: those of ``index``, and for what a
-            prequantized directory stores in several tensors, the weight [out, in] that they stand
-            for, as float32. A classifier's are the used ones only, and after them the new ones of
-            its head, as float32 and under the model's names.
-        prequantized: the directory is quantized already, and how; None: it is encoded by
-            ``base.quant`` while it is read.
-        head: a classifier's, which learns.
+        tensors: the model's tensors in the order of the files: those of ``index``, and for each
+            weight that a prequantized directory stores as several tensors, its spec [out, in] as
+            float32. A classifier's are the used ones only, and after them the new ones of its head,
+            as float32 and under the model's names.
+        prequantized: format of a prequantized directory; None: weights are encoded by
+            ``base.quant`` while they are read.
+        head: of a classifier; trainable.
         wide: tensors of ``tensors`` that are written in a wider type than the rest, and the type
             (``model.float32_tensors``).
         renamed: tensors that are written under another name than they are stored with.
@@ -86,18 +85,18 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the input embedding."""
+        """Number of rows of the input embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def positions(self) -> int | None:
-        """The longest document that the base was made for; None: no limit is known."""
+        """Longest document that the base supports; None: no limit is known."""
         known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return None if known is None else known - classifier.unused_positions(self.model)
 
     @property
     def positions_are_learned(self) -> bool:
-        """Beyond ``positions`` there is nothing, where rotary embeddings go on."""
+        """Whether positions beyond ``positions`` have no embedding; rotary ones extrapolate."""
         rotary = getattr(self.config.get_text_config(), "rope_parameters", None)
         return self.positions is not None and not rotary
 
@@ -115,7 +114,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """``bfloat16`` -> ``torch.bfloat16``."""
+    """Return ``torch.bfloat16`` for ``bfloat16``."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -197,7 +196,7 @@ def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     except REFUSALS as error:
         raise UserError(f"cannot use {directory / 'config.json'}: {reason(error)}") from None
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # is no matter of transformers' here
+        del config.quantization_config  # transformers must not apply it
     config.use_cache = False
     return config
 
@@ -220,7 +219,7 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
+    """Return the decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
 
     Layers are of several classes in Jamba and OLMo-Hybrid.
     """
@@ -249,7 +248,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _untied_settings(model: PreTrainedModel, directory: Path) -> Mapping[str, Any]:
-    """What a written ``config.json`` says if the base's ties a head that is another weight."""
+    """Return ``config.json`` keys to write where the base's wrongly ties its head."""
     claimed = getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys
     if not claimed or model.get_output_embeddings() is None:
         return {}
@@ -259,10 +258,10 @@ def _untied_settings(model: PreTrainedModel, directory: Path) -> Mapping[str, An
 def _tensors(
     model: nn.Module, names: dict[str, str], index: SafetensorsIndex, packed: Prequantized | None
 ) -> dict[str, TensorSpec]:
-    """See ``Skeleton.tensors``; packed weights that the model does not use are left out.
+    """Return ``Skeleton.tensors``; packed weights that the model does not use are left out.
 
     Raises:
-        UserError: what is packed is no linear of a block.
+        UserError: a packed tensor is not a linear of a block.
     """
     if packed is None:
         return dict(index.tensors)
@@ -287,9 +286,10 @@ def _tensors(
 
 
 def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
-    """
+    """Refuse a model with parameters that have no tensor in the files.
+
     Raises:
-        UserError: a parameter is filled from no tensor of the files.
+        UserError: names the first such parameter.
     """
     seen: set[int] = set()
     for owner, module in model.named_modules():
@@ -298,8 +298,8 @@ def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
             if id(parameter) not in seen and not packed and name not in module.checkpoint_names:
                 raise UserError(
                     f"base.path {path} of type {model.config.model_type!r} is not supported: "
-                    f"{owner}.{name} has no tensor of its own in the files, and what it shares "
-                    "one with in transformers is not shared here"
+                    f"{owner}.{name} has no tensor of its own in the files, and the parameter it "
+                    "shares one with in transformers is not shared here"
                 )
             seen.add(id(parameter))
 

@@ -1,7 +1,7 @@
-"""Weights that ``config.json`` ties, where the files decide as in ``from_pretrained``.
+"""Tied weights: the files decide whether to tie, as in ``from_pretrained``.
 
 ``tie_word_embeddings: true`` says that the output head uses the input embedding's weight (some
-families tie further modules). The files decide what is done:
+families tie further modules). The result depends on the files:
 
     only the embedding, or only the head    one parameter, read from the tensor that is there
     both, equal in the type of the model    one parameter
@@ -36,7 +36,7 @@ _CHUNK_BYTES = 16 * 2**20
 
 
 def other_names(model: nn.Module) -> dict[str, list[str]]:
-    """Full name of each shared parameter, as ``named_parameters`` gives it -> its other names."""
+    """Return full name of each shared parameter in ``named_parameters`` -> its other names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -48,13 +48,13 @@ def untie_different(
     index: SafetensorsIndex,
     find: Callable[[str], str | None],
 ) -> list[str]:
-    """Give those tied parameters of ``model`` a weight of their own whose tensors differ.
+    """Untie those tied parameters of ``model`` whose tensors in the files differ.
 
     Tensors are compared in the type of the parameter, chunk by chunk up to the first difference;
     equal ones are read whole, once.
 
     Args:
-        find: tensor in the files that a parameter of this name would be; None: there is none.
+        find: returns the tensor in the files for a parameter of this name, or None.
 
     Returns:
         Full names of the parameters that are now their own.
@@ -65,7 +65,7 @@ def untie_different(
     untied: list[str] = []
     for first, others in other_names(model).items():
         parameter = model.get_parameter(first)
-        # some families tie more than two: what is equal to the first stays tied to it
+        # some families tie more than two: weights equal to the first stay tied to it
         source = find(first)
         for name in others:
             target = find(name)
@@ -102,7 +102,7 @@ def _are_equal(index: SafetensorsIndex, first: str, second: str, dtype: torch.dt
 
 
 def untied_settings(directory: Path) -> Mapping[str, Any]:
-    """Keys of ``config.json`` that say of ``directory``'s model that its head is its own."""
+    """Return the ``config.json`` keys that untie the head of ``directory``'s model."""
     config = json.loads((directory / "config.json").read_text())
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = config.get("text_config")

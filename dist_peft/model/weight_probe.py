@@ -1,12 +1,12 @@
-"""Linears whose weight is read by the module around them.
+"""Find linears whose weight is read by the module around them.
 
 A packed or adapted linear is called like any other, but has no ``weight``. Some families read it
-all the same: Mamba-2 mixers hand ``self.out_proj.weight`` to a fused kernel, DSA indexers look at
+all the same: Mamba-2 mixers pass ``self.out_proj.weight`` to a fused kernel, DSA indexers look at
 ``self.weights_proj.weight.dtype``. Such linears must stay plain.
 
 The classes' source is searched, since a forward on the CPU does not take the branch that calls the
-GPU's kernel. One class is searched once, whatever the number of layers. What the source does not
-show, reads through variables, a forward finds afterwards (``model.forward_probe``).
+GPU's kernel. One class is searched once, whatever the number of layers. Reads through variables,
+which the source does not show, are found by a forward afterwards (``model.forward_probe``).
 """
 
 import ast
@@ -28,13 +28,13 @@ _REFUSED = {
     "rwkv": "its code divides weights of the blocks in place at the first forward, which is lost "
     "or done twice where weights are sharded and packed",
 }
-"""Model type -> why no forward of ours computes what it does."""
+"""Model type -> why its forward cannot be reproduced with packed weights."""
 
 _OUTSIDE_OF_FORWARD = ("__init__", "reset_parameters", "_init_weights", "extra_repr", "__repr__")
 
 
 def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path: str) -> None:
-    """Families whose blocks cannot be frozen linear by linear.
+    """Refuse families whose blocks cannot be frozen linear by linear.
 
     Raises:
         UserError: names the cause; nothing has been loaded.
@@ -55,7 +55,7 @@ def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path
 
 
 def read_by_others(model: nn.Module) -> set[int]:
-    """``id`` of the linears in ``model`` whose weight or bias another module's code reads."""
+    """Return ``id`` of the linears in ``model`` whose weight or bias other modules' code reads."""
     found: set[int] = set()
     for module in model.modules():
         for path in weights_read_by(cast(Hashable, type(module))):
@@ -70,7 +70,7 @@ def read_by_others(model: nn.Module) -> set[int]:
 
 @functools.cache
 def weights_read_by(kind: Hashable) -> frozenset[str]:
-    """Paths ``a.b`` of which methods of ``kind`` read ``self.a.b.weight`` or ``.bias``."""
+    """Return paths ``a.b`` of which methods of ``kind`` read ``self.a.b.weight`` or ``.bias``."""
     found: set[str] = set()
     assert isinstance(kind, type)
     for base in kind.__mro__:
@@ -78,7 +78,7 @@ def weights_read_by(kind: Hashable) -> frozenset[str]:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made at run time
+        except (OSError, TypeError, SyntaxError):  # classes made at run time
             continue
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef) and method.name not in _OUTSIDE_OF_FORWARD:

@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About ``U V^T`` of each matrix [n, rows, columns]; singular values come out in 0.7 to 1.2."""
+    """Approximate ``U V^T`` of each matrix [n, rows, columns], singular values in 0.7 to 1.2."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)

@@ -1,14 +1,14 @@
 """A tiny base model that is real: pretrained here, in about a minute, without a download.
 
 A Llama of about a million parameters (grouped-query attention, SwiGLU, RMSNorm, rotary positions)
-learns to continue the sources of Python's standard library, which every installation carries. It
+is trained on the sources of Python's standard library, which every installation carries. It
 comes as a Hugging Face directory that any tool loads: safetensors, configuration, byte-level BPE
-tokenizer with chat template. It writes what looks like Python and is good for trying everything
-that is done to larger bases, on a laptop's CPU.
+tokenizer with chat template. It generates text that looks like Python and serves to try every
+method for larger bases on a laptop's CPU.
 
-The clock decides: the learning rate follows a cosine over the *time* that was allowed, so a slow
+The budget is time: the learning rate follows a cosine over the *time* allowed, so a slow
 machine makes fewer steps but still ends with a small learning rate. Two runs with one seed
-therefore see the same rows in the same order, but not the same number of them.
+therefore see the same sequences in the same order, but not the same number of them.
 """
 
 import json
@@ -44,13 +44,13 @@ _BATCH = 8
 _MUON_LR, _ADAMW_LR, _MIN_LR_RATIO, _WARMUP_STEPS = 0.02, 1e-2, 0.03, 20
 _WEIGHT_DECAY, _MAX_GRAD_NORM = 0.1, 1.0
 _EVAL_WINDOWS = 32
-_AVERAGED_STEPS = 50  # of the training loss that is reported
+_AVERAGED_STEPS = 50  # for the reported training loss
 _REPORT_FILE = "tiny_base.json"
 
 
 @dataclass(frozen=True)
 class TinyBaseReport:
-    """What was made.
+    """Result of making a tiny base.
 
     Attributes:
         steps, tokens: optimizer steps, and the target tokens they saw.
@@ -58,7 +58,7 @@ class TinyBaseReport:
             step has seen.
         seconds: the time it took, or had taken when the directory is reused.
         parameters: number of weights.
-        reused: the directory was there already.
+        reused: the directory existed already.
     """
 
     steps: int
@@ -81,18 +81,18 @@ class TinyBaseReport:
 def make_tiny_base(
     out: Path, *, seconds: float = 75.0, seed: int = 0, on_step: OnStep | None = None
 ) -> TinyBaseReport:
-    """Pretrain the model and save it to ``out``, unless it is there already.
+    """Pretrain the model and save it to ``out``, unless it exists already.
 
     ``out`` appears under its name only when it is complete.
 
     Args:
         seconds: time for reading, tokenizer and training together; training gets at least half.
-        seed: of the weights and the order of the rows.
+        seed: of the weights and the data order.
         on_step: called after each step with its number (from 1), its loss and the share of the
             time that is gone (0 to 1).
 
     Raises:
-        UserError: ``out`` is something else, or was made with other arguments; no standard library
+        UserError: ``out`` is not a tiny base, or one made with other arguments; no standard library
             to read; disk full.
     """
     if seconds <= 0:
@@ -125,11 +125,11 @@ def make_tiny_base(
     return report
 
 
-# -- text to rows --------------------------------------------------------------------------------
+# -- text to sequences ---------------------------------------------------------------------------
 
 
 def _train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE: every text has tokens, and they decode to exactly that text."""
+    """Train a byte-level BPE tokenizer, which encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -153,7 +153,7 @@ def _train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def _windows(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
-    """All files behind each other, ``<s> text </s>``, cut into rows [n, CONTEXT + 1]."""
+    """Concatenate all files as ``<s> text </s>`` and cut them into sequences [n, CONTEXT + 1]."""
     eos = tokenizer.token_to_id(_EOS)
     encoded = tokenizer.encode_batch_fast([f.text for f in files])
     tokens = torch.tensor([token for document in encoded for token in (*document.ids, eos)])
@@ -165,7 +165,7 @@ def _windows(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
 
 
 def _new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """Every linear's in_features is a multiple of 64, the usual group of the quantized formats."""
+    """Build the model; every in_features is a multiple of 64, the usual quantization group."""
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=128,
@@ -186,7 +186,7 @@ def _new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 def _pretrain(
     model: nn.Module, rows: Tensor, seconds: float, on_step: OnStep | None
 ) -> list[float]:
-    """Train until the time is over (at least one step); the loss of each step."""
+    """Train until the time is over (at least one step); return the loss of each step."""
     optimizers = _optimizers(model)
     model.train()
     losses: list[float] = []
@@ -211,7 +211,8 @@ def _pretrain(
 
 
 def _optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
-    """With their peak learning rates: Muon for the blocks' matrices, AdamW for everything else."""
+    """Return optimizers with peak learning rates: Muon for the blocks' matrices, AdamW for the
+    rest."""
     named = list(model.named_parameters())
     inner = [p for name, p in named if ".layers." in name and p.dim() == 2]
     others = [p for name, p in named if ".layers." not in name or p.dim() != 2]
@@ -222,7 +223,7 @@ def _optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
 
 
 def _batches(num_rows: int) -> Iterator[Tensor]:
-    """Row numbers [_BATCH], one random permutation after the other, without end."""
+    """Yield sequence indices [_BATCH] from one random permutation after another, without end."""
     waiting = torch.empty(0, dtype=torch.long)
     while True:
         while len(waiting) < _BATCH:
@@ -232,21 +233,21 @@ def _batches(num_rows: int) -> Iterator[Tensor]:
 
 
 def _schedule(step: int, share: float) -> float:
-    """Times the peak rate: warm-up over steps, cosine over the ``share`` of time that is gone."""
+    """Return the factor of the peak rate: warm-up over steps, cosine over the elapsed ``share``."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
     return warmup * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
 
 
 def _loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean cross entropy, in nats, of the next tokens of ``rows`` [B, CONTEXT + 1]."""
+    """Return the mean cross entropy, in nats, of the next tokens of ``rows`` [B, CONTEXT + 1]."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, rows: Tensor) -> float:
-    """Mean loss over windows spread evenly over the held-out files."""
+    """Return the mean loss over sequences spread evenly over the held-out files."""
     model.eval()
     chosen = rows[:: max(1, len(rows) // _EVAL_WINDOWS)][:_EVAL_WINDOWS]
     return sum(float(_loss(model, part)) * len(part) for part in chosen.split(_BATCH)) / len(chosen)
@@ -269,7 +270,7 @@ def _threads_restored() -> Iterator[None]:
 
 
 def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
-    """Measure: more threads are slower for matrices this small, or where the cores are busy."""
+    """Set the fastest number of threads as measured; small matrices or busy cores favour few."""
     most = torch.get_num_threads()
     took: dict[int, float] = {}
     for threads in sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}):
@@ -288,7 +289,7 @@ def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
 
 
 def _finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
-    """The report of a directory made by the same request; ``None`` if ``out`` is free."""
+    """Return the report of a directory made by the same request; ``None`` if ``out`` is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     report = out / _REPORT_FILE
@@ -304,7 +305,7 @@ def _finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
 
 
 def _save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: object) -> None:
-    """Write everything to a temporary directory, then give it its name."""
+    """Write everything to a temporary directory, then rename it to ``out``."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_BOS,

@@ -1,13 +1,13 @@
-"""What is kept of a base beside that which was trained on it, and how two bases are compared.
+"""The record of a base that an adapter or checkpoint keeps, and the comparison of two bases.
 
 An adapter and every checkpoint have a record::
 
     {"fingerprint": "v2:...",            a sample of the files; known before they are read
-     "config": {"rope_theta": 10000, ...},       ``config.json``, what decides the function
-     "tensors": {"model.norm.weight": "9c1f...", ...}}   a hash of all rows of what the model uses
+     "config": {"rope_theta": 10000, ...},       ``config.json``, keys that affect the function
+     "tensors": {"model.norm.weight": "9c1f...", ...}}   a hash of all rows of each tensor in use
 
-Comparing fails in the order in which things are known: ``check_sample`` before a base is loaded,
-``check_tensors`` when all its rows were read. Messages name the keys and tensors that differ.
+Checks run as early as their data are known: ``check_sample`` before a base is loaded,
+``check_tensors`` after all its rows were read. Messages name the keys and tensors that differ.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """See the module docstring.
+    """Identity of a base: sampled fingerprint, configuration and tensor hashes.
 
     Attributes:
-        path: what the user called the base, for messages.
+        path: the base as the user named it, for messages.
         fingerprint: of ``SafetensorsIndex``, perhaps of an earlier version; empty: not known.
-        config: see ``fingerprint.config_meaning``; None: not known.
+        config: as returned by ``fingerprint.config_meaning``; None: not known.
         tensors: name -> hash (``RowHashes.describe``); empty: not known.
     """
 
@@ -48,7 +48,7 @@ class BaseRecord:
 
     @classmethod
     def of_files(cls, path: str, index: SafetensorsIndex) -> "BaseRecord":
-        """What can be said of a base before it is read.
+        """Build the record of a base from its headers and samples, before its rows are read.
 
         Raises:
             UserError: damaged files.
@@ -58,7 +58,7 @@ class BaseRecord:
     # -- as JSON ---------------------------------------------------------------------------------
 
     def metadata(self) -> dict[str, Any]:
-        """The keys for an adapter's ``dist_peft.json``."""
+        """Return the keys for an adapter's ``dist_peft.json``."""
         content = {"config": self.config, "tensors": dict(sorted(self.tensors.items()))}
         return {
             "base": self.path,
@@ -68,13 +68,13 @@ class BaseRecord:
 
     @classmethod
     def from_metadata(cls, about: Mapping[str, Any], where: Path) -> "BaseRecord":
-        """What ``metadata`` gave, or an earlier version wrote.
+        """Rebuild a record from the keys that ``metadata`` or an earlier version wrote.
 
         Args:
             where: the file, for messages.
 
         Raises:
-            UserError: the keys are there and hold something else.
+            UserError: the keys exist with invalid values.
         """
         fingerprint = about.get("base_fingerprint") or ""
         content = about.get("base_content") or {}
@@ -85,7 +85,7 @@ class BaseRecord:
             isinstance(value, str) for value in tensors.values()
         ):
             raise UserError(
-                f"{where} is damaged: base_fingerprint or base_content is not what this project "
+                f"{where} is damaged: base_fingerprint or base_content is not as this project "
                 "writes; get it again"
             )
         return cls(str(about.get("base", "")), fingerprint, config, tensors)
@@ -102,23 +102,23 @@ class BaseRecord:
         """Whether all rows can be compared; else it is of an earlier version."""
         return bool(self.tensors)
 
-    def check_sample(self, index: SafetensorsIndex, what: str, fix: str) -> None:
-        """See that the base of ``index`` may be the recorded one, without reading it. A record that
-        allows for no more than that is noted in the log.
+    def check_sample(self, index: SafetensorsIndex, subject: str, fix: str) -> None:
+        """Check by its samples that the base of ``index`` may be the recorded one, without reading
+        it. Log a warning if the record has no hashes, so that this is the only check.
 
         Args:
-            what: was trained on the recorded base, such as ``adapter DIR``.
-            fix: what the user can do.
+            subject: trained on the recorded base, such as ``adapter DIR``.
+            fix: remedy for the message.
 
         Raises:
-            UserError: it is another one.
+            UserError: it is another base.
         """
         if not self.fingerprint or index.has_fingerprint(self.fingerprint):
             if self.fingerprint and not self.is_complete:
                 log.info(
                     "%s is of an earlier version, which kept no hashes of the base's rows: %s is "
                     "compared by a sample of its bytes only",
-                    what,
+                    subject,
                     index.path,
                     extra=ONCE,
                 )
@@ -126,17 +126,17 @@ class BaseRecord:
         found = read_config_meaning(index.path)
         why = "" if self.config is None else _other_keys(self.config, found)
         why = why or "a sample of its tensors holds other names, types, shapes or values"
-        raise self._other(what, str(index.path), why, fix)
+        raise self._other(subject, str(index.path), why, fix)
 
-    def check_tensors(self, found: Mapping[str, str], where: str, what: str, fix: str) -> None:
-        """See that the base has the recorded tensors.
+    def check_tensors(self, found: Mapping[str, str], where: str, subject: str, fix: str) -> None:
+        """Check that the base has the recorded tensors.
 
         Args:
             found: hashes of the base at ``where``; of more tensors than are recorded, perhaps.
-            what, fix: see ``check_sample``.
+            subject, fix: as in ``check_sample``.
 
         Raises:
-            UserError: it has not.
+            UserError: a tensor is missing or has another hash.
         """
         other = sorted(name for name, value in self.tensors.items() if found.get(name) != value)
         if not other:
@@ -146,10 +146,10 @@ class BaseRecord:
             f"{len(other)} of {len(self.tensors)} tensors hold other values: "
             f"{', '.join(other[:_SHOWN])}{more}"
         )
-        raise self._other(what, where, why, fix)
+        raise self._other(subject, where, why, fix)
 
     def compare(self, other: "BaseRecord") -> str | None:
-        """How two recorded bases differ; None where nothing is known to differ."""
+        """Return how two recorded bases differ as text; None if no difference is known."""
         known = self.config is not None and other.config is not None
         if known and (why := _other_keys(self.config or {}, other.config or {})):
             return why
@@ -164,17 +164,17 @@ class BaseRecord:
         return None
 
     def is_comparable(self, other: "BaseRecord") -> bool:
-        """Whether both have a fingerprint, made in the same way."""
+        """Return whether both have a fingerprint of the same version."""
         mine, its = self.fingerprint, other.fingerprint
         return bool(mine and its) and is_sampled(mine) == is_sampled(its)
 
-    def _other(self, what: str, where: str, why: str, fix: str) -> UserError:
+    def _other(self, subject: str, where: str, why: str, fix: str) -> UserError:
         named = f"; it was {self.path}" if self.path and self.path != where else ""
-        return UserError(f"{what} was trained on another base than {where}: {why}{named}; {fix}")
+        return UserError(f"{subject} was trained on another base than {where}: {why}{named}; {fix}")
 
 
 def _other_keys(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Which keys of ``config.json`` differ, with both values; empty if none does."""
+    """Return which keys of ``config.json`` differ, with both values; empty if none does."""
     mine, its = _leaves(recorded), _leaves(found)
     keys = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
     shown = [f"{key} is {_shown(its, key)}, was {_shown(mine, key)}" for key in keys[:_SHOWN]]

@@ -1,11 +1,11 @@
-"""A hash of what a base holds, taken row by row while the rows are read for something else.
+"""Hashes of a base's tensors, computed row by row while the rows are read for another purpose.
 
 Every row is hashed with its number, and a tensor's hash is the sum of its rows' hashes::
 
     h(tensor) = sum over rows i of  h(i, bytes of row i)     mod 2^64
 
-A sum does not ask for an order, so that it is the same however rows are distributed over ranks and
-cut into chunks; the ranks add their sums up. A row is the last dimension: of a stack of experts
+A sum does not depend on the order, so that it is the same however rows are distributed over ranks
+and cut into chunks; the ranks add their sums up. A row is the last dimension: of a stack of experts
 ``[E, out, in]`` every expert has ``out`` rows; of a vector a row is an element. Rows of at least
 ``_SHORT`` bytes are hashed with XXH3, of shorter ones every 8 bytes stand for themselves; either is
 mixed with its position by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), for all at once.
@@ -37,7 +37,7 @@ from dist_peft.store.format import TensorSpec
 __all__ = ["RowHashes", "RowsBeingRead", "TensorSum", "flat_rows", "hash_rows"]
 
 _SHORT = 96
-"""Bytes; below it a call a row costs more than arithmetic on arrays does."""
+"""Bytes; below it one call per row costs more than arithmetic on arrays."""
 
 _WORDS_AT_ONCE = 1 << 18
 
@@ -50,7 +50,7 @@ _GOLDEN, _MIX_1, _MIX_2 = (
 
 
 def flat_rows(spec: TensorSpec) -> tuple[int, int]:
-    """Number of rows (see the module) of a tensor, and bytes of each."""
+    """Return number of rows (see the module) of a tensor, and bytes of each."""
     if len(spec.shape) < 2:
         return spec.rows, spec.dtype.itemsize
     row_bytes = spec.shape[-1] * spec.dtype.itemsize
@@ -58,7 +58,7 @@ def flat_rows(spec: TensorSpec) -> tuple[int, int]:
 
 
 def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
-    """The sum of the hashes of rows that lie behind each other.
+    """Return the sum of the hashes of rows that lie behind each other.
 
     Args:
         data: contiguous ``uint8`` on the CPU, a multiple of ``row_bytes`` long.
@@ -110,7 +110,7 @@ def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass
 class TensorSum:
-    """What was hashed of one tensor.
+    """Hash of the rows of one tensor that were read so far.
 
     Attributes:
         rows: of the whole tensor.
@@ -123,7 +123,7 @@ class TensorSum:
     spans: list[Span] = field(default_factory=list)
 
     def missing(self, span: Span) -> list[Span]:
-        """The parts of ``span`` that were not hashed yet."""
+        """Return the parts of ``span`` that were not hashed yet."""
         gaps, start = [], span.start
         for known in self.spans:
             if known.stop <= start:
@@ -157,7 +157,7 @@ class TensorSum:
 
 
 class RowsBeingRead:
-    """Rows of one tensor that a reader is about to fill in, hashed as far as they are there.
+    """Rows of one tensor that a reader is filling in, hashed as far as they are read.
 
     Args:
         known: of the tensor; gets the rows at ``finish``, so that a read that fails adds nothing.
@@ -174,14 +174,14 @@ class RowsBeingRead:
         self._digests = array("Q")  # extended in C: cheaper for a panel than an array of numpy's
 
     def hash_up_to(self, num_bytes: int) -> None:
-        """The first ``num_bytes`` of ``data`` have been read, a multiple of ``row_bytes``."""
+        """Hash ``data`` up to byte ``num_bytes``, a multiple of ``row_bytes``, as read so far."""
         if self._rows is not None:
             fresh = self._rows[len(self._digests) : num_bytes // self._row_bytes]
             self._digests.extend(map(_digest, fresh))
         self._done = num_bytes
 
     def finish(self) -> None:
-        """All of ``data`` has been read; rows that the tensor had before count once."""
+        """Hash the rest of ``data`` and add it to the tensor; rows added before count once."""
         assert self._done == len(self._array)
         rows = Span(self._first, self._first + len(self._array) // self._row_bytes)
         digests = np.frombuffer(self._digests, np.uint64) if self._digests else None
@@ -197,7 +197,7 @@ class RowsBeingRead:
 
 
 class RowHashes:
-    """Hashes of the rows that one process reads; given to a ``RowReader``.
+    """Hashes of the rows that one process reads through a ``RowReader``.
 
     A row that is read again is not hashed again.
 
@@ -208,7 +208,7 @@ class RowHashes:
             (``add_packed``). The tensors they are made of are in neither.
 
     Attributes:
-        sums: by name, of what was read at least in part.
+        sums: by name, of tensors that were read at least in part.
     """
 
     def __init__(self, plain: Iterable[TensorSpec], packed: Iterable[TensorSpec] = ()) -> None:
@@ -218,11 +218,11 @@ class RowHashes:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors that can be hashed, sorted."""
+        """Names of all tensors that can be hashed, sorted."""
         return sorted([*self._plain, *self._packed])
 
     def row_count(self, name: str) -> int:
-        """How many rows are hashed of the whole tensor."""
+        """Return the number of rows of the tensor hashed so far."""
         return self._packed[name].rows if name in self._packed else flat_rows(self._plain[name])[0]
 
     def begin_rows(self, name: str, first: int, data: Tensor) -> RowsBeingRead | None:
@@ -239,11 +239,11 @@ class RowHashes:
         return None if spec is None else self._begin(name, first, data, flat_rows(spec)[1])
 
     def add_plain(self, name: str, first: int, data: Tensor) -> None:
-        """``begin_rows`` of rows that have been read."""
+        """Hash rows of a tensor that have been read; see ``begin_rows``."""
         self._finish(self.begin_rows(name, first, data), data)
 
     def add_packed(self, name: str, first: int, packed: Tensor) -> None:
-        """Packed rows ``uint8 [n, row_bytes]`` of a weight that several tensors make up."""
+        """Hash packed rows ``uint8 [n, row_bytes]`` of a weight stored as several tensors."""
         if name in self._packed:
             data = packed.cpu().contiguous()
             self._finish(self._begin(name, first, data, packed.shape[1]), data)
@@ -263,7 +263,7 @@ class RowHashes:
             rows.finish()
 
     def describe(self, name: str, total: int) -> str:
-        """The hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""
+        """Return the hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""
         spec = self._packed.get(name) or self._plain[name]
         header = xxhash.xxh3_64_intdigest(f"{spec.dtype} {list(spec.shape)}".encode())
         return f"{(total + header) & _MASK:016x}"

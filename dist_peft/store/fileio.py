@@ -39,7 +39,7 @@ class OpenFiles:
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
     def get(self, file: Path) -> int:
-        """The descriptor of ``file``; valid until the next call."""
+        """Return the descriptor of ``file``; valid until the next call."""
         if file in self._descriptors:
             self._descriptors.move_to_end(file)
             return self._descriptors[file]
@@ -82,7 +82,8 @@ def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def temporary_name(file: Path) -> Path:
-    """A new hidden name beside ``file``, on the same file system so that a rename is atomic."""
+    """Return a new hidden name next to ``file``, on the same file system so that a rename is
+    atomic."""
     return file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -100,7 +101,7 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn the operating system's errors about ``file`` into what the user can mend."""
+    """Translate the operating system's errors about ``file`` into ``UserError``."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -113,9 +114,9 @@ def reading(file: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(file: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the operating system's errors while ``num_bytes`` are written into what can be mended.
+    """Translate the operating system's errors while ``num_bytes`` are written into ``UserError``.
 
-    Anything else (a broken disk, say) is passed on as it is.
+    Other errors (a broken disk, say) are passed on unchanged.
     """
     try:
         yield

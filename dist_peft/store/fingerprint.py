@@ -1,7 +1,7 @@
-"""Fingerprints of a base: what tells bases apart before they are read.
+"""Fingerprints of a base, which distinguish bases before they are read.
 
-``sampled_fingerprint`` looks at some bytes of *every* tensor and at what ``config.json`` means. It
-refuses most mistakes in the first second of a run; a change between the samples is found by the
+``sampled_fingerprint`` hashes samples of *every* tensor and the meaningful keys of ``config.json``.
+It refuses most mistakes in the first second of a run; a change between the samples is found by the
 hashes of all rows (``store.content``), once the rows are read.
 """
 
@@ -49,7 +49,7 @@ and labels, which a classifier has of its own."""
 
 
 def sampled_fingerprint(tensors: Iterable[TensorInfo], config: Mapping[str, Any]) -> str:
-    """``v2:`` and a hexadecimal SHA-256 of every tensor's name, type, shape and samples.
+    """Return ``v2:`` and a hexadecimal SHA-256 of every tensor's name, type, shape and samples.
 
     How tensors are distributed over files does not matter.
 
@@ -75,7 +75,7 @@ def sampled_fingerprint(tensors: Iterable[TensorInfo], config: Mapping[str, Any]
 
 
 def _sample_places(size: int, samples: int) -> list[tuple[int, int]]:
-    """(offset, length) of the samples of ``size`` bytes; everything, where that is no more."""
+    """Return (offset, length) of the samples of ``size`` bytes; all bytes if there are no more."""
     if size <= samples * _SAMPLE_BYTES:
         return [(0, size)]
     last = size - _SAMPLE_BYTES
@@ -85,12 +85,12 @@ def _sample_places(size: int, samples: int) -> list[tuple[int, int]]:
 
 
 def is_sampled(fingerprint: str) -> bool:
-    """Whether it is one of ``sampled_fingerprint``; else it is one of ``edges_fingerprint``."""
+    """Return whether ``sampled_fingerprint`` made it; else ``edges_fingerprint`` did."""
     return fingerprint.startswith(_VERSION)
 
 
 def edges_fingerprint(files: Sequence[Path], tensors: Iterable[TensorInfo]) -> str:
-    """The fingerprint of earlier versions, for what they have written.
+    """Return the fingerprint of earlier versions, to check adapters and checkpoints of theirs.
 
     A hexadecimal SHA-256 of names, types, shapes and places, and of the first and last 64 KiB of
     the data of every file.
@@ -121,7 +121,7 @@ def edges_fingerprint(files: Sequence[Path], tensors: Iterable[TensorInfo]) -> s
 
 
 def config_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a ``config.json`` decides the function that the weights compute.
+    """Return the keys of a ``config.json`` that affect the function of the weights.
 
     Keys of no influence are left out at every depth, and so are keys that are null; numbers that
     are equal become the same (``1e4``, ``10000.0`` and ``10000``).
@@ -143,7 +143,7 @@ def _meaning(value: Any) -> Any:
 
 
 def read_config_meaning(path: Path) -> dict[str, Any]:
-    """Of the ``config.json`` in the directory ``path``; empty where there is none.
+    """Return ``config_meaning`` of ``path/config.json``; empty where there is none.
 
     Raises:
         UserError: it is no JSON object.

@@ -92,7 +92,7 @@ class TensorInfo(TensorSpec):
 
 
 def read_header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, in the order of their bytes.
+    """Return the tensors of one safetensors file, in the order of their bytes.
 
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a type that torch does not have.
@@ -111,7 +111,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def _read_json(descriptor: int, size: int, file: Path) -> tuple[dict[str, Any], int]:
-    """The header without its metadata, and the offset of the first data byte."""
+    """Return the header without its metadata, and the offset of the first data byte."""
     if size < 8:
         raise _truncated(file, f"it has {size} bytes, a header needs 8 and more")
     prefix = bytearray(8)
@@ -174,7 +174,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(infos: Sequence[TensorInfo], begin: int, size: int, file: Path) -> None:
-    """Every byte between the header and the end of the file belongs to exactly one tensor."""
+    """Check that every byte after the header belongs to exactly one tensor."""
     for info in infos:
         if info.stop > size:
             raise _truncated(
@@ -204,7 +204,7 @@ def _corrupt(file: Path, detail: str) -> UserError:
 def make_header(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str], file: Path
 ) -> tuple[bytes, list[TensorInfo]]:
-    """The first bytes of a file of ``specs`` and where each tensor goes.
+    """Return the first bytes of a file of ``specs`` and where each tensor goes.
 
     The bytes equal those of the reference implementation: tensors sorted from wide to narrow types
     and then by name, compact JSON, padded with spaces so that the data starts at a multiple of 8.

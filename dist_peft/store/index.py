@@ -1,9 +1,9 @@
-"""Which tensors a base has, and where their bytes are: the headers of all its files, nothing more.
+"""Index of a base's tensors and their byte ranges, from the headers of all its files.
 
 A model is one file or a directory. In a directory the files are, as for ``transformers``, in this
 order: ``model.safetensors``; the shards named by ``model.safetensors.index.json``; and otherwise
-every ``*.safetensors`` file. What a directory holds besides (``consolidated.safetensors`` next to
-shards, say) is left alone.
+every ``*.safetensors`` file. Other files of a directory (``consolidated.safetensors`` next to
+shards, say) are ignored.
 
 Everything is checked before the first tensor is read: hours into a run is no time to learn that
 the last shard was cut off by a full disk.
@@ -109,7 +109,7 @@ class SafetensorsIndex:
         return index
 
     def find(self, name: str) -> TensorInfo:
-        """The tensor called ``name``.
+        """Return the tensor called ``name``.
 
         Raises:
             UserError: there is none; the message names the nearest.
@@ -125,7 +125,7 @@ class SafetensorsIndex:
         return sampled_fingerprint(self.tensors.values(), read_config_meaning(self.path))
 
     def fingerprint(self) -> str:
-        """What tells bases apart without reading them; see ``store.fingerprint``.
+        """Return the sampled fingerprint of the base; see ``store.fingerprint``.
 
         It is computed once: it is of the files as they were at the first call.
 
@@ -135,10 +135,10 @@ class SafetensorsIndex:
         return self._fingerprint
 
     def has_fingerprint(self, known: str) -> bool:
-        """Whether ``known``, of this version or an earlier one, is this base's fingerprint.
+        """Return whether ``known``, of this version or an earlier one, is this base's fingerprint.
 
         Raises:
-            UserError: see ``fingerprint``.
+            UserError: a file is gone or shorter than when it was opened.
         """
         if is_sampled(known):
             return known == self.fingerprint()
@@ -146,7 +146,7 @@ class SafetensorsIndex:
 
 
 def _loose_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory that follows no naming scheme."""
+    """Return the safetensors files of a directory that follows no naming scheme."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_ENDINGS)
@@ -163,7 +163,7 @@ def _loose_files(directory: Path) -> list[Path]:
 
 
 def _read_index_json(file: Path) -> dict[str, str]:
-    """Tensor name -> file name, from a ``model.safetensors.index.json``."""
+    """Return tensor name -> file name from a ``model.safetensors.index.json``."""
     with reading(file):
         text = file.read_bytes()
     try:
@@ -190,6 +190,6 @@ def _pickle_only(directory: Path, names: list[str]) -> UserError:
 
 
 def _some(names: list[str]) -> str:
-    """At most three names, and how many more there are."""
+    """Return at most three names and the number of further ones as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -33,7 +33,7 @@ _PANEL_BYTES = 1 << 19
 
 
 class RowReader:
-    """Reads rows of an index's tensors; a context manager that closes its files.
+    """Reader of rows of an index's tensors; a context manager that closes its files.
 
     Attributes:
         index: where the tensors are.
@@ -63,12 +63,12 @@ class RowReader:
         self._files.close()
 
     def read(self, name: str, span: Span | None = None, columns: Span | None = None) -> Tensor:
-        """Rows ``span`` of a tensor (all of them by default) as a new CPU tensor.
+        """Read rows ``span`` of a tensor (default: all) into a new CPU tensor.
 
         Args:
             name: the tensor.
-            span: rows of dimension 0; of a vector, elements. A 0-d tensor has one row, and its
-                only span gives it back with shape ``()``.
+            span: rows of dimension 0; of a vector, elements. A 0-d tensor has one row, and its only
+                span returns it with shape ``()``.
             columns: of a matrix, the columns wanted (all of them by default); a system call a row.
 
         Returns:
@@ -76,7 +76,7 @@ class RowReader:
 
         Raises:
             UserError: unknown name, or the file is gone, unreadable or shorter than it was.
-            ValueError: the span leaves the tensor, or columns of what is no matrix.
+            ValueError: the span leaves the tensor, or columns of a tensor that is not a matrix.
         """
         info = self.index.find(name)
         if span is None:
@@ -102,13 +102,13 @@ class RowReader:
         return data.view(info.dtype).reshape(shape)
 
     def read_flat(self, name: str, span: Span) -> Tensor:
-        """Rows ``span`` of a tensor ``[..., n]`` taken as one matrix of all its rows of ``n``.
+        """Read rows ``span`` of a tensor ``[..., n]`` taken as one matrix of all its rows of ``n``.
 
         Returns:
             ``[len(span), n]`` in the file's type.
 
         Raises:
-            UserError: see ``read``.
+            UserError: as for ``read``.
             ValueError: the span leaves the tensor.
         """
         info = self.index.find(name)
@@ -123,7 +123,7 @@ class RowReader:
     def _read(
         self, file: Path, pieces: list[tuple[int, int]], hashed: tuple[str, int, int] | None
     ) -> Tensor:
-        """Pieces (offset, length) of a file behind each other, ``uint8``.
+        """Read pieces (offset, length) of a file into one ``uint8`` tensor.
 
         Args:
             hashed: of one piece that is whole rows: name, number of the first row, bytes of a row.
@@ -152,6 +152,6 @@ class RowReader:
 
 
 def _panels(offset: int, length: int, row_bytes: int) -> list[tuple[int, int]]:
-    """One piece cut into several of about ``_PANEL_BYTES`` each, whole rows."""
+    """Cut one piece into panels of about ``_PANEL_BYTES`` each, in whole rows."""
     step = max(1, _PANEL_BYTES // row_bytes) * row_bytes
     return [(offset + done, min(step, length - done)) for done in range(0, length, step)]

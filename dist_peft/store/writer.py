@@ -1,4 +1,4 @@
-"""Writing models larger than memory: rows in any order, whole files or none.
+"""Write models larger than memory: rows in any order, whole files or none.
 
 Types and shapes are known before the first row, so every header and every offset is fixed when the
 writer opens; a row goes straight to its place. The files grow under temporary names::
@@ -61,14 +61,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 class StreamWriter:
-    """Writes ``model.safetensors``, or numbered shards and ``model.safetensors.index.json``.
+    """Writer of ``model.safetensors``, or numbered shards and ``model.safetensors.index.json``.
 
     A context manager: leaving it normally closes (checks and publishes), leaving it by an exception
-    removes what was written. The files equal those of ``safetensors.torch.save_file``, byte for
+    removes the files. They equal those of ``safetensors.torch.save_file``, byte for
     byte.
 
     Attributes:
-        directory: where the files go; made when missing.
+        directory: output directory; created when missing.
         files: the final paths, in the order of the shards.
     """
 
@@ -121,7 +121,7 @@ class StreamWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
             _check_leftovers(self.directory, {part.final for part in self._parts})
         usage = shutil.disk_usage(self.directory)
-        # a total of 0 comes from file systems that do not know
+        # file systems that do not know their size report 0
         if usage.total and usage.free < self._total_bytes:
             raise UserError(
                 f"writing {self.files[0]} needs {self._total_bytes:,} bytes in all, "
@@ -184,7 +184,7 @@ class StreamWriter:
                 write_exactly(self._open_files.get(info.file), data.numpy().data, offset)
 
     def close(self) -> None:
-        """Check that every row was written, then publish the files. Twice does no harm.
+        """Check that every row was written, then publish the files. Idempotent.
 
         Raises:
             ValueError: rows are missing; nothing is published.
@@ -216,7 +216,7 @@ class StreamWriter:
         for part in self._parts:
             part.temporary.unlink(missing_ok=True)
         if self._made_directory:
-            with suppress(OSError):  # it holds what was published
+            with suppress(OSError):  # not empty: it holds published files
                 self.directory.rmdir()
 
 
@@ -265,7 +265,7 @@ class _Place:
 
 
 def _split(tensors: Sequence[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors a file, as many as fit; at least one file."""
+    """Split consecutive tensors into files, as many a file as fit; at least one file."""
     files: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in tensors:
@@ -284,7 +284,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _index_json(plan: list[list[TensorSpec]], names: list[str]) -> bytes:
-    """The index of a sharded model, written as ``transformers`` writes it."""
+    """Return the index of a sharded model, written as ``transformers`` writes it."""
     places = {spec.name: name for specs, name in zip(plan, names, strict=True) for spec in specs}
     total = sum(spec.nbytes for specs in plan for spec in specs)
     tree = {"metadata": {"total_size": total}, "weight_map": places}
@@ -307,7 +307,7 @@ def _check_leftovers(directory: Path, planned: Set[Path]) -> None:
 
 
 def _create(file: Path, first: bytes, size: int) -> None:
-    """A new file of ``size`` bytes that begins with ``first``; the umask decides who may read."""
+    """Create a file of ``size`` bytes that begins with ``first``, with the umask's permissions."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, size)

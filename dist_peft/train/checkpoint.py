@@ -4,15 +4,15 @@ Written through ``torch.distributed.checkpoint`` (each rank its own shards, by g
 that any engine at any number of ranks can read them. Layout of ``checkpoints/step-000100/``::
 
     .metadata, __0_0.distcp ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME in float32
-    run.json                      step, samples seen, seed, fingerprint of the base, and by key what
-                                  the run was: configuration, rows, tokenizer, versions
-    base.json                     hashes of the base's tensors (``app.base_content``)
+    run.json                      step, samples seen, seed, fingerprint of the base, and by key the
+    run's identity: configuration, rows, tokenizer, versions base.json                     hashes of
+    the base's tensors (``app.base_content``)
 
-Random state: there is none beside ``seed`` and ``step``. Data order is a function of (seed, epoch),
-dropout of (seed, module, step, sample), so both continue exactly where they stopped.
+There is no random state but ``seed`` and ``step``. Data order is a function of (seed, epoch),
+dropout of (seed, module, step, sample), so both resume exactly where they stopped.
 
-A checkpoint is written under a temporary name and renamed when it is complete on all ranks; what
-has no final name, or no readable ``run.json``, is skipped and named in the log.
+A checkpoint is written under a temporary name and renamed when it is complete on all ranks; a
+directory without a final name or a readable ``run.json`` is skipped and named in the log.
 """
 
 import json
@@ -44,7 +44,7 @@ __all__ = ["Checkpoints", "RunPosition"]
 log = logging.getLogger("dist_peft")
 
 _UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError)
-"""What reading a damaged ``.metadata`` raises."""
+"""Exceptions raised on reading a damaged ``.metadata``."""
 
 
 class Checkpoints:
@@ -63,7 +63,7 @@ class Checkpoints:
         position: RunPosition,
         files: Mapping[str, str] = MappingProxyType({}),
     ) -> Path:
-        """Write ``state`` atomically, then remove what is older than the newest ``keep``.
+        """Write ``state`` atomically, then remove all but the newest ``keep`` checkpoints.
 
         Args:
             files: name -> contents of small files that belong to it.
@@ -102,7 +102,7 @@ class Checkpoints:
         return final
 
     def _set_aside(self, step: int) -> None:
-        """A run that started again below an older one's steps must not resume from them later."""
+        """Move later checkpoints of an older run away, so that this run cannot resume from them."""
         for path in self.found():
             if _step(path) > step:
                 kept = self.directory / "superseded" / path.name
@@ -122,7 +122,7 @@ class Checkpoints:
     # -- reading -------------------------------------------------------------------------------
 
     def found(self) -> list[Path]:
-        """Complete checkpoints, oldest first; incomplete ones are named in the log."""
+        """Return complete checkpoints, oldest first; log incomplete ones."""
         complete = []
         for path in sorted(self.directory.glob("*step-*"), key=lambda p: (_step(p), p.name)):
             if path.name.startswith("step-") and (path / "run.json").is_file():
@@ -132,7 +132,12 @@ class Checkpoints:
         return complete
 
     def choose(self, resume: str) -> Path | None:
-        """``auto`` -> newest or none; ``never`` -> none; else the path, which must exist."""
+        """Return the checkpoint to resume from: ``auto``: newest, if any; ``never``: none; or a
+        path.
+
+        Raises:
+            UserError: the path is not a complete checkpoint.
+        """
         if resume == "never":
             return None
         if resume == "auto":
@@ -147,11 +152,12 @@ class Checkpoints:
 
     @staticmethod
     def position(path: Path) -> RunPosition:
-        """See ``run_position.read_position``."""
+        """Return the position stored in the checkpoint ``path``; see
+        ``run_position.read_position``."""
         return read_position(path)
 
     def load(self, path: Path, state: dict[str, Tensor]) -> None:
-        """Read into the tensors of ``state``, in place.
+        """Load a checkpoint into the tensors of ``state``, in place.
 
         Raises:
             UserError: files are missing or damaged, or tensors do not fit (on every rank).
@@ -172,7 +178,7 @@ class Checkpoints:
             raise _unreadable(path, error) from None
 
     def read_whole(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors by key, on every rank, without a model."""
+        """Return whole tensors by key, on every rank, without a model."""
         wanted = set(names)
         if not wanted:
             return {}
@@ -191,7 +197,7 @@ class Checkpoints:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that one process is taken for one process."""
+    """Suppress torch's warning that the process group of a single process is not initialized."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -209,13 +215,13 @@ def _metadata(path: Path) -> Metadata:
 def _unreadable(path: Path, error: BaseException) -> UserError:
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"cannot read checkpoint {path}: {first}; if files are damaged, remove it to go on from "
+        f"cannot read checkpoint {path}: {first}; if files are damaged, remove it to resume from "
         "the one before"
     )
 
 
 def _step(path: Path) -> int:
-    """The number at the end of a checkpoint's name; 0 for a name without one."""
+    """Return the step at the end of a checkpoint's name; 0 for a name without one."""
     digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 

@@ -1,4 +1,4 @@
-"""Reading ``torch.distributed.checkpoint`` files without trusting them.
+"""Read ``torch.distributed.checkpoint`` files without trusting them.
 
 torch's own reader runs code from a checkpoint in two ways: ``.metadata`` is unpickled, and an
 entry that is stored as bytes instead of as a tensor goes through
@@ -51,7 +51,7 @@ class CheckpointReader(dcp.FileSystemReader):
     """A ``FileSystemReader`` that reads tensors and nothing else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata of the checkpoint, checked.
+        """Return the metadata of the checkpoint, checked.
 
         Raises:
             UserError: it holds something that is no metadata, an entry that is no tensor, or a
@@ -83,10 +83,10 @@ class TensorLoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def _check_entries(metadata: Metadata, path: Path) -> None:
-    """Every entry is a tensor that the directory's own files can hold.
+    """Check that every entry is a tensor that the directory's own files can hold.
 
     Raises:
-        UserError: one is not.
+        UserError: an entry is not.
         ValueError: files are cut off.
     """
     for name, entry in metadata.state_dict_metadata.items():
@@ -123,7 +123,8 @@ def _check_entries(metadata: Metadata, path: Path) -> None:
 
 
 def _check_regular_file(path: Path) -> int:
-    """Size in bytes of a regular file. A link would read a file of the user's; a FIFO would block.
+    """Return the size in bytes of a regular file. A link could read other files; a FIFO would
+    block.
 
     Raises:
         UserError: it is a symbolic link, a directory, a FIFO or a device.

@@ -1,4 +1,4 @@
-"""Cross entropy of classes, and how well they are told apart.
+"""Cross entropy of classes and classification metrics.
 
 One matrix of logits serves several tasks; of a row only the classes of its task count::
 
@@ -23,14 +23,14 @@ __all__ = ["ClassCounts", "Scores", "class_losses", "in_range", "labelled_losses
 
 
 def in_range(logits: Tensor, ranges: Tensor) -> Tensor:
-    """``logits`` [B, C] in float32, minus infinity outside of each row's ``ranges`` [B, 2]."""
+    """Return ``logits`` [B, C] in float32, minus infinity outside each row's ``ranges`` [B, 2]."""
     ids = torch.arange(logits.shape[1], device=logits.device)
     inside = (ids >= ranges[:, :1]) & (ids < ranges[:, 1:])
     return logits.float().masked_fill(~inside, -torch.inf)
 
 
 def class_losses(logits: Tensor, labels: Tensor, ranges: Tensor) -> Tensor:
-    """Cross entropy of each row over the classes of its task, in nats.
+    """Return the cross entropy of each row over the classes of its task, in nats.
 
     Args:
         logits: ``[B, C]`` of any float dtype.
@@ -46,14 +46,14 @@ def class_losses(logits: Tensor, labels: Tensor, ranges: Tensor) -> Tensor:
 
 
 def labelled_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
-    """``class_losses`` of a batch, on the device of ``logits``."""
+    """Return ``class_losses`` of a batch, on the device of ``logits``."""
     device = logits.device
     return class_losses(logits, batch.labels[:, 0].to(device), batch.ranges.to(device))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares between 0 and 1; see the module docstring."""
+    """Accuracy and macro F1, between 0 and 1."""
 
     accuracy: float
     macro_f1: float
@@ -64,24 +64,24 @@ class Scores:
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """What scores are computed from: float64 ``[3, C]``, of each class the rows that are rightly
-    told to be in it, that are told to be in it, and that are in it."""
+    """Counts from which scores are computed: float64 ``[3, C]``, for each class the true positives,
+    the predicted rows and the actual rows."""
 
     counts: Tensor
 
     @classmethod
     def none(cls, classes: int) -> "ClassCounts":
-        """Of no rows yet."""
+        """Return counts of no rows."""
         return cls(torch.zeros(3, classes, dtype=torch.float64))
 
     def add(self, chosen: int, label: int) -> None:
-        """One row."""
+        """Count one row with predicted class ``chosen`` and actual class ``label``."""
         self.counts[0, label] += chosen == label
         self.counts[1, chosen] += 1
         self.counts[2, label] += 1
 
     def scores(self) -> Scores:
-        """At least one row is needed."""
+        """Compute accuracy and macro F1; at least one row is needed."""
         right, predicted, actual = self.counts
         occurs = (predicted + actual) > 0
         f1 = 2 * right[occurs] / (predicted + actual)[occurs]
@@ -89,5 +89,5 @@ class ClassCounts:
 
 
 def sum_of(counts: Sequence[ClassCounts]) -> ClassCounts:
-    """Of the rows of all, at least one."""
+    """Sum counts over ``counts``, at least one."""
     return ClassCounts(torch.stack([count.counts for count in counts]).sum(0))

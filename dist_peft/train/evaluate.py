@@ -1,4 +1,4 @@
-"""Held-out loss: mean over all targets of the evaluation rows, in nats; of classes the scores."""
+"""Held-out loss: mean over all targets of the evaluation sequences, in nats; class scores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ __all__ = ["HeldOut", "evaluate", "inference", "row_losses"]
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout in adapters."""
+    """Disable gradients, and dropout in adapters."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -41,7 +41,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over all targets, and over those of each task of a ``Mixture``; of labelled rows
+    """Mean loss over all targets and over those of each task of a ``Mixture``; for labelled rows
     the scores, too."""
 
     loss: float
@@ -59,10 +59,10 @@ class HeldOut:
         return f"{self.by_task[name]:.4f}{'' if scores is None else f', {scores}'}"
 
     def values(self, after: str = "") -> dict[str, Any]:
-        """What is known, as the fields of ``StepMetrics`` are called.
+        """Return the known values under the names of the fields of ``StepMetrics``.
 
         Args:
-            after: end of each name, such as ``_before``.
+            after: suffix of each name, such as ``_before``.
         """
         found: dict[str, Any] = {"eval_loss": self.loss}
         if self.by_task:
@@ -76,7 +76,7 @@ class HeldOut:
 
 
 def evaluate(model: nn.Module, engine: Engine, loader: Loader, world: World) -> HeldOut:
-    """Every rank computes its share of the rows, the same number of batches on each."""
+    """Evaluate the held-out loss; each rank computes the same number of batches of its share."""
     rows = loader.rows
     names = rows.names if isinstance(rows, Mixture) else ("",)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)  # losses, targets
@@ -109,7 +109,7 @@ def evaluate(model: nn.Module, engine: Engine, loader: Loader, world: World) -> 
 
 
 def _summed(tensor: Tensor, world: World) -> Tensor:
-    """Over all ranks."""
+    """Sum over all ranks."""
     return torch.tensor(world.sum(*tensor.flatten().tolist()), dtype=tensor.dtype).view_as(tensor)
 
 
@@ -127,5 +127,5 @@ def _row_losses(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def row_losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Sum of the losses of each row's targets, in nats: float64 [B] on the CPU."""
+    """Return the summed loss of each sequence's targets in nats, float64 ``[B]`` on the CPU."""
     return _row_losses(_logits(model, batch, device), batch)

@@ -1,4 +1,4 @@
-"""What a fusion attends to in held-out rows: ``fusion_attention.json`` of a run.
+"""Attention of fusions on held-out sequences: ``fusion_attention.json`` of a run.
 
 ::
 
@@ -7,9 +7,9 @@
      "attention": [[0.41, 0.59], ...],                       layer x adapter, rows sum to 1
      "by_task": {"rte": [[0.62, 0.38], ...], ...}}           with several held-out sources
 
-Each number is a mean over tokens: those at which a token is predicted that counts for the loss
-(``target tokens``), of classified rows all but the padding (``tokens``). Sums are taken over all
-ranks, so that the file does not depend on their number.
+Each number is a mean over tokens: those whose prediction contributes to the loss (``target
+tokens``), in classification all but the padding (``tokens``). Sums are taken over all ranks, so
+that the file does not depend on their number.
 """
 
 import json
@@ -44,13 +44,13 @@ Table = list[list[float]]
 
 @dataclass(frozen=True)
 class FusionAttention:
-    """Mean attention. See the module docstring.
+    """Mean attention of each fusion to each adapter over held-out tokens.
 
     Attributes:
         adapters: names of the fused adapters.
         layers: paths of the fusions.
-        counted: what the mean is over.
-        tokens: how many.
+        counted: kind of tokens that the mean is over.
+        tokens: number of tokens.
         attention: ``[layers][adapters]``.
         by_task: the same for each of several held-out sources.
     """
@@ -63,7 +63,8 @@ class FusionAttention:
     by_task: dict[str, Table]
 
     def layer_labels(self) -> list[str]:
-        """A short name for each fusion: its block's number, and where there are two in a block."""
+        """Return a short name for each fusion: its block's number, and its place if a block has
+        two."""
         several = len({path.rpartition(".")[2] for path in self.layers}) > 1
         return [
             f"{''.join(re.findall(r'[.]([0-9]+)[.]', path)[-1:])}"
@@ -72,12 +73,16 @@ class FusionAttention:
         ]
 
     def write(self, run_dir: Path) -> None:
-        """Raises: UserError: the disk is full."""
+        """Write ``fusion_attention.json``.
+
+        Raises:
+            UserError: the disk is full.
+        """
         atomic_write(run_dir / _FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, run_dir: Path) -> Self | None:
-        """What ``write`` wrote; None where it did not.
+        """Read ``fusion_attention.json``; None if it does not exist.
 
         Raises:
             UserError: the file is damaged.
@@ -92,7 +97,7 @@ class FusionAttention:
 
 
 def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
-    """The fusions of a model by path, in its order."""
+    """Return the fusions of a model by path, in its order."""
     return {module.path: module for module in model.modules() if isinstance(module, FusionLayer)}
 
 
@@ -103,11 +108,11 @@ def measure_attention(
     loader: Loader,
     world: World,
 ) -> FusionAttention:
-    """One pass over the held-out rows; every rank calls it and gets the same.
+    """Measure attention in one pass over the held-out sequences; the same result on every rank.
 
     Args:
-        layers: see ``fusion_layers``; at least one.
-        loader: of the held-out rows.
+        layers: as returned by ``fusion_layers``; at least one.
+        loader: of the held-out sequences.
     """
     rows, first = loader.rows, next(iter(layers.values()))
     names = rows.names if isinstance(rows, Mixture) else ("",)
@@ -140,6 +145,6 @@ def measure_attention(
 
 
 def _weights(batch: Batch) -> Tensor:
-    """Which tokens count, float32 ``[B, S]``; none of a filler row."""
+    """Return the weight (0 or 1) of each token, float32 ``[B, S]``; 0 in filler rows."""
     counted = batch.attention_mask if isinstance(batch, LabelledBatch) else batch.labels != IGNORE
     return counted.float() * (batch.sample_ids >= 0).unsqueeze(1)

@@ -1,9 +1,9 @@
-"""The training loop: batches -> accumulate -> clip and update -> report. Nothing else.
+"""The training loop: accumulate gradients over batches, clip, update, report.
 
 The loss of an optimizer step is the mean over all its target tokens, wherever they are: each
 micro-batch contributes the *sum* of its token losses over the *global* number of target tokens,
-which the loader knows without communication, and engines add gradients up. Neither the number of
-ranks nor the way rows fall into micro-batches changes the result.
+which the loader knows without communication, and engines sum gradients over ranks. Neither the
+number of ranks nor the split of sequences into micro-batches changes the result.
 """
 
 import math
@@ -47,9 +47,9 @@ class StepResult:
 def batch_loss(
     model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
 ) -> torch.Tensor:
-    """Sum of the losses of a batch's targets; packed documents do not see each other.
+    """Return the sum of the losses of a batch's targets; packed documents are isolated.
 
-    ``call``: what to call instead of ``model`` (an engine's wrapper of it).
+    ``call``: module to call instead of ``model`` (an engine's wrapper of it).
     """
     logits = (call or model)(**batch_inputs(model, batch, device), use_cache=False).logits
     if isinstance(batch, LabelledBatch):
@@ -73,7 +73,7 @@ def fit(
 ) -> int:
     """Train from ``first_step`` until ``last_step`` steps are done or ``after_step`` says stop.
 
-    ``call`` is what ``engine.optimize`` gave: the module to call in training steps.
+    ``call`` is the module to call in training steps, as returned by ``engine.optimize``.
 
     Returns the number of steps done. Raises UserError on every rank when a loss or gradient is
     not finite; the adapters are then as the last good step left them.

@@ -7,7 +7,7 @@ For one position with logits ``z`` (a row of ``V`` values) and target ``t``::
     d loss  = softmax(z) - onehot(t) = exp(z - m - n) - onehot(t)
 
 The usual way casts ``[B, S, V]`` logits to float32 first and keeps that copy, its log-softmax and
-its gradient: with 4096 positions and a vocabulary of 128 000, three times 2 GiB beside 1 GiB of
+its gradient: with 4096 positions and a vocabulary of 128 000, three times 2 GiB on top of 1 GiB of
 bfloat16 logits. Here rows are taken in chunks of ``CHUNK_ELEMENTS`` values; between forward and
 backward only the logits themselves and two numbers a row are kept, and backward computes the
 softmax again, chunk by chunk, straight into a gradient of the logits' type::
@@ -32,14 +32,14 @@ from torch.autograd.function import once_differentiable
 __all__ = ["IGNORE", "token_loss"]
 
 IGNORE = -100
-"""The label of a position that does not count."""
+"""The label of a position that does not contribute to the loss."""
 
 CHUNK_ELEMENTS = 2**24
 """Logits in float32 at a time: 64 MiB."""
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the target tokens of their cross entropy, in nats.
+    """Return the sum of the cross entropy of all target tokens, in nats.
 
     Args:
         logits: ``[B, S, V]`` of any float dtype.
@@ -90,7 +90,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _rows(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """A fresh copy ``[n, V]`` of the logits at ``places`` [n, 2]; any strides, no flattening."""
+    """Copy the logits at ``places`` [n, 2] to a new ``[n, V]``; any strides, no flattening."""
     return logits[places[:, 0], places[:, 1]].to(dtype)
 
 

@@ -7,7 +7,7 @@ With ``T`` steps in all and ``w`` steps of warm-up, the factor of step ``s`` (0,
 
     cosine    f(p) = (1 + cos(pi p)) / 2              (SGDR without restarts, Loshchilov & Hutter
     linear    f(p) = 1 - p                             2017)
-    constant  f(p) = 1                                whatever m is
+    constant  f(p) = 1                                for any m
 
     1 |     __
       |    /  `.
@@ -24,7 +24,7 @@ __all__ = ["lr_factor", "warmup_steps"]
 
 
 def warmup_steps(total: int, warmup: float) -> int:
-    """Steps of warm-up: below 1, ``warmup`` is a share of ``total`` (rounded), else steps.
+    """Return the warm-up steps: below 1, ``warmup`` is a share of ``total`` (rounded), else steps.
 
     At most ``total - 1``: a warm-up longer than the run reaches the peak with the last step.
     """
@@ -39,12 +39,12 @@ def lr_factor(
     schedule: Literal["cosine", "linear", "constant"],
     min_ratio: float,
 ) -> float:
-    """Factor of the peak learning rate for ``step``, in (0, 1] for ``0 <= step < total``.
+    """Return the factor of the peak learning rate, in (0, 1] for ``0 <= step < total``.
 
     Args:
         step: steps done so far; the first step has 0. From ``total`` on the factor is the last.
         total: steps of the run, at least 1.
-        warmup: see ``warmup_steps``.
+        warmup: as in ``warmup_steps``.
         schedule: shape after the warm-up.
         min_ratio: factor at ``step == total`` in [0, 1]; without effect on ``constant``.
     """

@@ -45,7 +45,7 @@ class Metrics:
             raise _cannot_write(self.path, error) from None
 
     def write(self, record: StepMetrics) -> None:
-        """Append a step; it is in the file when this returns.
+        """Append a step; it is flushed to the file before this returns.
 
         Raises:
             UserError: the disk is full or gone.
@@ -84,10 +84,10 @@ class Metrics:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held so far.
+    """Return the peak memory of this process so far, in bytes.
 
-    On CUDA what tensors took on ``device`` (not the allocator's cache, not the context), else the
-    peak resident set, which includes Python and its libraries.
+    On CUDA the memory of tensors on ``device`` (without the allocator's cache and the context),
+    else the peak resident set size, which includes Python and its libraries.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -96,7 +96,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """``1536`` -> ``1.50 KiB``: three digits in the largest unit that keeps 1 before the point."""
+    """Format ``1536`` as ``1.50 KiB``: three digits, largest unit with a value of 1 or more."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     value, unit = float(count), 0
     while value >= 1000 and unit < len(units) - 1:

@@ -1,10 +1,10 @@
 """Optimizers: torch's fused AdamW, and bitsandbytes' 8-bit and paged AdamW.
 
-AdamW (Loshchilov & Hutter 2019). Whatever an optimizer keeps, a checkpoint sees float32
-``exp_avg`` and ``exp_avg_sq`` of the parameter's shape: torch's own are handed out as they are,
-bitsandbytes' 8-bit ones (Dettmers et al. 2022: blocks of 256 values, dynamic 8-bit codes) are
-decoded on the way out and encoded again on the way in. So a checkpoint can be resumed with another
-number of ranks, or with another optimizer of this file; 8-bit moments are then rounded once more.
+AdamW (Loshchilov & Hutter 2019). A checkpoint always holds float32 ``exp_avg`` and ``exp_avg_sq``
+of the parameter's shape: torch's own are saved as they are, bitsandbytes' 8-bit ones (Dettmers et
+al. 2022: blocks of 256 values, dynamic 8-bit codes) are dequantized on save and quantized again on
+load. So a checkpoint can be resumed with another number of ranks, or with another optimizer of this
+file; 8-bit moments are then rounded once more.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _BLOCK = 256
 
 
 def make_optimizer_factory(config: TrainConfig, device: torch.device) -> OptimizerFactory:
-    """The factory for ``train.optimizer``."""
+    """Return the factory for ``train.optimizer``."""
     if config.optimizer == "adamw":
         return _TorchAdamW(config)
     if config.optimizer.startswith("paged") and device.type != "cuda":
@@ -37,7 +37,7 @@ def make_optimizer_factory(config: TrainConfig, device: torch.device) -> Optimiz
 
 
 class _TorchAdamW:
-    """Fused AdamW; takes DTensors. Moments exist from the start, not from the first step on."""
+    """Fused AdamW; takes DTensors. Moments are allocated at construction, not at the first step."""
 
     wants_plain = False
 
@@ -77,8 +77,8 @@ class _BitsAndBytesAdamW:
     The state of a paged optimizer is paged where a rank's part of a parameter has 1e5 values or
     more; below that bitsandbytes keeps it on the device.
 
-    bitsandbytes keeps tensors below 4096 elements in 32 bits even in its 8-bit optimizers; they
-    are told apart by the type of their state.
+    bitsandbytes keeps tensors below 4096 elements in 32 bits even in its 8-bit optimizers; the type
+    of the state distinguishes the two.
     """
 
     wants_plain = True
@@ -163,12 +163,13 @@ class _BitsAndBytesAdamW:
 
 
 def _encode_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """``values`` [n] as nearest 8-bit codes [n] and a scale for each block of 256.
+    """Quantize ``values`` [n] to nearest 8-bit codes [n] and one scale per block of 256.
 
-    What was decoded comes back bit for bit, unlike from bitsandbytes' ``quantize_blockwise``: the
-    signed code reaches from -0.993 to 1 only, so a block whose largest value is negative decodes
-    smaller than its scale and would shrink by 0.7 % with each save and resume. Here the scale makes
-    the extreme value the extreme code; neighbouring floats are tried too, since dividing rounds.
+    Dequantized values round-trip bit for bit, unlike with bitsandbytes' ``quantize_blockwise``: the
+    signed code reaches from -0.993 to 1 only, so a block whose largest value is negative
+    dequantizes to less than its scale and would shrink by 0.7 % with each save and resume. Here the
+    scale makes the extreme value the extreme code; neighbouring floats are tried too, since
+    dividing rounds.
     """
     blocks = functional.pad(values, (0, -len(values) % _BLOCK)).view(-1, _BLOCK)
     scales = blocks.amax(1)

@@ -1,10 +1,10 @@
-"""Multiple choice by likelihood: the answer that the model finds most probable.
+"""Multiple-choice evaluation by likelihood: the most probable choice is the answer.
 
 For a question with prompt ``p`` and choices ``c_1 ... c_n``::
 
     score_i = log P(c_i | p) = sum over the tokens of c_i        chosen: argmax of the scores
 
-Long answers have small probabilities, whatever they say. So a second accuracy divides each score by
+Long answers have small probabilities. So a second accuracy divides each score by
 the number of characters of the choice, as the common harnesses' ``acc_norm`` does.
 """
 
@@ -39,7 +39,7 @@ def answer_questions(
     loader: Loader,
     world: World,
 ) -> ChoiceResult:
-    """Score every choice; each rank computes its share of the rows.
+    """Score every choice; each rank computes its share of the sequences.
 
     Args:
         loader: of the questions' ``ChoiceRows``.
@@ -56,7 +56,7 @@ def answer_questions(
 
 
 def _scores(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
-    """Log-likelihood of each row's targets, in nats: float64 [rows]."""
+    """Return the log-likelihood of each sequence's targets in nats, float64 ``[sequences]``."""
     scores = torch.zeros(len(loader.rows), dtype=torch.float64)
     with inference(model):
         for batch in loader.sequential():

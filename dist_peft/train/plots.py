@@ -2,7 +2,7 @@
 
 matplotlib's object interface with the Agg canvas: no display, no global state. Every plot exists in
 a light and a dark theme. Colours are from Okabe & Ito's palette, which colour-blind readers can
-tell apart; curves that share axes also differ in width or marker.
+distinguish; curves that share axes also differ in width or marker.
 """
 
 import io
@@ -60,7 +60,7 @@ class Plot:
 
 
 def draw(plot: Plot, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
-    """A PNG of ``plot``; ``records`` (at least one) by rising step."""
+    """Return a PNG of ``plot``; ``records`` (at least one) sorted by step."""
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
     palette = _PALETTES[theme]
@@ -80,7 +80,7 @@ def draw_heat_maps(
     panels: Mapping[str, Sequence[Sequence[float]]],
     theme: Theme = "light",
 ) -> bytes:
-    """A PNG of tables of shares, side by side.
+    """Return a PNG of tables of shares, side by side.
 
     Args:
         title: heading of the picture.
@@ -122,7 +122,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average that weighs the last ``span`` values most, without start bias.
+    """Return the exponential moving average over about ``span`` values, without start bias.
 
     ``y_t = sum_i a^(t-i) x_i / sum_i a^(t-i)`` with ``a = 1 - 2 / (span + 1)``, ``span >= 1``.
     """
@@ -135,7 +135,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
-    """(steps done, held-out loss) of every evaluation, the one before training included."""
+    """Return (steps done, held-out loss) of every evaluation, the one before training included."""
     points = []
     for record in records:
         if record.eval_loss_before is not None:
@@ -160,9 +160,9 @@ def _prepare(axes: Axes, plot: Plot, palette: _Palette) -> None:
 
 
 def _line(axes: Axes, records: Sequence[StepMetrics], values: Sequence[float], colour: str) -> None:
-    """One curve over zero, with headroom.
+    """Draw one curve over zero, with headroom.
 
-    The few points of a short run are marked; a lone one would be invisible.
+    The few points of a short run get markers; a single one would be invisible.
     """
     marker = "o" if len(records) <= 20 else None
     axes.plot([r.step for r in records], values, color=colour, lw=1.6, marker=marker, ms=4)

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: a bar on a terminal, plain lines elsewhere.
+"""Progress display of a training run: a bar on a terminal, plain lines elsewhere.
 
 The bar is redrawn every step. Lines appear every ``every`` steps, with the first, the last and each
 evaluation; with a bar they go to ``log.txt`` alone, evaluations excepted::
@@ -26,7 +26,7 @@ log = logging.getLogger("dist_peft")
 
 
 class Progress:
-    """Progress of a training run on rank 0; on other ranks it does nothing. A context manager."""
+    """Progress of a training run on rank 0; a no-op on other ranks. A context manager."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Progress:
             rank: this process.
             first_step: steps done by earlier attempts.
             every: steps between lines.
-            unit: what the targets of the loss are: tokens, or the rows of a classifier.
-            clock: seconds.
+            unit: the targets of the loss: tokens, or the rows of a classifier.
+            clock: returns seconds.
         """
         self.total = total
         self.first_step = first_step
@@ -60,7 +60,7 @@ class Progress:
             )
 
     def update(self, record: StepMetrics) -> None:
-        """Show a step that is done."""
+        """Show a finished step."""
         if not self.active:
             return
         if self._bar is not None:
@@ -109,7 +109,7 @@ class Progress:
         return f"{record.tokens_per_s:.0f} {self.unit}/s"
 
     def _remaining(self, step: int) -> timedelta:
-        """From the mean of this attempt's steps, evaluations and checkpoints included."""
+        """Estimate from the mean of this attempt's steps, evaluations and checkpoints included."""
         done = step - self.first_step
         seconds = (self._clock() - self._start) / max(done, 1) * (self.total - step)
         return timedelta(seconds=round(seconds))

@@ -1,4 +1,4 @@
-"""``report.html``: a finished run on one page that needs nothing else.
+"""``report.html``: a finished run on one self-contained page.
 
 Images are inline, there is no script and no link to elsewhere; the page follows the reader's light
 or dark setting. Numbers come from ``metrics.jsonl``, the description of the run from its
@@ -30,13 +30,13 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the metrics do not tell about a run.
+    """Facts about a run that are not in its metrics.
 
     Attributes:
         model: path or hub id of the base.
         adapter: method and its main settings.
         base_storage: how the frozen linears are stored.
-        engine: who shards.
+        engine: kind of the engine.
         ranks: number of processes.
         facts: further rows of the summary table, such as parameter counts.
     """
@@ -50,7 +50,8 @@ class RunSummary:
 
     @classmethod
     def of(cls, config: RunConfig, *, engine: str, ranks: int, facts: Iterable[Row] = ()) -> Self:
-        """From a run's configuration; ``engine``: the kind that ran, where the config says auto."""
+        """Build from a run's configuration; ``engine``: the resolved kind where the config says
+        auto."""
         adapter, base = config.adapter, config.base
         chosen = adapter.model_dump(exclude={"kind"}, exclude_defaults=True)
         always = adapter.model_dump(include={"r", "alpha"})
@@ -139,7 +140,7 @@ def _write_page(run_dir: Path, **parts: object) -> Path:
 
 
 def _headline(records: Sequence[StepMetrics]) -> str:
-    """The run in one sentence."""
+    """Return the run in one sentence."""
     if not records:
         return "No step has been recorded."
     points = eval_points(records)
@@ -210,7 +211,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _setting(key: str, value: object) -> str:
-    """``r 16``, ``use_dora``, ``target_modules q_proj v_proj``."""
+    """Format a setting as ``r 16``, ``use_dora``, ``target_modules q_proj v_proj``."""
     if value is True:
         return key
     if isinstance(value, list):
@@ -219,20 +220,20 @@ def _setting(key: str, value: object) -> str:
 
 
 def _item(value: object) -> str:
-    """Of a list of sections, each by what it is called or where it lies."""
+    """Format an item of a list; a section by its name or path."""
     if isinstance(value, dict):
         value = value.get("name") or value.get("path") or value
     return str(value)
 
 
 def _inline(plot: Plot, records: Sequence[StepMetrics]) -> dict[str, str]:
-    """The plot in both themes as data URIs."""
+    """Draw the plot in both themes as data URIs."""
     inline = _in_both_themes(partial(draw, plot, records))
     return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
 
 
 def _inline_attention(found: FusionAttention) -> dict[str, str]:
-    """As ``_inline``: one table, or one for each task."""
+    """Draw the attention as ``_inline`` does: one table, or one for each task."""
     title = "Attention to the fused adapters, by layer"
     panels = found.by_task or {"held-out rows": found.attention}
     paint = partial(draw_heat_maps, title, found.layer_labels(), found.adapters, panels)

@@ -1,4 +1,4 @@
-"""``run.json`` of a checkpoint: where the run stands, and by key what it was."""
+"""``run.json`` of a checkpoint: position of the run and, by key, its identity."""
 
 import json
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ __all__ = ["RunPosition", "read_position"]
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands, and what it is.
+    """Position and identity of a run.
 
     Attributes:
         step: optimizer steps done.
-        samples: global index of the next row in the endless order of rows.
+        samples: global index of the next sequence in the endless data order.
         seed: the run's seed; with ``step`` it is the whole random state.
         base: fingerprint of the base's files and of how they are stored.
         values: every key of the configuration and a fingerprint of each thing that was read, by
@@ -34,7 +34,7 @@ class RunPosition:
     def from_json(cls, tree: Any) -> Self:
         """
         Raises:
-            ValueError: ``tree`` is not what ``run.json`` holds; says why.
+            ValueError: ``tree`` is not the content of a ``run.json``; the message says why.
         """
         if not isinstance(tree, dict):
             raise ValueError("it holds no JSON object")
@@ -62,7 +62,7 @@ _POSITION_TYPES = {
 
 
 def read_position(path: Path) -> RunPosition:
-    """What ``path/run.json`` says.
+    """Read ``path/run.json``.
 
     Raises:
         UserError: it cannot be read, is of another format, or contradicts the directory's name.

@@ -19,15 +19,15 @@ __all__ = ["METRICS_FILE", "StepMetrics", "format_line", "read_metrics"]
 METRICS_FILE = "metrics.jsonl"
 
 _BY_TASK = tuple(
-    f"eval_{what}by_task{when}"
-    for what in ("", "accuracy_", "macro_f1_")
+    f"eval_{score}by_task{when}"
+    for score in ("", "accuracy_", "macro_f1_")
     for when in ("", "_before")
 )
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is known about one optimizer step.
+    """Metrics of one optimizer step.
 
     Attributes:
         step: steps done, this one included.
@@ -42,8 +42,8 @@ class StepMetrics:
         eval_loss_before: held-out loss before the first step, on the line of that step.
         eval_by_task, eval_by_task_before: the same for each of several held-out sources, by name.
         eval_accuracy, eval_macro_f1, ...: of classes, see ``train.class_loss``; as the losses.
-        epoch: passes over the training rows so far.
-        samples: rows seen so far.
+        epoch: passes over the training data so far.
+        samples: sequences seen so far.
         seconds: wall time of the step.
     """
 

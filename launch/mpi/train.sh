@@ -3,7 +3,7 @@
 #
 #   RANKS=16 HOSTFILE=hosts.txt launch/mpi/train.sh CONFIG [key.sub=value ...]
 #
-# Nobody need export MASTER_ADDR: with mpi4py installed the ranks find the host of rank 0 through
+# MASTER_ADDR need not be exported: with mpi4py installed the ranks find the host of rank 0 through
 # MPI. Without mpi4py export MASTER_ADDR and MASTER_PORT (exported variables are passed on below).
 #
 #   RANKS           processes, all hosts together (default: 1)

@@ -1,15 +1,15 @@
-# Body of the job scripts beside it; they source it after their #SBATCH lines.
+# Body of the job scripts in this directory; they source it after their #SBATCH lines.
 #
 #   sbatch launch/slurm/fsdp2_nodes.sbatch CONFIG [key.sub=value ...]
 #
 # Submit from the root of the repository (or set DIST_PEFT_ROOT). PYTHON names the interpreter
-# (default: python of the submitting shell's PATH). What a script adds itself is in ENGINE.
+# (default: python of the submitting shell's PATH). Options added by a script are in ENGINE.
 
 CONFIG=${1:?usage: sbatch SCRIPT CONFIG [key.sub=value ...]}
 shift
 cd "${DIST_PEFT_ROOT:-$SLURM_SUBMIT_DIR}" || exit 1
 
-# -- where the ranks meet -----------------------------------------------------------------------
+# -- rendezvous address ------------------------------------------------------------------------
 # Rank 0 runs on the first host of the allocation. dist_peft finds both values by itself; they are
 # set here to be seen, and to be changed where a node's name is not the address of its fast network.
 : "${MASTER_ADDR:=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
@@ -18,7 +18,7 @@ export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # -- network ------------------------------------------------------------------------------------
-# The defaults are right on most clusters. Uncomment what yours needs:
+# The defaults are right on most clusters. Uncomment the lines that yours needs:
 # export NCCL_SOCKET_IFNAME=ib0       # interface of NCCL's bootstrap; =eth0 exact, ^docker,lo not these
 # export GLOO_SOCKET_IFNAME=ib0       # the same for CPU tensors; dist_peft sets it from the route
 # export NCCL_IB_HCA=mlx5_0,mlx5_1    # InfiniBand adapters to use; default: all that are up

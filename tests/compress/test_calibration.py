@@ -65,7 +65,7 @@ def test_what_samples_share_is_kept_once(tmp_path: Path) -> None:
     skeleton = loaded("gemma3", tmp_path)
     first = capture(skeleton.model, skeleton.blocks, IDS)
     second = capture(skeleton.model, skeleton.blocks, IDS.flip(1), first)
-    angles = [s.beside[0][1]["position_embeddings"][0] for s in (first, second)]
+    angles = [s.block_inputs[0][1]["position_embeddings"][0] for s in (first, second)]
     assert angles[0] is angles[1]
     assert not torch.equal(first.hidden, second.hidden)
 

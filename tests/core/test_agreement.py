@@ -81,7 +81,7 @@ def test_difference_is_told_alike_to_all() -> None:
 def test_absent_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "GRACE_SECONDS", 0.2)
     first, second, _, _ = exchange([{"a": 1}, {"a": 1}, None], seconds=0.2)
-    assert "rank 2 did not say within 0.2 s" in str(first)
+    assert "rank 2 sent no values within 0.2 s" in str(first)
     assert "rank 0 did not answer" in str(second)
 
 

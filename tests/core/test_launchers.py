@@ -99,8 +99,8 @@ def test_reads_launcher(env: dict[str, str], expected: Place) -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE is not set beside RANK"),
-        ({"WORLD_SIZE": "2"}, "RANK is not set beside WORLD_SIZE"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set, although RANK is"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, although WORLD_SIZE is"),
         (TORCHRUN | {"RANK": "x"}, "RANK='x' is not a number"),
         (TORCHRUN | {"RANK": "4"}, "RANK=4 of WORLD_SIZE=4"),
         (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR is not set"),

@@ -65,7 +65,7 @@ def test_missing_ranks_and_hosts_are_named_to_all() -> None:
     assert time.monotonic() - start < 10
     for text in texts:
         assert f"ranks 1, 3-5 of 6 did not come to 127.0.0.1:{port} within 1 s" in text
-        assert "nobody came from host7" in text
+        assert "no rank came from host7" in text
         assert "ranks 0, 2 came from host0, host2" in text
 
 
@@ -139,7 +139,7 @@ def test_different_sizes_are_refused() -> None:
     port = free_port()
     texts = come([place(0, 2, port), place(1, 3, port)])
     assert texts[0] == texts[1]
-    assert "rank 0 was told that there are 2 ranks, rank 1 on host1 that there are 3" in texts[0]
+    assert "rank 0 was started with a world size of 2, rank 1 on host1 with 3" in texts[0]
 
 
 def test_interface_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_missing_rank_is_named(slurm: Slurm, small_run: SmallRun) -> None:
     )
     assert done.returncode != 0
     assert f"rank 1 of 2 did not come to {slurm.names[0]}:" in done.stderr
-    assert f"nobody came from {slurm.names[1]}" in done.stderr
+    assert f"no rank came from {slurm.names[1]}" in done.stderr
 
 
 def test_batch_script_without_srun_is_refused(slurm: Slurm, small_run: SmallRun) -> None:

@@ -32,7 +32,7 @@ class TestResolveBase:
         (repository / "refs").mkdir()
         (repository / "refs" / "v1").write_text(commit)
         assert resolve_base(BaseConfig(path="some/model", revision="v1")) == snapshot
-        with pytest.raises(UserError, match="some/model is no local directory"):
+        with pytest.raises(UserError, match="some/model is neither a local directory"):
             resolve_base(BaseConfig(path="some/model", revision="v2"))
 
     @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere/x", "nowhere"])
@@ -53,7 +53,7 @@ class TestResolveBase:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(
-            UserError, match=f"{path} is no local directory and cannot be had from the hub: .+"
+            UserError, match=f"{path} is neither a local directory nor available on the hub: .+"
         ):
             resolve_base(BaseConfig(path=path))
 

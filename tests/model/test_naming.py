@@ -77,7 +77,7 @@ def test_refuses_damaged_experts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{EXPERT} has shape \[64, 8\] .* asks for \[64, 40\]"):
         names_of(tmp_path, config)
     change(tmp_path, {EXPERT: None})
-    with pytest.raises(UserError, match=r"has 2 experts beside .*config\.json asks for 3"):
+    with pytest.raises(UserError, match=r"has 2 experts next to .*config\.json asks for 3"):
         names_of(tmp_path, config)
     others = {EXPERT.replace(".2.", f".{i}."): None for i in range(3)}
     change(tmp_path, dict(others))

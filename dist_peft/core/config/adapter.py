@@ -29,7 +29,7 @@ __all__ = [
 
 
 class LowRankConfig(Section):
-    """What LoRA and QA-LoRA have in common."""
+    """Options shared by LoRA and QA-LoRA."""
 
     kind: str
     r: Int = Field(16, ge=1, description="Rank.")
@@ -79,7 +79,7 @@ class QaLoraConfig(LowRankConfig):
 
 
 class VirtualTokensConfig(Section):
-    """What prompt tuning, P-tuning and prefix-tuning have in common."""
+    """Options shared by prompt tuning, P-tuning and prefix-tuning."""
 
     kind: str
     num_virtual_tokens: Count = Field(20, description="Virtual tokens that are trained.")
@@ -104,7 +104,7 @@ class PromptConfig(VirtualTokensConfig):
 
 
 class PTuningConfig(VirtualTokensConfig):
-    """P-tuning (Liu et al. 2021): virtual tokens that a small network, the encoder, gives."""
+    """P-tuning (Liu et al. 2021): virtual tokens computed by a small network, the encoder."""
 
     kind: Literal["ptuning"] = "ptuning"
     encoder: Literal["mlp", "lstm"] = Field(
@@ -168,7 +168,7 @@ class BottleneckConfig(Section):
     placement: Literal["pfeiffer", "houlsby", "parallel"] = Field(
         "pfeiffer",
         description="pfeiffer: after each MLP, reads the residual stream. houlsby: after attention "
-        "and after the MLP, reads their outputs. parallel: beside the MLP, reads what comes in. "
+        "and after the MLP, reads their outputs. parallel: parallel to the MLP, reads its input. "
         "AdapterHub's seq_bn, double_seq_bn and par_bn.",
     )
     reduction_factor: Positive = Field(
@@ -186,24 +186,24 @@ class BottleneckConfig(Section):
         "Default for parallel: mam_adapter.",
     )
     train_layernorm: bool = Field(
-        False, description="The base's layer norms learn too, as in the paper by Houlsby et al."
+        False, description="Train the base's layer norms too, as in the paper by Houlsby et al."
     )
     init_from: str | None = Field(
         None,
-        description="Directory of a bottleneck adapter, ours or AdapterHub's, to start from "
-        "instead of init.",
+        description="Directory of a bottleneck adapter, ours or AdapterHub's, to initialize "
+        "from instead of init.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        """What is not given is the placement's."""
+        """Fill options that are not set with those of the placement."""
         if isinstance(value, dict):
             value = {**_BOTTLENECK_DEFAULTS.get(str(value.get("placement")), {}), **value}
         return value
 
     def bottleneck(self, hidden: int) -> int:
-        """Width of an adapter where the base's hidden size is ``hidden``."""
+        """Return the bottleneck size for a base with hidden size ``hidden``."""
         return max(int(hidden // self.reduction_factor), 1)
 
 
@@ -218,12 +218,12 @@ class FusedAdapter(Section):
     @model_validator(mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
-        """A bare string stands for ``{path: string}``."""
+        """Read a bare string as ``{path: string}``."""
         return {"path": value} if isinstance(value, str) else value
 
     @property
     def label(self) -> str:
-        """``name``, or what ``path`` ends in."""
+        """Return ``name``, or the last part of ``path``."""
         path = PurePath(self.path)
         return self.name or (path.parent if path.name == "adapter" else path).name
 
@@ -232,7 +232,7 @@ class FusedAdapter(Section):
         if not re.fullmatch(r"\w[\w-]*", self.label):
             raise ValueError(
                 f"the name {self.label!r} of {self.path} must be of letters, digits, '_' and '-'; "
-                "give another: {name: NAME, path: DIR}"
+                "set another: {name: NAME, path: DIR}"
             )
         return self
 
@@ -244,8 +244,8 @@ class FusionConfig(Section):
     kind: Literal["fusion"] = "fusion"
     adapters: list[FusedAdapter] = Field(
         min_length=2,
-        description="What is fused, of one placement: directories, or {name, path}. A resumed run "
-        "reads them again.",
+        description="Adapters to fuse, of one placement: directories, or {name, path}. A resumed "
+        "run reads them again.",
     )
     regularization: Float = Field(
         0.01, ge=0, description="The loss grows by this times the sum of |V - I|^2; 0: not at all."
@@ -253,8 +253,8 @@ class FusionConfig(Section):
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the attention's scores.")
     init_from: str | None = Field(
         None,
-        description="Directory of a fusion of the same adapters, ours or AdapterHub's, to start "
-        "from.",
+        description="Directory of a fusion of the same adapters, ours or AdapterHub's, to "
+        "initialize from.",
     )
 
     @model_validator(mode="after")
@@ -271,51 +271,53 @@ Part = Literal["all", "norms", "biases", "embeddings", "head"]
 
 
 class UnfreezeConfig(Section):
-    """What learns from some step on."""
+    """Parameters that are trainable from a given step on."""
 
-    step: Int = Field(ge=0, description="Optimizer steps that are done before.")
+    step: Int = Field(ge=0, description="Optimizer steps completed before.")
     parts: list[Part] = Field(default_factory=list, description="See adapter.parts.")
     last_blocks: Int = Field(0, ge=0, description="See adapter.last_blocks.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.parts and not self.last_blocks:
-            raise ValueError("names nothing to learn; give parts or last_blocks")
+            raise ValueError("names nothing to train; give parts or last_blocks")
         return self
 
 
 class FullConfig(Section):
-    """Full fine-tuning: every parameter of the base learns, unquantized."""
+    """Full fine-tuning: every parameter of the base is trainable and unquantized."""
 
     kind: Literal["full"] = "full"
 
     @property
     def stages(self) -> list[UnfreezeConfig]:
-        """As of ``PartialConfig``."""
+        """One stage from step 0 with all parameters, in the form of ``PartialConfig``."""
         return [UnfreezeConfig(step=0, parts=["all"])]
 
 
 class PartialConfig(Section):
-    """Partial fine-tuning: some parameters of the base learn, the rest is frozen and quantized."""
+    """Partial fine-tuning: some parameters of the base are trainable, the rest is frozen and
+    quantized."""
 
     kind: Literal["partial"] = "partial"
     parts: list[Part] = Field(
         default_factory=list,
-        description="norms; biases (BitFit); embeddings: of tokens, and of positions where they "
-        "are learned; head: the output head (tied to the embedding: the same parameter); all.",
+        description="norms; biases (BitFit); embeddings: of tokens, and learned "
+        "position embeddings; head: the output head (tied to the embedding: the same parameter); "
+        "all.",
     )
     last_blocks: Int = Field(
-        0, ge=0, description="Decoder blocks that learn whole, counted from the last."
+        0, ge=0, description="Decoder blocks trained as a whole, counted from the last."
     )
     unfreeze: list[UnfreezeConfig] = Field(
         default_factory=list,
-        description="What learns from later steps on, beside parts and last_blocks: a list of "
-        "{step, parts, last_blocks}. Until then it is not updated at all.",
+        description="Parameters trained from later steps on, besides parts and last_blocks: a list "
+        "of {step, parts, last_blocks}. Until then they are not updated.",
     )
 
     @property
     def stages(self) -> list[UnfreezeConfig]:
-        """Everything as stages, the first of which starts at step 0."""
+        """All trainable parts as stages, the first of which starts at step 0."""
         first = []
         if self.parts or self.last_blocks:
             first = [UnfreezeConfig(step=0, parts=self.parts, last_blocks=self.last_blocks)]
@@ -325,11 +327,11 @@ class PartialConfig(Section):
     def _check(self) -> Self:
         stages = self.stages
         if not stages:
-            raise ValueError("nothing would learn; give parts, last_blocks or unfreeze")
+            raise ValueError("nothing would be trained; give parts, last_blocks or unfreeze")
         if stages[0].step:
             raise ValueError(
-                f"nothing learns before step {stages[0].step}; give parts or last_blocks, or let a "
-                "stage of unfreeze have step: 0"
+                f"nothing is trained before step {stages[0].step}; give parts or last_blocks, or "
+                "let a stage of unfreeze have step: 0"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The ``data`` section of a run description: sources, how they are mixed, how rows are made."""
+"""The ``data`` section of a run description: sources, mixing, packing into sequences."""
 
 from pathlib import PurePath
 from typing import Any, Literal, Self
@@ -11,7 +11,7 @@ __all__ = ["DataConfig", "DataSource"]
 
 
 class DataSource(Section):
-    """One file, glob, directory or hub data set, and how its records read."""
+    """One file, glob, directory or hub data set, and the format of its records."""
 
     path: str = Field(
         description="File (.jsonl .json .parquet .arrow .csv .tsv .txt; text also .gz .zst), glob, "
@@ -19,7 +19,7 @@ class DataSource(Section):
     )
     format: Literal["auto", "completion", "alpaca", "chat", "text", "classification"] = Field(
         "auto",
-        description="auto: told from the columns. classification: for base.head classifier; "
+        description="auto: detected from the columns. classification: for base.head classifier; "
         "needs labels.",
     )
     columns: dict[str, str] = Field(
@@ -44,9 +44,11 @@ class DataSource(Section):
     name: str | None = Field(
         None, description="Of the task, in losses by task; default: the file's name."
     )
-    weight: Float = Field(1.0, gt=0, description="With data.mixing weights: share of the rows.")
+    weight: Float = Field(
+        1.0, gt=0, description="With data.mixing weights: share of the sequences."
+    )
     from_step: Int = Field(
-        0, ge=0, description="With data.mixing: the first step (from 0) that may take its rows."
+        0, ge=0, description="With data.mixing: the first step (from 0) that may draw from it."
     )
     to_step: Int | None = Field(
         None, ge=1, description="With data.mixing: the step before which it ends; default: never."
@@ -54,7 +56,7 @@ class DataSource(Section):
 
     @property
     def task(self) -> str:
-        """``name``, or what ``path`` ends in."""
+        """Return ``name``, or the last part of ``path``."""
         return self.name or PurePath(self.path).stem or self.path
 
     @model_validator(mode="after")
@@ -69,37 +71,39 @@ class DataSource(Section):
 
 
 class DataConfig(Section):
-    """Training and held-out data, and how records become token rows."""
+    """Training and held-out data, and how records become token sequences."""
 
     train: list[DataSource] = Field(
         min_length=1, description="Training sources: paths or DataSource."
     )
     eval: list[DataSource] = Field(
         default_factory=list,
-        description="Held-out sources. With several, each has a loss of its own, too.",
+        description="Held-out sources. With several, the loss of each is reported too.",
     )
     mixing: Literal["joined", "sizes", "weights"] = Field(
         "joined",
-        description="joined: records of all training sources are one pool. Else each row is drawn "
-        "from one source, by its rows ** (1 / temperature) or by its weight.",
+        description="joined: records of all training sources are one pool. Else each sequence is "
+        "drawn from one source, by its sequences ** (1 / temperature) or by its weight.",
     )
     temperature: Float = Field(
         1.0,
         gt=0,
-        description="With mixing sizes: 1 as many rows as there are; large: equal shares.",
+        description="With mixing sizes: 1: by the sources' sizes; large: equal shares.",
     )
-    seq_len: Int = Field(2048, ge=8, description="Window: tokens in a row.")
-    packing: bool = Field(True, description="Several documents a row, isolated from each other.")
+    seq_len: Int = Field(2048, ge=8, description="Tokens in a sequence.")
+    packing: bool = Field(
+        True, description="Several documents a sequence, isolated from each other."
+    )
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="completion: assistant turns or completion only; all: each token."
     )
     too_long: Literal["error", "truncate", "drop", "split"] = Field(
         "error",
-        description="A record longer than the window: refuse, cut, leave out, or (text) split.",
+        description="A record longer than seq_len: refuse, cut, leave out, or (text) split.",
     )
     turn_end: Literal["error", "warn"] = Field(
         "error",
-        description="An assistant turn that no token ends, so that the model would not learn to "
+        description="An assistant turn without an end token, so that the model would not learn to "
         "stop: refuse, or train anyway.",
     )
     cache_dir: str | None = Field(
@@ -109,7 +113,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
-        """A bare string in ``train`` or ``eval`` stands for ``{path: string}``."""
+        """Read a bare string in ``train`` or ``eval`` as ``{path: string}``."""
         if isinstance(value, dict):
             value = dict(value)
             for key in ("train", "eval"):
@@ -125,7 +129,7 @@ class DataConfig(Section):
 
     @property
     def classifies(self) -> bool:
-        """Records have a class, and no tokens are predicted."""
+        """Whether records are classified instead of predicted token by token."""
         return self.train[0].format == "classification"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""``docs/configuration.md`` from the configuration's own field descriptions.
+"""Generate ``docs/configuration.md`` from the field descriptions of the configuration.
 
 Regenerate it with ``python -m dist_peft.core.config.docs > docs/configuration.md``; a test
 compares.
@@ -49,7 +49,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
 
 
 def configuration_page() -> str:
-    """The whole page as Markdown."""
+    """Return the whole page as Markdown."""
     parts = [_HEAD]
     for title, model in _SECTIONS:
         about = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")

@@ -1,7 +1,7 @@
-"""Reading and writing run descriptions: YAML, ``key.sub=value`` overrides, error messages.
+"""Read and write run descriptions: YAML, ``key.sub=value`` overrides, error messages.
 
-OmegaConf reads the YAML and the overrides, pydantic checks the tree. What the user sees is one
-message per wrong key, with the nearest key that exists.
+OmegaConf reads the YAML and the overrides, pydantic checks the tree. The user sees one message per
+wrong key, with the nearest key that exists.
 """
 
 import difflib
@@ -23,14 +23,14 @@ from dist_peft.core.errors import UserError
 __all__ = ["dump_config", "load_config", "load_run_config", "parse_config"]
 
 _NO_SECTION = ("model_type", "model_attributes_type")
-"""pydantic's names of the error that a section is something else."""
+"""pydantic's error types for a value that is not a section."""
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``key.sub=value`` overrides, check everything.
 
-    ``base.trust_remote_code`` counts only among the overrides, which are the caller's own words; a
-    file may come from a stranger.
+    ``base.trust_remote_code`` counts only among the overrides, which the caller wrote; a file may
+    come from a stranger.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value is wrong, or the file
@@ -47,10 +47,10 @@ def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
     is refused instead of resolved.
 
     Args:
-        trust_remote_code: the caller's command line says that the base's code may run.
+        trust_remote_code: whether the caller's command line allows the base's code to run.
 
     Raises:
-        UserError: see ``load_config``.
+        UserError: the conditions of ``load_config``, or a ``${...}`` reference.
     """
     trust = ["base.trust_remote_code=true"] if trust_remote_code else []
     return _load(path, trust, resolved=True)
@@ -80,13 +80,13 @@ def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False
             f"config file {file}, with its overrides, has a wrong ${{...}} reference: {error}; "
             "write \\${ for a literal ${"
         ) from None
-    except OSError as error:  # OmegaConf's answer to a lone number, and the disk's
+    except OSError as error:  # raised by OmegaConf for a lone number, and by the disk
         raise UserError(f"config file {file} cannot be read: {error}") from None
     return parse_config(plain, str(file))
 
 
 def _find_reference(node: Any, path: str = "") -> str | None:
-    """The first key below ``node`` whose value is a ``${...}`` reference."""
+    """Return the first key below ``node`` whose value is a ``${...}`` reference."""
     keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
     for key in keys:
         name = f"{path}.{key}" if path else str(key)
@@ -100,7 +100,11 @@ def _find_reference(node: Any, path: str = "") -> str | None:
 
 
 def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
-    """Raises: UserError: ``base.trust_remote_code`` is on, and no override says so."""
+    """Refuse ``base.trust_remote_code`` from the file.
+
+    Raises:
+        UserError: it is on, and no override sets it.
+    """
     base = plain.get("base")
     if not isinstance(base, dict) or not base.get("trust_remote_code"):
         return
@@ -108,7 +112,7 @@ def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: P
     if OmegaConf.select(given, "base.trust_remote_code") is None:
         raise UserError(
             f"config file {file} sets base.trust_remote_code, which runs code that comes with the "
-            "base; a file cannot give that permission. If you trust the base, say so on the "
+            "base; a file cannot grant that permission. If you trust the base, say so on the "
             "command line: base.trust_remote_code=true (merge, export: --trust-remote-code)"
         )
 
@@ -129,7 +133,7 @@ def _override(tree: Any, item: str, file: Path) -> Any:
 
 
 def parse_config(tree: Any, where: str = "config") -> RunConfig:
-    """Check a plain tree of dicts and lists and give the typed run description."""
+    """Check a plain tree of dicts and lists and return the typed run description."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -138,9 +142,9 @@ def parse_config(tree: Any, where: str = "config") -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved description as YAML; ``load_config`` reads it back to an equal tree.
+    """Return the resolved description as YAML; ``load_config`` reads it back to an equal tree.
 
-    ``base.trust_remote_code`` is left out: a command line gives that permission for itself alone.
+    ``base.trust_remote_code`` is left out: a command line grants that permission for itself alone.
     """
     tree = config.model_dump(mode="json", exclude={"base": {"trust_remote_code"}})
     return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
@@ -185,7 +189,7 @@ def _shown(given: Any) -> str:
 
 
 def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
-    """The keys the user wrote: the error's location without the members of unions it names."""
+    """Return the keys the user wrote: the error's location without members of unions."""
     keys: list[str] = []
     for part in detail["loc"]:
         children = dict(enumerate(tree)) if isinstance(tree, list) else tree
@@ -198,7 +202,7 @@ def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    """The keys that exist beside the last element of ``location``."""
+    """Return the keys that exist on the level of the last element of ``location``."""
     models: list[type[BaseModel]] = [RunConfig]
     for name in location[:-1]:
         inner = [
@@ -215,7 +219,8 @@ def _tag(model: type[BaseModel]) -> object:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every section class inside ``Optional``, ``Union``, ``Annotated`` or ``list`` annotations."""
+    """Return every section class inside ``Optional``, ``Union``, ``Annotated`` or ``list``
+    annotations."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]

@@ -74,10 +74,10 @@ class QuantConfig(Section):
         "data.train.",
     )
     calibration_samples: Count = Field(
-        128, description="gptq only: windows of text that the Hessians are taken from."
+        128, description="gptq only: calibration sequences for the Hessians."
     )
     calibration_tokens: Int = Field(
-        2048, ge=8, description="gptq only: tokens of a window, at most the base's positions."
+        2048, ge=8, description="gptq only: tokens of a sequence, at most the base's positions."
     )
 
     @model_validator(mode="after")
@@ -102,12 +102,12 @@ class BaseConfig(Section):
     )
     head: Literal["lm", "classifier"] = Field(
         "lm",
-        description="lm: next tokens. classifier: one label a record (data of format "
-        "classification), for encoders and decoders; its parameters learn beside the adapter.",
+        description="lm: language modeling. classifier: one label a record (data of format "
+        "classification), for encoders and decoders; its parameters are trained with the adapter.",
     )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
-        description="Type of activations, decoded weights, embeddings, norms and biases.",
+        description="Type of activations, dequantized weights, embeddings, norms and biases.",
     )
     attention: str = Field(
         "auto",
@@ -122,7 +122,7 @@ class BaseConfig(Section):
 
 
 class EngineConfig(Section):
-    """Who shards the base and the optimizer state."""
+    """How the base and the optimizer state are sharded."""
 
     kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
         "auto",
@@ -136,7 +136,7 @@ class EngineConfig(Section):
     deepspeed_config: str | None = Field(
         None,
         description="zero: DeepSpeed JSON file to take further settings from (buckets, overlap, "
-        "logging); what contradicts this configuration is refused.",
+        "logging); settings that contradict this configuration are refused.",
     )
     shard_base: bool = Field(
         True, description="false: every rank keeps the whole packed base (small bases)."
@@ -147,18 +147,18 @@ class EngineConfig(Section):
         "of that size and replicate across them (HSDP).",
     )
     activation_checkpointing: bool = Field(
-        True, description="Keep only each block's input; recompute the rest in backward."
+        True,
+        description="Activation checkpointing: keep each block's input, recompute the rest in "
+        "backward.",
     )
     cpu_offload: Literal["none", "params", "optimizer"] = Field(
         "none",
-        description="params (fsdp2): shards and optimizer state rest in host memory (CUDA only). "
-        "optimizer (zero): optimizer state rests and is updated in host memory (ZeRO-Offload).",
+        description="params (fsdp2): shards and optimizer state stay in host memory (CUDA only). "
+        "optimizer (zero): optimizer state is kept and updated in host memory (ZeRO-Offload).",
     )
-    start_timeout_minutes: Float = Field(
-        10.0, gt=0, description="How long the ranks wait for each other at the start."
-    )
+    start_timeout_minutes: Float = Field(10.0, gt=0, description="Rendezvous timeout at the start.")
     timeout_minutes: Float = Field(
-        30.0, gt=0, description="A collective that waits longer than this ends the run."
+        30.0, gt=0, description="Timeout of a collective; the run ends after it."
     )
 
 
@@ -167,13 +167,13 @@ class TrainConfig(Section):
 
     tasks: Literal["mixed", "separate"] = Field(
         "mixed",
-        description="mixed: one adapter learns from all of data.train. separate: one after the "
+        description="mixed: one adapter is trained on all of data.train. separate: one after the "
         "other, each source trains an adapter of its own in save.dir/tasks/NAME.",
     )
     steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
     epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
-    micro_batch: Int = Field(1, ge=1, description="Rows a rank computes at a time.")
-    global_batch: Int = Field(16, ge=1, description="Rows an optimizer step, over all ranks.")
+    micro_batch: Int = Field(1, ge=1, description="Sequences a rank computes at a time.")
+    global_batch: Int = Field(16, ge=1, description="Sequences an optimizer step, over all ranks.")
     lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
@@ -190,9 +190,9 @@ class TrainConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's betas.")
     eps: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    max_grad_norm: Float = Field(1.0, ge=0, description="Clip the global norm; 0: do not.")
-    seed: Int = Field(0, ge=0, lt=2**63, description="Adapter start, data order, dropout.")
-    shuffle: bool = Field(True, description="false: rows in file order.")
+    max_grad_norm: Float = Field(1.0, ge=0, description="Clip the global norm; 0: no clipping.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Adapter initialization, data order, dropout.")
+    shuffle: bool = Field(True, description="false: sequences in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
@@ -213,7 +213,7 @@ class TrainConfig(Section):
 
 
 class SaveConfig(Section):
-    """Where results go."""
+    """Run directory and checkpoints."""
 
     dir: str = Field("runs/default", description="Run directory.")
     every: Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
@@ -236,7 +236,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_kind(cls, value: Any) -> Any:
-        """An adapter section without ``kind`` is the default adapter's."""
+        """Read an adapter section without ``kind`` as the default adapter's."""
         if isinstance(value, dict) and isinstance(value.get("adapter"), dict):
             value = {**value, "adapter": {"kind": "lora", **value["adapter"]}}
         return value

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: a strict base and the types of its keys."""
+"""Strict base class of all configuration sections, and the types of their keys."""
 
 from typing import Annotated, Any
 
@@ -8,14 +8,14 @@ __all__ = ["Beta", "Count", "Float", "Int", "Label", "Names", "Positive", "Secti
 
 
 def _no_boolean(value: Any) -> Any:
-    """Python counts ``True`` as 1; a configuration must not."""
+    """Refuse booleans where a number is expected, since Python counts ``True`` as 1."""
     if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
+        raise ValueError("expected a number, got a boolean")
     return value
 
 
 def _written(value: Any) -> Any:
-    """A whole number as it is written in a table. How YAML's other values were written is lost."""
+    """Return a whole number as text; refuse booleans and fractions: YAML lost their spelling."""
     if isinstance(value, bool | float):
         raise ValueError(
             "write a label that YAML takes for a truth value or a fraction (yes, off, true, 1.0) "

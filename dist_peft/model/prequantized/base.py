@@ -1,4 +1,4 @@
-"""Directories whose linears are quantized already: told from ``config.json``, read as they are.
+"""Prequantized directories: detected from ``config.json``, read without requantization.
 
     quantization_config.quant_method     read
     dist_peft                            our own packed rows, ``STEM.packed``
@@ -8,8 +8,8 @@
     compressed-tensors                   pack-quantized
 
 The codec of such a base is the directory's; ``base.quant`` may repeat it and not contradict it.
-Which linears are packed is told by the tensors that are there, not by lists of names in the
-settings: what has a plain ``STEM.weight`` instead is kept in ``base.compute_dtype``.
+The tensors in the files decide which linears are packed, not lists of names in the settings: a
+linear with a plain ``STEM.weight`` is kept in ``base.compute_dtype``.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,13 @@ from dist_peft.core.span import Span
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.prequantized.bnb import Bitsandbytes
 from dist_peft.model.prequantized.integer import Awq, CompressedTensors, Gptq
-from dist_peft.model.prequantized.linear import MEND, PackedFormat, PackedLinear, Settings, need
+from dist_peft.model.prequantized.linear import (
+    UNQUANTIZED_HINT,
+    PackedFormat,
+    PackedLinear,
+    Settings,
+    need,
+)
 from dist_peft.quant.codec import make_codec
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
@@ -45,14 +51,14 @@ class _OwnLinear(PackedLinear):
 
 @dataclass(frozen=True)
 class _Own(PackedFormat):
-    """Rows as our codecs pack them: ``STEM.packed`` uint8 ``[out, row_bytes]``."""
+    """Rows packed by this project's codecs: ``STEM.packed`` uint8 ``[out, row_bytes]``."""
 
     MARK: ClassVar[str] = ".packed"
     OTHERS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
-        # what is idle for a kind keeps its default, so that a run does not warn of it
+        # options without effect for a kind keep their default, so that a run does not warn of them
         idle = "double_quant" if settings.get("kind") == "int" else "solver"
         known = {"kind", "bits", "group_size", "double_quant", "solver"} - {idle}
         try:
@@ -91,7 +97,7 @@ class Prequantized:
     """A prequantized directory.
 
     Attributes:
-        format: what its settings say.
+        format: its format, from the settings.
         tensors: its tensors under the names of an unquantized base, in the order of the files;
             None for a packed weight.
     """
@@ -126,18 +132,18 @@ class Prequantized:
 
     @property
     def quant(self) -> QuantConfig:
-        """How the linears are packed, as ``base.quant`` would say it."""
+        """The packing of the linears as a ``base.quant`` section."""
         return self.format.quant
 
     def linear(self, weight: str, out_features: int, in_features: int) -> PackedLinear | None:
-        """The linear with this weight; None if it is not packed. See ``PackedFormat.linear``."""
+        """Return the packed linear of this weight; None if it is not packed."""
         if self.tensors[weight] is not None:
             return None
         stem = weight.removesuffix(".weight")
         return self.format.linear(self._index, stem, out_features, in_features)
 
     def rounding_note(self) -> str | None:
-        """What became of scales that float16 does not hold exactly; None if there were none."""
+        """Return a note on scales that were rounded to float16; None if all were exact."""
         if not (worst := self.format.rounding.worst):
             return None
         return (
@@ -147,10 +153,10 @@ class Prequantized:
 
 
 def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized | None:
-    """What the directory says about its quantization; None for an unquantized base.
+    """Read the quantization settings of a directory; None for an unquantized base.
 
     Raises:
-        UserError: a method, variant or setting that is not read.
+        UserError: a method, variant or setting that is not supported.
     """
     file = directory / "config.json"
     settings: Any = read_json_object(file).get("quantization_config")
@@ -169,16 +175,16 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized 
     if not isinstance(method, str) or method not in _FORMATS:
         raise UserError(
             f"{file}: quantization_config has quant_method {method!r}; read are "
-            f"{', '.join(_FORMATS)}; {MEND}"
+            f"{', '.join(_FORMATS)}; {UNQUANTIZED_HINT}"
         )
     return Prequantized(_FORMATS[method].of(settings, index), index)
 
 
 def check_stated(base: BaseConfig, found: Prequantized, directory: Path) -> None:
-    """See that ``base.quant``, where the user gave it, says what the directory is.
+    """Check that ``base.quant``, where the user set it, agrees with the directory.
 
     Raises:
-        UserError: it says something else.
+        UserError: they differ.
     """
     if "quant" not in base.model_fields_set:
         return
@@ -188,7 +194,7 @@ def check_stated(base: BaseConfig, found: Prequantized, directory: Path) -> None
     keys = ["kind", "bits", "group_size"]
     if found.quant.kind == "nf4":
         keys.append("double_quant")
-    elif found.label == OWN_METHOD:  # the others do not say how their codes were found
+    elif found.label == OWN_METHOD:  # other formats do not record the solver
         keys.append("solver")
     for key in keys:
         stated, own = getattr(base.quant, key), getattr(found.quant, key)

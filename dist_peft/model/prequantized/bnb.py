@@ -1,9 +1,9 @@
-"""Linears as bitsandbytes stores them in NF4 (``quant.foreign`` and ``export.bnb_nf4`` have more).
+"""Linears stored by bitsandbytes in NF4 (see also ``quant.foreign`` and ``export.bnb_nf4``).
 
 Blocks of 64 weights run along the flattened weight, so that one may cross from a row into the next
 where 64 does not divide ``in``. Our rows are self-contained: their groups are the largest that
-divide a row and a block, and those inside one block repeat its scale. Scales that are themselves
-in 8 bits are brought to float32, which makes decoding bit for bit that of bitsandbytes.
+divide a row and a block, and those inside one block repeat its scale. Scales that are themselves in
+8 bits are converted to float32, so that dequantization equals that of bitsandbytes bit for bit.
 """
 
 import json
@@ -17,7 +17,13 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.prequantized.linear import MEND, PackedFormat, PackedLinear, Settings, need
+from dist_peft.model.prequantized.linear import (
+    UNQUANTIZED_HINT,
+    PackedFormat,
+    PackedLinear,
+    Settings,
+    need,
+)
 from dist_peft.quant.import_formats import denest, from_bnb
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
@@ -62,10 +68,10 @@ class _BnbLinear(PackedLinear):
         )
 
     def _offset(self, reader: RowReader) -> float:
-        """What double quantization subtracted; 0 without.
+        """Return the offset that double quantization subtracted; 0 without it.
 
         Raises:
-            ValueError: the state says something else than the tensors' shapes.
+            ValueError: the state contradicts the tensors' shapes.
         """
         name = f"{self.stem}.weight"
         text = bytes(reader.read(f"{name}.quant_state.bitsandbytes__nf4").tolist())
@@ -107,11 +113,12 @@ class Bitsandbytes(PackedFormat):
     def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         if not settings.get("load_in_4bit"):
             raise UserError(
-                f"{index.path} is bitsandbytes in 8 bits (LLM.int8); NF4 is read: {MEND}"
+                f"{index.path} is bitsandbytes in 8 bits (LLM.int8); NF4 is read: "
+                f"{UNQUANTIZED_HINT}"
             )
         kind = settings.get("bnb_4bit_quant_type", "fp4")
         if kind != "nf4":
-            raise UserError(f"{index.path} is bitsandbytes {kind}; nf4 is read: {MEND}")
+            raise UserError(f"{index.path} is bitsandbytes {kind}; nf4 is read: {UNQUANTIZED_HINT}")
         double = bool(settings.get("bnb_4bit_use_double_quant", False))
         return cls("bitsandbytes", QuantConfig(kind="nf4", group_size=BLOCK, double_quant=double))
 
@@ -121,7 +128,9 @@ class Bitsandbytes(PackedFormat):
         name, elements = f"{stem}.weight", out_features * in_features
         group = math.gcd(in_features, BLOCK)
         if group % 8:
-            raise UserError(f"{stem} has {in_features} in_features, no multiple of 8; {MEND}")
+            raise UserError(
+                f"{stem} has {in_features} in_features, no multiple of 8; {UNQUANTIZED_HINT}"
+            )
         stored = index.find(name).dtype
         need(index, name, (elements // 2 // max(1, stored.itemsize), 1), _STORAGE)
         nested = self.quant.double_quant

@@ -1,4 +1,4 @@
-"""Integer linears as GPTQ, AWQ and compressed-tensors store them (``quant.foreign`` has the bits).
+"""Integer linears of GPTQ, AWQ and compressed-tensors (bit layouts: ``quant.foreign``).
 
 GPTQ and AWQ have ``out`` last, so that the rows of a rank are columns there: one piece of each row
 of the file's tensor is read. The zeros of neighbouring rows share words; a rank reads the words
@@ -20,7 +20,7 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.prequantized.linear import (
-    MEND,
+    UNQUANTIZED_HINT,
     PackedFormat,
     PackedLinear,
     Rounding,
@@ -57,7 +57,7 @@ class _IntegerLinear(PackedLinear):
         return self.codec.bits
 
     def _spread(self, numbers: Tensor) -> Tensor:
-        """``[n, groups of the file]`` -> ``[n, groups of the codec]``."""
+        """Repeat ``[n, groups of the file]`` to ``[n, groups of the codec]``."""
         assert isinstance(self.codec, AffineCodec)
         groups = self.in_features // self.codec.group_size
         return numbers.repeat_interleave(groups // numbers.shape[1], 1)
@@ -115,17 +115,17 @@ class Gptq(PackedFormat):
         if label not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
             raise UserError(
                 f"{index.path} is GPTQ in the layout {label!r}; gptq and gptq_v2 are read: "
-                f"convert it (gptqmodel does), or {MEND}"
+                f"convert it (gptqmodel does), or {UNQUANTIZED_HINT}"
             )
         if settings.get("pack_dtype", "int32") != "int32":
             raise UserError(
                 f"{index.path} is GPTQ packed into {settings['pack_dtype']} words, not int32; "
-                f"{MEND}"
+                f"{UNQUANTIZED_HINT}"
             )
         if bits == 3 and label == "gptq":
             raise UserError(
                 f"{index.path} is GPTQ of 3 bits in the layout gptq, whose writers disagree about "
-                f"how zeros less one lie in words; save it as gptq_v2, or {MEND}"
+                f"how zeros less one lie in words; save it as gptq_v2, or {UNQUANTIZED_HINT}"
             )
         wanted = settings.get("group_size", 128)
         per_row = wanted == -1
@@ -148,8 +148,8 @@ class Gptq(PackedFormat):
             need(index, f"{stem}.g_idx", (in_features,), (torch.int32, torch.int64))
         elif self.act_order:
             raise UserError(
-                f"{index.path} has desc_act: true but no {stem}.g_idx, which says what order was "
-                f"taken; {MEND}"
+                f"{index.path} has desc_act: true but no {stem}.g_idx, which holds the order of "
+                f"columns; {UNQUANTIZED_HINT}"
             )
         codec = AffineCodec(bits, own)
         first = self.label == "gptq"
@@ -184,14 +184,17 @@ class Awq(PackedFormat):
     def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         bits = settings.get("bits", settings.get("w_bit", 4))
         if bits != 4:
-            raise UserError(f"{index.path} is AWQ of {bits} bits; 4 are read: {MEND}")
+            raise UserError(f"{index.path} is AWQ of {bits} bits; 4 are read: {UNQUANTIZED_HINT}")
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout != "gemm":
             raise UserError(
-                f"{index.path} is AWQ in the layout {layout!r}; gemm is read: convert it, or {MEND}"
+                f"{index.path} is AWQ in the layout {layout!r}; gemm is read: convert it, "
+                f"or {UNQUANTIZED_HINT}"
             )
         if settings.get("zero_point", True) is not True:
-            raise UserError(f"{index.path} is AWQ without zeros (zero_point: false); {MEND}")
+            raise UserError(
+                f"{index.path} is AWQ without zeros (zero_point: false); {UNQUANTIZED_HINT}"
+            )
         wanted = settings.get("group_size", settings.get("q_group_size", 128))
         per_row = wanted == -1
         inputs = (rows for rows, _ in _shapes(index, cls.MARK))
@@ -262,7 +265,7 @@ class CompressedTensors(PackedFormat):
         if strategy not in ("group", "channel"):
             raise UserError(
                 f"{index.path} has one scale a {strategy}; strategies group and channel are read: "
-                f"{MEND}"
+                f"{UNQUANTIZED_HINT}"
             )
         per_row = strategy == "channel"
         inputs = (words * 32 // bits for _, words in _shapes(index, cls.MARK))
@@ -297,13 +300,13 @@ class CompressedTensors(PackedFormat):
 
 
 def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
-    """``weights`` of the one group of settings, where nothing else changes the function."""
+    """Return ``weights`` of the only config group; refuse settings that change the function."""
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         count = len(groups) if isinstance(groups, dict) else 0
         raise UserError(
             f"{index.path} has {count} config_groups in its quantization_config; a base with one "
-            f"is read: {MEND}"
+            f"is read: {UNQUANTIZED_HINT}"
         )
     (group,) = groups.values()
     layout = group.get("format") or settings.get("format")
@@ -312,7 +315,7 @@ def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
         kind = weights.get("type") if isinstance(weights, dict) else None
         raise UserError(
             f"{index.path} is compressed-tensors of format {layout!r} with weights of type "
-            f"{kind!r}; pack-quantized with type int is read: {MEND}"
+            f"{kind!r}; pack-quantized with type int is read: {UNQUANTIZED_HINT}"
         )
     sparsity = settings.get("sparsity_config") or {}
     extras = {
@@ -326,7 +329,7 @@ def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
         if value:
             raise UserError(
                 f"{index.path} has {name} in its quantization_config, which is more than packed "
-                f"weights; {MEND}"
+                f"weights; {UNQUANTIZED_HINT}"
             )
     return weights
 
@@ -338,7 +341,7 @@ def _bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
     if value not in (2, 3, 4, 8) or isinstance(value, bool):
         raise UserError(
             f"{index.path} has {key} {value!r} in its quantization_config; 2, 3, 4 and 8 are read: "
-            f"{MEND}"
+            f"{UNQUANTIZED_HINT}"
         )
     return value
 
@@ -347,21 +350,23 @@ def _group(value: Any, index: SafetensorsIndex) -> int:
     if not isinstance(value, int) or value < 8 or value % 8:
         raise UserError(
             f"{index.path} has group_size {value!r} in its quantization_config; multiples of 8 "
-            f"are read: {MEND}"
+            f"are read: {UNQUANTIZED_HINT}"
         )
     return value
 
 
 def _shapes(index: SafetensorsIndex, mark: str) -> list[tuple[int, ...]]:
-    """Of the matrices with the codes."""
+    """Return the shapes of the matrices with the codes."""
     infos = [info for name, info in index.tensors.items() if name.endswith(mark)]
     return [info.shape for info in infos if len(info.shape) == 2]
 
 
 def _common_group(inputs: Iterable[int], index: SafetensorsIndex) -> int:
-    """The largest group size that divides every linear's in_features."""
+    """Return the largest group size that divides every linear's in_features."""
     inputs = list(inputs)
     for size in (128, 64, 32, 16, 8):
         if not any(count % size for count in inputs):
             return size
-    raise UserError(f"{index.path} has linears whose in_features 8 does not divide; {MEND}")
+    raise UserError(
+        f"{index.path} has linears whose in_features 8 does not divide; {UNQUANTIZED_HINT}"
+    )

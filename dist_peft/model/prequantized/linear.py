@@ -1,8 +1,8 @@
-"""What the formats of prequantized directories have in common.
+"""Base classes of the formats of prequantized directories.
 
 A directory keeps the weight of a linear ``STEM.weight`` as several tensors ``STEM.*``. A
 ``PackedFormat`` knows their names and shapes, and a ``PackedLinear`` reads the part of them that
-belongs to some rows and gives these rows as a codec of ours packs them.
+belongs to some rows and returns these rows packed by a codec of this project.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
 
 __all__ = [
-    "MEND",
+    "UNQUANTIZED_HINT",
     "PackedFormat",
     "PackedLinear",
     "Rounding",
@@ -31,8 +31,8 @@ __all__ = [
     "whole_groups",
 ]
 
-MEND = "give the unquantized base, which is quantized while it is read"
-"""What helps wherever a directory is not read."""
+UNQUANTIZED_HINT = "give the unquantized base, which is quantized while it is read"
+"""Remedy named in messages about unsupported directories."""
 
 Settings = Mapping[str, Any]
 """``quantization_config`` of a ``config.json``."""
@@ -40,12 +40,16 @@ Settings = Mapping[str, Any]
 
 @dataclass
 class Rounding:
-    """How much scales changed when they were rounded to float16, over all rows read so far."""
+    """Largest change of scales by rounding to float16, over all rows read so far."""
 
     worst: float = 0.0
 
     def round(self, scale: Tensor) -> Tensor:
-        """Scales in float16. ValueError where they do not fit."""
+        """Round scales to float16.
+
+        Raises:
+            ValueError: a scale is out of range.
+        """
         half, change = to_half(scale)
         self.worst = max(self.worst, change)
         return half
@@ -56,9 +60,9 @@ class PackedLinear(ABC):
     """One linear of a prequantized directory.
 
     Attributes:
-        stem: what the names of its tensors begin with.
+        stem: prefix of the names of its tensors.
         out_features, in_features: shape of the weight.
-        codec: of the rows that ``read`` gives.
+        codec: of the rows that ``read`` returns.
     """
 
     stem: str
@@ -67,11 +71,11 @@ class PackedLinear(ABC):
     codec: Codec
 
     def read(self, reader: RowReader, span: Span) -> Tensor:
-        """Packed rows ``uint8 [len(span), row_bytes]``; reads what belongs to them, and no more
-        than a word at either end.
+        """Read packed rows ``uint8 [len(span), row_bytes]``; reads at most one extra word at either
+        end.
 
         Raises:
-            UserError: damaged, or something that the codec cannot hold.
+            UserError: damaged, or values that the codec cannot represent.
         """
         if not len(span):
             return torch.empty(0, self.codec.row_bytes(self.in_features), dtype=torch.uint8)
@@ -96,7 +100,7 @@ class PackedFormat(ABC):
 
     Attributes:
         label: its name in messages, such as ``gptq_v2``.
-        quant: the same in our terms.
+        quant: the same as ``base.quant``.
         rounding: of scales, so far.
     """
 
@@ -113,7 +117,7 @@ class PackedFormat(ABC):
     @classmethod
     @abstractmethod
     def of(cls, settings: Settings, index: SafetensorsIndex) -> "PackedFormat":
-        """From the settings of a directory.
+        """Build the format from the settings of a directory.
 
         Raises:
             UserError: a variant that is not read.
@@ -123,20 +127,20 @@ class PackedFormat(ABC):
     def linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
-        """The linear with this stem, its tensors checked by what the header says of them.
+        """Return the linear with this stem; its tensors are checked against the headers.
 
         Raises:
-            UserError: a tensor is missing or has another shape or type than the settings say.
+            UserError: a tensor is missing or contradicts the settings in shape or type.
         """
 
 
 def need(
     index: SafetensorsIndex, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype]
 ) -> TensorInfo:
-    """A tensor of a packed linear.
+    """Return a required tensor of a packed linear.
 
     Raises:
-        UserError: it is missing, or differs from what the format asks for.
+        UserError: it is missing, or has another shape or type than the format requires.
     """
     if name not in index.tensors:
         raise UserError(
@@ -150,13 +154,13 @@ def need(
         raise UserError(
             f"tensor {name} in {info.file} is {found} {list(info.shape)}, but by config.json "
             f"(quantization_config and the model's sizes) it is {wanted} {list(shape)}: a variant "
-            f"that is not read; {MEND}"
+            f"that is not read; {UNQUANTIZED_HINT}"
         )
     return info
 
 
 def whole_groups(stem: str, in_features: int, group_size: int) -> int:
-    """Number of groups of a row.
+    """Return the number of groups of a row.
 
     Raises:
         UserError: the last one would not be whole.
@@ -164,6 +168,6 @@ def whole_groups(stem: str, in_features: int, group_size: int) -> int:
     if in_features % group_size:
         raise UserError(
             f"{stem} has {in_features} in_features, which groups of {group_size} do not divide; "
-            f"{MEND}"
+            f"{UNQUANTIZED_HINT}"
         )
     return in_features // group_size

@@ -48,14 +48,14 @@ def test_kind_chooses_the_method() -> None:
             {"kind": "prefix", "projection": False, "encoder_hidden_size": 8},
             "encoder_hidden_size is for projection: true",
         ),
-        ({"kind": "partial"}, "nothing would learn; give parts, last_blocks or unfreeze"),
+        ({"kind": "partial"}, "nothing would be trained; give parts, last_blocks or unfreeze"),
         (
             {"kind": "partial", "unfreeze": [{"step": 3, "last_blocks": 1}]},
-            "nothing learns before step 3",
+            "nothing is trained before step 3",
         ),
         (
             {"kind": "partial", "last_blocks": 1, "unfreeze": [{"step": 3}]},
-            "names nothing to learn",
+            "names nothing to train",
         ),
         ({"kind": "full", "parts": ["all"]}, "Extra inputs are not permitted"),
         ({"kind": "prefix", "r": 8}, "Extra inputs are not permitted"),

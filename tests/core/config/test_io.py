@@ -96,11 +96,11 @@ def test_missing_keys(file: Path) -> None:
         ("adapter: {target_modules: [5]}", "key adapter.target_modules.0: Input should be a valid"),
         ("adapter: {rank_pattern: {none: x}}", "key adapter.rank_pattern.none: "),
         ("save: {dir: [a]}", "key save.dir: Input should be a valid string"),
-        ("train: {lr: true}", "key train.lr: true and false are no numbers (given: True)"),
-        ("train: {steps: yes}", "key train.steps: true and false are no numbers"),
-        ("train: {betas: [false, 0.9]}", "key train.betas.0: true and false are no numbers"),
-        ("adapter: {rank_pattern: {a: on}}", "key adapter.rank_pattern.a: true and false are"),
-        ("engine: {shard_group: true}", "key engine.shard_group: true and false are no numbers"),
+        ("train: {lr: true}", "key train.lr: expected a number, got a boolean (given: True)"),
+        ("train: {steps: yes}", "key train.steps: expected a number, got a boolean"),
+        ("train: {betas: [false, 0.9]}", "key train.betas.0: expected a number, got a boolean"),
+        ("adapter: {rank_pattern: {a: on}}", "key adapter.rank_pattern.a: expected a number"),
+        ("engine: {shard_group: true}", "key engine.shard_group: expected a number, got a boolean"),
     ],
 )
 def test_wrong_types_name_key_and_value(file: Path, text: str, words: str) -> None:
