@@ -1,15 +1,15 @@
-"""What an adapter method is, and how its targets are found.
+"""Protocols of adapter methods, and matching of their targets.
 
 Life of an adapter::
 
     attach(model)              on the meta skeleton: wrap modules, create fp32 meta parameters
-    prepare_rows, initial_rows the loader asks each wrapped module for what it starts from
-    begin(step, sample_ids)    before each micro-batch: what dropout masks depend on
+    prepare_rows, initial_rows the loader asks each wrapped module for its initialization
+    begin(step, sample_ids)    before each micro-batch: the inputs of dropout masks
     penalize(loss, parts)      before its backward pass: the method's own share of the gradient
-    to_public(tensors, base)   gathered parameters -> what other libraries read
+    to_public(tensors, base)   gathered parameters -> the form that other libraries read
 
 Engines replace ``Parameter`` objects when they shard, so a module never keeps one: it reads
-``self.lora_A`` anew in each forward.
+``self.lora_A`` again in each forward.
 
 Targets follow PEFT: ``all-linear`` or a list of names, name endings and regular expressions.
 """
@@ -58,7 +58,7 @@ class AdapterModule(Protocol):
     """An ``nn.Module`` that owns adapter parameters directly."""
 
     def initial_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of the own parameter ``name``, asked for once.
+        """Return the initial values of rows ``span`` of the own parameter ``name``; called once.
 
         The same whatever the number of ranks.
         """
@@ -70,7 +70,7 @@ class LinearStart(AdapterModule, Protocol):
     """An adapter module around a ``FrozenLinear`` named ``base`` that sees its rows first."""
 
     def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
-        """Give the rows to encode, called once and before ``initial_rows``.
+        """Return the rows to quantize; called once and before ``initial_rows``.
 
         Args:
             rows: float32 ``[len(span), in]``, this rank's rows of the weight, maybe none.
@@ -101,10 +101,10 @@ class PublicAdapter:
 
     Attributes:
         config: the contents of ``adapter_config.json``.
-        tensors: the contents of the safetensors file beside it.
-        facts: what only this project's merge needs to know (see ``peft_format``).
+        tensors: the contents of the safetensors file next to it.
+        facts: metadata that only this project's merge needs (see ``peft_format``).
         extra: tensors that belong to ``facts``; no other library reads them.
-        head: what was trained on top (``head_format``).
+        head: the classification head trained on top (``head_format``).
         parts: adapters by name, each of which has a directory of its own in this one's.
     """
 
@@ -133,7 +133,7 @@ class Adapter(Protocol):
         ...
 
     def begin(self, step: int, sample_ids: Tensor) -> None:
-        """Before a micro-batch: the optimizer step and the global index of each row, ``[B]``."""
+        """Set the optimizer step and the sequences' global indices, ``[B]``."""
         ...
 
     def penalize(self, loss: Tensor, parts: int) -> None:
@@ -148,7 +148,7 @@ class Adapter(Protocol):
         ...
 
     def lr_scale(self, name: str) -> float:
-        """Factor on the learning rate of the parameter with this full name."""
+        """Return the learning-rate factor of the parameter with this full name."""
         ...
 
     def start_state(self) -> tuple[str, ...]:
@@ -157,12 +157,12 @@ class Adapter(Protocol):
         ...
 
     def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give back the whole tensors named by ``start_state``, before the model is loaded."""
+        """Restore the whole tensors named by ``start_state``, before the model is loaded."""
         ...
 
     def reads(self) -> str:
-        """Fingerprint of the files that it reads anew whenever it is attached; empty without any.
-        A run that goes on with other contents would be another run."""
+        """Return a fingerprint of the files read at each ``attach``; empty without any.
+        A run must not be resumed with other contents."""
         ...
 
     def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
@@ -179,7 +179,7 @@ class Adapter(Protocol):
 
 
 class PlainAdapter:
-    """What most methods answer: no positions of their own, no penalty, one learning rate, no start
+    """Default hooks of most methods: no extra positions, no penalty, one learning rate, no initial
     factors, no files that are read again."""
 
     @property
@@ -211,7 +211,7 @@ class TrainsBase(Protocol):
     """
 
     def sources(self) -> Mapping[str, str]:
-        """Full name of each parameter that learns -> its tensor in the base's files."""
+        """Map the full name of each trainable parameter to its tensor in the base's files."""
         ...
 
     def first_step(self, name: str) -> int:
@@ -247,7 +247,7 @@ def whole_parameters(
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from anything printable: the same in every process and on every platform."""
+    """Return a 63-bit seed from printable parts: the same in every process, on every platform."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -255,10 +255,10 @@ def derive_seed(*parts: object) -> int:
 def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Module) -> list[str]:
     """Names of the ``FrozenLinear`` and ``ExpertStack`` modules to adapt, in the model's order.
 
-    ``all-linear`` is every one but the output head and what no gradient reaches. An entry of a list
-    matches a module whose whole name it is, whose name ends with ``.entry``, or whose whole name it
-    matches as a regular expression; an entry that matches an experts module means both of its
-    stacks. The output head is adapted if an entry names it.
+    ``all-linear`` is every one but the output head and modules that no gradient reaches. An entry
+    of a list matches a module whose whole name it is, whose name ends with ``.entry``, or whose
+    whole name it matches as a regular expression; an entry that matches an experts module means
+    both of its stacks. The output head is adapted if an entry names it.
 
     Raises:
         UserError: an entry matches nothing.

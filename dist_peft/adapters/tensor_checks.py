@@ -1,7 +1,7 @@
 """Values that no adapter can have: found when its files are read, before anything is made of it.
 
-A NaN or an infinity spreads into every weight that it is merged into, and integers are what
-fractions become when a tool casts a whole file: both load without a word and give a model that
+A NaN or an infinity spreads into every weight that it is merged into, and fractions become
+integers when a tool casts a whole file: both load without a word and give a model that
 computes something else.
 """
 
@@ -30,7 +30,7 @@ def check_tensor_type(name: str, dtype: torch.dtype, place: object) -> None:
         known = ", ".join(str(known).removeprefix("torch.") for known in _TYPES)
         raise UserError(
             f"{place}: tensor {name} is of type {own}; tensors of an adapter are {known}. The "
-            f"cast to {own} lost what was trained: get the adapter again"
+            f"cast to {own} lost the trained values: get the adapter again"
         )
 
 

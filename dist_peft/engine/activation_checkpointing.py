@@ -2,7 +2,7 @@
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". The block's ``forward`` is
 wrapped, not the block: names and hooks (the engine's gather before, release after) stay where they
-are, outside of what is recomputed. No random state is kept: the base computes without dropout and
+are, outside of the recomputed part. No random state is kept: the base computes without dropout and
 the adapters' dropout is a function of the sample, not of a stream of random numbers.
 """
 

@@ -4,8 +4,8 @@ Frozen uint8 parameters under FSDP2 on torch 2.11:
 
 torch 2.12 taught FSDP2 about parameters that are not floating point (pytorch issue 177844). Before
 that, ``FSDPParam`` first wraps every shard in ``nn.Parameter(shard)``, which refuses integers
-because a parameter requires gradients unless told otherwise, and its mixed-precision set-up would
-cast them. This project never uses FSDP2's mixed precision, so only the wrapping needs mending: in
+because a parameter requires gradients by default, and its mixed-precision set-up would
+cast them. This project never uses FSDP2's mixed precision, so only the wrapping needs fixing: in
 that one module the name ``nn`` is replaced by a namespace whose ``Parameter`` asks for no gradient
 on integers. On torch 2.12 and later nothing is touched.
 """

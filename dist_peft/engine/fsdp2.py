@@ -1,11 +1,11 @@
 """PyTorch FSDP2 over packed bytes: every parameter a row-sharded DTensor, gathered block by block.
 
-What is sharded: all parameters along dimension 0, in their own types - the packed uint8 rows of the
+Sharded: all parameters along dimension 0, in their own types - the packed uint8 rows of the
 frozen linears (scales are inside them), the embeddings, norms and biases, the fp32 adapters. One
 block is one all-gather of bytes, so the wire carries packed rows. There is no
 ``MixedPrecisionPolicy``: it would cast scales, and before torch 2.12 the bytes too.
 
-Units: each decoder block; the input embedding; an untied output head; the root holds what is left
+Units: each decoder block; the input embedding; an untied output head; the root holds the rest
 (the final norm; with tied embeddings the shared weight). Blocks, embedding and head are released
 after use, so that two blocks (the current one and the prefetched one) are whole at any time.
 
@@ -103,7 +103,7 @@ class Fsdp2Engine:
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
         if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
-            # looking up rows again is not needed for a gradient that nobody asks for
+            # looking up rows again is not needed: a frozen embedding has no gradient
             self._units[len(blocks)].set_unshard_in_backward(False)
         ahead = self._units[: len(blocks)]
         for block, following in itertools.pairwise(ahead):
@@ -131,7 +131,7 @@ class Fsdp2Engine:
         owner.register_parameter(name, nn.Parameter(data, requires_grad=old.requires_grad))
 
     def _reshard(self) -> None:
-        """Let the modules hold shards again, and forget what was gathered from them.
+        """Reshard the modules and free their gathered parameters.
 
         After a forward without backward (an evaluation, the probe) the root's parameters stay
         whole: the modules hold gathered copies, and the next forward computes with these copies,

@@ -35,7 +35,7 @@ def shard_mesh(config: EngineConfig, world: World, device: torch.device) -> Devi
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """Input embedding and output head as units of their own, unless they share a weight.
 
-    A classifier's head is none: it is small, learns, and stays with the root.
+    A classifier's head is none: it is small, trainable, and stays with the root.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if head is None:

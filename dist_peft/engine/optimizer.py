@@ -1,4 +1,4 @@
-"""What engines share once each rank has plain local tensors: optimizer groups, moments, steps."""
+"""Shared by engines once each rank has plain local tensors: optimizer groups, moments, steps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ class LocalOptimizer:
         model: its trainable parameters are taken by name, once, after sharding.
         factory: builds the optimizer.
         lr_scale: learning-rate factor by parameter name (LoRA+).
-        local: gives the plain tensor of a sharded parameter (identity for plain ones).
-        wrap: turns a plain local tensor shaped like the shard back into what the engine's state
-            holds (a DTensor), given the parameter it belongs to.
+        local: returns the plain tensor of a sharded parameter (identity for plain ones).
+        wrap: turns a plain local tensor shaped like the shard back into the engine's kind of
+            tensor (a DTensor), given the parameter it belongs to.
         total: sums a scalar over the ranks that share the parameters.
-        first_step: see ``Engine.optimize``. What has no gradient is left alone by torch's and
-            bitsandbytes' optimizers anyway; only a resume has to know.
+        first_step: see ``Engine.optimize``. Parameters without a gradient are left alone by
+            torch's and bitsandbytes' optimizers anyway; only a resume has to know.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LocalOptimizer:
             return
         for name, parameter in self.parameters.items():
             shard = self.local(parameter.detach())
-            # bitsandbytes copies what is not contiguous, and updates the copy
+            # bitsandbytes copies a non-contiguous tensor, and updates the copy
             assert shard.is_contiguous(), f"{name}: strides {shard.stride()}"
             self.updated[name].data = shard
 

@@ -1,4 +1,4 @@
-"""What an engine is: it decides who keeps which rows, and moves bytes so that all can compute.
+"""The engine protocol: shard parameters across ranks and gather them for compute.
 
 Life of an engine::
 
@@ -14,7 +14,7 @@ Life of an engine::
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
 float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
 writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
-``own_parameters`` of it, a rank's own part, is what the same engine takes back in this process.
+``own_parameters`` of it, a rank's own part, can be loaded by the same engine in this process.
 
 The loss handed to ``backward`` is already divided by the *global* number of target tokens of the
 step; engines therefore sum gradients over ranks and never average.
@@ -45,7 +45,7 @@ __all__ = [
 class OptimizerFactory(Protocol):
     """Makes an optimizer and knows where it keeps Adam's moments.
 
-    ``wants_plain``: the optimizer cannot take DTensors; the engine gives it plain tensors that
+    ``wants_plain``: the optimizer cannot take DTensors; the engine passes it plain tensors that
     share the shards' memory, contiguous ones, and points them there again before each update.
     """
 
@@ -62,7 +62,7 @@ class OptimizerFactory(Protocol):
     ) -> None: ...
 
     def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Tell the optimizer how many steps are done (Adam's bias correction).
+        """Set the number of optimizer steps done (Adam's bias correction).
 
         A group of ``lr_groups`` has made ``updates(group, step)`` updates.
         """
@@ -70,12 +70,12 @@ class OptimizerFactory(Protocol):
 
 
 def at_once(name: str) -> int:
-    """``first_step`` of parameters that learn from the start."""
+    """Return 0: the ``first_step`` of parameters trained from step 0."""
     return 0
 
 
 class Engine(Protocol):
-    """See the module docstring."""
+    """Shards a model's parameters over ranks and runs its optimizer steps."""
 
     device: torch.device
 
@@ -87,7 +87,7 @@ class Engine(Protocol):
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None: ...
 
     def span(self, parameter: Tensor) -> Span:
-        """The rows (dimension 0) of ``parameter`` that this rank keeps."""
+        """Return the rows (dimension 0) of ``parameter`` that this rank keeps."""
         ...
 
     def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
@@ -104,7 +104,7 @@ class Engine(Protocol):
         lr_scale: Callable[[str], float],
         first_step: Callable[[str], int] = at_once,
     ) -> nn.Module:
-        """Give the parameters that learn their optimizer state.
+        """Build the optimizer state of the trainable parameters.
 
         Args:
             lr_scale: learning-rate factor by parameter name (LoRA+).
@@ -112,7 +112,7 @@ class Engine(Protocol):
                 the model computes no gradient for it; the engine leaves it and its optimizer state
                 alone.
 
-        Returns what to call in training steps: the model, or the engine's wrapper of it."""
+        Returns the module to call in training steps: the model, or the engine's wrapper of it."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
@@ -128,7 +128,7 @@ class Engine(Protocol):
     def state(self, model: nn.Module) -> dict[str, Tensor]: ...
 
     def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
-        """Take back what ``state`` gave, after ``step`` steps.
+        """Load a state returned by ``state`` after ``step`` steps.
 
         Moments may be left out as a whole; they are then zero, as before the first step. A
         parameter may be this rank's part alone, on the CPU (``own_parameters``).
@@ -141,19 +141,19 @@ class Engine(Protocol):
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by full name, in the model's order."""
+    """Return the trainable parameters by full name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def own_parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, on the CPU, of what this rank holds of each ``param/NAME`` of a ``state()``."""
+    """Return CPU copies of this rank's part of each ``param/NAME`` of a ``state()``."""
     values = {key: value for key, value in state.items() if key.startswith("param/")}
     own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in values.items()}
     return {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
 
 
 def adam_start(parameter: Tensor) -> dict[str, Tensor]:
-    """Adam's state before the first update: no steps, zero moments shaped like ``parameter``."""
+    """Return Adam's state before the first update: step 0, moments zero like ``parameter``."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
@@ -177,13 +177,13 @@ def lr_groups(
 
 
 def updates(group: Mapping[str, Any], step: int) -> int:
-    """How often a group was updated when ``step`` steps are done."""
+    """Return the number of updates of a group after ``step`` steps."""
     first: int = group.get("first_step", 0)
     return max(0, step - first)
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring every buffer to ``device``; they are small and whole on every rank."""
+    """Move every buffer to ``device``; they are small and whole on every rank."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -1,14 +1,15 @@
 """Whether ranks that hold copies of the same tensors still hold the same bytes.
 
-What is compared, in a run of four ranks that are sharded in two groups (HSDP)::
+Compared tensors, in a run of four ranks that are sharded in two groups (HSDP)::
 
     rank 0   buffers, whole parameters | rows of shard 0      equal on all ranks | equal on 0 and 2
     rank 1   buffers, whole parameters | rows of shard 1                         | equal on 1 and 3
     rank 2   ...                       | rows of shard 0
 
-Each rank sends three numbers: a hash of what is whole, the name of its shard, a hash of its rows.
-A shard that no other rank holds has nothing to be compared with, and is not hashed. Copies drift
-apart by a damaged memory or link, by ranks that compute other things, or by an error of an engine.
+Each rank sends three numbers: a hash of the whole tensors, the name of its shard, a hash of its
+rows. A shard that no other rank holds has nothing to be compared with, and is not hashed. Copies
+drift apart by a damaged memory or link, by ranks that compute other things, or by an error of an
+engine.
 """
 
 import logging
@@ -49,7 +50,7 @@ class ReplicaCheck:
         """Compare trainable parameters, persistent buffers and ``facts``; a collective.
 
         Args:
-            facts: what else must be equal, such as step and learning rate: plain JSON.
+            facts: other values that must be equal, such as step and learning rate: plain JSON.
             everything: also the frozen parameters, and the buffers that no file holds, which some
                 models change with the lengths they see.
 

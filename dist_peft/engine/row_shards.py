@@ -1,6 +1,6 @@
 """Frozen parameters sharded along rows by this project itself, next to any optimizer.
 
-DeepSpeed partitions parameters as flat elements, broadcasts from rank 0 what it is given, and
+DeepSpeed partitions parameters as flat elements, broadcasts its input from rank 0, and
 counts on float types. The frozen base needs none of that: it has no gradient and no optimizer
 state, only bytes that must be whole while a block computes. So it is kept here, where no engine
 sees it::
@@ -10,14 +10,14 @@ sees it::
     gather     one all-gather of that buffer a unit; rows are copied to each parameter's place
     release    the parameter's storage is resized to nothing; object, shape and views stay
 
-A unit is a decoder block, the embedding, the head, or (the root) what is left. Hooks gather a unit
+A unit is a decoder block, the embedding, the head, or (the root) the rest. Hooks gather a unit
 before its forward and, for backward, when the gradient of its output arrives; the neighbour that
 comes next is gathered meanwhile. At most two blocks are whole at any time. Between forward and
 backward a block's bytes are freed, which autograd does not notice: the storage is resized, as FSDP2
 does it (torch/distributed/fsdp/_fully_shard), and written through an alias with a version counter
 of its own.
 
-Packed rows travel as they rest: scales inside, nothing decoded, any dtype, uneven rows.
+Packed rows are gathered as stored: scales inside, nothing dequantized, any dtype, uneven rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class _Slot:
         self.bytes = self.local
 
     def fill(self, rows: Tensor) -> nn.Parameter:
-        """Keep ``rows``; gives the parameter, whole in shape and empty in storage."""
+        """Store ``rows`` and return the parameter, whole in shape and empty in storage."""
         data = rows.contiguous().view(-1).view(torch.uint8)
         self.local[: data.numel()].copy_(data)
         flat = torch.empty(self.nbytes, dtype=torch.uint8, device=self.local.device)
@@ -99,7 +99,7 @@ class _Unit:
             self.pending = self.owner.all_gather(self.local)
 
     def wait(self) -> None:
-        """Be whole."""
+        """Wait for the all-gather and set the full parameters."""
         self.start()
         if self.pending is None:
             return
@@ -161,10 +161,10 @@ class RowShards:
             slot = self._slots[key] = _Slot(parameter, self.parts)
             if slot.requires_grad:
                 slot.local = torch.zeros(slot.part, dtype=torch.uint8, device=self.device)
-            else:  # what several units use stays whole with the root
+            else:  # a parameter shared by units stays whole with the root
                 home = homes.get(key, [])
                 members[home[0] if len(home) == 1 else -1].append(slot)
-        lookup = ends[:1]  # rows of the embedding are not needed for a gradient nobody asks for
+        lookup = ends[:1]  # a frozen embedding needs no rows in backward
         self._units = [
             _Unit(slots, self, needed_in_backward=module not in lookup)
             for slots, module in zip(members, modules, strict=True)

@@ -141,7 +141,7 @@ class ZeroEngine:
             self._ds.optimizer.optimizer.state[flat]["step"].fill_(updates(group, step))
 
     def _count_adapter_bytes(self) -> None:
-        """Count what DeepSpeed gathers: adapters before use (stage 3) or after an update."""
+        """Count DeepSpeed's gathered bytes: adapters before use (stage 3) or after an update."""
         backend = self.deepspeed.comm.comm.cdb
         for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
             setattr(backend, name, self._counting(getattr(backend, name)))
@@ -221,7 +221,7 @@ class ZeroEngine:
         return self._checked(self.deepspeed.utils.safe_get_full_fp32_param(parameter), parameter)
 
     def _checked(self, whole: Tensor | None, parameter: Tensor) -> Tensor:
-        """Under ZeRO-3 a parameter that nobody gathered reads as an empty tensor."""
+        """Check the shape: under ZeRO-3 a parameter not gathered reads as an empty tensor."""
         shape = self._shapes[id(parameter)]
         assert whole is not None and whole.shape == shape and whole.numel(), (
             f"gathered {None if whole is None else list(whole.shape)} for {list(shape)}"
@@ -246,7 +246,7 @@ def _hide_frozen(model: nn.Module) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, and told not to compile its shared-memory collectives at start."""
+    """Import DeepSpeed, quiet and without compiling its shared-memory collectives at start."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU where it sees one
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
@@ -256,7 +256,7 @@ def _import_deepspeed(device: torch.device) -> Any:
             "engine.kind is zero but deepspeed is not installed: "
             "pip install 'dist_peft[deepspeed]', or use engine.kind: fsdp2"
         ) from None
-    # DeepSpeed uses names that torch 2.13 has renamed; nobody here can mend that
+    # DeepSpeed uses names that torch 2.13 has renamed; not fixable from this project
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -1,10 +1,10 @@
 """The run configuration as DeepSpeed's, with a user's own JSON file merged in.
 
-The run configuration decides; the file adds what it does not know (bucket sizes, overlap,
+The run configuration decides; the file adds settings that it lacks (bucket sizes, overlap,
 communication logging, ...). A value of the file that says something else than the run is refused
-by name, and so is what would harm packed bytes (``fp16``, ``bf16``: DeepSpeed casts parameters) or
-have a second owner (``optimizer``, ``scheduler``). ``"auto"``, as other trainers write it, stands
-for "what the run says".
+by name, and so are settings that would harm packed bytes (``fp16``, ``bf16``: DeepSpeed casts
+parameters) or have a second owner (``optimizer``, ``scheduler``). ``"auto"``, as other trainers
+write it, stands for the run's value.
 """
 
 import json
@@ -26,10 +26,10 @@ _OWNED = {
 
 
 def deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given.
+    """Return the configuration for ``deepspeed.initialize``.
 
-    Micro-batches, accumulation and clipping are driven step by step by the engine, so DeepSpeed is
-    told the neutral values; the user's file is checked against the run's.
+    Micro-batches, accumulation and clipping are driven step by step by the engine, so DeepSpeed
+    gets the neutral values; the user's file is checked against the run's.
 
     Raises:
         UserError: the file cannot be read, or contradicts the run configuration.

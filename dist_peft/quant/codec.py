@@ -1,4 +1,4 @@
-"""What a codec is, and which there are.
+"""The codec protocol and the list of codecs.
 
 A codec turns the rows of a frozen weight into self-contained packed rows and back::
 
@@ -45,7 +45,7 @@ class Codec(Protocol):
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``; may be a view of ``packed``.
 
         Raises:
-            ValueError: ``packed`` is not what ``encode`` gives for ``in_features``.
+            ValueError: ``packed`` is not the output of ``encode`` for ``in_features``.
         """
 
 
@@ -116,7 +116,7 @@ class RawCodec:
 
 _CODECS: dict[str, Callable[[QuantConfig], Codec]] = {
     "nf4": lambda quant: Nf4Codec(quant.group_size, quant.double_quant),
-    # what gptq solves is encoded once, by rounding, while the model is built
+    # a base to be solved by gptq is first quantized by rounding, while the model is built
     "int": lambda quant: AffineCodec(
         quant.bits, quant.group_size, "hqq" if quant.solver == "hqq" else "rtn"
     ),

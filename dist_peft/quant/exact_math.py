@@ -1,12 +1,12 @@
 """Elementary functions whose float32 results are the same bits on every machine.
 
-What a codec writes must not depend on the machine that wrote it. Addition, subtraction,
+The bytes of a codec must not depend on the machine that wrote it. Addition, subtraction,
 multiplication, division and comparison are correctly rounded by IEEE 754 everywhere; a maximum or
 minimum is exact in any order. Everything else is up to a maths library: ``torch.sqrt`` of float32
 on a CPU goes to MKL's vector library, which is 1 ulp off for about one value in six, where numpy's
 and CUDA's square roots are correctly rounded. So codecs take square roots from this module, and
 use no ``exp``, ``log``, ``pow`` or plain ``sum`` (whose order depends on threads) at all.
-``docs/numerics.md`` lists what is guaranteed.
+``docs/numerics.md`` lists the guarantees.
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """``x W^T`` with a packed, frozen ``W`` that is dense only while it multiplies.
 
-    forward    y  = x W^T      W decoded, used, dropped
-    backward   dx = dy W       W decoded again, used, dropped;  no gradient for W
+    forward    y  = x W^T      W dequantized, used, freed
+    backward   dx = dy W       W dequantized again, used, freed;  no gradient for W
 
-This is the step of QLoRA (Dettmers et al. 2023, equation 5) that makes it cheap in memory: what
-waits between forward and backward are the packed bytes, which exist anyway.
+This is the step of QLoRA (Dettmers et al. 2023, equation 5) that makes it cheap in memory: only
+the packed bytes, which exist anyway, are kept between forward and backward.
 
 The function keeps the *packed tensor object*, as an attribute and not by ``save_for_backward``.
 Engines free the bytes after forward and gather them again before backward: FSDP2 resizes the
@@ -15,7 +15,8 @@ the weight.
 ``frozen_grouped_matmul`` does the same for the experts of a mixture, whose weights are stacked::
 
     rows of x   | expert 0 | expert 2 ...|      counts, known on the CPU: [n0, 0, n2, ...]
-    packed      [experts * out, row_bytes]      only the rows of experts that have any x are decoded
+    packed      [experts * out, row_bytes]      only the rows of experts that have any x are
+    dequantized
 
 On a CPU 16-bit products are computed in float32 and rounded once. Kernels there accumulate in
 float32 anyway, and where the processor has no instructions for 16-bit floats, PyTorch's own are 8
@@ -40,7 +41,7 @@ def frozen_matmul(x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> 
     """``x W^T`` with ``W = codec.decode(packed)``, differentiable in ``x`` alone.
 
     Args:
-        x: ``[..., in]``, any float type; the weight is decoded to this type.
+        x: ``[..., in]``, any float type; the weight is dequantized to this type.
         packed: ``uint8 [out, row_bytes]``; kept for backward if ``x`` requires a gradient.
         codec: of ``packed``.
         in_features: columns of the weight.
@@ -134,7 +135,7 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
 def _groups(
     packed: Tensor, codec: Codec, in_features: int, counts: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[Span, Tensor]]:
-    """Each group of rows that is not empty, and its weight ``[out, in]``, decoded."""
+    """Yield each non-empty group of rows with its dequantized weight ``[out, in]``."""
     _check_storage(packed)
     out, start = packed.shape[0] // len(counts), 0
     for index, count in enumerate(counts):

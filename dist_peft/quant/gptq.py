@@ -2,7 +2,7 @@
 
 GPTQ (Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers") rounds the columns of a weight one after the other and lets the columns to come make
-up for the error. What "making up" means is told by inputs ``X`` of the layer on real text. With
+up for the error. The error is measured on inputs ``X`` of the layer from real text. With
 ``H = X^T X``, the error ``E = w' - w`` of a row costs ``E H E^T``. With the upper triangular ``U``
 of ``H^-1 = U^T U``, at column ``i``::
 
@@ -113,7 +113,7 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Factor:
-    """What solving needs of a Hessian.
+    """Inverse factor of a Hessian, as solving needs it.
 
     Attributes:
         order: long ``[padded]``, the columns in the order of solving; whole groups follow each
@@ -205,7 +205,7 @@ def solve_rows(weight: Tensor, factor: Factor, codec: AffineCodec) -> Tensor:
     packed = weight.new_empty(rows, codec.row_bytes(columns), dtype=torch.uint8)
     for span in _chunks(rows, padded, weight.device):
         chunk = functional.pad(weight[span.slice].float(), (0, padded - columns))
-        # column i of the weight is row i here: what is touched together lies together
+        # column i of the weight is row i here: columns updated together are contiguous
         parts = _solve(chunk.T[factor.order], factor, codec, span.start)
         packed[span.slice] = codec.join(parts, columns)
     return packed

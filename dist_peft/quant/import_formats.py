@@ -15,8 +15,8 @@ stream unless said otherwise)::
            weight [out * in / 2]          two codes a byte, rows flattened, the even code high
            absmax [out * in / 64]         of blocks that run from one row into the next
 
-The integer formats all decode as ``(q - zero) * scale`` with unsigned codes and zeros: what
-compressed-tensors calls signed lies ``2**(bits - 1)`` higher in the file. GPTQ's first version
+The integer formats all decode as ``(q - zero) * scale`` with unsigned codes and zeros: codes
+that compressed-tensors calls signed lie ``2**(bits - 1)`` higher in the file. GPTQ's first version
 stores zeros less one, subtracted from (and on loading added to) whole words, as ``gptqmodel`` does:
 a field of 0 borrowed from its neighbour, and the addition gives it back.
 
@@ -183,7 +183,7 @@ def denest(
         offset: the mean that was subtracted.
 
     Returns:
-        ``float32 [n]``, bit for bit what bitsandbytes computes with.
+        ``float32 [n]``, bit for bit the values that bitsandbytes computes with.
     """
     magnitude = nested.repeat_interleave(block)[before : before + len(codes)]
     absmax = levels.index_select(0, codes.int()).mul_(magnitude)

@@ -1,7 +1,7 @@
 """Decoding: packed codes and scales -> a dense weight, the inner loop of every forward pass.
 
-Two paths give the same bits. ``torch``: a table look-up of the codes (``quant.pack.lookup``), then
-products in place, a chunk of rows at a time, on any device. ``bnb``: the operator
+Two paths return the same bits. ``torch``: a table look-up of the codes (``quant.pack.lookup``),
+then products in place, a chunk of rows at a time, on any device. ``bnb``: the operator
 ``bitsandbytes::dequantize_4bit``, for NF4 only.
 
 Both multiply in float32 and round once to the wanted type, so bf16 output is the float32 output
@@ -62,14 +62,14 @@ def decode_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.d
     Args:
         payload: ``uint8 [rows, blocks * group_size / 2]``, even element in the high nibble.
         absmax: ``float32 [rows, blocks]``.
-        in_features: columns of the result; what is left of the last block is padding.
+        in_features: columns of the result; the rest of the last block is padding.
         dtype: type of the result.
 
     Returns:
         ``dtype [rows, in_features]``.
 
     Raises:
-        UserError: ``DIST_PEFT_KERNELS`` is unknown, or asks for what is impossible here.
+        UserError: ``DIST_PEFT_KERNELS`` is unknown, or requests an unavailable kernel.
     """
     rows, blocks = absmax.shape
     group_size = payload.shape[1] * 2 // max(1, blocks)

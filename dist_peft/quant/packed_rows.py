@@ -9,7 +9,7 @@ A row holds all that its decoding needs, so any range of rows is complete by its
 ``row_bytes`` is a multiple of 4, and so is the start of every field of 4-byte numbers. Numbers are
 stored in the machine's byte order; all supported machines are little-endian.
 
-Nothing here looks across rows. That is what makes ``encode(w)[a:b]`` and ``encode(w[a:b])`` the
+Nothing here looks across rows. That makes ``encode(w)[a:b]`` and ``encode(w[a:b])`` the
 same bytes: sums and means over rows, and reductions whose order depends on the number of threads,
 must not enter a codec.
 """
@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 CHUNK_ELEMENTS = 2**20
-"""Weights encoded or decoded at a time: a float32 temporary has 4 MiB, about seven live at once."""
+"""Weights quantized or dequantized at a time: a float32 temporary has 4 MiB, about seven live at
+once."""
 
 
 def align4(num_bytes: int) -> int:

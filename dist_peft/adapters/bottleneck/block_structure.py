@@ -1,7 +1,8 @@
 """Where in a block bottleneck adapters go, found by the block's structure.
 
-A block has an attention, an MLP and norms. What matters is which module gives ``f``, what is added
-to the residual stream ``x``, and which module is given ``x`` (see ``adapters.bottleneck``)::
+A block has an attention, an MLP and norms. Sites depend on which module returns ``f``, the
+summand of the residual stream ``x``, and which module is given ``x`` (see
+``adapters.bottleneck``)::
 
     sequential   x1 = x0 + attention(norm(x0));  x2 = x1 + mlp(norm'(x1))      Llama, Qwen, OPT, ...
     parallel     x2 = x0 + attention(norm(x0)) + mlp(norm'(x0))                Phi, GPT-NeoX
@@ -9,7 +10,7 @@ to the residual stream ``x``, and which module is given ``x`` (see ``adapters.bo
     post-norm    x1 = norm(x0 + attention(x0));  x2 = norm'(x1 + mlp(x1))      BERT, RoBERTa
 
 In parallel blocks there is no stream between the sublayers, so ``pfeiffer`` reads ``f`` alone. In
-sandwich blocks the adapter changes what the second norm is given. In post-norm blocks ``pfeiffer``
+sandwich blocks the adapter changes the input of the second norm. In post-norm blocks ``pfeiffer``
 reads ``norm(x + f)``. In ModernBERT, which is sequential, adapters are given ``norm'(x1)`` as
 ``x``. All are AdapterHub's choices.
 """
@@ -57,7 +58,7 @@ class Site:
 
     Attributes:
         name: AdapterHub's: attention_adapters or output_adapters; also the adapter's attribute.
-        output: the part of the block that gives ``f``, first where it gives several things.
+        output: the part of the block that returns ``f``, first where it returns several values.
         stream: the part that is given ``x``.
         reads: the adapter's ``h``.
         argument: which of the arguments of ``stream`` is ``x``.
@@ -116,7 +117,7 @@ _PACKED = (FrozenLinear, ExpertStack)
 
 
 def _writers(block: nn.Module, hidden: int) -> list[str]:
-    """Children with a linear that gives ``hidden`` numbers, as what is added to ``x`` must."""
+    """Return the children with a linear of ``hidden`` outputs, as a summand of ``x`` must have."""
     return [
         name
         for name, child in block.named_children()
@@ -167,7 +168,7 @@ def _ends_in_norm(block: nn.Module, path: str, hidden: int) -> bool:
     if part is None or not {"dense", "LayerNorm"} <= part._modules.keys():
         return False
     dense, norm = part.get_submodule("dense"), part.get_submodule("LayerNorm")
-    norm = norm.get_submodule("base") if "base" in norm._modules else norm  # it learns
+    norm = norm.get_submodule("base") if "base" in norm._modules else norm  # it is trainable
     return (
         isinstance(dense, FrozenLinear) and dense.out_features == hidden and is_norm(norm, hidden)
     )

@@ -1,7 +1,7 @@
 """Bottleneck adapters on disk, in the format of the library ``adapters`` (AdapterHub), 1.3.
 
-A directory holds what the library reads with ``load_adapter(DIR, use_safetensors=True)``, and up to
-two files that only this project reads::
+A directory holds the files that the library reads with
+``load_adapter(DIR, use_safetensors=True)``, and up to two files that only this project reads::
 
     adapter_config.json    {"config": {BnConfig}, "hidden_size", "name", "version", ...}
     adapter.safetensors    BLOCK.SITE.adapters.NAME.adapter_down.0.weight [m, d], .bias [m],
@@ -89,7 +89,7 @@ _FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Described:
-    """What the file says about the base.
+    """Facts about the base that the file states.
 
     Attributes:
         base: path or hub id.
@@ -121,7 +121,7 @@ def public_bottleneck(
     """Trained parameters -> public form.
 
     Args:
-        config: what was trained.
+        config: the trained adapter's configuration.
         described: the base.
         layers: path of each adapter -> own name (as in ``adapters.bottleneck``) -> whole tensor.
         norms: path of each learning norm -> own name -> whole tensor.
@@ -149,13 +149,13 @@ def public_bottleneck(
 
 
 def place_in_file(path: str) -> str:
-    """Path of an adapter in the model -> what its tensors' names begin with in the file."""
+    """Return the prefix of an adapter's tensors in the file, given its path in the model."""
     parent, _, site = path.rpartition(".")
     return parent if parent.endswith(_POST_NORM[site]) else path
 
 
 def place_in_model(prefix: str) -> str:
-    """What ``place_in_file`` gave, or the library wrote -> path of the adapter in the model."""
+    """Return the model's path of an adapter, given its prefix in a file (ours or the library's)."""
     for site, ending in _POST_NORM.items():
         if prefix.endswith(ending):
             return f"{prefix}.{site}"
@@ -288,8 +288,8 @@ def read_settings(config: Mapping[str, Any]) -> BottleneckConfig:
         if key != "non_linearity" and value != computes.get(key):
             raise UserError(
                 f"adapter_config.json: {key} is {value!r}, not {computes.get(key)!r}; of "
-                "AdapterHub's bottlenecks those that compute what seq_bn, double_seq_bn and par_bn "
-                "do are read"
+                "AdapterHub's bottlenecks only those equal to seq_bn, double_seq_bn and par_bn "
+                "in computation are read"
             )
     return read
 
@@ -325,7 +325,9 @@ def bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
         if absent := shapes.keys() - layers.get(path, {}).keys():
             raise UserError(f"the adapter has no {sorted(absent)[0]} of {path}: it is damaged")
     if len(layers) != len(blocks) * len(wanted):
-        raise UserError(f"the adapter has tensors beside its {', '.join(wanted)}: it is damaged")
+        raise UserError(
+            f"the adapter has tensors in addition to its {', '.join(wanted)}: it is damaged"
+        )
     if bool(public.extra) != settings.train_layernorm:
         raise UserError("the adapter's layer norms (dist_peft.safetensors) do not fit its config")
     return layers

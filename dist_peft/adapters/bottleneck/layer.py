@@ -1,7 +1,7 @@
-"""Bottleneck adapters: a small MLP beside a sublayer's output, and layer norms that learn.
+"""Bottleneck adapters: a small MLP on a sublayer's output, and trainable layer norms.
 
 Houlsby et al. 2019 (section 2.1); Pfeiffer et al. 2021; the parallel form of He et al. 2022. With
-``x`` the residual stream before a sublayer (attention or MLP) and ``f`` what the sublayer gives::
+``x`` the residual stream before a sublayer (attention or MLP) and ``f`` the sublayer's output::
 
     x -+- norm -- sublayer -- f --(+)--(+)-- next        down [m, d], up [d, m], m = d / reduction
        |                      |    |    |
@@ -10,12 +10,12 @@ Houlsby et al. 2019 (section 2.1); Pfeiffer et al. 2021; the parallel form of He
 
     f' = f + adapter(h)       houlsby   h = f            after attention and after the MLP
                               pfeiffer  h = x + f        after the MLP
-                              parallel  h = x            beside the MLP
+                              parallel  h = x            parallel to the MLP
 
-These are what AdapterHub's ``double_seq_bn``, ``seq_bn`` and ``par_bn`` compute in a decoder whose
+These equal AdapterHub's ``double_seq_bn``, ``seq_bn`` and ``par_bn`` in a decoder whose
 norms stand before the sublayers: ``h`` is the raw stream. In the authors' own models, BERT and its
-kin, the norm follows the residual sum. There it serves twice, for ``pfeiffer``'s ``h`` and for what
-the sublayer passes on::
+kin, the norm follows the residual sum. There it serves twice, for ``pfeiffer``'s ``h`` and for the
+sublayer's result::
 
     x -+- sublayer -- f -+----------------(+)--(+)-- norm -- next
        |                 |                 |    |
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Reads = Literal["output", "sum", "stream", "normed"]
-"""What the adapter's ``h`` is: ``f``, ``x + f``, ``x`` or ``norm(x + f)``."""
+"""The adapter's input ``h``: ``f``, ``x + f``, ``x`` or ``norm(x + f)``."""
 
 Rows = Callable[[Span], Tensor]
 """Gives the asked rows of a parameter's start value."""
@@ -72,7 +72,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class BottleneckSpec:
-    """What one adapter is.
+    """Settings of one adapter.
 
     Attributes:
         hidden: ``d``.
@@ -99,12 +99,12 @@ class BottleneckLayer(nn.Module):
     """The adapter of one sublayer. See the module docstring.
 
     Args:
-        base: the module that gives ``f``, after which this one is loaded.
+        base: the module that returns ``f``, after which this one is loaded.
         path: this module's name in the model.
-        spec: what to build.
+        spec: settings of the adapter.
         dropout: on ``adapter(h)``.
         norm: of the base, where ``h`` is normed.
-        train: whether the parameters learn.
+        train: whether the parameters are trainable.
         device: where the (unfilled) parameters are made.
 
     Attributes:
@@ -184,7 +184,7 @@ class BottleneckLayer(nn.Module):
         self._given = {name: partial(_rows_of, tensor) for name, tensor in tensors.items()}
 
     def give_rows(self, rows: Mapping[str, Rows]) -> None:
-        """As ``give_start``, with what reads the rows when they are asked for."""
+        """As ``give_start``, with readers called when the rows are needed."""
         self._given = dict(rows)
 
     def initial_rows(self, name: str, span: Span) -> Tensor:
@@ -214,7 +214,7 @@ class BottleneckLayer(nn.Module):
 
 
 class TrainedNorm(nn.Module):
-    """A layer norm whose weights learn: those of the base plus a trained change, in float32.
+    """A layer norm with trainable weights: those of the base plus a trained change, in float32.
 
     The change starts at zero, so that it needs nothing of the base's files, and weight decay pulls
     towards the base. All is computed in float32 (the sum too: near 1, bfloat16 has steps of 0.8 %),

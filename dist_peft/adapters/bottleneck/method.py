@@ -2,7 +2,7 @@
 
 Nothing is wrapped: an adapter is a part of its block, so that engines gather it with the block,
 and hooks on the block's other parts bring it ``x`` and ``f`` (``adapters.bottleneck``). Layer
-norms that learn (``train_layernorm``, as Houlsby et al. do) are wrapped, those outside of the
+trainable norms (``train_layernorm``, as Houlsby et al. do) are wrapped, those outside of the
 blocks too.
 """
 
@@ -38,7 +38,7 @@ class BottleneckAdapter(PlainAdapter):
     Attributes:
         layers: the adapters by path, once attached.
         norms: the learning norms by path.
-        position: what dropout masks depend on.
+        position: step and samples that seed the dropout masks.
     """
 
     def __init__(self, config: BottleneckConfig, *, seed: int, arithmetic: torch.dtype) -> None:
@@ -131,7 +131,7 @@ class BottleneckAdapter(PlainAdapter):
 def spec_of(
     config: BottleneckConfig, hidden: int, site: Site, *, arithmetic: torch.dtype, seed: int
 ) -> BottleneckSpec:
-    """What the adapter at ``site`` is in a base of this hidden size."""
+    """Return the settings of the adapter at ``site`` in a base of this hidden size."""
     return BottleneckSpec(
         hidden=hidden,
         bottleneck=config.bottleneck(hidden),

@@ -1,4 +1,4 @@
-"""A trained head on disk: beside PEFT's adapters as PEFT has it, beside AdapterHub's as theirs.
+"""A trained head on disk: stored as PEFT does with PEFT's adapters, as AdapterHub does with theirs.
 
 PEFT keeps whole modules in the adapter's own file; which ones, ``modules_to_save`` says::
 
@@ -50,7 +50,7 @@ def join_peft_head(public: PublicAdapter) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def _saved_module(name: str) -> str:
-    """What PEFT saves of the module that owns a parameter: ``classifier``, or ``bert.pooler``."""
+    """Return the module that PEFT saves for a parameter: ``classifier``, or ``bert.pooler``."""
     parts = name.split(".")
     return ".".join(parts[: parts.index(_POOLER) + 1 if _POOLER in parts else 1])
 
@@ -58,7 +58,7 @@ def _saved_module(name: str) -> str:
 def split_peft_head(
     config: dict[str, Any], tensors: dict[str, Tensor], labels: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Tensor], PublicHead | None]:
-    """What ``join_peft_head`` or PEFT joined: configuration and tensors of the method, the head.
+    """Split a joined adapter into the method's configuration and tensors, and the head.
 
     Args:
         config, tensors: of PEFT's files.

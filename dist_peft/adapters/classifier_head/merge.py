@@ -1,6 +1,6 @@
 """Merging a trained head: its parameters take the place of the base's, or are added to them.
 
-``HeadMerger`` stands around what merges the trunk (``adapters.lora.merge.Merger``), as
+``HeadMerger`` wraps the merger of the trunk (``adapters.lora.merge.Merger``), as
 ``adapters.head.HeadedAdapter`` stands around a method in training.
 """
 
@@ -46,7 +46,7 @@ class HeadMerger:
     def merge_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
-        """Rows ``span`` of the trained parameter, float32, or what the trunk's are."""
+        """Return rows ``span`` of the trained parameter, float32, or the trunk merger's rows."""
         if weight not in self._head:
             return self._trunk.merge_rows(weight, rows, span, in_base)
         self._left[weight] -= len(span)

@@ -1,14 +1,14 @@
-"""A classification head that learns beside any adapter method.
+"""A classification head trained together with any adapter method.
 
 The head (``model.classifier``) is trained whole, in float32, whatever the method does to the trunk.
-No method knows about it: ``HeadedAdapter`` stands around the method, hides the head's parameters
-while the method looks for its targets, and adds what was trained to what the method writes::
+No method knows about it: ``HeadedAdapter`` wraps the method, hides the head's parameters
+while the method looks for its targets, and adds the trained head to the method's output::
 
     HeadedAdapter
       method        lora, bottleneck, partial, ...: the trunk
       HeadPart      classifier, score, pooler: float32 masters, cast where they compute
 
-What the base's files do not have starts as ``transformers`` starts it: matrices normal with
+Parameters absent from the base's files are initialized as in ``transformers``: matrices normal with
 ``initializer_range``, biases zero, scales of norms one; from a generator that depends on the seed
 and the parameter's name alone, so that any number of ranks starts with the same head.
 """
@@ -37,7 +37,7 @@ __all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedWeights", "with_head"
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What the parts of a head share.
+    """Settings that the parts of a head share.
 
     Attributes:
         deviation: of the start values of matrices.
@@ -51,7 +51,7 @@ class HeadSpec:
 
 
 class HeadPart(nn.Module):
-    """A module of the head whose own parameters are float32 masters that learn.
+    """A module of the head whose own parameters are trainable float32 masters.
 
     They have the names that they have in the model. While ``base`` computes, rounded copies stand
     in for the parameters that were taken from it.
@@ -79,7 +79,7 @@ class HeadPart(nn.Module):
             base.register_parameter(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``base``; gives what it gives in the type of ``x``."""
+        """Return the output of ``base`` in the type of ``x``."""
         dtype = self.spec.arithmetic
         copies = {name: getattr(self, name).to(dtype) for name in self.shapes}
         with standing_in(self.base, copies):
@@ -97,7 +97,7 @@ class HeadPart(nn.Module):
 
 
 class HeadedAdapter:
-    """A method with a head beside it. See the module docstring and ``adapters.base.Adapter``.
+    """An ``Adapter`` that trains a classification head together with its method.
 
     Attributes:
         method: the adapter of the trunk.
@@ -114,7 +114,7 @@ class HeadedAdapter:
         return self.method.extra_positions
 
     def attach(self, model: nn.Module) -> None:
-        """Let the method change the trunk, and the head learn. See ``Adapter``."""
+        """Attach the method to the trunk and make the head trainable."""
         self._model_class = type(model).__name__  # FSDP2 will change it
         config = cast(Any, model).config
         deviation = getattr(config.get_text_config(), "initializer_range", None) or 0.02
@@ -175,7 +175,7 @@ class HeadedWeights(HeadedAdapter):
 
 
 def with_head(method: Adapter, head: Head, *, seed: int, arithmetic: torch.dtype) -> HeadedAdapter:
-    """``method`` with ``head`` beside it.
+    """Return ``method`` combined with ``head``.
 
     Args:
         seed: ``train.seed``.

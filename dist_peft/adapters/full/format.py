@@ -1,4 +1,4 @@
-"""Trained weights of the base on disk: what ``full`` and ``partial`` leave in ``adapter/``.
+"""Trained weights of the base on disk: written by ``full`` and ``partial`` to ``adapter/``.
 
 ::
 
@@ -6,10 +6,10 @@
                         index if they are large)
     dist_peft.json      ``kind``: full or partial, the fingerprint of the base, versions
 
-PEFT has no such format: its ``modules_to_save`` holds whole modules beside an adapter. So there is
-no ``adapter_config.json`` here; ``dist-peft merge`` makes a model of it.
+PEFT has no such format: its ``modules_to_save`` holds whole modules along with an adapter. So there
+is no ``adapter_config.json`` here; ``dist-peft merge`` makes a model of it.
 
-Weights are written one by one, so that nobody holds all of them, to ``adapter.partial`` first.
+Weights are written one by one, so that no rank holds all of them, to ``adapter.partial`` first.
 """
 
 import json
@@ -38,7 +38,7 @@ _CHECKED_BYTES = 64 * 2**20
 
 
 def holds_weights(adapter_dir: Path) -> bool:
-    """Whether this is what ``WeightsWriter`` wrote, and no adapter."""
+    """Return whether ``WeightsWriter`` wrote this directory, rather than an adapter."""
     return read_metadata(adapter_dir).get("kind") in WEIGHT_KINDS
 
 
@@ -67,7 +67,7 @@ class WeightsWriter:
         self._failure: UserError | None = None
 
     def write(self, name: str, whole: Tensor) -> None:
-        """One tensor. A full disk is told by ``close``: ranks that gather must go on together."""
+        """Write one tensor. ``close`` raises disk-full errors: ranks must keep gathering."""
         if self._failure is not None:
             return
         try:

@@ -1,17 +1,18 @@
-"""Parameters of the base that learn: float32 masters, cast where they compute.
+"""Trainable parameters of the base: float32 masters, cast where they compute.
 
 Mixed precision (Micikevicius et al. 2018): an update of a thousandth of a weight is lost in
-bfloat16, whose steps are 1/256 to 1/128 of it. So what learns rests in float32, sharded by rows
-like everything, and each forward computes with a rounded copy::
+bfloat16, whose steps are 1/256 to 1/128 of it. So trainable weights are stored in float32, sharded
+by rows like everything, and each forward computes with a rounded copy::
 
-    master (float32, learns) --cast--> copy (compute type) --module's own forward--> y
+    master (float32) --cast--> copy (compute type) --module's own forward--> y
        ^                                                                             |
        +--------------------- gradient, float32, of the copy's ----------------------+
 
-What a merge writes in the compute type is therefore exactly what training computed with.
+A merge in the compute type therefore writes exactly the weights that training computed with.
 
-A linear keeps its master, not the copy, for backward, where it casts once more: what waits between
-the two are parameters that exist anyway (the idea of ``quant.matmul``, with a gradient for ``W``).
+A linear keeps its master, not the copy, for backward, where it casts once more: only
+parameters that exist anyway are kept between the two (the idea of ``quant.matmul``, with a gradient
+for ``W``).
 
 Until its stage comes (``Clock``) a parameter computes without a gradient, so that no optimizer
 touches it, and nothing below it is computed in backward for its sake.
@@ -42,10 +43,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class Learning:
-    """How a module's own parameters learn.
+    """How a module's own parameters are trained.
 
     Attributes:
-        first_steps: name of each that learns -> optimizer steps before its first update.
+        first_steps: name of each trainable one -> optimizer steps before its first update.
         arithmetic: the type to compute in.
         clock: tells the step.
     """
@@ -62,7 +63,7 @@ class Learning:
 
 
 class TrainedLinear(nn.Module):
-    """``y = x W^T + b`` with a plain ``W`` that learns, in the place of a frozen linear.
+    """``y = x W^T + b`` with a trainable plain ``W``, in place of a frozen linear.
 
     Args:
         weight: ``[out, in]`` float32; may be shared with an embedding.
@@ -114,11 +115,11 @@ class TrainedModule(nn.Module):
     computes: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own; what it gives has the type that it would have given."""
+        """Run the module's own forward; the output keeps the type that it would have had."""
         how = self.learning
         copies = {name: how.now(self, name).to(how.arithmetic) for name in self.cast_names}
         with standing_in(self, copies):
-            if not isinstance(self, nn.Embedding):  # what looks up takes no numbers to round
+            if not isinstance(self, nn.Embedding):  # a lookup has no float input to cast
                 args = tuple(_cast(a, how.arithmetic) for a in args)
             y = super().forward(*args, **kwargs)
         return _cast(y, self.computes)
@@ -134,7 +135,7 @@ class _TrainedEmbedding(TrainedModule):
 
 
 def as_trained(module: nn.Module, masters: Mapping[str, nn.Parameter], learning: Learning) -> None:
-    """Let ``module`` learn: ``masters`` replace its own parameters of these names.
+    """Make ``module`` trainable: ``masters`` replace its own parameters of these names.
 
     It stays the same object of the same name and, by inheritance, of the same class.
     """

@@ -1,12 +1,12 @@
-"""The adapter methods ``full`` and ``partial``: parameters of the base itself learn.
+"""The adapter methods ``full`` and ``partial``: parameters of the base itself are trained.
 
 Which ones is chosen by parts and blocks; a shared parameter (an embedding tied to the head) is one,
-whichever of its uses is named. What is chosen becomes a float32 master (``adapters.trained``) that
-starts from the rows of the base's files; a chosen weight of a linear is not quantized. All else
-stays as it was: frozen, and quantized as ``base.quant`` says.
+whichever of its uses is named. A chosen parameter becomes a float32 master (``adapters.trained``)
+initialized from the rows of the base's files; a chosen weight of a linear is not quantized. All
+else stays as it was: frozen, and quantized as ``base.quant`` says.
 
 BitFit (Ben Zaken et al. 2021) is ``parts: [biases]``. Stages (``unfreeze``) let more parameters
-learn later, as in gradual unfreezing (Howard & Ruder 2018).
+become trainable later, as in gradual unfreezing (Howard & Ruder 2018).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -42,10 +42,10 @@ class PartialAdapter(PlainAdapter):
     # -- building ------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Make what is chosen learn. See ``Adapter``.
+        """Make the chosen parameters trainable.
 
         Raises:
-            UserError: the model lacks what is named, or has it quantized.
+            UserError: the model lacks a named parameter, or has it quantized.
         """
         chosen = _choose(model, self.config.stages)
         keep = list(model.parameters())  # alive while their ids are in use
@@ -140,7 +140,7 @@ def _choose(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
     """The earliest stage of each parameter that is in one.
 
     Raises:
-        UserError: a stage names what the model does not have.
+        UserError: a stage names a part that the model lacks.
     """
     chosen: Chosen = {}
     blocks = find_blocks(model)
@@ -192,7 +192,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A classifier's learns anyway (``adapters.head``)."""
+    """Yield nothing for a classifier, whose head is trained anyway (``adapters.head``)."""
     if not _classifies(model):
         yield from cast(Any, model).get_output_embeddings().parameters()
 

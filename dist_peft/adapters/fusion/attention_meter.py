@@ -1,7 +1,7 @@
 """How much attention each fused adapter gets, layer by layer, added up over tokens.
 
-Layers add what they compute while the meter is on (``counting``); a token counts with its weight,
-0 for padding, for the task that its row is of::
+Layers add their attention weights while the meter is on (``counting``); a token counts with its
+weight, 0 for padding, for the task that its row is of::
 
     sums[layer][task, adapter] += weights[row, token] * attention[row, token, adapter]
 """

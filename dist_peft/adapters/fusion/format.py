@@ -63,7 +63,7 @@ _DYNAMIC: dict[str, Any] = {
 """The preset ``dynamic``, but for ``regularization`` and ``dropout_prob``."""
 
 _NO_MATTER = {"regularization", "dropout_prob", "value_before_softmax", "value_initialized"}
-"""Keys that change nothing in what a trained fusion computes."""
+"""Keys without influence on the output of a trained fusion."""
 
 
 def public_fusion(
@@ -133,7 +133,7 @@ def fusion_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
         if key not in _NO_MATTER and value != _DYNAMIC.get(key):
             raise UserError(
                 f"adapter_fusion_config.json: {key} is {value!r}, not {_DYNAMIC.get(key)!r}; of "
-                "AdapterHub's fusions those that compute what its preset dynamic does are read"
+                "AdapterHub's fusions only those equal to its preset dynamic are read"
             )
     d, fusion = int(public.config["hidden_size"]), str(public.config["name"])
     own = {value: key for key, value in _OWN_NAMES.items()}

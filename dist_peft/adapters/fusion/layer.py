@@ -1,9 +1,9 @@
 """AdapterFusion: attention over the outputs of trained bottleneck adapters.
 
 Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning"
-(section 3). At each place where ``N`` adapters stand, which are frozen, a token chooses among what
-they give. With ``x`` the residual stream, ``f`` the sublayer's output, and ``h`` what the adapters
-read (``adapters.bottleneck``)::
+(section 3). At each place where ``N`` adapters stand, which are frozen, a token chooses among
+their outputs. With ``x`` the residual stream, ``f`` the sublayer's output, and ``h`` the adapters'
+input (``adapters.bottleneck``)::
 
     h -+- adapter 1 - u_1 -+
        |    ...            +-- attention -- sum a_i u_i -- V --(+)-- f'      q = Q h + b_Q
@@ -12,19 +12,19 @@ read (``adapters.bottleneck``)::
 
     f' = f + V sum_i a_i u_i                Q, K, V [d, d]; b_Q, b_K [d]; V has no bias
 
-This is what AdapterHub's ``BertFusion`` computes with its preset ``dynamic``; scores are not
+This equals AdapterHub's ``BertFusion`` with its preset ``dynamic``; scores are not
 divided by sqrt(d). Two products are taken in another order, so that the cost does not grow with
 ``N``: ``q . (K u_i + b_K) = (K^T q) . u_i + q . b_K``, and ``V`` is applied to the sum. The second
 term is the same for all ``i`` and cancels in the softmax, unless scores are dropped out before:
-only then does ``b_K`` learn. (Else its gradient would be rounding errors, of which Adam makes steps
-of full length.)
+only then is ``b_K`` trainable. (Else its gradient would be rounding errors, of which Adam makes
+steps of full length.)
 
 Differences to the paper: none in the formula for BERT. In models whose norm comes first, ``h`` is
 the raw stream, as for the adapters themselves.
 
-**Start.** ``Q`` and ``K`` normal with deviation 0.02, biases zero, ``V`` the identity with 1e-6
-off its diagonal: at first ``f'`` is ``f`` plus a mean of the adapters. What is stored of ``V`` is
-its change ``V - I``: weight decay pulls towards the identity, and no 1 hides a small change.
+**Initialization.** ``Q`` and ``K`` normal with deviation 0.02, biases zero, ``V`` the identity with
+1e-6 off its diagonal: at first ``f'`` is ``f`` plus a mean of the adapters. ``V`` is stored as its
+change ``V - I``: weight decay pulls towards the identity, and no 1 hides a small change.
 
 **Penalty.** The loss has ``lambda |V - I|^2`` (Frobenius) for each place. Its gradient,
 ``2 lambda (V - I)``, is added where ``V`` is used, in backward, once for each micro-batch of each
@@ -81,7 +81,7 @@ class _PulledLinear(torch.autograd.Function):
     """``y = x W^T``, and ``dW`` grows by the pull's strength times ``W``.
 
     ``W`` is kept as an object, not saved: engines free and refill its storage between forward and
-    backward (as in ``quant.matmul``). What activation checkpointing computes a second time has no
+    backward (as in ``quant.matmul``). A forward recomputed by activation checkpointing has no
     backward of its own, so the pull is not counted twice.
     """
 
@@ -105,12 +105,12 @@ class FusionLayer(nn.Module):
     """The fusion of the adapters of one place. See the module docstring.
 
     Args:
-        base: the module that gives ``f``, after which this one is loaded.
+        base: the module that returns ``f``, after which this one is loaded.
         path: this module's name in the model.
         adapters: the frozen adapters by name; they read the same ``h``.
         dropout: on the scores.
         pull: see there.
-        meter: is told the attention in evaluation.
+        meter: records the attention weights in evaluation.
         seed: of the run; start values also depend on the path.
         device: where the (unfilled) parameters are made.
 

@@ -51,10 +51,10 @@ class FusionAdapter(PlainAdapter):
 
     Attributes:
         layers: the fusions by path, once attached.
-        sources: what is fused, once attached.
-        position: what dropout masks depend on.
+        sources: the fused adapters, once attached.
+        position: step and samples that seed the dropout masks.
         pull: the penalty on ``V``.
-        meter: what is told the attention.
+        meter: records the attention weights.
     """
 
     def __init__(self, config: FusionConfig, *, seed: int, arithmetic: torch.dtype) -> None:
@@ -215,7 +215,7 @@ class _Source:
         if not config_file(directory).is_file():
             raise UserError(
                 f"{what} has no adapter_config.json; give the adapter/ of a finished run "
-                "(RUN/adapter, RUN/tasks/NAME/adapter), or what AdapterHub's library has saved"
+                "(RUN/adapter, RUN/tasks/NAME/adapter), or one saved by AdapterHub's library"
             )
         public = read_adapter(directory, values=False)
         if not is_adapterhub(public.config) or is_fusion(public.config):
@@ -245,7 +245,7 @@ class _Source:
         self.found = match_paths(self.what, mine, hidden, self.paths, self.hidden)
 
     def rows(self, path: str, names: Mapping[str, Any]) -> dict[str, Rows]:
-        """What reads the parameters of the adapter at ``path``, by own name."""
+        """Return readers of the parameters of the adapter at ``path``, by own name."""
         keys = {name: tensor_name(self.found[path], self.own, name) for name in names}
         return {name: partial(_read, self.index, key) for name, key in keys.items()}
 

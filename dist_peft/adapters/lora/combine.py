@@ -4,7 +4,7 @@ Each adapter changes a weight by ``D_i = s_i B_i A_i``; ``w_i`` is its weight::
 
     linear   sum_i w_i D_i                                        (task arithmetic)
     ties     1. trim: keep the ``density`` largest entries of each w_i D_i, by size
-             2. elect: the sign of sum_i of what is left, entry by entry
+             2. elect: the sign of the sum_i of the remaining values, entry by entry
              3. merge: the mean of the entries that have this sign
              (Yadav et al. 2023, "TIES-Merging", algorithm 1; trimmed weight by weight)
     dare     drop entries at random, keep ``density`` of them divided by ``density``, then sum
@@ -14,8 +14,8 @@ The linear sum is again a product, of the sum of the ranks, and is written exact
 
     sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
 
-The others give a dense matrix; it, or a linear sum that is to have a lower rank, is replaced by its
-leading singular components, and what share of it these keep is told.
+The others return a dense matrix; it, or a linear sum that is to have a lower rank, is replaced by
+its leading singular components, and the share that these keep is reported.
 
 PEFT's ``add_weighted_adapter`` works on the factors ``A`` and ``B`` one by one instead, except for
 its ``cat`` and ``svd``: the product of two merged factors has cross terms ``B_1 A_2``.
@@ -99,7 +99,7 @@ def combine(
 def _combined(
     path: str, present: Sequence[tuple[Factors, float]], recipe: Recipe
 ) -> tuple[LowRank, float, float]:
-    """The product of one weight, the squared norm of what it stands for, and of what it lacks."""
+    """Return a weight's product, and the squared norms of the full change and of the residual."""
     stacked = LowRank(
         torch.cat([f.A for f, _ in present]),
         torch.cat([w * f.scaling * f.B for f, w in present], 1),

@@ -2,7 +2,7 @@
 
 PEFT names the parameters of experts in ``target_parameters`` and wraps the *module* that owns them,
 once for each parameter, in the module's order. Which parameter a tensor belongs to is therefore
-told by how deep it is wrapped::
+known by how deep it is wrapped::
 
     target_parameters: [experts.gate_up_proj, experts.down_proj]
         PATH.experts.base_layer.lora_A.weight     of gate_up_proj, the inner wrapper
@@ -31,7 +31,7 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
 
 
 def public_path(stack: str, adapted: Collection[str]) -> str:
-    """What tensors of the adapted ``stack`` begin with in the file, given all adapted paths."""
+    """Return the prefix of the adapted ``stack``'s tensors in the file, given all adapted paths."""
     owner, _, own = stack.rpartition(".")
     inner = own == STACKS[0] and f"{owner}.{STACKS[1]}" in adapted
     return owner + _WRAPPED * inner

@@ -33,7 +33,7 @@ class LoraExperts(LowRankModule):
     Args:
         base: the wrapped stack.
         path: its name in the model.
-        spec: what to build; ``r`` is the rank of each expert.
+        spec: settings of the module; ``r`` is the rank of each expert.
         device: where the (unfilled) parameters are made.
     """
 

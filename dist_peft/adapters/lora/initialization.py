@@ -11,8 +11,8 @@ LoftQ (Li et al. 2023, algorithm 1), ``T`` alternations from ``B = A = 0``::
     Q_t     = encode(W - s B_{t-1} A_{t-1})
     s B A_t = the r leading singular components of W - decode(Q_t)
 
-The base keeps ``Q_T`` and the adapter starts as ``B_T A_T``, the best low-rank fit of what
-quantization lost. The order matters: quantizing once more after the last fit would replace the
+The base keeps ``Q_T`` and the adapter starts as ``B_T A_T``, the best low-rank fit of the
+quantization error. The order matters: quantizing once more after the last fit would replace the
 error that ``B_T A_T`` fits by a new one. So two products are involved: the adapter's start (which a
 merge into the original weight must take away again) and the one removed before encoding (which is
 needed to reproduce ``Q_T``). PiSSA has one for both; LoftQ with one alternation removes nothing.
@@ -39,7 +39,7 @@ class Start:
 
     Attributes:
         start: the adapter's first value.
-        removed: what is taken from the weight, times ``s``, before it is encoded.
+        removed: the part subtracted from the weight, times ``s``, before it is quantized.
     """
 
     start: LowRank

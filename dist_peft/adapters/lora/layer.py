@@ -46,7 +46,7 @@ _NORM_ROWS = 1024
 
 @dataclass(frozen=True)
 class LoraSpec(LowRankSpec):
-    """What one adapted module is. See ``LowRankSpec``.
+    """Settings of one adapted module, in addition to ``LowRankSpec``'s.
 
     Attributes:
         dora: train the rows' lengths too.
@@ -65,17 +65,17 @@ class LoraLinear(LowRankModule):
     Args:
         base: the wrapped linear.
         path: its name in the model.
-        spec: what to build.
+        spec: settings of the module.
         dropout: on the adapter's input.
         device: where the (unfilled) parameters are made.
 
     Attributes:
         lora_A, lora_B: ``[r, in]``, ``[out, r]``.
         magnitude, base_norm2: ``[out]``, DoRA only; the latter is frozen.
-        start_A, start_B: frozen start, PiSSA and LoftQ only. What a merge into the original weight
-            takes away again.
-        removed_A, removed_B: frozen, LoftQ with several alternations only. What was taken from the
-            weight before it was encoded (for PiSSA that is the start).
+        start_A, start_B: frozen initial factors, PiSSA and LoftQ only. A merge into the original
+            weight subtracts them.
+        removed_A, removed_B: frozen, LoftQ with several alternations only. The part subtracted
+            from the weight before it was quantized (for PiSSA that is the start).
     """
 
     starts_at_zero = "lora_B"
@@ -155,7 +155,7 @@ class LoraLinear(LowRankModule):
 
     @torch.no_grad()
     def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
-        """Find the start, give the rows to encode. See ``LinearStart``."""
+        """Compute the initial factors and return the rows to quantize."""
         start = self._find_start(rows, span, reduce)
         encoded = rows
         if start is not None:
@@ -203,7 +203,7 @@ class LoraLinear(LowRankModule):
         return None
 
     def _find_norms(self, rows: Tensor, span: Span, start: LowRank | None) -> None:
-        """``||W_o||^2`` of the base as it will be decoded, and the first magnitude."""
+        """Compute ``||W_o||^2`` of the dequantized base, and the first magnitude."""
         base_norm2 = torch.empty(rows.shape[0])
         norm2 = torch.empty(rows.shape[0])
         for part in Span(0, rows.shape[0]).chunks(_NORM_ROWS):
@@ -233,7 +233,7 @@ class LoraEmbedding(LowRankModule):
     Args:
         base: the wrapped embedding.
         path: its name in the model.
-        spec: what to build; DoRA and other starts do not apply.
+        spec: settings of the module; DoRA and other initializations do not apply.
         device: where the (unfilled) parameters are made.
     """
 
@@ -267,7 +267,7 @@ class LoraEmbedding(LowRankModule):
         columns = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx)
         inner = columns.to(dtype) * self.spec.scaling
         change = F.linear(inner, self.lora_embedding_B.to(dtype))
-        scale = getattr(self.base, "embed_scale", None)  # Gemma multiplies what it looks up
+        scale = getattr(self.base, "embed_scale", None)  # Gemma scales its embeddings
         if scale is not None:
             change = change * scale
         return (y + change).to(y.dtype)

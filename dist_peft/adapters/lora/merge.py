@@ -8,8 +8,8 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     experts     LoRA, each expert's rows with its own A
     QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros (``merge_groups``)
 
-PiSSA and LoftQ adapters are stored as the change since their start (``peft_format``), which is what
-the *original* base needs. The base *decoded* as training saw it, ``decode(encode(residual_rows))``,
+PiSSA and LoftQ adapters are stored as the change since initialization (``peft_format``), as needed
+by the *original* base. The base *decoded* as training saw it, ``decode(encode(residual_rows))``,
 needs the trained factors alone.
 """
 
@@ -133,7 +133,7 @@ class Merger:
         return merged
 
     def delta_rows(self, weight: str, span: Span) -> Tensor:
-        """What a merge into the original base adds to rows ``span``, float32.
+        """Return the change that a merge into the original base adds to rows ``span``, float32.
 
         Raises:
             UserError: with DoRA, where the change depends on the base.
@@ -144,7 +144,7 @@ class Merger:
         return _add(torch.zeros(len(span), module.shape[1]), module, span)
 
     def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
-        """What the adapter adds to all weights of a group, float32 ``[len(span), groups]``.
+        """Return the adapter's change to all weights of a group, float32 ``[len(span), groups]``.
 
         Raises:
             UserError: weights of a group change differently, or the adapter is another base's.
@@ -190,7 +190,7 @@ class Merger:
         return unmerge_zeros(parts, self.group_change(weight, parts, span), integer=integer)
 
     def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """What training encoded for the original ``rows``: PiSSA and LoftQ removed a part first."""
+        """Return the rows that training quantized: PiSSA and LoftQ subtract a part first."""
         if not self.has_start(weight):
             return rows
         self._check(weight, rows, span)

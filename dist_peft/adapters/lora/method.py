@@ -1,7 +1,7 @@
 """The adapter method ``lora``: LoRA, rsLoRA, DoRA, LoRA+, PiSSA and LoftQ on any base.
 
-LoRA+ (Hayou, Ghosh, Yu 2024): ``B`` learns ``lr_ratio`` times faster than ``A``; magnitudes and
-embeddings learn at the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / sqrt(r)``.
+LoRA+ (Hayou, Ghosh, Yu 2024): ``B`` has ``lr_ratio`` times the learning rate of ``A``; magnitudes
+and embeddings have the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / sqrt(r)``.
 """
 
 import math
@@ -60,7 +60,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         assert isinstance(module, FrozenLinear)
         if config.init == "loftq" and module.codec.name == "raw":
             raise UserError(
-                f"adapter.init loftq fits what quantization loses, but {name} is not quantized; "
+                f"adapter.init loftq fits the quantization error, but {name} is not quantized; "
                 "set base.quant, take the module out of adapter.target_modules, or use another "
                 "adapter.init"
             )

@@ -1,4 +1,4 @@
-"""What the tensors of a LoRA or QA-LoRA adapter mean, with everything checked.
+"""Parse and check the tensors of a LoRA or QA-LoRA adapter.
 
 Names in the file are PEFT's (``peft_format``), shapes come from the configuration, and QA-LoRA's
 factors are brought to one convention (``pooling``).
@@ -53,7 +53,7 @@ class Factors:
         scaling: ``s``.
         magnitude: ``[out]`` with DoRA.
         is_embedding: the weight is ``[vocab, hidden]``, so its change is ``s (B A)^T``.
-        saved_base: copy of the base weight that PEFT stores beside an adapted embedding.
+        saved_base: copy of the base weight that PEFT stores with an adapted embedding.
         pool: inputs summed into one before ``A``; 1 for plain LoRA.
         experts: how many weights are stacked in ``B``'s rows and ``A``'s, ``[experts * r, in]`` and
             ``[experts * out, r]``; 1 where it is no stack.

@@ -1,4 +1,4 @@
-"""What the low-rank methods share: finding targets, wrapping them, gathering what was trained."""
+"""Shared by the low-rank methods: match targets, wrap them, gather the trained parameters."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -31,7 +31,7 @@ class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
 
     Attributes:
         layers: the wrappers by path, once attached.
-        position: what the layers' dropout masks depend on.
+        position: step and samples that seed the dropout masks.
     """
 
     def __init__(self, config: Config, *, seed: int, arithmetic: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What the layers of low-rank methods share: parameters, their start, and the product.
+"""Shared by the layers of low-rank methods: parameters, their initialization, and the product.
 
 Parameters are float32 and cast to the arithmetic type in forward; no engine needs mixed precision.
 """
@@ -19,7 +19,7 @@ __all__ = ["LowRankModule", "LowRankSpec"]
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """What one adapted module is.
+    """Settings of one adapted module.
 
     Attributes:
         r: rank.
@@ -61,7 +61,7 @@ class LowRankModule(nn.Module, ABC):
     def initial_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
 
-        What ``prepare_rows`` left for this parameter is released.
+        Releases the values that ``prepare_rows`` kept for this parameter.
         """
         if name in self._starts:
             known, value = self._starts.pop(name)

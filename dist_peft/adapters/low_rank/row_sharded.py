@@ -52,8 +52,8 @@ def add_product(rows: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """``rows + scaling * B A`` in float32, computed in float64 and rounded once.
 
     A row's result then does not depend on how many rows are computed together (a float32 product
-    does, through its kernel's blocking): what a merge encodes chunk by chunk is what training
-    encoded shard by shard.
+    does, through its kernel's blocking): a merge quantizes chunk by chunk exactly the
+    values that training quantized shard by shard.
 
     Args:
         rows: [rows, in].

@@ -43,7 +43,7 @@ def public_qalora(
     """Trained parameters -> public form.
 
     Args:
-        config: what was trained.
+        config: the trained adapter's configuration.
         pooling: how.
         modules: module path -> ``lora_A`` and ``lora_B``, whole.
         target_names: PEFT's ``target_modules``.

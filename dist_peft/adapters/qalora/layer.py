@@ -44,7 +44,7 @@ class QaLoraLinear(LowRankModule):
     Args:
         base: the wrapped linear.
         path: its name in the model.
-        spec: what to build.
+        spec: settings of the module.
         pool_size: inputs summed into one; divides ``in_features``.
         dropout: on the pooled input.
         device: where the (unfilled) parameters are made.

@@ -1,4 +1,4 @@
-"""Folding an adapter into the zeros of an affine base: exact, and what rounding would lose.
+"""Folding an adapter into the zeros of an affine base: exact, and the loss of rounding.
 
 With one zero and one scale a row and group, and an adapter that adds the same ``D`` to all weights
 of a group (QA-LoRA; ``D = s B A``, ``[rows, groups]``)::
@@ -8,12 +8,12 @@ of a group (QA-LoRA; ``D = s B A``, ``[rows, groups]``)::
 
     bias' = bias + D                 where a format stores bias = -scale zero (MLX, GGUF Q4_1)
 
-``zero'`` is a float32, computed in float64 and rounded once. A decoded weight is then off by less
-than ``2^-24 |zero'| scale``, as much as float32 rounds ``w`` itself where ``zero'`` is of the size
-of the codes.
+``zero'`` is a float32, computed in float64 and rounded once. A dequantized weight is then off by
+less than ``2^-24 |zero'| scale``, as much as float32 rounds ``w`` itself where ``zero'`` is of the
+size of the codes.
 
 Back (``unmerge_zeros``): ``zero' + D / scale`` differs from ``zero`` by that one rounding, at most
-``2^-24 |zero'|``, and is rounded again to what ``zero`` can have been::
+``2^-24 |zero'|``, and is rounded again to a possible value of ``zero``::
 
     integers (rtn, GPTQ)    to an integer: the very zero if |zero'| < 2^23
     float16 (HQQ)           to float16: the very zero if |zero'| < 2^12 |zero|, |zero| >= 2^-14
@@ -65,7 +65,7 @@ def unmerge_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> Affin
     Args:
         parts: merged.
         change: the same as in the merge.
-        integer: whether the base's zeros are integers (see the module for what the rest takes).
+        integer: whether the base's zeros are integers (else rounded as the module docstring says).
 
     Raises:
         ValueError: a zero is so large that an integer is not known to come back.

@@ -36,7 +36,7 @@ class Pooling:
 
 
 def factor_to_sum(pooling: Pooling, groups: int) -> float:
-    """What multiplies ``B`` so that the factors mean the same under the sum convention.
+    """Return the factor on ``B`` that makes the factors equal under the sum convention.
 
     Args:
         pooling: of the factors as they are.

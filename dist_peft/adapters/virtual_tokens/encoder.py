@@ -1,7 +1,7 @@
 """The encoder of a method with virtual tokens: one module that owns everything the method trains.
 
-Whatever the method, training computes ``encode(parameters)`` once a forward, in float32, and what
-is deployed is that same function's value, computed once for good. So ``encode`` takes the
+Whatever the method, training computes ``encode(parameters)`` once a forward, in float32, and the
+deployed value is that same function's, computed once for good. So ``encode`` takes the
 parameters as an argument: the module's own (which engines gather and shard) or gathered copies.
 
 All parameters belong to this one module, whose ``forward`` is called: an engine that gathers before
@@ -65,7 +65,7 @@ class PromptEncoder(nn.Module, ABC):
     Args:
         base: the model's input embedding.
         starts: every parameter by name.
-        position: the run's seed, and what dropout depends on.
+        position: the run's seed, and the inputs of dropout.
         dropout: probability.
         dropouts: how many places have one.
         device: where the (unfilled) parameters are made.

@@ -44,7 +44,7 @@ def prompt_config(config: VirtualTokensConfig, base: str, model: Any, width: int
     """``adapter_config.json``.
 
     Args:
-        config: what was trained.
+        config: the trained adapter's configuration.
         base: path or hub id of the base.
         model: the base's configuration, of its text part.
         width: of ``prompt_embeddings``.

@@ -1,13 +1,13 @@
 """Virtual tokens in front of every document of a batch, and out again.
 
-Each document gets a copy of its own, so that what tells a model where documents begin (positions
-that restart at 0) holds for the longer rows too, whatever computes the attention::
+Each document gets a copy of its own, so that the marks of document boundaries (positions
+that restart at 0) hold for the longer rows too, whatever computes the attention::
 
     positions    0  1  2 | 0  1 |              a row of two documents, two virtual tokens
     wide         0  1  2  3  4 | 0  1  2  3 |
     source       v0 v1 t0 t1 t2| v0 v1 t3 t4|
 
-Rows with fewer documents than others are filled up with virtual tokens that nobody sees.
+Rows with fewer documents than others are padded with virtual tokens that are masked out.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""What the methods with virtual tokens share: an encoder beside the model, hooks on its decoder.
+"""Shared by the methods with virtual tokens: an encoder added to the model, hooks on its decoder.
 
 Nothing inside the model is replaced. Before the decoder runs (the module that looks up embeddings
-and goes through the blocks), a hook changes what it is given; after it, another takes away from its
-output what belongs to virtual tokens, so that neither loss nor labels know about them::
+and goes through the blocks), a hook changes its inputs; after it, another removes from its
+output the positions of virtual tokens, so that neither loss nor labels know about them::
 
-    forward of the model     engines have gathered what is not in a block
+    forward of the model     engines have gathered parameters outside of blocks
       before decoder         encoder() -> virtual tokens; put into the decoder's inputs
       decoder                embeddings, blocks
       after decoder          as many states as there were tokens
       output head, loss      as without adapter
 
-The methods differ in what they put where: ``prompt_tuning`` and ``ptuning`` rows of embeddings,
+The methods differ in the inserted values: ``prompt_tuning`` and ``ptuning`` rows of embeddings,
 ``prefix`` keys and values.
 """
 
@@ -38,11 +38,11 @@ Config = TypeVar("Config", bound=VirtualTokensConfig)
 class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
     """See the module docstring and ``adapters.base.Adapter``.
 
-    The encoder computes in float32 whatever the arithmetic type, so that what is deployed is what
-    was trained; it is small, and runs once a forward.
+    The encoder computes in float32 whatever the arithmetic type, so that the deployed values
+    are the trained ones; it is small, and runs once a forward.
 
     Attributes:
-        position: what the encoder's dropout depends on.
+        position: step and samples that seed the encoder's dropout.
         encoder: once attached.
     """
 
@@ -59,7 +59,7 @@ class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
     # -- building ------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Put the encoder beside the model and hook its decoder. See ``Adapter``.
+        """Add the encoder to the model and register hooks on its decoder.
 
         Raises:
             UserError: the method does not fit the model.
@@ -70,7 +70,7 @@ class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
         decoder = cast(Any, model).get_decoder()
 
         def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:  # some families give the ids by position
+            if args:  # some families pass the ids by position
                 kwargs = {"input_ids": args[0], **kwargs}
             assert len(args) < 2, "a decoder is called with names"
             return (), self._before(kwargs)

@@ -49,7 +49,7 @@ class MlpEncoder(PromptEncoder):
     Args:
         base: the model's input embedding.
         width: ``h``.
-        config: what to build.
+        config: settings of the encoder.
         position: see ``PromptEncoder``.
     """
 
@@ -169,7 +169,7 @@ class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
             most = int(number[found].max()) + 1
             raise UserError(
                 f"a document has adapter.pseudo_token {token} {most} times, but "
-                f"adapter.num_virtual_tokens is {count}; raise it, or mend the data"
+                f"adapter.num_virtual_tokens is {count}; raise it, or fix the data"
             )
         if rows is not None and not bool((found.any(1) | ~rows.to(found.device)).all()):
             raise UserError(

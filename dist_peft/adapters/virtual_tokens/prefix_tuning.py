@@ -49,7 +49,7 @@ class PrefixEncoder(PromptEncoder):
         base: the model's input embedding.
         width: ``d``.
         layers: of the model.
-        config: what to build.
+        config: settings of the encoder.
         position: see ``PromptEncoder``.
     """
 
@@ -143,5 +143,5 @@ class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
 
     def _after(self, output: Any) -> None:
         if self._cache is not None:
-            output.past_key_values = None  # nobody asked for it
+            output.past_key_values = None  # the caller did not request a cache
             self._cache = None

@@ -1,6 +1,6 @@
 """The adapter method ``prompt``: prompt tuning (Lester, Al-Rfou, Constant 2021).
 
-``P`` trained rows of embeddings stand in front of each document; nothing else learns::
+``P`` trained rows of embeddings stand in front of each document; nothing else is trainable::
 
     [v0 v1 ... | x0 x1 x2 ...]        v [P, hidden]
 
@@ -64,7 +64,7 @@ class PromptEmbedding(PromptEncoder):
             for row, token in zip(rows, self.tokens[span.slice], strict=True):
                 read = reader.read(base.checkpoint_names["weight"], Span(token, token + 1))
                 row.copy_(read[0].to(base.weight.dtype))
-        scale = getattr(base, "embed_scale", None)  # Gemma multiplies what it looks up
+        scale = getattr(base, "embed_scale", None)  # Gemma scales its embeddings
         return rows if scale is None else rows * torch.as_tensor(scale).float().cpu()
 
 

@@ -237,7 +237,7 @@ def damaged(change: str) -> PublicAdapter:
         ("empty", r"up.bias has shape \[0\], not \[32\] as its configuration says"),
         ("absent", r"no up_bias of model\.layers\.1\.attention_adapters: it is damaged"),
         ("foreign", r"lora_A\.weight is none of a bottleneck adapter's"),
-        ("more", "has tensors beside its output_adapters"),
+        ("more", "has tensors in addition to its output_adapters"),
         ("norms", r"layer norms \(dist_peft\.safetensors\) do not fit"),
         ("none", "has no tensors: it was saved without its data"),
     ],

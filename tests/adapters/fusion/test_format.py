@@ -94,7 +94,7 @@ def test_other_fusions_are_refused(key: str, value: bool) -> None:
     """Such as the preset static, which has no value."""
     made = public()
     other = replace(made, config={**made.config, "config": {**DYNAMIC, key: value}})
-    with pytest.raises(UserError, match=f"{key} is {value}, not .*its preset dynamic does"):
+    with pytest.raises(UserError, match=f"{key} is {value}, not .*its preset dynamic are read"):
         check_adapter(other)
 
 
