@@ -193,6 +193,6 @@ def packed_share(model: nn.Module) -> float:
         for module in model.modules()
         if isinstance(module, FrozenRows)
         and not module.is_head
-        and not isinstance(module.codec, RawCodec)
+        and module.codec.is_quantized
     }
     return sum(packed.values()) / max(1, sum(sizes.values()))

@@ -103,6 +103,21 @@ class AffineCodec:
     def name(self) -> str:
         return f"int{self.bits}"
 
+    @property
+    def is_quantized(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def has_zero_points(self) -> bool:
+        """True."""
+        return True
+
+    def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
+        """Return scales, then zeros, ``float16 [rows, 2 groups]``; codes are not unpacked."""
+        count = 2 * self._layout(in_features).groups
+        return field(packed, packed.shape[1] - 2 * count, count, torch.float16)
+
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
         return self._layout(in_features).row_bytes

@@ -31,6 +31,17 @@ class Codec(Protocol):
     def name(self) -> str:
         """Short name, such as ``nf4``, ``int4``, ``raw``."""
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a row has fewer bits than its numbers; false for raw rows."""
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether each group has a zero that QA-LoRA can merge into."""
+
+    def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
+        """Return all scales and zeros of packed rows, ``float [rows, n]``; n is 0 for raw rows."""
+
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
 
@@ -65,6 +76,20 @@ class RawCodec:
     @property
     def name(self) -> str:
         return "raw"
+
+    @property
+    def is_quantized(self) -> bool:
+        """False: the numbers themselves are stored."""
+        return False
+
+    @property
+    def has_zero_points(self) -> bool:
+        """False."""
+        return False
+
+    def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
+        """Return ``float [rows, 0]``: raw rows have no scales."""
+        return torch.empty(len(packed), 0)
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""

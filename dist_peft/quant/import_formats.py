@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
-from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.packed_rows import align4, as_bytes, field, row_chunks
+from dist_peft.quant.packed_rows import align4, as_bytes, row_chunks
 
 __all__ = [
     "awq_zeros",
@@ -192,14 +191,7 @@ def denest(
 
 def check_statistics(packed: Tensor, codec: Codec, in_features: int) -> None:
     """Raise ValueError when a scale or zero of packed rows is NaN or infinite."""
-    if isinstance(codec, Nf4Codec):
-        numbers = codec.split(packed, in_features)[1]
-    elif isinstance(codec, AffineCodec):
-        count = 2 * -(-in_features // codec.group_size)
-        numbers = field(packed, packed.shape[1] - 2 * count, count, torch.float16)
-    else:
-        raise TypeError(f"codec {codec.name} has no scales")
-    finite = numbers.isfinite()
+    finite = codec.read_statistics(packed, in_features).isfinite()
     if not bool(finite.all()):
         raise ValueError(
             f"a scale is not finite: NaN or infinity in row {int((~finite).nonzero()[0, 0])}"

@@ -86,6 +86,20 @@ class Nf4Codec:
     def name(self) -> str:
         return "nf4"
 
+    @property
+    def is_quantized(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def has_zero_points(self) -> bool:
+        """False: the levels are symmetric."""
+        return False
+
+    def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
+        """Return the scales that decoding uses, ``float32 [rows, blocks]``."""
+        return self.split(packed, in_features)[1]
+
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
         return self._layout(in_features).row_bytes

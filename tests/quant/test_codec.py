@@ -247,3 +247,15 @@ def test_raw_keeps_what_is_not_finite_but_refuses_overflow() -> None:
 def test_raw_needs_a_float_type() -> None:
     with pytest.raises(ValueError, match=r"floating-point type, not torch\.int8"):
         RawCodec(torch.int8)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_a_codec_knows_its_facts(codec: Codec) -> None:
+    packed = codec.encode(weights(3, 65, 1, torch.float32))
+    statistics = codec.read_statistics(packed, 65)
+    assert codec.is_quantized == (codec in QUANTIZING) == bool(statistics.shape[1])
+    assert len(statistics) == 3 and bool(statistics.isfinite().all())
+    assert codec.has_zero_points == codec.name.startswith("int")
+    if isinstance(codec, AffineCodec):
+        parts = codec.split(packed, 65)
+        assert torch.equal(statistics, torch.cat((parts.scale, parts.zero), 1))

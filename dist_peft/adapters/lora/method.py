@@ -58,7 +58,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             self._check_experts(name)
             return LoraExperts(module, name, spec)
         assert isinstance(module, FrozenLinear)
-        if config.init == "loftq" and module.codec.name == "raw":
+        if config.init == "loftq" and not module.codec.is_quantized:
             raise UserError(
                 f"adapter.init loftq fits the quantization error, but {name} is not quantized; "
                 "set base.quant, take the module out of adapter.target_modules, or use another "
