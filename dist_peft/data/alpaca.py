@@ -2,7 +2,7 @@
 
 ::
 
-    {system, or what Alpaca says}
+    {system, or Alpaca's own preamble}
 
     ### Instruction:
     {history[0][0]}
@@ -27,7 +27,7 @@ from dist_peft.data.record_fields import MISSING, RecordFields, template_fields
 __all__ = ["ALPACA_OPTIONAL", "Turn", "alpaca_turns"]
 
 Turn = tuple[str, str]
-"""Text before, text to train on."""
+"""Context text, text to train on."""
 
 ALPACA_OPTIONAL = ("input", "system", "history")
 
@@ -43,11 +43,11 @@ _WITHOUT_INPUT = (
 
 
 def alpaca_turns(fields: RecordFields) -> list[Turn]:
-    """The turns of a record, the last one that of ``instruction`` and ``output``.
+    """Return the turns of a record; the last one is that of ``instruction`` and ``output``.
 
     Raises:
-        UserError: a column is no text, ``history`` no list of pairs, or ``source.template`` writes
-            the prompt and leaves out what the record has.
+        UserError: a column is not text, ``history`` is not a list of pairs, or ``source.template``
+            writes the prompt without a system prompt or history that the record has.
     """
     output = fields.text("output")
     if fields.source.template is not None:

@@ -1,4 +1,4 @@
-"""Keys with null that Arrow added to nested records.
+"""Removal of the null keys that Arrow adds to nested records.
 
 A column of structs has the keys of all records: a tool that takes ``city`` and one that takes
 ``query`` come back with both, one of them null, and a chat template would write both. JSON text is
@@ -17,10 +17,11 @@ Record = dict[str, Any]
 
 
 def plain_records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Record]:
-    """The rows of ``batch`` as plain values, without null keys in nested records.
+    """Yield the rows of ``batch`` as plain values, without null keys in nested records.
 
-    The record's own columns stay, null or not. ``default: null`` of a JSON schema stays where no
-    record has another default: then it was written, since Arrow aligns with keys that hold values.
+    Top-level columns are kept, null or not. ``default: null`` of a JSON schema is kept where no
+    record has another default: it was then in the data, since Arrow only adds keys that have a
+    value in some record.
     """
     import pyarrow.types as kinds
 

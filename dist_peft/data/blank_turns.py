@@ -1,4 +1,4 @@
-"""Assistant turns without a word: they would train on the end of a turn alone."""
+"""Blank assistant turns: they would train on the end-of-turn token alone."""
 
 from typing import Any
 
@@ -11,26 +11,26 @@ _NO_WORDS = ("role", "content", "name", *WEIGHT_KEYS)
 
 
 def is_blank_turn(message: dict[str, Any]) -> bool:
-    """Whether an assistant's message has neither text nor a tool call, nor reasoning."""
+    """Return whether an assistant message has no text, no tool call and no reasoning."""
     if message["role"] != "assistant" or str(message.get("content") or "").strip():
         return False
     return not any(value for key, value in message.items() if key not in _NO_WORDS)
 
 
 def excluded_turn(message: dict[str, Any]) -> dict[str, Any]:
-    """``message`` as one that does not contribute to the loss."""
+    """Return a copy of ``message`` marked as not contributing to the loss."""
     return {**{k: v for k, v in message.items() if k not in WEIGHT_KEYS}, "train": False}
 
 
 class BlankTurns:
-    """Takes blank assistant turns out of the loss and counts them."""
+    """Exclude blank assistant turns from the loss and count them."""
 
     def __init__(self) -> None:
         self._count = 0
         self._first: Place | None = None
 
     def excluded(self, messages: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
-        """``messages``, of which no blank assistant turn contributes to the loss."""
+        """Return ``messages`` with the blank assistant turns excluded from the loss."""
         blank = [is_blank_turn(message) for message in messages]
         if any(blank):
             self._count += sum(blank)
@@ -42,7 +42,7 @@ class BlankTurns:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should hear once."""
+        """One-time warnings for the user."""
         if not self._count:
             return []
         return [

@@ -1,18 +1,18 @@
-"""Token documents on disk: written once, memory-mapped by every process after.
+"""Token cache: documents on disk, written once and memory-mapped by every process.
 
-A directory ``<root>/<key>/`` holds the documents of one source, in order, one after the other::
+A directory ``<root>/<key>/`` holds the documents of one source, concatenated in order::
 
     tokens.npy   int32 [T]      all documents joined
-    mask.npy     uint8 [T]      1: the token counts for the loss; with labels the token's type
+    mask.npy     uint8 [T]      1: the token contributes to the loss; with labels: token type id
     offsets.npy  int64 [D + 1]  document d is tokens[offsets[d] : offsets[d + 1]]
     places.npy   int64 [D, 2]   number of the file in meta.json, number of the record in it
-    classes.npy  int64 [D]      place of the label among the source's; -1: a document without one
+    classes.npy  int64 [D]      index of the label among the source's labels; -1: no label
     meta.json                   files, notes for the user, sha256 of the contents; xxh3 of each
                                 array file and of all the rest of meta.json
 
-It appears by renaming a finished temporary directory, so it is whole or absent whoever else builds
-it at the same time. A lock makes the others on this host wait instead of doing the work again; on
-file systems without locks they do it again, with the same result.
+A finished temporary directory is renamed into place, so an entry is complete or absent even when
+several processes build it at the same time. A lock makes the other processes on this host wait
+instead of repeating the work; on file systems without locks they repeat it, with the same result.
 """
 
 import fcntl
@@ -44,7 +44,7 @@ _LOG = logging.getLogger("dist_peft")
 
 _ARRAYS = ("tokens", "mask", "offsets", "places", "classes")
 _HASHED_BYTES = 4 * 2**20
-"""Read at a time."""
+"""Block size for reading files to hash, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Documents:
     Attributes:
         tokens: int32 [T]. mask: uint8 [T]. offsets: int64 [D + 1]. places: int64 [D, 2].
         classes: int64 [D].
-        files: names for messages. is_text: plain text, which may be cut into windows.
-        notes: what the user should hear once a run. digest: sha256 of the contents.
-        largest_token: for a look at whether the model has an embedding for all of them.
-        chat_template: the one that conversations were written with, if it is not the tokenizer's.
+        files: names for messages. is_text: plain text, which may be split into chunks.
+        notes: one-time warnings for the user. digest: sha256 of the contents.
+        largest_token: largest token id, to check it against the model's embedding.
+        chat_template: the template used for conversations, if it is not the tokenizer's.
     """
 
     tokens: NDArray[np.int32]
@@ -81,16 +81,20 @@ class Documents:
 
 
 def cache_root(configured: str | None) -> Path:
-    """``data.cache_dir``, else ``$DIST_PEFT_CACHE``, else ``~/.cache/dist_peft``; plus /tokens."""
+    """Return the directory of all entries: ``tokens`` in the configured cache directory.
+
+    The cache directory is ``data.cache_dir``, else ``$DIST_PEFT_CACHE``, else
+    ``~/.cache/dist_peft``.
+    """
     root = configured or os.environ.get("DIST_PEFT_CACHE") or "~/.cache/dist_peft"
     return Path(root).expanduser() / "tokens"
 
 
 def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None]) -> Documents:
-    """The documents stored under ``key``; ``build`` makes them if absent or damaged.
+    """Return the documents stored under ``key``; call ``build`` if they are absent or damaged.
 
     Raises:
-        UserError: from ``build``; or the cache cannot be written (rights, space).
+        UserError: from ``build``; or the cache cannot be written (permissions, disk space).
     """
     final = root / key
     stored = _open(final, warn=True)
@@ -100,7 +104,7 @@ def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f".{key}.lock").open("w")
     with lock:
-        # no locks on this file system: work may be done twice, the rename keeps it right
+        # without locks on this file system work may be done twice; the rename keeps it correct
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         # another process may have built it while this one waited
@@ -137,7 +141,7 @@ def _build(final: Path, build: Callable[["DocumentWriter"], None]) -> Documents:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Rename to ``final``; what is there already stays if it is whole, else makes way."""
+    """Rename to ``final``; keep an existing entry if it is valid, else replace it."""
     if final.exists() and _open(final) is None:
         damaged = temporary.with_name(temporary.name + "-damaged")
         os.rename(final, damaged)
@@ -153,10 +157,13 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _open(directory: Path, *, warn: bool = False) -> Documents | None:
-    """None if absent, cut short, inconsistent, or not what was written: every byte is compared with
-    its stored hash, which reads the files once (500 MB took 0.08 s from the page cache).
+    """Open an entry; None if it is absent, truncated, inconsistent or altered.
 
-    ``warn``: say so in the log; the calls that look again under the lock do not.
+    Every byte is verified against its stored hash, which reads the files once (500 MB took 0.08 s
+    from the page cache).
+
+    Args:
+        warn: log an altered entry; the calls that check again under the lock do not.
     """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
@@ -188,7 +195,7 @@ def _open(directory: Path, *, warn: bool = False) -> Documents | None:
 
 
 def _hashes(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """xxh3 (128 bits) of each array file, and of ``meta``."""
+    """Return the xxh3 hash (128 bits) of each array file, and of ``meta``."""
     found = {"meta.json": xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())}
     for name in _ARRAYS:
         digest = xxhash.xxh3_128()
@@ -214,7 +221,7 @@ def _consistent(d: Documents) -> bool:
 
 
 class DocumentWriter:
-    """Receives the documents of one source and writes them as they come (context manager)."""
+    """Write the documents of one source as they arrive (context manager)."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -287,9 +294,9 @@ class DocumentWriter:
 
 
 class _GrowingArray:
-    """A one-dimensional .npy file of a length known only at the end.
+    """A one-dimensional .npy file whose length is known only at the end.
 
-    numpy leaves room in the header for the length to grow, so the header is written over in place.
+    numpy pads the header so that the length can grow, so the header is overwritten in place.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:

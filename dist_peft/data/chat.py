@@ -1,15 +1,15 @@
-"""Conversations become text and the character spans that contribute to the loss.
+"""Render conversations to text and the character spans that contribute to the loss.
 
-Only what the model has to produce is trained on: the assistant's turns with the token that ends
-them, not the header that the inference side writes (``<|im_start|>assistant``)::
+Only text that the model has to generate is trained on: the assistant's turns with the token that
+ends them, not the header that the inference side writes (``<|im_start|>assistant``)::
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                                           ^^^^^^^^^^^^^^^
 
-A template that marks these parts itself (``{% generation %}``) is believed, but for the closing
-token if it leaves that out. For all others ``chat_spans`` finds the turns. What cannot be right is
-refused: turns that cannot be told, that no token ends, a last turn whose text the template drops,
-a role that it does not know.
+If a template marks these parts itself (``{% generation %}``), its marks are used, extended by the
+closing token where they exclude it. For all others ``chat_spans`` finds the turns. Refused are
+turns that cannot be located, turns that no token ends, a last turn whose text the template drops,
+and roles that the template does not know.
 """
 
 import re
@@ -43,27 +43,32 @@ _MADE_UP = "unheardof"
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """``text`` holds its own special tokens; ``spans`` are the characters that contribute to the
-    loss."""
+    """A rendered conversation.
+
+    Attributes:
+        text: includes its special tokens.
+        spans: [start, stop) of the characters that contribute to the loss.
+    """
 
     text: str
     spans: tuple[Span, ...]
 
 
 class ChatRenderer:
-    """Renders conversations with the tokenizer's chat template.
+    """Render conversations with the tokenizer's chat template.
 
     Args:
         mark_assistant: find the assistant's spans; else the whole text is one span.
-        starts_with_bos: whether documents of this tokenizer begin with bos; matters only for a
+        starts_with_bos: whether documents of this tokenizer begin with bos; used only for a
             tokenizer without a template.
-        turn_end: what to do with a turn that no token ends: ``error`` or ``warn``.
+        turn_end: handling of a turn that no token ends: ``error`` or ``warn``.
 
-    ``notes`` collects what the user should hear once. ``default_template`` is the template of this
-    project, where the tokenizer has none.
+    Attributes:
+        notes: one-time warnings for the user.
+        default_template: this project's template, if the tokenizer has none.
 
     Raises:
-        UserError: the tokenizer's chat template is no text.
+        UserError: the tokenizer's chat template is not text.
     """
 
     def __init__(
@@ -110,12 +115,15 @@ class ChatRenderer:
         return closing_pattern(self._chat, self._ends)
 
     def render(self, messages: Messages, tools: Tools, where: str) -> RenderedChat:
-        """The conversation as text, and which characters contribute to the loss.
+        """Return the conversation as text, and the characters that contribute to the loss.
+
+        Args:
+            where: names the record in messages.
 
         Raises:
-            UserError: the template refuses the conversation, drops what is to be trained on, does
-                not know a role, rewrites earlier turns so that the assistant's part cannot be
-                told, or ends a turn with no token. ``where`` names the record in it.
+            UserError: the template refuses the conversation, drops text to be trained on, does not
+                know a role, rewrites earlier turns so that the assistant's part cannot be located,
+                or ends a turn with no token.
         """
         places = [f"{where}, message {number}" for number in range(1, len(messages) + 1)]
         left_out = [excludes(m, place) for m, place in zip(messages, places, strict=True)]
@@ -146,7 +154,7 @@ class ChatRenderer:
     def _write(
         self, messages: Messages, tools: Tools, where: str
     ) -> tuple[Messages, Tools, str, list[Span] | None]:
-        """Messages and tools as the template takes them, what it writes, what it marks."""
+        """Return messages and tools in the template's form, the text, and its marked spans."""
         try:
             marks = self._chat.marks_assistant(tools) and self.mark_assistant
             if tools and "tools" not in self._chat.source(tools):
@@ -167,13 +175,13 @@ class ChatRenderer:
         return chosen, tools, text, generated
 
     def _appended(self, last: dict[str, Any], text: str) -> str:
-        """The marker of the next role, in templates in which only that ends a turn."""
+        """Return the next role's marker, for templates in which only that ends a turn."""
         if last["role"] != "assistant" or first_closing(text, self._closing) is not None:
             return ""
         ends = self._ends
         return (ends.append_call if last.get("tool_calls") else ends.append) or ""
 
-    # -- what must not be lost -------------------------------------------------------------------
+    # -- checks for dropped text -----------------------------------------------------------------
 
     def _check_roles(
         self, messages: Messages, tools: Tools, text: str, finder: TurnFinder, where: str
@@ -197,7 +205,7 @@ class ChatRenderer:
                     self._known_roles.add(role)
 
     def _is_unknown(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
-        """Whether the template treats ``role`` as it treats a word that it cannot know."""
+        """Return whether the template treats ``role`` like a made-up role."""
         if re.search(f"['\"]{re.escape(role)}['\"]", self._chat.source(tools)):
             return False
         other = [{**m, "role": _MADE_UP} if m["role"] == role else m for m in messages]
@@ -241,12 +249,12 @@ class ChatRenderer:
             f"{where}, message {index + 1}",
         )
 
-    # -- what contributes to the loss ------------------------------------------------------------
+    # -- spans that contribute to the loss -------------------------------------------------------
 
     def _all_but(
         self, left_out: Sequence[bool], finder: TurnFinder, text: str, where: str
     ) -> tuple[Span, ...]:
-        """The text without messages that say that they do not contribute to the loss."""
+        """Return the spans of the text without the messages excluded from the loss."""
         cuts: list[Span] = []
         for index in (i for i, out in enumerate(left_out) if out):
             if any(finder.is_written(p) for p in finder.pieces if p.message == index):
@@ -272,7 +280,7 @@ class ChatRenderer:
                 continue
             own = [piece for piece in finder.pieces if piece.message == index]
             if not any(finder.is_written(piece) for piece in own):
-                # nothing to write, or all of it left out by the template
+                # the message is empty, or the template drops all of it
                 self._count("assistant messages are empty", f"{where}, message {index + 1}")
                 continue
             turn = finder.find(index)
@@ -292,7 +300,7 @@ class ChatRenderer:
         text: str,
         where: str,
     ) -> list[Span]:
-        """The spans that the template marks, each with the token that closes it."""
+        """Return the spans that the template marks, each extended by its closing token."""
         spans = [self._with_end(text, span) for span in generated]
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -316,7 +324,7 @@ class ChatRenderer:
     def _with_end(self, text: str, span: Span) -> Span:
         start, stop = span
         if (closed := first_closing(text[start:stop], self._closing)) is not None:
-            # white space behind the token is not the model's to write
+            # white space after the token is not generated by the model
             return start, start + closed
         space = len(text[stop:]) - len(text[stop:].lstrip())
         found = self._closing.match(text, stop + space)
@@ -324,16 +332,16 @@ class ChatRenderer:
 
     def _unclear(self, index: int, where: str) -> UserError:
         return UserError(
-            f"{where}: the chat template rewrites earlier turns (rendering messages 1..{index + 1} "
-            "alone does not give what they are in the whole), so it cannot be told what the "
-            f"assistant wrote in message {index + 1}. Give the tokenizer a template with "
+            f"{where}: the chat template rewrites earlier turns (messages 1..{index + 1} rendered "
+            "alone differ from their text in the whole conversation), so the assistant's part of "
+            f"message {index + 1} cannot be located. Give the tokenizer a template with "
             "{% generation %} marks, split the conversation, or set data.loss_on: all (without "
             "weights of single messages)"
         )
 
 
 def _continues(messages: Messages, index: int) -> bool:
-    """Whether the assistant speaks on in the next message."""
+    """Return whether the next message is the assistant's, too."""
     return index + 1 < len(messages) and messages[index + 1]["role"] == "assistant"
 
 

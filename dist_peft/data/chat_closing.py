@@ -1,13 +1,13 @@
-"""Which tokens end the assistant's turns, as the chat template writes them.
+"""The tokens that end the assistant's turns, as the chat template writes them.
 
-A model that is trained on conversations stops only if the token that closes its turn is a target,
-and generation only if that token is among those it stops at. Three kinds of templates occur::
+A model trained on conversations stops only if the token that closes its turn is a target, and
+generation stops only if that token is among its stop tokens. Three kinds of templates occur::
 
     <|im_start|>assistant\\nHello<|im_end|>\\n     a closing token of its own
     [INST] Hi [/INST] Hello</s>                   the tokenizer's eos
     <|assistant|>\\nHello<|user|>\\n               the next role's marker (GLM-4)
 
-They are told apart by rendering a short conversation whose texts are marks that occur nowhere else.
+They are distinguished by rendering a short conversation whose texts are marks (see ``marks``).
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class TurnEnds:
     """How a template ends assistant turns.
 
     Attributes:
-        tokens: the texts of all tokens that do: ``<|im_end|>`` of ChatML whatever the tokenizer's
-            eos is; ``<|user|>`` and ``<|observation|>`` of GLM-4; both ``<|end|>`` and
+        tokens: texts of all tokens that end a turn: ``<|im_end|>`` of ChatML whatever the
+            tokenizer's eos is; ``<|user|>`` and ``<|observation|>`` of GLM-4; both ``<|end|>`` and
             ``<|endoftext|>`` of Phi-3, which closes a turn with the first and a conversation with
-            the second. None where turns end with plain text or not at all.
+            the second. Empty where turns end with plain text or not at all.
         append: the next role's marker, where nothing closes the last turn of a conversation;
-            written behind it, it makes the model stop there as it does inside.
+            appended to it, so that the model stops there as it does inside a conversation.
         append_call: the same for a turn that ends with a tool call.
     """
 
@@ -38,7 +38,7 @@ class TurnEnds:
 
 
 def find_turn_ends(chat: ChatTemplate) -> TurnEnds:
-    """What closes a turn that answers the user, and one that calls a tool."""
+    """Find the tokens that close a turn that answers the user, and one that calls a tool."""
     answer = _user_and(chat, {"role": "assistant", "content": mark(1)})
     user = {"role": "user", "content": mark(2)}
     inside, last = _closers(chat, answer, user, frozenset(chat.added_tokens))
@@ -46,7 +46,7 @@ def find_turn_ends(chat: ChatTemplate) -> TurnEnds:
     call = {"id": "call00000", "type": "function", "function": {"name": mark(1), "arguments": {}}}
     calling = _user_and(chat, {"role": "assistant", "content": "", "tool_calls": [call]})
     result = {"role": "tool", "content": mark(2), "tool_call_id": "call00000", "name": "f"}
-    # </tool_call> and the like, which are no control tokens, end a part of the turn
+    # </tool_call> and similar tokens that are not control tokens end only a part of the turn
     after_call, last_call = _closers(chat, calling, result, chat.special_tokens.union(tokens))
     tokens += [token for token in (after_call, last_call) if token]
     return TurnEnds(
@@ -63,7 +63,7 @@ def _user_and(chat: ChatTemplate, message: dict[str, object]) -> Messages:
 def _closers(
     chat: ChatTemplate, turn: Messages, following: dict[str, str], known: frozenset[str]
 ) -> tuple[str | None, str | None]:
-    """The token that ends the last message of ``turn`` inside a conversation, and at its end.
+    """Return the tokens that end ``turn``'s last message inside and at the end of a conversation.
 
     Args:
         turn: its last message has mark 1.
@@ -82,14 +82,14 @@ def _closers(
     closing = _last_token(chat, gap[:shared], known)
     if closing is None:
         found = chat.token_pattern.match(gap[shared:].lstrip())
-        # what opens the assistant's own turns, too, tells nothing about whose turn it is
+        # a token that also opens the assistant's turns does not identify the next role
         if found and found[0] in known and found[0] not in _generation_prompt(chat):
             closing = found[0]
     return closing, last
 
 
 def _generation_prompt(chat: ChatTemplate) -> str:
-    """What opens an assistant's turn; empty where that is unknown."""
+    """Return the text that opens an assistant turn; empty where that is unknown."""
     question = [{"role": "user", "content": mark(0)}]
     try:
         finished, opened = chat.render(question), chat.render(question, prompt=True)
@@ -99,7 +99,7 @@ def _generation_prompt(chat: ChatTemplate) -> str:
 
 
 def _tail(chat: ChatTemplate, messages: Messages, number: int) -> str | None:
-    """What the template writes behind mark ``number``; None if it does not write the mark."""
+    """Return the rendered text after mark ``number``; None if the mark is not written."""
     try:
         text = chat.render(messages)
     except RenderError:

@@ -1,15 +1,15 @@
-"""Chat templates that write the date: which date, and the same one for the whole run.
+"""Freezing the date that a chat template writes, so that it is the same for the whole run.
 
 Templates of several families put the day into the system prompt, through the function
-``strftime_now`` that ``transformers`` offers them. Left alone, a run started again the next day
-trains on other rows, and ranks that start at midnight have different ones. Here the date is frozen:
-the template is given a ``strftime_now`` of its own, which writes the chosen day. ::
+``strftime_now`` that ``transformers`` offers them. Otherwise a run resumed the next day would train
+on other text, and ranks that start around midnight would differ. Here the date is frozen: a macro
+``strftime_now`` that writes the chosen day is prepended to the template. ::
 
     {%- macro strftime_now(format) %}{{ format | replace("%Y", "2026") | ... }}{%- endmacro %}
     ...the template as it was...
 
 Everything that depends on the template's text - the token cache, fingerprints - then depends on the
-date. Some templates take a variable ``date_string`` instead, with a date of their own as default:
+date. Some templates take a variable ``date_string`` instead, with a default date in the template:
 nothing sets it here, so they always write their default.
 """
 
@@ -29,27 +29,27 @@ __all__ = ["template_writes_date", "with_frozen_date"]
 log = logging.getLogger("dist_peft")
 
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUWVuGcxXDFTRehn"
-"""Of ``strftime``. ``%-d`` and its like, without leading zeros, come first."""
+"""Directives of ``strftime``. Those without leading zeros, such as ``%-d``, are replaced first."""
 
 _NOW = re.compile(r"\bstrftime_now\b")
 _DATES = (datetime.date(2001, 2, 3), datetime.date(2016, 11, 25))
-"""No part of the one is a part of the other: year, month, day, weekday, week."""
+"""Two dates that differ in every part: year, month, day, weekday, week."""
 
 
 def with_frozen_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokenizer, str | None]:
-    """A tokenizer whose chat template writes ``date`` wherever it would write the present day.
+    """Return a tokenizer whose chat template writes ``date`` instead of the present day.
 
     Returns:
-        The tokenizer itself and None, where no template of it asks for the day; else a copy and the
-        date as ``2026-11-28``.
+        The tokenizer itself and None, if none of its templates asks for the day; else a copy and
+        the date as ``2026-11-28``.
     """
     templates = _templates(tokenizer)
     dated = {name: text for name, text in templates.items() if _NOW.search(text)}
     for name in templates.keys() - dated.keys():
         if _takes_date_string(tokenizer, templates[name]):
             log.warning(
-                "the chat template writes the date given as date_string; nothing gives it in "
-                "training, so rows have the template's default",
+                "the chat template writes the variable date_string, which is not set in training, "
+                "so the data has the template's default date",
                 extra=ONCE,
             )
     if not dated:
@@ -68,9 +68,9 @@ def with_frozen_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokeniz
 
 
 def template_writes_date(tokenizer: Tokenizer) -> bool:
-    """Whether a short conversation is written otherwise on another day: rendered under two dates.
+    """Return whether a short conversation renders differently under two dates.
 
-    False too for a template that refuses such conversations.
+    False also for a template that refuses such conversations.
     """
     return any(
         _differs(tokenizer, (_freeze(text, _DATES[0]), {}), (_freeze(text, _DATES[1]), {}))
@@ -84,7 +84,7 @@ def _takes_date_string(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
-    """Whether two templates, each with further variables, write a conversation differently."""
+    """Return whether two templates, each with extra variables, render differently."""
     user = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "answer"}
     system = {"role": "system", "content": "rules"}
@@ -95,7 +95,7 @@ def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
                 for text, variables in ways
             ]
             first, second = (render_jinja_template([messages], **each) for each in given)
-        except Exception:  # whatever a foreign program raises; told when a record is rendered
+        except Exception:  # a template may raise anything; reported when a record is rendered
             continue
         if first != second:
             return True
@@ -103,7 +103,7 @@ def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, str]:
-    """Name -> text; the only template has the name ''."""
+    """Return a dict from name to template text; a single template has the name ''."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
         return {name: text for name, text in found.items() if isinstance(text, str)}
@@ -115,7 +115,7 @@ def _freeze(template: str, date: datetime.date) -> str:
     names = [f"%-{letter}" for letter in "dmHIMSjy"] + [f"%{letter}" for letter in _DIRECTIVES]
     pairs = [("%%", "\x00"), *((name, moment.strftime(name)) for name in names), ("\x00", "%")]
     steps = "".join(f" | replace({_quoted(old)}, {_quoted(new)})" for old, new in pairs)
-    # the line break is the block's own, which trim_blocks takes away
+    # trim_blocks removes this line break after the block
     macro = "{%- macro strftime_now(format) %}{{ format" + steps + " }}{%- endmacro %}\n"
     return macro + template
 

@@ -1,12 +1,12 @@
-"""Where a chat template puts the texts of a conversation.
+"""Locate the texts of a conversation in its rendering.
 
-Every text of a record - what a message says, its reasoning, the names of the tools it calls - gets
-a mark in its middle, and the template writes the conversation with marks. Where it writes the same
-as without them, apart from the marks, their places are those of the texts, and a mark that is
-missing belongs to a text that the template drops.
+A mark is inserted in the middle of every text of a record (content, reasoning, names of called
+tools), and the conversation is rendered with the marks. If the rendering without its marks equals
+the one of the unmarked conversation, the marks' positions are those of the texts, and a missing
+mark belongs to a text that the template drops.
 
-The middle, because templates look at the ends of texts: they trim them, or ask whether a message
-starts with ``<tool_response>``.
+The mark is in the middle because templates look at the ends of texts: they trim them, or check
+whether a message starts with ``<tool_response>``.
 """
 
 import copy
@@ -28,12 +28,12 @@ class Piece:
     """One text of a message.
 
     Attributes:
-        number: of its mark.
-        message: number of the message, from 0.
-        key: ``content``, ``<think>`` (in the content), ``tool_calls`` (the name of one), or the
-            name of a key that holds reasoning.
-        call: number of the tool call.
-        text: without white space around it.
+        number: number of its mark.
+        message: index of the message, from 0.
+        key: ``content``, ``<think>`` (in the content), ``tool_calls`` (the function name of one),
+            or the name of a key that holds reasoning.
+        call: index of the tool call.
+        text: stripped of surrounding white space.
     """
 
     number: int
@@ -44,12 +44,12 @@ class Piece:
 
     @property
     def middle(self) -> int:
-        """Characters of ``text`` before the mark."""
+        """Number of characters of ``text`` before the mark."""
         return len(self.text) // 2
 
 
 def find_pieces(messages: Messages) -> list[Piece]:
-    """The texts of all messages that are more than white space."""
+    """Return the texts of all messages, without those that are only white space."""
     found: list[tuple[int, str, str, int]] = []
     for index, message in enumerate(messages):
         for key in _REASONING:
@@ -67,7 +67,7 @@ def find_pieces(messages: Messages) -> list[Piece]:
 
 
 def _split_thought(role: str, content: str) -> tuple[str, str]:
-    """What stands in ``<think>`` and what follows."""
+    """Split content into the text inside ``<think>`` and the text after it."""
     if role != "assistant" or _THINK_END not in content:
         return "", content
     before, _, after = content.rpartition(_THINK_END)
@@ -84,12 +84,12 @@ def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """The messages with the marks of ``pieces``; those of later messages are left out."""
+    """Return copies of the messages with the marks of ``pieces``; skip those of later messages."""
     made = [dict(message) for message in messages]
     for index in {piece.message for piece in pieces if piece.key == "tool_calls"}:
         if index < len(made):
             made[index]["tool_calls"] = copy.deepcopy(made[index]["tool_calls"])
-    # from the end, so that the first place of a text that occurs twice stays where it was
+    # from the end, so that the first position of a text that occurs twice does not shift
     for piece in reversed(pieces):
         if piece.message >= len(made):
             continue
@@ -108,13 +108,13 @@ def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[st
 def locate_pieces(
     chat: ChatTemplate, messages: Messages, tools: Tools | None, text: str, pieces: Sequence[Piece]
 ) -> dict[int, int] | None:
-    """Number of each piece that the template writes -> place of its middle in ``text``.
+    """Map the number of each piece that the template writes to its middle's offset in ``text``.
 
     Args:
-        text: the conversation as the template writes it.
+        text: the rendered conversation.
 
     Returns:
-        None where marks change what the template writes.
+        None if the marks change the rendering.
     """
     try:
         marked = chat.render(marked_messages(messages, pieces), tools)
@@ -139,10 +139,10 @@ def marked_tail(
     *,
     prompt: bool,
 ) -> str | None:
-    """What the template writes behind mark ``number``, without marks; None if it does not.
+    """Return the rendered text after mark ``number``, without marks; None if it is not written.
 
     Args:
-        prompt: with the generation prompt.
+        prompt: add the generation prompt.
     """
     try:
         marked = chat.render(marked_messages(messages, pieces), tools, prompt=prompt)

@@ -1,16 +1,16 @@
-"""Where the assistant's turns lie in a rendered conversation.
+"""Locate the assistant's turns in a rendered conversation.
 
-A turn begins where the prompt of inference ends and stops with the token that closes it::
+A turn starts where the inference prompt ends and stops with the token that closes it::
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                                           ^^^^^^^^^^^^^^^
 
 Both are found by comparing with shorter conversations, from a text in the middle on (see
-``chat_pieces``), so that a template may write earlier turns otherwise in them:
+``chat_pieces``), so that a template may write earlier turns differently in them:
 
-- the beginning: the messages before the turn with the generation prompt. Behind the text of the
-  message before, both have what closes that message and the header of the turn.
-- the end: the messages up to the turn. Behind the turn's text, both have what closes the turn.
+- the start: the messages before the turn, with the generation prompt. After the text of the
+  previous message, both have the token that closes that message and the header of the turn.
+- the end: the messages up to the turn. After the turn's text, both have its closing token.
 """
 
 import re
@@ -32,8 +32,9 @@ class Turn:
     """Characters of one assistant message.
 
     Attributes:
-        message: its number, from 0.
-        closed: ends with a token that ends generation.
+        message: index of the message, from 0.
+        start, stop: characters ``[start, stop)`` of the rendered conversation.
+        closed: whether it ends with a token that ends generation.
     """
 
     message: int
@@ -43,13 +44,13 @@ class Turn:
 
 
 def closing_pattern(chat: ChatTemplate, ends: TurnEnds) -> re.Pattern[str]:
-    """Matches a token that closes turns; where none is known, any control token."""
+    """Return a pattern of the tokens that close turns; if none is known, of any control token."""
     tokens = sorted(ends.tokens or chat.special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def first_closing(text: str, closing: re.Pattern[str]) -> int | None:
-    """Where the first of the closing tokens ends that stand at the end of ``text``.
+    """Return the end of the first closing token in the run of closing tokens that ends ``text``.
 
     Phi-3 closes the last turn with ``<|end|>`` and then the conversation with ``<|endoftext|>``.
     """
@@ -63,12 +64,12 @@ def first_closing(text: str, closing: re.Pattern[str]) -> int | None:
 
 
 class TurnFinder:
-    """Finds the turns of one conversation.
+    """Find the turns of one conversation.
 
     Args:
-        text: as the template writes it.
-        closing: of ``closing_pattern``.
-        appended: stands behind ``text`` in training.
+        text: the rendered conversation.
+        closing: from ``closing_pattern``.
+        appended: appended to ``text`` in training.
     """
 
     def __init__(
@@ -86,20 +87,20 @@ class TurnFinder:
         self._marked = self.pieces
         places = locate_pieces(chat, messages, tools, text, self._marked)
         if places is None:
-            # reasoning and names steer templates more often than what is said
+            # templates depend on reasoning and tool names more often than on content
             self._marked = [piece for piece in self.pieces if piece.key == "content"]
             places = locate_pieces(chat, messages, tools, text, self._marked)
         self.places = places or {}
         self.is_exact = places is not None and len(self._marked) == len(self.pieces)
 
     def is_written(self, piece: Piece) -> bool:
-        """Whether the template writes the text ``piece``."""
+        """Return whether the template writes the text of ``piece``."""
         if self.is_exact:
             return piece.number in self.places
         return "".join(piece.text.split()) in "".join(self._text.split())
 
     def find(self, index: int) -> Turn | None:
-        """The turn of message ``index``; None if it cannot be told."""
+        """Return the turn of message ``index``; None if it cannot be located."""
         own = self._written(index)
         if not own:
             return None
@@ -108,7 +109,7 @@ class TurnFinder:
         if any(self.places[piece.number] > self.places[first.number] for piece in earlier):
             return None
         start = self._start(index, first)
-        # behind the middle of the text where the prompt of inference has its first characters
+        # the start may be after the middle: the inference prompt may hold the text's first part
         end = self.places[first.number] + len(first.text) - first.middle
         if start is None or start > end:
             return None
@@ -137,9 +138,9 @@ class TurnFinder:
         return [*spans, (start, turn.stop)]
 
     def find_message(self, index: int) -> tuple[int, int] | None:
-        """Characters of message ``index`` of any role; None if they cannot be told.
+        """Return [start, stop) of message ``index`` of any role; None if it cannot be located.
 
-        Of an assistant's message its turn, of another the text that it holds.
+        For an assistant message this is its turn, for others their text.
         """
         if self._messages[index]["role"] == "assistant":
             turn = self.find(index)
@@ -155,11 +156,11 @@ class TurnFinder:
         return (min(spans)[0], max(spans)[1]) if spans else None
 
     def _written(self, index: int) -> list[Piece]:
-        """Texts of message ``index`` that have a place, in the order of their places."""
+        """Return the pieces of message ``index`` that are located, in the order of their places."""
         found = [p for p in self._marked if p.message == index and p.number in self.places]
         return sorted(found, key=lambda piece: self.places[piece.number])
 
-    # -- where it begins ---------------------------------------------------------------------
+    # -- start of a turn ---------------------------------------------------------------------
 
     def _start(self, index: int, first: Piece) -> int | None:
         for before in range(index - 1, -1, -1):
@@ -171,7 +172,7 @@ class TurnFinder:
         return self._start_behind_a_question(index, first)
 
     def _start_behind(self, index: int, anchor: Piece, first: Piece) -> int | None:
-        """Compare with the prompt of inference, from ``anchor`` in an earlier message on."""
+        """Compare with the inference prompt, from ``anchor`` in an earlier message on."""
         earlier = self._messages[:index]
         tail = self._tail(earlier, anchor, prompt=True)
         place, limit = self.places[anchor.number], self.places[first.number]
@@ -183,10 +184,10 @@ class TurnFinder:
             start = place + len(tail)
             gap = self._text[start:told] if told is not None else ""
             if self._has_control(gap) and self._tail(earlier, anchor, prompt=False) == tail:
-                # a template without generation prompt: the header is not the model's to write
+                # a template without a generation prompt: the model does not generate the header
                 return told
             return start
-        # a generation prompt that this turn does not keep, such as an opened <think>
+        # the turn does not start with the whole generation prompt, such as an opened <think>
         shared = shared_markers(whole, tail, self._chat.token_pattern)
         if tag := _OPEN_TAG.search(whole[:shared]):
             shared = tag.start()
@@ -197,7 +198,7 @@ class TurnFinder:
         return start if told is None else min(start, told)
 
     def _start_behind_a_question(self, index: int, first: Piece) -> int | None:
-        """As in a conversation with a user's message in front of the turn."""
+        """Find the start in a longer conversation, with a user message before the turn."""
         told = self._content_start(first)
         question = {"role": "user", "content": "question"}
         longer = [*self._messages[:index], question, *self._messages[index:]]
@@ -220,7 +221,7 @@ class TurnFinder:
         return place - length if same and 0 <= length <= place else told
 
     def _content_start(self, first: Piece) -> int | None:
-        """Where the content begins, if it is the first that the turn has."""
+        """Return the start of the content, if it is the first text of the turn."""
         start = self.places[first.number] - first.middle
         same = self._text[start : start + first.middle] == first.text[: first.middle]
         return start if same and first.key == "content" else None
@@ -229,10 +230,10 @@ class TurnFinder:
         found = self._chat.token_pattern.finditer(text)
         return any(token[0] in self._chat.special_tokens for token in found)
 
-    # -- where it stops ----------------------------------------------------------------------
+    # -- end of a turn -----------------------------------------------------------------------
 
     def _stop(self, index: int, last: Piece) -> tuple[int, bool]:
-        """The end, and whether a closing token stands there."""
+        """Return the end of the turn, and whether a closing token is there."""
         place = self.places[last.number]
         behind = self._text[place:]
         shared = len(behind)

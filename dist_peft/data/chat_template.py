@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: which one it is, and rendering without a traceback.
+"""A tokenizer's chat template: its selection, and rendering with one kind of error.
 
-A chat template is a program that came with the tokenizer. Whatever it raises while it runs is its
-refusal of the conversation (``RenderError``), which callers turn into a message that names the
-template and the record.
+A chat template is a program that came with the tokenizer. Any exception it raises means that it
+refuses the conversation (``RenderError``); callers turn that into a message that names the template
+and the record.
 """
 
 import re
@@ -31,7 +31,7 @@ Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]]
 Span = tuple[int, int]
 
-_EXCESS: dict[str, str | None] = {}  # of each template that wrote a conversation here
+_EXCESS: dict[str, str | None] = {}  # template -> exceeded limit; checked at first rendering only
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _DEFAULT_TEMPLATE = (
@@ -56,34 +56,34 @@ _DEFAULT_TEMPLATE = (
 
 
 def default_chat_template(starts_with_bos: bool) -> str:
-    """The template for tokenizers that have none: plain-text role lines, the tokenizer's eos.
+    """Return the template for tokenizers without one: plain-text role lines, the tokenizer's eos.
 
-    ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``; tools stand before the conversation, a JSON
-    object a line, and calls as ``<tool_call>`` blocks in the assistant's turn. To chat with the
-    result, the inference side needs the same template: training saves it with the tokenizer in the
-    adapter's directory.
+    ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``; tools are written before the conversation, one
+    JSON object per line, and calls as ``<tool_call>`` blocks in the assistant's turn. To chat with
+    the result, the inference side needs the same template: training saves it with the tokenizer in
+    the adapter's directory.
     """
     return ("{{ bos_token }}" if starts_with_bos else "") + _DEFAULT_TEMPLATE
 
 
 class RenderError(Exception):
-    """The template cannot write a conversation; the text says why, in its own words."""
+    """The template cannot render a conversation; the text is the template's own message."""
 
 
 class ChatTemplate:
-    """The template that writes the conversations of one tokenizer.
+    """The template that renders the conversations of one tokenizer.
 
     Args:
-        tokenizer: its special tokens are the template's variables.
+        tokenizer: its special tokens are passed to the template.
         template: Jinja text; None: the tokenizer's own, else this project's.
-        starts_with_bos: whether documents of this tokenizer begin with bos; matters only for
-            this project's template.
+        starts_with_bos: whether documents of this tokenizer begin with bos; used only by this
+            project's template.
 
     Attributes:
         is_default: the tokenizer has no template and this project's is used.
 
     Raises:
-        UserError: the tokenizer's template is no text.
+        UserError: the tokenizer's template is not text.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ChatTemplate:
         return f"the chat template of the tokenizer {name}" if name else "the chat template"
 
     def source(self, tools: Tools | None = None) -> str:
-        """The Jinja text used for a conversation with these tools.
+        """Return the Jinja text used for a conversation with these tools.
 
         Raises:
             RenderError: the tokenizer has several templates and none of them is the default.
@@ -119,16 +119,16 @@ class ChatTemplate:
             raise RenderError(str(error)) from None
 
     def marks_assistant(self, tools: Tools | None = None) -> bool:
-        """Whether the template itself marks what the assistant writes."""
+        """Return whether the template itself marks the assistant's text."""
         return _GENERATION.search(self.source(tools)) is not None
 
     def render(
         self, messages: Messages, tools: Tools | None = None, *, prompt: bool = False
     ) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Args:
-            prompt: with the generation prompt behind it, which opens an assistant turn.
+            prompt: append the generation prompt, which opens an assistant turn.
 
         Raises:
             RenderError: the template refuses it, or fails.
@@ -138,7 +138,7 @@ class ChatTemplate:
     def render_marked(
         self, messages: Messages, tools: Tools | None = None
     ) -> tuple[str, list[Span]]:
-        """The conversation, and the characters that ``{% generation %}`` encloses.
+        """Return the conversation as text, and the spans that ``{% generation %}`` encloses.
 
         Raises:
             RenderError: the template refuses it, or fails.
@@ -169,8 +169,8 @@ class ChatTemplate:
             raise RenderError(excess)
         try:
             texts, generated = write()
-        # a foreign program may raise anything: division by zero, endless recursion, a range that
-        # the sandbox forbids, a missing content added to a string
+        # a template may raise anything: division by zero, endless recursion, a range that the
+        # sandbox forbids, a missing content added to a string
         except Exception as error:
             said = " ".join(str(error).split()) or "no reason given"
             kind = type(error).__name__
@@ -186,7 +186,7 @@ class ChatTemplate:
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
-        """Tokens that stand for themselves in a text, with their ids; eos is one of them."""
+        """Tokens that are matched literally in text, with their ids; eos is one of them."""
         tokens: dict[str, int] = dict(self._tokenizer.get_added_vocab())
         if self._tokenizer.eos_token is not None:
             tokens.setdefault(
@@ -196,13 +196,13 @@ class ChatTemplate:
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
-        """Of ``added_tokens`` those that are control tokens rather than text, and eos."""
+        """The subset of ``added_tokens`` that are control tokens rather than text, and eos."""
         decoder = self._tokenizer.added_tokens_decoder
         special = {str(token) for token in decoder.values() if token.special}
         return frozenset({*special, str(self._tokenizer.eos_token)} & set(self.added_tokens))
 
     @cached_property
     def token_pattern(self) -> re.Pattern[str]:
-        """Matches any of ``added_tokens``, the longest first."""
+        """Pattern of any of ``added_tokens``, the longest first."""
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,15 +1,15 @@
-"""Rows of labelled records and their batches: one record a row, one class a row.
+"""Labelled records as sequences, and their batches: one record and one class a sequence.
 
 ::
 
     input_ids       [CLS] a a [SEP] b [SEP] pad pad
-    attention_mask    1   1 1   1   1   1    0   0      padding is seen by no token
+    attention_mask    1   1 1   1   1   1    0   0      padding is masked
     token_types       0   0 0   0   1   1    0   0
-    labels          [class id]                          one target a row: the loss is a mean of rows
-    ranges          [first, stop)                       class ids of the row's task
+    labels          [class id]                          one target a sequence: mean over sequences
+    ranges          [first, stop)                       class ids of the sequence's task
 
-A filler row (see ``loader``) sees its first padding token, since attention to nothing at all is not
-a number, and has no label.
+A filler sequence (see ``loader``) attends to its first padding token, since a softmax over no
+position is NaN, and has no label.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ _LOG = logging.getLogger("dist_peft")
 
 
 class LabelledRows:
-    """The records of one source. See ``data.loader.Rows``.
+    """The records of one source; implements ``data.loader.Rows``.
 
     Attributes:
-        task: which classes they are of.
-        fingerprint: see ``data.rows.RowSet``.
+        task: task with the classes of the labels.
+        fingerprint: sha256 of all records, their order and the task's labels.
     """
 
     packed = False
@@ -53,7 +53,7 @@ class LabelledRows:
         digest = hashlib.sha256(documents.digest.encode())
         digest.update(pieces.start.tobytes())
         digest.update(pieces.length.tobytes())
-        # not its name, which may be that of a file: the same records may lie elsewhere
+        # without the task's name, which may be that of a file: the records may be moved
         digest.update(repr((task.labels, task.start)).encode())
         self.fingerprint = digest.hexdigest()
 
@@ -61,12 +61,12 @@ class LabelledRows:
         return len(self._pieces)
 
     def num_targets(self, index: int) -> int:
-        """A row has one class."""
+        """Return 1: a sequence has one class."""
         return 1
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Tokens of the longest sequence."""
         return int(self._pieces.length.max())
 
     @property
@@ -74,9 +74,9 @@ class LabelledRows:
         return self._documents.largest_token
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """tokens [T], target [3] (class id, its task's first and stop), token types [T]."""
+        """Return tokens [T], target [3] (class id, its task's first and stop), token types [T]."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"sequence {index} of {len(self)}")
         start, length = int(self._pieces.start[index]), int(self._pieces.length[index])
         span = slice(start, start + length)
         tokens = torch.from_numpy(self._documents.tokens[span].astype(np.int64))
@@ -88,7 +88,11 @@ class LabelledRows:
 def load_labelled(
     config: DataConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, *, name: str
 ) -> list[LabelledRows]:
-    """The rows of each source. See ``data.rows.load_row_sets``; ``config.train`` tells the tasks.
+    """Return the sequences of each source, tokenized or from the cache.
+
+    Args:
+        config: its ``train`` sources define the tasks.
+        name: ``train`` or ``eval``, for messages.
 
     Raises:
         UserError: unreadable data, an unknown label, a record that is too long.
@@ -105,7 +109,7 @@ def load_labelled(
         rows = LabelledRows(documents, pieces, task, seq_len=config.seq_len)
         counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
         shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
-        _LOG.info("%s: %d rows of up to %d tokens (%s)", key, len(rows), rows.longest, shares)
+        _LOG.info("%s: %d sequences of up to %d tokens (%s)", key, len(rows), rows.longest, shares)
         found.append(rows)
     return found
 
@@ -115,10 +119,10 @@ class LabelledBatch(Batch):
     """One micro-batch on the CPU.
 
     Attributes:
-        labels: long [B, 1], the class id, -100 for a filler row.
+        labels: long [B, 1], the class id, -100 for a filler sequence.
         attention_mask: long [B, S], 1 where there is a token.
         token_types: long [B, S].
-        ranges: long [B, 2], class ids [first, stop) of each row's task.
+        ranges: long [B, 2], class ids [first, stop) of each sequence's task.
     """
 
     attention_mask: torch.Tensor
@@ -127,7 +131,7 @@ class LabelledBatch(Batch):
 
 
 class LabelledLoader(Loader):
-    """Serves labelled rows. See ``data.loader``."""
+    """Loader of labelled sequences: batches have an attention mask and token types."""
 
     def _collate(self, numbers: list[int]) -> LabelledBatch:
         made = [self._row(number) for number in numbers]

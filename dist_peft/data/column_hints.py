@@ -1,4 +1,4 @@
-"""Which setting of a source would fit the columns of a record that no format takes as it is."""
+"""Suggested settings of a source whose records match no format by their column names."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ _LABELS = ("label", "labels", "class", "category")
 
 
 def columns_hint(record: dict[str, Any], key: str) -> str:
-    """What to set, by the names of the columns of ``record``.
+    """Return a suggestion of settings, by the names of the columns of ``record``.
 
     Args:
         key: configuration key of the source, such as ``data.train[0]``.
@@ -62,7 +62,7 @@ def columns_hint(record: dict[str, Any], key: str) -> str:
 
 
 def chosen_columns(record: dict[str, Any]) -> str:
-    """The ``columns`` by which preference data are read as their chosen answers."""
+    """Return the ``columns`` setting that reads preference data as their chosen answers."""
     chosen = record.get("chosen")
     turns = next((n for n in ("messages", "conversations") if n in record), None)
     if isinstance(chosen, list) and chosen and _speaker(chosen[0]) not in ("assistant", "gpt"):
@@ -87,14 +87,14 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
 
 
 def _nested_column(record: dict[str, Any]) -> str | None:
-    """A text inside a column of ``record``, such as ``instances.0.output``."""
+    """Return the path of a text inside a column of ``record``, such as ``instances.0.output``."""
     nested = nested_columns(record)
     answers = [path for path in nested if path.rpartition(".")[2] in _ANSWERS]
     return next(iter([*answers, *nested]), None)
 
 
 def nested_columns(record: dict[str, Any]) -> list[str]:
-    """Texts inside columns of ``record``, as ``columns`` names them."""
+    """Return the paths of texts inside columns of ``record``, as ``columns`` names them."""
     found = []
     for name, value in record.items():
         inner, path = value, name

@@ -1,8 +1,9 @@
-"""Token documents become rows: what is too long is dealt with, the rest shares windows.
+"""Build sequences from token documents: truncate or drop long ones, pack the rest.
 
-A row is what a loader serves: with packing one window of several documents, without it one
-document (or one window of a plain text). Rows are numbered once, from the documents alone, so that
-a row number means the same on every rank; nothing but a few integers a document is kept in memory.
+A sequence is one item of a data set: with packing several documents of together at most
+``seq_len`` tokens, without it one document (or one chunk of a plain text). Sequences are numbered
+from the documents alone, so a number means the same on every rank; only a few integers per document
+are kept in memory.
 """
 
 import hashlib
@@ -39,10 +40,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pieces:
-    """Parts of documents, each isolated in its row: three int64 [P]."""
+    """Parts of documents, each isolated in its sequence: three int64 [P]."""
 
     source: Ints
-    start: Ints  # in the tokens of the source
+    start: Ints  # offset in the tokens of the source
     length: Ints
 
     def __len__(self) -> int:
@@ -53,13 +54,13 @@ class Pieces:
 
 
 class RowSet:
-    """The rows of a data set.
+    """The sequences of a data set.
 
     Attributes:
-        packed: rows are windows of several documents (to be padded to ``seq_len``).
-        seq_len: the most tokens a row has.
-        fingerprint: sha256 of all rows' contents and order; equal exactly when row numbers mean
-            the same rows, which is what resuming and ranks that read their own copies rely on.
+        packed: sequences hold several documents (to be padded to ``seq_len``).
+        seq_len: maximum number of tokens of a sequence.
+        fingerprint: sha256 of all sequences' contents and order; equal exactly when numbers mean
+            the same sequences. Resuming, and ranks that read their own copies, rely on that.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class RowSet:
         return len(self._bounds) - 1
 
     def num_targets(self, index: int) -> int:
-        """Tokens of row ``index`` that count for the loss; at least 1."""
+        """Return the number of tokens of sequence ``index`` in the loss; at least 1."""
         return int(self._targets[index])
 
     def num_tokens(self, index: int) -> int:
-        """Tokens of row ``index``, without padding."""
+        """Return the number of tokens of sequence ``index``, without padding."""
         return int(self._lengths[index])
 
     @property
@@ -98,7 +99,7 @@ class RowSet:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document: positions that the model must know."""
+        """Tokens of the longest document: number of positions the model must support."""
         return int(self._pieces.length.max())
 
     @property
@@ -107,22 +108,25 @@ class RowSet:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of this project, where conversations were written with it."""
+        """This project's template, if conversations were rendered with it."""
         return next((d.chat_template for d in self._documents if d.chat_template), None)
 
     @property
     def num_documents(self) -> int:
-        """Documents and windows of plain text, over all rows."""
+        """Number of documents and chunks of plain text, over all sequences."""
         return len(self._pieces)
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """tokens, labels, positions of a row, not padded: LongTensors [T], T <= seq_len.
+        """Return tokens, labels, positions of a sequence: LongTensors [T], T <= seq_len, unpadded.
 
-        ``labels[t]`` is the token to predict at ``t`` (the one after it), or -100; positions
-        restart at 0 with each document.
+        ``labels[t]`` is the token to predict at ``t`` (the next one), or -100; positions restart
+        at 0 with each document.
+
+        Raises:
+            IndexError: no such sequence.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"sequence {index} of {len(self)}")
         parts = []
         for piece in range(self._bounds[index], self._bounds[index + 1]):
             documents = self._documents[self._pieces.source[piece]]
@@ -142,17 +146,17 @@ class RowSet:
 def load_rows(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
 ) -> RowSet:
-    """The rows of ``sources``, in their order, tokenized or taken from the cache.
+    """Return the sequences of ``sources``, in their order, tokenized or from the cache.
 
     Args:
-        config: window, packing, loss, cache; its own ``train`` and ``eval`` are not looked at.
+        config: sequence length, packing, loss and cache; its ``train`` and ``eval`` are ignored.
         sources: at least one.
         tokenizer: of the base.
         name: ``train`` or ``eval``, for messages.
 
     Raises:
-        UserError: unreadable or unfit data (see ``files``, ``sources``, ``chat``), a record that
-            is too long with ``too_long: error``, a record that teaches nothing, no row left.
+        UserError: unreadable or invalid data (see ``files``, ``sources``, ``chat``), a record that
+            is too long with ``too_long: error``, no record with a target token, no sequence left.
     """
     if not sources:
         raise UserError(f"data.{name} names no source")
@@ -167,7 +171,7 @@ def load_rows(
 def load_row_sets(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
 ) -> list[RowSet]:
-    """As ``load_rows``, but each source has rows of its own."""
+    """Like ``load_rows``, but return a separate set for each source."""
     found = []
     for key, source in _keys(name, sources):
         documents, fit = _load(config, source, tokenizer, key)
@@ -194,7 +198,7 @@ def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, nam
     refuse_empty(config, pieces, name)
     rows = RowSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
     _LOG.info(
-        "%s: %d documents, %d rows, %d tokens (%d for the loss), rows filled to %.1f %%",
+        "%s: %d documents in %d sequences, %d tokens (%d in the loss), packing efficiency %.1f %%",
         name,
         rows.num_documents,
         len(rows),
@@ -206,9 +210,10 @@ def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, nam
 
 
 def refuse_empty(config: DataConfig, pieces: Pieces, name: str) -> None:
-    """
+    """Check that ``pieces`` of the source called ``name`` is not empty.
+
     Raises:
-        UserError: ``pieces`` of the source called ``name`` are none.
+        UserError: it is empty.
     """
     if not len(pieces):
         raise UserError(
@@ -225,7 +230,7 @@ def _whole(documents: Documents) -> Pieces:
 
 
 def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> NDArray[np.bool_]:
-    """Which documents have a token that contributes to the loss; those without are counted. [D]
+    """Return the mask [D] of the documents with a token in the loss; log the number of others.
 
     Raises:
         UserError: no document has one.
@@ -242,8 +247,8 @@ def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> 
     first = documents.place(int(empty[0]))
     if len(empty) == len(documents):
         raise UserError(
-            f"{first} has no token that counts for the loss, nor has any other of {key}: {why}; "
-            "remove or fix the records"
+            f"{first} has no token that contributes to the loss, nor has any other of {key}: "
+            f"{why}; remove or fix the records"
         )
     _LOG.warning(
         "%s: left out %d of %d records without a token that contributes to the loss; the first is "
@@ -261,15 +266,18 @@ def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> 
 def fit(
     documents: Documents, config: DataConfig, key: str, kept: NDArray[np.bool_] | None = None
 ) -> Pieces:
-    """Pieces of at most ``seq_len`` tokens, each with something to learn.
+    """Split documents into pieces of at most ``seq_len`` tokens, each with a target token.
 
     Args:
-        kept: which documents to look at [D]; None: all.
+        kept: mask [D] of the documents to use; None: all.
+
+    Raises:
+        UserError: a document is too long, and ``too_long`` neither truncates nor drops it.
     """
     pieces = _whole(documents) if kept is None else _whole(documents).take(kept)
     if documents.is_text:
         windows = _windows(pieces, config.seq_len)
-        # a last window of one token has nothing to predict
+        # a last chunk of one token has no target
         return windows.take(windows.length > 1)
     long = np.flatnonzero(pieces.length > config.seq_len)
     if not len(long):
@@ -302,7 +310,7 @@ def _too_long_message(place: Place, pieces: Pieces, long: Ints, config: DataConf
 
 
 def _windows(pieces: Pieces, size: int) -> Pieces:
-    """Consecutive windows of ``size`` tokens; the last of each piece is what remains."""
+    """Split pieces into consecutive chunks of ``size`` tokens; the last is the remainder."""
     counts = -(-pieces.length // size)
     first = np.cumsum(counts) - counts
     within = (np.arange(counts.sum()) - np.repeat(first, counts)) * size
@@ -326,7 +334,7 @@ def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pie
     )
     if not kept.all():
         _LOG.warning(
-            "%s: dropped %d of these, as nothing to learn was left",
+            "%s: dropped %d of these, as no token that contributes to the loss was left",
             key,
             int((~kept).sum()),
             extra=ONCE,
@@ -335,15 +343,15 @@ def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pie
 
 
 def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
-    """How many tokens of each piece count for the loss; its first is predicted by none. [P]"""
+    """Return the number of target tokens of each piece [P]; its first token is never predicted."""
     counts = np.zeros(len(pieces), dtype=np.int64)
     for number, source in enumerate(documents):
         mine = np.flatnonzero((pieces.source == number) & (pieces.length > 1))
         if not len(mine):
             continue
         start, stop = pieces.start[mine] + 1, pieces.start[mine] + pieces.length[mine]
-        # sums over [start, stop) at the even places of the alternating bounds; a bound at the very
-        # end of the array is not allowed there, nor needed
+        # reduceat over alternating bounds: even entries are the sums over [start, stop); a bound
+        # at the very end of the array is neither allowed nor needed
         order = np.argsort(start, kind="stable")
         bounds = np.stack([start[order], stop[order]], axis=1).ravel()
         inside = bounds[:-1] if bounds[-1] == len(source.mask) else bounds
@@ -352,17 +360,17 @@ def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
 
 
 def show_row(rows: RowSet, index: int, tokenizer: Tokenizer) -> str:
-    """A row as text, for looking at: ``[[...]]`` is learnt, ``||`` stands between documents."""
+    """Return a sequence as text: ``[[...]]`` is in the loss, ``||`` separates documents."""
     tokens, labels, positions = rows.row(index)
     text: list[str] = []
     run: list[int] = []
-    learning = False
+    in_loss = False
     for t, token in enumerate(tokens.tolist()):
         begins = int(positions[t]) == 0
-        learnt = not begins and int(labels[t - 1]) != IGNORE
-        if learnt != learning or (begins and t):
-            text += [str(tokenizer.decode(run)), "]]" if learning else "", " || " if begins else ""]
-            text.append("[[" if learnt else "")
-            run, learning = [], learnt
+        is_target = not begins and int(labels[t - 1]) != IGNORE
+        if is_target != in_loss or (begins and t):
+            text += [str(tokenizer.decode(run)), "]]" if in_loss else "", " || " if begins else ""]
+            text.append("[[" if is_target else "")
+            run, in_loss = [], is_target
         run.append(token)
-    return "".join([*text, str(tokenizer.decode(run)), "]]" if learning else ""])
+    return "".join([*text, str(tokenizer.decode(run)), "]]" if in_loss else ""])

@@ -1,4 +1,4 @@
-"""From a path to raw records: which files a source means; ``readers`` reads each."""
+"""Resolve the path of a source to files or a Hub data set; ``readers`` reads each file."""
 
 import glob
 import itertools
@@ -26,14 +26,14 @@ _LOG = logging.getLogger("dist_peft")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 _ABOUT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""What ``datasets`` writes next to data; no data."""
+"""Metadata files that ``datasets`` writes next to the data."""
 
 _READABLE = f"{', '.join(ENDINGS)}; text formats also as {' and '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record is: ``file`` as the user wrote it, ``number`` counted from 1."""
+    """Position of a record: ``file`` as the user wrote it, ``number`` counted from 1."""
 
     file: str
     number: int
@@ -43,21 +43,21 @@ class Place:
 
 
 class Opened(Protocol):
-    """Where the records of a source come from, found but not read."""
+    """The resolved files or data set of a source, not read yet."""
 
     def fingerprint(self) -> list[list[str | int]]:
-        """Absolute path, size and time of change of each file; what a token cache goes by.
+        """Return absolute path, size and modification time of each file, for the cache key.
 
         A file replaced by another of the same size and the same time is not noticed.
         """
 
     def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
-        """Each file: its name for messages, and its records."""
+        """Yield, for each file, its name for messages and its records."""
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files of known endings, sorted."""
+    """Local files with known extensions, sorted."""
 
     files: tuple[Path, ...]
 
@@ -71,7 +71,7 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class HubData:
-    """A split of a hub data set, in the cache of ``datasets``."""
+    """A split of a Hub data set, in the cache of ``datasets``."""
 
     name: str
     data: "datasets.Dataset"
@@ -80,30 +80,30 @@ class HubData:
         return _fingerprint(tuple(Path(file["filename"]) for file in self.data.cache_files))
 
     def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
-        # as plain values: an image or a sound is not decoded
+        # as plain values: images and audio are not decoded
         batches = self.data.with_format("arrow").iter(batch_size=1024)
         yield self.name, (record for batch in batches for record in plain_records(batch))
 
 
 def open_source(source: DataSource, key: str) -> Opened:
-    """Find what ``source.path`` means: a file, a directory, a glob pattern or a hub data set.
+    """Resolve ``source.path``: a file, a directory, a glob pattern or a Hub data set.
 
     Args:
-        source: of its ``path`` the first that fits: a file; a directory that ``save_to_disk`` of
+        source: its ``path`` is the first that matches: a file; a directory that ``save_to_disk`` of
             ``datasets`` wrote (of several splits ``source.split``), any other directory (its own
             files, not those of subdirectories); a pattern (``**`` crosses directories);
-            ``org/name`` or ``org/name:config`` of the hub, unless ``org`` is a directory here.
+            ``org/name`` or ``org/name:config`` of the Hub, unless ``org`` is a local directory.
         key: configuration key for messages, such as ``data.train[0]``.
 
     Raises:
-        UserError: nothing there (told without asking the network, unless it can be a hub id),
-            nothing of a known ending, or the hub data set cannot be loaded.
+        UserError: the path does not exist (raised without network access, unless it can be a Hub
+            id), no file has a known extension, or the Hub data set cannot be loaded.
     """
     try:
         return _open(source, key)
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
         reason = str(getattr(error, "strerror", None) or error).lower()
-        raise UserError(f"{key}: path {source.path:.200} cannot be looked at: {reason}") from None
+        raise UserError(f"{key}: path {source.path:.200} cannot be accessed: {reason}") from None
 
 
 def _open(source: DataSource, key: str) -> Opened:
@@ -122,7 +122,7 @@ def _open(source: DataSource, key: str) -> Opened:
         place = place / source.split
     elif source.split != "train":
         _LOG.warning(
-            "%s.split has no effect: %s is local, not a hub data set", key, path, extra=ONCE
+            "%s.split has no effect: %s is local, not a Hub data set", key, path, extra=ONCE
         )
     saved = _saved_files(place, key)
     return LocalFiles(_locate(path, place, key) if saved is None else saved)
@@ -144,7 +144,7 @@ def _locate(path: str, place: Path, key: str) -> tuple[Path, ...]:
         return _readable([f for f in found if f.is_file()], f"{key}: pattern {path}")
     raise UserError(
         f"{key}: file {path} does not exist (looked in {Path.cwd()}); "
-        "give a file, a directory, a glob pattern, or a hub data set as org/name"
+        "give a file, a directory, a glob pattern, or a Hub data set as org/name"
     )
 
 
@@ -160,11 +160,11 @@ def _readable(files: list[Path], what: str) -> tuple[Path, ...]:
     return tuple(known)
 
 
-# -- what datasets' save_to_disk wrote -------------------------------------------------------------
+# -- directories written by datasets' save_to_disk -------------------------------------------------
 
 
 def _saved_splits(directory: Path, key: str) -> list[str] | None:
-    """The splits of a ``DatasetDict`` that was saved into ``directory``; None: there is none."""
+    """Return the splits of a ``DatasetDict`` saved in ``directory``; None if there is none."""
     file = directory / "dataset_dict.json"
     if not file.is_file():
         return None
@@ -172,7 +172,7 @@ def _saved_splits(directory: Path, key: str) -> list[str] | None:
 
 
 def _saved_files(directory: Path, key: str) -> tuple[Path, ...] | None:
-    """The Arrow files, in order, of a ``Dataset`` that was saved into ``directory``."""
+    """Return the Arrow files, in order, of a ``Dataset`` saved in ``directory``; None if none."""
     file = directory / "state.json"
     if not file.is_file():
         return None
@@ -203,30 +203,34 @@ def _read_json(file: Path, key: str) -> dict[str, Any]:
 
 
 def _bare_names(names: Any, file: Path, key: str) -> list[str]:
-    """Names of entries of ``file``'s own directory: a stranger's file must not lead out of it."""
+    """Return ``names`` if all are plain file names: an untrusted ``file`` must not use paths.
+
+    Raises:
+        UserError: they are missing, or one is a path.
+    """
     named = isinstance(names, list) and bool(names)
     if not named or not all(isinstance(n, str) and Path(n).name == n for n in names):
         raise UserError(
-            f"{key}: {file} does not name the files of its own directory; it is damaged, or not "
-            "what datasets writes"
+            f"{key}: {file} does not name the files of its own directory; it is damaged, or was "
+            "not written by datasets"
         )
     return list(names)
 
 
-# -- the hub ---------------------------------------------------------------------------------------
+# -- the Hub ---------------------------------------------------------------------------------------
 
 
 def _open_hub(source: DataSource, name: str, config: str | None, key: str) -> HubData:
-    import datasets  # here: its import takes a second, and most runs need none of it
+    import datasets  # here: its import takes a second, and most runs do not need it
 
     try:
         data = datasets.load_dataset(name, config, split=source.split)
-    # the library has no common class; these are: no network, not found, unknown split or config
+    # datasets has no common error class; these mean: no network, not found, unknown split or config
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"{key}: {source.path} is no local file, and as a hub data set (split "
-            f"{source.split}) it could not be loaded: {reason}. Check the path, the name or the "
+            f"{key}: {source.path} is not a local file, and as a Hub data set (split "
+            f"{source.split}) it cannot be loaded: {reason}. Check the path, the name or the "
             "network; a configuration of a data set is written org/name:config"
         ) from None
     return HubData(source.path, data)
@@ -238,7 +242,7 @@ def _fingerprint(files: tuple[Path, ...]) -> list[list[str | int]]:
 
 
 def read_records(opened: Opened, limit: int | None) -> Iterator[tuple[Place, Record]]:
-    """Every record in file order, at most ``limit`` of them.
+    """Yield every record in file order with its place, at most ``limit`` of them.
 
     Raises:
         UserError: unreadable file, naming it and the line or record.

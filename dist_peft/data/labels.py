@@ -1,13 +1,12 @@
-"""Which classes a classifier tells apart: the labels of the training sources, one task each.
+"""Classes of a classifier: the labels of the training sources, one task each.
 
-One matrix of logits serves all tasks; each has its range of class ids, in the order of the
-sources::
+One logit matrix serves all tasks; each has its range of class ids, in the order of the sources::
 
     data.train[0]  rte    labels [entailment, not_entailment]   ids 0 1
     data.train[1]  mrpc   labels ["0", "1"]                     ids     2 3
 
-A row belongs to one task, and its softmax runs over that task's range alone. Held-out sources
-belong to the training task of their name; with a single training task all of them do.
+A sequence belongs to one task, and its softmax runs over that task's range alone. Held-out sources
+belong to the training task of the same name; with a single training task all of them do.
 """
 
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ __all__ = ["ClassTask", "class_names", "class_tasks", "task_of"]
 
 @dataclass(frozen=True)
 class ClassTask:
-    """One task.
+    """One classification task.
 
     Attributes:
-        name: of the training source.
+        name: name of the training source.
         labels: values of the label column, in the order of their ids.
-        start: the first of its class ids.
+        start: its first class id.
     """
 
     name: str
@@ -37,19 +36,19 @@ class ClassTask:
 
     @property
     def stop(self) -> int:
-        """After the last of its class ids."""
+        """One after its last class id."""
         return self.start + len(self.labels)
 
     def target(self, label: int) -> torch.Tensor:
-        """Class id and range of a row: LongTensor [3]. ``label``: its place in ``labels``."""
+        """Return class id and range as LongTensor [3]; ``label`` is an index into ``labels``."""
         return torch.tensor([self.start + label, self.start, self.stop])
 
 
 def class_tasks(config: DataConfig) -> list[ClassTask]:
-    """The tasks of the training sources, in their order; none without classification.
+    """Return the tasks of the training sources, in their order; none without classification.
 
     Raises:
-        UserError: two of them have one name.
+        UserError: two of them have the same name.
     """
     tasks: list[ClassTask] = []
     for number, source in enumerate(config.train):
@@ -57,7 +56,7 @@ def class_tasks(config: DataConfig) -> list[ClassTask]:
             continue
         if source.task in [task.name for task in tasks]:
             raise UserError(
-                f"data.train[{number}]: a task {source.task} is there already; give each source a "
+                f"data.train[{number}]: task {source.task} is already defined; give each source a "
                 "name, or name the files of one task by a pattern in one path"
             )
         tasks.append(ClassTask(source.task, tuple(source.labels), tasks[-1].stop if tasks else 0))
@@ -65,20 +64,20 @@ def class_tasks(config: DataConfig) -> list[ClassTask]:
 
 
 def class_names(config: DataConfig) -> list[str]:
-    """Names of all classes, by id: the label, with several tasks ``task/label``."""
+    """Return the names of all classes, by id: the label, with several tasks ``task/label``."""
     tasks = class_tasks(config)
     prefixes = [f"{task.name}/" if len(tasks) > 1 else "" for task in tasks]
     return [p + label for p, task in zip(prefixes, tasks, strict=True) for label in task.labels]
 
 
 def task_of(source: DataSource, tasks: Sequence[ClassTask], key: str) -> ClassTask:
-    """The task that a training or held-out source belongs to.
+    """Return the task that a training or held-out source belongs to.
 
     Args:
         key: configuration key of the source, such as ``data.eval[0]``.
 
     Raises:
-        UserError: none of its name among several, or other labels.
+        UserError: no task of its name among several, or its labels differ from the task's.
     """
     named = [task for task in tasks if task.name == source.task]
     if not named and len(tasks) > 1:

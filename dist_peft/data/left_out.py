@@ -1,4 +1,4 @@
-"""Records that are left out of training, counted, with the first place of each reason."""
+"""Records excluded from training: counted by reason, with the first place of each."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ from dist_peft.data.files import Place
 __all__ = ["BLANK", "WEIGHT_COLUMNS", "LeftOut", "excluding_column", "is_zero_weight"]
 
 BLANK = "have an empty text or completion"
-"""Nothing but white space to train on: the end token alone would be."""
+"""Reason for a record with only white space to train on: only the end token would be a target."""
 
 WEIGHT_COLUMNS = ("weight", "sample_weight", "loss_weight", "train", "trainable", "loss_mask")
-"""Columns by which data sets say whether a record contributes to the loss."""
+"""Columns that data sets use to mark whether a record contributes to the loss."""
 
 _ZERO = ("0", "0.0", "false", "no")
 
 
 def is_zero_weight(value: Any) -> bool:
-    """Whether a value of a column of ``WEIGHT_COLUMNS`` says: do not train on this record."""
+    """Return whether a value of a column of ``WEIGHT_COLUMNS`` excludes the record."""
     if isinstance(value, str):
         return value.strip().lower() in _ZERO
     return isinstance(value, bool | int | float) and value == 0
 
 
 def excluding_column(record: dict[str, Any], taken: set[str]) -> str | None:
-    """The column by which ``record`` says that it does not contribute to the loss.
+    """Return the column that excludes ``record`` from the loss; None if there is none.
 
     Args:
-        taken: columns that mean something else here: roles read them, or they are ignored.
+        taken: columns with another meaning here: roles read them, or they are ignored.
     """
     for name in WEIGHT_COLUMNS:
         if name in record and name not in taken and is_zero_weight(record[name]):
@@ -36,11 +36,14 @@ def excluding_column(record: dict[str, Any], taken: set[str]) -> str | None:
 
 
 class LeftOut:
-    """Counts the records of a source, and those left out by reason.
+    """Count the records of a source, and the excluded ones by reason.
 
     Args:
         path: of the source.
         key: its configuration key, such as ``data.train[0]``.
+
+    Attributes:
+        records: number of all records.
     """
 
     def __init__(self, path: str, key: str) -> None:
@@ -50,13 +53,13 @@ class LeftOut:
         self._first: dict[str, Place] = {}
 
     def add(self, reason: str, place: Place) -> None:
-        """``reason`` completes "3 of 10 records ..."."""
+        """Count an excluded record; ``reason`` completes "3 of 10 records ..."."""
         self._counts[reason] = self._counts.get(reason, 0) + 1
         self._first.setdefault(reason, place)
 
     @property
     def notes(self) -> list[str]:
-        """What the user should hear once."""
+        """One-time warnings for the user."""
         return [
             f"left out {count} of {self.records} records, which {reason}; the first is "
             f"{self._first[reason]}"
@@ -64,7 +67,8 @@ class LeftOut:
         ]
 
     def refuse_if_all(self) -> None:
-        """
+        """Check that a record is left.
+
         Raises:
             UserError: no record is left, or there was none.
         """
@@ -80,5 +84,5 @@ class LeftOut:
         what = "" if len(parts) == 1 else f"of the {self.records} records of {self._path} "
         raise UserError(
             f"{self._key}: {what}{', '.join(parts)}: nothing is left to train on; check "
-            f"{self._key}.columns, or take the source out"
+            f"{self._key}.columns, or remove the source"
         )

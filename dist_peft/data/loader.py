@@ -1,15 +1,15 @@
-"""Which rows an optimizer step takes, and this rank's share of them as batches.
+"""Select the sequences of an optimizer step, and collate this rank's share of them into batches.
 
-The order of rows is a function of seed, epoch and their number only. Step ``s`` takes the places
-``[s*G, (s+1)*G)`` of the endless sequence "permutation of epoch 0, of epoch 1, ..." (G: rows a
-global batch), and rank ``r`` of ``W`` takes every ``W``-th of them::
+The order of sequences is a function of seed, epoch and their number only. Step ``s`` takes the
+positions ``[s*G, (s+1)*G)`` of the infinite order "permutation of epoch 0, of epoch 1, ..." (G:
+sequences per global batch), and rank ``r`` of ``W`` takes every ``W``-th of them::
 
-    places      0 1 2 3 4 5 | 6 7 8 ...          G = 6
+    positions   0 1 2 3 4 5 | 6 7 8 ...          G = 6
     W = 2       rank 0: 0 2 4   rank 1: 1 3 5
-    W = 4       rank 0: 0 4   1: 1 5   2: 2 -   3: 3 -      -: a filler row, no labels
+    W = 4       rank 0: 0 4   1: 1 5   2: 2 -   3: 3 -      -: a filler sequence, no labels
 
-So a step holds the same rows at any world size, any step can be made at once (resuming is an
-integer), and each rank knows the step's number of target tokens without asking the others.
+So a step holds the same sequences at any world size, any step can be built directly (resuming needs
+one integer), and each rank knows the step's number of target tokens without communication.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Batch:
         labels: long [B, S]; ``labels[b, t]`` is the token to predict at ``t``, already shifted, or
             -100 (other documents, prompts, padding).
         position_ids: long [B, S]; restart at 0 with each document and with the padding.
-        sample_ids: long [B]; the row's number in the row set, -1 for a filler row.
+        sample_ids: long [B]; index of the sequence in the data set, -1 for a filler sequence.
     """
 
     input_ids: torch.Tensor
@@ -46,7 +46,7 @@ class Batch:
 
 
 class Rows(Protocol):
-    """What a loader serves; see ``data.rows.RowSet`` for what the members mean."""
+    """A data set of indexed sequences that a loader reads; ``documents.RowSet`` is the main one."""
 
     @property
     def packed(self) -> bool: ...
@@ -68,17 +68,17 @@ class Rows(Protocol):
 
 
 class Loader:
-    """Serves the rows of one rank.
+    """Load the batches of one rank.
 
     Args:
         rows: the data set, the same on every rank.
-        global_batch: rows an optimizer step, over all ranks.
-        micro_batch: rows a rank computes at a time.
-        seed, shuffle: order of the rows; without shuffling, that of the row set.
-        rank, world_size: which share is served.
-        seq_len: width of packed rows; at least that of the row set.
-        pad_id: token of the padding; any valid one, it is never attended to or predicted.
-        order: which rows steps take; default: all in one pool.
+        global_batch: sequences per optimizer step, over all ranks.
+        micro_batch: sequences per forward pass of a rank.
+        seed, shuffle: order of the sequences; without shuffling, that of the data set.
+        rank, world_size: select the share to load.
+        seq_len: padded length of packed sequences; at least that of the data set.
+        pad_id: padding token; any valid one, it is never attended to or predicted.
+        order: sequences of each step; default: all in one pool.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Loader:
         if min(global_batch, micro_batch) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch {global_batch}/{micro_batch}, rank {rank} of {world_size}")
         if seq_len < rows.seq_len:
-            raise ValueError(f"seq_len {seq_len} is below that of the rows, {rows.seq_len}")
+            raise ValueError(f"seq_len {seq_len} is below that of the data set, {rows.seq_len}")
         self.rows = rows
         self._global_batch = global_batch
         self._micro_batch = micro_batch
@@ -109,19 +109,29 @@ class Loader:
         self._order = order or PoolOrder(len(rows), seed, shuffle)
 
     def check_steps(self, steps: int) -> None:
-        """See that the first ``steps`` steps have rows. See ``Order.check``."""
+        """Check that each of the first ``steps`` steps has sequences.
+
+        Raises:
+            UserError: one has none.
+        """
         self._order.check(steps)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every row has been served; the last may begin the next epoch."""
+        """Number of steps to load every sequence once; the last may start the next epoch."""
         return -(-len(self.rows) // self._global_batch)
 
     def step(self, index: int) -> tuple[list[Batch], int]:
-        """The micro-batches of this rank for optimizer step ``index`` (from 0), and the number of
-        target tokens of the whole step over all ranks and micro-batches.
+        """Return this rank's micro-batches of optimizer step ``index`` (from 0) and its targets.
 
-        Every rank gets the same number of micro-batches, of the same numbers of rows.
+        Every rank gets the same number of micro-batches, each of the same number of sequences.
+
+        Returns:
+            The micro-batches, and the number of target tokens of the whole step, over all ranks
+            and micro-batches.
+
+        Raises:
+            IndexError: a negative step.
         """
         if index < 0:
             raise IndexError(f"step {index}")
@@ -129,14 +139,14 @@ class Loader:
         return self._batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 
     def sequential(self) -> list[Batch]:
-        """This rank's share of all rows, once, in the order of the row set, for evaluation.
+        """Return this rank's share of all sequences, once and in order, for evaluation.
 
         Every rank gets the same number of batches.
         """
         return self._batches(range(len(self.rows)))
 
     def rows_of_step(self, index: int) -> list[int]:
-        """Numbers of the rows, over all ranks, of optimizer step ``index`` (from 0)."""
+        """Return the indices of the sequences, over all ranks, of optimizer step ``index``."""
         first = index * self._global_batch
         return self._order.rows(first, self._global_batch)
 
@@ -165,7 +175,7 @@ class Loader:
         return Batch(input_ids, labels, position_ids, torch.tensor(numbers))
 
     def _width(self, longest: int) -> int:
-        """Packed: always ``seq_len``. Else the longest row, rounded up."""
+        """Return the padded length: ``seq_len`` if packed, else ``longest`` rounded up."""
         if self.rows.packed:
             return self._seq_len
         rounded = -(-max(longest, 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE

@@ -1,7 +1,7 @@
-"""Marks: texts that occur nowhere else, to see where a template puts what.
+"""Marks: unique texts that show where a template writes each text of a conversation.
 
 A mark is a number in characters of Unicode's private use area, which no trimming, splitting or
-JSON encoding of a template touches.
+JSON encoding of a template changes.
 """
 
 import re
@@ -14,29 +14,29 @@ MARK = re.compile(f"{chr(_OPEN)}([{chr(_ZERO)}-{chr(_ZERO + 9)}]+){chr(_CLOSE)}"
 
 
 def mark(number: int) -> str:
-    """The mark ``number`` (>= 0)."""
+    """Return the mark of ``number`` (>= 0)."""
     digits = "".join(chr(_ZERO + int(digit)) for digit in str(number))
     return f"{chr(_OPEN)}{digits}{chr(_CLOSE)}"
 
 
 def mark_number(found: re.Match[str]) -> int:
-    """The number of a mark that ``MARK`` matched."""
+    """Return the number of a mark that ``MARK`` matched."""
     return int("".join(str(ord(digit) - _ZERO) for digit in found[1]))
 
 
 def position_after(text: str, number: int) -> int | None:
-    """Where the last occurrence of mark ``number`` in ``text`` ends; None if there is none."""
+    """Return the end of the last occurrence of mark ``number`` in ``text``; None if none."""
     found = text.rfind(mark(number))
     return None if found < 0 else found + len(mark(number))
 
 
 def shared_markers(first: str, second: str, tokens: re.Pattern[str]) -> int:
-    """Length of what both texts begin with, never ending inside a token of either.
+    """Return the length of the common prefix of two texts, never ending inside a token of either.
 
     ``<|end|>\\n<|user|>`` and ``<|end|>\\n<|endoftext|>`` share ``<|end|>\\n``, not ``<|``.
 
     Args:
-        tokens: matches the added tokens of the tokenizer.
+        tokens: pattern of the tokenizer's added tokens.
     """
     shared = 0
     for a, b in zip(first, second, strict=False):

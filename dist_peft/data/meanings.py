@@ -1,8 +1,8 @@
-"""Columns that no role reads: those that mean something are refused, others are named once.
+"""Columns that no role reads: those with a known meaning are refused, others are logged once.
 
-A ``label`` of KTO says that an answer is a bad one, ``rejected`` that a model should not give it,
-``images`` that the text speaks of what is not there. To leave them out without a word would train
-on something else than the records say.
+A ``label`` of KTO marks an answer as bad, ``rejected`` holds an answer that the model should not
+produce, ``images`` holds inputs that the text refers to. Dropping such columns silently would
+train on data other than the records describe.
 """
 
 import string
@@ -23,7 +23,7 @@ _GOOD = (True, 1, "1", "1.0", "true", "True", "yes")
 
 
 class UnusedColumns:
-    """Looks at the columns of each record that its format does not read.
+    """Check the columns of each record that its format does not read.
 
     Args:
         reads: columns that roles of the format read.
@@ -31,7 +31,7 @@ class UnusedColumns:
         key: configuration key of the source, such as ``data.train[0]``.
 
     Attributes:
-        taken: columns that roles of the format read, and those to leave out.
+        taken: columns that roles of the format read, and ignored ones.
     """
 
     def __init__(self, source: DataSource, reads: set[str], format_name: str, key: str) -> None:
@@ -46,14 +46,15 @@ class UnusedColumns:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should hear once."""
+        """One-time warnings for the user."""
         names = ", ".join(name for name in self._seen if name not in WEIGHT_COLUMNS)
         return [f"columns of {self._path} that are not used: {names}"] if names else []
 
     def check(self, record: Record, where: str) -> None:
-        """
+        """Check the unread columns of ``record`` and remember their names.
+
         Raises:
-            UserError: a column of ``record`` means something that would be lost.
+            UserError: the meaning of a column would be lost.
         """
         for name, value in record.items():
             if name in self.taken:
@@ -68,7 +69,7 @@ class UnusedColumns:
             self._seen.setdefault(name)
 
     def _warning(self, name: str) -> str:
-        """What happens if column ``name`` is ignored."""
+        """Return the consequence of ignoring column ``name``, as the end of a message."""
         if name in ("label", "kto_tag"):
             return " and train on all answers as good ones"
         if name in _PREFERENCE and self._format == "chat":
@@ -76,13 +77,13 @@ class UnusedColumns:
         return ""
 
     def _lost(self, name: str, value: Any, record: Record) -> str | None:
-        """What would be lost, and the fix; None: nothing."""
+        """Return the information that would be lost, and the fix; None if nothing is lost."""
         if name in _MEDIA:
             return "holds images, audio or video, and only text is trained on; remove such records"
         if name in WEIGHT_COLUMNS and value not in _GOOD:
             return (
                 f"is {value!r:.40}, but a record contributes to the loss as a whole or is left "
-                "out: the loss is a mean over tokens that all weigh the same; set it to 0 or 1"
+                "out: the loss is a mean over equally weighted tokens; set it to 0 or 1"
             )
         if self._format == "classification":
             return None
@@ -95,8 +96,8 @@ class UnusedColumns:
             return None
         if name in ("label", "kto_tag") and value in (False, 0, "0", "false", "False"):
             return (
-                f"is {value!r}: in preference data (KTO) that marks an answer the model should "
-                "not give; remove the records with a false label"
+                f"is {value!r}: in preference data (KTO) that marks an answer that the model "
+                "should not produce; remove the records with a false label"
             )
         if name in _PARTS and self._format != "chat":
             role = {"context": "input", "system_prompt": "system"}.get(name)

@@ -1,4 +1,4 @@
-"""Which messages of a conversation contribute to the loss, as the record itself says.
+"""Keys of a record's messages that set whether they contribute to the loss.
 
 ========================================= ===================================================
 key of a message                          where it is used
@@ -22,7 +22,7 @@ _TRUE = ("1", "true", "yes")
 
 
 def contributes(message: dict[str, Any], where: str) -> bool:
-    """Whether ``message`` is trained on: an assistant's message that no key excludes.
+    """Return whether ``message`` is trained on: an assistant message that no key excludes.
 
     Raises:
         UserError: a weight that is neither 0 nor 1, keys that contradict each other, or another
@@ -43,7 +43,7 @@ def contributes(message: dict[str, Any], where: str) -> bool:
 
 
 def excludes(message: dict[str, Any], where: str) -> bool:
-    """Whether a key takes ``message``, of any role, out of the loss on all text.
+    """Return whether a key excludes ``message``, of any role, from the loss on all text.
 
     Raises:
         UserError: a weight that is neither 0 nor 1, or keys that contradict each other.
@@ -55,7 +55,7 @@ def excludes(message: dict[str, Any], where: str) -> bool:
 
 
 def without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without these keys, which are not the template's."""
+    """Return the messages without the weight keys, which are not for the template."""
     return [{k: v for k, v in message.items() if k not in WEIGHT_KEYS} for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""One message of a conversation, in the forms that data sets have, becomes role and content."""
+"""Normalize one message of a conversation (OpenAI or ShareGPT form) to role and content."""
 
 from typing import Any
 
@@ -21,6 +21,14 @@ _SHAREGPT_ROLES = {
 
 
 def valid_unicode(text: str, what: str) -> str:
+    """Return ``text``.
+
+    Args:
+        what: names the text in the message.
+
+    Raises:
+        UserError: it cannot be encoded as UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -31,7 +39,11 @@ def valid_unicode(text: str, what: str) -> str:
 
 
 def normalized_message(message: Any, where: str) -> dict[str, Any]:
-    """OpenAI or ShareGPT form -> role, content and what else the message has that is not null."""
+    """Return ``message``, of OpenAI or ShareGPT form, as role, content and its other non-null keys.
+
+    Raises:
+        UserError: no object, no role, or content that is not text; ``where`` names the message.
+    """
     if not isinstance(message, dict):
         raise UserError(f"{where} is {type(message).__name__}, not an object")
     given = {name: value for name, value in message.items() if value is not None}
@@ -57,7 +69,7 @@ def normalized_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _joined_parts(parts: list[Any], where: str) -> str:
-    """The text of content parts, joined as templates for parts join it: with nothing between."""
+    """Join the texts of content parts without a separator, as templates for parts do."""
     texts = []
     for number, part in enumerate(parts, start=1):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__

@@ -1,7 +1,7 @@
-"""The rows of several data sets, kept apart: each belongs to one of them.
+"""Concatenation of several data sets, in which each sequence belongs to one of them.
 
-Records of different sets never share a packed row, so that every row has a task: training can draw
-tasks (``data.order``), and evaluation tells their losses apart.
+Records of different sets never share a packed sequence, so every sequence has a task: training can
+sample tasks (``data.order``), and evaluation reports their losses separately.
 """
 
 import hashlib
@@ -17,11 +17,12 @@ __all__ = ["Mixture"]
 
 
 class Mixture:
-    """Row sets one after the other; row numbers run through all of them.
+    """Concatenated data sets with consecutive indices.
 
     Attributes:
-        names: of the row sets.
-        starts: int64 [sets + 1]; rows ``[starts[i], starts[i + 1])`` are those of set ``i``.
+        names: names of the sets.
+        starts: int64 [sets + 1]; sequences ``[starts[i], starts[i + 1])`` are those of set ``i``.
+        fingerprint: sha256 of the sets' fingerprints.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class Mixture:
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each set."""
+        """Number of sequences of each set."""
         return [len(part) for part in self._parts]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def source(self, index: int) -> int:
-        """The set that row ``index`` belongs to."""
+        """Return the index of the set that sequence ``index`` belongs to."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def num_targets(self, index: int) -> int:
@@ -70,6 +71,6 @@ class Mixture:
         return self._parts[part].num_targets(index - int(self.starts[part]))
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See ``row`` of the sets."""
+        """Return the three tensors of sequence ``index``, in the form of its set."""
         part = self.source(index)
         return self._parts[part].row(index - int(self.starts[part]))

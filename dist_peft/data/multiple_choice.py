@@ -1,13 +1,13 @@
-"""Multiple-choice questions as rows, one for each answer: what scoring by likelihood reads.
+"""Multiple-choice questions as sequences, one for each choice, to be scored by likelihood.
 
-A question is ``{"prompt": text, "choices": [text, ...], "answer": index}``; its answers become
-consecutive rows ``prompt + choice`` in which only the choice's tokens count::
+A question is ``{"prompt": text, "choices": [text, ...], "answer": index}``; its choices become
+consecutive sequences ``prompt + choice`` in which only the choice's tokens are targets::
 
-    row 0   <s> Where do fish live ? Answer: in the sea      labels: - - - - - - - in the sea
-    row 1   <s> Where do fish live ? Answer: in trees        labels: - - - - - - - in trees
+    seq 0   <s> Where do fish live ? Answer: in the sea      labels: - - - - - - - in the sea
+    seq 1   <s> Where do fish live ? Answer: in trees        labels: - - - - - - - in trees
 
-The prompt takes the special tokens that the tokenizer puts before a text; the choice follows with
-none of its own and no end-of-text token, as in the common evaluation harnesses.
+The prompt has the special tokens that the tokenizer puts before a text; the choice is appended
+without special tokens and without an end-of-text token, as in common evaluation harnesses.
 """
 
 import json
@@ -27,12 +27,12 @@ __all__ = ["ChoiceRows", "Question", "read_questions"]
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """One multiple-choice question.
 
     Attributes:
-        prompt: what stands before every choice.
-        choices: at least two; begin with the space that separates them from the prompt.
-        answer: index of the right one.
+        prompt: text before every choice.
+        choices: at least two; start with the space that separates them from the prompt.
+        answer: index of the correct choice.
     """
 
     prompt: str
@@ -41,10 +41,10 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSON Lines file.
+    """Read the questions of a JSON Lines file.
 
     Raises:
-        UserError: unreadable or empty file, or a line that is no question.
+        UserError: unreadable or empty file, or a line that is not a question.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -64,39 +64,39 @@ def _question(line: str, place: str) -> Question:
         record: Any = json.loads(line)
         prompt, choices, answer = (record[key] for key in ("prompt", "choices", "answer"))
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{place}: no question of the form {form}") from None
+        raise UserError(f"{place}: not a question of the form {form}") from None
     texts = isinstance(choices, list) and len(choices) > 1
     texts = texts and all(isinstance(text, str) and text for text in [prompt, *choices])
     if not texts or type(answer) is not int or not 0 <= answer < len(choices):
-        raise UserError(f"{place}: no question of the form {form}")
+        raise UserError(f"{place}: not a question of the form {form}")
     return Question(prompt, tuple(choices), answer)
 
 
 class ChoiceRows:
-    """The answers of all questions as rows of a ``data.loader.Loader``.
+    """The choices of all questions as sequences of a ``data.loader.Loader``.
 
     Attributes:
-        packed: never.
-        seq_len: the most tokens a row may have.
-        longest: tokens of the longest row.
-        largest_token: of all rows.
+        packed: always False.
+        seq_len: maximum number of tokens of a sequence.
+        longest: tokens of the longest sequence.
+        largest_token: largest token id.
     """
 
     packed = False
 
     def __init__(self, questions: Sequence[Question], tokenizer: Tokenizer, seq_len: int) -> None:
-        """Tokenize.
+        """Tokenize all choices.
 
         Raises:
-            UserError: a row is longer than ``seq_len``, or a choice has no token.
+            UserError: a sequence is longer than ``seq_len``, or a choice has no token.
         """
         self.seq_len = seq_len
-        self._rows: list[tuple[list[int], int]] = []  # tokens, and how many belong to the prompt
+        self._rows: list[tuple[list[int], int]] = []  # tokens, number of prompt tokens
         for number, question in enumerate(questions):
             prompt: list[int] = tokenizer(question.prompt)["input_ids"]
             end = tokenizer.eos_token_id
             if prompt and prompt[-1] == end and len(prompt) > 1:
-                prompt = prompt[:-1]  # some tokenizers close every text
+                prompt = prompt[:-1]  # some tokenizers append eos to every text
             for choice in question.choices:
                 tokens = tokenizer(choice, add_special_tokens=False)["input_ids"]
                 if not prompt or not tokens:
@@ -114,12 +114,12 @@ class ChoiceRows:
         return len(self._rows)
 
     def num_targets(self, index: int) -> int:
-        """Tokens of the choice."""
+        """Return the number of tokens of the choice."""
         tokens, prompt = self._rows[index]
         return len(tokens) - prompt
 
     def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """tokens, labels, positions: LongTensors [T]; see ``RowSet.row``."""
+        """Return tokens, labels (-100: no target) and positions: LongTensors [T]."""
         tokens, prompt = self._rows[index]
         labels = [IGNORE] * (prompt - 1) + tokens[prompt:] + [IGNORE]
         return torch.tensor(tokens), torch.tensor(labels), torch.arange(len(tokens))

@@ -1,24 +1,26 @@
-"""Which row each place of a run takes: one shuffled pool, or several data sets mixed.
+"""The order of sequences of a run: one shuffled pool, or a mixture of several data sets.
 
-A *place* is a row of the endless sequence of a run; step ``s`` takes the places ``[s*G, (s+1)*G)``
-(``data.loader``). Without mixing, all rows form one pool, shuffled anew in each epoch. With mixing,
-each place draws its source, and each source serves its own rows, epoch after epoch::
+A *position* is an index into the infinite order of a run; step ``s`` takes the positions
+``[s*G, (s+1)*G)`` (``data.loader``). Without mixing, all sequences form one pool, reshuffled in
+each epoch. With mixing, the source of each position is sampled, and each source yields its
+sequences, epoch after epoch::
 
-    place      0 1 2 3 | 4 5 6 7 | ...       G = 4
-    source     a a b a | b a a b |           drawn from the shares that hold at the step
-    row        0 1 0 2 | 1 3 4 2 |           the source's next one
+    position   0 1 2 3 | 4 5 6 7 | ...       G = 4
+    source     a a b a | b a a b |           sampled from the shares at that step
+    sequence   0 1 0 2 | 1 3 4 2 |           the source's next one
 
-Shares of the sources that are in play at a step, normalized (``data.mixing``)::
+Shares of the active sources of a step, normalized (``data.mixing``)::
 
     weights    p_i ~ weight_i
-    sizes      p_i ~ rows_i ** (1 / temperature)    temperature 1: by size; large: equal
+    sizes      p_i ~ size_i ** (1 / temperature)    temperature 1: by size; large: equal
                (temperature-scaled mixing, Raffel et al. 2020, section 3.5.2)
 
-A source is in play at the steps ``[from_step, to_step)``: a curriculum.
+A source is active at the steps ``[from_step, to_step)``: a curriculum.
 
-Draws are a function of seed and place, so a step holds the same rows at any world size, and any
-step can be made: how many rows a source has served before a block of places is counted once, block
-by block. Shares are of rows; packed rows all have about ``seq_len`` tokens.
+Samples are a function of seed and position, so a step holds the same sequences at any world size,
+and any step can be built directly: the number of sequences a source has yielded before a block of
+positions is counted once, block by block. Shares are of sequences; packed ones all have about
+``seq_len`` tokens.
 """
 
 from collections.abc import Sequence
@@ -34,22 +36,22 @@ from dist_peft.core.errors import UserError
 __all__ = ["MixedOrder", "Order", "PoolOrder", "Share", "shares_of"]
 
 _BLOCK = 2**14
-"""Places whose sources are drawn at a time."""
+"""Number of positions whose sources are sampled at a time."""
 
 _DRAWS = 2**63
-"""Added to the number of a block: draws share no random numbers with permutations."""
+"""Offset of block numbers in the random key: mixing and permutations share no random numbers."""
 
 Ints = NDArray[np.int64]
 
 
 class Order(Protocol):
-    """Which rows the places of a run take."""
+    """The order in which a run takes sequences."""
 
     def rows(self, first: int, count: int) -> list[int]:
-        """Row numbers of the places ``[first, first + count)``."""
+        """Return the sequence indices of the positions ``[first, first + count)``."""
 
     def check(self, steps: int) -> None:
-        """See that each of the first ``steps`` steps has rows.
+        """Check that each of the first ``steps`` steps has sequences.
 
         Raises:
             UserError: one has none.
@@ -57,7 +59,7 @@ class Order(Protocol):
 
 
 class PoolOrder:
-    """All rows, shuffled anew in each epoch."""
+    """All sequences in one pool, reshuffled in each epoch."""
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
         self._pool = _Epochs(size, seed, 0, shuffle)
@@ -66,7 +68,7 @@ class PoolOrder:
         return [self._pool.row(place) for place in range(first, first + count)]
 
     def check(self, steps: int) -> None:
-        """A pool has rows for every step."""
+        """Accept any number of steps: a pool has sequences for every step."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Share:
     """One source of a mixture.
 
     Attributes:
-        start, size: its row numbers are ``[start, start + size)``.
-        weight: share of the rows while it is in play, up to normalization.
-        from_step, to_step: in play at the steps ``[from_step, to_step)``; None: to the end.
+        start, size: its sequence indices are ``[start, start + size)``.
+        weight: unnormalized share of the sequences while it is active.
+        from_step, to_step: active at the steps ``[from_step, to_step)``; None: to the end.
     """
 
     start: int
@@ -86,18 +88,19 @@ class Share:
     to_step: int | None = None
 
     def weight_at(self, step: int) -> float:
-        """0 where it is not in play."""
+        """Return the weight at ``step``; 0 where the source is not active."""
         begun = step >= self.from_step
         return self.weight if begun and (self.to_step is None or step < self.to_step) else 0.0
 
 
 class MixedOrder:
-    """Draws the source of each place. See the module.
+    """Sample the source of each position by weight; each source yields its own sequences in turn.
 
     Args:
         shares: at least one.
-        global_batch: places a step.
-        seed, shuffle: of the draws, and of the order inside each source.
+        global_batch: positions per step.
+        seed: of the sampling, and of the order within each source.
+        shuffle: whether each source is shuffled.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class MixedOrder:
         self._phases = np.array(sorted({0, *ends}), dtype=np.int64)
         weights = [[s.weight_at(int(step)) for s in shares] for step in self._phases]
         self._cumulated = np.cumsum(np.array(weights, dtype=np.float64), axis=1)
-        self._served = [np.zeros(len(shares), dtype=np.int64)]  # before each block
+        self._served = [np.zeros(len(shares), dtype=np.int64)]  # sampled before each block
 
     def rows(self, first: int, count: int) -> list[int]:
         found: list[int] = []
@@ -125,12 +128,12 @@ class MixedOrder:
         for number, begin in enumerate(self._phases.tolist()):
             if begin < steps and self._cumulated[number, -1] == 0:
                 raise UserError(
-                    f"no source of data.train is in play at step {begin}; set from_step and "
+                    f"no source of data.train is active at step {begin}; set from_step and "
                     "to_step so that one is at every step"
                 )
 
     def _block(self, block: int) -> tuple[Ints, Ints]:
-        """The source of each place of a block, and how often it has served before."""
+        """Return the source of each position of a block, and how often it was sampled before."""
         while len(self._served) <= block:
             drawn = self._draw(len(self._served) - 1)
             more = np.bincount(drawn, minlength=len(self._shares))
@@ -143,7 +146,7 @@ class MixedOrder:
         return sources, turns
 
     def _draw(self, block: int) -> Ints:
-        """int64 [_BLOCK]: a source for each place."""
+        """Return a sampled source for each position of a block: int64 [_BLOCK]."""
         places = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
         phase = np.searchsorted(self._phases, places // self._global_batch, side="right") - 1
         cumulated = self._cumulated[phase]
@@ -151,15 +154,16 @@ class MixedOrder:
         uniform = (np.random.Philox(key=key).random_raw(_BLOCK) >> np.uint64(11)) * 2.0**-53
         total = cumulated[:, -1]
         drawn = np.minimum(uniform * total, np.nextafter(total, 0))  # the product may round up
-        # the first source whose cumulated weight is beyond; one that is not in play adds nothing
+        # the first source whose cumulative weight exceeds the sample; inactive ones add nothing
         return (cumulated <= drawn[:, None]).sum(axis=1).clip(max=len(self._shares) - 1)
 
 
 def shares_of(config: DataConfig, sizes: Sequence[int]) -> list[Share]:
-    """Shares of ``config.train``, whose sources have ``sizes`` rows, one after the other.
+    """Return the shares of the sources of ``config.train``, whose sequences are concatenated.
 
     Args:
         config: ``mixing`` is weights or sizes.
+        sizes: number of sequences of each source.
     """
     shares, start, largest = [], 0, max(sizes)
     for source, size in zip(config.train, sizes, strict=True):
@@ -171,7 +175,7 @@ def shares_of(config: DataConfig, sizes: Sequence[int]) -> list[Share]:
 
 
 class _Epochs:
-    """Rows ``[0, size)`` again and again, in another order each time."""
+    """Indices ``[0, size)`` repeated for each epoch, in a different order each time."""
 
     def __init__(self, size: int, seed: int, stream: int, shuffle: bool) -> None:
         self._size, self._seed, self._stream, self._shuffle = size, seed, stream, shuffle
@@ -186,10 +190,10 @@ class _Epochs:
         return int(self._known[epoch][place])
 
     def _order(self, epoch: int) -> Ints:
-        """The permutation of an epoch: rows sorted by random 64-bit numbers.
+        """Return the permutation of an epoch: indices sorted by random 64-bit numbers.
 
-        Raw Philox output is the one random stream that numpy promises never to change (NEP 19), so
-        a run resumed under another version goes on with the same order.
+        Raw Philox output is the one random stream that numpy guarantees to keep (NEP 19), so a run
+        resumed under another version keeps the same order.
         """
         if not self._shuffle:
             return np.arange(self._size)

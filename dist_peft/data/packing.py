@@ -1,15 +1,15 @@
-"""Which documents share a row, and what a row holds. Pure integers.
+"""Pack documents into sequences, by their lengths, and build a sequence's tensors.
 
-A row of ``capacity`` tokens takes several documents; each keeps its own positions, so that
-attention, bounded by the restarts, never crosses from one to another::
+A sequence of ``capacity`` tokens holds several documents; each keeps its own positions, so that
+attention, bounded by the restarts, never crosses document boundaries::
 
     tokens     a0 a1 a2 a3 | b0 b1 b2 | c0 c1 | pad pad
     labels     a1 a2 a3  - | b1 b2  - | c1  - |  -   -       -: -100, nothing to predict
     positions   0  1  2  3 |  0  1  2 |  0  1 |  0   1
 
-Best-fit decreasing (Johnson et al. 1974; for token windows Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling"): documents by falling length, each into the fullest window that still
-takes it. At most 11/9 of the best number of windows, plus one; no document is cut.
+Best-fit decreasing (Johnson et al. 1974; for token sequences Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling"): documents by decreasing length, each into the fullest sequence that
+still fits it. At most 11/9 of the optimal number of sequences, plus one; no document is cut.
 """
 
 from bisect import bisect_left, insort
@@ -20,29 +20,33 @@ from numpy.typing import NDArray
 
 __all__ = ["IGNORE", "join_documents", "pack"]
 
-# the label of a position that predicts nothing, as torch's cross_entropy has it
+# label of a position without a target: the default ignore_index of torch's cross_entropy
 IGNORE = -100
 
 Ints = NDArray[np.int64]
 
 
 def pack(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
-    """Distribute documents over windows.
+    """Distribute documents over sequences, in O(n log n) time.
+
+    The time is a sort, then a search among at most ``capacity`` different gaps per document.
 
     Args:
         lengths: tokens of each document, each in ``1..capacity``.
-        capacity: tokens of a window.
+        capacity: tokens of a sequence.
 
     Returns:
-        For each window the numbers of its documents, rising; windows by their first document, so
-        that unshuffled rows stay near file order. The same for the same lengths, always.
-        Time O(n log n): a sort, then a search among at most ``capacity`` different gaps.
+        For each sequence the indices of its documents, ascending; sequences by their first
+        document, so that unshuffled ones stay near file order. Deterministic.
+
+    Raises:
+        ValueError: a length is out of range.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
-        raise ValueError(f"lengths {sizes.min()}..{sizes.max()} do not fit windows of {capacity}")
+        raise ValueError(f"lengths {sizes.min()}..{sizes.max()} do not fit sequences of {capacity}")
     windows: list[list[int]] = []
-    gaps: list[int] = []  # the different gaps that some window has, rising
+    gaps: list[int] = []  # the distinct gaps of all windows, ascending
     with_gap: dict[int, list[int]] = {}  # gap -> windows
     for document in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[document])
@@ -67,14 +71,14 @@ def pack(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
 def join_documents(
     documents: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
 ) -> tuple[Ints, Ints, Ints]:
-    """Tokens, labels and positions of a row, not padded.
+    """Concatenate documents to the tokens, labels and positions of a sequence, not padded.
 
     Args:
-        documents: (tokens, mask) of each; mask 1 where a token counts for the loss.
+        documents: (tokens, mask) of each; mask 1 where a token contributes to the loss.
 
     Returns:
         tokens, labels, positions, each int64 [sum of lengths]. ``labels[t]`` is the token after
-        ``t`` if it is of the same document and counts, else -100.
+        ``t`` if it is of the same document and contributes to the loss, else -100.
     """
     tokens = np.concatenate([t for t, _ in documents]).astype(np.int64)
     labels = np.full(len(tokens), IGNORE, dtype=np.int64)

@@ -1,10 +1,10 @@
-"""Labelled texts and pairs of texts become tokens, as the tokenizer builds its model's input::
+"""Tokenize labelled texts and text pairs with the special tokens of the model's tokenizer::
 
     BERT      [CLS] a a a [SEP] b b [SEP]      types 0 0 0 0 0 1 1 1
     RoBERTa   <s> a a a </s> </s> b b </s>
-    Llama     <s> a a a <s> b b                what its post-processor says
+    Llama     <s> a a a <s> b b                set by its post-processor
 
-A token's *type* tells the two texts apart, for models that have an embedding of it.
+The *token type* distinguishes the two texts, for models with a token type embedding.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ Document = tuple[NDArray[np.int32], NDArray[np.uint8]]
 
 
 class PairEncoder:
-    """Tokenizes labelled examples.
+    """Tokenize labelled examples.
 
     Args:
         tokenizer: of the base.
-        window: cut to so many tokens, from the longer of two texts, as ``transformers`` does by
-            ``longest_first``; None: do not cut.
+        window: truncate to this many tokens, from the longer of two texts (``longest_first`` of
+            ``transformers``); None: do not truncate.
 
     Attributes:
-        notes: what the user should hear once.
-        default_template: none; see ``tokens.Encoder``.
+        notes: one-time warnings for the user.
+        default_template: always None, as no chat template is used.
     """
 
     default_template = None
@@ -54,7 +54,7 @@ class PairEncoder:
         return [f"cut {self._cut} of {self._seen} records to data.seq_len {self._window} tokens"]
 
     def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
-        """Tokens int32 [T] and types uint8 [T] of each example.
+        """Return tokens int32 [T] and token types uint8 [T] of each example.
 
         Raises:
             UserError: an example without a token.
@@ -63,9 +63,9 @@ class PairEncoder:
         for example, place in zip(examples, places, strict=True):
             assert isinstance(example, Labelled)
             ids, types = self._tokenize(example)
-            # special tokens alone are none to learn from
+            # a text of special tokens alone is empty
             if not ids or not f"{example.text}{example.text_pair or ''}".strip():
-                raise UserError(f"{place} has no token: its text is empty; remove or mend it")
+                raise UserError(f"{place} has no token: its text is empty; remove or fix it")
             documents.append((np.asarray(ids, np.int32), np.asarray(types, np.uint8)))
         return documents
 

@@ -1,12 +1,12 @@
-"""From a file to raw records: one reader for each ending, compressed or not.
+"""Read raw records from files: one reader for each file extension, compressed or not.
 
 Text formats are read with the standard library rather than through Arrow, because type inference
 changes data: the string ``"2020-01-01"`` becomes a timestamp, the CSV field ``002`` becomes 2,
-``NA`` becomes null, and keys that a record lacks appear with null. Here every JSON value keeps its
-type, every CSV field is text, and an error can name the record. Parquet and Arrow files, which
-carry their types, are read with ``pyarrow``, as plain values: nothing in them (an image, a sound)
-is decoded, and keys that a nested record lacks do not appear. Their batches are validated in full,
-so that altered bytes cannot be read past an array.
+``NA`` becomes null, and missing keys appear with null. Here every JSON value keeps its type, every
+CSV field is text, and an error can name the record. Parquet and Arrow files, which have typed
+columns, are read with ``pyarrow``, as plain values: images and audio are not decoded, and keys
+missing in a nested record do not appear. Their batches are fully validated, so that altered bytes
+cannot cause reads beyond an array.
 """
 
 import csv
@@ -26,18 +26,18 @@ __all__ = ["COMPRESSIONS", "ENDINGS", "Record", "data_ending", "read_file"]
 Record = dict[str, Any]
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""Ending of a compressed text file -> its name in ``pyarrow``."""
+"""Extension of a compressed text file -> name of the codec in ``pyarrow``."""
 
 _NOT_JSON = (ValueError, RecursionError)
-"""What ``json`` raises: for bad text, for numbers of thousands of digits, for too deep nesting."""
+"""Exceptions of ``json``: invalid text, numbers of thousands of digits, too deep nesting."""
 
-_BATCH = 1024  # records of an Arrow or Parquet file that are in memory at a time
+_BATCH = 1024  # records of an Arrow or Parquet file held in memory at a time
 
 
 def data_ending(file: Path) -> str | None:
-    """The ending that says how ``file`` is read, such as ``.jsonl`` or ``.jsonl.gz``; None: none.
+    """Return the extension that selects a reader, such as ``.jsonl`` or ``.jsonl.gz``; else None.
 
-    Parquet and Arrow files compress their own columns, so that ``.parquet.gz`` is none.
+    Parquet and Arrow files compress their own columns, so ``.parquet.gz`` has no reader.
     """
     endings = [ending.lower() for ending in file.suffixes[-2:]]
     if endings and endings[-1] in COMPRESSIONS:
@@ -47,7 +47,7 @@ def data_ending(file: Path) -> str | None:
 
 
 def read_file(file: Path) -> Iterator[Record]:
-    """The records of a file with a ``data_ending``, one by one.
+    """Yield the records of a file that has a ``data_ending``.
 
     Raises:
         UserError: the file cannot be read, naming it and the line or record.
@@ -67,9 +67,10 @@ def read_file(file: Path) -> Iterator[Record]:
         raise UserError(f"file {file} is not a valid {kind[1:]} table: {error}") from None
     except OSError as error:
         if error.strerror is None and compression:
-            # what the decompressor found has no number of the operating system
+            # an error of the decompressor has no errno
             raise UserError(
-                f"file {file} is no whole {compression} file: {error}; get or write it again"
+                f"file {file} is not a complete {compression} file: {error}; download or write it "
+                "again"
             ) from None
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"file {file} cannot be read: {reason}") from None
@@ -77,7 +78,7 @@ def read_file(file: Path) -> Iterator[Record]:
 
 @contextmanager
 def _opened_text(file: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
-    """``file`` as UTF-8 text, a byte-order mark taken off, decompressed if its ending says so."""
+    """Open ``file`` as UTF-8 text without a byte-order mark, decompressed by its extension."""
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         with file.open(encoding="utf-8-sig", newline=newline) as lines:
@@ -97,7 +98,7 @@ def _opened_text(file: Path, newline: str | None = None) -> Iterator[io.TextIOBa
 
 
 def _read_json(file: Path) -> Iterator[Record]:
-    """A list of records or strings, one record, or (whatever the ending says) JSON lines."""
+    """Read a list of records or strings, one record, or (despite the extension) JSON lines."""
     with _opened_text(file) as lines:
         text = lines.read()
     if not text.strip():
@@ -135,7 +136,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
 
 
 def _as_record(item: Any, where: str) -> Record:
-    """A plain string stands for ``{"text": string}``."""
+    """Return ``item`` as a record; a string becomes ``{"text": string}``."""
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, dict):
@@ -144,17 +145,17 @@ def _as_record(item: Any, where: str) -> Record:
 
 
 def _read_csv(file: Path) -> Iterator[Record]:
-    """Comma-separated, header line first, quotes as in RFC 4180."""
+    """Read comma-separated values with a header line and quotes as in RFC 4180."""
     yield from _read_table(file, delimiter=",", strict=True)
 
 
 def _read_tsv(file: Path) -> Iterator[Record]:
-    """Tab-separated, header line first; quotes are ordinary characters (IANA's definition)."""
+    """Read tab-separated values with a header line; quotes are plain characters (IANA)."""
     yield from _read_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a document
+    csv.field_size_limit(2**31 - 1)  # documents may exceed the default of 128 KiB
     with _opened_text(file, newline="") as lines:
         rows = csv.reader(lines, **dialect)
         header = next(rows, [])
@@ -170,7 +171,7 @@ def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
 
 
 def _read_text(file: Path) -> Iterator[Record]:
-    """The whole file is one document."""
+    """Read the whole file as one document."""
     with _opened_text(file) as lines:
         text = lines.read()
     if text:
@@ -181,19 +182,19 @@ def _read_text(file: Path) -> Iterator[Record]:
 
 
 def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Record]:
-    """The records of the record batches that ``batches`` gives."""
+    """Yield the records of the Arrow record batches that ``batches`` yields for ``file``."""
     from pyarrow import ArrowException
 
-    file.open("rb").close()  # so that a missing right to read is told as such
+    file.open("rb").close()  # so that a missing read permission is reported as such
     try:
         for batch in batches(file):
             batch.validate(full=True)
             yield from plain_records(batch)
-    # pyarrow tells broken contents by either class, and by Python's own where a value is impossible
+    # pyarrow raises either class for damaged files, and Python's own for impossible values
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"file {file} is not valid {file.suffix[1:]}: {reason}; get or write it again"
+            f"file {file} is not valid {file.suffix[1:]}: {reason}; download or write it again"
         ) from None
 
 
@@ -205,7 +206,7 @@ def _parquet_batches(file: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
-    """Of a stream, as ``datasets`` writes it, or of a file with Arrow's own footer."""
+    """Yield the batches of an Arrow stream (written by ``datasets``) or of an Arrow file."""
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as stored:

@@ -1,4 +1,4 @@
-"""A record seen through the roles of its source: which column a role reads, and its text."""
+"""Access to a record by the roles of its source: the column that a role reads, and its text."""
 
 import string
 from dataclasses import dataclass
@@ -12,23 +12,27 @@ from dist_peft.data.messages import valid_unicode
 __all__ = ["MISSING", "RecordFields", "column_value", "template_fields"]
 
 MISSING = object()
-"""What a role has whose column the record lacks."""
+"""Value of a role whose column is missing in the record."""
 
 
 @dataclass(frozen=True)
 class RecordFields:
-    """A record seen through the roles of its source."""
+    """A record, accessed by the roles of its source.
+
+    Attributes:
+        place: names the record in messages.
+    """
 
     source: DataSource
     record: Record
     place: Place
 
     def column(self, role: str) -> str:
-        """The column that ``role`` reads."""
+        """Return the column that ``role`` reads."""
         return self.source.columns.get(role, role)
 
     def raw(self, role: str) -> Any:
-        """The value of ``role``; ``MISSING`` also where ``source.ignore`` names its column."""
+        """Return the value of ``role``; ``MISSING`` also if ``source.ignore`` names its column."""
         column = self.column(role)
         if column in self.source.ignore:
             return MISSING
@@ -38,11 +42,11 @@ class RecordFields:
         return self.checked_text(self.raw(role), self.column(role))
 
     def optional(self, role: str) -> str:
-        """Like ``text``, but absent and null mean the empty string."""
+        """Like ``text``, but return the empty string for a missing or null value."""
         return "" if self.raw(role) in (None, MISSING) else self.text(role)
 
     def filled(self, template: str) -> str:
-        """``template`` with each ``{name}`` replaced by the column, or else the role, ``name``."""
+        """Return ``template`` with each ``{name}`` replaced by the column or role ``name``."""
         parts = []
         for literal, name, _, _ in string.Formatter().parse(template):
             parts.append(literal)
@@ -53,10 +57,10 @@ class RecordFields:
         return "".join(parts)
 
     def checked_text(self, value: Any, column: str) -> str:
-        """``value`` of ``column``, if it is text.
+        """Return ``value`` of ``column``, if it is text.
 
         Raises:
-            UserError: it is none, or no valid Unicode.
+            UserError: it is missing, not text, or not valid Unicode.
         """
         if value is MISSING:
             raise UserError(f"{self.place} has no column {column} (has {', '.join(self.record)})")
@@ -67,7 +71,7 @@ class RecordFields:
 
 
 def column_value(record: Any, path: str) -> Any:
-    """The value at column ``path``; ``a.0.b`` looks into nested records and lists."""
+    """Return the value at column ``path``, else ``MISSING``; ``a.0.b`` indexes nested values."""
     if isinstance(record, dict) and path in record:
         return record[path]
     head, _, rest = path.partition(".")
@@ -81,5 +85,5 @@ def column_value(record: Any, path: str) -> Any:
 
 
 def template_fields(template: str | None) -> set[str]:
-    """The names of columns and roles that ``template`` writes."""
+    """Return the names of the columns and roles that ``template`` writes."""
     return {name for _, name, _, _ in string.Formatter().parse(template or "") if name}

@@ -1,8 +1,8 @@
-"""A bound on what a chat template may cost, found out in a process of its own.
+"""CPU time and memory limits of a chat template, checked in a forked process.
 
-Jinja's sandbox bounds a single ``range``, but neither loops inside loops nor ``'x' * 10**10``, and
-no exception stops a process inside one large allocation. The first rendering by each template is
-therefore done in a forked process whose processor time and memory the kernel limits.
+Jinja's sandbox bounds a single ``range``, but neither nested loops nor ``'x' * 10**10``, and no
+exception stops a process inside one large allocation. The first rendering by each template is
+therefore tried in a forked process whose CPU time and memory the kernel limits.
 """
 
 import os
@@ -16,19 +16,19 @@ from pathlib import Path
 __all__ = ["find_excess"]
 
 _CPU_SECONDS = 5  # a conversation takes about a millisecond
-_MEMORY = 2 << 30  # bytes beyond what the process has mapped already
+_MEMORY = 2 << 30  # bytes in addition to the memory that the process has mapped already
 _WALL_SECONDS = 120.0
 _OUT_OF_MEMORY = 3
 
 
 def find_excess(action: Callable[[], object]) -> str | None:
-    """What ``action`` needs more of than is allowed; None: it ends within the bounds.
+    """Return the limit that ``action`` exceeds, as text; None if it ends within the limits.
 
-    It runs in a forked process, so that it changes nothing here; whatever else it raises is not
-    looked at. A process that is kept waiting without using its time decides nothing.
+    ``action`` runs in a forked process, so it has no effect here; other exceptions of it are
+    ignored. A process that is starved of CPU time until the timeout counts as within the limits.
     """
     with warnings.catch_warnings():
-        # threads do not matter: the child renders and leaves by _exit
+        # forking with threads is safe here: the child only renders and calls _exit
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -54,7 +54,7 @@ def find_excess(action: Callable[[], object]) -> str | None:
 
 
 def _run_bounded(action: Callable[[], object]) -> None:
-    """Run ``action`` under limits and leave the process."""
+    """Run ``action`` under limits and exit the process."""
     code = 0
     try:
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)

@@ -1,19 +1,19 @@
-"""Records become examples: the formats, how they are told apart, columns and templates.
+"""Build examples from records: formats and their detection, columns and templates.
 
 ============== ========================================== ====================================
 format         roles                                      example
 ============== ========================================== ====================================
 chat           messages (or conversations), tools?        [{role, content}] or [{from, value}]
-completion     prompt, completion, tools?, system?        text before, text to learn; or messages
+completion     prompt, completion, tools?, system?        context and target text; or messages
 alpaca         instruction, input?, output, system?,      put into the Alpaca prompt
                history?
-text           text                                       a document, every token learnt
+text           text                                       a document, loss on every token
 classification text, text_pair?, label                    one or two texts and their class
 ============== ========================================== ====================================
 
-A role reads the column of its own name unless ``columns`` names another; a name with dots
-(``instances.0.output``) goes into nested records. ``auto`` takes the first format of the table
-whose roles are all there; ``classification`` has to be named.
+A role reads the column of the same name unless ``columns`` names another; a name with dots
+(``instances.0.output``) indexes nested records. ``auto`` selects the first format of the table
+whose required roles are all present; ``classification`` has to be named.
 """
 
 import difflib
@@ -39,10 +39,10 @@ __all__ = ["Chat", "Completion", "Example", "Labelled", "Text", "read_examples"]
 
 @dataclass(frozen=True)
 class Completion:
-    """``completion`` is learnt as what follows ``prompt``.
+    """Train on ``completion`` as the continuation of ``prompt``.
 
     Attributes:
-        earlier: turns before, (text before, text to learn) each; ``prompt`` follows the last.
+        earlier: turns before, (context, target text) each; ``prompt`` follows the last.
     """
 
     prompt: str
@@ -52,7 +52,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages with at least ``role`` and, but for pure tool calls, a string ``content``."""
+    """Messages with at least ``role`` and, except pure tool calls, a string ``content``."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -60,14 +60,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """A document; every token is learnt."""
+    """A document; every token contributes to the loss."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One text, or two, with a class: ``label`` is its place in the labels of the source."""
+    """One or two texts with a class: ``label`` is an index into the labels of the source."""
 
     text: str
     text_pair: str | None
@@ -80,12 +80,12 @@ Example = Completion | Chat | Text | Labelled
 def read_examples(
     source: DataSource, opened: Opened, key: str, notes: list[str] | None = None
 ) -> Iterator[tuple[Place, Example]]:
-    """Every example of the source, with its place.
+    """Yield every example of the source, with its place.
 
     Args:
-        notes: takes, at the end, what the user should hear once.
         opened: from ``files.open_source``.
         key: configuration key for messages, such as ``data.train[0]``.
+        notes: one-time warnings for the user are appended at the end.
 
     Raises:
         UserError: no records; unknown format; a record that does not fit, named by file and number.
@@ -133,7 +133,7 @@ def read_examples(
 
 
 def _is_blank(example: Example) -> bool:
-    """Whether what is to be learned of ``example`` is empty or white space."""
+    """Return whether the target text of ``example`` is empty or white space."""
     if isinstance(example, Completion):
         return not example.completion.strip()
     if isinstance(example, Chat):
@@ -190,13 +190,13 @@ def _text(fields: RecordFields) -> Text:
 def _labelled(fields: RecordFields) -> Labelled:
     columns, labels = fields.source.columns, fields.source.labels
     value = fields.raw("label")
-    # JSON has numbers and truth values where tables have text
+    # JSON has numbers and booleans where tables have text
     plain = value is MISSING or isinstance(value, str)
     label = fields.text("label") if plain else json.dumps(value, default=str)
     if label not in labels:
         raise UserError(
             f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
-            f"of the labels {', '.join(labels)}; add it to the source's labels, or mend the record"
+            f"of the labels {', '.join(labels)}; add it to the source's labels, or fix the record"
         )
     paired = "text_pair" in columns or fields.raw("text_pair") is not MISSING
     pair = fields.text("text_pair") if paired else None
@@ -226,7 +226,11 @@ def _chat(fields: RecordFields) -> Chat:
 
 
 def _with_system(messages: list[dict[str, Any]], fields: RecordFields) -> list[dict[str, Any]]:
-    """``messages`` that begin with the text of column ``system``, if there is one."""
+    """Return ``messages`` with the text of column ``system`` in front, if there is one.
+
+    Raises:
+        UserError: they begin with another system message.
+    """
     system = fields.optional("system")
     if not system.strip():
         return messages
@@ -240,7 +244,7 @@ def _with_system(messages: list[dict[str, Any]], fields: RecordFields) -> list[d
 
 
 def _tools(fields: RecordFields) -> list[dict[str, Any]] | None:
-    """Tool descriptions: a list of JSON schemas, or its JSON text."""
+    """Return the tool descriptions: a list of JSON schemas, or parsed from its JSON text."""
     tools = fields.raw("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -254,7 +258,7 @@ def _tools(fields: RecordFields) -> list[dict[str, Any]] | None:
     return tools
 
 
-# -- which format --------------------------------------------------------------------------------
+# -- formats -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ class _Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     build: Callable[[RecordFields], Example]
-    # the role whose text source.template gives instead, if the format takes a template
+    # the role whose text source.template replaces, if the format accepts a template
     templated: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -271,11 +275,11 @@ class _Format:
         return {*self.required, *self.optional}
 
     def needs(self, source: DataSource) -> list[str]:
-        """The roles that must be in every record."""
+        """Return the roles that must be in every record."""
         return [r for r in self.required if source.template is None or r != self.templated]
 
     def lacks(self, source: DataSource, record: Record) -> list[str]:
-        """The columns that roles need and ``record`` does not have."""
+        """Return the required columns that ``record`` does not have."""
         wanted = [source.columns.get(role, role) for role in self.needs(source)]
         return [
             column
@@ -285,7 +289,7 @@ class _Format:
 
     def describe(self) -> str:
         names = [f"{r} or {self.aliases[r]}" if r in self.aliases else r for r in self.required]
-        return f"{self.name} wants {', '.join(names + [f'{o}?' for o in self.optional])}"
+        return f"{self.name} needs {', '.join(names + [f'{o}?' for o in self.optional])}"
 
 
 _FORMATS = (
@@ -306,7 +310,11 @@ _CLASSIFICATION = _Format("classification", ("text", "label"), ("text_pair",), _
 
 
 def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
-    """The format of a source, from its settings and its first record."""
+    """Select the format of a source from its settings and its first record.
+
+    Raises:
+        UserError: settings that fit no format, or a record whose format is not recognized.
+    """
     formats = [f for f in _FORMATS if source.format in ("auto", f.name)] or [_CLASSIFICATION]
     roles = set().union(*(f.roles() for f in formats))
     for role in source.columns:
@@ -318,7 +326,9 @@ def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
                 )
             near = difflib.get_close_matches(role, sorted(roles), n=1)
             hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(sorted(roles))}"
-            raise UserError(f"{key}.columns: {role} is no role of format {source.format}; {hint}")
+            raise UserError(
+                f"{key}.columns: {role} is not a role of format {source.format}; {hint}"
+            )
     formats = [f for f in formats if set(source.columns) <= f.roles()]
     if source.template is not None:
         formats = [f for f in formats if f.templated]
@@ -358,7 +368,7 @@ def _check_template(source: DataSource, record: Record, file: str, key: str) -> 
         fields = list(string.Formatter().parse(source.template))
     except ValueError as error:
         raise UserError(
-            f"{key}.template: {error}; write a brace that is no field as {{{{ or }}}}"
+            f"{key}.template: {error}; write a literal brace as {{{{ or }}}}"
         ) from None
     for _, name, spec, conversion in fields:
         if name is None:

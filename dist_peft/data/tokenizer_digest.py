@@ -1,4 +1,4 @@
-"""Fingerprints of a tokenizer and of its chat template: equal where texts become equal tokens."""
+"""Fingerprints of a tokenizer and its chat template: equal if texts become the same tokens."""
 
 import json
 
@@ -9,9 +9,9 @@ __all__ = ["template_digest", "tokenizer_digest"]
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """32 hexadecimal digits, of the vocabulary, of all rules and of the special tokens.
+    """Return a hash, 32 hexadecimal digits, of the vocabulary, all rules and special tokens.
 
-    Not of where the tokenizer lies, nor of the settings of its last call.
+    The tokenizer's path and the settings of its last call are not included.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = sorted(tokenizer.get_vocab().items()) if backend is None else _state(backend.to_str())
@@ -19,7 +19,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def template_digest(tokenizer: Tokenizer) -> str:
-    """32 hexadecimal digits, of the template or of all named ones; "none" without any."""
+    """Return a hash, 32 hexadecimal digits, of all chat templates; "none" without any."""
     return digest_of(tokenizer.chat_template)[:32] if tokenizer.chat_template else "none"
 
 

@@ -1,7 +1,7 @@
-"""Examples become token documents, once: tokenizing and the cache around it.
+"""Tokenize examples to token documents, once, and cache them.
 
 ========== ============================================ ========================================
-example    tokens                                       counts for the loss (loss_on: completion)
+example    tokens                                       in the loss (loss_on: completion)
 ========== ============================================ ========================================
 Completion [bos] prompt | completion eos                completion and eos, those of earlier turns
 Chat       the rendered template, its own tokens only   assistant turns with their end token
@@ -10,10 +10,10 @@ Text       [bos] text eos                               everything
 
 Labelled examples are encoded in ``pairs``: they have a class, and no tokens to predict.
 
-bos stands only if the tokenizer itself puts it in front. Prompt and completion are tokenized
-apart, so that the prompt has the tokens it will have at inference: tokenized together, a token may
-span the boundary. What is stored does not depend on ``seq_len``, ``packing`` or ``too_long``;
-windows are cut later, so changing these does not tokenize again.
+bos is added only if the tokenizer itself adds it. Prompt and completion are tokenized separately,
+so that the prompt has the tokens it will have at inference: tokenized together, a token may span
+the boundary. The stored documents do not depend on ``seq_len``, ``packing`` or ``too_long``, which
+are applied later, so changing these does not tokenize again.
 """
 
 import hashlib
@@ -45,22 +45,23 @@ LossOn = Literal["completion", "all"]
 TurnEnd = Literal["error", "warn"]
 
 _LOG = logging.getLogger("dist_peft")
-_FORMAT_VERSION = 6  # of the cache; raise it when the same input would give other documents
+_FORMAT_VERSION = 6  # of the cache; raise it when the documents of the same input change
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
 def load_documents(
     config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
 ) -> Documents:
-    """The token documents of one source, from the cache or made now.
+    """Return the token documents of one source, from the cache or tokenized now.
 
     Args:
-        config: of it ``loss_on``, ``turn_end`` and ``cache_dir`` matter here, with labels what to
-            do with a record that is too long.
+        config: ``loss_on``, ``turn_end`` and ``cache_dir`` are used; with labels also ``seq_len``
+            and ``too_long``.
         key: configuration key of the source for messages, such as ``data.train[0]``.
 
     Raises:
-        UserError: see ``files``, ``sources``, ``chat``; or a tokenizer that cannot be used.
+        UserError: see ``files``, ``sources``, ``chat``; or a tokenizer that is not fast or has no
+            eos token.
     """
     opened = open_source(source, key)
     window = config.seq_len if config.too_long == "truncate" else None
@@ -92,7 +93,7 @@ def load_documents(
         "files": opened.fingerprint(),
         "loss_on": config.loss_on,
         "turn_end": config.turn_end,
-        # what is cut between the two texts of a pair is for the tokenizer to decide
+        # the tokenizer itself truncates a pair, so its documents depend on the length
         "window": window if source.format == "classification" else None,
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -119,9 +120,10 @@ def _batches(
 
 
 class Encoder:
-    """Tokenizes examples and marks the tokens that count for the loss.
+    """Tokenize examples and mask the tokens that contribute to the loss.
 
-    ``notes`` collects what the user should hear once.
+    Attributes:
+        notes: one-time warnings for the user.
     """
 
     def __init__(self, tokenizer: Tokenizer, loss_on: LossOn, turn_end: TurnEnd = "error") -> None:
@@ -149,11 +151,11 @@ class Encoder:
 
     @property
     def default_template(self) -> str | None:
-        """The template that conversations were given because the tokenizer has none."""
+        """This project's chat template, if conversations used it because the tokenizer has none."""
         return None if self._chats is None else self._chats.default_template
 
     def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
-        """Tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""
+        """Return tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""
         if isinstance(examples[0], Completion):
             return self._completions([e for e in examples if isinstance(e, Completion)])
         if isinstance(examples[0], Chat):
@@ -209,14 +211,14 @@ class Encoder:
         return ids
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """With bos in front, unless the text brings its own."""
+        """Prepend bos, unless the text starts with it."""
         return ids if ids[: len(self._front)] == self._front else self._front + ids
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == self._eos else ids + self._eos
 
-    def _document(self, context: list[int], learnt: list[int]) -> Document:
-        tokens = np.asarray(context + learnt, dtype=np.int32)
+    def _document(self, context: list[int], target: list[int]) -> Document:
+        tokens = np.asarray(context + target, dtype=np.int32)
         mask = np.ones(len(tokens), dtype=np.uint8)
         if self._loss_on == "completion":
             mask[: len(context)] = 0
@@ -224,7 +226,7 @@ class Encoder:
 
 
 def _front_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text: bos, or nothing."""
+    """Return the special tokens that the tokenizer puts before a text: bos, or none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
@@ -234,10 +236,10 @@ def _front_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def _in_spans(characters: NDArray[np.int64], spans: tuple[tuple[int, int], ...]) -> Mask:
-    """Mask [T] of the tokens with at least one character in a span.
+    """Return the mask [T] of the tokens with at least one character in a span.
 
     Args:
-        characters: [T, 2] first character of each token and the one after its last.
+        characters: [T, 2], characters [start, stop) of each token.
     """
     mask = np.zeros(len(characters), dtype=np.uint8)
     for start, stop in spans:

@@ -1,10 +1,10 @@
-"""Tool calls in the form that a chat template takes.
+"""Convert tool calls to the form that a chat template accepts.
 
-Arguments are an object, or the JSON text of one as OpenAI's format has it: templates with
-``tojson`` encode text a second time, others join text and fail on an object. The content beside a
-call is null, missing or empty: for some templates content that is no null opens a turn of its own,
+Arguments are an object, or the JSON text of one as in OpenAI's format: templates with ``tojson``
+encode text a second time, others concatenate text and fail on an object. The content of a message
+with a call is null, missing or empty: some templates open a separate turn for non-null content,
 others write ``None``. Tools are described with or without ``{"type": "function", "function": ...}``
-around them. The first form is taken that the template writes without such faults.
+around them. The first form that the template renders without these faults is used.
 """
 
 import json
@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 
 def check_calls(messages: list[Message], where: str) -> None:
-    """See that every tool call names a function.
+    """Check that every tool call names a function.
 
     Raises:
         UserError: one does not, or a call is under ``function_call``; ``where`` names the record.
@@ -51,10 +51,10 @@ def check_calls(messages: list[Message], where: str) -> None:
 def render_calls(
     chat: ChatTemplate, messages: list[Message], tools: Tools | None
 ) -> tuple[list[Message], Tools | None, str]:
-    """Messages and tools in the first form that the template takes, and what it writes.
+    """Return messages and tools in the first form that the template accepts, and the text.
 
     Raises:
-        RenderError: it takes none.
+        RenderError: it accepts none.
     """
     refusal: RenderError | None = None
     wrapped = _wrapped(tools)
@@ -74,7 +74,7 @@ def render_calls(
 
 
 def _wrapped(tools: Tools | None) -> Tools | None:
-    """The tools in the form that OpenAI's interface has."""
+    """Return the tools in the form of OpenAI's API."""
     if tools is None:
         return None
     return [
@@ -92,7 +92,7 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _with_content(messages: list[Message], content: str | None) -> list[Message]:
-    """``content`` in messages that call tools and say nothing."""
+    """Set ``content`` in messages that call tools and have no other text."""
     return [
         {**message, "content": content}
         if message.get("tool_calls") and not str(message.get("content") or "").strip()
@@ -111,20 +111,20 @@ def _writes_none(chat: ChatTemplate, form: list[Message], tools: Tools | None, t
 
 
 def arguments_as_objects(messages: list[Message]) -> list[Message]:
-    """Messages in which arguments that are the JSON text of an object are that object.
+    """Return the messages with arguments that are the JSON text of an object parsed to the object.
 
-    Text is decoded once: what it holds stays as it is, and text that holds no object stays text.
+    Text is parsed once: strings inside it are kept, and text that is not an object stays text.
     """
     return [_with_arguments(message, _decoded) for message in messages]
 
 
 def arguments_as_text(messages: list[Message]) -> list[Message]:
-    """Messages in which arguments that are an object are its JSON text."""
+    """Return the messages with arguments that are an object as its JSON text."""
     return [_with_arguments(message, _encoded) for message in messages]
 
 
 def writes_python_form(text: str, messages: list[Message]) -> bool:
-    """Whether ``text`` holds an object of arguments as Python prints it (``{'a': 1}``)."""
+    """Return whether ``text`` has an object of arguments as Python prints it (``{'a': 1}``)."""
     found: list[str] = []
 
     def look(arguments: Any) -> Any:

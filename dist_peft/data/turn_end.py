@@ -1,7 +1,7 @@
-"""The tokens that end what a model was trained to write, found in the training rows themselves.
+"""Find the end-of-turn tokens that a model was trained on, from the training sequences.
 
-A chat template may end a turn with another token than the tokenizer's eos, and the base's
-generation settings may stop at a third: then the model writes the end of its turn and carries on.
+A chat template may end a turn with a token other than the tokenizer's eos, and the base's
+generation config may stop at a third: then the model ends its turn and keeps generating.
 """
 
 from collections import Counter
@@ -16,12 +16,12 @@ __all__ = ["turn_end_ids"]
 
 _ROWS = 64
 _TAIL = 3
-"""Targets at the end of a document that are looked at: a newline may follow the token."""
+"""Number of targets examined at the end of a document: a newline may follow the token."""
 _SHARE = 0.1
 
 
 class Rows(Protocol):
-    """Tokens, labels (-100: no target) and positions (0 at the start of each document) of rows."""
+    """Sequences as tokens, labels (-100: no target) and positions (0 starts a document)."""
 
     def __len__(self) -> int: ...
 
@@ -29,11 +29,11 @@ class Rows(Protocol):
 
 
 def turn_end_ids(rows: Rows, special: Collection[int]) -> list[int]:
-    """Special tokens that are among the last targets of at least a tenth of the documents.
+    """Return the special tokens among the last targets of at least a tenth of the documents.
 
     Args:
-        rows: of the training data; up to 64 of them, evenly spread, are looked at.
-        special: ids that mean more than text: special and added tokens, the eos.
+        rows: the training data; up to 64 sequences, evenly spread, are examined.
+        special: ids of control tokens: special and added tokens, the eos.
 
     Returns:
         The ids, the most frequent first; empty where documents end with plain text.

@@ -66,4 +66,4 @@ def test_a_step_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     tree["data"]["train"][0]["to_step"] = 1
     assert parse_config(tree).data.train[0].to_step == 1
     assert cli.main(["train", "--config", str(save_config(tmp_path, tree))]) == 2
-    assert "no source of data.train is in play at step 1" in capsys.readouterr().err
+    assert "no source of data.train is active at step 1" in capsys.readouterr().err

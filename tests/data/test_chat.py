@@ -320,7 +320,7 @@ def test_a_question_left_out_of_the_loss_on_all(tokenizer: PreTrainedTokenizerFa
 def test_a_cut_that_cannot_be_told_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     cuts = "{% for m in messages %}{{ m.role + m.content[1:] + eos_token }}{% endfor %}"
     messages = [{**ASKED, "content": "xxxx question", "weight": 0}, ANSWERED]
-    with pytest.raises(UserError, match="cannot be told"):
+    with pytest.raises(UserError, match="cannot be located"):
         render(tokenizer, cuts, messages, mark=False)
 
 

@@ -89,7 +89,7 @@ def test_date_given_as_variable_is_named(
     )
     with caplog.at_level(logging.WARNING, "dist_peft"):
         assert with_frozen_date(words, DAY) == (words, None)
-    assert "writes the date given as date_string" in caplog.text
+    assert "writes the variable date_string" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}"])

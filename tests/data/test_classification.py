@@ -87,7 +87,7 @@ def test_refused(load: Load, tmp_path: Path) -> None:
         load.rows(source(file, columns={"text": "first", "text_pair": "third", "label": "answer"}))
     with pytest.raises(UserError, match="has no column label; its columns are id, first"):
         load.rows(source(file, columns={"text": "first"}))
-    with pytest.raises(UserError, match="pair is no role of format classification"):
+    with pytest.raises(UserError, match="pair is not a role of format classification"):
         load.rows(source(file, columns={"pair": "first"}))
     with pytest.raises(UserError, match=r"record 2 has 9 tokens, more than data.seq_len 8"):
         load.rows(source(file), seq_len=8)

@@ -257,7 +257,9 @@ def test_unreachable_hub_is_one_readable_error(
         raise error("no\n  luck")
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(UserError, match=r"org/name is no local file, and as a hub .*: no luck\. "):
+    with pytest.raises(
+        UserError, match=r"org/name is not a local file, and as a Hub .*: no luck\. "
+    ):
         read("org/name")
 
 

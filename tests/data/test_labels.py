@@ -40,5 +40,5 @@ def test_held_out_sources_find_their_task() -> None:
 
 
 def test_two_tasks_of_one_name() -> None:
-    with pytest.raises(UserError, match=r"data.train\[1\]: a task rte is there already"):
+    with pytest.raises(UserError, match=r"data.train\[1\]: task rte is already defined"):
         class_tasks(config(TWO[0], source("e/rte.tsv", "a", "b")))

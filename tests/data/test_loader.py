@@ -167,7 +167,7 @@ def test_impossible_arguments() -> None:
         loader(rows, rank=2, world_size=2)
     with pytest.raises(ValueError, match="batch 0/2"):
         loader(rows, global_batch=0)
-    with pytest.raises(ValueError, match="seq_len 8 is below that of the rows, 16"):
+    with pytest.raises(ValueError, match="seq_len 8 is below that of the data set, 16"):
         loader(rows, seq_len=8)
     with pytest.raises(IndexError):
         loader(rows).step(-1)

@@ -39,7 +39,7 @@ def test_reading(tmp_path: Path) -> None:
 )
 def test_no_question(tmp_path: Path, line: str) -> None:
     (tmp_path / "q.jsonl").write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(UserError, match="line 2: no question of the form"):
+    with pytest.raises(UserError, match="line 2: not a question of the form"):
         read_questions(tmp_path / "q.jsonl")
 
 

@@ -81,7 +81,7 @@ def test_curriculum() -> None:
 def test_a_step_without_a_source_is_refused() -> None:
     order = mixed([Share(0, 5, 1.0, 0, 20), Share(5, 3, 1.0, 25, None)])
     order.check(20)
-    with pytest.raises(UserError, match=r"no source of data\.train is in play at step 20"):
+    with pytest.raises(UserError, match=r"no source of data\.train is active at step 20"):
         order.check(21)
 
 

@@ -55,7 +55,7 @@ def test_fill_of_typical_lengths_and_time() -> None:
 
 @pytest.mark.parametrize("lengths", [[5], [0, 1], [-1]])
 def test_impossible_lengths(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="do not fit windows of 4"):
+    with pytest.raises(ValueError, match="do not fit sequences of 4"):
         pack(lengths, 4)
 
 

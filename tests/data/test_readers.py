@@ -58,7 +58,9 @@ def test_a_broken_compressed_file_is_named(tmp_path: Path, compression: str) -> 
     for broken in (whole[: len(whole) // 2], whole[:-5], b"no archive at all", LINES):
         file = tmp_path / f"a.jsonl{compression}"
         file.write_bytes(broken)
-        with pytest.raises(UserError, match=rf"a.jsonl{compression} is no whole {compression}"):
+        with pytest.raises(
+            UserError, match=rf"a.jsonl{compression} is not a complete {compression}"
+        ):
             read(file)
     file.write_bytes(PACK[compression](b'{"a": "caf\xe9"}'))
     with pytest.raises(UserError, match=rf"a.jsonl{compression} is not UTF-8"):
@@ -133,7 +135,9 @@ def test_parquet_whose_compressed_page_is_damaged(tmp_path: Path) -> None:
         altered[place] ^= 255
     file = tmp_path / "a.parquet"
     file.write_bytes(altered)
-    with pytest.raises(UserError, match=r"a.parquet is not valid parquet: .*; get or write it"):
+    with pytest.raises(
+        UserError, match=r"a.parquet is not valid parquet: .*; download or write it"
+    ):
         read(file)
 
 

@@ -127,7 +127,7 @@ READ_AS_IT_IS = {
 }
 REFUSED = {
     "rte/*.tsv": r"columns are index, sentence1, .*classifier on label .*format: classification",
-    "mrpc/*.tsv": r"columns are Quality, #1 ID, .*classification wants text, label, text_pair\?",
+    "mrpc/*.tsv": r"columns are Quality, #1 ID, .*classification needs text, label, text_pair\?",
     "mrpc/LICENCE.html": r"has the ending .html; readable are .jsonl",
     "gsm8k": r"Map them: data.train\[0\].columns: \{prompt: question, completion: answer\}",
     "self-instruct/*.jsonl": r"\{output: a_column\}; .* is written instances.0.output",

@@ -122,11 +122,11 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
     for part in (
         "data.train[0]: cannot tell the format of",
         "a.jsonl: its columns are question, answer;",
-        "chat wants messages or conversations, tools?, system?;",
-        "completion wants prompt, completion, tools?, system?;",
-        "alpaca wants instruction, output, input?, system?, history?;",
-        "text wants text;",
-        "classification wants text, label, text_pair? (to be named).",
+        "chat needs messages or conversations, tools?, system?;",
+        "completion needs prompt, completion, tools?, system?;",
+        "alpaca needs instruction, output, input?, system?, history?;",
+        "text needs text;",
+        "classification needs text, label, text_pair? (to be named).",
         "Map them: data.train[0].columns: {prompt: question, completion: answer}",
     ):
         assert part in message
@@ -135,8 +135,11 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"columns": {"promt": "q"}}, r"data.train\[0\].columns: promt is no role .*mean prompt"),
-        ({"format": "text", "columns": {"prompt": "q"}}, r"prompt is no role of format text"),
+        (
+            {"columns": {"promt": "q"}},
+            r"data.train\[0\].columns: promt is not a role .*mean prompt",
+        ),
+        ({"format": "text", "columns": {"prompt": "q"}}, r"prompt is not a role of format text"),
         (
             {"columns": {"prompt": "question", "completion": "answr"}},
             r"has no column answr; its columns are question, answer; .*Did you mean answer\?",
@@ -153,7 +156,7 @@ def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Pat
             {"columns": {"prompt": "question", "completion": "more.0.txt"}},
             r"Did you mean more.0.text\? Set data.train\[0\].columns: \{completion: more.0.text\}",
         ),
-        ({"format": "chat"}, r"has no column messages; .*chat wants messages or conversations"),
+        ({"format": "chat"}, r"has no column messages; .*chat needs messages or conversations"),
         ({"format": "text", "template": "{question}"}, r"template is for completion and alpaca"),
     ],
 )
