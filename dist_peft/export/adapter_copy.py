@@ -1,9 +1,9 @@
-"""The adapter beside a base that was exported as training saw it.
+"""Write the adapter that belongs to an export of the base as training saw it.
 
-PiSSA and LoftQ adapters are stored as the change since their start, relative to the *original*
-base (``adapters.peft_format``). Beside the base as trained, whose start was taken away, only the
-trained half of the factors belongs. A QA-LoRA adapter is written as the plain LoRA that computes
-the same.
+PiSSA and LoftQ adapters are stored as the change since initialization, relative to the *original*
+base (``adapters.lora.initialization``). The base as trained is the residual, without the product
+of the initial factors: it needs only the trained half of the stored factors. A QA-LoRA adapter is
+written as the plain LoRA that computes the same function.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ _PREFIX = "base_model.model."
 
 
 def write_adapter_beside(adapter_dir: Path, out: Path) -> None:
-    """Write ``out/adapter``, in the format of PEFT.
+    """Write ``out/adapter`` in PEFT's format, with ``out`` as its base.
 
     Raises:
         UserError: the adapter is damaged, or the directory cannot be written.
@@ -29,15 +29,15 @@ def write_adapter_beside(adapter_dir: Path, out: Path) -> None:
     public = as_expanded(read_adapter(adapter_dir))
     if "start" in public.facts:
         public = _without_start(public)
-    # the base that belongs to it, which AutoPeftModel loads
+    # AutoPeftModel loads the base from this path
     config = {**public.config, "base_model_name_or_path": str(out.resolve())}
     write_adapter(out / "adapter", replace(public, config=config), {})
 
 
 def _without_start(public: PublicAdapter) -> PublicAdapter:
-    """``[B, -B0] [A; A0]`` of rank ``2 r`` -> ``B A`` of rank ``r``.
+    """Reduce ``[B, -B0] [A; A0]`` of rank ``2 r`` to ``B A`` of rank ``r``.
 
-    Ranks and alphas are then named module by module, since some (embeddings) were not doubled.
+    Ranks and alphas are then listed per module, since some (embeddings) were not doubled.
     """
     factor = 2**0.5 if public.config.get("use_rslora") else 2
     rank, alpha = public.config["r"] // 2, public.config["lora_alpha"] / factor
@@ -52,7 +52,7 @@ def _without_start(public: PublicAdapter) -> PublicAdapter:
             public.config.get("alpha_pattern", {}), path, public.config["lora_alpha"]
         )
         own_rank = value.shape[0]
-        if kind.startswith("A"):  # of a linear; an embedding's is called lora_embedding_A
+        if kind.startswith("A"):  # a linear; an embedding's factor is called lora_embedding_A
             own_rank, own_alpha = own_rank // 2, own_alpha / factor
             other = name.replace(".lora_A.", ".lora_B.")
             tensors[name] = value[:own_rank].contiguous()

@@ -6,12 +6,12 @@ Tensors of a linear ``[out, in]``, ``w = code * scale + bias``::
     hf-metal   weight        the same                 scales        the same      qbiases  the same
 
 The codes are a dense LSB-first bit stream along ``in`` (``quant.pack``). MLX takes 2, 3, 4 and 8
-bits in groups of 32, 64 or 128; ``transformers`` 2, 4 and 8 bits in any group, so that 3-bit codes
-are stored in 4 bits there. A linear whose ``in`` the group does not divide stays dense: MLX tells
-by the absence of ``scales``, ``transformers`` by ``modules_to_not_convert``.
+bits in groups of 32, 64 or 128; ``transformers`` 2, 4 and 8 bits in any group size, so that 3-bit
+codes are stored in 4 bits there. A linear whose ``in`` is not a multiple of the group size stays
+dense: MLX detects it by the absence of ``scales``, ``transformers`` by ``modules_to_not_convert``.
 
 With the adapter in the zeros of an integer base (state ``codes``), scales and biases are float32
-and nothing is rounded; merged rows are rounded to nearest (``export.groups``).
+and nothing is rounded; merged rows are rounded to nearest (``export.formats.groups``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,17 +32,17 @@ MLX_GROUPS = (128, 64, 32)
 
 
 def stored_group(group_size: int, allowed: tuple[int, ...]) -> int:
-    """The largest allowed group that divides ``group_size``; 0: there is none."""
+    """Return the largest allowed group size that divides ``group_size``, or 0 if there is none."""
     return next((g for g in sorted(allowed, reverse=True) if group_size % g == 0), 0)
 
 
 class BiasPacker:
-    """What the two formats share.
+    """Pack linears as codes with scales and float biases; base class of ``Mlx`` and ``HfMetal``.
 
     Args:
-        bits: of the stored codes.
-        group_size: of the stored groups.
-        dtype: of stored scales and biases.
+        bits: bits of a stored code.
+        group_size: columns that share a stored scale and bias.
+        dtype: type of stored scales and biases.
     """
 
     row_multiple = 1
@@ -78,10 +78,10 @@ class BiasPacker:
 
 
 class Mlx(BiasPacker):
-    """MLX's affine mode. See the module and ``BiasPacker``.
+    """Pack linears for MLX's affine mode, in groups of 32, 64 or 128.
 
     Raises:
-        UserError: MLX has no such group, nor one that divides it.
+        UserError: no group size of MLX divides ``group_size``.
     """
 
     bias_name = "biases"
@@ -90,7 +90,7 @@ class Mlx(BiasPacker):
         stored = stored_group(group_size, MLX_GROUPS)
         if not stored:
             raise UserError(
-                f"mlx has groups of 32, 64 and 128, not of {group_size}; export this run as "
+                f"mlx supports groups of 32, 64 and 128, not of {group_size}; export this run as "
                 "hf-metal, or merge it (hf-bf16)"
             )
         super().__init__(bits, stored, dtype)
@@ -101,7 +101,7 @@ class Mlx(BiasPacker):
 
 
 class HfMetal(BiasPacker):
-    """``transformers``' ``quant_method: metal``. See the module and ``BiasPacker``."""
+    """Pack linears for ``transformers``' ``quant_method: metal``; 3-bit codes take 4 bits."""
 
     bias_name = "qbiases"
 

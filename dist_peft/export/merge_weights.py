@@ -1,16 +1,16 @@
-"""Merging by streaming: base rows + adapter rows -> a plain Hugging Face directory.
+"""Merge an adapter into its base by streaming and write a plain Hugging Face directory.
 
-Every tensor of the base is walked in row chunks. A chunk of an adapted weight is read, turned to
-float32, merged, cast and written at its place in the output; nothing else is in memory. Two bases
-can be merged into:
+Every tensor of the base is processed in row chunks. A chunk of an adapted weight is read, cast to
+float32, merged, cast to the output type and written at its offset; nothing else is in memory. Two
+bases can be merged into:
 
-* ``original``: the rows as the base's files have them. What people serve; differs from the trained
-  function by the quantization error of the base.
+* ``original``: the rows as stored in the base's files. The usual choice for serving; differs from
+  the trained function by the quantization error of the base.
 * ``decoded``: the rows as training saw them, ``decode(encode(rows))``. Reproduces the trained
   function up to the rounding of the output type.
 
-Peak memory is one chunk in float32 with its codes and product (about three times ``chunk_bytes``)
-whatever the size of the model.
+Peak memory is one chunk in float32 with its codes and product (about three times ``chunk_bytes``),
+independent of the size of the model.
 """
 
 from pathlib import Path
@@ -47,13 +47,24 @@ def merge_model(
     chunk_bytes: int = CHUNK_BYTES,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Written:
-    """Write ``directory`` + adapter as a Hugging Face directory ``out`` in ``dtype``.
+    """Merge the adapter into the base and write the Hugging Face directory ``out`` in ``dtype``.
+
+    Args:
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        adapter_dir: directory of the trained adapter.
+        out: output directory; created if missing, must be empty.
+        into: rows to merge into, as stored (``original``) or dequantized (``decoded``).
+        dtype: type of the written floating-point tensors.
+        chunk_bytes: size of a chunk of rows in float32.
+        max_file_bytes: maximum size of an output file.
 
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
     """
     check_new(out)
-    model_files(directory, code=base.trust_remote_code)  # what cannot be copied is said first
+    # fail before the merge if a file cannot be copied
+    model_files(directory, code=base.trust_remote_code)
     with open_walk(base, directory, adapter_dir, into, chunk_bytes) as walk:
         written = write_directory(walk, None, out, dtype, max_file_bytes)
         changes: dict[str, Any] = dict(walk.skeleton.settings)

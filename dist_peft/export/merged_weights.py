@@ -1,21 +1,21 @@
-"""A run's weights, tensor by tensor, in row chunks: what every export walks.
+"""Iterate over the weights of a run, tensor by tensor in row chunks, for every export.
 
-A chunk is read from the base's files, brought into the wanted state and handed on; nothing else is
-in memory. The states of a linear weight of the blocks:
+A chunk is read from the base's files, converted to the requested state and handed on; nothing else
+is in memory. The states of a linear weight of the blocks:
 
     original   rows of the files + adapter
     decoded    rows as training saw them, ``decode(encode(rows))``, + adapter
-    codes      the integer base's own codes and scales; the adapter is in the zeros (QA-LoRA, exact)
+    codes      codes and scales of the integer base; the adapter is in the zeros (QA-LoRA, exact)
     base       the base as training saw it, without the adapter: an integer base's codes, scales
                and zeros, an NF4 base's packed rows
 
-Of a prequantized base the packed rows are those of its files. It has no others: ``original`` means
-its decoded rows, too.
+The packed rows of a prequantized base are those of its files. It has no full-precision rows, so
+that ``original`` also means the dequantized rows.
 
-The first two give float32 rows, the others ``AffineParts`` with float32 zeros. All other tensors
-(embeddings, norms, biases, the head) are rows of the files in every state; where the adapter
-changes one of them, it is merged except in ``base``. Those of a classifier's head may be in no
-file: the adapter has them whole.
+The first two states return float32 rows, the others ``AffineParts`` with float32 zeros. All other
+tensors (embeddings, norms, biases, the head) are rows of the files in every state; an adapter of
+one of them is merged except in ``base``. Tensors of a classifier's head may be absent from the
+files: the adapter stores them in full.
 """
 
 import logging
@@ -56,7 +56,7 @@ State = Literal["original", "decoded", "codes", "base"]
 _GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
 CHUNK_BYTES = 64 * 2**20
-"""Of a chunk's rows in float32."""
+"""Default size of a chunk of rows in float32."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,14 @@ class Weight:
     """A tensor of the base.
 
     Attributes:
-        info: what the files say of it, or of what stands for it (``Skeleton.tensors``).
+        info: name, type and shape in the files, or those of its substitute (``Skeleton.tensors``).
         path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
-        linear: the linear it is the weight of, the head included, or the stack of experts that it
-            is some rows of; None for every other tensor.
-        written: its name in what is written: that in the files, but for those of a trunk that was
-            saved without its head, which get its name in front.
-        first: the row of ``linear`` that it begins with.
-        wide: the type that it is written in where a format writes it as a 16-bit number; None:
-            that of the format.
+        linear: the linear that owns it as its weight, the head included, or the stack of experts
+            that contains its rows; None for every other tensor.
+        written: its name in the output: the name in the files, with the trunk's prefix added if
+            the trunk was saved without its head.
+        first: row of ``linear`` that corresponds to row 0 of the tensor.
+        wide: output type of a tensor that must not be rounded to 16 bits; None: the format's type.
     """
 
     info: TensorSpec
@@ -88,7 +87,7 @@ class Weight:
 
     @property
     def in_block(self) -> bool:
-        """A linear that the base quantizes and that formats pack; the head is none."""
+        """Whether this is the weight of a block's linear, which formats may pack; not the head."""
         return self.linear is not None and not self.linear.is_head
 
     @property
@@ -97,12 +96,12 @@ class Weight:
 
     @property
     def stem(self) -> str:
-        """Name in the files without ``.weight``: what names of packed tensors begin with."""
+        """Name in the files without ``.weight``: the prefix of the names of packed tensors."""
         return self.info.name.removesuffix(".weight")
 
     @property
     def module(self) -> str:
-        """Path of the module that owns it."""
+        """Path of the module that owns the weight."""
         return self.path.rpartition(".")[0]
 
     @property
@@ -111,26 +110,27 @@ class Weight:
 
     @property
     def columns(self) -> int:
-        """Of a matrix: in_features."""
+        """Size of the last dimension: in_features of a matrix."""
         return self.info.shape[-1]
 
     def in_linear(self, span: Span) -> Span:
-        """Rows ``span`` as rows of ``linear``; of experts stored together a row is an expert."""
+        """Map rows ``span`` to rows of ``linear``; a row of stacked experts is one expert."""
         height = torch.Size(self.info.shape[1:-1]).numel()
         return Span(self.first + span.start * height, self.first + span.stop * height)
 
 
 class Walk:
-    """Walks a base with an adapter; made by ``open_walk``.
+    """Read the weights of a base with an adapter chunk by chunk; created by ``open_walk``.
 
     Args:
-        record: of the base that the adapter was trained on; None: nothing is known of it.
+        state: state of the returned rows: original, decoded, codes or base.
+        record: content of the base that the adapter was trained on; None if unknown.
 
     Attributes:
-        skeleton: the model without weights.
-        adapter_dir: where the adapter is from.
         weights: every tensor of the base, in the order of its files.
-        state: see the module.
+
+    Raises:
+        UserError: the adapter lacks a parameter of the head, or a shape does not fit the base.
     """
 
     def __init__(
@@ -151,13 +151,13 @@ class Walk:
         if absent := sorted(name for name in self._new if not merger.touches(name)):
             raise UserError(
                 f"adapter {adapter_dir} has no {absent[0]}, a parameter of the classifier's head "
-                "that the base does not have either; is it of another run?"
+                "that the base does not have either; does it belong to another run?"
             )
 
         merger.check_shapes(self._shapes())
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
-        """Path -> rows and columns of the whole weight, whose rows several tensors may hold."""
+        """Map each path to rows and columns of its weight, which several tensors may share."""
         found: dict[str, tuple[int, int]] = {}
         for weight in self.weights:
             if weight.linear is None:
@@ -170,31 +170,31 @@ class Walk:
         return found
 
     def adapts(self, weight: Weight) -> bool:
-        """Whether the adapter changes this tensor."""
+        """Return whether the adapter changes this tensor."""
         return self._merger.touches(weight.path)
 
     def packs(self, weight: Weight) -> bool:
-        """Whether a format may pack this weight: a linear of a block, and in the states ``codes``
-        and ``base`` one that has codes (a prequantized base can have linears without)."""
+        """Return whether a format may pack this weight: that of a block's linear, and in the
+        states ``codes`` and ``base`` one with codes (a prequantized base can have others)."""
         if self.state not in ("codes", "base"):
             return weight.in_block
         kept = AffineCodec if self.state == "codes" else (AffineCodec, Nf4Codec)
         return weight.in_block and isinstance(weight.codec, kept)
 
     def spans(self, weight: Weight, multiple: int = 1) -> Iterator[Span]:
-        """Row spans of at most ``chunk_bytes``; all but the last have a multiple of ``multiple``
-        rows, and at least that many."""
+        """Yield row spans of at most ``chunk_bytes``; all but the last have a multiple of
+        ``multiple`` rows, and at least that many."""
         row = 4 * max(1, torch.Size(weight.info.shape[1:]).numel())
         rows = max(1, self._chunk_bytes // row // multiple) * multiple
         yield from Span(0, weight.rows).chunks(rows)
 
     def rows(self, weight: Weight, span: Span) -> Tensor:
-        """Rows as numbers: float32 where the state changed them, else in the file's type."""
+        """Return rows as numbers: float32 where the state changes them, else the file's type."""
         linear = weight.linear
         if self.state in ("codes", "base") and self._has_parts(weight):
             return parts_to_rows(self.parts(weight, span), weight.columns)
         adapted = self.adapts(weight) and self.state != "base"
-        # the head, too: PiSSA took its start away from it, although it is not quantized
+        # includes the head: PiSSA subtracts its initial factors although it is not quantized
         as_trained = self.state in ("decoded", "base")
         decoded = linear is not None and (as_trained or linear.stored is not None)
         if decoded:
@@ -203,7 +203,7 @@ class Walk:
             rows = linear.codec.decode(packed, linear.in_features, torch.float32)
             rows = rows.reshape(len(span), *weight.info.shape[1:])
         elif weight.path in self._new:
-            rows = torch.zeros(len(span), *weight.info.shape[1:])  # all of it is the adapter's
+            rows = torch.zeros(len(span), *weight.info.shape[1:])  # the adapter has all of it
         else:
             rows = self._reader.read(weight.name, span)
         if not adapted:
@@ -217,7 +217,7 @@ class Walk:
         return merged.view(rows.shape)
 
     def parts(self, weight: Weight, span: Span) -> AffineParts:
-        """Rows of a block's linear on an integer base, in the states ``codes`` and ``base``."""
+        """Return codes, scales and float32 zeros of a linear's rows on an integer base."""
         assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
         parts = weight.linear.codec.split(self.packed_rows(weight, span), weight.columns)
         parts = parts._replace(zero=parts.zero.float())
@@ -229,16 +229,16 @@ class Walk:
         return weight.in_block and isinstance(weight.codec, AffineCodec)
 
     def packed_rows(self, weight: Weight, span: Span) -> Tensor:
-        """Packed rows of a linear as training held them, ``uint8 [rows, row_bytes]``; of PiSSA and
-        LoftQ those of the residual, without the initial factors' product."""
+        """Return a linear's packed rows as in training, ``uint8 [rows, row_bytes]``; with PiSSA
+        and LoftQ those of the residual, without the product of the initial factors."""
         assert weight.linear is not None
         own = weight.in_linear(span)
         read = LinearRows.read(weight.linear, self._reader, own)
         return read.packed(partial(self._merger.residual_rows, weight.path, span=own))
 
     def group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
-        """In the state ``base``: what an adapter that fits into zeros adds to each group, chunk by
-        chunk (``adapters.merge_groups``)."""
+        """Yield affine parts and the change of each group by an adapter that fits into zeros, in
+        the state ``base`` (``adapters.qalora.merge``)."""
         for weight in self.weights:
             if self._has_parts(weight) and self.adapts(weight):
                 for span in self.spans(weight):
@@ -246,8 +246,8 @@ class Walk:
                     yield parts, self._merger.group_change(weight.path, parts, span)
 
     def check_complete(self) -> None:
-        """After the last row, before anything is published: no part of the adapter was left out,
-        and all rows of the base are those that it was trained on.
+        """Check that all of the adapter was used and that all rows are of the base it was trained
+        on; called after the last row and before the output is published.
 
         Raises:
             UserError: the adapter changes a weight that the base does not have, or belongs to
@@ -262,7 +262,7 @@ class Walk:
             )
 
     def _check_base(self) -> None:
-        """Compare the hashes of the rows; what the format had no use for is read now."""
+        """Compare the hashes of the rows; rows that the format did not need are read now."""
         hashes = self._reader.hashes
         if hashes is None or self._record is None:
             return
@@ -279,8 +279,8 @@ class Walk:
             for name, known in hashes.sums.items()
             if known.is_whole
         }
-        what, where = f"adapter {self.adapter_dir}", str(self.skeleton.index.path)
-        self._record.check_tensors(found, where, what, _GIVE_ITS_BASE)
+        owner, where = f"adapter {self.adapter_dir}", str(self.skeleton.index.path)
+        self._record.check_tensors(found, where, owner, _GIVE_ITS_BASE)
 
 
 @contextmanager
@@ -291,7 +291,7 @@ def open_walk(
     state: State,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Walk]:
-    """Open the base's files and the adapter.
+    """Open the base's files in ``directory`` and the adapter, and yield the weights in ``state``.
 
     Raises:
         UserError: damaged files, or an adapter that was trained on another base.
@@ -302,7 +302,7 @@ def open_walk(
     record.check_sample(skeleton.index, f"adapter {adapter_dir}", _GIVE_ITS_BASE)
     if skeleton.prequantized is not None and state == "original":
         log.info(
-            "%s is quantized already (%s): the adapter is merged into its decoded weights",
+            "%s is already quantized (%s): the adapter is merged into its dequantized weights",
             directory,
             skeleton.prequantized.label,
             extra=ONCE,
@@ -319,8 +319,8 @@ def open_walk(
 def base_rows(
     base: BaseConfig, directory: Path, labels: Sequence[str], chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[str, Tensor, Span]]:
-    """The base as training saw it, without any adapter: path, rows, and which rows of the weight
-    they are, of every tensor in the files. Rows of experts stored together are matrices."""
+    """Yield path, rows and row span of every tensor of the base as training saw it, without any
+    adapter. Rows of experts that are stored together are matrices."""
     skeleton = build_skeleton(base, directory, labels)
     with RowReader(skeleton.index) as reader:
         for weight in _weights(skeleton):
@@ -338,9 +338,9 @@ def base_rows(
 
 
 def _base_names(skeleton: Skeleton) -> dict[str, str]:
-    """Path of each weight in the model -> its name in the base's files."""
+    """Return path of each weight in the model -> its name in the base's files."""
     names = {weight.path: weight.name for weight in _weights(skeleton)}
-    if skeleton.tied:  # some files have the head's copy of the shared weight, too
+    if skeleton.tied:  # some files also store the head's copy of the shared weight
         paths = {id(m): path for path, m in skeleton.model.named_modules()}
         embedding, head = (
             f"{paths[id(module)]}.weight"
@@ -355,7 +355,7 @@ def _base_names(skeleton: Skeleton) -> dict[str, str]:
 
 
 def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:
-    """``(code - zero) * scale`` in float32, ``[rows, columns]``."""
+    """Dequantize ``(code - zero) * scale`` to float32 ``[rows, columns]``."""
     rows, groups = parts.scale.shape
     codes = parts.codes.view(rows, groups, -1).float()
     numbers = (codes - parts.zero.float().unsqueeze(-1)) * parts.scale.float().unsqueeze(-1)

@@ -1,8 +1,8 @@
-"""From a walk to a directory of safetensors files that some library loads: what formats share.
+"""Write merged weights as a directory of safetensors files; shared by all directory formats.
 
-A format says, weight by weight, which tensors it makes of a linear (``plan``), and turns row chunks
-into rows of these tensors (``pack``). Everything else (embeddings, norms, biases, the head, and
-linears that the format cannot take) is written in one float type.
+A format declares, weight by weight, the tensors that replace a linear (``plan``), and converts row
+chunks into rows of these tensors (``pack``). Everything else (embeddings, norms, biases, the head,
+and linears that the format cannot pack) is written in one float type.
 """
 
 import json
@@ -38,11 +38,11 @@ __all__ = [
 MAX_FILE_BYTES = 5 * 10**9
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""What ``transformers`` saves of a fast tokenizer; training takes no other."""
+"""Files that ``transformers`` saves for a fast tokenizer; training supports no other kind."""
 
 
 class Piece(NamedTuple):
-    """Rows for one tensor of the output, from row ``start`` on."""
+    """Rows of one output tensor, beginning at row ``start``."""
 
     name: str
     rows: Tensor
@@ -50,33 +50,34 @@ class Piece(NamedTuple):
 
 
 class Packer(Protocol):
-    """One format's way to store the weight of a linear."""
+    """Stores the weight of a linear in one format."""
 
     row_multiple: int
-    """Chunks of a weight have a multiple of this many rows, but for the last."""
+    """All chunks of a weight but the last are a multiple of this many rows long."""
 
     def takes(self, weight: Weight) -> bool:
-        """Whether this linear of a block can be packed."""
+        """Return whether the format can pack this weight of a block's linear."""
 
     def plan(self, weight: Weight) -> list[TensorSpec]:
-        """The tensors that replace it."""
+        """Return names, types and shapes of the tensors that replace the weight."""
 
     def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
-        """Rows ``span`` of it; called for all spans of a weight in order."""
+        """Pack rows ``span`` of the weight; called for all spans of a weight in order."""
 
     def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
-        """Keys of ``config.json``, given the paths of the linears that stay unpacked."""
+        """Return keys of ``config.json``, given the paths of linears that stay unpacked."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote.
+    """Statistics of a written export.
 
     Attributes:
-        tensors, packed: tensors of the output, and weights of the base that were packed.
-        merged: weights that the adapter changed.
-        bytes_written: of the files with weights.
-        unpacked: linears of blocks that the format could not take.
+        tensors: number of tensors in the output.
+        packed: number of weights of the base that were packed.
+        merged: number of weights that the adapter changed.
+        bytes_written: total size of the weight files.
+        unpacked: linears of blocks that the format could not pack.
     """
 
     tensors: int
@@ -97,12 +98,16 @@ def write_directory(
     """Stream every weight of ``walk`` into safetensors files in ``out``.
 
     Args:
-        walk: what to write.
+        walk: the merged weights to write.
         packer: the format; None writes every weight in ``dtype``.
-        out: made if missing.
-        dtype: of floating-point tensors that are not packed.
-        max_file_bytes: most bytes of a file.
-        compute: the run's compute type, if ``dtype`` is wider: what training rounded to first.
+        out: output directory; created if missing.
+        dtype: type of floating-point tensors that are not packed.
+        max_file_bytes: maximum size of a file.
+        compute: the run's compute type, if ``dtype`` is wider; rows are rounded to it first, as
+            in training.
+
+    Returns:
+        Counts of tensors, size of the files and names of unpacked linears.
     """
     packed = {w.name for w in walk.weights if packer and walk.packs(w) and packer.takes(w)}
     plans: dict[str, list[TensorSpec]] = {}
@@ -136,7 +141,7 @@ def write_directory(
 
 
 def unpacked_linears(walk: Walk, left: Iterable[str]) -> list[str]:
-    """Paths of linears that a loader must not convert: outside of blocks, and ``left``."""
+    """Return paths of linears that a loader must not convert: those outside blocks and ``left``."""
     inside = {w.module for w in walk.weights if w.in_block}
     outside = [
         path
@@ -147,19 +152,19 @@ def unpacked_linears(walk: Walk, left: Iterable[str]) -> list[str]:
 
 
 def check_new(out: Path) -> None:
-    """See that ``out`` is free for what will be written.
+    """Check that ``out`` does not exist or is an empty directory.
 
     Raises:
-        UserError: it is a file, or a directory that holds something.
+        UserError: it is a file, or a directory that is not empty.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a new directory")
+        raise UserError(f"{out} is a file; choose a new directory")
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new directory")
+        raise UserError(f"{out} is not empty; choose a new directory")
 
 
 def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
-    """A tokenizer beside the adapter, which formats conversations as training did, is the one."""
+    """Prefer the tokenizer saved with the adapter: it formats conversations as training did."""
     for path in sorted(adapter_dir.iterdir()):
         if path.name in _TOKENIZER_FILES:
             check_link(path, adapter_dir)
@@ -174,22 +179,22 @@ def copy_configuration(
     *,
     code: bool = False,
 ) -> None:
-    """Configuration, tokenizer, licence: what ``model_files`` lists, and nothing else.
+    """Copy configuration, tokenizer and licence: only the files that ``model_files`` lists.
 
     Args:
-        directory: the base.
-        out: exists.
-        dtype: the type that loaders shall use.
+        directory: directory of the base.
+        out: existing output directory.
+        dtype: type that loaders should use.
         changes: further keys of ``config.json``.
         code: the caller trusts the base's own code, which is then copied as far as ``auto_map``
             needs it; else ``auto_map`` is left out.
 
     Raises:
-        UserError: a file is a link out of the directory, the disk is full, or no permission.
+        UserError: a file is a link out of the directory, the disk is full, or it is not writable.
     """
     for name in model_files(directory, code=code):
         if name == "config.json":
-            continue  # last, and in one piece: a directory without it is never taken for a model
+            continue  # written last and atomically: without it no loader accepts the directory
         path = directory / name
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         content = None if code else without_code(path)
@@ -198,7 +203,7 @@ def copy_configuration(
         else:
             atomic_write(out / name, json.dumps(content, indent=2, ensure_ascii=False))
     config = json.loads((directory / "config.json").read_text())
-    for key in ("torch_dtype", "quantization_config"):  # of the base, not of what is written
+    for key in ("torch_dtype", "quantization_config"):  # they describe the base, not the output
         config.pop(key, None)
     if not code:
         config.pop("auto_map", None)

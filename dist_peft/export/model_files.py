@@ -1,7 +1,7 @@
-"""Which files of a base belong to a model that is made of it, by name; all others stay.
+"""Select by name the files of a base that belong to a model derived from it.
 
 A directory may hold weights in other formats, an adapter's configuration (which makes loaders look
-for an adapter), secrets and links to anywhere. So files are taken by a list: configuration,
+for an adapter), secrets and links to anywhere. So files are copied by an allowlist: configuration,
 tokenizer, chat templates, processors, licence, and code as far as ``auto_map`` needs it.
 
 A link is followed only inside the directory, and from a snapshot of the Hugging Face cache into the
@@ -31,7 +31,7 @@ _NEEDED = (
     *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
     *("video_preprocessor_config.json", "feature_extractor_config.json"),
 )
-"""A model without one of these that its base has would be another model."""
+"""Files that a model needs if its base has them: without them it would behave differently."""
 
 _DOCUMENTS = (
     "LICENSE*",
@@ -46,14 +46,14 @@ _DOCUMENT_ENDINGS = ("", ".md", ".txt", ".rst", ".pdf")
 
 
 def model_files(directory: Path, *, code: bool = False) -> list[str]:
-    """Names in ``directory`` of the files that belong to a model, relative to it, sorted.
+    """Return the sorted names, relative to ``directory``, of the files that belong to a model.
 
     Args:
-        directory: a base.
-        code: with the Python files that ``auto_map`` needs.
+        directory: directory of a base.
+        code: include the Python files that ``auto_map`` needs.
 
     Raises:
-        UserError: one that the model needs is a link out of the directory.
+        UserError: a file that the model needs is a link out of the directory.
     """
     found = set()
     for path in [*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")]:
@@ -79,11 +79,15 @@ def _is_document(path: Path) -> bool:
 
 
 def check_link(path: Path, directory: Path) -> None:
-    """Raises UserError: ``path`` is, or lies behind, a link out of ``directory``."""
+    """Check that ``path`` does not resolve to a file outside ``directory``.
+
+    Raises:
+        UserError: ``path`` or one of its parents is a link out of ``directory``.
+    """
     if not _stays_inside(path, directory):
         raise UserError(
-            f"{path} is a link to {path.resolve()}, out of {directory}: its contents are not "
-            "copied into what is written, since they may be anything; replace the link by the file"
+            f"{path} is a link to {path.resolve()}, out of {directory}: its contents could be "
+            "anything and are not copied into the output; replace the link by the file"
         )
 
 
@@ -91,14 +95,14 @@ def _stays_inside(path: Path, directory: Path) -> bool:
     root, target = directory.resolve(), path.resolve()
     if target.is_relative_to(root):
         return True
-    # of the hub's cache: models--org--name/snapshots/REVISION/config.json -> ../../blobs/HASH
+    # Hub cache: models--org--name/snapshots/REVISION/config.json -> ../../blobs/HASH
     cache = root.parent.parent
     in_cache = root.parent.name == "snapshots" and cache.name.startswith(("models--", "datasets--"))
     return in_cache and target.parent == cache / "blobs"
 
 
 def without_code(path: Path) -> dict[str, Any] | None:
-    """A JSON file's object without ``auto_map``; None: it has none, or is no JSON object."""
+    """Return a JSON file's object without ``auto_map``; None if there is no such key or object."""
     if path.suffix != ".json":
         return None
     try:
@@ -114,7 +118,7 @@ def without_code(path: Path) -> dict[str, Any] | None:
 
 
 def _code_files(directory: Path) -> Iterator[str]:
-    """The modules that ``auto_map`` names, and all that they import from beside them."""
+    """Yield the files of the modules in ``auto_map`` and of all their relative imports."""
     left, seen = sorted(_mapped_modules(directory)), set[str]()
     while left:
         module = left.pop()
@@ -129,15 +133,17 @@ def _code_files(directory: Path) -> Iterator[str]:
 
 
 def _files_of(module: str) -> list[str]:
-    """``a.b`` -> the files that importing it may run."""
+    """Return the files that importing the module ``a.b`` may run."""
     names = module.split(".") if module else []
     packages = ["/".join([*names[:i], "__init__.py"]) for i in range(1, len(names) + 1)]
     return [*packages, "/".join(names) + ".py"] if names else []
 
 
 def _mapped_modules(directory: Path) -> Iterator[str]:
-    """Modules in the ``auto_map`` of any configuration; those of another repository are not here
-    (``org/name--module.Class``)."""
+    """Yield modules in the ``auto_map`` of any configuration.
+
+    Modules of another repository (``org/name--module.Class``) are left out.
+    """
     for path in sorted(directory.glob("*.json")):
         if not any(fnmatchcase(path.name, pattern) for pattern in _NEEDED):
             continue
@@ -153,10 +159,11 @@ def _mapped_modules(directory: Path) -> Iterator[str]:
 
 
 def _relative_imports(path: Path, package: str) -> list[str]:
-    """Modules that a file imports from its own directory tree, by their path from the top.
+    """Return modules that a file imports relatively, as dotted paths from the top directory.
 
     Args:
-        package: dotted path of the package that the file is in; empty at the top.
+        path: a Python file; one with syntax errors has no imports.
+        package: dotted path of the package that contains the file; empty at the top.
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))

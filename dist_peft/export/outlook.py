@@ -1,4 +1,4 @@
-"""What a run can become, said before it is trained: formats that would refuse it at its end."""
+"""Find the export formats that would refuse a run, before it is trained."""
 
 import logging
 from importlib.util import find_spec
@@ -31,21 +31,23 @@ _INTEGER_ZERO = ("gptq", "compressed-tensors")
 _WEIGHT_KINDS = ("full", "partial")
 
 KEPT_NF4 = "bnb-nf4 --keep-adapter"
-"""A form of its own: what hinders a merge need not hinder it."""
+"""A separate form: obstacles to a merge do not always apply to it."""
 
 FORMS = tuple(
     form for name in FORMATS for form in ((name, KEPT_NF4) if name == "bnb-nf4" else (name,))
 )
-"""What a run can be exported as: the formats, and ``KEPT_NF4``."""
+"""Forms that a run can be exported in: the formats and ``KEPT_NF4``."""
 
 
 def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> dict[str, str]:
-    """Form (``FORMS``) -> why this run cannot be written as it; others can be tried.
+    """Return the reason for each form (``FORMS``) that this run cannot be written in.
+
+    A form that is not in the result can be tried.
 
     Args:
-        config: the run; ``base.quant`` of a prequantized base is the base's.
-        skeleton: with the adapter attached or without.
-        directory: the base's files.
+        config: the run; ``base.quant`` is resolved from the files of a prequantized base.
+        skeleton: the model without weights, with the adapter attached or without.
+        directory: directory of the base's files.
     """
     merged = [name for name in FORMATS if name not in _ADAPTERS]
     refused = dict.fromkeys(merged, reason) if (reason := _no_merge(config, skeleton)) else {}
@@ -61,14 +63,14 @@ def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> di
 
 
 def _no_kept_nf4(config: RunConfig, skeleton: Skeleton) -> str | None:
-    """Why the base's NF4 codes cannot be kept with the adapter apart; None: they can."""
+    """Return why the base's NF4 codes cannot be kept with a separate adapter; None if they can."""
     adapter, quant = config.adapter, config.base.quant
     if adapter.kind in _WEIGHT_KINDS:
         return f"adapter.kind {adapter.kind} trains weights, no adapter"
     if isinstance(adapter, VirtualTokensConfig):
         return "virtual tokens change no weight; peft writes them for any base that PEFT loads"
     if isinstance(adapter, BottleneckConfig | FusionConfig):
-        return "no weight can take in a nonlinear adapter; AdapterHub's library loads adapter/"
+        return "a nonlinear adapter cannot be merged; AdapterHub's library loads adapter/"
     if quant is None or quant.kind != "nf4":
         return "the base has no NF4 codes"
     try:
@@ -84,7 +86,7 @@ def _no_merge(config: RunConfig, skeleton: Skeleton) -> str | None:
     if isinstance(adapter, VirtualTokensConfig):
         return "virtual tokens change no weight"
     if isinstance(adapter, BottleneckConfig | FusionConfig):
-        return "no weight can take in a nonlinear adapter; AdapterHub's library loads adapter/"
+        return "a nonlinear adapter cannot be merged; AdapterHub's library loads adapter/"
     if isinstance(adapter, LoraConfig) and adapter.embeddings and skeleton.tied:
         return (
             "adapter.embeddings adapts an embedding that the base's output head shares: one merged "
@@ -104,17 +106,17 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
     if adapter.kind in _WEIGHT_KINDS:
         own |= dict.fromkeys(_ADAPTERS, f"adapter.kind {adapter.kind} trains weights, no adapter")
     if isinstance(adapter, BottleneckConfig | FusionConfig):
-        own |= dict.fromkeys(_ADAPTERS, "PEFT has no such adapter")
+        own |= dict.fromkeys(_ADAPTERS, "PEFT does not support this adapter")
     if isinstance(adapter, PTuningConfig) and adapter.pseudo_token is not None:
-        own |= dict.fromkeys(_ADAPTERS, "PEFT puts virtual tokens in front only")
+        own |= dict.fromkeys(_ADAPTERS, "PEFT only prepends virtual tokens")
     if quant is None or quant.kind != "int" or adapter.kind in _WEIGHT_KINDS:
-        reason = "the base is no integer base with an adapter to lie beside it (--merge --lossy)"
+        reason = "needs an integer base with a separate adapter (or --merge --lossy)"
         own = dict.fromkeys(_INTEGER_ZERO, reason) | own
     elif quant.solver == "hqq":
-        own = dict.fromkeys(_INTEGER_ZERO, "hqq makes zeros that are no integers") | own
+        own = dict.fromkeys(_INTEGER_ZERO, "hqq produces zeros that are not integers") | own
     kept = quant is not None and quant.kind == "int" and isinstance(adapter, QaLoraConfig)
     if quant is not None and kept and not stored_group(quant.group_size, MLX_GROUPS):
-        own.setdefault("mlx", f"mlx has no groups of {quant.group_size}")
+        own.setdefault("mlx", f"mlx does not support groups of {quant.group_size}")
     if "gguf" not in own and find_spec("gguf") is not None:
         from dist_peft.export.formats.gguf_model import GgufModel  # needs an optional package
 
@@ -126,7 +128,7 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
 
 
 def log_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> None:
-    """Say once what the run can be exported as, and as what not and why."""
+    """Log once the forms that the run can be exported in, and the reasons against the others."""
     refused = export_outlook(config, skeleton, directory)
     possible = [name for name in FORMS if name not in refused]
     reasons: dict[str, list[str]] = {}
@@ -134,5 +136,5 @@ def log_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> None:
         reasons.setdefault(reason, []).append(name)
     against = "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in reasons.items())
     level = logging.INFO if possible else logging.WARNING
-    told = ", ".join(possible) or "nothing (dist-peft eval --run reads it)"
-    log.log(level, "exports of this run: %s%s", told, f"; {against}" * bool(against), extra=ONCE)
+    forms = ", ".join(possible) or "nothing (dist-peft eval --run reads it)"
+    log.log(level, "exports of this run: %s%s", forms, f"; {against}" * bool(against), extra=ONCE)

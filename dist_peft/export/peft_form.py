@@ -1,13 +1,13 @@
-"""What the directory ``adapter/`` computes with PEFT where training began with PiSSA or LoftQ.
+"""Measure the error of a PiSSA or LoftQ adapter in PEFT's format against the trained model.
 
-Such a run trains factors beside the *residual* of the base, as it was quantized; its adapter is
-written as the change since the start, for the *original* base (``adapters.peft_format``)::
+Such a run trains factors on top of the quantized *residual* of the base; its adapter is saved as
+the change since initialization, relative to the *original* base::
 
     trained    decode(encode(W - s B0 A0)) + s B A
     with PEFT  W                           + s (B A - B0 A0)
 
-The two differ by the quantization error of the residual, which no adapter of that form holds. What
-the difference means for the run is said in relation to what training changed, ``s (B A - B0 A0)``.
+The two differ by the quantization error of the residual, which an adapter of that form cannot
+hold. The difference is reported relative to the change by training, ``s (B A - B0 A0)``.
 """
 
 import math
@@ -31,17 +31,17 @@ from dist_peft.store.reader import RowReader
 __all__ = ["PeftFormError", "measure_peft_form"]
 
 _PIECES, _PIECE_ROWS = 4, 16
-"""Rows of a linear that are looked at: so many, evenly spread runs of neighbours."""
+"""Sampled rows of a linear: this many evenly spaced runs of this many consecutive rows."""
 
 
 @dataclass(frozen=True)
 class PeftFormError:
-    """See the module.
+    """Error of the weights that PEFT computes with, over the sampled rows.
 
     Attributes:
-        share: Frobenius norm of the difference over that of what training changed, of all rows
-            that were looked at.
-        linears, rows: how many those are.
+        share: Frobenius norm of the difference, divided by that of the change by training.
+        linears: number of linears that were compared.
+        rows: number of rows that were compared.
     """
 
     share: float
@@ -50,24 +50,25 @@ class PeftFormError:
 
     @property
     def is_exact(self) -> bool:
-        """Within what a form that keeps the trained function may have."""
+        """Whether the error is within the bound for forms that keep the trained function."""
         return self.share <= EXACT_BOUND
 
 
 @torch.no_grad()
 def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> PeftFormError | None:
-    """Compare the weights of both on some rows of each adapted linear.
+    """Compare trained weights and those with PEFT on sampled rows of each adapted linear.
 
-    Rows are read from the base's files and forgotten; the process group is not used, so that one
-    rank can do it alone.
+    Rows are read from the base's files and freed; no collectives are used, so that a single rank
+    can run it.
 
     Args:
-        base, directory: the run's base and where it is.
-        adapter_dir: the trained adapter, as it was written.
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        adapter_dir: directory of the trained adapter.
 
     Returns:
-        None where no linear has such a start, so that PEFT computes the trained function on the
-        base as trained.
+        The error, or None if no linear was initialized by PiSSA or LoftQ: PEFT then computes the
+        trained function on the base as trained.
 
     Raises:
         UserError: damaged files.
@@ -105,7 +106,7 @@ def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> P
 
 
 def _sample(rows: int) -> Iterator[Span]:
-    """Rows to look at; all of a small linear."""
+    """Yield spans of rows to compare; a small linear is compared as a whole."""
     if rows <= _PIECES * _PIECE_ROWS:
         yield Span(0, rows)
         return

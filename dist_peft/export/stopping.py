@@ -1,8 +1,8 @@
-"""Where generation stops: what is exported stops at the token that ended the trained turns.
+"""Make generation of an exported model stop at the tokens that ended the turns in training.
 
 ``transformers`` stops at the ``eos_token_id`` of ``generation_config.json``, or of ``config.json``
-where there is none; a run's ``adapter/dist_peft.json`` has ``turn_end``, the ids that its training
-rows ended with.
+if there is none; a run's ``adapter/dist_peft.json`` has ``turn_end``, the ids that ended its
+training documents.
 """
 
 import json
@@ -23,7 +23,7 @@ _GENERATION = "generation_config.json"
 
 
 def stop_tokens(directory: Path) -> list[int]:
-    """Ids at which plain ``generate`` of a model in ``directory`` stops."""
+    """Return the token ids at which plain ``generate`` of the model in ``directory`` stops."""
     file = directory / _GENERATION
     if file.is_file() and (found := _ids(read_json_object(file).get("eos_token_id"))):
         return found
@@ -39,24 +39,24 @@ def _ids(value: Any) -> list[int]:
 
 
 def read_turn_end(adapter_dir: Path) -> list[int]:
-    """``turn_end`` of a run's adapter; empty where it is unknown."""
+    """Return ``turn_end`` of a run's adapter; empty if it is unknown."""
     return _ids(read_metadata(adapter_dir).get("turn_end"))
 
 
 def warn_of_no_stop(directory: Path, turn_end: Sequence[int], names: Sequence[str]) -> None:
-    """At the start of training: the base would not stop where the data end.
+    """Warn before training if the base would not stop at the end of a document.
 
     Args:
-        directory: the base.
-        turn_end: ids that end the training documents.
-        names: their texts.
+        directory: directory of the base.
+        turn_end: token ids that end the training documents.
+        names: texts of these tokens.
     """
     stops = stop_tokens(directory)
     missing = [name for token, name in zip(turn_end, names, strict=True) if token not in stops]
     if missing:
         log.warning(
             "the training data end with %s, and the base's generation settings stop at token ids "
-            "%s: the base with the adapter would write on after the end of its turn. Merged and "
+            "%s: the base with the adapter would continue after the end of its turn. Merged and "
             "exported models get the token in generation_config.json (gguf: eot_token_id); with "
             "the adapter alone pass eos_token_id to generate",
             ", ".join(map(repr, missing)),
@@ -65,7 +65,9 @@ def warn_of_no_stop(directory: Path, turn_end: Sequence[int], names: Sequence[st
 
 
 def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
-    """Let the model in ``out``, whose configuration is there, stop where the trained turns end.
+    """Add the run's turn-end tokens to ``eos_token_id`` of the model in ``out``.
+
+    Its configuration must have been written before.
 
     Raises:
         UserError: a file is damaged, or cannot be written.
@@ -77,9 +79,9 @@ def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
     file = out / _GENERATION
     if file.is_file():
         settings = read_json_object(file)
-    else:  # what transformers derives from config.json where there is no such file
+    else:  # the same keys that transformers derives from config.json without such a file
         config = read_json_object(out / "config.json")
         settings = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
     settings["eos_token_id"] = [*stops, *missing]
     atomic_write(file, json.dumps(settings, indent=2) + "\n")
-    log.info("%s stops at token ids %s, which end the trained turns, too", file, missing)
+    log.info("%s also stops at token ids %s, which end the turns in training", file, missing)

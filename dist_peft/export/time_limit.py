@@ -1,4 +1,4 @@
-"""A limit for work inside a library that may compile, download or wait without a word."""
+"""Limit the time spent in a library that may compile, download or wait silently."""
 
 import signal
 import threading
@@ -10,21 +10,21 @@ __all__ = ["NotVerified", "time_limit"]
 
 
 class NotVerified(Exception):
-    """An export was not compared with the trained model; the message says why, and the fix."""
+    """An export could not be compared with the trained model; the message has reason and fix."""
 
 
 class _TimeUp(BaseException):
-    """Not an ``Exception``: libraries catch those and carry on."""
+    """Not an ``Exception``: libraries catch those and continue."""
 
 
 @contextmanager
 def time_limit(what: str, seconds: float) -> Iterator[None]:
-    """End the body after ``seconds``; in the main thread only, elsewhere there is no limit.
+    """Interrupt the body after ``seconds``; in the main thread only, elsewhere there is no limit.
 
-    Signals reach Python between two operations of a library, and processes that it waits for.
+    A signal is handled between two operations of a library, or while it waits for a process.
 
     Raises:
-        NotVerified: the time is up; the message names ``what``.
+        NotVerified: the time is up; the message begins with the given description.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +39,8 @@ def time_limit(what: str, seconds: float) -> Iterator[None]:
         yield
     except _TimeUp:
         raise NotVerified(
-            f"{what} took longer than {seconds / 60:g} minutes; give it more with --verify-minutes"
+            f"{what} took longer than {seconds / 60:g} minutes; raise the limit with "
+            "--verify-minutes"
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,9 +1,9 @@
-"""Whether a verified export is what it has to be: the figures of a comparison become an exit code.
+"""Accept or reject a verified export: map the figures of a comparison to an exit code.
 
 Forms that keep the trained function (the base as training saw it with the adapter merged, QA-LoRA's
-codes with the adapter in the zeros, an adapter kept apart) may differ by rounding only. Forms that
-quantize anew, or that merge into another base than training saw, differ by what quantization costs,
-which the user is told and may bound; they fail where nothing of the adapter is left.
+codes with the adapter in the zeros, a separate adapter) may differ by rounding only. Forms that
+re-quantize, or that merge into another base than training saw, differ by the quantization error,
+which is reported and can be bounded by the user; they fail if the adapter's effect is lost.
 """
 
 import logging
@@ -17,34 +17,34 @@ __all__ = ["EXACT_BOUND", "VerificationError", "judge"]
 log = logging.getLogger("dist_peft")
 
 EXACT_BOUND = 0.05
-"""Largest error of a form that keeps the trained function, over what training changed."""
+"""Maximum error of a form that keeps the trained function, relative to the change by training."""
 
 _LOST = 1.0
 
 
 class VerificationError(RuntimeError):
-    """What was written is not the trained model: the command ends with exit code 1."""
+    """The output does not match the trained model; the command ends with exit code 1."""
 
 
 def judge(
     found: Comparison, path: Path, *, exact: bool, max_error: float | None = None, hint: str = ""
 ) -> None:
-    """Accept what was written, warn of its error, or refuse it.
+    """Accept an export, warn about its error, or reject it.
 
     Args:
-        found: its distance to the trained model.
-        path: what was written; it stays on the disk, for a look at it.
+        found: comparison with the trained model.
+        path: the written file or directory; it is kept for inspection.
         exact: the form keeps the trained function.
-        max_error: another bound, as a share of what training changed; it replaces the form's.
-        hint: what else the user can do about an error.
+        max_error: a bound that replaces the form's, as a share of the change by training.
+        hint: a remedy to mention along with an error.
 
     Raises:
-        VerificationError: the error is above the bound or no number, or the adapter is lost.
+        VerificationError: the error is above the bound or not finite, or the adapter is lost.
     """
-    error = f"an error of {found.relative:.1%} of what training changed on the probe"
-    tail = f"{'; ' + hint if hint else ''}. {path} was written and is kept, but not what was asked"
+    error = f"an error of {found.relative:.1%} of the change by training on the probe"
+    tail = f"{'; ' + hint if hint else ''}. {path} was written and is kept, but is not as requested"
     if not (math.isfinite(found.relative) and math.isfinite(found.kl)):
-        raise VerificationError(f"{path} gives logits that are not finite (error {error}){tail}")
+        raise VerificationError(f"{path} returns logits that are not finite ({error}){tail}")
     bound = max_error if max_error is not None else EXACT_BOUND if exact else _LOST
     if found.relative > bound or (max_error is None and found.relative >= _LOST):
         kind = "keeps the trained function and may differ by" if exact else "may have"
@@ -54,14 +54,14 @@ def judge(
         )
     if max_error is None and found.changed and found.kl >= found.kl_before:
         raise VerificationError(
-            f"{path} is no nearer to the trained model than the untrained base is (KL "
+            f"{path} is no closer to the trained model than the untrained base is (KL "
             f"{found.kl:.2e} nats against {found.kl_before:.2e}): the adapter is lost{tail}; "
             "--max-error sets another bound"
         )
     if not found.changed:
         log.warning(
-            "training changed nothing on the probe: the error is measured against the spread of "
-            "the logits instead"
+            "training changed nothing on the probe: the error is relative to the standard "
+            "deviation of the logits instead"
         )
     if found.relative > EXACT_BOUND:
         log.warning("%s has %s%s", path, error, f"; {hint}" if hint else "")

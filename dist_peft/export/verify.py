@@ -1,9 +1,9 @@
-"""Proving an export with its real consumer: reload it and compare with the trained model.
+"""Verify an export with its real consumer: reload it and compare with the trained model.
 
-A run leaves a *probe*: a few held-out tokens with the logits of the trained model and those of the
-same base before training. The export is loaded by plain ``transformers`` and must give the trained
-logits; its error is put in relation to what the adapter changed at all, since an export that lost
-the adapter has a small absolute error too.
+A run saves a *probe*: a few held-out tokens with the logits of the trained model and of the same
+base before training. The export is loaded by plain ``transformers`` and must return the trained
+logits; its error is relative to the change by training, since an export that lost the adapter can
+have a small absolute error too.
 """
 
 import logging
@@ -34,29 +34,40 @@ log = logging.getLogger("dist_peft")
 
 @dataclass
 class Probe:
-    """Tokens [B, S] with the trained model's logits and the base's before training [B, S, V]; a
-    classifier's are [B, classes]."""
+    """Tokens with logits of the trained model and of the base before training.
+
+    Attributes:
+        input_ids: token ids [B, S].
+        trained: logits of the trained model [B, S, V]; of a classifier [B, classes].
+        before: logits of the base before training, in the same shape.
+    """
 
     input_ids: Tensor
     trained: Tensor
     before: Tensor
 
     def save(self, path: Path) -> None:
+        """Write the probe as a safetensors file, atomically."""
         tensors = {k: v.contiguous().clone() for k, v in vars(self).items()}
         atomic_write(path, save(tensors, metadata={"format": "pt"}))
 
     @classmethod
     def load(cls, path: Path) -> "Probe":
+        """Read a probe from a safetensors file.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         if not path.is_file():
             raise UserError(
                 f"{path} is missing, so the result cannot be compared with the trained model; "
-                "resume the run if it did not finish, or give --no-verify"
+                "resume the run if it did not finish, or pass --no-verify"
             )
         try:
             return cls(**load_file(path))
         except (OSError, SafetensorError, TypeError) as error:
             raise UserError(
-                f"{path} is damaged: {error}; remove it (exports can then not be verified)"
+                f"{path} is damaged: {error}; remove it (exports can then no longer be verified)"
             ) from None
 
 
@@ -80,7 +91,7 @@ class Comparison:
     changed: bool
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a table: (what, value)."""
+        """Return the rows of a table: (quantity, value)."""
         return [
             ("Largest error of a logit", f"{self.max_error:.2e}"),
             ("Mean error of a logit", f"{self.mean_error:.2e}"),
@@ -92,22 +103,26 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"logits against the trained model: max error {self.max_error:.2e}, "
-            f"mean {self.mean_error:.2e}, {self.relative:.2%} of what training changed; "
+            f"mean {self.mean_error:.2e}, {self.relative:.2%} of the change by training; "
             f"KL {self.kl:.2e} nats (untrained base {self.kl_before:.2e}); "
             f"same top token {self.top1:.1%}"
         )
 
 
 _UNCHANGED = 1e-6
-"""A change below this share of the logits' standard deviation is none."""
+"""A change below this share of the logits' standard deviation counts as none."""
 
 
 def compare(logits: Tensor, probe: Probe) -> Comparison:
-    """Compare ``logits`` [B, S, V] with the probe's."""
+    """Compare ``logits`` [B, S, V] with the probe's.
+
+    Raises:
+        UserError: the shapes differ.
+    """
     if logits.shape != probe.trained.shape:
         raise UserError(
-            f"the export gives logits of shape {list(logits.shape)}, "
-            f"the trained model gave {list(probe.trained.shape)}"
+            f"the export returns logits of shape {list(logits.shape)}, "
+            f"the trained model returned {list(probe.trained.shape)}"
         )
     got, want, before = logits.double(), probe.trained.double(), probe.before.double()
     error, change = _difference(got, want), _difference(want, before)
@@ -126,12 +141,12 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
 
 
 def _difference(got: Tensor, want: Tensor) -> Tensor:
-    """0 where both are the same infinity, as of tokens that a model rules out."""
+    """Return ``got - want``, with 0 where both are the same infinity (masked tokens)."""
     return torch.where(got == want, 0.0, got - want)
 
 
 def _divergence(want: Tensor, got: Tensor) -> float:
-    """Mean Kullback-Leibler divergence over positions, in nats."""
+    """Return the mean Kullback-Leibler divergence over positions, in nats."""
     log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
     terms = log_want.exp() * _difference(log_want, log_got)
     return float(terms.sum(-1).mean())
@@ -141,9 +156,11 @@ def _divergence(want: Tensor, got: Tensor) -> float:
 def verify_directory(
     directory: Path, probe: Probe, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> Comparison:
-    """Load ``directory`` with plain ``transformers`` and compare; a language model generates too,
-    and a warning says where that fails."""
-    disable_progress_bar()  # a bar for each file would hide the one line that matters
+    """Load ``directory`` with plain ``transformers`` and compare it with the probe.
+
+    A language model must also generate; a failure of ``generate`` is logged as a warning.
+    """
+    disable_progress_bar()  # one bar per file would hide the result
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
@@ -159,10 +176,10 @@ def verify_directory(
 
 
 def try_generate(model: Any, ids: Tensor) -> None:
-    """Let a loaded model write two tokens, as whoever uses it will.
+    """Generate two tokens with a loaded model, as its users will.
 
     Raises:
-        NotVerified: it fails.
+        NotVerified: ``generate`` fails.
     """
     if not model.can_generate():
         return
@@ -185,7 +202,7 @@ def try_generate(model: Any, ids: Tensor) -> None:
 
 @torch.no_grad()
 def generate(directory: Path, prompts: list[str], max_new_tokens: int = 60) -> list[str]:
-    """Greedy continuations of ``prompts`` by plain ``transformers``."""
+    """Return greedy continuations of ``prompts`` by plain ``transformers``."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     texts = []

@@ -1,8 +1,8 @@
-"""An adapter in PEFT's format, loaded by PEFT on the base and compared with the trained model.
+"""Load an adapter in PEFT's format with PEFT on the base and compare with the trained model.
 
-The base is ``transformers``' own model with the weights that training had: linears of the blocks
-as they were quantized and decoded (of PiSSA and LoftQ without their start, which PEFT's form of
-them takes away itself), everything else in the compute type.
+The base is the model of plain ``transformers`` with the weights that training had: linears of the
+blocks dequantized (for PiSSA and LoftQ without subtracting the initial factors, which their PEFT
+format does itself), everything else in the compute type.
 """
 
 import warnings
@@ -29,16 +29,17 @@ __all__ = ["verify_adapter"]
 def verify_adapter(
     base: BaseConfig, directory: Path, trained: Path, out: Path, probe: Probe
 ) -> tuple[str, Comparison]:
-    """Apply the adapter ``out`` with PEFT.
+    """Apply the exported adapter ``out`` with PEFT and compare its logits with the probe.
 
     Args:
-        base, directory: the run's base and where it is.
-        trained: the run's adapter, which says what classes a head has.
-        out: what was written.
-        probe: of the run.
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        trained: directory of the run's adapter, whose metadata lists the labels of a head.
+        out: directory of the exported adapter.
+        probe: the run's probe.
 
     Returns:
-        PEFT with its version, and how far its logits are from the trained model's.
+        PEFT's version and the comparison with the trained model.
 
     Raises:
         NotVerified: PEFT is not installed, or ``transformers`` has no such model.
@@ -51,11 +52,11 @@ def verify_adapter(
     model = _plain_model(base, directory, labels)
     _fill(model, base, directory, labels)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a rank_pattern that matches no module of its own
+        warnings.simplefilter("ignore")  # PEFT warns about a rank_pattern without a module
         adapted: Any = PeftModel.from_pretrained(model, str(out)).eval()
     found = adapted(input_ids=probe.input_ids, use_cache="prefix" in _kind(adapted)).logits.float()
     if (extra := found.shape[1] - probe.trained.shape[1]) > 0 and not labels:
-        found = found[:, extra:]  # of virtual tokens in front
+        found = found[:, extra:]  # drop the positions of virtual tokens
     return f"peft {version('peft')}, transformers {version('transformers')}", compare(found, probe)
 
 
@@ -64,7 +65,7 @@ def _kind(adapted: Any) -> str:
 
 
 def _plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
-    """With random weights, to be filled."""
+    """Build the model of plain ``transformers`` with random weights."""
     trust = base.trust_remote_code
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     if hasattr(config, "quantization_config"):
@@ -81,7 +82,7 @@ def _fill(model: nn.Module, base: BaseConfig, directory: Path, labels: Any) -> N
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for path, rows, span in base_rows(base, directory, labels):
         target = own.get(path, own.get(path.removesuffix(".weight")))
-        if target is None and not path.startswith("lm_head."):  # a tied head's own copy
+        if target is None and not path.startswith("lm_head."):  # stored copy of a tied head
             raise NotVerified(f"the model of plain transformers has no {path}")
         if target is not None:
             flat = target.view(-1, *rows.shape[1:]) if rows.dim() > 1 else target.view(-1)

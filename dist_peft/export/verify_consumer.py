@@ -1,11 +1,11 @@
-"""Logits of an export, computed by the library it is for. Run by path, maybe by another Python::
+"""Compute logits of an export with its target library, run by path in its environment's Python::
 
     python verify_consumer.py mlx|llama.cpp|gptq|adapters|bnb-nf4:DTYPE MODEL OUT.npy ID ID ...
 
-It imports nothing of this package, since the libraries have needs of their own (``gptqmodel`` wants
-another torch, ``adapters`` an older transformers, ``llama-cpp-python`` a compiler) and may live in
-an environment of their own. Prints the library's version; writes float32 logits
-``[1, n, vocabulary]``.
+It imports nothing from this package, since the libraries have conflicting requirements (another
+torch for ``gptqmodel``, an older transformers for ``adapters``, a compiler for
+``llama-cpp-python``) and may be installed in a separate environment. Prints the library's version;
+writes float32 logits ``[1, n, vocabulary]``.
 """
 
 import sys
@@ -75,7 +75,7 @@ def _bnb(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
 
 
 def _generate(loaded: Any, ids: list[int]) -> None:
-    """Two tokens, as whoever uses the model will ask for."""
+    """Generate two tokens, as users of the model will."""
     import torch
 
     prompt = torch.tensor([ids])

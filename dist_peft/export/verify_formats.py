@@ -1,9 +1,9 @@
-"""Loading each quantized export with the library it is for, and comparing it with the run's probe.
+"""Load each quantized export with its target library and compare it with the run's probe.
 
 ``transformers`` loads ``bnb-nf4``, ``hf-metal``, ``compressed-tensors`` and ``gguf`` in this
-process; of ``bnb-nf4`` its plain path, ``generate`` included, runs in another as a user's does.
-``mlx-lm``, ``llama.cpp`` and ``gptqmodel`` run in another, too: this Python if it has them, or the
-one that an environment variable names (``OTHERS``). All of them have a limit of time.
+process; the plain path of ``bnb-nf4``, including ``generate``, also runs in a subprocess as it
+would for a user. ``mlx-lm``, ``llama.cpp`` and ``gptqmodel`` run in a subprocess of this Python if
+it has them, or of the one named by an environment variable (``OTHERS``). All have a time limit.
 """
 
 import logging
@@ -36,12 +36,12 @@ __all__ = ["ADAPTER", "OTHERS", "correct_bitsandbytes", "verify_export"]
 log = logging.getLogger("dist_peft")
 
 ADAPTER = "adapter"
-"""Directory inside an export that holds the adapter for the base beside it."""
+"""Subdirectory of an export with the adapter for the exported base."""
 
 
 @dataclass(frozen=True)
 class _Other:
-    """A library that is run in a process of its own."""
+    """A library that runs in a subprocess, and how to install it."""
 
     module: str
     variable: str
@@ -55,7 +55,7 @@ OTHERS = {
     ),
     "gptq": _Other("gptqmodel", "DIST_PEFT_GPTQ_PYTHON", "pip install gptqmodel optimum"),
 }
-"""Consumer -> its module, the variable that names a Python which has it, how to get it."""
+"""Consumer -> its module, the environment variable naming a Python that has it, how to install."""
 
 
 def verify_export(
@@ -67,23 +67,23 @@ def verify_export(
     *,
     trust_remote_code: bool = False,
 ) -> tuple[str, Comparison]:
-    """Load an export with its consumer.
+    """Load an export with its consumer and compare its logits with the probe.
 
     Args:
-        name: the format.
-        out: the directory, or the file of a gguf.
-        probe: of the run.
-        dtype: what ``transformers`` computes in.
-        seconds: longest time that the consumer may take.
-        trust_remote_code: run code that lies in ``out``.
+        name: name of the format.
+        out: the exported directory, or the file of a gguf.
+        probe: the run's probe.
+        dtype: compute type for ``transformers``.
+        seconds: time limit of the consumer.
+        trust_remote_code: run code that is stored in ``out``.
 
     Returns:
-        The consumer with its version, and how far its logits are from the trained model's.
+        The consumer's version and the comparison with the trained model.
 
     Raises:
-        NotVerified: the consumer is not installed, did not end in time, or computes on this
-            machine something else than the files hold.
-        VerificationError: the consumer refuses the export.
+        NotVerified: the consumer is not installed, exceeded the time limit, or does not compute
+            with the stored weights on this machine.
+        VerificationError: the consumer cannot load the export.
     """
     if name in ("mlx", "gptq"):
         consumer, logits = _elsewhere(name, out, probe.input_ids, seconds)
@@ -100,11 +100,11 @@ def verify_export(
 def _bitsandbytes(
     out: Path, probe: Probe, dtype: torch.dtype, seconds: float
 ) -> tuple[str, Comparison]:
-    """What the files hold, and what plain ``transformers`` makes of them on this machine.
+    """Compare the stored weights, then plain ``transformers`` on this machine, with the probe.
 
     Raises:
-        NotVerified: the second fails, or is further from the trained model.
-        VerificationError: the first is no number.
+        NotVerified: plain ``transformers`` fails, or is further from the trained model than the
+            stored weights are.
     """
     with time_limit("loading it with transformers", seconds):
         consumer, logits = _here("bnb-nf4", out, probe.input_ids, dtype, False)
@@ -116,19 +116,20 @@ def _bitsandbytes(
         last = str(error).strip().splitlines()[-1]
         raise NotVerified(
             f"plain transformers with bitsandbytes cannot run {out} on this machine ({last}). The "
-            f"files are right: without the kernels that fail, {stored}"
+            f"files are correct: without the kernels that fail, {stored}"
         ) from None
     found = compare(logits, probe)
     if not found.relative <= stored.relative + _PLAIN_MARGIN:
         raise NotVerified(
-            f"bitsandbytes computes on this machine something else than the files hold: {found}; "
+            f"bitsandbytes does not compute with the stored weights on this machine: {found}; "
             f"without its AVX512 kernels, {stored}. Use another machine or another format"
         )
     return plain if consumer == plain else f"{plain}, plain", found
 
 
 _PLAIN_MARGIN = 0.05
-"""By how much of what training changed a consumer's kernels may differ from what files hold."""
+"""Tolerance for a consumer's kernels against the stored weights, relative to the change by
+training."""
 
 _NEEDS = {
     "bnb-nf4": ("bitsandbytes", "accelerate"),
@@ -152,7 +153,7 @@ def _here(
     if name in ("bnb-nf4", "hf-metal"):
         options["device_map"] = "cpu"  # the default of hf-metal is an Apple GPU
     if name == "hf-metal":
-        options["dtype"] = "auto"  # its linears come in the type of their scales, all else must fit
+        options["dtype"] = "auto"  # linears take the type of their scales, all else must match it
     if name == "bnb-nf4":
         consumer += f", bitsandbytes {version('bitsandbytes')}"
     if name == "compressed-tensors":
@@ -162,7 +163,7 @@ def _here(
         options["gguf_file"] = out.name
         out = out.parent
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that our dequantize=True is not the file's
+        warnings.simplefilter("ignore")  # dequantize=True differs from the file's configuration
         model = AutoModelForCausalLM.from_pretrained(out, **options)
     if name == "bnb-nf4" and correct_bitsandbytes(model):  # before PEFT wraps its linears
         consumer += " without its AVX512 kernels"
@@ -170,18 +171,18 @@ def _here(
         model.load_adapter(str(out / ADAPTER))
         consumer += f", peft {version('peft')}"
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    if name != "bnb-nf4":  # whose plain path runs in a process of its own
+    if name != "bnb-nf4":  # its plain path generates in a subprocess
         try_generate(model, ids)
     return consumer, logits
 
 
 def correct_bitsandbytes(model: nn.Module) -> bool:
-    """Let a bitsandbytes model compute with the weights that its files hold, on any CPU.
+    """Make a bitsandbytes model compute with the stored weights on any CPU.
 
-    With AVX512 bitsandbytes 0.50 decodes linears wrongly whose ``in_features`` are no whole number
-    of blocks of 64 (as one long row it decodes them rightly): those are made dense. With
-    AVX512-BF16 its products in evaluation round activations and scales to bfloat16 whatever the
-    model's type, 0.3 % of a product: that kernel is left out.
+    With AVX512, bitsandbytes 0.50 dequantizes linears incorrectly if ``in_features`` is not a
+    multiple of the block size (flattened to one row they are dequantized correctly): these are
+    replaced by dense linears. With AVX512-BF16, its products in evaluation round activations and
+    scales to bfloat16 for any model type, an error of 0.3 %: that kernel is disabled.
 
     Returns:
         Whether anything was changed.
@@ -211,7 +212,7 @@ def correct_bitsandbytes(model: nn.Module) -> bool:
 
 
 def _python(consumer: str) -> str | None:
-    """A Python that has the library; None: there is none."""
+    """Return a Python executable that has the library, or None."""
     other = OTHERS[consumer]
     named = os.environ.get(other.variable)
     return named or (sys.executable if find_spec(other.module) else None)
@@ -231,8 +232,8 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
     if python is None:
         assert other is not None
         raise NotVerified(
-            f"{other.module.replace('_', '-')} is not installed; {other.install}, here or in an "
-            f"environment of its own whose Python {other.variable} names"
+            f"{other.module.replace('_', '-')} is not installed; {other.install}, here or in a "
+            f"separate environment, and set {other.variable} to its Python"
         )
     assert verify_consumer.__file__ is not None and ids.shape[0] == 1
     with tempfile.TemporaryDirectory() as scratch:
@@ -243,8 +244,8 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
         done = _within(command, scratch, environment, consumer, seconds)
         if done.returncode < 0:
             raise NotVerified(
-                f"the process of {consumer} was ended by signal {-done.returncode}"
-                + (", as the system does where memory is short" if done.returncode == -9 else "")
+                f"the process of {consumer} was killed by signal {-done.returncode}"
+                + (", as the system does when out of memory" if done.returncode == -9 else "")
             )
         if done.returncode:
             raise VerificationError(f"{consumer} cannot load {out}:\n{done.stderr}")
@@ -254,7 +255,7 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
 def _within(
     command: list[str], scratch: str, environment: dict[str, str], consumer: str, seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run it with what it starts, such as compilers; all of it is ended when the time is up."""
+    """Run a command; kill it and its children, such as compilers, when the time is up."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -273,6 +274,6 @@ def _within(
             raise
         raise NotVerified(
             f"{consumer} did not load it within {seconds / 60:g} minutes (it may compile kernels "
-            "when it runs first); give it more with --verify-minutes"
+            "on its first run); raise the limit with --verify-minutes"
         ) from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -163,7 +163,7 @@ def test_merge_has_no_original(
 ) -> None:
     assert cli.main(["merge", "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().err
-    assert text.count("is quantized already (gptq_v2): the adapter is merged into its dec") == 1
+    assert text.count("is already quantized (gptq_v2): the adapter is merged into its deq") == 1
     config = packed.read_config(tmp_path / "out")
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     probe = Probe.load(run / "probe.safetensors")

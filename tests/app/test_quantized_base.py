@@ -115,7 +115,7 @@ def test_command(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["quantize", "--config", file, "--out", str(out), "base.quant.bits=2"]) == 0
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2
     assert cli.main(["quantize", "--config", file, "--out", str(out)]) == 2
-    assert f"{out} is not empty; give a new directory" in capsys.readouterr().err
+    assert f"{out} is not empty; choose a new directory" in capsys.readouterr().err
     close_log()
 
 

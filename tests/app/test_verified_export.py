@@ -144,7 +144,7 @@ def test_places_that_cannot_be_written(
     verb: list[str], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    for out, words in (("file", "is a file; give a new directory"), ("file/x", "cannot write")):
+    for out, words in (("file", "is a file; choose a new directory"), ("file/x", "cannot write")):
         assert cli.main([*verb, "--run", str(run_dir), "--out", str(tmp_path / out)]) == 2
         assert words in capsys.readouterr().err
 
@@ -210,7 +210,7 @@ def test_qalora_is_exported_exactly(
     argv = ["export", "--run", str(qalora_run), "--out", str(tmp_path / "out"), "--format", name]
     assert cli.main(argv) == 0
     err = capsys.readouterr().err
-    assert "loaded by transformers" in err and " 0.00% of what training changed" in err
+    assert "loaded by transformers" in err and " 0.00% of the change by training" in err
     assert "2 linears stay float32" in err and "layers.0.mlp.down_proj" in err
     assert f"Export {name}" in (qalora_run / "report.html").read_text()
 
@@ -221,7 +221,7 @@ def test_nf4_run_as_bitsandbytes_model(
     argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--format", "bnb-nf4", "--bits", "2", "--lossy"]) == 0
     err = capsys.readouterr().err
-    assert "bitsandbytes" in err and "of what training changed" in err
+    assert "bitsandbytes" in err and "of the change by training" in err
     assert "--bits has no effect on format bnb-nf4" in err
     assert "--lossy has no effect on format bnb-nf4" in err
 
@@ -234,7 +234,7 @@ def test_merge_into_integer_zeros_is_refused(
     assert "integer zeros" in capsys.readouterr().err
     assert cli.main([*argv, "--format", "compressed-tensors", "--lossy"]) == 0
     err = capsys.readouterr().err
-    assert "of what training changed" in err and " 0.00% of" not in err
+    assert "of the change by training" in err and " 0.00% of" not in err
 
 
 def test_consumer_that_is_not_installed_is_named(
@@ -326,7 +326,7 @@ def test_lora_that_is_not_what_was_trained(
     assert cli.main(argv) == int(fails)
     err = capsys.readouterr().err
     assert ("was written and is kept" in err) == fails
-    assert fails or "of what training changed on the probe" in err
+    assert fails or "of the change by training on the probe" in err
     assert (tmp_path / "out").is_dir()
 
 
@@ -386,7 +386,7 @@ def test_types_of_merged_weights(
         f"torch.{dtype}"
     }
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
-    assert (" 0.00% of what training changed" in capsys.readouterr().err) == (dtype == "float32")
+    assert (" 0.00% of the change by training" in capsys.readouterr().err) == (dtype == "float32")
 
 
 def test_only_what_belongs_to_an_adapter_is_exported(run_dir: Path, tmp_path: Path) -> None:
@@ -422,5 +422,5 @@ def test_bitsandbytes_that_fails_on_this_machine(
     assert cli.main([*argv, "--format", "bnb-nf4"]) == 0
     err = capsys.readouterr().err
     assert "NOT VERIFIED: plain transformers with bitsandbytes cannot run" in err
-    assert "AssertionError: N % block_n" in err and "of what training changed" in err
+    assert "AssertionError: N % block_n" in err and "of the change by training" in err
     assert "loaded by" not in err

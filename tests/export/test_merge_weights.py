@@ -194,7 +194,7 @@ def test_directory_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> N
     adapter = make_adapter(base, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(UserError, match="not empty; give a new directory"):
+    with pytest.raises(UserError, match="not empty; choose a new directory"):
         merge(base, adapter, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 

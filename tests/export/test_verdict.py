@@ -53,7 +53,7 @@ def test_other_forms_warn_and_fail_where_the_adapter_is_lost(
     for lost in (1.0, 11.48):
         with pytest.raises(VerificationError, match=r"at most 100\.0%"):
             judge(replace(GOOD, relative=lost), OUT, exact=False)
-    with pytest.raises(VerificationError, match="no nearer to the trained model"):
+    with pytest.raises(VerificationError, match="no closer to the trained model"):
         judge(replace(GOOD, relative=0.4, kl=0.1), OUT, exact=False)
 
 

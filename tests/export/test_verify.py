@@ -32,7 +32,7 @@ def test_exact_logits() -> None:
 def test_lost_adapter_has_relative_error_one() -> None:
     found = compare(probe().before, probe())
     assert found.relative == pytest.approx(1)
-    assert "100.00% of what training changed" in str(found)
+    assert "100.00% of the change by training" in str(found)
 
 
 def test_numbers_by_hand() -> None:
@@ -71,7 +71,9 @@ def test_divergence_of_the_base_before_training() -> None:
 
 
 def test_other_vocabulary_is_refused() -> None:
-    with pytest.raises(UserError, match=r"shape \[1, 3, 4\], the trained model gave \[1, 3, 5\]"):
+    with pytest.raises(
+        UserError, match=r"shape \[1, 3, 4\], the trained model returned \[1, 3, 5\]"
+    ):
         compare(probe().trained[..., :4], probe())
 
 

@@ -1,7 +1,7 @@
 """``bnb-nf4``: merged rows in bitsandbytes' NF4, a prequantized model for ``transformers``.
 
-A weight ``[out, in]`` is cut into blocks of 64 along its flattened rows (a block may run from one
-row into the next). Tensors of a linear, as ``bitsandbytes.functional.QuantState`` stores them::
+A weight ``[out, in]`` is split into blocks of 64 along its flattened rows (a block may cross rows).
+Tensors of a linear, as ``bitsandbytes.functional.QuantState`` stores them::
 
     weight                               uint8 [out * in / 2, 1]   even element in the high nibble
     weight.quant_map                     float32 [16]              the 16 levels
@@ -11,8 +11,8 @@ row into the next). Tensors of a linear, as ``bitsandbytes.functional.QuantState
     weight.nested_quant_map              float32 [256]
     weight.quant_state.bitsandbytes__nf4 uint8 [n]                 JSON: shape, types, offset
 
-The offset of double quantization is the mean over the whole tensor's absmax, so that these (4 bytes
-a block) are kept until the weight is complete; of the weight itself only a chunk is in memory.
+The offset of double quantization is the mean of the absmax of the whole tensor, so that these
+(4 bytes a block) are kept until the weight is complete; only a chunk of the weight is in memory.
 """
 
 import json
@@ -36,11 +36,11 @@ _CODEC = Nf4Codec(BLOCK, double_quant=False)
 
 
 class BnbNf4:
-    """Packs linears in bitsandbytes' NF4.
+    """Pack linears in bitsandbytes' NF4.
 
     Args:
-        double_quant: store the blocks' scales in 8 bits.
-        dtype: what bitsandbytes decodes to and computes in.
+        double_quant: store the scales of the blocks in 8 bits.
+        dtype: type that bitsandbytes dequantizes to and computes in.
     """
 
     row_multiple = 2 * BLOCK  # whole bytes and blocks in every chunk but the last
@@ -96,8 +96,10 @@ class BnbNf4:
         yield Piece(quant_state_name(weight), self._state(weight, offset), 0)
 
     def _state(self, weight: Weight, offset: float) -> Tensor:
-        """The JSON of a weight's quantization state as bytes, of a length that does not depend on
-        ``offset``: tensors are planned before it is known."""
+        """Return ``quant_state`` of a weight, of a length that does not depend on ``offset``.
+
+        Tensors are planned before the offset is known.
+        """
         nested: dict[str, Any] | None = None
         if self.double_quant:
             nested = {
@@ -114,13 +116,14 @@ class BnbNf4:
 def quant_state(
     weight: Weight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """The JSON of a weight's quantization state as bytes, ``uint8 [n]``.
+    """Encode a weight's quantization state as JSON bytes, ``uint8 [n]``.
 
     Args:
-        weight: the linear's weight.
-        block: weights that share a scale.
-        dtype: what bitsandbytes decodes to.
-        nested: of double quantization, with ``nested_offset``; the length does not depend on it.
+        weight: weight of a linear.
+        block: number of elements that share a scale.
+        dtype: type that bitsandbytes dequantizes to.
+        nested: keys of double quantization, with ``nested_offset``, whose value does not change
+            the length.
     """
     state: dict[str, Any] = {
         "quant_type": "nf4",
@@ -137,10 +140,13 @@ def quant_state(
 def bnb_settings(
     walk: Walk, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
 ) -> Mapping[str, Any]:
-    """What ``config.json`` says of a model in bitsandbytes' NF4.
+    """Return the ``quantization_config`` of a model in bitsandbytes' NF4, for ``config.json``.
 
     Args:
-        unpacked: paths of linears of the blocks that are written in full.
+        walk: the exported weights.
+        unpacked: paths of linears of the blocks that are not quantized.
+        double_quant: the scales of the blocks are stored in 8 bits.
+        dtype: type that bitsandbytes computes in.
     """
     return {
         "quantization_config": {
@@ -157,8 +163,10 @@ def bnb_settings(
 
 
 def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Double quantization as bitsandbytes does it: blocks of 256 values ``absmax - mean``, each
-    divided by its largest magnitude, as the nearest entry of ``dynamic_map``.
+    """Quantize scales a second time, as bitsandbytes' double quantization does.
+
+    Blocks of 256 values ``absmax - mean`` are divided by their largest magnitude and rounded to the
+    nearest entry of ``dynamic_map``.
 
     Returns:
         codes uint8 [n], largest magnitudes float32 [ceil(n / 256)], the mean.
@@ -175,8 +183,11 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def dynamic_map() -> Tensor:
-    """bitsandbytes' 8-bit map (Dettmers 2016, "8-bit approximations for parallelism"), ascending
-    float32 [256]: sign, a decimal exponent of up to 7 places, the other bits linear in [0.1, 1]."""
+    """Return bitsandbytes' 8-bit map, ascending float32 [256].
+
+    Sign, a decimal exponent of up to 7 places, the other bits linear in [0.1, 1] (Dettmers 2016,
+    "8-bit approximations for parallelism in deep learning").
+    """
     entries = [0.0, 1.0]
     for exponent in range(7):
         borders = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -187,5 +198,5 @@ def dynamic_map() -> Tensor:
 
 
 def quant_state_name(weight: Weight) -> str:
-    """Name of the tensor that holds the weight's ``quant_state``."""
+    """Return the name of the tensor that holds the weight's ``quant_state``."""
     return f"{weight.name}.quant_state.bitsandbytes__nf4"

@@ -7,11 +7,11 @@ Linears of the blocks are stored in one of::
     F16
 
 From an integer base with the adapter in its zeros, Q4_1 keeps codes and scales and rounds only
-``m`` to fp16; codes of 2 and 3 bits fit, groups are cut into blocks of 32. Embeddings, head and
-linears that blocks of 32 do not divide are stored in the run's compute type, norms and biases in
-float32.
+``m`` to fp16; codes of 2 and 3 bits fit, groups are split into blocks of 32. Embeddings, head and
+linears whose ``in`` is not a multiple of 32 are stored in the run's compute type, norms and biases
+in float32.
 
-The ``gguf`` package writes header, metadata and tensor table; rows are then written at their place.
+The ``gguf`` package writes header, metadata and tensor table; rows then follow at their offsets.
 """
 
 import os
@@ -38,7 +38,7 @@ from dist_peft.store.fileio import sync_directory, temporary_name, write_exactly
 __all__ = ["q4_1_blocks", "q8_0_blocks", "write_gguf"]
 
 BLOCK = 32
-_IGNORED = np.dtype(np.float32)  # the writer looks at it only where no type is given
+_IGNORED = np.dtype(np.float32)  # the writer ignores it if a GGML type is passed
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
@@ -53,15 +53,18 @@ _FILE_TYPES = {
 def write_gguf(
     walk: Walk, kind: str, file: Path, tokenizer: Path, name: str, dtype: torch.dtype
 ) -> Written:
-    """Write ``walk`` as a GGUF file, in one pass.
+    """Write merged weights as a GGUF file, in one pass.
 
     Args:
-        walk: what to write.
+        walk: the merged weights to write.
         kind: q4_1, q8_0 or f16, for linears of blocks.
-        file: does not exist.
+        file: path of the new file.
         tokenizer: directory with the tokenizer's files.
-        name: of the model, in the metadata.
+        name: name of the model in the metadata.
         dtype: compute type of the run.
+
+    Returns:
+        Counts of tensors, size of the file and names of unpacked linears.
 
     Raises:
         UserError: an architecture or tokenizer that cannot be written, or the disk is full.
@@ -115,7 +118,7 @@ def _append(
     factors: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Write the tensors behind the table; each begins at a multiple of the alignment."""
+    """Append the tensors after the table; each begins at a multiple of the alignment."""
     descriptor = os.open(file, os.O_WRONLY)
     try:
         place = _aligned(os.fstat(descriptor).st_size)
@@ -147,8 +150,8 @@ def _kind(walk: Walk, weight: Weight, kind: str, dtype: torch.dtype) -> _Kind:
         bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
         if bits > 4 or group % BLOCK:
             raise UserError(
-                "gguf Q4_1 has codes of up to 4 bits in groups of 32 or a multiple, not "
-                f"{bits} bits in groups of {group}; give --type q8_0 or f16"
+                "gguf Q4_1 supports codes of up to 4 bits in groups of 32 or a multiple, not "
+                f"{bits} bits in groups of {group}; use --type q8_0 or f16"
             )
     return _KINDS[kind]
 
@@ -162,14 +165,14 @@ def _row_bytes(weight: Weight, kind: _Kind) -> int:
 def _chunk(
     walk: Walk, model: GgufModel, weight: Weight, span: Span, kind: _Kind, dtype: torch.dtype
 ) -> Tensor:
-    """Rows ``span`` as bytes, flat, in llama.cpp's order."""
+    """Return rows ``span`` as a flat tensor of bytes, in llama.cpp's row order."""
     if kind == _Kind.Q4_1 and walk.state == "codes":
         parts = walk.parts(weight, span)
         stored = q4_1_blocks(regroup(parts, weight.columns, BLOCK, torch.float16))
     else:
         rows = walk.rows(weight, span)
         if not weight.in_block:
-            rows = rows.to(weight.wide or dtype)  # as training held it
+            rows = rows.to(weight.wide or dtype)  # the type that training used
         rows = rows.float()
         if kind == _Kind.Q4_1:
             stored = q4_1_blocks(quantize_rows(rows, 4, BLOCK, torch.float16))
@@ -182,7 +185,7 @@ def _chunk(
 
 
 def q4_1_blocks(groups: BiasGroups) -> Tensor:
-    """Groups of 32 codes below 16 with fp16 scale and bias -> uint8 [rows, blocks * 20]."""
+    """Pack groups of 32 codes below 16 with fp16 scale and bias to uint8 [rows, blocks * 20]."""
     rows, blocks = groups.scale.shape
     codes = groups.codes.reshape(rows, blocks, 2, 16)
     payload = codes[:, :, 0] | codes[:, :, 1] << 4
@@ -191,7 +194,7 @@ def q4_1_blocks(groups: BiasGroups) -> Tensor:
 
 
 def q8_0_blocks(rows: Tensor) -> Tensor:
-    """float32 [n, in] -> uint8 [n, in / 32 * 34], rounded to nearest."""
+    """Quantize float32 [n, in] to Q8_0, uint8 [n, in / 32 * 34], rounded to nearest."""
     blocks = rows.reshape(rows.shape[0], -1, BLOCK)
     scale = divide(blocks.abs().amax(-1, keepdim=True), 127)
     codes = torch.where(scale > 0, blocks / scale, 0.0).round_().clamp_(-127, 127).to(torch.int8)

@@ -1,12 +1,12 @@
-"""A model's configuration and tensor names as GGUF has them, per architecture.
+"""Map a model's configuration and tensor names to GGUF, per architecture.
 
-llama.cpp rotates neighbouring pairs of a head's dimensions where ``transformers`` rotates its two
-halves. For architectures whose llama.cpp graph does the former, rows of q and k are interleaved
-within each head::
+llama.cpp applies rotary embeddings to adjacent pairs of a head's dimensions, ``transformers`` to
+its two halves. For architectures whose llama.cpp graph does the former, rows of q and k are
+interleaved within each head::
 
     transformers   row  h, (half, i)        llama.cpp   row  h, (i, half)
 
-which moves whole rows and leaves their quantization groups alone.
+which moves whole rows and does not change their quantization groups.
 """
 
 import math
@@ -32,10 +32,10 @@ _ARCHITECTURES = {
 
 
 class GgufModel:
-    """Names, metadata and row order of one model.
+    """Tensor names, metadata and row order of one model.
 
     Raises:
-        UserError: an architecture or a rotary scaling that is not written.
+        UserError: an unsupported architecture or rotary scaling.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -43,7 +43,7 @@ class GgufModel:
         if config.model_type not in _ARCHITECTURES:
             raise UserError(
                 f"gguf is written for {', '.join(_ARCHITECTURES)}, not for {config.model_type}; "
-                "merge the run (hf-bf16) and use llama.cpp's own converter"
+                "merge the run (hf-bf16) and use llama.cpp's converter"
             )
         self.config: Any = config
         self.tied = skeleton.tied
@@ -54,19 +54,20 @@ class GgufModel:
         if kind not in ("default", "linear", "llama3"):
             raise UserError(
                 f"gguf is not written for rotary scaling {kind!r}; merge the run (hf-bf16) and use "
-                "llama.cpp's own converter"
+                "llama.cpp's converter"
             )
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         own = getattr(self.config, "head_dim", None)
         return int(own or self.config.hidden_size // self.config.num_attention_heads)
 
     def name(self, weight: Weight) -> str | None:
-        """GGUF name of a tensor; None: llama.cpp has none and needs none.
+        """Return the GGUF name of a tensor; None if llama.cpp does not store it.
 
         Raises:
-            UserError: it has none, but the model uses the tensor.
+            UserError: the model needs the tensor, but GGUF has no name for it.
         """
         if self.tied and weight.path.startswith("lm_head."):
             return None
@@ -78,11 +79,11 @@ class GgufModel:
         return name
 
     def row_multiple(self, weight: Weight) -> int:
-        """Chunks of this many rows can be reordered."""
+        """Return the number of rows that a chunk must be a multiple of to be reordered."""
         return self.head_dim if self._is_interleaved(weight) else 1
 
     def order(self, weight: Weight, rows: Tensor) -> Tensor:
-        """Whole heads of rows in llama.cpp's order."""
+        """Return rows of whole heads in llama.cpp's order."""
         if not self._is_interleaved(weight):
             return rows
         heads = rows.reshape(-1, 2, self.head_dim // 2, *rows.shape[1:])
@@ -94,6 +95,7 @@ class GgufModel:
         return weight.path.split(".")[-2] in ("q_proj", "k_proj")
 
     def add_metadata(self, writer: gguf.GGUFWriter, name: str, file_type: int) -> None:
+        """Add the hyperparameters of the model to a file's metadata."""
         config, heads = self.config, self.config.num_attention_heads
         writer.add_name(name)
         writer.add_file_type(file_type)
@@ -115,10 +117,11 @@ class GgufModel:
             writer.add_rope_scaling_factor(float(self._rope["factor"]))
 
     def rope_factors(self) -> Tensor | None:
-        """Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2]; else None.
+        """Return Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2], or None.
 
-        A wave that fits the original context often enough keeps its frequency, one that does not
-        fit is slowed down by ``factor``, and in between the two are mixed.
+        Frequencies with at least ``high_freq_factor`` periods in the original context are kept,
+        those with at most ``low_freq_factor`` are divided by ``factor``, and those in between are
+        interpolated.
         """
         if self._rope.get("rope_type") != "llama3":
             return None
@@ -127,7 +130,7 @@ class GgufModel:
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
         factors = []
         for i in range(0, self.head_dim, 2):
-            waves = context * theta ** (-i / self.head_dim) / (2 * math.pi)  # in the context
+            waves = context * theta ** (-i / self.head_dim) / (2 * math.pi)  # periods in context
             smooth = min(max((waves - low) / (high - low), 0.0), 1.0)
             factors.append(1 / ((1 - smooth) / factor + smooth))
         return torch.tensor(factors, dtype=torch.float32)

@@ -1,14 +1,15 @@
-"""A Hugging Face tokenizer as GGUF metadata, so that llama.cpp cuts text as training did.
+"""Convert a Hugging Face tokenizer to GGUF metadata, so that llama.cpp tokenizes as training did.
 
-llama.cpp has its own tokenizers; a file names one and gives it tokens, types, and scores or merges:
+llama.cpp implements its tokenizers; a file selects one and stores tokens, types, and scores or
+merges:
 
-    llama   SentencePiece's BPE: the best *score* of a neighbouring pair wins; unknown bytes fall
-            back to <0x..> tokens
-    gpt2    byte-level BPE: the first *merge* wins, inside pieces that a regular expression cuts;
-            ``tokenizer.ggml.pre`` names the expression
+    llama   SentencePiece BPE: the pair with the best *score* is merged; unknown bytes fall back
+            to <0x..> tokens
+    gpt2    byte-level BPE: the pair of the first *merge* is merged, inside pieces split by a
+            regular expression that ``tokenizer.ggml.pre`` names
 
-A tokenizer that is neither, or cuts text by an expression that is not among the known ones, is
-refused: it would run and give other tokens.
+A tokenizer of another kind, or with an unknown regular expression, is refused: it would run but
+return other tokens.
 """
 
 import json
@@ -33,7 +34,7 @@ _PRE = {
     _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
     _GPT2: "gpt-2",
 }
-"""What cuts text into pieces -> llama.cpp's name for it."""
+"""Regular expression of the pre-tokenizer -> llama.cpp's name for it."""
 
 _UNUSED_SCORE = -1000.0
 
@@ -45,15 +46,15 @@ class _Token(NamedTuple):
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> None:
-    """Add the tokenizer of ``directory`` to a file.
+    """Add the tokenizer of ``directory`` to a GGUF file.
 
     Args:
-        writer: before its header is written.
-        directory: holds ``tokenizer.json`` and what belongs to it.
+        writer: writer whose header is not yet written.
+        directory: directory with ``tokenizer.json`` and the tokenizer's configuration.
         vocabulary: rows of the model's embedding; ids without a token get an unused one.
 
     Raises:
-        UserError: llama.cpp has no such tokenizer.
+        UserError: llama.cpp has no equivalent tokenizer.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -75,15 +76,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> 
     if scores:
         writer.add_token_scores([token.score for token in tokens])
     writer.add_token_types([token.kind for token in tokens])
-    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # pairs of texts are no concern
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns about added token pairs
     special = gguf.SpecialVocab(directory, load_merges=not scores, n_vocab=vocabulary)
     special.add_to_gguf(writer, quiet=True)
-    if scores:  # SentencePiece puts a space before the text, unless a normalizer does not
+    if scores:  # SentencePiece adds a space before the text only if a normalizer says so
         writer.add_add_space_prefix("Prepend" in json.dumps(tree.get("normalizer")))
 
 
 def _tokens(tree: dict[str, Any], scores: dict[str, float], vocabulary: int) -> Iterator[_Token]:
-    """One token an id, 0 to ``vocabulary - 1``."""
+    """Yield one token per id, from 0 to ``vocabulary - 1``."""
     texts = {index: text for text, index in tree["model"]["vocab"].items()}
     added = {entry["id"]: entry for entry in tree.get("added_tokens", [])}
     unknown = tree["model"].get("unk_token")
@@ -104,10 +105,10 @@ def _tokens(tree: dict[str, Any], scores: dict[str, float], vocabulary: int) -> 
 
 
 def _merge_scores(model: dict[str, Any]) -> dict[str, float]:
-    """Token -> minus the rank of the merge that makes it; below all merges for single characters.
+    """Map each token to minus the rank of its merge; single characters score below all merges.
 
-    SentencePiece merges the pair with the best score, byte-pair encoding the one that comes first:
-    the same order.
+    SentencePiece merges the pair with the best score, byte-pair encoding the pair whose merge comes
+    first: both orders are the same.
     """
     scores: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -123,19 +124,19 @@ def _pre_tokenizer(tree: dict[str, Any], file: Path) -> str:
     patterns = [s["pattern"].get("Regex", "") for s in steps if s.get("type") == "Split"]
     byte_level = [s for s in steps if s.get("type") == "ByteLevel"]
     if len(byte_level) + len(patterns) < len(steps) or not byte_level or len(patterns) > 1:
-        raise _refused(file, "it cuts text in steps that are not those of GPT-2, Llama 3 or Qwen 2")
+        raise _refused(file, "it splits text in other steps than GPT-2, Llama 3 and Qwen 2")
     if byte_level[0].get("add_prefix_space"):
         raise _refused(file, "it adds a space before the text")
     if not patterns and byte_level[0].get("use_regex", True):
         return _PRE[_GPT2]
     pattern = patterns[0] if patterns else ""
     if pattern not in _PRE:
-        raise _refused(file, f"it cuts text by {pattern!r}")
+        raise _refused(file, f"it splits text by {pattern!r}")
     return _PRE[pattern]
 
 
 def _refused(file: Path, why: str) -> UserError:
     return UserError(
-        f"{file} is no tokenizer that a gguf file can name ({why}); known are byte-level BPE as in "
-        "GPT-2, Llama 3 and Qwen 2, and SentencePiece BPE with byte fallback. Choose another format"
+        f"{file} cannot be converted to gguf ({why}); supported are byte-level BPE as in GPT-2, "
+        "Llama 3 and Qwen 2, and SentencePiece BPE with byte fallback. Choose another format"
     )

@@ -1,14 +1,14 @@
-"""Affine groups with a float bias, as MLX, transformers' Metal format and GGUF Q4_1 store them.
+"""Affine groups with a float bias, for MLX, the Metal format of transformers and GGUF Q4_1.
 
 ::
 
     w' = q * scale + bias        0 <= q < 2**bits        one scale and bias a group of a row
 
 From an integer base with the adapter in its zeros (``AffineParts``) nothing is quantized: codes and
-scales stay, and ``bias = -scale * zero``. A group may be cut into smaller ones that repeat its
-scale and bias, and codes may be stored in wider fields; both are exact.
+scales are kept, and ``bias = -scale * zero``. A group may be split into smaller ones that repeat
+its scale and bias, and codes may be stored in wider fields; both are exact.
 
-From merged rows a group is rounded to nearest between its own ends::
+From merged rows a group is rounded to nearest between its minimum and maximum::
 
     bias = min w        scale = (max w - min w) / (2**bits - 1)        q = round((w - bias) / scale)
 
@@ -28,14 +28,14 @@ __all__ = ["BiasGroups", "pack_words", "quantize_rows", "regroup"]
 
 
 class BiasGroups(NamedTuple):
-    """Rows of affine groups: ``codes`` uint8 [rows, in], ``scale`` and ``bias`` [rows, groups]."""
+    """Rows in affine groups: ``codes`` uint8 [rows, in], ``scale`` and ``bias`` [rows, groups]."""
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
 
     def decoded(self) -> Tensor:
-        """float32 [rows, in]."""
+        """Dequantize to float32 [rows, in]."""
         rows, groups = self.scale.shape
         codes = self.codes.view(rows, groups, -1).float()
         scale, bias = self.scale.float().unsqueeze(-1), self.bias.float().unsqueeze(-1)
@@ -43,8 +43,14 @@ class BiasGroups(NamedTuple):
 
 
 def quantize_rows(rows: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
-    """Round rows ``[n, in]`` to nearest; ``group_size`` divides ``in``, ``dtype`` is the stored
-    type of scale and bias."""
+    """Quantize rows ``[n, in]`` in affine groups, rounded to nearest.
+
+    Args:
+        rows: rows of floating-point numbers.
+        bits: bits of a code.
+        group_size: columns that share a scale and bias; divides ``in``.
+        dtype: stored type of scale and bias.
+    """
     top = 2**bits - 1
     groups = rows.float().reshape(rows.shape[0], -1, group_size)
     low, high = groups.aminmax(dim=-1)
@@ -56,13 +62,13 @@ def quantize_rows(rows: Tensor, bits: int, group_size: int, dtype: torch.dtype) 
 
 
 def regroup(parts: AffineParts, columns: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
-    """Codes with float zeros -> codes with biases, in groups of ``group_size``.
+    """Convert codes with float zeros to codes with biases, in groups of ``group_size``.
 
     Args:
-        parts: groups of ``g``; ``group_size`` divides ``g`` and ``columns``.
-        columns: in_features; padding behind it is dropped.
-        group_size: of the result.
-        dtype: of the stored scale and bias; float32 keeps all that the adapter put into the zeros.
+        parts: rows in groups of ``g`` columns; ``group_size`` divides ``g`` and ``columns``.
+        columns: in_features; padding columns after it are dropped.
+        group_size: columns of a group of the result.
+        dtype: stored type of scale and bias; float32 keeps the adapter in the zeros exactly.
     """
     groups = parts.scale.shape[1]
     repeat = parts.codes.shape[1] // groups // group_size
@@ -74,5 +80,8 @@ def regroup(parts: AffineParts, columns: int, group_size: int, dtype: torch.dtyp
 
 
 def pack_words(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """uint8 codes ``[rows, n]``, 32 dividing ``n`` -> 4-byte words ``[rows, n * bits / 32]``."""
+    """Pack uint8 codes ``[rows, n]``, with 32 dividing ``n``, to words ``[rows, n * bits / 32]``.
+
+    ``dtype`` is the 4-byte type of the words.
+    """
     return pack_bits(codes.contiguous(), bits).contiguous().view(dtype)

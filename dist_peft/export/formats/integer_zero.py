@@ -1,19 +1,18 @@
 """``gptq`` and ``compressed-tensors``: affine groups with integer zeros.
 
-``w = (code - zero) * scale`` with a zero of ``bits`` bits, which cannot hold what an adapter adds
-to it: an integer base is written as it is, and the adapter beside it.
+``w = (code - zero) * scale`` with a zero of ``bits`` bits, which cannot hold an adapter's change of
+the zeros: an integer base is written unchanged, and the adapter is saved separately.
 
 Tensors of a linear ``[out, in]``; words are int32, codes a dense LSB-first bit stream::
 
-    compressed-tensors (pack-quantized)           gptq (gptq_v2: zeros as they are, not less one)
+    compressed-tensors (pack-quantized)           gptq (gptq_v2: zeros are stored without offset)
     weight_packed      [out, in * bits / 32]      qweight [in * bits / 32, out]   along in
     weight_scale       [out, in / group]          scales  [in / group, out]       float16
     weight_zero_point  [out * bits / 32, in / g]  qzeros  [in / group, out * bits / 32]
     weight_shape       int64 [2]                  g_idx   [in]                    column -> group
 
-GPTQ's tensors have ``out`` last, so that rows of a weight are columns there: one linear's packed
-tensors are put together in memory (``bits / 16`` of its bf16 size), the only place where an export
-holds more than a chunk.
+GPTQ's tensors have ``out`` last, so that rows of a weight are their columns: the packed tensors of
+one linear are assembled in memory (``bits / 16`` of its bf16 size).
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,13 +34,13 @@ __all__ = ["CompressedTensors", "Gptq", "integer_parts"]
 
 
 def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) -> AffineParts:
-    """Rows with integer zeros, padding dropped: uint8 codes [n, in], float16 scales, uint8 zeros.
+    """Return rows with integer zeros: uint8 codes [n, in], float16 scales, uint8 zeros.
 
-    In the state ``base`` the base's own; in ``codes`` its zeros with the adapter, *rounded*; else
-    the merged rows, quantized anew by ``codec``.
+    Padding is dropped. In the state ``base`` the parts are those of the base; in ``codes`` the
+    zeros include the adapter, *rounded*; in the other states ``codec`` re-quantizes merged rows.
 
     Raises:
-        UserError: the base's own zeros are no integers, and keeping them was what was asked for.
+        UserError: the zeros of the base must be kept (state ``base``), but are not integers.
     """
     if walk.state in ("codes", "base"):
         parts = walk.parts(weight, span)
@@ -52,14 +51,14 @@ def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) ->
     if walk.state == "base" and not torch.equal(zero, own):
         raise UserError(
             f"the base's zeros are fractions (such as {float(own[zero != own][0]):.3f} in "
-            f"{weight.name}), as base.quant.solver hqq makes them, and this format has integer "
+            f"{weight.name}), which base.quant.solver hqq produces, and this format has integer "
             "zeros: choose mlx, hf-metal or gguf, or a base of solver rtn or gptq"
         )
     return AffineParts(parts.codes[:, : weight.columns], parts.scale, zero.to(torch.uint8))
 
 
 def _pack_down(numbers: Tensor, bits: int) -> Tensor:
-    """uint8 ``[n, m]`` packed along dimension 0: int32 ``[ceil(n * bits / 32), m]``."""
+    """Pack uint8 ``[n, m]`` along dimension 0 to int32 ``[ceil(n * bits / 32), m]``."""
     rows = numbers.shape[0]
     padded = functional.pad(numbers.T, (0, -rows % 32))
     return pack_words(padded, bits, torch.int32).T[: -(-rows * bits // 32)].contiguous()
@@ -79,11 +78,11 @@ class _IntegerPacker:
 
 
 class CompressedTensors(_IntegerPacker):
-    """compressed-tensors' ``pack-quantized``.
+    """Pack linears as ``pack-quantized`` of compressed-tensors.
 
     Args:
         codec: bits and group size; quantizes merged rows.
-        dtype: of the stored scales.
+        dtype: type of the stored scales.
     """
 
     def takes(self, weight: Weight) -> bool:
@@ -130,7 +129,7 @@ class CompressedTensors(_IntegerPacker):
 
 
 class Gptq(_IntegerPacker):
-    """GPTQ, ``checkpoint_format: gptq_v2``.
+    """Pack linears in GPTQ's ``checkpoint_format: gptq_v2``.
 
     Args:
         codec: bits and group size; quantizes merged rows.
@@ -181,7 +180,7 @@ class Gptq(_IntegerPacker):
             "true_sequential": True,
             "lm_head": False,
         }
-        if unpacked:  # a block's own: gptqmodel reads the first key, optimum the second
+        if unpacked:  # linears inside blocks: gptqmodel reads the first key, optimum the second
             how["dynamic"] = {f"-:^{path.replace('.', chr(92) + '.')}$": {} for path in unpacked}
             inside = {w.module for w in walk.weights if w.in_block} - set(unpacked)
             how["modules_in_block_to_quantize"] = [sorted({_within_block(p) for p in inside})]
@@ -189,7 +188,7 @@ class Gptq(_IntegerPacker):
 
 
 def _within_block(path: str) -> str:
-    """``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
+    """Return the path inside the block: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
     names = path.split(".")
     last = max(i for i, name in enumerate(names) if name.isdigit())
     return ".".join(names[last + 1 :])

@@ -1,19 +1,19 @@
-"""``bnb-nf4 --keep-adapter``: an NF4 base's own codes for bitsandbytes, the adapter apart.
+"""``bnb-nf4 --keep-adapter``: the codes of an NF4 base for bitsandbytes, with a separate adapter.
 
 A merge into an NF4 base must be rounded again, which loses a part of the adapter. Here nothing is
-rounded: the payload of each packed row (``quant.nf4``) is bitsandbytes' payload as it is, and its
-scales are written un-nested, as the float32 numbers that decoding uses. (bitsandbytes' own double
-quantization takes one offset for the whole weight and blocks that cross rows; ours stays within a
-row, so that its 8-bit codes have no counterpart there.) ::
+rounded: the payload of each packed row (``quant.nf4``) equals bitsandbytes' payload, and its scales
+are written un-nested, as the float32 numbers used for dequantization. (Double quantization of
+bitsandbytes uses one offset for the whole weight and blocks that cross rows; that of this project
+stays within a row, so that its 8-bit codes have no counterpart there.) ::
 
     weight               uint8 [out * in / 2, 1]    codes of the base as training held them
     weight.absmax        float32 [out * in / B]     scale of each block of B weights
     weight.quant_map     float32 [16]
     weight.quant_state.bitsandbytes__nf4            JSON as uint8: shape, types, block size
 
-``B`` is 64, or 32 where the base's groups are no multiple of 64; a group that is longer repeats its
-scale. A block of bitsandbytes runs over the flattened weight, ours within a row: both agree where
-``B`` divides ``in_features``, and other linears are refused.
+``B`` is 64, or 32 if the group size of the base is not a multiple of 64; a longer group repeats its
+scale. Blocks of bitsandbytes cover the flattened weight, those of this project a row: both agree if
+``B`` divides ``in_features``; other linears are refused.
 
 With PiSSA and LoftQ the codes are those of the residual, ``W - s B0 A0``, which is the base that
 the trained factors belong to.
@@ -41,11 +41,11 @@ _BLOCKS = (64, 32)
 
 
 class KeptNf4:
-    """Packs the codes of an NF4 base; for the walk's state ``base``.
+    """Pack the codes of an NF4 base; for weights in the state ``base``.
 
     Args:
-        group_size: of the base.
-        dtype: what bitsandbytes decodes to and computes in.
+        group_size: group size of the base.
+        dtype: type that bitsandbytes dequantizes to and computes in.
 
     Raises:
         UserError: bitsandbytes has no block size that divides ``group_size``.
@@ -64,24 +64,24 @@ class KeptNf4:
         self.block, self.group_size, self.dtype = found, group_size, dtype
 
     def takes(self, weight: Weight) -> bool:
-        """Whether the weight's codes can be kept. See ``check_weights``."""
+        """Return whether blocks of bitsandbytes divide the rows of this NF4 weight."""
         return isinstance(weight.codec, Nf4Codec) and weight.columns % self.block == 0
 
     def check_weights(self, walk: Walk) -> None:
-        """See that every linear of the blocks can be kept, before anything is written.
+        """Check, before anything is written, that the codes of every linear can be kept.
 
         Raises:
-            UserError: one cannot; written in full it would be another function.
+            UserError: a linear's codes cannot; stored dense it would compute another function.
         """
         for weight in walk.weights:
             if walk.packs(weight) and not self.takes(weight):
                 raise self._undivided(weight.name, weight.columns)
 
     def check_linears(self, model: nn.Module) -> None:
-        """The same of a model on meta, before anything is trained.
+        """Check, before training, that the codes of every linear of a model on meta can be kept.
 
         Raises:
-            UserError: see ``check_weights``.
+            UserError: blocks of bitsandbytes do not divide the ``in_features`` of a linear.
         """
         for linear in model.modules():
             if not isinstance(linear, FrozenLinear) or not isinstance(linear.codec, Nf4Codec):
@@ -109,7 +109,7 @@ class KeptNf4:
     def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
         assert isinstance(weight.codec, Nf4Codec)
         payload, scales = weight.codec.split(walk.packed_rows(weight, span), weight.columns)
-        # the payload of the last group of a row may go on beyond the weights
+        # the payload of a row's last group may include padding
         codes = payload[:, : weight.columns // 2].reshape(-1, 1)
         group = torch.arange(weight.columns // self.block) * self.block // self.group_size
         absmax = scales[:, group].flatten()

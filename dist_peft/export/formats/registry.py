@@ -1,9 +1,9 @@
-"""The formats of ``dist-peft export``: what each keeps, who loads it, and how a run is written.
+"""Table of the formats of ``dist-peft export`` and a writer for each.
 
-What is written depends on the run. With QA-LoRA the adapter fits into the zeros of the integer
-base: formats with float zeros or biases take codes and scales as training had them. With LoRA the
-merged rows are quantized anew. Formats with integer zeros take an integer base as it is, and the
-adapter beside it.
+The content depends on the run. With QA-LoRA the adapter fits into the zeros of the integer base:
+formats with float zeros or biases keep codes and scales of training. With LoRA the merged rows are
+re-quantized. Formats with integer zeros keep an integer base unchanged and save the adapter
+separately.
 """
 
 import tempfile
@@ -46,8 +46,14 @@ GGUF_TYPES = ("q4_1", "q8_0", "f16")
 
 @dataclass(frozen=True)
 class Format:
-    """A row of the table: what the format keeps of a run, which libraries loaded it, and the error
-    that was measured on the runs of docs/export.md, over what training changed."""
+    """A row of the table of formats.
+
+    Attributes:
+        name: name on the command line.
+        keeps: the part of a run that the format preserves.
+        loads: libraries that load it.
+        error: error measured on the runs of docs/export.md, relative to the change by training.
+    """
 
     name: str
     keeps: str
@@ -66,26 +72,26 @@ FORMATS = {
         ),
         Format(
             "peft",
-            "the adapter; PiSSA and LoftQ as the change since their start",
+            "the adapter; PiSSA and LoftQ as the change since initialization",
             "PEFT",
-            "none on the base as trained, but for PiSSA and LoftQ on a quantized base",
+            "none on the base as trained, except for PiSSA and LoftQ on a quantized base",
         ),
         Format("peft-expanded", "QA-LoRA as plain LoRA", "PEFT", "none: the same product"),
         Format(
             "bnb-nf4",
-            "merged, re-quantized to NF4; --keep-adapter: the base's codes, adapter beside them",
+            "merged, re-quantized to NF4; --keep-adapter: the base's codes, separate adapter",
             "transformers with bitsandbytes (and PEFT)",
             "14 % (NF4 base); --keep-adapter 0.0 %",
         ),
         Format(
             "gptq",
-            "the integer base as it is; the adapter beside it",
+            "the integer base unchanged; separate adapter",
             "transformers with gptqmodel",
             "0.02 %",
         ),
         Format(
             "compressed-tensors",
-            "the integer base as it is; the adapter beside it",
+            "the integer base unchanged; separate adapter",
             "transformers with compressed-tensors",
             "0.00 %",
         ),
@@ -112,7 +118,7 @@ FORMATS = {
 
 
 def format_table() -> str:
-    """The formats as a Markdown table."""
+    """Render the formats as a Markdown table."""
     head = ["format", "what it preserves", "who loads it", "measured error"]
     rows = [[f"`{f.name}`", f.keeps, f.loads, f.error] for f in FORMATS.values()]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
@@ -125,18 +131,22 @@ def format_table() -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One export.
+    """Inputs and options of one export.
 
     Attributes:
-        base, directory: the run's base and where it is.
-        adapter_dir: the run's adapter.
-        out: where to write.
-        pooled: the adapter is QA-LoRA's and fits into the zeros of the base.
-        into: which rows plain LoRA is merged into before they are quantized.
-        bits, group_size: of quantization anew; default: the base's, or 4 bits.
-        kind: of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
-        merge, lossy: merge into integer zeros, although it loses the adapter.
-        keep_adapter: of bnb-nf4: the base's own codes, and the adapter beside them.
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        adapter_dir: directory of the run's adapter.
+        out: output directory, or file of a gguf.
+        pooled: the adapter is a QA-LoRA adapter and fits into the zeros of the base.
+        into: rows that plain LoRA is merged into before quantization.
+        bits: bits of re-quantization; default: the base's, or 4.
+        group_size: group size of re-quantization; default: the base's, or 64.
+        kind: type of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
+        merge: merge into integer zeros; requires ``lossy``.
+        lossy: accept that a merge into integer zeros loses the adapter.
+        keep_adapter: for bnb-nf4, keep the codes of the base and save the adapter separately.
+        chunk_bytes: size of a chunk of rows in float32.
     """
 
     base: BaseConfig
@@ -159,7 +169,7 @@ class Job:
 
     @property
     def integer(self) -> AffineCodec | None:
-        """The codec of an integer base."""
+        """Codec of an integer base; None for another base."""
         quant = self.base.quant
         if quant is None or quant.kind != "int":
             return None
@@ -167,16 +177,16 @@ class Job:
 
     @property
     def state(self) -> State:
-        """Of formats that hold the merged model."""
+        """State of the weights for formats that store the merged model."""
         return "codes" if self.pooled else self.into
 
     @contextmanager
     def walk(self, state: State | None = None) -> Iterator[Walk]:
-        """See ``open_walk``.
+        """Open the base and the adapter with ``open_walk``; ``state`` defaults to ``self.state``.
 
         Raises:
-            UserError: also where the base is a mixture of experts, which no consumer of these
-                formats was seen to load.
+            UserError: an error of ``open_walk``, or the base is a mixture of experts, which was
+                not tested with the consumers of these formats.
         """
         state = state or self.state
         with open_walk(
@@ -190,11 +200,10 @@ class Job:
             yield walk
 
     def codec(self, group_size: int) -> AffineCodec:
-        """Bits and group size of what is written: as asked for, or the integer base's, or 4 bits
-        in groups of ``group_size``.
+        """Return the codec of the output: the requested, the base's, or 4 bits in ``group_size``.
 
         Raises:
-            UserError: asked for others than those of a base whose codes are kept.
+            UserError: the requested bits or group size differ from those of kept codes.
         """
         own = self.integer or AffineCodec(4, group_size)
         asked = (self.bits or own.bits, self.group_size or own.group_size)
@@ -210,9 +219,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, the path that its consumer loads, and in a few words how.
+    """Result of an export.
 
-    ``exact``: the form keeps the trained function, so that it may differ by rounding only.
+    Attributes:
+        written: counts of tensors and sizes.
+        path: the file or directory that the consumer loads.
+        how: a short description of the conversion, for reports.
+        exact: the form keeps the trained function, so that it may differ by rounding only.
     """
 
     written: Written
@@ -222,7 +235,11 @@ class Exported:
 
 
 def export_model(name: str, job: Job) -> Exported:
-    """Write a quantized format.
+    """Export a run in a quantized format.
+
+    Args:
+        name: name of the format.
+        job: inputs and options of the export.
 
     Raises:
         UserError: the format cannot take the run, ``out`` is not empty, the disk is full.
@@ -254,13 +271,13 @@ def _kept_nf4(job: Job) -> Exported:
     check_new(job.out)
     with job.walk("base") as walk:
         packer.check_weights(walk)
-    exported = _directory(job, "base", packer, job.dtype, "base as trained; adapter beside it")
+    exported = _directory(job, "base", packer, job.dtype, "base as trained; separate adapter")
     write_adapter_beside(job.adapter_dir, job.out)
     return replace(exported, exact=True)
 
 
 def _float_bias(job: Job, kind: type[Mlx] | type[HfMetal]) -> Exported:
-    # with float32 scales all is float32: transformers would mix types, and fail
+    # float32 scales require float32 elsewhere: transformers would fail on mixed types
     codec, dtype = job.codec(64), torch.float32 if job.pooled else job.dtype
     packer = kind(codec.bits, codec.group_size, dtype)
     how = _how(job, packer.bits, packer.group_size)
@@ -276,7 +293,7 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
     if job.merge and not job.lossy:
         raise UserError(
             f"this format has integer zeros: {_loss(job)}. Leave out --merge to get base and "
-            "adapter side by side, which loses nothing; or add --lossy to merge all the same"
+            "separate adapter, which loses nothing; or add --lossy to merge nevertheless"
         )
     codec = job.codec(64)
     # codes were chosen with fp16 scales; products are exact in float32
@@ -286,29 +303,29 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
         return _directory(job, job.state, packer, job.dtype, how)
     if job.integer is None:
         with job.walk("original"):
-            pass  # what no quantized format takes says so, instead of being sent to the next
+            pass  # raises first for a base that no quantized format supports
         raise UserError(
-            "this format keeps an integer base (base.quant.kind: int) with the adapter beside it, "
+            "this format keeps an integer base (base.quant.kind: int) with a separate adapter, "
             "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy to "
             "quantize the merged model to integers"
         )
     if codec != job.integer:
         raise UserError(
-            f"the base is kept as it is, {job.integer.bits} bits in groups of "
+            f"the base is kept unchanged, {job.integer.bits} bits in groups of "
             f"{job.integer.group_size}; leave out --bits and --group-size"
         )
-    how = f"base as trained, {codec.bits} bits in groups of {codec.group_size}; adapter beside it"
+    how = f"base as trained, {codec.bits} bits in groups of {codec.group_size}; separate adapter"
     exported = _directory(job, "base", packer, job.dtype, how)
     write_adapter_beside(job.adapter_dir, job.out)
     return replace(exported, exact=True)
 
 
 def _loss(job: Job) -> str:
-    """What a merge into integer zeros takes away."""
+    """Describe the loss of a merge into integer zeros."""
     if not job.pooled or job.integer is None:
         return (
-            "merged weights are quantized anew, and what training changed by less than half a step "
-            "is rounded away"
+            "merged weights are re-quantized, and changes by less than half a quantization step "
+            "are rounded away"
         )
     with job.walk("base") as walk:
         share = lost_share(walk.group_changes(), job.integer.bits)
@@ -317,7 +334,7 @@ def _loss(job: Job) -> str:
 
 def _directory(job: Job, state: State, packer: Packer, dtype: torch.dtype, how: str) -> Exported:
     check_new(job.out)
-    model_files(job.directory, code=job.base.trust_remote_code)  # a refusal comes first
+    model_files(job.directory, code=job.base.trust_remote_code)  # fail before the export
     with job.walk(state) as walk:
         written = write_directory(walk, packer, job.out, dtype, compute=job.dtype)
         settings = {**walk.skeleton.settings, **packer.settings(walk, list(written.unpacked))}

@@ -117,7 +117,7 @@ def test_blocks_equal_the_packages_own() -> None:
 
 def test_qalora_that_q4_1_cannot_hold(tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=8, group_size=32), group=32)
-    with pytest.raises(UserError, match=r"not 8 bits in groups of 32; give --type q8_0 or f16"):
+    with pytest.raises(UserError, match=r"not 8 bits in groups of 32; use --type q8_0 or f16"):
         export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True, kind="q4_1"))
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
     exported = export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True))

@@ -63,7 +63,7 @@ def test_cutting_expression_is_named(pattern: str, name: str, tmp_path: Path) ->
     change(tmp_path, pre_tokenizer=steps)
     assert written(tmp_path)["tokenizer.ggml.pre"] == name
     change(tmp_path, pre_tokenizer={**steps, "pretokenizers": [split, split, bytes_only]})
-    with pytest.raises(UserError, match="cuts text in steps"):
+    with pytest.raises(UserError, match="splits text in other steps"):
         written(tmp_path)
 
 
@@ -76,8 +76,8 @@ def test_refusals(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     for step, words in (
         ({"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}, "adds a space"),
-        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, "cuts text by ''"),
-        ({"type": "Whitespace"}, "cuts text in steps"),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}, "splits text by ''"),
+        ({"type": "Whitespace"}, "splits text in other steps"),
     ):
         change(tmp_path, pre_tokenizer=step)
         with pytest.raises(UserError, match=words):

@@ -86,9 +86,7 @@ def test_merge_into_integer_zeros_is_refused_and_loses_the_adapter(
     message = r"integer zeros: .* loses \d+\.\d% of this run's adapter \(measured\).*add --lossy"
     with pytest.raises(UserError, match=message):
         export_model(name, qalora.job(tmp_path / "out", pooled=True, merge=True))
-    with pytest.raises(
-        UserError, match=r"integer zeros: merged weights are quantized anew.*--lossy"
-    ):
+    with pytest.raises(UserError, match=r"integer zeros: merged weights are re-quantized.*--lossy"):
         export_model(name, qalora.job(tmp_path / "out", merge=True))
     assert not (tmp_path / "out").exists()
     settings = {"pooled": True, "merge": True, "lossy": True}
@@ -184,7 +182,7 @@ def test_linears_that_groups_do_not_divide_stay_dense(name: str, tmp_path: Path)
 def test_settings_that_contradict_the_run(qalora: FakeRun, lora: FakeRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 bits in groups of 32; leave out --bits"):
         export_model("mlx", qalora.job(tmp_path / "out", pooled=True, bits=2))
-    with pytest.raises(UserError, match="kept as it is, 4 bits in groups of 32"):
+    with pytest.raises(UserError, match="kept unchanged, 4 bits in groups of 32"):
         export_model("gptq", lora.job(tmp_path / "out", bits=8))
     with pytest.raises(UserError, match="--group-size 12 is not a multiple of 8"):
         export_model("hf-metal", lora.job(tmp_path / "out", group_size=12))
