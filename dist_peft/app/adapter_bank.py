@@ -1,18 +1,18 @@
-"""Several adapters on one loaded base, one of them live at a time.
+"""Several adapters on one loaded base, one of them active at a time.
 
 The base is loaded, quantized and sharded once. Adapters of the same method and configuration have
-the same parameters, so one set of live parameters serves all, and a switch is a copy::
+the same parameters, so all share one set of model parameters, and a switch is a copy::
 
     bank       name -> this rank's part of each adapter parameter, on the CPU
                   |  activate(name)
                   v
-    model      live parameters, sharded by the engine, beside the frozen base
+    model      active adapter parameters, sharded by the engine, and the frozen base
 
-With one process and with fsdp2 each rank keeps and copies its own rows, and ranks say nothing to
-each other. With zero each rank keeps whole adapters; DeepSpeed's stage 3 exchanges each parameter.
+With one process and with fsdp2 each rank keeps and copies its own rows, without communication.
+With zero each rank keeps whole adapters; DeepSpeed's stage 3 exchanges each parameter.
 
-The optimizer starts afresh with a switch: moments zero, no steps. Training each adapter of a list
-is therefore: activate the start, fit, write.
+A switch resets the optimizer: zero moments, no steps. Training each adapter of a list is
+therefore: activate the initial state, train, write.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ __all__ = ["AdapterBank"]
 
 
 class AdapterBank:
-    """See the module docstring.
+    """Store adapter parameters by name and copy them into the model.
 
     Args:
         built: a loaded model after ``Built.optimize``.
@@ -39,13 +39,13 @@ class AdapterBank:
         return tuple(self._kept)
 
     def keep(self, name: str) -> None:
-        """Keep what is live now under ``name``; every rank calls it."""
+        """Store the active adapter under ``name``; call on every rank."""
         self._kept[name] = own_parameters(self.built.engine.state(self.built.model))
 
     def activate(self, name: str) -> None:
-        """Make the adapter kept under ``name`` the live one; every rank calls it.
+        """Copy the adapter stored under ``name`` into the model; call on every rank.
 
         Raises:
-            KeyError: nothing was kept under ``name``.
+            KeyError: no adapter is stored under ``name``.
         """
         self.built.engine.load_state(self.built.model, self._kept[name], step=0)

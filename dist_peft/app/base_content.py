@@ -1,9 +1,9 @@
-"""Is it the base that this was trained on: records of bases, over ranks and over runs.
+"""Verify that checkpoints and fused adapters belong to the base that is loaded.
 
-``store.content`` hashes the rows that a rank reads while it loads, ``hashes_over_ranks`` makes one
-hash a tensor of them, ``load`` (``app.build``) compares these with every record that it is given:
-those of the checkpoints to resume and of the adapters that are fused. Merges and exports compare
-for themselves (``export.walk``), as they read the rows anyway.
+``store.content`` hashes the rows that a rank reads during loading, ``hashes_over_ranks`` combines
+them into one hash per tensor, ``load`` (``app.model_setup``) compares these with the records of the
+checkpoints to resume and of the adapters to fuse. Merges and exports make their own comparison
+(``export.merged_weights``), since they read the rows anyway.
 """
 
 import json
@@ -48,32 +48,32 @@ __all__ = [
 log = logging.getLogger("dist_peft")
 
 RECORD_FILE = "base.json"
-"""In a checkpoint."""
+"""File in a checkpoint that holds the record of its base."""
 
 _CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Something that only one base fits.
+    """The base that a checkpoint or an adapter was trained on and requires.
 
     Attributes:
-        what: such as ``checkpoint DIR``.
-        record: of its base.
-        fix: what to do where the base is another one.
+        owner: the checkpoint or adapter in messages, such as ``checkpoint DIR``.
+        record: record of its base.
+        fix: remedy for the message about another base.
     """
 
-    what: str
+    owner: str
     record: BaseRecord
     fix: str
 
     def check_sample(self, index: SafetensorsIndex) -> None:
-        """See ``BaseRecord.check_sample``."""
-        self.record.check_sample(index, self.what, self.fix)
+        """Compare the fingerprint of ``index``; raises UserError if the base is another one."""
+        self.record.check_sample(index, self.owner, self.fix)
 
     def check_tensors(self, found: Mapping[str, str], where: str) -> None:
-        """See ``BaseRecord.check_tensors``."""
-        self.record.check_tensors(found, where, self.what, self.fix)
+        """Compare tensor hashes; raises UserError if tensors of base ``where`` differ."""
+        self.record.check_tensors(found, where, self.owner, self.fix)
 
 
 # -- hashes ------------------------------------------------------------------------------------
@@ -82,13 +82,14 @@ class TrainedOn:
 def hashes_over_ranks(
     hashes: RowHashes, skeleton: Skeleton, engine: Engine, world: World
 ) -> dict[str, str]:
-    """The hash of every tensor of the base that the model uses, the same on every rank.
+    """Return the hash of every tensor of the base that the model uses, the same on every rank.
 
-    What a rank has read to the last row counts as it is; else the ranks that together hold one
-    copy add up. Copies (replicated groups, tensors that all ranks read) are compared.
+    A tensor that one rank has read completely keeps that rank's hash; for the others, the sums of
+    the ranks that shard one copy are added. Copies (replicated groups, tensors that all ranks
+    read) are compared.
 
     Args:
-        hashes: of what this rank has read of the base; all ranks come.
+        hashes: hashes of the rows that this rank has read; call on every rank.
 
     Raises:
         UserError: on every rank: ranks have read different bytes.
@@ -119,7 +120,8 @@ def hashes_over_ranks(
 
 
 def _agree(names: list[str], values: list[int | None], path: Path, world: World) -> dict[str, int]:
-    """The values that ranks have, where they have one."""
+    """Return each tensor's value, from the ranks that have one; raises UserError on conflicts."""
+    # World.max compares floats, which are exact for the 32-bit halves of a 64-bit value
     halves = [
         half
         for value in values
@@ -142,12 +144,12 @@ def _agree(names: list[str], values: list[int | None], path: Path, world: World)
 
 
 def _signed(value: int) -> int:
-    """Below 2^64 -> the int64 of the same bits, whose sums wrap as these do."""
+    """Reinterpret an unsigned 64-bit value as int64, whose sums wrap modulo 2^64."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _names_in_use(skeleton: Skeleton) -> set[str]:
-    """Names of the files' tensors that the model has, those without values left out."""
+    """Return the names of the checkpoint tensors that the model uses, without empty tensors."""
     names: set[str] = set()
     for module in skeleton.model.modules():
         names |= set(_checkpoint_names(module).values())
@@ -162,7 +164,7 @@ def _checkpoint_names(module: nn.Module) -> dict[str, str]:
 
 
 def hash_files(index: SafetensorsIndex, names: Iterable[str], world: World) -> dict[str, str]:
-    """Hashes of tensors, read for this alone: each rank reads its share of them.
+    """Read and hash tensors that loading did not read; each rank reads its share.
 
     Raises:
         UserError: on every rank: damaged files.
@@ -190,23 +192,23 @@ def hash_files(index: SafetensorsIndex, names: Iterable[str], world: World) -> d
 
 
 def record_text(record: BaseRecord) -> str:
-    """Contents of ``RECORD_FILE``."""
+    """Return the JSON text of ``RECORD_FILE``."""
     return json.dumps(record.metadata(), indent=1)
 
 
 def checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[TrainedOn]:
-    """The bases of checkpoints, compared with that of ``index`` as far as no row is needed.
+    """Return the bases of checkpoints, after comparing their fingerprints with ``index``.
 
     Raises:
-        UserError: one was made on another base, or its record is damaged.
+        UserError: one was trained on another base, or its record is damaged.
     """
     found = []
     for path in paths:
         file = path / RECORD_FILE
         if not file.is_file():
-            continue  # of an earlier version: ``RunPosition.base`` is compared
+            continue  # written by an earlier version: only ``RunPosition.base`` is compared
         record = BaseRecord.from_metadata(_read_record(file), file)
-        fix = "restore the base, or start afresh with resume: never"
+        fix = "restore the base, or start over with resume: never"
         found.append(TrainedOn(f"checkpoint {path}", record, fix))
         found[-1].check_sample(index)
     return found
@@ -223,10 +225,10 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[TrainedOn]:
-    """The bases of the adapters of a fusion; those that must be ``skeleton``'s, row by row.
+    """Return the bases of a fusion's adapters that have to equal ``skeleton``'s row by row.
 
-    A base and what ``dist-peft quantize`` made of it count as one, as do two that it made of one
-    (``lineage``): they have no rows in common, and are compared by what they were made from.
+    A base and its quantization by ``dist-peft quantize`` count as one base, as do two
+    quantizations of one base (``lineage``): they share no rows, so their origins are compared.
 
     Raises:
         UserError: an adapter was trained on another base.
@@ -236,9 +238,9 @@ def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[Tra
         directory = Path(adapter.path)
         about = read_metadata(directory)
         record = BaseRecord.from_metadata(about, directory / "dist_peft.json")
-        what = f"adapter.adapters: {adapter.path}"
+        owner = f"adapter.adapters: {adapter.path}"
         fix = "an adapter means nothing on another base; fuse adapters of one base"
-        trained_on = TrainedOn(what, record, fix)
+        trained_on = TrainedOn(owner, record, fix)
         if not record.fingerprint or index.has_fingerprint(record.fingerprint):
             trained_on.check_sample(index)
             found.append(trained_on)
@@ -247,11 +249,11 @@ def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[Tra
         if mine is not None and mine == its:
             continue
         if mine is not None and its is not None and is_sampled(mine) == is_sampled(its):
-            trained_on.check_sample(index)  # which raises, and says how they differ
+            trained_on.check_sample(index)  # raises and describes the difference
         log.warning(
             "%s was trained on %s, whose files are not those of base.path %s; an adapter means "
             "nothing on another base, and the files do not say whether these are forms of one",
-            what,
+            owner,
             record.path,
             base,
             extra=ONCE,
@@ -260,7 +262,7 @@ def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[Tra
 
 
 def _origin_of(skeleton: Skeleton) -> str | None:
-    """Fingerprint of the unquantized base; None: another tool has quantized it."""
+    """Return the fingerprint of the unquantized base; None if another tool has quantized it."""
     if skeleton.prequantized is None:
         return skeleton.index.fingerprint()
     return lineage(skeleton).get("base_made_from")
@@ -274,9 +276,11 @@ def _origin_of_adapter(record: BaseRecord, about: Mapping[str, Any]) -> str | No
 
 
 def lineage(skeleton: Skeleton) -> dict[str, str]:
-    """Keys for an adapter's ``dist_peft.json`` that say how its base came to be: the fingerprint of
-    what ``dist-peft quantize`` made it from, and how it is quantized; empty for an unquantized
-    base."""
+    """Return the origin of a quantized base for an adapter's ``dist_peft.json``.
+
+    Its quantization and, of a base that ``dist-peft quantize`` wrote, the fingerprint of the
+    unquantized base; empty for an unquantized base.
+    """
     if (packed := skeleton.prequantized) is None:
         return {}
     origin = made_from(skeleton.index.path).get("fingerprint")
@@ -285,7 +289,7 @@ def lineage(skeleton: Skeleton) -> dict[str, str]:
 
 
 def made_from(directory: Path) -> dict[str, Any]:
-    """What a directory of ``dist-peft quantize`` was made from; empty for any other."""
+    """Return the recorded origin of a ``dist-peft quantize`` directory; empty for any other."""
     if not (directory / "config.json").is_file():
         return {}
     found = read_json_object(directory / "config.json").get("quantization_config")

@@ -15,16 +15,16 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "run a configuration",
-    "validate": "show rows with the loss mask, without weights",
+    "validate": "show sequences with the loss mask, without weights",
     "eval": "held-out loss of a base, or of a run's adapter",
-    "quantize": "write the base packed, as base.quant says",
+    "quantize": "write the base packed, according to base.quant",
     "merge": "write base + adapter as a Hugging Face directory",
     "export": "write a run in a public format",
     "combine": "combine several LoRA adapters of one base into one",
     "inspect": "describe a base, adapter, run or checkpoint",
-    "quickstart": "run the main job on a small base that is made for it",
+    "quickstart": "run the main job on a small base pretrained for it",
 }
-"""Verb, which is the name of its module in ``app.commands``, and its line in ``--help``."""
+"""Verb, also the name of its module in ``app.commands``, and its line in ``--help``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of ``argv``: every verb by name, with arguments only of the one named."""
+    """Return the parser of ``argv``: all verbs, with arguments only of the verb in ``argv``."""
     parser = argparse.ArgumentParser(
         prog="dist-peft",
         description="Fine-tune adapters on a frozen, quantized, sharded base model.",

@@ -1,4 +1,4 @@
-"""From the data section to the loaders of a run."""
+"""Build the data loaders of a run from the ``data`` section."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -39,11 +39,11 @@ T = TypeVar("T")
 
 @dataclass
 class Loaders:
-    """Training rows, held-out rows, and a few tokens to compare logits on.
+    """Loaders of training and held-out data, and probe tokens whose logits are compared.
 
     Attributes:
-        chat_template: this project's own, where the training conversations were written with it.
-        inputs: fingerprints of what was read, by key, for comparisons (``app.run_identity``).
+        chat_template: the default template, where the training conversations were rendered with it.
+        inputs: fingerprints of all inputs, by key, for comparisons (``app.run_identity``).
     """
 
     train: Loader
@@ -54,23 +54,23 @@ class Loaders:
 
 
 def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loaders:
-    """Tokenize (once a node, the others read the cache) and lay out the rows of this rank.
+    """Tokenize (once per node, other ranks read the cache) and build this rank's loaders.
 
     Raises:
-        UserError: on every rank: unreadable, empty or misfit data, or more ranks than rows.
+        UserError: on every rank: unreadable, empty or unfit data, or more ranks than rows.
     """
-    # held-out data are the smaller part: what is wrong there is told before the long part begins
+    # fail fast: held-out data are small, so their errors are raised before the long tokenization
     data = config.data
     held_out: AnyRows | None = None
     if data.eval:
         held_out = _read(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
     train = _read(data, data.train, "train", data.mixing != "joined", tokenizer, world)
     batch = config.train.global_batch
-    for count, what in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
+    for count, unit in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:
             raise UserError(
-                f"{world.size} ranks but only {count} {what}: some ranks would never work; "
-                f"start at most {count} processes or enlarge {what.rpartition(' ')[2]}"
+                f"{world.size} ranks but only {count} {unit}: some ranks would receive no data; "
+                f"start at most {count} processes or enlarge {unit.rpartition(' ')[2]}"
             )
     if batch % world.size:
         log.warning(
@@ -97,7 +97,7 @@ def _contents(rows: AnyRows) -> str:
 
 
 def _probe(rows: AnyRows) -> Tensor:
-    """Tokens of the first row; of labelled records as many of each of the first rows."""
+    """Return probe tokens [sequences, tokens]: one sequence, or several labelled records."""
     count = 1 if isinstance(rows, RowSet) else PROBE_ROWS
     tokens = [rows.row(index)[0] for index in range(min(count, len(rows)))]
     width = min(PROBE_TOKENS, *map(len, tokens))
@@ -112,7 +112,10 @@ def choice_loader(
     world: World,
     extra: int,
 ) -> Loader:
-    """The answers of multiple-choice questions, this rank's share. ``extra``: see ``check_fit``.
+    """Return a loader of this rank's share of the answers to multiple-choice questions.
+
+    Args:
+        extra: positions that the adapter puts in front of each sequence.
 
     Raises:
         UserError: an answer is longer than ``data.seq_len``, or does not fit the model.
@@ -125,13 +128,13 @@ def choice_loader(
 
 
 def check_fit(loaders: Loaders, skeleton: Skeleton, extra: int) -> None:
-    """See that the model has an embedding for every token and position of the data.
+    """Check that the model has an embedding for every token and position of the data.
 
     Args:
-        extra: positions that the adapter takes in front of each document.
+        extra: positions that the adapter puts in front of each document.
 
     Raises:
-        UserError: it has not.
+        UserError: a token or position has no embedding.
     """
     for name, loader in (("data.train", loaders.train), ("data.eval", loaders.eval)):
         if loader is not None:
@@ -141,7 +144,7 @@ def check_fit(loaders: Loaders, skeleton: Skeleton, extra: int) -> None:
 def _check_fit(name: str, rows: Rows, skeleton: Skeleton, extra: int) -> None:
     check_tokens(name, rows, skeleton)
     known = skeleton.positions
-    # the padding of a packed row has positions too
+    # the padding of a packed sequence has positions too
     needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
     needed += extra
     if known is None or needed <= known:
@@ -162,10 +165,10 @@ def _check_fit(name: str, rows: Rows, skeleton: Skeleton, extra: int) -> None:
 
 
 def check_tokens(name: str, rows: Rows, skeleton: Skeleton) -> None:
-    """See that the model has an embedding for every token of ``rows``, called ``name``.
+    """Check that the model has an embedding for every token of ``rows``, called ``name``.
 
     Raises:
-        UserError: it has not.
+        UserError: a token has no embedding.
     """
     if rows.largest_token >= skeleton.vocabulary:
         raise UserError(
@@ -177,7 +180,7 @@ def check_tokens(name: str, rows: Rows, skeleton: Skeleton) -> None:
 def read_rows(
     config: DataConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
 ) -> RowSet:
-    """The rows of some sources; the first rank of each node tokenizes, the others read the cache.
+    """Load some sources; the first rank of each node tokenizes, the others read the cache.
 
     Raises:
         UserError: on every rank: unreadable, empty or unfit data.
@@ -193,8 +196,10 @@ def _read(
     tokenizer: Tokenizer,
     world: World,
 ) -> AnyRows:
-    """Rows of several sources joined or, if ``apart``, as a ``Mixture``, each under a name of its
-    own. Labelled ones have a task of their own each, and are always apart."""
+    """Load sources, joined or, if ``apart``, as a ``Mixture`` of uniquely named parts.
+
+    Labelled sources are separate tasks, so several of them are always a ``Mixture``.
+    """
     read: Callable[..., list[RowSet] | list[LabelledRows]] = load_row_sets
     if config.classifies:
         read, apart = load_labelled, apart or len(sources) > 1
@@ -211,7 +216,7 @@ def _read(
 
 
 def _cached(read: Callable[[], T], name: str, world: World) -> T:
-    """What ``read`` gives; the first rank of each node fills the cache before the others read."""
+    """Return ``read()``; the first rank of each node fills the cache before the others read."""
     found: list[T] = []
     for first in (True, False):
         with world.together(f"read data.{name}"):

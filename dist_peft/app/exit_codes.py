@@ -53,10 +53,10 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _describe_command(args: argparse.Namespace) -> str:
-    """The verb and its options, in words that are the same on every rank.
+    """Return the verb and its options, in words that are the same on every rank.
 
-    Without the configuration and its overrides, which are compared by key once ranks have met (the
-    file may lie elsewhere on each host), and without the options that a launcher adds.
+    Without the configuration and its overrides, which are compared by key after the rendezvous (the
+    file may have another path on each host), and without the options that a launcher adds.
     """
     own = ("verb", "run", "config", "overrides", "local_rank")
     given = {k: v for k, v in vars(args).items() if k not in own and v not in (None, False)}

@@ -1,4 +1,4 @@
-"""``dist-peft export --format peft``: the adapter alone, loaded by PEFT and compared."""
+"""``dist-peft export --format peft``: export the adapter alone, load it with PEFT and compare."""
 
 import logging
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ __all__ = ["VERIFY", "Verification", "export_adapter"]
 log = logging.getLogger("dist_peft")
 
 _WRITTEN_AS = {"peft": as_peft, "peft-expanded": as_expanded}
-"""Format of an adapter -> how QA-LoRA is written in it; LoRA is the same in both."""
+"""Adapter format -> conversion of QA-LoRA; LoRA is the same in both."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How what was written is compared with the trained model.
+    """Options of the comparison of an export with the trained model.
 
     Attributes:
-        max_error: another bound than the form's, as a share of what training changed.
-        seconds: longest time that the consumer may take.
+        max_error: bound that replaces the form's, as a share of the change by training.
+        seconds: time limit of the consumer.
     """
 
     max_error: float | None = None
@@ -53,11 +53,11 @@ def export_adapter(
     *,
     verify: Verification | None = VERIFY,
 ) -> None:
-    """Write the adapter of a run as ``peft`` or ``peft-expanded``.
+    """Write the adapter of a run as ``peft`` or ``peft-expanded`` and compare it in PEFT.
 
     Raises:
-        UserError: PEFT has no such adapter, it is damaged, or nothing can be written.
-        VerificationError: with PEFT on the base it does not compute the trained function.
+        UserError: PEFT has no such adapter, it is damaged, or ``out`` cannot be written.
+        VerificationError: in PEFT on the base it does not compute the trained function.
     """
     check_new(out)
     adapter = run_dir / "adapter"
@@ -75,7 +75,7 @@ def export_adapter(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another directory") from None
-    # its tensors and settings alone: what else lies in the directory may be anything
+    # only tensors and settings are copied: other files of the directory are not trusted
     write_adapter(out, _WRITTEN_AS[name](public), read_metadata(adapter))
     copy_tokenizer(adapter, out)
     log.info("wrote PEFT adapter %s", out)
@@ -99,8 +99,8 @@ def export_adapter(
     hint = ""
     if public.facts.get("start"):
         hint = (
-            f"adapter.init {public.facts['start']} trained on a base with its start taken away, "
-            "which no quantized base of PEFT is; of an NF4 base --format bnb-nf4 --keep-adapter "
+            f"adapter.init {public.facts['start']} trained on the residual of the base, which no "
+            "quantized base of PEFT is; of an NF4 base --format bnb-nf4 --keep-adapter "
             "keeps base and adapter as they were trained, or merge the run with --base decoded"
         )
     judge(found, out, exact=True, max_error=verify.max_error, hint=hint)

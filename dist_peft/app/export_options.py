@@ -1,4 +1,4 @@
-"""Arguments of ``merge`` and ``export``, and which of them have an effect on which format."""
+"""Arguments of ``merge`` and ``export``, and the formats that each of them affects."""
 
 import argparse
 import logging
@@ -27,14 +27,14 @@ ADAPTERS = ("peft", "peft-expanded")
 """Formats of an adapter alone."""
 
 INTEGER_ZERO = ("gptq", "compressed-tensors")
-"""Formats of the base as trained, with the adapter in a directory of its own."""
+"""Formats of the base as trained, with the adapter in a separate directory."""
 
 _FORMATS_WITH_BITS = ("mlx", "hf-metal", *INTEGER_ZERO)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``merge`` takes alone."""
+    """Add the arguments of ``merge`` only."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -59,15 +59,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run model code that comes with the base; what the run directory says about it does "
-        "not count",
+        help="run model code that comes with the base; the setting in the run directory is ignored",
     )
     parser.add_argument(
         "--max-error",
         type=_share,
         metavar="X",
-        help="largest error that ends with exit code 0, as a share of what training changed (0.3); "
-        "default: 0.05 for forms that keep the trained function, 1 for the others",
+        help="largest error that ends with exit code 0, as a share of the change by training "
+        "(0.3); default: 0.05 for forms that keep the trained function, 1 for the others",
     )
     parser.add_argument(
         "--verify-minutes",
@@ -93,10 +92,10 @@ def _positive(text: str) -> float:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``export`` in addition to those of ``merge``."""
+    """Add the arguments of ``export`` only."""
     names = ", ".join(FORMATS)
     parser.add_argument(
-        "--list", action=_ListFormats, help="print what each format preserves and who loads it"
+        "--list", action=_ListFormats, help="print precision and consumer of each format"
     )
     parser.add_argument(
         "--format", required=True, choices=FORMATS, metavar="NAME", help=f"one of {names}"
@@ -139,7 +138,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 class _ListFormats(argparse.Action):
-    """``--list``: print the table and leave, as ``--help`` does."""
+    """``--list``: print the table of formats and exit, as ``--help`` does."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs)
@@ -150,7 +149,7 @@ class _ListFormats(argparse.Action):
 
 
 def read_verification(args: argparse.Namespace) -> Verification | None:
-    """Return how to compare the result with the trained model; None with ``--no-verify``."""
+    """Return the options of the comparison with the trained model; None with ``--no-verify``."""
     if args.no_verify:
         if args.max_error is not None:
             log.warning("--max-error has no effect with --no-verify")
@@ -169,7 +168,7 @@ def require_one_process(world: World) -> None:
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
-    """Say which of the given options change nothing."""
+    """Log a warning for each option without effect on the format."""
     for name, (_, formats) in _OPTIONS.items():
         if getattr(args, name.replace("-", "_")) and args.format not in formats:
             log.warning("--%s has no effect on format %s", name, args.format)

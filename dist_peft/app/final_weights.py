@@ -1,4 +1,4 @@
-"""The end of a run that trained weights of the base: gathered and written one by one."""
+"""Write the trained base weights of full and partial fine-tuning, one tensor at a time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ __all__ = ["write_trained_weights"]
 def write_trained_weights(
     built: Built, world: World, directory: Path, metadata: Mapping[str, Any]
 ) -> None:
-    """Write ``directory`` (see ``adapters.weights_format``) from the first rank.
+    """Write ``directory`` (format: ``adapters.full.format``) from the first rank.
 
-    Every rank gathers each tensor, one at a time, and forgets it.
+    All ranks gather one tensor at a time and free it, so that memory holds one unsharded tensor.
 
     Raises:
         UserError: the disk is full or not writable (on every rank).

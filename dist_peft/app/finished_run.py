@@ -1,8 +1,8 @@
-"""Reading a finished run directory, which may be a stranger's, to merge or export it.
+"""Read a finished run directory, which may be untrusted, to merge or export it.
 
-What was trained is said by ``adapter/dist_peft.json``, which is written with the adapter and by
-nothing else; ``config.yaml`` can be edited. Where the two disagree on how the base was stored, the
-merge would be wrong without a sign of it, so that is refused.
+``adapter/dist_peft.json`` is written with the adapter and records the training settings;
+``config.yaml`` can be edited. Where the two disagree on the storage of the base, a merge would be
+silently wrong, so it is refused.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["load_finished_run", "training_facts"]
 
 
 def training_facts(config: RunConfig) -> dict[str, Any]:
-    """The part of ``config`` without which the adapter's tensors cannot be applied as trained.
+    """Return the part of ``config`` that is needed to apply the adapter's tensors as trained.
 
     Stored in ``adapter/dist_peft.json``; ``load_finished_run`` compares it.
     """
@@ -30,16 +30,16 @@ def training_facts(config: RunConfig) -> dict[str, Any]:
 
 
 def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunConfig:
-    """The configuration of a finished run, with the base that the run solved, if it did.
+    """Return the configuration of a finished run, with its solved base if it has one.
 
     Args:
-        run_dir: has ``config.yaml`` and ``adapter/``; may have been moved.
-        trust_remote_code: the caller's command line allows the base's code to run. What the
-            directory says about that does not count.
+        run_dir: contains ``config.yaml`` and ``adapter/``; may have been moved.
+        trust_remote_code: the caller's command line allows the base's code to run. The setting in
+            the directory is ignored.
 
     Raises:
         UserError: no run, an unfinished one, one of several tasks, or a ``config.yaml`` that
-            contradicts what was trained.
+            contradicts the adapter.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
@@ -54,7 +54,7 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
 
 
 def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
-    """Raises: UserError: ``config.yaml`` says other facts than those that were trained."""
+    """Raise UserError if ``config.yaml`` differs from the settings stored with the adapter."""
     trained = read_metadata(run_dir / "adapter")
     for key, stated in training_facts(config).items():
         if key not in trained or trained[key] == stated:  # older adapters keep fewer facts

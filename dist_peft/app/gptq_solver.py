@@ -1,19 +1,19 @@
 """GPTQ over a sharded model, block by block (``quant.gptq`` has the mathematics).
 
-The model is loaded as always, rounded to nearest, each rank its own rows. Then, for each block and
-each of its stages (linears of one input)::
+The model is loaded as for training, rounded to nearest, each rank its own rows. Then, for each
+block and each of its stages (linears of one input)::
 
-    every rank     forwards its calibration samples through the block, one at a time, and adds up
+    every rank     runs its calibration samples through the block, one at a time, and accumulates
                    their Gram matrices as integers
-    all ranks      add up the sums: exact, so the same at any number of ranks
+    all ranks      all-reduce the sums: exact, so equal for any number of ranks
     one rank       factors the Hessian and broadcasts the factor
-    every rank     reads its own rows of the linear again, solves them, puts them into its shard
+    every rank     reads its own rows of the linear again, solves them, writes them to its shard
 
-and once more forward, for the inputs of the next block. A later stage sees what earlier ones have
-become ("true sequential"), the next block what this one has become.
+followed by a forward of the block for the inputs of the next one. A later stage sees the quantized
+weights of earlier ones ("true sequential"), the next block the outputs of this quantized one.
 
-In memory are, beside the packed shards: the samples' hidden states, one linear's rows, and one
-Hessian. No weight of the base is ever whole except packed, a block at a time, as in training.
+Memory holds the packed shards, the samples' hidden states, one linear's rows, and one Hessian.
+Base weights are unsharded only as packed bytes, a block at a time, as in training.
 """
 
 import logging
@@ -43,16 +43,16 @@ log = logging.getLogger("dist_peft")
 
 
 class Stopped(Exception):
-    """Solving was asked to stop before its end; nothing of it is kept."""
+    """Calibration was stopped by a signal before its end; no result is kept."""
 
 
 def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor:
-    """Windows of the text in ``data.train``: long ``[samples, tokens]``, the same on every rank.
+    """Return token sequences of ``data.train``: long ``[samples, tokens]``, equal on every rank.
 
-    Records are strung together in an order drawn from ``train.seed`` and cut into full windows.
+    Records are concatenated in an order drawn from ``train.seed`` and cut into full sequences.
 
     Raises:
-        UserError: on every rank: unreadable data, or less than one window of text.
+        UserError: on every rank: unreadable data, or less than one sequence of text.
     """
     quant, data = config.base.quant, config.data
     assert quant is not None
@@ -75,12 +75,12 @@ def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor
     count = min(len(text) // tokens, quant.calibration_samples)
     if not count:
         raise UserError(
-            f"data.train has {len(text)} tokens, less than a calibration window of {tokens}; add "
-            "text or lower base.quant.calibration_tokens"
+            f"data.train has {len(text)} tokens, less than a calibration sequence of {tokens}; "
+            "add text or lower base.quant.calibration_tokens"
         )
     if count < quant.calibration_samples:
         log.warning(
-            "data.train has text for %d calibration windows of %d tokens, not for %d "
+            "data.train has text for %d calibration sequences of %d tokens, not for %d "
             "(base.quant.calibration_samples)",
             count,
             tokens,
@@ -97,21 +97,21 @@ def solve(
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
     Args:
-        built: a loaded model without adapter, not yet prepared for training.
-        windows: calibration tokens, the same on every rank.
-        stop: asked after each sample of the first forward and before each stage; true on one rank
+        built: a loaded model without adapter, before its optimizer is set up.
+        windows: calibration tokens ``[samples, tokens]``, equal on every rank.
+        stop: polled after each sample of the first forward and before each stage; true on one rank
             stops all.
 
     Raises:
-        Stopped: ``stop`` was true.
-        UserError: on every rank: activations or Hessians that cannot be used.
+        Stopped: ``stop`` returned true.
+        UserError: on every rank: non-finite activations or a Hessian that cannot be factored.
     """
     with RowReader(built.skeleton.index) as reader, freed_memory_is_returned():
         _Solver(built, windows, world, reader, stop).run()
 
 
 class _Solver:
-    """Samples on their way through the blocks."""
+    """Pass calibration samples through the blocks and quantize each block's linears."""
 
     def __init__(
         self,
@@ -125,7 +125,8 @@ class _Solver:
         self.blocks, self.device = built.skeleton.blocks, built.engine.device
         self.count = len(windows)
         self.samples: list[Sample] = []
-        # all ranks call a block equally often; what a rank has too many is computed, not counted
+        # blocks contain collectives, so all ranks run them equally often; surplus runs of sample 0
+        # are left out of the Hessian
         self.mine = range(world.rank, self.count, world.size)
         for number in range(-(-self.count // world.size)):
             index = self.mine[number] if number < len(self.mine) else 0
@@ -137,7 +138,7 @@ class _Solver:
 
     def run(self) -> None:
         log.info(
-            "gptq: %d calibration windows of %d tokens, %d blocks",
+            "gptq: %d calibration sequences of %d tokens, %d blocks",
             self.count,
             self.samples[0].hidden.shape[1],
             len(self.blocks),
@@ -158,7 +159,7 @@ class _Solver:
             raise Stopped
 
     def _factor(self, block: nn.Module, number: int, linear: FrozenLinear) -> Factor:
-        """The factor of the Hessian of what ``linear`` reads, from one rank, on all."""
+        """Factor the Hessian of the inputs of ``linear`` on one rank and broadcast the factor."""
         hessian = self._hessian(block, number, linear)
         size = _codec(linear).group_size
         factor: Factor | None = None
@@ -180,12 +181,12 @@ class _Solver:
         return factor
 
     def _hessian(self, block: nn.Module, number: int, linear: FrozenLinear) -> Hessian:
-        """Summed over the samples of all ranks."""
+        """Return the Hessian of the inputs of ``linear``, summed over the samples of all ranks."""
         hessian = self._local_sum(block, number, linear, None)
         (most,) = self.world.max(hessian.largest)
         if math.isinf(most):
             raise UserError(
-                f"calibration gave infinite or NaN inputs for {linear.source}; set "
+                f"calibration produced infinite or NaN inputs for {linear.source}; set "
                 "base.compute_dtype to bfloat16 or float32"
             )
         if most > hessian.limit:
@@ -196,7 +197,11 @@ class _Solver:
     def _local_sum(
         self, block: nn.Module, number: int, linear: FrozenLinear, top: float | None
     ) -> Hessian:
-        """Of this rank's samples, in units of ``top``, or of the first of all samples."""
+        """Sum the Gram matrices of this rank's samples as integers.
+
+        Args:
+            top: largest entry, which sets the unit of the integers; None: that of sample 0.
+        """
         hessian: Hessian | None = None
         with watch_input(linear) as inputs:
             for position, sample in enumerate(self.samples):

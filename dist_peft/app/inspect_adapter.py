@@ -1,6 +1,6 @@
-"""What an adapter directory is, this project's, PEFT's or AdapterHub's, and whether it is read.
+"""Describe an adapter directory (this project's, PEFT's or AdapterHub's), readable or not.
 
-A pickle is named and not opened.
+Pickle files are named and never opened.
 """
 
 import json
@@ -25,15 +25,15 @@ _TARGETS = {
     "feedforward_modules": "feedforward",
     "modules_to_save": "also whole",
 }
-"""Key of PEFT's that names modules -> its label."""
+"""Key of PEFT's configuration that names modules -> its label."""
 _SHOWN = 12
 
 
 def describe_adapter(path: Path) -> list[str]:
-    """Lines about a directory with an ``adapter_config.json`` or a fusion's.
+    """Return lines about a directory with an ``adapter_config.json`` or of a fusion.
 
     Raises:
-        UserError: the configuration is damaged, or the safetensors file is.
+        UserError: the configuration or the safetensors file is damaged.
     """
     config = read_json(config_file(path))
     base = config.get("base_model_name_or_path", config.get("model_name"))
@@ -49,11 +49,11 @@ def describe_adapter(path: Path) -> list[str]:
         lines.append(f"  not read     {reason}")
     own = path / "dist_peft.json"
     about = read_json(own) if own.is_file() else {}
-    told: dict[str, Any] = {"base": base, "adapter": {}}
+    shown: dict[str, Any] = {"base": base, "adapter": {}}
     lines += [
         f"  {key:<12} {_shortened(key, value)}"
         for key, value in about.items()
-        if key not in told or value != told[key]
+        if key not in shown or value != shown[key]
     ]
     for part in fusion_names(config) if is_fusion(config) else ():
         if (path / part).is_dir():
@@ -62,7 +62,7 @@ def describe_adapter(path: Path) -> list[str]:
 
 
 def describe_weights(path: Path) -> list[str]:
-    """Lines about trained weights of the base (``adapters.weights_format``)."""
+    """Return lines about trained weights of the base (format: ``adapters.full.format``)."""
     about = read_json(path / "dist_peft.json")
     return [
         f"trained weights {path}",
@@ -73,7 +73,7 @@ def describe_weights(path: Path) -> list[str]:
 
 
 def _shortened(key: str, value: Any) -> Any:
-    """Of the record of a base (``store.base_record``) the id alone: it has a line a tensor."""
+    """Shorten the record of a base (``store.base_record``), one hash per tensor, to its id."""
     if key != "base_content" or not isinstance(value, dict):
         return value
     tensors = value.get("tensors")
@@ -111,7 +111,7 @@ def _count(index: SafetensorsIndex) -> str:
 
 
 def _targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What PEFT names in its configuration: names, or one regular expression or keyword."""
+    """Yield label and text of PEFT's targets: names, or one regular expression or keyword."""
     for key in _TARGETS:
         if value := config.get(key):
             names = [value] if isinstance(value, str) else sorted(map(str, value))
@@ -120,7 +120,7 @@ def _targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _why_not_read(path: Path) -> str | None:
-    """The reason why this project cannot use the adapter; None: it can."""
+    """Return the reason why this project cannot use the adapter; None if it can."""
     try:
         check_adapter(read_adapter(path))
     except UserError as error:
@@ -129,10 +129,10 @@ def _why_not_read(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        UserError: there is none.
+        UserError: the file is unreadable or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Putting a run together: files -> skeleton -> adapter -> shards -> loaded model."""
+"""Set up a run's model: files -> skeleton -> adapter -> shards -> loaded weights."""
 
 import copy
 import hashlib
@@ -44,18 +44,18 @@ log = logging.getLogger("dist_peft")
 
 @dataclass
 class Prepared:
-    """Everything that needs no other rank: files found, model on meta, adapter attached."""
+    """Rank-local setup (no collectives): files located, model on meta, adapter attached."""
 
     config: RunConfig
-    """As given; ``base.quant`` of a prequantized base is the base's."""
+    """Configuration of the run; ``base.quant`` of a prequantized base is read from its files."""
     directory: Path
     tokenizer: Tokenizer
     skeleton: Skeleton
     adapter: Adapter
     base_id: str
-    """Fingerprint of the base's files and of how they are stored."""
+    """Fingerprint of the base's files, quantization and compute type, and the head's labels."""
     fused: list[TrainedOn]
-    """The adapters of a fusion, which must have been trained on this base."""
+    """Bases of a fusion's adapters, which have to be this base."""
 
     @property
     def model(self) -> nn.Module:
@@ -69,43 +69,43 @@ class Built(Prepared):
     engine: Engine
     bytes_read: int
     stored_bytes: int
-    """Of all parameters as they rest, over all ranks that hold one copy."""
+    """Bytes of all parameters as stored, summed over the ranks that shard one copy."""
     trained: int
-    """Number of values that learn."""
+    """Number of trainable parameters."""
     adapter_names: tuple[str, ...]
-    """The adapter's parameters, frozen start factors included. An engine may hide the base's
-    parameters from the model's lists once training begins; attributes stay."""
+    """Names of the adapter's parameters, frozen initialization factors included. An engine may hide
+    the base's parameters from ``named_parameters`` during training; attributes stay."""
     record: BaseRecord
-    """Of the base, all its rows hashed."""
+    """Record of the base with the hashes of all its tensors."""
 
     def parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = attrgetter(name)(self.model)
         return found
 
     def optimize(self, factory: OptimizerFactory) -> nn.Module:
-        """Give what learns its optimizer; see ``Engine.optimize``."""
+        """Set up the optimizer of the trainable parameters and return the module to call."""
         adapter = self.adapter
         if isinstance(adapter, TrainsBase):
             return self.engine.optimize(self.model, factory, adapter.lr_scale, adapter.first_step)
         return self.engine.optimize(self.model, factory, adapter.lr_scale)
 
     def gather_adapter(self) -> dict[str, Tensor]:
-        """Every adapter parameter, whole, on the CPU of each rank."""
+        """Return every adapter parameter, unsharded, on the CPU of each rank."""
         return {n: self.engine.gather(self.parameter(n)) for n in self.adapter_names}
 
 
 def prepare(
     config: RunConfig, world: World, *, solving: bool = False, packed_tokens: int = 0
 ) -> Prepared:
-    """Find the base, build the model on meta and attach the adapter.
+    """Locate the base, build the model on meta and attach the adapter.
 
     Args:
-        solving: an unquantized base is fine where ``base.quant.solver`` asks for a solved one.
-        packed_tokens: of a row, which will hold several documents; 0: each has its own row.
+        solving: accept an unquantized base although ``base.quant.solver`` is gptq.
+        packed_tokens: length of packed sequences of several documents; 0 without packing.
 
     Raises:
-        UserError: anything wrong with the base's files, its type, or the adapter's targets; packed
-            documents see each other.
+        UserError: unusable base files, model type or adapter targets; packed documents attend to
+            each other.
     """
     announce_trust(config.base)
     directory = resolve_base(config.base)
@@ -149,9 +149,9 @@ def _base_id(config: RunConfig, skeleton: Skeleton) -> str:
 
 
 def with_labels(built: Built, labels: Sequence[str]) -> Built:
-    """The same loaded model, its classes called ``labels``; as many as there are.
+    """Return the same loaded model with its classes renamed to ``labels``, one per class.
 
-    A language model, which has no classes, is given back as it is.
+    A language model, which has no classes, is returned unchanged.
     """
     head, adapter = built.skeleton.head, copy.copy(built.adapter)
     if head is None:
@@ -170,14 +170,14 @@ def load(
     device: torch.device,
     trained_on: Sequence[TrainedOn] = (),
 ) -> Built:
-    """Shard the model and fill it; every rank reads its own rows only.
+    """Shard the model and load its weights; every rank reads its own rows only.
 
     Args:
-        trained_on: what will be continued on this base.
+        trained_on: bases of the checkpoints to resume, compared with this one.
 
     Raises:
-        UserError: on every rank when files turn out damaged on one, when ranks have read different
-            files, or when one of ``trained_on`` belongs to another base.
+        UserError: on every rank: damaged files on any rank, different files on different ranks,
+            or one of ``trained_on`` is another base.
     """
     engine = make_engine(config.engine, config.train, world, device)
     model = prepared.model
@@ -214,14 +214,17 @@ def load(
 
 
 def give_start(prepared: Prepared, checkpoints: Checkpoints, path: Path) -> None:
-    """Before ``load``: the start factors (PiSSA, LoftQ) that the base was encoded with."""
+    """Load the initialization factors (PiSSA, LoftQ) of a checkpoint; call before ``load``.
+
+    The base is quantized as the residual of these factors, so they have to come first.
+    """
     names = prepared.adapter.start_state()
     whole = checkpoints.read_whole(path, [f"start/{name}" for name in names])
     prepared.adapter.start_from({name: whole[f"start/{name}"] for name in names})
 
 
 def restore(built: Built, checkpoints: Checkpoints, path: Path, step: int) -> None:
-    """After ``optimize``: adapters and optimizer moments of a checkpoint.
+    """Load adapters and optimizer moments of a checkpoint; call after ``optimize``.
 
     Raises:
         UserError: on every rank: files or tensors do not fit, or values are not finite.

@@ -1,4 +1,4 @@
-"""The end of a run that began with PiSSA or LoftQ: how exact ``adapter/`` is, and what is exact."""
+"""Report the error of ``adapter/`` in PEFT's form after a run with PiSSA or LoftQ."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ log = logging.getLogger("dist_peft")
 
 
 def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
-    """Say how far the adapter is from the trained model where PEFT puts it on the original base.
+    """Report the error of the adapter in PEFT on the original base, relative to the trained model.
 
-    The figure and the command that is exact are logged and stored in ``adapter/dist_peft.json`` as
-    ``peft_form``. Nothing for an adapter without such a start. The run has succeeded already, so
-    that a base which cannot be read any more is a warning. Uses no process group.
+    The error and the command of an exact export are logged and stored in ``adapter/dist_peft.json``
+    as ``peft_form``; nothing for other initializations. The run has succeeded already, so a base
+    that is no longer readable is a warning. Uses no process group.
     """
     adapter = run_dir / "adapter"
     try:
@@ -46,7 +46,7 @@ def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
     log.log(
         logging.INFO if found.is_exact else logging.WARNING,
         "%s with PEFT on the original base: weights differ from the trained ones by %.1f %% of "
-        "what training changed (%d rows of %d linears; adapter.init %s trained beside the "
+        "the change by training (%d rows of %d linears; adapter.init %s trained on the "
         "residual of the base), logits by less, which export --format peft measures. Exact: %s",
         adapter,
         100 * found.share,
@@ -58,7 +58,7 @@ def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
 
 
 def exact_form(config: RunConfig, built: Built, run_dir: Path) -> str:
-    """The command that writes what was trained, with the adapter apart where a format can."""
+    """Return the command of an exact export, with a separate adapter where a format has one."""
     refused = export_outlook(config, built.skeleton, built.directory)
     for form in (KEPT_NF4, "gptq", "compressed-tensors"):
         if form not in refused:

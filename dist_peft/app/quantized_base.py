@@ -1,6 +1,6 @@
-"""``dist-peft quantize``: a packed base, to be read as it is.
+"""Quantize a base in advance and write it packed (``dist-peft quantize``).
 
-A directory like the base's, with each linear weight of the blocks in this project's packed rows::
+The output has the base's layout, with each linear weight of the blocks in packed rows::
 
     config.json         the base's, with quantization_config:
                         {"quant_method": "dist_peft", "kind": "int", "bits": 4, "group_size": 64,
@@ -9,8 +9,8 @@ A directory like the base's, with each linear weight of the blocks in this proje
                         everything else as in the base
     tokenizer, generation settings, licence: copies
 
-It appears under its name when it is complete. ``dist-peft train`` makes one in its run directory
-where ``base.quant.solver`` is ``gptq`` and the base is not quantized yet.
+It is renamed to its final name when it is complete. ``dist-peft train`` writes one to its run
+directory where ``base.quant.solver`` is ``gptq`` and the base is not quantized yet.
 """
 
 import gc
@@ -51,7 +51,7 @@ __all__ = ["must_solve_base", "quantize", "with_base_of_run", "with_solved_base"
 log = logging.getLogger("dist_peft")
 
 _COPIED_BYTES = 64 * 2**20
-"""Copied at a time of a tensor that stays as it is."""
+"""Chunk size for copying tensors that stay unquantized."""
 
 
 def quantize(
@@ -61,16 +61,16 @@ def quantize(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Quantize ``config.base`` as ``config.base.quant`` says and write it to ``out``.
+    """Quantize ``config.base`` according to ``config.base.quant`` and write it to ``out``.
 
     Args:
-        config: the adapter and training sections do not matter; ``data.train`` is for gptq.
+        config: the adapter section is ignored; ``data.train`` is used by gptq.
         out: a new directory, on a disk that rank 0 sees.
-        world: connected.
-        stop: asked while solving.
+        world: after ``World.connect``.
+        stop: polled during calibration.
 
     Raises:
-        Stopped: ``stop`` was true; nothing is written.
+        Stopped: ``stop`` returned true; nothing is written.
         UserError: on every rank: an unusable base or data, ``out`` is not empty, no space.
     """
     quant = config.base.quant
@@ -79,8 +79,8 @@ def quantize(
     if quant.solver == "gptq" and config.base.head == "classifier":
         raise UserError(
             "base.quant.solver gptq calibrates on documents, and data.train has records of format: "
-            "classification; use solver hqq, or as base.path what dist-peft quantize made of the "
-            "base with base.head: lm and text"
+            "classification; use solver hqq, or as base.path the output of dist-peft quantize for "
+            "this base with base.head: lm and text"
         )
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     config = config.model_copy(update={"adapter": NoAdapterConfig(), "engine": engine})
@@ -102,7 +102,7 @@ def quantize(
             )
     warn_of_idle_options(config, world, prepared.model, device.type)
     built = load(prepared, config, world, device)
-    with _writer(built, out, world) as writer:  # first: a disk that is full is told at once
+    with _writer(built, out, world) as writer:  # first, so that a full disk fails early
         if quant.solver == "gptq":
             solve(built, calibration_windows(config, built, world), world, stop)
         _write(built, config, out, world, writer)
@@ -112,12 +112,15 @@ def quantize(
 def with_solved_base(
     config: RunConfig, run_dir: Path, world: World, device: torch.device, stop: Callable[[], bool]
 ) -> RunConfig:
-    """The configuration to train with: where ``base.quant.solver`` asks for gptq and the base is
-    not quantized yet, it is solved into ``run_dir/base``, once, and that is the base.
+    """Return the configuration to train with, after running GPTQ if it is needed.
+
+    Where ``base.quant.solver`` is gptq and the base is not quantized yet, it is quantized into
+    ``run_dir/base``, once, and replaced by that.
 
     Raises:
-        Stopped: see ``quantize``.
-        UserError: on every rank: see ``quantize``; or ``run_dir/base`` was made in another way.
+        Stopped: ``stop`` returned true during calibration; nothing is written.
+        UserError: on every rank: an unusable base or data, no space, or ``run_dir/base`` has
+            another origin.
     """
     quant = config.base.quant
     if quant is None or quant.solver != "gptq":
@@ -138,12 +141,12 @@ def with_solved_base(
         log.info("the base was solved before: %s", out)
     else:
         quantize(config, out, world, device, stop)
-        gc.collect()  # modules and their hooks refer to each other; the next model needs the room
+        gc.collect()  # modules and hooks form reference cycles; free them before the next model
     return with_base_of_run(config, run_dir)
 
 
 def must_solve_base(config: RunConfig, run_dir: Path) -> bool:
-    """Whether ``with_solved_base`` will quantize, which takes long and writes to ``run_dir``."""
+    """Return whether ``with_solved_base`` will quantize, which is slow and writes ``run_dir``."""
     quant, solved = config.base.quant, run_dir / "base"
     if quant is None or quant.solver != "gptq" or (solved.is_dir() and any(solved.iterdir())):
         return False
@@ -152,7 +155,7 @@ def must_solve_base(config: RunConfig, run_dir: Path) -> bool:
 
 
 def with_base_of_run(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The configuration with the base that ``with_solved_base`` has made, if it has."""
+    """Return the configuration with the base that ``with_solved_base`` wrote, if there is one."""
     quant, solved = config.base.quant, run_dir / "base"
     if quant is None or quant.solver != "gptq" or not solved.is_dir():
         return config
@@ -163,9 +166,9 @@ def with_base_of_run(config: RunConfig, run_dir: Path) -> RunConfig:
 def _other_origin(
     found: Mapping[str, Any], wanted: Mapping[str, Any], index: SafetensorsIndex
 ) -> str | None:
-    """What a solved base was made from and is another one now, as far as no row is needed."""
+    """Return which origin of a solved base has changed, without reading rows; None: none."""
     if not index.has_fingerprint(str(found.get("fingerprint"))):
-        return f"base.path: {index.path} is not what it was, or is another base"
+        return f"base.path: {index.path} has changed, or is another base"
     mine, its = wanted.get("calibration", {}), found.get("calibration", {})
     keys = [key for key in mine if its.get(key) != mine[key]]
     return f"calibration ({', '.join(keys)} differ)" if keys else None
@@ -174,11 +177,12 @@ def _other_origin(
 def _check_origin_rows(
     out: Path, found: Mapping[str, Any], index: SafetensorsIndex, world: World
 ) -> None:
-    """Compare all rows of the unquantized base, which a run on the solved one does not read. Where
-    its files have the times and sizes that they had then, they are taken for what they were.
+    """Compare all rows of the unquantized base, which a run on the solved one does not read.
+
+    Files with the recorded sizes and times are taken as unchanged.
 
     Raises:
-        UserError: on every rank: they are not what ``out`` was made from.
+        UserError: on every rank: ``out`` was quantized from other values.
     """
     known = found.get("content")
     with world.together("look at the files of the unquantized base"):
@@ -199,13 +203,13 @@ def _made_otherwise(out: Path, other: str) -> UserError:
 
 
 def _file_times(index: SafetensorsIndex) -> list[list[str | int]]:
-    """Name, size and time (ns) of the last change of each file."""
+    """Return name, size and modification time (ns) of each file."""
     stats = [(file.name, file.stat()) for file in index.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _content_of(built: Built, world: World) -> dict[str, Any]:
-    """Hashes of the unquantized base; tensors that the model does not use are read for it."""
+    """Return the content hash of the unquantized base, reading tensors that the model skips."""
     index, tensors = built.skeleton.index, dict(built.record.tensors)
     tensors |= hash_files(index, index.tensors.keys() - tensors.keys(), world)
     content = BaseRecord("", tensors=tensors).content_id
@@ -213,7 +217,7 @@ def _content_of(built: Built, world: World) -> dict[str, Any]:
 
 
 def _origin(config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """All that the packed rows depend on; ``base`` is for readers."""
+    """Return everything that the packed rows depend on; ``base`` is informative only."""
     quant = config.base.quant
     assert quant is not None
     origin: dict[str, Any] = {"base": public_name(config.base), "fingerprint": fingerprint}
@@ -232,14 +236,14 @@ def _origin(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 @contextmanager
 def _writer(built: Built, out: Path, world: World) -> Iterator[StreamWriter | None]:
-    """What rank 0 writes with; None on others. Without ``_write`` to its end nothing is left.
+    """Yield the writer on rank 0, None on others; remove the partial directory on exit.
 
     Raises:
         UserError: on every rank: no space or no permission.
     """
     partial, writer = _partial(out), None
     try:
-        with world.together("begin to write"):
+        with world.together("start to write"):
             if world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
                 writer = StreamWriter(partial, _specs(built), MAX_FILE_BYTES)
@@ -256,7 +260,7 @@ def _writer(built: Built, out: Path, world: World) -> Iterator[StreamWriter | No
 def _write(
     built: Built, config: RunConfig, out: Path, world: World, writer: StreamWriter | None
 ) -> None:
-    """Gather one linear at a time and write it; rank 0 writes.
+    """Gather one linear at a time and write it from rank 0, then rename the directory to ``out``.
 
     Raises:
         UserError: on every rank: no space or no permission.
@@ -283,7 +287,7 @@ def _partial(out: Path) -> Path:
 
 
 def _linears(built: Built) -> dict[str, FrozenLinear]:
-    """Name of the weight in the base -> the linear that is packed."""
+    """Return the packed linears by the name of their weight in the base."""
     found = (module for module in built.model.modules() if isinstance(module, FrozenLinear))
     return {module.source: module for module in found if not module.is_head}
 
@@ -316,7 +320,7 @@ def _copy_others(built: Built, packed: set[str], writer: StreamWriter) -> None:
 def _copy_configuration(
     built: Built, config: RunConfig, out: Path, content: Mapping[str, Any]
 ) -> None:
-    """All files without weights; ``config.json`` says how linears are packed."""
+    """Copy all files without weights; add the quantization to ``config.json``."""
     quant = config.base.quant
     assert quant is not None
     known = read_json_object(built.directory / "config.json")

@@ -1,10 +1,10 @@
-"""Whether a checkpoint may be resumed by a run: what must be the same, and what may change.
+"""Decide whether a run may resume from a checkpoint: keys that have to match or may change.
 
-A checkpoint keeps every key of the configuration and a fingerprint of each thing that was read
-(``run_identity.run_values``). Refused is what makes its tensors, moments or position mean something
-else: adapter, base, rows and their order, tokenizer, chat template, arithmetic. Allowed, and told
-with the old and the new value, is what only steers the steps to come, or says where things lie.
-``docs/checkpoints.md`` has the table.
+A checkpoint stores every key of the configuration and a fingerprint of each input
+(``run_identity.run_values``). A change is refused if it invalidates the stored tensors, moments or
+position: adapter, base, rows and their order, tokenizer, chat template, arithmetic. A change that
+only affects later steps, or the location of files, is allowed and logged with the old and the new
+value. ``docs/checkpoints.md`` has the table.
 """
 
 import datetime
@@ -31,13 +31,13 @@ __all__ = ["check_resumable", "dated_loaders", "may_change", "read_inputs"]
 log = logging.getLogger("dist_peft")
 
 _MAY_CHANGE = (
-    # where things lie: contents are compared instead
+    # locations of files: contents are compared instead
     "base.path",
     "base.revision",
     "base.trust_remote_code",
     "adapter.adapters<>.path",
     "data.cache_dir",
-    # how records read: the rows that come of it are compared instead
+    # parsing of records: the resulting rows are compared instead
     "data.train<>.path",
     "data.train<>.format",
     "data.train<>.columns.*",
@@ -52,7 +52,7 @@ _MAY_CHANGE = (
     # held-out data do not change the trained parameters
     "data.eval*",
     "contents of data.eval",
-    # the same function, computed in another way
+    # other ways to compute the same function
     "base.attention",
     "engine.*",
     "engine in use",
@@ -60,7 +60,7 @@ _MAY_CHANGE = (
     "train.micro_batch",
     "train.device",
     "version of *",
-    # the steps to come
+    # later steps
     "train.steps",
     "train.epochs",
     "number of steps",
@@ -70,18 +70,17 @@ _MAY_CHANGE = (
     "train.min_lr_ratio",
     "train.weight_decay",
     "train.max_grad_norm",
-    # what is written and how often
+    # outputs and their frequency
     "train.eval_every",
     "train.log_every",
     "train.check_every",
     "save.*",
 )
-"""Patterns of keys, ``<>`` for the number in a list. Whatever is not named here is refused, so that
-a new key is until somebody has thought about it."""
+"""Patterns of keys, ``<>`` for an index. Other keys are refused, so a new key is refused by default
+until it is added here."""
 
 _ADAMW = {"adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"}
-"""One algorithm: they differ in where and how they keep moments, which checkpoints hold in
-float32."""
+"""One algorithm: they differ in storage of the moments, which checkpoints hold in float32."""
 
 _MOST_KEYS = 8
 
@@ -89,7 +88,7 @@ TEMPLATE_DATE = "date in the chat template"
 
 
 def may_change(key: str) -> bool:
-    """Whether a resumed run may have another value of ``key``, such as ``data.train[0].path``."""
+    """Return whether ``key``, such as ``data.train[0].path``, may change when a run resumes."""
     pattern = re.sub(r"\[\d+\]", "<>", key)
     return any(fnmatchcase(pattern, allowed) for allowed in _MAY_CHANGE)
 
@@ -97,11 +96,10 @@ def may_change(key: str) -> bool:
 def read_inputs(
     config: RunConfig, prepared: Prepared, world: World, resume_from: Path | None
 ) -> Loaders:
-    """The data of a run, once it is clear that every rank has the same inputs and that the run may
-    go on from ``resume_from``.
+    """Load the data of a run; check that ranks agree and that ``resume_from`` can be resumed.
 
-    A date that the chat template writes is that of the checkpoint, else of today (the latest
-    of the ranks', where midnight lies between them).
+    A date in the chat template is that of the checkpoint, else of today (the latest of all ranks',
+    in case midnight falls between them).
 
     Raises:
         UserError: on every rank: unfit data; ranks differ; the checkpoint is of another run.
@@ -120,7 +118,7 @@ def read_inputs(
 def dated_loaders(
     config: RunConfig, tokenizer: Tokenizer, world: World, found: RunPosition | None
 ) -> Loaders:
-    """``make_loaders`` with one date in the chat template: that of ``found``, else of today."""
+    """Make loaders with one date in the chat template: that of ``found``, else of today."""
     today = datetime.date.today().toordinal()
     stored = None if found is None else found.values.get(TEMPLATE_DATE)
     if isinstance(stored, str):
@@ -141,19 +139,19 @@ def _date(text: str) -> datetime.date:
 
 
 def check_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) -> None:
-    """See that this run may go on from checkpoint ``path``; log what has changed in it.
+    """Check that this run may resume from checkpoint ``path``; log the allowed changes.
 
     Args:
-        found: of the checkpoint.
+        found: position stored in the checkpoint.
         mine: ``run_values`` of this run.
 
     Raises:
-        UserError: it may not; names each key with both values.
+        UserError: a key that has to match differs; names each with both values.
     """
     if not found.values:
         raise UserError(
-            f"checkpoint {path} was written by an earlier version, which did not keep what the run "
-            "was; resume it with that version, or start over with resume: never"
+            f"checkpoint {path} was written by an earlier version, which did not store the run's "
+            "configuration; resume it with that version, or start over with resume: never"
         )
     refused: list[tuple[str, str, str]] = []
     allowed: list[tuple[str, str, str]] = []
@@ -170,7 +168,7 @@ def check_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) 
             told = "; ".join(f"{k} is {n}, there {b}" for k, b, n in refused[:_MOST_KEYS])
             told += f"; and {len(refused) - _MOST_KEYS} more keys"
         raise UserError(
-            f"checkpoint {path} is of another run: {told}. Restore what differs, or start over "
+            f"checkpoint {path} is of another run: {told}. Restore these values, or start over "
             "with resume: never"
         )
     for key, before, now in allowed:

@@ -1,11 +1,11 @@
-"""What a run is, by key: what all ranks must have alike, and what a checkpoint keeps of it.
+"""Describe a run by key, for comparisons between ranks and with checkpoints.
 
-Contents are compared, not paths: a base, data or an adapter may lie elsewhere on each host or after
-a move, and must be the same bytes. Three sets of values::
+Contents are compared, not paths: a base, data or an adapter may have another path on each host or
+after a move, and has to consist of the same bytes. Three sets of values::
 
     rank_configuration   right after the rendezvous: the configuration without node-local paths
-    rank_inputs          once data are read, before the base is: fingerprints, counts, steps
-    run_values           what run.json of a checkpoint holds: the whole configuration and inputs
+    rank_inputs          after data are read, before the base is: fingerprints, counts, steps
+    run_values           contents of run.json of a checkpoint: the whole configuration and inputs
 """
 
 import importlib.metadata
@@ -32,14 +32,14 @@ _NODE_LOCAL = re.compile(
     r"base\.path|data\.(train|eval)\[\d+\]\.path|adapter\.adapters\[\d+\]\.path|data\.cache_dir"
     r"|engine\.deepspeed_config"
 )
-"""Keys that may differ between hosts: what lies there is compared instead. A token cache holds
-nothing of its own."""
+"""Keys that may differ between hosts: file contents are compared instead, except those of the token
+cache, which are derived."""
 
 
 def rank_configuration(config: RunConfig, world: World) -> dict[str, object]:
-    """The resolved configuration by key, of which every rank must have the same.
+    """Return the resolved configuration by key, which has to be equal on all ranks.
 
-    Never raises: a rank whose configuration is unusable must say so together with the others.
+    Never raises: an unusable configuration has to be reported by all ranks together.
     """
     flat = flatten_tree(config.model_dump(mode="json"))
     values = {k: v for k, v in flat.items() if not _NODE_LOCAL.fullmatch(k)}
@@ -66,7 +66,7 @@ def _json_contents(path: Path) -> object:
 
 
 def total_steps(config: RunConfig, loaders: Loaders) -> int:
-    """Optimizer steps of the whole run; a part of a step at the end of the last epoch counts."""
+    """Return the number of optimizer steps of the run, rounded up at the end of the last epoch."""
     c = config.train
     per_epoch = len(loaders.train.rows) / c.global_batch
     return c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
@@ -75,7 +75,7 @@ def total_steps(config: RunConfig, loaders: Loaders) -> int:
 def rank_inputs(
     config: RunConfig, prepared: Prepared, loaders: Loaders, resume_from: Path | None
 ) -> dict[str, object]:
-    """What this rank has read, and what it is about to do with it."""
+    """Return fingerprints of this rank's inputs, the number of steps and the checkpoint."""
     return _inputs(config, prepared, loaders) | {
         "number of steps": total_steps(config, loaders),
         "checkpoint to resume": _checkpoint(resume_from),
@@ -102,9 +102,9 @@ def _inputs(config: RunConfig, prepared: Prepared, loaders: Loaders) -> dict[str
 def run_values(
     config: RunConfig, prepared: Prepared, loaders: Loaders, world: World
 ) -> dict[str, object]:
-    """All that a later resume compares, by key; plain JSON.
+    """Return all values that a later resume compares, by key, as plain JSON.
 
-    ``resume`` itself is left out, which says what to do and not what the run is.
+    ``resume`` itself is excluded: it selects a checkpoint and does not describe the run.
     """
     values = flatten_tree(config.model_dump(mode="json", exclude={"resume"}))
     values |= _inputs(config, prepared, loaders)

@@ -1,6 +1,6 @@
-"""A run's report grows: training writes it, merging and the quickstart add sections.
+"""Write a run's report after training; merging and the quickstart add sections.
 
-What the report needs beside ``metrics.jsonl`` and ``config.yaml`` is kept in ``report.json``.
+The report's data apart from ``metrics.jsonl`` and ``config.yaml`` is stored in ``report.json``.
 """
 
 import json
@@ -20,7 +20,7 @@ def start_report(run_dir: Path, summary: RunSummary) -> Path:
 
 
 def add_section(run_dir: Path, section: Section) -> Path:
-    """Write the report again with one more section; one of the same title is replaced.
+    """Rewrite the report with one more section, replacing one of the same title.
 
     Raises:
         UserError: the run has no readable ``report.json``.

@@ -1,14 +1,14 @@
-"""``train.tasks: separate``: an adapter for each training source, each in a run of its own.
+"""``train.tasks: separate``: one adapter per training source, each in a separate run directory.
 
 ::
 
-    RUN/config.yaml, log.txt   the whole
-    RUN/tasks.json             finished tasks and how they ended
-    RUN/report.html            the same to look at
+    RUN/config.yaml, log.txt   of all tasks
+    RUN/tasks.json             finished tasks with their final metrics
+    RUN/report.html            the same as a page
     RUN/tasks/NAME/            an ordinary run: config.yaml, adapter/, checkpoints/, metrics.jsonl
 
-A task's ``config.yaml`` is that of a run with this source alone, and the run of it would give the
-same numbers. So everything that reads a run reads a task's.
+A task's ``config.yaml`` is that of a run with this source alone, and such a run produces the same
+numbers. So everything that reads a run directory also reads a task's.
 """
 
 import json
@@ -28,12 +28,12 @@ __all__ = ["TasksFile", "refuse_tasks", "task_configs", "task_runs"]
 
 
 def task_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Name -> the run of each task, in the order of ``data.train``.
+    """Return the run configuration of each task by name, in the order of ``data.train``.
 
     A held-out source belongs to the task of the same name.
 
     Raises:
-        UserError: the configuration does not describe separate tasks; says which key and why.
+        UserError: the configuration does not describe separate tasks; names the key and the fix.
     """
     _check(config)
     names = [source.task for source in config.data.train]
@@ -89,28 +89,28 @@ def _check(config: RunConfig) -> None:
     if isinstance(config.adapter, FullConfig | PartialConfig):
         refuse(
             f"adapter.kind {config.adapter.kind} trains weights of the base, and the next task "
-            "would begin where the one before has left them; run the tasks one by one, or train "
-            "adapters"
+            "would start from the weights that the previous one trained; run the tasks one by one, "
+            "or train adapters"
         )
     if config.resume not in ("auto", "never"):
         refuse(
-            "resume names a checkpoint, which is of one task; set it to auto (each task goes on "
-            "from its own newest one) or never"
+            "resume names a checkpoint, which is of one task; set it to auto (each task resumes "
+            "from its newest one) or never"
         )
 
 
-# -- what a run leaves -----------------------------------------------------------------------------
+# -- run directories -------------------------------------------------------------------------------
 
 
 def task_runs(run_dir: Path) -> dict[str, Path]:
-    """Name -> run directory of each task that ``run_dir`` has begun; empty for an ordinary run.
+    """Return the run directory of each started task by name; empty for an ordinary run.
 
     Raises:
         UserError: ``config.yaml`` is damaged.
     """
     if not (run_dir / "tasks").is_dir() or not (run_dir / "config.yaml").is_file():
         return {}
-    # only names are read from it: nothing of the base is opened, whatever it says about trust
+    # safe: only task names are read from it, and no file or code of the base is opened
     config = load_run_config(run_dir / "config.yaml", trust_remote_code=True)
     names = [source.task for source in config.data.train]
     runs = {name: run_dir / "tasks" / name for name in names}
@@ -118,7 +118,7 @@ def task_runs(run_dir: Path) -> dict[str, Path]:
 
 
 def refuse_tasks(run_dir: Path) -> None:
-    """For what handles one adapter at a time.
+    """Refuse a run of several adapters, for commands that handle one at a time.
 
     Raises:
         UserError: ``run_dir`` is a run of separate tasks.
@@ -135,7 +135,7 @@ class TasksFile:
     """``tasks.json``: the tasks that are finished, each with its steps and last losses."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Raises: UserError: the file is damaged."""
+        """Read the file if it exists; raises UserError if it is damaged."""
         self.run_dir, self.path = run_dir, run_dir / "tasks.json"
         self.tasks: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
@@ -143,21 +143,21 @@ class TasksFile:
                 self.tasks = dict(json.loads(self.path.read_text())["tasks"])
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise UserError(
-                    f"{self.path} is damaged ({error}); remove it: tasks go on from their "
+                    f"{self.path} is damaged ({error}); remove it: tasks resume from their "
                     "checkpoints"
                 ) from None
 
     def steps(self, name: str) -> int:
-        """With how many steps the task was finished; 0: it was not."""
+        """Return the number of steps of a finished task; 0 if it is not finished."""
         return int(self.tasks.get(name, {}).get("steps", 0))
 
     def begin(self, name: str) -> None:
-        """The task is at work; what was known of it no longer holds."""
+        """Mark the task as running: remove its record, which is outdated."""
         if self.tasks.pop(name, None) is not None:
             self._write()
 
     def finish(self, name: str, summary: RunSummary) -> None:
-        """The task is done: note how it ended, and write the report of all tasks."""
+        """Record the final metrics of a task and write the report of all tasks."""
         records = self._records(name)
         first, last = vars(records[0]), vars(records[-1])
         found = {

@@ -1,4 +1,4 @@
-"""A loaded run between its first and its last step: begin or resume, fit, finish."""
+"""Train a loaded model: start or resume, run the steps, write the results."""
 
 import importlib.metadata
 import logging
@@ -48,7 +48,13 @@ log = logging.getLogger("dist_peft")
 
 @dataclass
 class Session:
-    """A loaded run between its first and its last step."""
+    """Training of one adapter on a loaded model.
+
+    Attributes:
+        built: the loaded model.
+        call: module returned by ``Built.optimize``, called in training steps.
+        run_dir: receives checkpoints, metrics, the adapter and the report.
+    """
 
     config: RunConfig
     world: World
@@ -65,7 +71,7 @@ class Session:
     # -- start ---------------------------------------------------------------------------------
 
     def begin(self) -> int:
-        """First start: describe the run, take the probe's logits before training."""
+        """Start a new run at step 0: log a summary, save the probe logits before training."""
         log.info(
             "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
             f"{self.built.trained:,}",
@@ -87,10 +93,10 @@ class Session:
         return 0
 
     def check_model(self) -> None:
-        """The check that needs the loaded model; before anything is written.
+        """Run the check that needs loaded weights; called before anything is written.
 
         Raises:
-            UserError: packed documents see each other (on every rank).
+            UserError: packed documents attend to each other (on every rank).
         """
         if self.config.data.packing:
             self._check_isolation()
@@ -105,11 +111,11 @@ class Session:
                 )
 
     def ends_at(self, path: Path) -> bool:
-        """Whether the checkpoint ``path``, of this configuration, is after the last step."""
+        """Return whether checkpoint ``path`` is at or after the last step of this run."""
         return self.checkpoints.position(path).step >= self.total_steps
 
     def resume(self, path: Path) -> int:
-        """Load a checkpoint (of this run: ``app.resuming``); gives the number of steps done."""
+        """Load a checkpoint that ``app.resuming`` has accepted; return its number of steps."""
         position = self.checkpoints.position(path)
         restore(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
@@ -133,7 +139,7 @@ class Session:
     # -- steps ---------------------------------------------------------------------------------
 
     def fit(self, first_step: int, stop: Callable[[], bool]) -> int:
-        """Train to the end or to a signal; gives the number of steps done."""
+        """Train to the last step or until ``stop()``; return the number of completed steps."""
         c = self.config.train
         before = self._evaluate(0) if first_step == 0 else None
         replicas = ReplicaCheck(self.built.model, self.built.engine, self.world)
@@ -187,7 +193,7 @@ class Session:
     def _compare_replicas(
         self, replicas: ReplicaCheck, step: int, everything: bool = False
     ) -> None:
-        """See that all ranks still hold the same; logs what it cost."""
+        """Check that all ranks hold equal replicated state; log bytes and seconds."""
         before = replicas.seconds
         facts = {
             "step": step,
@@ -252,7 +258,7 @@ class Session:
     # -- end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Gather what was trained, write it, complete the probe, write the report."""
+        """Gather and save the trained adapter, complete the probe, write the report."""
         directory = self.run_dir / "adapter"
         if isinstance(self.built.adapter, TrainsBase):
             about = {"kind": self.config.adapter.kind, **self._about()}
@@ -264,7 +270,7 @@ class Session:
                     public = self.built.adapter.to_public(tensors, self._base_name())
                     write_adapter(directory, public, self._about())
         logits, attention = self._probe_logits(), self._fusion_attention()
-        with self.world.together("write what belongs to the adapter"):
+        with self.world.together("write tokenizer, probe and report"):
             if self.world.is_first:
                 if attention is not None:
                     attention.write(self.run_dir)
@@ -286,7 +292,7 @@ class Session:
         }
 
     def _turn_end(self) -> list[int]:
-        """Ids of the tokens that end what the model is trained to write."""
+        """Return the ids of the tokens that end the turns in the training data."""
         rows, tokenizer = self.loaders.train.rows, self.built.tokenizer
         if self.config.data.classifies:
             return []
@@ -294,7 +300,7 @@ class Session:
         return turn_end_ids(cast(Any, rows), special)
 
     def _write_beside(self, directory: Path, logits: Tensor) -> None:
-        """Tokenizer, probe, report."""
+        """Write the chat template's tokenizer, the completed probe and the report."""
         if (template := self.loaders.chat_template) is not None:
             save_tokenizer(self.built.tokenizer, directory, template)
         if self._probe_file.is_file():
@@ -303,19 +309,19 @@ class Session:
         start_report(self.run_dir, self.summary())
 
     def _fusion_attention(self) -> FusionAttention | None:
-        """Of a fusion, what it attends to in the held-out rows, where there are any."""
+        """Return a fusion's attention on held-out data; None without fusion or held-out data."""
         layers, rows = fusion_layers(self.built.model), self.loaders.eval
         if not layers or rows is None:
             return None
         return measure_attention(self.built.model, layers, self.built.engine, rows, self.world)
 
     def _base_name(self) -> str:
-        """Of a base that this project packed, the one that others can load."""
+        """Return the base's public name; of a packed base, that of its unquantized origin."""
         origin = made_from(self.built.directory)
         return str(origin.get("base") or public_name(self.config.base))
 
     def summary(self) -> RunSummary:
-        """What the report tells beside the metrics."""
+        """Return the facts that the report shows in addition to the metrics."""
         kind = engine_kind(self.config.engine, self.world)
         return RunSummary.of(
             self.config,
@@ -333,7 +339,7 @@ class Session:
         return self.run_dir / "probe.safetensors"
 
     def _probe_logits(self) -> Tensor:
-        """Logits of the probe tokens; every rank computes the same ones."""
+        """Return logits of the probe tokens; every rank computes the same ones."""
         ids = self.loaders.probe.to(self.built.engine.device)
         with inference(self.built.model):
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()

@@ -1,8 +1,7 @@
-"""Options that are set and change nothing in this run, told once.
+"""Warn once about options that are set but have no effect in this run.
 
-Whoever sets an option expects something of it. What contradicts the run is refused elsewhere; what
-is merely idle (another engine's option, a batch larger than what there is) is said here, so that
-nobody waits for its effect.
+Options that contradict the run are refused elsewhere; these are merely unused, such as options of
+another engine or a micro-batch larger than the rank's share of the batch.
 """
 
 import logging
@@ -25,18 +24,18 @@ log = logging.getLogger("dist_peft")
 _NO_PEERS = ("shard_base", "shard_group", "cpu_offload")
 _DEEPSPEED = ("stage", "deepspeed_config")
 _IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ()}
-"""Engine -> options of section ``engine`` that it does not look at."""
+"""Engine -> options of section ``engine`` that it ignores."""
 
 
 def warn_of_idle_options(config: RunConfig, world: World, model: nn.Module, device: str) -> None:
     """Log a warning for each option without effect.
 
     Args:
-        model: with its frozen linears; may be on meta.
-        device: type of the device that computes.
+        model: model with its frozen linears; may be on meta.
+        device: type of the compute device.
 
     Raises:
-        UserError: the engine does not fit the number of processes.
+        UserError: the engine does not support the number of processes.
     """
     kind = engine_kind(config.engine, world)
     for text in idle_options(config, kind, world.size, _widest(model), device):
@@ -46,7 +45,7 @@ def warn_of_idle_options(config: RunConfig, world: World, model: nn.Module, devi
 def idle_options(
     config: RunConfig, engine: str, ranks: int, widest: int, device: str
 ) -> Iterator[str]:
-    """A sentence for each option without effect, in the order of the sections.
+    """Yield a sentence for each option without effect, in the order of the sections.
 
     Args:
         engine: the engine of the run, resolved.
@@ -153,6 +152,6 @@ def _is_default(section: BaseModel, name: str) -> bool:
 
 
 def _widest(model: nn.Module) -> int:
-    """The largest in_features of the blocks' frozen weights; the head is not quantized."""
+    """Return the largest in_features of the blocks' frozen weights; the head is not quantized."""
     frozen = [m for m in model.modules() if isinstance(m, FrozenRows) and not m.is_head]
     return max((m.in_features for m in frozen), default=0)

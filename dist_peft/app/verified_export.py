@@ -1,4 +1,4 @@
-"""Merge or export a finished run, reload the result with its consumer and compare logits."""
+"""Merge or export a finished run, load the result with its consumer and compare logits."""
 
 import logging
 from pathlib import Path
@@ -38,19 +38,19 @@ def export_run(
     verify: Verification | None = VERIFY,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a quantized format and, unless told otherwise, load it with its consumer and compare.
+    """Write a quantized format and, unless disabled, load it with its consumer and compare.
 
     Args:
         run_dir: a finished run.
-        name: a format of ``export.formats.export_model``.
+        name: a format of ``export.formats.registry.export_model``.
         out: new directory, or a new ``.gguf`` file.
-        options: further fields of ``export.formats.Job``.
-        verify: how to compare, for which the probe must be there; None: not at all.
+        options: further fields of ``export.formats.registry.Job``.
+        verify: options of the comparison, which needs the run's probe; None: no comparison.
         trust_remote_code: the caller's command line allows the base's code to run.
 
     Raises:
-        UserError: the format cannot take the run, or nothing can be written.
-        VerificationError: what was written is not the trained model.
+        UserError: the format does not support the run, or ``out`` cannot be written.
+        VerificationError: the written model is not the trained one.
     """
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     if config.base.head == "classifier":
@@ -61,7 +61,7 @@ def export_run(
     if holds_weights(run_dir / "adapter") and name in INTEGER_ZERO and not options.get("merge"):
         raise UserError(
             f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
-            f"is no adapter to lie beside the base in format {name}; use dist-peft merge, another "
+            f"is no separate adapter for format {name}; use dist-peft merge, another "
             "format, or --merge --lossy"
         )
     if holds_weights(run_dir / "adapter") and options.get("keep_adapter"):
@@ -118,19 +118,20 @@ def merge_run(
     verify: Verification | None = VERIFY,
     trust_remote_code: bool = False,
 ) -> None:
-    """Merge a finished run and, unless told otherwise, reload the result and compare logits.
+    """Merge a finished run and, unless disabled, reload the result and compare logits.
 
     Args:
         run_dir: a finished run.
         out: new directory.
-        into: ``original`` or ``decoded``, see ``export.merge``.
-        dtype: of the merged weights.
-        verify: how to compare, for which the probe must be there; None: not at all.
+        into: ``original`` merges into the base's files, ``decoded`` into the dequantized base as
+            training used it.
+        dtype: type of the merged weights.
+        verify: options of the comparison, which needs the run's probe; None: no comparison.
         trust_remote_code: the caller's command line allows the base's code to run.
 
     Raises:
-        UserError: the run cannot be merged, or nothing can be written.
-        VerificationError: what was written is not the trained model.
+        UserError: the run cannot be merged, or ``out`` cannot be written.
+        VerificationError: the merged model is not the trained one.
     """
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     probe = Probe.load(run_dir / "probe.safetensors") if verify else None

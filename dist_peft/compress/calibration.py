@@ -9,7 +9,7 @@ called alone, with hidden states that changed because blocks before it did::
     block 1(h1, ...)      ...
 
 Linears that read the same tensor (q, k and v; gate and up) form a *stage*: they share a Hessian.
-Stages are in the order of computing, so that when one is solved, all before it have been.
+Stages are in execution order: when one is solved, all before it have been.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ __all__ = ["Sample", "capture", "find_stages", "watch_input"]
 
 @dataclass
 class Sample:
-    """One calibration sample on its way through the blocks.
+    """A calibration sequence as it passes through the blocks.
 
     Attributes:
         hidden: input of the block to come, ``[1, tokens, hidden]``.
@@ -107,7 +107,7 @@ def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLin
     """
     linears = [module for module in block.modules() if isinstance(module, FrozenLinear)]
     stages: dict[int, list[FrozenLinear]] = {}
-    inputs: list[Tensor] = []  # kept, or another tensor might get the address of one
+    inputs: list[Tensor] = []  # keep references: a freed tensor's id could be reused
     seen: set[int] = set()
 
     def before(linear: nn.Module, args: tuple[Any, ...]) -> None:

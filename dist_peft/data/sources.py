@@ -367,9 +367,7 @@ def _check_template(source: DataSource, record: Record, file: str, key: str) -> 
     try:
         fields = list(string.Formatter().parse(source.template))
     except ValueError as error:
-        raise UserError(
-            f"{key}.template: {error}; write a literal brace as {{{{ or }}}}"
-        ) from None
+        raise UserError(f"{key}.template: {error}; write a literal brace as {{{{ or }}}}") from None
     for _, name, spec, conversion in fields:
         if name is None:
             continue

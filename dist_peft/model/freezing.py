@@ -191,8 +191,6 @@ def packed_share(model: nn.Module) -> float:
     packed = {
         id(module.packed): module.packed.numel()
         for module in model.modules()
-        if isinstance(module, FrozenRows)
-        and not module.is_head
-        and module.codec.is_quantized
+        if isinstance(module, FrozenRows) and not module.is_head and module.codec.is_quantized
     }
     return sum(packed.values()) / max(1, sum(sizes.values()))

@@ -1,12 +1,12 @@
-"""Text that every Python installation carries: the sources of its standard library.
+"""Text corpus from the standard library sources of the running Python.
 
-Some megabytes of real code and English documentation, there without a download: enough to pretrain
-a tiny model and to make a task for it. Which files are used follows from their names alone, so the
-same installation always gives the same text:
+Some megabytes of real code and English documentation, available without a download: enough to
+pretrain a tiny model and to build a task for it. Files are selected by their names alone, so one
+installation always yields the same text:
 
-- left out: installed packages, tests, other programs' directories, build data, generated tables;
+- excluded: installed packages, tests, other programs' directories, build data, generated tables;
 - of the rest a sample in the order of the names' hashes, up to a number of characters;
-- a file is held out of all training where its hash says so (about one in ten).
+- the hash also selects the files that are held out of all training (about one in ten).
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class SourceFile:
 
     Attributes:
         name: path below the library with ``/``, such as ``email/message.py``.
-        held_out: never train on this one.
+        held_out: for evaluation only, never trained on.
     """
 
     name: str
@@ -61,11 +61,11 @@ class SourceFile:
 
 
 def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[SourceFile]:
-    """The files, ordered by name.
+    """Return the selected files, ordered by name.
 
     Args:
         root: the library's directory; default: that of the running interpreter.
-        max_chars: take files until the next one would exceed this.
+        max_chars: upper bound of the characters of all files together.
 
     Raises:
         UserError: the directory has no usable sources, as in some stripped installations.
@@ -83,7 +83,7 @@ def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[So
         files.append(SourceFile(name, text, held_out))
     if not any(f.held_out for f in files) or all(f.held_out for f in files):
         raise UserError(
-            f"Python's standard library in {root} has no sources to learn from (a stripped or "
+            f"Python's standard library in {root} has no sources to train on (a stripped or "
             "zipped installation); name a base model and data of your own instead"
         )
     return sorted(files, key=lambda f: f.name)
@@ -100,13 +100,13 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _place(name: str) -> tuple[bytes, bool]:
-    """Where in the order, and whether held out: from different bytes, so independent."""
+    """Return sort key and held-out flag, from different bytes of the hash, so independent."""
     digest = hashlib.sha256(name.encode()).digest()
     return digest[1:], digest[0] < _HELD_OUT_SHARE
 
 
 def _read(path: Path) -> str | None:
-    """The text, or ``None`` for what is no prose or code in UTF-8 written by a person."""
+    """Return the text; None for short, generated or non-UTF-8 files."""
     data = path.read_bytes()
     if len(data) < _SMALLEST:
         return None

@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are all made one (Jordan et al. 2024).
+"""Muon: momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024).
 
 For a matrix W with gradient G, momentum M and U S V^T the singular value decomposition of M::
 
@@ -8,13 +8,13 @@ For a matrix W with gradient G, momentum M and U S V^T the singular value decomp
 ``U V^T`` moves every direction of the matrix equally far, where Adam's step is dominated by a few,
 and needs far fewer steps on small models. It is computed without an SVD, by five rounds of the
 Newton-Schulz iteration ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` from ``M / |M|``, whose
-coefficients bring singular values near one fast rather than exactly (0.7 to 1.2).
+coefficients trade exactness for speed: singular values end in 0.7 to 1.2.
 <https://kellerjordan.github.io/posts/muon/>
 
 ``torch.optim.Muon`` iterates in bfloat16, one matrix after the other, which on a CPU without
-bfloat16 units takes longer than the training step itself. Here it is float32, and matrices of one
-shape go through the iteration together. Meant for the matrices inside a model; embeddings, norms
-and biases belong to AdamW.
+bfloat16 units takes longer than the training step itself. This implementation uses float32 and
+batches matrices of one shape. It is for the matrices of hidden layers; optimize embeddings, norms
+and biases with AdamW.
 """
 
 from collections.abc import Callable, Iterable

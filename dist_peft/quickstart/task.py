@@ -1,7 +1,7 @@
 """A small instruction task from the standard library: fill in a card about a function.
 
 The prompt shows a function's first line, the completion is a card with three fields. The first two
-can be read off the prompt, the last (the first sentence of the docstring) can only be guessed at::
+can be copied from the prompt, the last (the first sentence of the docstring) has to be predicted::
 
     ### Function
     def copyfile(src, dst, *, follow_symlinks=True):
@@ -10,9 +10,9 @@ can be read off the prompt, the last (the first sentence of the docstring) can o
     arguments: src, dst, follow_symlinks
     summary: Copy data from src to dst in the most efficient way possible.
 
-A base pretrained on the sources has never seen the form, so a short fine-tuning lowers the held-out
-loss a lot. Evaluation records come from files that are held out of pretraining too, and share
-neither prompt nor completion with a training record.
+A base pretrained on the sources has never seen this format, so a short fine-tuning lowers the
+held-out loss a lot. Evaluation records come from files that are held out of pretraining too, and
+share neither prompt nor completion with a training record.
 """
 
 import ast
@@ -40,8 +40,8 @@ Record = dict[str, str]
 def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``eval.jsonl`` into ``out`` and return their paths.
 
-    Each line is ``{"prompt": ..., "completion": ...}``. The same installation and seed give the
-    same files.
+    Each line is ``{"prompt": ..., "completion": ...}``. The files depend on the installation and
+    the seed only.
 
     Raises:
         UserError: no standard library to read, or ``out`` cannot be written.
@@ -60,7 +60,7 @@ def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
 
 
 def _records() -> tuple[list[Record], list[Record]]:
-    """Those of the files to train on, and those of held-out files that share nothing with them."""
+    """Return training records, and records of held-out files that share no text with them."""
     train: dict[str, Record] = {}
     held_out: dict[str, Record] = {}
     for file in read_stdlib():
@@ -78,7 +78,7 @@ def _records() -> tuple[list[Record], list[Record]]:
 
 
 def _functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
-    """Every function of a file, and whether it stands directly in a class."""
+    """Yield every function of a file, and whether it is defined directly in a class."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in string literals
         try:
@@ -92,7 +92,7 @@ def _functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
 
 
 def _record(function: Function, in_class: bool) -> Record | None:
-    """Prompt and completion, or ``None`` where there is no short plain summary."""
+    """Return prompt and completion; None without a short ASCII summary."""
     documentation = ast.get_docstring(function)
     if not documentation:
         return None

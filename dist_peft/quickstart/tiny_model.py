@@ -1,4 +1,4 @@
-"""A tiny base model that is real: pretrained here, in about a minute, without a download.
+"""Pretrain a tiny base model in about a minute on a CPU, without a download.
 
 A Llama of about a million parameters (grouped-query attention, SwiGLU, RMSNorm, rotary positions)
 is trained on the sources of Python's standard library, which every installation carries. It
@@ -53,10 +53,9 @@ class TinyBaseReport:
     """Result of making a tiny base.
 
     Attributes:
-        steps, tokens: optimizer steps, and the target tokens they saw.
-        train_loss, held_out_loss: nats a token; the mean of the last steps, and on files that no
-            step has seen.
-        seconds: the time it took, or had taken when the directory is reused.
+        steps, tokens: optimizer steps, and the target tokens of all steps.
+        train_loss, held_out_loss: nats per token: mean over the last steps, and on held-out files.
+        seconds: duration of the pretraining, also when the directory is reused.
         parameters: number of weights.
         reused: the directory existed already.
     """
@@ -96,7 +95,7 @@ def make_tiny_base(
             to read; disk full.
     """
     if seconds <= 0:
-        raise UserError(f"a tiny base needs some time to learn, not {seconds:g} seconds")
+        raise UserError(f"a tiny base needs some time to train, not {seconds:g} seconds")
     request = {"seconds": seconds, "seed": seed}
     finished = _finished(out, request)
     if finished is not None:

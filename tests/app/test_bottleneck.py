@@ -130,7 +130,7 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         message = lines([*argv, *out], capsys, code=2)
         assert "between its matrices is a nonlinearity" in message and "cannot be merged" in message
     message = lines(["export", "--format", "peft", *out], capsys, code=2)
-    assert "already is what AdapterHub's library loads" in message
+    assert "already is in the format of AdapterHub's library" in message
 
     start = {**whole["adapter"], "init_from": str(run / "adapter")}
     config = save_config(tmp_path, {**whole, "adapter": start})

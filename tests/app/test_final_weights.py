@@ -86,7 +86,7 @@ def test_partial_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     export = ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--format"]
     verb([*export, "mlx", "--no-verify"], capsys)
-    assert "no adapter to lie beside the base" in verb([*export, "gptq"], capsys, code=2)
+    assert "no separate adapter for format gptq" in verb([*export, "gptq"], capsys, code=2)
     export[4] = str(tmp_path / "peft")
     assert "PEFT has no format for them" in verb([*export, "peft"], capsys, code=2)
 

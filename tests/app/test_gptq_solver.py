@@ -101,7 +101,7 @@ def test_windows_are_deterministic_and_capped(
     with caplog.at_level(logging.WARNING, "dist_peft"):
         windows = calibration_windows(config, built, World())
     assert windows.shape[1] == built.skeleton.positions == 64
-    assert f"text for {len(windows)} calibration windows of 64 tokens, not for 500" in caplog.text
+    assert f"text for {len(windows)} calibration sequences of 64 tokens, not for 500" in caplog.text
     assert torch.equal(windows, calibration_windows(config, built, World()))
     train = config.train.model_copy(update={"seed": 7})
     other = calibration_windows(config.model_copy(update={"train": train}), built, World())

@@ -122,7 +122,7 @@ def test_command(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["base"]["quant"] = {**GPTQ, "calibration_tokens": 4000}
     tree["base"]["path"] = str(tmp_path / "base")
-    with pytest.raises(UserError, match=r"data\.train has \d+ tokens, less than a calibration win"):
+    with pytest.raises(UserError, match=r"data\.train has \d+ tokens, less than a calibration seq"):
         write(
             World(), {**tree, "data": {**tree["data"], "train": [short(tmp_path)]}}, tmp_path / "o"
         )
@@ -180,7 +180,7 @@ def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
 def test_a_signal_stops_solving_on_all_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
     assert run_ranks(train_stopped, 2, tree, 4) == [75, 75]
     told = (tmp_path / "run" / "log.txt").read_text()
-    assert "stopped on a signal while solving the base; started again, it begins anew" in told
+    assert "stopped on a signal during GPTQ calibration; rerunning restarts calibration" in told
     assert "block 2" not in told
     assert not (tmp_path / "run" / "base").exists() and not list(tmp_path.glob("run/.*"))
 

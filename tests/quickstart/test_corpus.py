@@ -88,5 +88,5 @@ def test_held_out_follows_from_the_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [(), ("one.py",)])
 def test_stripped_installation_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"no sources to learn from.*base model and data"):
+    with pytest.raises(UserError, match=r"no sources to train on.*base model and data"):
         read_stdlib(library(tmp_path, *names))

@@ -1,4 +1,4 @@
-"""``dist-peft combine``: several LoRA adapters of one base become one."""
+"""``dist-peft combine``: combine several LoRA adapters of one base into one."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ _OF_BASE = {
     *("base", "base_fingerprint", "base_content", "base_quantized", "base_made_from"),
     "quant",
 }
-"""Keys of ``dist_peft.json`` that are the combined adapter's, too."""
+"""Keys of ``dist_peft.json`` that the combined adapter inherits."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    """Raises UserError: a value out of range, or an option that the method does not have."""
+    """Parse the options of the method; raises UserError on unused or out-of-range options."""
     given = {
         name: value
         for name in ("density", "rank", "seed")
@@ -101,7 +101,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _adapter_dir(path: Path) -> Path:
-    """``path``, or the adapter of the run in it."""
+    """Return the adapter directory: ``path`` itself, or ``adapter/`` of a run."""
     inside = path / "adapter"
     found = inside if (inside / "adapter_config.json").is_file() else path
     if not (found / "adapter_config.json").is_file():
@@ -112,7 +112,7 @@ def _adapter_dir(path: Path) -> Path:
 def _check_same_base(
     directories: list[Path], metadata: list[dict[str, Any]], configs: list[dict[str, Any]]
 ) -> None:
-    """Raises UserError: bases differ. Where that is not known, different names are told."""
+    """Raise UserError if bases differ; warn about different names if they cannot be compared."""
     records = [
         BaseRecord.from_metadata(about, directory / "dist_peft.json")
         for directory, about in zip(directories, metadata, strict=True)

@@ -56,13 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, world: World) -> int:
-    """Print one JSON line: ``{"eval_loss": nats, "step": steps trained}``, with several held-out
-    sources ``eval_by_task``, and for each file of ``--choices`` its accuracies. Of a classifier
-    ``eval_accuracy`` and ``eval_macro_f1``, too.
+    """Evaluate and print one JSON line; return 0.
 
-    Of a run of separate tasks: ``{"adapters": {NAME: that of each}, "own": {NAME: loss}}``; the
-    base is loaded once. ``own`` is each adapter's loss on the held-out source of its own task. A
-    classifier, which has its task's labels alone, is evaluated on that source only.
+    The line is ``{"eval_loss": nats, "step": steps trained}``, with ``eval_by_task`` for several
+    held-out sources, the accuracies of each file of ``--choices``, and ``eval_accuracy`` and
+    ``eval_macro_f1`` of a classifier.
+
+    For a run of separate tasks it is ``{"adapters": {NAME: the above}, "own": {NAME: loss}}``; the
+    base is loaded once. ``own`` is each adapter's loss on the held-out source of its task. A
+    classifier, which has the labels of its task only, is evaluated on that source only.
+
+    Raises:
+        UserError: no held-out data, no complete checkpoint, or a checkpoint of another base.
     """
     config = load_config(args.config, args.overrides)
     if not config.data.eval:
@@ -87,8 +92,11 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 
 def _of_tasks(config: RunConfig, runs: Iterable[str]) -> dict[str, RunConfig]:
-    """What each task's adapter is evaluated with: all held-out sources; a classifier, which knows
-    the labels of its task alone, with those of its task."""
+    """Return the configuration to evaluate each task's adapter with.
+
+    It has all held-out sources; for a classifier, which has the labels of its task only, those of
+    its task.
+    """
     if not config.data.classifies:
         return dict.fromkeys(runs, config)
     tasks = task_configs(config)
@@ -100,7 +108,7 @@ def _of_tasks(config: RunConfig, runs: Iterable[str]) -> dict[str, RunConfig]:
 def _found(
     ready: "_Ready", name: str, choices: Sequence[Path] | None, world: World
 ) -> dict[str, Any]:
-    """What is to be told of the live adapter, called ``name``."""
+    """Evaluate the active adapter, called ``name``, and return its JSON fields."""
     built, rows = ready.built, ready.loaders[name].eval
     found: dict[str, Any] = {}
     if rows is not None:
@@ -113,7 +121,7 @@ def _found(
 
 
 def _own_loss(config: RunConfig, name: str, found: dict[str, Any]) -> float | None:
-    """The loss on the held-out source of task ``name``, if there is one."""
+    """Return the loss on the held-out source of task ``name``, if there is one."""
     loss: float | None = found.get("eval_by_task", {}).get(name)
     if [source.task for source in config.data.eval] == [name]:
         loss = found["eval_loss"]
@@ -130,10 +138,9 @@ def _choices(file: Path, config: RunConfig, built: Built, world: World) -> dict[
 
 @dataclass(frozen=True)
 class _Ready:
-    """A loaded model and, by the name of each adapter, what it is evaluated with and on, and how
-    many steps it was trained.
+    """A loaded model and, by adapter name, configurations, data loaders and trained steps.
 
-    A base without a run, and an ordinary run, have one adapter, of no name, which is live.
+    A base without a run, and an ordinary run, have one adapter, named "", which is active.
     """
 
     built: Built
@@ -149,7 +156,16 @@ def _ready(
     runs: Mapping[str, Path | None],
     world: World,
 ) -> _Ready:
-    """``runs``: name -> run directory of each adapter; what they share is in ``run_dir``."""
+    """Load the base and the newest state of each adapter.
+
+    Args:
+        configs: configuration to evaluate each adapter with, by name.
+        run_dir: directory of the run, which may contain the solved base.
+        runs: run directory of each adapter, by name.
+
+    Raises:
+        UserError: on every rank: unusable base, data or checkpoint.
+    """
     config = next(iter(configs.values()))
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
@@ -165,7 +181,7 @@ def _ready(
     loaders = _loaders(configs, prepared, world, positions)
     for checkpoints, path in saved.values():
         give_start(prepared, checkpoints, path)
-        break  # tasks of one run have one start
+        break  # all tasks of a run have the same initialization
     built = load(prepared, prepared.config, world, device, trained_on)
     bank, steps = AdapterBank(built), {}
     if saved:
@@ -193,8 +209,10 @@ def _loaders(
     world: World,
     positions: Mapping[str, RunPosition],
 ) -> dict[str, Loaders]:
-    """The data of each adapter, with the date that it was trained with in the chat template; those
-    of one configuration share them."""
+    """Return the loaders of each adapter, with its training date in the chat template.
+
+    Adapters with the same configuration share loaders.
+    """
     made: dict[int, Loaders] = {}
     for name, config in configs.items():
         if id(config) not in made:
@@ -206,10 +224,10 @@ def _loaders(
 
 
 def _newest(run_dir: Path, world: World) -> tuple[Checkpoints, Path]:
-    """The checkpoints of a run, and the newest.
+    """Return the checkpoints of a run and the path of the newest.
 
     Raises:
-        UserError: there is none.
+        UserError: the run has no complete checkpoint.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints", 1, world)
     path = checkpoints.choose("auto")

@@ -1,4 +1,4 @@
-"""``dist-peft inspect PATH``: what is this base, adapter, run or checkpoint."""
+"""``dist-peft inspect PATH``: describe a base, adapter, run or checkpoint."""
 
 import argparse
 from collections import Counter
@@ -31,10 +31,10 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 
 def describe(path: Path) -> list[str]:
-    """Lines that say what ``path`` is and what is in it.
+    """Return lines that describe the kind and the contents of ``path``.
 
     Raises:
-        UserError: there is nothing this project knows at ``path``.
+        UserError: ``path`` is unreadable or of no known kind.
     """
     try:
         path.stat()
@@ -61,7 +61,7 @@ def _base(path: Path) -> list[str]:
     infos = index.tensors.values()
     numbers = sum(prod(i.shape) for i in infos)
     types = Counter(str(i.dtype).removeprefix("torch.") for i in infos)
-    what = "parameters"
+    unit = "parameters"
     lines = [f"base model {path}" if path.is_dir() else f"safetensors file {path}"]
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")
@@ -69,11 +69,11 @@ def _base(path: Path) -> list[str]:
         lines.append(f"  type         {config.get('model_type')} {kinds}")
         if "quantization_config" in config:
             lines.append(f"  quantized    {_quantization(path, index)}")
-            what = "numbers"  # several of them, packed, stand for one parameter or for many
+            unit = "numbers"  # packed: the count of stored values is not that of parameters
     files = len({i.file for i in infos})
     size = sum(i.stop - i.start for i in infos)
     lines += [
-        f"  {what:<12} {numbers:,} in {len(index.tensors)} tensors",
+        f"  {unit:<12} {numbers:,} in {len(index.tensors)} tensors",
         f"  files        {files}, {size / 2**20:,.1f} MiB, "
         + ", ".join(f"{n} x {t}" for t, n in types.most_common()),
         f"  fingerprint  {index.fingerprint()}",

@@ -1,8 +1,8 @@
-"""``dist-peft quickstart``: the whole main job on one machine, without network, GPU or download.
+"""``dist-peft quickstart``: run the main job on one machine, without network, GPU or download.
 
-A small base is pretrained on the text that the Python installation carries (or ``--base`` names
-another one), a task is made from the same text, then the same commands that a cluster runs are run:
-train on two processes, merge, reload. What is printed is measured.
+A small base is pretrained on the sources of Python's standard library (or ``--base`` names another
+one), a task is generated from the same text, then the same commands run as on a cluster: train on
+two processes, merge, reload. All printed figures are measured.
 """
 
 import argparse
@@ -36,7 +36,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", help="local Hugging Face directory or hub id; default: make a small base first"
+        "--base", help="local Hugging Face directory or hub id; default: pretrain a small base"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory")
     parser.add_argument("--ranks", type=_count, default=2, help="processes")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     out: Path = args.out
     setup_log(None, 0, 1)
     if args.base:
-        resolve_base(BaseConfig(path=args.base))  # before minutes are spent on the rest
+        resolve_base(BaseConfig(path=args.base))  # fail fast
     _say("1/5 base model")
     base = args.base or str(_tiny_base(out / "base", args.pretrain_seconds))
     _say("2/5 task: fill in a card about a function, held-out files for evaluation")
@@ -126,7 +126,7 @@ def _config(
 
 
 def _train(config_file: Path, ranks: int, run_dir: Path) -> None:
-    """The command line that a user would type, in processes of its own."""
+    """Run ``dist-peft train`` in subprocesses, with the command line that a user would type."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

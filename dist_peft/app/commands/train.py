@@ -1,4 +1,4 @@
-"""``dist-peft train``: the main job, in the order in which it happens."""
+"""``dist-peft train``: fine-tune an adapter, in execution order."""
 
 import argparse
 import logging
@@ -42,7 +42,7 @@ __all__ = ["RESUMABLE", "add_arguments", "run", "train"]
 log = logging.getLogger("dist_peft")
 
 RESUMABLE = 75
-"""Exit code after a stop on a signal: a checkpoint is written, the same command goes on."""
+"""Exit code after a stop on a signal: rerun the same command to resume from the checkpoint."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,19 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, world: World) -> int:
+    """Train the configuration of ``--config`` and its overrides; return the exit code."""
     return train(load_config(args.config, args.overrides), world)
 
 
 def train(config: RunConfig, world: World) -> int:
-    """Run ``config`` to its end, or until a signal; returns the exit code.
+    """Train ``config`` to its last step, or until a signal; return the exit code.
 
     Raises:
-        UserError: on every rank, whatever rank found it.
+        UserError: on every rank, whichever rank found the error.
     """
     if config.adapter.kind == "none":
         raise UserError("adapter.kind is none: nothing would be trained; choose lora")
     if config.train.tasks == "separate":
-        task_configs(config)  # before anything is written: what is wrong with the list
+        task_configs(config)  # fail fast: validates the list of tasks before anything is written
     device = world.device(config.train.device)
     world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
     world.agree("configuration", rank_configuration(config, world))
@@ -72,9 +73,11 @@ def train(config: RunConfig, world: World) -> int:
 
 
 def _train(config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]) -> int:
-    """The order that "a refused command changes nothing" asks for: first all checks that need no
-    weights, then the run directory and its log, the load, the checks that need the model, and
-    ``config.yaml`` last, since merge and export believe it."""
+    """Check, load and train, in an order in which a refused command changes no file.
+
+    First all checks without weights, then the run directory and its log, loading, the checks that
+    need the model, and ``config.yaml`` last, since merge and export rely on it.
+    """
     run_dir = Path(config.save.dir)
     setup_log(None, world.rank, world.size, hold=True)
     with world.together("look at the run directory"):
@@ -82,13 +85,14 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
             _check_writable(run_dir)
         solving = must_solve_base(config, run_dir)
     if solving:
-        fresh = config.model_copy(update={"resume": "never"})  # another base until it is solved
-        _check_jobs(fresh, world, device, solving=True)  # before hours of solving
+        # checkpoints are of the quantized base: none can match the unquantized one checked here
+        fresh = config.model_copy(update={"resume": "never"})
+        _check_jobs(fresh, world, device, solving=True)  # fail fast, before hours of GPTQ
         _open_run_directory(run_dir, world)
     try:
         config = with_solved_base(config, run_dir, world, device, stop)
     except Stopped:
-        log.warning("stopped on a signal while solving the base; started again, it begins anew")
+        log.warning("stopped on a signal during GPTQ calibration; rerunning restarts calibration")
         return RESUMABLE
     config, prepared, jobs = _check_jobs(config, world, device)
     trained_on = [base for job in jobs.values() for base in job.trained_on]
@@ -112,11 +116,11 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
 def _check_jobs(
     config: RunConfig, world: World, device: torch.device, *, solving: bool = False
 ) -> "tuple[RunConfig, Prepared, dict[str, _Job]]":
-    """Everything that can be refused without weights; writes nothing but the token cache.
+    """Run every check that needs no weights; write nothing but the token cache.
 
     Returns:
-        the configuration with the base as it will be used, the model on meta with its adapter, and
-        the adapters to train, by task; a run of one adapter has one, called "".
+        the configuration with the base that is used, the model on meta with its adapter, and the
+        adapters to train by task; a run of one adapter has one job, named "".
 
     Raises:
         UserError: on every rank.
@@ -137,7 +141,7 @@ def _check_jobs(
 
 @dataclass(frozen=True)
 class _Job:
-    """An adapter to train: the run's only one, or a task's; what can be said before loading."""
+    """An adapter to train, of the run or of one task, with everything known before loading."""
 
     config: RunConfig
     loaders: Loaders
@@ -147,14 +151,18 @@ class _Job:
 
     @classmethod
     def of(cls, config: RunConfig, prepared: Prepared, world: World) -> Self:
-        """Raises: UserError: on every rank: unfit data, other data on another rank, or a
-        checkpoint that does not exist or is of another run."""
+        """Read the data and select the checkpoint to resume.
+
+        Raises:
+            UserError: on every rank: unfit data, other data on another rank, or a checkpoint that
+                does not exist or is of another run.
+        """
         directory = Path(config.save.dir) / "checkpoints"
         checkpoints = Checkpoints(directory, config.save.keep, world)
         with world.together("choose a checkpoint"):
             resume_from = checkpoints.choose(config.resume)
         resumed = [] if resume_from is None else [resume_from]
-        # before all else that a checkpoint is compared with: it names keys of config.json
+        # first of all comparisons with the checkpoint, since it names the keys of config.json
         with world.together("compare the base with that of the checkpoint"):
             trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
         loaders = read_inputs(config, prepared, world, resume_from)
@@ -170,14 +178,14 @@ class _Job:
 def _run(
     session: Session, resume_from: Path | None, world: World, stop: Callable[[], bool]
 ) -> bool:
-    """Train to the end; true where a signal stopped it before."""
+    """Train to the last step; return whether a signal stopped it before."""
     first_step = session.resume(resume_from) if resume_from is not None else session.begin()
     with world.together("write config.yaml"):
         if world.is_first:
             _write_config(session.run_dir, session.config)
     done = session.fit(first_step, stop)
     if done < session.total_steps:
-        log.warning("stopped on a signal after step %d; start again to go on", done)
+        log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
     session.finish()
     return False
@@ -191,7 +199,7 @@ def _one_after_another(
     world: World,
     stop: Callable[[], bool],
 ) -> int:
-    """Train the adapter of each task, every one from the same start."""
+    """Train the adapter of each task, all from the same initialization; return the exit code."""
     with world.together("read tasks.json"):
         finished = TasksFile(run_dir)
     bank = AdapterBank(built)
@@ -217,10 +225,10 @@ def _one_after_another(
 
 
 def _check_writable(run_dir: Path) -> None:
-    """See that ``run_dir`` can be made or written, without doing it.
+    """Check that ``run_dir`` can be created or written, without changing it.
 
     Raises:
-        UserError: it cannot.
+        UserError: it is a file or not writable.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"save.dir {run_dir} is a file; give a directory")
@@ -232,7 +240,7 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def _open_run_directory(run_dir: Path, world: World) -> None:
-    """Make the directory and continue the log in its ``log.txt``."""
+    """Create the directory and continue the log in its ``log.txt``."""
     with world.together("prepare the run directory"):
         if world.is_first:
             _prepare_directory(run_dir)
@@ -255,8 +263,11 @@ def _write_config(run_dir: Path, config: RunConfig) -> None:
 
 @contextmanager
 def _catch_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM, SIGUSR1 (what schedulers send before the end) and Ctrl-C ask for a stop after the
-    step; a second Ctrl-C stops at once."""
+    """Yield a function that returns whether a signal has requested a stop after the current step.
+
+    The signals are SIGTERM, SIGUSR1 (sent by schedulers before the time limit) and Ctrl-C; a second
+    Ctrl-C stops at once.
+    """
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``dist-peft validate``: rendered rows with the loss mask or the label, without any weight."""
+"""``dist-peft validate``: render sequences with the loss mask or the label, without weights."""
 
 import argparse
 import logging
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 
 def _print_lines(lines: list[str]) -> bool:
-    """Whether somebody still reads: ``validate | head`` ends without a traceback."""
+    """Print lines; return False if the reader has closed the pipe (``validate | head``)."""
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        # so that the interpreter's last flush does not fail as well
+        # or the interpreter's flush at exit fails, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
@@ -63,11 +63,10 @@ def _print_lines(lines: list[str]) -> bool:
 def preview_rows(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
 ) -> list[str]:
-    """A line about each source and its first ``count`` rows; what stands in ``[[...]]``
-    contributes to the loss.
+    """Return a line about each source and its first ``count`` rows, targets in ``[[...]]``.
 
     Raises:
-        UserError: see ``data.rows.load_rows``.
+        UserError: unreadable, empty or unfit data.
     """
     lines = []
     for number, rows in enumerate(load_row_sets(config, sources, tokenizer, name=name)):
@@ -85,10 +84,10 @@ def preview_rows(
 def preview_labelled_rows(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
 ) -> list[str]:
-    """As ``preview_rows``, of classification: each row's tokens as text and its label.
+    """Return a line about each source and the text and label of its first ``count`` rows.
 
     Raises:
-        UserError: see ``data.labelled.load_labelled``.
+        UserError: unreadable, empty or unfit data.
     """
     lines = []
     for number, rows in enumerate(load_labelled(config, sources, tokenizer, name=name)):
