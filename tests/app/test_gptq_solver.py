@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_peft.app import solved_base as solve_app
+from dist_peft.app import gptq_solver as solve_app
 from dist_peft.app.gptq_solver import calibration_windows, solve
 from dist_peft.app.model_setup import Built, load, prepare
 from dist_peft.core.config.io import parse_config
