@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
+from dist_peft.adapters.ia3.format import Ia3Format
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.virtual_tokens.format import VirtualTokensFormat
@@ -140,6 +141,7 @@ class AdapterFormat(Protocol):
 
 ADAPTER_FORMATS: tuple[AdapterFormat, ...] = (
     LoraFormat(),
+    Ia3Format(),
     VirtualTokensFormat(),
     FusionFormat(),
     BottleneckFormat(),

@@ -5,6 +5,7 @@ import torch
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
+from dist_peft.adapters.ia3.method import Ia3Adapter
 from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.adapters.no_adapter import NoAdapter
 from dist_peft.adapters.protocol import Adapter
@@ -17,6 +18,7 @@ from dist_peft.core.config.run import (
     BottleneckConfig,
     FullConfig,
     FusionConfig,
+    Ia3Config,
     LoraConfig,
     PartialConfig,
     PrefixConfig,
@@ -35,12 +37,14 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
         config: the ``adapter`` section.
         seed: ``train.seed``: start values and dropout.
         arithmetic: type in which adapters compute; their parameters are always float32, and so is
-            the arithmetic of those with virtual tokens.
+            the arithmetic of IA3 and of those with virtual tokens.
     """
     if isinstance(config, LoraConfig):
         return LoraAdapter(config, seed=seed, arithmetic=arithmetic)
     if isinstance(config, QaLoraConfig):
         return QaLoraAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, Ia3Config):
+        return Ia3Adapter(config)
     if isinstance(config, PromptConfig):
         return PromptTuningAdapter(config, seed=seed)
     if isinstance(config, PTuningConfig):

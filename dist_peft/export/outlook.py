@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_peft.core.config.run import (
     BottleneckConfig,
     FusionConfig,
+    Ia3Config,
     LoraConfig,
     PTuningConfig,
     QaLoraConfig,
@@ -114,6 +115,8 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
         own = dict.fromkeys(_INTEGER_ZERO, reason) | own
     elif quant.solver == "hqq":
         own = dict.fromkeys(_INTEGER_ZERO, "hqq produces zeros that are not integers") | own
+    if isinstance(adapter, Ia3Config):
+        own = {"gptq": "PEFT does not support IA3 on GPTQ linears (or --merge --lossy)"} | own
     kept = quant is not None and quant.kind == "int" and isinstance(adapter, QaLoraConfig)
     if quant is not None and kept and not stored_group(quant.group_size, MLX_GROUPS):
         own.setdefault("mlx", f"mlx does not support groups of {quant.group_size}")

@@ -7,6 +7,7 @@ import pytest
 from dist_peft.adapters.adapter_format import ADAPTER_FORMATS, PEFT_TYPES, find_format
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
+from dist_peft.adapters.ia3.format import Ia3Format
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.virtual_tokens.format import VirtualTokensFormat
@@ -21,6 +22,7 @@ FUSION: dict[str, Any] = {"config": {"query_before_ln": False}, "name": "a,b"}
     [
         ({"peft_type": "LORA"}, LoraFormat),
         ({"peft_type": "QALORA"}, LoraFormat),
+        ({"peft_type": "IA3"}, Ia3Format),
         ({"peft_type": "P_TUNING"}, VirtualTokensFormat),
         ({"peft_type": "P_TUNING_PLACED"}, VirtualTokensFormat),
         (BOTTLENECK, BottleneckFormat),

@@ -10,8 +10,8 @@ from its checkpoint on the next engine::
 Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
 The losses must be those of one process that was never cut, they must fall, and what the run leaves
-must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded) and
-virtual tokens, ``transformers`` for merged weights of the base. Bottleneck adapters and
+must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded), IA3
+and virtual tokens, ``transformers`` for merged weights of the base. Bottleneck adapters and
 AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``, ``test_fusion.py``), which
 wants another environment; here a fresh run starts from their files instead.
 """
@@ -46,7 +46,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]
 
 STEPS, CUT = 3, 1
-PEFT = ("lora", "qalora", "prompt", "ptuning", "prefix")
+PEFT = ("lora", "qalora", "ia3", "prompt", "ptuning", "prefix")
 BASES: dict[str, dict[str, Any]] = {
     # one row at a time: a gradient of two rows is rounded to bfloat16 once, that of each row twice
     "bf16": {
@@ -61,6 +61,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "lora": (3e-3, {"r": 3, "alpha": 6, "dropout": 0.1}),
     # not down_proj: its 172 inputs are no whole number of groups
     "qalora": (3e-3, {"r": 3, "alpha": 6, "target_modules": [r".*self_attn\..*", "gate_proj"]}),
+    "ia3": (3e-2, {}),
     "bottleneck": (3e-3, {"reduction_factor": 9, "dropout": 0.1}),
     "fusion": (1e-2, {}),
     "prefix": (3e-3, {"num_virtual_tokens": 3, "encoder_hidden_size": 16}),

@@ -14,6 +14,7 @@ __all__ = [
     "FullConfig",
     "FusedAdapter",
     "FusionConfig",
+    "Ia3Config",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -75,6 +76,22 @@ class QaLoraConfig(LowRankConfig):
         ge=1,
         description="Inputs summed into one before A: a multiple of base.quant.group_size, and a "
         "divisor of in_features. Default: the group_size.",
+    )
+
+
+class Ia3Config(Section):
+    """IA3 (Liu et al. 2022): trainable vectors that rescale keys, values and feed-forward."""
+
+    kind: Literal["ia3"] = "ia3"
+    target_modules: Literal["all-linear"] | Names = Field(
+        default_factory=lambda: ["k_proj", "v_proj", "down_proj"],
+        description="Linears that get a vector. all-linear: every linear inside the blocks. Or a "
+        "list: names, name endings or regular expressions.",
+    )
+    feedforward_modules: list[str] | None = Field(
+        None,
+        description="Names or name endings of those targets whose input is rescaled; the others' "
+        "output is. Default: down_proj where it is a target.",
     )
 
 
@@ -345,6 +362,7 @@ class NoAdapterConfig(Section):
 AdapterConfig = Annotated[
     LoraConfig
     | QaLoraConfig
+    | Ia3Config
     | PromptConfig
     | PTuningConfig
     | PrefixConfig

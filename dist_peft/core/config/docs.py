@@ -30,6 +30,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("base.quant", config.QuantConfig),
     ("adapter (kind: lora)", config.LoraConfig),
     ("adapter (kind: qalora)", config.QaLoraConfig),
+    ("adapter (kind: ia3)", config.Ia3Config),
     ("adapter (kind: prompt)", config.PromptConfig),
     ("adapter (kind: ptuning)", config.PTuningConfig),
     ("adapter (kind: prefix)", config.PrefixConfig),

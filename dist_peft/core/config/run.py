@@ -14,6 +14,7 @@ from dist_peft.core.config.adapter import (
     BottleneckConfig,
     FullConfig,
     FusionConfig,
+    Ia3Config,
     LoraConfig,
     LowRankConfig,
     NoAdapterConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "EngineConfig",
     "FullConfig",
     "FusionConfig",
+    "Ia3Config",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -252,7 +254,7 @@ class RunConfig(Section):
         if classifies and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(
                 f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "
-                "input; with base.head classifier use lora, qalora, bottleneck, fusion, partial or "
-                "full"
+                "input; with base.head classifier use lora, qalora, ia3, bottleneck, fusion, "
+                "partial or full"
             )
         return self

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from dist_peft.adapters.directory import read_adapter
 from dist_peft.adapters.qalora.merge import lost_share
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
@@ -309,6 +310,11 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
             "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy to "
             "quantize the merged model to integers"
         )
+    if kind is Gptq and _is_ia3(job.adapter_dir):
+        raise UserError(
+            "this format keeps the adapter beside GPTQ linears, on which PEFT does not support IA3; "
+            "choose compressed-tensors or hf-bf16"
+        )
     if codec != job.integer:
         raise UserError(
             f"the base is kept unchanged, {job.integer.bits} bits in groups of "
@@ -318,6 +324,10 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
     exported = _directory(job, "base", packer, job.dtype, how)
     write_adapter_beside(job.adapter_dir, job.out)
     return replace(exported, exact=True)
+
+
+def _is_ia3(adapter_dir: Path) -> bool:
+    return read_adapter(adapter_dir, values=False).config.get("peft_type") == "IA3"
 
 
 def _loss(job: Job) -> str:

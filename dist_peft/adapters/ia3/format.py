@@ -1,0 +1,153 @@
+"""IA3 adapters on disk, in the format of Hugging Face PEFT.
+
+::
+
+    adapter_config.json         PEFT's IA3Config: target_modules, feedforward_modules
+    adapter_model.safetensors   base_model.model.PATH.ia3_l  [out, 1], feed-forward: [1, in]
+
+PEFT takes an entry of ``feedforward_modules`` for any ending of a name, also within a component,
+and wants the entries among those of ``target_modules``.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dist_peft.adapters.ia3.merge import Ia3Merger, Rescaling
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.errors import UserError
+
+__all__ = ["Ia3Format", "public_ia3", "read_rescalings"]
+
+_PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
+_UNSUPPORTED = ("fan_in_fan_out", "modules_to_save")
+
+
+class Ia3Format:
+    """IA3 in PEFT's files. See the module docstring and ``adapters.adapter_format``."""
+
+    peft_types = ("IA3",)
+    config_file = "adapter_config.json"
+    tensors_file = "adapter_model.safetensors"
+    pickle_file = "adapter_model.bin"
+    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
+    joins_head = True
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether ``peft_type`` is IA3."""
+        return config.get("peft_type") in self.peft_types
+
+    def check(self, public: PublicAdapter) -> None:
+        """Raises: UserError: see ``read_rescalings``."""
+        read_rescalings(public)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return type and feed-forward modules."""
+        entries = config.get("feedforward_modules") or ["none"]
+        shown = [entries] if isinstance(entries, str) else sorted(map(str, entries))
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        return f"IA3 feedforward_modules={','.join(shown[:3])}{more}"
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> None:
+        """PEFT loads all of them."""
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Ia3Merger:
+        """Raises: UserError: see ``read_rescalings``."""
+        return Ia3Merger(read_rescalings(public))
+
+
+def public_ia3(
+    vectors: Mapping[str, Tensor],
+    feedforward: Collection[str],
+    all_names: Sequence[str],
+    base: str,
+) -> PublicAdapter:
+    """Return the public form of trained parameters.
+
+    Args:
+        vectors: module path -> ``l``, whole, ``[n]``.
+        feedforward: paths of those that rescale the input.
+        all_names: paths of all modules of the model.
+        base: path or hub id of the base.
+    """
+    targets, inputs = _shortest_names(set(vectors), set(feedforward), all_names)
+    config = {
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": targets,
+        "feedforward_modules": inputs,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_ia3_weights": True,
+    }
+    tensors = {
+        f"{_PREFIX}{path}{_SUFFIX}": vector.reshape((1, -1) if path in feedforward else (-1, 1))
+        for path, vector in vectors.items()
+    }
+    return PublicAdapter(config, tensors)
+
+
+def _shortest_names(
+    targets: set[str], feedforward: set[str], all_names: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """``target_modules`` and ``feedforward_modules``: last components where PEFT takes them for
+    the same modules, else whole names."""
+    last = {name.rpartition(".")[2] for name in targets}
+    inputs = {name.rpartition(".")[2] for name in feedforward}
+    meant = {name for name in all_names if name.rpartition(".")[2] in last}
+    rescaled = {name for name in targets if name.endswith(tuple(inputs))}
+    if meant == targets and rescaled == feedforward:
+        return sorted(last), sorted(inputs)
+    return sorted(targets), sorted(feedforward)
+
+
+def read_rescalings(public: PublicAdapter) -> dict[str, Rescaling]:
+    """Return the vector of each module path, with every shape checked.
+
+    Raises:
+        UserError: a tensor is empty, of another method or shape, or the adapter holds more than
+            rescaling vectors of linears.
+    """
+    if used := [key for key in _UNSUPPORTED if public.config.get(key)]:
+        raise UserError(
+            f"the IA3 adapter was trained with {used[0]}, which is not read here and would be "
+            "lost; merge it with PEFT itself"
+        )
+    found: dict[str, Rescaling] = {}
+    for key, value in public.tensors.items():
+        if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
+            raise UserError(
+                f"adapter tensor {key} is no IA3 tensor; merge this adapter with PEFT itself"
+            )
+        path = key[len(_PREFIX) : -len(_SUFFIX)]
+        if value.numel() == 0:
+            raise UserError(
+                f"adapter tensor {key} is empty: the adapter was saved without its data"
+            )
+        found[path] = _read_rescaling(key, path, value, public.config)
+    if not found:
+        raise UserError("the adapter has no tensors: it was saved without its data")
+    return found
+
+
+def _read_rescaling(key: str, path: str, value: Tensor, config: Mapping[str, Any]) -> Rescaling:
+    entries = config.get("feedforward_modules")
+    if not isinstance(entries, list):
+        raise UserError(
+            f"adapter_config.json: feedforward_modules is {entries!r}; only a list of names is "
+            "read; save the adapter with a list"
+        )
+    # PEFT's own rule, see the module docstring
+    rescales_input = any(path.endswith(str(entry)) for entry in entries)
+    size = value.numel()
+    wanted = (1, size) if rescales_input else (size, 1)
+    if tuple(value.shape) != wanted:
+        shown = "[1, in]" if rescales_input else "[out, 1]"
+        raise UserError(
+            f"adapter tensor {key} has shape {list(value.shape)}, not {shown} as "
+            "feedforward_modules of its configuration says"
+        )
+    return Rescaling(value.float().flatten(), rescales_input=rescales_input)

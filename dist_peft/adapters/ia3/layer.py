@@ -1,0 +1,66 @@
+"""IA3's layer: a frozen linear and one trainable vector that rescales its output or its input.
+
+IA3 (Liu et al. 2022, section 3.3)::
+
+    output:  y = l * (W x + b)      l [out]     keys and values of attention
+    input:   y = W (l * x) + b      l [in]      the last linear of a feed-forward block
+
+``l`` is initialized to 1, so that training starts from exactly the base's function. It stays
+float32 in the product, whose result is rounded once: near 1 the steps of bfloat16 are 2^-7.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.core.span import Span
+from dist_peft.model.frozen_linear import FrozenLinear
+
+__all__ = ["Ia3Linear"]
+
+
+class Ia3Linear(nn.Module):
+    """A ``FrozenLinear`` with a rescaling vector. See the module docstring.
+
+    Args:
+        base: the wrapped linear.
+        path: its name in the model.
+        rescales_input: whether ``l`` multiplies the input instead of the output.
+        device: where the (unfilled) parameter is made.
+
+    Attributes:
+        ia3_l: ``[in]`` or ``[out]``, float32.
+        shapes: the whole shape of each own parameter.
+    """
+
+    ia3_l: nn.Parameter
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        path: str,
+        *,
+        rescales_input: bool,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.base, self.path, self.rescales_input = base, path, rescales_input
+        size = base.in_features if rescales_input else base.out_features
+        self.shapes: dict[str, tuple[int, ...]] = {"ia3_l": (size,)}
+        self.ia3_l = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        # type promotion multiplies in float32 without a float32 copy of the activations
+        if self.rescales_input:
+            rescaled: Tensor = self.base((x * self.ia3_l).to(x.dtype))
+            return rescaled
+        y: Tensor = self.base(x)
+        return (y * self.ia3_l).to(y.dtype)
+
+    def initial_rows(self, name: str, span: Span) -> Tensor:
+        """Initial value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
+        assert name == "ia3_l", f"{self.path} has no parameter {name}"
+        return torch.ones(len(span))
+
+    def extra_repr(self) -> str:
+        return f"rescales={'input' if self.rescales_input else 'output'}"
