@@ -5,7 +5,8 @@ that only this project reads::
 
     adapter_config.json         the configuration
     adapter_model.safetensors   the tensors
-    dist_peft.json              where the adapter comes from, and ``adapter``: facts for the merge
+    dist_peft.json              where the adapter comes from, ``tensors``: the names in both
+                                safetensors files, and ``adapter``: facts for the merge
     dist_peft.safetensors       tensors that belong to these facts
 """
 
@@ -34,7 +35,7 @@ from dist_peft.adapters.classifier_head.format import (
 )
 from dist_peft.adapters.fusion.format import fusion_names, is_fusion
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.tensor_checks import check_tensor_values
+from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
 from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
@@ -128,7 +129,12 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         write_adapterhub_head(directory, public)
     data = safetensors.torch.save(tensors, header)
     atomic_write(directory / known.tensors_file, data)
-    facts = {**metadata, "adapter": public.facts, WRITTEN_CONFIG: dict(config)}
+    facts = {
+        **metadata,
+        "tensors": sorted({*tensors, *public.extra}),
+        "adapter": public.facts,
+        WRITTEN_CONFIG: dict(config),
+    }
     atomic_write(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
     atomic_write(directory / known.config_file, json.dumps(config, indent=2) + "\n")
 
@@ -164,9 +170,11 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
         raise _no_tensors(file, known)
     metadata = read_metadata(directory)
     refuse_edited_config(config_file(directory), config, metadata)
-    facts, labels = metadata.get("adapter", {}), tuple(metadata.get("labels", ()))
+    facts, labels = _facts_and_labels(metadata, directory / _METADATA)
     extra = _read_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
-    config, tensors, head = split_peft_head(config, _read_tensors(file, values), labels)
+    tensors = _read_tensors(file, values)
+    check_tensor_names(metadata.get("tensors"), {*tensors, *extra}, directory)
+    config, tensors, head = split_peft_head(config, tensors, labels)
     if not known.joins_head and (labels or (directory / SAFE_HEAD).is_file()):
         if not (directory / SAFE_HEAD).is_file():
             raise UserError(
@@ -179,6 +187,28 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
         own = {name: directory / name for name in fusion_names(config)}
         parts = {name: read_adapter(d, values) for name, d in own.items() if d.is_dir()}
     return PublicAdapter(config, tensors, facts, extra, head, parts)
+
+
+def _facts_and_labels(
+    metadata: Mapping[str, Any], file: Path
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """``adapter`` and ``labels`` of ``dist_peft.json``.
+
+    Raises:
+        UserError: they are of another type, or the start is none that is known.
+    """
+    facts, labels = metadata.get("adapter", {}), metadata.get("labels", [])
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged: adapter must hold a JSON object")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{file} is damaged: labels must be a list of names")
+    start = facts.get("start", "default")
+    if start not in ("default", "pissa", "loftq"):
+        raise UserError(f"{file} is damaged: adapter.start is {start!r}, which no adapter has")
+    init = metadata.get("start", start)  # adapter.init of the run
+    if init != start and {init, start} & {"pissa", "loftq"}:
+        raise UserError(f"{file} is damaged: adapter.start is {start!r}, but start is {init!r}")
+    return facts, tuple(labels)
 
 
 def _no_tensors(file: Path, known: AdapterFormat) -> UserError:

@@ -5,18 +5,45 @@ integers when a tool casts a whole file: both load without a word and give a mod
 computes something else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["check_tensor_type", "check_tensor_values"]
+__all__ = ["check_tensor_names", "check_tensor_type", "check_tensor_values"]
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHUNK = 2**24
 """Elements looked at in one go."""
+
+
+def check_tensor_names(recorded: object, found: Iterable[str], place: object) -> None:
+    """See that an adapter's files (in ``place``) have exactly the tensors that were written.
+
+    A module whose factors are all absent is one that was not adapted, as far as the files show.
+
+    Args:
+        recorded: ``tensors`` of ``dist_peft.json``; None: an adapter that records none.
+        found: names in the files.
+
+    Raises:
+        UserError: a tensor is absent or was added, or ``recorded`` is no list of names.
+    """
+    if recorded is None:
+        return
+    if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
+        raise UserError(f"{place}/dist_peft.json is damaged: tensors must be a list of names")
+    names = set(found)
+    for what, left in (("lacks", set(recorded) - names), ("has", names - set(recorded))):
+        if left:
+            raise UserError(
+                f"{place} {what} {min(left)}"
+                f"{f' and {len(left) - 1} more tensors' if len(left) > 1 else ''}, "
+                f"{'which was' if what == 'lacks' else 'which was not'} written with the adapter: "
+                "its files were changed or are of two adapters; get the adapter again"
+            )
 
 
 def check_tensor_type(name: str, dtype: torch.dtype, place: object) -> None:

@@ -1,5 +1,6 @@
 """Adapters with wrong types, shapes or values are refused before anything is done."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
-from dist_peft.adapters.tensor_checks import check_tensor_values
+from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
 from dist_peft.app import cli
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
@@ -109,3 +110,58 @@ def test_types_that_are_trained() -> None:
         check_tensor_values({"a": torch.zeros(3, dtype=dtype)}, "file")
     with pytest.raises(UserError, match="complex64"):
         check_tensor_values({"a": torch.zeros(3, dtype=torch.complex64)}, "file")
+
+
+def test_a_module_that_was_removed_whole(
+    sound: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without both factors a module looks as if it had not been adapted."""
+    public, adapter = read_adapter(sound.adapter_dir), tmp_path / "adapter"
+    write_adapter(adapter, public, {"tensors": ["stale"]})
+    file, module = adapter / "adapter_model.safetensors", _A.removesuffix("lora_A.weight")
+    kept = {n: value for n, value in public.tensors.items() if not n.startswith(module)}
+    assert len(kept) == len(public.tensors) - 2
+    save_file(kept, file, {"format": "pt"})
+    message = f"lacks {module}lora_A.weight and 1 more tensors"
+    with pytest.raises(UserError, match=message):
+        merge_model(sound.base, sound.directory, adapter, tmp_path / "out", into="decoded")
+    argv = ["combine", str(adapter), str(sound.adapter_dir), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=message):
+        read_adapter(adapter, values=False)
+    other = _A.replace("layers.1", "layers.9")
+    save_file({**public.tensors, other: torch.ones(2, 2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"has {other}, which was not written"):
+        read_adapter(adapter)
+
+
+def test_names_are_compared_only_where_they_are_recorded() -> None:
+    check_tensor_names(None, ["a"], "directory")
+    check_tensor_names(["b", "a"], ["a", "b"], "directory")
+    for recorded in ("a", [1], {"a": 1}):
+        with pytest.raises(UserError, match="tensors must be a list of names"):
+            check_tensor_names(recorded, ["a"], "directory")
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("adapter_config.json", {"lora_alpha": math.nan}, "no usable r and lora_alpha"),
+        ("adapter_config.json", {"lora_alpha": math.inf}, "no usable r and lora_alpha"),
+        ("adapter_config.json", {"r": 0}, "no usable r and lora_alpha"),
+        ("dist_peft.json", {"adapter": [1]}, "adapter must hold a JSON object"),
+        ("dist_peft.json", {"adapter": {"start": "olora"}}, "which no adapter has"),
+        ("dist_peft.json", {"labels": 5}, "labels must be a list of names"),
+    ],
+)
+def test_damaged_descriptions(
+    file: str, changed: dict[str, object], message: str, sound: FakeRun, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(sound.adapter_dir, tmp_path / "adapter"))
+    described = json.loads((adapter / file).read_text()) if (adapter / file).is_file() else {}
+    (adapter / file).write_text(json.dumps(described | changed))
+    with pytest.raises(UserError, match=message):
+        merge_model(sound.base, sound.directory, adapter, tmp_path / "out", into="decoded")
+    assert not (tmp_path / "out").exists()

@@ -108,7 +108,9 @@ def test_adapter_beside_an_integer_base(tmp_path: Path, capsys: pytest.CaptureFi
     export = ["export", "--run", str(tmp_path / "run"), "--format"]
     capsys.readouterr()
     assert cli.main([*export, "gptq", "--out", str(tmp_path / "gptq")]) == 2
-    assert "on which PEFT does not support IA3; choose compressed-tensors" in capsys.readouterr().err
+    assert (
+        "on which PEFT does not support IA3; choose compressed-tensors" in capsys.readouterr().err
+    )
     assert not (tmp_path / "gptq").exists()
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     assert cli.main([*export, "compressed-tensors", "--out", str(tmp_path / "out")]) == 0

@@ -4,7 +4,8 @@
 
     model.safetensors   float32 masters under the names of the base's files (several files and an
                         index if they are large)
-    dist_peft.json      ``kind``: full or partial, the fingerprint of the base, versions
+    dist_peft.json      ``kind``: full or partial, the fingerprint of the base, versions,
+                        ``tensors``: the names in model.safetensors
 
 PEFT has no such format: its ``modules_to_save`` holds whole modules along with an adapter. So there
 is no ``adapter_config.json`` here; ``dist-peft merge`` makes a model of it.
@@ -23,7 +24,11 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.directory import WEIGHT_KINDS, read_metadata
-from dist_peft.adapters.tensor_checks import check_tensor_type, check_tensor_values
+from dist_peft.adapters.tensor_checks import (
+    check_tensor_names,
+    check_tensor_type,
+    check_tensor_values,
+)
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
@@ -58,7 +63,7 @@ class WeightsWriter:
         self, directory: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]
     ) -> None:
         assert metadata["kind"] in WEIGHT_KINDS
-        self.directory, self.metadata = directory, metadata
+        self.directory, self.metadata = directory, {**metadata, "tensors": sorted(shapes)}
         self._partial = directory.with_name(f"{directory.name}.partial")
         shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed here
         specs = [TensorSpec(n, torch.float32, tuple(shape)) for n, shape in shapes.items()]
@@ -120,9 +125,10 @@ class TrainedWeights:
         """Open the files; ``stack`` closes them.
 
         Raises:
-            UserError: they are damaged or absent.
+            UserError: they are damaged or absent, or lack a tensor that was trained.
         """
         index = SafetensorsIndex.open(adapter_dir)
+        check_tensor_names(read_metadata(adapter_dir).get("tensors"), index.tensors, adapter_dir)
         return cls(adapter_dir, names, stack.enter_context(RowReader(index)))
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -4,6 +4,7 @@ Names in the file are PEFT's (``peft_format``), shapes come from the configurati
 factors are brought to one convention (``pooling``).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,8 +177,10 @@ def _rank_and_scaling(path: str, config: Mapping[str, Any]) -> tuple[int, float]
     try:
         r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
         alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+        if r < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r is {r}, lora_alpha {alpha}")
         return r, alpha / (r**0.5 if config.get("use_rslora") else r)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"adapter_config.json gives {path} no usable r and lora_alpha "
             f"({type(error).__name__}: {error})"

@@ -312,8 +312,8 @@ def _integer(job: Job, kind: type[Gptq] | type[CompressedTensors]) -> Exported:
         )
     if kind is Gptq and _is_ia3(job.adapter_dir):
         raise UserError(
-            "this format keeps the adapter beside GPTQ linears, on which PEFT does not support IA3; "
-            "choose compressed-tensors or hf-bf16"
+            "this format keeps the adapter separate from GPTQ linears, on which PEFT does not "
+            "support IA3; choose compressed-tensors or hf-bf16"
         )
     if codec != job.integer:
         raise UserError(

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dist_peft.adapters.directory import read_adapter
 from dist_peft.adapters.full.format import TrainedWeights, WeightsWriter, holds_weights
@@ -86,3 +86,13 @@ def test_a_tensor_that_the_base_lacks_stays_unused(tmp_path: Path) -> None:
     with ExitStack() as stack:
         weights = TrainedWeights.open(tmp_path, {"m.b.bias": "b.bias"}, stack)
         assert "a.weight" in weights.unused()
+
+
+def test_a_trained_tensor_that_was_removed(tmp_path: Path) -> None:
+    write(tmp_path / "adapter")
+    save_file({"b.bias": TENSORS["b.bias"]}, tmp_path / "adapter" / "model.safetensors")
+    with (
+        ExitStack() as stack,
+        pytest.raises(UserError, match=r"lacks a\.weight, which was"),
+    ):
+        TrainedWeights.open(tmp_path / "adapter", {name: name for name in TENSORS}, stack)
