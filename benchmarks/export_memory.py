@@ -27,7 +27,8 @@ from common import (
 )
 from merge_memory import make_adapter
 
-from dist_peft.export.formats.registry import Job, export_model
+from dist_peft.export.formats.export_spec import ExportSpec
+from dist_peft.export.formats.registry import export_model
 from dist_peft.store.index import SafetensorsIndex
 
 FORMATS = ("bnb-nf4", "gptq", "compressed-tensors", "mlx", "hf-metal", "gguf")
@@ -51,7 +52,7 @@ def measure(base: Path, adapter: Path, out: Path, name: str) -> ExportMemory:
     parameters = sum(math.prod(t.shape) for t in SafetensorsIndex.open(base).tensors.values())
     empty = Memory.now()
     with PeakMemory() as memory:
-        exported = export_model(name, Job(config, base, adapter, out))
+        exported = export_model(name, ExportSpec(config, base, adapter, out))
     return ExportMemory(
         name,
         parameters,

@@ -204,9 +204,9 @@ def build_loaded(directory: Path, quant: QuantConfig | None, lora: bool) -> nn.M
     base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
     skeleton = build_skeleton(base, directory)
     if lora:
-        LoraAdapter(LoraConfig(), seed=0, arithmetic=torch.float32).attach(skeleton.model)
+        LoraAdapter(LoraConfig(), seed=0, arithmetic=torch.float32).attach_to_model(skeleton.model)
     engine = SingleEngine(CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
+    engine.shard_model(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton.model

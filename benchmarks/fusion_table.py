@@ -26,7 +26,7 @@ from typing import Any
 
 from common import print_table, write_result
 
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
@@ -134,7 +134,7 @@ def run_seed(args: argparse.Namespace, scratch: Path, seed: int) -> list[Outcome
     budget = {"epochs": args.epochs, "lr": args.lr}
 
     def go(tree: dict[str, Any]) -> Path:
-        assert train(parse_config(tree), World()) == 0
+        assert train_from_config(parse_config(tree), World()) == 0
         return Path(tree["save"]["dir"])
 
     single = go(

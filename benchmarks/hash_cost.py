@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from common import MIB, make_base, print_table, run_config, write_result
 
-from dist_peft.app.model_setup import prepare
+from dist_peft.app.model_setup import build_model
 from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
-from dist_peft.model.base_hashes import row_hashes
+from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.load import load_model
 from dist_peft.store.content import RowHashes, RowsBeingRead
 from dist_peft.store.reader import RowReader
@@ -55,7 +55,7 @@ class TimedRows:
 
     def finish(self) -> None:
         begin = time.process_time()
-        self._rows.finish()
+        self._rows.finish_hashing()
         self._hashes.seconds += time.process_time() - begin
 
 
@@ -64,19 +64,19 @@ class TimedHashes(RowHashes):
 
     seconds = 0.0
 
-    def begin_rows(self, name: str, first: int, data: torch.Tensor) -> Any:
+    def begin_hashing(self, name: str, first: int, data: torch.Tensor) -> Any:
         begin = time.process_time()
-        rows = super().begin_rows(name, first, data)
+        rows = super().begin_hashing(name, first, data)
         self.seconds += time.process_time() - begin
         return rows if rows is None else TimedRows(rows, self)
 
 
 def load_once(config: Any, hashed: bool) -> tuple[float, float, int]:
     """CPU seconds of the load, of hashing within it, and bytes read."""
-    prepared = prepare(config, World())
+    prepared = build_model(config, World())
     engine = SingleEngine(CPU)
-    engine.shard(prepared.model, prepared.skeleton.blocks)
-    hashes = row_hashes(prepared.skeleton) if hashed else None
+    engine.shard_model(prepared.model, prepared.skeleton.blocks)
+    hashes = build_row_hashes(prepared.skeleton) if hashed else None
     if hashes is not None:
         timed = TimedHashes([])
         vars(timed).update(vars(hashes))

@@ -29,7 +29,7 @@ from common import (
 )
 from torch.distributed.tensor import DTensor
 
-from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.core.world import World
 
 CONSTANT_MIB = 28 + 16
@@ -93,18 +93,18 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
     torch.set_num_threads(1)
     world = World(rank, size, rank, size, "benchmark", "127.0.0.1", port)
     config = run_config(base)
-    world.connect(CPU)
+    world.join_process_group(CPU)
     world.barrier()
     empty = Memory.now()
-    prepared = prepare(config, world)
+    prepared = build_model(config, world)
     after_prepare = Memory.now()
     with PeakMemory() as memory:
-        built = load(prepared, config, world, CPU)
+        built = load_weights(prepared, config, world, CPU)
     world.barrier()
     locals_ = [
         p.to_local() if isinstance(p, DTensor) else p.detach() for p in built.model.parameters()
     ]
-    world.disconnect()
+    world.leave_process_group()
     return RankMemory(
         size,
         rank,
@@ -119,11 +119,11 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
     )
 
 
-def _largest_slice(built: Built) -> int:
+def _largest_slice(built: LoadedModel) -> int:
     """Bytes of the largest piece of a tensor that this rank reads."""
     tensors = built.skeleton.index.tensors
     return max(
-        len(built.engine.span(module.get_parameter(own))) * tensors[name].row_bytes
+        len(built.engine.local_row_span(module.get_parameter(own))) * tensors[name].row_bytes
         for module in built.model.modules()
         for own, name in getattr(module, "checkpoint_names", {}).items()
     )

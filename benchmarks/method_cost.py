@@ -35,14 +35,14 @@ from common import (
 )
 from torch import nn
 
-from dist_peft.adapters.directory import write_adapter
-from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
-from dist_peft.train.loop import batch_loss
+from dist_peft.train.loop import compute_batch_loss
 from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
@@ -118,10 +118,10 @@ def stage1(base: Path, directory: Path, count: int) -> list[str]:
         seeded = config.model_copy(
             update={"train": config.train.model_copy(update={"seed": number})}
         )
-        built = load(prepare(seeded, World()), seeded, World(), CPU)
+        built = load_weights(build_model(seeded, World()), seeded, World(), CPU)
         path = directory / f"task{number}"
-        public = built.adapter.to_public(built.gather_adapter(), str(base))
-        write_adapter(path, public, {})
+        public = built.adapter.to_public_adapter(built.gather_adapter(), str(base))
+        write_adapter_directory(path, public, {})
         paths.append(str(path))
     return paths
 
@@ -131,8 +131,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, tokens: int) -> None:
         world = World()
-        self.built: Built = load(prepare(config, world), config, world, CPU)
-        self.call: nn.Module = self.built.optimize(make_optimizer_factory(config.train, CPU))
+        self.built: LoadedModel = load_weights(build_model(config, world), config, world, CPU)
+        self.call: nn.Module = self.built.setup_optimizer(make_optimizer_factory(config.train, CPU))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 2000, (1, tokens), generator=generator)
         labels = torch.roll(ids, -1, 1)
@@ -141,8 +141,8 @@ class Trainer:
     def step(self) -> float:
         """Seconds of one optimizer step."""
         start = time.perf_counter()
-        self.built.adapter.begin(0, self.batch.sample_ids)
-        loss = batch_loss(self.built.model, self.batch, CPU, self.call)
+        self.built.adapter.begin_micro_batch(0, self.batch.sample_ids)
+        loss = compute_batch_loss(self.built.model, self.batch, CPU, self.call)
         self.built.engine.backward(loss / self.batch.labels.numel(), last=True)
         self.built.engine.step(1e-4, 1.0)
         return time.perf_counter() - start
@@ -159,7 +159,7 @@ def at_rest_and_peak(base: Path, section: dict[str, Any], tokens: int) -> tuple[
         for t in gc.get_objects()
         if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"
     }
-    with freed_memory_is_returned():  # else pages of an earlier temporary hide a later one
+    with return_freed_memory():  # else pages of an earlier temporary hide a later one
         trainer.step()
         ctypes.CDLL(None).malloc_trim(0)  # glibc: also those of before
         with PeakMemory() as memory:

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from common import print_table, write_result
 
-from dist_peft.app.data_setup import make_loaders
-from dist_peft.app.gptq_solver import calibration_windows, solve
-from dist_peft.app.model_setup import load, prepare
+from dist_peft.app.data_setup import make_data_loaders
+from dist_peft.app.gptq_solver import make_calibration_sequences, solve_gptq_codes
+from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
-from dist_peft.train.evaluate import evaluate
+from dist_peft.train.evaluate import evaluate_model
 
 SOLVERS = ("rtn", "hqq", "gptq")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,15 +64,15 @@ def split(text: Path, scratch: Path) -> None:
 
 def measure(config: RunConfig) -> Measured:
     world, quant = World(), config.base.quant
-    prepared = prepare(config, world, solving=True)
+    prepared = build_model(config, world, solving=True)
     begin = time.perf_counter()
-    built = load(prepared, config, world, DEVICE)
+    built = load_weights(prepared, config, world, DEVICE)
     if quant is not None and quant.solver == "gptq":
-        solve(built, calibration_windows(config, built, world), world)
+        solve_gptq_codes(built, make_calibration_sequences(config, built, world), world)
     seconds = time.perf_counter() - begin
-    held_out = make_loaders(config, prepared.tokenizer, world).eval
+    held_out = make_data_loaders(config, prepared.tokenizer, world).eval
     assert held_out is not None
-    loss = evaluate(built.model, built.engine, held_out, world).loss
+    loss = evaluate_model(built.model, built.engine, held_out, world).loss
     bits, solver = (16, "none") if quant is None else (quant.bits, quant.solver)
     return Measured(bits, solver, loss, math.exp(loss), seconds)
 

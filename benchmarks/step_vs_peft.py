@@ -33,10 +33,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dist_peft.app.model_setup import load, prepare
+from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
-from dist_peft.train.loop import batch_loss
+from dist_peft.train.loop import compute_batch_loss
 from dist_peft.train.optimizers import make_optimizer_factory
 
 BATCH, SEQUENCE, LR = 2, 256, 1e-3
@@ -64,14 +64,14 @@ def ours(base: Path, settings: Settings) -> tuple[Any, Step]:
         train={"lr": LR, "precision": "fp32"},
     )
     world = World()
-    built = load(prepare(config, world), config, world, DEVICE)
-    built.engine.optimize(
-        built.model, make_optimizer_factory(config.train, DEVICE), built.adapter.lr_scale
+    built = load_weights(build_model(config, world), config, world, DEVICE)
+    built.engine.setup_optimizer(
+        built.model, make_optimizer_factory(config.train, DEVICE), built.adapter.get_lr_scale
     )
 
     def step(batch: Batch) -> float:
-        built.adapter.begin(0, batch.sample_ids)
-        loss = batch_loss(built.model, batch, DEVICE) / batch.labels.numel()
+        built.adapter.begin_micro_batch(0, batch.sample_ids)
+        loss = compute_batch_loss(built.model, batch, DEVICE) / batch.labels.numel()
         built.engine.backward(loss, last=True)
         built.engine.step(LR, 1.0)
         return loss.item()

@@ -17,13 +17,13 @@ import torch
 from common import run_config
 from torch import nn
 
-from dist_peft.app.data_setup import Loaders, make_loaders
-from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.app.data_setup import DataLoaders, make_data_loaders
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
-from dist_peft.train.loop import StepResult, fit
+from dist_peft.train.loop import StepResult, run_training_steps
 from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ class Job:
     """A loaded form of the base, and how far its training is."""
 
     config: RunConfig
-    built: Built
+    built: LoadedModel
     call: nn.Module
-    loaders: Loaders
+    loaders: DataLoaders
     done: int = 0
 
     def step(self, world: World) -> StepResult:
@@ -59,7 +59,7 @@ class Job:
             results.append(result)
             return False
 
-        self.done = fit(
+        self.done = run_training_steps(
             self.built.model,
             self.built.engine,
             self.built.adapter,
@@ -88,13 +88,13 @@ def start(settings: dict[str, Any], form: str, world: World) -> Job:
         },
         train={"global_batch": world.size * settings["batch"], "micro_batch": settings["batch"]},
     )
-    prepared = prepare(config, world)
+    prepared = build_model(config, world)
     if form == "bf16":
         store_as_bf16(prepared.model)
-    loaders = make_loaders(config, prepared.tokenizer, world)
-    built = load(prepared, config, world, CPU)
+    loaders = make_data_loaders(config, prepared.tokenizer, world)
+    built = load_weights(prepared, config, world, CPU)
     factory = make_optimizer_factory(config.train, CPU)
-    call = built.engine.optimize(built.model, factory, built.adapter.lr_scale)
+    call = built.engine.setup_optimizer(built.model, factory, built.adapter.get_lr_scale)
     return Job(config, built, call, loaders)
 
 
@@ -103,7 +103,7 @@ def store_as_bf16(model: nn.Module) -> None:
     codec = RawCodec(torch.bfloat16)
     for module in model.modules():
         if isinstance(module, FrozenLinear) and not module.is_head:
-            shape = (module.out_features, codec.row_bytes(module.in_features))
+            shape = (module.out_features, codec.num_row_bytes(module.in_features))
             module.codec = codec
             module.packed = nn.Parameter(
                 torch.empty(shape, dtype=torch.uint8, device="meta"), False
@@ -147,7 +147,7 @@ def transfer(world: World, seconds: float, port: int = 29600) -> float:
                 end = time.perf_counter() + seconds
                 while time.perf_counter() < end:
                     connection.sendall(CHUNK)
-    return world.sum(rate)[0]
+    return world.sum_over_ranks(rate)[0]
 
 
 def _receive(connection: socket.socket) -> float:
@@ -164,8 +164,8 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     settings = json.loads(sys.argv[1])
-    world = World.from_env()
-    world.connect(CPU, timeout_minutes=5, start_timeout_minutes=3)
+    world = World.detect_world()
+    world.join_process_group(CPU, timeout_minutes=5, start_timeout_minutes=3)
     jobs = {form: start(settings, form, world) for form in settings["forms"]}
     answers.write(json.dumps({f: job.built.stored_bytes for f, job in jobs.items()}) + "\n")
     for line in sys.stdin:
@@ -178,7 +178,7 @@ def main() -> None:
                 for _ in range(order["steps"])
             ]
         answers.write(json.dumps(answer) + "\n")
-    world.disconnect()
+    world.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.ia3.format import public_ia3
 from dist_peft.adapters.protocol import AdapterModule
 from dist_peft.core.config.run import BaseConfig, DataSource, EngineConfig, TrainConfig
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.data import sources
+from dist_peft.data.examples import CompletionExample
 from dist_peft.data.files import open_source
-from dist_peft.data.sources import Completion, read_examples
+from dist_peft.data.sources import read_examples
 from dist_peft.engine.single import SingleEngine
-from dist_peft.export.merged_weights import open_walk
-from dist_peft.export.model_directory import write_directory
+from dist_peft.export.merged_weights import open_merged_weights
+from dist_peft.export.model_directory import write_model_directory
 from dist_peft.quant.codec import Codec
 from dist_peft.store.reader import RowReader
 from dist_peft.train import metrics
@@ -59,16 +60,18 @@ def test_adapter_trains_a_step() -> None:
     original = tiny_llama()
     model = frozen_model(original)
     adapter = recipe.ShiftAdapter(recipe.ShiftConfig(target_modules=["q_proj", "down_proj"]))
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     fill(model, original, ranks=3)
     layers = [m for m in model.modules() if isinstance(m, recipe.ShiftLinear)]
     assert len(layers) == 4 and all(isinstance(layer, AdapterModule) for layer in layers)
     engine = SingleEngine(CPU)
-    engine.shard(model, list(model.model.layers))
-    call = engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), adapter.lr_scale)
+    engine.shard_model(model, list(model.model.layers))
+    call = engine.setup_optimizer(
+        model, make_optimizer_factory(TrainConfig(), CPU), adapter.get_lr_scale
+    )
 
     def loss() -> torch.Tensor:
-        adapter.begin(0, torch.arange(2))
+        adapter.begin_micro_batch(0, torch.arange(2))
         logits = call(ids()).logits[:, :-1]
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids()[:, 1:].flatten())
 
@@ -79,7 +82,7 @@ def test_adapter_trains_a_step() -> None:
     engine.backward(before, last=True)
     engine.step(lr=1e-2, max_norm=1.0)
     assert loss() < before
-    public = adapter.to_public(gathered(model), "tiny/base")
+    public = adapter.to_public_adapter(gathered(model), "tiny/base")
     assert len(public.tensors) == 4 and all(bool(v.any()) for v in public.tensors.values())
 
 
@@ -106,8 +109,8 @@ def test_adapter_files_and_lines_of_the_page_are_in_the_tree() -> None:
 def test_metric_sink_gets_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = run_recipe("metric_sink").CsvSink
     monkeypatch.setattr(metrics, "METRIC_SINKS", (*metrics.METRIC_SINKS, sink))
-    with metrics.Metrics(tmp_path, 0) as writer:
-        writer.write(
+    with metrics.MetricsWriter(tmp_path, 0) as writer:
+        writer.write_step(
             StepMetrics(
                 step=1,
                 loss=2.5,
@@ -127,16 +130,16 @@ def test_codec_encodes_and_decodes() -> None:
     codec = run_recipe("codec").Float8Codec()
     assert codec == type(codec)() and hash(codec) == hash(type(codec)())
     weight = torch.randn(5, 13)
-    packed = codec.encode(weight)
-    assert packed.shape == (5, 20) and codec.row_bytes(13) % 4 == 0
-    assert torch.equal(codec.encode(weight[1:3]), packed[1:3])
+    packed = codec.quantize_to_packed(weight)
+    assert packed.shape == (5, 20) and codec.num_row_bytes(13) % 4 == 0
+    assert torch.equal(codec.quantize_to_packed(weight[1:3]), packed[1:3])
     members = [name for name in vars(Codec) if not name.startswith("_")]
     assert len(members) > 5 and all(hasattr(codec, name) for name in members)
     scales = codec.read_statistics(packed, 13)
     torch.testing.assert_close(scales[:, 0] * 448, weight.abs().amax(1))
-    decoded = codec.decode(packed, 13, torch.float32)
+    decoded = codec.dequantize_rows(packed, 13, torch.float32)
     assert (decoded - weight).abs().max() <= weight.abs().max() / 16
-    assert torch.equal(codec.decode(packed[2:], 13, torch.float32), decoded[2:])
+    assert torch.equal(codec.dequantize_rows(packed[2:], 13, torch.float32), decoded[2:])
     original = tiny_llama()
     with torch.no_grad():
         found, expected = (m(ids()).logits for m in (frozen_model(original, codec), original))
@@ -152,8 +155,8 @@ def test_data_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     source = DataSource(path=str(file))
     examples = read_examples(source, open_source(source, "data.train[0]"), "data.train[0]")
     assert [example for _, example in examples] == [
-        Completion("Q: 1 + 1?\nA: ", "2"),
-        Completion("Q: 1 + 2?\nA: ", "3"),
+        CompletionExample("Q: 1 + 1?\nA: ", "2"),
+        CompletionExample("Q: 1 + 2?\nA: ", "3"),
     ]
 
 
@@ -161,12 +164,14 @@ def test_export_format_is_written(tmp_path: Path) -> None:
     packer = run_recipe("export_format").Int8Rows()
     base = save_base(tmp_path / "base")
     path, vector = "model.layers.0.self_attn.v_proj", torch.linspace(-1, 2, 32)
-    write_adapter(tmp_path / "adapter", public_ia3({path: vector}, [], [path], str(base)), {})
+    write_adapter_directory(
+        tmp_path / "adapter", public_ia3({path: vector}, [], [path], str(base)), {}
+    )
     config = BaseConfig(path=str(base), quant=None, compute_dtype="float32")
-    with open_walk(config, base, tmp_path / "adapter", "original") as walk:
-        written = write_directory(walk, packer, tmp_path / "out", torch.float32)
+    with open_merged_weights(config, base, tmp_path / "adapter", "original") as walk:
+        written = write_model_directory(walk, packer, tmp_path / "out", torch.float32)
         with RowReader(walk.skeleton.index) as reader:
-            rows = reader.read(f"{path}.weight", Span(0, 32)).float()
+            rows = reader.read_rows(f"{path}.weight", Span(0, 32)).float()
     assert written.packed == 14 and written.merged == 1
     tensors = load_file(next((tmp_path / "out").glob("*.safetensors")))
     found = tensors[f"{path}.weight"].float() * tensors[f"{path}.scale"]

@@ -28,11 +28,11 @@ class WeightMerger(Protocol):
     Row-local: a base of any size is merged in chunks, in any order, each row once.
     """
 
-    def touches(self, weight: str) -> bool:
+    def changes_weight(self, weight: str) -> bool:
         """Return whether the adapter changes this weight."""
         ...
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Compare the adapter with the base's shapes before a row is merged.
 
         Args:
@@ -43,7 +43,7 @@ class WeightMerger(Protocol):
         """
         ...
 
-    def merge_rows(
+    def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
         """Return rows ``span`` of a weight with the adapter in them.
@@ -56,19 +56,19 @@ class WeightMerger(Protocol):
         """
         ...
 
-    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that were quantized: without the initial product of PiSSA and LoftQ."""
         ...
 
-    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         """Return integer codes whose zeros hold the adapter (QA-LoRA)."""
         ...
 
-    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
         """Return the change of each group ``[len(span), groups]`` (QA-LoRA)."""
         ...
 
-    def unused(self) -> list[str]:
+    def list_unused_tensors(self) -> list[str]:
         """Return weights of which not every row was merged."""
         ...
 
@@ -98,12 +98,12 @@ class AdapterFormat(Protocol):
 
     @property
     def safe_saving(self) -> str:
-        """Call of that library that writes ``tensors_file``."""
+        """Call of that library that writes ``choose_tensors_file``."""
         ...
 
     @property
     def joins_head(self) -> bool:
-        """Whether a classifier's head is in ``tensors_file``, as PEFT has it."""
+        """Whether a classifier's head is in ``choose_tensors_file``, as PEFT has it."""
         ...
 
     def matches(self, config: Mapping[str, Any]) -> bool:

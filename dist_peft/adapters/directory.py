@@ -33,22 +33,22 @@ from dist_peft.adapters.classifier_head.format import (
     split_peft_head,
     write_adapterhub_head,
 )
-from dist_peft.adapters.fusion.format import fusion_names, is_fusion
+from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
 from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 
 __all__ = [
     "WEIGHT_KINDS",
-    "check_adapter",
-    "config_file",
-    "read_adapter",
-    "read_metadata",
-    "tensors_file",
-    "write_adapter",
+    "check_public_adapter",
+    "choose_tensors_file",
+    "find_config_file",
+    "read_adapter_directory",
+    "read_adapter_metadata",
+    "write_adapter_directory",
 ]
 
 _CONFIG = "adapter_config.json"
@@ -56,10 +56,10 @@ _TENSORS = "adapter_model.safetensors"
 _METADATA = "dist_peft.json"
 _EXTRA = "dist_peft.safetensors"
 WEIGHT_KINDS = ("full", "partial")
-"""``kind`` in the ``dist_peft.json`` of trained weights (``adapters.weights_format``)."""
+"""``kind`` in the ``dist_peft.json`` of trained weights (``adapters.full.format``)."""
 
 
-def check_adapter(public: PublicAdapter) -> None:
+def check_public_adapter(public: PublicAdapter) -> None:
     """See that every tensor fits the configuration.
 
     Raises:
@@ -78,20 +78,22 @@ def check_adapter(public: PublicAdapter) -> None:
 # -- files -------------------------------------------------------------------------------------
 
 
-def config_file(directory: Path) -> Path:
+def find_config_file(directory: Path) -> Path:
     """The configuration in an adapter's directory, which may be that of a fusion, or be absent."""
     names = dict.fromkeys(known.config_file for known in ADAPTER_FORMATS)
     present = [directory / name for name in names if (directory / name).is_file()]
     return present[0] if present else directory / _CONFIG
 
 
-def tensors_file(config: Mapping[str, Any]) -> str:
+def choose_tensors_file(config: Mapping[str, Any]) -> str:
     """Return the name of the file with the tensors of a configuration with these contents."""
     known = find_format(config)
     return _TENSORS if known is None else known.tensors_file
 
 
-def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str, Any]) -> None:
+def write_adapter_directory(
+    directory: Path, public: PublicAdapter, metadata: Mapping[str, Any]
+) -> None:
     """Write a directory that PEFT or AdapterHub's library loads.
 
     Each file is written whole or not at all.
@@ -106,7 +108,7 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         UserError: the disk is full or the directory cannot be written.
     """
     try:
-        check_adapter(public)
+        check_public_adapter(public)
     except UserError as error:
         raise RuntimeError(f"refusing to write a damaged adapter: {error}") from None
     try:
@@ -115,10 +117,10 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
         raise UserError(f"cannot make directory {directory}: {error.strerror}") from None
     about_parts = {key: value for key, value in metadata.items() if key != "labels"}
     for name, part in public.parts.items():
-        write_adapter(directory / name, part, about_parts)
+        write_adapter_directory(directory / name, part, about_parts)
     header = {"format": "pt"}
     if public.extra:
-        atomic_write(directory / _EXTRA, safetensors.torch.save(public.extra, header))
+        write_atomically(directory / _EXTRA, safetensors.torch.save(public.extra, header))
     else:
         (directory / _EXTRA).unlink(missing_ok=True)
     config, tensors, known = public.config, public.tensors, find_format(public.config)
@@ -128,18 +130,18 @@ def write_adapter(directory: Path, public: PublicAdapter, metadata: Mapping[str,
     else:
         write_adapterhub_head(directory, public)
     data = safetensors.torch.save(tensors, header)
-    atomic_write(directory / known.tensors_file, data)
+    write_atomically(directory / known.tensors_file, data)
     facts = {
         **metadata,
         "tensors": sorted({*tensors, *public.extra}),
         "adapter": public.facts,
         WRITTEN_CONFIG: dict(config),
     }
-    atomic_write(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
-    atomic_write(directory / known.config_file, json.dumps(config, indent=2) + "\n")
+    write_atomically(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
+    write_atomically(directory / known.config_file, json.dumps(config, indent=2) + "\n")
 
 
-def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
+def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapter:
     """Read a directory, ours, PEFT's or AdapterHub's own, of a method that is trained here.
 
     Args:
@@ -150,9 +152,9 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
             configuration changed after it was written, or tensors of a wrong type or with values
             that are not finite.
     """
-    config = _read_json(config_file(directory))
+    config = _read_json(find_config_file(directory))
     if config is None:
-        if (kind := read_metadata(directory).get("kind")) in WEIGHT_KINDS:
+        if (kind := read_adapter_metadata(directory).get("kind")) in WEIGHT_KINDS:
             raise UserError(
                 f"{directory} holds weights of the base that adapter.kind {kind} trained. They are "
                 "no adapter, and PEFT has no format for them; make a model of the run with "
@@ -167,12 +169,14 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
         )
     file = directory / known.tensors_file
     if not file.is_file():
-        raise _no_tensors(file, known)
-    metadata = read_metadata(directory)
-    refuse_edited_config(config_file(directory), config, metadata)
-    facts, labels = _facts_and_labels(metadata, directory / _METADATA)
-    extra = _read_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
-    tensors = _read_tensors(file, values)
+        raise _explain_absent_tensors(file, known)
+    metadata = read_adapter_metadata(directory)
+    refuse_edited_config(find_config_file(directory), config, metadata)
+    facts, labels = _parse_facts_and_labels(metadata, directory / _METADATA)
+    extra = (
+        _read_adapter_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
+    )
+    tensors = _read_adapter_tensors(file, values)
     check_tensor_names(metadata.get("tensors"), {*tensors, *extra}, directory)
     config, tensors, head = split_peft_head(config, tensors, labels)
     if not known.joins_head and (labels or (directory / SAFE_HEAD).is_file()):
@@ -181,15 +185,15 @@ def read_adapter(directory: Path, values: bool = True) -> PublicAdapter:
                 f"{directory} has no {SAFE_HEAD}, the head of the classes that its {_METADATA} "
                 "names; is the download complete?"
             )
-        head = read_head(_read_tensors(directory / SAFE_HEAD, values), labels)
+        head = read_head(_read_adapter_tensors(directory / SAFE_HEAD, values), labels)
     parts = {}
-    if is_fusion(config):
-        own = {name: directory / name for name in fusion_names(config)}
-        parts = {name: read_adapter(d, values) for name, d in own.items() if d.is_dir()}
+    if is_fusion_config(config):
+        own = {name: directory / name for name in list_fused_names(config)}
+        parts = {name: read_adapter_directory(d, values) for name, d in own.items() if d.is_dir()}
     return PublicAdapter(config, tensors, facts, extra, head, parts)
 
 
-def _facts_and_labels(
+def _parse_facts_and_labels(
     metadata: Mapping[str, Any], file: Path
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """``adapter`` and ``labels`` of ``dist_peft.json``.
@@ -211,7 +215,7 @@ def _facts_and_labels(
     return facts, tuple(labels)
 
 
-def _no_tensors(file: Path, known: AdapterFormat) -> UserError:
+def _explain_absent_tensors(file: Path, known: AdapterFormat) -> UserError:
     """``file`` is absent; maybe a pickle is there instead."""
     pickle = known.pickle_file
     if (file.parent / pickle).is_file():
@@ -222,7 +226,7 @@ def _no_tensors(file: Path, known: AdapterFormat) -> UserError:
     return UserError(f"{file.parent} has no {file.name}; is the download complete?")
 
 
-def read_metadata(directory: Path) -> dict[str, Any]:
+def read_adapter_metadata(directory: Path) -> dict[str, Any]:
     """Contents of ``dist_peft.json``; empty for an adapter that PEFT wrote.
 
     Raises:
@@ -243,7 +247,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _read_tensors(path: Path, values: bool) -> dict[str, Tensor]:
+def _read_adapter_tensors(path: Path, values: bool) -> dict[str, Tensor]:
     if not values:
         infos = SafetensorsIndex.open(path).tensors
         tensors = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in infos.items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dist_peft.adapters.adapter_format import WeightMerger, find_format
 from dist_peft.adapters.classifier_head.merge import HeadMerger
-from dist_peft.adapters.directory import read_adapter
-from dist_peft.adapters.full.format import TrainedWeights, holds_weights
+from dist_peft.adapters.directory import read_adapter_directory
+from dist_peft.adapters.full.format import TrainedWeightsMerger, contains_trained_weights
 from dist_peft.core.errors import UserError
 
 __all__ = ["open_adapter_merger", "open_merger"]
@@ -28,8 +28,8 @@ def open_merger(
     Raises:
         UserError: damaged files, or no weight of the base can hold the adapter.
     """
-    if holds_weights(adapter_dir):
-        return TrainedWeights.open(adapter_dir, base_names, stack)
+    if contains_trained_weights(adapter_dir):
+        return TrainedWeightsMerger.open_directory(adapter_dir, base_names, stack)
     return open_adapter_merger(adapter_dir, tied=tied)
 
 
@@ -39,7 +39,7 @@ def open_adapter_merger(adapter_dir: Path, *, tied: bool = False) -> WeightMerge
     Raises:
         UserError: see ``open_merger``.
     """
-    public = read_adapter(adapter_dir)
+    public = read_adapter_directory(adapter_dir)
     known = find_format(public.config)
     assert known is not None  # read_adapter refuses others
     try:

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter
 
 __all__ = ["NoAdapter"]
 
 
-class NoAdapter(PlainAdapter):
-    """Changes nothing. See ``adapters.base.Adapter``."""
+class NoAdapter(AdapterDefaults):
+    """Changes nothing. See ``adapters.protocol.Adapter``."""
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         pass
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         pass
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         raise RuntimeError("adapter.kind none has nothing to save")

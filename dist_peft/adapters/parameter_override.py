@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-__all__ = ["standing_in"]
+__all__ = ["override_parameters"]
 
 
 @contextmanager
-def standing_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def override_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """While it lasts, ``module`` reads ``tensors`` where it reads its parameters of these names.
 
     They are attributes of the instance, which Python finds before registered parameters. Those are

@@ -3,7 +3,7 @@
 Life of an adapter::
 
     attach(model)              on the meta skeleton: wrap modules, create fp32 meta parameters
-    prepare_rows, initial_rows the loader asks each wrapped module for its initialization
+    prepare_base_rows, init_rows the loader asks each wrapped module for its initialization
     begin(step, sample_ids)    before each micro-batch: the inputs of dropout masks
     penalize(loss, parts)      before its backward pass: the method's own share of the gradient
     to_public(tensors, base)   gathered parameters -> the form that other libraries read
@@ -27,22 +27,22 @@ from torch import Tensor, nn
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.frozen_linear import FrozenRows
+from dist_peft.model.frozen_linear import FrozenWeight
 
 __all__ = [
     "Adapter",
+    "AdapterDefaults",
     "AdapterModule",
-    "LinearStart",
-    "PlainAdapter",
+    "InitializesFromBase",
     "PublicAdapter",
     "PublicHead",
     "Reduce",
-    "TrainsBase",
-    "check_patterns",
+    "TrainsBaseWeights",
+    "check_pattern_keys",
+    "collect_gathered_parameters",
     "derive_seed",
-    "match_targets",
-    "pattern_value",
-    "whole_parameters",
+    "list_adapter_targets",
+    "resolve_pattern_value",
 ]
 
 Reduce = Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ Value = TypeVar("Value")
 class AdapterModule(Protocol):
     """An ``nn.Module`` that owns adapter parameters directly."""
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Return the initial values of rows ``span`` of the own parameter ``name``; called once.
 
         The same whatever the number of ranks.
@@ -66,11 +66,11 @@ class AdapterModule(Protocol):
 
 
 @runtime_checkable
-class LinearStart(AdapterModule, Protocol):
+class InitializesFromBase(AdapterModule, Protocol):
     """An adapter module around a ``FrozenLinear`` named ``base`` that sees its rows first."""
 
-    def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
-        """Return the rows to quantize; called once and before ``initial_rows``.
+    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+        """Return the rows to quantize; called once and before ``init_rows``.
 
         Args:
             rows: float32 ``[len(span), in]``, this rank's rows of the weight, maybe none.
@@ -102,9 +102,9 @@ class PublicAdapter:
     Attributes:
         config: the contents of ``adapter_config.json``.
         tensors: the contents of the safetensors file next to it.
-        facts: metadata that only this project's merge needs (see ``peft_format``).
+        facts: metadata that only this project's merge needs (see ``adapters.directory``).
         extra: tensors that belong to ``facts``; no other library reads them.
-        head: the classification head trained on top (``head_format``).
+        head: the classification head trained on top (``adapters.classifier_head.format``).
         parts: adapters by name, each of which has a directory of its own in this one's.
     """
 
@@ -120,11 +120,11 @@ class Adapter(Protocol):
     """An adapter method, made from its section of the configuration."""
 
     @property
-    def extra_positions(self) -> int:
+    def num_extra_positions(self) -> int:
         """Positions that it takes in front of each document (virtual tokens)."""
         ...
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Wrap the targets of ``model``.
 
         Raises:
@@ -132,11 +132,11 @@ class Adapter(Protocol):
         """
         ...
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         """Set the optimizer step and the sequences' global indices, ``[B]``."""
         ...
 
-    def penalize(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
         """Let the backward pass of ``loss`` add the gradient of this method's own penalty on
         parameters, if it has one.
 
@@ -147,25 +147,25 @@ class Adapter(Protocol):
         """
         ...
 
-    def lr_scale(self, name: str) -> float:
+    def get_lr_scale(self, name: str) -> float:
         """Return the learning-rate factor of the parameter with this full name."""
         ...
 
-    def start_state(self) -> tuple[str, ...]:
+    def list_init_factors(self) -> tuple[str, ...]:
         """Full names of frozen parameters that a checkpoint must keep: they come from an
         algorithm that is not repeated on resume."""
         ...
 
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the whole tensors named by ``start_state``, before the model is loaded."""
+    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the whole tensors named by ``list_init_factors``, before the model is loaded."""
         ...
 
-    def reads(self) -> str:
+    def input_fingerprint(self) -> str:
         """Return a fingerprint of the files read at each ``attach``; empty without any.
         A run must not be resumed with other contents."""
         ...
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The public form.
 
         Args:
@@ -178,54 +178,54 @@ class Adapter(Protocol):
         ...
 
 
-class PlainAdapter:
+class AdapterDefaults:
     """Default hooks of most methods: no extra positions, no penalty, one learning rate, no initial
     factors, no files that are read again."""
 
     @property
-    def extra_positions(self) -> int:
+    def num_extra_positions(self) -> int:
         return 0
 
-    def penalize(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
         pass
 
-    def lr_scale(self, name: str) -> float:
+    def get_lr_scale(self, name: str) -> float:
         return 1.0
 
-    def start_state(self) -> tuple[str, ...]:
+    def list_init_factors(self) -> tuple[str, ...]:
         return ()
 
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
         pass
 
-    def reads(self) -> str:
+    def input_fingerprint(self) -> str:
         return ""
 
 
 @runtime_checkable
-class TrainsBase(Protocol):
+class TrainsBaseWeights(Protocol):
     """An ``Adapter`` whose trained parameters are weights of the base itself.
 
     They are too many to be gathered at once, so they are written one by one, under the names of the
-    base's files (``adapters.weights_format``), and not by ``to_public``.
+    base's files (``adapters.full.format``), and not by ``to_public_adapter``.
     """
 
-    def sources(self) -> Mapping[str, str]:
+    def list_source_tensors(self) -> Mapping[str, str]:
         """Map the full name of each trainable parameter to its tensor in the base's files."""
         ...
 
-    def first_step(self, name: str) -> int:
+    def get_first_step(self, name: str) -> int:
         """Optimizer steps before the first update of the parameter with this full name."""
         ...
 
 
-def whole_parameters(
+def collect_gathered_parameters(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, dict[str, Tensor]]:
     """Gathered parameters by full name -> path -> own name -> parameter.
 
     Args:
-        tensors: see ``Adapter.to_public``.
+        tensors: see ``Adapter.to_public_adapter``.
         shapes: path of each adapter module -> own name -> the shape it must have.
 
     Raises:
@@ -252,7 +252,9 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Module) -> list[str]:
+def list_adapter_targets(
+    targets: Literal["all-linear"] | Sequence[str], model: nn.Module
+) -> list[str]:
     """Names of the ``FrozenLinear`` and ``ExpertStack`` modules to adapt, in the model's order.
 
     ``all-linear`` is every one but the output head and modules that no gradient reaches. An entry
@@ -263,7 +265,7 @@ def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Modu
     Raises:
         UserError: an entry matches nothing.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenRows)}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenWeight)}
     if targets == "all-linear":
         inside = [name for name, module in linears.items() if not module.is_head]
         chosen = [name for name in inside if not linears[name].without_gradient]
@@ -277,23 +279,25 @@ def match_targets(targets: Literal["all-linear"] | Sequence[str], model: nn.Modu
         return chosen
     wanted: set[str] = set()
     for entry in targets:
-        found = [name for name, module in linears.items() if _matches_target(entry, name, module)]
+        found = [
+            name for name, module in linears.items() if _matches_target_module(entry, name, module)
+        ]
         if not found:
-            others = (n for n, m in model.named_modules() if _matches(entry, n))
-            raise _no_match(entry, linears, next(others, None))
+            others = (n for n, m in model.named_modules() if _matches_module_name(entry, n))
+            raise _build_no_match_error(entry, linears, next(others, None))
         wanted.update(found)
     return [name for name in linears if name in wanted]
 
 
-def pattern_value(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
+def resolve_pattern_value(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first key that matches the module's name, by PEFT's rule.
 
     A key is a regular expression for the whole name or for its ending after a dot.
     """
-    return next((v for key, v in pattern.items() if _ends_with(key, name)), default)
+    return next((v for key, v in pattern.items() if _matches_name_ending(key, name)), default)
 
 
-def check_patterns(key: str, pattern: Iterable[str], names: Iterable[str]) -> None:
+def check_pattern_keys(key: str, pattern: Iterable[str], names: Iterable[str]) -> None:
     """Refuse entries of ``adapter.<key>`` that match no adapted module.
 
     Raises:
@@ -302,25 +306,28 @@ def check_patterns(key: str, pattern: Iterable[str], names: Iterable[str]) -> No
     names = list(names)
     for entry in pattern:
         try:
-            used = any(_ends_with(entry, name) for name in names)
+            used = any(_matches_name_ending(entry, name) for name in names)
         except re.error as error:
             raise UserError(f"adapter.{key}[{entry!r}] is no regular expression: {error}") from None
         if not used:
             raise UserError(
-                f"adapter.{key}[{entry!r}] matches no adapted module; {_known(entry, names)}"
+                f"adapter.{key}[{entry!r}] matches no adapted module; "
+                f"{_format_known_names(entry, names)}"
             )
 
 
-def _ends_with(key: str, name: str) -> bool:
+def _matches_name_ending(key: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
-def _matches_target(entry: str, name: str, module: nn.Module) -> bool:
+def _matches_target_module(entry: str, name: str, module: nn.Module) -> bool:
     owner = name.rpartition(".")[0]
-    return _matches(entry, name) or (isinstance(module, ExpertStack) and _matches(entry, owner))
+    return _matches_module_name(entry, name) or (
+        isinstance(module, ExpertStack) and _matches_module_name(entry, owner)
+    )
 
 
-def _matches(entry: str, name: str) -> bool:
+def _matches_module_name(entry: str, name: str) -> bool:
     if name == entry or name.endswith(f".{entry}"):
         return True
     try:
@@ -332,7 +339,7 @@ def _matches(entry: str, name: str) -> bool:
         ) from None
 
 
-def _no_match(entry: str, linears: Iterable[str], other: str | None) -> UserError:
+def _build_no_match_error(entry: str, linears: Iterable[str], other: str | None) -> UserError:
     """``other``: a module that the entry does match, but which is no ``FrozenLinear``."""
     message = f"adapter.target_modules entry {entry!r} matches no linear"
     if other is not None:
@@ -340,10 +347,10 @@ def _no_match(entry: str, linears: Iterable[str], other: str | None) -> UserErro
             f" ({other} is not a quantizable linear; the input embedding is adapted by "
             "adapter.embeddings: true, an output head tied to it cannot be)"
         )
-    return UserError(f"{message}; {_known(entry, linears)}")
+    return UserError(f"{message}; {_format_known_names(entry, linears)}")
 
 
-def _known(entry: str, names: Iterable[str]) -> str:
+def _format_known_names(entry: str, names: Iterable[str]) -> str:
     """Which last components exist, and the one nearest to ``entry``."""
     names = list(names)
     last = sorted({name.rpartition(".")[2] for name in names})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import derive_seed
 
-__all__ = ["DropoutPosition", "RowDropout"]
+__all__ = ["DropoutPosition", "SampleDropout"]
 
 
 class DropoutPosition:
@@ -30,20 +30,20 @@ class DropoutPosition:
         self.sample_ids: Sequence[int] = ()
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         """The next forward computes rows ``sample_ids`` [B] of optimizer step ``step``.
 
         Filler rows (-1) are masked too; nothing depends on how.
         """
         self.step, self.sample_ids = step, sample_ids.tolist()
 
-    def generator(self, device: torch.device) -> torch.Generator:
+    def make_generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
         return self._generators[device]
 
 
-class RowDropout(nn.Module):
+class SampleDropout(nn.Module):
     """Zeroes elements with probability ``p`` and scales the others by ``1 / (1 - p)``.
 
     The identity (the same tensor object) in evaluation and where ``p`` is 0.
@@ -62,9 +62,9 @@ class RowDropout(nn.Module):
         """``x`` [B, ...], or [B * S, ...] where a model has flattened its batch."""
         if self.p == 0 or not self.training:
             return x
-        return x.masked_fill(self._dropped(x), 0.0) / (1 - self.p)
+        return x.masked_fill(self._drop_elements(x), 0.0) / (1 - self.p)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _drop_elements(self, x: Tensor) -> Tensor:
         """True where ``x`` is zeroed; one draw per sample."""
         ids = self.position.sample_ids
         if not ids or x.shape[0] % len(ids):
@@ -73,7 +73,7 @@ class RowDropout(nn.Module):
                 "begin() must be called with the ids of the micro-batch"
             )
         mask = torch.empty(len(ids), x.numel() // len(ids), dtype=torch.bool, device=x.device)
-        generator = self.position.generator(x.device)
+        generator = self.position.make_generator(x.device)
         for row, sample in zip(mask, ids, strict=True):
             generator.manual_seed(
                 derive_seed(self.position.seed, self.path, self.position.step, sample)

@@ -17,8 +17,8 @@ therefore: activate the initial state, train, write.
 
 from torch import Tensor
 
-from dist_peft.app.model_setup import Built
-from dist_peft.engine.protocol import own_parameters
+from dist_peft.app.model_setup import LoadedModel
+from dist_peft.engine.protocol import local_parameters
 
 __all__ = ["AdapterBank"]
 
@@ -27,10 +27,10 @@ class AdapterBank:
     """Store adapter parameters by name and copy them into the model.
 
     Args:
-        built: a loaded model after ``Built.optimize``.
+        built: a loaded model after ``LoadedModel.setup_optimizer``.
     """
 
-    def __init__(self, built: Built) -> None:
+    def __init__(self, built: LoadedModel) -> None:
         self.built = built
         self._kept: dict[str, dict[str, Tensor]] = {}
 
@@ -38,14 +38,14 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         return tuple(self._kept)
 
-    def keep(self, name: str) -> None:
+    def store_active_adapter(self, name: str) -> None:
         """Store the active adapter under ``name``; call on every rank."""
-        self._kept[name] = own_parameters(self.built.engine.state(self.built.model))
+        self._kept[name] = local_parameters(self.built.engine.training_state_dict(self.built.model))
 
-    def activate(self, name: str) -> None:
+    def activate_adapter(self, name: str) -> None:
         """Copy the adapter stored under ``name`` into the model; call on every rank.
 
         Raises:
             KeyError: no adapter is stored under ``name``.
         """
-        self.built.engine.load_state(self.built.model, self._kept[name], step=0)
+        self.built.engine.load_training_state_dict(self.built.model, self._kept[name], step=0)

@@ -1,6 +1,7 @@
 """Verify that checkpoints and fused adapters belong to the base that is loaded.
 
-``store.content`` hashes the rows that a rank reads during loading, ``hashes_over_ranks`` combines
+``store.content`` hashes the rows that a rank reads during loading, ``gather_tensor_hashes``
+combines
 them into one hash per tensor, ``load`` (``app.model_setup``) compares these with the records of the
 checkpoints to resume and of the adapters to fuse. Merges and exports make their own comparison
 (``export.merged_weights``), since they read the rows anyway.
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.directory import read_metadata
+from dist_peft.adapters.directory import read_adapter_metadata
 from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
@@ -29,20 +30,20 @@ from dist_peft.model.prequantized.base import OWN_METHOD
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.content import RowHashes
-from dist_peft.store.fingerprint import is_sampled
+from dist_peft.store.fingerprint import is_sampled_fingerprint
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
 __all__ = [
     "RECORD_FILE",
-    "TrainedOn",
-    "checkpoint_bases",
-    "fused_bases",
-    "hash_files",
-    "hashes_over_ranks",
-    "lineage",
-    "made_from",
-    "record_text",
+    "BaseRequirement",
+    "describe_lineage",
+    "format_base_record",
+    "gather_tensor_hashes",
+    "hash_unread_tensors",
+    "read_checkpoint_bases",
+    "read_fusion_bases",
+    "read_quantization_origin",
 ]
 
 log = logging.getLogger("dist_peft")
@@ -54,7 +55,7 @@ _CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class TrainedOn:
+class BaseRequirement:
     """The base that a checkpoint or an adapter was trained on and requires.
 
     Attributes:
@@ -67,11 +68,11 @@ class TrainedOn:
     record: BaseRecord
     fix: str
 
-    def check_sample(self, index: SafetensorsIndex) -> None:
+    def check_sampled_rows(self, index: SafetensorsIndex) -> None:
         """Compare the fingerprint of ``index``; raises UserError if the base is another one."""
         self.record.check_sample(index, self.owner, self.fix)
 
-    def check_tensors(self, found: Mapping[str, str], where: str) -> None:
+    def check_tensor_hashes(self, found: Mapping[str, str], where: str) -> None:
         """Compare tensor hashes; raises UserError if tensors of base ``where`` differ."""
         self.record.check_tensors(found, where, self.owner, self.fix)
 
@@ -79,7 +80,7 @@ class TrainedOn:
 # -- hashes ------------------------------------------------------------------------------------
 
 
-def hashes_over_ranks(
+def gather_tensor_hashes(
     hashes: RowHashes, skeleton: Skeleton, engine: Engine, world: World
 ) -> dict[str, str]:
     """Return the hash of every tensor of the base that the model uses, the same on every rank.
@@ -94,32 +95,34 @@ def hashes_over_ranks(
     Raises:
         UserError: on every rank: ranks have read different bytes.
     """
-    names = hashes.names
+    names = hashes.tensor_names
     own = {name: hashes.sums[name] for name in names if name in hashes.sums}
-    whole = {name for name, known in own.items() if known.is_whole}
+    whole = {name for name, known in own.items() if known.is_complete}
     parts = torch.zeros(len(names), 2, dtype=torch.int64)
     for number, name in enumerate(names):
         if name in own and name not in whole:
             known = own[name]
-            parts[number] = torch.tensor([_signed(known.total), known.hashed])
+            parts[number] = torch.tensor([_to_signed_int64(known.total), known.num_hashed_rows])
     summed = engine.sum_over_shards(parts.to(engine.device)).tolist()
-    anywhere = world.max(*(float(name in whole) for name in names))
+    anywhere = world.max_over_ranks(*(float(name in whole) for name in names))
     values: list[int | None] = []
     for name, (total, rows), someone in zip(names, summed, anywhere, strict=True):
         if name in whole:
             values.append(own[name].total)
-        elif not someone and rows == hashes.row_count(name):
+        elif not someone and rows == hashes.num_hashed_rows(name):
             values.append(total % 2**64)
         else:
             values.append(None)
-    agreed = _agree(names, values, skeleton.index.path, world)
-    found = {name: hashes.describe(name, value) for name, value in agreed.items()}
-    missing = _names_in_use(skeleton) - found.keys()
+    agreed = _exchange_hash_values(names, values, skeleton.index.path, world)
+    found = {name: hashes.describe_tensor(name, value) for name, value in agreed.items()}
+    missing = _list_used_tensors(skeleton) - found.keys()
     assert not missing, f"never hashed: {sorted(missing)[:5]}"
     return found
 
 
-def _agree(names: list[str], values: list[int | None], path: Path, world: World) -> dict[str, int]:
+def _exchange_hash_values(
+    names: list[str], values: list[int | None], path: Path, world: World
+) -> dict[str, int]:
     """Return each tensor's value, from the ranks that have one; raises UserError on conflicts."""
     # World.max compares floats, which are exact for the 32-bit halves of a 64-bit value
     halves = [
@@ -127,8 +130,8 @@ def _agree(names: list[str], values: list[int | None], path: Path, world: World)
         for value in values
         for half in ((None, None) if value is None else (value >> 32, value & 0xFFFFFFFF))
     ]
-    most = world.max(*(float("-inf") if half is None else half for half in halves))
-    least = world.max(*(float("-inf") if half is None else -half for half in halves))
+    most = world.max_over_ranks(*(float("-inf") if half is None else half for half in halves))
+    least = world.max_over_ranks(*(float("-inf") if half is None else -half for half in halves))
     agreed = {}
     for number, name in enumerate(names):
         high, low = most[2 * number : 2 * number + 2]
@@ -143,60 +146,66 @@ def _agree(names: list[str], values: list[int | None], path: Path, world: World)
     return agreed
 
 
-def _signed(value: int) -> int:
+def _to_signed_int64(value: int) -> int:
     """Reinterpret an unsigned 64-bit value as int64, whose sums wrap modulo 2^64."""
     return value - 2**64 if value >= 2**63 else value
 
 
-def _names_in_use(skeleton: Skeleton) -> set[str]:
+def _list_used_tensors(skeleton: Skeleton) -> set[str]:
     """Return the names of the checkpoint tensors that the model uses, without empty tensors."""
     names: set[str] = set()
     for module in skeleton.model.modules():
-        names |= set(_checkpoint_names(module).values())
+        names |= set(_map_checkpoint_names(module).values())
         if isinstance(module, ExpertStack):
             names |= {piece.name for piece in module.pieces}
-    return {name for name in names if skeleton.tensors[name].nbytes}
+    return {name for name in names if skeleton.tensors[name].num_bytes}
 
 
-def _checkpoint_names(module: nn.Module) -> dict[str, str]:
+def _map_checkpoint_names(module: nn.Module) -> dict[str, str]:
     found: dict[str, str] = getattr(module, "checkpoint_names", {})
     return found
 
 
-def hash_files(index: SafetensorsIndex, names: Iterable[str], world: World) -> dict[str, str]:
+def hash_unread_tensors(
+    index: SafetensorsIndex, names: Iterable[str], world: World
+) -> dict[str, str]:
     """Read and hash tensors that loading did not read; each rank reads its share.
 
     Raises:
         UserError: on every rank: damaged files.
     """
-    infos = [index.find(name) for name in sorted(names)]
+    infos = [index.find_tensor(name) for name in sorted(names)]
     hashes = RowHashes(infos)
-    with world.together("hash the base"), RowReader(index, hashes) as reader:
+    with world.raise_together("hash the base"), RowReader(index, hashes) as reader:
         chunks = [
             (info.name, span)
             for info in infos
-            for span in Span(0, info.rows).chunks(max(1, _CHUNK_BYTES // max(1, info.row_bytes)))
+            for span in Span(0, info.num_rows).split_into_chunks(
+                max(1, _CHUNK_BYTES // max(1, info.row_bytes))
+            )
         ]
         for name, span in chunks[world.rank :: world.size]:
-            reader.read(name, span)
+            reader.read_rows(name, span)
     totals = torch.zeros(len(infos), dtype=torch.int64)
     for number, info in enumerate(infos):
         if info.name in hashes.sums:
-            totals[number] = _signed(hashes.sums[info.name].total)
-    world.add_up(totals)
+            totals[number] = _to_signed_int64(hashes.sums[info.name].total)
+    world.all_reduce_sum(totals)
     described = zip(infos, totals.tolist(), strict=True)
-    return {info.name: hashes.describe(info.name, total % 2**64) for info, total in described}
+    return {
+        info.name: hashes.describe_tensor(info.name, total % 2**64) for info, total in described
+    }
 
 
 # -- records -----------------------------------------------------------------------------------
 
 
-def record_text(record: BaseRecord) -> str:
+def format_base_record(record: BaseRecord) -> str:
     """Return the JSON text of ``RECORD_FILE``."""
-    return json.dumps(record.metadata(), indent=1)
+    return json.dumps(record.to_metadata(), indent=1)
 
 
-def checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[TrainedOn]:
+def read_checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[BaseRequirement]:
     """Return the bases of checkpoints, after comparing their fingerprints with ``index``.
 
     Raises:
@@ -207,14 +216,14 @@ def checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[Tra
         file = path / RECORD_FILE
         if not file.is_file():
             continue  # written by an earlier version: only ``RunPosition.base`` is compared
-        record = BaseRecord.from_metadata(_read_record(file), file)
+        record = BaseRecord.from_metadata(_read_record_file(file), file)
         fix = "restore the base, or start over with resume: never"
-        found.append(TrainedOn(f"checkpoint {path}", record, fix))
-        found[-1].check_sample(index)
+        found.append(BaseRequirement(f"checkpoint {path}", record, fix))
+        found[-1].check_sampled_rows(index)
     return found
 
 
-def _read_record(file: Path) -> dict[str, Any]:
+def _read_record_file(file: Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -224,7 +233,7 @@ def _read_record(file: Path) -> dict[str, Any]:
     return about
 
 
-def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[TrainedOn]:
+def read_fusion_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[BaseRequirement]:
     """Return the bases of a fusion's adapters that have to equal ``skeleton``'s row by row.
 
     A base and its quantization by ``dist-peft quantize`` count as one base, as do two
@@ -236,20 +245,24 @@ def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[Tra
     index, found = skeleton.index, []
     for adapter in fusion.adapters:
         directory = Path(adapter.path)
-        about = read_metadata(directory)
+        about = read_adapter_metadata(directory)
         record = BaseRecord.from_metadata(about, directory / "dist_peft.json")
         owner = f"adapter.adapters: {adapter.path}"
         fix = "an adapter means nothing on another base; fuse adapters of one base"
-        trained_on = TrainedOn(owner, record, fix)
-        if not record.fingerprint or index.has_fingerprint(record.fingerprint):
-            trained_on.check_sample(index)
+        trained_on = BaseRequirement(owner, record, fix)
+        if not record.fingerprint or index.matches_fingerprint(record.fingerprint):
+            trained_on.check_sampled_rows(index)
             found.append(trained_on)
             continue
-        mine, its = _origin_of(skeleton), _origin_of_adapter(record, about)
+        mine, its = _find_base_origin(skeleton), _find_adapter_origin(record, about)
         if mine is not None and mine == its:
             continue
-        if mine is not None and its is not None and is_sampled(mine) == is_sampled(its):
-            trained_on.check_sample(index)  # raises and describes the difference
+        if (
+            mine is not None
+            and its is not None
+            and is_sampled_fingerprint(mine) == is_sampled_fingerprint(its)
+        ):
+            trained_on.check_sampled_rows(index)  # raises and describes the difference
         log.warning(
             "%s was trained on %s, whose files are not those of base.path %s; an adapter means "
             "nothing on another base, and the files do not say whether these are forms of one",
@@ -261,21 +274,21 @@ def fused_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[Tra
     return found
 
 
-def _origin_of(skeleton: Skeleton) -> str | None:
+def _find_base_origin(skeleton: Skeleton) -> str | None:
     """Return the fingerprint of the unquantized base; None if another tool has quantized it."""
     if skeleton.prequantized is None:
-        return skeleton.index.fingerprint()
-    return lineage(skeleton).get("base_made_from")
+        return skeleton.index.compute_fingerprint()
+    return describe_lineage(skeleton).get("base_made_from")
 
 
-def _origin_of_adapter(record: BaseRecord, about: Mapping[str, Any]) -> str | None:
+def _find_adapter_origin(record: BaseRecord, about: Mapping[str, Any]) -> str | None:
     if "base_quantized" not in about:
         return record.fingerprint
     origin = about.get("base_made_from")
     return origin if isinstance(origin, str) else None
 
 
-def lineage(skeleton: Skeleton) -> dict[str, str]:
+def describe_lineage(skeleton: Skeleton) -> dict[str, str]:
     """Return the origin of a quantized base for an adapter's ``dist_peft.json``.
 
     Its quantization and, of a base that ``dist-peft quantize`` wrote, the fingerprint of the
@@ -283,12 +296,12 @@ def lineage(skeleton: Skeleton) -> dict[str, str]:
     """
     if (packed := skeleton.prequantized) is None:
         return {}
-    origin = made_from(skeleton.index.path).get("fingerprint")
+    origin = read_quantization_origin(skeleton.index.path).get("fingerprint")
     known = {"base_made_from": origin} if isinstance(origin, str) else {}
-    return {"base_quantized": packed.label, **known}
+    return {"base_quantized": packed.format_label, **known}
 
 
-def made_from(directory: Path) -> dict[str, Any]:
+def read_quantization_origin(directory: Path) -> dict[str, Any]:
     """Return the recorded origin of a ``dist-peft quantize`` directory; empty for any other."""
     if not (directory / "config.json").is_file():
         return {}

@@ -30,13 +30,13 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (``app.exit_codes``)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser(argv).parse_args(argv)
+    args = build_verb_parser(argv).parse_args(argv)
     from dist_peft.app.exit_codes import run_command  # after --help and errors of usage
 
     return run_command(args)
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def build_verb_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of ``argv``: all verbs, with arguments only of the verb in ``argv``."""
     parser = argparse.ArgumentParser(
         prog="dist-peft",

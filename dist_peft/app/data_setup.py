@@ -9,36 +9,43 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dist_peft.core.agreement import digest_of
+from dist_peft.core.agreement import hash_json_value
 from dist_peft.core.config.run import DataConfig, DataSource, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.data.classification import LabelledLoader, LabelledRows, load_labelled
-from dist_peft.data.documents import RowSet, load_row_sets, load_rows
-from dist_peft.data.loader import Loader, Rows
-from dist_peft.data.mixture import Mixture
-from dist_peft.data.multiple_choice import ChoiceRows, Question
-from dist_peft.data.order import MixedOrder, Order, shares_of
-from dist_peft.data.tokenizer_digest import template_digest, tokenizer_digest
-from dist_peft.model.classifier import pad_token
+from dist_peft.data.classification import LabelledLoader, LabelledSequences, load_labelled_sequences
+from dist_peft.data.documents import SequenceSet, load_sequence_set, load_sequence_sets
+from dist_peft.data.loader import Loader, SequenceDataset
+from dist_peft.data.mixture import SequenceMixture
+from dist_peft.data.multiple_choice import ChoiceQuestion, ChoiceSequences
+from dist_peft.data.order import MixtureOrder, SequenceOrder, make_mixture_shares
+from dist_peft.data.tokenizer_digest import compute_template_digest, compute_tokenizer_digest
+from dist_peft.model.classifier import choose_pad_token_id
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
 
-__all__ = ["Loaders", "check_fit", "check_tokens", "choice_loader", "make_loaders", "read_rows"]
+__all__ = [
+    "DataLoaders",
+    "check_loaders_fit_model",
+    "check_token_range",
+    "load_source_rows",
+    "make_choice_loader",
+    "make_data_loaders",
+]
 
 log = logging.getLogger("dist_peft")
 
 PROBE_TOKENS = 64
 PROBE_ROWS = 8
 
-AnyRows = RowSet | LabelledRows | Mixture
+AnyRows = SequenceSet | LabelledSequences | SequenceMixture
 
 T = TypeVar("T")
 
 
 @dataclass
-class Loaders:
+class DataLoaders:
     """Loaders of training and held-out data, and probe tokens whose logits are compared.
 
     Attributes:
@@ -53,7 +60,7 @@ class Loaders:
     inputs: dict[str, str | None]
 
 
-def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loaders:
+def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> DataLoaders:
     """Tokenize (once per node, other ranks read the cache) and build this rank's loaders.
 
     Raises:
@@ -63,8 +70,8 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
     data = config.data
     held_out: AnyRows | None = None
     if data.eval:
-        held_out = _read(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
-    train = _read(data, data.train, "train", data.mixing != "joined", tokenizer, world)
+        held_out = _load_rows_by_task(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
+    train = _load_rows_by_task(data, data.train, "train", data.mixing != "joined", tokenizer, world)
     batch = config.train.global_batch
     for count, unit in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
         if count < world.size:
@@ -79,34 +86,35 @@ def make_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> Loade
             world.size,
             extra=ONCE,
         )
-    probe = _probe(held_out or train)
-    eval_loader = None if held_out is None else _loader(config, held_out, tokenizer, world)
-    train_loader = _loader(config, train, tokenizer, world, _order(config, train))
+    probe = _select_probe_tokens(held_out or train)
+    eval_loader = None if held_out is None else _make_loader(config, held_out, tokenizer, world)
+    train_loader = _make_loader(config, train, tokenizer, world, _make_mixed_order(config, train))
     inputs = {
-        "contents of data.train": _contents(train),
-        "contents of data.eval": None if held_out is None else _contents(held_out),
-        "tokenizer of base.path": tokenizer_digest(tokenizer),
-        "chat template of base.path": template_digest(tokenizer),
-        "chat template of data.train": train.chat_template and digest_of(train.chat_template)[:32],
+        "contents of data.train": _fingerprint_rows(train),
+        "contents of data.eval": None if held_out is None else _fingerprint_rows(held_out),
+        "tokenizer of base.path": compute_tokenizer_digest(tokenizer),
+        "chat template of base.path": compute_template_digest(tokenizer),
+        "chat template of data.train": train.chat_template
+        and hash_json_value(train.chat_template)[:32],
     }
-    return Loaders(train_loader, eval_loader, probe, train.chat_template, inputs)
+    return DataLoaders(train_loader, eval_loader, probe, train.chat_template, inputs)
 
 
-def _contents(rows: AnyRows) -> str:
+def _fingerprint_rows(rows: AnyRows) -> str:
     return f"{len(rows)} rows, fingerprint {rows.fingerprint[:32]}"
 
 
-def _probe(rows: AnyRows) -> Tensor:
+def _select_probe_tokens(rows: AnyRows) -> Tensor:
     """Return probe tokens [sequences, tokens]: one sequence, or several labelled records."""
-    count = 1 if isinstance(rows, RowSet) else PROBE_ROWS
-    tokens = [rows.row(index)[0] for index in range(min(count, len(rows)))]
+    count = 1 if isinstance(rows, SequenceSet) else PROBE_ROWS
+    tokens = [rows.get_sequence(index)[0] for index in range(min(count, len(rows)))]
     width = min(PROBE_TOKENS, *map(len, tokens))
     return torch.stack([row[:width] for row in tokens])
 
 
-def choice_loader(
+def make_choice_loader(
     config: RunConfig,
-    questions: Sequence[Question],
+    questions: Sequence[ChoiceQuestion],
     skeleton: Skeleton,
     tokenizer: Tokenizer,
     world: World,
@@ -120,14 +128,14 @@ def choice_loader(
     Raises:
         UserError: an answer is longer than ``data.seq_len``, or does not fit the model.
     """
-    loader = _loader(
-        config, ChoiceRows(questions, tokenizer, config.data.seq_len), tokenizer, world
+    loader = _make_loader(
+        config, ChoiceSequences(questions, tokenizer, config.data.seq_len), tokenizer, world
     )
-    _check_fit("the questions", loader.rows, skeleton, extra)
+    _check_rows_fit_model("the questions", loader.rows, skeleton, extra)
     return loader
 
 
-def check_fit(loaders: Loaders, skeleton: Skeleton, extra: int) -> None:
+def check_loaders_fit_model(loaders: DataLoaders, skeleton: Skeleton, extra: int) -> None:
     """Check that the model has an embedding for every token and position of the data.
 
     Args:
@@ -138,18 +146,18 @@ def check_fit(loaders: Loaders, skeleton: Skeleton, extra: int) -> None:
     """
     for name, loader in (("data.train", loaders.train), ("data.eval", loaders.eval)):
         if loader is not None:
-            _check_fit(name, loader.rows, skeleton, extra)
+            _check_rows_fit_model(name, loader.rows, skeleton, extra)
 
 
-def _check_fit(name: str, rows: Rows, skeleton: Skeleton, extra: int) -> None:
-    check_tokens(name, rows, skeleton)
-    known = skeleton.positions
+def _check_rows_fit_model(name: str, rows: SequenceDataset, skeleton: Skeleton, extra: int) -> None:
+    check_token_range(name, rows, skeleton)
+    known = skeleton.max_positions
     # the padding of a packed sequence has positions too
-    needed = rows.seq_len if rows.packed and skeleton.positions_are_learned else rows.longest
+    needed = rows.seq_len if rows.packed and skeleton.has_learned_positions else rows.longest
     needed += extra
     if known is None or needed <= known:
         return
-    if skeleton.positions_are_learned:
+    if skeleton.has_learned_positions:
         raise UserError(
             f"{name} needs {needed} positions but the base has learned {known}; "
             f"set data.seq_len to at most {known - extra}"
@@ -164,31 +172,33 @@ def _check_fit(name: str, rows: Rows, skeleton: Skeleton, extra: int) -> None:
     )
 
 
-def check_tokens(name: str, rows: Rows, skeleton: Skeleton) -> None:
+def check_token_range(name: str, rows: SequenceDataset, skeleton: Skeleton) -> None:
     """Check that the model has an embedding for every token of ``rows``, called ``name``.
 
     Raises:
         UserError: a token has no embedding.
     """
-    if rows.largest_token >= skeleton.vocabulary:
+    if rows.largest_token >= skeleton.vocabulary_size:
         raise UserError(
             f"{name} has token {rows.largest_token} but the base has embeddings for "
-            f"{skeleton.vocabulary} tokens: the tokenizer in base.path is another model's"
+            f"{skeleton.vocabulary_size} tokens: the tokenizer in base.path is another model's"
         )
 
 
-def read_rows(
+def load_source_rows(
     config: DataConfig, sources: list[DataSource], name: str, tokenizer: Tokenizer, world: World
-) -> RowSet:
+) -> SequenceSet:
     """Load some sources; the first rank of each node tokenizes, the others read the cache.
 
     Raises:
         UserError: on every rank: unreadable, empty or unfit data.
     """
-    return _cached(lambda: load_rows(config, sources, tokenizer, name=name), name, world)
+    return _load_through_cache(
+        lambda: load_sequence_set(config, sources, tokenizer, name=name), name, world
+    )
 
 
-def _read(
+def _load_rows_by_task(
     config: DataConfig,
     sources: list[DataSource],
     name: str,
@@ -196,55 +206,55 @@ def _read(
     tokenizer: Tokenizer,
     world: World,
 ) -> AnyRows:
-    """Load sources, joined or, if ``apart``, as a ``Mixture`` of uniquely named parts.
+    """Load sources, joined or, if ``apart``, as a ``SequenceMixture`` of uniquely named parts.
 
-    Labelled sources are separate tasks, so several of them are always a ``Mixture``.
+    Labelled sources are separate tasks, so several of them are always a ``SequenceMixture``.
     """
-    read: Callable[..., list[RowSet] | list[LabelledRows]] = load_row_sets
-    if config.classifies:
-        read, apart = load_labelled, apart or len(sources) > 1
+    read: Callable[..., list[SequenceSet] | list[LabelledSequences]] = load_sequence_sets
+    if config.is_classification:
+        read, apart = load_labelled_sequences, apart or len(sources) > 1
     elif not apart:
-        return read_rows(config, sources, name, tokenizer, world)
-    parts = _cached(partial(read, config, sources, tokenizer, name=name), name, world)
+        return load_source_rows(config, sources, name, tokenizer, world)
+    parts = _load_through_cache(partial(read, config, sources, tokenizer, name=name), name, world)
     if not apart:
         return parts[0]
     names: list[str] = []
     for source in sources:
-        same = sum(n == source.task or n.startswith(f"{source.task}-") for n in names)
-        names.append(f"{source.task}-{same + 1}" if same else source.task)
-    return Mixture(parts, names)
+        same = sum(n == source.task_name or n.startswith(f"{source.task_name}-") for n in names)
+        names.append(f"{source.task_name}-{same + 1}" if same else source.task_name)
+    return SequenceMixture(parts, names)
 
 
-def _cached(read: Callable[[], T], name: str, world: World) -> T:
+def _load_through_cache(read: Callable[[], T], name: str, world: World) -> T:
     """Return ``read()``; the first rank of each node fills the cache before the others read."""
     found: list[T] = []
     for first in (True, False):
-        with world.together(f"read data.{name}"):
+        with world.raise_together(f"read data.{name}"):
             if world.is_first_of_node == first:
                 found.append(read())
     return found[0]
 
 
-def _order(config: RunConfig, rows: AnyRows) -> Order | None:
+def _make_mixed_order(config: RunConfig, rows: AnyRows) -> SequenceOrder | None:
     if config.data.mixing == "joined":
         return None
-    assert isinstance(rows, Mixture)
-    return MixedOrder(
-        shares_of(config.data, rows.sizes),
+    assert isinstance(rows, SequenceMixture)
+    return MixtureOrder(
+        make_mixture_shares(config.data, rows.sequence_counts),
         global_batch=config.train.global_batch,
         seed=config.train.seed,
         shuffle=config.train.shuffle,
     )
 
 
-def _loader(
+def _make_loader(
     config: RunConfig,
-    rows: Rows,
+    rows: SequenceDataset,
     tokenizer: Tokenizer,
     world: World,
-    order: Order | None = None,
+    order: SequenceOrder | None = None,
 ) -> Loader:
-    kind = LabelledLoader if config.data.classifies else Loader
+    kind = LabelledLoader if config.data.is_classification else Loader
     return kind(
         rows,
         global_batch=config.train.global_batch,
@@ -254,6 +264,8 @@ def _loader(
         rank=world.rank,
         world_size=world.size,
         seq_len=config.data.seq_len,
-        pad_id=pad_token(tokenizer) if config.data.classifies else tokenizer.pad_token_id or 0,
+        pad_id=choose_pad_token_id(tokenizer)
+        if config.data.is_classification
+        else tokenizer.pad_token_id or 0,
         order=order,
     )

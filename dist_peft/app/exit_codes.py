@@ -12,7 +12,7 @@ import traceback
 from dataclasses import replace
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.world import MeetingError, RemoteError, World
+from dist_peft.core.world import RemoteError, RendezvousError, World
 from dist_peft.export.verdict import VerificationError
 
 __all__ = ["run_command"]
@@ -22,16 +22,16 @@ def run_command(args: argparse.Namespace) -> int:
     """Call ``args.run(args, world)`` and return the exit code.
 
     Args:
-        args: of ``app.cli.build_parser``: ``verb``, ``run`` and the verb's own options.
+        args: of ``app.cli.build_verb_parser``: ``verb``, ``run`` and the verb's own options.
     """
     world = World()
     try:
-        world = replace(World.from_env(), command=_describe_command(args))
+        world = replace(World.detect_world(), command=_describe_command(args))
         code: int = args.run(args, world)
-        world.disconnect()
+        world.leave_process_group()
         return _exit_process(world, code)
     except UserError as error:
-        if world.is_first or isinstance(error, MeetingError):
+        if world.is_first or isinstance(error, RendezvousError):
             print(f"dist-peft: {error}", file=sys.stderr, flush=True)
         return _exit_process(world, 2)
     except VerificationError as error:
@@ -46,7 +46,7 @@ def run_command(args: argparse.Namespace) -> int:
         return _exit_process(world, 130)
     except Exception as error:
         traceback.print_exc()
-        explanation = world.explain(error)
+        explanation = world.explain_failure(error)
         if explanation is not None:
             print(f"dist-peft: {explanation}", file=sys.stderr, flush=True)
         return _exit_process(world, 1)

@@ -7,29 +7,34 @@ from pathlib import Path
 import torch
 
 from dist_peft.adapters.adapter_format import find_format
-from dist_peft.adapters.directory import check_adapter, read_adapter, read_metadata, write_adapter
-from dist_peft.adapters.qalora.format import as_expanded, as_peft
-from dist_peft.app.run_report import add_section
+from dist_peft.adapters.directory import (
+    check_public_adapter,
+    read_adapter_directory,
+    read_adapter_metadata,
+    write_adapter_directory,
+)
+from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_peft
+from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.model_directory import check_new, copy_tokenizer
-from dist_peft.export.time_limit import NotVerified, time_limit
-from dist_peft.export.verdict import judge
+from dist_peft.export.model_directory import check_output_free, copy_tokenizer_files
+from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
+from dist_peft.export.verdict import judge_comparison
 from dist_peft.export.verify import Probe
 from dist_peft.export.verify_adapter import verify_adapter
-from dist_peft.model.hub import resolve_base
-from dist_peft.train.report import Section
+from dist_peft.model.hub import resolve_base_directory
+from dist_peft.train.report import ReportSection
 
-__all__ = ["VERIFY", "Verification", "export_adapter"]
+__all__ = ["VERIFY", "VerificationOptions", "export_adapter"]
 
 log = logging.getLogger("dist_peft")
 
-_WRITTEN_AS = {"peft": as_peft, "peft-expanded": as_expanded}
+_WRITTEN_AS = {"peft": to_pooled_peft, "peft-expanded": expand_to_plain_lora}
 """Adapter format -> conversion of QA-LoRA; LoRA is the same in both."""
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerificationOptions:
     """Options of the comparison of an export with the trained model.
 
     Attributes:
@@ -41,7 +46,7 @@ class Verification:
     seconds: float = 600.0
 
 
-VERIFY = Verification()
+VERIFY = VerificationOptions()
 
 
 @torch.no_grad()
@@ -51,7 +56,7 @@ def export_adapter(
     name: str,
     out: Path,
     *,
-    verify: Verification | None = VERIFY,
+    verify: VerificationOptions | None = VERIFY,
 ) -> None:
     """Write the adapter of a run as ``peft`` or ``peft-expanded`` and compare it in PEFT.
 
@@ -59,10 +64,10 @@ def export_adapter(
         UserError: PEFT has no such adapter, it is damaged, or ``out`` cannot be written.
         VerificationError: in PEFT on the base it does not compute the trained function.
     """
-    check_new(out)
+    check_output_free(out)
     adapter = run_dir / "adapter"
-    public = read_adapter(adapter)
-    check_adapter(public)  # a damaged one is refused, not copied
+    public = read_adapter_directory(adapter)
+    check_public_adapter(public)  # a damaged one is refused, not copied
     known = find_format(public.config)
     assert known is not None  # read_adapter refuses others
     if reason := known.explain_no_peft_form(public.config):
@@ -70,32 +75,32 @@ def export_adapter(
         if not known.peft_types:
             other = f"{adapter} already is what AdapterHub's library loads"
         raise UserError(f"{run_dir} {reason}; {other}")
-    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
+    probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another directory") from None
     # only tensors and settings are copied: other files of the directory are not trusted
-    write_adapter(out, _WRITTEN_AS[name](public), read_metadata(adapter))
-    copy_tokenizer(adapter, out)
+    write_adapter_directory(out, _WRITTEN_AS[name](public), read_adapter_metadata(adapter))
+    copy_tokenizer_files(adapter, out)
     log.info("wrote PEFT adapter %s", out)
     if probe is None or verify is None:
         return
     try:
         if name == "peft" and isinstance(config.adapter, QaLoraConfig):
-            raise NotVerified(
+            raise VerificationSkipped(
                 "PEFT applies its own QA-LoRA to GPTQ linears only; --format peft-expanded is the "
                 "same adapter as plain LoRA"
             )
-        with time_limit("loading it with PEFT", verify.seconds):
-            base = resolve_base(config.base)
+        with enforce_time_limit("loading it with PEFT", verify.seconds):
+            base = resolve_base_directory(config.base)
             consumer, found = verify_adapter(config.base, base, adapter, out, probe)
-    except NotVerified as error:
+    except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
         return
     log.info("loaded by %s: %s", consumer, found)
-    rows = [("Loaded by", consumer), *found.rows()]
-    add_section(run_dir, Section(f"Export {name}", rows=tuple(rows)))
+    rows = [("Loaded by", consumer), *found.format_rows()]
+    add_report_section(run_dir, ReportSection(f"Export {name}", rows=tuple(rows)))
     hint = ""
     if public.facts.get("start"):
         hint = (
@@ -103,4 +108,4 @@ def export_adapter(
             "quantized base of PEFT is; of an NF4 base --format bnb-nf4 --keep-adapter "
             "keeps base and adapter as they were trained, or merge the run with --base decoded"
         )
-    judge(found, out, exact=True, max_error=verify.max_error, hint=hint)
+    judge_comparison(found, out, exact=True, max_error=verify.max_error, hint=hint)

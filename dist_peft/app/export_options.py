@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dist_peft.app.export_adapter import Verification
+from dist_peft.app.export_adapter import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.export.formats.registry import FORMATS, GGUF_TYPES, format_table
+from dist_peft.export.formats.registry import FORMATS, GGUF_TYPES, render_format_table
 
 __all__ = [
     "ADAPTERS",
@@ -16,9 +16,9 @@ __all__ = [
     "add_export_arguments",
     "add_merge_arguments",
     "add_run_arguments",
-    "read_verification",
+    "parse_verification_options",
     "require_one_process",
-    "warn_of_unused",
+    "warn_unused_arguments",
 ]
 
 log = logging.getLogger("dist_peft")
@@ -63,28 +63,28 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-error",
-        type=_share,
+        type=_parse_error_share,
         metavar="X",
         help="largest error that ends with exit code 0, as a share of the change by training "
         "(0.3); default: 0.05 for forms that keep the trained function, 1 for the others",
     )
     parser.add_argument(
         "--verify-minutes",
-        type=_positive,
+        type=_parse_positive_minutes,
         default=10.0,
         metavar="N",
         help="longest time for loading the result with its own library; default 10",
     )
 
 
-def _share(text: str) -> float:
+def _parse_error_share(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no share of at least 0")
     return number
 
 
-def _positive(text: str) -> float:
+def _parse_positive_minutes(text: str) -> float:
     number = float(text)
     if not 0 < number < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
@@ -95,7 +95,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export`` only."""
     names = ", ".join(FORMATS)
     parser.add_argument(
-        "--list", action=_ListFormats, help="print precision and consumer of each format"
+        "--list", action=_ListFormatsAction, help="print precision and consumer of each format"
     )
     parser.add_argument(
         "--format", required=True, choices=FORMATS, metavar="NAME", help=f"one of {names}"
@@ -137,24 +137,24 @@ _OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 """Option -> its argparse settings, and the formats that it changes."""
 
 
-class _ListFormats(argparse.Action):
+class _ListFormatsAction(argparse.Action):
     """``--list``: print the table of formats and exit, as ``--help`` does."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(format_table())
+        print(render_format_table())
         parser.exit()
 
 
-def read_verification(args: argparse.Namespace) -> Verification | None:
+def parse_verification_options(args: argparse.Namespace) -> VerificationOptions | None:
     """Return the options of the comparison with the trained model; None with ``--no-verify``."""
     if args.no_verify:
         if args.max_error is not None:
             log.warning("--max-error has no effect with --no-verify")
         return None
-    return Verification(args.max_error, 60 * args.verify_minutes)
+    return VerificationOptions(args.max_error, 60 * args.verify_minutes)
 
 
 def require_one_process(world: World) -> None:
@@ -167,7 +167,7 @@ def require_one_process(world: World) -> None:
         raise UserError(f"this verb runs in one process, not {world.size}; start it with python")
 
 
-def warn_of_unused(args: argparse.Namespace) -> None:
+def warn_unused_arguments(args: argparse.Namespace) -> None:
     """Log a warning for each option without effect on the format."""
     for name, (_, formats) in _OPTIONS.items():
         if getattr(args, name.replace("-", "_")) and args.format not in formats:

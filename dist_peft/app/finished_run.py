@@ -9,18 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import read_metadata
-from dist_peft.app.quantized_base import with_base_of_run
-from dist_peft.app.tasks import refuse_tasks
+from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.app.quantized_base import use_solved_base_of_run
+from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.hub import announce_trust
+from dist_peft.model.hub import warn_of_trusted_code
 
-__all__ = ["load_finished_run", "training_facts"]
+__all__ = ["load_finished_run", "select_training_settings"]
 
 
-def training_facts(config: RunConfig) -> dict[str, Any]:
+def select_training_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of ``config`` that is needed to apply the adapter's tensors as trained.
 
     Stored in ``adapter/dist_peft.json``; ``load_finished_run`` compares it.
@@ -44,19 +44,19 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    refuse_tasks(run_dir)
+    refuse_separate_tasks(run_dir)
     if not (run_dir / "adapter").is_dir():
         raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
     config = load_run_config(file, trust_remote_code=trust_remote_code)
     _refuse_contradiction(config, run_dir)
-    announce_trust(config.base)
-    return with_base_of_run(config, run_dir)
+    warn_of_trusted_code(config.base)
+    return use_solved_base_of_run(config, run_dir)
 
 
 def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
     """Raise UserError if ``config.yaml`` differs from the settings stored with the adapter."""
-    trained = read_metadata(run_dir / "adapter")
-    for key, stated in training_facts(config).items():
+    trained = read_adapter_metadata(run_dir / "adapter")
+    for key, stated in select_training_settings(config).items():
         if key not in trained or trained[key] == stated:  # older adapters keep fewer facts
             continue
         name = "adapter.kind" if key == "adapter_kind" else f"base.{key}"

@@ -24,29 +24,41 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dist_peft.app.data_setup import check_tokens, read_rows
-from dist_peft.app.model_setup import Built
-from dist_peft.compress.calibration import Sample, capture, find_stages, watch_input
+from dist_peft.app.data_setup import check_token_range, load_source_rows
+from dist_peft.app.model_setup import LoadedModel
+from dist_peft.compress.calibration import (
+    CalibrationSample,
+    capture_block_inputs,
+    find_linear_stages,
+    record_inputs,
+)
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.gptq import Factor, Hessian, factorize, gram, largest_entry, solve_rows
+from dist_peft.quant.gptq import (
+    HessianFactor,
+    HessianSum,
+    compute_gram,
+    factorize_hessian,
+    find_largest_entry,
+    solve_weight_rows,
+)
 from dist_peft.store.reader import RowReader
 
-__all__ = ["Stopped", "calibration_windows", "solve"]
+__all__ = ["CalibrationInterrupted", "make_calibration_sequences", "solve_gptq_codes"]
 
 log = logging.getLogger("dist_peft")
 
 
-class Stopped(Exception):
+class CalibrationInterrupted(Exception):
     """Calibration was stopped by a signal before its end; no result is kept."""
 
 
-def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor:
+def make_calibration_sequences(config: RunConfig, built: LoadedModel, world: World) -> Tensor:
     """Return token sequences of ``data.train``: long ``[samples, tokens]``, equal on every rank.
 
     Records are concatenated in an order drawn from ``train.seed`` and cut into full sequences.
@@ -57,19 +69,19 @@ def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor
     quant, data = config.base.quant, config.data
     assert quant is not None
     each = data.model_copy(update={"packing": False, "too_long": "truncate"})
-    rows = read_rows(each, each.train, "train", built.tokenizer, world)
-    check_tokens("data.train", rows, built.skeleton)
-    base = built.skeleton.index.fingerprint()
+    rows = load_source_rows(each, each.train, "train", built.tokenizer, world)
+    check_token_range("data.train", rows, built.skeleton)
+    base = built.skeleton.index.compute_fingerprint()
     inputs = {"contents of base.path": base, "contents of data.train": rows.fingerprint}
-    world.agree("calibration data", inputs)
-    tokens = min(quant.calibration_tokens, built.skeleton.positions or quant.calibration_tokens)
+    world.check_agreement("calibration data", inputs)
+    tokens = min(quant.calibration_tokens, built.skeleton.max_positions or quant.calibration_tokens)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.train.seed))
     parts: list[Tensor] = []
     missing = quant.calibration_samples * tokens
     for index in order.tolist():
         if missing <= 0:
             break
-        parts.append(rows.row(index)[0])
+        parts.append(rows.get_sequence(index)[0])
         missing -= len(parts[-1])
     text = torch.cat(parts)
     count = min(len(text) // tokens, quant.calibration_samples)
@@ -91,8 +103,8 @@ def calibration_windows(config: RunConfig, built: Built, world: World) -> Tensor
 
 
 @torch.no_grad()
-def solve(
-    built: Built, windows: Tensor, world: World, stop: Callable[[], bool] = lambda: False
+def solve_gptq_codes(
+    built: LoadedModel, windows: Tensor, world: World, stop: Callable[[], bool] = lambda: False
 ) -> None:
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
@@ -106,16 +118,16 @@ def solve(
         Stopped: ``stop`` returned true.
         UserError: on every rank: non-finite activations or a Hessian that cannot be factored.
     """
-    with RowReader(built.skeleton.index) as reader, freed_memory_is_returned():
-        _Solver(built, windows, world, reader, stop).run()
+    with RowReader(built.skeleton.index) as reader, return_freed_memory():
+        _GptqSolver(built, windows, world, reader, stop).solve_all_blocks()
 
 
-class _Solver:
+class _GptqSolver:
     """Pass calibration samples through the blocks and quantize each block's linears."""
 
     def __init__(
         self,
-        built: Built,
+        built: LoadedModel,
         windows: Tensor,
         world: World,
         reader: RowReader,
@@ -124,7 +136,7 @@ class _Solver:
         self.built, self.world, self.reader, self.stop = built, world, reader, stop
         self.blocks, self.device = built.skeleton.blocks, built.engine.device
         self.count = len(windows)
-        self.samples: list[Sample] = []
+        self.samples: list[CalibrationSample] = []
         # blocks contain collectives, so all ranks run them equally often; surplus runs of sample 0
         # are left out of the Hessian
         self.mine = range(world.rank, self.count, world.size)
@@ -132,11 +144,11 @@ class _Solver:
             index = self.mine[number] if number < len(self.mine) else 0
             ids = windows[index : index + 1].to(self.device)
             like = self.samples[0] if self.samples else None
-            self.samples.append(capture(built.model, self.blocks, ids, like))
-            self._stop_if_asked()
+            self.samples.append(capture_block_inputs(built.model, self.blocks, ids, like))
+            self._raise_if_stopped()
         self.stages_done = 0
 
-    def run(self) -> None:
+    def solve_all_blocks(self) -> None:
         log.info(
             "gptq: %d calibration sequences of %d tokens, %d blocks",
             self.count,
@@ -144,92 +156,100 @@ class _Solver:
             len(self.blocks),
         )
         for number, block in enumerate(self.blocks):
-            for stage in find_stages(block, partial(self.samples[0].run, block, number)):
-                self._stop_if_asked()
-                factor = self._factor(block, number, stage[0])
+            for stage in find_linear_stages(
+                block, partial(self.samples[0].run_block, block, number)
+            ):
+                self._raise_if_stopped()
+                factor = self._broadcast_factor(block, number, stage[0])
                 for linear in stage:
-                    self._refill(linear, factor)
+                    self._replace_codes(linear, factor)
             for sample in self.samples:
-                sample.hidden = sample.run(block, number)
+                sample.hidden = sample.run_block(block, number)
             log.info("gptq: block %d of %d", number + 1, len(self.blocks))
 
-    def _stop_if_asked(self) -> None:
-        (stopping,) = self.world.max(self.stop())
+    def _raise_if_stopped(self) -> None:
+        (stopping,) = self.world.max_over_ranks(self.stop())
         if stopping:
-            raise Stopped
+            raise CalibrationInterrupted
 
-    def _factor(self, block: nn.Module, number: int, linear: FrozenLinear) -> Factor:
+    def _broadcast_factor(
+        self, block: nn.Module, number: int, linear: FrozenLinear
+    ) -> HessianFactor:
         """Factor the Hessian of the inputs of ``linear`` on one rank and broadcast the factor."""
-        hessian = self._hessian(block, number, linear)
-        size = _codec(linear).group_size
-        factor: Factor | None = None
+        hessian = self._compute_hessian(block, number, linear)
+        size = _get_affine_codec(linear).group_size
+        factor: HessianFactor | None = None
         owner = self.stages_done % self.world.size
         self.stages_done += 1
-        with self.world.together(f"factor the Hessian of {linear.source}"):
+        with self.world.raise_together(f"factor the Hessian of {linear.source}"):
             if self.world.rank == owner:
                 try:
-                    factor = factorize(hessian.value(), size)
+                    factor = factorize_hessian(hessian.mean_hessian(), size)
                 except ValueError as error:
                     raise UserError(
                         f"tensor {linear.source}: {error}; raise base.quant.calibration_samples "
                         "or use base.quant.solver: hqq"
                     ) from None
         if factor is None:
-            factor = Factor.empty(-(-linear.in_features // size) * size, self.device)
-        self.world.broadcast(factor.order, owner)
-        self.world.broadcast(factor.upper, owner)
+            factor = HessianFactor.allocate_empty(
+                -(-linear.in_features // size) * size, self.device
+            )
+        self.world.broadcast_tensor(factor.order, owner)
+        self.world.broadcast_tensor(factor.upper, owner)
         return factor
 
-    def _hessian(self, block: nn.Module, number: int, linear: FrozenLinear) -> Hessian:
+    def _compute_hessian(self, block: nn.Module, number: int, linear: FrozenLinear) -> HessianSum:
         """Return the Hessian of the inputs of ``linear``, summed over the samples of all ranks."""
-        hessian = self._local_sum(block, number, linear, None)
-        (most,) = self.world.max(hessian.largest)
+        hessian = self._accumulate_local_hessian(block, number, linear, None)
+        (most,) = self.world.max_over_ranks(hessian.largest)
         if math.isinf(most):
             raise UserError(
                 f"calibration produced infinite or NaN inputs for {linear.source}; set "
                 "base.compute_dtype to bfloat16 or float32"
             )
         if most > hessian.limit:
-            hessian = self._local_sum(block, number, linear, most)
-        self.world.add_up(hessian.total)
+            hessian = self._accumulate_local_hessian(block, number, linear, most)
+        self.world.all_reduce_sum(hessian.total)
         return hessian
 
-    def _local_sum(
+    def _accumulate_local_hessian(
         self, block: nn.Module, number: int, linear: FrozenLinear, top: float | None
-    ) -> Hessian:
+    ) -> HessianSum:
         """Sum the Gram matrices of this rank's samples as integers.
 
         Args:
             top: largest entry, which sets the unit of the integers; None: that of sample 0.
         """
-        hessian: Hessian | None = None
-        with watch_input(linear) as inputs:
+        hessian: HessianSum | None = None
+        with record_inputs(linear) as inputs:
             for position, sample in enumerate(self.samples):
-                sample.run(block, number)
-                own = gram(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]))
+                sample.run_block(block, number)
+                own = compute_gram(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]))
                 inputs.clear()
                 if top is None:
-                    (top,) = self.world.max(largest_entry(own) if self.world.is_first else 0.0)
+                    (top,) = self.world.max_over_ranks(
+                        find_largest_entry(own) if self.world.is_first else 0.0
+                    )
                 if hessian is None:
-                    hessian = Hessian(linear.in_features, top, self.count, self.device)
+                    hessian = HessianSum(linear.in_features, top, self.count, self.device)
                 if position < len(self.mine):
-                    hessian.add(own)
+                    hessian.add_sample(own)
         assert hessian is not None
         return hessian
 
-    def _refill(self, linear: FrozenLinear, factor: Factor) -> None:
+    def _replace_codes(self, linear: FrozenLinear, factor: HessianFactor) -> None:
         engine = self.built.engine
-        span = engine.span(linear.packed)
+        span = engine.local_row_span(linear.packed)
         packed = torch.empty(0)
-        with self.world.together(f"quantize {linear.source}"):
-            rows = self.reader.read(linear.source, span).to(self.device)
+        with self.world.raise_together(f"quantize {linear.source}"):
+            rows = self.reader.read_rows(linear.source, span).to(self.device)
             try:
-                packed = solve_rows(rows, factor, _codec(linear))
+                packed = solve_weight_rows(rows, factor, _get_affine_codec(linear))
             except ValueError as error:
                 raise UserError(f"tensor {linear.source}: {error}") from None
-        engine.fill(linear, "packed", packed)
+        engine.fill_local_rows(linear, "packed", packed)
 
 
-def _codec(linear: FrozenLinear) -> AffineCodec:
+def _get_affine_codec(linear: FrozenLinear) -> AffineCodec:
     assert isinstance(linear.codec, AffineCodec)
     return linear.codec

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.adapters.adapter_format import ADAPTER_FORMATS, find_format
-from dist_peft.adapters.directory import check_adapter, config_file, read_adapter, tensors_file
-from dist_peft.adapters.fusion.format import fusion_names, is_fusion
-from dist_peft.adapters.qalora.pooling import read_pooling
+from dist_peft.adapters.directory import (
+    check_public_adapter,
+    choose_tensors_file,
+    find_config_file,
+    read_adapter_directory,
+)
+from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
+from dist_peft.adapters.qalora.pooling import read_pooling_facts
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 
-__all__ = ["describe_adapter", "describe_weights", "read_json"]
+__all__ = ["describe_adapter", "describe_trained_weights", "load_json_object"]
 
 _PICKLES = tuple(dict.fromkeys(known.pickle_file for known in ADAPTER_FORMATS))
 _TARGETS = {
@@ -35,44 +40,44 @@ def describe_adapter(path: Path) -> list[str]:
     Raises:
         UserError: the configuration or the safetensors file is damaged.
     """
-    config = read_json(config_file(path))
+    config = load_json_object(find_config_file(path))
     base = config.get("base_model_name_or_path", config.get("model_name"))
     lines = [
         f"adapter {path}",
-        f"  method       {_method(config)}",
-        *_pooling(config),
+        f"  method       {_describe_method(config)}",
+        *_describe_pooling(config),
         f"  base         {base}",
     ]
-    lines += [f"  {_tensors(path, config)}"]
-    lines += [f"  {label:<12} {text}" for label, text in _targets(config)]
-    if (reason := _why_not_read(path)) is not None:
+    lines += [f"  {_describe_tensors(path, config)}"]
+    lines += [f"  {label:<12} {text}" for label, text in _iterate_targets(config)]
+    if (reason := _find_read_obstacle(path)) is not None:
         lines.append(f"  not read     {reason}")
     own = path / "dist_peft.json"
-    about = read_json(own) if own.is_file() else {}
+    about = load_json_object(own) if own.is_file() else {}
     shown: dict[str, Any] = {"base": base, "adapter": {}}
     lines += [
-        f"  {key:<12} {_shortened(key, value)}"
+        f"  {key:<12} {_shorten_value(key, value)}"
         for key, value in about.items()
         if key not in shown or value != shown[key]
     ]
-    for part in fusion_names(config) if is_fusion(config) else ():
+    for part in list_fused_names(config) if is_fusion_config(config) else ():
         if (path / part).is_dir():
             lines += ["  " + line for line in describe_adapter(path / part)]
     return lines
 
 
-def describe_weights(path: Path) -> list[str]:
+def describe_trained_weights(path: Path) -> list[str]:
     """Return lines about trained weights of the base (format: ``adapters.full.format``)."""
-    about = read_json(path / "dist_peft.json")
+    about = load_json_object(path / "dist_peft.json")
     return [
         f"trained weights {path}",
         f"  method       {about.pop('kind')} fine-tuning",
-        f"  {_count(SafetensorsIndex.open(path))}",
-        *(f"  {key:<12} {_shortened(key, value)}" for key, value in about.items()),
+        f"  {_format_parameter_count(SafetensorsIndex.open(path))}",
+        *(f"  {key:<12} {_shorten_value(key, value)}" for key, value in about.items()),
     ]
 
 
-def _shortened(key: str, value: Any) -> Any:
+def _shorten_value(key: str, value: Any) -> Any:
     """Shorten the record of a base (``store.base_record``), one hash per tensor, to its id."""
     if key != "base_content" or not isinstance(value, dict):
         return value
@@ -81,7 +86,7 @@ def _shortened(key: str, value: Any) -> Any:
     return f"{value.get('id')}, hashes of {count} tensors"
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def _describe_method(config: Mapping[str, Any]) -> str:
     """The method and its sizes in one line, those of methods that are not trained here too."""
     known = find_format(config)
     if known is not None:
@@ -91,26 +96,26 @@ def _method(config: Mapping[str, Any]) -> str:
     return " ".join([str(config.get("peft_type")), *shown])
 
 
-def _pooling(config: Mapping[str, Any]) -> list[str]:
-    pooling = read_pooling(config)
+def _describe_pooling(config: Mapping[str, Any]) -> list[str]:
+    pooling = read_pooling_facts(config)
     return [f"  pooling      {pooling.convention} of {pooling.size} inputs"] if pooling else []
 
 
-def _tensors(path: Path, config: Mapping[str, Any]) -> str:
-    file = path / tensors_file(config)
+def _describe_tensors(path: Path, config: Mapping[str, Any]) -> str:
+    file = path / choose_tensors_file(config)
     if not file.is_file():
         pickle = next((name for name in _PICKLES if (path / name).is_file()), None)
         if pickle is not None:
             return f"parameters   in {pickle}, a pickle, which is not opened"
-    return _count(SafetensorsIndex.open(file))
+    return _format_parameter_count(SafetensorsIndex.open(file))
 
 
-def _count(index: SafetensorsIndex) -> str:
+def _format_parameter_count(index: SafetensorsIndex) -> str:
     numbers = sum(prod(info.shape) for info in index.tensors.values())
     return f"parameters   {numbers:,} in {len(index.tensors)} tensors"
 
 
-def _targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _iterate_targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield label and text of PEFT's targets: names, or one regular expression or keyword."""
     for key in _TARGETS:
         if value := config.get(key):
@@ -119,16 +124,16 @@ def _targets(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield _TARGETS[key], ", ".join(names[:_SHOWN]) + more
 
 
-def _why_not_read(path: Path) -> str | None:
+def _find_read_obstacle(path: Path) -> str | None:
     """Return the reason why this project cannot use the adapter; None if it can."""
     try:
-        check_adapter(read_adapter(path))
+        check_public_adapter(read_adapter_directory(path))
     except UserError as error:
         return str(error)
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def load_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:

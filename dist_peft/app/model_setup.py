@@ -12,38 +12,51 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.classifier_head.method import HeadedAdapter, with_head
-from dist_peft.adapters.protocol import Adapter, TrainsBase
+from dist_peft.adapters.classifier_head.method import HeadedAdapter, add_classifier_head
+from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.adapters.tensor_checks import check_tensor_values
-from dist_peft.app.base_content import TrainedOn, fused_bases, hashes_over_ranks
+from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
 from dist_peft.core.config.run import FusionConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.data.labels import class_names
+from dist_peft.data.labels import list_class_names
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.activation_checkpointing import checkpoint_blocks
-from dist_peft.engine.protocol import OptimizerFactory, own_parameters
-from dist_peft.model.base_hashes import row_hashes
-from dist_peft.model.classifier import take_pad_token
-from dist_peft.model.freezing import packed_share
-from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
+from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.protocol import OptimizerFactory, local_parameters
+from dist_peft.model.base_hashes import build_row_hashes
+from dist_peft.model.classifier import set_pad_token
+from dist_peft.model.freezing import compute_packed_share
+from dist_peft.model.hub import (
+    Tokenizer,
+    load_tokenizer,
+    resolve_base_directory,
+    warn_of_trusted_code,
+)
 from dist_peft.model.isolation_probe import refuse_leaks
 from dist_peft.model.load import AdapterRows, load_model
-from dist_peft.model.skeleton import Skeleton, build_skeleton, torch_dtype
+from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.checkpoint import CheckpointManager
 
-__all__ = ["Built", "Prepared", "give_start", "load", "prepare", "restore", "with_labels"]
+__all__ = [
+    "LoadedModel",
+    "ModelSetup",
+    "build_model",
+    "load_init_factors",
+    "load_training_state",
+    "load_weights",
+    "replace_labels",
+]
 
 log = logging.getLogger("dist_peft")
 
 
 @dataclass
-class Prepared:
+class ModelSetup:
     """Rank-local setup (no collectives): files located, model on meta, adapter attached."""
 
     config: RunConfig
@@ -54,7 +67,7 @@ class Prepared:
     adapter: Adapter
     base_id: str
     """Fingerprint of the base's files, quantization and compute type, and the head's labels."""
-    fused: list[TrainedOn]
+    fused: list[BaseRequirement]
     """Bases of a fusion's adapters, which have to be this base."""
 
     @property
@@ -63,7 +76,7 @@ class Prepared:
 
 
 @dataclass
-class Built(Prepared):
+class LoadedModel(ModelSetup):
     """A loaded, sharded model."""
 
     engine: Engine
@@ -78,25 +91,27 @@ class Built(Prepared):
     record: BaseRecord
     """Record of the base with the hashes of all its tensors."""
 
-    def parameter(self, name: str) -> nn.Parameter:
+    def get_parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = attrgetter(name)(self.model)
         return found
 
-    def optimize(self, factory: OptimizerFactory) -> nn.Module:
+    def setup_optimizer(self, factory: OptimizerFactory) -> nn.Module:
         """Set up the optimizer of the trainable parameters and return the module to call."""
         adapter = self.adapter
-        if isinstance(adapter, TrainsBase):
-            return self.engine.optimize(self.model, factory, adapter.lr_scale, adapter.first_step)
-        return self.engine.optimize(self.model, factory, adapter.lr_scale)
+        if isinstance(adapter, TrainsBaseWeights):
+            return self.engine.setup_optimizer(
+                self.model, factory, adapter.get_lr_scale, adapter.get_first_step
+            )
+        return self.engine.setup_optimizer(self.model, factory, adapter.get_lr_scale)
 
     def gather_adapter(self) -> dict[str, Tensor]:
         """Return every adapter parameter, unsharded, on the CPU of each rank."""
-        return {n: self.engine.gather(self.parameter(n)) for n in self.adapter_names}
+        return {n: self.engine.gather_parameter(self.get_parameter(n)) for n in self.adapter_names}
 
 
-def prepare(
+def build_model(
     config: RunConfig, world: World, *, solving: bool = False, packed_tokens: int = 0
-) -> Prepared:
+) -> ModelSetup:
     """Locate the base, build the model on meta and attach the adapter.
 
     Args:
@@ -107,48 +122,50 @@ def prepare(
         UserError: unusable base files, model type or adapter targets; packed documents attend to
             each other.
     """
-    announce_trust(config.base)
-    directory = resolve_base(config.base)
-    skeleton = build_skeleton(config.base, directory, class_names(config.data))
+    warn_of_trusted_code(config.base)
+    directory = resolve_base_directory(config.base)
+    skeleton = build_skeleton(config.base, directory, list_class_names(config.data))
     found = skeleton.prequantized
     quant = config.base.quant
     if quant is not None or found is not None:
-        log.info("%.1f %% of the model's bytes are packed", 100 * packed_share(skeleton.model))
+        log.info(
+            "%.1f %% of the model's bytes are packed", 100 * compute_packed_share(skeleton.model)
+        )
     if found is None and quant is not None and quant.solver == "gptq" and not solving:
         raise UserError(
             f"base.quant.solver is gptq, and base.path {config.base.path} is not quantized: give "
             "the directory that dist-peft quantize wrote, or the base/ of a run"
         )
     if found is not None:
-        base = config.base.model_copy(update={"quant": found.quant})
+        base = config.base.model_copy(update={"quant": found.quant_config})
         config = config.model_copy(update={"base": base})
     if packed_tokens:
         refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-    compute = torch_dtype(config.base.compute_dtype)
+    compute = parse_torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
     if skeleton.head is not None:
         seed = config.train.seed
-        adapter = with_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
-        take_pad_token(skeleton.model, tokenizer)
-    adapter.attach(skeleton.model)
-    fused: list[TrainedOn] = []
+        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+        set_pad_token(skeleton.model, tokenizer)
+    adapter.attach_to_model(skeleton.model)
+    fused: list[BaseRequirement] = []
     if isinstance(config.adapter, FusionConfig):
-        fused = fused_bases(config.adapter, config.base.path, skeleton)
-    base_id = _base_id(config, skeleton)
-    return Prepared(config, directory, tokenizer, skeleton, adapter, base_id, fused)
+        fused = read_fusion_bases(config.adapter, config.base.path, skeleton)
+    base_id = _compute_base_id(config, skeleton)
+    return ModelSetup(config, directory, tokenizer, skeleton, adapter, base_id, fused)
 
 
-def _base_id(config: RunConfig, skeleton: Skeleton) -> str:
+def _compute_base_id(config: RunConfig, skeleton: Skeleton) -> str:
     stored = config.base.model_dump(include={"quant", "compute_dtype"}, mode="json")
-    text = skeleton.index.fingerprint() + json.dumps(stored, sort_keys=True)
-    text += "" if skeleton.prequantized is None else skeleton.prequantized.label
+    text = skeleton.index.compute_fingerprint() + json.dumps(stored, sort_keys=True)
+    text += "" if skeleton.prequantized is None else skeleton.prequantized.format_label
     text += "" if skeleton.head is None else json.dumps(skeleton.head.labels)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def with_labels(built: Built, labels: Sequence[str]) -> Built:
+def replace_labels(built: LoadedModel, labels: Sequence[str]) -> LoadedModel:
     """Return the same loaded model with its classes renamed to ``labels``, one per class.
 
     A language model, which has no classes, is returned unchanged.
@@ -159,17 +176,17 @@ def with_labels(built: Built, labels: Sequence[str]) -> Built:
     assert len(labels) == len(head.labels) and isinstance(adapter, HeadedAdapter)
     head = adapter.head = replace(head, labels=tuple(labels))
     skeleton = replace(built.skeleton, head=head)
-    base_id = _base_id(built.config, skeleton)
+    base_id = _compute_base_id(built.config, skeleton)
     return replace(built, adapter=adapter, skeleton=skeleton, base_id=base_id)
 
 
-def load(
-    prepared: Prepared,
+def load_weights(
+    prepared: ModelSetup,
     config: RunConfig,
     world: World,
     device: torch.device,
-    trained_on: Sequence[TrainedOn] = (),
-) -> Built:
+    trained_on: Sequence[BaseRequirement] = (),
+) -> LoadedModel:
     """Shard the model and load its weights; every rank reads its own rows only.
 
     Args:
@@ -182,27 +199,29 @@ def load(
     engine = make_engine(config.engine, config.train, world, device)
     model = prepared.model
     if config.engine.activation_checkpointing:
-        checkpoint_blocks(prepared.skeleton.blocks)
-    engine.shard(model, prepared.skeleton.blocks)
-    hashes = row_hashes(prepared.skeleton)
+        checkpoint_block_activations(prepared.skeleton.blocks)
+    engine.shard_model(model, prepared.skeleton.blocks)
+    hashes = build_row_hashes(prepared.skeleton)
     with RowReader(prepared.skeleton.index, hashes) as reader:
-        with world.together("load base"), freed_memory_is_returned():
+        with world.raise_together("load base"), return_freed_memory():
             load_model(model, reader, engine, device)
-        if (packed := prepared.skeleton.prequantized) and (note := packed.rounding_note()):
+        if (packed := prepared.skeleton.prequantized) and (
+            note := packed.describe_scale_rounding()
+        ):
             log.warning("%s", note, extra=ONCE)
         log.info(
             "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
         )
         record = replace(
-            BaseRecord.of_files(prepared.config.base.path, prepared.skeleton.index),
-            tensors=hashes_over_ranks(hashes, prepared.skeleton, engine, world),
+            BaseRecord.from_index(prepared.config.base.path, prepared.skeleton.index),
+            tensors=gather_tensor_hashes(hashes, prepared.skeleton, engine, world),
         )
         for user in (*prepared.fused, *trained_on):
-            user.check_tensors(record.tensors, str(prepared.directory))
-        fields = {name: getattr(prepared, name) for name in Prepared.__dataclass_fields__}
+            user.check_tensor_hashes(record.tensors, str(prepared.directory))
+        fields = {name: getattr(prepared, name) for name in ModelSetup.__dataclass_fields__}
         parameters = dict(model.named_parameters())
         owners = {n for n, m in model.named_modules() if isinstance(m, AdapterRows)}
-        return Built(
+        return LoadedModel(
             **fields,
             engine=engine,
             bytes_read=reader.bytes_read,
@@ -213,25 +232,27 @@ def load(
         )
 
 
-def give_start(prepared: Prepared, checkpoints: Checkpoints, path: Path) -> None:
+def load_init_factors(prepared: ModelSetup, checkpoints: CheckpointManager, path: Path) -> None:
     """Load the initialization factors (PiSSA, LoftQ) of a checkpoint; call before ``load``.
 
     The base is quantized as the residual of these factors, so they have to come first.
     """
-    names = prepared.adapter.start_state()
-    whole = checkpoints.read_whole(path, [f"start/{name}" for name in names])
-    prepared.adapter.start_from({name: whole[f"start/{name}"] for name in names})
+    names = prepared.adapter.list_init_factors()
+    whole = checkpoints.read_whole_tensors(path, [f"start/{name}" for name in names])
+    prepared.adapter.set_init_factors({name: whole[f"start/{name}"] for name in names})
 
 
-def restore(built: Built, checkpoints: Checkpoints, path: Path, step: int) -> None:
+def load_training_state(
+    built: LoadedModel, checkpoints: CheckpointManager, path: Path, step: int
+) -> None:
     """Load adapters and optimizer moments of a checkpoint; call after ``optimize``.
 
     Raises:
         UserError: on every rank: files or tensors do not fit, or values are not finite.
     """
-    state = built.engine.state(built.model)
-    checkpoints.load(path, state)
-    with checkpoints.world.together("check the checkpoint's values"):
+    state = built.engine.training_state_dict(built.model)
+    checkpoints.load_checkpoint(path, state)
+    with checkpoints.world.raise_together("check the checkpoint's values"):
         for name, value in state.items():  # one by one: copies of all of them may not fit
-            check_tensor_values(own_parameters({name: value}), path)
-    built.engine.load_state(built.model, state, step)
+            check_tensor_values(local_parameters({name: value}), path)
+    built.engine.load_training_state_dict(built.model, state, step)

@@ -4,20 +4,20 @@ import json
 import logging
 from pathlib import Path
 
-from dist_peft.adapters.directory import read_metadata
-from dist_peft.app.model_setup import Built
+from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.app.model_setup import LoadedModel
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.outlook import KEPT_NF4, export_outlook
+from dist_peft.export.outlook import KEPT_NF4, find_export_obstacles
 from dist_peft.export.peft_form import measure_peft_form
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 
-__all__ = ["exact_form", "report_peft_form"]
+__all__ = ["find_exact_export_command", "report_peft_form"]
 
 log = logging.getLogger("dist_peft")
 
 
-def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
+def report_peft_form(config: RunConfig, built: LoadedModel, run_dir: Path) -> None:
     """Report the error of the adapter in PEFT on the original base, relative to the trained model.
 
     The error and the command of an exact export are logged and stored in ``adapter/dist_peft.json``
@@ -32,8 +32,8 @@ def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
         return
     if found is None:
         return
-    command = exact_form(config, built, run_dir)
-    about = read_metadata(adapter)
+    command = find_exact_export_command(config, built, run_dir)
+    about = read_adapter_metadata(adapter)
     about["peft_form"] = {
         "error": found.share,
         "of": "Frobenius norm of what training changed in the adapted weights",
@@ -42,7 +42,7 @@ def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
         "rows": found.rows,
         "exact": command,
     }
-    atomic_write(adapter / "dist_peft.json", json.dumps(about, indent=2) + "\n")
+    write_atomically(adapter / "dist_peft.json", json.dumps(about, indent=2) + "\n")
     log.log(
         logging.INFO if found.is_exact else logging.WARNING,
         "%s with PEFT on the original base: weights differ from the trained ones by %.1f %% of "
@@ -57,9 +57,9 @@ def report_peft_form(config: RunConfig, built: Built, run_dir: Path) -> None:
     )
 
 
-def exact_form(config: RunConfig, built: Built, run_dir: Path) -> str:
+def find_exact_export_command(config: RunConfig, built: LoadedModel, run_dir: Path) -> str:
     """Return the command of an exact export, with a separate adapter where a format has one."""
-    refused = export_outlook(config, built.skeleton, built.directory)
+    refused = find_export_obstacles(config, built.skeleton, built.directory)
     for form in (KEPT_NF4, "gptq", "compressed-tensors"):
         if form not in refused:
             return f"dist-peft export --run {run_dir} --format {form} --out OUT"

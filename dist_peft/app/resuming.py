@@ -1,7 +1,8 @@
 """Decide whether a run may resume from a checkpoint: keys that have to match or may change.
 
 A checkpoint stores every key of the configuration and a fingerprint of each input
-(``run_identity.run_values``). A change is refused if it invalidates the stored tensors, moments or
+(``run_identity.describe_run_values``). A change is refused if it invalidates the stored tensors,
+moments or
 position: adapter, base, rows and their order, tokenizer, chat template, arithmetic. A change that
 only affects later steps, or the location of files, is allowed and logged with the old and the new
 value. ``docs/checkpoints.md`` has the table.
@@ -14,19 +15,24 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dist_peft.app.data_setup import Loaders, make_loaders
-from dist_peft.app.model_setup import Prepared
-from dist_peft.app.run_identity import rank_inputs, run_values
-from dist_peft.core.agreement import NOT_SET, shown
+from dist_peft.app.data_setup import DataLoaders, make_data_loaders
+from dist_peft.app.model_setup import ModelSetup
+from dist_peft.app.run_identity import describe_rank_inputs, describe_run_values
+from dist_peft.core.agreement import NOT_SET, format_value
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.data.chat_date import with_frozen_date
+from dist_peft.data.chat_date import freeze_template_date
 from dist_peft.model.hub import Tokenizer
-from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 
-__all__ = ["check_resumable", "dated_loaders", "may_change", "read_inputs"]
+__all__ = [
+    "check_run_is_resumable",
+    "make_dated_loaders",
+    "may_change_on_resume",
+    "read_run_inputs",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -87,15 +93,15 @@ _MOST_KEYS = 8
 TEMPLATE_DATE = "date in the chat template"
 
 
-def may_change(key: str) -> bool:
+def may_change_on_resume(key: str) -> bool:
     """Return whether ``key``, such as ``data.train[0].path``, may change when a run resumes."""
     pattern = re.sub(r"\[\d+\]", "<>", key)
     return any(fnmatchcase(pattern, allowed) for allowed in _MAY_CHANGE)
 
 
-def read_inputs(
-    config: RunConfig, prepared: Prepared, world: World, resume_from: Path | None
-) -> Loaders:
+def read_run_inputs(
+    config: RunConfig, prepared: ModelSetup, world: World, resume_from: Path | None
+) -> DataLoaders:
     """Load the data of a run; check that ranks agree and that ``resume_from`` can be resumed.
 
     A date in the chat template is that of the checkpoint, else of today (the latest of all ranks',
@@ -105,45 +111,47 @@ def read_inputs(
         UserError: on every rank: unfit data; ranks differ; the checkpoint is of another run.
     """
     found = None
-    with world.together("read a checkpoint's position"):
+    with world.raise_together("read a checkpoint's position"):
         if resume_from is not None:
-            found = Checkpoints.position(resume_from)
-    loaders = dated_loaders(config, prepared.tokenizer, world, found)
-    world.agree("inputs", rank_inputs(config, prepared, loaders, resume_from))
+            found = CheckpointManager.read_position(resume_from)
+    loaders = make_dated_loaders(config, prepared.tokenizer, world, found)
+    world.check_agreement("inputs", describe_rank_inputs(config, prepared, loaders, resume_from))
     if resume_from is not None and found is not None:
-        check_resumable(resume_from, found, run_values(config, prepared, loaders, world))
+        check_run_is_resumable(
+            resume_from, found, describe_run_values(config, prepared, loaders, world)
+        )
     return loaders
 
 
-def dated_loaders(
+def make_dated_loaders(
     config: RunConfig, tokenizer: Tokenizer, world: World, found: RunPosition | None
-) -> Loaders:
+) -> DataLoaders:
     """Make loaders with one date in the chat template: that of ``found``, else of today."""
     today = datetime.date.today().toordinal()
     stored = None if found is None else found.values.get(TEMPLATE_DATE)
     if isinstance(stored, str):
-        today = _date(stored).toordinal()
-    date = datetime.date.fromordinal(int(world.max(today)[0]))
-    with world.together("freeze the date of the chat template"):
-        tokenizer, written = with_frozen_date(tokenizer, date)
-    loaders = make_loaders(config, tokenizer, world)
+        today = _parse_template_date(stored).toordinal()
+    date = datetime.date.fromordinal(int(world.max_over_ranks(today)[0]))
+    with world.raise_together("freeze the date of the chat template"):
+        tokenizer, written = freeze_template_date(tokenizer, date)
+    loaders = make_data_loaders(config, tokenizer, world)
     loaders.inputs[TEMPLATE_DATE] = written
     return loaders
 
 
-def _date(text: str) -> datetime.date:
+def _parse_template_date(text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except ValueError:
         return datetime.date.today()  # the comparison with the checkpoint then names both
 
 
-def check_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) -> None:
+def check_run_is_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) -> None:
     """Check that this run may resume from checkpoint ``path``; log the allowed changes.
 
     Args:
         found: position stored in the checkpoint.
-        mine: ``run_values`` of this run.
+        mine: ``describe_run_values`` of this run.
 
     Raises:
         UserError: a key that has to match differs; names each with both values.
@@ -156,12 +164,12 @@ def check_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) 
     refused: list[tuple[str, str, str]] = []
     allowed: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([*found.values, *mine]):
-        before = shown(found.values[key]) if key in found.values else NOT_SET
-        now = shown(mine[key]) if key in mine else NOT_SET
+        before = format_value(found.values[key]) if key in found.values else NOT_SET
+        now = format_value(mine[key]) if key in mine else NOT_SET
         if before == now:
             continue
         same = key == "train.optimizer" and {found.values.get(key), mine.get(key)} <= _ADAMW
-        (allowed if same or may_change(key) else refused).append((key, before, now))
+        (allowed if same or may_change_on_resume(key) else refused).append((key, before, now))
     if refused:
         told = "; ".join(f"{key} is {now}, there {before}" for key, before, now in refused)
         if len(refused) > _MOST_KEYS:

@@ -17,16 +17,21 @@ from pathlib import Path
 import torch
 
 from dist_peft.adapters.protocol import Adapter
-from dist_peft.app.data_setup import Loaders
-from dist_peft.app.model_setup import Prepared
-from dist_peft.core.agreement import digest_of, flatten_tree
+from dist_peft.app.data_setup import DataLoaders
+from dist_peft.app.model_setup import ModelSetup
+from dist_peft.core.agreement import flatten_tree, hash_json_value
 from dist_peft.core.config.run import FusionConfig, RunConfig
 from dist_peft.core.world import World
-from dist_peft.data.labels import class_names
-from dist_peft.engine import engine_kind
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.data.labels import list_class_names
+from dist_peft.engine import resolve_engine_kind
+from dist_peft.train.checkpoint import CheckpointManager
 
-__all__ = ["rank_configuration", "rank_inputs", "run_values", "total_steps"]
+__all__ = [
+    "count_total_steps",
+    "describe_rank_inputs",
+    "describe_run_values",
+    "flatten_rank_config",
+]
 
 _NODE_LOCAL = re.compile(
     r"base\.path|data\.(train|eval)\[\d+\]\.path|adapter\.adapters\[\d+\]\.path|data\.cache_dir"
@@ -36,7 +41,7 @@ _NODE_LOCAL = re.compile(
 cache, which are derived."""
 
 
-def rank_configuration(config: RunConfig, world: World) -> dict[str, object]:
+def flatten_rank_config(config: RunConfig, world: World) -> dict[str, object]:
     """Return the resolved configuration by key, which has to be equal on all ranks.
 
     Never raises: an unusable configuration has to be reported by all ranks together.
@@ -45,73 +50,77 @@ def rank_configuration(config: RunConfig, world: World) -> dict[str, object]:
     values = {k: v for k, v in flat.items() if not _NODE_LOCAL.fullmatch(k)}
     # checkpoints are written by all ranks into one directory
     values["save.dir"] = str(Path(config.save.dir).expanduser().absolute())
-    values["tasks of data.train"] = [source.task for source in config.data.train]
-    values["tasks of data.eval"] = [source.task for source in config.data.eval]
+    values["tasks of data.train"] = [source.task_name for source in config.data.train]
+    values["tasks of data.eval"] = [source.task_name for source in config.data.eval]
     if isinstance(config.adapter, FusionConfig):
-        values["names of adapter.adapters"] = [adapter.label for adapter in config.adapter.adapters]
+        values["names of adapter.adapters"] = [
+            adapter.display_name for adapter in config.adapter.adapters
+        ]
     if config.engine.kind == "auto":
         values["engine.kind"] = f"auto: {'zero' if world.launcher == 'deepspeed' else 'fsdp2'}"
     if config.engine.deepspeed_config is not None:
-        values["contents of engine.deepspeed_config"] = _json_contents(
+        values["contents of engine.deepspeed_config"] = _read_json_contents(
             Path(config.engine.deepspeed_config)
         )
     return values
 
 
-def _json_contents(path: Path) -> object:
+def _read_json_contents(path: Path) -> object:
     try:
         return json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return f"unreadable: {error}"
 
 
-def total_steps(config: RunConfig, loaders: Loaders) -> int:
+def count_total_steps(config: RunConfig, loaders: DataLoaders) -> int:
     """Return the number of optimizer steps of the run, rounded up at the end of the last epoch."""
     c = config.train
     per_epoch = len(loaders.train.rows) / c.global_batch
     return c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
 
 
-def rank_inputs(
-    config: RunConfig, prepared: Prepared, loaders: Loaders, resume_from: Path | None
+def describe_rank_inputs(
+    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders, resume_from: Path | None
 ) -> dict[str, object]:
     """Return fingerprints of this rank's inputs, the number of steps and the checkpoint."""
-    return _inputs(config, prepared, loaders) | {
-        "number of steps": total_steps(config, loaders),
-        "checkpoint to resume": _checkpoint(resume_from),
+    return _describe_inputs(config, prepared, loaders) | {
+        "number of steps": count_total_steps(config, loaders),
+        "checkpoint to resume": _describe_checkpoint(resume_from),
     }
 
 
-def _checkpoint(path: Path | None) -> str:
+def _describe_checkpoint(path: Path | None) -> str:
     if path is None:
         return "none"
-    position = Checkpoints.position(path)
-    return f"step {position.step} (SHA-256 {digest_of(vars(position))[:32]})"
+    position = CheckpointManager.read_position(path)
+    return f"step {position.step} (SHA-256 {hash_json_value(vars(position))[:32]})"
 
 
-def _inputs(config: RunConfig, prepared: Prepared, loaders: Loaders) -> dict[str, object]:
+def _describe_inputs(
+    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders
+) -> dict[str, object]:
     adapter: Adapter = prepared.adapter
     return {
-        "contents of base.path": prepared.skeleton.index.fingerprint(),
-        "contents of adapter.adapters": adapter.reads(),
-        "labels of data.train": list(class_names(config.data)),
+        "contents of base.path": prepared.skeleton.index.compute_fingerprint(),
+        "contents of adapter.adapters": adapter.input_fingerprint(),
+        "labels of data.train": list(list_class_names(config.data)),
         **loaders.inputs,
     }
 
 
-def run_values(
-    config: RunConfig, prepared: Prepared, loaders: Loaders, world: World
+def describe_run_values(
+    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders, world: World
 ) -> dict[str, object]:
     """Return all values that a later resume compares, by key, as plain JSON.
 
     ``resume`` itself is excluded: it selects a checkpoint and does not describe the run.
     """
     values = flatten_tree(config.model_dump(mode="json", exclude={"resume"}))
-    values |= _inputs(config, prepared, loaders)
+    values |= _describe_inputs(config, prepared, loaders)
     values |= {
-        "number of steps": total_steps(config, loaders),
+        "number of steps": count_total_steps(config, loaders),
         "number of ranks": world.size,
-        "engine in use": engine_kind(config.engine, world),
+        "engine in use": resolve_engine_kind(config.engine, world),
         "version of dist_peft": importlib.metadata.version("dist_peft"),
         "version of torch": str(torch.__version__),
         "version of transformers": importlib.metadata.version("transformers"),

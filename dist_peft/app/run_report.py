@@ -8,18 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.writer import atomic_write
-from dist_peft.train.report import RunSummary, Section, write_report
+from dist_peft.store.writer import write_atomically
+from dist_peft.train.report import ReportSection, RunSummary, write_report
 
-__all__ = ["add_section", "start_report"]
+__all__ = ["add_report_section", "write_run_report"]
 
 
-def start_report(run_dir: Path, summary: RunSummary) -> Path:
+def write_run_report(run_dir: Path, summary: RunSummary) -> Path:
     """Write the report of a finished run."""
-    return _write(run_dir, summary, [])
+    return _write_report_files(run_dir, summary, [])
 
 
-def add_section(run_dir: Path, section: Section) -> Path:
+def add_report_section(run_dir: Path, section: ReportSection) -> Path:
     """Rewrite the report with one more section, replacing one of the same title.
 
     Raises:
@@ -28,19 +28,26 @@ def add_section(run_dir: Path, section: Section) -> Path:
     path = run_dir / "report.json"
     try:
         tree = json.loads(path.read_text())
-        summary = RunSummary(**{**tree["summary"], "facts": _rows(tree["summary"]["facts"])})
-        kept = [Section(s["title"], _rows(s["rows"]), _rows(s["texts"])) for s in tree["sections"]]
+        summary = RunSummary(
+            **{**tree["summary"], "facts": _to_label_text_pairs(tree["summary"]["facts"])}
+        )
+        kept = [
+            ReportSection(
+                s["title"], _to_label_text_pairs(s["rows"]), _to_label_text_pairs(s["texts"])
+            )
+            for s in tree["sections"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not readable ({error}); finish the run first") from None
     kept = [s for s in kept if s.title != section.title]
-    return _write(run_dir, summary, [*kept, section])
+    return _write_report_files(run_dir, summary, [*kept, section])
 
 
-def _rows(pairs: list[list[str]]) -> tuple[tuple[str, str], ...]:
+def _to_label_text_pairs(pairs: list[list[str]]) -> tuple[tuple[str, str], ...]:
     return tuple((label, text) for label, text in pairs)
 
 
-def _write(run_dir: Path, summary: RunSummary, sections: list[Section]) -> Path:
+def _write_report_files(run_dir: Path, summary: RunSummary, sections: list[ReportSection]) -> Path:
     tree = {"summary": asdict(summary), "sections": [asdict(s) for s in sections]}
-    atomic_write(run_dir / "report.json", json.dumps(tree, indent=1))
+    write_atomically(run_dir / "report.json", json.dumps(tree, indent=1))
     return write_report(run_dir, summary, sections)

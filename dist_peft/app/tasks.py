@@ -20,14 +20,14 @@ from typing import Any
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import DataSource, FullConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 from dist_peft.train.report import RunSummary, write_task_report
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
-__all__ = ["TasksFile", "refuse_tasks", "task_configs", "task_runs"]
+__all__ = ["TasksFile", "list_task_runs", "refuse_separate_tasks", "split_task_configs"]
 
 
-def task_configs(config: RunConfig) -> dict[str, RunConfig]:
+def split_task_configs(config: RunConfig) -> dict[str, RunConfig]:
     """Return the run configuration of each task by name, in the order of ``data.train``.
 
     A held-out source belongs to the task of the same name.
@@ -35,21 +35,22 @@ def task_configs(config: RunConfig) -> dict[str, RunConfig]:
     Raises:
         UserError: the configuration does not describe separate tasks; names the key and the fix.
     """
-    _check(config)
-    names = [source.task for source in config.data.train]
+    _check_task_config(config)
+    names = [source.task_name for source in config.data.train]
     for number, source in enumerate(config.data.eval):
-        if source.task not in names:
+        if source.task_name not in names:
             raise UserError(
-                f"data.eval[{number}] is of task {source.task}, which data.train does not have "
+                f"data.eval[{number}] is of task {source.task_name}, which data.train does "
+                "not have "
                 f"({', '.join(names)}); with train.tasks: separate give held-out and training "
                 "source of a task the same name"
             )
-    return {source.task: _of_task(config, source) for source in config.data.train}
+    return {source.task_name: _make_task_config(config, source) for source in config.data.train}
 
 
-def _of_task(config: RunConfig, source: DataSource) -> RunConfig:
-    held_out = [other for other in config.data.eval if other.task == source.task]
-    directory = Path(config.save.dir) / "tasks" / source.task
+def _make_task_config(config: RunConfig, source: DataSource) -> RunConfig:
+    held_out = [other for other in config.data.eval if other.task_name == source.task_name]
+    directory = Path(config.save.dir) / "tasks" / source.task_name
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"train": [source], "eval": held_out}),
@@ -59,41 +60,44 @@ def _of_task(config: RunConfig, source: DataSource) -> RunConfig:
     )
 
 
-def _check(config: RunConfig) -> None:
-    def refuse(reason: str) -> None:
+def _check_task_config(config: RunConfig) -> None:
+    def raise_user_error(reason: str) -> None:
         raise UserError(f"train.tasks is separate, but {reason}")
 
     sources, seen = config.data.train, set[str]()
     if len(sources) < 2:
-        refuse("data.train has one source; name one a task, or set train.tasks: mixed")
+        raise_user_error("data.train has one source; name one a task, or set train.tasks: mixed")
     if config.data.mixing != "joined":
-        refuse(
+        raise_user_error(
             f"data.mixing is {config.data.mixing}, which draws the rows of one run from several "
             "sources; leave it out, or set train.tasks: mixed"
         )
     for number, source in enumerate(sources):
-        if not re.fullmatch(r"\w[\w.+-]*", source.task):
-            refuse(
-                f"the name of data.train[{number}], {source.task!r}, cannot be a directory's; set "
+        if not re.fullmatch(r"\w[\w.+-]*", source.task_name):
+            raise_user_error(
+                f"the name of data.train[{number}], {source.task_name!r}, cannot be a "
+                "directory's; set "
                 "its name to letters, digits, '-', '_', '.' or '+'"
             )
-        if source.task in seen:
-            refuse(f"two sources of data.train are called {source.task}; set their name")
-        seen.add(source.task)
+        if source.task_name in seen:
+            raise_user_error(
+                f"two sources of data.train are called {source.task_name}; set their name"
+            )
+        seen.add(source.task_name)
     if len({len(source.labels) for source in sources}) > 1:
-        numbers = ", ".join(f"{source.task} {len(source.labels)}" for source in sources)
-        refuse(
+        numbers = ", ".join(f"{source.task_name} {len(source.labels)}" for source in sources)
+        raise_user_error(
             f"tasks have different numbers of labels ({numbers}), so their heads differ in shape; "
             "train tasks of one number together"
         )
     if isinstance(config.adapter, FullConfig | PartialConfig):
-        refuse(
+        raise_user_error(
             f"adapter.kind {config.adapter.kind} trains weights of the base, and the next task "
             "would start from the weights that the previous one trained; run the tasks one by one, "
             "or train adapters"
         )
     if config.resume not in ("auto", "never"):
-        refuse(
+        raise_user_error(
             "resume names a checkpoint, which is of one task; set it to auto (each task resumes "
             "from its newest one) or never"
         )
@@ -102,7 +106,7 @@ def _check(config: RunConfig) -> None:
 # -- run directories -------------------------------------------------------------------------------
 
 
-def task_runs(run_dir: Path) -> dict[str, Path]:
+def list_task_runs(run_dir: Path) -> dict[str, Path]:
     """Return the run directory of each started task by name; empty for an ordinary run.
 
     Raises:
@@ -112,18 +116,18 @@ def task_runs(run_dir: Path) -> dict[str, Path]:
         return {}
     # safe: only task names are read from it, and no file or code of the base is opened
     config = load_run_config(run_dir / "config.yaml", trust_remote_code=True)
-    names = [source.task for source in config.data.train]
+    names = [source.task_name for source in config.data.train]
     runs = {name: run_dir / "tasks" / name for name in names}
     return {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
 
 
-def refuse_tasks(run_dir: Path) -> None:
+def refuse_separate_tasks(run_dir: Path) -> None:
     """Refuse a run of several adapters, for commands that handle one at a time.
 
     Raises:
         UserError: ``run_dir`` is a run of separate tasks.
     """
-    if runs := task_runs(run_dir):
+    if runs := list_task_runs(run_dir):
         first = next(iter(runs.values()))
         raise UserError(
             f"{run_dir} has an adapter for each of its tasks; this takes one at a time: "
@@ -147,18 +151,18 @@ class TasksFile:
                     "checkpoints"
                 ) from None
 
-    def steps(self, name: str) -> int:
+    def get_finished_steps(self, name: str) -> int:
         """Return the number of steps of a finished task; 0 if it is not finished."""
         return int(self.tasks.get(name, {}).get("steps", 0))
 
-    def begin(self, name: str) -> None:
+    def mark_started(self, name: str) -> None:
         """Mark the task as running: remove its record, which is outdated."""
         if self.tasks.pop(name, None) is not None:
-            self._write()
+            self._write_tasks_file()
 
-    def finish(self, name: str, summary: RunSummary) -> None:
+    def mark_finished(self, name: str, summary: RunSummary) -> None:
         """Record the final metrics of a task and write the report of all tasks."""
-        records = self._records(name)
+        records = self._read_task_metrics(name)
         first, last = vars(records[0]), vars(records[-1])
         found = {
             "loss": last["loss"],
@@ -167,14 +171,14 @@ class TasksFile:
         }
         known = {key: value for key, value in found.items() if value not in (None, {})}
         self.tasks[name] = {"run": f"tasks/{name}", "steps": last["step"], **known}
-        self._write()
-        write_task_report(self.run_dir, summary, self._all_records())
+        self._write_tasks_file()
+        write_task_report(self.run_dir, summary, self._read_all_metrics())
 
-    def _records(self, name: str) -> list[StepMetrics]:
+    def _read_task_metrics(self, name: str) -> list[StepMetrics]:
         return read_metrics(self.run_dir / "tasks" / name / METRICS_FILE)
 
-    def _all_records(self) -> Mapping[str, list[StepMetrics]]:
-        return {name: self._records(name) for name in self.tasks}
+    def _read_all_metrics(self) -> Mapping[str, list[StepMetrics]]:
+        return {name: self._read_task_metrics(name) for name in self.tasks}
 
-    def _write(self) -> None:
-        atomic_write(self.path, json.dumps({"tasks": self.tasks}, indent=1) + "\n")
+    def _write_tasks_file(self) -> None:
+        write_atomically(self.path, json.dumps({"tasks": self.tasks}, indent=1) + "\n")

@@ -10,121 +10,127 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import write_adapter
-from dist_peft.adapters.protocol import TrainsBase
-from dist_peft.app.base_content import RECORD_FILE, lineage, made_from, record_text
-from dist_peft.app.data_setup import Loaders
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.adapters.protocol import TrainsBaseWeights
+from dist_peft.app.base_content import (
+    RECORD_FILE,
+    describe_lineage,
+    format_base_record,
+    read_quantization_origin,
+)
+from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.final_weights import write_trained_weights
-from dist_peft.app.finished_run import training_facts
-from dist_peft.app.model_setup import Built, restore
+from dist_peft.app.finished_run import select_training_settings
+from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form import report_peft_form
-from dist_peft.app.run_identity import run_values, total_steps
-from dist_peft.app.run_report import start_report
+from dist_peft.app.run_identity import count_total_steps, describe_run_values
+from dist_peft.app.run_report import write_run_report
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.world import World
-from dist_peft.data.turn_end import turn_end_ids
-from dist_peft.engine import engine_kind
+from dist_peft.data.turn_end import find_turn_end_ids
+from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.replicas import ReplicaCheck
-from dist_peft.export.stopping import warn_of_no_stop
+from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention_mask import documents_are_isolated
-from dist_peft.model.hub import public_name, save_tokenizer
-from dist_peft.train.checkpoint import Checkpoints, RunPosition
-from dist_peft.train.evaluate import HeldOut, evaluate, inference
-from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, measure_attention
-from dist_peft.train.loop import StepResult, fit
-from dist_peft.train.lr_schedule import lr_factor
-from dist_peft.train.metrics import Metrics, format_bytes, peak_memory_bytes
-from dist_peft.train.progress import Progress
+from dist_peft.model.hub import public_base_name, save_tokenizer
+from dist_peft.train.checkpoint import CheckpointManager, RunPosition
+from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
+from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
+from dist_peft.train.loop import StepResult, run_training_steps
+from dist_peft.train.lr_schedule import compute_lr_factor
+from dist_peft.train.metrics import MetricsWriter, format_byte_count, read_peak_memory_bytes
+from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.report import RunSummary
 from dist_peft.train.step_metrics import StepMetrics
 
-__all__ = ["Session"]
+__all__ = ["Trainer"]
 
 log = logging.getLogger("dist_peft")
 
 
 @dataclass
-class Session:
+class Trainer:
     """Training of one adapter on a loaded model.
 
     Attributes:
         built: the loaded model.
-        call: module returned by ``Built.optimize``, called in training steps.
+        call: module returned by ``LoadedModel.setup_optimizer``, called in training steps.
         run_dir: receives checkpoints, metrics, the adapter and the report.
     """
 
     config: RunConfig
     world: World
-    built: Built
+    built: LoadedModel
     call: nn.Module
-    loaders: Loaders
-    checkpoints: Checkpoints
+    loaders: DataLoaders
+    checkpoints: CheckpointManager
     run_dir: Path
 
     def __post_init__(self) -> None:
-        self.total_steps = total_steps(self.config, self.loaders)
+        self.total_steps = count_total_steps(self.config, self.loaders)
         self.loaders.train.check_steps(self.total_steps)
 
     # -- start ---------------------------------------------------------------------------------
 
-    def begin(self) -> int:
+    def start_run(self) -> int:
         """Start a new run at step 0: log a summary, save the probe logits before training."""
         log.info(
             "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
             f"{self.built.trained:,}",
             self.config.adapter.kind,
             self.world.size,
-            engine_kind(self.config.engine, self.world),
+            resolve_engine_kind(self.config.engine, self.world),
             self.total_steps,
             self.config.train.global_batch,
         )
-        ends = self._turn_end()
+        ends = self._find_turn_end_ids()
         names = self.built.tokenizer.convert_ids_to_tokens(ends)
-        with self.world.together("read the base's generation settings"):
+        with self.world.raise_together("read the base's generation settings"):
             if self.world.is_first:
-                warn_of_no_stop(self.built.directory, ends, names)
-        logits = self._probe_logits()
-        with self.world.together("write the probe"):
+                warn_missing_stop_token(self.built.directory, ends, names)
+        logits = self._compute_probe_logits()
+        with self.world.raise_together("write the probe"):
             if self.world.is_first:
-                Probe(self.loaders.probe, logits, logits).save(self._probe_file)
+                Probe(self.loaders.probe, logits, logits).save_probe(self._probe_path)
         return 0
 
-    def check_model(self) -> None:
+    def check_loaded_model(self) -> None:
         """Run the check that needs loaded weights; called before anything is written.
 
         Raises:
             UserError: packed documents attend to each other (on every rank).
         """
         if self.config.data.packing:
-            self._check_isolation()
+            self._check_document_isolation()
 
-    def _check_isolation(self) -> None:
-        with inference(self.built.model):
+    def _check_document_isolation(self) -> None:
+        with inference_mode(self.built.model):
             longest = self.config.data.seq_len
             if not documents_are_isolated(self.built.model, self.built.engine.device, longest):
                 raise UserError(
-                    f"a {self.built.skeleton.config.model_type} model lets packed documents see "
+                    f"a {self.built.skeleton.model_config.model_type} model lets packed "
+                    "documents see "
                     "each other; set data.packing: false"
                 )
 
-    def ends_at(self, path: Path) -> bool:
+    def is_final_checkpoint(self, path: Path) -> bool:
         """Return whether checkpoint ``path`` is at or after the last step of this run."""
-        return self.checkpoints.position(path).step >= self.total_steps
+        return self.checkpoints.read_position(path).step >= self.total_steps
 
-    def resume(self, path: Path) -> int:
+    def resume_from_checkpoint(self, path: Path) -> int:
         """Load a checkpoint that ``app.resuming`` has accepted; return its number of steps."""
-        position = self.checkpoints.position(path)
-        restore(self.built, self.checkpoints, path, position.step)
+        position = self.checkpoints.read_position(path)
+        load_training_state(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
-        with self.world.together("read the probe"):
-            if self._probe_file.is_file():
-                Probe.load(self._probe_file)
+        with self.world.raise_together("read the probe"):
+            if self._probe_path.is_file():
+                Probe.load_probe(self._probe_path)
             else:
                 log.warning(
-                    "%s is missing: exports cannot be verified", self._probe_file, extra=ONCE
+                    "%s is missing: exports cannot be verified", self._probe_path, extra=ONCE
                 )
         if position.step >= self.total_steps:
             log.warning(
@@ -138,45 +144,45 @@ class Session:
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def fit(self, first_step: int, stop: Callable[[], bool]) -> int:
+    def run_training_loop(self, first_step: int, stop: Callable[[], bool]) -> int:
         """Train to the last step or until ``stop()``; return the number of completed steps."""
         c = self.config.train
-        before = self._evaluate(0) if first_step == 0 else None
+        before = self._evaluate_held_out(0) if first_step == 0 else None
         replicas = ReplicaCheck(self.built.model, self.built.engine, self.world)
         if c.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
-        with self.world.together("open metrics"):
-            metrics = Metrics(self.run_dir, self.world.rank, first_step)
-        progress = Progress(
+        with self.world.raise_together("open metrics"):
+            metrics = MetricsWriter(self.run_dir, self.world.rank, first_step)
+        progress = ProgressDisplay(
             self.total_steps,
             self.world.rank,
             first_step=first_step,
             every=c.log_every,
-            unit="rows" if self.config.data.classifies else "tok",
+            unit="rows" if self.config.data.is_classification else "tok",
         )
         with metrics, progress:
 
             def after_step(result: StepResult) -> bool:
-                memory = peak_memory_bytes(self.built.engine.device)
-                most, stopping = self.world.max(memory, stop())
+                memory = read_peak_memory_bytes(self.built.engine.device)
+                most, stopping = self.world.max_over_ranks(memory, stop())
                 last = result.step == self.total_steps
                 due = c.eval_every and result.step % c.eval_every == 0
-                record = self._record(result, int(most))
-                if (last or due) and (found := self._evaluate(result.step)) is not None:
-                    record = replace(record, **found.values())
+                record = self._make_step_metrics(result, int(most))
+                if (last or due) and (found := self._evaluate_held_out(result.step)) is not None:
+                    record = replace(record, **found.to_metric_fields())
                 if result.step == 1 and before is not None:
-                    record = replace(record, **before.values("_before"))
-                with self.world.together("write metrics"):
-                    metrics.write(record)
-                progress.update(record)
+                    record = replace(record, **before.to_metric_fields("_before"))
+                with self.world.raise_together("write metrics"):
+                    metrics.write_step(record)
+                progress.show_step(record)
                 if c.check_every and result.step % c.check_every == 0:
                     self._compare_replicas(replicas, result.step)
                 every = self.config.save.every
                 if last or stopping or (every and result.step % every == 0):
-                    self._save(result.step)
+                    self._save_checkpoint(result.step)
                 return bool(stopping)
 
-            return fit(
+            return run_training_steps(
                 self.built.model,
                 self.built.engine,
                 self.built.adapter,
@@ -185,7 +191,7 @@ class Session:
                 call=self.call,
                 first_step=first_step,
                 last_step=self.total_steps,
-                lr_at=self._lr_at,
+                lr_at=self._compute_lr,
                 max_grad_norm=c.max_grad_norm,
                 after_step=after_step,
             )
@@ -197,11 +203,11 @@ class Session:
         before = replicas.seconds
         facts = {
             "step": step,
-            "train.lr": self._lr_at(step),
-            "order of rows": self.loaders.train.rows_of_step(step),
+            "train.lr": self._compute_lr(step),
+            "order of rows": self.loaders.train.list_step_rows(step),
             "contents of data.train": self.loaders.inputs["contents of data.train"],
         }
-        replicas.compare(facts, everything=everything)
+        replicas.compare_replicas(facts, everything=everything)
         if self.world.size > 1:
             log.info(
                 "step %d: ranks hold equal copies (%.1f MiB compared in %.3f s; train.check_every)",
@@ -211,11 +217,13 @@ class Session:
                 extra=None if everything else FILE_ONLY,
             )
 
-    def _lr_at(self, step: int) -> float:
+    def _compute_lr(self, step: int) -> float:
         c = self.config.train
-        return c.lr * lr_factor(step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio)
+        return c.lr * compute_lr_factor(
+            step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio
+        )
 
-    def _record(self, result: StepResult, memory: int) -> StepMetrics:
+    def _make_step_metrics(self, result: StepResult, memory: int) -> StepMetrics:
         samples = result.step * self.config.train.global_batch
         return StepMetrics(
             step=result.step,
@@ -231,115 +239,119 @@ class Session:
             seconds=result.seconds,
         )
 
-    def _evaluate(self, step: int) -> HeldOut | None:
+    def _evaluate_held_out(self, step: int) -> EvalResult | None:
         if self.loaders.eval is None:
             return None
-        found = evaluate(self.built.model, self.built.engine, self.loaders.eval, self.world)
+        found = evaluate_model(self.built.model, self.built.engine, self.loaders.eval, self.world)
         log.info("step %d: held-out loss %s", step, found)
         return found
 
-    def _save(self, step: int) -> None:
-        state = self.built.engine.state(self.built.model)
-        for name in self.built.adapter.start_state():
-            state[f"start/{name}"] = self.built.engine.gather(self.built.parameter(name))
-        files = {RECORD_FILE: record_text(self.built.record)}
-        path = self.checkpoints.save(state, self._position(step), files)
+    def _save_checkpoint(self, step: int) -> None:
+        state = self.built.engine.training_state_dict(self.built.model)
+        for name in self.built.adapter.list_init_factors():
+            state[f"start/{name}"] = self.built.engine.gather_parameter(
+                self.built.get_parameter(name)
+            )
+        files = {RECORD_FILE: format_base_record(self.built.record)}
+        path = self.checkpoints.save_checkpoint(state, self._make_run_position(step), files)
         log.info("saved %s", path)
 
-    def _position(self, step: int) -> RunPosition:
+    def _make_run_position(self, step: int) -> RunPosition:
         return RunPosition(
             step=step,
             samples=step * self.config.train.global_batch,
             seed=self.config.train.seed,
             base=self.built.base_id,
-            values=run_values(self.config, self.built, self.loaders, self.world),
+            values=describe_run_values(self.config, self.built, self.loaders, self.world),
         )
 
     # -- end -----------------------------------------------------------------------------------
 
-    def finish(self) -> None:
+    def finish_run(self) -> None:
         """Gather and save the trained adapter, complete the probe, write the report."""
         directory = self.run_dir / "adapter"
-        if isinstance(self.built.adapter, TrainsBase):
-            about = {"kind": self.config.adapter.kind, **self._about()}
+        if isinstance(self.built.adapter, TrainsBaseWeights):
+            about = {"kind": self.config.adapter.kind, **self._make_adapter_metadata()}
             write_trained_weights(self.built, self.world, directory, about)
         else:
             tensors = self.built.gather_adapter()
-            with self.world.together("write the adapter"):
+            with self.world.raise_together("write the adapter"):
                 if self.world.is_first:
-                    public = self.built.adapter.to_public(tensors, self._base_name())
-                    write_adapter(directory, public, self._about())
-        logits, attention = self._probe_logits(), self._fusion_attention()
-        with self.world.together("write tokenizer, probe and report"):
+                    public = self.built.adapter.to_public_adapter(
+                        tensors, self._get_public_base_name()
+                    )
+                    write_adapter_directory(directory, public, self._make_adapter_metadata())
+        logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()
+        with self.world.raise_together("write tokenizer, probe and report"):
             if self.world.is_first:
                 if attention is not None:
-                    attention.write(self.run_dir)
-                self._write_beside(directory, logits)
+                    attention.write_json(self.run_dir)
+                self._write_adapter_extras(directory, logits)
                 report_peft_form(self.config, self.built, self.run_dir)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
-    def _about(self) -> dict[str, Any]:
+    def _make_adapter_metadata(self) -> dict[str, Any]:
         head = self.built.skeleton.head
         return {
             **({} if head is None else {"labels": head.labels}),
-            **self.built.record.metadata(),
-            **lineage(self.built.skeleton),
-            **training_facts(self.config),
+            **self.built.record.to_metadata(),
+            **describe_lineage(self.built.skeleton),
+            **select_training_settings(self.config),
             "start": getattr(self.config.adapter, "init", "default"),
-            "turn_end": self._turn_end(),
+            "turn_end": self._find_turn_end_ids(),
             "dist_peft": importlib.metadata.version("dist_peft"),
             "torch": torch.__version__,
         }
 
-    def _turn_end(self) -> list[int]:
+    def _find_turn_end_ids(self) -> list[int]:
         """Return the ids of the tokens that end the turns in the training data."""
         rows, tokenizer = self.loaders.train.rows, self.built.tokenizer
-        if self.config.data.classifies:
+        if self.config.data.is_classification:
             return []
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        return turn_end_ids(cast(Any, rows), special)
+        return find_turn_end_ids(cast(Any, rows), special)
 
-    def _write_beside(self, directory: Path, logits: Tensor) -> None:
+    def _write_adapter_extras(self, directory: Path, logits: Tensor) -> None:
         """Write the chat template's tokenizer, the completed probe and the report."""
         if (template := self.loaders.chat_template) is not None:
             save_tokenizer(self.built.tokenizer, directory, template)
-        if self._probe_file.is_file():
-            before = Probe.load(self._probe_file).before
-            Probe(self.loaders.probe, logits, before).save(self._probe_file)
-        start_report(self.run_dir, self.summary())
+        if self._probe_path.is_file():
+            before = Probe.load_probe(self._probe_path).before
+            Probe(self.loaders.probe, logits, before).save_probe(self._probe_path)
+        write_run_report(self.run_dir, self.make_report_summary())
 
-    def _fusion_attention(self) -> FusionAttention | None:
+    def _measure_fusion_attention(self) -> FusionAttention | None:
         """Return a fusion's attention on held-out data; None without fusion or held-out data."""
-        layers, rows = fusion_layers(self.built.model), self.loaders.eval
+        layers, rows = find_fusion_layers(self.built.model), self.loaders.eval
         if not layers or rows is None:
             return None
         return measure_attention(self.built.model, layers, self.built.engine, rows, self.world)
 
-    def _base_name(self) -> str:
+    def _get_public_base_name(self) -> str:
         """Return the base's public name; of a packed base, that of its unquantized origin."""
-        origin = made_from(self.built.directory)
-        return str(origin.get("base") or public_name(self.config.base))
+        origin = read_quantization_origin(self.built.directory)
+        return str(origin.get("base") or public_base_name(self.config.base))
 
-    def summary(self) -> RunSummary:
+    def make_report_summary(self) -> RunSummary:
         """Return the facts that the report shows in addition to the metrics."""
-        kind = engine_kind(self.config.engine, self.world)
-        return RunSummary.of(
+        kind = resolve_engine_kind(self.config.engine, self.world)
+        return RunSummary.from_config(
             self.config,
             engine=kind,
             ranks=self.world.size,
             facts=[
                 ("Trained parameters", f"{self.built.trained:,}"),
-                ("Model as stored, all ranks", format_bytes(self.built.stored_bytes)),
-                ("Read from the base by rank 0", format_bytes(self.built.bytes_read)),
+                ("Model as stored, all ranks", format_byte_count(self.built.stored_bytes)),
+                ("Read from the base by rank 0", format_byte_count(self.built.bytes_read)),
             ],
         )
 
     @property
-    def _probe_file(self) -> Path:
+    def _probe_path(self) -> Path:
         return self.run_dir / "probe.safetensors"
 
-    def _probe_logits(self) -> Tensor:
+    def _compute_probe_logits(self) -> Tensor:
         """Return logits of the probe tokens; every rank computes the same ones."""
         ids = self.loaders.probe.to(self.built.engine.device)
-        with inference(self.built.model):
+        with inference_mode(self.built.model):
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()

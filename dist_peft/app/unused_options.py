@@ -14,10 +14,10 @@ from torch import nn
 from dist_peft.core.config.run import FullConfig, LoraConfig, PartialConfig, RunConfig
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.engine import engine_kind
-from dist_peft.model.frozen_linear import FrozenRows
+from dist_peft.engine import resolve_engine_kind
+from dist_peft.model.frozen_linear import FrozenWeight
 
-__all__ = ["idle_options", "warn_of_idle_options"]
+__all__ = ["find_unused_options", "warn_unused_options"]
 
 log = logging.getLogger("dist_peft")
 
@@ -27,7 +27,7 @@ _IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ()
 """Engine -> options of section ``engine`` that it ignores."""
 
 
-def warn_of_idle_options(config: RunConfig, world: World, model: nn.Module, device: str) -> None:
+def warn_unused_options(config: RunConfig, world: World, model: nn.Module, device: str) -> None:
     """Log a warning for each option without effect.
 
     Args:
@@ -37,12 +37,12 @@ def warn_of_idle_options(config: RunConfig, world: World, model: nn.Module, devi
     Raises:
         UserError: the engine does not support the number of processes.
     """
-    kind = engine_kind(config.engine, world)
-    for text in idle_options(config, kind, world.size, _widest(model), device):
+    kind = resolve_engine_kind(config.engine, world)
+    for text in find_unused_options(config, kind, world.size, _find_widest_input(model), device):
         log.warning("%s", text, extra=ONCE)
 
 
-def idle_options(
+def find_unused_options(
     config: RunConfig, engine: str, ranks: int, widest: int, device: str
 ) -> Iterator[str]:
     """Yield a sentence for each option without effect, in the order of the sections.
@@ -52,14 +52,14 @@ def idle_options(
         widest: the largest in_features of a quantized linear; 0 without any.
         device: ``cpu`` or ``cuda``.
     """
-    yield from _of_base(config, widest)
-    yield from _of_unfreezing(config)
-    yield from _of_adapter(config)
-    yield from _of_engine(config, engine, device)
-    yield from _of_train(config, ranks)
+    yield from _find_unused_base_options(config, widest)
+    yield from _find_unused_unfreezing_options(config)
+    yield from _find_unused_adapter_options(config)
+    yield from _find_unused_engine_options(config, engine, device)
+    yield from _find_unused_train_options(config, ranks)
 
 
-def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
+def _find_unused_base_options(config: RunConfig, widest: int) -> Iterator[str]:
     base = config.base
     if base.revision is not None and Path(base.path).expanduser().is_dir():
         yield (
@@ -75,10 +75,10 @@ def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
                 "of the blocks, unquantized; set it to null"
             )
         return
-    if base.quant.kind == "int" and not _is_default(base.quant, "double_quant"):
+    if base.quant.kind == "int" and not _is_default_value(base.quant, "double_quant"):
         yield "base.quant.double_quant has no effect: it is for kind nf4"
     for name in ("calibration_samples", "calibration_tokens"):
-        if base.quant.solver != "gptq" and not _is_default(base.quant, name):
+        if base.quant.solver != "gptq" and not _is_default_value(base.quant, name):
             yield f"base.quant.{name} has no effect: it is for solver gptq"
     if 0 < widest < base.quant.group_size:
         yield (
@@ -88,18 +88,18 @@ def _of_base(config: RunConfig, widest: int) -> Iterator[str]:
         )
 
 
-def _of_adapter(config: RunConfig) -> Iterator[str]:
+def _find_unused_adapter_options(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if not isinstance(adapter, LoraConfig):
         return
-    if adapter.init == "default" and not _is_default(adapter, "init_iterations"):
+    if adapter.init == "default" and not _is_default_value(adapter, "init_iterations"):
         yield (
             f"adapter.init_iterations {adapter.init_iterations} has no effect with adapter.init "
             "default: it is for pissa and loftq"
         )
 
 
-def _of_unfreezing(config: RunConfig) -> Iterator[str]:
+def _find_unused_unfreezing_options(config: RunConfig) -> Iterator[str]:
     adapter, steps = config.adapter, config.train.steps
     if isinstance(adapter, PartialConfig) and steps is not None:
         for stage in adapter.unfreeze:
@@ -110,10 +110,10 @@ def _of_unfreezing(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _of_engine(config: RunConfig, engine: str, device: str) -> Iterator[str]:
+def _find_unused_engine_options(config: RunConfig, engine: str, device: str) -> Iterator[str]:
     section = config.engine
     for name in _IGNORED[engine]:
-        if not _is_default(section, name):
+        if not _is_default_value(section, name):
             yield (
                 f"engine.{name} {getattr(section, name)} has no effect: this run's engine is "
                 f"{engine}"
@@ -125,14 +125,18 @@ def _of_engine(config: RunConfig, engine: str, device: str) -> Iterator[str]:
             f"engine.cpu_offload {section.cpu_offload} has no effect: the run computes on the CPU, "
             "so everything is in host memory"
         )
-    if engine == "zero" and not section.shard_base and not _is_default(section, "shard_group"):
+    if (
+        engine == "zero"
+        and not section.shard_base
+        and not _is_default_value(section, "shard_group")
+    ):
         yield (
             f"engine.shard_group {section.shard_group} has no effect: engine.shard_base is false, "
             "and DeepSpeed shards adapters over all ranks"
         )
 
 
-def _of_train(config: RunConfig, ranks: int) -> Iterator[str]:
+def _find_unused_train_options(config: RunConfig, ranks: int) -> Iterator[str]:
     train = config.train
     share = -(-train.global_batch // ranks)
     if train.micro_batch > share:
@@ -147,11 +151,11 @@ def _of_train(config: RunConfig, ranks: int) -> Iterator[str]:
         yield f"train.eval_every {train.eval_every} has no effect: data.eval names no source"
 
 
-def _is_default(section: BaseModel, name: str) -> bool:
+def _is_default_value(section: BaseModel, name: str) -> bool:
     return bool(getattr(section, name) == type(section).model_fields[name].default)
 
 
-def _widest(model: nn.Module) -> int:
+def _find_widest_input(model: nn.Module) -> int:
     """Return the largest in_features of the blocks' frozen weights; the head is not quantized."""
-    frozen = [m for m in model.modules() if isinstance(m, FrozenRows) and not m.is_head]
+    frozen = [m for m in model.modules() if isinstance(m, FrozenWeight) and not m.is_head]
     return max((m.in_features for m in frozen), default=0)

@@ -1,41 +1,43 @@
 """Merge or export a finished run, load the result with its consumer and compare logits."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_peft.adapters.full.format import holds_weights
-from dist_peft.app.export_adapter import VERIFY, Verification
+from dist_peft.adapters.full.format import contains_trained_weights
+from dist_peft.app.export_adapter import VERIFY, VerificationOptions
 from dist_peft.app.export_options import INTEGER_ZERO
 from dist_peft.app.finished_run import load_finished_run
-from dist_peft.app.run_report import add_section
-from dist_peft.core.config.run import QaLoraConfig
+from dist_peft.app.run_report import add_report_section
+from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.registry import Job, export_model
+from dist_peft.export.formats.export_spec import ExportSpec
+from dist_peft.export.formats.registry import export_model
 from dist_peft.export.merge_weights import merge_model
-from dist_peft.export.time_limit import NotVerified, time_limit
-from dist_peft.export.verdict import judge
+from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
+from dist_peft.export.verdict import judge_comparison
 from dist_peft.export.verify import Probe, verify_directory
-from dist_peft.export.verify_formats import verify_export
-from dist_peft.model.hub import read_json_object, resolve_base
-from dist_peft.model.skeleton import torch_dtype
-from dist_peft.train.report import Section
+from dist_peft.export.verify_formats import verify_with_consumer
+from dist_peft.model.hub import read_json_object, resolve_base_directory
+from dist_peft.model.skeleton import parse_torch_dtype
+from dist_peft.train.report import ReportSection
 
-__all__ = ["export_run", "merge_run"]
+__all__ = ["export_finished_run", "merge_finished_run"]
 
 log = logging.getLogger("dist_peft")
 
 
 @torch.no_grad()
-def export_run(
+def export_finished_run(
     run_dir: Path,
     name: str,
     out: Path,
     options: dict[str, Any],
     *,
-    verify: Verification | None = VERIFY,
+    verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
 ) -> None:
     """Write a quantized format and, unless disabled, load it with its consumer and compare.
@@ -44,7 +46,7 @@ def export_run(
         run_dir: a finished run.
         name: a format of ``export.formats.registry.export_model``.
         out: new directory, or a new ``.gguf`` file.
-        options: further fields of ``export.formats.registry.Job``.
+        options: further fields of ``export.formats.registry.ExportSpec``.
         verify: options of the comparison, which needs the run's probe; None: no comparison.
         trust_remote_code: the caller's command line allows the base's code to run.
 
@@ -53,28 +55,13 @@ def export_run(
         VerificationError: the written model is not the trained one.
     """
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
-    if config.base.head == "classifier":
-        raise UserError(
-            f"{run_dir} trained a classifier, and format {name} is for language models: no library "
-            "that reads it was found to load such a head; use hf-bf16 (dist-peft merge) or peft"
-        )
-    if holds_weights(run_dir / "adapter") and name in INTEGER_ZERO and not options.get("merge"):
-        raise UserError(
-            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
-            f"is no separate adapter for format {name}; use dist-peft merge, another "
-            "format, or --merge --lossy"
-        )
-    if holds_weights(run_dir / "adapter") and options.get("keep_adapter"):
-        raise UserError(
-            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
-            "is no adapter to keep; leave out --keep-adapter"
-        )
-    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
+    _refuse_unfit_run(config, run_dir, name, options)
+    probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
     pooled = isinstance(config.adapter, QaLoraConfig)
     if pooled and options.get("into") == "decoded":
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
-    directory = resolve_base(config.base)
-    job = Job(config.base, directory, run_dir / "adapter", out, pooled, **options)
+    directory = resolve_base_directory(config.base)
+    job = ExportSpec(config.base, directory, run_dir / "adapter", out, pooled, **options)
     exported = export_model(name, job)
     written = exported.written
     log.info(
@@ -95,27 +82,59 @@ def export_run(
         return
     trust = config.base.trust_remote_code
     try:
-        consumer, found = verify_export(
-            name, exported.path, probe, job.dtype, verify.seconds, trust_remote_code=trust
+        consumer, found = verify_with_consumer(
+            name, exported.path, probe, job.compute_dtype, verify.seconds, trust_remote_code=trust
         )
-    except NotVerified as error:
+    except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
         return
     log.info("loaded by %s: %s", consumer, found)
-    rows = [("Written", exported.how), ("Loaded by", consumer), *found.rows()]
-    add_section(run_dir, Section(f"Export {name}", rows=tuple(rows)))
+    rows = [("Written", exported.how), ("Loaded by", consumer), *found.format_rows()]
+    add_report_section(run_dir, ReportSection(f"Export {name}", rows=tuple(rows)))
     hint = "" if exported.exact else "--base decoded, or more bits, lose less"
-    judge(found, exported.path, exact=exported.exact, max_error=verify.max_error, hint=hint)
+    judge_comparison(
+        found, exported.path, exact=exported.exact, max_error=verify.max_error, hint=hint
+    )
+
+
+def _refuse_unfit_run(
+    config: RunConfig, run_dir: Path, name: str, options: Mapping[str, Any]
+) -> None:
+    """Refuse a run that format ``name`` cannot hold.
+
+    Raises:
+        UserError: it cannot; names the formats that can.
+    """
+    if config.base.head == "classifier":
+        raise UserError(
+            f"{run_dir} trained a classifier, and format {name} is for language models: no library "
+            "that reads it was found to load such a head; use hf-bf16 (dist-peft merge) or peft"
+        )
+    if (
+        contains_trained_weights(run_dir / "adapter")
+        and name in INTEGER_ZERO
+        and not options.get("merge")
+    ):
+        raise UserError(
+            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
+            f"is no separate adapter for format {name}; use dist-peft merge, another "
+            "format, or --merge --lossy"
+        )
+    if contains_trained_weights(run_dir / "adapter") and options.get("keep_adapter"):
+        raise UserError(
+            f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), so there "
+            "is no adapter to keep; leave out --keep-adapter"
+        )
 
 
 @torch.no_grad()
-def merge_run(
+def merge_finished_run(
     run_dir: Path,
     out: Path,
     *,
     into: str = "original",
     dtype: str = "bfloat16",
-    verify: Verification | None = VERIFY,
+    verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
 ) -> None:
     """Merge a finished run and, unless disabled, reload the result and compare logits.
@@ -134,8 +153,8 @@ def merge_run(
         VerificationError: the merged model is not the trained one.
     """
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
-    probe = Probe.load(run_dir / "probe.safetensors") if verify else None
-    directory = resolve_base(config.base)
+    probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
+    directory = resolve_base_directory(config.base)
     as_trained = (
         into == "decoded"
         or config.base.quant is None
@@ -147,7 +166,7 @@ def merge_run(
         run_dir / "adapter",
         out,
         into="decoded" if into == "decoded" else "original",
-        dtype=torch_dtype(dtype),
+        dtype=parse_torch_dtype(dtype),
     )
     log.info(
         "wrote %s: %d tensors, %d of them merged, %.1f MiB, %s",
@@ -159,12 +178,12 @@ def merge_run(
     )
     if probe is None or verify is None:
         return
-    compute = torch_dtype(config.base.compute_dtype)
+    compute = parse_torch_dtype(config.base.compute_dtype)
     trust = config.base.trust_remote_code
     try:
-        with time_limit("loading it with transformers", verify.seconds):
+        with enforce_time_limit("loading it with transformers", verify.seconds):
             found = verify_directory(out, probe, compute, trust_remote_code=trust)
-    except NotVerified as error:
+    except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
         return
     log.info("reloaded in transformers as %s, merged into the %s base: %s", compute, into, found)
@@ -173,9 +192,9 @@ def merge_run(
         ("Type of the weights", dtype),
         ("Reloaded by", f"transformers, {config.base.compute_dtype}"),
     ]
-    add_section(run_dir, Section("Merge", rows=tuple(rows + found.rows())))
+    add_report_section(run_dir, ReportSection("Merge", rows=tuple(rows + found.format_rows())))
     may_be_rounding = dtype != "float32" and found.relative < 1  # NaN is not below either
     hint = "--dtype float32 rounds nothing" if may_be_rounding else ""
     if not as_trained:
         hint = "--base decoded merges into the base as training saw it"
-    judge(found, out, exact=as_trained, max_error=verify.max_error, hint=hint)
+    judge_comparison(found, out, exact=as_trained, max_error=verify.max_error, hint=hint)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from dist_peft.core.errors import UserError
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["Sample", "capture", "find_stages", "watch_input"]
+__all__ = ["CalibrationSample", "capture_block_inputs", "find_linear_stages", "record_inputs"]
 
 
 @dataclass
-class Sample:
+class CalibrationSample:
     """A calibration sequence as it passes through the blocks.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sample:
     hidden: Tensor
     block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def run(self, block: nn.Module, number: int) -> Tensor:
+    def run_block(self, block: nn.Module, number: int) -> Tensor:
         """Return the output of ``block``, the one with this number."""
         args, kwargs = self.block_inputs[number]
         output = block(self.hidden, *args, **kwargs)
@@ -48,9 +48,12 @@ class Sample:
 
 
 @torch.no_grad()
-def capture(
-    model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, like: Sample | None = None
-) -> Sample:
+def capture_block_inputs(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    ids: Tensor,
+    like: CalibrationSample | None = None,
+) -> CalibrationSample:
     """Run the whole model once and record the inputs of its blocks.
 
     Args:
@@ -62,10 +65,10 @@ def capture(
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_block_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, dict(kwargs)))
 
-    hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    hooks = [b.register_forward_pre_hook(record_block_call, with_kwargs=True) for b in blocks]
     try:
         model(input_ids=ids, use_cache=False)
     finally:
@@ -79,24 +82,24 @@ def capture(
         )
     block_inputs = [(args[1:], kwargs) for args, kwargs in calls]
     if like is not None:
-        block_inputs = _shared(block_inputs, like.block_inputs)
-    return Sample(calls[0][0][0], block_inputs)
+        block_inputs = _share_equal_tensors(block_inputs, like.block_inputs)
+    return CalibrationSample(calls[0][0][0], block_inputs)
 
 
-def _shared(value: Any, like: Any) -> Any:
+def _share_equal_tensors(value: Any, like: Any) -> Any:
     """Return ``value`` with the tensors of ``like`` where they are equal."""
     if isinstance(value, Tensor):
         same = isinstance(like, Tensor) and value.shape == like.shape and torch.equal(value, like)
         return like if same else value
     if isinstance(value, tuple | list) and isinstance(like, tuple | list):
-        return type(value)(_shared(v, w) for v, w in zip(value, like, strict=True))
+        return type(value)(_share_equal_tensors(v, w) for v, w in zip(value, like, strict=True))
     if isinstance(value, dict) and isinstance(like, dict):
-        return {key: _shared(item, like.get(key)) for key, item in value.items()}
+        return {key: _share_equal_tensors(item, like.get(key)) for key, item in value.items()}
     return value
 
 
 @torch.no_grad()
-def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLinear]]:
+def find_linear_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLinear]]:
     """Return the linears of a block grouped by input, in the order of their first use.
 
     Args:
@@ -110,14 +113,14 @@ def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLin
     inputs: list[Tensor] = []  # keep references: a freed tensor's id could be reused
     seen: set[int] = set()
 
-    def before(linear: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_linear_call(linear: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(linear, FrozenLinear)
         if id(linear) not in seen:
             seen.add(id(linear))
             inputs.append(args[0])
             stages.setdefault(id(args[0]), []).append(linear)
 
-    hooks = [linear.register_forward_pre_hook(before) for linear in linears]
+    hooks = [linear.register_forward_pre_hook(record_linear_call) for linear in linears]
     try:
         run()
     finally:
@@ -133,14 +136,14 @@ def find_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLin
 
 
 @contextmanager
-def watch_input(linear: nn.Module) -> Iterator[list[Tensor]]:
+def record_inputs(linear: nn.Module) -> Iterator[list[Tensor]]:
     """Append every input of ``linear`` to the yielded list."""
     inputs: list[Tensor] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def append_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.append(args[0].detach())
 
-    hook = linear.register_forward_pre_hook(before)
+    hook = linear.register_forward_pre_hook(append_input)
     try:
         yield inputs
     finally:

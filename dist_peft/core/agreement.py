@@ -14,7 +14,14 @@ from typing import Any, Protocol
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["KeyValueStore", "digest_of", "exchange_values", "flatten_tree", "name_ranks", "shown"]
+__all__ = [
+    "KeyValueStore",
+    "exchange_values",
+    "flatten_tree",
+    "format_ranks",
+    "format_value",
+    "hash_json_value",
+]
 
 POLL_SECONDS = (0.002, 0.1)
 """The first and the longest wait between two looks at the store."""
@@ -64,10 +71,10 @@ def exchange_values(
     Raises:
         UserError: a rank did not come within ``seconds``.
     """
-    store.set(f"{topic}/digest/{rank}", digest_of(values))
+    store.set(f"{topic}/digest/{rank}", hash_json_value(values))
     if rank == 0:
-        _judge(store, len(hosts), topic, seconds)
-    _wait(store, [f"{topic}/verdict"], seconds + GRACE_SECONDS, "rank 0")
+        _write_comparison_verdict(store, len(hosts), topic, seconds)
+    _wait_for_keys(store, [f"{topic}/verdict"], seconds + GRACE_SECONDS, "rank 0")
     groups: list[list[int]] = json.loads(store.get(f"{topic}/verdict"))
     if not groups:
         return ""
@@ -75,17 +82,17 @@ def exchange_values(
         store.set(f"{topic}/values/{rank}", json.dumps(dict(values)))
     if rank == 0:
         speakers = [f"{topic}/values/{group[0]}" for group in groups]
-        _wait(store, speakers, seconds, "a rank with other values")
+        _wait_for_keys(store, speakers, seconds, "a rank with other values")
         told = [json.loads(store.get(key)) for key in speakers]
         message = describe_differences(list(zip(groups, told, strict=True)), hosts)
         store.set(f"{topic}/message", message)
-    _wait(store, [f"{topic}/message"], seconds + GRACE_SECONDS, "rank 0")
+    _wait_for_keys(store, [f"{topic}/message"], seconds + GRACE_SECONDS, "rank 0")
     text = store.get(f"{topic}/message").decode()
-    _leave_together(store, len(hosts), topic)
+    _wait_until_all_read(store, len(hosts), topic)
     return text
 
 
-def _judge(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
+def _write_comparison_verdict(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
     """Write, on rank 0, which ranks have equal digests; nothing if all have."""
     keys = [f"{topic}/digest/{rank}" for rank in range(size)]
     end = time.monotonic() + seconds
@@ -94,7 +101,7 @@ def _judge(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
         if time.monotonic() > end:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise UserError(
-                f"{name_ranks(missing)} sent no values within {seconds:g} s; look for "
+                f"{format_ranks(missing)} sent no values within {seconds:g} s; look for "
                 "an earlier error there"
             )
         time.sleep(pause)
@@ -105,7 +112,7 @@ def _judge(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
     store.set(f"{topic}/verdict", json.dumps(list(groups.values()) if len(groups) > 1 else []))
 
 
-def _wait(store: KeyValueStore, keys: list[str], seconds: float, whom: str) -> None:
+def _wait_for_keys(store: KeyValueStore, keys: list[str], seconds: float, whom: str) -> None:
     end = time.monotonic() + seconds
     pause, longest = POLL_SECONDS
     while not store.check(keys):
@@ -118,7 +125,7 @@ def _wait(store: KeyValueStore, keys: list[str], seconds: float, whom: str) -> N
         pause = min(2 * pause, longest)
 
 
-def _leave_together(store: KeyValueStore, size: int, topic: str) -> None:
+def _wait_until_all_read(store: KeyValueStore, size: int, topic: str) -> None:
     """Wait until all ranks have read the message, before any leaves or closes the store."""
     store.add(f"{topic}/read", 1)
     end = time.monotonic() + GRACE_SECONDS
@@ -143,31 +150,34 @@ def describe_differences(
         for ranks, values in told:
             text = json.dumps(values[key], sort_keys=True) if key in values else NOT_SET
             by_value.setdefault(text, []).extend(ranks)
-            originals[text] = shown(values[key]) if key in values else NOT_SET
+            originals[text] = format_value(values[key]) if key in values else NOT_SET
         if len(by_value) > 1:
-            parts = [f"{originals[t]} on {_with_hosts(r, hosts)}" for t, r in by_value.items()]
+            parts = [
+                f"{originals[t]} on {_format_ranks_with_hosts(r, hosts)}"
+                for t, r in by_value.items()
+            ]
             texts.append(f"{key} is {' and '.join(parts)}")
     more = f"; and {len(texts) - MOST_KEYS} more keys" if len(texts) > MOST_KEYS else ""
     return "; ".join(texts[:MOST_KEYS]) + more
 
 
-def _with_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+def _format_ranks_with_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     names = list(dict.fromkeys(hosts[rank] for rank in sorted(ranks)))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{name_ranks(ranks)} ({', '.join(names[:3])}{more})"
+    return f"{format_ranks(ranks)} ({', '.join(names[:3])}{more})"
 
 
-def digest_of(value: object) -> str:
+def hash_json_value(value: object) -> str:
     """Return the hexadecimal SHA-256 of ``value`` as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Return ``value`` as JSON for a message; a long text is cut and its digest appended."""
     text = json.dumps(value, sort_keys=True)
     if len(text) <= LONGEST_VALUE:
         return text
-    return f"{text[: LONGEST_VALUE // 2]}... (SHA-256 {digest_of(value)[:12]})"
+    return f"{text[: LONGEST_VALUE // 2]}... (SHA-256 {hash_json_value(value)[:12]})"
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> dict[str, object]:
@@ -189,7 +199,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, object]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Return ``[1, 3, 4, 5]`` as ``ranks 1, 3-5``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

@@ -13,23 +13,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["freed_memory_is_returned"]
+__all__ = ["return_freed_memory"]
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LOADING, _OTHERWISE = 256 * 1024, 32 * 1024 * 1024  # the latter is glibc's upper limit
 
 
 @contextmanager
-def freed_memory_is_returned() -> Iterator[None]:
+def return_freed_memory() -> Iterator[None]:
     """Return blocks from 256 KiB on to the system when they are freed; a no-op without glibc."""
-    _set_threshold(_LOADING)
+    _set_mmap_threshold(_LOADING)
     try:
         yield
     finally:
-        _set_threshold(_OTHERWISE)
+        _set_mmap_threshold(_OTHERWISE)
 
 
-def _set_threshold(size: int) -> None:
+def _set_mmap_threshold(size: int) -> None:
     if sys.platform != "linux":
         return
     try:

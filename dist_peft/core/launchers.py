@@ -23,7 +23,13 @@ from dataclasses import dataclass, field, replace
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["Place", "detect", "expand_hosts", "expand_tasks", "job_port"]
+__all__ = [
+    "LaunchInfo",
+    "derive_job_port",
+    "detect_launch",
+    "expand_host_list",
+    "expand_task_counts",
+]
 
 DEFAULT_PORT = 29500
 PORTS = range(20000, 30000)
@@ -31,7 +37,7 @@ PORTS = range(20000, 30000)
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchInfo:
     """Rank, world size and rendezvous address of this process, as set by the launcher.
 
     Attributes:
@@ -61,18 +67,18 @@ class Place:
     command: str = field(default="", compare=False)
 
 
-def detect(env: Mapping[str, str] | None = None) -> Place:
+def detect_launch(env: Mapping[str, str] | None = None) -> LaunchInfo:
     """Read the launcher's variables.
 
     Raises:
         UserError: the variables are incomplete, not numbers, or contradict each other.
     """
-    variables = _Variables(os.environ if env is None else env)
-    place = _detect(variables)
-    return replace(place, job=_job_of(place.launcher, variables))
+    variables = _LauncherVariables(os.environ if env is None else env)
+    place = _detect_from_variables(variables)
+    return replace(place, job=_build_job_id(place.launcher, variables))
 
 
-def _job_of(launcher: str, variables: "_Variables") -> str:
+def _build_job_id(launcher: str, variables: "_LauncherVariables") -> str:
     """Return a name that distinguishes runs of one launcher and is the same on every rank.
 
     A SLURM job id does not identify the run where torchrun, deepspeed or a person started the
@@ -81,22 +87,26 @@ def _job_of(launcher: str, variables: "_Variables") -> str:
     """
     if launcher == "torchrun":
         # torchrun's default is the word "none"
-        name = variables.text("TORCHELASTIC_RUN_ID") or "none"
+        name = variables.get_text("TORCHELASTIC_RUN_ID") or "none"
         return "" if name == "none" else f"torchrun run {name}"
     if launcher == "slurm":
-        job = variables.text("SLURM_HET_JOB_ID") or variables.text("SLURM_JOB_ID")
-        return f"SLURM step {job}.{variables.text('SLURM_STEP_ID')}"
+        job = variables.get_text("SLURM_HET_JOB_ID") or variables.get_text("SLURM_JOB_ID")
+        return f"SLURM step {job}.{variables.get_text('SLURM_STEP_ID')}"
     if launcher == "openmpi":
-        name = variables.text("PMIX_NAMESPACE") or variables.text("OMPI_MCA_ess_base_jobid") or ""
+        name = (
+            variables.get_text("PMIX_NAMESPACE")
+            or variables.get_text("OMPI_MCA_ess_base_jobid")
+            or ""
+        )
         return f"Open MPI job {name}" if name else ""
     return ""
 
 
-def _detect(variables: "_Variables") -> Place:
+def _detect_from_variables(variables: "_LauncherVariables") -> LaunchInfo:
     if "RANK" in variables or "WORLD_SIZE" in variables:
-        return _explicit(variables)
-    step = _slurm(variables)
-    mpi = _mpi(variables)
+        return _detect_explicit(variables)
+    step = _detect_slurm(variables)
+    mpi = _detect_mpi(variables)
     if mpi is not None and (step is None or (step.rank, step.size) != (mpi.rank, mpi.size)):
         return mpi
     if step is not None:
@@ -108,13 +118,13 @@ def _detect(variables: "_Variables") -> Place:
                 "are; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
             )
     if "SLURM_JOB_ID" in variables and "SLURM_STEP_ID" not in variables:
-        tasks = variables.number("SLURM_NTASKS", 1)
-        if max(tasks, variables.number("SLURM_JOB_NUM_NODES", 1)) > 1:
-            return Place(launcher="sbatch")
-    return Place()
+        tasks = variables.parse_number("SLURM_NTASKS", 1)
+        if max(tasks, variables.parse_number("SLURM_JOB_NUM_NODES", 1)) > 1:
+            return LaunchInfo(launcher="sbatch")
+    return LaunchInfo()
 
 
-class _Variables:
+class _LauncherVariables:
     """The environment, with messages that name the variable."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -123,10 +133,10 @@ class _Variables:
     def __contains__(self, name: str) -> bool:
         return name in self._env
 
-    def text(self, name: str) -> str | None:
+    def get_text(self, name: str) -> str | None:
         return self._env.get(name)
 
-    def need(self, name: str, present: str) -> str:
+    def require_text(self, name: str, present: str) -> str:
         if name not in self._env:
             raise UserError(
                 f"the environment is incomplete: {name} is not set, although {present} is; start "
@@ -134,32 +144,34 @@ class _Variables:
             )
         return self._env[name]
 
-    def number(self, name: str, default: int | None = None, present: str = "") -> int:
+    def parse_number(self, name: str, default: int | None = None, present: str = "") -> int:
         if default is not None and name not in self._env:
             return default
-        text = self.need(name, present)
+        text = self.require_text(name, present)
         try:
             return int(text)
         except ValueError:
             raise UserError(f"environment variable {name}={text!r} is not a number") from None
 
-    def place(self, launcher: str, rank: str, size: str, local: str, local_size: str) -> Place:
+    def build_launch_info(
+        self, launcher: str, rank: str, size: str, local: str, local_size: str
+    ) -> LaunchInfo:
         """Build a place from four variables; one process needs no local rank."""
-        ranks, index = self.number(size, present=rank), self.number(rank, present=size)
+        ranks, index = self.parse_number(size, present=rank), self.parse_number(rank, present=size)
         if not 0 <= index < ranks:
             raise UserError(f"the environment says {rank}={index} of {size}={ranks}")
-        return Place(
+        return LaunchInfo(
             rank=index,
             size=ranks,
-            local_rank=self.number(local, 0 if ranks == 1 else None, present=rank),
-            local_size=self.number(local_size, 1),
+            local_rank=self.parse_number(local, 0 if ranks == 1 else None, present=rank),
+            local_size=self.parse_number(local_size, 1),
             launcher=launcher,
         )
 
-    def meeting(self, place: Place, address: str | None, port: int) -> Place:
+    def with_master_address(self, place: LaunchInfo, address: str | None, port: int) -> LaunchInfo:
         """Return ``place`` with ``MASTER_ADDR`` and ``MASTER_PORT``; default: the arguments."""
-        address = self.text("MASTER_ADDR") or address
-        found = replace(place, address=address, port=self.number("MASTER_PORT", port))
+        address = self.get_text("MASTER_ADDR") or address
+        found = replace(place, address=address, port=self.parse_number("MASTER_PORT", port))
         elsewhere = place.local_size <= place.rank
         if elsewhere and address and re.match(r"localhost$|127\.|::1$", address):
             raise UserError(
@@ -170,15 +182,15 @@ class _Variables:
         return found
 
 
-def _explicit(variables: _Variables) -> Place:
+def _detect_explicit(variables: _LauncherVariables) -> LaunchInfo:
     """Detect torchrun, deepspeed, or variables set by hand (container platform, shell script)."""
     launcher, local_size = "environment", "LOCAL_WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in variables:
         launcher, group = "torchrun", "GROUP_WORLD_SIZE"
     elif "CROSS_SIZE" in variables or "LOCAL_SIZE" in variables:
         launcher, local_size, group = "deepspeed", "LOCAL_SIZE", "CROSS_SIZE"
-    place = variables.place(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
-    outer = _mpi(variables) or _slurm(variables)
+    place = variables.build_launch_info(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
+    outer = _detect_mpi(variables) or _detect_slurm(variables)
     if outer is not None and outer.size > 1:
         if launcher == "environment" and (outer.rank, outer.size) != (place.rank, place.size):
             raise UserError(
@@ -186,61 +198,65 @@ def _explicit(variables: _Variables) -> Place:
                 f"which started this process as {outer.rank} of {outer.size}; "
                 "unset RANK and WORLD_SIZE, or start without that launcher"
             )
-        if launcher != "environment" and variables.number(group, outer.size) == 1:
+        if launcher != "environment" and variables.parse_number(group, outer.size) == 1:
             raise UserError(
                 f"{outer.launcher} started {outer.size} copies of {launcher}, and each runs "
                 f"alone; pass {launcher} the number of nodes and the rendezvous address, or start "
                 f"it once"
             )
     if place.size > 1:
-        variables.need("MASTER_ADDR", "WORLD_SIZE")
-    place = variables.meeting(place, None, DEFAULT_PORT)
-    if variables.text("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        place = replace(place, agent=variables.number("TORCHELASTIC_RESTART_COUNT", 0))
+        variables.require_text("MASTER_ADDR", "WORLD_SIZE")
+    place = variables.with_master_address(place, None, DEFAULT_PORT)
+    if variables.get_text("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = replace(place, agent=variables.parse_number("TORCHELASTIC_RESTART_COUNT", 0))
     return place
 
 
-def _mpi(variables: _Variables) -> Place | None:
+def _detect_mpi(variables: _LauncherVariables) -> LaunchInfo | None:
     if "OMPI_COMM_WORLD_RANK" in variables:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        place = variables.place("openmpi", *(f"OMPI_COMM_WORLD_{name}" for name in names))
+        place = variables.build_launch_info(
+            "openmpi", *(f"OMPI_COMM_WORLD_{name}" for name in names)
+        )
     elif "PMI_RANK" in variables and "PMI_SIZE" in variables:
         # srun's PMI plug-in sets no MPI_LOCAL...; SLURM's own variables say it
         local = "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in variables else "SLURM_LOCALID"
-        place = variables.place("mpich", "PMI_RANK", "PMI_SIZE", local, "MPI_LOCALNRANKS")
+        place = variables.build_launch_info(
+            "mpich", "PMI_RANK", "PMI_SIZE", local, "MPI_LOCALNRANKS"
+        )
     else:
         return None
-    return variables.meeting(place, None, DEFAULT_PORT)
+    return variables.with_master_address(place, None, DEFAULT_PORT)
 
 
-def _slurm(variables: _Variables) -> Place | None:
+def _detect_slurm(variables: _LauncherVariables) -> LaunchInfo | None:
     """Detect a task of a SLURM step of several tasks."""
-    if "SLURM_STEP_ID" not in variables or variables.number("SLURM_STEP_NUM_TASKS", 1) == 1:
+    if "SLURM_STEP_ID" not in variables or variables.parse_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return None
-    place = variables.place(
+    place = variables.build_launch_info(
         "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"
     )
-    tasks = expand_tasks(variables.need("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID"))
-    node = variables.number("SLURM_NODEID", present="SLURM_STEP_ID")
+    tasks = expand_task_counts(variables.require_text("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID"))
+    node = variables.parse_number("SLURM_NODEID", present="SLURM_STEP_ID")
     if node >= len(tasks):
         raise UserError(f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE names {len(tasks)}")
-    hosts = expand_hosts(variables.need("SLURM_STEP_NODELIST", "SLURM_STEP_ID"))
+    hosts = expand_host_list(variables.require_text("SLURM_STEP_NODELIST", "SLURM_STEP_ID"))
     place = replace(
         place,
         local_size=tasks[node],
         hosts=tuple(hosts),
-        host=variables.text("SLURMD_NODENAME") or place.host,
+        host=variables.get_text("SLURMD_NODENAME") or place.host,
     )
-    port = job_port(variables.number("SLURM_JOB_ID", present="SLURM_STEP_ID"))
-    return variables.meeting(place, hosts[0], port)
+    port = derive_job_port(variables.parse_number("SLURM_JOB_ID", present="SLURM_STEP_ID"))
+    return variables.with_master_address(place, hosts[0], port)
 
 
-def job_port(job: int) -> int:
+def derive_job_port(job: int) -> int:
     """Return the rendezvous port of SLURM job ``job``, used unless ``MASTER_PORT`` is set."""
     return PORTS[job % len(PORTS)]
 
 
-def expand_hosts(text: str) -> list[str]:
+def expand_host_list(text: str) -> list[str]:
     """Expand ``n[08-10,12],login`` to ``n08 n09 n10 n12 login``, as ``scontrol show hostnames``.
 
     Raises:
@@ -250,7 +266,11 @@ def expand_hosts(text: str) -> list[str]:
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         names = [""]
         for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
-            tails = [literal] if literal else [n for r in ranges.split(",") for n in _numbers(r)]
+            tails = (
+                [literal]
+                if literal
+                else [n for r in ranges.split(",") for n in _expand_number_range(r)]
+            )
             names = [name + tail for name in names for tail in tails]
         hosts += names
     if not hosts or text.count("[") != text.count("]"):
@@ -258,7 +278,7 @@ def expand_hosts(text: str) -> list[str]:
     return hosts
 
 
-def _numbers(text: str) -> list[str]:
+def _expand_number_range(text: str) -> list[str]:
     """Expand ``08-10`` to ``08 09 10``; one number is a range of one."""
     first, _, last = text.partition("-")
     last = last or first
@@ -267,7 +287,7 @@ def _numbers(text: str) -> list[str]:
     return [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
 
 
-def expand_tasks(text: str) -> list[int]:
+def expand_task_counts(text: str) -> list[int]:
     """Expand ``2(x3),1`` to ``2 2 2 1``: the number of tasks on each host of a step."""
     counts: list[int] = []
     for part in text.split(","):

@@ -43,20 +43,20 @@ def setup_log(
     Raises:
         UserError: ``log.txt`` cannot be written.
     """
-    held = _held_records(logging.getLogger("dist_peft"))
+    held = _take_held_records(logging.getLogger("dist_peft"))
     logger = close_log()
-    terminal = _Terminal("" if world_size == 1 else f"[rank {rank}] ")
+    terminal = _TerminalHandler("" if world_size == 1 else f"[rank {rank}] ")
     handlers: list[logging.Handler] = [terminal]
     if rank != 0:
         terminal.setLevel(logging.WARNING)
         terminal.addFilter(lambda record: not getattr(record, "once", False))
     elif run_dir is not None:
-        file = _log_file(run_dir / "log.txt")
+        file = _open_log_file(run_dir / "log.txt")
         for record in held:
             file.handle(record)
         handlers.append(file)
     elif hold:
-        handlers.append(_HeldRecords(held))
+        handlers.append(_HeldRecordsHandler(held))
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -68,7 +68,7 @@ def close_log() -> logging.Logger:
     """Close ``log.txt`` and reset the logger to Python's defaults. Harmless if not set up."""
     logger = logging.getLogger("dist_peft")
     for handler in list(logger.handlers):
-        if isinstance(handler, _Terminal | _LogFile | _HeldRecords):
+        if isinstance(handler, _TerminalHandler | _LogFileHandler | _HeldRecordsHandler):
             logger.removeHandler(handler)
             handler.close()
     logger.setLevel(logging.NOTSET)
@@ -76,7 +76,7 @@ def close_log() -> logging.Logger:
     return logger
 
 
-class _Terminal(logging.Handler):
+class _TerminalHandler(logging.Handler):
     """Lines for people: the message alone, with level and rank where they matter."""
 
     def __init__(self, rank_prefix: str) -> None:
@@ -96,11 +96,11 @@ class _Terminal(logging.Handler):
         sys.stderr.flush()
 
 
-class _LogFile(logging.FileHandler):
+class _LogFileHandler(logging.FileHandler):
     """``log.txt``; a class of its own so that ``close_log`` removes no handler but ours."""
 
 
-class _HeldRecords(logging.Handler):
+class _HeldRecordsHandler(logging.Handler):
     """Records of a command that has no run directory yet."""
 
     def __init__(self, records: list[logging.LogRecord]) -> None:
@@ -111,14 +111,14 @@ class _HeldRecords(logging.Handler):
         self.records.append(record)
 
 
-def _held_records(logger: logging.Logger) -> list[logging.LogRecord]:
-    return [r for h in logger.handlers if isinstance(h, _HeldRecords) for r in h.records]
+def _take_held_records(logger: logging.Logger) -> list[logging.LogRecord]:
+    return [r for h in logger.handlers if isinstance(h, _HeldRecordsHandler) for r in h.records]
 
 
-def _log_file(path: Path) -> _LogFile:
+def _open_log_file(path: Path) -> _LogFileHandler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = _LogFile(path, encoding="utf-8")
+        handler = _LogFileHandler(path, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror}; give save.dir a writable directory"

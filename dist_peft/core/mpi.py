@@ -10,29 +10,29 @@ import sys
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.launchers import Place
-from dist_peft.core.network import Greeter
+from dist_peft.core.launchers import LaunchInfo
+from dist_peft.core.network import AddressProbeServer
 
-__all__ = ["exchange_address"]
+__all__ = ["exchange_master_address"]
 
 WAYS_OUT = "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<free port> on all ranks"
 
 
-def exchange_address(place: Place) -> tuple[str, int]:
+def exchange_master_address(place: LaunchInfo) -> tuple[str, int]:
     """Return the address under which this rank reaches rank 0, and the port; called by every rank.
 
     Raises:
         UserError: mpi4py is not installed or belongs to another MPI; no address of rank 0 answers.
     """
-    MPI = _mpi_of(place)
+    MPI = _import_mpi(place)
     MPI.Init()
     try:
-        return _exchange(place, MPI.COMM_WORLD, MPI.Get_library_version().split(",")[0])
+        return _exchange_over_mpi(place, MPI.COMM_WORLD, MPI.Get_library_version().split(",")[0])
     finally:
         MPI.Finalize()
 
 
-def _mpi_of(place: Place) -> Any:
+def _import_mpi(place: LaunchInfo) -> Any:
     if "MPI4PY_MPIABI" not in os.environ:
         # with several MPI libraries installed, mpi4py would take the first that it finds
         name = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}[place.launcher]
@@ -50,17 +50,17 @@ def _mpi_of(place: Place) -> Any:
     return MPI
 
 
-def _exchange(place: Place, comm: Any, library: str) -> tuple[str, int]:
+def _exchange_over_mpi(place: LaunchInfo, comm: Any, library: str) -> tuple[str, int]:
     if (comm.rank, comm.size) != (place.rank, place.size):
         raise UserError(
             f"{place.launcher} started this process as rank {place.rank} of {place.size}, but "
             f"mpi4py ({library}) says {comm.rank} of {comm.size}: it was not built for "
             f"this launcher's MPI; set MPI4PY_MPIABI or MPI4PY_LIBMPI, or {WAYS_OUT}"
         )
-    greeter = Greeter() if place.rank == 0 else None
-    offer = (greeter.addresses(), greeter.port, greeter.word) if greeter else None
+    greeter = AddressProbeServer() if place.rank == 0 else None
+    offer = (greeter.list_addresses(), greeter.port, greeter.word) if greeter else None
     addresses, port, word = comm.bcast(offer, root=0)
-    mine = next((a for a in addresses if Greeter.reached(a, port, word)), None)
+    mine = next((a for a in addresses if AddressProbeServer.is_reachable(a, port, word)), None)
     answers: list[tuple[str, str | None]] = comm.allgather((place.host, mine))
     if greeter is not None:
         greeter.close()

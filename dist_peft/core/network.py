@@ -13,10 +13,16 @@ import time
 
 import psutil
 
-__all__ = ["Greeter", "interface_of", "is_loopback", "local_address_towards", "wait_for_port"]
+__all__ = [
+    "AddressProbeServer",
+    "find_interface",
+    "find_local_address_towards",
+    "is_loopback",
+    "wait_for_port",
+]
 
 
-def local_address_towards(address: str, port: int) -> str:
+def find_local_address_towards(address: str, port: int) -> str:
     """Return the address of this host from which packets to ``address`` leave.
 
     A connected UDP socket asks the kernel for the route; nothing is sent.
@@ -34,7 +40,7 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def interface_of(address: str) -> str | None:
+def find_interface(address: str) -> str | None:
     """Return the network interface that carries a local ``address``."""
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
@@ -59,7 +65,7 @@ def wait_for_port(address: str, port: int, seconds: float) -> str | None:
         time.sleep(min(0.2, max(0.0, end - time.monotonic())))
 
 
-class Greeter:
+class AddressProbeServer:
     """Server of rank 0 while the ranks search for its address; sends a secret word to each client.
 
     Ranks on other hosts try every address of rank 0; only the word proves that it was rank 0 who
@@ -70,9 +76,9 @@ class Greeter:
         self.word = secrets.token_bytes(16)
         self._socket = socket.create_server(("", 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._answer, daemon=True).start()
+        threading.Thread(target=self._answer_connections, daemon=True).start()
 
-    def _answer(self) -> None:
+    def _answer_connections(self) -> None:
         while True:
             try:
                 connection, _ = self._socket.accept()
@@ -81,7 +87,7 @@ class Greeter:
             with connection:
                 connection.sendall(self.word)
 
-    def addresses(self) -> list[str]:
+    def list_addresses(self) -> list[str]:
         """Return this host's IPv4 addresses, loopback last."""
         found = [
             entry.address
@@ -96,7 +102,7 @@ class Greeter:
         self._socket.close()
 
     @staticmethod
-    def reached(address: str, port: int, word: bytes, seconds: float = 2.0) -> bool:
+    def is_reachable(address: str, port: int, word: bytes, seconds: float = 2.0) -> bool:
         """Return whether the server that answers there sends this word."""
         try:
             with socket.create_connection((address, port), timeout=seconds) as connection:

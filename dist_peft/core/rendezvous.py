@@ -25,18 +25,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_peft.core.agreement import describe_differences, exchange_values, name_ranks
+from dist_peft.core.agreement import describe_differences, exchange_values, format_ranks
 from dist_peft.core.errors import UserError
-from dist_peft.core.launchers import Place
-from dist_peft.core.mpi import exchange_address
+from dist_peft.core.launchers import LaunchInfo
+from dist_peft.core.mpi import exchange_master_address
 from dist_peft.core.network import (
-    interface_of,
+    find_interface,
+    find_local_address_towards,
     is_loopback,
-    local_address_towards,
     wait_for_port,
 )
 
-__all__ = ["Meeting", "MeetingError", "meet"]
+__all__ = ["Rendezvous", "RendezvousError", "join_rendezvous"]
 
 log = logging.getLogger("dist_peft")
 
@@ -46,11 +46,11 @@ REMIND_SECONDS = 30.0
 PULSE_SECONDS = 2.0
 
 
-class MeetingError(UserError):
+class RendezvousError(UserError):
     """The rendezvous failed. Every rank reports its own error, not only the first."""
 
 
-class Meeting:
+class Rendezvous:
     """The state shared by all ranks after the rendezvous: a store and the host of each rank.
 
     Attributes:
@@ -59,7 +59,7 @@ class Meeting:
     """
 
     def __init__(
-        self, place: Place, store: dist.Store, own_store: dist.Store, hosts: list[str]
+        self, place: LaunchInfo, store: dist.Store, own_store: dist.Store, hosts: list[str]
     ) -> None:
         """Take ``own_store``, another connection, for the heartbeat thread of this rank."""
         self.store = store
@@ -68,36 +68,38 @@ class Meeting:
         self._topics = 0
         self._own_store = own_store
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
         self._thread.start()
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._stop.wait(PULSE_SECONDS):
             try:
                 self._own_store.add(f"pulse/{self._rank}", 1)
             except RuntimeError:  # rank 0 has left, or is no more
                 return
 
-    def compare(self, values: Mapping[str, object], seconds: float) -> str:
+    def find_disagreement(self, values: Mapping[str, object], seconds: float) -> str:
         """Return the differences between the ranks' ``values`` as text; called by all ranks."""
         self._topics += 1
         topic = f"same/{self._topics}"
         return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
 
-    def silent(self) -> str:
+    def name_silent_ranks(self) -> str:
         """Return the ranks without a heartbeat for a few intervals as text; empty if there are
         none."""
         try:
-            before = self._pulses()
+            before = self._read_heartbeats()
             time.sleep(4 * PULSE_SECONDS)
             still = [
-                r for r, (a, b) in enumerate(zip(before, self._pulses(), strict=True)) if a == b
+                r
+                for r, (a, b) in enumerate(zip(before, self._read_heartbeats(), strict=True))
+                if a == b
             ]
         except RuntimeError:  # the store is gone with rank 0
             still = [0]
         return ", ".join(f"rank {r} on {self.hosts[r]}" for r in still if r != self._rank)
 
-    def _pulses(self) -> list[int]:
+    def _read_heartbeats(self) -> list[int]:
         return [self.store.add(f"pulse/{r}", 0) for r in range(len(self.hosts))]
 
     def close(self) -> None:
@@ -105,7 +107,9 @@ class Meeting:
         self._thread.join()
 
 
-def meet(place: Place, seconds: float, token: Mapping[str, str] | None = None) -> Meeting:
+def join_rendezvous(
+    place: LaunchInfo, seconds: float, token: Mapping[str, str] | None = None
+) -> Rendezvous:
     """Wait for all ranks at the rendezvous address.
 
     Args:
@@ -120,35 +124,37 @@ def meet(place: Place, seconds: float, token: Mapping[str, str] | None = None) -
     """
     end = time.monotonic() + seconds
     if place.address is None:
-        address, port = exchange_address(place)
+        address, port = exchange_master_address(place)
     else:
         address, port = place.address, place.port or 0
     where = f"{address}:{port}"
     serves = place.rank == 0 and place.agent is None
-    store = _open_store(place, address, port, end, seconds, serves)
+    store = _open_rendezvous_store(place, address, port, end, seconds, serves)
     try:
-        _register(store, place, _leaving_address(address, port), where, token or {})
+        _register_rank(store, place, _find_outgoing_address(address, port), where, token or {})
         if place.rank == 0:
-            _count(store, place, where, end, seconds)
+            _wait_for_all_ranks(store, place, where, end, seconds)
         table = _read_verdict(store, place, where, end, seconds)
     except dist.DistError as error:
-        raise MeetingError(
+        raise RendezvousError(
             f"rank {place.rank} on {place.host} lost the connection to {where} while it waited "
-            f"for the others: {_first_line(error)}"
+            f"for the others: {_first_line_of_error(error)}"
         ) from None
     _choose_interface(place, table, port)
-    own_store = _open_store(place, "localhost" if serves else address, port, end, seconds, False)
-    return Meeting(place, store, own_store, [host for host, _ in table])
+    own_store = _open_rendezvous_store(
+        place, "localhost" if serves else address, port, end, seconds, False
+    )
+    return Rendezvous(place, store, own_store, [host for host, _ in table])
 
 
-def _open_store(
-    place: Place, address: str, port: int, end: float, seconds: float, serves: bool
+def _open_rendezvous_store(
+    place: LaunchInfo, address: str, port: int, end: float, seconds: float, serves: bool
 ) -> dist.Store:
     who, where = f"rank {place.rank} on {place.host}", f"{address}:{port}"
     if not serves:
         reason = wait_for_port(address, port, end - time.monotonic())
         if reason is not None:
-            raise MeetingError(
+            raise RendezvousError(
                 f"{who} could not reach rank 0 at {where} within {seconds:g} s: {reason}. Either "
                 "rank 0 has not started (see its own messages), or MASTER_ADDR is not its host, "
                 "or a firewall closes the port"
@@ -166,18 +172,19 @@ def _open_store(
         fix = (
             f"port {port} is taken there; set MASTER_PORT to a free one"
             if "EADDRINUSE" in str(error)
-            else f"something else than this run's rank 0 answers there ({_first_line(error)})"
+            else "something else than this run's rank 0 answers there "
+            f"({_first_line_of_error(error)})"
         )
-        raise MeetingError(f"{who} cannot use {where}: {fix}") from None
+        raise RendezvousError(f"{who} cannot use {where}: {fix}") from None
     # the restarts of torchrun share one store
     return dist.PrefixStore(f"dist_peft/{place.agent or 0}", store)
 
 
-def _register(
-    store: dist.Store, place: Place, leaving: str | None, where: str, token: Mapping[str, str]
+def _register_rank(
+    store: dist.Store, place: LaunchInfo, leaving: str | None, where: str, token: Mapping[str, str]
 ) -> None:
     if store.add(f"came/{place.rank}", 1) > 1:
-        raise MeetingError(
+        raise RendezvousError(
             f"rank {place.rank} on {place.host}: another process has come to {where} as rank "
             f"{place.rank} already; two runs use the same address, or a launcher started each "
             "rank twice. Set another MASTER_PORT"
@@ -187,7 +194,9 @@ def _register(
     store.set(f"rank/{place.rank}", json.dumps([place.host, leaving]))
 
 
-def _count(store: dist.Store, place: Place, where: str, end: float, seconds: float) -> None:
+def _wait_for_all_ranks(
+    store: dist.Store, place: LaunchInfo, where: str, end: float, seconds: float
+) -> None:
     """Wait, on rank 0, for the others and write the verdict."""
     others = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
     remind = time.monotonic() + REMIND_SECONDS
@@ -195,11 +204,11 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
         time.sleep(POLL_SECONDS)
         others = [r for r in others if not store.check([f"rank/{r}"])]
         if others and time.monotonic() > remind:
-            log.warning("waiting at %s for %s", where, name_ranks(others))
+            log.warning("waiting at %s for %s", where, format_ranks(others))
             remind += REMIND_SECONDS
     verdict: dict[str, Any] = {"error": "", "table": []}
     if others:
-        verdict["error"] = _absence(store, place, others, where, seconds)
+        verdict["error"] = _describe_absent_ranks(store, place, others, where, seconds)
     else:
         everyone = range(place.size)
         verdict["table"] = [json.loads(store.get(f"rank/{r}")) for r in everyone]
@@ -212,13 +221,13 @@ def _count(store: dist.Store, place: Place, where: str, end: float, seconds: flo
             )
         else:
             hosts = [entry[0] for entry in verdict["table"]]
-            verdict["error"] = _strangers(store, hosts, where)
+            verdict["error"] = _describe_foreign_ranks(store, hosts, where)
     store.set("verdict", json.dumps(verdict))
     if verdict["error"]:
-        _wait_until_told(store, place.size - len(others) - 1)
+        _wait_until_verdict_read(store, place.size - len(others) - 1)
 
 
-def _strangers(store: dist.Store, hosts: Sequence[str], where: str) -> str:
+def _describe_foreign_ranks(store: dist.Store, hosts: Sequence[str], where: str) -> str:
     """Return the message about ranks of several runs; empty where all tokens are equal."""
     groups: dict[bytes, list[int]] = {}
     for rank in range(len(hosts)):
@@ -233,8 +242,8 @@ def _strangers(store: dist.Store, hosts: Sequence[str], where: str) -> str:
     )
 
 
-def _absence(
-    store: dist.Store, place: Place, missing: Sequence[int], where: str, seconds: float
+def _describe_absent_ranks(
+    store: dist.Store, place: LaunchInfo, missing: Sequence[int], where: str, seconds: float
 ) -> str:
     """Return the message about missing ranks; names hosts where the launcher lists them."""
     came = [r for r in range(place.size) if r not in set(missing)]
@@ -242,31 +251,31 @@ def _absence(
     empty = [h for h in place.hosts if h not in hosts]
     from_hosts = f"; no rank came from {', '.join(empty)}" if empty else ""
     return (
-        f"{name_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
-        f"{from_hosts}. {name_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an "
+        f"{format_ranks(missing)} of {place.size} did not come to {where} within {seconds:g} s"
+        f"{from_hosts}. {format_ranks(came)} came from {', '.join(sorted(hosts))}. Look for an "
         "earlier error of the missing ranks, check that their hosts reach that address, or raise "
         "engine.start_timeout_minutes"
     )
 
 
 def _read_verdict(
-    store: dist.Store, place: Place, where: str, end: float, seconds: float
+    store: dist.Store, place: LaunchInfo, where: str, end: float, seconds: float
 ) -> list[tuple[str, str | None]]:
     end += GRACE_SECONDS  # rank 0 writes its verdict at the very end
     while not store.check(["verdict"]) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
     if not store.check(["verdict"]):
         missing = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
-        raise MeetingError(_absence(store, place, missing or [0], where, seconds))
+        raise RendezvousError(_describe_absent_ranks(store, place, missing or [0], where, seconds))
     verdict = json.loads(store.get("verdict"))
     if verdict["error"]:
         if place.rank != 0:
             store.add("told", 1)
-        raise MeetingError(verdict["error"])
+        raise RendezvousError(verdict["error"])
     return [(host, address) for host, address in verdict["table"]]
 
 
-def _wait_until_told(store: dist.Store, others: int) -> None:
+def _wait_until_verdict_read(store: dist.Store, others: int) -> None:
     """Keep the store open until the ranks that joined have read the verdict."""
     end = time.monotonic() + GRACE_SECONDS
     while store.add("told", 0) < others and time.monotonic() < end:
@@ -274,24 +283,26 @@ def _wait_until_told(store: dist.Store, others: int) -> None:
     time.sleep(POLL_SECONDS)
 
 
-def _leaving_address(address: str, port: int) -> str | None:
+def _find_outgoing_address(address: str, port: int) -> str | None:
     with contextlib.suppress(OSError):
-        return local_address_towards(address, port)
+        return find_local_address_towards(address, port)
     return None
 
 
-def _choose_interface(place: Place, table: Sequence[tuple[str, str | None]], port: int) -> None:
+def _choose_interface(
+    place: LaunchInfo, table: Sequence[tuple[str, str | None]], port: int
+) -> None:
     """Point gloo at the interface that leads to the other hosts."""
     if "GLOO_SOCKET_IFNAME" in os.environ or len(set(table)) == 1:
         return
     mine = table[place.rank][1]
     if mine is None or is_loopback(mine):  # rank 0's own name leads to loopback on its host
         far = [a for _, a in table if a is not None and not is_loopback(a)]
-        mine = _leaving_address(far[0], port) if far else None
-    name = interface_of(mine) if mine is not None else None
+        mine = _find_outgoing_address(far[0], port) if far else None
+    name = find_interface(mine) if mine is not None else None
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of_error(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -40,10 +40,10 @@ class Span:
         start = min(max(self.start, other.start), self.stop)
         return Span(start, max(start, min(self.stop, other.stop)))
 
-    def shift(self, offset: int) -> "Span":
+    def shifted_by(self, offset: int) -> "Span":
         return Span(self.start + offset, self.stop + offset)
 
-    def chunks(self, rows: int) -> Iterator["Span"]:
+    def split_into_chunks(self, rows: int) -> Iterator["Span"]:
         """Cut into consecutive spans of at most ``rows`` rows."""
         if rows < 1:
             raise ValueError(f"a chunk has at least one row, not {rows}")

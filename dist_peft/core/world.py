@@ -1,9 +1,9 @@
 """Process group of a run: rendezvous, agreement between ranks and error propagation.
 
-``launchers`` detects rank and world size, ``meeting`` performs the rendezvous.
+``launchers`` detects rank and world size, ``core.rendezvous`` performs the rendezvous.
 
-``World.together`` is how an error of one rank becomes an error of all: every rank runs the phase,
-then all exchange the outcome, so that no rank waits in a collective for one that has left.
+``World.raise_together`` is how an error of one rank becomes an error of all: every rank runs the
+phase, then all exchange the outcome, so that no rank waits in a collective for one that has left.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.launchers import Place, detect
-from dist_peft.core.rendezvous import Meeting, MeetingError, meet
+from dist_peft.core.launchers import LaunchInfo, detect_launch
+from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 
-__all__ = ["MeetingError", "RemoteError", "World"]
+__all__ = ["RemoteError", "RendezvousError", "World"]
 
 
-_meeting: Meeting | None = None
+_meeting: Rendezvous | None = None
 """The rendezvous of this process; one a process, as torch's process group."""
 
 _VERSIONS = ("dist_peft", "torch", "transformers", "tokenizers")
@@ -34,21 +34,21 @@ class RemoteError(RuntimeError):
     """Another rank failed in a phase that all ranks share; that rank has the details."""
 
 
-class World(Place):
+class World(LaunchInfo):
     """A launched process (attributes: ``Place``) that can communicate with the other ranks."""
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None) -> "World":
+    def detect_world(cls, env: Mapping[str, str] | None = None) -> "World":
         """Read the launcher's variables.
 
         Raises:
             UserError: the variables are incomplete, not numbers, or contradict each other.
         """
-        return cls(**vars(detect(env)))
+        return cls(**vars(detect_launch(env)))
 
     # -- rendezvous ----------------------------------------------------------------------------
 
-    def device(self, wanted: str) -> torch.device:
+    def select_device(self, wanted: str) -> torch.device:
         """Return this rank's device for ``auto``, ``cpu`` or ``cuda``.
 
         Raises:
@@ -66,7 +66,7 @@ class World(Place):
             )
         return torch.device("cuda", self.local_rank)
 
-    def connect(
+    def join_process_group(
         self,
         device: torch.device,
         timeout_minutes: float = 30.0,
@@ -96,7 +96,7 @@ class World(Place):
         if cuda:
             torch.cuda.set_device(device)
         global _meeting
-        _meeting = meet(self, start_timeout_minutes * 60, self.token(device))
+        _meeting = join_rendezvous(self, start_timeout_minutes * 60, self.build_run_token(device))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_meeting.store,
@@ -105,14 +105,14 @@ class World(Place):
             timeout=timedelta(minutes=timeout_minutes),
         )
 
-    def token(self, device: torch.device) -> dict[str, str]:
+    def build_run_token(self, device: torch.device) -> dict[str, str]:
         """Return the facts that identify this run at the rendezvous, equal on every rank. The
         configuration is compared afterwards, key by key (``agree``)."""
         versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
         who = {"run": self.job, "command": self.command, "device": device.type}
         return who | {f"version of {name}": version for name, version in versions.items()}
 
-    def disconnect(self) -> None:
+    def leave_process_group(self) -> None:
         global _meeting
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -120,7 +120,7 @@ class World(Place):
             _meeting.close()
             _meeting = None
 
-    def explain(self, error: Exception) -> str | None:
+    def explain_failure(self, error: Exception) -> str | None:
         """Identify the rank that failed; None if ``error`` is not a failed collective.
 
         Takes some seconds to wait for heartbeats of the other ranks.
@@ -128,7 +128,7 @@ class World(Place):
         broken = isinstance(error, dist.DistError) or "gloo" in str(error)
         if _meeting is None or not broken:
             return None
-        silent = _meeting.silent()
+        silent = _meeting.name_silent_ranks()
         if not silent:
             return None
         return f"rank {self.rank} on {self.host} lost its peers: no sign of life from {silent}"
@@ -148,7 +148,7 @@ class World(Place):
         if self.size > 1:
             dist.all_reduce(torch.zeros(1, dtype=torch.uint8))
 
-    def agree(
+    def check_agreement(
         self, subject: str, values: Mapping[str, object], timeout_minutes: float = 30.0
     ) -> None:
         """Check that all ranks have the same ``values``, without a collective.
@@ -164,14 +164,14 @@ class World(Place):
         if self.size == 1:
             return
         assert _meeting is not None, "connect() comes first"
-        difference = _meeting.compare(values, timeout_minutes * 60)
+        difference = _meeting.find_disagreement(values, timeout_minutes * 60)
         if difference:
             raise UserError(
                 f"the ranks of this run do not have the same {subject}: {difference}. Give every "
                 "rank the same; if these are two runs, give each a MASTER_PORT of its own"
             )
 
-    def collect(self, numbers: Sequence[int]) -> list[list[int]]:
+    def gather_integers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Gather the integers (int64, equally many on each rank) of all ranks, by rank."""
         if self.size == 1:
             return [list(numbers)]
@@ -180,7 +180,7 @@ class World(Place):
         dist.all_gather(parts, mine)
         return [part.tolist() for part in parts]
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Return on every rank whether ``flag`` is true on any."""
         if self.size == 1:
             return flag
@@ -188,7 +188,7 @@ class World(Place):
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def sum(self, *values: float) -> list[float]:
+    def sum_over_ranks(self, *values: float) -> list[float]:
         """Sum each number over the ranks (in double precision)."""
         if self.size == 1:
             return list(values)
@@ -196,7 +196,7 @@ class World(Place):
         dist.all_reduce(total)
         return [float(v) for v in total]
 
-    def max(self, *values: float) -> list[float]:
+    def max_over_ranks(self, *values: float) -> list[float]:
         """Return the maximum of each number over the ranks."""
         if self.size == 1:
             return list(values)
@@ -204,7 +204,7 @@ class World(Place):
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return [float(v) for v in most]
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks, in place. Integers: bit-equal at any number of ranks.
 
         A collective: all ranks come, with equal shapes and types.
@@ -212,14 +212,14 @@ class World(Place):
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
+    def broadcast_tensor(self, tensor: Tensor, source: int) -> None:
         """Copy the tensor of rank ``source`` to every rank, in place."""
         assert tensor.is_contiguous()  # the received tensor is laid out so
         if self.size > 1:
             dist.broadcast(tensor, source)
 
     @contextmanager
-    def together(self, phase: str) -> Iterator[None]:
+    def raise_together(self, phase: str) -> Iterator[None]:
         """Run a phase on every rank; if it fails on one, it fails on all, at its end.
 
         The body must hold no collective that a failing rank would leave others waiting in. Every
@@ -235,7 +235,7 @@ class World(Place):
             if failure is not None:
                 raise failure
             return
-        if not self.any(failure is not None):
+        if not self.any_rank(failure is not None):
             return
         mine = None if failure is None else (isinstance(failure, UserError), str(failure))
         everyone: list[tuple[bool, str] | None] = [None] * self.size

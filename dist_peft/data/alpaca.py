@@ -22,9 +22,9 @@ import json
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.record_fields import MISSING, RecordFields, template_fields
+from dist_peft.data.record_fields import MISSING, RecordFields, parse_template_fields
 
-__all__ = ["ALPACA_OPTIONAL", "Turn", "alpaca_turns"]
+__all__ = ["ALPACA_OPTIONAL", "Turn", "build_alpaca_turns"]
 
 Turn = tuple[str, str]
 """Context text, text to train on."""
@@ -42,39 +42,39 @@ _WITHOUT_INPUT = (
 )
 
 
-def alpaca_turns(fields: RecordFields) -> list[Turn]:
+def build_alpaca_turns(fields: RecordFields) -> list[Turn]:
     """Return the turns of a record; the last one is that of ``instruction`` and ``output``.
 
     Raises:
         UserError: a column is not text, ``history`` is not a list of pairs, or ``source.template``
             writes the prompt without a system prompt or history that the record has.
     """
-    output = fields.text("output")
+    output = fields.get_text("output")
     if fields.source.template is not None:
-        _refuse_unwritten(fields, fields.source.template)
-        return [(fields.filled(fields.source.template), output)]
-    instruction, context = fields.text("instruction"), fields.optional("input")
-    system, history = fields.optional("system"), _earlier_turns(fields)
+        _refuse_unwritten_columns(fields, fields.source.template)
+        return [(fields.fill_template(fields.source.template), output)]
+    instruction, context = fields.get_text("instruction"), fields.get_optional_text("input")
+    system, history = fields.get_optional_text("system"), _read_earlier_turns(fields)
     before = system.strip() or (_WITH_INPUT if context else _WITHOUT_INPUT)
     turns: list[Turn] = []
     for question, answer in history:
-        before += _asked(question)
+        before += _format_question(question)
         if answer.strip():
             turns.append((before, answer))
             before = ""
         else:
             before += answer  # a blank answer is context only
     question = f"{instruction}\n\n### Input:\n{context}" if context else instruction
-    turns.append((before + _asked(question), output))
+    turns.append((before + _format_question(question), output))
     return turns
 
 
-def _asked(question: str) -> str:
+def _format_question(question: str) -> str:
     return f"\n\n### Instruction:\n{question}\n\n### Response:"
 
 
-def _earlier_turns(fields: RecordFields) -> list[Turn]:
-    value: Any = fields.raw("history")
+def _read_earlier_turns(fields: RecordFields) -> list[Turn]:
+    value: Any = fields.get_raw_value("history")
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -82,7 +82,7 @@ def _earlier_turns(fields: RecordFields) -> list[Turn]:
             raise UserError(f"{fields.place}: history is not valid JSON: {error}") from None
     if value in (None, MISSING, "", []):
         return []
-    column = fields.column("history")
+    column = fields.column_of_role("history")
     if not isinstance(value, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
     ):
@@ -92,18 +92,18 @@ def _earlier_turns(fields: RecordFields) -> list[Turn]:
         )
     return [
         (
-            fields.checked_text(pair[0], f"{column}.{number}.0"),
-            fields.checked_text(pair[1], f"{column}.{number}.1"),
+            fields.check_text_value(pair[0], f"{column}.{number}.0"),
+            fields.check_text_value(pair[1], f"{column}.{number}.1"),
         )
         for number, pair in enumerate(value)
     ]
 
 
-def _refuse_unwritten(fields: RecordFields, template: str) -> None:
-    named = template_fields(template)
+def _refuse_unwritten_columns(fields: RecordFields, template: str) -> None:
+    named = parse_template_fields(template)
     for role in ("system", "history"):
-        column = fields.column(role)
-        if fields.raw(role) in (None, MISSING, "", []) or {role, column} & named:
+        column = fields.column_of_role(role)
+        if fields.get_raw_value(role) in (None, MISSING, "", []) or {role, column} & named:
             continue
         raise UserError(
             f"{fields.place}: column {column} would be missing from the prompt, which the source's "

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["plain_records"]
+__all__ = ["convert_record_batch"]
 
 Record = dict[str, Any]
 
 
-def plain_records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Record]:
+def convert_record_batch(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Record]:
     """Yield the rows of ``batch`` as plain values, without null keys in nested records.
 
     Top-level columns are kept, null or not. ``default: null`` of a JSON schema is kept where no
@@ -25,24 +25,24 @@ def plain_records(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Iterator[Reco
     """
     import pyarrow.types as kinds
 
-    def cleaned(value: Any, kind: Any) -> Any:
+    def strip_null_keys(value: Any, kind: Any) -> Any:
         if value is None:
             return None
         if kinds.is_struct(kind):
             fields = [kind.field(number) for number in range(kind.num_fields)]
             return {
-                field.name: cleaned(value[field.name], field.type)
+                field.name: strip_null_keys(value[field.name], field.type)
                 for field in fields
                 if value[field.name] is not None
                 or (field.name == "default" and kinds.is_null(field.type))
             }
         if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
-            return [cleaned(item, kind.value_type) for item in value]
+            return [strip_null_keys(item, kind.value_type) for item in value]
         return value
 
     nested = {field.name: field.type for field in batch.schema if kinds.is_nested(field.type)}
     for record in batch.to_pylist():
         yield {
-            name: cleaned(value, nested[name]) if name in nested else value
+            name: strip_null_keys(value, nested[name]) if name in nested else value
             for name, value in record.items()
         }

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from dist_peft.data.files import Place
+from dist_peft.data.files import RecordPlace
 from dist_peft.data.message_weights import WEIGHT_KEYS
 
-__all__ = ["BlankTurns", "excluded_turn", "is_blank_turn"]
+__all__ = ["BlankTurnFilter", "exclude_turn", "is_blank_turn"]
 
 _NO_WORDS = ("role", "content", "name", *WEIGHT_KEYS)
 
@@ -17,31 +17,33 @@ def is_blank_turn(message: dict[str, Any]) -> bool:
     return not any(value for key, value in message.items() if key not in _NO_WORDS)
 
 
-def excluded_turn(message: dict[str, Any]) -> dict[str, Any]:
+def exclude_turn(message: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of ``message`` marked as not contributing to the loss."""
     return {**{k: v for k, v in message.items() if k not in WEIGHT_KEYS}, "train": False}
 
 
-class BlankTurns:
+class BlankTurnFilter:
     """Exclude blank assistant turns from the loss and count them."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._first: Place | None = None
+        self._first: RecordPlace | None = None
 
-    def excluded(self, messages: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
+    def exclude_blank_turns(
+        self, messages: list[dict[str, Any]], place: RecordPlace
+    ) -> list[dict[str, Any]]:
         """Return ``messages`` with the blank assistant turns excluded from the loss."""
         blank = [is_blank_turn(message) for message in messages]
         if any(blank):
             self._count += sum(blank)
             self._first = self._first or place
         return [
-            excluded_turn(message) if empty else message
+            exclude_turn(message) if empty else message
             for message, empty in zip(messages, blank, strict=True)
         ]
 
     @property
-    def notes(self) -> list[str]:
+    def user_notes(self) -> list[str]:
         """One-time warnings for the user."""
         if not self._count:
             return []

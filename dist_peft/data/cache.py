@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.data.files import Place
+from dist_peft.data.files import RecordPlace
 
-__all__ = ["DocumentWriter", "Documents", "cache_root", "load_or_build"]
+__all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build_documents"]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -48,7 +48,7 @@ _HASHED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Documents:
+class TokenDocuments:
     """The token documents of one source; the arrays are read-only views of files.
 
     Attributes:
@@ -75,12 +75,12 @@ class Documents:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def place(self, index: int) -> Place:
+    def get_place(self, index: int) -> RecordPlace:
         file, number = self.places[index].tolist()
-        return Place(self.files[file], number)
+        return RecordPlace(self.files[file], number)
 
 
-def cache_root(configured: str | None) -> Path:
+def find_cache_root(configured: str | None) -> Path:
     """Return the directory of all entries: ``tokens`` in the configured cache directory.
 
     The cache directory is ``data.cache_dir``, else ``$DIST_PEFT_CACHE``, else
@@ -90,17 +90,19 @@ def cache_root(configured: str | None) -> Path:
     return Path(root).expanduser() / "tokens"
 
 
-def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None]) -> Documents:
+def load_or_build_documents(
+    root: Path, key: str, build: Callable[["DocumentWriter"], None]
+) -> TokenDocuments:
     """Return the documents stored under ``key``; call ``build`` if they are absent or damaged.
 
     Raises:
         UserError: from ``build``; or the cache cannot be written (permissions, disk space).
     """
     final = root / key
-    stored = _open(final, warn=True)
+    stored = _open_documents(final, warn=True)
     if stored is not None:
         return stored
-    with _writing(root):
+    with _explain_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f".{key}.lock").open("w")
     with lock:
@@ -108,11 +110,11 @@ def load_or_build(root: Path, key: str, build: Callable[["DocumentWriter"], None
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         # another process may have built it while this one waited
-        return _open(final) or _build(final, build)
+        return _open_documents(final) or _build_documents(final, build)
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def _explain_write_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -122,41 +124,41 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _build(final: Path, build: Callable[["DocumentWriter"], None]) -> Documents:
+def _build_documents(final: Path, build: Callable[["DocumentWriter"], None]) -> TokenDocuments:
     temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
-        with _writing(final.parent):
+        with _explain_write_errors(final.parent):
             temporary.mkdir()
             writer = DocumentWriter(temporary)
         with writer:
             build(writer)
-        with _writing(final.parent):
-            _publish(temporary, final)
+        with _explain_write_errors(final.parent):
+            _publish_directory(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    stored = _open(final)
+    stored = _open_documents(final)
     if stored is None:
         raise RuntimeError(f"token cache {final} is not readable right after it was written")
     return stored
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def _publish_directory(temporary: Path, final: Path) -> None:
     """Rename to ``final``; keep an existing entry if it is valid, else replace it."""
-    if final.exists() and _open(final) is None:
+    if final.exists() and _open_documents(final) is None:
         damaged = temporary.with_name(temporary.name + "-damaged")
         os.rename(final, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:
         os.rename(temporary, final)
     except OSError:
-        if _open(final) is None:
+        if _open_documents(final) is None:
             raise
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
 
 
-def _open(directory: Path, *, warn: bool = False) -> Documents | None:
+def _open_documents(directory: Path, *, warn: bool = False) -> TokenDocuments | None:
     """Open an entry; None if it is absent, truncated, inconsistent or altered.
 
     Every byte is verified against its stored hash, which reads the files once (500 MB took 0.08 s
@@ -167,7 +169,7 @@ def _open(directory: Path, *, warn: bool = False) -> Documents | None:
     """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        stored, found = meta.pop("hashes"), _hashes(directory, meta)
+        stored, found = meta.pop("hashes"), _hash_files(directory, meta)
         if altered := sorted(name for name in found if found[name] != stored.get(name)):
             if warn:
                 _LOG.warning(
@@ -177,7 +179,7 @@ def _open(directory: Path, *, warn: bool = False) -> Documents | None:
                     extra=ONCE,
                 )
             return None
-        documents = Documents(
+        documents = TokenDocuments(
             **{
                 name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in _ARRAYS
@@ -189,12 +191,12 @@ def _open(directory: Path, *, warn: bool = False) -> Documents | None:
             largest_token=meta["largest_token"],
             chat_template=meta["chat_template"],
         )
-        return documents if _consistent(documents) else None
+        return documents if _is_consistent(documents) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError):
         return None
 
 
-def _hashes(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
+def _hash_files(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
     """Return the xxh3 hash (128 bits) of each array file, and of ``meta``."""
     found = {"meta.json": xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())}
     for name in _ARRAYS:
@@ -206,7 +208,7 @@ def _hashes(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _consistent(d: Documents) -> bool:
+def _is_consistent(d: TokenDocuments) -> bool:
     kinds = [str(array.dtype) for array in (d.tokens, d.mask, d.offsets, d.places, d.classes)]
     return (
         kinds == ["int32", "uint8", "int64", "int64", "int64"]
@@ -225,8 +227,8 @@ class DocumentWriter:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._tokens = _GrowingArray(directory / "tokens.npy", np.dtype(np.int32))
-        self._mask = _GrowingArray(directory / "mask.npy", np.dtype(np.uint8))
+        self._tokens = _NpyArrayWriter(directory / "tokens.npy", np.dtype(np.int32))
+        self._mask = _NpyArrayWriter(directory / "mask.npy", np.dtype(np.uint8))
         self._offsets = [0]
         self._places: list[tuple[int, int]] = []
         self._classes: list[int] = []
@@ -239,14 +241,18 @@ class DocumentWriter:
     def __len__(self) -> int:
         return len(self._places)
 
-    def add(
-        self, tokens: NDArray[np.int32], mask: NDArray[np.uint8], place: Place, label: int = -1
+    def append_document(
+        self,
+        tokens: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+        place: RecordPlace,
+        label: int = -1,
     ) -> None:
         """Append a document of at least one token; ``mask`` has its shape [T]."""
         assert len(tokens) == len(mask) > 0
-        with _writing(self._directory.parent):
-            self._tokens.append(tokens)
-            self._mask.append(mask)
+        with _explain_write_errors(self._directory.parent):
+            self._tokens.append_values(tokens)
+            self._mask.append_values(mask)
         self._largest = max(self._largest, int(tokens.max()))
         self._offsets.append(self._offsets[-1] + len(tokens))
         number = self._files.setdefault(place.file, len(self._files))
@@ -262,20 +268,20 @@ class DocumentWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with _writing(self._directory.parent):
-            self._tokens.close()
-            self._mask.close()
+        with _explain_write_errors(self._directory.parent):
+            self._tokens.close_file()
+            self._mask.close_file()
             if kind is None:
-                self._finish()
+                self._finish_arrays()
 
-    def _finish(self) -> None:
+    def _finish_arrays(self) -> None:
         lists = {"offsets": self._offsets, "places": self._places, "classes": self._classes}
         arrays = {name: np.asarray(values, np.int64) for name, values in lists.items()}
         for name, array in arrays.items():
             with (self._directory / f"{name}.npy").open("wb") as file:
                 np.save(file, array)
-                _sync(file)
-        digest = hashlib.sha256(self._tokens.digest() + self._mask.digest())
+                _sync_file(file)
+        digest = hashlib.sha256(self._tokens.finish_digest() + self._mask.finish_digest())
         digest.update(arrays["offsets"].tobytes())
         if max(self._classes, default=-1) >= 0:
             digest.update(arrays["classes"].tobytes())
@@ -287,13 +293,13 @@ class DocumentWriter:
             "largest_token": self._largest,
             "chat_template": self.chat_template,
         }
-        meta["hashes"] = _hashes(self._directory, meta)
+        meta["hashes"] = _hash_files(self._directory, meta)
         with (self._directory / "meta.json").open("w", encoding="utf-8") as text:
             json.dump(meta, text, indent=1)
-            _sync(text)
+            _sync_file(text)
 
 
-class _GrowingArray:
+class _NpyArrayWriter:
     """A one-dimensional .npy file whose length is known only at the end.
 
     numpy pads the header so that the length can grow, so the header is overwritten in place.
@@ -312,7 +318,7 @@ class _GrowingArray:
             {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)},
         )
 
-    def append(self, values: NDArray[Any]) -> None:
+    def append_values(self, values: NDArray[Any]) -> None:
         assert values.dtype == self._dtype
         assert values.ndim == 1
         data = values.tobytes()
@@ -320,16 +326,16 @@ class _GrowingArray:
         self._hash.update(data)
         self._length += len(values)
 
-    def digest(self) -> bytes:
+    def finish_digest(self) -> bytes:
         return self._hash.digest()
 
-    def close(self) -> None:
+    def close_file(self) -> None:
         self._file.seek(0)
         self._write_header()
-        _sync(self._file)
+        _sync_file(self._file)
         self._file.close()
 
 
-def _sync(file: IO[Any]) -> None:
+def _sync_file(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())

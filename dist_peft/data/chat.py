@@ -21,19 +21,23 @@ from typing import Any, Literal
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat_closing import TurnEnds, find_turn_ends
-from dist_peft.data.chat_pieces import Piece
-from dist_peft.data.chat_spans import TurnFinder, closing_pattern, first_closing
+from dist_peft.data.chat_pieces import TextPiece
+from dist_peft.data.chat_spans import TurnFinder, build_closing_pattern, find_first_closing
 from dist_peft.data.chat_template import (
     ChatTemplate,
     RenderError,
     Span,
     Tokenizer,
-    default_chat_template,
+    make_default_chat_template,
 )
-from dist_peft.data.message_weights import contributes, excludes, without_weights
-from dist_peft.data.tool_calls import check_calls, render_calls
+from dist_peft.data.message_weights import (
+    contributes_to_loss,
+    is_excluded_from_loss,
+    strip_weight_keys,
+)
+from dist_peft.data.tool_calls import check_tool_calls, render_tool_calls
 
-__all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "default_chat_template"]
+__all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "make_default_chat_template"]
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
@@ -88,33 +92,33 @@ class ChatRenderer:
         self._known_roles = {"user", "assistant"}
         self.default_template: str | None = None
         if self._chat.is_default:
-            self.default_template = self._chat.source()
+            self.default_template = self._chat.get_jinja_source()
             self._notes[
                 "the tokenizer has no chat template: conversations are written as "
                 "'<|role|>\\ncontent' with the eos token after assistant turns"
             ] = None
 
     @property
-    def notes(self) -> list[str]:
+    def user_notes(self) -> list[str]:
         counts = self._counts.items()
         return [
             *self._notes,
             *(f"{n} {what}; the first is {self._first[what]}" for what, n in counts),
         ]
 
-    def _count(self, what: str, where: str) -> None:
+    def _count_note(self, what: str, where: str) -> None:
         self._counts[what] += 1
         self._first.setdefault(what, where)
 
     @cached_property
-    def _ends(self) -> TurnEnds:
+    def _turn_ends(self) -> TurnEnds:
         return find_turn_ends(self._chat)
 
     @cached_property
-    def _closing(self) -> re.Pattern[str]:
-        return closing_pattern(self._chat, self._ends)
+    def _closing_pattern(self) -> re.Pattern[str]:
+        return build_closing_pattern(self._chat, self._turn_ends)
 
-    def render(self, messages: Messages, tools: Tools, where: str) -> RenderedChat:
+    def render_conversation(self, messages: Messages, tools: Tools, where: str) -> RenderedChat:
         """Return the conversation as text, and the characters that contribute to the loss.
 
         Args:
@@ -126,42 +130,44 @@ class ChatRenderer:
                 or ends a turn with no token.
         """
         places = [f"{where}, message {number}" for number in range(1, len(messages) + 1)]
-        left_out = [excludes(m, place) for m, place in zip(messages, places, strict=True)]
+        left_out = [
+            is_excluded_from_loss(m, place) for m, place in zip(messages, places, strict=True)
+        ]
         trained = [
-            contributes(message, place)
+            contributes_to_loss(message, place)
             if self.mark_assistant
             else message["role"] == "assistant" and not left_out[index]
             for index, (message, place) in enumerate(zip(messages, places, strict=True))
         ]
-        check_calls(messages, where)
-        asked = without_weights(messages)
-        written, tools, text, generated = self._write(asked, tools, where)
-        appended = self._appended(written[-1], text)
-        finder = TurnFinder(self._chat, written, tools, text, self._closing, appended)
+        check_tool_calls(messages, where)
+        asked = strip_weight_keys(messages)
+        written, tools, text, generated = self._write_template(asked, tools, where)
+        appended = self._find_appended_marker(written[-1], text)
+        finder = TurnFinder(self._chat, written, tools, text, self._closing_pattern, appended)
         self._check_roles(written, tools, text, finder, where)
-        self._check_dropped(written, trained, finder, where)
+        self._check_dropped_texts(written, trained, finder, where)
         text += appended
         if not self.mark_assistant:
-            if trained[-1] and first_closing(text, self._closing) is None:
-                self._no_end(text, len(written) - 1, where)
-            return RenderedChat(text, self._all_but(left_out, finder, text, where))
+            if trained[-1] and find_first_closing(text, self._closing_pattern) is None:
+                self._report_missing_end(text, len(written) - 1, where)
+            return RenderedChat(text, self._find_included_spans(left_out, finder, text, where))
         if generated is None:
-            spans = self._spans(written, trained, finder, text, where)
+            spans = self._find_trained_spans(written, trained, finder, text, where)
         else:
-            spans = self._marked(generated, written, trained, finder, text, where)
+            spans = self._extend_marked_spans(generated, written, trained, finder, text, where)
         return RenderedChat(text, tuple(spans))
 
-    def _write(
+    def _write_template(
         self, messages: Messages, tools: Tools, where: str
     ) -> tuple[Messages, Tools, str, list[Span] | None]:
         """Return messages and tools in the template's form, the text, and its marked spans."""
         try:
-            marks = self._chat.marks_assistant(tools) and self.mark_assistant
-            if tools and "tools" not in self._chat.source(tools):
+            marks = self._chat.marks_assistant_text(tools) and self.mark_assistant
+            if tools and "tools" not in self._chat.get_jinja_source(tools):
                 self._notes[
                     "the chat template does not write tools: the records' tools are left out"
                 ] = None
-            chosen, tools, text = render_calls(self._chat, messages, tools)
+            chosen, tools, text = render_tool_calls(self._chat, messages, tools)
             generated = self._chat.render_marked(chosen, tools)[1] if marks else None
             text.encode()
         except RenderError as error:
@@ -174,11 +180,14 @@ class ChatRenderer:
             ) from None
         return chosen, tools, text, generated
 
-    def _appended(self, last: dict[str, Any], text: str) -> str:
+    def _find_appended_marker(self, last: dict[str, Any], text: str) -> str:
         """Return the next role's marker, for templates in which only that ends a turn."""
-        if last["role"] != "assistant" or first_closing(text, self._closing) is not None:
+        if (
+            last["role"] != "assistant"
+            or find_first_closing(text, self._closing_pattern) is not None
+        ):
             return ""
-        ends = self._ends
+        ends = self._turn_ends
         return (ends.append_call if last.get("tool_calls") else ends.append) or ""
 
     # -- checks for dropped text -----------------------------------------------------------------
@@ -193,9 +202,9 @@ class ChatRenderer:
             said = [p for p in finder.pieces if p.message == index and p.key == "content"]
             if not said:
                 continue
-            dropped = not finder.is_written(said[0])
+            dropped = not finder.is_piece_written(said[0])
             if dropped if role == "system" else not (dropped and role == "developer"):
-                if self._is_unknown(role, messages, tools, text):
+                if self._is_unknown_role(role, messages, tools, text):
                     raise UserError(
                         f"{where}, message {index + 1}: {self._chat} does not know the role "
                         f"{role}, and {'leaves it out' if dropped else 'writes it as another'}; "
@@ -204,22 +213,22 @@ class ChatRenderer:
                 if not dropped:
                     self._known_roles.add(role)
 
-    def _is_unknown(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
+    def _is_unknown_role(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
         """Return whether the template treats ``role`` like a made-up role."""
-        if re.search(f"['\"]{re.escape(role)}['\"]", self._chat.source(tools)):
+        if re.search(f"['\"]{re.escape(role)}['\"]", self._chat.get_jinja_source(tools)):
             return False
         other = [{**m, "role": _MADE_UP} if m["role"] == role else m for m in messages]
         try:
-            return self._chat.render(other, tools) == text
+            return self._chat.render_text(other, tools) == text
         except RenderError:
             return False
 
-    def _check_dropped(
+    def _check_dropped_texts(
         self, messages: Messages, trained: list[bool], finder: TurnFinder, where: str
     ) -> None:
         """Count texts that the template does not write; refuse them in the last turn."""
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        written = [piece for piece in finder.pieces if finder.is_written(piece)]
+        written = [piece for piece in finder.pieces if finder.is_piece_written(piece)]
         kept = {(piece.message, piece.text) for piece in written}
         for piece in finder.pieces:
             # the same reasoning under two names is written once
@@ -227,16 +236,16 @@ class ChatRenderer:
             if piece in written or (again and (piece.message, piece.text) in kept):
                 continue
             place = f"{where}, message {piece.message + 1}"
-            what = _name(piece, messages)
+            what = _name_piece(piece, messages)
             if piece.message == last and trained[last]:
                 raise UserError(
                     f"{place}: {self._chat} leaves out {what} of the last answer "
                     f"({piece.text!r:.60}), so that it would not be trained on; give the tokenizer "
                     "a template that writes it, or remove it from the records"
                 )
-            self._count(f"texts ({what}) are left out by the chat template", place)
+            self._count_note(f"texts ({what}) are left out by the chat template", place)
 
-    def _no_end(self, turn: str, index: int, where: str) -> None:
+    def _report_missing_end(self, turn: str, index: int, where: str) -> None:
         if self._turn_end == "error":
             raise UserError(
                 f"{where}, message {index + 1}: no token that ends generation closes the turn "
@@ -244,29 +253,29 @@ class ChatRenderer:
                 "a chat template that closes turns with its eos token or another token of its own, "
                 "or train anyway with data.turn_end: warn"
             )
-        self._count(
+        self._count_note(
             "assistant turns end with no token that ends generation",
             f"{where}, message {index + 1}",
         )
 
     # -- spans that contribute to the loss -------------------------------------------------------
 
-    def _all_but(
+    def _find_included_spans(
         self, left_out: Sequence[bool], finder: TurnFinder, text: str, where: str
     ) -> tuple[Span, ...]:
         """Return the spans of the text without the messages excluded from the loss."""
         cuts: list[Span] = []
         for index in (i for i, out in enumerate(left_out) if out):
-            if any(finder.is_written(p) for p in finder.pieces if p.message == index):
+            if any(finder.is_piece_written(p) for p in finder.pieces if p.message == index):
                 span = finder.find_message(index)
                 if span is None:
-                    raise self._unclear(index, where)
+                    raise self._make_unclear_error(index, where)
                 cuts.append(span)
         edges = [0, *(edge for cut in sorted(cuts) for edge in cut), len(text)]
         spans = zip(edges[::2], edges[1::2], strict=True)
         return tuple((start, stop) for start, stop in spans if start < stop)
 
-    def _spans(
+    def _find_trained_spans(
         self,
         messages: Messages,
         trained: Sequence[bool],
@@ -279,19 +288,19 @@ class ChatRenderer:
             if message["role"] != "assistant" or not trained[index]:
                 continue
             own = [piece for piece in finder.pieces if piece.message == index]
-            if not any(finder.is_written(piece) for piece in own):
+            if not any(finder.is_piece_written(piece) for piece in own):
                 # the message is empty, or the template drops all of it
-                self._count("assistant messages are empty", f"{where}, message {index + 1}")
+                self._count_note("assistant messages are empty", f"{where}, message {index + 1}")
                 continue
-            turn = finder.find(index)
+            turn = finder.find_turn(index)
             if turn is None or (spans and turn.start < spans[-1][1]):
-                raise self._unclear(index, where)
-            if not turn.closed and not _continues(messages, index):
-                self._no_end(text[turn.start : turn.stop], index, where)
+                raise self._make_unclear_error(index, where)
+            if not turn.closed and not _assistant_continues(messages, index):
+                self._report_missing_end(text[turn.start : turn.stop], index, where)
             spans.extend(finder.split_at_eos(turn))
         return spans
 
-    def _marked(
+    def _extend_marked_spans(
         self,
         generated: list[Span],
         messages: Messages,
@@ -301,36 +310,36 @@ class ChatRenderer:
         where: str,
     ) -> list[Span]:
         """Return the spans that the template marks, each extended by its closing token."""
-        spans = [self._with_end(text, span) for span in generated]
+        spans = [self._extend_to_turn_end(text, span) for span in generated]
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            turn = finder.find(index)
+            turn = finder.find_turn(index)
             if turn is None:
                 if not trained[index] and any(
-                    finder.is_written(p) for p in finder.pieces if p.message == index
+                    finder.is_piece_written(p) for p in finder.pieces if p.message == index
                 ):
-                    raise self._unclear(index, where)
+                    raise self._make_unclear_error(index, where)
                 continue
             own = [s for s in spans if s[0] < turn.stop and turn.start < s[1]]
             if not trained[index]:
                 spans = [span for span in spans if span not in own]
-            elif own and not _continues(messages, index):
+            elif own and not _assistant_continues(messages, index):
                 start, stop = own[-1]
-                if first_closing(text[start:stop], self._closing) != stop - start:
-                    self._no_end(text[start:stop], index, where)
+                if find_first_closing(text[start:stop], self._closing_pattern) != stop - start:
+                    self._report_missing_end(text[start:stop], index, where)
         return spans
 
-    def _with_end(self, text: str, span: Span) -> Span:
+    def _extend_to_turn_end(self, text: str, span: Span) -> Span:
         start, stop = span
-        if (closed := first_closing(text[start:stop], self._closing)) is not None:
+        if (closed := find_first_closing(text[start:stop], self._closing_pattern)) is not None:
             # white space after the token is not generated by the model
             return start, start + closed
         space = len(text[stop:]) - len(text[stop:].lstrip())
-        found = self._closing.match(text, stop + space)
+        found = self._closing_pattern.match(text, stop + space)
         return start, found.end() if found else stop
 
-    def _unclear(self, index: int, where: str) -> UserError:
+    def _make_unclear_error(self, index: int, where: str) -> UserError:
         return UserError(
             f"{where}: the chat template rewrites earlier turns (messages 1..{index + 1} rendered "
             "alone differ from their text in the whole conversation), so the assistant's part of "
@@ -340,12 +349,12 @@ class ChatRenderer:
         )
 
 
-def _continues(messages: Messages, index: int) -> bool:
+def _assistant_continues(messages: Messages, index: int) -> bool:
     """Return whether the next message is the assistant's, too."""
     return index + 1 < len(messages) and messages[index + 1]["role"] == "assistant"
 
 
-def _name(piece: Piece, messages: Messages) -> str:
+def _name_piece(piece: TextPiece, messages: Messages) -> str:
     role = messages[piece.message]["role"]
     if piece.key == "tool_calls":
         return "a tool call"

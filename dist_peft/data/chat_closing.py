@@ -13,7 +13,7 @@ They are distinguished by rendering a short conversation whose texts are marks (
 from dataclasses import dataclass
 
 from dist_peft.data.chat_template import ChatTemplate, Messages, RenderError
-from dist_peft.data.marks import mark, position_after, shared_markers
+from dist_peft.data.marks import count_shared_prefix, find_position_after_mark, make_mark
 
 __all__ = ["TurnEnds", "find_turn_ends"]
 
@@ -39,15 +39,23 @@ class TurnEnds:
 
 def find_turn_ends(chat: ChatTemplate) -> TurnEnds:
     """Find the tokens that close a turn that answers the user, and one that calls a tool."""
-    answer = _user_and(chat, {"role": "assistant", "content": mark(1)})
-    user = {"role": "user", "content": mark(2)}
-    inside, last = _closers(chat, answer, user, frozenset(chat.added_tokens))
+    answer = _prepend_user_message(chat, {"role": "assistant", "content": make_mark(1)})
+    user = {"role": "user", "content": make_mark(2)}
+    inside, last = _find_closing_tokens(chat, answer, user, frozenset(chat.added_tokens))
     tokens = [token for token in (inside, last) if token]
-    call = {"id": "call00000", "type": "function", "function": {"name": mark(1), "arguments": {}}}
-    calling = _user_and(chat, {"role": "assistant", "content": "", "tool_calls": [call]})
-    result = {"role": "tool", "content": mark(2), "tool_call_id": "call00000", "name": "f"}
+    call = {
+        "id": "call00000",
+        "type": "function",
+        "function": {"name": make_mark(1), "arguments": {}},
+    }
+    calling = _prepend_user_message(
+        chat, {"role": "assistant", "content": "", "tool_calls": [call]}
+    )
+    result = {"role": "tool", "content": make_mark(2), "tool_call_id": "call00000", "name": "f"}
     # </tool_call> and similar tokens that are not control tokens end only a part of the turn
-    after_call, last_call = _closers(chat, calling, result, chat.special_tokens.union(tokens))
+    after_call, last_call = _find_closing_tokens(
+        chat, calling, result, chat.special_tokens.union(tokens)
+    )
     tokens += [token for token in (after_call, last_call) if token]
     return TurnEnds(
         tuple(dict.fromkeys(tokens)),
@@ -56,11 +64,11 @@ def find_turn_ends(chat: ChatTemplate) -> TurnEnds:
     )
 
 
-def _user_and(chat: ChatTemplate, message: dict[str, object]) -> Messages:
-    return [{"role": "user", "content": mark(0)}, message]
+def _prepend_user_message(chat: ChatTemplate, message: dict[str, object]) -> Messages:
+    return [{"role": "user", "content": make_mark(0)}, message]
 
 
-def _closers(
+def _find_closing_tokens(
     chat: ChatTemplate, turn: Messages, following: dict[str, str], known: frozenset[str]
 ) -> tuple[str | None, str | None]:
     """Return the tokens that end ``turn``'s last message inside and at the end of a conversation.
@@ -70,44 +78,44 @@ def _closers(
         following: the next message, with mark 2.
         known: tokens that may end a turn.
     """
-    alone = _tail(chat, turn, 1)
-    inside = _tail(chat, [*turn, following], 1)
+    alone = _find_tail(chat, turn, 1)
+    inside = _find_tail(chat, [*turn, following], 1)
     if alone is None:
         return None, None
-    last = _last_token(chat, alone, known)
+    last = _find_last_token(chat, alone, known)
     if inside is None:
         return None, last
-    gap = inside[: inside.find(mark(2))] if mark(2) in inside else inside
-    shared = shared_markers(gap, alone, chat.token_pattern)
-    closing = _last_token(chat, gap[:shared], known)
+    gap = inside[: inside.find(make_mark(2))] if make_mark(2) in inside else inside
+    shared = count_shared_prefix(gap, alone, chat.token_pattern)
+    closing = _find_last_token(chat, gap[:shared], known)
     if closing is None:
         found = chat.token_pattern.match(gap[shared:].lstrip())
         # a token that also opens the assistant's turns does not identify the next role
-        if found and found[0] in known and found[0] not in _generation_prompt(chat):
+        if found and found[0] in known and found[0] not in _find_generation_prompt(chat):
             closing = found[0]
     return closing, last
 
 
-def _generation_prompt(chat: ChatTemplate) -> str:
+def _find_generation_prompt(chat: ChatTemplate) -> str:
     """Return the text that opens an assistant turn; empty where that is unknown."""
-    question = [{"role": "user", "content": mark(0)}]
+    question = [{"role": "user", "content": make_mark(0)}]
     try:
-        finished, opened = chat.render(question), chat.render(question, prompt=True)
+        finished, opened = chat.render_text(question), chat.render_text(question, prompt=True)
     except RenderError:
         return ""
-    return opened[shared_markers(finished, opened, chat.token_pattern) :]
+    return opened[count_shared_prefix(finished, opened, chat.token_pattern) :]
 
 
-def _tail(chat: ChatTemplate, messages: Messages, number: int) -> str | None:
+def _find_tail(chat: ChatTemplate, messages: Messages, number: int) -> str | None:
     """Return the rendered text after mark ``number``; None if the mark is not written."""
     try:
-        text = chat.render(messages)
+        text = chat.render_text(messages)
     except RenderError:
         return None
-    after = position_after(text, number)
+    after = find_position_after_mark(text, number)
     return None if after is None else text[after:]
 
 
-def _last_token(chat: ChatTemplate, text: str, known: frozenset[str]) -> str | None:
+def _find_last_token(chat: ChatTemplate, text: str, known: frozenset[str]) -> str | None:
     found = [match[0] for match in chat.token_pattern.finditer(text) if match[0] in known]
     return found[-1] if found else None

@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from dist_peft.core.log import ONCE
 from dist_peft.data.chat import Tokenizer
 
-__all__ = ["template_writes_date", "with_frozen_date"]
+__all__ = ["freeze_template_date", "template_writes_date"]
 
 log = logging.getLogger("dist_peft")
 
@@ -36,17 +36,17 @@ _DATES = (datetime.date(2001, 2, 3), datetime.date(2016, 11, 25))
 """Two dates that differ in every part: year, month, day, weekday, week."""
 
 
-def with_frozen_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokenizer, str | None]:
+def freeze_template_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokenizer, str | None]:
     """Return a tokenizer whose chat template writes ``date`` instead of the present day.
 
     Returns:
         The tokenizer itself and None, if none of its templates asks for the day; else a copy and
         the date as ``2026-11-28``.
     """
-    templates = _templates(tokenizer)
+    templates = _get_templates(tokenizer)
     dated = {name: text for name, text in templates.items() if _NOW.search(text)}
     for name in templates.keys() - dated.keys():
-        if _takes_date_string(tokenizer, templates[name]):
+        if _accepts_date_string(tokenizer, templates[name]):
             log.warning(
                 "the chat template writes the variable date_string, which is not set in training, "
                 "so the data has the template's default date",
@@ -54,7 +54,7 @@ def with_frozen_date(tokenizer: Tokenizer, date: datetime.date) -> tuple[Tokeniz
             )
     if not dated:
         return tokenizer, None
-    frozen = {name: _freeze(text, date) for name, text in dated.items()}
+    frozen = {name: _insert_frozen_date(text, date) for name, text in dated.items()}
     made = copy.copy(tokenizer)
     several = isinstance(tokenizer.chat_template, dict)
     made.chat_template = {**templates, **frozen} if several else frozen[""]
@@ -73,17 +73,21 @@ def template_writes_date(tokenizer: Tokenizer) -> bool:
     False also for a template that refuses such conversations.
     """
     return any(
-        _differs(tokenizer, (_freeze(text, _DATES[0]), {}), (_freeze(text, _DATES[1]), {}))
-        for text in _templates(tokenizer).values()
+        _renders_differently(
+            tokenizer,
+            (_insert_frozen_date(text, _DATES[0]), {}),
+            (_insert_frozen_date(text, _DATES[1]), {}),
+        )
+        for text in _get_templates(tokenizer).values()
     )
 
 
-def _takes_date_string(tokenizer: Tokenizer, text: str) -> bool:
+def _accepts_date_string(tokenizer: Tokenizer, text: str) -> bool:
     first, second = ({"date_string": date.isoformat()} for date in _DATES)
-    return "date_string" in text and _differs(tokenizer, (text, first), (text, second))
+    return "date_string" in text and _renders_differently(tokenizer, (text, first), (text, second))
 
 
-def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
+def _renders_differently(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
     """Return whether two templates, each with extra variables, render differently."""
     user = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "answer"}
@@ -102,7 +106,7 @@ def _differs(tokenizer: Tokenizer, *ways: tuple[str, dict[str, str]]) -> bool:
     return False
 
 
-def _templates(tokenizer: Tokenizer) -> dict[str, str]:
+def _get_templates(tokenizer: Tokenizer) -> dict[str, str]:
     """Return a dict from name to template text; a single template has the name ''."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
@@ -110,15 +114,17 @@ def _templates(tokenizer: Tokenizer) -> dict[str, str]:
     return {"": found} if isinstance(found, str) else {}
 
 
-def _freeze(template: str, date: datetime.date) -> str:
+def _insert_frozen_date(template: str, date: datetime.date) -> str:
     moment = datetime.datetime.combine(date, datetime.time())
     names = [f"%-{letter}" for letter in "dmHIMSjy"] + [f"%{letter}" for letter in _DIRECTIVES]
     pairs = [("%%", "\x00"), *((name, moment.strftime(name)) for name in names), ("\x00", "%")]
-    steps = "".join(f" | replace({_quoted(old)}, {_quoted(new)})" for old, new in pairs)
+    steps = "".join(
+        f" | replace({_quote_jinja_string(old)}, {_quote_jinja_string(new)})" for old, new in pairs
+    )
     # trim_blocks removes this line break after the block
     macro = "{%- macro strftime_now(format) %}{{ format" + steps + " }}{%- endmacro %}\n"
     return macro + template
 
 
-def _quoted(text: str) -> str:
+def _quote_jinja_string(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

@@ -15,16 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_peft.data.chat_template import ChatTemplate, Messages, RenderError, Tools
-from dist_peft.data.marks import MARK, mark, mark_number
+from dist_peft.data.marks import MARK, make_mark, parse_mark_number
 
-__all__ = ["Piece", "find_pieces", "locate_pieces", "marked_messages", "marked_tail"]
+__all__ = [
+    "TextPiece",
+    "find_marked_tail",
+    "find_text_pieces",
+    "insert_marks",
+    "locate_text_pieces",
+]
 
 _THINK_END = "</think>"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """One text of a message.
 
     Attributes:
@@ -43,12 +49,12 @@ class Piece:
     call: int = 0
 
     @property
-    def middle(self) -> int:
+    def middle_offset(self) -> int:
         """Number of characters of ``text`` before the mark."""
         return len(self.text) // 2
 
 
-def find_pieces(messages: Messages) -> list[Piece]:
+def find_text_pieces(messages: Messages) -> list[TextPiece]:
     """Return the texts of all messages, without those that are only white space."""
     found: list[tuple[int, str, str, int]] = []
     for index, message in enumerate(messages):
@@ -57,16 +63,16 @@ def find_pieces(messages: Messages) -> list[Piece]:
                 found.append((index, key, message[key], 0))
         content = message.get("content")
         if isinstance(content, str):
-            thought, answer = _split_thought(message["role"], content)
+            thought, answer = _split_reasoning(message["role"], content)
             found += [(index, "<think>", thought, 0), (index, "content", answer, 0)]
-        for number, function in enumerate(_functions(message)):
+        for number, function in enumerate(_list_called_functions(message)):
             if isinstance(function.get("name"), str):
                 found.append((index, "tool_calls", function["name"], number))
     texts = [(index, key, text.strip(), call) for index, key, text, call in found if text.strip()]
-    return [Piece(number, *piece) for number, piece in enumerate(texts)]
+    return [TextPiece(number, *piece) for number, piece in enumerate(texts)]
 
 
-def _split_thought(role: str, content: str) -> tuple[str, str]:
+def _split_reasoning(role: str, content: str) -> tuple[str, str]:
     """Split content into the text inside ``<think>`` and the text after it."""
     if role != "assistant" or _THINK_END not in content:
         return "", content
@@ -74,7 +80,7 @@ def _split_thought(role: str, content: str) -> tuple[str, str]:
     return before.rpartition("<think>")[2], after
 
 
-def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
+def _list_called_functions(message: dict[str, Any]) -> list[dict[str, Any]]:
     calls = message.get("tool_calls")
     found = []
     for call in calls if isinstance(calls, list) else []:
@@ -83,7 +89,7 @@ def _functions(message: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+def insert_marks(messages: Messages, pieces: Sequence[TextPiece]) -> list[dict[str, Any]]:
     """Return copies of the messages with the marks of ``pieces``; skip those of later messages."""
     made = [dict(message) for message in messages]
     for index in {piece.message for piece in pieces if piece.key == "tool_calls"}:
@@ -95,18 +101,22 @@ def marked_messages(messages: Messages, pieces: Sequence[Piece]) -> list[dict[st
             continue
         message = made[piece.message]
         if piece.key == "tool_calls":
-            holder, key = _functions(message)[piece.call], "name"
+            holder, key = _list_called_functions(message)[piece.call], "name"
         else:
             holder, key = message, "content" if piece.key == "<think>" else piece.key
         text = holder[key]
         start = text.rfind(piece.text) if piece.key == "content" else text.find(piece.text)
-        middle = start + piece.middle
-        holder[key] = text[:middle] + mark(piece.number) + text[middle:]
+        middle = start + piece.middle_offset
+        holder[key] = text[:middle] + make_mark(piece.number) + text[middle:]
     return made
 
 
-def locate_pieces(
-    chat: ChatTemplate, messages: Messages, tools: Tools | None, text: str, pieces: Sequence[Piece]
+def locate_text_pieces(
+    chat: ChatTemplate,
+    messages: Messages,
+    tools: Tools | None,
+    text: str,
+    pieces: Sequence[TextPiece],
 ) -> dict[int, int] | None:
     """Map the number of each piece that the template writes to its middle's offset in ``text``.
 
@@ -117,7 +127,7 @@ def locate_pieces(
         None if the marks change the rendering.
     """
     try:
-        marked = chat.render(marked_messages(messages, pieces), tools)
+        marked = chat.render_text(insert_marks(messages, pieces), tools)
     except RenderError:
         return None
     if MARK.sub("", marked) != text:
@@ -125,16 +135,16 @@ def locate_pieces(
     places: dict[int, int] = {}
     removed = 0
     for found in MARK.finditer(marked):
-        places.setdefault(mark_number(found), found.start() - removed)
+        places.setdefault(parse_mark_number(found), found.start() - removed)
         removed += len(found[0])
     return places
 
 
-def marked_tail(
+def find_marked_tail(
     chat: ChatTemplate,
     messages: Messages,
     tools: Tools | None,
-    pieces: Sequence[Piece],
+    pieces: Sequence[TextPiece],
     number: int,
     *,
     prompt: bool,
@@ -145,8 +155,8 @@ def marked_tail(
         prompt: add the generation prompt.
     """
     try:
-        marked = chat.render(marked_messages(messages, pieces), tools, prompt=prompt)
+        marked = chat.render_text(insert_marks(messages, pieces), tools, prompt=prompt)
     except RenderError:
         return None
-    _, found, tail = marked.partition(mark(number))
+    _, found, tail = marked.partition(make_mark(number))
     return MARK.sub("", tail) if found else None

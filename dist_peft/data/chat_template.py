@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.render_bound import find_excess
+from dist_peft.data.render_bound import find_resource_excess
 
 __all__ = [
     "ChatTemplate",
@@ -23,7 +23,7 @@ __all__ = [
     "Span",
     "Tokenizer",
     "Tools",
-    "default_chat_template",
+    "make_default_chat_template",
 ]
 
 Tokenizer = PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ _DEFAULT_TEMPLATE = (
 )
 
 
-def default_chat_template(starts_with_bos: bool) -> str:
+def make_default_chat_template(starts_with_bos: bool) -> str:
     """Return the template for tokenizers without one: plain-text role lines, the tokenizer's eos.
 
     ``<|user|>\\nHi\\n<|assistant|>\\nHello</s>\\n``; tools are written before the conversation, one
@@ -91,7 +91,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self.is_default = template is None and not tokenizer.chat_template
-        self._fixed = default_chat_template(starts_with_bos) if self.is_default else template
+        self._fixed = make_default_chat_template(starts_with_bos) if self.is_default else template
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         named = tokenizer.chat_template
         for text in named.values() if isinstance(named, dict) else [named]:
@@ -105,7 +105,7 @@ class ChatTemplate:
         name = self._tokenizer.name_or_path
         return f"the chat template of the tokenizer {name}" if name else "the chat template"
 
-    def source(self, tools: Tools | None = None) -> str:
+    def get_jinja_source(self, tools: Tools | None = None) -> str:
         """Return the Jinja text used for a conversation with these tools.
 
         Raises:
@@ -118,11 +118,11 @@ class ChatTemplate:
         except ValueError as error:
             raise RenderError(str(error)) from None
 
-    def marks_assistant(self, tools: Tools | None = None) -> bool:
+    def marks_assistant_text(self, tools: Tools | None = None) -> bool:
         """Return whether the template itself marks the assistant's text."""
-        return _GENERATION.search(self.source(tools)) is not None
+        return _GENERATION.search(self.get_jinja_source(tools)) is not None
 
-    def render(
+    def render_text(
         self, messages: Messages, tools: Tools | None = None, *, prompt: bool = False
     ) -> str:
         """Return the conversation as text.
@@ -133,7 +133,7 @@ class ChatTemplate:
         Raises:
             RenderError: the template refuses it, or fails.
         """
-        return self._render(messages, tools, prompt=prompt, marked=False)[0]
+        return self._render_template(messages, tools, prompt=prompt, marked=False)[0]
 
     def render_marked(
         self, messages: Messages, tools: Tools | None = None
@@ -143,12 +143,12 @@ class ChatTemplate:
         Raises:
             RenderError: the template refuses it, or fails.
         """
-        return self._render(messages, tools, prompt=False, marked=True)
+        return self._render_template(messages, tools, prompt=False, marked=True)
 
-    def _render(
+    def _render_template(
         self, messages: Messages, tools: Tools | None, *, prompt: bool, marked: bool
     ) -> tuple[str, list[Span]]:
-        template = self.source(tools)
+        template = self.get_jinja_source(tools)
 
         def write() -> tuple[list[str], list[list[Span]]]:
             return cast(
@@ -164,7 +164,7 @@ class ChatTemplate:
             )
 
         if template not in _EXCESS:
-            _EXCESS[template] = find_excess(write)
+            _EXCESS[template] = find_resource_excess(write)
         if (excess := _EXCESS[template]) is not None:
             raise RenderError(excess)
         try:

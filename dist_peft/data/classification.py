@@ -21,19 +21,19 @@ import numpy as np
 import torch
 
 from dist_peft.core.config.run import DataConfig, DataSource
-from dist_peft.data.cache import Documents
-from dist_peft.data.documents import Pieces, fit, refuse_empty
-from dist_peft.data.labels import ClassTask, class_tasks, task_of
+from dist_peft.data.cache import TokenDocuments
+from dist_peft.data.documents import DocumentPieces, fit_documents, refuse_empty_set
+from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.packing import IGNORE
-from dist_peft.data.tokens import Tokenizer, load_documents
+from dist_peft.data.tokens import Tokenizer, load_token_documents
 
-__all__ = ["LabelledBatch", "LabelledLoader", "LabelledRows", "load_labelled"]
+__all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelled_sequences"]
 
 _LOG = logging.getLogger("dist_peft")
 
 
-class LabelledRows:
+class LabelledSequences:
     """The records of one source; implements ``data.loader.Rows``.
 
     Attributes:
@@ -45,7 +45,7 @@ class LabelledRows:
     chat_template = None
 
     def __init__(
-        self, documents: Documents, pieces: Pieces, task: ClassTask, *, seq_len: int
+        self, documents: TokenDocuments, pieces: DocumentPieces, task: ClassTask, *, seq_len: int
     ) -> None:
         self.seq_len, self.task = seq_len, task
         self._documents, self._pieces = documents, pieces
@@ -73,7 +73,7 @@ class LabelledRows:
     def largest_token(self) -> int:
         return self._documents.largest_token
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return tokens [T], target [3] (class id, its task's first and stop), token types [T]."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
@@ -82,12 +82,12 @@ class LabelledRows:
         tokens = torch.from_numpy(self._documents.tokens[span].astype(np.int64))
         types = torch.from_numpy(self._documents.mask[span].astype(np.int64))
         label = int(self._documents.classes[self._numbers[index]])
-        return tokens, self.task.target(label), types
+        return tokens, self.task.make_target(label), types
 
 
-def load_labelled(
+def load_labelled_sequences(
     config: DataConfig, sources: Sequence[DataSource], tokenizer: Tokenizer, *, name: str
-) -> list[LabelledRows]:
+) -> list[LabelledSequences]:
     """Return the sequences of each source, tokenized or from the cache.
 
     Args:
@@ -97,16 +97,16 @@ def load_labelled(
     Raises:
         UserError: unreadable data, an unknown label, a record that is too long.
     """
-    tasks = class_tasks(config)
+    tasks = list_class_tasks(config)
     found = []
     for number, source in enumerate(sources):
         key = f"data.{name}[{number}]"
-        task = task_of(source, tasks, key)
+        task = find_source_task(source, tasks, key)
         source = source.model_copy(update={"labels": list(task.labels)})
-        documents = load_documents(config, source, tokenizer, key)
-        pieces = fit(documents, config, key)
-        refuse_empty(config, pieces, key)
-        rows = LabelledRows(documents, pieces, task, seq_len=config.seq_len)
+        documents = load_token_documents(config, source, tokenizer, key)
+        pieces = fit_documents(documents, config, key)
+        refuse_empty_set(config, pieces, key)
+        rows = LabelledSequences(documents, pieces, task, seq_len=config.seq_len)
         counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
         shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
         _LOG.info("%s: %d sequences of up to %d tokens (%s)", key, len(rows), rows.longest, shares)
@@ -133,9 +133,9 @@ class LabelledBatch(Batch):
 class LabelledLoader(Loader):
     """Loader of labelled sequences: batches have an attention mask and token types."""
 
-    def _collate(self, numbers: list[int]) -> LabelledBatch:
-        made = [self._row(number) for number in numbers]
-        width = self._width(max(len(tokens) for tokens, _, _ in made))
+    def _collate_rows(self, numbers: list[int]) -> LabelledBatch:
+        made = [self._load_row(number) for number in numbers]
+        width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
         input_ids = torch.full((len(made), width), self._pad_id)
         mask, types = (torch.zeros(len(made), width, dtype=torch.long) for _ in range(2))
         for b, (tokens, _, own_types) in enumerate(made):
@@ -153,8 +153,8 @@ class LabelledLoader(Loader):
             ranges=targets[:, 1:],
         )
 
-    def _row(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _load_row(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if number >= 0:
-            return self.rows.row(number)
+            return self.rows.get_sequence(number)
         empty = torch.zeros(0, dtype=torch.long)
         return empty, torch.tensor([IGNORE, 0, 1]), empty

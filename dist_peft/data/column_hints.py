@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["chosen_columns", "columns_hint", "nested_columns"]
+__all__ = ["list_nested_columns", "suggest_chosen_columns", "suggest_columns"]
 
 _PROMPTS = (
     "prompt",
@@ -28,17 +28,17 @@ _TEXTS = ("content", "story", "document", "article", "body", "page", "raw_conten
 _LABELS = ("label", "labels", "class", "category")
 
 
-def columns_hint(record: dict[str, Any], key: str) -> str:
+def suggest_columns(record: dict[str, Any], key: str) -> str:
     """Return a suggestion of settings, by the names of the columns of ``record``.
 
     Args:
         key: configuration key of the source, such as ``data.train[0]``.
     """
     texts = [name for name, value in record.items() if isinstance(value, str) and name]
-    prompt, answer = _first(_PROMPTS, texts), _first(_ANSWERS, texts)
-    whole = _first(_TEXTS, texts)
+    prompt, answer = _find_first_column(_PROMPTS, texts), _find_first_column(_ANSWERS, texts)
+    whole = _find_first_column(_TEXTS, texts)
     if "chosen" in record:
-        hint = f"To train on the chosen answers set {key}.columns: {chosen_columns(record)}"
+        hint = f"To train on the chosen answers set {key}.columns: {suggest_chosen_columns(record)}"
     elif "instruction" in record and answer:
         hint = f"Map it: {key}.columns: {{output: {answer}}}"
     elif prompt and answer:
@@ -49,10 +49,10 @@ def columns_hint(record: dict[str, Any], key: str) -> str:
         hint = f"Map it: {key}.columns: {{text: {whole}}}"
     else:
         hint = f"Map them, for example {key}.columns: {{prompt: a_column, completion: a_column}}"
-    nested = _nested_column(record)
+    nested = _find_nested_column(record)
     if nested:
         hint += f"; a column inside another is written {nested}"
-    label = _first(_LABELS, list(record))
+    label = _find_first_column(_LABELS, list(record))
     if label and not (prompt and answer):
         hint += (
             f"; to train a classifier on {label} set {key}.format: classification, with labels "
@@ -61,11 +61,11 @@ def columns_hint(record: dict[str, Any], key: str) -> str:
     return hint
 
 
-def chosen_columns(record: dict[str, Any]) -> str:
+def suggest_chosen_columns(record: dict[str, Any]) -> str:
     """Return the ``columns`` setting that reads preference data as their chosen answers."""
     chosen = record.get("chosen")
     turns = next((n for n in ("messages", "conversations") if n in record), None)
-    if isinstance(chosen, list) and chosen and _speaker(chosen[0]) not in ("assistant", "gpt"):
+    if isinstance(chosen, list) and chosen and _get_speaker(chosen[0]) not in ("assistant", "gpt"):
         return "{messages: chosen}"
     if turns is not None:
         return f"{{prompt: {turns}, completion: chosen}}"
@@ -73,27 +73,27 @@ def chosen_columns(record: dict[str, Any]) -> str:
         return "{prompt: prompt, completion: chosen}"
     if "instruction" in record:
         return "{output: chosen}"
-    if prompt := _first(_PROMPTS, list(record)):
+    if prompt := _find_first_column(_PROMPTS, list(record)):
         return f"{{prompt: {prompt}, completion: chosen}}"
     return "{messages: chosen}" if isinstance(chosen, list) else "{text: chosen}"
 
 
-def _speaker(message: Any) -> Any:
+def _get_speaker(message: Any) -> Any:
     return message.get("role", message.get("from")) if isinstance(message, dict) else None
 
 
-def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
+def _find_first_column(wanted: tuple[str, ...], names: list[str]) -> str | None:
     return next((name for name in wanted if name in names), None)
 
 
-def _nested_column(record: dict[str, Any]) -> str | None:
+def _find_nested_column(record: dict[str, Any]) -> str | None:
     """Return the path of a text inside a column of ``record``, such as ``instances.0.output``."""
-    nested = nested_columns(record)
+    nested = list_nested_columns(record)
     answers = [path for path in nested if path.rpartition(".")[2] in _ANSWERS]
     return next(iter([*answers, *nested]), None)
 
 
-def nested_columns(record: dict[str, Any]) -> list[str]:
+def list_nested_columns(record: dict[str, Any]) -> list[str]:
     """Return the paths of texts inside columns of ``record``, as ``columns`` names them."""
     found = []
     for name, value in record.items():

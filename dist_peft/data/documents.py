@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.data.cache import Documents
-from dist_peft.data.files import Place
-from dist_peft.data.packing import IGNORE, join_documents, pack
-from dist_peft.data.tokens import Tokenizer, load_documents
+from dist_peft.data.cache import TokenDocuments
+from dist_peft.data.files import RecordPlace
+from dist_peft.data.packing import IGNORE, concatenate_documents, pack_documents
+from dist_peft.data.tokens import Tokenizer, load_token_documents
 
 __all__ = [
-    "Pieces",
-    "RowSet",
-    "fit",
-    "load_row_sets",
-    "load_rows",
-    "refuse_empty",
-    "show_row",
+    "DocumentPieces",
+    "SequenceSet",
+    "fit_documents",
+    "format_sequence",
+    "load_sequence_set",
+    "load_sequence_sets",
+    "refuse_empty_set",
 ]
 
 _LOG = logging.getLogger("dist_peft")
@@ -39,7 +39,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class DocumentPieces:
     """Parts of documents, each isolated in its sequence: three int64 [P]."""
 
     source: Ints
@@ -49,11 +49,11 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.start)
 
-    def take(self, which: NDArray[np.bool_] | Ints) -> "Pieces":
-        return Pieces(self.source[which], self.start[which], self.length[which])
+    def select_pieces(self, which: NDArray[np.bool_] | Ints) -> "DocumentPieces":
+        return DocumentPieces(self.source[which], self.start[which], self.length[which])
 
 
-class RowSet:
+class SequenceSet:
     """The sequences of a data set.
 
     Attributes:
@@ -64,19 +64,26 @@ class RowSet:
     """
 
     def __init__(
-        self, documents: Sequence[Documents], pieces: Pieces, *, seq_len: int, packed: bool
+        self,
+        documents: Sequence[TokenDocuments],
+        pieces: DocumentPieces,
+        *,
+        seq_len: int,
+        packed: bool,
     ) -> None:
         self.packed = packed
         self.seq_len = seq_len
         self._documents = documents
-        rows = pack(pieces.length, seq_len) if packed else [[i] for i in range(len(pieces))]
+        rows = (
+            pack_documents(pieces.length, seq_len) if packed else [[i] for i in range(len(pieces))]
+        )
         order = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=len(pieces))
         self._bounds = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-        self._pieces = pieces.take(order)
-        per_piece = _count_targets(documents, self._pieces)
+        self._pieces = pieces.select_pieces(order)
+        per_piece = _count_piece_targets(documents, self._pieces)
         self._targets = np.add.reduceat(per_piece, self._bounds[:-1])
         self._lengths = np.add.reduceat(self._pieces.length, self._bounds[:-1])
-        self.fingerprint = self._digest()
+        self.fingerprint = self._compute_digest()
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -116,7 +123,7 @@ class RowSet:
         """Number of documents and chunks of plain text, over all sequences."""
         return len(self._pieces)
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return tokens, labels, positions of a sequence: LongTensors [T], T <= seq_len, unpadded.
 
         ``labels[t]`` is the token to predict at ``t`` (the next one), or -100; positions restart
@@ -133,19 +140,19 @@ class RowSet:
             start = int(self._pieces.start[piece])
             span = slice(start, start + int(self._pieces.length[piece]))
             parts.append((documents.tokens[span], documents.mask[span]))
-        tokens, labels, positions = (torch.from_numpy(a) for a in join_documents(parts))
+        tokens, labels, positions = (torch.from_numpy(a) for a in concatenate_documents(parts))
         return tokens, labels, positions
 
-    def _digest(self) -> str:
+    def _compute_digest(self) -> str:
         digest = hashlib.sha256("".join(d.digest for d in self._documents).encode())
         for array in (self._bounds, self._pieces.source, self._pieces.start, self._pieces.length):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
 
-def load_rows(
+def load_sequence_set(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
-) -> RowSet:
+) -> SequenceSet:
     """Return the sequences of ``sources``, in their order, tokenized or from the cache.
 
     Args:
@@ -160,43 +167,50 @@ def load_rows(
     """
     if not sources:
         raise UserError(f"data.{name} names no source")
-    loaded = [_load(config, source, tokenizer, key) for key, source in _keys(name, sources)]
+    loaded = [
+        _load_source(config, source, tokenizer, key)
+        for key, source in _name_source_keys(name, sources)
+    ]
     numbers = np.repeat(np.arange(len(loaded)), [len(fit) for _, fit in loaded])
-    joined = Pieces(
+    joined = DocumentPieces(
         numbers, *(np.concatenate([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
     )
-    return _row_set(config, [documents for documents, _ in loaded], joined, f"data.{name}")
+    return _make_sequence_set(
+        config, [documents for documents, _ in loaded], joined, f"data.{name}"
+    )
 
 
-def load_row_sets(
+def load_sequence_sets(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
-) -> list[RowSet]:
-    """Like ``load_rows``, but return a separate set for each source."""
+) -> list[SequenceSet]:
+    """Like ``load_sequence_set``, but return a separate set for each source."""
     found = []
-    for key, source in _keys(name, sources):
-        documents, fit = _load(config, source, tokenizer, key)
-        found.append(_row_set(config, [documents], fit, key))
+    for key, source in _name_source_keys(name, sources):
+        documents, fit = _load_source(config, source, tokenizer, key)
+        found.append(_make_sequence_set(config, [documents], fit, key))
     return found
 
 
 _PLACE = ("start", "length")
 
 
-def _keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
+def _name_source_keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
     return [(f"data.{name}[{number}]", source) for number, source in enumerate(sources)]
 
 
-def _load(
+def _load_source(
     config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
-) -> tuple[Documents, Pieces]:
-    documents = load_documents(config, source, tokenizer, key)
-    kept = _without_untrainable(documents, config, key)
-    return documents, fit(documents, config, key, kept)
+) -> tuple[TokenDocuments, DocumentPieces]:
+    documents = load_token_documents(config, source, tokenizer, key)
+    kept = _exclude_untrainable(documents, config, key)
+    return documents, fit_documents(documents, config, key, kept)
 
 
-def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, name: str) -> RowSet:
-    refuse_empty(config, pieces, name)
-    rows = RowSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
+def _make_sequence_set(
+    config: DataConfig, documents: list[TokenDocuments], pieces: DocumentPieces, name: str
+) -> SequenceSet:
+    refuse_empty_set(config, pieces, name)
+    rows = SequenceSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
     _LOG.info(
         "%s: %d documents in %d sequences, %d tokens (%d in the loss), packing efficiency %.1f %%",
         name,
@@ -209,7 +223,7 @@ def _row_set(config: DataConfig, documents: list[Documents], pieces: Pieces, nam
     return rows
 
 
-def refuse_empty(config: DataConfig, pieces: Pieces, name: str) -> None:
+def refuse_empty_set(config: DataConfig, pieces: DocumentPieces, name: str) -> None:
     """Check that ``pieces`` of the source called ``name`` is not empty.
 
     Raises:
@@ -222,20 +236,22 @@ def refuse_empty(config: DataConfig, pieces: Pieces, name: str) -> None:
         )
 
 
-def _whole(documents: Documents) -> Pieces:
+def _take_whole_documents(documents: TokenDocuments) -> DocumentPieces:
     count = len(documents)
-    return Pieces(
+    return DocumentPieces(
         np.zeros(count, np.int64), documents.offsets[:-1].copy(), np.diff(documents.offsets)
     )
 
 
-def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> NDArray[np.bool_]:
+def _exclude_untrainable(
+    documents: TokenDocuments, config: DataConfig, key: str
+) -> NDArray[np.bool_]:
     """Return the mask [D] of the documents with a token in the loss; log the number of others.
 
     Raises:
         UserError: no document has one.
     """
-    targets = _count_targets([documents], _whole(documents))
+    targets = _count_piece_targets([documents], _take_whole_documents(documents))
     empty = np.flatnonzero(targets == 0)
     if not len(empty):
         return targets > 0
@@ -244,7 +260,7 @@ def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> 
         if documents.is_text or config.loss_on == "all"
         else "a conversation needs an assistant turn; or set data.loss_on: all"
     )
-    first = documents.place(int(empty[0]))
+    first = documents.get_place(int(empty[0]))
     if len(empty) == len(documents):
         raise UserError(
             f"{first} has no token that contributes to the loss, nor has any other of {key}: "
@@ -263,9 +279,9 @@ def _without_untrainable(documents: Documents, config: DataConfig, key: str) -> 
     return targets > 0
 
 
-def fit(
-    documents: Documents, config: DataConfig, key: str, kept: NDArray[np.bool_] | None = None
-) -> Pieces:
+def fit_documents(
+    documents: TokenDocuments, config: DataConfig, key: str, kept: NDArray[np.bool_] | None = None
+) -> DocumentPieces:
     """Split documents into pieces of at most ``seq_len`` tokens, each with a target token.
 
     Args:
@@ -274,11 +290,15 @@ def fit(
     Raises:
         UserError: a document is too long, and ``too_long`` neither truncates nor drops it.
     """
-    pieces = _whole(documents) if kept is None else _whole(documents).take(kept)
+    pieces = (
+        _take_whole_documents(documents)
+        if kept is None
+        else _take_whole_documents(documents).select_pieces(kept)
+    )
     if documents.is_text:
-        windows = _windows(pieces, config.seq_len)
+        windows = _split_into_windows(pieces, config.seq_len)
         # a last chunk of one token has no target
-        return windows.take(windows.length > 1)
+        return windows.select_pieces(windows.length > 1)
     long = np.flatnonzero(pieces.length > config.seq_len)
     if not len(long):
         return pieces
@@ -291,15 +311,17 @@ def fit(
             config.seq_len,
             extra=ONCE,
         )
-        return pieces.take(pieces.length <= config.seq_len)
+        return pieces.select_pieces(pieces.length <= config.seq_len)
     if config.too_long == "truncate":
-        return _truncated(documents, pieces, config.seq_len, key)
+        return _truncate_pieces(documents, pieces, config.seq_len, key)
     numbers = np.flatnonzero(kept) if kept is not None else np.arange(len(documents))
-    place = documents.place(int(numbers[long[0]]))
-    raise UserError(_too_long_message(place, pieces, long, config))
+    place = documents.get_place(int(numbers[long[0]]))
+    raise UserError(_make_too_long_message(place, pieces, long, config))
 
 
-def _too_long_message(place: Place, pieces: Pieces, long: Ints, config: DataConfig) -> str:
+def _make_too_long_message(
+    place: RecordPlace, pieces: DocumentPieces, long: Ints, config: DataConfig
+) -> str:
     more = f" ({len(long)} records are too long)" if len(long) > 1 else ""
     refused = "data.too_long: split is for plain text only. " if config.too_long == "split" else ""
     return (
@@ -309,21 +331,23 @@ def _too_long_message(place: Place, pieces: Pieces, long: Ints, config: DataConf
     )
 
 
-def _windows(pieces: Pieces, size: int) -> Pieces:
+def _split_into_windows(pieces: DocumentPieces, size: int) -> DocumentPieces:
     """Split pieces into consecutive chunks of ``size`` tokens; the last is the remainder."""
     counts = -(-pieces.length // size)
     first = np.cumsum(counts) - counts
     within = (np.arange(counts.sum()) - np.repeat(first, counts)) * size
-    return Pieces(
+    return DocumentPieces(
         np.repeat(pieces.source, counts),
         np.repeat(pieces.start, counts) + within,
         np.minimum(size, np.repeat(pieces.length, counts) - within),
     )
 
 
-def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pieces:
-    cut = Pieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
-    kept = _count_targets([documents], cut) > 0
+def _truncate_pieces(
+    documents: TokenDocuments, pieces: DocumentPieces, size: int, key: str
+) -> DocumentPieces:
+    cut = DocumentPieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
+    kept = _count_piece_targets([documents], cut) > 0
     _LOG.warning(
         "%s: cut %d of %d records to data.seq_len %d tokens",
         key,
@@ -339,10 +363,10 @@ def _truncated(documents: Documents, pieces: Pieces, size: int, key: str) -> Pie
             int((~kept).sum()),
             extra=ONCE,
         )
-    return cut.take(kept)
+    return cut.select_pieces(kept)
 
 
-def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
+def _count_piece_targets(documents: Sequence[TokenDocuments], pieces: DocumentPieces) -> Ints:
     """Return the number of target tokens of each piece [P]; its first token is never predicted."""
     counts = np.zeros(len(pieces), dtype=np.int64)
     for number, source in enumerate(documents):
@@ -359,9 +383,9 @@ def _count_targets(documents: Sequence[Documents], pieces: Pieces) -> Ints:
     return counts
 
 
-def show_row(rows: RowSet, index: int, tokenizer: Tokenizer) -> str:
+def format_sequence(rows: SequenceSet, index: int, tokenizer: Tokenizer) -> str:
     """Return a sequence as text: ``[[...]]`` is in the loss, ``||`` separates documents."""
-    tokens, labels, positions = rows.row(index)
+    tokens, labels, positions = rows.get_sequence(index)
     text: list[str] = []
     run: list[int] = []
     in_loss = False

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.data.arrow_nulls import plain_records
-from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, data_ending, read_file
+from dist_peft.data.arrow_nulls import convert_record_batch
+from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, find_data_ending, read_record_file
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["ENDINGS", "Opened", "Place", "Record", "open_source", "read_records"]
+__all__ = ["ENDINGS", "Record", "RecordPlace", "RecordSource", "open_source", "read_records"]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -32,7 +32,7 @@ _READABLE = f"{', '.join(ENDINGS)}; text formats also as {' and '.join(COMPRESSI
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordPlace:
     """Position of a record: ``file`` as the user wrote it, ``number`` counted from 1."""
 
     file: str
@@ -42,50 +42,50 @@ class Place:
         return f"{self.file}, record {self.number}"
 
 
-class Opened(Protocol):
+class RecordSource(Protocol):
     """The resolved files or data set of a source, not read yet."""
 
-    def fingerprint(self) -> list[list[str | int]]:
+    def list_fingerprints(self) -> list[list[str | int]]:
         """Return absolute path, size and modification time of each file, for the cache key.
 
         A file replaced by another of the same size and the same time is not noticed.
         """
 
-    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         """Yield, for each file, its name for messages and its records."""
 
 
 @dataclass(frozen=True)
-class LocalFiles:
+class LocalFileSource:
     """Local files with known extensions, sorted."""
 
     files: tuple[Path, ...]
 
-    def fingerprint(self) -> list[list[str | int]]:
-        return _fingerprint(self.files)
+    def list_fingerprints(self) -> list[list[str | int]]:
+        return _fingerprint_files(self.files)
 
-    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         for file in self.files:
-            yield str(file), read_file(file)
+            yield str(file), read_record_file(file)
 
 
 @dataclass(frozen=True)
-class HubData:
+class HubSource:
     """A split of a Hub data set, in the cache of ``datasets``."""
 
     name: str
     data: "datasets.Dataset"
 
-    def fingerprint(self) -> list[list[str | int]]:
-        return _fingerprint(tuple(Path(file["filename"]) for file in self.data.cache_files))
+    def list_fingerprints(self) -> list[list[str | int]]:
+        return _fingerprint_files(tuple(Path(file["filename"]) for file in self.data.cache_files))
 
-    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         # as plain values: images and audio are not decoded
         batches = self.data.with_format("arrow").iter(batch_size=1024)
-        yield self.name, (record for batch in batches for record in plain_records(batch))
+        yield self.name, (record for batch in batches for record in convert_record_batch(batch))
 
 
-def open_source(source: DataSource, key: str) -> Opened:
+def open_source(source: DataSource, key: str) -> RecordSource:
     """Resolve ``source.path``: a file, a directory, a glob pattern or a Hub data set.
 
     Args:
@@ -100,19 +100,19 @@ def open_source(source: DataSource, key: str) -> Opened:
             id), no file has a known extension, or the Hub data set cannot be loaded.
     """
     try:
-        return _open(source, key)
+        return _open_unchecked(source, key)
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
         reason = str(getattr(error, "strerror", None) or error).lower()
         raise UserError(f"{key}: path {source.path:.200} cannot be accessed: {reason}") from None
 
 
-def _open(source: DataSource, key: str) -> Opened:
+def _open_unchecked(source: DataSource, key: str) -> RecordSource:
     path = source.path
     place = Path(path).expanduser()
     hub = None if place.exists() else _HUB_ID.fullmatch(path)
-    if hub and data_ending(place) is None and not place.parent.is_dir():
-        return _open_hub(source, hub["name"], hub["config"], key)
-    splits = _saved_splits(place, key)
+    if hub and find_data_ending(place) is None and not place.parent.is_dir():
+        return _open_hub_source(source, hub["name"], hub["config"], key)
+    splits = _list_saved_splits(place, key)
     if splits is not None:
         if source.split not in splits:
             raise UserError(
@@ -124,13 +124,13 @@ def _open(source: DataSource, key: str) -> Opened:
         _LOG.warning(
             "%s.split has no effect: %s is local, not a Hub data set", key, path, extra=ONCE
         )
-    saved = _saved_files(place, key)
-    return LocalFiles(_locate(path, place, key) if saved is None else saved)
+    saved = _list_saved_files(place, key)
+    return LocalFileSource(_locate_files(path, place, key) if saved is None else saved)
 
 
-def _locate(path: str, place: Path, key: str) -> tuple[Path, ...]:
+def _locate_files(path: str, place: Path, key: str) -> tuple[Path, ...]:
     if place.is_file():
-        if data_ending(place) is None:
+        if find_data_ending(place) is None:
             raise UserError(
                 f"{key}: file {path} has the ending {''.join(place.suffixes[-2:]) or '(none)'}; "
                 f"readable are {_READABLE}"
@@ -138,19 +138,19 @@ def _locate(path: str, place: Path, key: str) -> tuple[Path, ...]:
         return (place,)
     if place.is_dir():
         found = [entry for entry in place.iterdir() if entry.is_file()]
-        return _readable(found, f"{key}: directory {path}")
+        return _check_readable(found, f"{key}: directory {path}")
     if glob.has_magic(path):
         found = [Path(name) for name in glob.glob(str(place), recursive=True)]
-        return _readable([f for f in found if f.is_file()], f"{key}: pattern {path}")
+        return _check_readable([f for f in found if f.is_file()], f"{key}: pattern {path}")
     raise UserError(
         f"{key}: file {path} does not exist (looked in {Path.cwd()}); "
         "give a file, a directory, a glob pattern, or a Hub data set as org/name"
     )
 
 
-def _readable(files: list[Path], what: str) -> tuple[Path, ...]:
+def _check_readable(files: list[Path], what: str) -> tuple[Path, ...]:
     data = [f for f in files if f.name not in _ABOUT_DATA]
-    known = sorted(f for f in data if data_ending(f) is not None)
+    known = sorted(f for f in data if find_data_ending(f) is not None)
     if not known:
         others = sorted({f.suffix or f.name for f in files})[:5]
         raise UserError(
@@ -163,20 +163,20 @@ def _readable(files: list[Path], what: str) -> tuple[Path, ...]:
 # -- directories written by datasets' save_to_disk -------------------------------------------------
 
 
-def _saved_splits(directory: Path, key: str) -> list[str] | None:
+def _list_saved_splits(directory: Path, key: str) -> list[str] | None:
     """Return the splits of a ``DatasetDict`` saved in ``directory``; None if there is none."""
     file = directory / "dataset_dict.json"
     if not file.is_file():
         return None
-    return _bare_names(_read_json(file, key).get("splits"), file, key)
+    return _check_bare_names(_read_json_object(file, key).get("splits"), file, key)
 
 
-def _saved_files(directory: Path, key: str) -> tuple[Path, ...] | None:
+def _list_saved_files(directory: Path, key: str) -> tuple[Path, ...] | None:
     """Return the Arrow files, in order, of a ``Dataset`` saved in ``directory``; None if none."""
     file = directory / "state.json"
     if not file.is_file():
         return None
-    state = _read_json(file, key)
+    state = _read_json_object(file, key)
     if "_data_files" not in state:
         return None
     if state.get("_indices_data_files"):
@@ -188,13 +188,13 @@ def _saved_files(directory: Path, key: str) -> tuple[Path, ...] | None:
     if not isinstance(entries, list):
         entries = []
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-    files = [directory / name for name in _bare_names(names, file, key)]
+    files = [directory / name for name in _check_bare_names(names, file, key)]
     if missing := [f for f in files if not f.is_file()]:
         raise UserError(f"{key}: {missing[0]} is missing, which {file} names; copy it again")
     return tuple(files)
 
 
-def _read_json(file: Path, key: str) -> dict[str, Any]:
+def _read_json_object(file: Path, key: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -202,7 +202,7 @@ def _read_json(file: Path, key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _bare_names(names: Any, file: Path, key: str) -> list[str]:
+def _check_bare_names(names: Any, file: Path, key: str) -> list[str]:
     """Return ``names`` if all are plain file names: an untrusted ``file`` must not use paths.
 
     Raises:
@@ -220,7 +220,7 @@ def _bare_names(names: Any, file: Path, key: str) -> list[str]:
 # -- the Hub ---------------------------------------------------------------------------------------
 
 
-def _open_hub(source: DataSource, name: str, config: str | None, key: str) -> HubData:
+def _open_hub_source(source: DataSource, name: str, config: str | None, key: str) -> HubSource:
     import datasets  # here: its import takes a second, and most runs do not need it
 
     try:
@@ -233,15 +233,15 @@ def _open_hub(source: DataSource, name: str, config: str | None, key: str) -> Hu
             f"{source.split}) it cannot be loaded: {reason}. Check the path, the name or the "
             "network; a configuration of a data set is written org/name:config"
         ) from None
-    return HubData(source.path, data)
+    return HubSource(source.path, data)
 
 
-def _fingerprint(files: tuple[Path, ...]) -> list[list[str | int]]:
+def _fingerprint_files(files: tuple[Path, ...]) -> list[list[str | int]]:
     stats = [(file.resolve(), file.stat()) for file in files]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def read_records(opened: Opened, limit: int | None) -> Iterator[tuple[Place, Record]]:
+def read_records(opened: RecordSource, limit: int | None) -> Iterator[tuple[RecordPlace, Record]]:
     """Yield every record in file order with its place, at most ``limit`` of them.
 
     Raises:
@@ -249,8 +249,8 @@ def read_records(opened: Opened, limit: int | None) -> Iterator[tuple[Place, Rec
     """
     return itertools.islice(
         (
-            (Place(label, number), record)
-            for label, records in opened.parts()
+            (RecordPlace(label, number), record)
+            for label, records in opened.iterate_parts()
             for number, record in enumerate(records, start=1)
         ),
         limit,

@@ -17,7 +17,7 @@ import torch
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 
-__all__ = ["ClassTask", "class_names", "class_tasks", "task_of"]
+__all__ = ["ClassTask", "find_source_task", "list_class_names", "list_class_tasks"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class ClassTask:
         """One after its last class id."""
         return self.start + len(self.labels)
 
-    def target(self, label: int) -> torch.Tensor:
+    def make_target(self, label: int) -> torch.Tensor:
         """Return class id and range as LongTensor [3]; ``label`` is an index into ``labels``."""
         return torch.tensor([self.start + label, self.start, self.stop])
 
 
-def class_tasks(config: DataConfig) -> list[ClassTask]:
+def list_class_tasks(config: DataConfig) -> list[ClassTask]:
     """Return the tasks of the training sources, in their order; none without classification.
 
     Raises:
@@ -54,23 +54,26 @@ def class_tasks(config: DataConfig) -> list[ClassTask]:
     for number, source in enumerate(config.train):
         if source.format != "classification":
             continue
-        if source.task in [task.name for task in tasks]:
+        if source.task_name in [task.name for task in tasks]:
             raise UserError(
-                f"data.train[{number}]: task {source.task} is already defined; give each source a "
+                f"data.train[{number}]: task {source.task_name} is already defined; give "
+                "each source a "
                 "name, or name the files of one task by a pattern in one path"
             )
-        tasks.append(ClassTask(source.task, tuple(source.labels), tasks[-1].stop if tasks else 0))
+        tasks.append(
+            ClassTask(source.task_name, tuple(source.labels), tasks[-1].stop if tasks else 0)
+        )
     return tasks
 
 
-def class_names(config: DataConfig) -> list[str]:
+def list_class_names(config: DataConfig) -> list[str]:
     """Return the names of all classes, by id: the label, with several tasks ``task/label``."""
-    tasks = class_tasks(config)
+    tasks = list_class_tasks(config)
     prefixes = [f"{task.name}/" if len(tasks) > 1 else "" for task in tasks]
     return [p + label for p, task in zip(prefixes, tasks, strict=True) for label in task.labels]
 
 
-def task_of(source: DataSource, tasks: Sequence[ClassTask], key: str) -> ClassTask:
+def find_source_task(source: DataSource, tasks: Sequence[ClassTask], key: str) -> ClassTask:
     """Return the task that a training or held-out source belongs to.
 
     Args:
@@ -79,10 +82,10 @@ def task_of(source: DataSource, tasks: Sequence[ClassTask], key: str) -> ClassTa
     Raises:
         UserError: no task of its name among several, or its labels differ from the task's.
     """
-    named = [task for task in tasks if task.name == source.task]
+    named = [task for task in tasks if task.name == source.task_name]
     if not named and len(tasks) > 1:
         raise UserError(
-            f"{key}: no training task is called {source.task}; set {key}.name to one of "
+            f"{key}: no training task is called {source.task_name}; set {key}.name to one of "
             f"{', '.join(task.name for task in tasks)}"
         )
     task = named[0] if named else tasks[0]

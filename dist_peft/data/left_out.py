@@ -3,9 +3,9 @@
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.files import Place
+from dist_peft.data.files import RecordPlace
 
-__all__ = ["BLANK", "WEIGHT_COLUMNS", "LeftOut", "excluding_column", "is_zero_weight"]
+__all__ = ["BLANK", "WEIGHT_COLUMNS", "ExcludedRecords", "find_excluding_column", "is_zero_weight"]
 
 BLANK = "have an empty text or completion"
 """Reason for a record with only white space to train on: only the end token would be a target."""
@@ -23,7 +23,7 @@ def is_zero_weight(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value == 0
 
 
-def excluding_column(record: dict[str, Any], taken: set[str]) -> str | None:
+def find_excluding_column(record: dict[str, Any], taken: set[str]) -> str | None:
     """Return the column that excludes ``record`` from the loss; None if there is none.
 
     Args:
@@ -35,7 +35,7 @@ def excluding_column(record: dict[str, Any], taken: set[str]) -> str | None:
     return None
 
 
-class LeftOut:
+class ExcludedRecords:
     """Count the records of a source, and the excluded ones by reason.
 
     Args:
@@ -50,15 +50,15 @@ class LeftOut:
         self._path, self._key = path, key
         self.records = 0
         self._counts: dict[str, int] = {}
-        self._first: dict[str, Place] = {}
+        self._first: dict[str, RecordPlace] = {}
 
-    def add(self, reason: str, place: Place) -> None:
+    def count_excluded(self, reason: str, place: RecordPlace) -> None:
         """Count an excluded record; ``reason`` completes "3 of 10 records ..."."""
         self._counts[reason] = self._counts.get(reason, 0) + 1
         self._first.setdefault(reason, place)
 
     @property
-    def notes(self) -> list[str]:
+    def user_notes(self) -> list[str]:
         """One-time warnings for the user."""
         return [
             f"left out {count} of {self.records} records, which {reason}; the first is "

@@ -18,10 +18,10 @@ from typing import Protocol
 
 import torch
 
-from dist_peft.data.order import Order, PoolOrder
+from dist_peft.data.order import PoolOrder, SequenceOrder
 from dist_peft.data.packing import IGNORE
 
-__all__ = ["Batch", "Loader", "Rows"]
+__all__ = ["Batch", "Loader", "SequenceDataset"]
 
 _FILLER = -1
 _WIDTH_MULTIPLE = 8  # of unpacked batches, for the tensor cores
@@ -45,8 +45,9 @@ class Batch:
     sample_ids: torch.Tensor
 
 
-class Rows(Protocol):
-    """A data set of indexed sequences that a loader reads; ``documents.RowSet`` is the main one."""
+class SequenceDataset(Protocol):
+    """A data set of indexed sequences that a loader reads; ``documents.SequenceSet`` is the main
+    one."""
 
     @property
     def packed(self) -> bool: ...
@@ -64,7 +65,7 @@ class Rows(Protocol):
 
     def num_targets(self, index: int) -> int: ...
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 class Loader:
@@ -83,7 +84,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: SequenceDataset,
         *,
         global_batch: int,
         micro_batch: int,
@@ -93,7 +94,7 @@ class Loader:
         world_size: int,
         seq_len: int,
         pad_id: int,
-        order: Order | None = None,
+        order: SequenceOrder | None = None,
     ) -> None:
         if min(global_batch, micro_batch) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch {global_batch}/{micro_batch}, rank {rank} of {world_size}")
@@ -114,14 +115,14 @@ class Loader:
         Raises:
             UserError: one has none.
         """
-        self._order.check(steps)
+        self._order.check_steps(steps)
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps to load every sequence once; the last may start the next epoch."""
         return -(-len(self.rows) // self._global_batch)
 
-    def step(self, index: int) -> tuple[list[Batch], int]:
+    def load_step(self, index: int) -> tuple[list[Batch], int]:
         """Return this rank's micro-batches of optimizer step ``index`` (from 0) and its targets.
 
         Every rank gets the same number of micro-batches, each of the same number of sequences.
@@ -135,34 +136,34 @@ class Loader:
         """
         if index < 0:
             raise IndexError(f"step {index}")
-        chosen = self.rows_of_step(index)
-        return self._batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
+        chosen = self.list_step_rows(index)
+        return self._make_batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 
-    def sequential(self) -> list[Batch]:
+    def load_all_sequential(self) -> list[Batch]:
         """Return this rank's share of all sequences, once and in order, for evaluation.
 
         Every rank gets the same number of batches.
         """
-        return self._batches(range(len(self.rows)))
+        return self._make_batches(range(len(self.rows)))
 
-    def rows_of_step(self, index: int) -> list[int]:
+    def list_step_rows(self, index: int) -> list[int]:
         """Return the indices of the sequences, over all ranks, of optimizer step ``index``."""
         first = index * self._global_batch
-        return self._order.rows(first, self._global_batch)
+        return self._order.list_rows(first, self._global_batch)
 
-    def _batches(self, chosen: Sequence[int]) -> list[Batch]:
+    def _make_batches(self, chosen: Sequence[int]) -> list[Batch]:
         share = list(chosen[self._rank :: self._world_size])
         most = -(-len(chosen) // self._world_size)
         share += [_FILLER] * (most - len(share))
         return [
-            self._collate(share[start : start + self._micro_batch])
+            self._collate_rows(share[start : start + self._micro_batch])
             for start in range(0, most, self._micro_batch)
         ]
 
-    def _collate(self, numbers: list[int]) -> Batch:
+    def _collate_rows(self, numbers: list[int]) -> Batch:
         empty = torch.zeros(0, dtype=torch.long)
-        made = [(empty,) * 3 if n == _FILLER else self.rows.row(n) for n in numbers]
-        width = self._width(max(len(tokens) for tokens, _, _ in made))
+        made = [(empty,) * 3 if n == _FILLER else self.rows.get_sequence(n) for n in numbers]
+        width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
         input_ids = torch.full((len(made), width), self._pad_id)
         labels = torch.full((len(made), width), IGNORE)
         position_ids = torch.zeros((len(made), width), dtype=torch.long)
@@ -174,7 +175,7 @@ class Loader:
             position_ids[b, length:] = torch.arange(width - length)
         return Batch(input_ids, labels, position_ids, torch.tensor(numbers))
 
-    def _width(self, longest: int) -> int:
+    def _pad_width(self, longest: int) -> int:
         """Return the padded length: ``seq_len`` if packed, else ``longest`` rounded up."""
         if self.rows.packed:
             return self._seq_len

@@ -6,31 +6,37 @@ JSON encoding of a template changes.
 
 import re
 
-__all__ = ["MARK", "mark", "mark_number", "position_after", "shared_markers"]
+__all__ = [
+    "MARK",
+    "count_shared_prefix",
+    "find_position_after_mark",
+    "make_mark",
+    "parse_mark_number",
+]
 
 _OPEN, _CLOSE, _ZERO = 0xE000, 0xE001, 0xE010
 
 MARK = re.compile(f"{chr(_OPEN)}([{chr(_ZERO)}-{chr(_ZERO + 9)}]+){chr(_CLOSE)}")
 
 
-def mark(number: int) -> str:
+def make_mark(number: int) -> str:
     """Return the mark of ``number`` (>= 0)."""
     digits = "".join(chr(_ZERO + int(digit)) for digit in str(number))
     return f"{chr(_OPEN)}{digits}{chr(_CLOSE)}"
 
 
-def mark_number(found: re.Match[str]) -> int:
+def parse_mark_number(found: re.Match[str]) -> int:
     """Return the number of a mark that ``MARK`` matched."""
     return int("".join(str(ord(digit) - _ZERO) for digit in found[1]))
 
 
-def position_after(text: str, number: int) -> int | None:
+def find_position_after_mark(text: str, number: int) -> int | None:
     """Return the end of the last occurrence of mark ``number`` in ``text``; None if none."""
-    found = text.rfind(mark(number))
-    return None if found < 0 else found + len(mark(number))
+    found = text.rfind(make_mark(number))
+    return None if found < 0 else found + len(make_mark(number))
 
 
-def shared_markers(first: str, second: str, tokens: re.Pattern[str]) -> int:
+def count_shared_prefix(first: str, second: str, tokens: re.Pattern[str]) -> int:
     """Return the length of the common prefix of two texts, never ending inside a token of either.
 
     ``<|end|>\\n<|user|>`` and ``<|end|>\\n<|endoftext|>`` share ``<|end|>\\n``, not ``<|``.

@@ -10,11 +10,11 @@ from typing import Any
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.column_hints import chosen_columns
+from dist_peft.data.column_hints import suggest_chosen_columns
 from dist_peft.data.left_out import WEIGHT_COLUMNS
 from dist_peft.data.readers import Record
 
-__all__ = ["UnusedColumns"]
+__all__ = ["UnusedColumnCheck"]
 
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _PREFERENCE = ("chosen", "rejected")
@@ -22,7 +22,7 @@ _PARTS = ("system", "system_prompt", "history", "input", "context")
 _GOOD = (True, 1, "1", "1.0", "true", "True", "yes")
 
 
-class UnusedColumns:
+class UnusedColumnCheck:
     """Check the columns of each record that its format does not read.
 
     Args:
@@ -45,12 +45,12 @@ class UnusedColumns:
         self._path = source.path
 
     @property
-    def notes(self) -> list[str]:
+    def user_notes(self) -> list[str]:
         """One-time warnings for the user."""
         names = ", ".join(name for name in self._seen if name not in WEIGHT_COLUMNS)
         return [f"columns of {self._path} that are not used: {names}"] if names else []
 
-    def check(self, record: Record, where: str) -> None:
+    def check_record(self, record: Record, where: str) -> None:
         """Check the unread columns of ``record`` and remember their names.
 
         Raises:
@@ -60,15 +60,15 @@ class UnusedColumns:
             if name in self.taken:
                 continue
             if value is not None and value not in ("", [], {}):
-                lost = self._lost(name, value, record)
+                lost = self._find_lost_meaning(name, value, record)
                 if lost:
                     raise UserError(
                         f"{where}: column {name} {lost}; or leave the column out with "
-                        f"{self._key}.ignore: [{name}]{self._warning(name)}"
+                        f"{self._key}.ignore: [{name}]{self._make_warning(name)}"
                     )
             self._seen.setdefault(name)
 
-    def _warning(self, name: str) -> str:
+    def _make_warning(self, name: str) -> str:
         """Return the consequence of ignoring column ``name``, as the end of a message."""
         if name in ("label", "kto_tag"):
             return " and train on all answers as good ones"
@@ -76,7 +76,7 @@ class UnusedColumns:
             return " and train on the assistant's turns of the conversation alone"
         return ""
 
-    def _lost(self, name: str, value: Any, record: Record) -> str | None:
+    def _find_lost_meaning(self, name: str, value: Any, record: Record) -> str | None:
         """Return the information that would be lost, and the fix; None if nothing is lost."""
         if name in _MEDIA:
             return "holds images, audio or video, and only text is trained on; remove such records"
@@ -90,7 +90,7 @@ class UnusedColumns:
         if name in _PREFERENCE and not self._chosen:
             return (
                 "belongs to preference data (DPO), which this training does not read; to train on "
-                f"the chosen answers set {self._key}.columns: {chosen_columns(record)}"
+                f"the chosen answers set {self._key}.columns: {suggest_chosen_columns(record)}"
             )
         if self._format == "text":
             return None

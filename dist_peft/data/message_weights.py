@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["WEIGHT_KEYS", "contributes", "excludes", "without_weights"]
+__all__ = ["WEIGHT_KEYS", "contributes_to_loss", "is_excluded_from_loss", "strip_weight_keys"]
 
 WEIGHT_KEYS = ("weight", "train", "trainable", "loss_mask")
 
@@ -21,14 +21,16 @@ _FALSE = ("0", "false", "no")
 _TRUE = ("1", "true", "yes")
 
 
-def contributes(message: dict[str, Any], where: str) -> bool:
+def contributes_to_loss(message: dict[str, Any], where: str) -> bool:
     """Return whether ``message`` is trained on: an assistant message that no key excludes.
 
     Raises:
         UserError: a weight that is neither 0 nor 1, keys that contradict each other, or another
             role's message that is to be trained on.
     """
-    said = {key: _truth(message[key], key, where) for key in WEIGHT_KEYS if key in message}
+    said = {
+        key: _parse_truth_value(message[key], key, where) for key in WEIGHT_KEYS if key in message
+    }
     if message["role"] != "assistant":
         wanted = [key for key, value in said.items() if value and key != "weight"]
         if wanted:
@@ -42,24 +44,26 @@ def contributes(message: dict[str, Any], where: str) -> bool:
     return all(said.values())
 
 
-def excludes(message: dict[str, Any], where: str) -> bool:
+def is_excluded_from_loss(message: dict[str, Any], where: str) -> bool:
     """Return whether a key excludes ``message``, of any role, from the loss on all text.
 
     Raises:
         UserError: a weight that is neither 0 nor 1, or keys that contradict each other.
     """
-    said = {key: _truth(message[key], key, where) for key in WEIGHT_KEYS if key in message}
+    said = {
+        key: _parse_truth_value(message[key], key, where) for key in WEIGHT_KEYS if key in message
+    }
     if len(set(said.values())) > 1:
         raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one of them")
     return not all(said.values())
 
 
-def without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def strip_weight_keys(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages without the weight keys, which are not for the template."""
     return [{k: v for k, v in message.items() if k not in WEIGHT_KEYS} for message in messages]
 
 
-def _truth(value: Any, key: str, where: str) -> bool:
+def _parse_truth_value(value: Any, key: str, where: str) -> bool:
     text = str(value).strip().lower()
     if isinstance(value, bool | str) and text in (*_FALSE, *_TRUE):
         return text in _TRUE

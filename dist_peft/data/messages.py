@@ -4,7 +4,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["normalized_message", "valid_unicode"]
+__all__ = ["check_unicode", "normalize_message"]
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -20,7 +20,7 @@ _SHAREGPT_ROLES = {
 }
 
 
-def valid_unicode(text: str, what: str) -> str:
+def check_unicode(text: str, what: str) -> str:
     """Return ``text``.
 
     Args:
@@ -38,7 +38,7 @@ def valid_unicode(text: str, what: str) -> str:
     return text
 
 
-def normalized_message(message: Any, where: str) -> dict[str, Any]:
+def normalize_message(message: Any, where: str) -> dict[str, Any]:
     """Return ``message``, of OpenAI or ShareGPT form, as role, content and its other non-null keys.
 
     Raises:
@@ -60,15 +60,15 @@ def normalized_message(message: Any, where: str) -> dict[str, Any]:
         given.pop("content", None)
         return given
     if isinstance(given.get("content"), list):
-        given["content"] = _joined_parts(given["content"], f"{where} ({given['role']})")
+        given["content"] = _join_content_parts(given["content"], f"{where} ({given['role']})")
     if not isinstance(given.get("content"), str):
         kind = type(given.get("content")).__name__.replace("NoneType", "null or missing")
         raise UserError(f"{where} ({given['role']}): content must be text but is {kind}")
-    valid_unicode(given["content"], where)
+    check_unicode(given["content"], where)
     return given
 
 
-def _joined_parts(parts: list[Any], where: str) -> str:
+def _join_content_parts(parts: list[Any], where: str) -> str:
     """Join the texts of content parts without a separator, as templates for parts do."""
     texts = []
     for number, part in enumerate(parts, start=1):

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dist_peft.data.classification import LabelledRows
-from dist_peft.data.documents import RowSet
+from dist_peft.data.classification import LabelledSequences
+from dist_peft.data.documents import SequenceSet
 
-__all__ = ["Mixture"]
+__all__ = ["SequenceMixture"]
 
 
-class Mixture:
+class SequenceMixture:
     """Concatenated data sets with consecutive indices.
 
     Attributes:
@@ -26,10 +26,10 @@ class Mixture:
     """
 
     def __init__(
-        self, parts: Sequence[RowSet] | Sequence[LabelledRows], names: Sequence[str]
+        self, parts: Sequence[SequenceSet] | Sequence[LabelledSequences], names: Sequence[str]
     ) -> None:
         self.names = tuple(names)
-        self._parts: tuple[RowSet | LabelledRows, ...] = tuple(parts)
+        self._parts: tuple[SequenceSet | LabelledSequences, ...] = tuple(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         text = "".join(part.fingerprint for part in parts)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -55,22 +55,22 @@ class Mixture:
         return next((p.chat_template for p in self._parts if p.chat_template), None)
 
     @property
-    def sizes(self) -> list[int]:
+    def sequence_counts(self) -> list[int]:
         """Number of sequences of each set."""
         return [len(part) for part in self._parts]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def source(self, index: int) -> int:
+    def find_source_index(self, index: int) -> int:
         """Return the index of the set that sequence ``index`` belongs to."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def num_targets(self, index: int) -> int:
-        part = self.source(index)
+        part = self.find_source_index(index)
         return self._parts[part].num_targets(index - int(self.starts[part]))
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the three tensors of sequence ``index``, in the form of its set."""
-        part = self.source(index)
-        return self._parts[part].row(index - int(self.starts[part]))
+        part = self.find_source_index(index)
+        return self._parts[part].get_sequence(index - int(self.starts[part]))

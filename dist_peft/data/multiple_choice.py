@@ -22,11 +22,11 @@ from dist_peft.core.errors import UserError
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.tokens import Tokenizer
 
-__all__ = ["ChoiceRows", "Question", "read_questions"]
+__all__ = ["ChoiceQuestion", "ChoiceSequences", "read_choice_questions"]
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """One multiple-choice question.
 
     Attributes:
@@ -40,7 +40,7 @@ class Question:
     answer: int
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_choice_questions(path: Path) -> list[ChoiceQuestion]:
     """Read the questions of a JSON Lines file.
 
     Raises:
@@ -51,14 +51,16 @@ def read_questions(path: Path) -> list[Question]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read questions from {path}: {error}") from None
     questions = [
-        _question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line
+        _parse_question(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line
     ]
     if not questions:
         raise UserError(f"{path} has no question")
     return questions
 
 
-def _question(line: str, place: str) -> Question:
+def _parse_question(line: str, place: str) -> ChoiceQuestion:
     form = '{"prompt": text, "choices": [text, text, ...], "answer": index}'
     try:
         record: Any = json.loads(line)
@@ -69,10 +71,10 @@ def _question(line: str, place: str) -> Question:
     texts = texts and all(isinstance(text, str) and text for text in [prompt, *choices])
     if not texts or type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(f"{place}: not a question of the form {form}")
-    return Question(prompt, tuple(choices), answer)
+    return ChoiceQuestion(prompt, tuple(choices), answer)
 
 
-class ChoiceRows:
+class ChoiceSequences:
     """The choices of all questions as sequences of a ``data.loader.Loader``.
 
     Attributes:
@@ -84,7 +86,9 @@ class ChoiceRows:
 
     packed = False
 
-    def __init__(self, questions: Sequence[Question], tokenizer: Tokenizer, seq_len: int) -> None:
+    def __init__(
+        self, questions: Sequence[ChoiceQuestion], tokenizer: Tokenizer, seq_len: int
+    ) -> None:
         """Tokenize all choices.
 
         Raises:
@@ -118,7 +122,7 @@ class ChoiceRows:
         tokens, prompt = self._rows[index]
         return len(tokens) - prompt
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return tokens, labels (-100: no target) and positions: LongTensors [T]."""
         tokens, prompt = self._rows[index]
         labels = [IGNORE] * (prompt - 1) + tokens[prompt:] + [IGNORE]

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["MixedOrder", "Order", "PoolOrder", "Share", "shares_of"]
+__all__ = ["MixtureOrder", "MixtureShare", "PoolOrder", "SequenceOrder", "make_mixture_shares"]
 
 _BLOCK = 2**14
 """Number of positions whose sources are sampled at a time."""
@@ -44,13 +44,13 @@ _DRAWS = 2**63
 Ints = NDArray[np.int64]
 
 
-class Order(Protocol):
+class SequenceOrder(Protocol):
     """The order in which a run takes sequences."""
 
-    def rows(self, first: int, count: int) -> list[int]:
+    def list_rows(self, first: int, count: int) -> list[int]:
         """Return the sequence indices of the positions ``[first, first + count)``."""
 
-    def check(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
         """Check that each of the first ``steps`` steps has sequences.
 
         Raises:
@@ -62,17 +62,17 @@ class PoolOrder:
     """All sequences in one pool, reshuffled in each epoch."""
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        self._pool = _Epochs(size, seed, 0, shuffle)
+        self._pool = _ShuffledEpochs(size, seed, 0, shuffle)
 
-    def rows(self, first: int, count: int) -> list[int]:
-        return [self._pool.row(place) for place in range(first, first + count)]
+    def list_rows(self, first: int, count: int) -> list[int]:
+        return [self._pool.get_row(place) for place in range(first, first + count)]
 
-    def check(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
         """Accept any number of steps: a pool has sequences for every step."""
 
 
 @dataclass(frozen=True)
-class Share:
+class MixtureShare:
     """One source of a mixture.
 
     Attributes:
@@ -87,13 +87,13 @@ class Share:
     from_step: int = 0
     to_step: int | None = None
 
-    def weight_at(self, step: int) -> float:
+    def compute_weight(self, step: int) -> float:
         """Return the weight at ``step``; 0 where the source is not active."""
         begun = step >= self.from_step
         return self.weight if begun and (self.to_step is None or step < self.to_step) else 0.0
 
 
-class MixedOrder:
+class MixtureOrder:
     """Sample the source of each position by weight; each source yields its own sequences in turn.
 
     Args:
@@ -104,27 +104,27 @@ class MixedOrder:
     """
 
     def __init__(
-        self, shares: Sequence[Share], *, global_batch: int, seed: int, shuffle: bool
+        self, shares: Sequence[MixtureShare], *, global_batch: int, seed: int, shuffle: bool
     ) -> None:
         self._shares, self._global_batch, self._seed = tuple(shares), global_batch, seed
-        self._epochs = [_Epochs(s.size, seed, 1 + i, shuffle) for i, s in enumerate(shares)]
+        self._epochs = [_ShuffledEpochs(s.size, seed, 1 + i, shuffle) for i, s in enumerate(shares)]
         ends = {s.from_step for s in shares} | {s.to_step for s in shares if s.to_step is not None}
         self._phases = np.array(sorted({0, *ends}), dtype=np.int64)
-        weights = [[s.weight_at(int(step)) for s in shares] for step in self._phases]
+        weights = [[s.compute_weight(int(step)) for s in shares] for step in self._phases]
         self._cumulated = np.cumsum(np.array(weights, dtype=np.float64), axis=1)
         self._served = [np.zeros(len(shares), dtype=np.int64)]  # sampled before each block
 
-    def rows(self, first: int, count: int) -> list[int]:
+    def list_rows(self, first: int, count: int) -> list[int]:
         found: list[int] = []
         for block in range(first // _BLOCK, (first + count - 1) // _BLOCK + 1):
-            sources, turns = self._block(block)
+            sources, turns = self._draw_block(block)
             begin = block * _BLOCK
             low, high = max(first - begin, 0), min(first + count - begin, _BLOCK)
             for source, turn in zip(sources[low:high], turns[low:high], strict=True):
-                found.append(self._shares[source].start + self._epochs[source].row(int(turn)))
+                found.append(self._shares[source].start + self._epochs[source].get_row(int(turn)))
         return found
 
-    def check(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:
         for number, begin in enumerate(self._phases.tolist()):
             if begin < steps and self._cumulated[number, -1] == 0:
                 raise UserError(
@@ -132,20 +132,20 @@ class MixedOrder:
                     "to_step so that one is at every step"
                 )
 
-    def _block(self, block: int) -> tuple[Ints, Ints]:
+    def _draw_block(self, block: int) -> tuple[Ints, Ints]:
         """Return the source of each position of a block, and how often it was sampled before."""
         while len(self._served) <= block:
-            drawn = self._draw(len(self._served) - 1)
+            drawn = self._draw_sources(len(self._served) - 1)
             more = np.bincount(drawn, minlength=len(self._shares))
             self._served.append(self._served[-1] + more)
-        sources = self._draw(block)
+        sources = self._draw_sources(block)
         turns = np.empty_like(sources)
         for source, before in enumerate(self._served[block].tolist()):
             mine = sources == source
             turns[mine] = before + np.arange(int(mine.sum()))
         return sources, turns
 
-    def _draw(self, block: int) -> Ints:
+    def _draw_sources(self, block: int) -> Ints:
         """Return a sampled source for each position of a block: int64 [_BLOCK]."""
         places = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
         phase = np.searchsorted(self._phases, places // self._global_batch, side="right") - 1
@@ -158,7 +158,7 @@ class MixedOrder:
         return (cumulated <= drawn[:, None]).sum(axis=1).clip(max=len(self._shares) - 1)
 
 
-def shares_of(config: DataConfig, sizes: Sequence[int]) -> list[Share]:
+def make_mixture_shares(config: DataConfig, sizes: Sequence[int]) -> list[MixtureShare]:
     """Return the shares of the sources of ``config.train``, whose sequences are concatenated.
 
     Args:
@@ -169,27 +169,27 @@ def shares_of(config: DataConfig, sizes: Sequence[int]) -> list[Share]:
     for source, size in zip(config.train, sizes, strict=True):
         by_size = (size / largest) ** (1 / config.temperature)
         weight = source.weight if config.mixing == "weights" else by_size
-        shares.append(Share(start, size, weight, source.from_step, source.to_step))
+        shares.append(MixtureShare(start, size, weight, source.from_step, source.to_step))
         start += size
     return shares
 
 
-class _Epochs:
+class _ShuffledEpochs:
     """Indices ``[0, size)`` repeated for each epoch, in a different order each time."""
 
     def __init__(self, size: int, seed: int, stream: int, shuffle: bool) -> None:
         self._size, self._seed, self._stream, self._shuffle = size, seed, stream, shuffle
         self._known: dict[int, Ints] = {}
 
-    def row(self, turn: int) -> int:
+    def get_row(self, turn: int) -> int:
         epoch, place = divmod(turn, self._size)
         if epoch not in self._known:
             # a step may straddle two epochs
             self._known = {e: o for e, o in self._known.items() if e >= epoch - 1}
-            self._known[epoch] = self._order(epoch)
+            self._known[epoch] = self._permute_epoch(epoch)
         return int(self._known[epoch][place])
 
-    def _order(self, epoch: int) -> Ints:
+    def _permute_epoch(self, epoch: int) -> Ints:
         """Return the permutation of an epoch: indices sorted by random 64-bit numbers.
 
         Raw Philox output is the one random stream that numpy guarantees to keep (NEP 19), so a run

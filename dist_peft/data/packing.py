@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IGNORE", "join_documents", "pack"]
+__all__ = ["IGNORE", "concatenate_documents", "pack_documents"]
 
 # label of a position without a target: the default ignore_index of torch's cross_entropy
 IGNORE = -100
@@ -26,7 +26,7 @@ IGNORE = -100
 Ints = NDArray[np.int64]
 
 
-def pack(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
+def pack_documents(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
     """Distribute documents over sequences, in O(n log n) time.
 
     The time is a sort, then a search among at most ``capacity`` different gaps per document.
@@ -68,7 +68,7 @@ def pack(lengths: Sequence[int] | Ints, capacity: int) -> list[list[int]]:
     return sorted((sorted(window) for window in windows), key=lambda window: window[0])
 
 
-def join_documents(
+def concatenate_documents(
     documents: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
 ) -> tuple[Ints, Ints, Ints]:
     """Concatenate documents to the tokens, labels and positions of a sequence, not padded.

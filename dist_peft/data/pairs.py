@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import Tokenizer
-from dist_peft.data.files import Place
-from dist_peft.data.sources import Example, Labelled
+from dist_peft.data.examples import LabelledExample
+from dist_peft.data.files import RecordPlace
+from dist_peft.data.sources import Example
 
 __all__ = ["PairEncoder"]
 
@@ -48,12 +49,14 @@ class PairEncoder:
         self._seen = self._cut = 0
 
     @property
-    def notes(self) -> list[str]:
+    def user_notes(self) -> list[str]:
         if not self._cut:
             return []
         return [f"cut {self._cut} of {self._seen} records to data.seq_len {self._window} tokens"]
 
-    def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
+    def encode_examples(
+        self, examples: Sequence[Example], places: Sequence[RecordPlace]
+    ) -> list[Document]:
         """Return tokens int32 [T] and token types uint8 [T] of each example.
 
         Raises:
@@ -61,15 +64,15 @@ class PairEncoder:
         """
         documents = []
         for example, place in zip(examples, places, strict=True):
-            assert isinstance(example, Labelled)
-            ids, types = self._tokenize(example)
+            assert isinstance(example, LabelledExample)
+            ids, types = self._tokenize_example(example)
             # a text of special tokens alone is empty
             if not ids or not f"{example.text}{example.text_pair or ''}".strip():
                 raise UserError(f"{place} has no token: its text is empty; remove or fix it")
             documents.append((np.asarray(ids, np.int32), np.asarray(types, np.uint8)))
         return documents
 
-    def _tokenize(self, example: Labelled) -> tuple[list[int], list[int]]:
+    def _tokenize_example(self, example: LabelledExample) -> tuple[list[int], list[int]]:
         texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
         encoded: Any = self._tokenizer(*texts, return_token_type_ids=True, verbose=False)
         self._seen += 1

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.arrow_nulls import plain_records
+from dist_peft.data.arrow_nulls import convert_record_batch
 
-__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "data_ending", "read_file"]
+__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "find_data_ending", "read_record_file"]
 
 Record = dict[str, Any]
 
@@ -34,7 +34,7 @@ _NOT_JSON = (ValueError, RecursionError)
 _BATCH = 1024  # records of an Arrow or Parquet file held in memory at a time
 
 
-def data_ending(file: Path) -> str | None:
+def find_data_ending(file: Path) -> str | None:
     """Return the extension that selects a reader, such as ``.jsonl`` or ``.jsonl.gz``; else None.
 
     Parquet and Arrow files compress their own columns, so ``.parquet.gz`` has no reader.
@@ -46,13 +46,13 @@ def data_ending(file: Path) -> str | None:
     return endings[-1] if endings and endings[-1] in ENDINGS else None
 
 
-def read_file(file: Path) -> Iterator[Record]:
-    """Yield the records of a file that has a ``data_ending``.
+def read_record_file(file: Path) -> Iterator[Record]:
+    """Yield the records of a file that has a ``find_data_ending``.
 
     Raises:
         UserError: the file cannot be read, naming it and the line or record.
     """
-    ending = data_ending(file)
+    ending = find_data_ending(file)
     assert ending is not None
     kind, compression = ending, ""
     for suffix in COMPRESSIONS:
@@ -60,7 +60,7 @@ def read_file(file: Path) -> Iterator[Record]:
             kind, compression = ending.removesuffix(suffix), suffix
     binary = _BINARY_READERS.get(kind)
     try:
-        yield from _read_binary(file, binary) if binary else _TEXT_READERS[kind](file)
+        yield from _read_record_batches(file, binary) if binary else _TEXT_READERS[kind](file)
     except UnicodeDecodeError as error:
         raise UserError(f"file {file} is not UTF-8 text: {error}; convert it to UTF-8") from None
     except csv.Error as error:
@@ -77,7 +77,7 @@ def read_file(file: Path) -> Iterator[Record]:
 
 
 @contextmanager
-def _opened_text(file: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
+def _open_text_file(file: Path, newline: str | None = None) -> Iterator[io.TextIOBase]:
     """Open ``file`` as UTF-8 text without a byte-order mark, decompressed by its extension."""
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
@@ -99,7 +99,7 @@ def _opened_text(file: Path, newline: str | None = None) -> Iterator[io.TextIOBa
 
 def _read_json(file: Path) -> Iterator[Record]:
     """Read a list of records or strings, one record, or (despite the extension) JSON lines."""
-    with _opened_text(file) as lines:
+    with _open_text_file(file) as lines:
         text = lines.read()
     if not text.strip():
         return
@@ -107,15 +107,15 @@ def _read_json(file: Path) -> Iterator[Record]:
         tree = json.loads(text)
     except _NOT_JSON as error:
         first, _, rest = text.lstrip().partition("\n")
-        if rest.strip() and _is_json(first):
+        if rest.strip() and _is_json_text(first):
             yield from _read_jsonl(file)
             return
         raise UserError(f"file {file} is not valid JSON: {error}") from None
     for number, item in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield _as_record(item, f"{file}, record {number}")
+        yield _convert_to_record(item, f"{file}, record {number}")
 
 
-def _is_json(text: str) -> bool:
+def _is_json_text(text: str) -> bool:
     try:
         json.loads(text)
     except _NOT_JSON:
@@ -124,7 +124,7 @@ def _is_json(text: str) -> bool:
 
 
 def _read_jsonl(file: Path) -> Iterator[Record]:
-    with _opened_text(file) as lines:
+    with _open_text_file(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -132,10 +132,10 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
                 item = json.loads(line)
             except _NOT_JSON as error:
                 raise UserError(f"file {file}, line {number} is not valid JSON: {error}") from None
-            yield _as_record(item, f"{file}, line {number}")
+            yield _convert_to_record(item, f"{file}, line {number}")
 
 
-def _as_record(item: Any, where: str) -> Record:
+def _convert_to_record(item: Any, where: str) -> Record:
     """Return ``item`` as a record; a string becomes ``{"text": string}``."""
     if isinstance(item, str):
         return {"text": item}
@@ -146,17 +146,17 @@ def _as_record(item: Any, where: str) -> Record:
 
 def _read_csv(file: Path) -> Iterator[Record]:
     """Read comma-separated values with a header line and quotes as in RFC 4180."""
-    yield from _read_table(file, delimiter=",", strict=True)
+    yield from _read_delimited_table(file, delimiter=",", strict=True)
 
 
 def _read_tsv(file: Path) -> Iterator[Record]:
     """Read tab-separated values with a header line; quotes are plain characters (IANA)."""
-    yield from _read_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from _read_delimited_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
+def _read_delimited_table(file: Path, **dialect: Any) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # documents may exceed the default of 128 KiB
-    with _opened_text(file, newline="") as lines:
+    with _open_text_file(file, newline="") as lines:
         rows = csv.reader(lines, **dialect)
         header = next(rows, [])
         if twice := sorted(name for name, count in Counter(header).items() if count > 1):
@@ -170,9 +170,9 @@ def _read_table(file: Path, **dialect: Any) -> Iterator[Record]:
             yield dict(zip(header, row, strict=True))
 
 
-def _read_text(file: Path) -> Iterator[Record]:
+def _read_text_document(file: Path) -> Iterator[Record]:
     """Read the whole file as one document."""
-    with _opened_text(file) as lines:
+    with _open_text_file(file) as lines:
         text = lines.read()
     if text:
         yield {"text": text}
@@ -181,7 +181,7 @@ def _read_text(file: Path) -> Iterator[Record]:
 # -- typed columns -------------------------------------------------------------------------------
 
 
-def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Record]:
+def _read_record_batches(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Record]:
     """Yield the records of the Arrow record batches that ``batches`` yields for ``file``."""
     from pyarrow import ArrowException
 
@@ -189,7 +189,7 @@ def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterat
     try:
         for batch in batches(file):
             batch.validate(full=True)
-            yield from plain_records(batch)
+            yield from convert_record_batch(batch)
     # pyarrow raises either class for damaged files, and Python's own for impossible values
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -198,14 +198,14 @@ def _read_binary(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterat
         ) from None
 
 
-def _parquet_batches(file: Path) -> Iterator[Any]:
+def _iterate_parquet_batches(file: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file, page_checksum_verification=True) as table:
         yield from table.iter_batches(batch_size=_BATCH)
 
 
-def _arrow_batches(file: Path) -> Iterator[Any]:
+def _iterate_arrow_batches(file: Path) -> Iterator[Any]:
     """Yield the batches of an Arrow stream (written by ``datasets``) or of an Arrow file."""
     import pyarrow
 
@@ -213,15 +213,15 @@ def _arrow_batches(file: Path) -> Iterator[Any]:
         if stored.read(6) == b"ARROW1":
             with pyarrow.ipc.open_file(stored) as table:
                 for number in range(table.num_record_batches):
-                    yield from _sliced(table.get_batch(number))
+                    yield from _slice_batch(table.get_batch(number))
             return
         stored.seek(0)
         with pyarrow.ipc.open_stream(stored) as stream:
             for batch in stream:
-                yield from _sliced(batch)
+                yield from _slice_batch(batch)
 
 
-def _sliced(batch: Any) -> Iterator[Any]:
+def _slice_batch(batch: Any) -> Iterator[Any]:
     for start in range(0, batch.num_rows, _BATCH):
         yield batch.slice(start, _BATCH)
 
@@ -231,10 +231,10 @@ _TEXT_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
-    ".txt": _read_text,
+    ".txt": _read_text_document,
 }
 _BINARY_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".parquet": _parquet_batches,
-    ".arrow": _arrow_batches,
+    ".parquet": _iterate_parquet_batches,
+    ".arrow": _iterate_arrow_batches,
 }
 ENDINGS = (".jsonl", ".json", *_BINARY_READERS, ".csv", ".tsv", ".txt")

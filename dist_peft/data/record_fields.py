@@ -6,10 +6,10 @@ from typing import Any
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.files import Place, Record
-from dist_peft.data.messages import valid_unicode
+from dist_peft.data.files import Record, RecordPlace
+from dist_peft.data.messages import check_unicode
 
-__all__ = ["MISSING", "RecordFields", "column_value", "template_fields"]
+__all__ = ["MISSING", "RecordFields", "get_column_value", "parse_template_fields"]
 
 MISSING = object()
 """Value of a role whose column is missing in the record."""
@@ -25,38 +25,40 @@ class RecordFields:
 
     source: DataSource
     record: Record
-    place: Place
+    place: RecordPlace
 
-    def column(self, role: str) -> str:
+    def column_of_role(self, role: str) -> str:
         """Return the column that ``role`` reads."""
         return self.source.columns.get(role, role)
 
-    def raw(self, role: str) -> Any:
+    def get_raw_value(self, role: str) -> Any:
         """Return the value of ``role``; ``MISSING`` also if ``source.ignore`` names its column."""
-        column = self.column(role)
+        column = self.column_of_role(role)
         if column in self.source.ignore:
             return MISSING
-        return column_value(self.record, column)
+        return get_column_value(self.record, column)
 
-    def text(self, role: str) -> str:
-        return self.checked_text(self.raw(role), self.column(role))
+    def get_text(self, role: str) -> str:
+        return self.check_text_value(self.get_raw_value(role), self.column_of_role(role))
 
-    def optional(self, role: str) -> str:
+    def get_optional_text(self, role: str) -> str:
         """Like ``text``, but return the empty string for a missing or null value."""
-        return "" if self.raw(role) in (None, MISSING) else self.text(role)
+        return "" if self.get_raw_value(role) in (None, MISSING) else self.get_text(role)
 
-    def filled(self, template: str) -> str:
+    def fill_template(self, template: str) -> str:
         """Return ``template`` with each ``{name}`` replaced by the column or role ``name``."""
         parts = []
         for literal, name, _, _ in string.Formatter().parse(template):
             parts.append(literal)
             if name is not None:
-                column = column_value(self.record, name)
+                column = get_column_value(self.record, name)
                 is_role = column is MISSING and name in (*self.source.columns, "input")
-                parts.append(self.optional(name) if is_role else self.checked_text(column, name))
+                parts.append(
+                    self.get_optional_text(name) if is_role else self.check_text_value(column, name)
+                )
         return "".join(parts)
 
-    def checked_text(self, value: Any, column: str) -> str:
+    def check_text_value(self, value: Any, column: str) -> str:
         """Return ``value`` of ``column``, if it is text.
 
         Raises:
@@ -67,10 +69,10 @@ class RecordFields:
         if not isinstance(value, str):
             kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
             raise UserError(f"{self.place}: column {column} must be text but is {kind}")
-        return valid_unicode(value, f"{self.place}: column {column}")
+        return check_unicode(value, f"{self.place}: column {column}")
 
 
-def column_value(record: Any, path: str) -> Any:
+def get_column_value(record: Any, path: str) -> Any:
     """Return the value at column ``path``, else ``MISSING``; ``a.0.b`` indexes nested values."""
     if isinstance(record, dict) and path in record:
         return record[path]
@@ -81,9 +83,9 @@ def column_value(record: Any, path: str) -> Any:
         inner = record[int(head)]
     else:
         return MISSING
-    return column_value(inner, rest) if rest else inner
+    return get_column_value(inner, rest) if rest else inner
 
 
-def template_fields(template: str | None) -> set[str]:
+def parse_template_fields(template: str | None) -> set[str]:
     """Return the names of the columns and roles that ``template`` writes."""
     return {name for _, name, _, _ in string.Formatter().parse(template or "") if name}

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["find_excess"]
+__all__ = ["find_resource_excess"]
 
 _CPU_SECONDS = 5  # a conversation takes about a millisecond
 _MEMORY = 2 << 30  # bytes in addition to the memory that the process has mapped already
@@ -21,7 +21,7 @@ _WALL_SECONDS = 120.0
 _OUT_OF_MEMORY = 3
 
 
-def find_excess(action: Callable[[], object]) -> str | None:
+def find_resource_excess(action: Callable[[], object]) -> str | None:
     """Return the limit that ``action`` exceeds, as text; None if it ends within the limits.
 
     ``action`` runs in a forked process, so it has no effect here; other exceptions of it are

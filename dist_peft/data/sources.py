@@ -25,61 +25,33 @@ from typing import Any, NoReturn
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.alpaca import ALPACA_OPTIONAL, Turn, alpaca_turns
-from dist_peft.data.blank_turns import BlankTurns, excluded_turn, is_blank_turn
-from dist_peft.data.column_hints import columns_hint, nested_columns
-from dist_peft.data.files import Opened, Place, Record, read_records
-from dist_peft.data.left_out import BLANK, LeftOut, excluding_column
-from dist_peft.data.meanings import UnusedColumns
-from dist_peft.data.messages import normalized_message
-from dist_peft.data.record_fields import MISSING, RecordFields, column_value, template_fields
+from dist_peft.data.alpaca import ALPACA_OPTIONAL, build_alpaca_turns
+from dist_peft.data.blank_turns import BlankTurnFilter, exclude_turn, is_blank_turn
+from dist_peft.data.column_hints import list_nested_columns, suggest_columns
+from dist_peft.data.examples import ChatExample, CompletionExample, LabelledExample, TextExample
+from dist_peft.data.files import Record, RecordPlace, RecordSource, read_records
+from dist_peft.data.left_out import BLANK, ExcludedRecords, find_excluding_column
+from dist_peft.data.meanings import UnusedColumnCheck
+from dist_peft.data.messages import normalize_message
+from dist_peft.data.record_fields import (
+    MISSING,
+    RecordFields,
+    get_column_value,
+    parse_template_fields,
+)
 
-__all__ = ["Chat", "Completion", "Example", "Labelled", "Text", "read_examples"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Train on ``completion`` as the continuation of ``prompt``.
-
-    Attributes:
-        earlier: turns before, (context, target text) each; ``prompt`` follows the last.
-    """
-
-    prompt: str
-    completion: str
-    earlier: tuple[Turn, ...] = ()
+__all__ = [
+    "Example",
+    "read_examples",
+]
 
 
-@dataclass(frozen=True)
-class Chat:
-    """Messages with at least ``role`` and, except pure tool calls, a string ``content``."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Text:
-    """A document; every token contributes to the loss."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """One or two texts with a class: ``label`` is an index into the labels of the source."""
-
-    text: str
-    text_pair: str | None
-    label: int
-
-
-Example = Completion | Chat | Text | Labelled
+Example = CompletionExample | ChatExample | TextExample | LabelledExample
 
 
 def read_examples(
-    source: DataSource, opened: Opened, key: str, notes: list[str] | None = None
-) -> Iterator[tuple[Place, Example]]:
+    source: DataSource, opened: RecordSource, key: str, notes: list[str] | None = None
+) -> Iterator[tuple[RecordPlace, Example]]:
     """Yield every example of the source, with its place.
 
     Args:
@@ -90,25 +62,25 @@ def read_examples(
     Raises:
         UserError: no records; unknown format; a record that does not fit, named by file and number.
     """
-    chosen: _Format | None = None
-    unused: UnusedColumns | None = None
+    chosen: _RecordFormat | None = None
+    unused: UnusedColumnCheck | None = None
     kind: type[Example] | None = None
-    left_out = LeftOut(source.path, key)
-    blank_turns = BlankTurns()
+    left_out = ExcludedRecords(source.path, key)
+    blank_turns = BlankTurnFilter()
     for place, record in read_records(opened, source.limit):
         if chosen is None:
-            chosen = _choose(source, record, place.file, key)
-            reads = {r for r in chosen.roles() if r not in source.columns} | {
+            chosen = _choose_format(source, record, place.file, key)
+            reads = {r for r in chosen.list_roles() if r not in source.columns} | {
                 *chosen.aliases.values()
             }
-            unused = UnusedColumns(source, reads, chosen.name, key)
+            unused = UnusedColumnCheck(source, reads, chosen.name, key)
         assert unused is not None
         left_out.records += 1
-        if column := excluding_column(record, unused.taken):
-            left_out.add(f"say not to train on them ({column}: {record[column]})", place)
+        if column := find_excluding_column(record, unused.taken):
+            left_out.count_excluded(f"say not to train on them ({column}: {record[column]})", place)
             continue
-        unused.check(record, str(place))
-        if lacking := chosen.lacks(source, record):
+        unused.check_record(record, str(place))
+        if lacking := chosen.list_missing_columns(source, record):
             raise UserError(
                 f"{place} has no column {lacking[0]} (has {', '.join(record)}), but the first "
                 f"record of the source is of format {chosen.name}; fix the record, or give records "
@@ -118,95 +90,103 @@ def read_examples(
         kind = kind or type(example)
         if not isinstance(example, kind):
             raise UserError(
-                f"{place} holds {'messages' if isinstance(example, Chat) else 'text'} where "
+                f"{place} holds {'messages' if isinstance(example, ChatExample) else 'text'} where "
                 "earlier records do not; give each kind a file of its own"
             )
-        if isinstance(example, Chat):
-            example = Chat(blank_turns.excluded(example.messages, place), example.tools)
-        if _is_blank(example):
-            left_out.add(BLANK, place)
+        if isinstance(example, ChatExample):
+            example = ChatExample(
+                blank_turns.exclude_blank_turns(example.messages, place), example.tools
+            )
+        if _is_blank_example(example):
+            left_out.count_excluded(BLANK, place)
             continue
         yield place, example
     left_out.refuse_if_all()
     if unused is not None and notes is not None:
-        notes += [*left_out.notes, *blank_turns.notes, *unused.notes]
+        notes += [*left_out.user_notes, *blank_turns.user_notes, *unused.user_notes]
 
 
-def _is_blank(example: Example) -> bool:
+def _is_blank_example(example: Example) -> bool:
     """Return whether the target text of ``example`` is empty or white space."""
-    if isinstance(example, Completion):
+    if isinstance(example, CompletionExample):
         return not example.completion.strip()
-    if isinstance(example, Chat):
+    if isinstance(example, ChatExample):
         turns = [m for m in example.messages if m["role"] == "assistant"]
         remaining = [m for m in turns if m.get("train") is not False]
         return not remaining and any(is_blank_turn(m) for m in turns)
-    return isinstance(example, Text) and not example.text.strip()
+    return isinstance(example, TextExample) and not example.text.strip()
 
 
 # -- one record ----------------------------------------------------------------------------------
 
 
-def _completion(fields: RecordFields) -> Example:
+def _parse_completion(fields: RecordFields) -> Example:
     template = fields.source.template
-    prompt_value, answer = fields.raw("prompt"), fields.raw("completion")
+    prompt_value, answer = fields.get_raw_value("prompt"), fields.get_raw_value("completion")
     if template is None and isinstance(prompt_value, list) and isinstance(answer, list | dict):
         answer = answer if isinstance(answer, list) else [answer]
         where = f"{fields.place}, message"
         before = [
-            normalized_message(m, f"{where} {i} of prompt") for i, m in enumerate(prompt_value, 1)
+            normalize_message(m, f"{where} {i} of prompt") for i, m in enumerate(prompt_value, 1)
         ]
         after = [
-            normalized_message(m, f"{where} {i} of completion") for i, m in enumerate(answer, 1)
+            normalize_message(m, f"{where} {i} of completion") for i, m in enumerate(answer, 1)
         ]
         # only the completion contributes to the loss
-        before = [excluded_turn(m) if m["role"] == "assistant" else m for m in before]
-        return Chat(_with_system(before + after, fields), _tools(fields))
-    if (fields.raw("tools") or "[]") not in (MISSING, "[]"):
+        before = [exclude_turn(m) if m["role"] == "assistant" else m for m in before]
+        return ChatExample(_prepend_system_message(before + after, fields), _parse_tools(fields))
+    if (fields.get_raw_value("tools") or "[]") not in (MISSING, "[]"):
         raise UserError(
             f"{fields.place}: column tools is for conversations, and prompt is text; write the "
-            f"record as messages, or leave the column out with ignore: [{fields.column('tools')}]"
+            "record as messages, or leave the column out with ignore: "
+            f"[{fields.column_of_role('tools')}]"
         )
-    named = template_fields(template)
-    if fields.optional("system") and not {"system", fields.column("system")} & named:
+    named = parse_template_fields(template)
+    if (
+        fields.get_optional_text("system")
+        and not {"system", fields.column_of_role("system")} & named
+    ):
         raise UserError(
-            f"{fields.place}: column {fields.column('system')} would be missing from the prompt; "
+            f"{fields.place}: column {fields.column_of_role('system')} would be missing from "
+            "the prompt; "
             f"write it with the source's template, such as "
-            f'"{{{fields.column("system")}}}\\n{{...}}", or leave the column out with ignore: '
-            f"[{fields.column('system')}]"
+            f'"{{{fields.column_of_role("system")}}}\\n{{...}}", or leave the column out '
+            "with ignore: "
+            f"[{fields.column_of_role('system')}]"
         )
-    prompt = fields.filled(template) if template is not None else fields.text("prompt")
-    return Completion(prompt, fields.text("completion"))
+    prompt = fields.fill_template(template) if template is not None else fields.get_text("prompt")
+    return CompletionExample(prompt, fields.get_text("completion"))
 
 
-def _alpaca(fields: RecordFields) -> Completion:
-    *earlier, (prompt, output) = alpaca_turns(fields)
-    return Completion(prompt, output, tuple(earlier))
+def _parse_alpaca(fields: RecordFields) -> CompletionExample:
+    *earlier, (prompt, output) = build_alpaca_turns(fields)
+    return CompletionExample(prompt, output, tuple(earlier))
 
 
-def _text(fields: RecordFields) -> Text:
-    return Text(fields.text("text"))
+def _parse_text(fields: RecordFields) -> TextExample:
+    return TextExample(fields.get_text("text"))
 
 
-def _labelled(fields: RecordFields) -> Labelled:
+def _parse_labelled(fields: RecordFields) -> LabelledExample:
     columns, labels = fields.source.columns, fields.source.labels
-    value = fields.raw("label")
+    value = fields.get_raw_value("label")
     # JSON has numbers and booleans where tables have text
     plain = value is MISSING or isinstance(value, str)
-    label = fields.text("label") if plain else json.dumps(value, default=str)
+    label = fields.get_text("label") if plain else json.dumps(value, default=str)
     if label not in labels:
         raise UserError(
             f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
             f"of the labels {', '.join(labels)}; add it to the source's labels, or fix the record"
         )
-    paired = "text_pair" in columns or fields.raw("text_pair") is not MISSING
-    pair = fields.text("text_pair") if paired else None
-    return Labelled(fields.text("text"), pair, labels.index(label))
+    paired = "text_pair" in columns or fields.get_raw_value("text_pair") is not MISSING
+    pair = fields.get_text("text_pair") if paired else None
+    return LabelledExample(fields.get_text("text"), pair, labels.index(label))
 
 
-def _chat(fields: RecordFields) -> Chat:
-    messages = fields.raw("messages")
+def _parse_chat(fields: RecordFields) -> ChatExample:
+    messages = fields.get_raw_value("messages")
     if messages is MISSING and "messages" not in fields.source.columns:
-        messages = fields.raw("conversations")
+        messages = fields.get_raw_value("conversations")
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         try:
             messages = json.loads(messages)
@@ -220,18 +200,20 @@ def _chat(fields: RecordFields) -> Chat:
         )
     where = f"{fields.place}, message"
     normal = [
-        normalized_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
+        normalize_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
     ]
-    return Chat(_with_system(normal, fields), _tools(fields))
+    return ChatExample(_prepend_system_message(normal, fields), _parse_tools(fields))
 
 
-def _with_system(messages: list[dict[str, Any]], fields: RecordFields) -> list[dict[str, Any]]:
+def _prepend_system_message(
+    messages: list[dict[str, Any]], fields: RecordFields
+) -> list[dict[str, Any]]:
     """Return ``messages`` with the text of column ``system`` in front, if there is one.
 
     Raises:
         UserError: they begin with another system message.
     """
-    system = fields.optional("system")
+    system = fields.get_optional_text("system")
     if not system.strip():
         return messages
     if messages[0]["role"] != "system":
@@ -243,9 +225,9 @@ def _with_system(messages: list[dict[str, Any]], fields: RecordFields) -> list[d
     return messages
 
 
-def _tools(fields: RecordFields) -> list[dict[str, Any]] | None:
+def _parse_tools(fields: RecordFields) -> list[dict[str, Any]] | None:
     """Return the tool descriptions: a list of JSON schemas, or parsed from its JSON text."""
-    tools = fields.raw("tools")
+    tools = fields.get_raw_value("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
@@ -262,7 +244,7 @@ def _tools(fields: RecordFields) -> list[dict[str, Any]] | None:
 
 
 @dataclass(frozen=True)
-class _Format:
+class _RecordFormat:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -271,55 +253,64 @@ class _Format:
     templated: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
 
-    def roles(self) -> set[str]:
+    def list_roles(self) -> set[str]:
         return {*self.required, *self.optional}
 
-    def needs(self, source: DataSource) -> list[str]:
+    def list_required_roles(self, source: DataSource) -> list[str]:
         """Return the roles that must be in every record."""
         return [r for r in self.required if source.template is None or r != self.templated]
 
-    def lacks(self, source: DataSource, record: Record) -> list[str]:
+    def list_missing_columns(self, source: DataSource, record: Record) -> list[str]:
         """Return the required columns that ``record`` does not have."""
-        wanted = [source.columns.get(role, role) for role in self.needs(source)]
+        wanted = [source.columns.get(role, role) for role in self.list_required_roles(source)]
         return [
             column
             for column in wanted
-            if column_value(record, column) is MISSING and self.aliases.get(column) not in record
+            if get_column_value(record, column) is MISSING
+            and self.aliases.get(column) not in record
         ]
 
-    def describe(self) -> str:
+    def describe_columns(self) -> str:
         names = [f"{r} or {self.aliases[r]}" if r in self.aliases else r for r in self.required]
         return f"{self.name} needs {', '.join(names + [f'{o}?' for o in self.optional])}"
 
 
 _FORMATS = (
-    _Format(
-        "chat", ("messages",), ("tools", "system"), _chat, aliases={"messages": "conversations"}
+    _RecordFormat(
+        "chat",
+        ("messages",),
+        ("tools", "system"),
+        _parse_chat,
+        aliases={"messages": "conversations"},
     ),
-    _Format(
+    _RecordFormat(
         "completion",
         ("prompt", "completion"),
         ("tools", "system"),
-        _completion,
+        _parse_completion,
         templated="prompt",
     ),
-    _Format("alpaca", ("instruction", "output"), ALPACA_OPTIONAL, _alpaca, templated="instruction"),
-    _Format("text", ("text",), (), _text),
+    _RecordFormat(
+        "alpaca", ("instruction", "output"), ALPACA_OPTIONAL, _parse_alpaca, templated="instruction"
+    ),
+    _RecordFormat("text", ("text",), (), _parse_text),
 )
-_CLASSIFICATION = _Format("classification", ("text", "label"), ("text_pair",), _labelled)
+_CLASSIFICATION = _RecordFormat(
+    "classification", ("text", "label"), ("text_pair",), _parse_labelled
+)
 
 
-def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
+def _choose_format(source: DataSource, record: Record, file: str, key: str) -> _RecordFormat:
     """Select the format of a source from its settings and its first record.
 
     Raises:
         UserError: settings that fit no format, or a record whose format is not recognized.
     """
     formats = [f for f in _FORMATS if source.format in ("auto", f.name)] or [_CLASSIFICATION]
-    roles = set().union(*(f.roles() for f in formats))
+    roles = set().union(*(f.list_roles() for f in formats))
     for role in source.columns:
         if role not in roles:
-            if role in _CLASSIFICATION.roles():
+            if role in _CLASSIFICATION.list_roles():
                 raise UserError(
                     f"{key}.columns: {role} is a role of classification; set {key}.format: "
                     "classification, with labels and base.head: classifier"
@@ -329,40 +320,44 @@ def _choose(source: DataSource, record: Record, file: str, key: str) -> _Format:
             raise UserError(
                 f"{key}.columns: {role} is not a role of format {source.format}; {hint}"
             )
-    formats = [f for f in formats if set(source.columns) <= f.roles()]
+    formats = [f for f in formats if set(source.columns) <= f.list_roles()]
     if source.template is not None:
         formats = [f for f in formats if f.templated]
         if not formats:
             raise UserError(f"{key}.template is for completion and alpaca only; remove it")
-        _check_template(source, record, file, key)
+        _check_template_fields(source, record, file, key)
     for candidate in formats:
-        if not candidate.lacks(source, record):
+        if not candidate.list_missing_columns(source, record):
             return candidate
     if len(formats) == 1:
-        _refuse_columns(formats[0], source, record, file, key)
+        _refuse_record_columns(formats[0], source, record, file, key)
     raise UserError(
         f"{key}: cannot tell the format of {file}: its columns are {', '.join(record)}; "
-        + "; ".join(f.describe() for f in formats or _FORMATS)
-        + (f"; {_CLASSIFICATION.describe()} (to be named)" if source.format == "auto" else "")
-        + f". {columns_hint(record, key)}"
+        + "; ".join(f.describe_columns() for f in formats or _FORMATS)
+        + (
+            f"; {_CLASSIFICATION.describe_columns()} (to be named)"
+            if source.format == "auto"
+            else ""
+        )
+        + f". {suggest_columns(record, key)}"
     )
 
 
-def _refuse_columns(
-    wanted: _Format, source: DataSource, record: Record, file: str, key: str
+def _refuse_record_columns(
+    wanted: _RecordFormat, source: DataSource, record: Record, file: str, key: str
 ) -> NoReturn:
-    column = wanted.lacks(source, record)[0]
+    column = wanted.list_missing_columns(source, record)[0]
     role = next((r for r, c in source.columns.items() if c == column), column)
-    near = difflib.get_close_matches(column, [*record, *nested_columns(record)], n=1)
+    near = difflib.get_close_matches(column, [*record, *list_nested_columns(record)], n=1)
     raise UserError(
         f"{key}: {file} has no column {column}; its columns are {', '.join(record)}; "
-        f"{wanted.describe()}. "
+        f"{wanted.describe_columns()}. "
         + (f"Did you mean {near[0]}? " if near else "")
         + f"Set {key}.columns: {{{role}: {near[0] if near else 'a_column'}}}"
     )
 
 
-def _check_template(source: DataSource, record: Record, file: str, key: str) -> None:
+def _check_template_fields(source: DataSource, record: Record, file: str, key: str) -> None:
     assert source.template is not None
     try:
         fields = list(string.Formatter().parse(source.template))
@@ -373,7 +368,7 @@ def _check_template(source: DataSource, record: Record, file: str, key: str) -> 
             continue
         if spec or conversion or not name:
             raise UserError(f"{key}.template: a field is {{column}}, without format or number")
-        known = column_value(record, name) is not MISSING or name in (*source.columns, "input")
+        known = get_column_value(record, name) is not MISSING or name in (*source.columns, "input")
         if not known:
             raise UserError(
                 f"{key}.template: {file} has no column {name}; its columns are {', '.join(record)}"

@@ -31,13 +31,19 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
+from dist_peft.data.cache import (
+    DocumentWriter,
+    TokenDocuments,
+    find_cache_root,
+    load_or_build_documents,
+)
 from dist_peft.data.chat import ChatRenderer, Tokenizer
-from dist_peft.data.files import Place, open_source
+from dist_peft.data.examples import ChatExample, CompletionExample, LabelledExample, TextExample
+from dist_peft.data.files import RecordPlace, open_source
 from dist_peft.data.pairs import PairEncoder
-from dist_peft.data.sources import Chat, Completion, Example, Labelled, Text, read_examples
+from dist_peft.data.sources import Example, read_examples
 
-__all__ = ["Encoder", "Tokenizer", "load_documents"]
+__all__ = ["ExampleEncoder", "Tokenizer", "load_token_documents"]
 
 Mask = NDArray[np.uint8]
 Document = tuple[NDArray[np.int32], Mask]
@@ -49,9 +55,9 @@ _FORMAT_VERSION = 6  # of the cache; raise it when the documents of the same inp
 _BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
-def load_documents(
+def load_token_documents(
     config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
-) -> Documents:
+) -> TokenDocuments:
     """Return the token documents of one source, from the cache or tokenized now.
 
     Args:
@@ -65,45 +71,45 @@ def load_documents(
     """
     opened = open_source(source, key)
     window = config.seq_len if config.too_long == "truncate" else None
-    encoder: Encoder | PairEncoder
+    encoder: ExampleEncoder | PairEncoder
     if source.format == "classification":
         encoder = PairEncoder(tokenizer, window)
     else:
-        encoder = Encoder(tokenizer, config.loss_on, config.turn_end)
+        encoder = ExampleEncoder(tokenizer, config.loss_on, config.turn_end)
 
-    def build(writer: DocumentWriter) -> None:
+    def write_documents(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
         reading: list[str] = []
-        for batch in _batches(read_examples(source, opened, key, reading)):
+        for batch in _group_examples(read_examples(source, opened, key, reading)):
             examples = [example for _, example in batch]
-            writer.is_text = isinstance(examples[0], Text)
+            writer.is_text = isinstance(examples[0], TextExample)
             places = [place for place, _ in batch]
-            encoded = encoder.encode(examples, places)
+            encoded = encoder.encode_examples(examples, places)
             for place, example, document in zip(places, examples, encoded, strict=True):
-                label = example.label if isinstance(example, Labelled) else -1
-                writer.add(*document, place, label)
-        writer.notes = [*reading, *encoder.notes]
+                label = example.label if isinstance(example, LabelledExample) else -1
+                writer.append_document(*document, place, label)
+        writer.notes = [*reading, *encoder.user_notes]
         writer.chat_template = encoder.default_template
 
     identity = {
         "version": _FORMAT_VERSION,
         "libraries": [transformers.__version__, tokenizers.__version__],
-        "tokenizer": _tokenizer_identity(tokenizer),
+        "tokenizer": _describe_tokenizer(tokenizer),
         "source": source.model_dump(mode="json"),
-        "files": opened.fingerprint(),
+        "files": opened.list_fingerprints(),
         "loss_on": config.loss_on,
         "turn_end": config.turn_end,
         # the tokenizer itself truncates a pair, so its documents depend on the length
         "window": window if source.format == "classification" else None,
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    documents = load_or_build(cache_root(config.cache_dir), name, build)
+    documents = load_or_build_documents(find_cache_root(config.cache_dir), name, write_documents)
     for note in documents.notes:
         _LOG.warning("%s: %s", key, note, extra=ONCE)
     return documents
 
 
-def _tokenizer_identity(tokenizer: Tokenizer) -> list[object]:
+def _describe_tokenizer(tokenizer: Tokenizer) -> list[object]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # settings of the last call, not of the tokenizer
     state.pop("truncation", None)
@@ -111,15 +117,15 @@ def _tokenizer_identity(tokenizer: Tokenizer) -> list[object]:
     return [state, tokenizer.chat_template, tokenizer.special_tokens_map]
 
 
-def _batches(
-    items: Iterable[tuple[Place, Example]],
-) -> Iterator[list[tuple[Place, Example]]]:
+def _group_examples(
+    items: Iterable[tuple[RecordPlace, Example]],
+) -> Iterator[list[tuple[RecordPlace, Example]]]:
     iterator = iter(items)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
 
 
-class Encoder:
+class ExampleEncoder:
     """Tokenize examples and mask the tokens that contribute to the loss.
 
     Attributes:
@@ -141,45 +147,55 @@ class Encoder:
         self._tokenizer = tokenizer
         self._loss_on: LossOn = loss_on
         self._turn_end: TurnEnd = turn_end
-        self._front = _front_tokens(tokenizer)
+        self._front = _find_front_tokens(tokenizer)
         self._eos = [int(tokenizer.eos_token_id)]
         self._chats: ChatRenderer | None = None
 
     @property
-    def notes(self) -> list[str]:
-        return [] if self._chats is None else self._chats.notes
+    def user_notes(self) -> list[str]:
+        return [] if self._chats is None else self._chats.user_notes
 
     @property
     def default_template(self) -> str | None:
         """This project's chat template, if conversations used it because the tokenizer has none."""
         return None if self._chats is None else self._chats.default_template
 
-    def encode(self, examples: Sequence[Example], places: Sequence[Place]) -> list[Document]:
+    def encode_examples(
+        self, examples: Sequence[Example], places: Sequence[RecordPlace]
+    ) -> list[Document]:
         """Return tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""
-        if isinstance(examples[0], Completion):
-            return self._completions([e for e in examples if isinstance(e, Completion)])
-        if isinstance(examples[0], Chat):
-            return self._conversations([e for e in examples if isinstance(e, Chat)], places)
-        return self._texts([e for e in examples if isinstance(e, Text)])
+        if isinstance(examples[0], CompletionExample):
+            return self._encode_completions(
+                [e for e in examples if isinstance(e, CompletionExample)]
+            )
+        if isinstance(examples[0], ChatExample):
+            return self._encode_conversations(
+                [e for e in examples if isinstance(e, ChatExample)], places
+            )
+        return self._encode_texts([e for e in examples if isinstance(e, TextExample)])
 
-    def _completions(self, examples: list[Completion]) -> list[Document]:
+    def _encode_completions(self, examples: list[CompletionExample]) -> list[Document]:
         turns = [(*e.earlier, (e.prompt, e.completion)) for e in examples]
-        ids = iter(self._plain([text for turn in turns for pair in turn for text in pair]))
+        ids = iter(self._tokenize_plain([text for turn in turns for pair in turn for text in pair]))
         documents = []
         for turn in turns:
-            pairs = [(next(ids), self._ended(next(ids))) for _ in turn]
-            pairs[0] = (self._begun(pairs[0][0]), pairs[0][1])
-            parts = [self._document(*pair) for pair in pairs]
+            pairs = [(next(ids), self._append_eos(next(ids))) for _ in turn]
+            pairs[0] = (self._prepend_bos(pairs[0][0]), pairs[0][1])
+            parts = [self._make_document(*pair) for pair in pairs]
             documents.append(
                 (np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
             )
         return documents
 
-    def _texts(self, examples: list[Text]) -> list[Document]:
-        texts = self._plain([e.text for e in examples])
-        return [self._document([], self._ended(self._begun(text))) for text in texts]
+    def _encode_texts(self, examples: list[TextExample]) -> list[Document]:
+        texts = self._tokenize_plain([e.text for e in examples])
+        return [
+            self._make_document([], self._append_eos(self._prepend_bos(text))) for text in texts
+        ]
 
-    def _conversations(self, examples: list[Chat], places: Sequence[Place]) -> list[Document]:
+    def _encode_conversations(
+        self, examples: list[ChatExample], places: Sequence[RecordPlace]
+    ) -> list[Document]:
         if self._chats is None:
             self._chats = ChatRenderer(
                 self._tokenizer,
@@ -188,7 +204,7 @@ class Encoder:
                 turn_end=self._turn_end,
             )
         rendered = [
-            self._chats.render(e.messages, e.tools, str(place))
+            self._chats.render_conversation(e.messages, e.tools, str(place))
             for e, place in zip(examples, places, strict=True)
         ]
         encoded = self._tokenizer(
@@ -198,26 +214,26 @@ class Encoder:
             verbose=False,
         )
         return [
-            (np.asarray(ids, np.int32), _in_spans(np.asarray(characters), chat.spans))
+            (np.asarray(ids, np.int32), _mask_tokens_in_spans(np.asarray(characters), chat.spans))
             for ids, characters, chat in zip(
                 encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
             )
         ]
 
-    def _plain(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
         return ids
 
-    def _begun(self, ids: list[int]) -> list[int]:
+    def _prepend_bos(self, ids: list[int]) -> list[int]:
         """Prepend bos, unless the text starts with it."""
         return ids if ids[: len(self._front)] == self._front else self._front + ids
 
-    def _ended(self, ids: list[int]) -> list[int]:
+    def _append_eos(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == self._eos else ids + self._eos
 
-    def _document(self, context: list[int], target: list[int]) -> Document:
+    def _make_document(self, context: list[int], target: list[int]) -> Document:
         tokens = np.asarray(context + target, dtype=np.int32)
         mask = np.ones(len(tokens), dtype=np.uint8)
         if self._loss_on == "completion":
@@ -225,7 +241,7 @@ class Encoder:
         return tokens, mask
 
 
-def _front_tokens(tokenizer: Tokenizer) -> list[int]:
+def _find_front_tokens(tokenizer: Tokenizer) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text: bos, or none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
@@ -235,7 +251,9 @@ def _front_tokens(tokenizer: Tokenizer) -> list[int]:
     return []
 
 
-def _in_spans(characters: NDArray[np.int64], spans: tuple[tuple[int, int], ...]) -> Mask:
+def _mask_tokens_in_spans(
+    characters: NDArray[np.int64], spans: tuple[tuple[int, int], ...]
+) -> Mask:
     """Return the mask [T] of the tokens with at least one character in a span.
 
     Args:

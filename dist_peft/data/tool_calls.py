@@ -15,17 +15,17 @@ from dist_peft.core.errors import UserError
 from dist_peft.data.chat_template import ChatTemplate, RenderError, Tools
 
 __all__ = [
-    "arguments_as_objects",
-    "arguments_as_text",
-    "check_calls",
-    "render_calls",
+    "check_tool_calls",
+    "parse_tool_arguments",
+    "render_tool_calls",
+    "serialize_tool_arguments",
     "writes_python_form",
 ]
 
 Message = dict[str, Any]
 
 
-def check_calls(messages: list[Message], where: str) -> None:
+def check_tool_calls(messages: list[Message], where: str) -> None:
     """Check that every tool call names a function.
 
     Raises:
@@ -48,7 +48,7 @@ def check_calls(messages: list[Message], where: str) -> None:
                 )
 
 
-def render_calls(
+def render_tool_calls(
     chat: ChatTemplate, messages: list[Message], tools: Tools | None
 ) -> tuple[list[Message], Tools | None, str]:
     """Return messages and tools in the first form that the template accepts, and the text.
@@ -57,23 +57,23 @@ def render_calls(
         RenderError: it accepts none.
     """
     refusal: RenderError | None = None
-    wrapped = _wrapped(tools)
+    wrapped = _wrap_tools(tools)
     for described in [tools] if wrapped == tools else [tools, wrapped]:
-        for form in _forms(messages):
+        for form in _iterate_message_forms(messages):
             try:
-                text = chat.render(form, described)
+                text = chat.render_text(form, described)
             except RenderError as error:
                 refusal = refusal or error
                 continue
             if writes_python_form(text, form):
                 refusal = refusal or RenderError("it writes arguments as Python prints them")
-            elif not _writes_none(chat, form, described, text):
+            elif not _writes_none_literal(chat, form, described, text):
                 return form, described, text
     assert refusal is not None
     raise refusal
 
 
-def _wrapped(tools: Tools | None) -> Tools | None:
+def _wrap_tools(tools: Tools | None) -> Tools | None:
     """Return the tools in the form of OpenAI's API."""
     if tools is None:
         return None
@@ -82,16 +82,16 @@ def _wrapped(tools: Tools | None) -> Tools | None:
     ]
 
 
-def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    objects = arguments_as_objects(messages)
-    texts = arguments_as_text(objects)
+def _iterate_message_forms(messages: list[Message]) -> Iterator[list[Message]]:
+    objects = parse_tool_arguments(messages)
+    texts = serialize_tool_arguments(objects)
     for form in [objects] if texts == objects else [objects, texts]:
-        yield _with_content(form, None)
-        if _with_content(form, "") != form or _with_content(form, None) != form:
-            yield _with_content(form, "")
+        yield _fill_empty_content(form, None)
+        if _fill_empty_content(form, "") != form or _fill_empty_content(form, None) != form:
+            yield _fill_empty_content(form, "")
 
 
-def _with_content(messages: list[Message], content: str | None) -> list[Message]:
+def _fill_empty_content(messages: list[Message], content: str | None) -> list[Message]:
     """Set ``content`` in messages that call tools and have no other text."""
     return [
         {**message, "content": content}
@@ -101,43 +101,47 @@ def _with_content(messages: list[Message], content: str | None) -> list[Message]
     ]
 
 
-def _writes_none(chat: ChatTemplate, form: list[Message], tools: Tools | None, text: str) -> bool:
-    if "None" not in text or _with_content(form, None) != form:
+def _writes_none_literal(
+    chat: ChatTemplate, form: list[Message], tools: Tools | None, text: str
+) -> bool:
+    if "None" not in text or _fill_empty_content(form, None) != form:
         return False
     try:
-        return text.count("None") > chat.render(_with_content(form, ""), tools).count("None")
+        return text.count("None") > chat.render_text(_fill_empty_content(form, ""), tools).count(
+            "None"
+        )
     except RenderError:
         return False
 
 
-def arguments_as_objects(messages: list[Message]) -> list[Message]:
+def parse_tool_arguments(messages: list[Message]) -> list[Message]:
     """Return the messages with arguments that are the JSON text of an object parsed to the object.
 
     Text is parsed once: strings inside it are kept, and text that is not an object stays text.
     """
-    return [_with_arguments(message, _decoded) for message in messages]
+    return [_map_message_arguments(message, _decode_json_object) for message in messages]
 
 
-def arguments_as_text(messages: list[Message]) -> list[Message]:
+def serialize_tool_arguments(messages: list[Message]) -> list[Message]:
     """Return the messages with arguments that are an object as its JSON text."""
-    return [_with_arguments(message, _encoded) for message in messages]
+    return [_map_message_arguments(message, _encode_json_object) for message in messages]
 
 
 def writes_python_form(text: str, messages: list[Message]) -> bool:
     """Return whether ``text`` has an object of arguments as Python prints it (``{'a': 1}``)."""
     found: list[str] = []
 
-    def look(arguments: Any) -> Any:
+    def check_arguments(arguments: Any) -> Any:
         if isinstance(arguments, dict) and arguments:
             found.append(repr(arguments))
         return arguments
 
     for message in messages:
-        _with_arguments(message, look)
+        _map_message_arguments(message, check_arguments)
     return any(form in text for form in found)
 
 
-def _decoded(arguments: Any) -> Any:
+def _decode_json_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     if not arguments.strip():
@@ -149,20 +153,20 @@ def _decoded(arguments: Any) -> Any:
     return value if isinstance(value, dict) else arguments
 
 
-def _encoded(arguments: Any) -> Any:
+def _encode_json_object(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
-def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+def _map_message_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
-    return {**message, "tool_calls": [_changed_call(call, change) for call in calls]}
+    return {**message, "tool_calls": [_map_call_arguments(call, change) for call in calls]}
 
 
-def _changed_call(call: Any, change: Callable[[Any], Any]) -> Any:
+def _map_call_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _changed_call(call["function"], change)}
+        return {**call, "function": _map_call_arguments(call["function"], change)}
     return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["turn_end_ids"]
+__all__ = ["find_turn_end_ids"]
 
 _ROWS = 64
 _TAIL = 3
@@ -20,15 +20,15 @@ _TAIL = 3
 _SHARE = 0.1
 
 
-class Rows(Protocol):
+class IndexedSequences(Protocol):
     """Sequences as tokens, labels (-100: no target) and positions (0 starts a document)."""
 
     def __len__(self) -> int: ...
 
-    def row(self, index: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def get_sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def turn_end_ids(rows: Rows, special: Collection[int]) -> list[int]:
+def find_turn_end_ids(rows: IndexedSequences, special: Collection[int]) -> list[int]:
     """Return the special tokens among the last targets of at least a tenth of the documents.
 
     Args:
@@ -40,7 +40,7 @@ def turn_end_ids(rows: Rows, special: Collection[int]) -> list[int]:
     """
     ends, documents = Counter[int](), 0
     for index in torch.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).long().unique().tolist():
-        _, labels, positions = rows.row(index)
+        _, labels, positions = rows.get_sequence(index)
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(labels)]
         for first, stop in pairwise(starts):
             own = labels[first:stop]

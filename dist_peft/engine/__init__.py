@@ -10,10 +10,10 @@ from dist_peft.engine.protocol import Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.engine.zero import ZeroEngine
 
-__all__ = ["Engine", "engine_kind", "make_engine"]
+__all__ = ["Engine", "make_engine", "resolve_engine_kind"]
 
 
-def engine_kind(config: EngineConfig, world: World) -> str:
+def resolve_engine_kind(config: EngineConfig, world: World) -> str:
     """Resolve ``auto``: single with one process, zero under deepspeed's launcher, else fsdp2.
 
     Raises:
@@ -39,7 +39,7 @@ def make_engine(
     config: EngineConfig, train: TrainConfig, world: World, device: torch.device
 ) -> Engine:
     """The engine of the run. Call after ``world.connect``."""
-    kind = engine_kind(config, world)
+    kind = resolve_engine_kind(config, world)
     if kind == "single":
         return SingleEngine(device)
     if kind == "zero":

@@ -12,10 +12,10 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_blocks"]
+__all__ = ["checkpoint_block_activations"]
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+def checkpoint_block_activations(blocks: Sequence[nn.Module]) -> None:
     """Recompute each block's activations in backward."""
     for block in blocks:
         block.forward = partial(

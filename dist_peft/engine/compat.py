@@ -22,7 +22,8 @@ __all__ = ["all_gather", "allow_integer_parameters"]
 
 # renamed in torch 2.13; the old name still works there but warns
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""``all_gather(output, input, group=, async_op=)``: one tensor from each rank into one tensor."""
+"""``all_gather_chunks(output, input, group=, async_op=)``: one tensor from each rank into one
+tensor."""
 
 
 def allow_integer_parameters() -> None:
@@ -33,12 +34,12 @@ def allow_integer_parameters() -> None:
     if getattr(_fsdp_param.nn, "takes_integers", False):
         return
 
-    def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+    def make_parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
         return nn.Parameter(data, requires_grad and data.is_floating_point())
 
     class Namespace(types.ModuleType):
         takes_integers = True
-        Parameter = staticmethod(parameter)
+        Parameter = staticmethod(make_parameter)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(nn, name)

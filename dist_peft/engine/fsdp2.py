@@ -13,7 +13,7 @@ HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each 
 consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
 all-reduced across.
 
-Gradients are summed, never averaged (see ``engine.base``).
+Gradients are summed, never averaged (see ``engine.protocol``).
 """
 
 import itertools
@@ -30,9 +30,9 @@ from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
 from dist_peft.engine.compat import all_gather, allow_integer_parameters
-from dist_peft.engine.mesh import ends_of, shard_mesh
+from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import OptimizerFactory, at_once, move_buffers
+from dist_peft.engine.protocol import OptimizerFactory, from_step_zero, move_buffers_to_device
 
 __all__ = ["Fsdp2Engine"]
 
@@ -60,12 +60,12 @@ class _CountingAllGather(AllGather):
 
 
 class Fsdp2Engine:
-    """See the module docstring and ``engine.base.Engine``."""
+    """See the module docstring and ``engine.protocol.Engine``."""
 
     def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
         self.device = device
         self.config = config
-        self.mesh = shard_mesh(config, world, device)
+        self.mesh = build_shard_mesh(config, world, device)
         self.shard_group = self.mesh.get_group("shard")
         self.shards = self.mesh["shard"].size()
         self.shard_index = self.mesh["shard"].get_local_rank()
@@ -82,13 +82,13 @@ class Fsdp2Engine:
 
     # -- before training -----------------------------------------------------------------------
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         allow_integer_parameters()
-        move_buffers(model, self.device)
+        move_buffers_to_device(model, self.device)
         whole = set[nn.Parameter]()
         if not self.config.shard_base:
             whole = {p for p in model.parameters() if not p.requires_grad}
-        ends = [m for m in ends_of(model) if any(p not in whole for p in m.parameters())]
+        ends = [m for m in list_end_modules(model) if any(p not in whole for p in m.parameters())]
         offload = CPUOffloadPolicy() if self.config.cpu_offload == "params" else OffloadPolicy()
         for module in [*blocks, *ends, model]:
             unit = fully_shard(
@@ -109,16 +109,18 @@ class Fsdp2Engine:
         for block, following in itertools.pairwise(ahead):
             block.set_modules_to_forward_prefetch([following])
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         if not isinstance(parameter, DTensor):
             return Span(0, parameter.shape[0])
         return row_span(parameter.shape[0], self.shards, self.shard_index)
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
-        self._reshard()
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+        self._reshard_modules()
         old = owner._parameters[name]
         assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
-        assert len(rows) == len(self.span(old)), f"{name}: {len(rows)} rows for {self.span(old)}"
+        assert len(rows) == len(self.local_row_span(old)), (
+            f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
+        )
         if isinstance(old, DTensor) and not old.is_meta:
             # FSDP2 keeps views of the shard from the first forward on, so the object stays
             with torch.no_grad():
@@ -127,10 +129,10 @@ class Fsdp2Engine:
         offloaded = self.config.cpu_offload == "params" and isinstance(old, DTensor)
         data: Tensor = rows.to("cpu" if offloaded else self.device).contiguous()
         if isinstance(old, DTensor):
-            data = self._wrap(data, old)
+            data = self._wrap_as_dtensor(data, old)
         owner.register_parameter(name, nn.Parameter(data, requires_grad=old.requires_grad))
 
-    def _reshard(self) -> None:
+    def _reshard_modules(self) -> None:
         """Reshard the modules and free their gathered parameters.
 
         After a forward without backward (an evaluation, the probe) the root's parameters stay
@@ -140,7 +142,7 @@ class Fsdp2Engine:
         for unit in self._units:
             unit.reshard()
 
-    def _wrap(self, local: Tensor, like: Tensor) -> Tensor:
+    def _wrap_as_dtensor(self, local: Tensor, like: Tensor) -> Tensor:
         """A shard as DTensor with the global shape of ``like``."""
         return DTensor.from_local(
             local,
@@ -151,21 +153,21 @@ class Fsdp2Engine:
             stride=like.stride(),
         )
 
-    def optimize(
+    def setup_optimizer(
         self,
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = at_once,
+        first_step: Callable[[str], int] = from_step_zero,
     ) -> nn.Module:
-        self._reshard()
+        self._reshard_modules()
         self._optimizer = LocalOptimizer(
             model,
             factory,
             lr_scale,
-            local=_local,
-            wrap=self._wrap,
-            total=self._total,
+            local=_to_local_tensor,
+            wrap=self._wrap_as_dtensor,
+            total=self._sum_over_mesh,
             first_step=first_step,
         )
         return model
@@ -188,15 +190,17 @@ class Fsdp2Engine:
 
     # -- state ---------------------------------------------------------------------------------
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        self._reshard()
-        return self.optimizer.state()
+    def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        self._reshard_modules()
+        return self.optimizer.training_state_dict()
 
-    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
-        self._reshard()
-        self.optimizer.load_state(state, step)
+    def load_training_state_dict(
+        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+    ) -> None:
+        self._reshard_modules()
+        self.optimizer.load_training_state_dict(state, step)
 
-    def gather(self, parameter: Tensor) -> Tensor:
+    def gather_parameter(self, parameter: Tensor) -> Tensor:
         data = parameter.detach()
         whole = data.full_tensor() if isinstance(data, DTensor) else data
         assert whole.shape == parameter.shape, f"gathered {whole.shape} for {parameter.shape}"
@@ -205,13 +209,13 @@ class Fsdp2Engine:
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         if not self.config.shard_base:
             return tensor  # every rank has all rows and computed the whole sum itself
-        return self._total(tensor)
+        return self._sum_over_mesh(tensor)
 
-    def _total(self, tensor: Tensor) -> Tensor:
+    def _sum_over_mesh(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
         dist.all_reduce(total, group=self.shard_group)
         return total
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _to_local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

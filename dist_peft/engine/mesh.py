@@ -8,10 +8,10 @@ from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 
-__all__ = ["ends_of", "shard_mesh"]
+__all__ = ["build_shard_mesh", "list_end_modules"]
 
 
-def shard_mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
+def build_shard_mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
     """A mesh with dimension ``shard``, or ``replicate`` x ``shard`` (HSDP).
 
     Raises:
@@ -32,7 +32,7 @@ def shard_mesh(config: EngineConfig, world: World, device: torch.device) -> Devi
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def ends_of(model: nn.Module) -> list[nn.Module]:
+def list_end_modules(model: nn.Module) -> list[nn.Module]:
     """Input embedding and output head as units of their own, unless they share a weight.
 
     A classifier's head is none: it is small, trainable, and stays with the root.

@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dist_peft.engine.protocol import OptimizerFactory, at_once, lr_groups, trainable
+from dist_peft.engine.protocol import (
+    OptimizerFactory,
+    build_lr_groups,
+    from_step_zero,
+    trainable_parameters,
+)
 
 __all__ = ["LocalOptimizer"]
 
@@ -22,7 +27,7 @@ class LocalOptimizer:
         wrap: turns a plain local tensor shaped like the shard back into the engine's kind of
             tensor (a DTensor), given the parameter it belongs to.
         total: sums a scalar over the ranks that share the parameters.
-        first_step: see ``Engine.optimize``. Parameters without a gradient are left alone by
+        first_step: see ``Engine.setup_optimizer``. Parameters without a gradient are left alone by
             torch's and bitsandbytes' optimizers anyway; only a resume has to know.
     """
 
@@ -34,26 +39,28 @@ class LocalOptimizer:
         local: Callable[[Tensor], Tensor],
         wrap: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor], Tensor],
-        first_step: Callable[[str], int] = at_once,
+        first_step: Callable[[str], int] = from_step_zero,
     ) -> None:
         self.factory = factory
         self.local, self.wrap, self.total = local, wrap, total
-        self.parameters = trainable(model)
+        self.parameters = trainable_parameters(model)
         self.updated: dict[str, nn.Parameter] = dict(self.parameters)
         if factory.wants_plain:
             self.updated = {n: nn.Parameter(local(p.detach())) for n, p in self.parameters.items()}
-        self.optimizer = factory.build(lr_groups(self.updated, lr_scale, first_step))
+        self.optimizer = factory.build_optimizer(
+            build_lr_groups(self.updated, lr_scale, first_step)
+        )
 
     def step(self, lr: float, max_norm: float) -> float:
         """Scale gradients to ``max_norm`` (0: as they are) and update. See ``Engine.step``."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        norm = self._norm(grads)
+        norm = self._compute_global_norm(grads)
         if math.isfinite(norm):
             if 0 < max_norm < norm:
                 torch._foreach_mul_(grads, max_norm / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            self._bind_plain()
+            self._bind_plain_tensors()
             if self.factory.wants_plain:
                 for name, parameter in self.parameters.items():
                     grad = parameter.grad
@@ -64,7 +71,7 @@ class LocalOptimizer:
             parameter.grad = None
         return norm
 
-    def _bind_plain(self) -> None:
+    def _bind_plain_tensors(self) -> None:
         """Point the plain parameters at the memory in which the shards are now.
 
         A shard's memory may move between any two calls: at the first forward FSDP2 pads uneven
@@ -80,27 +87,27 @@ class LocalOptimizer:
             assert shard.is_contiguous(), f"{name}: strides {shard.stride()}"
             self.updated[name].data = shard
 
-    def _norm(self, grads: list[Tensor]) -> float:
+    def _compute_global_norm(self, grads: list[Tensor]) -> float:
         """2-norm over all ranks; squares are added in double precision."""
         if not grads:
             return 0.0
         squares = torch.stack([n.double() ** 2 for n in torch._foreach_norm(grads)])
         return math.sqrt(float(self.total(squares.sum())))
 
-    def state(self) -> dict[str, Tensor]:
-        self._bind_plain()
+    def training_state_dict(self) -> dict[str, Tensor]:
+        self._bind_plain_tensors()
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             state[f"param/{name}"] = parameter.detach()
-            moments = self.factory.moments(self.optimizer, self.updated[name])
+            moments = self.factory.read_moments(self.optimizer, self.updated[name])
             for key, value in moments.items():
                 plain = self.factory.wants_plain
                 state[f"{key}/{name}"] = self.wrap(value, parameter) if plain else value
         return state
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        self._bind_plain()
+    def load_training_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
+        self._bind_plain_tensors()
         plain = self.factory.wants_plain
         for name, parameter in self.parameters.items():
             mine, value = self.local(parameter), self.local(state[f"param/{name}"])
@@ -112,5 +119,5 @@ class LocalOptimizer:
             }
             if plain:
                 moments = {key: self.local(value) for key, value in moments.items()}
-            self.factory.set_moments(self.optimizer, self.updated[name], moments)
-        self.factory.set_step(self.optimizer, step)
+            self.factory.write_moments(self.optimizer, self.updated[name], moments)
+        self.factory.set_num_steps(self.optimizer, step)

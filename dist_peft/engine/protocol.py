@@ -14,7 +14,7 @@ Life of an engine::
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
 float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
 writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
-``own_parameters`` of it, a rank's own part, can be loaded by the same engine in this process.
+``local_parameters`` of it, a rank's own part, can be loaded by the same engine in this process.
 
 The loss handed to ``backward`` is already divided by the *global* number of target tokens of the
 step; engines therefore sum gradients over ranks and never average.
@@ -32,13 +32,13 @@ from dist_peft.core.span import Span
 __all__ = [
     "Engine",
     "OptimizerFactory",
-    "adam_start",
-    "at_once",
-    "lr_groups",
-    "move_buffers",
-    "own_parameters",
-    "trainable",
-    "updates",
+    "build_lr_groups",
+    "from_step_zero",
+    "init_adam_state",
+    "local_parameters",
+    "move_buffers_to_device",
+    "num_updates",
+    "trainable_parameters",
 ]
 
 
@@ -51,25 +51,27 @@ class OptimizerFactory(Protocol):
 
     wants_plain: bool
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer: ...
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer: ...
 
-    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    def read_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor
+    ) -> dict[str, Tensor]:
         """``exp_avg`` and ``exp_avg_sq`` in float32, shaped like ``parameter``."""
         ...
 
-    def set_moments(
+    def write_moments(
         self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
     ) -> None: ...
 
-    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the number of optimizer steps done (Adam's bias correction).
 
-        A group of ``lr_groups`` has made ``updates(group, step)`` updates.
+        A group of ``build_lr_groups`` has made ``updates(group, step)`` updates.
         """
         ...
 
 
-def at_once(name: str) -> int:
+def from_step_zero(name: str) -> int:
     """Return 0: the ``first_step`` of parameters trained from step 0."""
     return 0
 
@@ -84,25 +86,25 @@ class Engine(Protocol):
         """Bytes of all-gather output that this rank received so far (padding included)."""
         ...
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None: ...
+    def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None: ...
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         """Return the rows (dimension 0) of ``parameter`` that this rank keeps."""
         ...
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         """Put this rank's rows into the parameter ``owner.name``; ``len(rows) == len(span)``.
 
         May be called again before ``optimize``, between forwards, to replace rows.
         """
         ...
 
-    def optimize(
+    def setup_optimizer(
         self,
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = at_once,
+        first_step: Callable[[str], int] = from_step_zero,
     ) -> nn.Module:
         """Build the optimizer state of the trainable parameters.
 
@@ -125,34 +127,36 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]: ...
+    def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]: ...
 
-    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+    def load_training_state_dict(
+        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+    ) -> None:
         """Load a state returned by ``state`` after ``step`` steps.
 
         Moments may be left out as a whole; they are then zero, as before the first step. A
-        parameter may be this rank's part alone, on the CPU (``own_parameters``).
+        parameter may be this rank's part alone, on the CPU (``local_parameters``).
         """
         ...
 
-    def gather(self, parameter: Tensor) -> Tensor: ...
+    def gather_parameter(self, parameter: Tensor) -> Tensor: ...
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by full name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def own_parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def local_parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return CPU copies of this rank's part of each ``param/NAME`` of a ``state()``."""
     values = {key: value for key, value in state.items() if key.startswith("param/")}
     own = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in values.items()}
     return {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
 
 
-def adam_start(parameter: Tensor) -> dict[str, Tensor]:
+def init_adam_state(parameter: Tensor) -> dict[str, Tensor]:
     """Return Adam's state before the first update: step 0, moments zero like ``parameter``."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -161,13 +165,13 @@ def adam_start(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def lr_groups(
+def build_lr_groups(
     parameters: Mapping[str, nn.Parameter],
     lr_scale: Callable[[str], float],
-    first_step: Callable[[str], int] = at_once,
+    first_step: Callable[[str], int] = from_step_zero,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: parameters of the same learning-rate factor, kept as ``lr_scale``, and of
-    the same ``first_step``."""
+    """Optimizer groups: parameters of the same learning-rate factor, kept as ``get_lr_scale``, and
+    of the same ``first_step``."""
     groups: dict[tuple[float, int], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         scale, first = key = lr_scale(name), first_step(name)
@@ -176,13 +180,13 @@ def lr_groups(
     return list(groups.values())
 
 
-def updates(group: Mapping[str, Any], step: int) -> int:
+def num_updates(group: Mapping[str, Any], step: int) -> int:
     """Return the number of updates of a group after ``step`` steps."""
     first: int = group.get("first_step", 0)
     return max(0, step - first)
 
 
-def move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers_to_device(model: nn.Module, device: torch.device) -> None:
     """Move every buffer to ``device``; they are small and whole on every rank."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

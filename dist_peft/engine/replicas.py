@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_peft.core.agreement import digest_of, name_ranks
+from dist_peft.core.agreement import format_ranks, hash_json_value
 from dist_peft.core.span import Span
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.protocol import Engine
@@ -46,7 +46,7 @@ class ReplicaCheck:
         self.seconds = 0.0
         self.bytes_hashed = 0
 
-    def compare(self, facts: Mapping[str, object], *, everything: bool = False) -> None:
+    def compare_replicas(self, facts: Mapping[str, object], *, everything: bool = False) -> None:
         """Compare trainable parameters, persistent buffers and ``facts``; a collective.
 
         Args:
@@ -62,60 +62,66 @@ class ReplicaCheck:
         start = time.perf_counter()
         self.bytes_hashed = 0
         whole, rows = dict[str, Tensor](), dict[str, tuple[Span, Tensor]]()
-        for name, tensor, span in self._tensors(everything):
-            if _is_sharded(tensor):
+        for name, tensor, span in self._iterate_checked_tensors(everything):
+            if _is_row_sharded(tensor):
                 rows[name] = (span, tensor)
             else:
                 whole[name] = tensor
-        shard = _number([[name, span.start, span.stop] for name, (span, _) in rows.items()])
-        common = {f"{n}": self._hash(t) for n, t in whole.items()}
-        common |= {key: _number(value) for key, value in facts.items()}
-        holders = [r for r, (s,) in enumerate(self._world.collect([shard])) if s == shard]
+        shard = _hash_to_int64([[name, span.start, span.stop] for name, (span, _) in rows.items()])
+        common = {f"{n}": self._hash_tensor(t) for n, t in whole.items()}
+        common |= {key: _hash_to_int64(value) for key, value in facts.items()}
+        holders = [r for r, (s,) in enumerate(self._world.gather_integers([shard])) if s == shard]
         shared = bool(rows) and len(holders) > 1
-        own = {n: self._hash(_local(t)) for n, (_, t) in rows.items()} if shared else {}
-        sums = [_number(common), shard, _number(own) if shared else 0]
-        everyone = self._world.collect(sums)
+        own = (
+            {n: self._hash_tensor(_to_local_tensor(t)) for n, (_, t) in rows.items()}
+            if shared
+            else {}
+        )
+        sums = [_hash_to_int64(common), shard, _hash_to_int64(own) if shared else 0]
+        everyone = self._world.gather_integers(sums)
         equal = len({c for c, _, _ in everyone}) == 1 and len({(s, h) for _, s, h in everyone}) == (
             len({s for _, s, _ in everyone})
         )
         self.seconds += time.perf_counter() - start
         if not equal:
-            self._explain(common, shard, own)
+            self._explain_difference(common, shard, own)
 
-    def _tensors(self, everything: bool) -> Iterator[tuple[str, Tensor, Span]]:
+    def _iterate_checked_tensors(self, everything: bool) -> Iterator[tuple[str, Tensor, Span]]:
         """Name, tensor (a DTensor, or this rank's own part) and this rank's rows of it."""
         for name, parameter in self._model.named_parameters():
             if not (everything or parameter.requires_grad) or not parameter.dim():
                 continue
             if hasattr(parameter, "ds_id"):
                 continue  # ZeRO 3 spreads a trainable parameter over all ranks: no copies
-            yield name, parameter, self._engine.span(parameter)
-        for name, buffer in _buffers(self._model, everything):
+            yield name, parameter, self._engine.local_row_span(parameter)
+        for name, buffer in _iterate_buffers(self._model, everything):
             yield name, buffer, Span(0, buffer.shape[0] if buffer.dim() else 1)
 
-    def _hash(self, tensor: Tensor) -> int:
-        flat = _local(tensor).detach().contiguous().flatten()
+    def _hash_tensor(self, tensor: Tensor) -> int:
+        flat = _to_local_tensor(tensor).detach().contiguous().flatten()
         digest = xxhash.xxh3_64()
         for part in flat.split(_CHUNK) if flat.numel() else ():
             # a copy: memory that numpy has seen cannot be resized, which FSDP2 does
             digest.update(part.to("cpu", copy=True).view(torch.uint8).numpy())
         self.bytes_hashed += flat.numel() * flat.element_size()
-        return _signed(digest.intdigest())
+        return _to_signed_int64(digest.intdigest())
 
-    def _explain(self, common: Mapping[str, int], shard: int, own: Mapping[str, int]) -> None:
+    def _explain_difference(
+        self, common: Mapping[str, int], shard: int, own: Mapping[str, int]
+    ) -> None:
         """Find the first name that differs; every rank of equal names comes here."""
         # without a shared list of names, ranks compare them one by one under equal positions
-        sizes = self._world.collect([_number(list(common)), len(common), len(own)])
+        sizes = self._world.gather_integers([_hash_to_int64(list(common)), len(common), len(own)])
         if len({s[0] for s in sizes}) > 1:
-            raise RemoteError("ranks hold other tensors than each other: " + _odd(sizes))
-        table = self._world.collect(list(common.values()))
+            raise RemoteError("ranks hold other tensors than each other: " + _find_odd_ranks(sizes))
+        table = self._world.gather_integers(list(common.values()))
         for index, name in enumerate(common):
             column = [row[index] for row in table]
             if len(set(column)) > 1:
-                raise RemoteError(_message(name, column))
+                raise RemoteError(_format_difference(name, column))
         most = max(s[2] for s in sizes)
         padded = [*own.values(), *([0] * (most - len(own)))]
-        table = self._world.collect([shard, *padded])
+        table = self._world.gather_integers([shard, *padded])
         for r, row in enumerate(table):
             first = next(i for i, other in enumerate(table) if other[0] == row[0])
             if row != table[first]:
@@ -124,7 +130,7 @@ class ReplicaCheck:
                 )
                 name = list(own)[at - 1] if len(own) >= at else f"number {at} of their shard"
                 raise RemoteError(
-                    f"{name_ranks([first, r])} hold the same rows of {name} with other values; "
+                    f"{format_ranks([first, r])} hold the same rows of {name} with other values; "
                     + _ADVICE
                 )
         raise RuntimeError("hashes differ but nothing that was hashed does")
@@ -136,20 +142,20 @@ _ADVICE = (
 )
 
 
-def _message(name: str, column: list[int]) -> str:
-    return f"ranks no longer agree on {name}: {_odd([[c] for c in column])}; {_ADVICE}"
+def _format_difference(name: str, column: list[int]) -> str:
+    return f"ranks no longer agree on {name}: {_find_odd_ranks([[c] for c in column])}; {_ADVICE}"
 
 
-def _odd(rows: list[list[int]]) -> str:
+def _find_odd_ranks(rows: list[list[int]]) -> str:
     """Which ranks have which value, the largest group first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, row in enumerate(rows):
         groups.setdefault(tuple(row), []).append(rank)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    return " against ".join(name_ranks(group) for group in ordered)
+    return " against ".join(format_ranks(group) for group in ordered)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def _is_row_sharded(tensor: Tensor) -> bool:
     """Whether ranks hold different rows.
 
     The rows of this rank do not tell: of a matrix with fewer rows than ranks (the gate of a shared
@@ -161,21 +167,21 @@ def _is_sharded(tensor: Tensor) -> bool:
     )
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _to_local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _buffers(model: nn.Module, everything: bool) -> Iterator[tuple[str, Tensor]]:
+def _iterate_buffers(model: nn.Module, everything: bool) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if everything or name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _number(value: object) -> int:
+def _hash_to_int64(value: object) -> int:
     """64 bits of a digest, signed."""
-    return _signed(int(digest_of(value)[:16], 16))
+    return _to_signed_int64(int(hash_json_value(value)[:16], 16))
 
 
-def _signed(number: int) -> int:
+def _to_signed_int64(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number

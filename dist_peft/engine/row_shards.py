@@ -30,15 +30,15 @@ from torch.autograd import Variable
 
 from dist_peft.core.span import Span, row_span
 from dist_peft.engine.compat import all_gather
-from dist_peft.engine.mesh import ends_of
+from dist_peft.engine.mesh import list_end_modules
 
-__all__ = ["RowShards"]
+__all__ = ["RowShardedParameters"]
 
 _ALIGN = 16
 """Bytes: every parameter starts at a multiple, so that its rows can be viewed in its own type."""
 
 
-class _Slot:
+class _ShardedParameter:
     """One parameter: this rank's rows as bytes, and the place where it becomes whole."""
 
     def __init__(self, meta: nn.Parameter, parts: int) -> None:
@@ -50,7 +50,7 @@ class _Slot:
         self.local = torch.empty(0, dtype=torch.uint8)
         self.bytes = self.local
 
-    def fill(self, rows: Tensor) -> nn.Parameter:
+    def fill_local_rows(self, rows: Tensor) -> nn.Parameter:
         """Store ``rows`` and return the parameter, whole in shape and empty in storage."""
         data = rows.contiguous().view(-1).view(torch.uint8)
         self.local[: data.numel()].copy_(data)
@@ -58,10 +58,10 @@ class _Slot:
         whole = flat.view(self.dtype).view(self.shape)
         self.bytes = flat.data  # writing through it does not count as a change of the parameter
         self.parameter = nn.Parameter(whole, requires_grad=self.requires_grad)
-        self.release()
+        self.free_full_tensor()
         return self.parameter
 
-    def place(self, chunks: Tensor) -> None:
+    def scatter_chunks(self, chunks: Tensor) -> None:
         """``chunks`` [parts, part]: each rank's rows, the last ones padded."""
         self.bytes.untyped_storage().resize_(self.nbytes)
         if not self.nbytes:
@@ -71,15 +71,18 @@ class _Slot:
         if rest:
             self.bytes[full * self.part :].copy_(chunks[full, :rest])
 
-    def release(self) -> None:
+    def free_full_tensor(self) -> None:
         self.bytes.untyped_storage().resize_(0)
 
 
-class _Unit:
+class _GatherUnit:
     """Slots that travel in one all-gather."""
 
     def __init__(
-        self, slots: Sequence[_Slot], owner: "RowShards", needed_in_backward: bool
+        self,
+        slots: Sequence[_ShardedParameter],
+        owner: "RowShardedParameters",
+        needed_in_backward: bool,
     ) -> None:
         self.slots, self.owner, self.needed_in_backward = slots, owner, needed_in_backward
         self.offsets, size = [], 0
@@ -93,30 +96,30 @@ class _Unit:
         self.has_backward = False
         self.pending: tuple[Tensor, dist.Work | None] | None = None
 
-    def start(self) -> None:
+    def start_all_gather(self) -> None:
         """Begin to gather, unless that is done or under way."""
         if not self.whole and self.pending is None and self.slots:
-            self.pending = self.owner.all_gather(self.local)
+            self.pending = self.owner.all_gather_chunks(self.local)
 
-    def wait(self) -> None:
+    def wait_gathered(self) -> None:
         """Wait for the all-gather and set the full parameters."""
-        self.start()
+        self.start_all_gather()
         if self.pending is None:
             return
-        output = self._arrived()
+        output = self._copy_gathered_chunks()
         for slot, offset in zip(self.slots, self.offsets, strict=True):
-            slot.place(output[:, offset : offset + slot.part])
+            slot.scatter_chunks(output[:, offset : offset + slot.part])
         self.whole = True
 
-    def release(self) -> None:
+    def free_full_tensors(self) -> None:
         if self.pending is not None:
-            self._arrived()
+            self._copy_gathered_chunks()
         if self.whole:
             for slot in self.slots:
-                slot.release()
+                slot.free_full_tensor()
         self.whole = False
 
-    def _arrived(self) -> Tensor:
+    def _copy_gathered_chunks(self) -> Tensor:
         assert self.pending is not None
         output, work = self.pending
         self.pending = None
@@ -125,11 +128,12 @@ class _Unit:
         return output.view(self.owner.parts, -1)
 
 
-class RowShards:
+class RowShardedParameters:
     """The rows of a model's parameters over the ranks of ``group``. See the module docstring.
 
     Frozen parameters live in units. Trainable ones are only loaded this way, each rank its own
-    rows; before the first forward they become whole (``make_whole``) and the caller's business.
+    rows; before the first forward they become whole (``unshard_trainable``) and the caller's
+    business.
 
     Args:
         group: the ranks that together hold one copy.
@@ -140,25 +144,25 @@ class RowShards:
         self.group, self.device = group, device
         self.parts, self.index = group.size(), group.rank()
         self.bytes_gathered = 0
-        self._slots: dict[int, _Slot] = {}
-        self._units: list[_Unit] = []
-        self._blocks: list[_Unit] = []
+        self._slots: dict[int, _ShardedParameter] = {}
+        self._units: list[_GatherUnit] = []
+        self._blocks: list[_GatherUnit] = []
         self._ending = False
 
     # -- filling -------------------------------------------------------------------------------
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Plan the shards of ``model`` (parameters on meta) and hook its modules."""
-        ends = ends_of(model)
+        ends = list_end_modules(model)
         modules = [*blocks, *ends, model]
         homes: dict[int, list[int]] = {}
         parameters = {id(p): p for p in model.parameters()}
         for number, module in enumerate(modules[:-1]):
             for parameter in set(module.parameters()):
                 homes.setdefault(id(parameter), []).append(number)
-        members: list[list[_Slot]] = [[] for _ in modules]
+        members: list[list[_ShardedParameter]] = [[] for _ in modules]
         for key, parameter in parameters.items():
-            slot = self._slots[key] = _Slot(parameter, self.parts)
+            slot = self._slots[key] = _ShardedParameter(parameter, self.parts)
             if slot.requires_grad:
                 slot.local = torch.zeros(slot.part, dtype=torch.uint8, device=self.device)
             else:  # a parameter shared by units stays whole with the root
@@ -166,49 +170,51 @@ class RowShards:
                 members[home[0] if len(home) == 1 else -1].append(slot)
         lookup = ends[:1]  # a frozen embedding needs no rows in backward
         self._units = [
-            _Unit(slots, self, needed_in_backward=module not in lookup)
+            _GatherUnit(slots, self, needed_in_backward=module not in lookup)
             for slots, module in zip(members, modules, strict=True)
         ]
         self._blocks = self._units[: len(blocks)]
         for number, (unit, module) in enumerate(zip(self._units, modules, strict=True)):
-            self._hook(module, unit, number, is_root=module is model)
+            self._register_hooks(module, unit, number, is_root=module is model)
 
-    def holds(self, parameter: Tensor) -> bool:
+    def is_row_sharded(self, parameter: Tensor) -> bool:
         return id(parameter) in self._slots
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         return row_span(parameter.shape[0], self.parts, self.index)
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         """Put this rank's rows into ``owner.name``."""
         old = owner._parameters[name]
         assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
-        assert len(rows) == len(self.span(old)), f"{name}: {len(rows)} rows for {self.span(old)}"
+        assert len(rows) == len(self.local_row_span(old)), (
+            f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
+        )
         slot = self._slots.pop(id(old))
-        new = slot.fill(rows.to(self.device))
+        new = slot.fill_local_rows(rows.to(self.device))
         self._slots[id(new)] = slot
         owner.register_parameter(name, new)
 
-    def make_whole(self) -> None:
+    def unshard_trainable(self) -> None:
         """Gather the trainable parameters for good; they are no longer sharded here."""
         for key, slot in list(self._slots.items()):
             if slot.requires_grad:
-                slot.place(self._chunks(slot))
+                slot.scatter_chunks(self._padded_chunks(slot))
                 del self._slots[key]
 
-    def gather(self, parameter: Tensor) -> Tensor:
+    def gather_parameter(self, parameter: Tensor) -> Tensor:
         """The whole of one frozen parameter, without gathering its unit."""
         slot = self._slots[id(parameter)]
-        flat = self._chunks(slot).flatten()[: slot.nbytes]
+        flat = self._padded_chunks(slot).flatten()[: slot.nbytes]
         return flat.view(slot.dtype).view(slot.shape)
 
-    def _chunks(self, slot: _Slot) -> Tensor:
-        output, work = self.all_gather(slot.local)
+    def _padded_chunks(self, slot: _ShardedParameter) -> Tensor:
+        output, work = self.all_gather_chunks(slot.local)
         if work is not None:
             work.wait()
         return output.view(self.parts, -1)
 
-    def all_gather(self, local: Tensor) -> tuple[Tensor, "dist.Work | None"]:
+    def all_gather_chunks(self, local: Tensor) -> tuple[Tensor, "dist.Work | None"]:
         """Begin an all-gather of ``local`` [n] -> [parts * n], and count it."""
         output = torch.empty(self.parts * local.numel(), dtype=local.dtype, device=local.device)
         self.bytes_gathered += output.numel()
@@ -216,23 +222,25 @@ class RowShards:
 
     # -- computing -----------------------------------------------------------------------------
 
-    def _hook(self, module: nn.Module, unit: _Unit, number: int, is_root: bool) -> None:
+    def _register_hooks(
+        self, module: nn.Module, unit: _GatherUnit, number: int, is_root: bool
+    ) -> None:
         following = self._blocks[number + 1 : number + 2] if number < len(self._blocks) else []
         previous = self._blocks[number - 1 : number] if number < len(self._blocks) else []
 
         def before_forward(module: nn.Module, inputs: Any) -> None:
             if is_root:
-                self.make_whole()
-            unit.wait()
+                self.unshard_trainable()
+            unit.wait_gathered()
             for other in following:
-                other.start()
+                other.start_all_gather()
 
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            grads = [t for t in _tensors(output) if t.requires_grad]
+            grads = [t for t in _iterate_tensors(output) if t.requires_grad]
             unit.has_backward = bool(grads) and unit.needed_in_backward
             if is_root and grads:
                 return  # whole until the end of backward, as it is used at both ends
-            unit.release()
+            unit.free_full_tensors()
             if unit.has_backward:
                 for tensor in grads:
                     tensor.register_hook(before_backward)
@@ -240,31 +248,32 @@ class RowShards:
         def before_backward(grad: Tensor) -> None:
             if not self._ending:
                 self._ending = True
-                Variable._execution_engine.queue_callback(self._end_of_backward)
+                Variable._execution_engine.queue_callback(self._finish_backward)
             for other in self._units[:-1]:
                 if other is not unit and other.whole:
-                    other.release()  # its backward is over, or this one's would not have begun
-            unit.wait()
+                    # its backward is over: otherwise the backward of this one would not run
+                    other.free_full_tensors()
+            unit.wait_gathered()
             for other in previous:
                 if other.has_backward:
-                    other.start()
+                    other.start_all_gather()
 
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
 
-    def _end_of_backward(self) -> None:
+    def _finish_backward(self) -> None:
         self._ending = False
         for unit in self._units:
-            unit.release()
+            unit.free_full_tensors()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _iterate_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of a module's output, however they are nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from _iterate_tensors(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from _iterate_tensors(item)

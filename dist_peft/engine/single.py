@@ -7,37 +7,37 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import OptimizerFactory, at_once, move_buffers
+from dist_peft.engine.protocol import OptimizerFactory, from_step_zero, move_buffers_to_device
 
 __all__ = ["SingleEngine"]
 
 
 class SingleEngine:
-    """Every row is this process's. See ``engine.base.Engine``."""
+    """Every row is this process's. See ``engine.protocol.Engine``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes_gathered = 0
         self._optimizer: LocalOptimizer | None = None
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        move_buffers(model, self.device)
+    def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        move_buffers_to_device(model, self.device)
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         return Span(0, parameter.shape[0])
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         old = owner._parameters[name]
         assert old is not None and rows.shape == old.shape and rows.dtype == old.dtype
         new = nn.Parameter(rows.to(self.device).contiguous(), requires_grad=old.requires_grad)
         owner.register_parameter(name, new)
 
-    def optimize(
+    def setup_optimizer(
         self,
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = at_once,
+        first_step: Callable[[str], int] = from_step_zero,
     ) -> nn.Module:
         self._optimizer = LocalOptimizer(
             model,
@@ -61,13 +61,15 @@ class SingleEngine:
     def step(self, lr: float, max_norm: float) -> float:
         return self.optimizer.step(lr, max_norm)
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        return self.optimizer.state()
+    def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.optimizer.training_state_dict()
 
-    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
-        self.optimizer.load_state(state, step)
+    def load_training_state_dict(
+        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+    ) -> None:
+        self.optimizer.load_training_state_dict(state, step)
 
-    def gather(self, parameter: Tensor) -> Tensor:
+    def gather_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach().cpu()
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:

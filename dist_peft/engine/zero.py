@@ -2,12 +2,13 @@
 
 DeepSpeed (Rajbhandari et al. 2020, "ZeRO") sees the trainable parameters only: stage 1 shards
 their optimizer state, stage 2 their gradients too, stage 3 the parameters too. The frozen base
-rests in ``engine.shards``: after loading, its parameters leave the modules' registers and become
+rests in ``engine.row_shards``: after loading, its parameters leave the modules' registers and
+become
 plain attributes, which DeepSpeed neither broadcasts nor casts nor partitions. Why not as ZeRO-3
 partitions: docs/decisions/0005-zero-base.md.
 
 DeepSpeed averages gradients over ranks; the loss is multiplied by their number first, so that they
-are summed (see ``engine.base``). There is no bf16 or fp16 section: adapters stay float32.
+are summed (see ``engine.protocol``). There is no bf16 or fp16 section: adapters stay float32.
 """
 
 import importlib
@@ -27,24 +28,24 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.mesh import shard_mesh
+from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.protocol import (
     OptimizerFactory,
-    adam_start,
-    at_once,
-    lr_groups,
-    move_buffers,
-    trainable,
-    updates,
+    build_lr_groups,
+    from_step_zero,
+    init_adam_state,
+    move_buffers_to_device,
+    num_updates,
+    trainable_parameters,
 )
-from dist_peft.engine.row_shards import RowShards
-from dist_peft.engine.zero_config import deepspeed_config
+from dist_peft.engine.row_shards import RowShardedParameters
+from dist_peft.engine.zero_config import build_deepspeed_config
 
 __all__ = ["ZeroEngine"]
 
 
 class ZeroEngine:
-    """See the module docstring and ``engine.base.Engine``.
+    """See the module docstring and ``engine.protocol.Engine``.
 
     Raises:
         UserError: deepspeed is not installed, or the configuration contradicts itself.
@@ -64,9 +65,9 @@ class ZeroEngine:
             )
         self.device, self.config, self.world = device, config, world
         self.deepspeed = _import_deepspeed(device)
-        self._settings = deepspeed_config(config, train, world.size)
-        mesh = shard_mesh(config, world, device)
-        self.shards = RowShards(mesh.get_group("shard"), device)
+        self._settings = build_deepspeed_config(config, train, world.size)
+        mesh = build_shard_mesh(config, world, device)
+        self.shards = RowShardedParameters(mesh.get_group("shard"), device)
         self._shapes: dict[int, torch.Size] = {}
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None
@@ -79,52 +80,52 @@ class ZeroEngine:
 
     # -- before training -----------------------------------------------------------------------
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        move_buffers(model, self.device)
+    def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        move_buffers_to_device(model, self.device)
         if self.config.shard_base:
-            self.shards.shard(model, blocks)
+            self.shards.shard_model(model, blocks)
 
-    def span(self, parameter: Tensor) -> Span:
-        if self.shards.holds(parameter):
-            return self.shards.span(parameter)
+    def local_row_span(self, parameter: Tensor) -> Span:
+        if self.shards.is_row_sharded(parameter):
+            return self.shards.local_row_span(parameter)
         return Span(0, parameter.shape[0])
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         old = owner._parameters[name]
         assert old is not None
-        if self.shards.holds(old):
-            self.shards.fill(owner, name, rows)
+        if self.shards.is_row_sharded(old):
+            self.shards.fill_local_rows(owner, name, rows)
             return
         assert rows.shape == old.shape and rows.dtype == old.dtype
         new = nn.Parameter(rows.to(self.device).contiguous(), requires_grad=old.requires_grad)
         owner.register_parameter(name, new)
 
-    def optimize(
+    def setup_optimizer(
         self,
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = at_once,
+        first_step: Callable[[str], int] = from_step_zero,
     ) -> nn.Module:
-        self.shards.make_whole()
-        _hide_frozen(model)
-        self._names = trainable(model)
+        self.shards.unshard_trainable()
+        _hide_frozen_parameters(model)
+        self._names = trainable_parameters(model)
         self._shapes = {id(p): p.shape for p in self._names.values()}
-        optimizer = factory.build(lr_groups(self._names, lr_scale, first_step))
+        optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, first_step))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
         self._ds, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
-        for flat, _ in self._flat_shards():
-            optimizer.state[flat] = adam_start(flat)
+        for flat, _ in self._list_flat_shards():
+            optimizer.state[flat] = init_adam_state(flat)
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
-        self._count_adapter_bytes()
+        self._count_gathered_bytes()
         module: nn.Module = self._ds
         return module
 
-    def _flat_shards(self) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _list_flat_shards(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """This rank's float32 share of the trainable parameters, flat, with the optimizer's group:
         one tensor a group, with stage 3 one or more."""
         optimizer = self._ds.optimizer
@@ -134,26 +135,26 @@ class ZeroEngine:
             return [(f, groups[optimizer.sub_group_to_group_id[i]]) for i, f in enumerate(flats)]
         return list(zip(optimizer.single_partition_of_fp32_groups, groups, strict=True))
 
-    def _set_updates(self, step: int) -> None:
+    def _set_num_updates(self, step: int) -> None:
         """Tell Adam how many updates each share has had after ``step`` steps."""
         self._done = step
-        for flat, group in self._flat_shards():
-            self._ds.optimizer.optimizer.state[flat]["step"].fill_(updates(group, step))
+        for flat, group in self._list_flat_shards():
+            self._ds.optimizer.optimizer.state[flat]["step"].fill_(num_updates(group, step))
 
-    def _count_adapter_bytes(self) -> None:
+    def _count_gathered_bytes(self) -> None:
         """Count DeepSpeed's gathered bytes: adapters before use (stage 3) or after an update."""
         backend = self.deepspeed.comm.comm.cdb
         for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
-            setattr(backend, name, self._counting(getattr(backend, name)))
+            setattr(backend, name, self._wrap_with_counter(getattr(backend, name)))
 
-    def _counting(self, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
+    def _wrap_with_counter(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call_and_count(*args: Any, **kwargs: Any) -> Any:
             output = [*args, *kwargs.values()][0]
             tensors = [output] if isinstance(output, Tensor) else output
             self._adapter_bytes += sum(t.numel() * t.element_size() for t in tensors)
             return collective(*args, **kwargs)
 
-        return counted
+        return call_and_count
 
     # -- training ------------------------------------------------------------------------------
 
@@ -168,34 +169,36 @@ class ZeroEngine:
             # where the stage has not come there is no gradient, but DeepSpeed updates all the same
             group["lr"] = lr * group["lr_scale"] if self._done >= group["first_step"] else 0.0
         self._ds.step()
-        self._set_updates(self._done + 1)
+        self._set_num_updates(self._done + 1)
         return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
 
     # -- state ---------------------------------------------------------------------------------
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
+    def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self._names.items():
-            state[f"param/{name}"] = self.gather(parameter)
+            state[f"param/{name}"] = self.gather_parameter(parameter)
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-                state[f"{key}/{name}"] = self._checked(moment, parameter)
+                state[f"{key}/{name}"] = self._check_gathered_shape(moment, parameter)
         return state
 
     @torch.no_grad()
-    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], step: int) -> None:
+    def load_training_state_dict(
+        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+    ) -> None:
         for name, parameter in self._names.items():
             value = state[f"param/{name}"].to(self.device)
             gathered = [parameter] if self.config.stage == 3 else []
             with self.deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
                 parameter.data.copy_(value)
-            self._set(parameter, value)
+            self._set_full_value(parameter, value)
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(f"{key}/{name}", torch.zeros_like(value))
-                self._set(parameter, moment.to(self.device), key)
-        self._set_updates(step)
+                self._set_full_value(parameter, moment.to(self.device), key)
+        self._set_num_updates(step)
 
-    def _set(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    def _set_full_value(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
         """Write the optimizer's copy of a parameter, or its moment ``key``."""
         utils = self.deepspeed.utils
         names = () if key is None else (key,)
@@ -213,14 +216,16 @@ class ZeroEngine:
         flat = functional.pad(value.flatten(), (0, part * self.world.size - value.numel()))
         mine.copy_(flat[start : start + part])
 
-    def gather(self, parameter: Tensor) -> Tensor:
-        if self.shards.holds(parameter):
-            return self.shards.gather(parameter).cpu()
+    def gather_parameter(self, parameter: Tensor) -> Tensor:
+        if self.shards.is_row_sharded(parameter):
+            return self.shards.gather_parameter(parameter).cpu()
         if self._ds is None or not parameter.requires_grad:
             return parameter.detach().cpu().clone()
-        return self._checked(self.deepspeed.utils.safe_get_full_fp32_param(parameter), parameter)
+        return self._check_gathered_shape(
+            self.deepspeed.utils.safe_get_full_fp32_param(parameter), parameter
+        )
 
-    def _checked(self, whole: Tensor | None, parameter: Tensor) -> Tensor:
+    def _check_gathered_shape(self, whole: Tensor | None, parameter: Tensor) -> Tensor:
         """Check the shape: under ZeRO-3 a parameter not gathered reads as an empty tensor."""
         shape = self._shapes[id(parameter)]
         assert whole is not None and whole.shape == shape and whole.numel(), (
@@ -236,7 +241,7 @@ class ZeroEngine:
         return total
 
 
-def _hide_frozen(model: nn.Module) -> None:
+def _hide_frozen_parameters(model: nn.Module) -> None:
     """Frozen parameters become plain attributes: found by name, in no list of parameters."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

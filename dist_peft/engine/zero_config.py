@@ -14,7 +14,7 @@ from typing import Any
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["deepspeed_config"]
+__all__ = ["build_deepspeed_config"]
 
 _OWNED = {
     "optimizer": "train.optimizer, train.lr, train.betas, ...",
@@ -25,7 +25,7 @@ _OWNED = {
 }
 
 
-def deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> dict[str, Any]:
+def build_deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> dict[str, Any]:
     """Return the configuration for ``deepspeed.initialize``.
 
     Micro-batches, accumulation and clipping are driven step by step by the engine, so DeepSpeed
@@ -36,8 +36,8 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> di
     """
     config: dict[str, Any] = {}
     if engine.deepspeed_config is not None:
-        config = _read(Path(engine.deepspeed_config))
-        _check(config, engine, train, ranks, engine.deepspeed_config)
+        config = _read_deepspeed_json(Path(engine.deepspeed_config))
+        _check_deepspeed_config(config, engine, train, ranks, engine.deepspeed_config)
     zero: dict[str, Any] = {"overlap_comm": False, "reduce_bucket_size": 50_000_000}
     if engine.stage == 3:
         # adapters are small tensors: with DeepSpeed's default of 100,000 they would all stay whole
@@ -58,7 +58,7 @@ def deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> di
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_deepspeed_json(path: Path) -> dict[str, Any]:
     key = "engine.deepspeed_config"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -71,10 +71,10 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check(
+def _check_deepspeed_config(
     config: dict[str, Any], engine: EngineConfig, train: TrainConfig, ranks: int, file: str
 ) -> None:
-    def refuse(key: str, found: object, run_key: str, wanted: object) -> None:
+    def refuse_config_value(key: str, found: object, run_key: str, wanted: object) -> None:
         raise UserError(
             f"{file} says {key} = {json.dumps(found)} but the run's {run_key} is "
             f'{json.dumps(wanted)}; change one of them, or write "auto" in the file'
@@ -111,7 +111,7 @@ def _check(
     for key, value, run_key, wanted in checks:
         found = config.get(key, "auto") if value is None else value
         if found != "auto" and found != wanted:
-            refuse(key, found, run_key, wanted)
+            refuse_config_value(key, found, run_key, wanted)
     if zero.get("offload_param", {}).get("device", "none") != "none":
         raise UserError(
             f"{file} has zero_optimization.offload_param, which concerns only the adapters here; "

@@ -11,30 +11,30 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.protocol import PublicAdapter, pattern_value
-from dist_peft.adapters.qalora.format import as_expanded
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
+from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
+from dist_peft.adapters.qalora.format import expand_to_plain_lora
 
-__all__ = ["write_adapter_beside"]
+__all__ = ["write_adapter_copy"]
 
 _PREFIX = "base_model.model."
 
 
-def write_adapter_beside(adapter_dir: Path, out: Path) -> None:
+def write_adapter_copy(adapter_dir: Path, out: Path) -> None:
     """Write ``out/adapter`` in PEFT's format, with ``out`` as its base.
 
     Raises:
         UserError: the adapter is damaged, or the directory cannot be written.
     """
-    public = as_expanded(read_adapter(adapter_dir))
+    public = expand_to_plain_lora(read_adapter_directory(adapter_dir))
     if "start" in public.facts:
-        public = _without_start(public)
+        public = _strip_initial_factors(public)
     # AutoPeftModel loads the base from this path
     config = {**public.config, "base_model_name_or_path": str(out.resolve())}
-    write_adapter(out / "adapter", replace(public, config=config), {})
+    write_adapter_directory(out / "adapter", replace(public, config=config), {})
 
 
-def _without_start(public: PublicAdapter) -> PublicAdapter:
+def _strip_initial_factors(public: PublicAdapter) -> PublicAdapter:
     """Reduce ``[B, -B0] [A; A0]`` of rank ``2 r`` to ``B A`` of rank ``r``.
 
     Ranks and alphas are then listed per module, since some (embeddings) were not doubled.
@@ -48,7 +48,7 @@ def _without_start(public: PublicAdapter) -> PublicAdapter:
         path, _, kind = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not kind.startswith(("A", "embedding_A")):
             continue
-        own_alpha = pattern_value(
+        own_alpha = resolve_pattern_value(
             public.config.get("alpha_pattern", {}), path, public.config["lora_alpha"]
         )
         own_rank = value.shape[0]

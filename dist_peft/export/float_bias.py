@@ -21,23 +21,30 @@ import torch
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.formats.groups import BiasGroups, pack_words, quantize_rows, regroup
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_directory import Piece, unpacked_linears
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.groups import (
+    BiasGroups,
+    convert_to_bias_groups,
+    pack_code_words,
+    quantize_bias_groups,
+)
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["BiasPacker", "HfMetal", "Mlx", "stored_group"]
+__all__ = ["FloatBiasPacker", "HfMetalPacker", "MlxPacker", "find_stored_group_size"]
 
 MLX_GROUPS = (128, 64, 32)
 
 
-def stored_group(group_size: int, allowed: tuple[int, ...]) -> int:
+def find_stored_group_size(group_size: int, allowed: tuple[int, ...]) -> int:
     """Return the largest allowed group size that divides ``group_size``, or 0 if there is none."""
     return next((g for g in sorted(allowed, reverse=True) if group_size % g == 0), 0)
 
 
-class BiasPacker:
-    """Pack linears as codes with scales and float biases; base class of ``Mlx`` and ``HfMetal``.
+class FloatBiasPacker:
+    """Pack linears as codes with scales and float biases; base class of ``MlxPacker`` and
+    ``HfMetalPacker``.
 
     Args:
         bits: bits of a stored code.
@@ -51,33 +58,37 @@ class BiasPacker:
     def __init__(self, bits: int, group_size: int, dtype: torch.dtype) -> None:
         self.bits, self.group_size, self.dtype = bits, group_size, dtype
 
-    def takes(self, weight: Weight) -> bool:
-        return weight.columns % self.group_size == 0 and weight.columns % 32 == 0
+    def can_pack(self, weight: BaseWeight) -> bool:
+        return weight.num_columns % self.group_size == 0 and weight.num_columns % 32 == 0
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
-        groups = (weight.rows, weight.columns // self.group_size)
-        words = (weight.rows, weight.columns * self.bits // 32)
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        groups = (weight.num_rows, weight.num_columns // self.group_size)
+        words = (weight.num_rows, weight.num_columns * self.bits // 32)
         return [
             TensorSpec(weight.name, torch.uint32, words),
-            TensorSpec(f"{weight.stem}.scales", self.dtype, groups),
-            TensorSpec(f"{weight.stem}.{self.bias_name}", self.dtype, groups),
+            TensorSpec(f"{weight.name_stem}.scales", self.dtype, groups),
+            TensorSpec(f"{weight.name_stem}.{self.bias_name}", self.dtype, groups),
         ]
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
-        groups = self._groups(walk, weight, span)
-        yield Piece(weight.name, pack_words(groups.codes, self.bits, torch.uint32), span.start)
-        yield Piece(f"{weight.stem}.scales", groups.scale, span.start)
-        yield Piece(f"{weight.stem}.{self.bias_name}", groups.bias, span.start)
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        groups = self._make_groups(walk, weight, span)
+        yield TensorPiece(
+            weight.name, pack_code_words(groups.codes, self.bits, torch.uint32), span.start
+        )
+        yield TensorPiece(f"{weight.name_stem}.scales", groups.scale, span.start)
+        yield TensorPiece(f"{weight.name_stem}.{self.bias_name}", groups.bias, span.start)
 
-    def _groups(self, walk: Walk, weight: Weight, span: Span) -> BiasGroups:
+    def _make_groups(self, walk: MergedWeights, weight: BaseWeight, span: Span) -> BiasGroups:
         if walk.state == "codes":
-            parts = walk.parts(weight, span)
-            return regroup(parts, weight.columns, self.group_size, self.dtype)
-        rows = walk.rows(weight, span)
-        return quantize_rows(rows, self.bits, self.group_size, self.dtype)
+            parts = walk.read_affine_parts(weight, span)
+            return convert_to_bias_groups(parts, weight.num_columns, self.group_size, self.dtype)
+        rows = walk.read_merged_rows(weight, span)
+        return quantize_bias_groups(rows, self.bits, self.group_size, self.dtype)
 
 
-class Mlx(BiasPacker):
+class MlxPacker(FloatBiasPacker):
     """Pack linears for MLX's affine mode, in groups of 32, 64 or 128.
 
     Raises:
@@ -87,7 +98,7 @@ class Mlx(BiasPacker):
     bias_name = "biases"
 
     def __init__(self, bits: int, group_size: int, dtype: torch.dtype) -> None:
-        stored = stored_group(group_size, MLX_GROUPS)
+        stored = find_stored_group_size(group_size, MLX_GROUPS)
         if not stored:
             raise UserError(
                 f"mlx supports groups of 32, 64 and 128, not of {group_size}; export this run as "
@@ -95,12 +106,12 @@ class Mlx(BiasPacker):
             )
         super().__init__(bits, stored, dtype)
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         how = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
         return {"quantization": how}
 
 
-class HfMetal(BiasPacker):
+class HfMetalPacker(FloatBiasPacker):
     """Pack linears for ``transformers``' ``quant_method: metal``; 3-bit codes take 4 bits."""
 
     bias_name = "qbiases"
@@ -108,12 +119,12 @@ class HfMetal(BiasPacker):
     def __init__(self, bits: int, group_size: int, dtype: torch.dtype) -> None:
         super().__init__(4 if bits == 3 else bits, group_size, dtype)
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         return {
             "quantization_config": {
                 "quant_method": "metal",
                 "bits": self.bits,
                 "group_size": self.group_size,
-                "modules_to_not_convert": unpacked_linears(walk, unpacked),
+                "modules_to_not_convert": list_unpacked_linears(walk, unpacked),
             }
         }

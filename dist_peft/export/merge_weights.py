@@ -19,18 +19,18 @@ from typing import Any, Literal
 import torch
 
 from dist_peft.core.config.run import BaseConfig
-from dist_peft.export.merged_weights import CHUNK_BYTES, open_walk
+from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
 from dist_peft.export.model_directory import (
     MAX_FILE_BYTES,
-    Written,
-    check_new,
-    copy_configuration,
-    copy_tokenizer,
-    write_directory,
+    WriteResult,
+    check_output_free,
+    copy_model_files,
+    copy_tokenizer_files,
+    write_model_directory,
 )
-from dist_peft.export.model_files import model_files
+from dist_peft.export.model_files import list_model_files
 from dist_peft.export.stopping import add_stop_tokens
-from dist_peft.model.classifier import settings_of
+from dist_peft.model.classifier import classifier_config_keys
 from dist_peft.model.hub import load_tokenizer
 
 __all__ = ["merge_model"]
@@ -46,7 +46,7 @@ def merge_model(
     dtype: torch.dtype = torch.bfloat16,
     chunk_bytes: int = CHUNK_BYTES,
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> Written:
+) -> WriteResult:
     """Merge the adapter into the base and write the Hugging Face directory ``out`` in ``dtype``.
 
     Args:
@@ -62,16 +62,16 @@ def merge_model(
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
     """
-    check_new(out)
+    check_output_free(out)
     # fail before the merge if a file cannot be copied
-    model_files(directory, code=base.trust_remote_code)
-    with open_walk(base, directory, adapter_dir, into, chunk_bytes) as walk:
-        written = write_directory(walk, None, out, dtype, max_file_bytes)
+    list_model_files(directory, code=base.trust_remote_code)
+    with open_merged_weights(base, directory, adapter_dir, into, chunk_bytes) as walk:
+        written = write_model_directory(walk, None, out, dtype, max_file_bytes)
         changes: dict[str, Any] = dict(walk.skeleton.settings)
         if walk.skeleton.head is not None:
             tokenizer = load_tokenizer(directory, base.trust_remote_code)
-            changes |= settings_of(walk.skeleton.model, tokenizer)
-    copy_configuration(directory, out, dtype, changes, code=base.trust_remote_code)
-    copy_tokenizer(adapter_dir, out)
+            changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
+    copy_model_files(directory, out, dtype, changes, code=base.trust_remote_code)
+    copy_tokenizer_files(adapter_dir, out)
     add_stop_tokens(adapter_dir, out)
     return written

@@ -21,7 +21,6 @@ files: the adapter stores them in full.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,24 +29,29 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.adapter_format import WeightMerger
-from dist_peft.adapters.directory import read_metadata
+from dist_peft.adapters.directory import read_adapter_metadata
 from dist_peft.adapters.mergers import open_merger
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
-from dist_peft.model.base_hashes import row_hashes
-from dist_peft.model.experts import ExpertStack
-from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows, LinearRows
+from dist_peft.export.base_weights import BaseWeight, list_base_weights
+from dist_peft.model.base_hashes import build_row_hashes
+from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.quant.codec import Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.base_record import BaseRecord
-from dist_peft.store.format import TensorSpec
 from dist_peft.store.reader import RowReader
 
-__all__ = ["CHUNK_BYTES", "State", "Walk", "Weight", "base_rows", "open_walk", "parts_to_rows"]
+__all__ = [
+    "CHUNK_BYTES",
+    "MergedWeights",
+    "State",
+    "dequantize_affine_parts",
+    "iterate_base_rows",
+    "open_merged_weights",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -59,68 +63,9 @@ CHUNK_BYTES = 64 * 2**20
 """Default size of a chunk of rows in float32."""
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A tensor of the base.
-
-    Attributes:
-        info: name, type and shape in the files, or those of its substitute (``Skeleton.tensors``).
-        path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
-        linear: the linear that owns it as its weight, the head included, or the stack of experts
-            that contains its rows; None for every other tensor.
-        written: its name in the output: the name in the files, with the trunk's prefix added if
-            the trunk was saved without its head.
-        first: row of ``linear`` that corresponds to row 0 of the tensor.
-        wide: output type of a tensor that must not be rounded to 16 bits; None: the format's type.
-    """
-
-    info: TensorSpec
-    path: str
-    linear: FrozenRows | None
-    written: str
-    first: int = 0
-    wide: torch.dtype | None = None
-
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
-    def in_block(self) -> bool:
-        """Whether this is the weight of a block's linear, which formats may pack; not the head."""
-        return self.linear is not None and not self.linear.is_head
-
-    @property
-    def codec(self) -> Codec | None:
-        return None if self.linear is None else self.linear.codec
-
-    @property
-    def stem(self) -> str:
-        """Name in the files without ``.weight``: the prefix of the names of packed tensors."""
-        return self.info.name.removesuffix(".weight")
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns the weight."""
-        return self.path.rpartition(".")[0]
-
-    @property
-    def rows(self) -> int:
-        return self.info.rows
-
-    @property
-    def columns(self) -> int:
-        """Size of the last dimension: in_features of a matrix."""
-        return self.info.shape[-1]
-
-    def in_linear(self, span: Span) -> Span:
-        """Map rows ``span`` to rows of ``linear``; a row of stacked experts is one expert."""
-        height = torch.Size(self.info.shape[1:-1]).numel()
-        return Span(self.first + span.start * height, self.first + span.stop * height)
-
-
-class Walk:
-    """Read the weights of a base with an adapter chunk by chunk; created by ``open_walk``.
+class MergedWeights:
+    """Read the weights of a base with an adapter chunk by chunk; created by
+    ``open_merged_weights``.
 
     Args:
         state: state of the returned rows: original, decoded, codes or base.
@@ -146,106 +91,110 @@ class Walk:
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._record = record
         self._merger, self._reader, self._chunk_bytes = merger, reader, chunk_bytes
-        self.weights = _weights(skeleton)
+        self.weights = list_base_weights(skeleton)
         self._new = frozenset(skeleton.head.new if skeleton.head else ())
-        if absent := sorted(name for name in self._new if not merger.touches(name)):
+        if absent := sorted(name for name in self._new if not merger.changes_weight(name)):
             raise UserError(
                 f"adapter {adapter_dir} has no {absent[0]}, a parameter of the classifier's head "
                 "that the base does not have either; does it belong to another run?"
             )
 
-        merger.check_shapes(self._shapes())
+        merger.check_weight_shapes(self._collect_weight_shapes())
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
+    def _collect_weight_shapes(self) -> dict[str, tuple[int, int]]:
         """Map each path to rows and columns of its weight, which several tensors may share."""
         found: dict[str, tuple[int, int]] = {}
         for weight in self.weights:
             if weight.linear is None:
                 columns = torch.Size(weight.info.shape[1:]).numel()
-                found[weight.path] = (weight.rows, columns)
+                found[weight.path] = (weight.num_rows, columns)
             else:
-                stop = weight.in_linear(Span(0, weight.rows)).stop
+                stop = weight.span_in_linear(Span(0, weight.num_rows)).stop
                 rows = max(stop, found.get(weight.path, (0, 0))[0])
-                found[weight.path] = (rows, weight.columns)
+                found[weight.path] = (rows, weight.num_columns)
         return found
 
-    def adapts(self, weight: Weight) -> bool:
+    def is_adapted(self, weight: BaseWeight) -> bool:
         """Return whether the adapter changes this tensor."""
-        return self._merger.touches(weight.path)
+        return self._merger.changes_weight(weight.path)
 
-    def packs(self, weight: Weight) -> bool:
+    def is_packable(self, weight: BaseWeight) -> bool:
         """Return whether a format may pack this weight: that of a block's linear, and in the
         states ``codes`` and ``base`` one with codes (a prequantized base can have others)."""
         if self.state not in ("codes", "base"):
-            return weight.in_block
+            return weight.is_block_linear
         kept = AffineCodec if self.state == "codes" else (AffineCodec, Nf4Codec)
-        return weight.in_block and isinstance(weight.codec, kept)
+        return weight.is_block_linear and isinstance(weight.codec, kept)
 
-    def spans(self, weight: Weight, multiple: int = 1) -> Iterator[Span]:
+    def iterate_spans(self, weight: BaseWeight, multiple: int = 1) -> Iterator[Span]:
         """Yield row spans of at most ``chunk_bytes``; all but the last have a multiple of
         ``multiple`` rows, and at least that many."""
         row = 4 * max(1, torch.Size(weight.info.shape[1:]).numel())
         rows = max(1, self._chunk_bytes // row // multiple) * multiple
-        yield from Span(0, weight.rows).chunks(rows)
+        yield from Span(0, weight.num_rows).split_into_chunks(rows)
 
-    def rows(self, weight: Weight, span: Span) -> Tensor:
+    def read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         """Return rows as numbers: float32 where the state changes them, else the file's type."""
         linear = weight.linear
-        if self.state in ("codes", "base") and self._has_parts(weight):
-            return parts_to_rows(self.parts(weight, span), weight.columns)
-        adapted = self.adapts(weight) and self.state != "base"
+        if self.state in ("codes", "base") and self._has_affine_parts(weight):
+            return dequantize_affine_parts(self.read_affine_parts(weight, span), weight.num_columns)
+        adapted = self.is_adapted(weight) and self.state != "base"
         # includes the head: PiSSA subtracts its initial factors although it is not quantized
         as_trained = self.state in ("decoded", "base")
         decoded = linear is not None and (as_trained or linear.stored is not None)
         if decoded:
             assert linear is not None
-            packed = self.packed_rows(weight, span)
-            rows = linear.codec.decode(packed, linear.in_features, torch.float32)
+            packed = self.read_packed_rows(weight, span)
+            rows = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
             rows = rows.reshape(len(span), *weight.info.shape[1:])
         elif weight.path in self._new:
             rows = torch.zeros(len(span), *weight.info.shape[1:])  # the adapter has all of it
         else:
-            rows = self._reader.read(weight.name, span)
+            rows = self._reader.read_rows(weight.name, span)
         if not adapted:
             return rows
         rows = rows.float()
         into: Literal["original", "decoded"] = "decoded" if decoded else "original"
         if linear is None:
-            return self._merger.merge_rows(weight.path, rows, span, into)
-        flat = rows.reshape(-1, weight.columns)
-        merged = self._merger.merge_rows(weight.path, flat, weight.in_linear(span), into)
+            return self._merger.merge_weight_rows(weight.path, rows, span, into)
+        flat = rows.reshape(-1, weight.num_columns)
+        merged = self._merger.merge_weight_rows(
+            weight.path, flat, weight.span_in_linear(span), into
+        )
         return merged.view(rows.shape)
 
-    def parts(self, weight: Weight, span: Span) -> AffineParts:
+    def read_affine_parts(self, weight: BaseWeight, span: Span) -> AffineParts:
         """Return codes, scales and float32 zeros of a linear's rows on an integer base."""
         assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
-        parts = weight.linear.codec.split(self.packed_rows(weight, span), weight.columns)
+        parts = weight.linear.codec.split_packed_rows(
+            self.read_packed_rows(weight, span), weight.num_columns
+        )
         parts = parts._replace(zero=parts.zero.float())
-        if self.state == "codes" and self.adapts(weight):
-            return self._merger.merge_parts(weight.path, parts, span)
+        if self.state == "codes" and self.is_adapted(weight):
+            return self._merger.merge_affine_parts(weight.path, parts, span)
         return parts
 
-    def _has_parts(self, weight: Weight) -> bool:
-        return weight.in_block and isinstance(weight.codec, AffineCodec)
+    def _has_affine_parts(self, weight: BaseWeight) -> bool:
+        return weight.is_block_linear and isinstance(weight.codec, AffineCodec)
 
-    def packed_rows(self, weight: Weight, span: Span) -> Tensor:
+    def read_packed_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         """Return a linear's packed rows as in training, ``uint8 [rows, row_bytes]``; with PiSSA
         and LoftQ those of the residual, without the product of the initial factors."""
         assert weight.linear is not None
-        own = weight.in_linear(span)
-        read = LinearRows.read(weight.linear, self._reader, own)
-        return read.packed(partial(self._merger.residual_rows, weight.path, span=own))
+        own = weight.span_in_linear(span)
+        read = WeightRows.read_weight_rows(weight.linear, self._reader, own)
+        return read.to_packed(partial(self._merger.subtract_initial_delta, weight.path, span=own))
 
-    def group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
+    def iterate_group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
         """Yield affine parts and the change of each group by an adapter that fits into zeros, in
         the state ``base`` (``adapters.qalora.merge``)."""
         for weight in self.weights:
-            if self._has_parts(weight) and self.adapts(weight):
-                for span in self.spans(weight):
-                    parts = self.parts(weight, span)
-                    yield parts, self._merger.group_change(weight.path, parts, span)
+            if self._has_affine_parts(weight) and self.is_adapted(weight):
+                for span in self.iterate_spans(weight):
+                    parts = self.read_affine_parts(weight, span)
+                    yield parts, self._merger.compute_group_change(weight.path, parts, span)
 
-    def check_complete(self) -> None:
+    def check_all_consumed(self) -> None:
         """Check that all of the adapter was used and that all rows are of the base it was trained
         on; called after the last row and before the output is published.
 
@@ -253,50 +202,52 @@ class Walk:
             UserError: the adapter changes a weight that the base does not have, or belongs to
                 another base.
         """
-        self._check_base()
-        if self.state != "base" and (left := self._merger.unused()):
+        self._check_base_hashes()
+        if self.state != "base" and (left := self._merger.list_unused_tensors()):
             base = self.skeleton.index.path
             raise UserError(
                 f"adapter {self.adapter_dir} adapts {left[0]}, which {base} does not have: it "
                 "belongs to another base"
             )
 
-    def _check_base(self) -> None:
+    def _check_base_hashes(self) -> None:
         """Compare the hashes of the rows; rows that the format did not need are read now."""
         hashes = self._reader.hashes
         if hashes is None or self._record is None:
             return
         for weight in self.weights:
             known = hashes.sums.get(weight.name)
-            if weight.name in self._record.tensors and not (known and known.is_whole):
-                for span in self.spans(weight):
+            if weight.name in self._record.tensors and not (known and known.is_complete):
+                for span in self.iterate_spans(weight):
                     if weight.linear is not None and weight.linear.stored is not None:
-                        weight.linear.stored.read(self._reader, weight.in_linear(span))
+                        weight.linear.stored.read_packed_rows(
+                            self._reader, weight.span_in_linear(span)
+                        )
                     elif weight.path not in self._new:
-                        self._reader.read(weight.name, span)
+                        self._reader.read_rows(weight.name, span)
         found = {
-            name: hashes.describe(name, known.total)
+            name: hashes.describe_tensor(name, known.total)
             for name, known in hashes.sums.items()
-            if known.is_whole
+            if known.is_complete
         }
         owner, where = f"adapter {self.adapter_dir}", str(self.skeleton.index.path)
         self._record.check_tensors(found, where, owner, _GIVE_ITS_BASE)
 
 
 @contextmanager
-def open_walk(
+def open_merged_weights(
     base: BaseConfig,
     directory: Path,
     adapter_dir: Path,
     state: State,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Iterator[Walk]:
+) -> Iterator[MergedWeights]:
     """Open the base's files in ``directory`` and the adapter, and yield the weights in ``state``.
 
     Raises:
         UserError: damaged files, or an adapter that was trained on another base.
     """
-    about = read_metadata(adapter_dir)
+    about = read_adapter_metadata(adapter_dir)
     skeleton = build_skeleton(base, directory, about.get("labels", ()))
     record = BaseRecord.from_metadata(about, adapter_dir / "dist_peft.json")
     record.check_sample(skeleton.index, f"adapter {adapter_dir}", _GIVE_ITS_BASE)
@@ -304,42 +255,50 @@ def open_walk(
         log.info(
             "%s is already quantized (%s): the adapter is merged into its dequantized weights",
             directory,
-            skeleton.prequantized.label,
+            skeleton.prequantized.format_label,
             extra=ONCE,
         )
     with ExitStack() as stack:
         # kept apart, an adapter of a tied embedding leaves the head as it was, as in training
         tied = skeleton.tied and state != "base"
         merger = open_merger(adapter_dir, _base_names(skeleton), stack, tied=tied)
-        hashes = row_hashes(skeleton) if record.is_complete else None
+        hashes = build_row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
-        yield Walk(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
+        yield MergedWeights(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
 
 
-def base_rows(
+def iterate_base_rows(
     base: BaseConfig, directory: Path, labels: Sequence[str], chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[str, Tensor, Span]]:
     """Yield path, rows and row span of every tensor of the base as training saw it, without any
     adapter. Rows of experts that are stored together are matrices."""
     skeleton = build_skeleton(base, directory, labels)
     with RowReader(skeleton.index) as reader:
-        for weight in _weights(skeleton):
+        for weight in list_base_weights(skeleton):
             size = torch.Size(weight.info.shape[1:]).numel()
             if skeleton.head is not None and weight.path in skeleton.head.new:
                 continue
-            for span in Span(0, weight.rows).chunks(max(1, chunk_bytes // 4 // max(1, size))):
+            for span in Span(0, weight.num_rows).split_into_chunks(
+                max(1, chunk_bytes // 4 // max(1, size))
+            ):
                 if weight.linear is None:
-                    yield weight.path, reader.read(weight.name, span), span
+                    yield weight.path, reader.read_rows(weight.name, span), span
                     continue
-                own = weight.in_linear(span)
-                packed = LinearRows.read(weight.linear, reader, own).packed(lambda rows: rows)
+                own = weight.span_in_linear(span)
+                packed = WeightRows.read_weight_rows(weight.linear, reader, own).to_packed(
+                    lambda rows: rows
+                )
                 columns = weight.linear.in_features
-                yield weight.path, weight.linear.codec.decode(packed, columns, torch.float32), own
+                yield (
+                    weight.path,
+                    weight.linear.codec.dequantize_rows(packed, columns, torch.float32),
+                    own,
+                )
 
 
 def _base_names(skeleton: Skeleton) -> dict[str, str]:
     """Return path of each weight in the model -> its name in the base's files."""
-    names = {weight.path: weight.name for weight in _weights(skeleton)}
+    names = {weight.path: weight.name for weight in list_base_weights(skeleton)}
     if skeleton.tied:  # some files also store the head's copy of the shared weight
         paths = {id(m): path for path, m in skeleton.model.named_modules()}
         embedding, head = (
@@ -354,32 +313,9 @@ def _base_names(skeleton: Skeleton) -> dict[str, str]:
     return names
 
 
-def parts_to_rows(parts: AffineParts, columns: int) -> Tensor:
+def dequantize_affine_parts(parts: AffineParts, columns: int) -> Tensor:
     """Dequantize ``(code - zero) * scale`` to float32 ``[rows, columns]``."""
     rows, groups = parts.scale.shape
     codes = parts.codes.view(rows, groups, -1).float()
     numbers = (codes - parts.zero.float().unsqueeze(-1)) * parts.scale.float().unsqueeze(-1)
     return numbers.flatten(1)[:, :columns]
-
-
-def _weights(skeleton: Skeleton) -> list[Weight]:
-    paths: dict[str, tuple[str, FrozenRows | None]] = {}
-    first: dict[str, int] = {}
-    for path, module in skeleton.model.named_modules():
-        for own, name in module.checkpoint_names.items():
-            is_linear = isinstance(module, FrozenLinear) and own == "packed"
-            linear = module if is_linear else None
-            paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
-        if isinstance(module, ExpertStack):
-            for piece in module.pieces:
-                paths[piece.name] = (f"{path}.weight", module)
-                first[piece.name] = piece.span.start
-    trunk = "" if skeleton.head is None else f"{skeleton.model.base_model_prefix}."
-    found = []
-    for name, info in skeleton.tensors.items():
-        path, linear = paths.get(name, (name, None))
-        headless = path.startswith(trunk) and not name.startswith(trunk)
-        written = skeleton.renamed.get(name, f"{trunk}{name}" if headless else name)
-        wide = skeleton.wide.get(name)
-        found.append(Weight(info, path, linear, written, first.get(name, 0), wide))
-    return found

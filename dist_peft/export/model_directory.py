@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_files import check_link, model_files, without_code
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_files import check_link_target, list_model_files, strip_auto_map
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.store.fileio import writing
-from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
+from dist_peft.store.fileio import translate_write_errors
+from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
 
 __all__ = [
     "MAX_FILE_BYTES",
-    "Packer",
-    "Piece",
-    "Written",
-    "check_new",
-    "copy_configuration",
-    "copy_tokenizer",
-    "unpacked_linears",
-    "write_directory",
+    "TensorPiece",
+    "WeightPacker",
+    "WriteResult",
+    "check_output_free",
+    "copy_model_files",
+    "copy_tokenizer_files",
+    "list_unpacked_linears",
+    "write_model_directory",
 ]
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -41,7 +42,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 """Files that ``transformers`` saves for a fast tokenizer; training supports no other kind."""
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """Rows of one output tensor, beginning at row ``start``."""
 
     name: str
@@ -49,27 +50,29 @@ class Piece(NamedTuple):
     start: int
 
 
-class Packer(Protocol):
+class WeightPacker(Protocol):
     """Stores the weight of a linear in one format."""
 
     row_multiple: int
     """All chunks of a weight but the last are a multiple of this many rows long."""
 
-    def takes(self, weight: Weight) -> bool:
+    def can_pack(self, weight: BaseWeight) -> bool:
         """Return whether the format can pack this weight of a block's linear."""
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
         """Return names, types and shapes of the tensors that replace the weight."""
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
         """Pack rows ``span`` of the weight; called for all spans of a weight in order."""
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         """Return keys of ``config.json``, given the paths of linears that stay unpacked."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """Statistics of a written export.
 
     Attributes:
@@ -87,14 +90,14 @@ class Written:
     unpacked: tuple[str, ...] = ()
 
 
-def write_directory(
-    walk: Walk,
-    packer: Packer | None,
+def write_model_directory(
+    walk: MergedWeights,
+    packer: WeightPacker | None,
     out: Path,
     dtype: torch.dtype,
     max_file_bytes: int = MAX_FILE_BYTES,
     compute: torch.dtype | None = None,
-) -> Written:
+) -> WriteResult:
     """Stream every weight of ``walk`` into safetensors files in ``out``.
 
     Args:
@@ -109,12 +112,12 @@ def write_directory(
     Returns:
         Counts of tensors, size of the files and names of unpacked linears.
     """
-    packed = {w.name for w in walk.weights if packer and walk.packs(w) and packer.takes(w)}
+    packed = {w.name for w in walk.weights if packer and walk.is_packable(w) and packer.can_pack(w)}
     plans: dict[str, list[TensorSpec]] = {}
     for weight in walk.weights:
         info = weight.info
         if packer is not None and weight.name in packed:
-            plans[weight.name] = packer.plan(weight)
+            plans[weight.name] = packer.plan_tensors(weight)
         else:
             kind = (weight.wide or dtype) if info.dtype.is_floating_point else info.dtype
             plans[weight.name] = [TensorSpec(weight.written, kind, info.shape)]
@@ -123,26 +126,28 @@ def write_directory(
     with StreamWriter(out, specs, max_file_bytes) as writer:
         for weight in walk.weights:
             if packer is not None and weight.name in packed:
-                for span in walk.spans(weight, packer.row_multiple):
-                    for piece in packer.pack(walk, weight, span):
-                        writer.write(*piece)
+                for span in walk.iterate_spans(weight, packer.row_multiple):
+                    for piece in packer.pack_rows(walk, weight, span):
+                        writer.write_rows(*piece)
             else:
                 kind = plans[weight.name][0].dtype
-                for span in walk.spans(weight):
-                    rows = walk.rows(weight, span)
+                for span in walk.iterate_spans(weight):
+                    rows = walk.read_merged_rows(weight, span)
                     if compute is not None and rows.is_floating_point() and not weight.wide:
                         rows = rows.to(compute)
-                    writer.write(weight.written, rows.to(kind), span.start)
-            merged += walk.adapts(weight) and walk.state != "base"
-        walk.check_complete()
+                    writer.write_rows(weight.written, rows.to(kind), span.start)
+            merged += walk.is_adapted(weight) and walk.state != "base"
+        walk.check_all_consumed()
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    left = tuple(w.stem for w in walk.weights if packer and w.in_block and w.name not in packed)
-    return Written(len(specs), len(packed), merged, size, left)
+    left = tuple(
+        w.name_stem for w in walk.weights if packer and w.is_block_linear and w.name not in packed
+    )
+    return WriteResult(len(specs), len(packed), merged, size, left)
 
 
-def unpacked_linears(walk: Walk, left: Iterable[str]) -> list[str]:
+def list_unpacked_linears(walk: MergedWeights, left: Iterable[str]) -> list[str]:
     """Return paths of linears that a loader must not convert: those outside blocks and ``left``."""
-    inside = {w.module for w in walk.weights if w.in_block}
+    inside = {w.module_path for w in walk.weights if w.is_block_linear}
     outside = [
         path
         for path, module in walk.skeleton.model.named_modules()
@@ -151,7 +156,7 @@ def unpacked_linears(walk: Walk, left: Iterable[str]) -> list[str]:
     return [*outside, *left]
 
 
-def check_new(out: Path) -> None:
+def check_output_free(out: Path) -> None:
     """Check that ``out`` does not exist or is an empty directory.
 
     Raises:
@@ -163,15 +168,15 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out} is not empty; choose a new directory")
 
 
-def copy_tokenizer(adapter_dir: Path, out: Path) -> None:
+def copy_tokenizer_files(adapter_dir: Path, out: Path) -> None:
     """Prefer the tokenizer saved with the adapter: it formats conversations as training did."""
     for path in sorted(adapter_dir.iterdir()):
         if path.name in _TOKENIZER_FILES:
-            check_link(path, adapter_dir)
-            _copy(path, out / path.name)
+            check_link_target(path, adapter_dir)
+            _copy_file(path, out / path.name)
 
 
-def copy_configuration(
+def copy_model_files(
     directory: Path,
     out: Path,
     dtype: torch.dtype,
@@ -179,7 +184,7 @@ def copy_configuration(
     *,
     code: bool = False,
 ) -> None:
-    """Copy configuration, tokenizer and licence: only the files that ``model_files`` lists.
+    """Copy configuration, tokenizer and licence: only the files that ``list_model_files`` lists.
 
     Args:
         directory: directory of the base.
@@ -192,25 +197,25 @@ def copy_configuration(
     Raises:
         UserError: a file is a link out of the directory, the disk is full, or it is not writable.
     """
-    for name in model_files(directory, code=code):
+    for name in list_model_files(directory, code=code):
         if name == "config.json":
             continue  # written last and atomically: without it no loader accepts the directory
         path = directory / name
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        content = None if code else without_code(path)
+        content = None if code else strip_auto_map(path)
         if content is None:
-            _copy(path, out / name)
+            _copy_file(path, out / name)
         else:
-            atomic_write(out / name, json.dumps(content, indent=2, ensure_ascii=False))
+            write_atomically(out / name, json.dumps(content, indent=2, ensure_ascii=False))
     config = json.loads((directory / "config.json").read_text())
     for key in ("torch_dtype", "quantization_config"):  # they describe the base, not the output
         config.pop(key, None)
     if not code:
         config.pop("auto_map", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    atomic_write(out / "config.json", json.dumps({**config, **changes}, indent=2))
+    write_atomically(out / "config.json", json.dumps({**config, **changes}, indent=2))
 
 
-def _copy(source: Path, target: Path) -> None:
-    with writing(target, source.stat().st_size):
+def _copy_file(source: Path, target: Path) -> None:
+    with translate_write_errors(target, source.stat().st_size):
         shutil.copyfile(source, target)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["check_link", "model_files", "without_code"]
+__all__ = ["check_link_target", "list_model_files", "strip_auto_map"]
 
 log = logging.getLogger("dist_peft")
 
@@ -45,7 +45,7 @@ _DOCUMENTS = (
 _DOCUMENT_ENDINGS = ("", ".md", ".txt", ".rst", ".pdf")
 
 
-def model_files(directory: Path, *, code: bool = False) -> list[str]:
+def list_model_files(directory: Path, *, code: bool = False) -> list[str]:
     """Return the sorted names, relative to ``directory``, of the files that belong to a model.
 
     Args:
@@ -61,37 +61,37 @@ def model_files(directory: Path, *, code: bool = False) -> list[str]:
         if any(part.startswith(".") for part in Path(name).parts) or not path.is_file():
             continue
         if any(fnmatchcase(name, pattern) for pattern in _NEEDED):
-            check_link(path, directory)
+            check_link_target(path, directory)
             found.add(name)
-        elif _is_document(path):
-            if _stays_inside(path, directory):
+        elif _is_document_file(path):
+            if _is_inside_directory(path, directory):
                 found.add(name)
             else:
                 log.warning("%s is a link out of %s and is not copied", path, directory)
     if code:
-        found |= set(_code_files(directory))
+        found |= set(_iterate_code_files(directory))
     return sorted(found)
 
 
-def _is_document(path: Path) -> bool:
+def _is_document_file(path: Path) -> bool:
     known = any(fnmatchcase(path.name, pattern) for pattern in _DOCUMENTS)
     return known and path.suffix.lower() in _DOCUMENT_ENDINGS
 
 
-def check_link(path: Path, directory: Path) -> None:
+def check_link_target(path: Path, directory: Path) -> None:
     """Check that ``path`` does not resolve to a file outside ``directory``.
 
     Raises:
         UserError: ``path`` or one of its parents is a link out of ``directory``.
     """
-    if not _stays_inside(path, directory):
+    if not _is_inside_directory(path, directory):
         raise UserError(
             f"{path} is a link to {path.resolve()}, out of {directory}: its contents could be "
             "anything and are not copied into the output; replace the link by the file"
         )
 
 
-def _stays_inside(path: Path, directory: Path) -> bool:
+def _is_inside_directory(path: Path, directory: Path) -> bool:
     root, target = directory.resolve(), path.resolve()
     if target.is_relative_to(root):
         return True
@@ -101,7 +101,7 @@ def _stays_inside(path: Path, directory: Path) -> bool:
     return in_cache and target.parent == cache / "blobs"
 
 
-def without_code(path: Path) -> dict[str, Any] | None:
+def strip_auto_map(path: Path) -> dict[str, Any] | None:
     """Return a JSON file's object without ``auto_map``; None if there is no such key or object."""
     if path.suffix != ".json":
         return None
@@ -117,29 +117,29 @@ def without_code(path: Path) -> dict[str, Any] | None:
 # -- code --------------------------------------------------------------------------------------
 
 
-def _code_files(directory: Path) -> Iterator[str]:
+def _iterate_code_files(directory: Path) -> Iterator[str]:
     """Yield the files of the modules in ``auto_map`` and of all their relative imports."""
-    left, seen = sorted(_mapped_modules(directory)), set[str]()
+    left, seen = sorted(_iterate_mapped_modules(directory)), set[str]()
     while left:
         module = left.pop()
-        for name in _files_of(module):
+        for name in _list_module_files(module):
             path = directory / name
             if name in seen or not path.is_file():
                 continue
-            check_link(path, directory)
+            check_link_target(path, directory)
             seen.add(name)
             yield name
-            left += _relative_imports(path, ".".join(Path(name).parent.parts))
+            left += _list_relative_imports(path, ".".join(Path(name).parent.parts))
 
 
-def _files_of(module: str) -> list[str]:
+def _list_module_files(module: str) -> list[str]:
     """Return the files that importing the module ``a.b`` may run."""
     names = module.split(".") if module else []
     packages = ["/".join([*names[:i], "__init__.py"]) for i in range(1, len(names) + 1)]
     return [*packages, "/".join(names) + ".py"] if names else []
 
 
-def _mapped_modules(directory: Path) -> Iterator[str]:
+def _iterate_mapped_modules(directory: Path) -> Iterator[str]:
     """Yield modules in the ``auto_map`` of any configuration.
 
     Modules of another repository (``org/name--module.Class``) are left out.
@@ -158,7 +158,7 @@ def _mapped_modules(directory: Path) -> Iterator[str]:
                 yield value.rpartition(".")[0]
 
 
-def _relative_imports(path: Path, package: str) -> list[str]:
+def _list_relative_imports(path: Path, package: str) -> list[str]:
     """Return modules that a file imports relatively, as dotted paths from the top directory.
 
     Args:

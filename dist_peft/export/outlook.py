@@ -16,14 +16,14 @@ from dist_peft.core.config.run import (
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.export.float_bias import MLX_GROUPS, stored_group
-from dist_peft.export.formats.kept_nf4 import KeptNf4
+from dist_peft.export.float_bias import MLX_GROUPS, find_stored_group_size
+from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.formats.registry import FORMATS
-from dist_peft.export.model_files import model_files
+from dist_peft.export.model_files import list_model_files
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.skeleton import Skeleton, torch_dtype
+from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 
-__all__ = ["FORMS", "KEPT_NF4", "export_outlook", "log_outlook"]
+__all__ = ["FORMS", "KEPT_NF4", "find_export_obstacles", "log_export_outlook"]
 
 log = logging.getLogger("dist_peft")
 
@@ -40,7 +40,7 @@ FORMS = tuple(
 """Forms that a run can be exported in: the formats and ``KEPT_NF4``."""
 
 
-def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> dict[str, str]:
+def find_export_obstacles(config: RunConfig, skeleton: Skeleton, directory: Path) -> dict[str, str]:
     """Return the reason for each form (``FORMS``) that this run cannot be written in.
 
     A form that is not in the result can be tried.
@@ -51,19 +51,21 @@ def export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> di
         directory: directory of the base's files.
     """
     merged = [name for name in FORMATS if name not in _ADAPTERS]
-    refused = dict.fromkeys(merged, reason) if (reason := _no_merge(config, skeleton)) else {}
-    if reason := _no_kept_nf4(config, skeleton):
+    refused = (
+        dict.fromkeys(merged, reason) if (reason := _find_merge_obstacle(config, skeleton)) else {}
+    )
+    if reason := _find_kept_nf4_obstacle(config, skeleton):
         refused[KEPT_NF4] = reason
     try:
-        model_files(directory, code=config.base.trust_remote_code)
+        list_model_files(directory, code=config.base.trust_remote_code)
     except UserError as error:
         refused = dict.fromkeys((*merged, KEPT_NF4), str(error)) | refused
-    for name, reason in _by_format(config, skeleton).items():
+    for name, reason in _find_format_obstacles(config, skeleton).items():
         refused.setdefault(name, reason)
     return {name: refused[name] for name in FORMS if name in refused}
 
 
-def _no_kept_nf4(config: RunConfig, skeleton: Skeleton) -> str | None:
+def _find_kept_nf4_obstacle(config: RunConfig, skeleton: Skeleton) -> str | None:
     """Return why the base's NF4 codes cannot be kept with a separate adapter; None if they can."""
     adapter, quant = config.adapter, config.base.quant
     if adapter.kind in _WEIGHT_KINDS:
@@ -75,14 +77,14 @@ def _no_kept_nf4(config: RunConfig, skeleton: Skeleton) -> str | None:
     if quant is None or quant.kind != "nf4":
         return "the base has no NF4 codes"
     try:
-        packer = KeptNf4(quant.group_size, torch_dtype(config.base.compute_dtype))
-        packer.check_linears(skeleton.model)
+        packer = KeptNf4Packer(quant.group_size, parse_torch_dtype(config.base.compute_dtype))
+        packer.check_model_linears(skeleton.model)
     except UserError as error:
         return str(error)
     return None
 
 
-def _no_merge(config: RunConfig, skeleton: Skeleton) -> str | None:
+def _find_merge_obstacle(config: RunConfig, skeleton: Skeleton) -> str | None:
     adapter = config.adapter
     if isinstance(adapter, VirtualTokensConfig):
         return "virtual tokens change no weight"
@@ -96,7 +98,7 @@ def _no_merge(config: RunConfig, skeleton: Skeleton) -> str | None:
     return None
 
 
-def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
+def _find_format_obstacles(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
     adapter, quant = config.adapter, config.base.quant
     own: dict[str, str] = {}
     quantized = [name for name in FORMS if name not in (*_ADAPTERS, "hf-bf16")]
@@ -118,21 +120,21 @@ def _by_format(config: RunConfig, skeleton: Skeleton) -> dict[str, str]:
     if isinstance(adapter, Ia3Config):
         own = {"gptq": "PEFT does not support IA3 on GPTQ linears (or --merge --lossy)"} | own
     kept = quant is not None and quant.kind == "int" and isinstance(adapter, QaLoraConfig)
-    if quant is not None and kept and not stored_group(quant.group_size, MLX_GROUPS):
+    if quant is not None and kept and not find_stored_group_size(quant.group_size, MLX_GROUPS):
         own.setdefault("mlx", f"mlx does not support groups of {quant.group_size}")
     if "gguf" not in own and find_spec("gguf") is not None:
-        from dist_peft.export.formats.gguf_model import GgufModel  # needs an optional package
+        from dist_peft.export.formats.gguf_model import GgufModelLayout  # needs an optional package
 
         try:
-            GgufModel(skeleton)
+            GgufModelLayout(skeleton)
         except UserError as error:
             own["gguf"] = str(error)
     return own
 
 
-def log_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> None:
+def log_export_outlook(config: RunConfig, skeleton: Skeleton, directory: Path) -> None:
     """Log once the forms that the run can be exported in, and the reasons against the others."""
-    refused = export_outlook(config, skeleton, directory)
+    refused = find_export_obstacles(config, skeleton, directory)
     possible = [name for name in FORMS if name not in refused]
     reasons: dict[str, list[str]] = {}
     for name, reason in refused.items():

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.directory import read_adapter, read_metadata
-from dist_peft.adapters.full.format import holds_weights
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.directory import read_adapter_directory, read_adapter_metadata
+from dist_peft.adapters.full.format import contains_trained_weights
+from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import Span
 from dist_peft.export.verdict import EXACT_BOUND
-from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
+from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
 
@@ -73,30 +73,30 @@ def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> P
     Raises:
         UserError: damaged files.
     """
-    if holds_weights(adapter_dir):
+    if contains_trained_weights(adapter_dir):
         return None
-    public = read_adapter(adapter_dir)
+    public = read_adapter_directory(adapter_dir)
     start = public.facts.get("start")
     if start is None:
         return None
-    labels = read_metadata(adapter_dir).get("labels", ())
+    labels = read_adapter_metadata(adapter_dir).get("labels", ())
     skeleton = build_skeleton(base, directory, labels)
-    merger = Merger.of(public)
+    merger = LoraMerger.from_public_adapter(public)
     error = change = 0.0
     linears = rows = 0
     with RowReader(skeleton.index) as reader:
         for path, linear in skeleton.model.named_modules():
             weight = f"{path}.weight"
-            if not isinstance(linear, FrozenLinear) or not merger.has_start(weight):
+            if not isinstance(linear, FrozenLinear) or not merger.has_initial_factors(weight):
                 continue
             linears += 1
-            for span in _sample(linear.out_features):
-                read = LinearRows.read(linear, reader, span)
-                packed = read.packed(partial(merger.residual_rows, weight, span=span))
-                decoded = linear.codec.decode(packed, linear.in_features, torch.float32)
-                trained = merger.merge_rows(weight, decoded, span, "decoded")
-                with_peft = merger.merge_rows(weight, read.numbers(), span, "original")
-                begun = merger.start_rows(weight, decoded, span)
+            for span in _sample_row_spans(linear.out_features):
+                read = WeightRows.read_weight_rows(linear, reader, span)
+                packed = read.to_packed(partial(merger.subtract_initial_delta, weight, span=span))
+                decoded = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
+                trained = merger.merge_weight_rows(weight, decoded, span, "decoded")
+                with_peft = merger.merge_weight_rows(weight, read.to_float(), span, "original")
+                begun = merger.compute_initial_rows(weight, decoded, span)
                 error += float((with_peft - trained).double().square().sum())
                 change += float((trained - begun).double().square().sum())
                 rows += len(span)
@@ -105,7 +105,7 @@ def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> P
     return PeftFormError(math.sqrt(error / change) if change else math.inf, linears, rows)
 
 
-def _sample(rows: int) -> Iterator[Span]:
+def _sample_row_spans(rows: int) -> Iterator[Span]:
     """Yield spans of rows to compare; a small linear is compared as a whole."""
     if rows <= _PIECES * _PIECE_ROWS:
         yield Span(0, rows)

@@ -11,39 +11,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import read_metadata
+from dist_peft.adapters.directory import read_adapter_metadata
 from dist_peft.model.hub import read_json_object
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 
-__all__ = ["add_stop_tokens", "read_turn_end", "stop_tokens", "warn_of_no_stop"]
+__all__ = ["add_stop_tokens", "read_stop_tokens", "read_turn_end_ids", "warn_missing_stop_token"]
 
 log = logging.getLogger("dist_peft")
 
 _GENERATION = "generation_config.json"
 
 
-def stop_tokens(directory: Path) -> list[int]:
+def read_stop_tokens(directory: Path) -> list[int]:
     """Return the token ids at which plain ``generate`` of the model in ``directory`` stops."""
     file = directory / _GENERATION
-    if file.is_file() and (found := _ids(read_json_object(file).get("eos_token_id"))):
+    if file.is_file() and (found := _as_id_list(read_json_object(file).get("eos_token_id"))):
         return found
     config = read_json_object(directory / "config.json")
     text = config.get("text_config")
     nested = text.get("eos_token_id") if isinstance(text, dict) else None
-    return _ids(config.get("eos_token_id")) or _ids(nested)
+    return _as_id_list(config.get("eos_token_id")) or _as_id_list(nested)
 
 
-def _ids(value: Any) -> list[int]:
+def _as_id_list(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
 
 
-def read_turn_end(adapter_dir: Path) -> list[int]:
+def read_turn_end_ids(adapter_dir: Path) -> list[int]:
     """Return ``turn_end`` of a run's adapter; empty if it is unknown."""
-    return _ids(read_metadata(adapter_dir).get("turn_end"))
+    return _as_id_list(read_adapter_metadata(adapter_dir).get("turn_end"))
 
 
-def warn_of_no_stop(directory: Path, turn_end: Sequence[int], names: Sequence[str]) -> None:
+def warn_missing_stop_token(directory: Path, turn_end: Sequence[int], names: Sequence[str]) -> None:
     """Warn before training if the base would not stop at the end of a document.
 
     Args:
@@ -51,7 +51,7 @@ def warn_of_no_stop(directory: Path, turn_end: Sequence[int], names: Sequence[st
         turn_end: token ids that end the training documents.
         names: texts of these tokens.
     """
-    stops = stop_tokens(directory)
+    stops = read_stop_tokens(directory)
     missing = [name for token, name in zip(turn_end, names, strict=True) if token not in stops]
     if missing:
         log.warning(
@@ -72,8 +72,8 @@ def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
     Raises:
         UserError: a file is damaged, or cannot be written.
     """
-    stops = stop_tokens(out)
-    missing = [token for token in read_turn_end(adapter_dir) if token not in stops]
+    stops = read_stop_tokens(out)
+    missing = [token for token in read_turn_end_ids(adapter_dir) if token not in stops]
     if not missing:
         return
     file = out / _GENERATION
@@ -83,5 +83,5 @@ def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
         config = read_json_object(out / "config.json")
         settings = {k: config[k] for k in ("bos_token_id", "pad_token_id") if k in config}
     settings["eos_token_id"] = [*stops, *missing]
-    atomic_write(file, json.dumps(settings, indent=2) + "\n")
+    write_atomically(file, json.dumps(settings, indent=2) + "\n")
     log.info("%s also stops at token ids %s, which end the turns in training", file, missing)

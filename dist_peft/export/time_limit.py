@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["NotVerified", "time_limit"]
+__all__ = ["VerificationSkipped", "enforce_time_limit"]
 
 
-class NotVerified(Exception):
+class VerificationSkipped(Exception):
     """An export could not be compared with the trained model; the message has reason and fix."""
 
 
-class _TimeUp(BaseException):
+class _TimeLimitExceeded(BaseException):
     """Not an ``Exception``: libraries catch those and continue."""
 
 
 @contextmanager
-def time_limit(what: str, seconds: float) -> Iterator[None]:
+def enforce_time_limit(what: str, seconds: float) -> Iterator[None]:
     """Interrupt the body after ``seconds``; in the main thread only, elsewhere there is no limit.
 
     A signal is handled between two operations of a library, or while it waits for a process.
@@ -30,15 +30,15 @@ def time_limit(what: str, seconds: float) -> Iterator[None]:
         yield
         return
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _TimeUp
+    def raise_time_limit(number: int, frame: FrameType | None) -> None:
+        raise _TimeLimitExceeded
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, raise_time_limit)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    except _TimeUp:
-        raise NotVerified(
+    except _TimeLimitExceeded:
+        raise VerificationSkipped(
             f"{what} took longer than {seconds / 60:g} minutes; raise the limit with "
             "--verify-minutes"
         ) from None

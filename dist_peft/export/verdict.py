@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_peft.export.verify import Comparison
 
-__all__ = ["EXACT_BOUND", "VerificationError", "judge"]
+__all__ = ["EXACT_BOUND", "VerificationError", "judge_comparison"]
 
 log = logging.getLogger("dist_peft")
 
@@ -26,7 +26,7 @@ class VerificationError(RuntimeError):
     """The output does not match the trained model; the command ends with exit code 1."""
 
 
-def judge(
+def judge_comparison(
     found: Comparison, path: Path, *, exact: bool, max_error: float | None = None, hint: str = ""
 ) -> None:
     """Accept an export, warn about its error, or reject it.

@@ -24,10 +24,17 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.time_limit import NotVerified
-from dist_peft.store.writer import atomic_write
+from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.store.writer import write_atomically
 
-__all__ = ["Comparison", "Probe", "compare", "generate", "try_generate", "verify_directory"]
+__all__ = [
+    "Comparison",
+    "Probe",
+    "check_generation",
+    "compare_logits",
+    "generate_greedy",
+    "verify_directory",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -46,13 +53,13 @@ class Probe:
     trained: Tensor
     before: Tensor
 
-    def save(self, path: Path) -> None:
+    def save_probe(self, path: Path) -> None:
         """Write the probe as a safetensors file, atomically."""
         tensors = {k: v.contiguous().clone() for k, v in vars(self).items()}
-        atomic_write(path, save(tensors, metadata={"format": "pt"}))
+        write_atomically(path, save(tensors, metadata={"format": "pt"}))
 
     @classmethod
-    def load(cls, path: Path) -> "Probe":
+    def load_probe(cls, path: Path) -> "Probe":
         """Read a probe from a safetensors file.
 
         Raises:
@@ -90,7 +97,7 @@ class Comparison:
     kl_before: float
     changed: bool
 
-    def rows(self) -> list[tuple[str, str]]:
+    def format_rows(self) -> list[tuple[str, str]]:
         """Return the rows of a table: (quantity, value)."""
         return [
             ("Largest error of a logit", f"{self.max_error:.2e}"),
@@ -113,7 +120,7 @@ _UNCHANGED = 1e-6
 """A change below this share of the logits' standard deviation counts as none."""
 
 
-def compare(logits: Tensor, probe: Probe) -> Comparison:
+def compare_logits(logits: Tensor, probe: Probe) -> Comparison:
     """Compare ``logits`` [B, S, V] with the probe's.
 
     Raises:
@@ -125,7 +132,7 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
             f"the trained model returned {list(probe.trained.shape)}"
         )
     got, want, before = logits.double(), probe.trained.double(), probe.before.double()
-    error, change = _difference(got, want), _difference(want, before)
+    error, change = _compute_difference(got, want), _compute_difference(want, before)
     size, spread = change.square().mean(), want[want.isfinite()].var(correction=0)
     changed = bool(size > _UNCHANGED**2 * spread) or not bool(size.isfinite())
     reference = size if changed else spread
@@ -133,22 +140,22 @@ def compare(logits: Tensor, probe: Probe) -> Comparison:
         max_error=error.abs().max().item(),
         mean_error=error.abs().mean().item(),
         relative=(error.square().mean() / reference.clamp_min(1e-30)).sqrt().item(),
-        kl=_divergence(want, got),
+        kl=_compute_kl_divergence(want, got),
         top1=(got.argmax(-1) == want.argmax(-1)).double().mean().item(),
-        kl_before=_divergence(want, before),
+        kl_before=_compute_kl_divergence(want, before),
         changed=changed,
     )
 
 
-def _difference(got: Tensor, want: Tensor) -> Tensor:
+def _compute_difference(got: Tensor, want: Tensor) -> Tensor:
     """Return ``got - want``, with 0 where both are the same infinity (masked tokens)."""
     return torch.where(got == want, 0.0, got - want)
 
 
-def _divergence(want: Tensor, got: Tensor) -> float:
+def _compute_kl_divergence(want: Tensor, got: Tensor) -> float:
     """Return the mean Kullback-Leibler divergence over positions, in nats."""
     log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
-    terms = log_want.exp() * _difference(log_want, log_got)
+    terms = log_want.exp() * _compute_difference(log_want, log_got)
     return float(terms.sum(-1).mean())
 
 
@@ -166,16 +173,16 @@ def verify_directory(
     auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
     model.eval()
-    found = compare(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
+    found = compare_logits(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
     if not classifies:
         try:
-            try_generate(model, probe.input_ids)
-        except NotVerified as error:
+            check_generation(model, probe.input_ids)
+        except VerificationSkipped as error:
             log.warning("NOT VERIFIED: %s", error)
     return found
 
 
-def try_generate(model: Any, ids: Tensor) -> None:
+def check_generation(model: Any, ids: Tensor) -> None:
     """Generate two tokens with a loaded model, as its users will.
 
     Raises:
@@ -195,13 +202,13 @@ def try_generate(model: Any, ids: Tensor) -> None:
         )
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise NotVerified(
+        raise VerificationSkipped(
             f"plain generate of transformers fails here: {type(error).__name__}: {reason}"
         ) from None
 
 
 @torch.no_grad()
-def generate(directory: Path, prompts: list[str], max_new_tokens: int = 60) -> list[str]:
+def generate_greedy(directory: Path, prompts: list[str], max_new_tokens: int = 60) -> list[str]:
     """Return greedy continuations of ``prompts`` by plain ``transformers``."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

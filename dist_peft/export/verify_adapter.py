@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dist_peft.adapters.directory import read_metadata
+from dist_peft.adapters.directory import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
-from dist_peft.export.merged_weights import base_rows
-from dist_peft.export.time_limit import NotVerified
-from dist_peft.export.verify import Comparison, Probe, compare
-from dist_peft.model.skeleton import torch_dtype
+from dist_peft.export.merged_weights import iterate_base_rows
+from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.export.verify import Comparison, Probe, compare_logits
+from dist_peft.model.skeleton import parse_torch_dtype
 
 __all__ = ["verify_adapter"]
 
@@ -45,26 +45,30 @@ def verify_adapter(
         NotVerified: PEFT is not installed, or ``transformers`` has no such model.
     """
     if find_spec("peft") is None:
-        raise NotVerified("peft is not installed; pip install peft")
+        raise VerificationSkipped("peft is not installed; pip install peft")
     from peft import PeftModel
 
-    labels = read_metadata(trained).get("labels", ())
-    model = _plain_model(base, directory, labels)
-    _fill(model, base, directory, labels)
+    labels = read_adapter_metadata(trained).get("labels", ())
+    model = _build_plain_model(base, directory, labels)
+    _fill_plain_model(model, base, directory, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about a rank_pattern without a module
         adapted: Any = PeftModel.from_pretrained(model, str(out)).eval()
-    found = adapted(input_ids=probe.input_ids, use_cache="prefix" in _kind(adapted)).logits.float()
+    found = adapted(
+        input_ids=probe.input_ids, use_cache="prefix" in _describe_adapter_kind(adapted)
+    ).logits.float()
     if (extra := found.shape[1] - probe.trained.shape[1]) > 0 and not labels:
         found = found[:, extra:]  # drop the positions of virtual tokens
-    return f"peft {version('peft')}, transformers {version('transformers')}", compare(found, probe)
+    return f"peft {version('peft')}, transformers {version('transformers')}", compare_logits(
+        found, probe
+    )
 
 
-def _kind(adapted: Any) -> str:
+def _describe_adapter_kind(adapted: Any) -> str:
     return str(adapted.active_peft_config.peft_type.value).lower()
 
 
-def _plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
+def _build_plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
     """Build the model of plain ``transformers`` with random weights."""
     trust = base.trust_remote_code
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
@@ -73,17 +77,17 @@ def _plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
     auto: Any = AutoModelForCausalLM
     if labels:
         auto, config.num_labels = AutoModelForSequenceClassification, len(labels)
-    dtype = torch_dtype(base.compute_dtype)
+    dtype = parse_torch_dtype(base.compute_dtype)
     model: nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
     return model.eval()
 
 
-def _fill(model: nn.Module, base: BaseConfig, directory: Path, labels: Any) -> None:
+def _fill_plain_model(model: nn.Module, base: BaseConfig, directory: Path, labels: Any) -> None:
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for path, rows, span in base_rows(base, directory, labels):
+    for path, rows, span in iterate_base_rows(base, directory, labels):
         target = own.get(path, own.get(path.removesuffix(".weight")))
         if target is None and not path.startswith("lm_head."):  # stored copy of a tied head
-            raise NotVerified(f"the model of plain transformers has no {path}")
+            raise VerificationSkipped(f"the model of plain transformers has no {path}")
         if target is not None:
             flat = target.view(-1, *rows.shape[1:]) if rows.dim() > 1 else target.view(-1)
             flat[span.slice] = rows.to(target.dtype)

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     print(name)
 
 
-def _mlx(model: Path, ids: list[int]) -> tuple[str, Any]:
+def _run_mlx(model: Path, ids: list[int]) -> tuple[str, Any]:
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
@@ -36,7 +36,7 @@ def _mlx(model: Path, ids: list[int]) -> tuple[str, Any]:
     return f"mlx-lm {version('mlx-lm')}", np.array(logits)[0]
 
 
-def _llama_cpp(model: Path, ids: list[int]) -> tuple[str, Any]:
+def _run_llama_cpp(model: Path, ids: list[int]) -> tuple[str, Any]:
     from llama_cpp import Llama
 
     context = max(len(ids), 32)
@@ -45,7 +45,7 @@ def _llama_cpp(model: Path, ids: list[int]) -> tuple[str, Any]:
     return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", loaded.scores[: len(ids)]
 
 
-def _gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
+def _run_gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -54,11 +54,11 @@ def _gptq(model: Path, ids: list[int]) -> tuple[str, Any]:
         loaded.load_adapter(str(model / "adapter"))
     with torch.no_grad():
         logits = loaded.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
-    _generate(loaded, ids)
+    _check_generation(loaded, ids)
     return f"gptqmodel {version('gptqmodel')}", logits[0].float().numpy()
 
 
-def _bnb(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
+def _run_bitsandbytes(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,11 +70,11 @@ def _bnb(model: Path, ids: list[int], dtype: str) -> tuple[str, Any]:
         name += f", peft {version('peft')}"
     with torch.no_grad():
         logits = loaded(input_ids=torch.tensor([ids]), use_cache=False).logits
-    _generate(loaded, ids)
+    _check_generation(loaded, ids)
     return name, logits[0].float().numpy()
 
 
-def _generate(loaded: Any, ids: list[int]) -> None:
+def _check_generation(loaded: Any, ids: list[int]) -> None:
     """Generate two tokens, as users of the model will."""
     import torch
 
@@ -85,7 +85,7 @@ def _generate(loaded: Any, ids: list[int]) -> None:
     )
 
 
-def _adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
+def _run_adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
     import adapters
     import torch
     from transformers import AutoModelForCausalLM
@@ -99,11 +99,11 @@ def _adapters(model: Path, ids: list[int]) -> tuple[str, Any]:
 
 
 _CONSUMERS: dict[str, Any] = {
-    "mlx": _mlx,
-    "llama.cpp": _llama_cpp,
-    "gptq": _gptq,
-    "adapters": _adapters,
-    "bnb-nf4": _bnb,
+    "mlx": _run_mlx,
+    "llama.cpp": _run_llama_cpp,
+    "gptq": _run_gptq,
+    "adapters": _run_adapters,
+    "bnb-nf4": _run_bitsandbytes,
 }
 
 if __name__ == "__main__":

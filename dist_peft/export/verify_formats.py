@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.export import verify_consumer
-from dist_peft.export.time_limit import NotVerified, time_limit
+from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verdict import VerificationError
-from dist_peft.export.verify import Comparison, Probe, compare, try_generate
+from dist_peft.export.verify import Comparison, Probe, check_generation, compare_logits
 
-__all__ = ["ADAPTER", "OTHERS", "correct_bitsandbytes", "verify_export"]
+__all__ = ["ADAPTER", "OTHERS", "patch_bitsandbytes_layers", "verify_with_consumer"]
 
 log = logging.getLogger("dist_peft")
 
@@ -40,7 +40,7 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class _Other:
+class _ExternalConsumer:
     """A library that runs in a subprocess, and how to install it."""
 
     module: str
@@ -49,16 +49,18 @@ class _Other:
 
 
 OTHERS = {
-    "mlx": _Other("mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"),
-    "llama.cpp": _Other(
+    "mlx": _ExternalConsumer("mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"),
+    "llama.cpp": _ExternalConsumer(
         "llama_cpp", "DIST_PEFT_LLAMACPP_PYTHON", "pip install llama-cpp-python (needs a compiler)"
     ),
-    "gptq": _Other("gptqmodel", "DIST_PEFT_GPTQ_PYTHON", "pip install gptqmodel optimum"),
+    "gptq": _ExternalConsumer(
+        "gptqmodel", "DIST_PEFT_GPTQ_PYTHON", "pip install gptqmodel optimum"
+    ),
 }
 """Consumer -> its module, the environment variable naming a Python that has it, how to install."""
 
 
-def verify_export(
+def verify_with_consumer(
     name: str,
     out: Path,
     probe: Probe,
@@ -86,18 +88,18 @@ def verify_export(
         VerificationError: the consumer cannot load the export.
     """
     if name in ("mlx", "gptq"):
-        consumer, logits = _elsewhere(name, out, probe.input_ids, seconds)
-    elif name == "gguf" and _python("llama.cpp"):
-        consumer, logits = _elsewhere("llama.cpp", out, probe.input_ids, seconds)
+        consumer, logits = _run_in_subprocess(name, out, probe.input_ids, seconds)
+    elif name == "gguf" and _find_python("llama.cpp"):
+        consumer, logits = _run_in_subprocess("llama.cpp", out, probe.input_ids, seconds)
     elif name == "bnb-nf4":
-        return _bitsandbytes(out, probe, dtype, seconds)
+        return _verify_bitsandbytes(out, probe, dtype, seconds)
     else:
-        with time_limit("loading it with transformers", seconds):
-            consumer, logits = _here(name, out, probe.input_ids, dtype, trust_remote_code)
-    return consumer, compare(logits, probe)
+        with enforce_time_limit("loading it with transformers", seconds):
+            consumer, logits = _run_in_process(name, out, probe.input_ids, dtype, trust_remote_code)
+    return consumer, compare_logits(logits, probe)
 
 
-def _bitsandbytes(
+def _verify_bitsandbytes(
     out: Path, probe: Probe, dtype: torch.dtype, seconds: float
 ) -> tuple[str, Comparison]:
     """Compare the stored weights, then plain ``transformers`` on this machine, with the probe.
@@ -106,21 +108,21 @@ def _bitsandbytes(
         NotVerified: plain ``transformers`` fails, or is further from the trained model than the
             stored weights are.
     """
-    with time_limit("loading it with transformers", seconds):
-        consumer, logits = _here("bnb-nf4", out, probe.input_ids, dtype, False)
-    stored = compare(logits, probe)
+    with enforce_time_limit("loading it with transformers", seconds):
+        consumer, logits = _run_in_process("bnb-nf4", out, probe.input_ids, dtype, False)
+    stored = compare_logits(logits, probe)
     own = str(dtype).removeprefix("torch.")
     try:
-        plain, logits = _elsewhere(f"bnb-nf4:{own}", out, probe.input_ids, seconds)
+        plain, logits = _run_in_subprocess(f"bnb-nf4:{own}", out, probe.input_ids, seconds)
     except VerificationError as error:
         last = str(error).strip().splitlines()[-1]
-        raise NotVerified(
+        raise VerificationSkipped(
             f"plain transformers with bitsandbytes cannot run {out} on this machine ({last}). The "
             f"files are correct: without the kernels that fail, {stored}"
         ) from None
-    found = compare(logits, probe)
+    found = compare_logits(logits, probe)
     if not found.relative <= stored.relative + _PLAIN_MARGIN:
-        raise NotVerified(
+        raise VerificationSkipped(
             f"bitsandbytes does not compute with the stored weights on this machine: {found}; "
             f"without its AVX512 kernels, {stored}. Use another machine or another format"
         )
@@ -140,13 +142,13 @@ _NEEDS = {
 
 
 @torch.no_grad()
-def _here(
+def _run_in_process(
     name: str, out: Path, ids: Tensor, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[str, Tensor]:
     for module in _NEEDS[name]:
         if find_spec(module) is None:
             package = module.replace("_", "-")
-            raise NotVerified(f"{package} is not installed; pip install {package}")
+            raise VerificationSkipped(f"{package} is not installed; pip install {package}")
     disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     consumer = f"transformers {version('transformers')}"
@@ -165,18 +167,18 @@ def _here(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dequantize=True differs from the file's configuration
         model = AutoModelForCausalLM.from_pretrained(out, **options)
-    if name == "bnb-nf4" and correct_bitsandbytes(model):  # before PEFT wraps its linears
+    if name == "bnb-nf4" and patch_bitsandbytes_layers(model):  # before PEFT wraps its linears
         consumer += " without its AVX512 kernels"
     if name in ("compressed-tensors", "bnb-nf4") and (out / ADAPTER).is_dir():
         model.load_adapter(str(out / ADAPTER))
         consumer += f", peft {version('peft')}"
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
     if name != "bnb-nf4":  # its plain path generates in a subprocess
-        try_generate(model, ids)
+        check_generation(model, ids)
     return consumer, logits
 
 
-def correct_bitsandbytes(model: nn.Module) -> bool:
+def patch_bitsandbytes_layers(model: nn.Module) -> bool:
     """Make a bitsandbytes model compute with the stored weights on any CPU.
 
     With AVX512, bitsandbytes 0.50 dequantizes linears incorrectly if ``in_features`` is not a
@@ -211,16 +213,16 @@ def correct_bitsandbytes(model: nn.Module) -> bool:
     return changed
 
 
-def _python(consumer: str) -> str | None:
+def _find_python(consumer: str) -> str | None:
     """Return a Python executable that has the library, or None."""
     other = OTHERS[consumer]
     named = os.environ.get(other.variable)
     return named or (sys.executable if find_spec(other.module) else None)
 
 
-def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[str, Tensor]:
+def _run_in_subprocess(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[str, Tensor]:
     other = OTHERS.get(consumer)
-    python = sys.executable if other is None else _python(consumer)
+    python = sys.executable if other is None else _find_python(consumer)
     if other is not None:
         log.info(
             "loading %s with %s, for at most %g minutes%s",
@@ -231,7 +233,7 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
         )
     if python is None:
         assert other is not None
-        raise NotVerified(
+        raise VerificationSkipped(
             f"{other.module.replace('_', '-')} is not installed; {other.install}, here or in a "
             f"separate environment, and set {other.variable} to its Python"
         )
@@ -241,9 +243,9 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
         command = [python, verify_consumer.__file__, consumer, str(out.resolve()), str(file)]
         command += [str(i) for i in ids[0].tolist()]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = _within(command, scratch, environment, consumer, seconds)
+        done = _run_with_timeout(command, scratch, environment, consumer, seconds)
         if done.returncode < 0:
-            raise NotVerified(
+            raise VerificationSkipped(
                 f"the process of {consumer} was killed by signal {-done.returncode}"
                 + (", as the system does when out of memory" if done.returncode == -9 else "")
             )
@@ -252,7 +254,7 @@ def _elsewhere(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[s
         return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(file))
 
 
-def _within(
+def _run_with_timeout(
     command: list[str], scratch: str, environment: dict[str, str], consumer: str, seconds: float
 ) -> subprocess.CompletedProcess[str]:
     """Run a command; kill it and its children, such as compilers, when the time is up."""
@@ -272,7 +274,7 @@ def _within(
         process.communicate()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        raise NotVerified(
+        raise VerificationSkipped(
             f"{consumer} did not load it within {seconds / 60:g} minutes (it may compile kernels "
             "on its first run); raise the limit with --verify-minutes"
         ) from None

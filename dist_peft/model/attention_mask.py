@@ -7,7 +7,7 @@ the positions there; they get the mask explicitly. ``documents_are_isolated`` do
 either: it compares logits.
 
 Positions cannot describe a prefix that every document sees (prefix-tuning), so a packed sequence
-with a prefix of ``P`` always gets its mask explicitly (``prefix_mask``)::
+with a prefix of ``P`` always gets its mask explicitly (``build_prefix_mask``)::
 
                   prefix   document 1   document 2
     document 1    1 1      1 . .        . .
@@ -27,17 +27,17 @@ from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch
 from dist_peft.model.classifier import reads_token_types
 from dist_peft.model.experts import FrozenExperts
-from dist_peft.model.rotary import switch_lengths
-from dist_peft.model.skeleton import torch_dtype
+from dist_peft.model.rotary import list_switch_lengths
+from dist_peft.model.skeleton import parse_torch_dtype
 
 __all__ = [
-    "batch_inputs",
-    "document_mask",
+    "build_batch_inputs",
+    "build_document_mask",
+    "build_model_inputs",
+    "build_packing_mask",
+    "build_prefix_mask",
     "documents_are_isolated",
-    "is_packed",
-    "model_inputs",
-    "packing_mask",
-    "prefix_mask",
+    "is_packed_sequence",
 ]
 
 _LEAK, _FLOAT32, _HALF = 1e-5, 1e-4, 5e-2
@@ -48,14 +48,14 @@ _NEED_EXPLICIT_MASK = {"opt"}
 """Model types that build their causal mask without looking at the position ids."""
 
 
-def model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def build_model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Return keyword arguments of the forward pass for packed sequences ``[B, S]``."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    mask = packing_mask(model, position_ids)
+    mask = build_packing_mask(model, position_ids)
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
-def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
+def build_batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
     """Return keyword arguments of the forward pass for a batch.
 
     Labelled rows hold one document each, padded: they have a mask, and the model computes its own
@@ -63,38 +63,38 @@ def batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[s
     """
     ids = batch.input_ids.to(device)
     if not isinstance(batch, LabelledBatch):
-        return model_inputs(model, ids, batch.position_ids.to(device))
+        return build_model_inputs(model, ids, batch.position_ids.to(device))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
     if reads_token_types(model):
         inputs["token_type_ids"] = batch.token_types.to(device)
     return inputs
 
 
-def packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
-    """Return ``document_mask`` for models that do not derive it from positions, else None."""
+def build_packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
+    """Return ``build_document_mask`` for models that do not derive it from positions, else None."""
     config: Any = model.config
-    if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed(position_ids):
+    if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed_sequence(position_ids):
         return None
     # a name after save_pretrained has made the configuration JSON
-    dtype = torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
-    return document_mask(position_ids, dtype)
+    dtype = parse_torch_dtype(config.dtype) if isinstance(config.dtype, str) else config.dtype
+    return build_document_mask(position_ids, dtype)
 
 
-def is_packed(position_ids: Tensor) -> bool:
+def is_packed_sequence(position_ids: Tensor) -> bool:
     """Return whether a sequence of ``[B, S]`` holds several documents (padding after one counts as
     another)."""
     return bool((position_ids[:, 1:] == 0).any())
 
 
-def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def build_document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the additive mask ``[B, 1, S, S]``: 0 where a token sees another, else the minimum.
 
     A token sees itself and earlier tokens of its document; documents begin where positions are 0.
     """
-    return _additive(_sees(position_ids), dtype)
+    return _to_additive_mask(_visible_in_document(position_ids), dtype)
 
 
-def prefix_mask(
+def build_prefix_mask(
     config: Any, position_ids: Tensor, prefix: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
     """Return additive mask(s) ``[B, 1, S, prefix + S]`` of packed sequences with a prefix.
@@ -107,18 +107,20 @@ def prefix_mask(
         position_ids: ``[B, S]``, 0 where a document begins; the prefix is not counted.
     """
     window = getattr(config, "sliding_window", None)
-    masks = {"full_attention": _additive(_sees_prefix(position_ids, prefix, None), dtype)}
+    masks = {
+        "full_attention": _to_additive_mask(_visible_with_prefix(position_ids, prefix, None), dtype)
+    }
     if window is not None:
-        sees = _sees_prefix(position_ids, prefix, window)
-        masks["sliding_attention"] = _additive(sees, dtype)
+        sees = _visible_with_prefix(position_ids, prefix, window)
+        masks["sliding_attention"] = _to_additive_mask(sees, dtype)
     if getattr(config, "layer_types", None) is not None:
         return masks
     return masks["full_attention" if window is None else "sliding_attention"]
 
 
-def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tensor:
+def _visible_with_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tensor:
     """Return ``[B, S, prefix + S]``: which keys a token sees."""
-    sees = _sees(position_ids)
+    sees = _visible_in_document(position_ids)
     if window is None:
         ahead = torch.ones_like(sees[:, :, :1]).expand(-1, -1, prefix)
         return torch.cat([ahead, sees], 2)
@@ -128,14 +130,14 @@ def _sees_prefix(position_ids: Tensor, prefix: int, window: int | None) -> Tenso
     return torch.cat([ahead, sees & (distance < window)], 2)
 
 
-def _sees(position_ids: Tensor) -> Tensor:
+def _visible_in_document(position_ids: Tensor) -> Tensor:
     """Return ``[B, S, S]``: a token sees itself and the tokens before it in its document."""
     document = (position_ids == 0).cumsum(1)
     same = document[:, :, None] == document[:, None, :]
     return same & torch.ones_like(same).tril()
 
 
-def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert ``[B, Q, K]`` to ``[B, 1, Q, K]``: 0 where a token sees, else the minimum."""
     mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
@@ -163,13 +165,13 @@ def documents_are_isolated(
     """
     short = 8
     pairs = [(short, short)]
-    for switch in sorted({*switch_lengths(model.config), *more_lengths}):
+    for switch in sorted({*list_switch_lengths(model.config), *more_lengths}):
         if switch + 1 + short <= longest:
             pairs += [(switch + 1, short), (short, switch + 1)]
-    return all(_second_is_as_alone(model, device, first, second) for first, second in pairs)
+    return all(_second_equals_alone(model, device, first, second) for first, second in pairs)
 
 
-def _second_is_as_alone(model: nn.Module, device: torch.device, first: int, second: int) -> bool:
+def _second_equals_alone(model: nn.Module, device: torch.device, first: int, second: int) -> bool:
     config: Any = model.config
     count = torch.arange(first + second, device=device)
     ids = (3 + count * 5 % min(89, config.get_text_config().vocab_size - 3)).unsqueeze(0)
@@ -177,14 +179,14 @@ def _second_is_as_alone(model: nn.Module, device: torch.device, first: int, seco
     other[0, :first] = ids[0, :first].flip(0)
     positions = torch.cat([count[:first], count[:second]]).unsqueeze(0)
 
-    def logits(row: Tensor, places: Tensor) -> Tensor:
-        found = model(**model_inputs(model, row, places), use_cache=False).logits[0, -second:]
+    def compute_logits(row: Tensor, places: Tensor) -> Tensor:
+        found = model(**build_model_inputs(model, row, places), use_cache=False).logits[0, -second:]
         assert isinstance(found, Tensor)
         return found
 
-    alone = logits(ids[:, first:], positions[:, first:])
+    alone = compute_logits(ids[:, first:], positions[:, first:])
     scale = float(alone.abs().amax())
-    one, two = (logits(row, positions) for row in (ids, other))
+    one, two = (compute_logits(row, positions) for row in (ids, other))
     half = alone.dtype != torch.float32
     leak = float((one - two).abs().amax())
     rounded = half and any(isinstance(m, FrozenExperts) for m in model.modules())

@@ -3,10 +3,10 @@
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.content import RowHashes
 
-__all__ = ["row_hashes"]
+__all__ = ["build_row_hashes"]
 
 
-def row_hashes(skeleton: Skeleton) -> RowHashes:
+def build_row_hashes(skeleton: Skeleton) -> RowHashes:
     """Return the hashes for a ``RowReader`` of the skeleton's files.
 
     Tensors that the model has as stored are hashed as they are; weights that a prequantized

@@ -10,7 +10,8 @@
 The *head* is every module outside the model's trunk (``base_model``), and a pooler that the files
 do not have. Most of its parameters are in no checkpoint and are *new*; the others, if the files
 have them in the right shape, are initialized from the files. The head is always trainable
-(``adapters.head``), the trunk is frozen, quantized and sharded as under a language model's head.
+(``adapters.classifier_head.method``), the trunk is frozen, quantized and sharded as under a
+language model's head.
 
 Checkpoints of encoders come from the trunk alone (no ``bert.`` in front) or with another head
 (``cls.*``, ``lm_head.*``); such tensors are ignored.
@@ -38,18 +39,18 @@ from dist_peft.store.format import TensorSpec
 __all__ = [
     "KINDS",
     "MODELS",
-    "Head",
-    "head_of",
+    "ClassifierHead",
+    "choose_pad_token_id",
+    "classifier_config_keys",
+    "count_unused_positions",
+    "find_classifier_head",
     "is_encoder",
-    "may_be_new",
-    "pad_token",
-    "prepare_labels",
+    "make_may_be_missing",
     "reads_token_types",
     "refuse_encoder",
-    "settings_of",
-    "take_pad_token",
-    "unused_positions",
-    "used_and_new",
+    "select_used_and_new",
+    "set_label_config",
+    "set_pad_token",
 ]
 
 MODELS: dict[str, Any] = {
@@ -63,7 +64,7 @@ KINDS = {"lm": "causal LM", "classifier": "classifier"}
 
 
 @dataclass(frozen=True)
-class Head:
+class ClassifierHead:
     """The classification head of a model.
 
     Attributes:
@@ -96,7 +97,7 @@ def refuse_encoder(config: PretrainedConfig, path: str) -> None:
         )
 
 
-def prepare_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
+def set_label_config(config: PretrainedConfig, labels: Sequence[str]) -> None:
     """Set the class labels in a model's configuration.
 
     Raises:
@@ -112,7 +113,9 @@ def prepare_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
     config.problem_type = "single_label_classification"
 
 
-def may_be_new(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Callable[[str], bool]:
+def make_may_be_missing(
+    model: PreTrainedModel, blocks: Sequence[nn.Module]
+) -> Callable[[str], bool]:
     """Return a predicate on full names: whether the base's files may lack the parameter.
 
     Afterwards only unused tensors that look like a block's weight are worth a warning.
@@ -130,22 +133,24 @@ def may_be_new(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Callable[
     inside = re.escape(path.rpartition(".")[0])
     known = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*known, rf"^(?!.*\b{inside}\.\d)"}
-    trunk = _trunk(model)
+    trunk = _trunk_prefix(model)
     return lambda name: not name.startswith(trunk) or name.startswith(f"{trunk}pooler.")
 
 
-def _trunk(model: PreTrainedModel) -> str:
+def _trunk_prefix(model: PreTrainedModel) -> str:
     """Return the prefix of names inside the trunk."""
     return next(n for n, m in model.named_modules() if m is model.base_model) + "."
 
 
-def head_of(model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[str]) -> Head:
+def find_classifier_head(
+    model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[str]
+) -> ClassifierHead:
     """Return the head of ``model``; ``names`` maps its parameters to tensors of the files.
 
     Raises:
         UserError: a part of the head that owns parameters and has parts itself.
     """
-    trunk = _trunk(model)
+    trunk = _trunk_prefix(model)
     parameters = dict(model.named_parameters())
     new = [name for name in parameters if name not in names]
     learns = [n for n in parameters if n in new or not n.startswith(trunk)]
@@ -156,10 +161,10 @@ def head_of(model: PreTrainedModel, names: Mapping[str, str], labels: Sequence[s
                 f"base.head classifier: {path} of {type(model).__name__} has parameters and parts; "
                 "such a head is not known here"
             )
-    return Head(tuple(labels), modules, tuple(new))
+    return ClassifierHead(tuple(labels), modules, tuple(new))
 
 
-def unused_positions(model: nn.Module) -> int:
+def count_unused_positions(model: nn.Module) -> int:
     """Return the number of position embeddings without a token: RoBERTa starts after the padding
     id."""
     for name, module in model.named_modules():
@@ -168,8 +173,8 @@ def unused_positions(model: nn.Module) -> int:
     return 0
 
 
-def used_and_new(
-    model: nn.Module, names: dict[str, str], tensors: Mapping[str, TensorSpec], head: Head
+def select_used_and_new(
+    model: nn.Module, names: dict[str, str], tensors: Mapping[str, TensorSpec], head: ClassifierHead
 ) -> dict[str, TensorSpec]:
     """Return the used tensors of the files and the new ones of the head (``Skeleton.tensors``)."""
     used = set(names.values())
@@ -180,7 +185,9 @@ def used_and_new(
     return found
 
 
-def settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def classifier_config_keys(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Return keys of ``config.json`` that make ``transformers`` load a classifier as trained."""
     config = model.config
     return {
@@ -188,16 +195,16 @@ def settings_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
         "id2label": config.id2label,
         "label2id": config.label2id,
         "problem_type": config.problem_type,
-        "pad_token_id": pad_token(tokenizer),
+        "pad_token_id": choose_pad_token_id(tokenizer),
     }
 
 
-def take_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set a decoder's padding token: it classifies at the last token that is not padding."""
-    model.config.get_text_config().pad_token_id = pad_token(tokenizer)
+    model.config.get_text_config().pad_token_id = choose_pad_token_id(tokenizer)
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the padding token, or of the end-of-text token where there is none."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(i for i in ids if i is not None))

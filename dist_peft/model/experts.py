@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenRows
+from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
@@ -39,10 +39,10 @@ __all__ = [
     "STACKS",
     "ExpertStack",
     "FrozenExperts",
-    "Piece",
     "Pieces",
-    "find_experts",
-    "find_routers",
+    "StackPiece",
+    "find_expert_modules",
+    "find_router_linears",
 ]
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -50,7 +50,7 @@ STACKS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Piece:
+class StackPiece:
     """Consecutive rows of a stack that are one tensor of the files.
 
     Attributes:
@@ -62,17 +62,17 @@ class Piece:
     span: Span
 
 
-Pieces = tuple[Piece, ...]
+Pieces = tuple[StackPiece, ...]
 """All rows of a stack, in order."""
 
 
-class ExpertStack(FrozenRows):
+class ExpertStack(FrozenWeight):
     """One projection of all experts of a layer.
 
     Args:
         experts: their number.
         in_features, out_features: shape of one expert's weight, ``[out, in]``.
-        codec, source, device: see ``FrozenRows``.
+        codec, source, device: see ``FrozenWeight``.
 
     Attributes:
         pieces: where the rows are in the files; set when the model is built.
@@ -96,15 +96,15 @@ class ExpertStack(FrozenRows):
         """Multiply ``x`` [n, in], sorted by expert with ``counts`` [E] rows each, to [n, out]."""
         return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, counts)
 
-    def read(self, reader: RowReader, span: Span) -> Tensor:
+    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows of the stack; of each tensor that holds some of them, only these are read."""
-        dtypes = [reader.index.find(piece.name).dtype for piece in self.pieces]
+        dtypes = [reader.index.find_tensor(piece.name).dtype for piece in self.pieces]
         rows = torch.empty(len(span), self.in_features, dtype=reduce(torch.promote_types, dtypes))
         for piece in self.pieces:
             common = piece.span.intersect(span)
             if len(common):
-                read = reader.read_flat(piece.name, common.shift(-piece.span.start))
-                rows[common.shift(-span.start).slice] = read
+                read = reader.read_flat_rows(piece.name, common.shifted_by(-piece.span.start))
+                rows[common.shifted_by(-span.start).slice] = read
         return rows
 
     def extra_repr(self) -> str:
@@ -155,7 +155,7 @@ class FrozenExperts(nn.Module):
         return y.sum(1).to(hidden_states.dtype)
 
 
-def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+def find_expert_modules(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the experts modules of ``transformers`` in ``blocks``.
 
     ``transformers`` declares how a family's experts compute (``use_experts_implementation``);
@@ -170,7 +170,7 @@ def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
             matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
             if not matrices or "expert" not in type(module).__name__.lower():
                 continue
-            if why := _other_kind(module):
+            if why := _explain_unsupported_experts(module):
                 raise UserError(
                     f"base.path has mixture-of-experts layers of class {type(module).__name__}, "
                     f"{why}; read are experts as Mixtral, Qwen-MoE and OLMoE have them: "
@@ -181,7 +181,7 @@ def find_experts(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return found
 
 
-def find_routers(model: nn.Module, experts: Sequence[nn.Module]) -> set[int]:
+def find_router_linears(model: nn.Module, experts: Sequence[nn.Module]) -> set[int]:
     """Return ``id`` of the linears that route tokens to experts, or weight a shared expert.
 
     They are siblings of ``experts`` (``shared_expert_gate`` of Qwen2-MoE), or lie in a sibling
@@ -210,7 +210,7 @@ _DECLARED: dict[str, tuple[bool, str]] = {
 """Attribute of an experts module -> its value here, and the meaning of the opposite."""
 
 
-def _other_kind(module: Any) -> str | None:
+def _explain_unsupported_experts(module: Any) -> str | None:
     """Return why ``FrozenExperts`` cannot replace ``module``; None if it can."""
     own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if not hasattr(module, "is_transposed"):

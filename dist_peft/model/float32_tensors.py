@@ -12,7 +12,8 @@ of the function: DeepSeek-V3 adds a correction bias to the scores of its experts
 8 bits of it order the experts differently.
 
 A written directory must compute the same function when it is loaded again, so the same
-tensors are written in float32 (``written_types``). Persistent buffers are never written narrower
+tensors are written in float32 (``find_wider_dtypes``). Persistent buffers are never written
+narrower
 than the base stores them: no adapter changes them, and runtimes other than ``transformers`` keep
 some in float32 that ``transformers`` rounds when it loads them (MiniMax-M2's correction bias).
 """
@@ -26,29 +27,29 @@ from torch import nn
 
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["keeps_float32", "set_float32", "written_types"]
+__all__ = ["find_wider_dtypes", "is_kept_in_float32", "set_parameter_dtypes"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def keeps_float32(model: nn.Module, name: str, *dtypes: torch.dtype) -> bool:
+def is_kept_in_float32(model: nn.Module, name: str, *dtypes: torch.dtype) -> bool:
     """Return whether a parameter or buffer with this full name is float32 in a model of ``dtypes``.
 
     With several ``dtypes`` (of training, of a written file): float32 with any of them.
     """
     if not set(dtypes) & set(_HALVES):
         return False
-    patterns = list(_patterns(model, "_keep_in_fp32_modules_strict"))
+    patterns = list(_list_float32_patterns(model, "_keep_in_fp32_modules_strict"))
     if torch.float16 in dtypes:
-        patterns += _patterns(model, "_keep_in_fp32_modules")
+        patterns += _list_float32_patterns(model, "_keep_in_fp32_modules")
     return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)
 
 
-def _patterns(model: Any, attribute: str) -> Iterable[str]:
+def _list_float32_patterns(model: Any, attribute: str) -> Iterable[str]:
     return getattr(model, attribute, None) or ()
 
 
-def set_float32(model: nn.Module, dtype: torch.dtype) -> None:
+def set_parameter_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast parameters and persistent buffers of ``model`` to their types after
     ``from_pretrained(dtype)``.
 
@@ -59,16 +60,20 @@ def set_float32(model: nn.Module, dtype: torch.dtype) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype in _HALVES and keeps_float32(model, prefix + name, dtype):
+            if parameter.dtype in _HALVES and is_kept_in_float32(model, prefix + name, dtype):
                 wide = nn.Parameter(parameter.data.float(), parameter.requires_grad)
                 module.register_parameter(name, wide)
         for name, buffer in module.named_buffers(recurse=False):
             full = prefix + name
-            if full in persistent and buffer.dtype in _HALVES and keeps_float32(model, full, dtype):
+            if (
+                full in persistent
+                and buffer.dtype in _HALVES
+                and is_kept_in_float32(model, full, dtype)
+            ):
                 module._buffers[name] = buffer.float()
 
 
-def written_types(
+def find_wider_dtypes(
     model: nn.Module,
     names: Mapping[str, str],
     tensors: Mapping[str, TensorSpec],
@@ -78,7 +83,7 @@ def written_types(
     type.
 
     Args:
-        names: full name -> tensor in the files (``naming.Names``).
+        names: full name -> tensor in the files (``naming.TensorNames``).
         tensors: name -> spec in the files.
         dtype: the run's compute type.
     """
@@ -93,11 +98,11 @@ def written_types(
             wide = parameters[name].dtype
         else:
             wide = narrow
-        if wide == torch.float32 or keeps_float32(model, name, narrow):
+        if wide == torch.float32 or is_kept_in_float32(model, name, narrow):
             found[source] = torch.float32
     used = set(names.values())
     for name, spec in tensors.items():  # extra layers that this model does not have
         half = spec.dtype.is_floating_point and name not in used
-        if half and keeps_float32(model, name, narrow):
+        if half and is_kept_in_float32(model, name, narrow):
             found[name] = torch.float32
     return found

@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import FrozenExperts
-from dist_peft.model.freezing import Replaced
+from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["ON_ANY_DEVICE", "block_kind", "own_attributes_restored", "probe_forward"]
+__all__ = ["ON_ANY_DEVICE", "block_kind", "probe_forward", "restore_own_attributes"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,10 @@ ON_ANY_DEVICE = ("eager", "sdpa")
 
 
 def probe_forward(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: list[Replaced], path: str
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    replaced: list[FrozenReplacement],
+    path: str,
 ) -> None:
     """Run the forward of a frozen model on fake tensors.
 
@@ -62,17 +65,17 @@ def probe_forward(
         UserError: the forward fails with packed linears and not with the original ones, or it
             changes weights.
     """
-    if _note_without_gradient(model, blocks, replaced):
+    if _mark_without_gradient(model, blocks, replaced):
         return  # what runs with a graph runs without one
-    error = _forward_error(model, blocks)
-    while (kind := _read_linear(error, replaced)) is not None:
-        for one in [one for one in replaced if one.kind == kind]:
-            one.put_original()
+    error = _find_forward_error(model, blocks)
+    while (kind := _find_linear_read_by(error, replaced)) is not None:
+        for one in [one for one in replaced if one.module_kind == kind]:
+            one.restore_original()
             replaced.remove(one)
         log.info("%s stays plain: other code reads its weight", kind)
-        error = _forward_error(model, blocks)
+        error = _find_forward_error(model, blocks)
     if error is None:
-        _note_without_gradient(model, blocks, replaced)
+        _mark_without_gradient(model, blocks, replaced)
         return
     linears = [one for one in replaced if isinstance(one.frozen, FrozenLinear)]
     if isinstance(error, _ChangedWeightsError) or any(
@@ -80,9 +83,9 @@ def probe_forward(
     ):
         raise UserError(
             f"base.path {path} of type {model.config.model_type!r} is not supported: its code does "
-            f"not work with packed linears: {_cause(error)}"
+            f"not work with packed linears: {_describe_cause(error)}"
         )
-    log.debug("the forward of %s cannot be tried without weights: %s", path, _cause(error))
+    log.debug("the forward of %s cannot be tried without weights: %s", path, _describe_cause(error))
 
 
 class _ChangedWeightsError(Exception):
@@ -90,26 +93,28 @@ class _ChangedWeightsError(Exception):
 
 
 def _works_with_originals(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
+    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[FrozenReplacement]
 ) -> bool:
     for one in replaced:
-        one.put_original()
+        one.restore_original()
     try:
-        return bool(replaced) and _forward_error(model, blocks) is None
+        return bool(replaced) and _find_forward_error(model, blocks) is None
     finally:
         for one in replaced:
-            one.put_frozen()
+            one.install_frozen()
 
 
-def _read_linear(error: Exception | None, replaced: Sequence[Replaced]) -> str | None:
+def _find_linear_read_by(
+    error: Exception | None, replaced: Sequence[FrozenReplacement]
+) -> str | None:
     """Return the kind of the frozen linear that raised an ``AttributeError``, else None."""
     if not isinstance(error, AttributeError):
         return None
     found = (one for one in replaced if one.frozen is error.obj)
-    return next((o.kind for o in found if isinstance(o.frozen, FrozenLinear)), None)
+    return next((o.module_kind for o in found if isinstance(o.frozen, FrozenLinear)), None)
 
 
-def _cause(error: Exception) -> str:
+def _describe_cause(error: Exception) -> str:
     """Return type, text and the place in the family's code."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
@@ -120,17 +125,17 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:300]}{place}"
 
 
-def _forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Exception | None:
+def _find_forward_error(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> Exception | None:
     """Return the error of the forward on fake tensors, each kind of block run once, or None.
 
     Blocks may look alike by their modules only, so a failure is confirmed by a run of all of them.
     """
-    error = _run(model, blocks)
-    return None if error is None else _run(model, ())
+    error = _run_forward(model, blocks)
+    return None if error is None else _run_forward(model, ())
 
 
-def _note_without_gradient(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[Replaced]
+def _mark_without_gradient(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], replaced: Sequence[FrozenReplacement]
 ) -> bool:
     """Set ``without_gradient`` by kind of linear: of blocks that are alike, one is run.
 
@@ -138,22 +143,22 @@ def _note_without_gradient(
         Whether the forward and the backward ran.
     """
     markers: dict[nn.Module, Tensor] = {}
-    error = _run(model, blocks, markers)
+    error = _run_forward(model, blocks, markers)
     if error is not None or not markers:
-        log.debug("gradients cannot be tried without weights: %s", error and _cause(error))
+        log.debug("gradients cannot be tried without weights: %s", error and _describe_cause(error))
         return error is None
     reached = {
-        one.kind
+        one.module_kind
         for one in replaced
         if (m := markers.get(one.frozen)) is not None and m.grad is not None
     }
     for one in replaced:
         if isinstance(one.frozen, FrozenLinear):
-            one.frozen.without_gradient = one.kind not in reached
+            one.frozen.without_gradient = one.module_kind not in reached
     return True
 
 
-def _run(
+def _run_forward(
     model: PreTrainedModel,
     alike: Sequence[nn.Module],
     markers: dict[nn.Module, Tensor] | None = None,
@@ -169,10 +174,10 @@ def _run(
     try:
         if attention not in ON_ANY_DEVICE:
             model.config._attn_implementation = "eager"
-        with own_attributes_restored(model), torch.set_grad_enabled(markers is not None):
-            parameters = _replace_tensors(model, mode)
-            _answer_without_weights(model, mode, markers)
-            _run_alike_once(alike)
+        with restore_own_attributes(model), torch.set_grad_enabled(markers is not None):
+            parameters = _replace_with_fake_tensors(model, mode)
+            _fake_frozen_forwards(model, mode, markers)
+            _run_each_kind_once(alike)
             model.eval()
             with mode:
                 ids = torch.zeros(1, _TOKENS, dtype=torch.long)
@@ -194,7 +199,7 @@ def _run(
 
 
 @contextmanager
-def own_attributes_restored(model: nn.Module) -> Iterator[None]:
+def restore_own_attributes(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules on exit."""
     before = [
         (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules))
@@ -212,7 +217,7 @@ def own_attributes_restored(model: nn.Module) -> Iterator[None]:
                 own.update(table)
 
 
-def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
+def _replace_with_fake_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
     """Replace parameters and buffers by fake ones on the CPU; tied ones stay tied.
 
     Returns:
@@ -220,7 +225,7 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
     """
     fakes: dict[int, Tensor] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
+    def make_fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in fakes:
             with mode:
                 fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
@@ -231,15 +236,15 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> list[Tensor]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in parameters:
-                    parameters[id(parameter)] = nn.Parameter(fake(parameter), False)
+                    parameters[id(parameter)] = nn.Parameter(make_fake(parameter), False)
                 module._parameters[name] = parameters[id(parameter)]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = fake(buffer)
+                module._buffers[name] = make_fake(buffer)
     return list(parameters.values())
 
 
-def _answer_without_weights(
+def _fake_frozen_forwards(
     model: nn.Module, mode: FakeTensorMode, markers: dict[nn.Module, Tensor] | None
 ) -> None:
     for module in model.modules():
@@ -248,13 +253,13 @@ def _answer_without_weights(
             if markers is not None:
                 with mode:
                     marker = markers[module] = torch.zeros((), requires_grad=True)
-            vars(module)["forward"] = _linear_answer(module, marker)
+            vars(module)["forward"] = _make_fake_linear(module, marker)
         elif isinstance(module, FrozenExperts):
-            vars(module)["forward"] = _experts_answer
+            vars(module)["forward"] = _fake_experts_forward
 
 
-def _linear_answer(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def answer(x: Tensor) -> Tensor:
+def _make_fake_linear(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def fake_linear_forward(x: Tensor) -> Tensor:
         if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != linear.in_features:
             raise ValueError(f"a linear of {linear.in_features} columns gets {list(x.shape)}")
         y = x.new_empty(*x.shape[:-1], linear.out_features)
@@ -263,28 +268,30 @@ def _linear_answer(linear: FrozenLinear, marker: Tensor | None) -> Callable[[Ten
         # a graph with the input and the marker in it
         return y + (x.sum(-1, keepdim=True) + marker.to(x.dtype))
 
-    return answer
+    return fake_linear_forward
 
 
-def _experts_answer(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _fake_experts_forward(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     return torch.empty_like(hidden_states) + hidden_states
 
 
-def _run_alike_once(blocks: Sequence[nn.Module]) -> None:
+def _run_each_kind_once(blocks: Sequence[nn.Module]) -> None:
     outputs: dict[object, Any] = {}
     for block in blocks:
-        block.forward = _first_of_kind(block.forward, block_kind(block), outputs)
+        block.forward = _run_first_of_kind(block.forward, block_kind(block), outputs)
 
 
-def _first_of_kind(
+def _run_first_of_kind(
     forward: Callable[..., Any], kind: object, outputs: dict[object, Any]
 ) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run_or_reuse(*args: Any, **kwargs: Any) -> Any:
         if kind not in outputs:
             outputs[kind] = forward(*args, **kwargs)
         return outputs[kind]
 
-    return run
+    return run_or_reuse
 
 
 def block_kind(block: nn.Module) -> object:

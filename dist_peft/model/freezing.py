@@ -16,23 +16,23 @@ from torch import nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts
-from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
-from dist_peft.model.naming import Names
-from dist_peft.model.prequantized.base import Prequantized
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
+from dist_peft.model.naming import TensorNames
+from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.quant.codec import Codec, RawCodec
 
 __all__ = [
-    "Replaced",
-    "check_packed",
+    "FrozenReplacement",
+    "check_base_is_packed",
+    "compute_packed_share",
     "freeze_experts",
     "freeze_linears",
     "is_plain_linear",
-    "packed_share",
 ]
 
 
 @dataclass(frozen=True)
-class Replaced:
+class FrozenReplacement:
     """A frozen child of ``parent``: the module that ``transformers`` built, and its replacement.
 
     ``path``: of the child in the model.
@@ -44,14 +44,14 @@ class Replaced:
     frozen: nn.Module
 
     @property
-    def kind(self) -> str:
+    def module_kind(self) -> str:
         """The path with layer numbers removed: ``model.layers.*.mlp.up_proj``."""
         return re.sub(r"\d+", "*", self.path)
 
-    def put_original(self) -> None:
+    def restore_original(self) -> None:
         setattr(self.parent, self.path.rpartition(".")[2], self.original)
 
-    def put_frozen(self) -> None:
+    def install_frozen(self) -> None:
         setattr(self.parent, self.path.rpartition(".")[2], self.frozen)
 
 
@@ -96,11 +96,11 @@ def freeze_linears(
     names: dict[str, str],
     codec: Codec,
     dtype: torch.dtype,
-    packed: Prequantized | None,
+    packed: PrequantizedBase | None,
     tied: bool,
     learning: Sequence[str],
     plain: set[int],
-) -> list[Replaced]:
+) -> list[FrozenReplacement]:
     """Replace linears of the blocks by packed ones; an untied head is frozen unquantized.
 
     ``learning``: paths of trainable modules, left out. ``plain``: ``id`` of linears left unchanged:
@@ -110,7 +110,7 @@ def freeze_linears(
     Of a prequantized base, linears whose plain weight is in the files stay unquantized too.
     """
     raw = RawCodec(dtype)
-    replaced: list[Replaced] = []
+    replaced: list[FrozenReplacement] = []
     in_blocks = {id(m) for block in blocks for m in block.modules()}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
@@ -126,7 +126,7 @@ def freeze_linears(
                 continue  # shares the parameter of the embedding, which is not a linear
             shape = child.out_features, child.in_features
             source = names.get(f"{path}.{name}.weight".lstrip("."))
-            stored = packed.linear(source, *shape) if packed and source and inside else None
+            stored = packed.open_linear(source, *shape) if packed and source and inside else None
             frozen = FrozenLinear(
                 child.in_features,
                 child.out_features,
@@ -138,16 +138,16 @@ def freeze_linears(
                 stored=stored,
             )
             frozen.is_head = not inside
-            replaced.append(Replaced(parent, f"{path}.{name}".lstrip("."), child, frozen))
-            replaced[-1].put_frozen()
+            replaced.append(FrozenReplacement(parent, f"{path}.{name}".lstrip("."), child, frozen))
+            replaced[-1].install_frozen()
     return replaced
 
 
 def freeze_experts(
-    model: nn.Module, experts: Sequence[nn.Module], names: Names, codec: Codec
-) -> list[Replaced]:
+    model: nn.Module, experts: Sequence[nn.Module], names: TensorNames, codec: Codec
+) -> list[FrozenReplacement]:
     """Replace experts by ones packed with the base's codec."""
-    replaced: list[Replaced] = []
+    replaced: list[FrozenReplacement] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in experts:
         stacks: dict[str, ExpertStack] = {}
@@ -158,18 +158,20 @@ def freeze_experts(
             stacks[own].pieces = names.stacks[source]
         parent, _, own = paths[id(module)].rpartition(".")
         frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
-        replaced.append(Replaced(model.get_submodule(parent), paths[id(module)], module, frozen))
-        replaced[-1].put_frozen()
+        replaced.append(
+            FrozenReplacement(model.get_submodule(parent), paths[id(module)], module, frozen)
+        )
+        replaced[-1].install_frozen()
     return replaced
 
 
-def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:
+def check_base_is_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:
     """Check that ``base.quant``, which is set, packs at least one weight.
 
     Raises:
         UserError: no linear of a block is packed; the message names the classes in the blocks.
     """
-    if packed_share(model) > 0:
+    if compute_packed_share(model) > 0:
         return
     classes = {
         type(module).__name__
@@ -185,12 +187,12 @@ def check_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> No
     )
 
 
-def packed_share(model: nn.Module) -> float:
+def compute_packed_share(model: nn.Module) -> float:
     """Return the share of the model's bytes that are packed weights of blocks, 0 to 1."""
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     packed = {
         id(module.packed): module.packed.numel()
         for module in model.modules()
-        if isinstance(module, FrozenRows) and not module.is_head and module.codec.is_quantized
+        if isinstance(module, FrozenWeight) and not module.is_head and module.codec.is_quantized
     }
     return sum(packed.values()) / max(1, sum(sizes.values()))

@@ -10,10 +10,10 @@ copy outlives either. This is the base layer of QLoRA (Dettmers et al. 2023), wi
 bitsandbytes' ``Linear4bit``: scales and zeros lie in the row with the codes, not in a separate
 state that engines would replicate.
 
-``FrozenRows`` is the packed weight alone, which linears share with the experts of a mixture
+``FrozenWeight`` is the packed weight alone, which linears share with the experts of a mixture
 (``model.experts``).
 
-``LinearRows`` is the one way from a base's files to packed rows, for loading as for exports: rows
+``WeightRows`` is the one way from a base's files to packed rows, for loading as for exports: rows
 of an unquantized base are encoded, those of a prequantized base are packed already.
 """
 
@@ -30,17 +30,17 @@ from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import frozen_matmul
 from dist_peft.store.reader import RowReader
 
-__all__ = ["FrozenLinear", "FrozenRows", "LinearRows", "Stored", "is_finite"]
+__all__ = ["FrozenLinear", "FrozenWeight", "PrequantizedLinear", "WeightRows", "all_rows_finite"]
 
 
-class Stored(Protocol):
+class PrequantizedLinear(Protocol):
     """A linear of a prequantized base."""
 
-    def read(self, reader: RowReader, span: Span) -> Tensor:
+    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows packed by the linear's codec, ``uint8 [len(span), row_bytes]``."""
 
 
-class FrozenRows(nn.Module):
+class FrozenWeight(nn.Module):
     """A packed, frozen weight of a linear or of experts.
 
     Args:
@@ -69,36 +69,38 @@ class FrozenRows(nn.Module):
         codec: Codec,
         source: str,
         device: torch.device | str,
-        stored: Stored | None = None,
+        stored: PrequantizedLinear | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.codec, self.source, self.stored = codec, source, stored
-        shape = (rows, codec.row_bytes(in_features))
+        shape = (rows, codec.num_row_bytes(in_features))
         self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), False)
 
-    def read(self, reader: RowReader, span: Span) -> Tensor:
+    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows of an unquantized base's files, ``[len(span), in]`` in their type."""
-        return reader.read(self.source, span)
+        return reader.read_rows(self.source, span)
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
+    def dequantize_weight(self, dtype: torch.dtype) -> Tensor:
         """Dequantize the whole weight to a new tensor [rows, in]."""
-        return self.codec.decode(self.packed, self.in_features, dtype)
+        return self.codec.dequantize_rows(self.packed, self.in_features, dtype)
 
-    def rounded(self, rows: Tensor) -> Tensor:
+    def fake_quantize(self, rows: Tensor) -> Tensor:
         """Quantize and dequantize rows of the base's weight ``[n, in]``, as the product sees them.
         Rows of a prequantized base are returned unchanged."""
         if self.stored is not None:
             return rows
-        return self.codec.decode(self.codec.encode(rows), self.in_features, rows.dtype)
+        return self.codec.dequantize_rows(
+            self.codec.quantize_to_packed(rows), self.in_features, rows.dtype
+        )
 
 
-class FrozenLinear(FrozenRows):
+class FrozenLinear(FrozenWeight):
     """``y = x W^T + b`` with a packed, frozen ``W``.
 
     Args:
         in_features, out_features: shape of the weight, ``[out, in]``.
-        codec, source, device, stored: as in ``FrozenRows``.
+        codec, source, device, stored: as in ``FrozenWeight``.
         bias: whether there is a bias ``[out]``.
         bias_dtype: type of the bias.
 
@@ -117,7 +119,7 @@ class FrozenLinear(FrozenRows):
         bias_dtype: torch.dtype,
         source: str,
         device: torch.device | str,
-        stored: Stored | None = None,
+        stored: PrequantizedLinear | None = None,
     ) -> None:
         super().__init__(in_features, out_features, codec, source, device, stored)
         self.out_features = out_features
@@ -140,7 +142,7 @@ class FrozenLinear(FrozenRows):
 
 
 @dataclass(frozen=True)
-class LinearRows:
+class WeightRows:
     """Rows of a packed weight as read from the files.
 
     Attributes:
@@ -148,39 +150,39 @@ class LinearRows:
         held: ``[n, in]`` in the files' type, or packed rows of a prequantized base.
     """
 
-    linear: FrozenRows
+    linear: FrozenWeight
     held: Tensor
 
     @classmethod
-    def read(
+    def read_weight_rows(
         cls,
-        linear: FrozenRows,
+        linear: FrozenWeight,
         reader: RowReader,
         span: Span,
         device: torch.device | str = "cpu",
-    ) -> "LinearRows":
+    ) -> "WeightRows":
         """Read rows ``span`` and bring them to ``device``.
 
         Raises:
             UserError: damaged files, or a weight that is not finite.
         """
         if linear.stored is not None:
-            return cls(linear, linear.stored.read(reader, span).to(device))
-        rows = linear.read(reader, span).to(device)
-        if not is_finite(rows):
+            return cls(linear, linear.stored.read_packed_rows(reader, span).to(device))
+        rows = linear.read_packed_rows(reader, span).to(device)
+        if not all_rows_finite(rows):
             raise UserError(
                 f"tensor {linear.source}: weight is not finite: NaN or infinity in a row; get the "
                 "base again"
             )
         return cls(linear, rows)
 
-    def numbers(self) -> Tensor:
+    def to_float(self) -> Tensor:
         """Return the rows as float32 ``[n, in]``; those of a prequantized base are dequantized."""
         if self.linear.stored is None:
             return self.held.float()
-        return self.linear.codec.decode(self.held, self.linear.in_features, torch.float32)
+        return self.linear.codec.dequantize_rows(self.held, self.linear.in_features, torch.float32)
 
-    def packed(self, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def to_packed(self, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return packed rows ``uint8 [n, row_bytes]``.
 
         Args:
@@ -190,17 +192,17 @@ class LinearRows:
         Raises:
             UserError: values that the codec cannot hold.
         """
-        numbers = self.held if change is None else self.numbers()
+        numbers = self.held if change is None else self.to_float()
         rows = numbers if change is None else change(numbers)
         if self.linear.stored is not None:
             assert rows is numbers, f"{self.linear.source} is packed already and cannot change"
             return self.held
         try:
-            return self.linear.codec.encode(rows)
+            return self.linear.codec.quantize_to_packed(rows)
         except ValueError as error:
             raise UserError(f"tensor {self.linear.source}: {error}") from None
 
 
-def is_finite(rows: Tensor) -> bool:
+def all_rows_finite(rows: Tensor) -> bool:
     """Return whether all values are finite, without a temporary: ``aminmax`` propagates NaN."""
     return not rows.numel() or all(bool(end.isfinite()) for end in rows.aminmax())

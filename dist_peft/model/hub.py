@@ -22,14 +22,14 @@ from dist_peft.core.log import ONCE
 __all__ = [
     "REFUSALS",
     "Tokenizer",
-    "announce_trust",
+    "format_library_error",
     "load_tokenizer",
-    "public_name",
+    "public_base_name",
     "read_json_object",
-    "reason",
     "refuse_hub_kernels",
-    "resolve_base",
+    "resolve_base_directory",
     "save_tokenizer",
+    "warn_of_trusted_code",
 ]
 
 Tokenizer = PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ _DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 _WEIGHTS = ["*.safetensors"]
 
 
-def resolve_base(base: BaseConfig, *, weights: bool = True) -> Path:
+def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
     """Return the base's directory; a hub id is downloaded into the hub cache if missing there.
 
     Args:
@@ -89,7 +89,7 @@ def resolve_base(base: BaseConfig, *, weights: bool = True) -> Path:
         ) from None
 
 
-def announce_trust(base: BaseConfig) -> None:
+def warn_of_trusted_code(base: BaseConfig) -> None:
     """Warn, before any file of the base is opened, that its code will run."""
     if base.trust_remote_code:
         log.warning(
@@ -97,7 +97,7 @@ def announce_trust(base: BaseConfig) -> None:
         )
 
 
-def public_name(base: BaseConfig) -> str:
+def public_base_name(base: BaseConfig) -> str:
     """Return a name of the base for adapter files: an absolute directory, or the hub id."""
     path = Path(base.path).expanduser()
     return str(path.resolve()) if path.is_dir() else base.path
@@ -115,7 +115,9 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenize
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except REFUSALS as error:
-        raise UserError(f"cannot load the tokenizer of {directory}: {reason(error)}") from None
+        raise UserError(
+            f"cannot load the tokenizer of {directory}: {format_library_error(error)}"
+        ) from None
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, chat_template: str) -> None:
@@ -181,7 +183,7 @@ def refuse_hub_kernels(described: Any, file: Path) -> None:
             refuse_hub_kernels(value, file)
 
 
-def reason(error: Exception) -> str:
+def format_library_error(error: Exception) -> str:
     """Return the first line of a library's error, with its class where the text is too short."""
     if "trust_remote_code" in str(error):
         return (

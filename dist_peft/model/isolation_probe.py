@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.experts import FrozenExperts
-from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, own_attributes_restored
+from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.rotary import window_lengths
 
@@ -82,7 +82,7 @@ def is_isolated_in_float32(
         if attention not in ON_ANY_DEVICE:
             config._attn_implementation = "sdpa"
         config.dtype = torch.float32
-        with own_attributes_restored(model), torch.random.fork_rng(devices=[]):
+        with restore_own_attributes(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _fill_with_random_numbers(model)
             _keep_first_layers(model, blocks)

@@ -1,7 +1,7 @@
 """Fill a sharded model: each rank reads and encodes its own rows.
 
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
-converted to the parameter's storage (packed bytes for ``FrozenRows``, by ``LinearRows``; the
+converted to the parameter's storage (packed bytes for ``FrozenWeight``, by ``WeightRows``; the
 parameter's own type for all others: ``compute_dtype``, or float32 for trainable ones) and passed to
 the engine (``fill``). One tensor is in memory at a time, and of it only this rank's rows. The
 functions are injected, so that this file knows neither engines nor adapters.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenRows, LinearRows, is_finite
+from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
 from dist_peft.store.reader import RowReader
 
 __all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
@@ -28,9 +28,9 @@ __all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
 class Placement(Protocol):
     """The part of an engine that loading needs."""
 
-    def span(self, parameter: Tensor) -> Span: ...
+    def local_row_span(self, parameter: Tensor) -> Span: ...
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None: ...
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None: ...
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
 
@@ -42,7 +42,7 @@ class AdapterRows(Protocol):
 
     base: nn.Module
 
-    def initial_rows(self, name: str, span: Span) -> Tensor: ...
+    def init_rows(self, name: str, span: Span) -> Tensor: ...
 
 
 @runtime_checkable
@@ -51,13 +51,13 @@ class BaseRows(Protocol):
 
     base: nn.Module
 
-    def prepare_rows(
+    def prepare_base_rows(
         self, rows: Tensor, span: Span, reduce: Callable[[Tensor], Tensor]
     ) -> Tensor: ...
 
 
 @dataclass
-class _Use:
+class _ParameterUse:
     owner: nn.Module
     name: str
 
@@ -74,7 +74,7 @@ def load_model(
     Initialization from the weight (PiSSA, LoftQ) takes collectives, in which a rank that cannot
     read its rows must not leave the others waiting. So the ranks that share a weight agree before:
     where one of them has failed, it raises, and the others return early with an unfilled model.
-    Call this in ``World.together``, which then raises on every rank.
+    Call this in ``World.raise_together``, which then raises on every rank.
 
     Args:
         model: built on meta, adapters attached, sharded.
@@ -91,21 +91,21 @@ def load_model(
         id(module.base): module for module in model.modules() if isinstance(module, BaseRows)
     }
     failure: Exception | None = None
-    for done, (first, *others) in enumerate(_uses(model).values()):
+    for done, (first, *others) in enumerate(_list_parameter_uses(model).values()):
         owner, name = first.owner, first.name
         parameter = owner._parameters[name]
         assert parameter is not None
-        span = placement.span(parameter)
+        span = placement.local_row_span(parameter)
         wrapper = wrappers.get(id(owner)) if name == "packed" else None
         rows = torch.empty(0)
-        linear: LinearRows | None = None
+        linear: WeightRows | None = None
         if failure is None:
             try:
-                if isinstance(owner, FrozenRows) and name == "packed":
-                    linear = LinearRows.read(owner, reader, span, device)
-                    rows = linear.packed() if wrapper is None else rows
+                if isinstance(owner, FrozenWeight) and name == "packed":
+                    linear = WeightRows.read_weight_rows(owner, reader, span, device)
+                    rows = linear.to_packed() if wrapper is None else rows
                 else:
-                    rows = _own_rows(owner, name, span, reader)
+                    rows = _init_or_read_rows(owner, name, span, reader)
             except (UserError, OSError) as error:
                 failure = error
         if wrapper is not None:
@@ -114,10 +114,10 @@ def load_model(
                 break
             assert linear is not None
             reduce = placement.sum_over_shards
-            rows = linear.packed(partial(wrapper.prepare_rows, span=span, reduce=reduce))
+            rows = linear.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
         if failure is not None:
             continue
-        placement.fill(owner, name, rows)
+        placement.fill_local_rows(owner, name, rows)
         for other in others:
             other.owner.register_parameter(other.name, owner._parameters[name])
         progress(done + 1)
@@ -129,7 +129,7 @@ def load_model(
         raise failure
 
 
-def _uses(model: nn.Module) -> dict[int, list[_Use]]:
+def _list_parameter_uses(model: nn.Module) -> dict[int, list[_ParameterUse]]:
     """Return every parameter with the modules that hold it (tied ones have several).
 
     A wrapper's own parameters come right after those of the module it wraps: PiSSA, LoftQ and DoRA
@@ -143,15 +143,15 @@ def _uses(model: nn.Module) -> dict[int, list[_Use]]:
     for module in model.modules():
         if not isinstance(module, AdapterRows):
             order += [module, *wrappers.get(id(module), [])]
-    uses: dict[int, list[_Use]] = {}
+    uses: dict[int, list[_ParameterUse]] = {}
     for module in order:
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                uses.setdefault(id(parameter), []).append(_Use(module, name))
+                uses.setdefault(id(parameter), []).append(_ParameterUse(module, name))
     return uses
 
 
-def _own_rows(
+def _init_or_read_rows(
     owner: nn.Module,
     name: str,
     span: Span,
@@ -162,14 +162,14 @@ def _own_rows(
     assert parameter is not None
     in_files: dict[str, str] = getattr(owner, "checkpoint_names", {})
     if isinstance(owner, AdapterRows) and name not in in_files:
-        return owner.initial_rows(name, span).to(parameter.dtype)
+        return owner.init_rows(name, span).to(parameter.dtype)
     source = in_files[name]
-    read = reader.read(source, span)
+    read = reader.read_rows(source, span)
     rows = read.to(parameter.dtype)
-    if not is_finite(rows):
+    if not all_rows_finite(rows):
         raise UserError(
             f"tensor {source}: weight is not finite: NaN or infinity in a row; get the base again"
-            if not is_finite(read)
+            if not all_rows_finite(read)
             else f"tensor {source}: weight is beyond the range of {parameter.dtype}; set "
             "base.compute_dtype to bfloat16 or float32"
         )
@@ -181,7 +181,7 @@ def _fill_buffers(model: nn.Module, reader: RowReader) -> None:
         names: dict[str, str] = getattr(module, "checkpoint_names", {})
         for name, buffer in module.named_buffers(recurse=False):
             if name in names:
-                buffer.copy_(reader.read(names[name]))
+                buffer.copy_(reader.read_rows(names[name]))
 
 
 def _check_filled(model: nn.Module) -> None:

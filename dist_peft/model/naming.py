@@ -29,18 +29,18 @@ from transformers.core_model_loading import (
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
-from dist_peft.model.experts import STACKS, Piece, Pieces
-from dist_peft.model.prequantized.base import Prequantized
-from dist_peft.model.tied_weights import other_names, untie_different
+from dist_peft.model.experts import STACKS, Pieces, StackPiece
+from dist_peft.model.prequantized.base import PrequantizedBase
+from dist_peft.model.tied_weights import list_tied_names, untie_different_weights
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 
-__all__ = ["Names", "find_names"]
+__all__ = ["TensorNames", "find_tensor_names"]
 
 log = logging.getLogger("dist_peft")
 
 
 @dataclass(frozen=True)
-class Names:
+class TensorNames:
     """Tensors of a model's parameters and persistent buffers.
 
     Attributes:
@@ -56,20 +56,20 @@ class Names:
     renamed: dict[str, str] = field(default_factory=dict)
 
     @property
-    def found(self) -> dict[str, str]:
+    def found_names(self) -> dict[str, str]:
         """Names of all parameters that were found, and of all pieces of stacks, -> a tensor."""
         pieces = {piece.name: piece.name for pieces in self.stacks.values() for piece in pieces}
         first = {name: pieces[0].name for name, pieces in self.stacks.items()}
         return {**self.tensors, **pieces, **first}
 
 
-def find_names(
+def find_tensor_names(
     model: PreTrainedModel,
     index: SafetensorsIndex,
-    packed: Prequantized | None,
+    packed: PrequantizedBase | None,
     experts: Sequence[nn.Module],
     may_lack: Callable[[str], bool],
-) -> Names:
+) -> TensorNames:
     """Find the tensors of ``model``. Parameters that the files lack, or have in another shape, are
     left out if ``may_lack`` allows it. Tied parameters that the files have with different values
     are untied.
@@ -84,52 +84,52 @@ def find_names(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
     in_files = {apply_renamings(name, renamings): name for name in tensors}
-    stacks, absent = _stacks(model, index, tensors, in_files, rules, experts)
+    stacks, absent = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
     prefix = model.base_model_prefix + "."
 
-    def source_of(name: str) -> str | None:
-        candidates = _candidates(name, prefix)
+    def find_source(name: str) -> str | None:
+        candidates = _candidate_names(name, prefix)
         return next((in_files[c] for c in candidates if c in in_files), None)
 
-    def plain_source_of(name: str) -> str | None:
-        source = source_of(name)
+    def find_plain_source(name: str) -> str | None:
+        source = find_source(name)
         return source if source in index.tensors else None
 
-    untie_different(model, index, plain_source_of)
+    untie_different_weights(model, index, find_plain_source)
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    tied = other_names(model)
+    tied = list_tied_names(model)
     names: dict[str, str] = {}
     renamed: dict[str, str] = {}
     for name in [*dict(model.named_parameters()), *buffers]:
         if name in stacks or name in absent:
             continue
-        if source := source_of(name):
+        if source := find_source(name):
             names[name] = source
-        elif source := next(filter(None, map(source_of, tied.get(name, ()))), None):
+        elif source := next(filter(None, map(find_source, tied.get(name, ()))), None):
             names[name], renamed[source] = source, name
         elif name not in buffers and not may_lack(name):
             # the buffer keeps the value computed by the model
             absent.append(name)
     if absent:
-        raise _absent(model, index, in_files, rules, absent)
-    found = Names(names, stacks, renamed)
-    _warn_of_unused(model, index, tensors, set(found.found.values()))
+        raise _absent_tensors_error(model, index, in_files, rules, absent)
+    found = TensorNames(names, stacks, renamed)
+    _warn_of_unused_tensors(model, index, tensors, set(found.found_names.values()))
     for name, source in list(names.items()):
         info, shape = tensors[source], tuple(model.state_dict()[name].shape)
         if info is not None and shape != info.shape:
             if may_lack(name):
                 del names[name]  # the head of another set of classes
                 continue
-            raise _other_shape(source, info.shape, shape)
+            raise _other_shape_error(source, info.shape, shape)
     return found
 
 
-def _candidates(name: str, prefix: str) -> tuple[str, str, str]:
+def _candidate_names(name: str, prefix: str) -> tuple[str, str, str]:
     """Return the possible names of a parameter in checkpoints of the full or headless model."""
     return name, name.removeprefix(prefix), prefix + name
 
 
-def _absent(
+def _absent_tensors_error(
     model: PreTrainedModel,
     index: SafetensorsIndex,
     in_files: Mapping[str, str],
@@ -156,7 +156,7 @@ def _absent(
     )
 
 
-def _other_shape(source: str, found: Sequence[int], wanted: Sequence[int]) -> UserError:
+def _other_shape_error(source: str, found: Sequence[int], wanted: Sequence[int]) -> UserError:
     return UserError(
         f"tensor {source} has shape {list(found)} in the files but config.json asks for "
         f"{list(wanted)}"
@@ -166,7 +166,7 @@ def _other_shape(source: str, found: Sequence[int], wanted: Sequence[int]) -> Us
 # -- experts -------------------------------------------------------------------------------------
 
 
-def _stacks(
+def _find_expert_stacks(
     model: PreTrainedModel,
     index: SafetensorsIndex,
     tensors: Mapping[str, TensorInfo | None],
@@ -174,8 +174,8 @@ def _stacks(
     rules: Sequence[object],
     experts: Sequence[nn.Module],
 ) -> tuple[dict[str, Pieces], list[str]]:
-    """Return ``Names.stacks``, and the parameters of experts that the files lack."""
-    merged = _merged(in_files, rules) if experts else {}
+    """Return ``TensorNames.stacks``, and the parameters of experts that the files lack."""
+    merged = _group_expert_tensors(in_files, rules) if experts else {}
     paths = {id(module): path for path, module in model.named_modules()}
     prefix = model.base_model_prefix + "."
     stacks: dict[str, Pieces] = {}
@@ -183,24 +183,28 @@ def _stacks(
     for module in experts:
         for own in STACKS:
             name, shape = f"{paths[id(module)]}.{own}", tuple(module.get_parameter(own).shape)
-            for candidate in _candidates(name, prefix):
+            for candidate in _candidate_names(name, prefix):
                 if candidate in in_files:
                     parts = [[in_files[candidate]]]
                 elif candidate in merged:
                     parts = merged[candidate]
                 else:
                     continue
-                stacks[name] = _pieces(index, tensors, parts, shape)
+                stacks[name] = _list_stack_pieces(index, tensors, parts, shape)
                 break
             else:
                 absent.append(name)
     return stacks, absent
 
 
-def _merged(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, list[list[str]]]:
+def _group_expert_tensors(
+    in_files: Mapping[str, str], rules: Sequence[object]
+) -> dict[str, list[list[str]]]:
     """Return name of a stack -> for each of its projections, each expert's tensor."""
     found: dict[str, list[list[tuple[list[int], str]]]] = {}
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter) and _merges(rule)]
+    converters = [
+        rule for rule in rules if isinstance(rule, WeightConverter) and _is_expert_merge(rule)
+    ]
     for renamed, source in in_files.items():
         for converter in converters:
             name, pattern = converter.rename_source_key(renamed)
@@ -216,14 +220,14 @@ def _merged(in_files: Mapping[str, str], rules: Sequence[object]) -> dict[str, l
     }
 
 
-def _merges(rule: WeightConverter) -> bool:
+def _is_expert_merge(rule: WeightConverter) -> bool:
     """Return whether the rule only stacks experts with concatenated projections."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
     stacks = [(MergeModulelist, 0), (Concatenate, 1)][: 1 + (len(rule.source_patterns) > 1)]
     return kinds == stacks and len(rule.target_patterns) == 1
 
 
-def _pieces(
+def _list_stack_pieces(
     index: SafetensorsIndex,
     tensors: Mapping[str, TensorInfo | None],
     parts: list[list[str]],
@@ -248,11 +252,11 @@ def _pieces(
                 "bases are read; give the unquantized base"
             )
         if info.shape != wanted:
-            raise _other_shape(name, info.shape, wanted)
-    return tuple(Piece(name, Span(i * rows, (i + 1) * rows)) for i, name in enumerate(ordered))
+            raise _other_shape_error(name, info.shape, wanted)
+    return tuple(StackPiece(name, Span(i * rows, (i + 1) * rows)) for i, name in enumerate(ordered))
 
 
-def _warn_of_unused(
+def _warn_of_unused_tensors(
     model: PreTrainedModel,
     index: SafetensorsIndex,
     tensors: Mapping[str, TensorInfo | None],

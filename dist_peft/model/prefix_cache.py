@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["KeysValues", "PrefixCache", "fill"]
+__all__ = ["KeysValues", "PrefixCache", "fill_cache_with_prefix"]
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
 """For each layer keys and values ``[B, heads, P, head size]``."""
@@ -48,7 +48,7 @@ class PrefixCache(Cache):
         super().__init__(layers=[_PrefixLayer(keys, values) for keys, values in prefix])
 
 
-def fill(cache: Cache, prefix: KeysValues) -> None:
+def fill_cache_with_prefix(cache: Cache, prefix: KeysValues) -> None:
     """Put the prefix into an empty cache of the model's own kind."""
     for layer, (keys, values) in enumerate(prefix):
         cache.update(keys, values, layer)

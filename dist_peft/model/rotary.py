@@ -17,10 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["document_lengths", "rotate_by_document", "switch_lengths", "window_lengths"]
+__all__ = [
+    "compute_document_lengths",
+    "list_switch_lengths",
+    "set_rotary_by_document",
+    "window_lengths",
+]
 
 
-def document_lengths(position_ids: Tensor) -> Tensor:
+def compute_document_lengths(position_ids: Tensor) -> Tensor:
     """Return the length of each token's document, ``[B, S]``: the largest position plus one."""
     document = (position_ids == 0).cumsum(1)
     largest = torch.zeros(len(document), document.shape[1] + 1, dtype=position_ids.dtype)
@@ -28,7 +33,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
     return largest.gather(1, document) + 1
 
 
-def switch_lengths(config: Any) -> list[int]:
+def list_switch_lengths(config: Any) -> list[int]:
     """Return the sequence lengths beyond which rotary angles change, in order."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -50,19 +55,19 @@ def window_lengths(config: Any) -> list[int]:
     return sorted(int(n) for n in found if isinstance(n, int) and n > 0)
 
 
-def rotate_by_document(model: nn.Module) -> None:
+def set_rotary_by_document(model: nn.Module) -> None:
     """Make rotary embeddings whose angles depend on a length use each document's length."""
-    switches = switch_lengths(model.config)
+    switches = list_switch_lengths(model.config)
     if not switches:
         return
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         names = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any(str(kind) == "longrope" or "dynamic" in str(kind) for kind in names):
-            module.forward = _PerDocument(module, switches[0])
+            module.forward = _PerDocumentRotary(module, switches[0])
 
 
-class _PerDocument:
+class _PerDocumentRotary:
     """Forward of a rotary module, called once for each kind of length in the batch."""
 
     def __init__(self, module: nn.Module, switch: int) -> None:
@@ -70,16 +75,16 @@ class _PerDocument:
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if position_ids.dim() != 2:
-            self._forget()
+            self._reset_dynamic_state()
             return self.whole(x, position_ids, *args, **kwargs)
-        lengths = document_lengths(position_ids).clamp_(min=self.switch)
+        lengths = compute_document_lengths(position_ids).clamp_(min=self.switch)
         if (
             getattr(self.module, "rope_type", None) == "longrope"
         ):  # all lengths beyond the switch are alike
             lengths = lengths.clamp_(max=self.switch + 1)
         result: tuple[Tensor, ...] | None = None
         for length in lengths.unique().tolist():
-            self._forget()
+            self._reset_dynamic_state()
             mine = lengths == length
             found = self.whole(x, torch.where(mine, position_ids, 0), *args, **kwargs)
             here = mine.unsqueeze(-1)
@@ -91,7 +96,7 @@ class _PerDocument:
                 )
         return result
 
-    def _forget(self) -> None:
+    def _reset_dynamic_state(self) -> None:
         """Reset the frequencies that earlier calls of dynamic NTK have stored."""
         module: Any = self.module
         kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}

@@ -28,22 +28,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
-from dist_peft.model.experts import ExpertStack, find_experts, find_routers
-from dist_peft.model.float32_tensors import set_float32, written_types
+from dist_peft.model.experts import ExpertStack, find_expert_modules, find_router_linears
+from dist_peft.model.float32_tensors import find_wider_dtypes, set_parameter_dtypes
 from dist_peft.model.forward_probe import probe_forward
-from dist_peft.model.freezing import check_packed, freeze_experts, freeze_linears
-from dist_peft.model.frozen_linear import FrozenLinear, FrozenRows
-from dist_peft.model.hub import REFUSALS, read_json_object, reason, refuse_hub_kernels
-from dist_peft.model.naming import find_names
-from dist_peft.model.prequantized.base import Prequantized, check_stated, open_prequantized
-from dist_peft.model.rotary import rotate_by_document
-from dist_peft.model.tied_weights import untied_settings
-from dist_peft.model.weight_probe import read_by_others, refuse_unsupported
+from dist_peft.model.freezing import check_base_is_packed, freeze_experts, freeze_linears
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
+from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
+from dist_peft.model.naming import find_tensor_names
+from dist_peft.model.prequantized.base import (
+    PrequantizedBase,
+    check_stated_quant,
+    open_prequantized,
+)
+from dist_peft.model.rotary import set_rotary_by_document
+from dist_peft.model.tied_weights import read_untied_config_keys
+from dist_peft.model.weight_probe import find_externally_read_linears, refuse_unsupported_blocks
 from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
 
-__all__ = ["Skeleton", "build_skeleton", "find_blocks", "torch_dtype"]
+__all__ = ["Skeleton", "build_skeleton", "find_decoder_blocks", "parse_torch_dtype"]
 
 
 @dataclass
@@ -73,32 +77,32 @@ class Skeleton:
     index: SafetensorsIndex
     tied: bool
     tensors: dict[str, TensorSpec]
-    prequantized: Prequantized | None
-    head: classifier.Head | None = None
+    prequantized: PrequantizedBase | None
+    head: classifier.ClassifierHead | None = None
     wide: dict[str, torch.dtype] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def config(self) -> PretrainedConfig:
+    def model_config(self) -> PretrainedConfig:
         return self.model.config
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         """Number of rows of the input embedding."""
-        return int(self.config.get_text_config().vocab_size)
+        return int(self.model_config.get_text_config().vocab_size)
 
     @property
-    def positions(self) -> int | None:
+    def max_positions(self) -> int | None:
         """Longest document that the base supports; None: no limit is known."""
-        known = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return None if known is None else known - classifier.unused_positions(self.model)
+        known = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        return None if known is None else known - classifier.count_unused_positions(self.model)
 
     @property
-    def positions_are_learned(self) -> bool:
+    def has_learned_positions(self) -> bool:
         """Whether positions beyond ``positions`` have no embedding; rotary ones extrapolate."""
-        rotary = getattr(self.config.get_text_config(), "rope_parameters", None)
-        return self.positions is not None and not rotary
+        rotary = getattr(self.model_config.get_text_config(), "rope_parameters", None)
+        return self.max_positions is not None and not rotary
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -113,14 +117,14 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def parse_torch_dtype(name: str) -> torch.dtype:
     """Return ``torch.bfloat16`` for ``bfloat16``."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
-def _never(name: str) -> bool:
+def _never_missing(name: str) -> bool:
     return False
 
 
@@ -136,56 +140,62 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
             directory that is not read or that ``base.quant`` contradicts.
     """
     index = SafetensorsIndex.open(directory)
-    dtype = torch_dtype(base.compute_dtype)
-    config = _read_config(base, directory)
+    dtype = parse_torch_dtype(base.compute_dtype)
+    config = _read_model_config(base, directory)
     packed = open_prequantized(directory, index)
     if packed is not None:
-        check_stated(base, packed, directory)
+        check_stated_quant(base, packed, directory)
     if base.head == "classifier":
-        classifier.prepare_labels(config, labels)
+        classifier.set_label_config(config, labels)
     else:
         classifier.refuse_encoder(config, base.path)
-    model = _build_meta(config, base, dtype)
-    set_float32(model, dtype)
-    blocks = find_blocks(model)
-    refuse_unsupported(model, blocks, base.path)
-    may_lack = _never if base.head == "lm" else classifier.may_be_new(model, blocks)
-    experts = find_experts(blocks)
-    names = find_names(model, index, packed, experts, may_lack)
-    head = None if base.head == "lm" else classifier.head_of(model, names.found, labels)
-    tied = _is_tied(model)
+    model = _build_on_meta(config, base, dtype)
+    set_parameter_dtypes(model, dtype)
+    blocks = find_decoder_blocks(model)
+    refuse_unsupported_blocks(model, blocks, base.path)
+    may_lack = (
+        _never_missing if base.head == "lm" else classifier.make_may_be_missing(model, blocks)
+    )
+    experts = find_expert_modules(blocks)
+    names = find_tensor_names(model, index, packed, experts, may_lack)
+    head = (
+        None
+        if base.head == "lm"
+        else classifier.find_classifier_head(model, names.found_names, labels)
+    )
+    tied = _is_head_tied(model)
     codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
-    learning, routers = head.modules if head else (), find_routers(model, experts)
-    plain = routers | read_by_others(model)
+    learning, routers = head.modules if head else (), find_router_linears(model, experts)
+    plain = routers | find_externally_read_linears(model)
     replaced = freeze_linears(
         model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
     )
     replaced += freeze_experts(model, experts, names, codec)
     probe_forward(model, blocks, replaced, base.path)
     if base.quant is not None:
-        check_packed(model, blocks, base.path)
+        check_base_is_packed(model, blocks, base.path)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, FrozenRows) and parameter.device.type != "meta":
+            if not isinstance(module, FrozenWeight) and parameter.device.type != "meta":
                 meta = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
                 module.register_parameter(name, meta)
-    tensors = _tensors(model, names.tensors, index, packed)
-    wide = written_types(model, names.tensors, tensors, dtype)
+    tensors = _select_used_tensors(model, names.tensors, index, packed)
+    wide = find_wider_dtypes(model, names.tensors, tensors, dtype)
     if head is not None:
-        tensors = classifier.used_and_new(model, names.found, tensors, head)
-    _attach_names(model, names.tensors, index, tensors)
+        tensors = classifier.select_used_and_new(model, names.found_names, tensors, head)
+    _attach_tensor_names(model, names.tensors, index, tensors)
     if base.head == "lm":
-        _refuse_nameless(model, base.path)
-    rotate_by_document(model)
+        _refuse_unnamed_linears(model, base.path)
+    set_rotary_by_document(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
-    settings = {} if tied else _untied_settings(model, directory)
+    settings = {} if tied else _untied_config_keys(model, directory)
     return Skeleton(
         model, blocks, index, tied, tensors, packed, head, wide, names.renamed, settings
     )
 
 
-def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
+def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
     described = read_json_object(directory / "config.json")
@@ -194,14 +204,18 @@ def _read_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
     except REFUSALS as error:
-        raise UserError(f"cannot use {directory / 'config.json'}: {reason(error)}") from None
+        raise UserError(
+            f"cannot use {directory / 'config.json'}: {format_library_error(error)}"
+        ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers must not apply it
     config.use_cache = False
     return config
 
 
-def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _build_on_meta(
+    config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     try:
         with _EmptyOnMeta():
             return classifier.MODELS[base.head].from_config(
@@ -214,11 +228,11 @@ def _build_meta(config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype) 
         raise UserError(
             f"transformers cannot build a {classifier.KINDS[base.head]} of type "
             f"{config.model_type!r} "
-            f"with base.attention={base.attention!r}: {reason(error)}"
+            f"with base.attention={base.attention!r}: {format_library_error(error)}"
         ) from None
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
+def find_decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the decoder layers: the longest ``ModuleList`` of modules of one class, or of layers.
 
     Layers are of several classes in Jamba and OLMo-Hybrid.
@@ -236,27 +250,30 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
             "this model type is not supported"
         )
 
-    def depth(index: int) -> int:
+    def list_depth(index: int) -> int:
         return sum(1 for _ in uniform[index].modules())
 
-    return list(uniform[max(range(len(uniform)), key=depth)])
+    return list(uniform[max(range(len(uniform)), key=list_depth)])
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def _is_head_tied(model: PreTrainedModel) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
 
 
-def _untied_settings(model: PreTrainedModel, directory: Path) -> Mapping[str, Any]:
+def _untied_config_keys(model: PreTrainedModel, directory: Path) -> Mapping[str, Any]:
     """Return ``config.json`` keys to write where the base's wrongly ties its head."""
     claimed = getattr(model.config, "tie_word_embeddings", False) and model._tied_weights_keys
     if not claimed or model.get_output_embeddings() is None:
         return {}
-    return untied_settings(directory)
+    return read_untied_config_keys(directory)
 
 
-def _tensors(
-    model: nn.Module, names: dict[str, str], index: SafetensorsIndex, packed: Prequantized | None
+def _select_used_tensors(
+    model: nn.Module,
+    names: dict[str, str],
+    index: SafetensorsIndex,
+    packed: PrequantizedBase | None,
 ) -> dict[str, TensorSpec]:
     """Return ``Skeleton.tensors``; packed weights that the model does not use are left out.
 
@@ -278,14 +295,15 @@ def _tensors(
             tensors[name] = TensorSpec(name, torch.float32, shapes[name])
         elif name in used:
             raise UserError(
-                f"{index.path} has {name} quantized ({packed.label}), which is no linear of a "
+                f"{index.path} has {name} quantized ({packed.format_label}), which is no "
+                "linear of a "
                 "block: output heads, embeddings and other kinds of layers are read unquantized "
                 "only; quantize without it, or give the unquantized base"
             )
     return tensors
 
 
-def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
+def _refuse_unnamed_linears(model: PreTrainedModel, path: str) -> None:
     """Refuse a model with parameters that have no tensor in the files.
 
     Raises:
@@ -294,7 +312,7 @@ def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
     seen: set[int] = set()
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            packed = isinstance(module, FrozenRows) and name == "packed"
+            packed = isinstance(module, FrozenWeight) and name == "packed"
             if id(parameter) not in seen and not packed and name not in module.checkpoint_names:
                 raise UserError(
                     f"base.path {path} of type {model.config.model_type!r} is not supported: "
@@ -304,7 +322,7 @@ def _refuse_nameless(model: PreTrainedModel, path: str) -> None:
             seen.add(id(parameter))
 
 
-def _attach_names(
+def _attach_tensor_names(
     model: nn.Module,
     names: dict[str, str],
     index: SafetensorsIndex,

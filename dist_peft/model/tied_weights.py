@@ -9,8 +9,8 @@ families tie further modules). The result depends on the files:
                                             files, and tying would drop a trained head
 
 A directory that is written from such a base says ``tie_word_embeddings: false``
-(``untied_settings``), because runtimes other than ``transformers`` believe the configuration and
-drop one of the two tensors.
+(``read_untied_config_keys``), because runtimes other than ``transformers`` believe the
+configuration and drop one of the two tensors.
 """
 
 import json
@@ -28,14 +28,14 @@ from dist_peft.core.span import Span
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
-__all__ = ["other_names", "untie_different", "untied_settings"]
+__all__ = ["list_tied_names", "read_untied_config_keys", "untie_different_weights"]
 
 log = logging.getLogger("dist_peft")
 
 _CHUNK_BYTES = 16 * 2**20
 
 
-def other_names(model: nn.Module) -> dict[str, list[str]]:
+def list_tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return full name of each shared parameter in ``named_parameters`` -> its other names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -43,7 +43,7 @@ def other_names(model: nn.Module) -> dict[str, list[str]]:
     return {first: others for first, *others in names.values() if others}
 
 
-def untie_different(
+def untie_different_weights(
     model: PreTrainedModel,
     index: SafetensorsIndex,
     find: Callable[[str], str | None],
@@ -63,7 +63,7 @@ def untie_different(
         UserError: a file is damaged.
     """
     untied: list[str] = []
-    for first, others in other_names(model).items():
+    for first, others in list_tied_names(model).items():
         parameter = model.get_parameter(first)
         # some families tie more than two: weights equal to the first stay tied to it
         source = find(first)
@@ -71,7 +71,7 @@ def untie_different(
             target = find(name)
             if source is None or target is None or source == target:
                 continue
-            if _are_equal(index, source, target, parameter.dtype):
+            if _are_tensors_equal(index, source, target, parameter.dtype):
                 continue
             path, _, own = name.rpartition(".")
             copy = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
@@ -89,19 +89,23 @@ def untie_different(
     return untied
 
 
-def _are_equal(index: SafetensorsIndex, first: str, second: str, dtype: torch.dtype) -> bool:
+def _are_tensors_equal(
+    index: SafetensorsIndex, first: str, second: str, dtype: torch.dtype
+) -> bool:
     one, other = index.tensors[first], index.tensors[second]
     if one.shape != other.shape:
         return False
     rows = max(1, _CHUNK_BYTES // max(1, one.row_bytes))
     with RowReader(index) as reader:
         return all(
-            torch.equal(reader.read(first, span).to(dtype), reader.read(second, span).to(dtype))
-            for span in Span(0, one.rows).chunks(rows)
+            torch.equal(
+                reader.read_rows(first, span).to(dtype), reader.read_rows(second, span).to(dtype)
+            )
+            for span in Span(0, one.num_rows).split_into_chunks(rows)
         )
 
 
-def untied_settings(directory: Path) -> Mapping[str, Any]:
+def read_untied_config_keys(directory: Path) -> Mapping[str, Any]:
     """Return the ``config.json`` keys that untie the head of ``directory``'s model."""
     config = json.loads((directory / "config.json").read_text())
     changes: dict[str, Any] = {"tie_word_embeddings": False}

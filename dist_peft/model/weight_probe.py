@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
-from dist_peft.model.tied_weights import other_names
+from dist_peft.model.tied_weights import list_tied_names
 
-__all__ = ["read_by_others", "refuse_unsupported", "weights_read_by"]
+__all__ = ["find_externally_read_linears", "list_weights_read_by", "refuse_unsupported_blocks"]
 
 _REFUSED = {
     "rwkv": "its code divides weights of the blocks in place at the first forward, which is lost "
@@ -33,7 +33,9 @@ _REFUSED = {
 _OUTSIDE_OF_FORWARD = ("__init__", "reset_parameters", "_init_weights", "extra_repr", "__repr__")
 
 
-def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path: str) -> None:
+def refuse_unsupported_blocks(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], path: str
+) -> None:
     """Refuse families whose blocks cannot be frozen linear by linear.
 
     Raises:
@@ -43,7 +45,7 @@ def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path
     if why := _REFUSED.get(kind):
         raise UserError(f"base.path {path} of type {kind!r} is not supported: {why}")
     inside = {id(p) for block in blocks for p in block.parameters()}
-    for first, others in other_names(model).items():
+    for first, others in list_tied_names(model).items():
         owners = [model.get_submodule(name.rpartition(".")[0]) for name in (first, others[0])]
         linears = all(isinstance(owner, nn.Linear) for owner in owners)
         if linears and owners[0] is not owners[1] and id(model.get_parameter(first)) in inside:
@@ -54,11 +56,11 @@ def refuse_unsupported(model: PreTrainedModel, blocks: Sequence[nn.Module], path
             )
 
 
-def read_by_others(model: nn.Module) -> set[int]:
+def find_externally_read_linears(model: nn.Module) -> set[int]:
     """Return ``id`` of the linears in ``model`` whose weight or bias other modules' code reads."""
     found: set[int] = set()
     for module in model.modules():
-        for path in weights_read_by(cast(Hashable, type(module))):
+        for path in list_weights_read_by(cast(Hashable, type(module))):
             try:
                 child = module.get_submodule(path)
             except AttributeError:  # only in some variants of the class
@@ -69,7 +71,7 @@ def read_by_others(model: nn.Module) -> set[int]:
 
 
 @functools.cache
-def weights_read_by(kind: Hashable) -> frozenset[str]:
+def list_weights_read_by(kind: Hashable) -> frozenset[str]:
     """Return paths ``a.b`` of which methods of ``kind`` read ``self.a.b.weight`` or ``.bias``."""
     found: set[str] = set()
     assert isinstance(kind, type)
@@ -82,11 +84,11 @@ def weights_read_by(kind: Hashable) -> frozenset[str]:
             continue
         for method in ast.walk(tree):
             if isinstance(method, ast.FunctionDef) and method.name not in _OUTSIDE_OF_FORWARD:
-                found.update(_paths(method))
+                found.update(_iterate_weight_paths(method))
     return frozenset(found)
 
 
-def _paths(method: ast.FunctionDef) -> Iterator[str]:
+def _iterate_weight_paths(method: ast.FunctionDef) -> Iterator[str]:
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias"):
             names: list[str] = []

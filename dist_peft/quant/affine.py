@@ -38,17 +38,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_peft.quant.hqq import best_zero
-from dist_peft.quant.kernels import decode_affine
+from dist_peft.quant.hqq import optimize_zero_points
+from dist_peft.quant.kernels import dequantize_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
 from dist_peft.quant.packed_rows import (
-    align4,
-    as_bytes,
-    check_finite,
-    check_packed,
-    divide,
-    encode_groups,
-    field,
+    align_to_4_bytes,
+    check_finite_statistics,
+    check_packed_rows,
+    divide_exactly,
+    quantize_in_groups,
+    read_packed_field,
+    view_as_bytes,
 )
 
 __all__ = ["AffineCodec", "AffineParts"]
@@ -72,7 +72,7 @@ class AffineParts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _AffineLayout:
     groups: int
     stream: int  # bytes of codes
     payload: int  # the same, aligned
@@ -115,14 +115,14 @@ class AffineCodec:
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return scales, then zeros, ``float16 [rows, 2 groups]``; codes are not unpacked."""
-        count = 2 * self._layout(in_features).groups
-        return field(packed, packed.shape[1] - 2 * count, count, torch.float16)
+        count = 2 * self._compute_layout(in_features).groups
+        return read_packed_field(packed, packed.shape[1] - 2 * count, count, torch.float16)
 
-    def row_bytes(self, in_features: int) -> int:
+    def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
-        return self._layout(in_features).row_bytes
+        return self._compute_layout(in_features).row_bytes
 
-    def encode(self, weight: Tensor) -> Tensor:
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
         """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]``.
 
         Raises:
@@ -130,61 +130,67 @@ class AffineCodec:
                 needs a scale beyond fp16.
         """
 
-        def encode_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
-            scale, zero = self.scale_and_zero(groups, first_row)
+        def quantize_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
+            scale, zero = self.compute_scale_and_zero(groups, first_row)
             if self.solver == "hqq":
                 columns = torch.arange(groups[0].numel(), device=groups.device)
                 real = (columns < in_features).view(groups.shape[1:])
-                zero = best_zero(groups, scale, zero, real, self.bits)
+                zero = optimize_zero_points(groups, scale, zero, real, self.bits)
             codes = groups / scale.float().unsqueeze(-1)
             if self.solver == "rtn":  # halves to even before an odd zero is added
                 codes.round_()
             codes.add_(zero.float().unsqueeze(-1)).round_().clamp_(0, 2**self.bits - 1)
-            return self._fields(AffineParts(codes.to(torch.uint8).flatten(1), scale, zero))
+            return self._build_packed_fields(
+                AffineParts(codes.to(torch.uint8).flatten(1), scale, zero)
+            )
 
         in_features = weight.shape[-1] if weight.dim() else 0
-        row_bytes = self.row_bytes(in_features)
-        return encode_groups(weight, self.group_size, row_bytes, encode_chunk)
+        row_bytes = self.num_row_bytes(in_features)
+        return quantize_in_groups(weight, self.group_size, row_bytes, quantize_chunk)
 
-    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        stream, scale, zero = self._read(packed, in_features)
-        return decode_affine(stream, self.bits, scale, zero, in_features, dtype)
+        stream, scale, zero = self._read_packed_fields(packed, in_features)
+        return dequantize_affine(stream, self.bits, scale, zero, in_features, dtype)
 
-    def split(self, packed: Tensor, in_features: int) -> AffineParts:
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> AffineParts:
         """Take packed rows apart into codes, scales and zeros."""
-        stream, scale, zero = self._read(packed, in_features)
+        stream, scale, zero = self._read_packed_fields(packed, in_features)
         return AffineParts(unpack_bits(stream, self.bits), scale, zero)
 
-    def join(self, parts: AffineParts, in_features: int) -> Tensor:
+    def join_packed_rows(self, parts: AffineParts, in_features: int) -> Tensor:
         """Inverse of ``split``; the zeros may be fractions, scales and zeros are rounded to fp16.
 
         Raises:
             ValueError: shapes do not fit ``in_features``, or a code needs more than ``bits`` bits.
         """
-        layout = self._layout(in_features)
+        layout = self._compute_layout(in_features)
         rows = parts.codes.shape[0]
         wanted = ((rows, layout.groups * self.group_size), *((rows, layout.groups),) * 2)
         given = tuple(tuple(part.shape) for part in parts)
         if given != wanted:
             raise ValueError(f"codes, scale, zero of {self.name} are {wanted}, not {given}")
         halves = AffineParts(parts.codes, parts.scale.half(), parts.zero.half())
-        return torch.cat([as_bytes(part) for part in self._fields(halves)], 1)
+        return torch.cat([view_as_bytes(part) for part in self._build_packed_fields(halves)], 1)
 
-    def _read(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-        layout = self._layout(in_features)
-        check_packed(packed, layout.row_bytes, self.name, in_features)
-        scale = field(packed, layout.payload, layout.groups, torch.float16)
-        zero = field(packed, layout.payload + 2 * layout.groups, layout.groups, torch.float16)
+    def _read_packed_fields(
+        self, packed: Tensor, in_features: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layout = self._compute_layout(in_features)
+        check_packed_rows(packed, layout.row_bytes, self.name, in_features)
+        scale = read_packed_field(packed, layout.payload, layout.groups, torch.float16)
+        zero = read_packed_field(
+            packed, layout.payload + 2 * layout.groups, layout.groups, torch.float16
+        )
         return packed[:, : layout.stream], scale, zero
 
-    def _fields(self, parts: AffineParts) -> tuple[Tensor, ...]:
+    def _build_packed_fields(self, parts: AffineParts) -> tuple[Tensor, ...]:
         """The fields of packed rows in the order of the layout."""
         stream = pack_bits(parts.codes, self.bits)
         pad = -stream.shape[1] % 4
         return stream, stream.new_zeros(stream.shape[0], pad), parts.scale, parts.zero
 
-    def scale_and_zero(self, groups: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    def compute_scale_and_zero(self, groups: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """fp16 scale and integer zero of each group by its ends (see the module).
 
         Args:
@@ -200,9 +206,9 @@ class AffineCodec:
         top = 2**self.bits - 1
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         # inf - inf is NaN, and halves cannot overflow: finite exactly if both ends are
-        check_finite(low / 2 + high / 2, self.group_size, first_row)
+        check_finite_statistics(low / 2 + high / 2, self.group_size, first_row)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        exact = divide(high - low, top).clamp_(min=_SMALLEST_SCALE)
+        exact = divide_exactly(high - low, top).clamp_(min=_SMALLEST_SCALE)
         scale = torch.where(high > low, exact, 1.0).half()
         if bool(torch.isinf(scale).any()):
             raise ValueError(
@@ -212,8 +218,8 @@ class AffineCodec:
         zero = (-low / scale.float()).round_().clamp_(0, top).half()
         return scale, zero
 
-    def _layout(self, in_features: int) -> _Layout:
+    def _compute_layout(self, in_features: int) -> _AffineLayout:
         groups = -(-in_features // self.group_size)
         stream = groups * self.group_size * self.bits // 8
-        payload = align4(stream)
-        return _Layout(groups, stream, payload, payload + 4 * groups)
+        payload = align_to_4_bytes(stream)
+        return _AffineLayout(groups, stream, payload, payload + 4 * groups)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.nf4 import Nf4Codec
-from dist_peft.quant.packed_rows import align4, check_packed, check_weight
+from dist_peft.quant.packed_rows import align_to_4_bytes, check_float_weight, check_packed_rows
 
 __all__ = ["Codec", "RawCodec", "make_codec"]
 
@@ -42,17 +42,17 @@ class Codec(Protocol):
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return all scales and zeros of packed rows, ``float [rows, n]``; n is 0 for raw rows."""
 
-    def row_bytes(self, in_features: int) -> int:
+    def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
 
-    def encode(self, weight: Tensor) -> Tensor:
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
         """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]`` on the same device.
 
         Raises:
             ValueError: no floating-point matrix, or values that the codec cannot represent.
         """
 
-    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``; may be a view of ``packed``.
 
         Raises:
@@ -91,11 +91,11 @@ class RawCodec:
         """Return ``float [rows, 0]``: raw rows have no scales."""
         return torch.empty(len(packed), 0)
 
-    def row_bytes(self, in_features: int) -> int:
+    def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
-        return align4(in_features * self.dtype.itemsize)
+        return align_to_4_bytes(in_features * self.dtype.itemsize)
 
-    def encode(self, weight: Tensor) -> Tensor:
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
         """Cast to ``dtype``; NaN and infinity pass when they were there before.
 
         Rows that need neither cast nor padding are not copied: the result shares their memory.
@@ -103,28 +103,28 @@ class RawCodec:
         Raises:
             ValueError: a finite value of ``weight`` is beyond the range of ``dtype``.
         """
-        check_weight(weight)
+        check_float_weight(weight)
         rows, in_features = weight.shape
         numbers = weight.detach().to(self.dtype).contiguous()
-        self._check_range(weight, numbers)
-        if self.row_bytes(in_features) == in_features * self.dtype.itemsize:
+        self._check_dtype_range(weight, numbers)
+        if self.num_row_bytes(in_features) == in_features * self.dtype.itemsize:
             return numbers.view(torch.uint8)
         packed = torch.zeros(
-            rows, self.row_bytes(in_features), dtype=torch.uint8, device=weight.device
+            rows, self.num_row_bytes(in_features), dtype=torch.uint8, device=weight.device
         )
         packed[:, : in_features * self.dtype.itemsize] = numbers.view(torch.uint8)
         return packed
 
-    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``, a view if nothing must change."""
-        check_packed(packed, self.row_bytes(in_features), self.name, in_features)
+        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
         size = self.dtype.itemsize
         aligned = packed.storage_offset() % size == 0 and packed.stride() == (packed.shape[1], 1)
         if not aligned or packed.shape[1] % size:
             packed = packed[:, : in_features * size].clone(memory_format=torch.contiguous_format)
         return packed.view(self.dtype)[:, :in_features].to(dtype)
 
-    def _check_range(self, weight: Tensor, numbers: Tensor) -> None:
+    def _check_dtype_range(self, weight: Tensor, numbers: Tensor) -> None:
         narrower = torch.finfo(weight.dtype).max > torch.finfo(self.dtype).max
         if not narrower or not numbers.numel():
             return

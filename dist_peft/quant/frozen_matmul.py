@@ -34,7 +34,7 @@ from torch.nn import functional
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 
-__all__ = ["frozen_grouped_matmul", "frozen_matmul", "product"]
+__all__ = ["frozen_grouped_matmul", "frozen_matmul", "matmul_fp32_accumulate"]
 
 
 def frozen_matmul(x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
@@ -64,15 +64,15 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
-        weight = _decode(packed, codec, in_features, x.dtype)
-        return product(functional.linear, x, weight)
+        weight = _dequantize_weight(packed, codec, in_features, x.dtype)
+        return matmul_fp32_accumulate(functional.linear, x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
-        weight = _decode(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
-        return product(torch.matmul, grad, weight), None, None, None
+        weight = _dequantize_weight(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
+        return matmul_fp32_accumulate(torch.matmul, grad, weight), None, None, None
 
 
 def frozen_grouped_matmul(
@@ -117,8 +117,8 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
     ) -> Tensor:
         ctx.packed, ctx.codec, ctx.in_features, ctx.counts = packed, codec, in_features, counts
         y = x.new_empty(x.shape[0], packed.shape[0] // len(counts))
-        for part, weight in _groups(packed, codec, in_features, counts, x.dtype):
-            y[part.slice] = product(functional.linear, x[part.slice], weight)
+        for part, weight in _iterate_expert_groups(packed, codec, in_features, counts, x.dtype):
+            y[part.slice] = matmul_fp32_accumulate(functional.linear, x[part.slice], weight)
         return y
 
     @staticmethod
@@ -126,38 +126,44 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         result = grad.new_empty(grad.shape[0], ctx.in_features)
-        groups = _groups(ctx.packed, ctx.codec, ctx.in_features, ctx.counts, grad.dtype)
+        groups = _iterate_expert_groups(
+            ctx.packed, ctx.codec, ctx.in_features, ctx.counts, grad.dtype
+        )
         for part, weight in groups:
-            result[part.slice] = product(torch.matmul, grad[part.slice], weight)
+            result[part.slice] = matmul_fp32_accumulate(torch.matmul, grad[part.slice], weight)
         return result, None, None, None, None
 
 
-def _groups(
+def _iterate_expert_groups(
     packed: Tensor, codec: Codec, in_features: int, counts: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[Span, Tensor]]:
     """Yield each non-empty group of rows with its dequantized weight ``[out, in]``."""
-    _check_storage(packed)
+    _check_packed_storage(packed)
     out, start = packed.shape[0] // len(counts), 0
     for index, count in enumerate(counts):
         if count:
             rows = packed.detach()[index * out : (index + 1) * out]
-            yield Span(start, start + count), codec.decode(rows, in_features, dtype)
+            yield Span(start, start + count), codec.dequantize_rows(rows, in_features, dtype)
         start += count
 
 
-def product(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+def matmul_fp32_accumulate(
+    multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor
+) -> Tensor:
     """``multiply(x, weight)``, two matrices of one type; see the module."""
     if x.device.type == "cpu" and x.dtype.itemsize == 2:
         return multiply(x.float(), weight.float()).to(x.dtype)
     return multiply(x, weight)
 
 
-def _decode(packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype) -> Tensor:
-    _check_storage(packed)
-    return codec.decode(packed, in_features, dtype)
+def _dequantize_weight(
+    packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    _check_packed_storage(packed)
+    return codec.dequantize_rows(packed, in_features, dtype)
 
 
-def _check_storage(packed: Tensor) -> None:
+def _check_packed_storage(packed: Tensor) -> None:
     # reading a storage of size 0 would crash the process
     if packed.numel() and not packed.untyped_storage().nbytes():
         raise RuntimeError(

@@ -17,7 +17,8 @@ groups are ordered by their largest ``H_ii``, and columns inside each group by t
     H_ii        1 9 2 2 | 5 1 1 7 | 3 4 - -
     solved      1 2 3 0 | 7 4 5 6 | 9 8 . .          9, 7, 4: the groups stay in their places
 
-**Groups.** Scale and zero of a group (``AffineCodec.scale_and_zero``: the range holds 0, the scale
+**Groups.** Scale and zero of a group (``AffineCodec.compute_scale_and_zero``: the range holds 0,
+the scale
 is fp16, the zero an integer) are taken when its first column is reached, from the weights as all
 earlier columns have changed them. The original code takes them before the changes of the running
 block of columns.
@@ -25,11 +26,13 @@ block of columns.
 **Damping.** ``0.01 * mean(diag H)`` is added to the diagonal: columns that were never active then
 simply round to nearest. Where ``H`` still has no Cholesky factor, 0.1 and 1 are tried.
 
-**Sums.** ``Hessian`` adds the Gram matrices of samples as 64-bit integers, a fixed-point form whose
+**Sums.** ``HessianSum`` adds the Gram matrices of samples as 64-bit integers, a fixed-point form
+whose
 sum does not depend on the order. So it is the same bits however samples lie on ranks. (In floats
 each number of ranks would give other last bits, and a code here and there would change.)
 
-**Rows.** Given ``U``, rows are independent. ``solve_rows`` touches them with elementwise, correctly
+**Rows.** Given ``U``, rows are independent. ``solve_weight_rows`` touches them with elementwise,
+correctly
 rounded operations only, no matrix product: the packed row is a function of its weights and the
 factor, bit for bit, whatever the number of rows, threads or ranks.
 
@@ -47,9 +50,16 @@ from torch.nn import functional
 
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, check_weight
+from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, check_float_weight
 
-__all__ = ["Factor", "Hessian", "factorize", "gram", "largest_entry", "solve_rows"]
+__all__ = [
+    "HessianFactor",
+    "HessianSum",
+    "compute_gram",
+    "factorize_hessian",
+    "find_largest_entry",
+    "solve_weight_rows",
+]
 
 DAMPINGS = (0.01, 0.1, 1.0)
 """Added to the diagonal, in units of its mean, until there is a Cholesky factor."""
@@ -64,19 +74,19 @@ _DEVICE_ELEMENTS = 2**26
 # -- sums ----------------------------------------------------------------------------------------
 
 
-def gram(inputs: Tensor) -> Tensor:
+def compute_gram(inputs: Tensor) -> Tensor:
     """``X^T X`` of one sample: ``[..., in]`` of any float type -> float32 ``[in, in]``."""
     rows = inputs.reshape(-1, inputs.shape[-1]).float()
     return rows.T @ rows
 
 
-def largest_entry(sample: Tensor) -> float:
+def find_largest_entry(sample: Tensor) -> float:
     """Of a Gram matrix; it is on the diagonal. Infinite where an input was NaN or infinite."""
     largest = float(sample.diagonal().max())
     return largest if math.isfinite(largest) else math.inf
 
 
-class Hessian:
+class HessianSum:
     """A sum of Gram matrices in 64-bit fixed point, independent of the order of addition.
 
     Args:
@@ -97,13 +107,13 @@ class Hessian:
         self.limit = math.ldexp(1.0, top)
         self._shift = 62 - (samples - 1).bit_length() - top
 
-    def add(self, sample: Tensor) -> None:
+    def add_sample(self, sample: Tensor) -> None:
         """Add ``gram`` of a sample. Beyond ``limit`` the sum is void; ``largest`` tells."""
-        self.largest = max(self.largest, largest_entry(sample))
+        self.largest = max(self.largest, find_largest_entry(sample))
         if self.largest <= self.limit:  # else the integers would overflow
             self.total += sample.double().mul_(math.ldexp(1.0, self._shift)).round_().long()
 
-    def value(self) -> Tensor:
+    def mean_hessian(self) -> Tensor:
         """The sum as float64, up to a factor that GPTQ does not depend on."""
         return self.total.double()
 
@@ -112,7 +122,7 @@ class Hessian:
 
 
 @dataclass(frozen=True)
-class Factor:
+class HessianFactor:
     """Inverse factor of a Hessian, as solving needs it.
 
     Attributes:
@@ -125,13 +135,13 @@ class Factor:
     upper: Tensor
 
     @classmethod
-    def empty(cls, padded: int, device: torch.device) -> "Factor":
+    def allocate_empty(cls, padded: int, device: torch.device) -> "HessianFactor":
         """Room for a factor that another rank has made."""
         order = torch.empty(padded, dtype=torch.long, device=device)
         return cls(order, torch.empty(padded, padded, device=device))
 
 
-def factorize(hessian: Tensor, group_size: int) -> Factor:
+def factorize_hessian(hessian: Tensor, group_size: int) -> HessianFactor:
     """Order, damp and factor a Hessian.
 
     Args:
@@ -141,7 +151,7 @@ def factorize(hessian: Tensor, group_size: int) -> Factor:
     Raises:
         ValueError: no Cholesky factor, even with the strongest damping.
     """
-    order = _order(hessian.diagonal(), group_size)
+    order = _order_groups(hessian.diagonal(), group_size)
     padding = len(order) - len(hessian)
     mean = float(hessian.diagonal().mean()) or 1.0
     # H = R R^T with R upper triangular (Cholesky from the last column on), so H^-1 = U^T U with
@@ -166,10 +176,10 @@ def factorize(hessian: Tensor, group_size: int) -> Factor:
     del lower, eye
     upper = inverse.flip(0, 1)
     upper /= upper.diagonal().clone().unsqueeze(1)
-    return Factor(order, upper.float().contiguous())
+    return HessianFactor(order, upper.float().contiguous())
 
 
-def _order(diagonal: Tensor, group_size: int) -> Tensor:
+def _order_groups(diagonal: Tensor, group_size: int) -> Tensor:
     """Group-aware activation order (see the module). long ``[padded]``."""
     padded = functional.pad(diagonal, (0, -len(diagonal) % group_size), value=-1.0)
     groups = padded.view(-1, group_size)
@@ -183,7 +193,7 @@ def _order(diagonal: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def solve_rows(weight: Tensor, factor: Factor, codec: AffineCodec) -> Tensor:
+def solve_weight_rows(weight: Tensor, factor: HessianFactor, codec: AffineCodec) -> Tensor:
     """Quantize rows given the factor of their inputs' Hessian.
 
     Args:
@@ -198,25 +208,27 @@ def solve_rows(weight: Tensor, factor: Factor, codec: AffineCodec) -> Tensor:
         ValueError: no floating-point matrix, a value is NaN or infinite, or a group's range needs
             a scale beyond fp16.
     """
-    check_weight(weight)
+    check_float_weight(weight)
     rows, columns = weight.shape
     padded = len(factor.order)
     assert padded == -(-columns // codec.group_size) * codec.group_size, (padded, columns)
-    packed = weight.new_empty(rows, codec.row_bytes(columns), dtype=torch.uint8)
-    for span in _chunks(rows, padded, weight.device):
+    packed = weight.new_empty(rows, codec.num_row_bytes(columns), dtype=torch.uint8)
+    for span in _iterate_row_chunks(rows, padded, weight.device):
         chunk = functional.pad(weight[span.slice].float(), (0, padded - columns))
         # column i of the weight is row i here: columns updated together are contiguous
-        parts = _solve(chunk.T[factor.order], factor, codec, span.start)
-        packed[span.slice] = codec.join(parts, columns)
+        parts = _solve_chunk(chunk.T[factor.order], factor, codec, span.start)
+        packed[span.slice] = codec.join_packed_rows(parts, columns)
     return packed
 
 
-def _chunks(rows: int, padded: int, device: torch.device) -> Iterator[Span]:
+def _iterate_row_chunks(rows: int, padded: int, device: torch.device) -> Iterator[Span]:
     elements = CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
-    return Span(0, rows).chunks(max(1, elements // padded))
+    return Span(0, rows).split_into_chunks(max(1, elements // padded))
 
 
-def _solve(columns: Tensor, factor: Factor, codec: AffineCodec, first_row: int) -> AffineParts:
+def _solve_chunk(
+    columns: Tensor, factor: HessianFactor, codec: AffineCodec, first_row: int
+) -> AffineParts:
     """float32 ``[padded, n]`` in the order of solving, overwritten -> parts of ``n`` rows."""
     padded, count = columns.shape
     size, groups = codec.group_size, padded // codec.group_size
@@ -227,7 +239,9 @@ def _solve(columns: Tensor, factor: Factor, codec: AffineCodec, first_row: int) 
     for start in range(0, padded, size):
         group = start // size
         own = columns[start : start + size].T.unsqueeze(1)
-        scale[group], zero[group] = (p.squeeze(1) for p in codec.scale_and_zero(own, first_row))
+        scale[group], zero[group] = (
+            p.squeeze(1) for p in codec.compute_scale_and_zero(own, first_row)
+        )
         step, shift = scale[group].float(), zero[group].float()
         for i in range(start, start + size):
             code = (columns[i] / step).round_().add_(shift).clamp_(0, 2**codec.bits - 1)

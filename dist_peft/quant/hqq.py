@@ -32,14 +32,16 @@ import torch
 from torch import Tensor
 
 from dist_peft.quant.exact_math import exact_sqrt
-from dist_peft.quant.packed_rows import divide
+from dist_peft.quant.packed_rows import divide_exactly
 
-__all__ = ["best_zero"]
+__all__ = ["optimize_zero_points"]
 
 BETA, GROWTH, ITERATIONS = 10.0, 1.01, 20
 
 
-def best_zero(groups: Tensor, scale: Tensor, zero: Tensor, real: Tensor, bits: int) -> Tensor:
+def optimize_zero_points(
+    groups: Tensor, scale: Tensor, zero: Tensor, real: Tensor, bits: int
+) -> Tensor:
     """The zero of each group by half-quadratic iterations from ``zero``.
 
     Args:
@@ -54,43 +56,43 @@ def best_zero(groups: Tensor, scale: Tensor, zero: Tensor, real: Tensor, bits: i
     """
     steps = groups / scale.float().unsqueeze(-1)
     # the same in every row: real weights of each group
-    count = _sum(real.float()).clamp(min=1)
+    count = _sum_in_fixed_order(real.float()).clamp(min=1)
     best, beta = zero, BETA
-    residual, codes = _residual(steps, zero, bits)
-    least = _norm(residual, real)
+    residual, codes = _compute_residual(steps, zero, bits)
+    least = _compute_lp_norm(residual, real)
     for _ in range(ITERATIONS):
-        outliers = _shrink(residual, beta)
+        outliers = _shrink_residual(residual, beta)
         moved = torch.where(real, codes - steps + outliers, 0.0)
-        zero = (_sum(moved) / count).half()
-        residual, codes = _residual(steps, zero, bits)
-        norm = _norm(residual, real)
+        zero = (_sum_in_fixed_order(moved) / count).half()
+        residual, codes = _compute_residual(steps, zero, bits)
+        norm = _compute_lp_norm(residual, real)
         better = norm < least
         best, least = torch.where(better, zero, best), torch.where(better, norm, least)
         beta *= GROWTH
     return best
 
 
-def _residual(steps: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _compute_residual(steps: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """``u - (q - z)`` and ``q``."""
     shift = zero.float().unsqueeze(-1)
     codes = (steps + shift).round_().clamp_(0, 2**bits - 1)
     return steps - (codes - shift), codes
 
 
-def _shrink(residual: Tensor, beta: float) -> Tensor:
+def _shrink_residual(residual: Tensor, beta: float) -> Tensor:
     size = residual.abs()
     # an error of 0 has an infinite threshold, so it is no outlier
-    threshold = divide(exact_sqrt(exact_sqrt(size)).reciprocal_(), beta)
+    threshold = divide_exactly(exact_sqrt(exact_sqrt(size)).reciprocal_(), beta)
     return residual.sign() * (size - threshold).clamp_(min=0)
 
 
-def _norm(residual: Tensor, real: Tensor) -> Tensor:
+def _compute_lp_norm(residual: Tensor, real: Tensor) -> Tensor:
     """``sum |r|**0.75`` over the real weights of each group."""
     root = exact_sqrt(residual.abs())
-    return _sum(torch.where(real, root * exact_sqrt(root), 0.0))
+    return _sum_in_fixed_order(torch.where(real, root * exact_sqrt(root), 0.0))
 
 
-def _sum(numbers: Tensor) -> Tensor:
+def _sum_in_fixed_order(numbers: Tensor) -> Tensor:
     """Sum over the last dimension, halves added to halves: one order of additions everywhere."""
     while (width := numbers.shape[-1]) > 1:
         half = width // 2

@@ -33,27 +33,27 @@ from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.pack import pack_bits, unpack_bits
-from dist_peft.quant.packed_rows import align4, as_bytes, row_chunks
+from dist_peft.quant.packed_rows import align_to_4_bytes, list_row_chunks, view_as_bytes
 
 __all__ = [
-    "awq_zeros",
-    "check_statistics",
-    "denest",
-    "from_awq",
-    "from_bnb",
-    "from_compressed",
-    "from_gptq",
-    "plus_one",
+    "check_packed_statistics",
+    "convert_awq_rows",
+    "convert_bnb_rows",
+    "convert_compressed_rows",
+    "convert_gptq_rows",
+    "dequantize_absmax",
+    "find_word_span",
+    "increment_codes",
     "to_half",
-    "word_span",
-    "zeros_along_out",
+    "unpack_awq_zeros",
+    "unpack_gptq_zeros",
 ]
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word the code of each of 8 neighbouring rows is, in nibbles from the lowest."""
 
 
-def word_span(rows: Span, bits: int) -> tuple[Span, int]:
+def find_word_span(rows: Span, bits: int) -> tuple[Span, int]:
     """The whole words that hold the codes of ``rows``, packed along ``out``.
 
     Returns:
@@ -67,7 +67,7 @@ def word_span(rows: Span, bits: int) -> tuple[Span, int]:
     return Span(first * words, stop * words), rows.start - first * codes
 
 
-def plus_one(words: Tensor, bits: int) -> Tensor:
+def increment_codes(words: Tensor, bits: int) -> Tensor:
     """Zeros of GPTQ's first version -> as they are: 1 is added to each field, in whole words.
 
     Of 3-bit fields, which cross words, writers disagree about where the ones belong.
@@ -78,7 +78,7 @@ def plus_one(words: Tensor, bits: int) -> Tensor:
     return ((added + 2**31 & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
 
-def zeros_along_out(words: Tensor, before: int, rows: int, bits: int) -> Tensor:
+def unpack_gptq_zeros(words: Tensor, before: int, rows: int, bits: int) -> Tensor:
     """Zeros of consecutive rows, packed along ``out``.
 
     Args:
@@ -90,13 +90,13 @@ def zeros_along_out(words: Tensor, before: int, rows: int, bits: int) -> Tensor:
     Returns:
         ``float16 [rows, groups]``.
     """
-    codes = unpack_bits(as_bytes(words), bits)
+    codes = unpack_bits(view_as_bytes(words), bits)
     return codes[:, before : before + rows].T.half()
 
 
-def awq_zeros(words: Tensor, before: int, rows: int) -> Tensor:
+def unpack_awq_zeros(words: Tensor, before: int, rows: int) -> Tensor:
     """The same in AWQ's order of nibbles."""
-    return _awq_codes(words)[:, before : before + rows].T.half()
+    return _unpack_awq_codes(words)[:, before : before + rows].T.half()
 
 
 def to_half(scale: Tensor) -> tuple[Tensor, float]:
@@ -118,17 +118,17 @@ def to_half(scale: Tensor) -> tuple[Tensor, float]:
     return half, float(change.max()) if change.numel() else 0.0
 
 
-def from_gptq(qweight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def convert_gptq_rows(qweight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Columns of GPTQ's tensors -> rows of ``AffineCodec``, ``uint8 [n, row_bytes]``.
 
     Args:
         qweight: ``int32 [in * bits / 32, n]``.
         scale, zero: ``float16 [n, groups]``.
     """
-    return _lay_out(as_bytes(qweight.T), scale, zero)
+    return _build_affine_rows(view_as_bytes(qweight.T), scale, zero)
 
 
-def from_awq(qweight: Tensor, before: int, scale: Tensor, zero: Tensor) -> Tensor:
+def convert_awq_rows(qweight: Tensor, before: int, scale: Tensor, zero: Tensor) -> Tensor:
     """Columns of AWQ's tensors (GEMM layout) -> rows of ``AffineCodec``, ``uint8 [n, row_bytes]``.
 
     Args:
@@ -137,25 +137,25 @@ def from_awq(qweight: Tensor, before: int, scale: Tensor, zero: Tensor) -> Tenso
         scale, zero: ``float16 [n, groups]``.
     """
     rows, in_features = scale.shape[0], qweight.shape[0]
-    stream = torch.zeros(rows, align4(in_features // 2), dtype=torch.uint8)
-    for span in row_chunks(rows, in_features):
-        words, ahead = word_span(span.shift(before), 4)
-        codes = _awq_codes(qweight[:, words.slice])[:, ahead : ahead + len(span)]
+    stream = torch.zeros(rows, align_to_4_bytes(in_features // 2), dtype=torch.uint8)
+    for span in list_row_chunks(rows, in_features):
+        words, ahead = find_word_span(span.shifted_by(before), 4)
+        codes = _unpack_awq_codes(qweight[:, words.slice])[:, ahead : ahead + len(span)]
         stream[span.slice, : in_features // 2] = pack_bits(codes.T.contiguous(), 4)
-    return _lay_out(stream, scale, zero)
+    return _build_affine_rows(stream, scale, zero)
 
 
-def from_compressed(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def convert_compressed_rows(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Rows of compressed-tensors' ``pack-quantized`` -> rows of ``AffineCodec``.
 
     Args:
         packed: ``int32 [n, ceil(in * bits / 32)]``.
         scale, zero: ``float16 [n, groups]``.
     """
-    return _lay_out(as_bytes(packed), scale, zero)
+    return _build_affine_rows(view_as_bytes(packed), scale, zero)
 
 
-def from_bnb(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int) -> Tensor:
+def convert_bnb_rows(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int) -> Tensor:
     """bitsandbytes' NF4 -> ``uint8 [n, row_bytes]`` of a codec without double quantization.
 
     Args:
@@ -164,12 +164,12 @@ def from_bnb(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int)
         codec: its ``group_size`` divides ``in_features``.
     """
     rows = payload.view(-1, in_features // 2)
-    packed = torch.cat((rows, as_bytes(absmax)), 1)
-    assert packed.shape[1] == codec.row_bytes(in_features), (packed.shape, codec)
+    packed = torch.cat((rows, view_as_bytes(absmax)), 1)
+    assert packed.shape[1] == codec.num_row_bytes(in_features), (packed.shape, codec)
     return packed
 
 
-def denest(
+def dequantize_absmax(
     codes: Tensor, before: int, nested: Tensor, levels: Tensor, offset: float, block: int = 256
 ) -> Tensor:
     """Undo bitsandbytes' double quantization: ``levels[code] * nested absmax + offset``.
@@ -189,7 +189,7 @@ def denest(
     return absmax.add_(offset)
 
 
-def check_statistics(packed: Tensor, codec: Codec, in_features: int) -> None:
+def check_packed_statistics(packed: Tensor, codec: Codec, in_features: int) -> None:
     """Raise ValueError when a scale or zero of packed rows is NaN or infinite."""
     finite = codec.read_statistics(packed, in_features).isfinite()
     if not bool(finite.all()):
@@ -198,16 +198,16 @@ def check_statistics(packed: Tensor, codec: Codec, in_features: int) -> None:
         )
 
 
-def _awq_codes(words: Tensor) -> Tensor:
+def _unpack_awq_codes(words: Tensor) -> Tensor:
     """``int32 [m, k]`` -> codes in the order of ``out``, ``uint8 [m, 8 k]``."""
-    nibbles = unpack_bits(as_bytes(words), 4)
+    nibbles = unpack_bits(view_as_bytes(words), 4)
     return nibbles.view(len(words), words.shape[1], 8)[:, :, _AWQ_PLACES].flatten(1)
 
 
-def _lay_out(stream: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _build_affine_rows(stream: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The fields of ``AffineCodec``'s rows (see ``affine``) side by side.
 
     A last word that the codes do not fill has zero bits, which are the codec's padding.
     """
-    assert stream.shape[1] == align4(stream.shape[1]), stream.shape
-    return torch.cat((stream, as_bytes(scale), as_bytes(zero)), 1)
+    assert stream.shape[1] == align_to_4_bytes(stream.shape[1]), stream.shape
+    return torch.cat((stream, view_as_bytes(scale), view_as_bytes(zero)), 1)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.quant.pack import lookup
-from dist_peft.quant.packed_rows import row_chunks
+from dist_peft.quant.pack import lookup_packed_values
+from dist_peft.quant.packed_rows import list_row_chunks
 
-__all__ = ["NF4_LEVELS", "decode_affine", "decode_nf4", "nf4_path"]
+__all__ = ["NF4_LEVELS", "choose_nf4_kernel", "dequantize_affine", "dequantize_nf4"]
 
 NF4_LEVELS = (
     -1.0,
@@ -56,7 +56,7 @@ _BNB_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 _BNB_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decode_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+def dequantize_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """NF4 codes and block scales -> weight.
 
     Args:
@@ -73,8 +73,8 @@ def decode_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.d
     """
     rows, blocks = absmax.shape
     group_size = payload.shape[1] * 2 // max(1, blocks)
-    if nf4_path(group_size, dtype, payload.device) == "torch" or not absmax.numel():
-        return _decode(payload, 4, NF4_LEVELS, absmax, None, in_features, dtype)
+    if choose_nf4_kernel(group_size, dtype, payload.device) == "torch" or not absmax.numel():
+        return _run_dequantize_kernel(payload, 4, NF4_LEVELS, absmax, None, in_features, dtype)
     padded = blocks * group_size
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         payload.reshape(-1, 1), absmax.flatten(), group_size, "nf4", [rows, padded], dtype
@@ -82,7 +82,7 @@ def decode_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.d
     return weight[:, :in_features].contiguous()
 
 
-def decode_affine(
+def dequantize_affine(
     payload: Tensor, bits: int, scale: Tensor, zero: Tensor, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """Affine codes -> weight ``(code - zero) * scale``.
@@ -91,16 +91,18 @@ def decode_affine(
         payload: ``uint8 [rows, groups * group_size * bits / 8]``, LSB first.
         bits: bits of a code.
         scale, zero: ``[rows, groups]``, any float type.
-        in_features, dtype: as in ``decode_nf4``.
+        in_features, dtype: as in ``dequantize_nf4``.
 
     Returns:
         ``dtype [rows, in_features]``.
     """
     values = tuple(float(code) for code in range(2**bits))
-    return _decode(payload, bits, values, scale.float(), zero.float(), in_features, dtype)
+    return _run_dequantize_kernel(
+        payload, bits, values, scale.float(), zero.float(), in_features, dtype
+    )
 
 
-def _decode(
+def _run_dequantize_kernel(
     payload: Tensor,
     bits: int,
     values: tuple[float, ...],
@@ -114,8 +116,8 @@ def _decode(
     weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
     if not weight.numel():
         return weight
-    for span in row_chunks(rows, in_features):
-        numbers = lookup(payload[span.slice], bits, values, high_first=zero is None)
+    for span in list_row_chunks(rows, in_features):
+        numbers = lookup_packed_values(payload[span.slice], bits, values, high_first=zero is None)
         by_group = numbers.view(len(span), groups, -1)
         if zero is not None:
             by_group.sub_(zero[span.slice].unsqueeze(-1))
@@ -124,7 +126,7 @@ def _decode(
     return weight
 
 
-def nf4_path(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Which path decodes NF4: ``torch`` or ``bnb`` (see the module)."""
     wanted = os.environ.get(KERNELS_VARIABLE, "auto")
     if wanted not in ("auto", "torch", "bnb"):
@@ -134,14 +136,14 @@ def nf4_path(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
     if wanted == "auto":
         # without its compiled CUDA library the operator would run a slow Python fallback
-        module = _bitsandbytes() if possible else None
+        module = _import_bitsandbytes() if possible else None
         return "bnb" if module and module.lib.compiled_with_cuda else "torch"
     if not possible:
         raise UserError(
             f"{KERNELS_VARIABLE}=bnb cannot decode group_size {group_size} to {dtype}, only "
             f"{_BNB_GROUP_SIZES} to float32, bfloat16, float16; use {KERNELS_VARIABLE}=auto"
         )
-    if _bitsandbytes() is None:
+    if _import_bitsandbytes() is None:
         raise UserError(
             f"{KERNELS_VARIABLE}=bnb but bitsandbytes is not installed; "
             f"pip install bitsandbytes, or use {KERNELS_VARIABLE}=auto"
@@ -150,7 +152,7 @@ def nf4_path(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
 
 
 @cache
-def _bitsandbytes() -> ModuleType | None:
+def _import_bitsandbytes() -> ModuleType | None:
     """bitsandbytes' module of its native library; importing it registers the operators."""
     try:
         importlib.import_module("bitsandbytes")

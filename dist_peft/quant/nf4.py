@@ -38,15 +38,15 @@ import torch
 from torch import Tensor
 
 from dist_peft.quant.exact_math import exact_sqrt
-from dist_peft.quant.kernels import NF4_LEVELS, decode_nf4
+from dist_peft.quant.kernels import NF4_LEVELS, dequantize_nf4
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.packed_rows import (
-    align4,
-    check_finite,
-    check_packed,
-    divide,
-    encode_groups,
-    field,
+    align_to_4_bytes,
+    check_finite_statistics,
+    check_packed_rows,
+    divide_exactly,
+    quantize_in_groups,
+    read_packed_field,
 )
 
 __all__ = ["NF4_LEVELS", "Nf4Codec"]
@@ -55,11 +55,12 @@ RUN_BLOCKS = 256
 """Blocks that share one second-level (offset, scale)."""
 
 _CELLS = 16
-"""Cells per unit of the grid that ``_nearest_level`` starts from; each holds at most one border."""
+"""Cells per unit of the grid that ``_find_nearest_level`` starts from; each holds at most one
+border."""
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Nf4Layout:
     blocks: int
     payload: int  # bytes of codes
     runs: int  # second-level groups; 0: single level
@@ -98,73 +99,76 @@ class Nf4Codec:
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return the scales that decoding uses, ``float32 [rows, blocks]``."""
-        return self.split(packed, in_features)[1]
+        return self.split_packed_rows(packed, in_features)[1]
 
-    def row_bytes(self, in_features: int) -> int:
+    def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
-        return self._layout(in_features).row_bytes
+        return self._compute_layout(in_features).row_bytes
 
-    def encode(self, weight: Tensor) -> Tensor:
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
         """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]``.
 
         Raises:
             ValueError: no floating-point matrix, or a value is NaN or infinite.
         """
-        layout = self._layout(weight.shape[-1] if weight.dim() else 0)
+        layout = self._compute_layout(weight.shape[-1] if weight.dim() else 0)
 
-        def encode_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
-            absmax = _absmax(groups, first_row)
-            codes = _nearest_level(groups * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1))
+        def quantize_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
+            absmax = _compute_group_absmax(groups, first_row)
+            codes = _find_nearest_level(groups * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1))
             payload = pack_bits(codes.flatten(1), 4, high_first=True)
             if not layout.runs:
                 return payload, absmax
-            return payload, *_compress(absmax, layout.runs)
+            return payload, *_quantize_absmax(absmax, layout.runs)
 
-        return encode_groups(weight, self.group_size, layout.row_bytes, encode_chunk)
+        return quantize_in_groups(weight, self.group_size, layout.row_bytes, quantize_chunk)
 
-    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        payload, absmax = self.split(packed, in_features)
-        return decode_nf4(payload, absmax, in_features, dtype)
+        payload, absmax = self.split_packed_rows(packed, in_features)
+        return dequantize_nf4(payload, absmax, in_features, dtype)
 
-    def split(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
         """Payload ``uint8 [rows, blocks * group_size / 2]`` (a view) and the scales that decoding
         uses, ``float32 [rows, blocks]``."""
-        layout = self._layout(in_features)
-        check_packed(packed, layout.row_bytes, self.name, in_features)
+        layout = self._compute_layout(in_features)
+        check_packed_rows(packed, layout.row_bytes, self.name, in_features)
         payload, start = packed[:, : layout.payload], layout.payload
         if not layout.runs:
-            return payload, field(packed, start, layout.blocks, torch.float32)
-        statistics = field(packed, start, 2 * layout.runs, torch.float32)
-        codes = field(packed, start + 8 * layout.runs, layout.blocks, torch.uint8)
-        return payload, _expand(codes, statistics)
+            return payload, read_packed_field(packed, start, layout.blocks, torch.float32)
+        statistics = read_packed_field(packed, start, 2 * layout.runs, torch.float32)
+        codes = read_packed_field(packed, start + 8 * layout.runs, layout.blocks, torch.uint8)
+        return payload, _dequantize_absmax(codes, statistics)
 
-    def absmax(self, weight: Tensor) -> Tensor:
+    def compute_absmax(self, weight: Tensor) -> Tensor:
         """First-level scales of a weight before double quantization, ``float32 [rows, blocks]``."""
-        blocks = self._layout(weight.shape[-1]).blocks
-        as_rows = encode_groups(
-            weight, self.group_size, 4 * blocks, lambda groups, row: (_absmax(groups, row),)
+        blocks = self._compute_layout(weight.shape[-1]).blocks
+        as_rows = quantize_in_groups(
+            weight,
+            self.group_size,
+            4 * blocks,
+            lambda groups, row: (_compute_group_absmax(groups, row),),
         )
-        return field(as_rows, 0, blocks, torch.float32)
+        return read_packed_field(as_rows, 0, blocks, torch.float32)
 
-    def _layout(self, in_features: int) -> _Layout:
+    def _compute_layout(self, in_features: int) -> _Nf4Layout:
         blocks = -(-in_features // self.group_size)
         payload = blocks * self.group_size // 2
         runs = -(-blocks // RUN_BLOCKS)
-        single, double = 4 * blocks, align4(8 * runs + blocks)
+        single, double = 4 * blocks, align_to_4_bytes(8 * runs + blocks)
         if self.double_quant and double < single:
-            return _Layout(blocks, payload, runs, payload + double)
-        return _Layout(blocks, payload, 0, payload + single)
+            return _Nf4Layout(blocks, payload, runs, payload + double)
+        return _Nf4Layout(blocks, payload, 0, payload + single)
 
 
-def _absmax(groups: Tensor, first_row: int) -> Tensor:
+def _compute_group_absmax(groups: Tensor, first_row: int) -> Tensor:
     """Largest magnitude of each block, ``[rows, blocks]``; ValueError on NaN and infinity."""
     absmax = groups.abs().amax(dim=-1)
-    check_finite(absmax, groups.shape[-1], first_row)
+    check_finite_statistics(absmax, groups.shape[-1], first_row)
     return absmax
 
 
-def _nearest_level(scaled: Tensor) -> Tensor:
+def _find_nearest_level(scaled: Tensor) -> Tensor:
     """Codes of the levels nearest to float32 values in about [-1, 1]: ``uint8``, same shape.
 
     The code is the number of borders below the value, a value on a border taking the lower code,
@@ -172,42 +176,42 @@ def _nearest_level(scaled: Tensor) -> Tensor:
     search: a cell of width 1/16 holds at most one border, so that the cell gives the code but for
     one comparison. ``scaled * 16`` is exact (a power of two), hence the cell is, too.
     """
-    first_code, border = _cells(scaled.device)
+    first_code, border = _build_level_cells(scaled.device)
     cell = scaled.mul(_CELLS).floor_().clamp_(-_CELLS, _CELLS).int().add_(_CELLS).flatten()
     above = scaled.flatten() > border.index_select(0, cell)
     return torch.add(first_code.index_select(0, cell), above).view(scaled.shape)
 
 
 @cache
-def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
+def _build_level_cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell, the code at its left edge ``uint8 [33]`` and the next border ``[33]``."""
     edges = torch.arange(-_CELLS, _CELLS + 1, device="cpu") / _CELLS
-    borders = torch.tensor(nf4_borders(), device="cpu")
+    borders = torch.tensor(list_nf4_borders(), device="cpu")
     first_code = torch.bucketize(edges, borders)
     next_border = torch.cat((borders, borders.new_tensor([torch.inf])))[first_code]
     return first_code.to(device, torch.uint8), next_border.to(device)
 
 
-def nf4_borders() -> list[float]:
+def list_nf4_borders() -> list[float]:
     """The 15 float32 midpoints between neighbouring levels, rounded as bitsandbytes rounds them."""
     levels = torch.tensor(NF4_LEVELS, device="cpu")
     return [float(border) for border in (levels[:-1] + levels[1:]) / 2]
 
 
-def _compress(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
+def _quantize_absmax(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     """Scales ``[rows, blocks]`` -> (offset, scale per run) ``[rows, 2 runs]``, codes ``uint8``."""
     rows, blocks = absmax.shape
     # repeating the last block fills the last run without changing its extremes
     index = torch.arange(runs * RUN_BLOCKS, device=absmax.device).clamp_(max=blocks - 1)
     root = exact_sqrt(absmax)[:, index].view(rows, runs, RUN_BLOCKS)
     offset = root.amin(dim=-1, keepdim=True)
-    scale = divide(root.amax(dim=-1, keepdim=True) - offset, 255)
+    scale = divide_exactly(root.amax(dim=-1, keepdim=True) - offset, 255)
     steps = (root - offset) / torch.where(scale > 0, scale, 1.0)
     codes = steps.round_().clamp_(0, 255).to(torch.uint8).flatten(1)[:, :blocks]
     return torch.cat((offset, scale), dim=-1).flatten(1), codes
 
 
-def _expand(codes: Tensor, statistics: Tensor) -> Tensor:
+def _dequantize_absmax(codes: Tensor, statistics: Tensor) -> Tensor:
     """Inverse of ``_compress``: ``float32 [rows, blocks]``."""
     offset, scale = (
         statistics[:, i::2].repeat_interleave(RUN_BLOCKS, dim=1)[:, : codes.shape[1]]

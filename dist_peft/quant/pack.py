@@ -23,7 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["lookup", "pack_bits", "unpack_bits"]
+__all__ = ["lookup_packed_values", "pack_bits", "unpack_bits"]
 
 _WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """Bytes -> a type of that size: a table entry is gathered as one element, whatever it holds."""
@@ -35,7 +35,7 @@ def pack_bits(codes: Tensor, bits: int, high_first: bool = False) -> Tensor:
     Raises:
         ValueError: ``n`` is not a multiple of 8, or a code needs more than ``bits`` bits.
     """
-    _check_order(bits, high_first)
+    _check_bit_order(bits, high_first)
     if codes.dtype != torch.uint8 or codes.shape[-1] % 8:
         raise ValueError(f"codes are uint8 [..., 8 k], not {codes.dtype} {list(codes.shape)}")
     if codes.numel() and bits < 8 and int(codes.max()) >= 2**bits:
@@ -52,10 +52,10 @@ def pack_bits(codes: Tensor, bits: int, high_first: bool = False) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, high_first: bool = False) -> Tensor:
     """``uint8 [..., m]`` bytes -> ``uint8 [..., 8 m / bits]`` codes; inverse of ``pack_bits``."""
-    return lookup(packed, bits, tuple(range(2**bits)), torch.uint8, high_first)
+    return lookup_packed_values(packed, bits, tuple(range(2**bits)), torch.uint8, high_first)
 
 
-def lookup(
+def lookup_packed_values(
     packed: Tensor,
     bits: int,
     values: tuple[float, ...],
@@ -74,16 +74,16 @@ def lookup(
     Returns:
         ``dtype [..., 8 m / bits]``, a fresh tensor.
     """
-    _check_order(bits, high_first)
+    _check_bit_order(bits, high_first)
     if bits == 3 and packed.shape[-1] % 3:
         raise ValueError(f"3-bit codes come in 3 bytes; there are {packed.shape[-1]}")
-    table = _table(bits, values, dtype, high_first, packed.device)
-    index = _twelve_bit_pieces(packed) if bits == 3 else packed.int()
+    table = _build_lookup_table(bits, values, dtype, high_first, packed.device)
+    index = _split_into_twelve_bits(packed) if bits == 3 else packed.int()
     found = table.index_select(0, index.flatten())
     return found.view(dtype).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
 
 
-def _twelve_bit_pieces(packed: Tensor) -> Tensor:
+def _split_into_twelve_bits(packed: Tensor) -> Tensor:
     """Three bytes of stream -> its lower and upper 12 bits, ``int32 [..., m / 3, 2]``."""
     pieces = packed.int().reshape(*packed.shape[:-1], packed.shape[-1] // 3, 3)
     first, middle, last = pieces.unbind(-1)
@@ -91,7 +91,7 @@ def _twelve_bit_pieces(packed: Tensor) -> Tensor:
 
 
 @cache
-def _table(
+def _build_lookup_table(
     bits: int, values: tuple[float, ...], dtype: torch.dtype, high_first: bool, device: torch.device
 ) -> Tensor:
     """All values of an index (8 bits; 12 for 3-bit codes), one wide element an index."""
@@ -105,7 +105,7 @@ def _table(
     return entries.view(wide).squeeze(1).to(device)
 
 
-def _check_order(bits: int, high_first: bool) -> None:
+def _check_bit_order(bits: int, high_first: bool) -> None:
     if bits not in (2, 3, 4, 8):
         raise ValueError(f"codes have 2, 3, 4 or 8 bits, not {bits}")
     if high_first and bits != 4:

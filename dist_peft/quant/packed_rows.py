@@ -23,15 +23,15 @@ from torch.nn import functional
 from dist_peft.core.span import Span
 
 __all__ = [
-    "align4",
-    "as_bytes",
-    "check_finite",
-    "check_packed",
-    "check_weight",
-    "divide",
-    "encode_groups",
-    "field",
-    "row_chunks",
+    "align_to_4_bytes",
+    "check_finite_statistics",
+    "check_float_weight",
+    "check_packed_rows",
+    "divide_exactly",
+    "list_row_chunks",
+    "quantize_in_groups",
+    "read_packed_field",
+    "view_as_bytes",
 ]
 
 CHUNK_ELEMENTS = 2**20
@@ -39,12 +39,12 @@ CHUNK_ELEMENTS = 2**20
 once."""
 
 
-def align4(num_bytes: int) -> int:
+def align_to_4_bytes(num_bytes: int) -> int:
     """``num_bytes`` rounded up to a multiple of 4."""
     return -(-num_bytes // 4) * 4
 
 
-def as_bytes(numbers: Tensor) -> Tensor:
+def view_as_bytes(numbers: Tensor) -> Tensor:
     """``[n, m]`` -> ``uint8 [n, m * itemsize]``, a copy.
 
     ``contiguous`` would not do: for it the stride of a dimension of size 1, or of none, is no
@@ -53,12 +53,12 @@ def as_bytes(numbers: Tensor) -> Tensor:
     return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def row_chunks(rows: int, in_features: int) -> list[Span]:
+def list_row_chunks(rows: int, in_features: int) -> list[Span]:
     """Spans of rows with at most ``CHUNK_ELEMENTS`` weights each (but at least one row)."""
-    return list(Span(0, rows).chunks(max(1, CHUNK_ELEMENTS // max(1, in_features))))
+    return list(Span(0, rows).split_into_chunks(max(1, CHUNK_ELEMENTS // max(1, in_features))))
 
 
-def check_weight(weight: Tensor) -> None:
+def check_float_weight(weight: Tensor) -> None:
     """Raise ValueError unless ``weight`` is a floating-point matrix."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
@@ -67,7 +67,7 @@ def check_weight(weight: Tensor) -> None:
         )
 
 
-def check_packed(packed: Tensor, row_bytes: int, name: str, in_features: int) -> None:
+def check_packed_rows(packed: Tensor, row_bytes: int, name: str, in_features: int) -> None:
     """Raise ValueError unless ``packed`` is ``uint8 [rows, row_bytes]``."""
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != row_bytes:
         raise ValueError(
@@ -76,7 +76,7 @@ def check_packed(packed: Tensor, row_bytes: int, name: str, in_features: int) ->
         )
 
 
-def check_finite(statistics: Tensor, group_size: int, first_row: int) -> None:
+def check_finite_statistics(statistics: Tensor, group_size: int, first_row: int) -> None:
     """Raise ValueError when a group's statistic ``[rows, groups]`` shows a NaN or an infinity.
 
     The maximum or minimum of a group is not finite when one of its weights is not, so that this
@@ -91,7 +91,7 @@ def check_finite(statistics: Tensor, group_size: int, first_row: int) -> None:
         )
 
 
-def divide(numbers: Tensor, divisor: float) -> Tensor:
+def divide_exactly(numbers: Tensor, divisor: float) -> Tensor:
     """Correctly rounded quotients on every device.
 
     torch on CUDA divides by a Python number by multiplying with its reciprocal; it does not so
@@ -100,7 +100,7 @@ def divide(numbers: Tensor, divisor: float) -> Tensor:
     return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)
 
 
-def encode_groups(
+def quantize_in_groups(
     weight: Tensor,
     group_size: int,
     row_bytes: int,
@@ -119,12 +119,12 @@ def encode_groups(
     Returns:
         ``uint8 [rows, row_bytes]``.
     """
-    check_weight(weight)
+    check_float_weight(weight)
     rows, in_features = weight.shape
     groups = -(-in_features // group_size)
     packed = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
     with torch.no_grad():
-        for span in row_chunks(rows, in_features):
+        for span in list_row_chunks(rows, in_features):
             chunk = weight[span.slice].float()
             if in_features % group_size:
                 chunk = functional.pad(chunk, (0, groups * group_size - in_features))
@@ -138,7 +138,7 @@ def encode_groups(
     return packed
 
 
-def field(packed: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
+def read_packed_field(packed: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """Copy ``count`` numbers of ``dtype`` from byte ``start`` of every row: ``[rows, count]``.
 
     A copy, since a view would need rows and storage that are aligned for ``dtype``, and engines

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["SourceFile", "read_stdlib"]
+__all__ = ["SourceFile", "read_stdlib_files"]
 
 _SKIPPED_PARTS = frozenset(
     {
@@ -60,7 +60,7 @@ class SourceFile:
     held_out: bool
 
 
-def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[SourceFile]:
+def read_stdlib_files(root: Path | None = None, max_chars: int = 6_000_000) -> list[SourceFile]:
     """Return the selected files, ordered by name.
 
     Args:
@@ -71,10 +71,12 @@ def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[So
         UserError: the directory has no usable sources, as in some stripped installations.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    candidates = sorted((*_place(name), name, path) for name, path in _walk(root))
+    candidates = sorted(
+        (*_hash_file_name(name), name, path) for name, path in _walk_source_files(root)
+    )
     files, total = [], 0
     for _, held_out, name, path in candidates:
-        text = _read(path)
+        text = _read_source_text(path)
         if text is None:
             continue
         total += len(text)
@@ -89,7 +91,7 @@ def read_stdlib(root: Path | None = None, max_chars: int = 6_000_000) -> list[So
     return sorted(files, key=lambda f: f.name)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+def _walk_source_files(root: Path) -> Iterator[tuple[str, Path]]:
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not _SKIPPED_PARTS.isdisjoint(relative.parts):
@@ -99,13 +101,13 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
         yield relative.as_posix(), path
 
 
-def _place(name: str) -> tuple[bytes, bool]:
+def _hash_file_name(name: str) -> tuple[bytes, bool]:
     """Return sort key and held-out flag, from different bytes of the hash, so independent."""
     digest = hashlib.sha256(name.encode()).digest()
     return digest[1:], digest[0] < _HELD_OUT_SHARE
 
 
-def _read(path: Path) -> str | None:
+def _read_source_text(path: Path) -> str | None:
     """Return the text; None for short, generated or non-UTF-8 files."""
     data = path.read_bytes()
     if len(data) < _SMALLEST:

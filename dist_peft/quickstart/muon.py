@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "orthogonalize"]
+__all__ = ["Muon", "orthogonalize_matrices"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
@@ -51,15 +51,15 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     shapes.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in shapes.items():
-                directions = [self._direction(m, group["momentum"]) for m in matrices]
+                directions = [self._update_direction(m, group["momentum"]) for m in matrices]
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for matrix, update in zip(
-                    matrices, orthogonalize(torch.stack(directions)), strict=True
+                    matrices, orthogonalize_matrices(torch.stack(directions)), strict=True
                 ):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.sub_(update, alpha=rate)
 
-    def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
+    def _update_direction(self, matrix: Tensor, momentum: float) -> Tensor:
         state: dict[str, Any] = self.state[matrix]
         average = state.setdefault("average", torch.zeros_like(matrix))
         assert matrix.grad is not None
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(average, momentum)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize_matrices(matrices: Tensor) -> Tensor:
     """Approximate ``U V^T`` of each matrix [n, rows, columns], singular values in 0.7 to 1.2."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT

@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
-from dist_peft.quickstart.corpus import SourceFile, read_stdlib
+from dist_peft.quickstart.corpus import SourceFile, read_stdlib_files
 
-__all__ = ["make_tiny_task"]
+__all__ = ["write_stdlib_task"]
 
 _MOST_TRAIN, _MOST_EVAL = 2400, 160
 _LONGEST = 160  # characters of a signature and of a summary
@@ -37,7 +37,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Record = dict[str, str]
 
 
-def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
+def write_stdlib_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``eval.jsonl`` into ``out`` and return their paths.
 
     Each line is ``{"prompt": ..., "completion": ...}``. The files depend on the installation and
@@ -46,26 +46,26 @@ def make_tiny_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
     Raises:
         UserError: no standard library to read, or ``out`` cannot be written.
     """
-    with _writing(out):
+    with _explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    known, unseen = _records()
+    known, unseen = _split_task_records()
     shuffle = random.Random(seed).shuffle
     shuffle(known)
     shuffle(unseen)
-    with _writing(out):
+    with _explain_write_errors(out):
         return (
-            _write(out / "train.jsonl", known[:_MOST_TRAIN]),
-            _write(out / "eval.jsonl", unseen[:_MOST_EVAL]),
+            _write_records(out / "train.jsonl", known[:_MOST_TRAIN]),
+            _write_records(out / "eval.jsonl", unseen[:_MOST_EVAL]),
         )
 
 
-def _records() -> tuple[list[Record], list[Record]]:
+def _split_task_records() -> tuple[list[Record], list[Record]]:
     """Return training records, and records of held-out files that share no text with them."""
     train: dict[str, Record] = {}
     held_out: dict[str, Record] = {}
-    for file in read_stdlib():
-        for function, in_class in _functions(file):
-            record = _record(function, in_class)
+    for file in read_stdlib_files():
+        for function, in_class in _iterate_functions(file):
+            record = _make_card_record(function, in_class)
             if record is not None:
                 (held_out if file.held_out else train)[record["prompt"]] = record
     completions = {record["completion"] for record in train.values()}
@@ -77,7 +77,7 @@ def _records() -> tuple[list[Record], list[Record]]:
     return list(train.values()), unseen
 
 
-def _functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
+def _iterate_functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
     """Yield every function of a file, and whether it is defined directly in a class."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in string literals
@@ -91,12 +91,12 @@ def _functions(file: SourceFile) -> Iterator[tuple[Function, bool]]:
                 yield child, isinstance(node, ast.ClassDef)
 
 
-def _record(function: Function, in_class: bool) -> Record | None:
+def _make_card_record(function: Function, in_class: bool) -> Record | None:
     """Return prompt and completion; None without a short ASCII summary."""
     documentation = ast.get_docstring(function)
     if not documentation:
         return None
-    summary = _first_sentence(documentation)
+    summary = _extract_first_sentence(documentation)
     arguments = function.args
     optional = [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
     names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
@@ -111,20 +111,20 @@ def _record(function: Function, in_class: bool) -> Record | None:
     return {"prompt": f"### Function\n{signature}\n### Card\n", "completion": card}
 
 
-def _first_sentence(documentation: str) -> str:
+def _extract_first_sentence(documentation: str) -> str:
     paragraph = re.split(r"\n\s*\n", inspect.cleandoc(documentation))[0]
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))[0]
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _explain_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write the task into {out}: {error.strerror}") from None
 
 
-def _write(path: Path, records: list[Record]) -> Path:
+def _write_records(path: Path, records: list[Record]) -> Path:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     return partial.replace(path)

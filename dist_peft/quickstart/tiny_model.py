@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.chat import default_chat_template
-from dist_peft.quickstart.corpus import SourceFile, read_stdlib
+from dist_peft.data.chat import make_default_chat_template
+from dist_peft.quickstart.corpus import SourceFile, read_stdlib_files
 from dist_peft.quickstart.muon import Muon
-from dist_peft.store.fileio import sync_directory, temporary_name, writing
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.fileio import make_temporary_name, sync_directory, translate_write_errors
+from dist_peft.store.writer import write_atomically
 
-__all__ = ["TinyBaseReport", "make_tiny_base"]
+__all__ = ["TinyBaseReport", "pretrain_tiny_base"]
 
 OnStep = Callable[[int, float, float], None]
 
@@ -77,7 +77,7 @@ class TinyBaseReport:
         )
 
 
-def make_tiny_base(
+def pretrain_tiny_base(
     out: Path, *, seconds: float = 75.0, seed: int = 0, on_step: OnStep | None = None
 ) -> TinyBaseReport:
     """Pretrain the model and save it to ``out``, unless it exists already.
@@ -97,20 +97,20 @@ def make_tiny_base(
     if seconds <= 0:
         raise UserError(f"a tiny base needs some time to train, not {seconds:g} seconds")
     request = {"seconds": seconds, "seed": seed}
-    finished = _finished(out, request)
+    finished = _find_finished(out, request)
     if finished is not None:
         return finished
     start = time.perf_counter()
-    files = read_stdlib()
+    files = read_stdlib_files()
     tokenizer = _train_tokenizer([f.text for f in files if not f.held_out])
-    train = _windows(tokenizer, [f for f in files if not f.held_out])
-    held_out = _windows(tokenizer, [f for f in files if f.held_out])
-    with _own_random_state(seed), _threads_restored():
-        model = _new_model(tokenizer)
+    train = _cut_into_sequences(tokenizer, [f for f in files if not f.held_out])
+    held_out = _cut_into_sequences(tokenizer, [f for f in files if f.held_out])
+    with _fork_random_state(seed), _restore_num_threads():
+        model = _build_untrained_model(tokenizer)
         _use_fastest_threads(model, train[: _BATCH // 2])
         left = seconds - (time.perf_counter() - start)
-        losses = _pretrain(model, train, max(left, seconds / 2), on_step)
-        held_out_loss = _evaluate(model, held_out)
+        losses = _pretrain_model(model, train, max(left, seconds / 2), on_step)
+        held_out_loss = _evaluate_loss(model, held_out)
     recent = losses[-_AVERAGED_STEPS:]
     report = TinyBaseReport(
         steps=len(losses),
@@ -120,7 +120,7 @@ def make_tiny_base(
         seconds=time.perf_counter() - start,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    _save(out, model, tokenizer, {"request": request, "report": asdict(report)})
+    _save_model(out, model, tokenizer, {"request": request, "report": asdict(report)})
     return report
 
 
@@ -151,7 +151,7 @@ def _train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _windows(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
+def _cut_into_sequences(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
     """Concatenate all files as ``<s> text </s>`` and cut them into sequences [n, CONTEXT + 1]."""
     eos = tokenizer.token_to_id(_EOS)
     encoded = tokenizer.encode_batch_fast([f.text for f in files])
@@ -163,7 +163,7 @@ def _windows(tokenizer: Tokenizer, files: list[SourceFile]) -> Tensor:
 # -- training ------------------------------------------------------------------------------------
 
 
-def _new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
+def _build_untrained_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     """Build the model; every in_features is a multiple of 64, the usual quantization group."""
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
@@ -182,20 +182,20 @@ def _new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).float()
 
 
-def _pretrain(
+def _pretrain_model(
     model: nn.Module, rows: Tensor, seconds: float, on_step: OnStep | None
 ) -> list[float]:
     """Train until the time is over (at least one step); return the loss of each step."""
-    optimizers = _optimizers(model)
+    optimizers = _build_optimizers(model)
     model.train()
     losses: list[float] = []
     start = time.perf_counter()
-    for batch in _batches(len(rows)):
+    for batch in _iterate_batches(len(rows)):
         share = (time.perf_counter() - start) / seconds
         if losses and share >= 1:
             break
-        scale = _schedule(len(losses), share)
-        loss = _loss(model, rows[batch])
+        scale = _lr_factor(len(losses), share)
+        loss = _next_token_loss(model, rows[batch])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         for optimizer, lr in optimizers:
@@ -209,7 +209,7 @@ def _pretrain(
     return losses
 
 
-def _optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
+def _build_optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
     """Return optimizers with peak learning rates: Muon for the blocks' matrices, AdamW for the
     rest."""
     named = list(model.named_parameters())
@@ -221,7 +221,7 @@ def _optimizers(model: nn.Module) -> list[tuple[torch.optim.Optimizer, float]]:
     ]
 
 
-def _batches(num_rows: int) -> Iterator[Tensor]:
+def _iterate_batches(num_rows: int) -> Iterator[Tensor]:
     """Yield sequence indices [_BATCH] from one random permutation after another, without end."""
     waiting = torch.empty(0, dtype=torch.long)
     while True:
@@ -231,36 +231,38 @@ def _batches(num_rows: int) -> Iterator[Tensor]:
         waiting = waiting[_BATCH:]
 
 
-def _schedule(step: int, share: float) -> float:
+def _lr_factor(step: int, share: float) -> float:
     """Return the factor of the peak rate: warm-up over steps, cosine over the elapsed ``share``."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
     return warmup * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
 
 
-def _loss(model: nn.Module, rows: Tensor) -> Tensor:
+def _next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     """Return the mean cross entropy, in nats, of the next tokens of ``rows`` [B, CONTEXT + 1]."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, rows: Tensor) -> float:
+def _evaluate_loss(model: nn.Module, rows: Tensor) -> float:
     """Return the mean loss over sequences spread evenly over the held-out files."""
     model.eval()
     chosen = rows[:: max(1, len(rows) // _EVAL_WINDOWS)][:_EVAL_WINDOWS]
-    return sum(float(_loss(model, part)) * len(part) for part in chosen.split(_BATCH)) / len(chosen)
+    return sum(
+        float(_next_token_loss(model, part)) * len(part) for part in chosen.split(_BATCH)
+    ) / len(chosen)
 
 
 @contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
+def _fork_random_state(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 @contextmanager
-def _threads_restored() -> Iterator[None]:
+def _restore_num_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     try:
         yield
@@ -274,9 +276,9 @@ def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
     took: dict[int, float] = {}
     for threads in sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}):
         torch.set_num_threads(threads)
-        _loss(model, rows).backward()
+        _next_token_loss(model, rows).backward()
         start = time.perf_counter()
-        _loss(model, rows).backward()
+        _next_token_loss(model, rows).backward()
         took[threads] = time.perf_counter() - start
         if took[threads] > 2 * min(took.values()):
             break
@@ -287,7 +289,7 @@ def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
 # -- the directory -------------------------------------------------------------------------------
 
 
-def _finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
+def _find_finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
     """Return the report of a directory made by the same request; ``None`` if ``out`` is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -303,7 +305,7 @@ def _finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
     return TinyBaseReport(**{**record["report"], "reused": True})
 
 
-def _save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: object) -> None:
+def _save_model(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: object) -> None:
     """Write everything to a temporary directory, then rename it to ``out``."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -312,16 +314,16 @@ def _save(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: obje
         pad_token=_PAD,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
-        chat_template=default_chat_template(starts_with_bos=True),
+        chat_template=make_default_chat_template(starts_with_bos=True),
     )
-    temporary = temporary_name(out)
+    temporary = make_temporary_name(out)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        with writing(out, size):
+        with translate_write_errors(out, size):
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary)
             wrapped.save_pretrained(temporary)
-            atomic_write(temporary / _REPORT_FILE, json.dumps(record, indent=2) + "\n")
+            write_atomically(temporary / _REPORT_FILE, json.dumps(record, indent=2) + "\n")
             os.replace(temporary, out)
             sync_directory(out.parent)
     finally:

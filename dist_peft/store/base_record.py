@@ -20,7 +20,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.store.fingerprint import is_sampled, read_config_meaning
+from dist_peft.store.fingerprint import is_sampled_fingerprint, read_config_meaning
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["BaseRecord"]
@@ -37,8 +37,8 @@ class BaseRecord:
     Attributes:
         path: the base as the user named it, for messages.
         fingerprint: of ``SafetensorsIndex``, perhaps of an earlier version; empty: not known.
-        config: as returned by ``fingerprint.config_meaning``; None: not known.
-        tensors: name -> hash (``RowHashes.describe``); empty: not known.
+        config: as returned by ``fingerprint.select_config_meaning``; None: not known.
+        tensors: name -> hash (``RowHashes.describe_tensor``); empty: not known.
     """
 
     path: str
@@ -47,17 +47,17 @@ class BaseRecord:
     tensors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_files(cls, path: str, index: SafetensorsIndex) -> "BaseRecord":
+    def from_index(cls, path: str, index: SafetensorsIndex) -> "BaseRecord":
         """Build the record of a base from its headers and samples, before its rows are read.
 
         Raises:
             UserError: damaged files.
         """
-        return cls(path, index.fingerprint(), read_config_meaning(index.path))
+        return cls(path, index.compute_fingerprint(), read_config_meaning(index.path))
 
     # -- as JSON ---------------------------------------------------------------------------------
 
-    def metadata(self) -> dict[str, Any]:
+    def to_metadata(self) -> dict[str, Any]:
         """Return the keys for an adapter's ``dist_peft.json``."""
         content = {"config": self.config, "tensors": dict(sorted(self.tensors.items()))}
         return {
@@ -113,7 +113,7 @@ class BaseRecord:
         Raises:
             UserError: it is another base.
         """
-        if not self.fingerprint or index.has_fingerprint(self.fingerprint):
+        if not self.fingerprint or index.matches_fingerprint(self.fingerprint):
             if self.fingerprint and not self.is_complete:
                 log.info(
                     "%s is of an earlier version, which kept no hashes of the base's rows: %s is "
@@ -124,9 +124,9 @@ class BaseRecord:
                 )
             return
         found = read_config_meaning(index.path)
-        why = "" if self.config is None else _other_keys(self.config, found)
+        why = "" if self.config is None else _describe_config_differences(self.config, found)
         why = why or "a sample of its tensors holds other names, types, shapes or values"
-        raise self._other(subject, str(index.path), why, fix)
+        raise self._other_base_error(subject, str(index.path), why, fix)
 
     def check_tensors(self, found: Mapping[str, str], where: str, subject: str, fix: str) -> None:
         """Check that the base has the recorded tensors.
@@ -146,12 +146,12 @@ class BaseRecord:
             f"{len(other)} of {len(self.tensors)} tensors hold other values: "
             f"{', '.join(other[:_SHOWN])}{more}"
         )
-        raise self._other(subject, where, why, fix)
+        raise self._other_base_error(subject, where, why, fix)
 
-    def compare(self, other: "BaseRecord") -> str | None:
+    def describe_difference(self, other: "BaseRecord") -> str | None:
         """Return how two recorded bases differ as text; None if no difference is known."""
         known = self.config is not None and other.config is not None
-        if known and (why := _other_keys(self.config or {}, other.config or {})):
+        if known and (why := _describe_config_differences(self.config or {}, other.config or {})):
             return why
         common = self.tensors.keys() & other.tensors.keys()
         names = sorted(name for name in common if self.tensors[name] != other.tensors[name])
@@ -166,32 +166,34 @@ class BaseRecord:
     def is_comparable(self, other: "BaseRecord") -> bool:
         """Return whether both have a fingerprint of the same version."""
         mine, its = self.fingerprint, other.fingerprint
-        return bool(mine and its) and is_sampled(mine) == is_sampled(its)
+        return bool(mine and its) and is_sampled_fingerprint(mine) == is_sampled_fingerprint(its)
 
-    def _other(self, subject: str, where: str, why: str, fix: str) -> UserError:
+    def _other_base_error(self, subject: str, where: str, why: str, fix: str) -> UserError:
         named = f"; it was {self.path}" if self.path and self.path != where else ""
         return UserError(f"{subject} was trained on another base than {where}: {why}{named}; {fix}")
 
 
-def _other_keys(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _describe_config_differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Return which keys of ``config.json`` differ, with both values; empty if none does."""
-    mine, its = _leaves(recorded), _leaves(found)
+    mine, its = _flatten_leaves(recorded), _flatten_leaves(found)
     keys = sorted(key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key))
-    shown = [f"{key} is {_shown(its, key)}, was {_shown(mine, key)}" for key in keys[:_SHOWN]]
+    shown = [
+        f"{key} is {_format_leaf(its, key)}, was {_format_leaf(mine, key)}" for key in keys[:_SHOWN]
+    ]
     more = f", and {len(keys) - _SHOWN} more keys" if len(keys) > _SHOWN else ""
     return f"in config.json {', '.join(shown)}{more}" if keys else ""
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _leaves(value, f"{prefix}{key}.")
+            found |= _flatten_leaves(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found
 
 
-def _shown(leaves: Mapping[str, Any], key: str) -> str:
+def _format_leaf(leaves: Mapping[str, Any], key: str) -> str:
     text = json.dumps(leaves[key]) if key in leaves else "missing"
     return text if len(text) <= 60 else f"{text[:57]}..."

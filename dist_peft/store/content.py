@@ -34,7 +34,7 @@ from torch import Tensor
 from dist_peft.core.span import Span
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["RowHashes", "RowsBeingRead", "TensorSum", "flat_rows", "hash_rows"]
+__all__ = ["RowHashes", "RowsBeingRead", "TensorHashSum", "flat_row_layout", "hash_rows"]
 
 _SHORT = 96
 """Bytes; below it one call per row costs more than arithmetic on arrays."""
@@ -49,10 +49,10 @@ _GOLDEN, _MIX_1, _MIX_2 = (
 )
 
 
-def flat_rows(spec: TensorSpec) -> tuple[int, int]:
+def flat_row_layout(spec: TensorSpec) -> tuple[int, int]:
     """Return number of rows (see the module) of a tensor, and bytes of each."""
     if len(spec.shape) < 2:
-        return spec.rows, spec.dtype.itemsize
+        return spec.num_rows, spec.dtype.itemsize
     row_bytes = spec.shape[-1] * spec.dtype.itemsize
     return torch.Size(spec.shape[:-1]).numel(), row_bytes
 
@@ -72,22 +72,22 @@ def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
         return 0
     array: NDArray[np.uint8] = data.numpy().reshape(-1)
     if row_bytes < _SHORT:
-        return _hash_short(array, first, row_bytes)
-    return _sum_of_digests(_row_digests(array, row_bytes), first)
+        return _hash_short_rows(array, first, row_bytes)
+    return _sum_row_digests(_hash_each_row(array, row_bytes), first)
 
 
-def _row_digests(array: NDArray[np.uint8], row_bytes: int) -> NDArray[np.uint64]:
+def _hash_each_row(array: NDArray[np.uint8], row_bytes: int) -> NDArray[np.uint64]:
     rows = len(array) // row_bytes
     return np.fromiter(map(_digest, array.reshape(rows, row_bytes)), np.uint64, rows)
 
 
-def _sum_of_digests(digests: NDArray[np.uint64], first: int) -> int:
+def _sum_row_digests(digests: NDArray[np.uint64], first: int) -> int:
     places = np.arange(first + 1, first + 1 + len(digests), dtype=np.uint64)
-    total = _mixed(digests ^ _mixed(places * _GOLDEN)).sum(dtype=np.uint64)
+    total = _mix_bits(digests ^ _mix_bits(places * _GOLDEN)).sum(dtype=np.uint64)
     return int(total) & _MASK
 
 
-def _hash_short(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:
+def _hash_short_rows(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:
     rows, words = len(array) // row_bytes, -(-row_bytes // 8)
     total, step = 0, max(1, _WORDS_AT_ONCE // words)
     for start in range(0, rows, step):
@@ -96,12 +96,12 @@ def _hash_short(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:
         padded[:, :row_bytes] = part
         begin = (first + start) * words
         places = np.arange(begin + 1, begin + 1 + padded.size // 8, dtype=np.uint64)
-        numbers = padded.reshape(-1).view("<u8") ^ _mixed(places * _GOLDEN)
-        total += int(_mixed(numbers).sum(dtype=np.uint64))
+        numbers = padded.reshape(-1).view("<u8") ^ _mix_bits(places * _GOLDEN)
+        total += int(_mix_bits(numbers).sum(dtype=np.uint64))
     return total & _MASK
 
 
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix_bits(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finalizer, a permutation of the numbers below 2^64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
@@ -109,7 +109,7 @@ def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @dataclass
-class TensorSum:
+class TensorHashSum:
     """Hash of the rows of one tensor that were read so far.
 
     Attributes:
@@ -122,7 +122,7 @@ class TensorSum:
     total: int = 0
     spans: list[Span] = field(default_factory=list)
 
-    def missing(self, span: Span) -> list[Span]:
+    def list_missing_spans(self, span: Span) -> list[Span]:
         """Return the parts of ``span`` that were not hashed yet."""
         gaps, start = [], span.start
         for known in self.spans:
@@ -137,7 +137,7 @@ class TensorSum:
             gaps.append(Span(start, span.stop))
         return gaps
 
-    def cover(self, span: Span) -> None:
+    def mark_hashed(self, span: Span) -> None:
         joined: list[Span] = []
         for known in sorted([*self.spans, span], key=lambda s: s.start):
             if joined and known.start <= joined[-1].stop:
@@ -147,11 +147,11 @@ class TensorSum:
         self.spans = joined
 
     @property
-    def is_whole(self) -> bool:
-        return not self.missing(Span(0, self.rows))
+    def is_complete(self) -> bool:
+        return not self.list_missing_spans(Span(0, self.rows))
 
     @property
-    def hashed(self) -> int:
+    def num_hashed_rows(self) -> int:
         """Number of rows in ``spans``."""
         return sum(map(len, self.spans))
 
@@ -166,7 +166,7 @@ class RowsBeingRead:
         row_bytes: of each.
     """
 
-    def __init__(self, known: TensorSum, first: int, data: Tensor, row_bytes: int) -> None:
+    def __init__(self, known: TensorHashSum, first: int, data: Tensor, row_bytes: int) -> None:
         self._known, self._first, self._row_bytes = known, first, row_bytes
         self._array: NDArray[np.uint8] = data.numpy().reshape(-1)
         self._done = 0
@@ -180,20 +180,20 @@ class RowsBeingRead:
             self._digests.extend(map(_digest, fresh))
         self._done = num_bytes
 
-    def finish(self) -> None:
+    def finish_hashing(self) -> None:
         """Hash the rest of ``data`` and add it to the tensor; rows added before count once."""
         assert self._done == len(self._array)
         rows = Span(self._first, self._first + len(self._array) // self._row_bytes)
         digests = np.frombuffer(self._digests, np.uint64) if self._digests else None
-        for gap in self._known.missing(rows):
-            own = gap.shift(-self._first)
+        for gap in self._known.list_missing_spans(rows):
+            own = gap.shifted_by(-self._first)
             if digests is not None:
-                part = _sum_of_digests(digests[own.slice], gap.start)
+                part = _sum_row_digests(digests[own.slice], gap.start)
             else:
                 short = self._array[own.start * self._row_bytes : own.stop * self._row_bytes]
-                part = _hash_short(short, gap.start, self._row_bytes)
+                part = _hash_short_rows(short, gap.start, self._row_bytes)
             self._known.total = (self._known.total + part) & _MASK
-            self._known.cover(gap)
+            self._known.mark_hashed(gap)
 
 
 class RowHashes:
@@ -205,7 +205,7 @@ class RowHashes:
         plain: the tensors to hash as the files have them.
         packed: the weights that the files have in several tensors, of which no range belongs to a
             range of rows. They are hashed in the rows of the codec, which depend on the rows alone
-            (``add_packed``). The tensors they are made of are in neither.
+            (``add_packed_rows``). The tensors they are made of are in neither.
 
     Attributes:
         sums: by name, of tensors that were read at least in part.
@@ -214,18 +214,22 @@ class RowHashes:
     def __init__(self, plain: Iterable[TensorSpec], packed: Iterable[TensorSpec] = ()) -> None:
         self._plain = {spec.name: spec for spec in plain}
         self._packed = {spec.name: spec for spec in packed}
-        self.sums: dict[str, TensorSum] = {}
+        self.sums: dict[str, TensorHashSum] = {}
 
     @property
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         """Names of all tensors that can be hashed, sorted."""
         return sorted([*self._plain, *self._packed])
 
-    def row_count(self, name: str) -> int:
+    def num_hashed_rows(self, name: str) -> int:
         """Return the number of rows of the tensor hashed so far."""
-        return self._packed[name].rows if name in self._packed else flat_rows(self._plain[name])[0]
+        return (
+            self._packed[name].num_rows
+            if name in self._packed
+            else flat_row_layout(self._plain[name])[0]
+        )
 
-    def begin_rows(self, name: str, first: int, data: Tensor) -> RowsBeingRead | None:
+    def begin_hashing(self, name: str, first: int, data: Tensor) -> RowsBeingRead | None:
         """Hash rows of a tensor, as bytes of its file, while they are read.
 
         Args:
@@ -236,33 +240,41 @@ class RowHashes:
             None where there is nothing to do: the tensor is not hashed, or these rows were.
         """
         spec = self._plain.get(name)
-        return None if spec is None else self._begin(name, first, data, flat_rows(spec)[1])
+        return (
+            None
+            if spec is None
+            else self._begin_hashing_rows(name, first, data, flat_row_layout(spec)[1])
+        )
 
-    def add_plain(self, name: str, first: int, data: Tensor) -> None:
-        """Hash rows of a tensor that have been read; see ``begin_rows``."""
-        self._finish(self.begin_rows(name, first, data), data)
+    def add_plain_rows(self, name: str, first: int, data: Tensor) -> None:
+        """Hash rows of a tensor that have been read; see ``begin_hashing``."""
+        self._add_finished_rows(self.begin_hashing(name, first, data), data)
 
-    def add_packed(self, name: str, first: int, packed: Tensor) -> None:
+    def add_packed_rows(self, name: str, first: int, packed: Tensor) -> None:
         """Hash packed rows ``uint8 [n, row_bytes]`` of a weight stored as several tensors."""
         if name in self._packed:
             data = packed.cpu().contiguous()
-            self._finish(self._begin(name, first, data, packed.shape[1]), data)
+            self._add_finished_rows(
+                self._begin_hashing_rows(name, first, data, packed.shape[1]), data
+            )
 
-    def _begin(self, name: str, first: int, data: Tensor, row_bytes: int) -> RowsBeingRead | None:
+    def _begin_hashing_rows(
+        self, name: str, first: int, data: Tensor, row_bytes: int
+    ) -> RowsBeingRead | None:
         if not data.numel():
             return None
-        known = self.sums.setdefault(name, TensorSum(self.row_count(name)))
-        if not known.missing(Span(first, first + data.numel() // row_bytes)):
+        known = self.sums.setdefault(name, TensorHashSum(self.num_hashed_rows(name)))
+        if not known.list_missing_spans(Span(first, first + data.numel() // row_bytes)):
             return None
         return RowsBeingRead(known, first, data, row_bytes)
 
     @staticmethod
-    def _finish(rows: RowsBeingRead | None, data: Tensor) -> None:
+    def _add_finished_rows(rows: RowsBeingRead | None, data: Tensor) -> None:
         if rows is not None:
             rows.hash_up_to(data.numel())
-            rows.finish()
+            rows.finish_hashing()
 
-    def describe(self, name: str, total: int) -> str:
+    def describe_tensor(self, name: str, total: int) -> str:
         """Return the hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""
         spec = self._packed.get(name) or self._plain[name]
         header = xxhash.xxh3_64_intdigest(f"{spec.dtype} {list(spec.shape)}".encode())

@@ -18,12 +18,12 @@ from dist_peft.core.errors import UserError
 
 __all__ = [
     "OpenFiles",
+    "make_temporary_name",
     "read_exactly",
-    "reading",
     "sync_directory",
-    "temporary_name",
+    "translate_read_errors",
+    "translate_write_errors",
     "write_exactly",
-    "writing",
 ]
 
 # One call moves at most 2 GiB on Linux and fails above it on macOS.
@@ -38,7 +38,7 @@ class OpenFiles:
         self._limit = limit
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
 
-    def get(self, file: Path) -> int:
+    def get_descriptor(self, file: Path) -> int:
         """Return the descriptor of ``file``; valid until the next call."""
         if file in self._descriptors:
             self._descriptors.move_to_end(file)
@@ -81,7 +81,7 @@ def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done : done + _MOST_BYTES_A_CALL], offset + done)
 
 
-def temporary_name(file: Path) -> Path:
+def make_temporary_name(file: Path) -> Path:
     """Return a new hidden name next to ``file``, on the same file system so that a rename is
     atomic."""
     return file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
@@ -100,7 +100,7 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def translate_read_errors(file: Path) -> Iterator[None]:
     """Translate the operating system's errors about ``file`` into ``UserError``."""
     try:
         yield
@@ -113,7 +113,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(file: Path, num_bytes: int) -> Iterator[None]:
+def translate_write_errors(file: Path, num_bytes: int) -> Iterator[None]:
     """Translate the operating system's errors while ``num_bytes`` are written into ``UserError``.
 
     Other errors (a broken disk, say) are passed on unchanged.

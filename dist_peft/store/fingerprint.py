@@ -1,6 +1,7 @@
 """Fingerprints of a base, which distinguish bases before they are read.
 
-``sampled_fingerprint`` hashes samples of *every* tensor and the meaningful keys of ``config.json``.
+``compute_sampled_fingerprint`` hashes samples of *every* tensor and the meaningful keys of
+``config.json``.
 It refuses most mistakes in the first second of a run; a change between the samples is found by the
 hashes of all rows (``store.content``), once the rows are read.
 """
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fileio import OpenFiles, read_exactly, reading
+from dist_peft.store.fileio import OpenFiles, read_exactly, translate_read_errors
 from dist_peft.store.format import TensorInfo
 
 __all__ = [
-    "config_meaning",
-    "edges_fingerprint",
-    "is_sampled",
+    "compute_edges_fingerprint",
+    "compute_sampled_fingerprint",
+    "is_sampled_fingerprint",
     "read_config_meaning",
-    "sampled_fingerprint",
+    "select_config_meaning",
 ]
 
 _VERSION = "v2:"
@@ -48,14 +49,14 @@ the file's tensors (which the tensors say themselves), how texts are generated a
 and labels, which a classifier has of its own."""
 
 
-def sampled_fingerprint(tensors: Iterable[TensorInfo], config: Mapping[str, Any]) -> str:
+def compute_sampled_fingerprint(tensors: Iterable[TensorInfo], config: Mapping[str, Any]) -> str:
     """Return ``v2:`` and a hexadecimal SHA-256 of every tensor's name, type, shape and samples.
 
     How tensors are distributed over files does not matter.
 
     Args:
         tensors: of a base, in any order.
-        config: ``config_meaning`` of its ``config.json``.
+        config: ``select_config_meaning`` of its ``config.json``.
 
     Raises:
         UserError: a file is gone or shorter than when it was opened.
@@ -67,14 +68,14 @@ def sampled_fingerprint(tensors: Iterable[TensorInfo], config: Mapping[str, Any]
     try:
         for info in ordered:
             digest.update(json.dumps([info.name, str(info.dtype), info.shape]).encode())
-            for offset, length in _sample_places(info.stop - info.start, samples):
-                digest.update(_read_bytes(files, info.file, info.start + offset, length))
+            for offset, length in _list_sample_places(info.stop - info.start, samples):
+                digest.update(_read_file_bytes(files, info.file, info.start + offset, length))
     finally:
         files.close()
     return _VERSION + digest.hexdigest()
 
 
-def _sample_places(size: int, samples: int) -> list[tuple[int, int]]:
+def _list_sample_places(size: int, samples: int) -> list[tuple[int, int]]:
     """Return (offset, length) of the samples of ``size`` bytes; all bytes if there are no more."""
     if size <= samples * _SAMPLE_BYTES:
         return [(0, size)]
@@ -84,12 +85,13 @@ def _sample_places(size: int, samples: int) -> list[tuple[int, int]]:
     return [(last * number // (samples - 1), _SAMPLE_BYTES) for number in range(samples)]
 
 
-def is_sampled(fingerprint: str) -> bool:
-    """Return whether ``sampled_fingerprint`` made it; else ``edges_fingerprint`` did."""
+def is_sampled_fingerprint(fingerprint: str) -> bool:
+    """Return whether ``compute_sampled_fingerprint`` made it; else ``compute_edges_fingerprint``
+    did."""
     return fingerprint.startswith(_VERSION)
 
 
-def edges_fingerprint(files: Sequence[Path], tensors: Iterable[TensorInfo]) -> str:
+def compute_edges_fingerprint(files: Sequence[Path], tensors: Iterable[TensorInfo]) -> str:
     """Return the fingerprint of earlier versions, to check adapters and checkpoints of theirs.
 
     A hexadecimal SHA-256 of names, types, shapes and places, and of the first and last 64 KiB of
@@ -114,36 +116,36 @@ def edges_fingerprint(files: Sequence[Path], tensors: Iterable[TensorInfo]) -> s
             digest.update(json.dumps(table).encode() + b"\n")
             length = min(end - begin, _EDGE_BYTES)
             for offset in (begin, end - length):
-                digest.update(_read_bytes(opened, file, offset, length))
+                digest.update(_read_file_bytes(opened, file, offset, length))
     finally:
         opened.close()
     return digest.hexdigest()
 
 
-def config_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+def select_config_meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a ``config.json`` that affect the function of the weights.
 
     Keys of no influence are left out at every depth, and so are keys that are null; numbers that
     are equal become the same (``1e4``, ``10000.0`` and ``10000``).
     """
-    meaning = _meaning(dict(config))
+    meaning = _select_meaning(dict(config))
     assert isinstance(meaning, dict)
     return meaning
 
 
-def _meaning(value: Any) -> Any:
+def _select_meaning(value: Any) -> Any:
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if k not in _NO_MEANING and v is not None}
-        return {key: _meaning(inner) for key, inner in kept.items()}
+        return {key: _select_meaning(inner) for key, inner in kept.items()}
     if isinstance(value, list):
-        return [_meaning(inner) for inner in value]
+        return [_select_meaning(inner) for inner in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
 def read_config_meaning(path: Path) -> dict[str, Any]:
-    """Return ``config_meaning`` of ``path/config.json``; empty where there is none.
+    """Return ``select_config_meaning`` of ``path/config.json``; empty where there is none.
 
     Raises:
         UserError: it is no JSON object.
@@ -151,7 +153,7 @@ def read_config_meaning(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         return {}
-    with reading(file):
+    with translate_read_errors(file):
         text = file.read_bytes()
     try:
         config = json.loads(text)
@@ -159,11 +161,11 @@ def read_config_meaning(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON: {error}; copy or download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} does not hold a JSON object; copy or download it again")
-    return config_meaning(config)
+    return select_config_meaning(config)
 
 
-def _read_bytes(files: OpenFiles, file: Path, offset: int, length: int) -> bytes:
+def _read_file_bytes(files: OpenFiles, file: Path, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
-    with reading(file):
-        read_exactly(files.get(file), memoryview(buffer), offset, file)
+    with translate_read_errors(file):
+        read_exactly(files.get_descriptor(file), memoryview(buffer), offset, file)
     return bytes(buffer)

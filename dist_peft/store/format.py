@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fileio import read_exactly, reading
+from dist_peft.store.fileio import read_exactly, translate_read_errors
 
-__all__ = ["DTYPES", "TensorInfo", "TensorSpec", "make_header", "read_header"]
+__all__ = ["DTYPES", "TensorInfo", "TensorSpec", "build_header", "read_tensor_infos"]
 
 # In the order of the reference implementation, which lays tensors out from the last type to the
 # first, so that wide types come first and stay aligned.
@@ -69,7 +69,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """Length of dimension 0; a 0-d tensor counts as one row."""
         return self.shape[0] if self.shape else 1
 
@@ -78,8 +78,8 @@ class TensorSpec:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
-    def nbytes(self) -> int:
-        return self.rows * self.row_bytes
+    def num_bytes(self) -> int:
+        return self.num_rows * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -91,51 +91,55 @@ class TensorInfo(TensorSpec):
     stop: int
 
 
-def read_header(file: Path) -> list[TensorInfo]:
+def read_tensor_infos(file: Path) -> list[TensorInfo]:
     """Return the tensors of one safetensors file, in the order of their bytes.
 
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a type that torch does not have.
     """
-    with reading(file):
+    with translate_read_errors(file):
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(descriptor).st_size
-            header, begin = _read_json(descriptor, size, file)
+            header, begin = _read_header_json(descriptor, size, file)
         finally:
             os.close(descriptor)
-    infos = [_parse_entry(name, entry, begin, file) for name, entry in header.items()]
+    infos = [_parse_tensor_entry(name, entry, begin, file) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.stop))
-    _check_layout(infos, begin, size, file)
+    _check_byte_layout(infos, begin, size, file)
     return infos
 
 
-def _read_json(descriptor: int, size: int, file: Path) -> tuple[dict[str, Any], int]:
+def _read_header_json(descriptor: int, size: int, file: Path) -> tuple[dict[str, Any], int]:
     """Return the header without its metadata, and the offset of the first data byte."""
     if size < 8:
-        raise _truncated(file, f"it has {size} bytes, a header needs 8 and more")
+        raise _truncated_file_error(file, f"it has {size} bytes, a header needs 8 and more")
     prefix = bytearray(8)
     read_exactly(descriptor, memoryview(prefix), 0, file)
     if prefix == b"version ":
         raise UserError(f"file {file} is a git-lfs pointer, not the data; run git lfs pull")
     length = int.from_bytes(prefix, "little")
     if length > _MAX_HEADER_BYTES:
-        raise _corrupt(file, f"its header would have {length:,} bytes, at most 100 MB are allowed")
+        raise _corrupt_file_error(
+            file, f"its header would have {length:,} bytes, at most 100 MB are allowed"
+        )
     if 8 + length > size:
-        raise _truncated(file, f"its header ends at byte {8 + length:,}, the file at {size:,}")
+        raise _truncated_file_error(
+            file, f"its header ends at byte {8 + length:,}, the file at {size:,}"
+        )
     text = bytearray(length)
     read_exactly(descriptor, memoryview(text), 8, file)
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+        header = json.loads(text.decode(), object_pairs_hook=_refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise _corrupt(file, f"its header is not valid JSON: {error}") from None
+        raise _corrupt_file_error(file, f"its header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
-        raise _corrupt(file, "its header is not a JSON object")
+        raise _corrupt_file_error(file, "its header is not a JSON object")
     header.pop(_METADATA, None)
     return header, 8 + length
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         names = [key for key, _ in pairs]
@@ -143,15 +147,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _parse_entry(name: str, entry: Any, begin: int, file: Path) -> TensorInfo:
+def _parse_tensor_entry(name: str, entry: Any, begin: int, file: Path) -> TensorInfo:
     where = f"tensor {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _corrupt(file, f"{where} lacks dtype, shape or data_offsets")
+        raise _corrupt_file_error(file, f"{where} lacks dtype, shape or data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape):
-        raise _corrupt(file, f"{where} has shape {shape}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _corrupt(file, f"{where} has data_offsets {offsets}")
+    if not _are_valid_sizes(shape):
+        raise _corrupt_file_error(file, f"{where} has shape {shape}")
+    if not _are_valid_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _corrupt_file_error(file, f"{where} has data_offsets {offsets}")
     if not isinstance(code, str) or code not in DTYPES:
         raise UserError(
             f"tensor {name} in {file} has type {code}, which is not supported; "
@@ -159,49 +163,51 @@ def _parse_entry(name: str, entry: Any, begin: int, file: Path) -> TensorInfo:
         )
     start, stop = offsets
     info = TensorInfo(name, DTYPES[code], tuple(shape), file, begin + start, begin + stop)
-    if info.nbytes != stop - start:
-        raise _corrupt(
+    if info.num_bytes != stop - start:
+        raise _corrupt_file_error(
             file,
-            f"{where} of shape {shape} and type {code} has {info.nbytes:,} bytes, "
+            f"{where} of shape {shape} and type {code} has {info.num_bytes:,} bytes, "
             f"its data_offsets span {stop - start:,}",
         )
     return info
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_valid_sizes(value: Any) -> bool:
     # bool is an int in Python: [true] is no shape
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _check_layout(infos: Sequence[TensorInfo], begin: int, size: int, file: Path) -> None:
+def _check_byte_layout(infos: Sequence[TensorInfo], begin: int, size: int, file: Path) -> None:
     """Check that every byte after the header belongs to exactly one tensor."""
     for info in infos:
         if info.stop > size:
-            raise _truncated(
+            raise _truncated_file_error(
                 file, f"tensor {info.name} ends at byte {info.stop:,}, the file at {size:,}"
             )
     end, previous = begin, "the header"
     for info in infos:
         if info.start < end:
-            raise _corrupt(file, f"tensor {info.name} overlaps {previous}")
+            raise _corrupt_file_error(file, f"tensor {info.name} overlaps {previous}")
         if info.start > end:
-            raise _corrupt(
+            raise _corrupt_file_error(
                 file, f"{info.start - end:,} bytes before tensor {info.name} belong to no tensor"
             )
         end, previous = info.stop, f"tensor {info.name}"
     if end < size:
-        raise _corrupt(file, f"{size - end:,} bytes after {previous} belong to no tensor")
+        raise _corrupt_file_error(
+            file, f"{size - end:,} bytes after {previous} belong to no tensor"
+        )
 
 
-def _truncated(file: Path, detail: str) -> UserError:
+def _truncated_file_error(file: Path, detail: str) -> UserError:
     return UserError(f"file {file} is truncated: {detail}; copy or download it again")
 
 
-def _corrupt(file: Path, detail: str) -> UserError:
+def _corrupt_file_error(file: Path, detail: str) -> UserError:
     return UserError(f"file {file} is no valid safetensors file: {detail}; write it again")
 
 
-def make_header(
+def build_header(
     specs: Sequence[TensorSpec], metadata: Mapping[str, str], file: Path
 ) -> tuple[bytes, list[TensorInfo]]:
     """Return the first bytes of a file of ``specs`` and where each tensor goes.
@@ -215,27 +221,27 @@ def make_header(
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     ordered: list[tuple[TensorSpec, int]] = []
     offset = 0
-    for spec in sorted(specs, key=_layout_key):
+    for spec in sorted(specs, key=_layout_sort_key):
         if spec.name == _METADATA:
             raise ValueError(f"{_METADATA} is no name for a tensor")
         header[spec.name] = {
             "dtype": _CODES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
+            "data_offsets": [offset, offset + spec.num_bytes],
         }
         ordered.append((spec, offset))
-        offset += spec.nbytes
+        offset += spec.num_bytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
     infos = [
-        TensorInfo(s.name, s.dtype, s.shape, file, begin + at, begin + at + s.nbytes)
+        TensorInfo(s.name, s.dtype, s.shape, file, begin + at, begin + at + s.num_bytes)
         for s, at in ordered
     ]
     return len(text).to_bytes(8, "little") + text, infos
 
 
-def _layout_key(spec: TensorSpec) -> tuple[int, str]:
+def _layout_sort_key(spec: TensorSpec) -> tuple[int, str]:
     if spec.dtype not in _RANKS:
         raise ValueError(f"tensor {spec.name}: safetensors has no type for {spec.dtype}")
     return -_RANKS[spec.dtype], spec.name

@@ -18,14 +18,14 @@ from functools import cached_property
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fileio import reading
+from dist_peft.store.fileio import translate_read_errors
 from dist_peft.store.fingerprint import (
-    edges_fingerprint,
-    is_sampled,
+    compute_edges_fingerprint,
+    compute_sampled_fingerprint,
+    is_sampled_fingerprint,
     read_config_meaning,
-    sampled_fingerprint,
 )
-from dist_peft.store.format import TensorInfo, read_header
+from dist_peft.store.format import TensorInfo, read_tensor_infos
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsIndex", "TensorInfo"]
 
@@ -57,25 +57,25 @@ class SafetensorsIndex:
             UserError: missing, pickle only, truncated or corrupt, an unsupported type, a name in
                 two files, or an index json that does not fit its files.
         """
-        with reading(path):
+        with translate_read_errors(path):
             if path.is_file():
                 if path.suffix in _PICKLE_ENDINGS:
-                    raise _pickle_only(path.parent, [path.name])
-                return cls._read(path, [path])
+                    raise _pickle_only_error(path.parent, [path.name])
+                return cls._read_shards(path, [path])
             if not path.is_dir():
                 raise UserError(f"{path} does not exist; give a directory with safetensors files")
             if (path / SINGLE_NAME).is_file():
-                return cls._read(path, [path / SINGLE_NAME])
+                return cls._read_shards(path, [path / SINGLE_NAME])
             if (path / INDEX_NAME).is_file():
-                return cls._read_sharded(path)
-            return cls._read(path, _loose_files(path))
+                return cls._read_sharded_directory(path)
+            return cls._read_shards(path, _list_loose_files(path))
 
     @classmethod
-    def _read(cls, path: Path, files: Iterable[Path]) -> "SafetensorsIndex":
+    def _read_shards(cls, path: Path, files: Iterable[Path]) -> "SafetensorsIndex":
         files = tuple(sorted(files))
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for info in read_header(file):
+            for info in read_tensor_infos(file):
                 if info.name in tensors:
                     raise UserError(
                         f"tensor {info.name} is in {tensors[info.name].file} and again in {file}; "
@@ -85,15 +85,15 @@ class SafetensorsIndex:
         return cls(path, files, tensors)
 
     @classmethod
-    def _read_sharded(cls, path: Path) -> "SafetensorsIndex":
+    def _read_sharded_directory(cls, path: Path) -> "SafetensorsIndex":
         places = _read_index_json(path / INDEX_NAME)
         missing = sorted({name for name in places.values() if not (path / name).is_file()})
         if missing:
             raise UserError(
-                f"{path / INDEX_NAME} names files that are missing: {_some(missing)}; "
+                f"{path / INDEX_NAME} names files that are missing: {_format_some_names(missing)}; "
                 "copy or download them"
             )
-        index = cls._read(path, {path / name for name in places.values()})
+        index = cls._read_shards(path, {path / name for name in places.values()})
         for name, file_name in places.items():
             if name not in index.tensors or index.tensors[name].file.name != file_name:
                 raise UserError(
@@ -104,11 +104,11 @@ class SafetensorsIndex:
         if unnamed:
             raise UserError(
                 f"{path / INDEX_NAME} does not name tensors that its files hold: "
-                f"{_some(unnamed)}; the index and the files are of different models"
+                f"{_format_some_names(unnamed)}; the index and the files are of different models"
             )
         return index
 
-    def find(self, name: str) -> TensorInfo:
+    def find_tensor(self, name: str) -> TensorInfo:
         """Return the tensor called ``name``.
 
         Raises:
@@ -117,14 +117,18 @@ class SafetensorsIndex:
         if name in self.tensors:
             return self.tensors[name]
         near = difflib.get_close_matches(name, self.tensors, n=3)
-        hint = f"nearest: {', '.join(near)}" if near else f"it has {_some(sorted(self.tensors))}"
+        hint = (
+            f"nearest: {', '.join(near)}"
+            if near
+            else f"it has {_format_some_names(sorted(self.tensors))}"
+        )
         raise UserError(f"no tensor {name} in {self.path}; {hint}")
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return sampled_fingerprint(self.tensors.values(), read_config_meaning(self.path))
+    def _cached_fingerprint(self) -> str:
+        return compute_sampled_fingerprint(self.tensors.values(), read_config_meaning(self.path))
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Return the sampled fingerprint of the base; see ``store.fingerprint``.
 
         It is computed once: it is of the files as they were at the first call.
@@ -132,26 +136,26 @@ class SafetensorsIndex:
         Raises:
             UserError: a file is gone or shorter than when it was opened.
         """
-        return self._fingerprint
+        return self._cached_fingerprint
 
-    def has_fingerprint(self, known: str) -> bool:
+    def matches_fingerprint(self, known: str) -> bool:
         """Return whether ``known``, of this version or an earlier one, is this base's fingerprint.
 
         Raises:
             UserError: a file is gone or shorter than when it was opened.
         """
-        if is_sampled(known):
-            return known == self.fingerprint()
-        return known == edges_fingerprint(self.files, self.tensors.values())
+        if is_sampled_fingerprint(known):
+            return known == self.compute_fingerprint()
+        return known == compute_edges_fingerprint(self.files, self.tensors.values())
 
 
-def _loose_files(directory: Path) -> list[Path]:
+def _list_loose_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a directory that follows no naming scheme."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLE_ENDINGS)
         if pickles:
-            raise _pickle_only(directory, pickles)
+            raise _pickle_only_error(directory, pickles)
         raise UserError(f"directory {directory} has no *.safetensors file")
     shards = [file.name for file in files if _SHARD.fullmatch(file.name)]
     if shards:
@@ -164,7 +168,7 @@ def _loose_files(directory: Path) -> list[Path]:
 
 def _read_index_json(file: Path) -> dict[str, str]:
     """Return tensor name -> file name from a ``model.safetensors.index.json``."""
-    with reading(file):
+    with translate_read_errors(file):
         text = file.read_bytes()
     try:
         tree = json.loads(text)
@@ -179,9 +183,10 @@ def _read_index_json(file: Path) -> dict[str, str]:
     return places
 
 
-def _pickle_only(directory: Path, names: list[str]) -> UserError:
+def _pickle_only_error(directory: Path, names: list[str]) -> UserError:
     return UserError(
-        f"{directory} has only pickled weights ({_some(names)}). Only safetensors are read, as "
+        f"{directory} has only pickled weights ({_format_some_names(names)}). Only "
+        "safetensors are read, as "
         "loading a pickle can run any code. If you trust the files, convert them: python -c "
         f'"from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\", and copy "
@@ -189,7 +194,7 @@ def _pickle_only(directory: Path, names: list[str]) -> UserError:
     )
 
 
-def _some(names: list[str]) -> str:
+def _format_some_names(names: list[str]) -> str:
     """Return at most three names and the number of further ones as text."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
-from dist_peft.store.content import RowHashes, RowsBeingRead, flat_rows
-from dist_peft.store.fileio import OpenFiles, read_exactly, reading
+from dist_peft.store.content import RowHashes, RowsBeingRead, flat_row_layout
+from dist_peft.store.fileio import OpenFiles, read_exactly, translate_read_errors
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["RowReader"]
@@ -62,7 +62,7 @@ class RowReader:
     def close(self) -> None:
         self._files.close()
 
-    def read(self, name: str, span: Span | None = None, columns: Span | None = None) -> Tensor:
+    def read_rows(self, name: str, span: Span | None = None, columns: Span | None = None) -> Tensor:
         """Read rows ``span`` of a tensor (default: all) into a new CPU tensor.
 
         Args:
@@ -78,10 +78,10 @@ class RowReader:
             UserError: unknown name, or the file is gone, unreadable or shorter than it was.
             ValueError: the span leaves the tensor, or columns of a tensor that is not a matrix.
         """
-        info = self.index.find(name)
+        info = self.index.find_tensor(name)
         if span is None:
-            span = Span(0, info.rows)
-        if span.stop > info.rows or (not info.shape and not len(span)):
+            span = Span(0, info.num_rows)
+        if span.stop > info.num_rows or (not info.shape and not len(span)):
             raise ValueError(f"tensor {name} of shape {info.shape} has no {span}")
         shape = (len(span), *info.shape[1:]) if info.shape else ()
         if columns is not None and (len(info.shape) != 2 or columns.stop > info.shape[1]):
@@ -96,12 +96,12 @@ class RowReader:
                 (begin + row * info.row_bytes, len(columns) * size)
                 for row in range(span.start, span.stop)
             ]
-        rows, row_bytes = flat_rows(info)
-        first = span.start * (rows // max(1, info.rows))
-        data = self._read(info.file, pieces, (name, first, row_bytes) if whole else None)
+        rows, row_bytes = flat_row_layout(info)
+        first = span.start * (rows // max(1, info.num_rows))
+        data = self._read_pieces(info.file, pieces, (name, first, row_bytes) if whole else None)
         return data.view(info.dtype).reshape(shape)
 
-    def read_flat(self, name: str, span: Span) -> Tensor:
+    def read_flat_rows(self, name: str, span: Span) -> Tensor:
         """Read rows ``span`` of a tensor ``[..., n]`` taken as one matrix of all its rows of ``n``.
 
         Returns:
@@ -111,16 +111,16 @@ class RowReader:
             UserError: as for ``read``.
             ValueError: the span leaves the tensor.
         """
-        info = self.index.find(name)
+        info = self.index.find_tensor(name)
         row = info.shape[-1] * info.dtype.itemsize
-        if span.stop * row > info.nbytes:
+        if span.stop * row > info.num_bytes:
             raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
         pieces = [(info.start + span.start * row, len(span) * row)]
         hashed = (name, span.start, row) if len(info.shape) > 1 else None
-        data = self._read(info.file, pieces, hashed)
+        data = self._read_pieces(info.file, pieces, hashed)
         return data.view(info.dtype).reshape(len(span), info.shape[-1])
 
-    def _read(
+    def _read_pieces(
         self, file: Path, pieces: list[tuple[int, int]], hashed: tuple[str, int, int] | None
     ) -> Tensor:
         """Read pieces (offset, length) of a file into one ``uint8`` tensor.
@@ -134,24 +134,24 @@ class RowReader:
             rows: RowsBeingRead | None = None
             if self.hashes is not None and hashed is not None:
                 name, first, row_bytes = hashed
-                rows = self.hashes.begin_rows(name, first, data)
+                rows = self.hashes.begin_hashing(name, first, data)
                 if rows is not None:
-                    pieces = _panels(*pieces[0], row_bytes)
-            with reading(file):
-                descriptor = self._files.get(file)
+                    pieces = _split_into_panels(*pieces[0], row_bytes)
+            with translate_read_errors(file):
+                descriptor = self._files.get_descriptor(file)
                 for offset, length in pieces:
                     read_exactly(descriptor, memory[done : done + length], offset, file)
                     done += length
                     if rows is not None:
                         rows.hash_up_to(done)
             if rows is not None:
-                rows.finish()
+                rows.finish_hashing()
         self.bytes_read += data.numel()
         self.largest_read = max(self.largest_read, data.numel())
         return data
 
 
-def _panels(offset: int, length: int, row_bytes: int) -> list[tuple[int, int]]:
+def _split_into_panels(offset: int, length: int, row_bytes: int) -> list[tuple[int, int]]:
     """Cut one piece into panels of about ``_PANEL_BYTES`` each, in whole rows."""
     step = max(1, _PANEL_BYTES // row_bytes) * row_bytes
     return [(offset + done, min(step, length - done)) for done in range(0, length, step)]

@@ -29,31 +29,31 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.store.fileio import (
     OpenFiles,
+    make_temporary_name,
     sync_directory,
-    temporary_name,
+    translate_write_errors,
     write_exactly,
-    writing,
 )
-from dist_peft.store.format import TensorInfo, TensorSpec, make_header
+from dist_peft.store.format import TensorInfo, TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME, SINGLE_NAME
 
-__all__ = ["StreamWriter", "TensorSpec", "atomic_write"]
+__all__ = ["StreamWriter", "TensorSpec", "write_atomically"]
 
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a small file so that ``path`` has its old content or all of the new, never a part.
 
     Raises:
         UserError: disk full, no permission, or no such directory.
     """
     content = data.encode() if isinstance(data, str) else data
-    temporary = temporary_name(path)
-    with writing(path, len(content)):
+    temporary = make_temporary_name(path)
+    with translate_write_errors(path, len(content)):
         try:
-            _create(temporary, content, len(content))
-            _sync(temporary)
+            _create_file(temporary, content, len(content))
+            _sync_file(temporary)
             os.replace(temporary, path)
             sync_directory(path.parent)
         finally:
@@ -96,30 +96,30 @@ class StreamWriter:
         if len({spec.name for spec in tensors}) < len(tensors):
             raise ValueError("two tensors have the same name")
         self.directory = directory
-        plan = _split(tensors, max_file_bytes)
-        names = _file_names(len(plan))
+        plan = _split_into_files(tensors, max_file_bytes)
+        names = _list_file_names(len(plan))
         self.files = tuple(directory / name for name in names)
-        self._places: dict[str, _Place] = {}
-        self._parts: list[_Part] = []
+        self._places: dict[str, _TensorPlace] = {}
+        self._parts: list[_OutputFile] = []
         for file, specs in zip(self.files, plan, strict=True):
-            temporary = temporary_name(file)
-            header, infos = make_header(specs, metadata, temporary)
+            temporary = make_temporary_name(file)
+            header, infos = build_header(specs, metadata, temporary)
             size = infos[-1].stop if infos else len(header)
-            self._parts.append(_Part(file, temporary, header, size))
-            self._places.update({info.name: _Place(info, file) for info in infos})
+            self._parts.append(_OutputFile(file, temporary, header, size))
+            self._places.update({info.name: _TensorPlace(info, file) for info in infos})
         if len(plan) > 1:
-            index, text = directory / INDEX_NAME, _index_json(plan, names)
-            self._parts.append(_Part(index, temporary_name(index), text, len(text)))
+            index, text = directory / INDEX_NAME, _build_index_json(plan, names)
+            self._parts.append(_OutputFile(index, make_temporary_name(index), text, len(text)))
         self._total_bytes = sum(part.size for part in self._parts)
         self._open_files = OpenFiles(os.O_WRONLY)
         self._is_open = True
-        self._prepare()
+        self._create_files()
 
-    def _prepare(self) -> None:
+    def _create_files(self) -> None:
         self._made_directory = not self.directory.exists()
-        with writing(self.directory, self._total_bytes):
+        with translate_write_errors(self.directory, self._total_bytes):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _check_leftovers(self.directory, {part.final for part in self._parts})
+            _refuse_leftover_files(self.directory, {part.final for part in self._parts})
         usage = shutil.disk_usage(self.directory)
         # file systems that do not know their size report 0
         if usage.total and usage.free < self._total_bytes:
@@ -130,10 +130,10 @@ class StreamWriter:
             )
         try:
             for part in self._parts:
-                with writing(part.final, self._total_bytes):
-                    _create(part.temporary, part.first, part.size)
+                with translate_write_errors(part.final, self._total_bytes):
+                    _create_file(part.temporary, part.first, part.size)
         except BaseException:
-            self._discard()
+            self._discard_files()
             raise
 
     def __enter__(self) -> Self:
@@ -148,9 +148,9 @@ class StreamWriter:
         if error is None:
             self.close()
         else:
-            self._discard()
+            self._discard_files()
 
-    def write(self, name: str, rows: Tensor, start: int = 0) -> None:
+    def write_rows(self, name: str, rows: Tensor, start: int = 0) -> None:
         """Write rows ``[start, start + len(rows))`` of a tensor.
 
         Args:
@@ -174,14 +174,14 @@ class StreamWriter:
         if rows.shape[1:] != info.shape[1:] or rows.ndim != len(info.shape):
             raise ValueError(f"tensor {name} has shape {info.shape}, rows {tuple(rows.shape)}")
         span = Span(start, start + (len(rows) if rows.ndim else 1))
-        if span.stop > info.rows:
+        if span.stop > info.num_rows:
             raise ValueError(f"tensor {name} of shape {info.shape} has no {span}")
-        place.written.add(span, name)
+        place.written.add_span(span, name)
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if data.numel():
             offset = info.start + span.start * info.row_bytes
-            with writing(place.final, self._total_bytes):
-                write_exactly(self._open_files.get(info.file), data.numpy().data, offset)
+            with translate_write_errors(place.final, self._total_bytes):
+                write_exactly(self._open_files.get_descriptor(info.file), data.numpy().data, offset)
 
     def close(self) -> None:
         """Check that every row was written, then publish the files. Idempotent.
@@ -194,23 +194,23 @@ class StreamWriter:
             return
         try:
             for name, place in self._places.items():
-                place.written.check_complete(place.info.rows, name)
+                place.written.check_complete(place.info.num_rows, name)
             for part in self._parts:
-                with writing(part.final, self._total_bytes):
-                    _sync(part.temporary)
-            self._publish()
+                with translate_write_errors(part.final, self._total_bytes):
+                    _sync_file(part.temporary)
+            self._publish_files()
         finally:
-            self._discard()
+            self._discard_files()
 
-    def _publish(self) -> None:
+    def _publish_files(self) -> None:
         # an older index must not vouch for a mixture of its shards and ours
         (self.directory / INDEX_NAME).unlink(missing_ok=True)
         for part in self._parts:
-            with writing(part.final, self._total_bytes):
+            with translate_write_errors(part.final, self._total_bytes):
                 os.replace(part.temporary, part.final)
         sync_directory(self.directory)
 
-    def _discard(self) -> None:
+    def _discard_files(self) -> None:
         self._is_open = False
         self._open_files.close()
         for part in self._parts:
@@ -221,12 +221,12 @@ class StreamWriter:
 
 
 @dataclass
-class _Written:
+class _WrittenRows:
     """The rows written so far: sorted, disjoint spans with gaps between them."""
 
     spans: list[Span] = field(default_factory=list)
 
-    def add(self, span: Span, name: str) -> None:
+    def add_span(self, span: Span, name: str) -> None:
         if not len(span):
             return
         at = bisect(self.spans, span.start, key=lambda s: s.start)
@@ -248,7 +248,7 @@ class _Written:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _OutputFile:
     """One of the files to publish; it begins with the bytes ``first``."""
 
     final: Path
@@ -258,40 +258,40 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     info: TensorInfo  # inside the temporary file
     final: Path
-    written: _Written = field(default_factory=_Written)
+    written: _WrittenRows = field(default_factory=_WrittenRows)
 
 
-def _split(tensors: Sequence[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
+def _split_into_files(tensors: Sequence[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
     """Split consecutive tensors into files, as many a file as fit; at least one file."""
     files: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in tensors:
-        if files[-1] and used + spec.nbytes > max_file_bytes:
+        if files[-1] and used + spec.num_bytes > max_file_bytes:
             files.append([])
             used = 0
         files[-1].append(spec)
-        used += spec.nbytes
+        used += spec.num_bytes
     return files
 
 
-def _file_names(count: int) -> list[str]:
+def _list_file_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_NAME]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _index_json(plan: list[list[TensorSpec]], names: list[str]) -> bytes:
+def _build_index_json(plan: list[list[TensorSpec]], names: list[str]) -> bytes:
     """Return the index of a sharded model, written as ``transformers`` writes it."""
     places = {spec.name: name for specs, name in zip(plan, names, strict=True) for spec in specs}
-    total = sum(spec.nbytes for specs in plan for spec in specs)
+    total = sum(spec.num_bytes for specs in plan for spec in specs)
     tree = {"metadata": {"total_size": total}, "weight_map": places}
     return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _check_leftovers(directory: Path, planned: Set[Path]) -> None:
+def _refuse_leftover_files(directory: Path, planned: Set[Path]) -> None:
     """Refuse a directory whose older files would stay and be mixed with the new ones."""
     stale = sorted(
         file.name
@@ -306,7 +306,7 @@ def _check_leftovers(directory: Path, planned: Set[Path]) -> None:
         )
 
 
-def _create(file: Path, first: bytes, size: int) -> None:
+def _create_file(file: Path, first: bytes, size: int) -> None:
     """Create a file of ``size`` bytes that begins with ``first``, with the umask's permissions."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -316,7 +316,7 @@ def _create(file: Path, first: bytes, size: int) -> None:
         os.close(descriptor)
 
 
-def _sync(file: Path) -> None:
+def _sync_file(file: Path) -> None:
     descriptor = os.open(file, os.O_WRONLY)
     try:
         os.fsync(descriptor)

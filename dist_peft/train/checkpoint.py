@@ -35,11 +35,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 from dist_peft.train.checkpoint_reader import CheckpointReader, TensorLoadPlanner
 from dist_peft.train.run_position import RunPosition, read_position
 
-__all__ = ["Checkpoints", "RunPosition"]
+__all__ = ["CheckpointManager", "RunPosition"]
 
 log = logging.getLogger("dist_peft")
 
@@ -47,7 +47,7 @@ _UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupErro
 """Exceptions raised on reading a damaged ``.metadata``."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run directory."""
 
     def __init__(self, directory: Path, keep: int, world: World) -> None:
@@ -57,7 +57,7 @@ class Checkpoints:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def save(
+    def save_checkpoint(
         self,
         state: Mapping[str, Tensor],
         position: RunPosition,
@@ -73,13 +73,17 @@ class Checkpoints:
         """
         final = self.directory / f"step-{position.step:06d}"
         partial = self.directory / f".partial-step-{position.step:06d}"
-        with self.world.together("prepare checkpoint"):
+        with self.world.raise_together("prepare checkpoint"):
             if self.world.is_first:
-                _remove(partial)
-                _make(partial, need=_size(state.values()))
+                _remove_checkpoint(partial)
+                _make_directory(partial, need=_total_bytes(state.values()))
         try:
-            with _quiet():
-                dcp.save(dict(state), storage_writer=dcp.FileSystemWriter(partial), **self._group())
+            with _silence_single_process_warning():
+                dcp.save(
+                    dict(state),
+                    storage_writer=dcp.FileSystemWriter(partial),
+                    **self._cpu_process_group(),
+                )
         except dcp.api.CheckpointException as error:
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)  # on a full disk every byte counts
@@ -90,48 +94,50 @@ class Checkpoints:
                     "save.dir"
                 ) from None
             raise
-        with self.world.together("finish checkpoint"):
+        with self.world.raise_together("finish checkpoint"):
             if self.world.is_first:
                 for name, text in files.items():
-                    atomic_write(partial / name, text)
-                atomic_write(partial / "run.json", json.dumps(asdict(position), indent=1))
-                _remove(final)
+                    write_atomically(partial / name, text)
+                write_atomically(partial / "run.json", json.dumps(asdict(position), indent=1))
+                _remove_checkpoint(final)
                 partial.rename(final)
-                self._set_aside(position.step)
-                self._prune(newest=final)
+                self._set_later_aside(position.step)
+                self._remove_older(newest=final)
         return final
 
-    def _set_aside(self, step: int) -> None:
+    def _set_later_aside(self, step: int) -> None:
         """Move later checkpoints of an older run away, so that this run cannot resume from them."""
-        for path in self.found():
-            if _step(path) > step:
+        for path in self.list_complete():
+            if _step_of_path(path) > step:
                 kept = self.directory / "superseded" / path.name
                 kept.parent.mkdir(exist_ok=True)
-                _remove(kept)
+                _remove_checkpoint(kept)
                 path.rename(kept)
                 log.warning("%s is of an earlier run: moved to %s", path, kept)
 
-    def _prune(self, newest: Path) -> None:
-        for old in self.found()[: -self.keep]:
+    def _remove_older(self, newest: Path) -> None:
+        for old in self.list_complete()[: -self.keep]:
             if old != newest:
-                _remove(old)
+                _remove_checkpoint(old)
 
-    def _group(self) -> dict[str, object]:
+    def _cpu_process_group(self) -> dict[str, object]:
         return {} if dist.is_initialized() else {"no_dist": True}
 
     # -- reading -------------------------------------------------------------------------------
 
-    def found(self) -> list[Path]:
+    def list_complete(self) -> list[Path]:
         """Return complete checkpoints, oldest first; log incomplete ones."""
         complete = []
-        for path in sorted(self.directory.glob("*step-*"), key=lambda p: (_step(p), p.name)):
+        for path in sorted(
+            self.directory.glob("*step-*"), key=lambda p: (_step_of_path(p), p.name)
+        ):
             if path.name.startswith("step-") and (path / "run.json").is_file():
                 complete.append(path)
             else:
                 log.warning("skipping incomplete checkpoint %s", path, extra=ONCE)
         return complete
 
-    def choose(self, resume: str) -> Path | None:
+    def select_checkpoint(self, resume: str) -> Path | None:
         """Return the checkpoint to resume from: ``auto``: newest, if any; ``never``: none; or a
         path.
 
@@ -141,7 +147,7 @@ class Checkpoints:
         if resume == "never":
             return None
         if resume == "auto":
-            return next(reversed(self.found()), None)
+            return next(reversed(self.list_complete()), None)
         path = Path(resume)
         if not (path / "run.json").is_file():
             raise UserError(
@@ -151,39 +157,41 @@ class Checkpoints:
         return path
 
     @staticmethod
-    def position(path: Path) -> RunPosition:
+    def read_position(path: Path) -> RunPosition:
         """Return the position stored in the checkpoint ``path``; see
         ``run_position.read_position``."""
         return read_position(path)
 
-    def load(self, path: Path, state: dict[str, Tensor]) -> None:
+    def load_checkpoint(self, path: Path, state: dict[str, Tensor]) -> None:
         """Load a checkpoint into the tensors of ``state``, in place.
 
         Raises:
             UserError: files are missing or damaged, or tensors do not fit (on every rank).
         """
-        with self.world.together("read a checkpoint's metadata"):
-            _metadata(path)  # before torch does, which would log its tracebacks
+        with self.world.raise_together("read a checkpoint's metadata"):
+            _read_metadata(path)  # before torch does, which would log its tracebacks
         try:
-            with _quiet():
+            with _silence_single_process_warning():
                 dcp.load(
                     state,
                     storage_reader=CheckpointReader(path),
                     planner=TensorLoadPlanner(),
-                    **self._group(),
+                    **self._cpu_process_group(),
                 )
         except dcp.api.CheckpointException as error:
-            raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
+            raise _unreadable_checkpoint_error(
+                path, next(iter(error.failures.values()))[0]
+            ) from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise _unreadable(path, error) from None
+            raise _unreadable_checkpoint_error(path, error) from None
 
-    def read_whole(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    def read_whole_tensors(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         """Return whole tensors by key, on every rank, without a model."""
         wanted = set(names)
         if not wanted:
             return {}
-        with self.world.together("read a checkpoint's metadata"):
-            metadata = _metadata(path).state_dict_metadata
+        with self.world.raise_together("read a checkpoint's metadata"):
+            metadata = _read_metadata(path).state_dict_metadata
         state = {
             key: torch.empty(info.size, dtype=info.properties.dtype)
             for key, info in metadata.items()
@@ -191,28 +199,28 @@ class Checkpoints:
         }
         if missing := wanted - set(state):
             raise UserError(f"checkpoint {path} lacks {sorted(missing)[0]}")
-        self.load(path, state)
+        self.load_checkpoint(path, state)
         return state
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_single_process_warning() -> Iterator[None]:
     """Suppress torch's warning that the process group of a single process is not initialized."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def _metadata(path: Path) -> Metadata:
+def _read_metadata(path: Path) -> Metadata:
     try:
         return CheckpointReader(path).read_metadata()
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable_checkpoint_error(path, error) from None
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
+def _unreadable_checkpoint_error(path: Path, error: BaseException) -> UserError:
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
         f"cannot read checkpoint {path}: {first}; if files are damaged, remove it to resume from "
@@ -220,17 +228,17 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
     )
 
 
-def _step(path: Path) -> int:
+def _step_of_path(path: Path) -> int:
     """Return the step at the end of a checkpoint's name; 0 for a name without one."""
     digits = path.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
+def _total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _make(path: Path, need: int) -> None:
+def _make_directory(path: Path, need: int) -> None:
     try:
         path.mkdir(parents=True)
         free = shutil.disk_usage(path).free
@@ -243,6 +251,6 @@ def _make(path: Path, need: int) -> None:
         )
 
 
-def _remove(path: Path) -> None:
+def _remove_checkpoint(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)

@@ -68,7 +68,7 @@ class CheckpointReader(dcp.FileSystemReader):
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
-        _check_entries(metadata, path)
+        _check_metadata_entries(metadata, path)
         return metadata
 
 
@@ -82,7 +82,7 @@ class TensorLoadPlanner(dcp.DefaultLoadPlanner):
         )
 
 
-def _check_entries(metadata: Metadata, path: Path) -> None:
+def _check_metadata_entries(metadata: Metadata, path: Path) -> None:
     """Check that every entry is a tensor that the directory's own files can hold.
 
     Raises:

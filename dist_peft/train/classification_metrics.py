@@ -19,10 +19,17 @@ from torch.nn import functional
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.train.loss import IGNORE
 
-__all__ = ["ClassCounts", "Scores", "class_losses", "in_range", "labelled_losses", "sum_of"]
+__all__ = [
+    "ClassCounts",
+    "ClassScores",
+    "batch_class_losses",
+    "class_losses",
+    "mask_other_classes",
+    "sum_class_counts",
+]
 
 
-def in_range(logits: Tensor, ranges: Tensor) -> Tensor:
+def mask_other_classes(logits: Tensor, ranges: Tensor) -> Tensor:
     """Return ``logits`` [B, C] in float32, minus infinity outside each row's ``ranges`` [B, 2]."""
     ids = torch.arange(logits.shape[1], device=logits.device)
     inside = (ids >= ranges[:, :1]) & (ids < ranges[:, 1:])
@@ -41,18 +48,18 @@ def class_losses(logits: Tensor, labels: Tensor, ranges: Tensor) -> Tensor:
         float32 ``[B]``; 0 where there is no label.
     """
     return functional.cross_entropy(
-        in_range(logits, ranges), labels, ignore_index=IGNORE, reduction="none"
+        mask_other_classes(logits, ranges), labels, ignore_index=IGNORE, reduction="none"
     )
 
 
-def labelled_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
+def batch_class_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
     """Return ``class_losses`` of a batch, on the device of ``logits``."""
     device = logits.device
     return class_losses(logits, batch.labels[:, 0].to(device), batch.ranges.to(device))
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClassScores:
     """Accuracy and macro F1, between 0 and 1."""
 
     accuracy: float
@@ -70,24 +77,24 @@ class ClassCounts:
     counts: Tensor
 
     @classmethod
-    def none(cls, classes: int) -> "ClassCounts":
+    def zero_counts(cls, classes: int) -> "ClassCounts":
         """Return counts of no rows."""
         return cls(torch.zeros(3, classes, dtype=torch.float64))
 
-    def add(self, chosen: int, label: int) -> None:
+    def add_prediction(self, chosen: int, label: int) -> None:
         """Count one row with predicted class ``chosen`` and actual class ``label``."""
         self.counts[0, label] += chosen == label
         self.counts[1, chosen] += 1
         self.counts[2, label] += 1
 
-    def scores(self) -> Scores:
+    def compute_scores(self) -> ClassScores:
         """Compute accuracy and macro F1; at least one row is needed."""
         right, predicted, actual = self.counts
         occurs = (predicted + actual) > 0
         f1 = 2 * right[occurs] / (predicted + actual)[occurs]
-        return Scores(float(right.sum() / actual.sum()), float(f1.mean()))
+        return ClassScores(float(right.sum() / actual.sum()), float(f1.mean()))
 
 
-def sum_of(counts: Sequence[ClassCounts]) -> ClassCounts:
+def sum_class_counts(counts: Sequence[ClassCounts]) -> ClassCounts:
     """Sum counts over ``counts``, at least one."""
     return ClassCounts(torch.stack([count.counts for count in counts]).sum(0))

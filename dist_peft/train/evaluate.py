@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
-from dist_peft.data.mixture import Mixture
+from dist_peft.data.mixture import SequenceMixture
 from dist_peft.engine import Engine
-from dist_peft.model.attention_mask import batch_inputs
+from dist_peft.model.attention_mask import build_batch_inputs
 from dist_peft.train.classification_metrics import (
     ClassCounts,
-    Scores,
-    in_range,
-    labelled_losses,
-    sum_of,
+    ClassScores,
+    batch_class_losses,
+    mask_other_classes,
+    sum_class_counts,
 )
-from dist_peft.train.loss import IGNORE, token_loss
+from dist_peft.train.loss import IGNORE, sum_token_loss
 
-__all__ = ["HeldOut", "evaluate", "inference", "row_losses"]
+__all__ = ["EvalResult", "compute_row_losses", "evaluate_model", "inference_mode"]
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference_mode(model: nn.Module) -> Iterator[None]:
     """Disable gradients, and dropout in adapters."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -40,25 +40,25 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Mean loss over all targets and over those of each task of a ``Mixture``; for labelled rows
-    the scores, too."""
+class EvalResult:
+    """Mean loss over all targets and over those of each task of a ``SequenceMixture``; for
+    labelled rows the scores, too."""
 
     loss: float
     by_task: dict[str, float]
-    scores: Scores | None = None
-    scores_by_task: dict[str, Scores] = field(default_factory=dict)
+    scores: ClassScores | None = None
+    scores_by_task: dict[str, ClassScores] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        tasks = ", ".join(f"{name} {self._of_task(name)}" for name in self.by_task)
+        tasks = ", ".join(f"{name} {self._task_suffix(name)}" for name in self.by_task)
         scores = "" if self.scores is None else f", {self.scores}"
         return f"{self.loss:.4f}{scores}{f' ({tasks})' if tasks else ''}"
 
-    def _of_task(self, name: str) -> str:
+    def _task_suffix(self, name: str) -> str:
         scores = self.scores_by_task.get(name)
         return f"{self.by_task[name]:.4f}{'' if scores is None else f', {scores}'}"
 
-    def values(self, after: str = "") -> dict[str, Any]:
+    def to_metric_fields(self, after: str = "") -> dict[str, Any]:
         """Return the known values under the names of the fields of ``StepMetrics``.
 
         Args:
@@ -75,57 +75,63 @@ class HeldOut:
         return {f"{name}{after}": value for name, value in found.items()}
 
 
-def evaluate(model: nn.Module, engine: Engine, loader: Loader, world: World) -> HeldOut:
+def evaluate_model(model: nn.Module, engine: Engine, loader: Loader, world: World) -> EvalResult:
     """Evaluate the held-out loss; each rank computes the same number of batches of its share."""
     rows = loader.rows
-    names = rows.names if isinstance(rows, Mixture) else ("",)
+    names = rows.names if isinstance(rows, SequenceMixture) else ("",)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)  # losses, targets
     counts: list[ClassCounts] = []
-    with inference(model):
-        for batch in loader.sequential():
+    with inference_mode(model):
+        for batch in loader.load_all_sequential():
             targets = (batch.labels != IGNORE).sum(1)
-            logits = _logits(model, batch, engine.device)
-            losses = _row_losses(logits, batch)
+            logits = _forward_logits(model, batch, engine.device)
+            losses = _sum_losses_by_row(logits, batch)
             if isinstance(batch, LabelledBatch):
-                counts = counts or [ClassCounts.none(logits.shape[1]) for _ in names]
-                chosen = in_range(logits, batch.ranges.to(logits.device)).argmax(1).tolist()
+                counts = counts or [ClassCounts.zero_counts(logits.shape[1]) for _ in names]
+                chosen = (
+                    mask_other_classes(logits, batch.ranges.to(logits.device)).argmax(1).tolist()
+                )
             for b, sample in enumerate(batch.sample_ids.tolist()):
                 if sample >= 0:
-                    task = rows.source(sample) if isinstance(rows, Mixture) else 0
+                    task = (
+                        rows.find_source_index(sample) if isinstance(rows, SequenceMixture) else 0
+                    )
                     sums[task] += torch.stack([losses[b], targets[b].double()])
                     if counts:
-                        counts[task].add(chosen[b], int(batch.labels[b]))
-    sums = _summed(sums, world)
-    counts = [ClassCounts(_summed(count.counts, world)) for count in counts]
+                        counts[task].add_prediction(chosen[b], int(batch.labels[b]))
+    sums = _sum_over_ranks(sums, world)
+    counts = [ClassCounts(_sum_over_ranks(count.counts, world)) for count in counts]
     loss, targets = sums.sum(0).tolist()
-    several = isinstance(rows, Mixture)
+    several = isinstance(rows, SequenceMixture)
     means = (sums[:, 0] / sums[:, 1]).tolist()
-    return HeldOut(
+    return EvalResult(
         loss / targets,
         dict(zip(names, means, strict=True)) if several else {},
-        sum_of(counts).scores() if counts else None,
-        {n: c.scores() for n, c in zip(names, counts, strict=False)} if several else {},
+        sum_class_counts(counts).compute_scores() if counts else None,
+        {n: c.compute_scores() for n, c in zip(names, counts, strict=False)} if several else {},
     )
 
 
-def _summed(tensor: Tensor, world: World) -> Tensor:
+def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
     """Sum over all ranks."""
-    return torch.tensor(world.sum(*tensor.flatten().tolist()), dtype=tensor.dtype).view_as(tensor)
+    return torch.tensor(
+        world.sum_over_ranks(*tensor.flatten().tolist()), dtype=tensor.dtype
+    ).view_as(tensor)
 
 
-def _logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    found: Tensor = model(**batch_inputs(model, batch, device), use_cache=False).logits
+def _forward_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    found: Tensor = model(**build_batch_inputs(model, batch, device), use_cache=False).logits
     return found
 
 
-def _row_losses(logits: Tensor, batch: Batch) -> Tensor:
+def _sum_losses_by_row(logits: Tensor, batch: Batch) -> Tensor:
     if isinstance(batch, LabelledBatch):
-        return labelled_losses(logits, batch).double().cpu()
+        return batch_class_losses(logits, batch).double().cpu()
     labels = batch.labels.to(logits.device)
-    rows = [token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
+    rows = [sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
     return torch.stack(rows).double().cpu()
 
 
-def row_losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def compute_row_losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Return the summed loss of each sequence's targets in nats, float64 ``[B]`` on the CPU."""
-    return _row_losses(_logits(model, batch, device), batch)
+    return _sum_losses_by_row(_forward_logits(model, batch, device), batch)

@@ -27,14 +27,14 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
-from dist_peft.data.mixture import Mixture
+from dist_peft.data.mixture import SequenceMixture
 from dist_peft.engine import Engine
-from dist_peft.model.attention_mask import batch_inputs
-from dist_peft.store.writer import atomic_write
-from dist_peft.train.evaluate import inference
+from dist_peft.model.attention_mask import build_batch_inputs
+from dist_peft.store.writer import write_atomically
+from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.loss import IGNORE
 
-__all__ = ["FusionAttention", "fusion_layers", "measure_attention"]
+__all__ = ["FusionAttention", "find_fusion_layers", "measure_attention"]
 
 _FILE = "fusion_attention.json"
 _SITES = {"attention_adapters": "attention", "output_adapters": "MLP"}
@@ -62,7 +62,7 @@ class FusionAttention:
     attention: Table
     by_task: dict[str, Table]
 
-    def layer_labels(self) -> list[str]:
+    def format_layer_labels(self) -> list[str]:
         """Return a short name for each fusion: its block's number, and its place if a block has
         two."""
         several = len({path.rpartition(".")[2] for path in self.layers}) > 1
@@ -72,16 +72,16 @@ class FusionAttention:
             for path in self.layers
         ]
 
-    def write(self, run_dir: Path) -> None:
+    def write_json(self, run_dir: Path) -> None:
         """Write ``fusion_attention.json``.
 
         Raises:
             UserError: the disk is full.
         """
-        atomic_write(run_dir / _FILE, json.dumps(asdict(self), indent=1) + "\n")
+        write_atomically(run_dir / _FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, run_dir: Path) -> Self | None:
+    def read_json(cls, run_dir: Path) -> Self | None:
         """Read ``fusion_attention.json``; None if it does not exist.
 
         Raises:
@@ -96,7 +96,7 @@ class FusionAttention:
             raise UserError(f"{path} is damaged ({error}); remove it") from None
 
 
-def fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
+def find_fusion_layers(model: nn.Module) -> dict[str, FusionLayer]:
     """Return the fusions of a model by path, in its order."""
     return {module.path: module for module in model.modules() if isinstance(module, FusionLayer)}
 
@@ -111,25 +111,28 @@ def measure_attention(
     """Measure attention in one pass over the held-out sequences; the same result on every rank.
 
     Args:
-        layers: as returned by ``fusion_layers``; at least one.
+        layers: as returned by ``find_fusion_layers``; at least one.
         loader: of the held-out sequences.
     """
     rows, first = loader.rows, next(iter(layers.values()))
-    names = rows.names if isinstance(rows, Mixture) else ("",)
+    names = rows.names if isinstance(rows, SequenceMixture) else ("",)
     meter, tokens = first.meter, torch.zeros(len(names), dtype=torch.float64)
     meter.sums.clear()
     labelled = False
-    with inference(model):
-        for batch in loader.sequential():
+    with inference_mode(model):
+        for batch in loader.load_all_sequential():
             labelled = isinstance(batch, LabelledBatch)
             samples = batch.sample_ids.tolist()
-            tasks = [rows.source(s) if isinstance(rows, Mixture) and s >= 0 else 0 for s in samples]
-            weights = _weights(batch)
+            tasks = [
+                rows.find_source_index(s) if isinstance(rows, SequenceMixture) and s >= 0 else 0
+                for s in samples
+            ]
+            weights = _token_weights(batch)
             tokens.index_add_(0, torch.tensor(tasks), weights.sum(1).double())
-            with meter.counting(weights, tasks, len(names)):
-                model(**batch_inputs(model, batch, engine.device), use_cache=False)
+            with meter.count_attention(weights, tasks, len(names)):
+                model(**build_batch_inputs(model, batch, engine.device), use_cache=False)
     sums = torch.stack([meter.sums[path] for path in layers])  # [layers, tasks, adapters]
-    numbers = world.sum(*sums.flatten().tolist(), *tokens.tolist())
+    numbers = world.sum_over_ranks(*sums.flatten().tolist(), *tokens.tolist())
     sums = torch.tensor(numbers[: sums.numel()], dtype=torch.float64).view_as(sums)
     tokens = torch.tensor(numbers[sums.numel() :], dtype=torch.float64)
     means = sums / tokens[:, None]
@@ -140,11 +143,11 @@ def measure_attention(
         counted="tokens" if labelled else "target tokens",
         tokens=int(tokens.sum()),
         attention=(sums.sum(1) / tokens.sum()).tolist(),
-        by_task=by_task if isinstance(rows, Mixture) else {},
+        by_task=by_task if isinstance(rows, SequenceMixture) else {},
     )
 
 
-def _weights(batch: Batch) -> Tensor:
+def _token_weights(batch: Batch) -> Tensor:
     """Return the weight (0 or 1) of each token, float32 ``[B, S]``; 0 in filler rows."""
     counted = batch.attention_mask if isinstance(batch, LabelledBatch) else batch.labels != IGNORE
     return counted.float() * (batch.sample_ids >= 0).unsqueeze(1)

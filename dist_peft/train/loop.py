@@ -20,11 +20,11 @@ from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.engine import Engine
-from dist_peft.model.attention_mask import batch_inputs
-from dist_peft.train.classification_metrics import labelled_losses
-from dist_peft.train.loss import token_loss
+from dist_peft.model.attention_mask import build_batch_inputs
+from dist_peft.train.classification_metrics import batch_class_losses
+from dist_peft.train.loss import sum_token_loss
 
-__all__ = ["StepResult", "batch_loss", "fit"]
+__all__ = ["StepResult", "compute_batch_loss", "run_training_steps"]
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class StepResult:
     bytes_gathered: int
 
 
-def batch_loss(
+def compute_batch_loss(
     model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
 ) -> torch.Tensor:
     """Return the sum of the losses of a batch's targets; packed documents are isolated.
 
     ``call``: module to call instead of ``model`` (an engine's wrapper of it).
     """
-    logits = (call or model)(**batch_inputs(model, batch, device), use_cache=False).logits
+    logits = (call or model)(**build_batch_inputs(model, batch, device), use_cache=False).logits
     if isinstance(batch, LabelledBatch):
-        return labelled_losses(logits, batch).sum()
-    return token_loss(logits, batch.labels.to(device))
+        return batch_class_losses(logits, batch).sum()
+    return sum_token_loss(logits, batch.labels.to(device))
 
 
-def fit(
+def run_training_steps(
     model: nn.Module,
     engine: Engine,
     adapter: Adapter,
@@ -80,16 +80,16 @@ def fit(
     """
     for step in range(first_step, last_step):
         start, gathered = time.perf_counter(), engine.bytes_gathered
-        batches, targets = loader.step(step)
+        batches, targets = loader.load_step(step)
         total = torch.zeros((), dtype=torch.float64)
         for number, batch in enumerate(batches):
-            adapter.begin(step, batch.sample_ids)
-            loss = batch_loss(model, batch, engine.device, call)
+            adapter.begin_micro_batch(step, batch.sample_ids)
+            loss = compute_batch_loss(model, batch, engine.device, call)
             total += loss.detach().double().cpu()
             mean_part = loss / targets
-            adapter.penalize(mean_part, len(batches) * world.size)
+            adapter.add_penalty_gradient(mean_part, len(batches) * world.size)
             engine.backward(mean_part, last=number == len(batches) - 1)
-        mean = world.sum(total.item())[0] / targets
+        mean = world.sum_over_ranks(total.item())[0] / targets
         norm = engine.step(lr_at(step), max_grad_norm) if math.isfinite(mean) else math.nan
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise UserError(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORE", "token_loss"]
+__all__ = ["IGNORE", "sum_token_loss"]
 
 IGNORE = -100
 """The label of a position that does not contribute to the loss."""
@@ -38,7 +38,7 @@ CHUNK_ELEMENTS = 2**24
 """Logits in float32 at a time: 64 MiB."""
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def sum_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the cross entropy of all target tokens, in nats.
 
     Args:
@@ -62,8 +62,8 @@ class _TokenLoss(torch.autograd.Function):
         arithmetic = torch.promote_types(logits.dtype, torch.float32)
         normalizers = torch.empty(2, len(places), dtype=arithmetic, device=logits.device)
         total = torch.zeros((), dtype=arithmetic, device=logits.device)
-        for part in _chunks(len(places), logits.shape[-1]):
-            rows = _rows(logits, places[part], arithmetic)
+        for part in _split_into_chunks(len(places), logits.shape[-1]):
+            rows = _copy_logit_rows(logits, places[part], arithmetic)
             peaks = rows.amax(1)
             chosen = rows.sub_(peaks[:, None]).gather(1, targets[part]).squeeze(1)
             norms = rows.exp_().sum(1).log_()
@@ -79,8 +79,8 @@ class _TokenLoss(torch.autograd.Function):
         scale = upstream.to(normalizers.dtype)
         minus_one = -torch.ones_like(targets, dtype=normalizers.dtype)
         gradient = torch.zeros_like(logits)
-        for part in _chunks(len(places), logits.shape[-1]):
-            rows = _rows(logits, places[part], normalizers.dtype)
+        for part in _split_into_chunks(len(places), logits.shape[-1]):
+            rows = _copy_logit_rows(logits, places[part], normalizers.dtype)
             peaks, norms = normalizers[:, part, None]
             rows.sub_(peaks).sub_(norms).exp_()
             rows.scatter_add_(1, targets[part], minus_one[part]).mul_(scale)
@@ -89,12 +89,12 @@ class _TokenLoss(torch.autograd.Function):
         return gradient, None
 
 
-def _rows(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+def _copy_logit_rows(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
     """Copy the logits at ``places`` [n, 2] to a new ``[n, V]``; any strides, no flattening."""
     return logits[places[:, 0], places[:, 1]].to(dtype)
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+def _split_into_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))

@@ -20,10 +20,10 @@ With ``T`` steps in all and ``w`` steps of warm-up, the factor of step ``s`` (0,
 import math
 from typing import Literal
 
-__all__ = ["lr_factor", "warmup_steps"]
+__all__ = ["compute_lr_factor", "count_warmup_steps"]
 
 
-def warmup_steps(total: int, warmup: float) -> int:
+def count_warmup_steps(total: int, warmup: float) -> int:
     """Return the warm-up steps: below 1, ``warmup`` is a share of ``total`` (rounded), else steps.
 
     At most ``total - 1``: a warm-up longer than the run reaches the peak with the last step.
@@ -32,7 +32,7 @@ def warmup_steps(total: int, warmup: float) -> int:
     return min(steps, total - 1)
 
 
-def lr_factor(
+def compute_lr_factor(
     step: float,
     total: int,
     warmup: float,
@@ -44,13 +44,13 @@ def lr_factor(
     Args:
         step: steps done so far; the first step has 0. From ``total`` on the factor is the last.
         total: steps of the run, at least 1.
-        warmup: as in ``warmup_steps``.
+        warmup: as in ``count_warmup_steps``.
         schedule: shape after the warm-up.
         min_ratio: factor at ``step == total`` in [0, 1]; without effect on ``constant``.
     """
     if total < 1 or step < 0:
         raise ValueError(f"step {step} of a run of {total} steps does not exist")
-    ramp = warmup_steps(total, warmup)
+    ramp = count_warmup_steps(total, warmup)
     if step < ramp:
         return (step + 1) / (ramp + 1)
     progress = min((step - ramp) / (total - ramp), 1.0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, format_line, read_metrics
 
 __all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink"]
@@ -43,7 +43,7 @@ class JsonLinesSink:
             return
         kept = "".join(format_line(r) for r in read_metrics(self.path) if r.step <= step)
         if kept != self.path.read_text(encoding="utf-8", errors="replace"):
-            atomic_write(self.path, kept)
+            write_atomically(self.path, kept)
 
     def write_step(self, record: StepMetrics) -> None:
         """Append a line and flush it."""

@@ -13,10 +13,10 @@ from dist_peft.core.errors import UserError
 from dist_peft.train.metric_sinks import METRIC_SINKS, MetricSink
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics
 
-__all__ = ["Metrics", "format_bytes", "peak_memory_bytes"]
+__all__ = ["MetricsWriter", "format_byte_count", "read_peak_memory_bytes"]
 
 
-class Metrics:
+class MetricsWriter:
     """Write each step to all sinks, from rank 0; a context manager.
 
     On other ranks every method does nothing. A sink is a class of ``train.metric_sinks``.
@@ -42,9 +42,9 @@ class Metrics:
             for make_sink in METRIC_SINKS:
                 self._sinks.append(make_sink(run_dir, first_step))
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise _write_error(self.path, error) from None
 
-    def write(self, record: StepMetrics) -> None:
+    def write_step(self, record: StepMetrics) -> None:
         """Append a step; it is flushed to the file before this returns.
 
         Raises:
@@ -56,7 +56,7 @@ class Metrics:
         except OSError as error:
             with suppress(UserError):  # the buffered rest fails once more
                 self.close()
-            raise _cannot_write(self.path, error) from None
+            raise _write_error(self.path, error) from None
 
     def close(self) -> None:
         """Flush and close every sink.
@@ -69,7 +69,7 @@ class Metrics:
             for sink in sinks:
                 sink.close()
         except OSError as error:
-            raise _cannot_write(self.path, error) from None
+            raise _write_error(self.path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +83,7 @@ class Metrics:
         self.close()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def read_peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process so far, in bytes.
 
     On CUDA the memory of tensors on ``device`` (without the allocator's cache and the context),
@@ -95,7 +95,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def format_bytes(count: float) -> str:
+def format_byte_count(count: float) -> str:
     """Format ``1536`` as ``1.50 KiB``: three digits, largest unit with a value of 1 or more."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     value, unit = float(count), 0
@@ -106,7 +106,7 @@ def format_bytes(count: float) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {units[unit]}"
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def _write_error(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {error.filename or path}: {error.strerror}; free space or give save.dir "
         "another directory, then resume"

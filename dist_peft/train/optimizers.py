@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.protocol import OptimizerFactory, adam_start, updates
+from dist_peft.engine.protocol import OptimizerFactory, init_adam_state, num_updates
 
 __all__ = ["make_optimizer_factory"]
 
@@ -44,31 +44,33 @@ class _TorchAdamW:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         c = self.config
         optimizer = torch.optim.AdamW(
             groups, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
         for group in groups:
             for p in group["params"]:
-                optimizer.state[p] = adam_start(p)
+                optimizer.state[p] = init_adam_state(p)
         return optimizer
 
-    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    def read_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor
+    ) -> dict[str, Tensor]:
         state = optimizer.state[parameter]
         return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
 
-    def set_moments(
+    def write_moments(
         self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
     ) -> None:
         for key, value in moments.items():
             if optimizer.state[parameter][key] is not value:
                 optimizer.state[parameter][key].copy_(value)
 
-    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                optimizer.state[p]["step"].fill_(updates(group, step))
+                optimizer.state[p]["step"].fill_(num_updates(group, step))
 
 
 class _BitsAndBytesAdamW:
@@ -95,7 +97,7 @@ class _BitsAndBytesAdamW:
         self.bnb = bitsandbytes
         self.config = config
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         c = self.config
         kinds = {
             "adamw8bit": self.bnb.optim.AdamW8bit,
@@ -114,16 +116,18 @@ class _BitsAndBytesAdamW:
                     optimizer.init_state(group, parameter, group_index, index)
         return optimizer
 
-    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    def read_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor
+    ) -> dict[str, Tensor]:
         if not parameter.numel():  # a rank without rows of this parameter
             return {key: torch.zeros_like(parameter) for key, _, _ in self._keys}
         state = optimizer.state[parameter]
         return {
-            key: self._decode(state, name, number, parameter.device).view_as(parameter)
+            key: self._dequantize_state(state, name, number, parameter.device).view_as(parameter)
             for key, name, number in self._keys
         }
 
-    def set_moments(
+    def write_moments(
         self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
     ) -> None:
         if not parameter.numel():
@@ -135,11 +139,11 @@ class _BitsAndBytesAdamW:
                 state[name].copy_(value)
                 continue
             table = state[f"qmap{number}"].to(parameter.device)
-            codes, scales = _encode_blocks(value.flatten(), table)
+            codes, scales = _quantize_blocks(value.flatten(), table)
             state[name].copy_(codes.view_as(value))
             state[f"absmax{number}"].copy_(scales)
 
-    def _decode(
+    def _dequantize_state(
         self, state: dict[str, Any], name: str, number: str, device: torch.device
     ) -> Tensor:
         codes: Tensor = state[name]
@@ -155,14 +159,14 @@ class _BitsAndBytesAdamW:
             blocksize=_BLOCK,
         )
 
-    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.numel():
-                    optimizer.state[p]["step"] = updates(group, step)
+                    optimizer.state[p]["step"] = num_updates(group, step)
 
 
-def _encode_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize ``values`` [n] to nearest 8-bit codes [n] and one scale per block of 256.
 
     Dequantized values round-trip bit for bit, unlike with bitsandbytes' ``quantize_blockwise``: the

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dist_peft.core.world import World
 from dist_peft.data.loader import Loader
-from dist_peft.data.multiple_choice import Question
+from dist_peft.data.multiple_choice import ChoiceQuestion
 from dist_peft.engine import Engine
-from dist_peft.train.evaluate import inference, row_losses
+from dist_peft.train.evaluate import compute_row_losses, inference_mode
 
-__all__ = ["ChoiceResult", "answer_questions"]
+__all__ = ["ChoiceResult", "evaluate_choices"]
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class ChoiceResult:
     accuracy_norm: float
 
 
-def answer_questions(
+def evaluate_choices(
     model: nn.Module,
     engine: Engine,
-    questions: Sequence[Question],
+    questions: Sequence[ChoiceQuestion],
     loader: Loader,
     world: World,
 ) -> ChoiceResult:
     """Score every choice; each rank computes its share of the sequences.
 
     Args:
-        loader: of the questions' ``ChoiceRows``.
+        loader: of the questions' ``ChoiceSequences``.
     """
-    scores = _scores(model, engine, loader, world)
+    scores = _score_sequences(model, engine, loader, world)
     right = right_norm = start = 0
     for question in questions:
         own = scores[start : start + len(question.choices)]
@@ -55,13 +55,13 @@ def answer_questions(
     return ChoiceResult(len(questions), right / len(questions), right_norm / len(questions))
 
 
-def _scores(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
+def _score_sequences(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
     """Return the log-likelihood of each sequence's targets in nats, float64 ``[sequences]``."""
     scores = torch.zeros(len(loader.rows), dtype=torch.float64)
-    with inference(model):
-        for batch in loader.sequential():
-            losses = row_losses(model, batch, engine.device)
+    with inference_mode(model):
+        for batch in loader.load_all_sequential():
+            losses = compute_row_losses(model, batch, engine.device)
             for b, sample in enumerate(batch.sample_ids.tolist()):
                 if sample >= 0:
                     scores[sample] = -losses[b]
-    return torch.tensor(world.sum(*scores.tolist()), dtype=torch.float64)
+    return torch.tensor(world.sum_over_ranks(*scores.tolist()), dtype=torch.float64)

@@ -19,7 +19,15 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from dist_peft.train.step_metrics import StepMetrics
 
-__all__ = ["PLOTS", "Plot", "Theme", "draw", "draw_heat_maps", "eval_points", "smooth"]
+__all__ = [
+    "PLOTS",
+    "PlotSpec",
+    "Theme",
+    "draw_heat_maps",
+    "draw_plot",
+    "list_eval_points",
+    "smooth_values",
+]
 
 Theme = Literal["light", "dark"]
 
@@ -41,7 +49,7 @@ _PALETTES: dict[str, _Palette] = {
 
 
 @dataclass(frozen=True)
-class Plot:
+class PlotSpec:
     """A kind of plot.
 
     Attributes:
@@ -59,18 +67,18 @@ class Plot:
     paint: Callable[[Axes, Sequence[StepMetrics], _Palette], None]
 
 
-def draw(plot: Plot, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
+def draw_plot(plot: PlotSpec, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
     """Return a PNG of ``plot``; ``records`` (at least one) sorted by step."""
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
     palette = _PALETTES[theme]
-    figure = _figure(plot.size, palette)
+    figure = _make_figure(plot.size, palette)
     axes = figure.add_subplot()
-    _prepare(axes, plot, palette)
+    _prepare_axes(axes, plot, palette)
     plot.paint(axes, records, palette)
     # a single point or a constant would otherwise get ticks between steps
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    return _png(figure)
+    return _render_png(figure)
 
 
 def draw_heat_maps(
@@ -89,7 +97,7 @@ def draw_heat_maps(
     """
     palette = _PALETTES[theme]
     width, height = 1.6 + (0.5 + 0.75 * len(columns)) * len(panels), 1.4 + 0.26 * len(rows)
-    figure = _figure((max(width, 4.8), max(height, 2.4)), palette)
+    figure = _make_figure((max(width, 4.8), max(height, 2.4)), palette)
     figure.suptitle(title, x=0.02, ha="left", color=palette.ink, fontsize=11, fontweight="bold")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (heading, table) in zip(all_axes, panels.items(), strict=True):
@@ -106,22 +114,22 @@ def draw_heat_maps(
     bar = figure.colorbar(image, ax=list(all_axes))
     bar.ax.tick_params(colors=palette.ink, labelsize=8, length=0)
     bar.outline.set_visible(False)
-    return _png(figure)
+    return _render_png(figure)
 
 
-def _figure(size: tuple[float, float], palette: _Palette) -> Figure:
+def _make_figure(size: tuple[float, float], palette: _Palette) -> Figure:
     figure = Figure(figsize=size, dpi=144, layout="constrained", facecolor=palette.background)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def _render_png(figure: Figure) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
 
 
-def smooth(values: Sequence[float], span: float) -> list[float]:
+def smooth_values(values: Sequence[float], span: float) -> list[float]:
     """Return the exponential moving average over about ``span`` values, without start bias.
 
     ``y_t = sum_i a^(t-i) x_i / sum_i a^(t-i)`` with ``a = 1 - 2 / (span + 1)``, ``span >= 1``.
@@ -134,7 +142,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return result
 
 
-def eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
+def list_eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     """Return (steps done, held-out loss) of every evaluation, the one before training included."""
     points = []
     for record in records:
@@ -145,7 +153,7 @@ def eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     return points
 
 
-def _prepare(axes: Axes, plot: Plot, palette: _Palette) -> None:
+def _prepare_axes(axes: Axes, plot: PlotSpec, palette: _Palette) -> None:
     axes.set_facecolor(palette.background)
     axes.set_title(plot.title, loc="left", color=palette.ink, fontsize=11, fontweight="bold")
     axes.set_xlabel("optimizer step", color=palette.ink, fontsize=9)
@@ -159,7 +167,9 @@ def _prepare(axes: Axes, plot: Plot, palette: _Palette) -> None:
         offset.set_color(palette.ink)
 
 
-def _line(axes: Axes, records: Sequence[StepMetrics], values: Sequence[float], colour: str) -> None:
+def _draw_curve(
+    axes: Axes, records: Sequence[StepMetrics], values: Sequence[float], colour: str
+) -> None:
     """Draw one curve over zero, with headroom.
 
     The few points of a short run get markers; a single one would be invisible.
@@ -178,9 +188,13 @@ def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -
         span = max(5.0, len(records) / 20)
         axes.plot(steps, losses, color=palette.main, lw=0.8, alpha=0.35, label="train, each step")
         axes.plot(
-            steps, smooth(losses, span), color=palette.main, lw=2, label="train, moving average"
+            steps,
+            smooth_values(losses, span),
+            color=palette.main,
+            lw=2,
+            label="train, moving average",
         )
-    points = eval_points(records)
+    points = list_eval_points(records)
     if points:
         axes.plot(
             [step for step, _ in points],
@@ -196,13 +210,13 @@ def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -
 
 
 def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
-    _line(axes, records, [r.lr for r in records], palette.second)
+    _draw_curve(axes, records, [r.lr for r in records], palette.second)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
 
 
 def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
     norms = [r.grad_norm for r in records]
-    _line(axes, records, norms, palette.second)
+    _draw_curve(axes, records, norms, palette.second)
     if min(norms) > 0 and max(norms) > 10 * statistics.median(norms):
         axes.set_yscale("log")  # one outburst would flatten everything else
         axes.set_ylim(min(norms) / 1.3, max(norms) * 1.3)
@@ -212,21 +226,21 @@ def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palet
 
 
 def _paint_speed(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
-    _line(axes, records, [r.tokens_per_s for r in records], palette.second)
+    _draw_curve(axes, records, [r.tokens_per_s for r in records], palette.second)
     axes.yaxis.set_major_formatter(EngFormatter())
 
 
 def _paint_memory(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
-    _line(axes, records, [r.mem_peak / 2**30 for r in records], palette.second)
+    _draw_curve(axes, records, [r.mem_peak / 2**30 for r in records], palette.second)
 
 
 _WIDE, _SMALL = (9.6, 3.8), (4.8, 2.9)
 
-PLOTS: tuple[Plot, ...] = (
-    Plot("loss", "Loss", "nats per target token", _WIDE, _paint_loss),
-    Plot("lr", "Learning rate", "learning rate", _SMALL, _paint_lr),
-    Plot("grad_norm", "Gradient norm", "L2 norm before clipping", _SMALL, _paint_grad_norm),
-    Plot("tokens_per_s", "Throughput", "targets / s", _SMALL, _paint_speed),
-    Plot("memory", "Peak memory so far", "GiB, fullest rank", _SMALL, _paint_memory),
+PLOTS: tuple[PlotSpec, ...] = (
+    PlotSpec("loss", "Loss", "nats per target token", _WIDE, _paint_loss),
+    PlotSpec("lr", "Learning rate", "learning rate", _SMALL, _paint_lr),
+    PlotSpec("grad_norm", "Gradient norm", "L2 norm before clipping", _SMALL, _paint_grad_norm),
+    PlotSpec("tokens_per_s", "Throughput", "targets / s", _SMALL, _paint_speed),
+    PlotSpec("memory", "Peak memory so far", "GiB, fullest rank", _SMALL, _paint_memory),
 )
 """The plots of a report, in its order."""

@@ -17,15 +17,15 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from dist_peft.core.log import FILE_ONLY
-from dist_peft.train.metrics import format_bytes
+from dist_peft.train.metrics import format_byte_count
 from dist_peft.train.step_metrics import StepMetrics
 
-__all__ = ["Progress"]
+__all__ = ["ProgressDisplay"]
 
 log = logging.getLogger("dist_peft")
 
 
-class Progress:
+class ProgressDisplay:
     """Progress of a training run on rank 0; a no-op on other ranks. A context manager."""
 
     def __init__(
@@ -59,13 +59,13 @@ class Progress:
                 total=total, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True
             )
 
-    def update(self, record: StepMetrics) -> None:
+    def show_step(self, record: StepMetrics) -> None:
         """Show a finished step."""
         if not self.active:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(
-                f"loss {record.loss:.4f}, lr {record.lr:.2e}, {self._speed(record)}",
+                f"loss {record.loss:.4f}, lr {record.lr:.2e}, {self._format_speed(record)}",
                 refresh=False,
             )
             self._bar.update(record.step - self._bar.n)
@@ -73,7 +73,7 @@ class Progress:
         ends = (self.first_step + 1, self.total)
         if record.step % self.every == 0 or record.step in ends or evaluated:
             hidden = self._bar is not None and not evaluated
-            log.info(self._line(record), extra=FILE_ONLY if hidden else None)
+            log.info(self._format_progress_line(record), extra=FILE_ONLY if hidden else None)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -91,24 +91,24 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _line(self, record: StepMetrics) -> str:
+    def _format_progress_line(self, record: StepMetrics) -> str:
         parts = [
             f"step {record.step}/{self.total}",
             f"loss {record.loss:.4f}",
             f"lr {record.lr:.2e}",
             f"grad {record.grad_norm:.3g}",
-            self._speed(record),
-            format_bytes(record.mem_peak),
-            f"eta {self._remaining(record.step)}",
+            self._format_speed(record),
+            format_byte_count(record.mem_peak),
+            f"eta {self._estimate_remaining(record.step)}",
         ]
         if record.eval_loss is not None:
             parts.insert(2, f"eval loss {record.eval_loss:.4f}")
         return "  ".join(parts)
 
-    def _speed(self, record: StepMetrics) -> str:
+    def _format_speed(self, record: StepMetrics) -> str:
         return f"{record.tokens_per_s:.0f} {self.unit}/s"
 
-    def _remaining(self, step: int) -> timedelta:
+    def _estimate_remaining(self, step: int) -> timedelta:
         """Estimate from the mean of this attempt's steps, evaluations and checkpoints included."""
         done = step - self.first_step
         seconds = (self._clock() - self._start) / max(done, 1) * (self.total - step)

@@ -17,13 +17,20 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined
 
 from dist_peft.core.config.run import RunConfig
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 from dist_peft.train.fusion_attention import FusionAttention
-from dist_peft.train.metrics import format_bytes
-from dist_peft.train.plots import PLOTS, Plot, Theme, draw, draw_heat_maps, eval_points
+from dist_peft.train.metrics import format_byte_count
+from dist_peft.train.plots import (
+    PLOTS,
+    PlotSpec,
+    Theme,
+    draw_heat_maps,
+    draw_plot,
+    list_eval_points,
+)
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
-__all__ = ["RunSummary", "Section", "write_report", "write_task_report"]
+__all__ = ["ReportSection", "RunSummary", "write_report", "write_task_report"]
 
 Row = tuple[str, str]
 
@@ -49,13 +56,17 @@ class RunSummary:
     facts: tuple[Row, ...] = ()
 
     @classmethod
-    def of(cls, config: RunConfig, *, engine: str, ranks: int, facts: Iterable[Row] = ()) -> Self:
+    def from_config(
+        cls, config: RunConfig, *, engine: str, ranks: int, facts: Iterable[Row] = ()
+    ) -> Self:
         """Build from a run's configuration; ``engine``: the resolved kind where the config says
         auto."""
         adapter, base = config.adapter, config.base
         chosen = adapter.model_dump(exclude={"kind"}, exclude_defaults=True)
         always = adapter.model_dump(include={"r", "alpha"})
-        settings = ", ".join(_setting(key, value) for key, value in (always | chosen).items())
+        settings = ", ".join(
+            _format_setting(key, value) for key, value in (always | chosen).items()
+        )
         storage: str = base.compute_dtype
         if base.quant is not None:
             double = base.quant.kind == "nf4" and base.quant.double_quant
@@ -74,7 +85,7 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """An optional part of the report.
 
     Attributes:
@@ -88,7 +99,9 @@ class Section:
     texts: tuple[Row, ...] = ()
 
 
-def write_report(run_dir: Path, summary: RunSummary, sections: Sequence[Section] = ()) -> Path:
+def write_report(
+    run_dir: Path, summary: RunSummary, sections: Sequence[ReportSection] = ()
+) -> Path:
     """Write ``run_dir/report.html`` and return its path.
 
     Reads ``metrics.jsonl``, ``fusion_attention.json`` and ``config.yaml`` of ``run_dir``; a part
@@ -98,13 +111,13 @@ def write_report(run_dir: Path, summary: RunSummary, sections: Sequence[Section]
         UserError: a file is damaged, or the disk is full.
     """
     records = read_metrics(run_dir / METRICS_FILE)
-    plots = [_inline(plot, records) for plot in PLOTS] if records else []
-    if (attention := FusionAttention.read(run_dir)) is not None:
-        plots.append(_inline_attention(attention))
+    plots = [_inline_plot(plot, records) for plot in PLOTS] if records else []
+    if (attention := FusionAttention.read_json(run_dir)) is not None:
+        plots.append(_inline_attention_maps(attention))
     return _write_page(
         run_dir,
-        headline=_headline(records),
-        tables=[("Setup", _setup_rows(summary)), ("Outcome", _outcome_rows(records))],
+        headline=_format_headline(records),
+        tables=[("Setup", _list_setup_rows(summary)), ("Outcome", _list_outcome_rows(records))],
         plots=plots,
         sections=sections,
     )
@@ -116,11 +129,12 @@ def write_task_report(
     """Write ``run_dir/report.html`` about several tasks, by name; return its path."""
     return _write_page(
         run_dir,
-        headline=f"An adapter for each of {_plural(len(tasks), 'task')}; its curves are in the "
+        headline=f"An adapter for each of {_format_plural(len(tasks), 'task')}; its curves "
+        "are in the "
         "report of its own directory, tasks/NAME.",
         tables=[
-            ("Setup", _setup_rows(summary)),
-            *((name, _outcome_rows(records)) for name, records in tasks.items()),
+            ("Setup", _list_setup_rows(summary)),
+            *((name, _list_outcome_rows(records)) for name, records in tasks.items()),
         ],
         plots=[],
         sections=(),
@@ -135,16 +149,16 @@ def _write_page(run_dir: Path, **parts: object) -> Path:
         config=config.read_text(encoding="utf-8") if config.exists() else None,
         **parts,
     )
-    atomic_write(path, page)
+    write_atomically(path, page)
     return path
 
 
-def _headline(records: Sequence[StepMetrics]) -> str:
+def _format_headline(records: Sequence[StepMetrics]) -> str:
     """Return the run in one sentence."""
     if not records:
         return "No step has been recorded."
-    points = eval_points(records)
-    steps = _plural(records[-1].step, "step")
+    points = list_eval_points(records)
+    steps = _format_plural(records[-1].step, "step")
     if len(points) > 1:
         (start, before), (end, after) = points[0], points[-1]
         return f"Held-out loss {before:.4f} at step {start:,}, {after:.4f} at step {end:,}."
@@ -153,7 +167,7 @@ def _headline(records: Sequence[StepMetrics]) -> str:
     return f"Training loss {records[0].loss:.4f} at first, {records[-1].loss:.4f} after {steps}."
 
 
-def _setup_rows(summary: RunSummary) -> list[Row]:
+def _list_setup_rows(summary: RunSummary) -> list[Row]:
     return [
         ("Base model", summary.model),
         ("Base storage", summary.base_storage),
@@ -164,11 +178,11 @@ def _setup_rows(summary: RunSummary) -> list[Row]:
     ]
 
 
-def _outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
+def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     if not records:
         return [("Steps", "0")]
-    first, last, points = records[0], records[-1], eval_points(records)
-    seconds = sum(_seconds(r) for r in records)
+    first, last, points = records[0], records[-1], list_eval_points(records)
+    seconds = sum(_training_seconds(r) for r in records)
     tokens = sum(r.tokens for r in records)
     rows = [
         ("Steps", f"{last.step:,}"),
@@ -195,52 +209,52 @@ def _outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     return [
         *rows,
         ("Throughput (median)", f"{speed:,.0f} targets/s"),
-        ("Peak memory (fullest rank)", format_bytes(max(r.mem_peak for r in records))),
-        ("Gathered per step and rank", format_bytes(gathered)),
+        ("Peak memory (fullest rank)", format_byte_count(max(r.mem_peak for r in records))),
+        ("Gathered per step and rank", format_byte_count(gathered)),
     ]
 
 
-def _seconds(record: StepMetrics) -> float:
+def _training_seconds(record: StepMetrics) -> float:
     if record.seconds is not None:
         return record.seconds
     return record.tokens / record.tokens_per_s if record.tokens_per_s else 0.0
 
 
-def _plural(count: int, noun: str) -> str:
+def _format_plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _setting(key: str, value: object) -> str:
+def _format_setting(key: str, value: object) -> str:
     """Format a setting as ``r 16``, ``use_dora``, ``target_modules q_proj v_proj``."""
     if value is True:
         return key
     if isinstance(value, list):
-        value = " ".join(map(_item, value))
+        value = " ".join(map(_format_list_item, value))
     return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
 
-def _item(value: object) -> str:
+def _format_list_item(value: object) -> str:
     """Format an item of a list; a section by its name or path."""
     if isinstance(value, dict):
         value = value.get("name") or value.get("path") or value
     return str(value)
 
 
-def _inline(plot: Plot, records: Sequence[StepMetrics]) -> dict[str, str]:
+def _inline_plot(plot: PlotSpec, records: Sequence[StepMetrics]) -> dict[str, str]:
     """Draw the plot in both themes as data URIs."""
-    inline = _in_both_themes(partial(draw, plot, records))
+    inline = _draw_both_themes(partial(draw_plot, plot, records))
     return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
 
 
-def _inline_attention(found: FusionAttention) -> dict[str, str]:
+def _inline_attention_maps(found: FusionAttention) -> dict[str, str]:
     """Draw the attention as ``_inline`` does: one table, or one for each task."""
     title = "Attention to the fused adapters, by layer"
     panels = found.by_task or {"held-out rows": found.attention}
-    paint = partial(draw_heat_maps, title, found.layer_labels(), found.adapters, panels)
-    return {"title": title, "name": "fusion_attention", **_in_both_themes(paint)}
+    paint = partial(draw_heat_maps, title, found.format_layer_labels(), found.adapters, panels)
+    return {"title": title, "name": "fusion_attention", **_draw_both_themes(paint)}
 
 
-def _in_both_themes(paint: Callable[[Theme], bytes]) -> dict[str, str]:
+def _draw_both_themes(paint: Callable[[Theme], bytes]) -> dict[str, str]:
     themes: tuple[Theme, ...] = ("light", "dark")
     prefix = "data:image/png;base64,"
     return {theme: prefix + base64.b64encode(paint(theme)).decode() for theme in themes}

@@ -41,8 +41,8 @@ class StepMetrics:
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
         eval_by_task, eval_by_task_before: the same for each of several held-out sources, by name.
-        eval_accuracy, eval_macro_f1, ...: of classes, see ``train.class_loss``; as the losses.
-        epoch: passes over the training data so far.
+        eval_accuracy, eval_macro_f1, ...: of classes, see ``train.classification_metrics``; as the
+        losses. epoch: passes over the training data so far.
         samples: sequences seen so far.
         seconds: wall time of the step.
     """
@@ -89,7 +89,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
         if not line.strip():
             continue
         try:
-            record = _from_line(line)
+            record = _parse_line(line)
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break
@@ -102,18 +102,18 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
 def format_line(record: StepMetrics) -> str:
     """Return the record's line of ``metrics.jsonl``, with its newline."""
-    values = {key: _to_json(v) for key, v in asdict(record).items() if v is not None}
+    values = {key: _to_json_value(v) for key, v in asdict(record).items() if v is not None}
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """JSON has no NaN: ``None`` stands for what is not finite."""
     if isinstance(value, dict):
-        return {key: _to_json(number) for key, number in value.items()}
+        return {key: _to_json_value(number) for key, number in value.items()}
     return value if math.isfinite(value) else None
 
 
-def _from_line(line: str) -> StepMetrics:
+def _parse_line(line: str) -> StepMetrics:
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
@@ -122,13 +122,15 @@ def _from_line(line: str) -> StepMetrics:
     for key in known & values.keys():
         value = values[key]
         if key in _BY_TASK and isinstance(value, dict):
-            numbers[key] = {name: _number(f"{key}.{name}", own) for name, own in value.items()}
+            numbers[key] = {
+                name: _parse_number(f"{key}.{name}", own) for name, own in value.items()
+            }
         else:
-            numbers[key] = _number(key, value)
+            numbers[key] = _parse_number(key, value)
     return StepMetrics(**numbers)
 
 
-def _number(key: str, value: Any) -> float:
+def _parse_number(key: str, value: Any) -> float:
     value = math.nan if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{key} is {value!r}, not a number")

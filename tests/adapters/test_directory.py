@@ -11,8 +11,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import read_adapter, read_metadata, write_adapter
-from dist_peft.adapters.lora.tensors import factors
+from dist_peft.adapters.directory import (
+    read_adapter_directory,
+    read_adapter_metadata,
+    write_adapter_directory,
+)
+from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from tests.support.adapters import adapted, disturb, ids, int_codec, save, tiny_llama
@@ -107,7 +111,7 @@ def test_round_trip(tmp_path: Path) -> None:
     model, adapter = adapted(tiny_llama(), int_codec(2), r=4, init="loftq", init_iterations=2)
     disturb(model)
     directory = save(model, adapter, tmp_path / "new" / "adapter")
-    public = read_adapter(directory)
+    public = read_adapter_directory(directory)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert public.facts == {"start": "loftq"}
     assert torch.equal(
@@ -116,14 +120,15 @@ def test_round_trip(tmp_path: Path) -> None:
     A, B = public.tensors[f"{Q}.lora_A.weight"], public.tensors[f"{Q}.lora_B.weight"]
     assert torch.equal(A, torch.cat([layer.lora_A, layer.start_A]))
     assert torch.equal(B, torch.cat([layer.lora_B, -layer.start_B], 1))
-    found = factors(public)["model.layers.0.self_attn.q_proj"]
+    found = parse_lora_tensors(public)["model.layers.0.self_attn.q_proj"]
     assert found.scaling == pytest.approx(layer.spec.scaling)
     assert public.config["r"] == 8
     assert public.config["base_model_name_or_path"] == "tiny/base"
-    about = read_metadata(directory)
+    about = read_adapter_metadata(directory)
     names = safetensors.torch.load_file(directory / "adapter_model.safetensors").keys()
     extra = safetensors.torch.load_file(directory / "dist_peft.safetensors").keys()
     assert about.pop("tensors") == sorted([*names, *extra])
+    assert about.pop("adapter_config") == public.config
     assert about == {"base": "tiny/base", "adapter": {"start": "loftq"}}
     assert sorted(p.name for p in directory.iterdir()) == [
         "adapter_config.json",
@@ -138,7 +143,7 @@ def test_an_older_extra_file_does_not_stay(tmp_path: Path) -> None:
     save(model, adapter, tmp_path)
     model, adapter = adapted(tiny_llama(), int_codec(2), r=4, init="loftq", init_iterations=1)
     save(model, adapter, tmp_path)
-    assert read_adapter(tmp_path).extra == {}
+    assert read_adapter_directory(tmp_path).extra == {}
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
@@ -157,9 +162,9 @@ def test_pefts_directory_is_read(tmp_path: Path) -> None:
         task_type="CAUSAL_LM",
     )
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
-    public = read_adapter(tmp_path)
+    public = read_adapter_directory(tmp_path)
     assert public.facts == {}
-    found = factors(public)
+    found = parse_lora_tensors(public)
     assert len(found) == 5
     k = found["model.layers.1.self_attn.k_proj"]
     assert (k.A.shape, k.B.shape, k.scaling) == ((2, 32), (16, 2), 6 / 2**0.5)
@@ -199,15 +204,15 @@ def test_damaged_tensors(name: str, value: Tensor | None, message: str, tmp_path
     if value is not None:
         adapter.tensors[f"{Q}.{name}"] = value
     with pytest.raises(UserError, match=f"q_proj.{message}"):
-        factors(adapter)
+        parse_lora_tensors(adapter)
     with pytest.raises(RuntimeError, match=f"refusing to write a damaged adapter: .*{message}"):
-        write_adapter(tmp_path, adapter, {})
+        write_adapter_directory(tmp_path, adapter, {})
     assert not list(tmp_path.iterdir())
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the adapter has no tensors"):
-        write_adapter(tmp_path, PublicAdapter(public().config, {}), {})
+        write_adapter_directory(tmp_path, PublicAdapter(public().config, {}), {})
 
 
 @pytest.mark.parametrize(
@@ -225,12 +230,12 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 )
 def test_more_than_lora(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        factors(public(**config))
+        parse_lora_tensors(public(**config))
 
 
 def test_harmless_starts_are_read() -> None:
     for start in (True, False, "gaussian", "eva", "orthogonal"):
-        factors(public(init_lora_weights=start))
+        parse_lora_tensors(public(init_lora_weights=start))
 
 
 def test_dora_on_an_embedding() -> None:
@@ -241,34 +246,34 @@ def test_dora_on_an_embedding() -> None:
     adapter.tensors[f"{path}.lora_embedding_B"] = torch.ones(6, 4)
     adapter.tensors[f"{path}.lora_magnitude_vector.weight"] = torch.ones(6)
     with pytest.raises(UserError, match=r"model\.embed_tokens: DoRA on an embedding"):
-        factors(adapter)
+        parse_lora_tensors(adapter)
 
 
 def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no adapter_config\.json; give the directory"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
     config.write_text("[]")
     with pytest.raises(UserError, match="must hold a JSON object"):
-        read_adapter(tmp_path)
-    config.write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UserError, match="peft_type is 'IA3'; only LORA, QALORA, PROMPT_TUNING"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
+    config.write_text(json.dumps({"peft_type": "BONE"}))
+    with pytest.raises(UserError, match="peft_type is 'BONE'; only LORA, QALORA, PROMPT_TUNING"):
+        read_adapter_directory(tmp_path)
     config.write_text(json.dumps(public().config))
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="a pickle, which can run code"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is damaged"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot make directory"):
-        write_adapter(tmp_path / "file" / "adapter", public(), {})
+        write_adapter_directory(tmp_path / "file" / "adapter", public(), {})

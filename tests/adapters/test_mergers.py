@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.mergers import open_adapter_merger, open_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
@@ -20,7 +20,7 @@ PROMPT = {
 
 def test_a_refusal_names_the_directory(tmp_path: Path) -> None:
     public = PublicAdapter(PROMPT, {"prompt_embeddings": torch.ones(3, 5)})
-    write_adapter(tmp_path / "adapter", public, {})
+    write_adapter_directory(tmp_path / "adapter", public, {})
     with pytest.raises(UserError, match=r"adapter: the adapter is PROMPT_TUNING: virtual tokens"):
         open_adapter_merger(tmp_path / "adapter")
 

@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.adapters.parameter_override import standing_in
+from dist_peft.adapters.parameter_override import override_parameters
 
 
 def test_stand_ins_compute_and_go() -> None:
     linear = nn.Linear(2, 2, bias=False)
     registered, x = linear.weight, torch.ones(1, 2)
     other = torch.full((2, 2), 3.0)
-    with standing_in(linear, {"weight": other}):
+    with override_parameters(linear, {"weight": other}):
         assert torch.equal(linear(x), torch.full((1, 2), 6.0))
         assert linear._parameters["weight"] is registered
     assert linear.weight is registered
@@ -19,6 +19,9 @@ def test_what_an_engine_put_there_comes_back_after_an_error() -> None:
     linear = nn.Linear(2, 2, bias=False)
     hidden = linear._parameters.pop("weight")
     linear.__dict__["weight"] = hidden
-    with pytest.raises(ZeroDivisionError), standing_in(linear, {"weight": torch.ones(2, 2)}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        override_parameters(linear, {"weight": torch.ones(2, 2)}),
+    ):
         raise ZeroDivisionError
     assert linear.weight is hidden

@@ -8,11 +8,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dist_peft.adapters.protocol import (
-    check_patterns,
+    check_pattern_keys,
+    collect_gathered_parameters,
     derive_seed,
-    match_targets,
-    pattern_value,
-    whole_parameters,
+    list_adapter_targets,
+    resolve_pattern_value,
 )
 from dist_peft.core.errors import UserError
 from tests.support.adapters import frozen_model, tiny_llama
@@ -38,7 +38,7 @@ def model() -> nn.Module:
 
 
 def test_all_linear_leaves_out_the_head(model: nn.Module) -> None:
-    assert match_targets("all-linear", model) == LINEARS
+    assert list_adapter_targets("all-linear", model) == LINEARS
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_all_linear_leaves_out_the_head(model: nn.Module) -> None:
     ],
 )
 def test_lists(model: nn.Module, targets: list[str], expected: list[str]) -> None:
-    assert match_targets(targets, model) == expected
+    assert list_adapter_targets(targets, model) == expected
 
 
 @pytest.mark.parametrize("entry", ["roj", "proj", "_proj", "layers.0"])
 def test_a_part_of_a_component_is_no_ending(model: nn.Module, entry: str) -> None:
     with pytest.raises(UserError, match=f"{re.escape(repr(entry))} matches no linear"):
-        match_targets([entry], model)
+        list_adapter_targets([entry], model)
 
 
 def test_unknown_target_names_the_nearest_and_all(model: nn.Module) -> None:
     with pytest.raises(UserError) as caught:
-        match_targets(["k_proj", "q_porj"], model)
+        list_adapter_targets(["k_proj", "q_porj"], model)
     assert str(caught.value) == (
         "adapter.target_modules entry 'q_porj' matches no linear; did you mean q_proj? There are: "
         "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
@@ -73,17 +73,17 @@ def test_unknown_target_names_the_nearest_and_all(model: nn.Module) -> None:
 
 def test_embedding_as_target_points_to_its_own_key(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"model\.embed_tokens is not .*adapter\.embeddings: true"):
-        match_targets(["embed_tokens"], model)
+        list_adapter_targets(["embed_tokens"], model)
 
 
 def test_broken_expression(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"'\*proj' is neither a module's name nor a regular"):
-        match_targets(["*proj"], model)
+        list_adapter_targets(["*proj"], model)
 
 
 def test_model_without_linears() -> None:
     with pytest.raises(UserError, match="all-linear: the model has no linear"):
-        match_targets("all-linear", nn.Sequential(nn.Embedding(2, 2)))
+        list_adapter_targets("all-linear", nn.Sequential(nn.Embedding(2, 2)))
 
 
 KEYS = st.sampled_from(
@@ -94,17 +94,17 @@ KEYS = st.sampled_from(
 @given(st.lists(KEYS, unique=True), st.sampled_from([*LINEARS, "x", "a.y", "q_proj"]))
 def test_patterns_follow_peft(keys: list[str], name: str) -> None:
     pattern = {key: i + 1 for i, key in enumerate(keys)}
-    assert pattern_value(pattern, name, 0) == pattern.get(get_pattern_key(keys, name), 0)
+    assert resolve_pattern_value(pattern, name, 0) == pattern.get(get_pattern_key(keys, name), 0)
 
 
 def test_pattern_that_matches_nothing() -> None:
     with pytest.raises(UserError, match=r"rank_pattern\['q_porj'\] matches no .* mean q_proj\?"):
-        check_patterns("rank_pattern", {"q_porj": 4}, LINEARS)
+        check_pattern_keys("rank_pattern", {"q_porj": 4}, LINEARS)
 
 
 def test_broken_pattern() -> None:
     with pytest.raises(UserError, match=r"rank_pattern\['\('\] is no regular expression"):
-        check_patterns("rank_pattern", {"(": 4}, LINEARS)
+        check_pattern_keys("rank_pattern", {"(": 4}, LINEARS)
 
 
 def test_seeds_differ_and_fit_a_generator() -> None:
@@ -117,10 +117,10 @@ def test_seeds_differ_and_fit_a_generator() -> None:
 
 def test_whole_parameters() -> None:
     tensors = {"a.b.A": torch.ones(2, 3), "a.b.B": torch.zeros(1), "c.d": torch.zeros(1)}
-    found = whole_parameters(tensors, {"a.b": {"A": (2, 3), "B": (1,)}})
+    found = collect_gathered_parameters(tensors, {"a.b": {"A": (2, 3), "B": (1,)}})
     assert found.keys() == {"a.b"} and found["a.b"]["A"] is tensors["a.b.A"]
     for shape, name in {(3, 2): "A", (2, 3): "C"}.items():
         with pytest.raises(RuntimeError, match=rf"a\.b\.{name} .*the parameters were not gathered"):
-            whole_parameters(tensors, {"a.b": {name: shape}})
+            collect_gathered_parameters(tensors, {"a.b": {name: shape}})
     with pytest.raises(RuntimeError, match=r"has shape \[0\], expected \[0\]"):
-        whole_parameters({"a.A": torch.empty(0)}, {"a": {"A": (0,)}})
+        collect_gathered_parameters({"a.A": torch.empty(0)}, {"a": {"A": (0,)}})

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 
 
-def dropout(p: float, path: str = "a.b", seed: int = 0) -> RowDropout:
-    return RowDropout(p, path, DropoutPosition(seed))
+def dropout(p: float, path: str = "a.b", seed: int = 0) -> SampleDropout:
+    return SampleDropout(p, path, DropoutPosition(seed))
 
 
-def masks(layer: RowDropout, step: int, samples: list[int], length: int = 50) -> torch.Tensor:
-    layer.position.begin(step, torch.tensor(samples))
+def masks(layer: SampleDropout, step: int, samples: list[int], length: int = 50) -> torch.Tensor:
+    layer.position.begin_micro_batch(step, torch.tensor(samples))
     return layer(torch.ones(len(samples), length, 8))
 
 
@@ -74,7 +74,7 @@ def test_half_precision_gets_the_same_mask() -> None:
 
 def test_recomputation_gives_the_same_gradient() -> None:
     layer = dropout(0.5)
-    layer.position.begin(0, torch.tensor([1, 2]))
+    layer.position.begin_micro_batch(0, torch.tensor([1, 2]))
     grads = []
     for use in (False, True):
         x = torch.ones(2, 5, 8, requires_grad=True)
@@ -93,6 +93,6 @@ def test_without_begin() -> None:
 
 def test_ids_that_do_not_fit() -> None:
     layer = dropout(0.5)
-    layer.position.begin(0, torch.tensor([1, 2]))
+    layer.position.begin_micro_batch(0, torch.tensor([1, 2]))
     with pytest.raises(RuntimeError, match="3 rows but 2 sample ids"):
         layer(torch.ones(3, 3))

@@ -9,7 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
+from dist_peft.adapters.directory import (
+    check_public_adapter,
+    read_adapter_directory,
+    write_adapter_directory,
+)
 from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
 from dist_peft.app import cli
 from dist_peft.core.config.run import QuantConfig
@@ -91,17 +95,17 @@ def test_combine_and_inspect(
 
 def test_types_are_seen_without_values(sound: FakeRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="int64"):
-        read_adapter(damaged(sound, tmp_path, "int64"), values=False)
+        read_adapter_directory(damaged(sound, tmp_path, "int64"), values=False)
 
 
 def test_diverged_adapter_is_not_written(sound: FakeRun, tmp_path: Path) -> None:
-    public = read_adapter(sound.adapter_dir)
-    check_adapter(public)
+    public = read_adapter_directory(sound.adapter_dir)
+    check_public_adapter(public)
     public.tensors[_A][0, 0] = math.inf
     with pytest.raises(UserError, match="holds inf"):
-        check_adapter(public)
+        check_public_adapter(public)
     with pytest.raises(RuntimeError, match="refusing to write a damaged adapter"):
-        write_adapter(tmp_path / "out", public, {})
+        write_adapter_directory(tmp_path / "out", public, {})
     assert not (tmp_path / "out").exists()
 
 
@@ -116,8 +120,8 @@ def test_a_module_that_was_removed_whole(
     sound: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without both factors a module looks as if it had not been adapted."""
-    public, adapter = read_adapter(sound.adapter_dir), tmp_path / "adapter"
-    write_adapter(adapter, public, {"tensors": ["stale"]})
+    public, adapter = read_adapter_directory(sound.adapter_dir), tmp_path / "adapter"
+    write_adapter_directory(adapter, public, {"tensors": ["stale"]})
     file, module = adapter / "adapter_model.safetensors", _A.removesuffix("lora_A.weight")
     kept = {n: value for n, value in public.tensors.items() if not n.startswith(module)}
     assert len(kept) == len(public.tensors) - 2
@@ -130,11 +134,11 @@ def test_a_module_that_was_removed_whole(
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=message):
-        read_adapter(adapter, values=False)
+        read_adapter_directory(adapter, values=False)
     other = _A.replace("layers.1", "layers.9")
     save_file({**public.tensors, other: torch.ones(2, 2)}, file, {"format": "pt"})
     with pytest.raises(UserError, match=f"has {other}, which was not written"):
-        read_adapter(adapter)
+        read_adapter_directory(adapter)
 
 
 def test_names_are_compared_only_where_they_are_recorded() -> None:
@@ -161,6 +165,8 @@ def test_damaged_descriptions(
 ) -> None:
     adapter = Path(shutil.copytree(sound.adapter_dir, tmp_path / "adapter"))
     described = json.loads((adapter / file).read_text()) if (adapter / file).is_file() else {}
+    if file == "adapter_config.json":  # as from PEFT: no copy says that the file was edited
+        (adapter / "dist_peft.json").unlink(missing_ok=True)
     (adapter / file).write_text(json.dumps(described | changed))
     with pytest.raises(UserError, match=message):
         merge_model(sound.base, sound.directory, adapter, tmp_path / "out", into="decoded")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dist_peft.adapters.directory import read_adapter
+from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -28,7 +28,7 @@ def _clean() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("written")
-    assert train(parse_config(tiny_tree(directory)), World()) == 0
+    assert train_from_config(parse_config(tiny_tree(directory)), World()) == 0
     close_log()
     return directory / "run"
 
@@ -62,7 +62,7 @@ def test_each_key_of_the_function_counts(
     run_dir = shutil.copytree(trained, tmp_path / "run")
     edit(run_dir, key, value)
     with pytest.raises(UserError, match=f"says {key} "):
-        read_adapter(run_dir / "adapter")
+        read_adapter_directory(run_dir / "adapter")
 
 
 def test_what_another_library_rewrites_does_not_count(trained: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_another_library_rewrites_does_not_count(trained: Path, tmp_path: P
     edit(run_dir, "target_modules", config["target_modules"][::-1])
     edit(run_dir, "base_model_name_or_path", "moved")
     edit(run_dir, "peft_version", "1")
-    assert read_adapter(run_dir / "adapter").tensors
+    assert read_adapter_directory(run_dir / "adapter").tensors
 
 
 def test_absent_key_and_no_copy() -> None:

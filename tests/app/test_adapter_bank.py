@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dist_peft.app import cli
 from dist_peft.app.adapter_bank import AdapterBank
-from dist_peft.app.tasks import task_runs
+from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.train.evaluate import inference
+from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 from tests.app.test_equality import build, train_steps
 from tests.app.test_resume import train
@@ -30,21 +30,21 @@ def switched(world: World, trees: list[dict[str, Any]]) -> list[list[Tensor]]:
         bank = AdapterBank(built)
 
         def logits(built: Any = built, loaders: Any = loaders) -> Tensor:
-            with inference(built.model):
+            with inference_mode(built.model):
                 return built.model(input_ids=loaders.probe, use_cache=False).logits.clone()
 
         seen = []
         for number, name in enumerate("abc"):
             steps = range(2 * number, 2 * number + 2)
             train_steps(world, config, built, loaders, call, steps)
-            bank.keep(name)
+            bank.store_active_adapter(name)
             seen.append(logits())
         for name in "aba":
-            bank.activate(name)
+            bank.activate_adapter(name)
             seen.append(logits())
         assert bank.names == ("a", "b", "c")
         with pytest.raises(KeyError):
-            bank.activate("d")
+            bank.activate_adapter("d")
         found.append(seen)
     return found
 
@@ -83,11 +83,11 @@ def test_eval_gives_each_adapter_on_each_source(
     found = evaluate(config, "--run", str(run))
     last = {
         name: read_metrics(task / METRICS_FILE)[-1].eval_loss
-        for name, task in task_runs(run).items()
+        for name, task in list_task_runs(run).items()
     }
     assert found["own"] == {n: pytest.approx(last[n], rel=1e-6) for n in ("short", "long")}
     assert list(found["adapters"]) == ["long", "short", "other"]
-    for name, task in task_runs(run).items():
+    for name, task in list_task_runs(run).items():
         assert found["adapters"][name] == evaluate(config, "--run", str(task))
     own, foreign = (found["adapters"][n]["eval_by_task"]["short"] for n in ("short", "other"))
     assert own != foreign

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from dist_peft.app import cli
 from dist_peft.app.base_content import RECORD_FILE
-from dist_peft.app.model_setup import load, prepare
+from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.store.fingerprint import edges_fingerprint
+from dist_peft.store.fingerprint import compute_edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
 from tests.app.test_resume import train
 from tests.support import packed
@@ -40,13 +40,13 @@ def _clean() -> Iterator[None]:
 def change_middle(base: Path, name: str = MIDDLE) -> None:
     """Other finite values in the middle of a tensor, where no sample is taken."""
     file = base / "model.safetensors"
-    before = SafetensorsIndex.open(base).fingerprint()
+    before = SafetensorsIndex.open(base).compute_fingerprint()
     tensors = load_file(file)
     flat = tensors[name].view(-1)
     start = len(flat) // 6
     flat[start : start + 8] = flat[start : start + 8].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})
-    assert SafetensorsIndex.open(base).fingerprint() == before
+    assert SafetensorsIndex.open(base).compute_fingerprint() == before
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -132,7 +132,7 @@ def test_other_function_of_the_same_weights_is_refused(
     (rope if rope is not None else config)[key] = value
     file.write_text(json.dumps(config))
     save_config(run_of(changed), changed)
-    monkeypatch.setattr("dist_peft.app.commands.train.load", None)  # refused before
+    monkeypatch.setattr("dist_peft.app.commands.train.load_weights", None)  # refused before
     tree = {**changed, "train": {**changed["train"], "steps": 4}}
     command = {
         "train": ["train", "--config", str(save_config(tmp_path, tree))],
@@ -168,7 +168,7 @@ def test_adapter_of_an_earlier_version_is_compared_by_sample(
     about = json.loads(before := file.read_text())
     del about["base_content"]
     index = SafetensorsIndex.open(Path(changed["base"]["path"]))
-    about["base_fingerprint"] = edges_fingerprint(index.files, index.tensors.values())
+    about["base_fingerprint"] = compute_edges_fingerprint(index.files, index.tensors.values())
     file.write_text(json.dumps(about))
     save_config(run_of(changed), changed)
     command = ["merge", "--run", str(run_of(changed)), "--no-verify", "--out"]
@@ -218,11 +218,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 def hashes_of(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-    world.connect(CPU)
+    world.join_process_group(CPU)
     found: dict[str, dict[str, str]] = {}
     for name, tree in trees.items():
         config = parse_config(tree)
-        found[name] = dict(load(prepare(config, world), config, world, CPU).record.tensors)
+        found[name] = dict(
+            load_weights(build_model(config, world), config, world, CPU).record.tensors
+        )
     return found
 
 
@@ -263,10 +265,10 @@ def test_hashes_do_not_depend_on_ranks_and_engines(
 
 
 def load_own_copy(world: World, trees: list[dict[str, Any]]) -> str:
-    world.connect(CPU)
+    world.join_process_group(CPU)
     config = parse_config(trees[world.rank])
     with pytest.raises(UserError) as caught:
-        load(prepare(config, world), config, world, CPU)
+        load_weights(build_model(config, world), config, world, CPU)
     return str(caught.value)
 
 
@@ -352,7 +354,7 @@ def test_fusion_of_adapters_of_another_base(tmp_path: Path) -> None:
     change[MIDDLE][0] += 1
     save_file(change, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="a sample of its tensors holds other"):
-        prepare(parse_config(tree), World())
+        build_model(parse_config(tree), World())
 
 
 def test_solved_base_of_a_base_that_changed(tmp_path: Path) -> None:

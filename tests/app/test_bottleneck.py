@@ -16,8 +16,8 @@ from dist_peft.app import cli
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export import verify_consumer
-from dist_peft.export.verify import Probe, compare
-from dist_peft.train.evaluate import inference
+from dist_peft.export.verify import Probe, compare_logits
+from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import (
     build,
@@ -184,7 +184,7 @@ def trained(tmp_path: Path, family: str, **settings: Any) -> tuple[Path, Probe]:
     assert train(World(), whole) == 0
     close_log()
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "base" / "adapter")
-    return tmp_path / "base", Probe.load(tmp_path / "run" / "probe.safetensors")
+    return tmp_path / "base", Probe.load_probe(tmp_path / "run" / "probe.safetensors")
 
 
 @pytest.mark.parametrize(("family", "placement"), READ_BY_ADAPTERHUB)
@@ -197,7 +197,7 @@ def test_adapterhub_computes_the_same(family: str, placement: str, tmp_path: Pat
     out = tmp_path / "out.npy"
     done = adapterhub(verify_consumer.__file__, "adapters", base, out, *ids)
     assert done.returncode == 0 and "adapters 1." in done.stdout, done.stderr
-    found = compare(torch.from_numpy(np.load(out)), probe)
+    found = compare_logits(torch.from_numpy(np.load(out)), probe)
     print(f"{family}, {placement}: {found.relative:.1e} of what training changed; {found}")
     assert found.relative < 1e-5
 
@@ -233,11 +233,11 @@ def test_adapterhub_computes_the_same_with_encoders(
     whole = classifying_tree(tmp_path, base, adapter=adapter, train__lr=0.02, train__steps=5)
     assert train(World(), whole) == 0
     close_log()
-    probe = Probe.load(tmp_path / "run" / "probe.safetensors")
+    probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
     out, rows = tmp_path / "out.npy", json.dumps(probe.input_ids.tolist())
     done = adapterhub("-c", CLASSIFIES, base, tmp_path / "run" / "adapter", out, rows)
     assert done.returncode == 0, done.stderr
-    found = compare(torch.from_numpy(np.load(out)), probe)
+    found = compare_logits(torch.from_numpy(np.load(out)), probe)
     print(f"{family}, {placement}: {found}")
     assert found.relative < (5e-3 if family == "modernbert" else 1e-5)
 
@@ -277,7 +277,7 @@ def test_adapterhubs_own_adapter_is_read(preset: str, placement: str, tmp_path: 
     done = adapterhub("-c", WRITES, tmp_path / "base", out, preset, *ids)
     assert done.returncode == 0, done.stderr
     _, built, _, _ = build(World(), whole)
-    with inference(built.model):
+    with inference_mode(built.model):
         logits = built.model(input_ids=torch.tensor([ids]), use_cache=False).logits
     error = (logits - torch.from_numpy(np.load(f"{out}.npy"))).abs().max()
     print(f"{preset}: max error {error:.1e} of logits up to {logits.abs().max():.2f}")

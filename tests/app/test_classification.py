@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers as tf
 
-from dist_peft.app.model_setup import restore
+from dist_peft.app.model_setup import load_training_state
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
-from dist_peft.model.attention_mask import batch_inputs
-from dist_peft.train.checkpoint import Checkpoints
-from dist_peft.train.evaluate import inference
+from dist_peft.model.attention_mask import build_batch_inputs
+from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import NF4, build
@@ -117,14 +117,14 @@ def test_resumed_in_another_engine(tmp_path: Path) -> None:
 def trained_logits(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
     """Padded inputs of held-out pairs, as training gives them, and the trained model's logits."""
     _, built, loaders, _ = build(world, config)
-    checkpoints = Checkpoints(Path(config["save"]["dir"]) / "checkpoints", 1, world)
-    path = checkpoints.choose("auto")
+    checkpoints = CheckpointManager(Path(config["save"]["dir"]) / "checkpoints", 1, world)
+    path = checkpoints.select_checkpoint("auto")
     assert path is not None and loaders.eval is not None
-    restore(built, checkpoints, path, checkpoints.position(path).step)
-    batch = loaders.eval.sequential()[0]
+    load_training_state(built, checkpoints, path, checkpoints.read_position(path).step)
+    batch = loaders.eval.load_all_sequential()[0]
     assert isinstance(batch, LabelledBatch) and not batch.attention_mask.all()
-    inputs = batch_inputs(built.model, batch, torch.device("cpu"))
-    with inference(built.model):
+    inputs = build_batch_inputs(built.model, batch, torch.device("cpu"))
+    with inference_mode(built.model):
         return inputs, built.model(**inputs).logits
 
 

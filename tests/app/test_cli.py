@@ -134,7 +134,7 @@ def test_unexpected_error_is_a_traceback_and_exit_code_one(
     def broken(path: Path) -> list[str]:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(inspect, "describe", broken)
+    monkeypatch.setattr(inspect, "describe_path", broken)
     assert cli.main(["inspect", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError: a bug" in err
@@ -183,7 +183,7 @@ def test_ctrl_c_is_no_traceback(
     def interrupt(path: Path) -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "describe", interrupt)
+    monkeypatch.setattr(inspect, "describe_path", interrupt)
     assert cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr().err == "dist-peft: interrupted\n"
 
@@ -203,7 +203,7 @@ def test_help_and_version_import_no_heavy_library() -> None:
 
 def test_every_command_is_a_module_with_arguments() -> None:
     for name in cli.COMMANDS:
-        parser = cli.build_parser([name])
+        parser = cli.build_verb_parser([name])
         with pytest.raises(SystemExit) as caught:
             parser.parse_args([name, "--help"])
         assert caught.value.code == 0

@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_peft.app.data_setup import PROBE_TOKENS, Loaders, check_fit, make_loaders
+from dist_peft.app.data_setup import (
+    PROBE_TOKENS,
+    DataLoaders,
+    check_loaders_fit_model,
+    make_data_loaders,
+)
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -17,16 +22,16 @@ from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import tiny_tree
 
 
-def loaders(tree: dict[str, Any], world: World) -> Loaders:
+def loaders(tree: dict[str, Any], world: World) -> DataLoaders:
     config = parse_config(tree)
-    return make_loaders(config, load_tokenizer(Path(config.base.path)), world)
+    return make_data_loaders(config, load_tokenizer(Path(config.base.path)), world)
 
 
 def test_rows_and_probe(tmp_path: Path) -> None:
     found = loaders(tiny_tree(tmp_path), World())
     assert len(found.train.rows) == 8
     assert found.eval is not None and len(found.eval.rows) == 3
-    tokens, _, _ = found.eval.rows.row(0)  # the probe is held out where it can be
+    tokens, _, _ = found.eval.rows.get_sequence(0)  # the probe is held out where it can be
     assert torch.equal(found.probe, torch.as_tensor(tokens[:PROBE_TOKENS])[None])
     assert found.probe.dtype == torch.long and found.probe.shape[1] > 4
 
@@ -34,7 +39,7 @@ def test_rows_and_probe(tmp_path: Path) -> None:
 def test_probe_without_held_out_data(tmp_path: Path) -> None:
     found = loaders(tiny_tree(tmp_path, data__eval=[]), World())
     assert found.eval is None
-    tokens, _, _ = found.train.rows.row(0)
+    tokens, _, _ = found.train.rows.get_sequence(0)
     assert torch.equal(found.probe[0], torch.as_tensor(tokens[:PROBE_TOKENS]).long())
 
 
@@ -67,7 +72,7 @@ def test_batch_that_does_not_divide_is_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(0, 2, 0, 2, "test", "127.0.0.1", 1)
-    monkeypatch.setattr(World, "any", lambda self, flag: flag)  # the other rank is imagined
+    monkeypatch.setattr(World, "any_rank", lambda self, flag: flag)  # the other rank is imagined
     with caplog.at_level(logging.WARNING, "dist_peft"):
         loaders(tiny_tree(tmp_path), world)
         assert "no multiple" not in caplog.text
@@ -88,11 +93,11 @@ class TestFit:
         found = loaders(tree, World())
         skeleton = build_skeleton(parse_config(tree).base, tmp_path / "base")
         extra = 0
-        skeleton.config.vocab_size = found.train.rows.largest_token + 1
-        check_fit(found, skeleton, extra)
-        skeleton.config.vocab_size -= 1
+        skeleton.model_config.vocab_size = found.train.rows.largest_token + 1
+        check_loaders_fit_model(found, skeleton, extra)
+        skeleton.model_config.vocab_size -= 1
         with pytest.raises(UserError, match=r"data\.train has token \d+ but the base has"):
-            check_fit(found, skeleton, extra)
+            check_loaders_fit_model(found, skeleton, extra)
 
     @pytest.mark.parametrize("extra", [0, 3])
     @pytest.mark.parametrize("packing", [False, True])
@@ -112,14 +117,14 @@ class TestFit:
         learned = family == "opt"
         # the padding of a packed row has positions too, up to data.seq_len
         needed = extra + (16 if learned and packing else found.train.rows.longest)
-        skeleton.config.max_position_embeddings = needed
+        skeleton.model_config.max_position_embeddings = needed
         caplog.clear()  # an earlier test of this process may have set the level to INFO
         with caplog.at_level(logging.WARNING, "dist_peft"):
-            check_fit(found, skeleton, extra)
+            check_loaders_fit_model(found, skeleton, extra)
             assert caplog.text == ""
-            skeleton.config.max_position_embeddings = needed - 1
+            skeleton.model_config.max_position_embeddings = needed - 1
             if not learned:
-                check_fit(found, skeleton, extra)
+                check_loaders_fit_model(found, skeleton, extra)
                 words = (
                     f"longest document needs {needed} positions, the base was made for {needed - 1}"
                 )
@@ -127,4 +132,4 @@ class TestFit:
                 return
             words = f"needs {needed} positions but the base has learned {needed - 1}"
             with pytest.raises(UserError, match=words):
-                check_fit(found, skeleton, extra)
+                check_loaders_fit_model(found, skeleton, extra)

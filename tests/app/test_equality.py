@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_peft.app.data_setup import Loaders, make_loaders
-from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.app.data_setup import DataLoaders, make_data_loaders
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
-from dist_peft.engine.protocol import trainable
-from dist_peft.train.loop import StepResult, batch_loss, fit
+from dist_peft.engine.protocol import trainable_parameters
+from dist_peft.train.loop import StepResult, compute_batch_loss, run_training_steps
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
 
@@ -54,18 +54,25 @@ def run_config(shared_data: Path, tmp_path: Path, **changes: Any) -> dict[str, A
     return tree
 
 
-def build(world: World, tree: dict[str, Any]) -> tuple[RunConfig, Built, Loaders, nn.Module]:
+def build(
+    world: World, tree: dict[str, Any]
+) -> tuple[RunConfig, LoadedModel, DataLoaders, nn.Module]:
     config = parse_config(tree)
-    prepared = prepare(config, world)
-    loaders = make_loaders(config, prepared.tokenizer, world)
-    built = load(prepared, config, world, CPU)
+    prepared = build_model(config, world)
+    loaders = make_data_loaders(config, prepared.tokenizer, world)
+    built = load_weights(prepared, config, world, CPU)
     factory = make_optimizer_factory(config.train, CPU)
-    call = built.optimize(factory)
+    call = built.setup_optimizer(factory)
     return config, built, loaders, call
 
 
 def train_steps(
-    world: World, config: RunConfig, built: Built, loaders: Loaders, call: nn.Module, steps: range
+    world: World,
+    config: RunConfig,
+    built: LoadedModel,
+    loaders: DataLoaders,
+    call: nn.Module,
+    steps: range,
 ) -> list[StepResult]:
     """Train as ``train`` does, at a constant rate."""
     results: list[StepResult] = []
@@ -74,7 +81,7 @@ def train_steps(
         results.append(result)
         return False
 
-    fit(
+    run_training_steps(
         built.model,
         built.engine,
         built.adapter,
@@ -97,13 +104,13 @@ def losses_and_gradients(
     config, built, loaders, call = build(world, tree)
     steps = config.train.steps or 0
     results = train_steps(world, config, built, loaders, call, range(steps))
-    batches, targets = loaders.train.step(steps)
+    batches, targets = loaders.train.load_step(steps)
     for number, batch in enumerate(batches):
-        built.adapter.begin(steps, batch.sample_ids)
-        loss = batch_loss(built.model, batch, CPU, call) / targets
-        built.adapter.penalize(loss, len(batches) * world.size)
+        built.adapter.begin_micro_batch(steps, batch.sample_ids)
+        loss = compute_batch_loss(built.model, batch, CPU, call) / targets
+        built.adapter.add_penalty_gradient(loss, len(batches) * world.size)
         built.engine.backward(loss, last=number == len(batches) - 1)
-    parameters = trainable(built.model)
+    parameters = trainable_parameters(built.model)
     return [r.loss for r in results], {n: whole_gradient(p) for n, p in parameters.items()}
 
 

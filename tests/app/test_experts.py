@@ -13,12 +13,12 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.app import cli
-from dist_peft.app.verified_export import merge_run
+from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import Probe, compare
+from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.step_metrics import read_metrics
 from tests.app import test_equality
 from tests.app.test_equality import (
@@ -167,23 +167,26 @@ def test_peft_and_transformers_compute_the_same(family: str, tmp_path: Path) -> 
     assert train(World(), whole) == 0
     close_log()
     run, base = tmp_path / "run", Path(whole["base"]["path"])
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     assert (probe.trained - probe.before).abs().max() > 0.1
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         model = peft.PeftModel.from_pretrained(load(base), run / "adapter").eval()
-    found = compare(model(input_ids=probe.input_ids).logits, probe)
+    found = compare_logits(model(input_ids=probe.input_ids).logits, probe)
     print(f"{family}: PEFT {found.relative:.1e} of what training changed")
     assert found.relative < 1e-5
 
     model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = read_adapter(run / "adapter"), read_adapter(tmp_path / "theirs")
+    ours, theirs = (
+        read_adapter_directory(run / "adapter"),
+        read_adapter_directory(tmp_path / "theirs"),
+    )
     assert ours.tensors.keys() == theirs.tensors.keys()
-    write_adapter(run / "adapter", theirs, {})
+    write_adapter_directory(run / "adapter", theirs, {})
     into = "decoded" if family == "mixtral" else "original"
-    merge_run(run, tmp_path / "merged", into=into, verify=None)
-    merged = compare(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
+    merge_finished_run(run, tmp_path / "merged", into=into, verify=None)
+    merged = compare_logits(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
     print(f"{family}: merged to bf16 {merged.relative:.1e}")
     assert merged.relative < 0.05
 
@@ -198,9 +201,9 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert train(World(), whole) == 0
     close_log()
     run = tmp_path / "run"
-    merge_run(run, tmp_path / "merged", into="decoded")
-    probe = Probe.load(run / "probe.safetensors")
-    merged = compare(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
+    merge_finished_run(run, tmp_path / "merged", into="decoded")
+    probe = Probe.load_probe(run / "probe.safetensors")
+    merged = compare_logits(load(tmp_path / "merged")(input_ids=probe.input_ids).logits, probe)
     print(f"merged into the decoded base: {merged.relative:.1e}")
     assert merged.relative < 0.05
     for name in ("bnb-nf4", "gguf", "gptq"):

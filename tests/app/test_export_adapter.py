@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -18,7 +18,7 @@ def test_pissa(
 ) -> None:
     adapter = {"r": 4, "alpha": 8, "init": "pissa"}
     tree = tiny_tree(tmp_path, base__quant=quant, adapter=adapter)
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     run, out = tmp_path / "run", tmp_path / "out"
     argv = ["export", "--format", "peft", "--run", str(run), "--out"]

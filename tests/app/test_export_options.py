@@ -9,7 +9,7 @@ from dist_peft.app.export_options import (
     add_export_arguments,
     add_merge_arguments,
     add_verify_arguments,
-    warn_of_unused,
+    warn_unused_arguments,
 )
 
 
@@ -58,5 +58,5 @@ def test_options_without_effect(
     argv: list[str], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    warn_of_unused(parse(*argv))
+    warn_unused_arguments(parse(*argv))
     assert words in caplog.text and bool(caplog.text) == bool(words)

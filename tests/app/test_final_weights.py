@@ -17,7 +17,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Comparison, Probe, verify_directory
-from dist_peft.model.skeleton import torch_dtype
+from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import NF4
 from tests.app.test_resume import losses, train
@@ -45,8 +45,8 @@ def merged(
 ) -> Comparison:
     argv = ["merge", "--run", str(run), "--out", str(out), "--base", base, "--no-verify"]
     verb(argv, capsys)
-    dtype = torch_dtype(load_config(run / "config.yaml").base.compute_dtype)
-    return verify_directory(out, Probe.load(run / "probe.safetensors"), dtype)
+    dtype = parse_torch_dtype(load_config(run / "config.yaml").base.compute_dtype)
+    return verify_directory(out, Probe.load_probe(run / "probe.safetensors"), dtype)
 
 
 @pytest.mark.dist

@@ -97,9 +97,9 @@ def waiting(world: World, tree: dict[str, Any]) -> Waiting:
     """Parameters that waited, and their moments, after training under weight decay."""
     (built, _), _ = run_steps(world, tree)
     found: Waiting = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
-    for key, value in built.engine.state(built.model).items():
+    for key, value in built.engine.training_state_dict(built.model).items():
         kind, _, name = key.partition("/")
-        if built.adapter.first_step(name):
+        if built.adapter.get_first_step(name):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             found[kind][name] = whole.clone()
     return found
@@ -172,7 +172,7 @@ def plain_loop(
     )
     losses = []
     for step in range(settings["steps"]):
-        batches, targets = loader.step(step)
+        batches, targets = loader.load_step(step)
         total = 0.0
         for batch in batches:
             # rows are not packed, and nothing sees the padding after it
@@ -195,8 +195,8 @@ def test_full_equals_a_plain_loop(tmp_path: Path) -> None:
     found = [result.loss for result in results]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     worst = 0.0
-    for name in built.adapter.sources():
-        mine = built.parameter(name).detach()
+    for name in built.adapter.list_source_tensors():
+        mine = built.get_parameter(name).detach()
         torch.testing.assert_close(mine, weights[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
         worst = max(worst, (mine - weights[name]).abs().max().item())
     print(f"losses {expected[0]:.4f} -> {expected[-1]:.4f}; largest difference {worst:.1e}")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import Probe, compare
-from dist_peft.train.evaluate import inference
+from dist_peft.export.verify import Probe, compare_logits
+from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_bottleneck import adapterhub, lines
 from tests.app.test_equality import (
@@ -234,12 +234,12 @@ def test_adapterhub_computes_the_same(family: str, placement: str, tmp_path: Pat
         base, kind = tmp_path / "base", "CausalLM"
     assert train(World(), tree) == 0
     close_log()
-    probe = Probe.load(tmp_path / "run" / "probe.safetensors")
+    probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
     rows, out = json.dumps(probe.input_ids.tolist()), tmp_path / "out.npy"
     run = tmp_path / "run" / "adapter"
     done = adapterhub("-c", COMPUTES, base, run, out, f"AutoModelFor{kind}", rows)
     assert done.returncode == 0, done.stderr
-    found = compare(torch.from_numpy(np.load(out)), probe)
+    found = compare_logits(torch.from_numpy(np.load(out)), probe)
     print(f"{family}, {placement}: {found}")
     assert found.relative < 1e-4
 
@@ -275,7 +275,7 @@ def test_adapterhubs_own_fusion_is_read(tmp_path: Path) -> None:
     done = adapterhub("-c", WRITES, tmp_path / "base", out, *ids)
     assert done.returncode == 0, done.stderr
     _, built, _, _ = build(World(), whole)
-    with inference(built.model):
+    with inference_mode(built.model):
         logits = built.model(input_ids=torch.tensor([ids]), use_cache=False).logits
     error = (logits - torch.from_numpy(np.load(f"{out}.npy"))).abs().max()
     print(f"fusion: max error {error:.1e} of logits up to {logits.abs().max():.2f}")

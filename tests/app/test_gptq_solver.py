@@ -10,36 +10,36 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.app import gptq_solver as solve_app
-from dist_peft.app.gptq_solver import calibration_windows, solve
-from dist_peft.app.model_setup import Built, load, prepare
+from dist_peft.app.gptq_solver import make_calibration_sequences, solve_gptq_codes
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.gptq import factorize, gram, solve_rows
+from dist_peft.quant.gptq import compute_gram, factorize_hessian, solve_weight_rows
 from tests.app.commands.test_quantize import GPTQ
 from tests.support.tiny_runs import save_records, tiny_tree
 
 CPU = torch.device("cpu")
 
 
-def built_of(directory: Path, **quant: Any) -> tuple[Built, RunConfig]:
+def built_of(directory: Path, **quant: Any) -> tuple[LoadedModel, RunConfig]:
     tree = tiny_tree(directory, base__quant={**GPTQ, **quant}, adapter={"kind": "none"})
     save_records(directory / "train.jsonl", 30, 10)
     config = parse_config(tree)
-    return load(prepare(config, World(), solving=True), config, World(), CPU), config
+    return load_weights(build_model(config, World(), solving=True), config, World(), CPU), config
 
 
-def linear_of(built: Built, name: str) -> FrozenLinear:
+def linear_of(built: LoadedModel, name: str) -> FrozenLinear:
     (found,) = (m for n, m in built.model.named_modules() if n.endswith(name))
     assert isinstance(found, FrozenLinear)
     return found
 
 
 @torch.no_grad()
-def inputs_of(built: Built, linear: FrozenLinear, windows: Tensor) -> Tensor:
+def inputs_of(built: LoadedModel, linear: FrozenLinear, windows: Tensor) -> Tensor:
     """What it reads in the model as it is now, all windows together."""
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
@@ -54,15 +54,15 @@ def test_each_linear_is_solved_on_what_the_solved_ones_before_it_give(
     name: str, tmp_path: Path
 ) -> None:
     built, config = built_of(tmp_path)
-    windows = calibration_windows(config, built, World())
+    windows = make_calibration_sequences(config, built, World())
     assert windows.shape == (3, 24)
-    solve(built, windows, World())
+    solve_gptq_codes(built, windows, World())
     linear = linear_of(built, name)
     # all before it are final, so the finished model shows the inputs it was solved with
-    hessian = gram(inputs_of(built, linear, windows)).double()
+    hessian = compute_gram(inputs_of(built, linear, windows)).double()
     codec = AffineCodec(3, 16)
     weight = _weight(tmp_path, f"model.{name}.weight")
-    expected = solve_rows(weight, factorize(hessian, 16), codec)
+    expected = solve_weight_rows(weight, factorize_hessian(hessian, 16), codec)
     same = (linear.packed == expected).all(1)
     assert same.float().mean() > 0.9  # sums in float and in integers differ in the last bits
 
@@ -75,23 +75,23 @@ def test_a_sample_far_above_the_first_changes_the_unit_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, config = built_of(tmp_path)
-    windows = calibration_windows(config, built, World())
-    solve(built, windows, World())
+    windows = make_calibration_sequences(config, built, World())
+    solve_gptq_codes(built, windows, World())
     expected = {n: p.clone() for n, p in built.model.named_parameters() if n.endswith(".packed")}
     # as if the first sample had been very small: its sum is void, and taken again
-    monkeypatch.setattr(solve_app, "largest_entry", lambda own: 1e-9)
+    monkeypatch.setattr(solve_app, "find_largest_entry", lambda own: 1e-9)
     again, _ = built_of(tmp_path)
-    solve(again, windows, World())
+    solve_gptq_codes(again, windows, World())
     for name, packed in expected.items():
-        assert (again.parameter(name) == packed).float().mean() > 0.99, name
+        assert (again.get_parameter(name) == packed).float().mean() > 0.99, name
 
 
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
     built, config = built_of(tmp_path)
-    windows = calibration_windows(config, built, World())
+    windows = make_calibration_sequences(config, built, World())
     built.model.model.embed_tokens.weight.data[int(windows[1, 3])] = float("inf")
     with pytest.raises(UserError, match=r"infinite or NaN inputs for model\.layers\.0\.self_attn"):
-        solve(built, windows, World())
+        solve_gptq_codes(built, windows, World())
 
 
 def test_windows_are_deterministic_and_capped(
@@ -99,10 +99,10 @@ def test_windows_are_deterministic_and_capped(
 ) -> None:
     built, config = built_of(tmp_path, calibration_samples=500, calibration_tokens=4096)
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        windows = calibration_windows(config, built, World())
-    assert windows.shape[1] == built.skeleton.positions == 64
+        windows = make_calibration_sequences(config, built, World())
+    assert windows.shape[1] == built.skeleton.max_positions == 64
     assert f"text for {len(windows)} calibration sequences of 64 tokens, not for 500" in caplog.text
-    assert torch.equal(windows, calibration_windows(config, built, World()))
+    assert torch.equal(windows, make_calibration_sequences(config, built, World()))
     train = config.train.model_copy(update={"seed": 7})
-    other = calibration_windows(config.model_copy(update={"train": train}), built, World())
+    other = make_calibration_sequences(config.model_copy(update={"train": train}), built, World())
     assert not torch.equal(windows, other)

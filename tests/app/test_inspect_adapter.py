@@ -13,7 +13,7 @@ import pytest
 import transformers as tf
 from safetensors.torch import load_file
 
-from dist_peft.app.commands.inspect import describe
+from dist_peft.app.commands.inspect import describe_path
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -39,7 +39,7 @@ def counted(file: Path) -> str:
 
 
 def described(path: Path) -> str:
-    return "\n".join(describe(path)) + "\n"
+    return "\n".join(describe_path(path)) + "\n"
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -154,6 +154,6 @@ def test_unknown_method_without_its_library(tmp_path: Path) -> None:
     config = {"config": {"architecture": "prefix_tuning"}, "model_name": "x", "version": "1"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"adapter\.safetensors does not exist"):
-        describe(tmp_path)
+        describe_path(tmp_path)
     (tmp_path / "pytorch_adapter.bin").write_bytes(b"x")
     assert "AdapterHub's prefix_tuning\n" in described(tmp_path)

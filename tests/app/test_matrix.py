@@ -26,16 +26,16 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.qalora.format import as_expanded
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
+from dist_peft.adapters.qalora.format import expand_to_plain_lora
 from dist_peft.app import cli
 from dist_peft.core.config.io import load_config
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import Probe, compare
-from dist_peft.model.skeleton import find_blocks
+from dist_peft.export.verify import Probe, compare_logits
+from dist_peft.model.skeleton import find_decoder_blocks
 from dist_peft.quant.codec import make_codec
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import run_config
@@ -171,8 +171,8 @@ def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str
 
 def same_probe(run: Path, whole: Path, tolerance: float) -> None:
     """The trained models' logits, in relation to what training changed."""
-    probe = Probe.load(whole / "probe.safetensors")
-    difference = compare(Probe.load(run / "probe.safetensors").trained, probe)
+    probe = Probe.load_probe(whole / "probe.safetensors")
+    difference = compare_logits(Probe.load_probe(run / "probe.safetensors").trained, probe)
     assert difference.relative < tolerance, f"the adapters differ: {difference}"
 
 
@@ -182,7 +182,7 @@ def same_probe(run: Path, whole: Path, tolerance: float) -> None:
 def reload(run: Path, data: Path, method: str, base: str) -> None:
     if method in ("bottleneck", "fusion"):
         return reload_here(run, 1e-2 if base == "bf16" else 1e-5)
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     if method in PEFT:
         model = with_peft(run, decoded_base(data, base), method)
     else:
@@ -194,7 +194,7 @@ def reload(run: Path, data: Path, method: str, base: str) -> None:
         model = tf.AutoModelForCausalLM.from_pretrained(out, dtype=probe_dtype(base))
     with torch.no_grad():
         logits = model.eval()(input_ids=probe.input_ids).logits[:, -probe.input_ids.shape[1] :]
-    difference = compare(logits.float(), probe)
+    difference = compare_logits(logits.float(), probe)
     print(f"reloaded: {difference}")
     # merged weights are bfloat16 in their files
     assert difference.relative < (0.2 if base == "bf16" or method not in PEFT else 1e-3)
@@ -211,25 +211,25 @@ def decoded_base(data: Path, base: str) -> Any:
     model = tf.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     quant = BASES[base]["base__quant"]
     codec = make_codec(None if quant is None else QuantConfig(**quant), dtype)
-    for block in find_blocks(model):
+    for block in find_decoder_blocks(model):
         for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
-            packed = codec.encode(linear.weight.detach().float())
-            linear.weight.data = codec.decode(packed, linear.in_features, dtype)
+            packed = codec.quantize_to_packed(linear.weight.detach().float())
+            linear.weight.data = codec.dequantize_rows(packed, linear.in_features, dtype)
     return model
 
 
 def with_peft(run: Path, model: Any, method: str) -> Any:
     directory = run / "adapter"
     if method == "qalora":
-        public = as_expanded(read_adapter(directory))
+        public = expand_to_plain_lora(read_adapter_directory(directory))
         directory = run / "expanded"
-        write_adapter(directory, public, {})
+        write_adapter_directory(directory, public, {})
     return PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
 
 
 def reload_here(run: Path, tolerance: float) -> None:
     """A new run that starts from the files has the old one's last held-out loss at its start."""
-    assert read_adapter(run / "adapter").config["model_class"] == "LlamaForCausalLM"
+    assert read_adapter_directory(run / "adapter").config["model_class"] == "LlamaForCausalLM"
     tree = load_config(run / "config.yaml")
     section = tree.adapter.model_copy(update={"init_from": str(run / "adapter")})
     save = tree.save.model_copy(update={"dir": str(run / "again")})

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train as train_once
-from dist_peft.app.trainer import Session
+from dist_peft.app.commands.train import train_from_config as train_once
+from dist_peft.app.trainer import Trainer
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -94,13 +94,13 @@ def test_base_that_is_gone_does_not_fail_a_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when its directory was unmounted: the adapter is written, the figure is not."""
-    real = Session._fusion_attention
+    real = Trainer._measure_fusion_attention
 
-    def remove_base(self: Session) -> Any:
+    def remove_base(self: Trainer) -> Any:
         (tmp_path / "base" / "model.safetensors").unlink()
         return real(self)
 
-    monkeypatch.setattr(Session, "_fusion_attention", remove_base)
+    monkeypatch.setattr(Trainer, "_measure_fusion_attention", remove_base)
     tree = tiny_tree(tmp_path, base__quant=NF4, adapter={"r": 3, "init": "pissa"}, data__eval=[])
     assert train_once(parse_config(tree), World()) == 0
     close_log()

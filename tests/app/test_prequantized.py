@@ -11,14 +11,14 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.app import cli
-from dist_peft.app.model_setup import prepare
+from dist_peft.app.model_setup import build_model
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.merged_weights import open_walk
-from dist_peft.export.verify import Probe, compare
+from dist_peft.export.merged_weights import open_merged_weights
+from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.quant.affine import AffineCodec
 from tests.app.test_resume import losses, train
 from tests.support import packed
@@ -108,7 +108,7 @@ def test_the_run_keeps_what_the_directory_is(run: Path) -> None:
     assert config.base.quant == INT4
     about = json.loads((run / "adapter" / "dist_peft.json").read_text())
     assert about["quant"]["kind"] == "int" and about["quant"]["group_size"] == packed.GROUP
-    assert prepare(config, World()).config == config
+    assert build_model(config, World()).config == config
 
 
 def test_eval_of_base_and_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,24 +124,26 @@ def test_codes_are_kept_and_the_merge_is_exact(
 ) -> None:
     codec, plain = AffineCodec(4, packed.GROUP), load_file(bases["plain"] / "model.safetensors")
     config = load_config(run / "config.yaml")
-    with open_walk(config.base, bases["gptq"], run / "adapter", "codes") as walk:
-        for weight in (w for w in walk.weights if w.in_block):
-            span = next(iter(walk.spans(weight)))
-            found = walk.parts(weight, span)
-            wanted = codec.split(codec.encode(plain[weight.name]), weight.columns)
+    with open_merged_weights(config.base, bases["gptq"], run / "adapter", "codes") as walk:
+        for weight in (w for w in walk.weights if w.is_block_linear):
+            span = next(iter(walk.iterate_spans(weight)))
+            found = walk.read_affine_parts(weight, span)
+            wanted = codec.split_packed_rows(
+                codec.quantize_to_packed(plain[weight.name]), weight.num_columns
+            )
             assert torch.equal(found.codes, wanted.codes)
             assert torch.equal(found.scale, wanted.scale)
             assert not torch.equal(found.zero, wanted.zero.float())
-        walk.check_complete()
+        walk.check_all_consumed()
     out = tmp_path / "out"
     argv = ["export", "--format", "hf-metal", "--run", str(run), "--out", str(out)]
     assert cli.main(argv) == 0
     text = capsys.readouterr().err
     assert "codes kept, adapter in the biases" in text and "logits against the trained" in text
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     model = tf.AutoModelForCausalLM.from_pretrained(out, device_map="cpu", dtype="auto").eval()
     with torch.no_grad():
-        error = compare(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
+        error = compare_logits(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
     print(f"QA-LoRA on GPTQ, merged: {error}")
     assert error.relative < 1e-3
 
@@ -166,10 +168,10 @@ def test_merge_has_no_original(
     assert text.count("is already quantized (gptq_v2): the adapter is merged into its deq") == 1
     config = packed.read_config(tmp_path / "out")
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
-        error = compare(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
+        error = compare_logits(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
     assert error.relative < 0.1  # rounding of the weights to bf16
 
 
@@ -201,7 +203,7 @@ def test_a_linear_without_codes_stays_out_of_integer_formats(
     assert {n for n in names if "k_proj" in n} == {
         f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)
     }
-    prepared = prepare(parse_config(tree_of(tmp_path / "b", out, adapter=targets)), World())
+    prepared = build_model(parse_config(tree_of(tmp_path / "b", out, adapter=targets)), World())
     assert prepared.config.base.quant == INT4  # and what we wrote is a base again
 
 

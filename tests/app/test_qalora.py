@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_peft.adapters.mergers import open_adapter_merger
-from dist_peft.adapters.qalora.merge import lost_share
+from dist_peft.adapters.qalora.merge import measure_lost_share
 from dist_peft.app import cli
 from dist_peft.core.config.io import load_config
 from dist_peft.core.log import close_log
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.export.merge_weights import merge_model
-from dist_peft.export.verify import Probe, compare
+from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from tests.app.test_equality import (
     Outcome,
@@ -154,11 +154,13 @@ class Exact:
             if ".layers." not in name or not name.endswith("proj.weight"):
                 continue
             span = Span(0, weight.shape[0])
-            parts = self.codec.split(self.codec.encode(weight), weight.shape[1])
+            parts = self.codec.split_packed_rows(
+                self.codec.quantize_to_packed(weight), weight.shape[1]
+            )
             self.original[name] = self.merged[name] = parts
-            if self.merger.touches(name):
-                self.merged[name] = self.merger.merge_parts(name, parts, span)
-                self.changes[name] = self.merger.group_change(name, parts, span)
+            if self.merger.changes_weight(name):
+                self.merged[name] = self.merger.merge_affine_parts(name, parts, span)
+                self.changes[name] = self.merger.compute_group_change(name, parts, span)
 
     @torch.no_grad()
     def logits(self, parts: dict[str, AffineParts], ids: Tensor) -> Tensor:
@@ -174,16 +176,16 @@ class Exact:
 def test_merge_into_zeros_is_exact(run: tuple[int, Path, Path]) -> None:
     """Merged codes, computed by plain transformers, against base + adapter as trained."""
     exact = Exact(*run)
-    probe = Probe.load(run[2] / "probe.safetensors")
-    before = compare(exact.logits(exact.original, probe.input_ids), probe)
+    probe = Probe.load_probe(run[2] / "probe.safetensors")
+    before = compare_logits(exact.logits(exact.original, probe.input_ids), probe)
     assert before.relative == pytest.approx(1.0, rel=1e-3)  # the bare base, as it was
-    found = compare(exact.logits(exact.merged, probe.input_ids), probe)
+    found = compare_logits(exact.logits(exact.merged, probe.input_ids), probe)
     print(f"int{run[0]}: {found.relative:.1e} of what training changed; {found}")
     assert found.relative < 2e-4 and found.max_error < 1e-4
     for name, merged in exact.merged.items():
         assert torch.equal(merged.codes, exact.original[name].codes)
         assert torch.equal(merged.scale, exact.original[name].scale)
-    assert exact.merger.unused() == []
+    assert exact.merger.list_unused_tensors() == []
 
 
 def test_unmerge_gives_the_base_back(run: tuple[int, Path, Path]) -> None:
@@ -246,7 +248,7 @@ def test_adapter_of_another_program_is_exported_as_a_run(
 def test_integer_zeros_would_lose_it(run: tuple[int, Path, Path]) -> None:
     exact = Exact(*run)
     pieces = [(exact.original[name], change) for name, change in exact.changes.items()]
-    share = lost_share(pieces, run[0])
+    share = measure_lost_share(pieces, run[0])
     print(f"int{run[0]}: {share:.1%} of the adapter would be lost")
     assert share > 0.5
 
@@ -256,10 +258,10 @@ def test_merge_into_the_decoded_rows(run: tuple[int, Path, Path], tmp_path: Path
     config = load_config(run[2] / "config.yaml")
     out = tmp_path / "out"
     merge_model(config.base, run[1], run[2] / "adapter", out, into="decoded", dtype=torch.float32)
-    probe = Probe.load(run[2] / "probe.safetensors")
+    probe = Probe.load_probe(run[2] / "probe.safetensors")
     model = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
-        found = compare(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
+        found = compare_logits(model(input_ids=probe.input_ids, use_cache=False).logits, probe)
     assert found.relative < 2e-4
 
 
@@ -273,7 +275,7 @@ def test_adapter_formats(run: tuple[int, Path, Path], tmp_path: Path, name: str)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config.get("use_qalora", False) == (name == "peft")
     exact = Exact(bits, base, directory)
-    probe = Probe.load(directory / "probe.safetensors")
+    probe = Probe.load_probe(directory / "probe.safetensors")
     if name == "peft":  # needs gptqmodel's linears: tests/adapters/qalora/test_format.py
         with pytest.raises(RuntimeError, match="size mismatch"):
             PeftModel.from_pretrained(exact.model, tmp_path / "out")
@@ -281,7 +283,7 @@ def test_adapter_formats(run: tuple[int, Path, Path], tmp_path: Path, name: str)
     exact.logits(exact.original, probe.input_ids)  # puts the base as trained into the model
     adapted = PeftModel.from_pretrained(exact.model, tmp_path / "out").eval()
     with torch.no_grad():
-        found = compare(adapted(input_ids=probe.input_ids, use_cache=False).logits, probe)
+        found = compare_logits(adapted(input_ids=probe.input_ids, use_cache=False).logits, probe)
     print(f"int{bits}, PEFT: {found.relative:.1e} of what training changed")
     assert found.relative < 2e-4
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
@@ -30,7 +30,7 @@ def held_out_loss(shared_data: Path, tmp_path: Path, quant: dict[str, Any] | Non
     tree["engine"] = {"activation_checkpointing": False}
     del tree["train"]["eps"]  # as users train
     tree["train"] |= {"steps": 40, "global_batch": 2, "lr": 1e-2}
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     records = read_metrics(tmp_path / name / "metrics.jsonl")
     before, after = records[0].eval_loss_before, records[-1].eval_loss
     assert before is not None

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
-from dist_peft.app.quantized_base import quantize
+from dist_peft.app.commands.train import train_from_config
+from dist_peft.app.quantized_base import quantize_base
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -43,7 +43,7 @@ def tree(tmp_path: Path) -> dict[str, Any]:
 
 
 def write(world: World, tree: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
-    quantize(parse_config(tree), out, world, CPU)
+    quantize_base(parse_config(tree), out, world, CPU)
     return load_file(out / "model.safetensors")
 
 
@@ -90,7 +90,7 @@ def test_directory(solver: str, tree: dict[str, Any], tmp_path: Path) -> None:
     assert len(inside) == 14
     for name in inside:
         packed = tensors.pop(name.replace(".weight", ".packed"))
-        assert torch.equal(packed, codec.encode(base.pop(name)))
+        assert torch.equal(packed, codec.quantize_to_packed(base.pop(name)))
     assert tensors.keys() == base.keys()
     assert all(torch.equal(tensors[name], base[name]) for name in base)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -142,7 +142,7 @@ def test_failure_leaves_nothing(
     def full(*args: Any, **options: object) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("dist_peft.app.quantized_base.copy_configuration", full)
+    monkeypatch.setattr("dist_peft.app.quantized_base.copy_model_files", full)
     tree["base"]["quant"] = {"kind": "int", "group_size": 32}
     with pytest.raises(UserError, match="the disk is full"):
         write(World(), tree, tmp_path / "out")
@@ -159,7 +159,7 @@ def test_an_unusable_directory_is_told_before_solving(
     if place == "full/out":
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, free=9))
         message = r"needs [\d,]+ bytes in all, 9 are free"
-    monkeypatch.setattr("dist_peft.app.quantized_base.solve", None)
+    monkeypatch.setattr("dist_peft.app.quantized_base.solve_gptq_codes", None)
     with pytest.raises(UserError, match=message):
         write(World(), tree, tmp_path / place)
     assert not list(tmp_path.glob("full/.*"))
@@ -173,7 +173,7 @@ def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
         return next(calls) == asked and world.rank == world.size - 1
 
     with mock.patch("dist_peft.app.commands.train._catch_signals", return_value=nullcontext(stop)):
-        return train(parse_config(tree), world)
+        return train_from_config(parse_config(tree), world)
 
 
 @pytest.mark.dist
@@ -191,7 +191,7 @@ def on_the_base_of_a_run(directory: Path, tree: dict[str, Any]) -> dict[str, Any
 
 def test_training_solves_once_and_goes_on_there(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["train"]["steps"] = 1
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     packed = (tmp_path / "run" / "base" / "model.safetensors").read_bytes()
     write(World(), tree, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == packed
@@ -200,7 +200,7 @@ def test_training_solves_once_and_goes_on_there(tree: dict[str, Any], tmp_path: 
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(tmp_path / "base")
     tree["train"]["steps"] = 2
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     told = (tmp_path / "run" / "log.txt").read_text()
     assert "the base was solved before" in told and "at step 1" in told
     assert "has no effect" not in told
@@ -209,7 +209,7 @@ def test_training_solves_once_and_goes_on_there(tree: dict[str, Any], tmp_path: 
     assert cli.main(with_config) == 2  # rounding to nearest is not what was asked for
     tree["train"]["seed"] = 5
     with pytest.raises(UserError, match=r"run/base was made from another calibration \(seed"):
-        train(parse_config(tree), World())
+        train_from_config(parse_config(tree), World())
     with pytest.raises(UserError, match=r"is quantized already \(dist_peft\)"):
         write(World(), on_the_base_of_a_run(tmp_path, tree), tmp_path / "again")
     moved = (tmp_path / "run").rename(tmp_path / "moved")

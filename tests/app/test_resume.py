@@ -12,7 +12,7 @@ from dist_peft.app.commands import train as train_app
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import run_config
 from tests.support.dist import run_ranks
@@ -34,7 +34,7 @@ def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> 
         mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)),
         mock.patch("dist_peft.train.report.PLOTS", ()),
     ):
-        return train_app.train(parse_config(tree), world)
+        return train_app.train_from_config(parse_config(tree), world)
 
 
 def losses(directory: Path) -> list[float]:
@@ -66,7 +66,9 @@ def test_resumed_at_other_ranks(
     assert run_ranks(train, 2, cut, STOP) == [75, 75]
     assert len(losses(tmp_path / "cut")) == STOP
     checkpoint = tmp_path / "cut" / "checkpoints" / f"step-{STOP:06d}"
-    assert Checkpoints.position(checkpoint).samples == STOP * whole["train"]["global_batch"]
+    assert (
+        CheckpointManager.read_position(checkpoint).samples == STOP * whole["train"]["global_batch"]
+    )
     assert run_ranks(train, ranks, cut) == [0] * ranks
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "cut")), torch.tensor(expected), rtol=1e-6, atol=0

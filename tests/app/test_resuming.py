@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from dist_peft.app import resuming
-from dist_peft.app.resuming import check_resumable, may_change
+from dist_peft.app.resuming import check_run_is_resumable, may_change_on_resume
 from dist_peft.core.agreement import flatten_tree
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
@@ -65,7 +65,7 @@ def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
     others["weights"] = (others["weights"][0], f"step-000001 {other_base}")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")
     with mock.patch(
-        "dist_peft.app.commands.train.load", side_effect=AssertionError("base was loaded")
+        "dist_peft.app.commands.train.load_weights", side_effect=AssertionError("base was loaded")
     ):
         for name, (tree, text) in others.items():
             with pytest.raises(UserError, match=re.escape(text)) as caught:
@@ -132,7 +132,9 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
     sources = [{"path": "x", "format": "completion", "columns": {"prompt": "p"}}]
     tree = {"base": {"path": "b"}, "data": {"train": sources, "eval": sources}}
     keys = set(flatten_tree(parse_config(tree).model_dump(mode="json")))
-    refused = {key for key in keys if not may_change(key) and not key.startswith("resume")}
+    refused = {
+        key for key in keys if not may_change_on_resume(key) and not key.startswith("resume")
+    }
     assert refused == {
         "base.compute_dtype",
         "base.head",
@@ -142,8 +144,12 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         *(f"train.{k}" for k in ("betas", "eps", "global_batch", "optimizer", "precision")),
         *(f"train.{k}" for k in ("seed", "shuffle", "tasks")),
     }
-    assert not may_change("train.unknown") and not may_change("adapter.adapters[0].name")
-    assert may_change("adapter.adapters[12].path") and may_change("data.train[3].path")
+    assert not may_change_on_resume("train.unknown") and not may_change_on_resume(
+        "adapter.adapters[0].name"
+    )
+    assert may_change_on_resume("adapter.adapters[12].path") and may_change_on_resume(
+        "data.train[3].path"
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,15 +159,15 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
 def test_optimizer_of_the_same_algorithm(before: str, now: str, good: bool) -> None:
     found = RunPosition(1, 2, 0, "", {"train.optimizer": before})
     if good:
-        check_resumable(Path("c"), found, {"train.optimizer": now})
+        check_run_is_resumable(Path("c"), found, {"train.optimizer": now})
     else:
         with pytest.raises(UserError, match=r"train\.optimizer"):
-            check_resumable(Path("c"), found, {"train.optimizer": now})
+            check_run_is_resumable(Path("c"), found, {"train.optimizer": now})
 
 
 def test_checkpoint_of_the_first_format_is_refused() -> None:
     with pytest.raises(UserError, match="written by an earlier version"):
-        check_resumable(Path("c"), RunPosition(1, 2, 0, "", {}, 1), {"train.lr": 1})
+        check_run_is_resumable(Path("c"), RunPosition(1, 2, 0, "", {}, 1), {"train.lr": 1})
 
 
 def test_date_in_the_template_is_that_of_the_first_start(tmp_path: Path) -> None:

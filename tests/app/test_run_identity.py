@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_peft.app.run_identity import rank_configuration, run_values
+from dist_peft.app.run_identity import describe_run_values, flatten_rank_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -121,7 +121,7 @@ def test_same_contents_elsewhere_are_the_same_run(tmp_path: Path) -> None:
 def test_configuration_never_raises(tmp_path: Path) -> None:
     """A rank whose configuration cannot work must come to the comparison like the others."""
     tree = tiny_tree(tmp_path, engine={"kind": "single", "deepspeed_config": "/nowhere.json"})
-    values = rank_configuration(parse_config(tree), World(1, 2, 1, 2))
+    values = flatten_rank_config(parse_config(tree), World(1, 2, 1, 2))
     assert values["engine.kind"] == "single"
     assert str(values["contents of engine.deepspeed_config"]).startswith("unreadable")
     assert not any(key.endswith((".path", "cache_dir")) for key in values)
@@ -132,15 +132,15 @@ def test_relative_save_dir_of_another_directory_differs(
 ) -> None:
     config = parse_config(tiny_tree(tmp_path, save={"dir": "run"}))
     monkeypatch.chdir(tmp_path)
-    here = rank_configuration(config, World())["save.dir"]
+    here = flatten_rank_config(config, World())["save.dir"]
     assert here == str(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "base")
-    assert rank_configuration(config, World())["save.dir"] != here
+    assert flatten_rank_config(config, World())["save.dir"] != here
 
 
 def test_values_of_a_run_are_json_and_whole(tmp_path: Path) -> None:
     config, built, loaders, _ = build(World(), tiny_tree(tmp_path))
-    values = run_values(config, built, loaders, World())
+    values = describe_run_values(config, built, loaders, World())
     assert json.loads(json.dumps(values)) == values
     assert values["adapter.r"] == 4 and values["train.betas"] == [0.9, 0.999]
     assert str(values["contents of data.train"]).startswith("8 rows, fingerprint ")

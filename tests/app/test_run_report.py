@@ -2,22 +2,24 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.app.run_report import add_section, start_report
+from dist_peft.app.run_report import add_report_section, write_run_report
 from dist_peft.core.errors import UserError
-from dist_peft.train.report import RunSummary, Section
+from dist_peft.train.report import ReportSection, RunSummary
 
 SUMMARY = RunSummary("a/base", "lora", "nf4", "single", 1, (("Trained parameters", "12,345"),))
 
 
 def test_sections_are_added_and_replaced(tmp_path: Path) -> None:
-    start_report(tmp_path, SUMMARY)
-    add_section(tmp_path, Section("Merge", rows=(("Error", "first value"),)))
-    add_section(tmp_path, Section("Samples", texts=(("prompt", "a\nstory"),)))
-    page = add_section(tmp_path, Section("Merge", rows=(("Error", "second value"),))).read_text()
+    write_run_report(tmp_path, SUMMARY)
+    add_report_section(tmp_path, ReportSection("Merge", rows=(("Error", "first value"),)))
+    add_report_section(tmp_path, ReportSection("Samples", texts=(("prompt", "a\nstory"),)))
+    page = add_report_section(
+        tmp_path, ReportSection("Merge", rows=(("Error", "second value"),))
+    ).read_text()
     for text in ("a/base", "12,345", "second value", "a\nstory"):
         assert text in page
     assert "first value" not in page
-    again = start_report(tmp_path, SUMMARY).read_text()  # a run that finished anew
+    again = write_run_report(tmp_path, SUMMARY).read_text()  # a run that finished anew
     assert "second value" not in again and "12,345" in again
 
 
@@ -26,4 +28,4 @@ def test_unreadable_description_is_named(tmp_path: Path, content: str | None) ->
     if content is not None:
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(UserError, match=r"report\.json is not readable .*finish the run first"):
-        add_section(tmp_path, Section("Merge"))
+        add_report_section(tmp_path, ReportSection("Merge"))

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.tasks import refuse_tasks, task_configs, task_runs
+from dist_peft.app.tasks import list_task_runs, refuse_separate_tasks, split_task_configs
 from dist_peft.core.config.io import dump_config, load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -31,7 +31,7 @@ NAMES = ("long", "short", "other")
 
 def not_drawing() -> Any:
     """Without the reports' images, which take seconds and are tested elsewhere."""
-    return mock.patch.object(report, "draw", return_value=b"")
+    return mock.patch.object(report, "draw_plot", return_value=b"")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_task_is_the_run_of_its_source_alone(tmp_path: Path) -> None:
     assert train(World(), list_tree(tmp_path)) == 0
     close_log()
     run = tmp_path / "run"
-    assert list(task_runs(run)) == list(NAMES)
+    assert list(list_task_runs(run)) == list(NAMES)
     for name in NAMES[1:]:
         task = run / "tasks" / name
         assert train(World(), alone(task, tmp_path / name, {})) == 0
@@ -136,7 +136,7 @@ def test_task_is_the_run_of_its_source_alone_on_two_ranks(tmp_path: Path) -> Non
     for number, engine in enumerate(engines):
         save = {"dir": str(tmp_path / f"run{number}"), "every": 0}
         trees.append({**whole, "engine": engine, "save": save})
-        task = task_configs(parse_config(trees[-1]))["short"].model_dump(mode="json")
+        task = split_task_configs(parse_config(trees[-1]))["short"].model_dump(mode="json")
         save = {**task["save"], "dir": str(tmp_path / f"alone{number}")}
         trees.append({**task, "save": save, "engine": engine})
     assert run_ranks(all_trained, 2, trees, timeout=400) == [[0] * len(trees)] * 2
@@ -278,8 +278,8 @@ def test_damaged_tasks_file_is_named(tmp_path: Path) -> None:
 
 
 def test_ordinary_run_has_no_tasks(tmp_path: Path) -> None:
-    assert task_runs(tmp_path) == {}
+    assert list_task_runs(tmp_path) == {}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "config.yaml").write_text(dump_config(parse_config(list_tree(tmp_path))))
-    assert task_runs(tmp_path) == {}
-    refuse_tasks(tmp_path)
+    assert list_task_runs(tmp_path) == {}
+    refuse_separate_tasks(tmp_path)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_peft.app.trainer import Session
+from dist_peft.app.trainer import Trainer
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train import loop
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.commands.test_train import train
 from tests.app.test_equality import build
@@ -30,14 +30,14 @@ def test_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     tree = tiny_tree(tmp_path, data__eval=[])
     calls = []
-    real = loop.token_loss
+    real = loop.sum_token_loss
 
     def poisoned(*args: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args) * (torch.nan if len(calls) > 2 else 1)  # two rows a step
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "token_loss", poisoned)
+        patch.setattr(loop, "sum_token_loss", poisoned)
         with pytest.raises(UserError, match=r"step 2: loss nan.*train\.lr"):
             train(tree)
     run = tmp_path / "run"
@@ -80,10 +80,10 @@ def test_ends_at_the_checkpoint_after_its_last_step(tmp_path: Path) -> None:
     assert train(tree) == 0
     second, third = sorted((tmp_path / "run" / "checkpoints").iterdir())
     session = session_of(tree, tmp_path)
-    assert session.ends_at(third) and not session.ends_at(second)
+    assert session.is_final_checkpoint(third) and not session.is_final_checkpoint(second)
 
 
-def session_of(tree: dict[str, Any], tmp_path: Path) -> Session:
+def session_of(tree: dict[str, Any], tmp_path: Path) -> Trainer:
     config, built, loaders, call = build(World(), tree)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 2, World())
-    return Session(config, World(), built, call, loaders, checkpoints, tmp_path / "run")
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", 2, World())
+    return Trainer(config, World(), built, call, loaders, checkpoints, tmp_path / "run")

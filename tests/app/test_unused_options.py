@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_peft.app.commands import train as train_app
-from dist_peft.app.unused_options import idle_options, warn_of_idle_options
+from dist_peft.app.unused_options import find_unused_options, warn_unused_options
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -26,7 +26,7 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 def idle(
     kind: str = "fsdp2", ranks: int = 2, widest: int = 128, device: str = "cuda", **sections: Any
 ) -> list[str]:
-    return list(idle_options(config(**sections), kind, ranks, widest, device))
+    return list(find_unused_options(config(**sections), kind, ranks, widest, device))
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2", "zero"])
@@ -143,8 +143,8 @@ def test_widest_linear_is_of_the_blocks(tmp_path: Path, caplog: pytest.LogCaptur
     found = parse_config(tiny_tree(tmp_path, base__quant={"group_size": 4096}))
     skeleton = build_skeleton(found.base, tmp_path / "base")
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        warn_of_idle_options(found, World(), skeleton.model, "cpu")
-    widest = skeleton.config.intermediate_size
+        warn_unused_options(found, World(), skeleton.model, "cpu")
+    widest = skeleton.model_config.intermediate_size
     assert f"group_size 4096 is more than the largest in_features, {widest}:" in caplog.text
 
 
@@ -152,7 +152,7 @@ def test_engine_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     found = parse_config(tiny_tree(tmp_path, engine={"kind": "fsdp2"}))
     skeleton = build_skeleton(found.base, tmp_path / "base")
     with pytest.raises(UserError, match=r"engine\.kind is fsdp2 but there is one process"):
-        warn_of_idle_options(found, World(), skeleton.model, "cpu")
+        warn_unused_options(found, World(), skeleton.model, "cpu")
 
 
 @pytest.mark.dist
@@ -167,6 +167,6 @@ def test_a_job_says_it_once(tmp_path: Path) -> None:
 def train_job(world: World, tree: dict[str, Any]) -> str:
     """What the rank says on its standard error."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert train_app.train(parse_config(tree), world) == 0
+        assert train_app.train_from_config(parse_config(tree), world) == 0
         close_log()
     return said.getvalue()

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
-from dist_peft.app.verified_export import merge_run
+from dist_peft.app.commands.train import train_from_config
+from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -29,7 +29,10 @@ from tests.support.tiny_runs import tiny_tree
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on an NF4 base."""
     directory = tmp_path_factory.mktemp("export")
-    assert train(parse_config(tiny_tree(directory, base__quant={"kind": "nf4"})), World()) == 0
+    assert (
+        train_from_config(parse_config(tiny_tree(directory, base__quant={"kind": "nf4"})), World())
+        == 0
+    )
     close_log()
     return directory / "run"
 
@@ -52,7 +55,7 @@ def test_merge_writes_verifies_and_reports(
     argv = ["merge", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--base", "decoded"]
     assert cli.main(argv) == 0
     assert "logits against the trained model" in capsys.readouterr().err
-    probe = Probe.load(run_dir / "probe.safetensors")
+    probe = Probe.load_probe(run_dir / "probe.safetensors")
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     change = (probe.trained - probe.before).square().mean().sqrt()
     error = (logits(model.eval(), probe) - probe.trained).square().mean().sqrt()
@@ -63,7 +66,7 @@ def test_merge_writes_verifies_and_reports(
 
 def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
     before = (run_dir / "report.html").read_bytes()
-    merge_run(run_dir, tmp_path / "out", verify=None)
+    merge_finished_run(run_dir, tmp_path / "out", verify=None)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (run_dir / "report.html").read_bytes() == before
 
@@ -71,7 +74,7 @@ def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
 def test_hf_format_is_a_merge(run_dir: Path, tmp_path: Path) -> None:
     argv = ["export", "--format", "hf-bf16", "--run", str(run_dir), "--no-verify"]
     assert cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
-    merge_run(run_dir, tmp_path / "b", verify=None)
+    merge_finished_run(run_dir, tmp_path / "b", verify=None)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
 
@@ -84,7 +87,7 @@ def test_peft_format_is_an_adapter_that_peft_loads(run_dir: Path, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(base, out).eval()
-    probe = Probe.load(run_dir / "probe.safetensors")
+    probe = Probe.load_probe(run_dir / "probe.safetensors")
     found = logits(adapted, probe)
     with adapted.disable_adapter():
         plain = logits(adapted, probe)
@@ -96,10 +99,10 @@ def test_peft_format_is_an_adapter_that_peft_loads(run_dir: Path, tmp_path: Path
 
 def test_run_that_did_not_finish(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run directory"):
-        merge_run(tmp_path, tmp_path / "out")
+        merge_finished_run(tmp_path, tmp_path / "out")
     (tmp_path / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
     with pytest.raises(UserError, match="did not finish; resume it first"):
-        merge_run(tmp_path, tmp_path / "out")
+        merge_finished_run(tmp_path, tmp_path / "out")
 
 
 def test_several_processes_are_refused(
@@ -190,7 +193,7 @@ def qalora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
         },
     }
-    assert train(parse_config(tiny_tree(directory, **changes)), World()) == 0
+    assert train_from_config(parse_config(tiny_tree(directory, **changes)), World()) == 0
     close_log()
     return directory / "run"
 
@@ -271,7 +274,7 @@ def test_qalora_adapters(qalora_run: Path, tmp_path: Path) -> None:
     assert config["peft_type"] == "LORA" and config["use_qalora"]
     base = tf.AutoModelForCausalLM.from_pretrained(qalora_run.parent / "base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "peft-expanded").eval()
-    probe = Probe.load(qalora_run / "probe.safetensors")
+    probe = Probe.load_probe(qalora_run / "probe.safetensors")
     found = logits(adapted, probe)
     with adapted.disable_adapter():
         change = found - logits(adapted, probe)
@@ -284,11 +287,11 @@ def test_qalora_adapters(qalora_run: Path, tmp_path: Path) -> None:
 
 def damage_probe(run: Path, how: str) -> None:
     """Another trained model, whose logits the export cannot have."""
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     change = probe.trained - probe.before
     if how == "another base":
         far = 11 * change.roll(1, -1)
-        Probe(probe.input_ids, probe.trained + far, probe.before + far).save(
+        Probe(probe.input_ids, probe.trained + far, probe.before + far).save_probe(
             run / "probe.safetensors"
         )
         return
@@ -297,7 +300,7 @@ def damage_probe(run: Path, how: str) -> None:
         "nan": probe.trained * torch.nan,
         "lost": probe.before - change,
     }[how]
-    Probe(probe.input_ids, trained, probe.before).save(run / "probe.safetensors")
+    Probe(probe.input_ids, trained, probe.before).save_probe(run / "probe.safetensors")
 
 
 @pytest.mark.parametrize("how", ["slightly", "another base", "nan", "lost"])
@@ -417,7 +420,7 @@ def test_bitsandbytes_that_fails_on_this_machine(
     def fail(*args: object) -> None:
         raise VerificationError("bnb-nf4 cannot load it:\nAssertionError: N % block_n")
 
-    monkeypatch.setattr(verify_formats, "_elsewhere", fail)
+    monkeypatch.setattr(verify_formats, "_run_in_subprocess", fail)
     argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--format", "bnb-nf4"]) == 0
     err = capsys.readouterr().err

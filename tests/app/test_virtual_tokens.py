@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dist_peft.app import cli
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import Probe, compare
+from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.step_metrics import read_metrics
 from tests.app.test_equality import (
     NF4,
@@ -147,11 +147,11 @@ def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines(["export", "--format", "peft", "--run", str(run), "--out", str(out)], capsys)
     base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     adapted = PeftModel.from_pretrained(base, out, autocast_adapter_dtype=False).eval()
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     size = probe.input_ids.shape[1]
     with torch.no_grad():
         logits = adapted(input_ids=probe.input_ids).logits[:, -size:].float()
-    same = compare(logits, probe)
+    same = compare_logits(logits, probe)
     print(f"{case}: loss {found[0]:.4f} -> {found[-1]:.4f}; PEFT: {same}")
     assert same.relative < 1e-5
 

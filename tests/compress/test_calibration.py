@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.compress.calibration import capture, find_stages, watch_input
+from dist_peft.compress.calibration import capture_block_inputs, find_linear_stages, record_inputs
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
@@ -26,7 +26,7 @@ def loaded(family: str, directory: Path) -> Skeleton:
     base = BaseConfig(path=str(directory), compute_dtype="float32")
     skeleton = build_skeleton(base, directory)
     engine = SingleEngine(CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
+    engine.shard_model(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton
@@ -35,10 +35,10 @@ def loaded(family: str, directory: Path) -> Skeleton:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi", "gpt_neox", "opt"])
 def test_blocks_alone_give_the_inputs_of_the_next(family: str, tmp_path: Path) -> None:
     skeleton = loaded(family, tmp_path)
-    sample = capture(skeleton.model, skeleton.blocks, IDS)
-    with torch.no_grad(), watch_input(skeleton.blocks[1]) as expected:
+    sample = capture_block_inputs(skeleton.model, skeleton.blocks, IDS)
+    with torch.no_grad(), record_inputs(skeleton.blocks[1]) as expected:
         skeleton.model(input_ids=IDS, use_cache=False)
-        assert torch.equal(sample.run(skeleton.blocks[0], 0), expected[0])
+        assert torch.equal(sample.run_block(skeleton.blocks[0], 0), expected[0])
 
 
 @pytest.mark.parametrize(
@@ -55,16 +55,16 @@ def test_blocks_alone_give_the_inputs_of_the_next(family: str, tmp_path: Path) -
 def test_stages(family: str, expected: list[list[str]], tmp_path: Path) -> None:
     skeleton = loaded(family, tmp_path)
     block = skeleton.blocks[0]
-    sample = capture(skeleton.model, skeleton.blocks, IDS)
-    stages = find_stages(block, lambda: sample.run(block, 0))
+    sample = capture_block_inputs(skeleton.model, skeleton.blocks, IDS)
+    stages = find_linear_stages(block, lambda: sample.run_block(block, 0))
     names = {id(m): name.rpartition(".")[2] for name, m in block.named_modules()}
     assert [[names[id(linear)] for linear in stage] for stage in stages] == expected
 
 
 def test_what_samples_share_is_kept_once(tmp_path: Path) -> None:
     skeleton = loaded("gemma3", tmp_path)
-    first = capture(skeleton.model, skeleton.blocks, IDS)
-    second = capture(skeleton.model, skeleton.blocks, IDS.flip(1), first)
+    first = capture_block_inputs(skeleton.model, skeleton.blocks, IDS)
+    second = capture_block_inputs(skeleton.model, skeleton.blocks, IDS.flip(1), first)
     angles = [s.block_inputs[0][1]["position_embeddings"][0] for s in (first, second)]
     assert angles[0] is angles[1]
     assert not torch.equal(first.hidden, second.hidden)
@@ -89,6 +89,6 @@ class Odd(nn.Module):
 def test_what_cannot_be_calibrated_is_refused() -> None:
     model = Odd(calls=2, idle=True)
     with pytest.raises(UserError, match="Odd does not call its blocks one after the other"):
-        capture(model, [model.block], IDS)
+        capture_block_inputs(model, [model.block], IDS)
     with pytest.raises(UserError, match=r"calibration never reached odd\.weight"):
-        find_stages(model, lambda: model(IDS, False))
+        find_linear_stages(model, lambda: model(IDS, False))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from dist_peft.core import agreement
 from dist_peft.core.agreement import (
     describe_differences,
-    digest_of,
     exchange_values,
     flatten_tree,
-    name_ranks,
-    shown,
+    format_ranks,
+    format_value,
+    hash_json_value,
 )
 from dist_peft.core.errors import UserError
 
@@ -93,8 +93,8 @@ def test_many_differences_are_counted() -> None:
 
 def test_long_values_that_differ_late_look_different() -> None:
     one, other = "x" * 200 + "1", "x" * 200 + "2"
-    assert shown(one) != shown(other) and len(shown(one)) < 100
-    assert shown(0.1) == "0.1" and shown("a") == '"a"'
+    assert format_value(one) != format_value(other) and len(format_value(one)) < 100
+    assert format_value(0.1) == "0.1" and format_value("a") == '"a"'
 
 
 def test_flat_keys() -> None:
@@ -103,8 +103,8 @@ def test_flat_keys() -> None:
 
 
 def test_names_of_ranks() -> None:
-    assert name_ranks([5]) == "rank 5"
-    assert name_ranks([4, 1, 3, 5]) == "ranks 1, 3-5"
+    assert format_ranks([5]) == "rank 5"
+    assert format_ranks([4, 1, 3, 5]) == "ranks 1, 3-5"
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
@@ -114,4 +114,4 @@ TREES = st.dictionaries(st.text(max_size=5), SCALARS, max_size=6)
 @given(TREES, TREES)
 def test_differences_are_named_exactly_where_digests_differ(a: Any, b: Any) -> None:
     text = describe_differences([([0], a), ([1], b)], ["h", "h"])
-    assert (text == "") == (digest_of(a) == digest_of(b))
+    assert (text == "") == (hash_json_value(a) == hash_json_value(b))

@@ -7,12 +7,12 @@ import pytest
 
 SCRIPT = """
 import psutil, torch
-from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.host_memory import return_freed_memory
 from contextlib import nullcontext
 import sys
 torch.ones(6 * 2**20, dtype=torch.uint8).clone()  # raises glibc's threshold, as a first tensor does
 rss = lambda: psutil.Process().memory_info().rss
-with freed_memory_is_returned() if sys.argv[1] == "on" else nullcontext():
+with return_freed_memory() if sys.argv[1] == "on" else nullcontext():
     before, kept = rss(), []
     for _ in range(100):
         rows = torch.ones(2**20, dtype=torch.uint8)

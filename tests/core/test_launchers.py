@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.launchers import Place, detect, expand_hosts, expand_tasks, job_port
+from dist_peft.core.launchers import (
+    LaunchInfo,
+    derive_job_port,
+    detect_launch,
+    expand_host_list,
+    expand_task_counts,
+)
 
 MEET = {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -30,7 +36,7 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 OPENMPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 DAEMON = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-IN_STEP = Place(3, 5, 1, 2, "slurm", "n08", 24567, host="n09", hosts=("n08", "n09", "n10"))
+IN_STEP = LaunchInfo(3, 5, 1, 2, "slurm", "n08", 24567, host="n09", hosts=("n08", "n09", "n10"))
 
 
 def without(env: dict[str, str], *names: str) -> dict[str, str]:
@@ -40,27 +46,27 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        pytest.param({}, Place(), id="python"),
-        pytest.param(TORCHRUN, Place(3, 4, 1, 2, "torchrun", "node1", 1234), id="torchrun"),
+        pytest.param({}, LaunchInfo(), id="python"),
+        pytest.param(TORCHRUN, LaunchInfo(3, 4, 1, 2, "torchrun", "node1", 1234), id="torchrun"),
         pytest.param(
             TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"},
-            Place(3, 4, 1, 2, "torchrun", "node1", 1234, agent=2),
+            LaunchInfo(3, 4, 1, 2, "torchrun", "node1", 1234, agent=2),
             id="torchrun: its agent serves the store",
         ),
         pytest.param(
             TORCHRUN | STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
-            Place(3, 4, 1, 2, "torchrun", "node1", 1234),
+            LaunchInfo(3, 4, 1, 2, "torchrun", "node1", 1234),
             id="torchrun under srun: torchrun's are right",
         ),
-        pytest.param(DEEPSPEED, Place(3, 4, 1, 2, "deepspeed", "node1", 1234), id="deepspeed"),
+        pytest.param(DEEPSPEED, LaunchInfo(3, 4, 1, 2, "deepspeed", "node1", 1234), id="deepspeed"),
         pytest.param(
             without(TORCHRUN, "TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE"),
-            Place(3, 4, 1, 2, "environment", "node1", 1234),
+            LaunchInfo(3, 4, 1, 2, "environment", "node1", 1234),
             id="by hand",
         ),
         pytest.param(
             {"RANK": "0", "WORLD_SIZE": "1"},
-            Place(launcher="environment", port=29500),
+            LaunchInfo(launcher="environment", port=29500),
             id="by hand, one process",
         ),
         pytest.param(STEP, IN_STEP, id="srun"),
@@ -69,31 +75,31 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
         ),
         pytest.param(
             STEP | {"MASTER_PORT": "7"},
-            Place(**{**vars(IN_STEP), "port": 7}),
+            LaunchInfo(**{**vars(IN_STEP), "port": 7}),
             id="srun with MASTER_PORT",
         ),
         pytest.param(
             {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
-            Place(launcher="sbatch"),
+            LaunchInfo(launcher="sbatch"),
             id="batch script without srun is not rank 0 of 2",
         ),
         pytest.param(
             {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"},
-            Place(),
+            LaunchInfo(),
             id="batch script of one task",
         ),
-        pytest.param(DAEMON | {"SLURM_JOB_ID": "7"}, Place(), id="srun -n 1"),
+        pytest.param(DAEMON | {"SLURM_JOB_ID": "7"}, LaunchInfo(), id="srun -n 1"),
         pytest.param(
             OPENMPI | DAEMON | MEET,
-            Place(1, 2, 0, 1, "openmpi", "node1", 1234),
+            LaunchInfo(1, 2, 0, 1, "openmpi", "node1", 1234),
             id="mpirun inside sbatch: MPI's variables are right",
         ),
-        pytest.param(OPENMPI, Place(1, 2, 0, 1, "openmpi", None, 29500), id="open mpi"),
-        pytest.param(MPICH, Place(1, 2, 1, 2, "mpich", None, 29500), id="mpich"),
+        pytest.param(OPENMPI, LaunchInfo(1, 2, 0, 1, "openmpi", None, 29500), id="open mpi"),
+        pytest.param(MPICH, LaunchInfo(1, 2, 1, 2, "mpich", None, 29500), id="mpich"),
     ],
 )
-def test_reads_launcher(env: dict[str, str], expected: Place) -> None:
-    assert detect(env) == expected
+def test_reads_launcher(env: dict[str, str], expected: LaunchInfo) -> None:
+    assert detect_launch(env) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_reads_launcher(env: dict[str, str], expected: Place) -> None:
 )
 def test_refuses(env: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        detect(env)
+        detect_launch(env)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_refuses(env: dict[str, str], message: str) -> None:
     ],
 )
 def test_expands_hosts(text: str, hosts: list[str]) -> None:
-    assert expand_hosts(text) == hosts
+    assert expand_host_list(text) == hosts
     if shutil.which("scontrol"):
         done = subprocess.run(
             ["scontrol", "show", "hostnames", text], capture_output=True, text=True, check=False
@@ -155,24 +161,24 @@ def test_expands_what_slurm_compresses(numbers: set[int], width: int) -> None:
             ranges.append([n, n])
     parts = [f"{a:0{width}}" + (f"-{b:0{width}}" if b > a else "") for a, b in ranges]
     expected = [f"node{n:0{width}}" for n in sorted(numbers)]
-    assert expand_hosts(f"node[{','.join(parts)}]") == expected
+    assert expand_host_list(f"node[{','.join(parts)}]") == expected
 
 
 @pytest.mark.parametrize("text", ["", "n[1-", "n[a-b]", "n]"])
 def test_bad_host_list_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="SLURM host list"):
-        expand_hosts(text)
+        expand_host_list(text)
 
 
 def test_expands_tasks() -> None:
-    assert expand_tasks("2(x3),1") == [2, 2, 2, 1]
+    assert expand_task_counts("2(x3),1") == [2, 2, 2, 1]
     with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE='2x3'"):
-        expand_tasks("2x3")
+        expand_task_counts("2x3")
 
 
 def test_port_of_a_job() -> None:
-    assert job_port(7) == 20007
-    assert job_port(30009) == 20009
+    assert derive_job_port(7) == 20007
+    assert derive_job_port(30009) == 20009
 
 
 @pytest.mark.parametrize(
@@ -191,4 +197,4 @@ def test_port_of_a_job() -> None:
     ],
 )
 def test_job_is_what_every_rank_of_a_run_is_given(env: dict[str, str], job: str) -> None:
-    assert detect(env).job == job
+    assert detect_launch(env).job == job

@@ -12,8 +12,8 @@ import pytest
 
 from dist_peft.core import mpi
 from dist_peft.core.errors import UserError
-from dist_peft.core.launchers import Place
-from dist_peft.core.network import Greeter
+from dist_peft.core.launchers import LaunchInfo
+from dist_peft.core.network import AddressProbeServer
 
 
 class Threads:
@@ -41,9 +41,9 @@ def exchange(size: int) -> list[Any]:
     barrier, results = threading.Barrier(size), [None] * size
 
     def rank(r: int) -> None:
-        place = Place(r, size, r, size, "mpich", host=f"host{r}")
+        place = LaunchInfo(r, size, r, size, "mpich", host=f"host{r}")
         try:
-            results[r] = mpi._exchange(place, Threads(r, size, shared, barrier), "MPICH")
+            results[r] = mpi._exchange_over_mpi(place, Threads(r, size, shared, barrier), "MPICH")
         except UserError as error:
             results[r] = str(error)
 
@@ -62,8 +62,8 @@ def test_all_agree_on_a_port_they_reach() -> None:
 
 
 def test_unreachable_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Greeter, "reached", staticmethod(lambda *_: False))
-    monkeypatch.setattr(Greeter, "addresses", lambda self: ["192.0.2.1"])
+    monkeypatch.setattr(AddressProbeServer, "is_reachable", staticmethod(lambda *_: False))
+    monkeypatch.setattr(AddressProbeServer, "list_addresses", lambda self: ["192.0.2.1"])
     for text in exchange(2):
         assert "rank 0 on host0, rank 1 on host1 cannot reach rank 0 on host0" in text
         assert "192.0.2.1" in text
@@ -72,14 +72,14 @@ def test_unreachable_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_singletons_are_refused() -> None:
     alone = Threads(0, 1, {}, threading.Barrier(1))
     with pytest.raises(UserError, match=r"rank 1 of 2, but mpi4py \(MPICH\) says 0 of 1"):
-        mpi._exchange(Place(1, 2, 1, 2, "openmpi"), alone, "MPICH")
+        mpi._exchange_over_mpi(LaunchInfo(1, 2, 1, 2, "openmpi"), alone, "MPICH")
 
 
 def test_absent_mpi4py_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without("mpi4py", builtins.__import__))
     monkeypatch.setenv("MPI4PY_LIBMPI", "")
     with pytest.raises(UserError, match=r"export MASTER_ADDR=.* or install mpi4py"):
-        mpi.exchange_address(Place(1, 2, 1, 2, "openmpi"))
+        mpi.exchange_master_address(LaunchInfo(1, 2, 1, 2, "openmpi"))
 
 
 def without(module: str, real: Callable[..., Any]) -> Callable[..., Any]:

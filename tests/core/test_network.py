@@ -4,23 +4,23 @@ import time
 import pytest
 
 from dist_peft.core.network import (
-    Greeter,
-    interface_of,
+    AddressProbeServer,
+    find_interface,
+    find_local_address_towards,
     is_loopback,
-    local_address_towards,
     wait_for_port,
 )
 from tests.support.dist import free_port
 
 
 def test_route_and_interface() -> None:
-    address = local_address_towards("localhost", 9)
+    address = find_local_address_towards("localhost", 9)
     assert is_loopback(address)
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("203.0.113.1") is None
+    assert find_interface("127.0.0.1") == "lo"
+    assert find_interface("203.0.113.1") is None
     assert not is_loopback("203.0.113.1") and is_loopback("::1")
     with pytest.raises(OSError, match=r"[Nn]ame|known|resolution"):
-        local_address_towards("no-such-host.invalid", 9)
+        find_local_address_towards("no-such-host.invalid", 9)
 
 
 def test_wait_for_port_says_why() -> None:
@@ -39,12 +39,12 @@ def test_wait_for_port_is_bounded() -> None:
 
 
 def test_only_the_greeter_is_recognized() -> None:
-    greeter = Greeter()
+    greeter = AddressProbeServer()
     try:
-        assert greeter.addresses()[-1] == "127.0.0.1"
-        assert Greeter.reached("127.0.0.1", greeter.port, greeter.word)
-        assert not Greeter.reached("127.0.0.1", greeter.port, bytes(16))
+        assert greeter.list_addresses()[-1] == "127.0.0.1"
+        assert AddressProbeServer.is_reachable("127.0.0.1", greeter.port, greeter.word)
+        assert not AddressProbeServer.is_reachable("127.0.0.1", greeter.port, bytes(16))
     finally:
         greeter.close()
-    assert not Greeter.reached("127.0.0.1", greeter.port, greeter.word)
+    assert not AddressProbeServer.is_reachable("127.0.0.1", greeter.port, greeter.word)
     socket.create_server(("127.0.0.1", greeter.port)).close()  # the port is free again

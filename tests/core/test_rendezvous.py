@@ -8,21 +8,21 @@ import pytest
 import torch.distributed as dist
 
 from dist_peft.core import rendezvous as module
-from dist_peft.core.launchers import Place
-from dist_peft.core.rendezvous import Meeting, MeetingError, meet
+from dist_peft.core.launchers import LaunchInfo
+from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from tests.support.dist import free_port
 
 
 def come(
-    places: list[Place], seconds: float = 20, tokens: list[dict[str, str]] | None = None
+    places: list[LaunchInfo], seconds: float = 20, tokens: list[dict[str, str]] | None = None
 ) -> list[Any]:
     """What each place got out of ``meet``: a meeting, or the error's text."""
     results: list[Any] = [None] * len(places)
 
     def run(i: int) -> None:
         try:
-            results[i] = meet(places[i], seconds, tokens and tokens[i])
-        except MeetingError as error:
+            results[i] = join_rendezvous(places[i], seconds, tokens and tokens[i])
+        except RendezvousError as error:
             results[i] = str(error)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(places))]
@@ -33,9 +33,9 @@ def come(
     return results
 
 
-def place(rank: int, size: int, port: int, **changes: Any) -> Place:
+def place(rank: int, size: int, port: int, **changes: Any) -> LaunchInfo:
     fields = {"launcher": "test", "address": "127.0.0.1", "port": port, "host": f"host{rank}"}
-    return Place(rank, size, rank, size, **{**fields, **changes})
+    return LaunchInfo(rank, size, rank, size, **{**fields, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_come() -> None:
     port = free_port()
-    meetings: list[Meeting] = come([place(r, 3, port) for r in range(3)])
+    meetings: list[Rendezvous] = come([place(r, 3, port) for r in range(3)])
     assert [m.hosts for m in meetings] == [["host0", "host1", "host2"]] * 3
     meetings[2].store.set("key", "value")
     assert meetings[0].store.get("key") == b"value"
-    assert meetings[0].silent() == ""
+    assert meetings[0].name_silent_ranks() == ""
     meetings[1].close()
-    assert meetings[0].silent() == meetings[2].silent() == "rank 1 on host1"
+    assert meetings[0].name_silent_ranks() == meetings[2].name_silent_ranks() == "rank 1 on host1"
     for m in (meetings[0], meetings[2]):
         m.close()
 
@@ -118,12 +118,12 @@ def test_other_verb_or_version_is_refused() -> None:
 
 def test_values_are_compared_again_and_again() -> None:
     port = free_port()
-    meetings: list[Meeting] = come([place(r, 2, port) for r in range(2)])
+    meetings: list[Rendezvous] = come([place(r, 2, port) for r in range(2)])
     found: list[list[str]] = [[], []]
 
     def run(rank: int) -> None:
         for values in ({"a": 1}, {"a": rank}, {"a": 2}):
-            found[rank].append(meetings[rank].compare(values, 20))
+            found[rank].append(meetings[rank].find_disagreement(values, 20))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -144,8 +144,8 @@ def test_different_sizes_are_refused() -> None:
 
 def test_interface_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     routes = {"10.0.0.2": "10.0.0.1"}
-    monkeypatch.setattr(module, "local_address_towards", lambda a, _: routes[a])
-    monkeypatch.setattr(module, "interface_of", {"10.0.0.1": "ib0", "10.0.0.2": "ib1"}.get)
+    monkeypatch.setattr(module, "find_local_address_towards", lambda a, _: routes[a])
+    monkeypatch.setattr(module, "find_interface", {"10.0.0.1": "ib0", "10.0.0.2": "ib1"}.get)
     table = [("a", "127.0.1.1"), ("b", "10.0.0.2")]
     module._choose_interface(place(0, 2, 9), table, 9)  # own name is loopback: ask for the way to b
     assert module.os.environ.pop("GLOO_SOCKET_IFNAME") == "ib0"

@@ -102,15 +102,15 @@ def test_intersect_is_the_intersection_and_stays_inside(first: Span, second: Spa
 def test_shift_moves_every_row(span: Span, offset: int) -> None:
     if span.start + offset < 0:
         with pytest.raises(ValueError, match="not a span"):
-            span.shift(offset)
+            span.shifted_by(offset)
     else:
-        assert span.shift(offset) == Span(span.start + offset, span.stop + offset)
-        assert span.shift(offset).shift(-offset) == span
+        assert span.shifted_by(offset) == Span(span.start + offset, span.stop + offset)
+        assert span.shifted_by(offset).shifted_by(-offset) == span
 
 
 @given(spans(), st.integers(1, 12))
 def test_chunks_cover_the_span_in_order(span: Span, rows: int) -> None:
-    chunks = list(span.chunks(rows))
+    chunks = list(span.split_into_chunks(rows))
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(
         range(span.start, span.stop)
     )
@@ -121,4 +121,4 @@ def test_chunks_cover_the_span_in_order(span: Span, rows: int) -> None:
 @pytest.mark.parametrize("rows", [0, -1])
 def test_chunks_of_no_rows(rows: int) -> None:
     with pytest.raises(ValueError, match=f"a chunk has at least one row, not {rows}"):
-        list(Span(0, 3).chunks(rows))
+        list(Span(0, 3).split_into_chunks(rows))

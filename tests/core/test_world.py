@@ -8,30 +8,30 @@ import torch
 import torch.distributed as dist
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.world import MeetingError, RemoteError, World
+from dist_peft.core.world import RemoteError, RendezvousError, World
 from tests.support.dist import run_ranks
 
 
 def test_device() -> None:
-    assert World().device("cpu") == torch.device("cpu")
+    assert World().select_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
-        assert World().device("auto") == torch.device("cpu")
+        assert World().select_device("auto") == torch.device("cpu")
         with pytest.raises(UserError, match=r"train\.device is cuda"):
-            World().device("cuda")
+            World().select_device("cuda")
 
 
 def _agree(world: World) -> None:
-    assert world.any(world.rank == 1)
-    assert not world.any(False)
-    assert world.sum(1.0, world.rank) == [world.size, sum(range(world.size))]
-    assert world.max(world.rank, -world.rank) == [world.size - 1, 0]
+    assert world.any_rank(world.rank == 1)
+    assert not world.any_rank(False)
+    assert world.sum_over_ranks(1.0, world.rank) == [world.size, sum(range(world.size))]
+    assert world.max_over_ranks(world.rank, -world.rank) == [world.size - 1, 0]
     world.barrier()
-    with world.together("nothing wrong"):
+    with world.raise_together("nothing wrong"):
         pass
 
 
 def _phase(world: World, first: int, error: Exception) -> None:
-    with world.together("work"):
+    with world.raise_together("work"):
         if world.rank >= first:
             raise error
 
@@ -61,26 +61,26 @@ def test_error_of_one_is_error_of_all() -> None:
 
 
 def test_one_process_raises_its_own() -> None:
-    with pytest.raises(KeyError), World().together("alone"):
+    with pytest.raises(KeyError), World().raise_together("alone"):
         raise KeyError("x")
 
 
 def test_from_env_is_the_place() -> None:
-    assert World.from_env({}) == World()
+    assert World.detect_world({}) == World()
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
-    assert World.from_env(env) == World(1, 2, 1, 2, "environment", "node1", 1234)
+    assert World.detect_world(env) == World(1, 2, 1, 2, "environment", "node1", 1234)
 
 
 def test_unreachable_master_is_named() -> None:
     world = World(1, 2, 1, 2, "torchrun", "127.0.0.1", 9)
-    with pytest.raises(MeetingError, match=r"could not reach rank 0 at 127\.0\.0\.1:9 within"):
-        world.connect(torch.device("cpu"), start_timeout_minutes=0.01)
+    with pytest.raises(RendezvousError, match=r"could not reach rank 0 at 127\.0\.0\.1:9 within"):
+        world.join_process_group(torch.device("cpu"), start_timeout_minutes=0.01)
 
 
 def test_batch_script_outside_of_srun_is_refused() -> None:
     with pytest.raises(UserError, match="outside of srun"):
-        World(launcher="sbatch").connect(torch.device("cpu"))
+        World(launcher="sbatch").join_process_group(torch.device("cpu"))
 
 
 def _die_or_explain(world: World) -> str | None:
@@ -88,8 +88,8 @@ def _die_or_explain(world: World) -> str | None:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RuntimeError) as caught:
         world.barrier()
-    assert world.explain(ValueError("else")) is None
-    return world.explain(caught.value)
+    assert world.explain_failure(ValueError("else")) is None
+    return world.explain_failure(caught.value)
 
 
 @pytest.mark.dist
@@ -105,16 +105,16 @@ def test_all_alive_is_no_explanation() -> None:
 
 
 def _accuse(world: World) -> str | None:
-    explanation = world.explain(RuntimeError("gloo: made up"))
+    explanation = world.explain_failure(RuntimeError("gloo: made up"))
     world.barrier()
     return explanation
 
 
 def _sum_and_copy(world: World) -> tuple[list[int], list[float]]:
     total = torch.tensor([2**60 >> 2, world.rank])
-    world.add_up(total)
+    world.all_reduce_sum(total)
     copied = torch.tensor([float(world.rank), 0.5])
-    world.broadcast(copied, 1)
+    world.broadcast_tensor(copied, 1)
     return total.tolist(), copied.tolist()
 
 
@@ -122,29 +122,29 @@ def _sum_and_copy(world: World) -> tuple[list[int], list[float]]:
 def test_tensors_are_added_up_and_copied() -> None:
     assert run_ranks(_sum_and_copy, 3) == [([3 * 2**58, 3], [1.0, 0.5])] * 3
     alone = torch.tensor([7])
-    World().add_up(alone)
-    World().broadcast(alone, 0)
+    World().all_reduce_sum(alone)
+    World().broadcast_tensor(alone, 0)
     assert alone.tolist() == [7]
 
 
 def _compare(world: World) -> list[list[int]]:
-    world.agree("inputs", {"a": [1, "b"]})
+    world.check_agreement("inputs", {"a": [1, "b"]})
     with pytest.raises(
         UserError, match=r"do not have the same inputs: a is 0 on rank 0 .* and 1 on"
     ):
-        world.agree("inputs", {"a": min(world.rank, 1)})
-    return world.collect([world.rank, -(2**63)])
+        world.check_agreement("inputs", {"a": min(world.rank, 1)})
+    return world.gather_integers([world.rank, -(2**63)])
 
 
 @pytest.mark.dist
 def test_values_of_all_ranks_are_compared() -> None:
     assert run_ranks(_compare, 3) == [[[rank, -(2**63)] for rank in range(3)]] * 3
-    World().agree("inputs", {})
-    assert World().collect([5]) == [[5]]
+    World().check_agreement("inputs", {})
+    assert World().gather_integers([5]) == [[5]]
 
 
 def test_token_tells_runs_apart() -> None:
-    token = World(job="SLURM step 1.0", command="train").token(torch.device("cpu"))
+    token = World(job="SLURM step 1.0", command="train").build_run_token(torch.device("cpu"))
     assert (token["run"], token["command"], token["device"]) == ("SLURM step 1.0", "train", "cpu")
     # PyPI's wheels are of "2.11.0" where torch itself says "2.11.0+cu130"
     version = token["version of torch"].partition("+")[0]

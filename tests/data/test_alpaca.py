@@ -6,9 +6,9 @@ import pytest
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.alpaca import alpaca_turns
-from dist_peft.data.documents import load_rows, show_row
-from dist_peft.data.files import Place
+from dist_peft.data.alpaca import build_alpaca_turns
+from dist_peft.data.documents import format_sequence, load_sequence_set
+from dist_peft.data.files import RecordPlace
 from dist_peft.data.record_fields import RecordFields
 from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
@@ -17,7 +17,7 @@ RECORD = {"instruction": "I", "output": "O"}
 
 def turns(record: dict[str, Any], **settings: Any) -> list[tuple[str, str]]:
     source = DataSource(path="a.jsonl", **settings)
-    return alpaca_turns(RecordFields(source, {**RECORD, **record}, Place("a.jsonl", 1)))
+    return build_alpaca_turns(RecordFields(source, {**RECORD, **record}, RecordPlace("a.jsonl", 1)))
 
 
 def test_system_takes_the_place_of_the_first_sentences() -> None:
@@ -76,8 +76,8 @@ def test_earlier_answers_contribute_to_the_loss_with_their_end(tmp_path: Path) -
     source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", [record, RECORD])))
     config = data_config(tmp_path / "cache", packing=False)
     tokenizer = byte_tokenizer()
-    rows = load_rows(config, [source], tokenizer, name="train")
-    assert show_row(rows, 0, tokenizer) == (
+    rows = load_sequence_set(config, [source], tokenizer, name="train")
+    assert format_sequence(rows, 0, tokenizer) == (
         "<s>S\n\n### Instruction:\nq\n\n### Response:[[a</s>]]\n\n### Instruction:\nI\n\n"
         "### Response:[[O</s>]]"
     )

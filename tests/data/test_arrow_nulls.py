@@ -6,9 +6,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dist_peft.data.arrow_nulls import plain_records
-from dist_peft.data.files import HubData
-from dist_peft.data.readers import read_file
+from dist_peft.data.arrow_nulls import convert_record_batch
+from dist_peft.data.files import HubSource
+from dist_peft.data.readers import read_record_file
 
 
 def tool(**properties: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ RECORDS: list[dict[str, Any]] = [
 def test_keys_of_other_records_do_not_appear() -> None:
     table = pyarrow.Table.from_pylist(RECORDS)
     assert table.to_pylist() != RECORDS
-    assert list(plain_records(table)) == RECORDS
+    assert list(convert_record_batch(table)) == RECORDS
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
@@ -45,17 +45,17 @@ def test_files(tmp_path: Path, ending: str) -> None:
     else:
         with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
             stream.write_table(table)
-    assert list(read_file(file)) == RECORDS
+    assert list(read_record_file(file)) == RECORDS
 
 
 def test_hub_data() -> None:
     import datasets
 
-    data = HubData("a/b", datasets.Dataset.from_list(RECORDS))
-    ((_, records),) = data.parts()
+    data = HubSource("a/b", datasets.Dataset.from_list(RECORDS))
+    ((_, records),) = data.iterate_parts()
     assert list(records) == RECORDS
 
 
 def test_lists_of_lists_and_nulls_in_lists_stay() -> None:
     records = [{"a": [[{"x": 1}, None], []]}, {"a": [[{"y": 2}]]}, {"a": None}]
-    assert list(plain_records(pyarrow.Table.from_pylist(records))) == records
+    assert list(convert_record_batch(pyarrow.Table.from_pylist(records))) == records

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from dist_peft.data.blank_turns import BlankTurns, excluded_turn, is_blank_turn
-from dist_peft.data.files import Place
+from dist_peft.data.blank_turns import BlankTurnFilter, exclude_turn, is_blank_turn
+from dist_peft.data.files import RecordPlace
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,13 @@ from dist_peft.data.files import Place
 )
 def test_blank_turns(message: dict[str, Any], blank: bool) -> None:
     assert is_blank_turn(message) is blank
-    turns = BlankTurns()
-    (found,) = turns.excluded([message], Place("a.jsonl", 7))
-    assert found == (excluded_turn(message) if blank else message)
-    assert len(turns.notes) == blank
-    assert all("record 7" in note for note in turns.notes)
+    turns = BlankTurnFilter()
+    (found,) = turns.exclude_blank_turns([message], RecordPlace("a.jsonl", 7))
+    assert found == (exclude_turn(message) if blank else message)
+    assert len(turns.user_notes) == blank
+    assert all("record 7" in note for note in turns.user_notes)
 
 
 def test_an_excluded_turn_says_so_once() -> None:
     message = {"role": "assistant", "content": "a", "weight": 1, "loss_mask": 1}
-    assert excluded_turn(message) == {"role": "assistant", "content": "a", "train": False}
+    assert exclude_turn(message) == {"role": "assistant", "content": "a", "train": False}

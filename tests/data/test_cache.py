@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.cache import Documents, DocumentWriter, cache_root, load_or_build
-from dist_peft.data.files import Place
+from dist_peft.data.cache import (
+    DocumentWriter,
+    TokenDocuments,
+    find_cache_root,
+    load_or_build_documents,
+)
+from dist_peft.data.files import RecordPlace
 
 LENGTHS = (3, 1, 5)
 
@@ -27,17 +32,19 @@ class Build:
             self.barrier.wait()
         for i, length in enumerate(LENGTHS):
             tokens = np.arange(length, dtype=np.int32) + 10 * i
-            writer.add(tokens, (tokens % 2).astype(np.uint8), Place("ab"[i // 2], i + 1))
+            writer.append_document(
+                tokens, (tokens % 2).astype(np.uint8), RecordPlace("ab"[i // 2], i + 1)
+            )
         writer.notes = ["hear this"]
         writer.is_text = True
         writer.chat_template = "{{ template }}"
 
 
-def check(documents: Documents) -> None:
+def check(documents: TokenDocuments) -> None:
     assert documents.offsets.tolist() == [0, 3, 4, 9]
     assert documents.tokens.tolist() == [0, 1, 2, 10, 20, 21, 22, 23, 24]
     assert documents.mask.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0]
-    assert [str(documents.place(i)) for i in range(3)] == [
+    assert [str(documents.get_place(i)) for i in range(3)] == [
         "a, record 1",
         "a, record 2",
         "b, record 3",
@@ -50,8 +57,8 @@ def check(documents: Documents) -> None:
 
 def test_built_once_and_mapped_after(tmp_path: Path) -> None:
     build = Build()
-    first = load_or_build(tmp_path / "new" / "dir", "key", build)
-    second = load_or_build(tmp_path / "new" / "dir", "key", build)
+    first = load_or_build_documents(tmp_path / "new" / "dir", "key", build)
+    second = load_or_build_documents(tmp_path / "new" / "dir", "key", build)
     check(first)
     check(second)
     assert first.digest == second.digest
@@ -64,19 +71,19 @@ def test_built_once_and_mapped_after(tmp_path: Path) -> None:
 def test_digest_is_of_the_contents(tmp_path: Path) -> None:
     def other(writer: DocumentWriter) -> None:
         Build()(writer)
-        writer.add(np.zeros(1, np.int32), np.ones(1, np.uint8), Place("a", 9))
+        writer.append_document(np.zeros(1, np.int32), np.ones(1, np.uint8), RecordPlace("a", 9))
 
-    one = load_or_build(tmp_path, "one", Build())
-    same = load_or_build(tmp_path, "same", Build())
+    one = load_or_build_documents(tmp_path, "one", Build())
+    same = load_or_build_documents(tmp_path, "same", Build())
     assert one.digest == same.digest
-    assert one.digest != load_or_build(tmp_path, "other", other).digest
+    assert one.digest != load_or_build_documents(tmp_path, "other", other).digest
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "mask.npy", "offsets.npy", "places.npy"])
 @pytest.mark.parametrize("damage", ["cut", "missing", "garbage", "other"])
 def test_damaged_array_is_built_again(tmp_path: Path, name: str, damage: str) -> None:
     build = Build()
-    load_or_build(tmp_path, "key", build)
+    load_or_build_documents(tmp_path, "key", build)
     file = tmp_path / "key" / name
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-3])
@@ -86,7 +93,7 @@ def test_damaged_array_is_built_again(tmp_path: Path, name: str, damage: str) ->
         file.write_bytes(b"not an array")
     else:
         np.save(file, np.arange(4))
-    check(load_or_build(tmp_path, "key", build))
+    check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
 
@@ -96,13 +103,13 @@ def test_altered_bytes_of_the_right_size_are_built_again(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     build = Build()
-    load_or_build(tmp_path, "key", build)
+    load_or_build_documents(tmp_path, "key", build)
     file = tmp_path / "key" / f"{name}.npy"
     data = bytearray(file.read_bytes())
     data[-1 if name in ("tokens", "mask") else -8] ^= 1
     file.write_bytes(data)
     with caplog.at_level("WARNING", "dist_peft"):
-        check(load_or_build(tmp_path, "key", build))
+        check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
     words = f"is not as it was written ({name}.npy): the data are tokenized again"
     assert caplog.text.count(words) == 1
@@ -111,30 +118,30 @@ def test_altered_bytes_of_the_right_size_are_built_again(
 @pytest.mark.parametrize("key", ["largest_token", "chat_template", "digest", "hashes"])
 def test_altered_description_is_built_again(tmp_path: Path, key: str) -> None:
     build = Build()
-    load_or_build(tmp_path, "key", build)
+    load_or_build_documents(tmp_path, "key", build)
     file = tmp_path / "key" / "meta.json"
     meta = json.loads(file.read_text())
     meta[key] = {"largest_token": 1, "hashes": {}}.get(key, "other")
     file.write_text(json.dumps(meta))
-    check(load_or_build(tmp_path, "key", build))
+    check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"files": []'])
 def test_damaged_meta_is_built_again(tmp_path: Path, text: str) -> None:
     build = Build()
-    load_or_build(tmp_path, "key", build)
+    load_or_build_documents(tmp_path, "key", build)
     (tmp_path / "key" / "meta.json").write_text(text)
-    check(load_or_build(tmp_path, "key", build))
+    check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
 
 
 def test_files_missing_from_meta_are_noticed(tmp_path: Path) -> None:
     build = Build()
-    load_or_build(tmp_path, "key", build)
+    load_or_build_documents(tmp_path, "key", build)
     meta = tmp_path / "key" / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "files": ["a"]}))
-    check(load_or_build(tmp_path, "key", build))
+    check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
 
 
@@ -144,14 +151,14 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise UserError("bad record")
 
     with pytest.raises(UserError, match="bad record"):
-        load_or_build(tmp_path, "key", fail)
+        load_or_build_documents(tmp_path, "key", fail)
     assert [p.name for p in tmp_path.iterdir()] == [".key.lock"]
 
 
 def test_waiting_instead_of_building_twice(tmp_path: Path) -> None:
     build = Build()
     with ThreadPoolExecutor(4) as pool:
-        for made in pool.map(lambda _: load_or_build(tmp_path, "key", build), range(4)):
+        for made in pool.map(lambda _: load_or_build_documents(tmp_path, "key", build), range(4)):
             check(made)
     assert build.calls == 1
 
@@ -163,7 +170,7 @@ def test_racing_without_locks_is_safe(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fcntl, "flock", no_locks)
     build = Build(threading.Barrier(4))
     with ThreadPoolExecutor(4) as pool:
-        for made in pool.map(lambda _: load_or_build(tmp_path, "key", build), range(4)):
+        for made in pool.map(lambda _: load_or_build_documents(tmp_path, "key", build), range(4)):
             check(made)
     assert build.calls == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
@@ -172,7 +179,7 @@ def test_racing_without_locks_is_safe(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"token cache .*file/x cannot be written: .*cache_dir"):
-        load_or_build(tmp_path / "file" / "x", "key", Build())
+        load_or_build_documents(tmp_path / "file" / "x", "key", Build())
 
 
 def test_an_error_of_reading_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
@@ -180,12 +187,12 @@ def test_an_error_of_reading_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
         raise OSError("disk of the data")
 
     with pytest.raises(OSError, match="disk of the data"):
-        load_or_build(tmp_path, "key", fail)
+        load_or_build_documents(tmp_path, "key", fail)
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_PEFT_CACHE", "/from/env")
-    assert cache_root("/given") == Path("/given/tokens")
-    assert cache_root(None) == Path("/from/env/tokens")
+    assert find_cache_root("/given") == Path("/given/tokens")
+    assert find_cache_root(None) == Path("/from/env/tokens")
     monkeypatch.delenv("DIST_PEFT_CACHE")
-    assert cache_root(None) == Path.home() / ".cache" / "dist_peft" / "tokens"
+    assert find_cache_root(None) == Path.home() / ".cache" / "dist_peft" / "tokens"

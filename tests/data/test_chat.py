@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.chat import ChatRenderer, RenderedChat, default_chat_template
-from dist_peft.data.tokens import load_documents
+from dist_peft.data.chat import ChatRenderer, RenderedChat, make_default_chat_template
+from dist_peft.data.tokens import load_token_documents
 from tests.support.chat_families import FAMILIES
 from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
@@ -65,7 +65,7 @@ def render(
 ) -> tuple[RenderedChat, list[str]]:
     tokenizer.chat_template = template
     renderer = ChatRenderer(tokenizer, mark_assistant=mark, starts_with_bos=True, turn_end=turn_end)
-    return renderer.render(messages, tools, "f.jsonl, record 3"), renderer.notes
+    return renderer.render_conversation(messages, tools, "f.jsonl, record 3"), renderer.user_notes
 
 
 def learnt(chat: RenderedChat) -> list[str]:
@@ -165,12 +165,12 @@ def test_default_template_is_noted_and_starts_with_bos(tokenizer: PreTrainedToke
     assert chat.text == "<s><|user|>\none\n<|assistant|>\ni</s>\n"
     assert len(notes) == 1
     assert "no chat template" in notes[0]
-    assert "bos_token" not in default_chat_template(starts_with_bos=False)
+    assert "bos_token" not in make_default_chat_template(starts_with_bos=False)
 
 
 def test_default_template_is_what_inference_renders(tokenizer: PreTrainedTokenizerFast) -> None:
     trained, _ = render(tokenizer, None, TWO_TURNS)
-    tokenizer.chat_template = default_chat_template(starts_with_bos=True)
+    tokenizer.chat_template = make_default_chat_template(starts_with_bos=True)
     prompt = tokenizer.apply_chat_template(
         TWO_TURNS[:-1], tokenize=False, add_generation_prompt=True
     )
@@ -196,8 +196,8 @@ def family_render(
     renderer = ChatRenderer(
         FAMILIES[name].tokenizer(), mark_assistant=True, starts_with_bos=True, **settings
     )
-    chat = renderer.render(messages, None, "f, record 1")
-    return learnt(chat), renderer.notes
+    chat = renderer.render_conversation(messages, None, "f, record 1")
+    return learnt(chat), renderer.user_notes
 
 
 ASKED = {"role": "user", "content": "question"}
@@ -222,7 +222,7 @@ def test_system_message_that_is_left_out() -> None:
     renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
     messages = [{"role": "system", "content": "be"}, ASKED, ANSWERED]
     with pytest.raises(UserError, match=r"message 1: .*the role system, and leaves it out"):
-        renderer.render(messages, None, "f, record 1")
+        renderer.render_conversation(messages, None, "f, record 1")
 
 
 @pytest.mark.parametrize(("name", "role"), [("chatml", "narrator"), ("qwen25", "tool")])
@@ -335,5 +335,5 @@ def test_answers_of_a_prompt_of_messages_do_not_contribute(tmp_path: Path) -> No
     file = write_jsonl(tmp_path / "a.jsonl", [record])
     tokenizer = FAMILIES["chatml"].tokenizer()
     source = DataSource(path=str(file))
-    documents = load_documents(data_config(tmp_path), source, tokenizer, "data.train[0]")
+    documents = load_token_documents(data_config(tmp_path), source, tokenizer, "data.train[0]")
     assert tokenizer.decode(documents.tokens[documents.mask == 1]) == "answer<|im_end|>"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dist_peft.data.chat_date import _freeze, template_writes_date, with_frozen_date
+from dist_peft.data.chat_date import _insert_frozen_date, freeze_template_date, template_writes_date
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from tests.support.tiny_runs import save_words
 
@@ -49,7 +49,7 @@ def render(template: str, **variables: Any) -> str:
 def test_date_is_found_and_frozen(words: Tokenizer, name: str) -> None:
     words.chat_template = TEMPLATES[name] + CHAT
     assert template_writes_date(words)
-    frozen, date = with_frozen_date(words, DAY)
+    frozen, date = freeze_template_date(words, DAY)
     assert date == "2024-02-09" and not template_writes_date(frozen)
     text = frozen.apply_chat_template(MESSAGES, tokenize=False)
     assert text == WRITTEN[name] + "user: hi\n"
@@ -60,20 +60,20 @@ def test_date_is_found_and_frozen(words: Tokenizer, name: str) -> None:
 @pytest.mark.parametrize("start", ["\n{{ 'x' }}", "  {%- if true %}y{% endif %}", "plain\n"])
 def test_text_around_the_date_stays(words: Tokenizer, start: str) -> None:
     words.chat_template = start + "{{ strftime_now('%Y') }}" + CHAT
-    frozen, _ = with_frozen_date(words, DAY)
+    frozen, _ = freeze_template_date(words, DAY)
     expected = render(start + "2024" + CHAT)
     assert frozen.apply_chat_template(MESSAGES, tokenize=False) == expected
 
 
 def test_template_without_date_is_left_alone(words: Tokenizer) -> None:
-    assert with_frozen_date(words, DAY) == (words, None)
+    assert freeze_template_date(words, DAY) == (words, None)
     words.chat_template = CHAT
-    assert with_frozen_date(words, DAY) == (words, None) and not template_writes_date(words)
+    assert freeze_template_date(words, DAY) == (words, None) and not template_writes_date(words)
 
 
 def test_of_several_templates_the_dated_one(words: Tokenizer) -> None:
     words.chat_template = {"default": CHAT, "tool_use": TEMPLATES["smollm3"] + CHAT}
-    frozen, date = with_frozen_date(words, DAY)
+    frozen, date = freeze_template_date(words, DAY)
     assert date == "2024-02-09"
     assert frozen.chat_template["default"] == CHAT
     assert "09 February 2024" in render(frozen.chat_template["tool_use"])
@@ -88,17 +88,17 @@ def test_date_given_as_variable_is_named(
         "{{ date_string }}" + CHAT
     )
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        assert with_frozen_date(words, DAY) == (words, None)
+        assert freeze_template_date(words, DAY) == (words, None)
     assert "writes the variable date_string" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}"])
 def test_template_that_fails_is_told_with_the_first_record(words: Tokenizer, broken: str) -> None:
     words.chat_template = "{{ strftime_now('%Y') }}" + broken
-    frozen, date = with_frozen_date(words, DAY)
+    frozen, date = freeze_template_date(words, DAY)
     assert date == "2024-02-09" and not template_writes_date(frozen)
     words.chat_template = "{{ date_string }}" + broken
-    assert with_frozen_date(words, DAY) == (words, None)
+    assert freeze_template_date(words, DAY) == (words, None)
 
 
 @given(
@@ -108,4 +108,4 @@ def test_template_that_fails_is_told_with_the_first_record(words: Tokenizer, bro
 def test_same_as_strftime(date: datetime.date, parts: list[str]) -> None:
     wanted = "".join(parts)
     template = "{{ strftime_now('" + wanted + "') }}"
-    assert render(_freeze(template, date)) == date.strftime(wanted)
+    assert render(_insert_frozen_date(template, date)) == date.strftime(wanted)

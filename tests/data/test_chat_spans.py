@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import ChatRenderer
-from dist_peft.data.chat_spans import first_closing
+from dist_peft.data.chat_spans import find_first_closing
 from dist_peft.data.chat_template import ChatTemplate
-from dist_peft.data.files import Place
-from dist_peft.data.sources import Chat
-from dist_peft.data.tokens import Encoder
+from dist_peft.data.examples import ChatExample
+from dist_peft.data.files import RecordPlace
+from dist_peft.data.tokens import ExampleEncoder
 from tests.support.chat_families import FAMILIES, Family
 
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
@@ -55,8 +55,8 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerFast:
 
 def trained_text(family: Family, messages: list[dict[str, Any]], **more: Any) -> str:
     tokenizer = tokenizer_of(family)
-    ((tokens, mask),) = Encoder(tokenizer, "completion").encode(
-        [Chat(messages, more.get("tools"))], [Place("f", 1)]
+    ((tokens, mask),) = ExampleEncoder(tokenizer, "completion").encode_examples(
+        [ChatExample(messages, more.get("tools"))], [RecordPlace("f", 1)]
     )
     return str(tokenizer.decode(tokens[mask == 1]))
 
@@ -151,9 +151,9 @@ def test_text_that_begins_as_the_prompt_of_inference_ends(name: str) -> None:
 
 def test_closing_tokens_at_the_end() -> None:
     closing = re.compile("<e>|<f>")
-    assert first_closing("a<e>\n<f>", closing) == 4
-    assert first_closing("a<e>b", closing) is None
-    assert first_closing("<e>b<f> ", closing) == 7
+    assert find_first_closing("a<e>\n<f>", closing) == 4
+    assert find_first_closing("a<e>b", closing) is None
+    assert find_first_closing("<e>b<f> ", closing) == 7
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked", "marked_without_end"])
@@ -163,10 +163,12 @@ def test_turn_that_no_token_ends_is_refused(name: str) -> None:
     tokenizer.chat_template = family.template.replace("<|im_end|>", "<|stop|>")
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "says"}]
     with pytest.raises(UserError, match=r"f, record 1, message 2: no token .*says.*turn_end: warn"):
-        Encoder(tokenizer, "completion").encode([Chat(messages)], [Place("f", 1)])
-    warned = Encoder(tokenizer, "completion", "warn")
-    warned.encode([Chat(messages)], [Place("f", 1)])
-    assert "1 assistant turns end with no token" in warned.notes[-1]
+        ExampleEncoder(tokenizer, "completion").encode_examples(
+            [ChatExample(messages)], [RecordPlace("f", 1)]
+        )
+    warned = ExampleEncoder(tokenizer, "completion", "warn")
+    warned.encode_examples([ChatExample(messages)], [RecordPlace("f", 1)])
+    assert "1 assistant turns end with no token" in warned.user_notes[-1]
 
 
 def test_template_is_text() -> None:
@@ -186,7 +188,7 @@ def test_header_behind_eos_inside_a_message_is_no_target() -> None:
         {"role": "assistant", "content": "said", "tool_calls": [call]},
     ]
     renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
-    chat = renderer.render(messages, None, "r")
+    chat = renderer.render_conversation(messages, None, "r")
     parts = [chat.text[a:b] for a, b in chat.spans]
     eos = tokenizer.eos_token
     assert len(parts) == 2 and parts[1] == "said" + eos

@@ -24,22 +24,22 @@ def test_broken_template_is_one_message(template: str) -> None:
     tokenizer.name_or_path = "some/base"
     tokenizer.chat_template = template
     with pytest.raises(RenderError):
-        ChatTemplate(tokenizer).render(MESSAGES)
+        ChatTemplate(tokenizer).render_text(MESSAGES)
     renderer = ChatRenderer(tokenizer, mark_assistant=True, starts_with_bos=True)
     expected = r"^f, record 1: the chat template of the tokenizer some/base cannot write"
     with pytest.raises(UserError, match=expected):
-        renderer.render(MESSAGES, None, "f, record 1")
+        renderer.render_conversation(MESSAGES, None, "f, record 1")
 
 
 def test_template_of_several() -> None:
     tokenizer = FAMILIES["chatml"].tokenizer()
     tokenizer.chat_template = {"default": "{{ 'plain' }}", "tool_use": "{{ 'tools' }}"}
     chat = ChatTemplate(tokenizer)
-    assert chat.render(MESSAGES) == "plain"
-    assert chat.render(MESSAGES, [{"name": "f"}]) == "tools"
+    assert chat.render_text(MESSAGES) == "plain"
+    assert chat.render_text(MESSAGES, [{"name": "f"}]) == "tools"
     tokenizer.chat_template = {"one": "1", "two": "2"}
     with pytest.raises(RenderError, match="multiple chat templates"):
-        ChatTemplate(tokenizer).render(MESSAGES)
+        ChatTemplate(tokenizer).render_text(MESSAGES)
 
 
 def test_marked_characters() -> None:
@@ -47,15 +47,17 @@ def test_marked_characters() -> None:
     text, spans = chat.render_marked(MESSAGES)
     assert [text[a:b] for a, b in spans] == ["a<|im_end|>\n"]
     assert (
-        chat.marks_assistant()
-        and not ChatTemplate(FAMILIES["chatml"].tokenizer()).marks_assistant()
+        chat.marks_assistant_text()
+        and not ChatTemplate(FAMILIES["chatml"].tokenizer()).marks_assistant_text()
     )
 
 
 def test_default_template_writes_tool_calls() -> None:
     chat = ChatTemplate(byte_tokenizer())
     calls = [{"function": {"name": "f", "arguments": {"a": "é"}}}]
-    text = chat.render([MESSAGES[0], {"role": "assistant", "tool_calls": calls}], [{"name": "f"}])
+    text = chat.render_text(
+        [MESSAGES[0], {"role": "assistant", "tool_calls": calls}], [{"name": "f"}]
+    )
     assert text == (
         '<s><|tools|>\n{"name": "f"}\n<|user|>\nu\n<|assistant|>\n'
         '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call></s>\n'

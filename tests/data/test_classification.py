@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.classification import LabelledBatch, LabelledLoader, LabelledRows, load_labelled
-from dist_peft.data.mixture import Mixture
+from dist_peft.data.classification import (
+    LabelledBatch,
+    LabelledLoader,
+    LabelledSequences,
+    load_labelled_sequences,
+)
+from dist_peft.data.mixture import SequenceMixture
 from dist_peft.model.hub import load_tokenizer
 from tests.support.classification_runs import save_classifier_base, save_pairs, source
 from tests.support.data_files import data_config
@@ -22,11 +27,11 @@ class Load:
         self.directory = directory
         self.tokenizer = load_tokenizer(save_classifier_base(directory / "base", "bert"))
 
-    def rows(self, *sources: dict[str, Any], **config: Any) -> list[LabelledRows]:
+    def rows(self, *sources: dict[str, Any], **config: Any) -> list[LabelledSequences]:
         found = data_config(
             self.directory / "cache", **{"train": list(sources), "seq_len": 32, **config}
         )
-        return load_labelled(found, found.train, self.tokenizer, name="train")
+        return load_labelled_sequences(found, found.train, self.tokenizer, name="train")
 
 
 @pytest.fixture
@@ -40,15 +45,15 @@ def test_rows_of_two_tasks(load: Load, tmp_path: Path) -> None:
     second = source(save_pairs(tmp_path / "two.tsv", 5, letters), labels=letters)
     one, two = load.rows(first, second)
     assert (len(one), len(two), one.longest, one.num_targets(2)) == (3, 5, 11, 1)
-    tokens, target, types = one.row(0)
+    tokens, target, types = one.get_sequence(0)
     assert tokens.tolist() == [1, 10, 11, 2, 9, 11, 2] and target.tolist() == [0, 0, 2]
     assert types.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert two.row(1)[1].tolist() == [3, 2, 4]
+    assert two.get_sequence(1)[1].tolist() == [3, 2, 4]
     with pytest.raises(IndexError):
-        one.row(3)
+        one.get_sequence(3)
     assert one.fingerprint != load.rows(source(save_pairs(tmp_path / "one.tsv", 2)))[0].fingerprint
 
-    mixture = Mixture([one, two], ["one", "two"])
+    mixture = SequenceMixture([one, two], ["one", "two"])
     loader = LabelledLoader(
         mixture,
         global_batch=3,
@@ -60,13 +65,13 @@ def test_rows_of_two_tasks(load: Load, tmp_path: Path) -> None:
         seq_len=32,
         pad_id=0,
     )
-    (batch,), targets = loader.step(1)  # rows 3, 4, 5: this rank has row 4 and a filler
+    (batch,), targets = loader.load_step(1)  # rows 3, 4, 5: this rank has row 4 and a filler
     assert isinstance(batch, LabelledBatch) and targets == 3
     assert batch.sample_ids.tolist() == [4, -1]
     assert batch.labels.tolist() == [[3], [-100]] and batch.ranges.tolist() == [[2, 4], [0, 1]]
-    assert batch.attention_mask.sum(1).tolist() == [len(two.row(1)[0]), 1]
+    assert batch.attention_mask.sum(1).tolist() == [len(two.get_sequence(1)[0]), 1]
     assert batch.input_ids.shape == batch.token_types.shape == (2, 16)
-    assert torch.equal(batch.token_types[0, :9], two.row(1)[2])
+    assert torch.equal(batch.token_types[0, :9], two.get_sequence(1)[2])
 
 
 def test_numbers_and_truth_values_of_json(load: Load, tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_numbers_and_truth_values_of_json(load: Load, tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, records)))
     labels = ["0", "1", "true", "2.5"]
     (rows,) = load.rows({"path": str(file), "format": "classification", "labels": labels})
-    assert [int(rows.row(i)[1][0]) for i in range(4)] == [0, 1, 2, 3]
+    assert [int(rows.get_sequence(i)[1][0]) for i in range(4)] == [0, 1, 2, 3]
 
 
 def test_refused(load: Load, tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_too_long(load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         (kept,) = load.rows(source(file), seq_len=8, too_long="drop")
         (cut,) = load.rows(source(file), seq_len=8, too_long="truncate")
     assert len(kept) == 1 and len(cut) == 4 and cut.longest == 8
-    assert int(kept.row(0)[1][0]) == 0 and int(cut.row(3)[1][0]) == 1
+    assert int(kept.get_sequence(0)[1][0]) == 0 and int(cut.get_sequence(3)[1][0]) == 1
     assert "dropped 3 of 4 records" in caplog.text and "cut 3 of 4 records" in caplog.text
 
 
@@ -124,5 +129,5 @@ def test_glue_files(load: Load, shared_data: Path) -> None:
         assert len(rows) == count
         with file.open(encoding="utf-8-sig") as lines:
             found = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        named = [labels[int(rows.row(i)[1][0])] for i in range(count)]
+        named = [labels[int(rows.get_sequence(i)[1][0])] for i in range(count)]
         assert named == [record[columns["label"]] for record in found]

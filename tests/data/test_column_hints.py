@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dist_peft.data.column_hints import chosen_columns, columns_hint
+from dist_peft.data.column_hints import suggest_chosen_columns, suggest_columns
 
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
@@ -24,7 +24,7 @@ USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content"
     ],
 )
 def test_hint_names_the_columns_of_the_record(record: dict[str, Any], hint: str) -> None:
-    assert hint in columns_hint(record, "k")
+    assert hint in suggest_columns(record, "k")
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_hint_names_the_columns_of_the_record(record: dict[str, Any], hint: str)
     ],
 )
 def test_columns_of_the_chosen_answers(record: dict[str, Any], columns: str) -> None:
-    assert chosen_columns(record) == columns
+    assert suggest_chosen_columns(record) == columns

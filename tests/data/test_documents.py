@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.chat import default_chat_template
+from dist_peft.data.chat import make_default_chat_template
 from dist_peft.data.documents import (
-    RowSet,
-    _count_targets,
-    fit,
-    load_row_sets,
-    load_rows,
-    show_row,
+    SequenceSet,
+    _count_piece_targets,
+    fit_documents,
+    format_sequence,
+    load_sequence_set,
+    load_sequence_sets,
 )
 from dist_peft.data.packing import IGNORE
 from tests.support.data_files import byte_tokenizer, data_config, documents, write_jsonl
@@ -37,16 +37,16 @@ class Make:
         self.tmp_path = tmp_path
         self.tokenizer = tokenizer
 
-    def __call__(self, *files: list[dict[str, Any]], **config: Any) -> RowSet:
+    def __call__(self, *files: list[dict[str, Any]], **config: Any) -> SequenceSet:
         sources = [
             DataSource(path=str(write_jsonl(self.tmp_path / f"{i}.jsonl", records)))
             for i, records in enumerate(files)
         ]
         settings = data_config(self.tmp_path / "cache", **config)
-        return load_rows(settings, sources, self.tokenizer, name="train")
+        return load_sequence_set(settings, sources, self.tokenizer, name="train")
 
-    def shown(self, rows: RowSet) -> list[str]:
-        return [show_row(rows, i, self.tokenizer) for i in range(len(rows))]
+    def shown(self, rows: SequenceSet) -> list[str]:
+        return [format_sequence(rows, i, self.tokenizer) for i in range(len(rows))]
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def pair(prompt: str, completion: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
-def check_consistent(rows: RowSet) -> None:
+def check_consistent(rows: SequenceSet) -> None:
     """What is counted ahead is what the rows hold, and labels never leave their document."""
     for i in range(len(rows)):
-        tokens, labels, positions = rows.row(i)
+        tokens, labels, positions = rows.get_sequence(i)
         assert tokens.dtype == labels.dtype == positions.dtype == torch.long
         assert len(tokens) == len(labels) == len(positions) == rows.num_tokens(i) <= rows.seq_len
         counted = labels != IGNORE
@@ -98,7 +98,7 @@ def test_packing_keeps_every_label(make: Make) -> None:
     assert len(packed) < len(plain)
     assert packed.total_targets == plain.total_targets
 
-    def documents(rows: RowSet) -> list[str]:
+    def documents(rows: SequenceSet) -> list[str]:
         return sorted(part for row in make.shown(rows) for part in row.split(" || "))
 
     assert documents(packed) == documents(plain)
@@ -229,7 +229,7 @@ def test_empty_text_without_bos_is_counted(
 
 def test_no_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"data.eval names no source"):
-        load_rows(data_config(tmp_path), [], tokenizer, name="eval")
+        load_sequence_set(data_config(tmp_path), [], tokenizer, name="eval")
 
 
 # -- against slow references ---------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_windows_and_targets_against_slicing(
     made = documents([[1] * len(m) for m in masks], is_text=True)
     counted = np.asarray([int(b) for m in masks for b in m], dtype=np.uint8)
     config = data_config(Path("unused"), seq_len=seq_len, packing=packing)
-    pieces = fit(made, config, "k")
+    pieces = fit_documents(made, config, "k")
     expected = [
         (start, min(start + seq_len, stop))
         for begin, stop in zip(made.offsets[:-1].tolist(), made.offsets[1:].tolist(), strict=True)
@@ -255,7 +255,7 @@ def test_windows_and_targets_against_slicing(
     ]
     assert list(zip(pieces.start, pieces.start + pieces.length, strict=True)) == expected
 
-    targets = _count_targets([replace(made, mask=counted)], pieces)
+    targets = _count_piece_targets([replace(made, mask=counted)], pieces)
     assert targets.tolist() == [int(counted[a + 1 : b].sum()) for a, b in expected]
 
 
@@ -269,7 +269,7 @@ def test_what_the_model_must_know(make: Make, tokenizer: PreTrainedTokenizerFast
 def test_template_of_conversations_written_without_one(make: Make) -> None:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = make([{"text": "abcab"}], [chat], seq_len=64)
-    assert rows.chat_template == default_chat_template(True)
+    assert rows.chat_template == make_default_chat_template(True)
 
 
 def test_rows_of_each_source_by_itself(
@@ -280,7 +280,7 @@ def test_rows_of_each_source_by_itself(
     together = make(*files, packing=True)
     sources = [DataSource(path=str(tmp_path / f"{i}.jsonl")) for i in range(2)]
     settings = data_config(tmp_path / "cache", packing=True)
-    apart = load_row_sets(settings, sources, tokenizer, name="train")
+    apart = load_sequence_sets(settings, sources, tokenizer, name="train")
     assert (len(together), [len(rows) for rows in apart]) == (1, [1, 1])
     assert [rows.num_documents for rows in apart] == [1, 2]
     shown = [text for rows in apart for text in make.shown(rows)]

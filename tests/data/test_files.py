@@ -7,7 +7,7 @@ import pytest
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.files import Place, open_source, read_records
+from dist_peft.data.files import RecordPlace, open_source, read_records
 
 KEY = "data.train[0]"
 
@@ -108,7 +108,7 @@ def test_places_count_records_within_each_file(tmp_path: Path) -> None:
     opened = open_source(DataSource(path=str(tmp_path)), KEY)
     places = [place for place, _ in read_records(opened, None)]
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
-    assert places == [Place(a, 1), Place(a, 2), Place(b, 1)]
+    assert places == [RecordPlace(a, 1), RecordPlace(a, 2), RecordPlace(b, 1)]
     assert str(places[1]) == f"{a}, record 2"
 
 

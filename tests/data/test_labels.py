@@ -2,7 +2,7 @@ import pytest
 
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.labels import class_names, class_tasks, task_of
+from dist_peft.data.labels import find_source_task, list_class_names, list_class_tasks
 
 
 def source(path: str, *labels: str, **fields: str) -> dict[str, object]:
@@ -17,28 +17,28 @@ TWO = (source("d/rte.tsv", "yes", "no"), source("d/train.tsv", "0", "1", "2", na
 
 
 def test_tasks_share_one_list_of_classes() -> None:
-    assert class_names(config(TWO[0])) == ["yes", "no"]
+    assert list_class_names(config(TWO[0])) == ["yes", "no"]
     both = config(*TWO)
-    assert class_names(both) == ["rte/yes", "rte/no", "nli/0", "nli/1", "nli/2"]
-    rte, nli = class_tasks(both)
+    assert list_class_names(both) == ["rte/yes", "rte/no", "nli/0", "nli/1", "nli/2"]
+    rte, nli = list_class_tasks(both)
     assert (rte.start, rte.stop, nli.start, nli.stop) == (0, 2, 2, 5)
-    assert nli.target(1).tolist() == [3, 2, 5]
-    assert class_tasks(DataConfig.model_validate({"train": ["a.jsonl"]})) == []
+    assert nli.make_target(1).tolist() == [3, 2, 5]
+    assert list_class_tasks(DataConfig.model_validate({"train": ["a.jsonl"]})) == []
 
 
 def test_held_out_sources_find_their_task() -> None:
-    rte, nli = class_tasks(config(*TWO))
+    rte, nli = list_class_tasks(config(*TWO))
     held = DataSource.model_validate(source("dev.tsv", name="nli"))
-    assert task_of(held, [rte, nli], "data.eval[0]") is nli
+    assert find_source_task(held, [rte, nli], "data.eval[0]") is nli
     other = DataSource.model_validate(source("dev.tsv"))
-    assert task_of(other, [rte], "data.eval[0]") is rte
+    assert find_source_task(other, [rte], "data.eval[0]") is rte
     with pytest.raises(UserError, match=r"data.eval\[0\]: no .* called dev; .* one of rte, nli"):
-        task_of(other, [rte, nli], "data.eval[0]")
+        find_source_task(other, [rte, nli], "data.eval[0]")
     swapped = DataSource.model_validate(source("rte.tsv", "no", "yes"))
     with pytest.raises(UserError, match=r"labels are \['no', 'yes'\], but those of task rte"):
-        task_of(swapped, [rte], "data.eval[0]")
+        find_source_task(swapped, [rte], "data.eval[0]")
 
 
 def test_two_tasks_of_one_name() -> None:
     with pytest.raises(UserError, match=r"data.train\[1\]: task rte is already defined"):
-        class_tasks(config(TWO[0], source("e/rte.tsv", "a", "b")))
+        list_class_tasks(config(TWO[0], source("e/rte.tsv", "a", "b")))

@@ -3,15 +3,15 @@ from typing import Any
 import pytest
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.files import Place
-from dist_peft.data.left_out import LeftOut, excluding_column, is_zero_weight
+from dist_peft.data.files import RecordPlace
+from dist_peft.data.left_out import ExcludedRecords, find_excluding_column, is_zero_weight
 
 
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", " False ", "no"])
 def test_zero_weights(value: Any) -> None:
     assert is_zero_weight(value)
-    assert excluding_column({"text": "t", "train": value}, {"text"}) == "train"
-    assert excluding_column({"text": "t", "train": value}, {"train"}) is None
+    assert find_excluding_column({"text": "t", "train": value}, {"text"}) == "train"
+    assert find_excluding_column({"text": "t", "train": value}, {"train"}) is None
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, "1", "", None, [], [0], float("nan")])
@@ -20,12 +20,12 @@ def test_other_weights(value: Any) -> None:
 
 
 def test_reasons_are_counted_and_the_first_place_is_named() -> None:
-    left_out = LeftOut("a.jsonl", "data.train[0]")
+    left_out = ExcludedRecords("a.jsonl", "data.train[0]")
     left_out.records = 4
     for number, reason in ((1, "are red"), (3, "are blue"), (4, "are red")):
-        left_out.add(reason, Place("a.jsonl", number))
+        left_out.count_excluded(reason, RecordPlace("a.jsonl", number))
     left_out.refuse_if_all()
-    assert left_out.notes == [
+    assert left_out.user_notes == [
         "left out 2 of 4 records, which are red; the first is a.jsonl, record 1",
         "left out 1 of 4 records, which are blue; the first is a.jsonl, record 3",
     ]
@@ -39,4 +39,4 @@ def test_reasons_are_counted_and_the_first_place_is_named() -> None:
 
 def test_no_records() -> None:
     with pytest.raises(UserError, match=r"data.train\[0\]: a.jsonl holds no records"):
-        LeftOut("a.jsonl", "data.train[0]").refuse_if_all()
+        ExcludedRecords("a.jsonl", "data.train[0]").refuse_if_all()

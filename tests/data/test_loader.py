@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_peft.data.documents import RowSet, _whole
+from dist_peft.data.documents import SequenceSet, _take_whole_documents
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.packing import IGNORE
 from tests.support.data_files import documents
@@ -11,13 +11,13 @@ from tests.support.data_files import documents
 PAD = 999_999
 
 
-def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> RowSet:
+def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> SequenceSet:
     """Documents of 2..seq_len tokens; the first half of each is prompt."""
     made = documents([[int(2 * t >= n) for t in range(n)] for n in lengths])
-    return RowSet([made], _whole(made), seq_len=seq_len, packed=packed)
+    return SequenceSet([made], _take_whole_documents(made), seq_len=seq_len, packed=packed)
 
 
-def loader(rows: RowSet, rank: int = 0, world_size: int = 1, **changes: int | bool) -> Loader:
+def loader(rows: SequenceSet, rank: int = 0, world_size: int = 1, **changes: int | bool) -> Loader:
     arguments = {
         "global_batch": 4,
         "micro_batch": 2,
@@ -47,7 +47,7 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
-def check_batch(batch: Batch, rows: RowSet) -> None:
+def check_batch(batch: Batch, rows: SequenceSet) -> None:
     """Every row of the batch holds its row of the set, and padding that teaches nothing."""
     count, width = batch.input_ids.shape
     assert batch.labels.shape == batch.position_ids.shape == (count, width)
@@ -56,7 +56,9 @@ def check_batch(batch: Batch, rows: RowSet) -> None:
         length = 0
         if sample != -1:
             for mine, theirs in zip(
-                (batch.input_ids, batch.labels, batch.position_ids), rows.row(sample), strict=True
+                (batch.input_ids, batch.labels, batch.position_ids),
+                rows.get_sequence(sample),
+                strict=True,
             ):
                 length = len(theirs)
                 assert torch.equal(mine[b, :length], theirs)
@@ -69,7 +71,7 @@ def check_batch(batch: Batch, rows: RowSet) -> None:
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[RowSet, dict[str, int | bool], int]:
+def runs(draw: st.DrawFn) -> tuple[SequenceSet, dict[str, int | bool], int]:
     lengths = draw(st.lists(st.integers(2, 16), min_size=1, max_size=20))
     rows = row_set(lengths, packed=draw(st.booleans()))
     arguments: dict[str, int | bool] = {
@@ -84,11 +86,11 @@ def runs(draw: st.DrawFn) -> tuple[RowSet, dict[str, int | bool], int]:
 @settings(deadline=None)
 @given(runs(), st.integers(1, 4))
 def test_any_world_size_serves_the_same_step(
-    run: tuple[RowSet, dict[str, int | bool], int], world_size: int
+    run: tuple[SequenceSet, dict[str, int | bool], int], world_size: int
 ) -> None:
     rows, arguments, step = run
-    alone, targets = loader(rows, **arguments).step(step)
-    shares = [loader(rows, r, world_size, **arguments).step(step) for r in range(world_size)]
+    alone, targets = loader(rows, **arguments).load_step(step)
+    shares = [loader(rows, r, world_size, **arguments).load_step(step) for r in range(world_size)]
     assert interleaved([ids(batches) for batches, _ in shares]) == ids(alone)
     assert {t for _, t in shares} == {targets}
     counted = sum(int((b.labels != IGNORE).sum()) for batches, _ in shares for b in batches)
@@ -103,10 +105,12 @@ def test_any_world_size_serves_the_same_step(
 @settings(deadline=None)
 @given(runs(), st.integers(1, 4))
 def test_evaluation_serves_each_row_once_in_order(
-    run: tuple[RowSet, dict[str, int | bool], int], world_size: int
+    run: tuple[SequenceSet, dict[str, int | bool], int], world_size: int
 ) -> None:
     rows, arguments, _ = run
-    shares = [loader(rows, r, world_size, **arguments).sequential() for r in range(world_size)]
+    shares = [
+        loader(rows, r, world_size, **arguments).load_all_sequential() for r in range(world_size)
+    ]
     assert interleaved([ids(batches) for batches in shares]) == list(range(len(rows)))
     assert len({tuple(len(b.sample_ids) for b in batches) for batches in shares}) == 1
     for batches in shares:
@@ -117,14 +121,14 @@ def test_evaluation_serves_each_row_once_in_order(
 @settings(deadline=None)
 @given(runs())
 def test_a_step_does_not_depend_on_the_steps_before(
-    run: tuple[RowSet, dict[str, int | bool], int],
+    run: tuple[SequenceSet, dict[str, int | bool], int],
 ) -> None:
     rows, arguments, step = run
     going = loader(rows, **arguments)
     for before in range(step):
-        going.step(before)
-    batches, targets = going.step(step)
-    resumed, resumed_targets = loader(rows, **arguments).step(step)
+        going.load_step(before)
+    batches, targets = going.load_step(step)
+    resumed, resumed_targets = loader(rows, **arguments).load_step(step)
     assert equal(batches, resumed)
     assert targets == resumed_targets
 
@@ -132,12 +136,12 @@ def test_a_step_does_not_depend_on_the_steps_before(
 @settings(deadline=None)
 @given(runs())
 def test_every_epoch_serves_every_row_once(
-    run: tuple[RowSet, dict[str, int | bool], int],
+    run: tuple[SequenceSet, dict[str, int | bool], int],
 ) -> None:
     rows, arguments, _ = run
     made = loader(rows, **arguments)
     count, size = 3 * made.steps_per_epoch, len(rows)
-    served = [i for s in range(count) for i in ids(made.step(s)[0])]
+    served = [i for s in range(count) for i in ids(made.load_step(s)[0])]
     for epoch in range(3):
         assert sorted(served[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert (made.steps_per_epoch - 1) * int(arguments["global_batch"]) < size
@@ -146,18 +150,18 @@ def test_every_epoch_serves_every_row_once(
 
 def test_more_ranks_than_rows_get_filler() -> None:
     rows = row_set([4, 6, 8], packed=False)
-    batches, targets = loader(rows, rank=3, world_size=4, global_batch=2).step(0)
+    batches, targets = loader(rows, rank=3, world_size=4, global_batch=2).load_step(0)
     assert ids(batches) == [-1]
     assert batches[0].input_ids.shape == (1, 8)
     assert targets > 0
     check_batch(batches[0], rows)
     packed = row_set([4, 6, 8], packed=True)
-    assert loader(packed, rank=3, world_size=4).sequential()[0].input_ids.shape == (1, 16)
+    assert loader(packed, rank=3, world_size=4).load_all_sequential()[0].input_ids.shape == (1, 16)
 
 
 def test_width_of_unpacked_batches_never_exceeds_the_window() -> None:
     rows = row_set([13, 9], seq_len=13)
-    (batch,) = loader(rows).sequential()
+    (batch,) = loader(rows).load_all_sequential()
     assert batch.input_ids.shape == (2, 13)
 
 
@@ -170,4 +174,4 @@ def test_impossible_arguments() -> None:
     with pytest.raises(ValueError, match="seq_len 8 is below that of the data set, 16"):
         loader(rows, seq_len=8)
     with pytest.raises(IndexError):
-        loader(rows).step(-1)
+        loader(rows).load_step(-1)

@@ -3,37 +3,39 @@
 import pytest
 import torch
 
-from dist_peft.data.documents import RowSet, _whole
-from dist_peft.data.mixture import Mixture
+from dist_peft.data.documents import SequenceSet, _take_whole_documents
+from dist_peft.data.mixture import SequenceMixture
 from tests.support.data_files import documents
 
 
-def row_set(*lengths: int) -> RowSet:
+def row_set(*lengths: int) -> SequenceSet:
     made = documents([[1] * n for n in lengths])
-    return RowSet([made], _whole(made), seq_len=16, packed=False)
+    return SequenceSet([made], _take_whole_documents(made), seq_len=16, packed=False)
 
 
 A, B = row_set(4, 6), row_set(5, 9, 3)
 
 
 def test_rows_run_through_all_sets() -> None:
-    both = Mixture([A, B], ["a", "b"])
-    assert len(both) == 5 and both.sizes == [2, 3]
-    assert [both.source(i) for i in range(5)] == [0, 0, 1, 1, 1]
+    both = SequenceMixture([A, B], ["a", "b"])
+    assert len(both) == 5 and both.sequence_counts == [2, 3]
+    assert [both.find_source_index(i) for i in range(5)] == [0, 0, 1, 1, 1]
     for index, (rows, own) in enumerate([(A, 0), (A, 1), (B, 0), (B, 1), (B, 2)]):
         assert both.num_targets(index) == rows.num_targets(own)
-        for mine, theirs in zip(both.row(index), rows.row(own), strict=True):
+        for mine, theirs in zip(both.get_sequence(index), rows.get_sequence(own), strict=True):
             assert torch.equal(mine, theirs)
 
 
 def test_what_the_model_must_know_is_the_most_of_any() -> None:
-    both = Mixture([A, B], ["a", "b"])
+    both = SequenceMixture([A, B], ["a", "b"])
     assert (both.longest, both.seq_len, both.packed) == (9, 16, False)
     assert both.largest_token == max(A.largest_token, B.largest_token)
     assert both.chat_template is None
 
 
 @pytest.mark.parametrize("other", [[B, A], [A], [A, row_set(5, 9, 4)]])
-def test_fingerprint_tells_other_rows(other: list[RowSet]) -> None:
+def test_fingerprint_tells_other_rows(other: list[SequenceSet]) -> None:
     names = [str(i) for i in range(len(other))]
-    assert Mixture(other, names).fingerprint != Mixture([A, B], ["0", "1"]).fingerprint
+    assert (
+        SequenceMixture(other, names).fingerprint != SequenceMixture([A, B], ["0", "1"]).fingerprint
+    )

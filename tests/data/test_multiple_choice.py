@@ -6,7 +6,7 @@ import pytest
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.loader import Loader
-from dist_peft.data.multiple_choice import ChoiceRows, Question, read_questions
+from dist_peft.data.multiple_choice import ChoiceQuestion, ChoiceSequences, read_choice_questions
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from tests.support.tiny_runs import save_base
 
@@ -20,7 +20,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_reading(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(f"{GOOD}\n\n{GOOD}\n")
-    assert read_questions(tmp_path / "q.jsonl") == [Question("w5 w6", ("w7", "w8 w9"), 1)] * 2
+    assert (
+        read_choice_questions(tmp_path / "q.jsonl")
+        == [ChoiceQuestion("w5 w6", ("w7", "w8 w9"), 1)] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,20 +43,20 @@ def test_reading(tmp_path: Path) -> None:
 def test_no_question(tmp_path: Path, line: str) -> None:
     (tmp_path / "q.jsonl").write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(UserError, match="line 2: not a question of the form"):
-        read_questions(tmp_path / "q.jsonl")
+        read_choice_questions(tmp_path / "q.jsonl")
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no question"):
-        read_questions(tmp_path / "q.jsonl")
+        read_choice_questions(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="cannot read questions"):
-        read_questions(tmp_path / "absent.jsonl")
+        read_choice_questions(tmp_path / "absent.jsonl")
 
 
 def test_only_the_choice_counts(tokenizer: Tokenizer) -> None:
-    rows = ChoiceRows([Question("w5 w6", ("w7", "w8 w9"), 1)], tokenizer, 8)
-    tokens, labels, positions = rows.row(1)
+    rows = ChoiceSequences([ChoiceQuestion("w5 w6", ("w7", "w8 w9"), 1)], tokenizer, 8)
+    tokens, labels, positions = rows.get_sequence(1)
     assert tokens.tolist() == [5, 6, 8, 9] and positions.tolist() == [0, 1, 2, 3]
     assert labels.tolist() == [-100, 8, 9, -100]
     assert [rows.num_targets(i) for i in range(len(rows))] == [1, 2]
@@ -61,7 +64,7 @@ def test_only_the_choice_counts(tokenizer: Tokenizer) -> None:
 
 
 def test_every_rank_has_as_many_batches(tokenizer: Tokenizer) -> None:
-    rows = ChoiceRows([Question("w5", ("w7", "w8", "w9"), 1)], tokenizer, 8)
+    rows = ChoiceSequences([ChoiceQuestion("w5", ("w7", "w8", "w9"), 1)], tokenizer, 8)
     found = []
     for rank in range(2):
         loader = Loader(
@@ -75,10 +78,10 @@ def test_every_rank_has_as_many_batches(tokenizer: Tokenizer) -> None:
             seq_len=8,
             pad_id=0,
         )
-        found.append([batch.sample_ids.tolist() for batch in loader.sequential()])
+        found.append([batch.sample_ids.tolist() for batch in loader.load_all_sequential()])
     assert found == [[[0], [2]], [[1], [-1]]]
 
 
 def test_too_long(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="question 0 has 4 tokens with its answer 'w8 w9', more"):
-        ChoiceRows([Question("w5 w6", ("w7", "w8 w9"), 1)], tokenizer, 3)
+        ChoiceSequences([ChoiceQuestion("w5 w6", ("w7", "w8 w9"), 1)], tokenizer, 3)

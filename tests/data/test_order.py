@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from dist_peft.core.config.run import DataConfig
 from dist_peft.core.errors import UserError
 from dist_peft.data import order as order_module
-from dist_peft.data.order import MixedOrder, PoolOrder, Share, shares_of
+from dist_peft.data.order import MixtureOrder, MixtureShare, PoolOrder, make_mixture_shares
 
 
 def pool(seed: int, size: int, epoch: int, shuffle: bool = True) -> list[int]:
-    return PoolOrder(size, seed, shuffle).rows(epoch * size, size)
+    return PoolOrder(size, seed, shuffle).list_rows(epoch * size, size)
 
 
 def test_pool_depends_on_seed_epoch_and_size_only() -> None:
@@ -31,20 +31,20 @@ def test_pool_is_fair() -> None:
     assert first.min() > 150
 
 
-SHARES = [Share(0, 5, 1.0), Share(5, 3, 3.0)]
+SHARES = [MixtureShare(0, 5, 1.0), MixtureShare(5, 3, 3.0)]
 
 
-def mixed(shares: list[Share] = SHARES, **changes: Any) -> MixedOrder:
-    return MixedOrder(shares, **{"global_batch": 4, "seed": 1, "shuffle": True, **changes})
+def mixed(shares: list[MixtureShare] = SHARES, **changes: Any) -> MixtureOrder:
+    return MixtureOrder(shares, **{"global_batch": 4, "seed": 1, "shuffle": True, **changes})
 
 
 def test_shares_are_those_asked_for() -> None:
-    rows = np.array(mixed().rows(0, 20_000))
+    rows = np.array(mixed().list_rows(0, 20_000))
     assert np.mean(rows < 5) == pytest.approx(0.25, abs=0.01)
 
 
 def test_each_source_serves_whole_epochs() -> None:
-    rows = mixed().rows(0, 400)
+    rows = mixed().list_rows(0, 400)
     for share in SHARES:
         own = [r - share.start for r in rows if share.start <= r < share.start + share.size]
         for begin in range(0, len(own) - share.size, share.size):
@@ -57,32 +57,32 @@ def test_any_stretch_is_that_of_the_whole(data: st.DataObject) -> None:
     """Resuming is asking for places in the middle, also across blocks of draws."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order_module, "_BLOCK", 16)
-        whole = mixed().rows(0, 200)
+        whole = mixed().list_rows(0, 200)
         first = data.draw(st.integers(0, 199))
         count = data.draw(st.integers(1, 200 - first))
-        assert mixed().rows(first, count) == whole[first : first + count]
+        assert mixed().list_rows(first, count) == whole[first : first + count]
 
 
 def test_seeds_differ() -> None:
-    assert mixed(seed=1).rows(0, 100) != mixed(seed=2).rows(0, 100)
+    assert mixed(seed=1).list_rows(0, 100) != mixed(seed=2).list_rows(0, 100)
 
 
 def test_curriculum() -> None:
     """a alone, then both, then b alone; steps of 4 places."""
-    order = mixed([Share(0, 5, 1.0, 0, 20), Share(5, 3, 1.0, 10, None)])
-    steps = [order.rows(4 * step, 4) for step in range(40)]
+    order = mixed([MixtureShare(0, 5, 1.0, 0, 20), MixtureShare(5, 3, 1.0, 10, None)])
+    steps = [order.list_rows(4 * step, 4) for step in range(40)]
     assert all(row < 5 for rows in steps[:10] for row in rows)
     middle = [row for rows in steps[10:20] for row in rows]
     assert min(middle) < 5 <= max(middle)
     assert all(row >= 5 for rows in steps[20:] for row in rows)
-    order.check(1000)
+    order.check_steps(1000)
 
 
 def test_a_step_without_a_source_is_refused() -> None:
-    order = mixed([Share(0, 5, 1.0, 0, 20), Share(5, 3, 1.0, 25, None)])
-    order.check(20)
+    order = mixed([MixtureShare(0, 5, 1.0, 0, 20), MixtureShare(5, 3, 1.0, 25, None)])
+    order.check_steps(20)
     with pytest.raises(UserError, match=r"no source of data\.train is active at step 20"):
-        order.check(21)
+        order.check_steps(21)
 
 
 def config(**changes: Any) -> DataConfig:
@@ -91,9 +91,12 @@ def config(**changes: Any) -> DataConfig:
 
 
 def test_shares_by_weight_and_by_size() -> None:
-    assert shares_of(config(mixing="weights"), [10, 40]) == [Share(0, 10, 3.0), Share(10, 40, 1.0)]
+    assert make_mixture_shares(config(mixing="weights"), [10, 40]) == [
+        MixtureShare(0, 10, 3.0),
+        MixtureShare(10, 40, 1.0),
+    ]
     plain = [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
-    by_size = shares_of(config(train=plain, mixing="sizes"), [10, 40])
+    by_size = make_mixture_shares(config(train=plain, mixing="sizes"), [10, 40])
     assert [share.weight for share in by_size] == [0.25, 1.0]
-    tempered = shares_of(config(train=plain, mixing="sizes", temperature=2.0), [10, 40])
+    tempered = make_mixture_shares(config(train=plain, mixing="sizes", temperature=2.0), [10, 40])
     assert [share.weight for share in tempered] == [0.5, 1.0]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_peft.data.packing import IGNORE, join_documents, pack
+from dist_peft.data.packing import IGNORE, concatenate_documents, pack_documents
 
 
 @st.composite
@@ -15,7 +15,7 @@ def problems(draw: st.DrawFn) -> tuple[list[int], int]:
 @given(problems())
 def test_each_document_once_and_no_window_overfull(problem: tuple[list[int], int]) -> None:
     lengths, capacity = problem
-    windows = pack(lengths, capacity)
+    windows = pack_documents(lengths, capacity)
     assert sorted(d for w in windows for d in w) == list(range(len(lengths)))
     loads = [sum(lengths[d] for d in w) for w in windows]
     assert all(0 < load <= capacity for load in loads)
@@ -26,8 +26,8 @@ def test_each_document_once_and_no_window_overfull(problem: tuple[list[int], int
 
 @given(problems())
 def test_order_is_that_of_the_documents(problem: tuple[list[int], int]) -> None:
-    windows = pack(*problem)
-    assert windows == pack(np.asarray(problem[0], dtype=np.int64), problem[1])
+    windows = pack_documents(*problem)
+    assert windows == pack_documents(np.asarray(problem[0], dtype=np.int64), problem[1])
     assert all(w == sorted(w) for w in windows)
     assert [w[0] for w in windows] == sorted(w[0] for w in windows)
 
@@ -43,26 +43,28 @@ def test_each_document_went_to_the_fullest_window(problem: tuple[list[int], int]
             loads[loads.index(max(fitting))] += size
         else:
             loads.append(size)
-    assert sorted(loads) == sorted(sum(lengths[d] for d in w) for w in pack(lengths, capacity))
+    assert sorted(loads) == sorted(
+        sum(lengths[d] for d in w) for w in pack_documents(lengths, capacity)
+    )
 
 
 def test_fill_of_typical_lengths_and_time() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.5, 0.8, 50_000).astype(int), 1, 2048)
-    windows = pack(lengths, 2048)
+    windows = pack_documents(lengths, 2048)
     assert lengths.sum() / (len(windows) * 2048) > 0.99
 
 
 @pytest.mark.parametrize("lengths", [[5], [0, 1], [-1]])
 def test_impossible_lengths(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit sequences of 4"):
-        pack(lengths, 4)
+        pack_documents(lengths, 4)
 
 
 def test_the_picture_in_the_module() -> None:
     ones = [np.ones(n, dtype=np.uint8) for n in (4, 3, 2)]
     documents = [np.arange(len(m), dtype=np.int32) + 10 * i for i, m in enumerate(ones)]
-    tokens, labels, positions = join_documents(list(zip(documents, ones, strict=True)))
+    tokens, labels, positions = concatenate_documents(list(zip(documents, ones, strict=True)))
     assert tokens.tolist() == [0, 1, 2, 3, 10, 11, 12, 20, 21]
     assert labels.tolist() == [1, 2, 3, IGNORE, 11, 12, IGNORE, 21, IGNORE]
     assert positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
@@ -73,7 +75,7 @@ def test_labels_are_the_next_token_of_the_same_document(masks: list[list[bool]])
     arrays = [np.asarray(m, dtype=np.uint8) for m in masks]
     total = iter(range(1000))
     documents = [np.asarray([next(total) for _ in m], dtype=np.int32) for m in masks]
-    tokens, labels, positions = join_documents(list(zip(documents, arrays, strict=True)))
+    tokens, labels, positions = concatenate_documents(list(zip(documents, arrays, strict=True)))
     where = [(d, t) for d, mask in enumerate(masks) for t in range(len(mask))]
     assert len(tokens) == len(labels) == len(positions) == len(where)
     for i, (d, t) in enumerate(where):

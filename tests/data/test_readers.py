@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.readers import data_ending, read_file
+from dist_peft.data.readers import find_data_ending, read_record_file
 
 LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(3000))
 RECORDS = [{"text": f"line {i}"} for i in range(3000)]
@@ -26,7 +26,7 @@ PACK = {".gz": gzip.compress, ".zst": zstd}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return list(read_file(path))
+    return list(read_record_file(path))
 
 
 # -- compressed files ----------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_a_broken_compressed_file_is_named(tmp_path: Path, compression: str) -> 
     ],
 )
 def test_ending(name: str, ending: str | None) -> None:
-    assert data_ending(Path("dir.json") / name) == ending
+    assert find_data_ending(Path("dir.json") / name) == ending
 
 
 # -- typed columns -------------------------------------------------------------------------------

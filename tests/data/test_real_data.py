@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data import RowSet, load_rows, show_row
+from dist_peft.data import SequenceSet, format_sequence, load_sequence_set
 from dist_peft.data.packing import IGNORE
 from tests.support.data_files import data_config
 
@@ -33,17 +33,19 @@ class Load:
     def __init__(self, data: Path, cache: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         self.data, self.cache, self.tokenizer = data, cache, tokenizer
 
-    def rows(self, path: str, config: dict[str, Any], **source: Any) -> RowSet:
+    def rows(self, path: str, config: dict[str, Any], **source: Any) -> SequenceSet:
         sources = [DataSource(path=str(self.data / path), **source)]
-        rows = load_rows(data_config(self.cache, **config), sources, self.tokenizer, name="train")
+        rows = load_sequence_set(
+            data_config(self.cache, **config), sources, self.tokenizer, name="train"
+        )
         for i in range(0, len(rows), 97):
-            _, labels, _ = rows.row(i)
+            _, labels, _ = rows.get_sequence(i)
             assert int((labels != IGNORE).sum()) == rows.num_targets(i) > 0
         return rows
 
     def first(self, path: str, config: dict[str, Any] | None = None, **source: Any) -> str:
         rows = self.rows(path, {"seq_len": 16384, "packing": False, **(config or {})}, **source)
-        return show_row(rows, 0, self.tokenizer)
+        return format_sequence(rows, 0, self.tokenizer)
 
 
 @pytest.fixture
@@ -72,7 +74,10 @@ def test_tinystories(load: Load) -> None:
     listed = load.rows("tinystories-1000/tinystories_clean.json", {"packing": False})
     assert len(plain) == len(listed) == 1000
     for i in (0, 500, 999):
-        assert all(torch.equal(a, b) for a, b in zip(plain.row(i), listed.row(i), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(plain.get_sequence(i), listed.get_sequence(i), strict=True)
+        )
     packed = load.rows("tinystories-1000/tinystories_1000.json", {"seq_len": 512})
     assert packed.num_documents > 1000
     assert len(packed) < packed.num_documents
@@ -167,13 +172,15 @@ def test_generation_marks_and_rendering_piece_by_piece_agree(load: Load) -> None
         config = {"seq_len": 16384, "packing": False}
         made.append(load.rows("llamafactory-demo/glaive_toolcall_en_demo.json", config, limit=60))
     for i in range(len(made[0])):
-        pairs = zip(made[0].row(i), made[1].row(i), strict=True)
+        pairs = zip(made[0].get_sequence(i), made[1].get_sequence(i), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_text_file_is_one_document_in_windows(load: Load) -> None:
     rows = load.rows("tinyshakespeare/input.txt", {"seq_len": 512, "packing": False})
-    assert show_row(rows, 0, load.tokenizer).startswith("<s>[[First Citizen:\nBefore we proceed")
+    assert format_sequence(rows, 0, load.tokenizer).startswith(
+        "<s>[[First Citizen:\nBefore we proceed"
+    )
     assert all(rows.num_tokens(i) == 512 for i in range(len(rows) - 1))
     assert rows.total_targets == rows.total_tokens - len(rows)
 

@@ -6,8 +6,9 @@ import pytest
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.data.examples import ChatExample, CompletionExample, TextExample
 from dist_peft.data.files import open_source
-from dist_peft.data.sources import Chat, Completion, Example, Text, read_examples
+from dist_peft.data.sources import Example, read_examples
 from tests.support.data_files import write_jsonl
 
 KEY = "data.train[0]"
@@ -28,19 +29,19 @@ def one(tmp_path: Path, record: dict[str, Any], **fields: Any) -> Example:
 
 def test_completion_and_text(tmp_path: Path) -> None:
     record = {"prompt": "p", "completion": "c"}
-    assert one(tmp_path, record) == Completion("p", "c")
-    assert one(tmp_path, {"text": "t"}) == Text("t")
+    assert one(tmp_path, record) == CompletionExample("p", "c")
+    assert one(tmp_path, {"text": "t"}) == TextExample("t")
 
 
 def test_alpaca_prompt_with_and_without_input(tmp_path: Path) -> None:
     tail = "\n\n### Response:"
     with_input = one(tmp_path, {"instruction": "I", "input": "X", "output": "O"})
-    assert isinstance(with_input, Completion)
+    assert isinstance(with_input, CompletionExample)
     assert with_input.prompt.endswith("### Instruction:\nI\n\n### Input:\nX" + tail)
     assert "paired with an input" in with_input.prompt
     for record in ({"input": ""}, {"input": None}, {}):
         without = one(tmp_path, {"instruction": "I", "output": "O", **record})
-        assert isinstance(without, Completion)
+        assert isinstance(without, CompletionExample)
         assert without.prompt.endswith("request.\n\n### Instruction:\nI" + tail)
         assert without.completion == "O"
 
@@ -48,7 +49,7 @@ def test_alpaca_prompt_with_and_without_input(tmp_path: Path) -> None:
 def test_braces_of_the_data_are_not_fields(tmp_path: Path) -> None:
     record = {"instruction": "{output} {0}", "input": "{", "output": "}"}
     example = one(tmp_path, record)
-    assert isinstance(example, Completion)
+    assert isinstance(example, CompletionExample)
     assert "{output} {0}\n\n### Input:\n{\n" in example.prompt
     assert example.completion == "}"
 
@@ -60,7 +61,7 @@ def test_chat_messages_keep_other_keys_and_lose_nulls(tmp_path: Path) -> None:
         {"role": "assistant", "content": None, "tool_calls": call},
         {"role": "tool", "content": "42", "name": "f"},
     ]
-    assert one(tmp_path, {"messages": messages}) == Chat(
+    assert one(tmp_path, {"messages": messages}) == ChatExample(
         [
             {"role": "user", "content": "hi"},
             {"role": "assistant", "tool_calls": call},
@@ -73,7 +74,7 @@ def test_sharegpt_roles(tmp_path: Path) -> None:
     speakers = ["system", "human", "function_call", "observation", "gpt"]
     turns = [{"from": s, "value": s} for s in speakers]
     example = one(tmp_path, {"conversations": turns})
-    assert isinstance(example, Chat)
+    assert isinstance(example, ChatExample)
     roles = [(m["role"], m["content"]) for m in example.messages]
     expected = ["system", "user", "assistant", "tool", "assistant"]
     assert roles == list(zip(expected, speakers, strict=True))
@@ -83,14 +84,14 @@ def test_sharegpt_roles(tmp_path: Path) -> None:
 def test_tools_as_list_or_json_text(tmp_path: Path, tools: Any) -> None:
     record = {"messages": [{"role": "user", "content": "u"}], "tools": tools}
     example = one(tmp_path, record)
-    assert isinstance(example, Chat)
+    assert isinstance(example, ChatExample)
     assert example.tools == [{"name": "f"}]
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", [], "[]"])
 def test_no_tools(tmp_path: Path, tools: Any) -> None:
     example = one(tmp_path, {"messages": [{"role": "user", "content": "u"}], "tools": tools})
-    assert isinstance(example, Chat)
+    assert isinstance(example, ChatExample)
     assert example.tools is None
 
 
@@ -99,20 +100,20 @@ def test_no_tools(tmp_path: Path, tools: Any) -> None:
 
 def test_auto_prefers_what_is_more_than_text(tmp_path: Path) -> None:
     alpaca = {"instruction": "I", "output": "O", "text": "whole"}
-    assert isinstance(one(tmp_path, alpaca), Completion)
+    assert isinstance(one(tmp_path, alpaca), CompletionExample)
     chat = {"messages": [{"role": "user", "content": "u"}], "prompt": "u"}
-    assert isinstance(one(tmp_path, chat), Chat)
-    assert one(tmp_path, alpaca, format="text") == Text("whole")
+    assert isinstance(one(tmp_path, chat), ChatExample)
+    assert one(tmp_path, alpaca, format="text") == TextExample("whole")
 
 
 def test_columns_map_roles_also_into_nested_records(tmp_path: Path) -> None:
     record = {"question": "q", "answer": "a", "n": [{"in": "x", "out": "y"}]}
     columns = {"prompt": "question", "completion": "answer"}
-    assert one(tmp_path, record, columns=columns) == Completion("q", "a")
+    assert one(tmp_path, record, columns=columns) == CompletionExample("q", "a")
     columns = {"prompt": "n.0.in", "completion": "n.0.out"}
-    assert one(tmp_path, record, columns=columns) == Completion("x", "y")
+    assert one(tmp_path, record, columns=columns) == CompletionExample("x", "y")
     dotted = {"a.b": "literal", "a": {"b": "nested"}}
-    assert one(tmp_path, dotted, columns={"text": "a.b"}) == Text("literal")
+    assert one(tmp_path, dotted, columns={"text": "a.b"}) == TextExample("literal")
 
 
 def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Path) -> None:
@@ -180,15 +181,17 @@ def test_template_of_columns_and_roles(tmp_path: Path) -> None:
     record = {"a": "A", "b": "B", "answer": "c"}
     columns = {"completion": "answer"}
     example = one(tmp_path, record, columns=columns, template="{a} {{x}} {b}{a}\n")
-    assert example == Completion("A {x} BA\n", "c")
+    assert example == CompletionExample("A {x} BA\n", "c")
     columns = {"prompt": "a", "completion": "answer"}
-    assert one(tmp_path, record, columns=columns, template="Q: {prompt}") == Completion("Q: A", "c")
+    assert one(tmp_path, record, columns=columns, template="Q: {prompt}") == CompletionExample(
+        "Q: A", "c"
+    )
 
 
 def test_template_replaces_the_alpaca_prompt(tmp_path: Path) -> None:
     record = {"instruction": "I", "output": "O"}
     example = one(tmp_path, record, template="{instruction}|{input}|")
-    assert example == Completion("I||", "O")
+    assert example == CompletionExample("I||", "O")
 
 
 @pytest.mark.parametrize(
@@ -313,29 +316,29 @@ def test_a_column_that_means_something_is_refused(
 
 def test_what_a_message_says_to_map_is_read(tmp_path: Path) -> None:
     system = {"columns": {"system": "system_prompt"}}
-    expected = Chat([{"role": "system", "content": "s"}, *TURNS])
+    expected = ChatExample([{"role": "system", "content": "s"}, *TURNS])
     assert one(tmp_path, {"messages": TURNS, "system_prompt": "s"}, **system) == expected
     alpaca = {"instruction": "i", "output": "o"}
     read = one(tmp_path, {**alpaca, "system_prompt": "s"}, **system)
-    assert isinstance(read, Completion) and read.prompt.startswith("s\n\n### Instruction")
+    assert isinstance(read, CompletionExample) and read.prompt.startswith("s\n\n### Instruction")
     read = one(tmp_path, {**alpaca, "context": "c"}, columns={"input": "context"})
-    assert isinstance(read, Completion) and "### Input:\nc\n" in read.prompt
+    assert isinstance(read, CompletionExample) and "### Input:\nc\n" in read.prompt
 
 
 def test_system_column_text_parts_json_text_and_conversational_completion(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "u"}]
-    expected = Chat([{"role": "system", "content": "s"}, *TURNS])
+    expected = ChatExample([{"role": "system", "content": "s"}, *TURNS])
     messages = [{"role": "user", "content": parts}, TURNS[1]]
     assert one(tmp_path, {"messages": messages, "system": "s"}) == expected
-    assert one(tmp_path, {"messages": json.dumps(TURNS), "system": ""}) == Chat(TURNS)
+    assert one(tmp_path, {"messages": json.dumps(TURNS), "system": ""}) == ChatExample(TURNS)
     for answer in (TURNS[1:], TURNS[1]):
-        assert one(tmp_path, {"prompt": [USER], "completion": answer}) == Chat(TURNS)
+        assert one(tmp_path, {"prompt": [USER], "completion": answer}) == ChatExample(TURNS)
     image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(UserError, match=r"message 1 \(user\): .*part 2 of type image_url"):
         one(tmp_path, {"messages": [{"role": "user", "content": image}]})
     record = {"prompt": [USER], "completion": TURNS[1], "system": "s", "tools": [{"name": "f"}]}
-    assert one(tmp_path, record) == Chat(expected.messages, [{"name": "f"}])
-    assert one(tmp_path, record, ignore=["system", "tools"]) == Chat(TURNS)
+    assert one(tmp_path, record) == ChatExample(expected.messages, [{"name": "f"}])
+    assert one(tmp_path, record, ignore=["system", "tools"]) == ChatExample(TURNS)
     with pytest.raises(UserError, match="messages is not valid JSON"):
         one(tmp_path, {"messages": "[{"})
     with pytest.raises(UserError, match="record 2 holds messages where earlier"):
@@ -430,7 +433,7 @@ def test_a_blank_turn_of_a_conversation_does_not_contribute(tmp_path: Path) -> N
     notes: list[str] = []
     ((_, example),) = read_examples(source, open_source(source, KEY), KEY, notes)
     excluded = {"role": "assistant", "content": "", "train": False}
-    assert example == Chat([USER, excluded, USER, thought, USER, TURNS[1]])
+    assert example == ChatExample([USER, excluded, USER, thought, USER, TURNS[1]])
     assert notes == [
         "1 assistant turns are empty and do not contribute to the loss; the first is in "
         f"{tmp_path}/a.jsonl, record 1"

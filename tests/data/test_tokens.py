@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.cache import Documents
-from dist_peft.data.files import Place
-from dist_peft.data.sources import Chat, Completion, Example, Text
-from dist_peft.data.tokens import Encoder, LossOn, load_documents
+from dist_peft.data.cache import TokenDocuments
+from dist_peft.data.examples import ChatExample, CompletionExample, TextExample
+from dist_peft.data.files import RecordPlace
+from dist_peft.data.sources import Example
+from dist_peft.data.tokens import ExampleEncoder, LossOn, load_token_documents
 from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
 CHATML = (
@@ -29,7 +30,9 @@ def pieces(
     tokenizer: PreTrainedTokenizerFast, example: Example, loss_on: LossOn = "completion"
 ) -> list[tuple[str, int]]:
     """(token, counts for the loss) of one example."""
-    ((tokens, mask),) = Encoder(tokenizer, loss_on).encode([example], [Place("f", 1)])
+    ((tokens, mask),) = ExampleEncoder(tokenizer, loss_on).encode_examples(
+        [example], [RecordPlace("f", 1)]
+    )
     assert tokens.dtype == np.int32
     assert mask.dtype == np.uint8
     words = [str(tokenizer.decode([t])) for t in tokens.tolist()]
@@ -37,8 +40,8 @@ def pieces(
 
 
 def test_completion_boundary_is_never_inside_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [w for w, _ in pieces(tokenizer, Text("abcd"))] == ["<s>", "a", "bc", "d", "</s>"]
-    assert pieces(tokenizer, Completion("ab", "cde")) == [
+    assert [w for w, _ in pieces(tokenizer, TextExample("abcd"))] == ["<s>", "a", "bc", "d", "</s>"]
+    assert pieces(tokenizer, CompletionExample("ab", "cde")) == [
         ("<s>", 0),
         ("a", 0),
         ("b", 0),
@@ -49,25 +52,25 @@ def test_completion_boundary_is_never_inside_a_token(tokenizer: PreTrainedTokeni
 
 
 def test_loss_on_all_and_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    everything = pieces(tokenizer, Completion("a", "b"), "all")
+    everything = pieces(tokenizer, CompletionExample("a", "b"), "all")
     assert everything == [("<s>", 1), ("a", 1), ("b", 1), ("</s>", 1)]
-    assert pieces(tokenizer, Text("a")) == [("<s>", 1), ("a", 1), ("</s>", 1)]
+    assert pieces(tokenizer, TextExample("a")) == [("<s>", 1), ("a", 1), ("</s>", 1)]
 
 
 def test_empty_strings(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert pieces(tokenizer, Completion("", "")) == [("<s>", 0), ("</s>", 1)]
-    assert pieces(tokenizer, Text("")) == [("<s>", 1), ("</s>", 1)]
+    assert pieces(tokenizer, CompletionExample("", "")) == [("<s>", 0), ("</s>", 1)]
+    assert pieces(tokenizer, TextExample("")) == [("<s>", 1), ("</s>", 1)]
 
 
 def test_bos_only_from_tokenizers_that_add_it(tokenizer: PreTrainedTokenizerFast) -> None:
     without = byte_tokenizer(bos=False)
-    assert pieces(without, Text("a")) == [("a", 1), ("</s>", 1)]
-    assert pieces(without, Completion("a", "b")) == [("a", 0), ("b", 1), ("</s>", 1)]
+    assert pieces(without, TextExample("a")) == [("a", 1), ("</s>", 1)]
+    assert pieces(without, CompletionExample("a", "b")) == [("a", 0), ("b", 1), ("</s>", 1)]
 
 
 def test_bos_and_eos_in_the_text_are_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert pieces(tokenizer, Text("<s>a</s>")) == [("<s>", 1), ("a", 1), ("</s>", 1)]
-    assert pieces(tokenizer, Completion("<s>a", "b</s>")) == [
+    assert pieces(tokenizer, TextExample("<s>a</s>")) == [("<s>", 1), ("a", 1), ("</s>", 1)]
+    assert pieces(tokenizer, CompletionExample("<s>a", "b</s>")) == [
         ("<s>", 0),
         ("a", 0),
         ("b", 1),
@@ -79,7 +82,7 @@ def test_tokenizer_without_eos() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no eos_token"):
-        Encoder(tokenizer, "completion")
+        ExampleEncoder(tokenizer, "completion")
 
 
 def test_tokenizer_without_tokenizer_json() -> None:
@@ -88,19 +91,23 @@ def test_tokenizer_without_tokenizer_json() -> None:
         name_or_path = "some/base"
 
     with pytest.raises(UserError, match=r"tokenizer some/base \(Slow\) has no tokenizer.json"):
-        Encoder(Slow(), "completion")  # type: ignore[arg-type]
+        ExampleEncoder(Slow(), "completion")  # type: ignore[arg-type]
 
 
 def test_chat_mask_follows_characters_of_several_bytes() -> None:
     tokenizer = byte_tokenizer(specials=["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = CHATML
-    chat = Chat([{"role": "user", "content": "ü"}, {"role": "assistant", "content": "é🙂"}])
-    ((tokens, mask),) = Encoder(tokenizer, "completion").encode([chat], [Place("f", 1)])
+    chat = ChatExample([{"role": "user", "content": "ü"}, {"role": "assistant", "content": "é🙂"}])
+    ((tokens, mask),) = ExampleEncoder(tokenizer, "completion").encode_examples(
+        [chat], [RecordPlace("f", 1)]
+    )
     assert tokenizer.decode(tokens[mask == 1]) == "é🙂<|im_end|>"
     assert tokenizer.decode(tokens) == (
         "<|im_start|>user\nü<|im_end|>\n<|im_start|>assistant\né🙂<|im_end|>\n"
     )
-    ((_, everything),) = Encoder(tokenizer, "all").encode([chat], [Place("f", 1)])
+    ((_, everything),) = ExampleEncoder(tokenizer, "all").encode_examples(
+        [chat], [RecordPlace("f", 1)]
+    )
     assert everything.all()
 
 
@@ -115,8 +122,8 @@ class Loads:
         self.tokenizer = tokenizer
         self.file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}] * 3)
 
-    def load(self, config: dict[str, Any] | None = None, **source: Any) -> Documents:
-        return load_documents(
+    def load(self, config: dict[str, Any] | None = None, **source: Any) -> TokenDocuments:
+        return load_token_documents(
             data_config(self.cache, **(config or {})),
             DataSource(path=str(self.file), **source),
             self.tokenizer,
@@ -188,4 +195,4 @@ def test_more_records_than_a_batch_keep_their_places(loads: Loads) -> None:
     for i in (0, 511, 512, 1199):
         part = slice(int(documents.offsets[i]), int(documents.offsets[i + 1]))
         assert loads.tokenizer.decode(documents.tokens[part]) == f"<s>{i}</s>"
-        assert documents.place(i) == Place(str(loads.file), i + 1)
+        assert documents.get_place(i) == RecordPlace(str(loads.file), i + 1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dist_peft.data.turn_end import turn_end_ids
+from dist_peft.data.turn_end import find_turn_end_ids
 
 EOS, IM_END, NEWLINE = 2, 90, 7
 
@@ -17,7 +17,7 @@ class FakeRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def get_sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         labels, positions = [], []
         for targets in self.rows[index]:
             own = [-100, -100, *targets, -100]
@@ -28,16 +28,16 @@ class FakeRows:
 
 def test_last_special_target_of_each_document() -> None:
     rows = FakeRows([[11, 12, IM_END, NEWLINE], [13, IM_END, NEWLINE]], [[14, IM_END]])
-    assert turn_end_ids(rows, {EOS, IM_END}) == [IM_END]
-    assert turn_end_ids(rows, {EOS}) == []
+    assert find_turn_end_ids(rows, {EOS, IM_END}) == [IM_END]
+    assert find_turn_end_ids(rows, {EOS}) == []
 
 
 def test_ends_of_several_sources_and_of_few_documents() -> None:
     rows = FakeRows(*[[[5, IM_END]]] * 12, *[[[5, EOS]]] * 7, [[5, 91]])
-    assert turn_end_ids(rows, {EOS, IM_END, 91}) == [IM_END, EOS]
+    assert find_turn_end_ids(rows, {EOS, IM_END, 91}) == [IM_END, EOS]
 
 
 def test_specials_inside_a_document_are_no_end() -> None:
-    assert turn_end_ids(FakeRows([[IM_END, 11, 12, 13, 14]], [[]]), {IM_END}) == []
+    assert find_turn_end_ids(FakeRows([[IM_END, 11, 12, 13, 14]], [[]]), {IM_END}) == []
     many = FakeRows(*[[[i % 60, EOS]] for i in range(3, 1000)])
-    assert turn_end_ids(many, {EOS}) == [EOS]
+    assert find_turn_end_ids(many, {EOS}) == [EOS]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_peft.engine.activation_checkpointing import checkpoint_blocks
+from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
 
 WIDTH, ROWS = 16, 8
 
@@ -51,7 +51,7 @@ def run(blocks: nn.ModuleList) -> tuple[dict[str, Tensor], int]:
 
 def test_gradients_are_equal_and_less_is_kept() -> None:
     plain, recomputing = model(), model()
-    checkpoint_blocks(list(recomputing))
+    checkpoint_block_activations(list(recomputing))
     expected, kept = run(plain)
     found, kept_less = run(recomputing)
     assert found.keys() == expected.keys() and len(found) == 13
@@ -68,7 +68,7 @@ def test_names_and_hooks_stay() -> None:
     names = [name for name, _ in blocks.named_parameters()]
     seen: list[str] = []
     blocks[0].register_forward_pre_hook(lambda module, args: seen.append("before"))
-    checkpoint_blocks(list(blocks))
+    checkpoint_block_activations(list(blocks))
     blocks[0].register_forward_hook(lambda module, args, output: seen.append("after"))
     run(blocks)
     assert seen == ["before", "after"]

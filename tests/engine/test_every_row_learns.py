@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.protocol import OptimizerFactory, trainable
+from dist_peft.engine.protocol import OptimizerFactory, trainable_parameters
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
-from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
 
@@ -90,12 +90,14 @@ class Case:
         config = EngineConfig() if world.size == 1 else EngineConfig.model_validate(changes)
         train = TrainConfig.model_validate({"optimizer": self.optimizer, "eps": 1e-5})
         engine, model = make_engine(config, train, world, CPU), Model(self.r)
-        engine.shard(model, list(model.blocks))
+        engine.shard_model(model, list(model.blocks))
         values = start_values(self.r)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 value = values[f"{path}.{name}" if path else name]
-                engine.fill(module, name, value[engine.span(parameter).slice].clone())
+                engine.fill_local_rows(
+                    module, name, value[engine.local_row_span(parameter).slice].clone()
+                )
         # paged optimizers are refused on a CPU; there bitsandbytes runs them without paging
         device = torch.device("cuda" if "paged" in self.optimizer else "cpu")
         return model, engine, make_optimizer_factory(train, device)
@@ -122,7 +124,7 @@ def start_values(r: int) -> dict[str, Tensor]:
         if parameter.dtype == torch.uint8:
             shape = (WIDE, WIDTH) if "up" in name else (VOCAB, WIDTH)
             weight = torch.randn(shape, generator=generator) * 0.1
-            values[name] = RawCodec(torch.float32).encode(weight)
+            values[name] = RawCodec(torch.float32).quantize_to_packed(weight)
         else:
             value = torch.randn(parameter.shape[::-1], generator=generator) * 0.05
             values[name] = value.T if value.dim() == 2 else value
@@ -134,28 +136,30 @@ def run(world: World, case: Case, directory: Path) -> list[dict[str, Tensor]]:
 
     Gives the trained parameters after each of the two.
     """
-    checkpoints = Checkpoints(directory, 1, world)
+    checkpoints = CheckpointManager(directory, 1, world)
     found = []
     for first, last in ((0, STOP), (STOP, STEPS)):
         model, engine, factory = case.make(world)
-        names = list(trainable(model))
-        call = engine.optimize(model, factory, lambda name: 1.0)
+        names = list(trainable_parameters(model))
+        call = engine.setup_optimizer(model, factory, lambda name: 1.0)
         if first:
-            state = engine.state(model)
-            checkpoints.load(directory / f"step-{first:06d}", state)
-            engine.load_state(model, state, first)
+            state = engine.training_state_dict(model)
+            checkpoints.load_checkpoint(directory / f"step-{first:06d}", state)
+            engine.load_training_state_dict(model, state, first)
         for step in range(first, last):
             ids = torch.randint(VOCAB, (6, 5), generator=torch.Generator().manual_seed(step))
             loss = call(ids[world.rank :: world.size]).square().sum() / ids.numel()
             engine.backward(loss, last=True)
             assert engine.step(lr=1e-3, max_norm=0.0) > 0
-        checkpoints.save(engine.state(model), RunPosition(last, 0, 0, "", "", ""))
+        checkpoints.save_checkpoint(
+            engine.training_state_dict(model), RunPosition(last, 0, 0, "", "", "")
+        )
         found.append(unsharded(model, engine, names))
     return found
 
 
 def unsharded(model: nn.Module, engine: Engine, names: list[str]) -> dict[str, Tensor]:
-    state = engine.state(model)
+    state = engine.training_state_dict(model)
     values = (state[f"param/{name}"] for name in names)
     full = (v.full_tensor() if hasattr(v, "full_tensor") else v for v in values)
     return {name: value.detach().clone() for name, value in zip(names, full, strict=True)}

@@ -78,11 +78,13 @@ def _refill(world: World) -> bool:
     with torch.no_grad():
         before = model(batch(0))
         for block in model.blocks:
-            rows = engine.span(block.up.packed)
-            engine.fill(block.up, "packed", whole_values()["blocks.0.up.packed"][rows.slice])
+            rows = engine.local_row_span(block.up.packed)
+            engine.fill_local_rows(
+                block.up, "packed", whole_values()["blocks.0.up.packed"][rows.slice]
+            )
         after = model(batch(0))
     expected = whole_values()["blocks.0.up.packed"]
-    gathered = [engine.gather(block.up.packed) for block in model.blocks]
+    gathered = [engine.gather_parameter(block.up.packed) for block in model.blocks]
     return not torch.equal(before, after) and all(torch.equal(g, expected) for g in gathered)
 
 
@@ -95,13 +97,13 @@ def _evaluate_then_load(world: World) -> bool:
     """The root's parameters, whole after an evaluation, are those of the state loaded since."""
     model, engine = filled(world, EngineConfig())
     model.last.requires_grad_(True)
-    engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    engine.setup_optimizer(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
     with torch.no_grad():
         model(batch(0))
-        state = {key: value.clone() for key, value in engine.state(model).items()}
+        state = {key: value.clone() for key, value in engine.training_state_dict(model).items()}
         state["param/last"] = torch.zeros_like(state["param/last"])
         model(batch(0))
-        engine.load_state(model, state, 0)
+        engine.load_training_state_dict(model, state, 0)
         return not model(batch(0)).any()
 
 

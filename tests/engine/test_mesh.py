@@ -6,7 +6,7 @@ from torch import nn
 from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.engine.mesh import ends_of, shard_mesh
+from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from tests.support.dist import run_ranks
 from tests.support.tiny_engines import CPU, Model
 
@@ -15,7 +15,7 @@ def meshes(world: World) -> list[tuple[int, int]]:
     """Size of the shard group and this rank's place in it, for each way to ask."""
     result = []
     for group in ("all", 4, 2, 1):
-        mesh = shard_mesh(EngineConfig(shard_group=group), world, CPU)
+        mesh = build_shard_mesh(EngineConfig(shard_group=group), world, CPU)
         result.append((mesh["shard"].size(), mesh["shard"].get_local_rank()))
     return result
 
@@ -29,24 +29,24 @@ def test_groups_are_consecutive_ranks() -> None:
 def test_node_is_the_ranks_of_a_host() -> None:
     config = EngineConfig(shard_group="node")
     with pytest.raises(UserError, match="is 4 ranks, which does not divide the 6 ranks"):
-        shard_mesh(config, World(rank=0, size=6, local_rank=0, local_size=4), CPU)
+        build_shard_mesh(config, World(rank=0, size=6, local_rank=0, local_size=4), CPU)
 
 
 @pytest.mark.parametrize(("group", "ranks"), [(2, 3), (5, 3), (4, 6)])
 def test_group_that_does_not_divide_is_refused(group: int, ranks: int) -> None:
     with pytest.raises(UserError, match=r"engine\.shard_group is \d ranks, which does not divide"):
-        shard_mesh(EngineConfig(shard_group=group), World(rank=0, size=ranks), CPU)
+        build_shard_mesh(EngineConfig(shard_group=group), World(rank=0, size=ranks), CPU)
 
 
 def test_tied_ends_are_no_units() -> None:
     model = Model()
-    assert ends_of(model) == [model.embedding, model.head]
+    assert list_end_modules(model) == [model.embedding, model.head]
     model.head = nn.Linear(64, 33, bias=False, device="meta")
     model.head.weight = model.embedding.weight
-    assert ends_of(model) == []
+    assert list_end_modules(model) == []
 
 
 def test_a_classifier_has_no_output_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    assert ends_of(model) == [model.embedding]
+    assert list_end_modules(model) == [model.embedding]

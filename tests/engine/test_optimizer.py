@@ -14,7 +14,7 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import own_parameters
+from dist_peft.engine.protocol import local_parameters
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
 
@@ -47,21 +47,23 @@ class Factory:
         self.kept: dict[int, dict[str, Tensor]] = {}
         self.steps: list[int] = []
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         for group in groups:
             for p in group["params"]:
                 self.kept[id(p)] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
         return torch.optim.SGD(groups, lr=math.nan)  # step() must set the rate
 
-    def moments(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    def read_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: Tensor
+    ) -> dict[str, Tensor]:
         return self.kept[id(parameter)]
 
-    def set_moments(
+    def write_moments(
         self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
     ) -> None:
         self.kept[id(parameter)] = {key: value.clone() for key, value in moments.items()}
 
-    def set_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         self.steps.append(step)
 
 
@@ -120,13 +122,13 @@ def test_gradient_that_is_not_finite_changes_nothing(name: Any, bad: float) -> N
     optimizer = make(model, make_optimizer_factory(TrainConfig(optimizer=name), CPU))
     model.give_gradients(1)
     optimizer.step(lr=0.1, max_norm=1.0)
-    before = {key: value.clone() for key, value in optimizer.state().items()}
+    before = {key: value.clone() for key, value in optimizer.training_state_dict().items()}
     assert before["exp_avg/a"].any()
     model.give_gradients(2)
     model.a.grad[3, 1] = bad
     assert not math.isfinite(optimizer.step(lr=0.1, max_norm=1.0))
     assert model.a.grad is None and model.b.grad is None
-    after = optimizer.state()
+    after = optimizer.training_state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -157,11 +159,11 @@ def test_state_goes_on_where_it_was(name: Any) -> None:
 
     model, optimizer = fresh()
     run(model, optimizer, range(2))
-    saved = {key: value.clone() for key, value in optimizer.state().items()}
+    saved = {key: value.clone() for key, value in optimizer.training_state_dict().items()}
     assert saved.keys() == {f"{k}/{n}" for k in ("param", "exp_avg", "exp_avg_sq") for n in "ab"}
     run(model, optimizer, range(2, 4))
     other, resumed = fresh()
-    resumed.load_state(saved, step=2)
+    resumed.load_training_state_dict(saved, step=2)
     run(other, resumed, range(2, 4))
     assert torch.equal(other.a, model.a) and torch.equal(other.b, model.b)
 
@@ -194,12 +196,12 @@ def test_what_learns_late_is_left_alone_and_resumes_there(name: Any) -> None:
     model, optimizer = fresh()
     run(model, optimizer, range(2))
     assert torch.equal(model.b, Model().b) and not torch.equal(model.a, Model().a)
-    assert not optimizer.state()["exp_avg_sq/b"].any()
+    assert not optimizer.training_state_dict()["exp_avg_sq/b"].any()
     run(model, optimizer, range(2, 3))
-    saved = {key: value.clone() for key, value in optimizer.state().items()}
+    saved = {key: value.clone() for key, value in optimizer.training_state_dict().items()}
     run(model, optimizer, range(3, 5))
     other, resumed = fresh()
-    resumed.load_state(saved, step=3)
+    resumed.load_training_state_dict(saved, step=3)
     run(other, resumed, range(3, 5))
     assert torch.equal(other.a, model.a) and torch.equal(other.b, model.b)
 
@@ -219,10 +221,10 @@ def test_plain_factory_updates_the_models_memory_and_wraps_its_moments() -> None
     assert optimizer.updated["a"] is not model.a
     assert torch.equal(model.a, expected)
     assert optimizer.updated["a"].grad is None
-    state = optimizer.state()
+    state = optimizer.training_state_dict()
     assert [like for _, like in wrapped] == [model.a, model.a, model.b, model.b]
     assert torch.equal(state["exp_avg/a"], torch.full((5, 3), 7.0))
-    optimizer.load_state(state, step=5)
+    optimizer.load_training_state_dict(state, step=5)
     assert factory.steps == [5]
     assert torch.equal(
         factory.kept[id(optimizer.updated["b"])]["exp_avg_sq"], torch.full((4,), 7.0)
@@ -237,15 +239,15 @@ def test_without_moments_it_starts_afresh(name: Any) -> None:
         for step in range(2):
             model.give_gradients(seed + step)
             optimizer.step(lr=0.1, max_norm=1.0)
-        return {key: value.clone() for key, value in optimizer.state().items()}
+        return {key: value.clone() for key, value in optimizer.training_state_dict().items()}
 
     model = Model()
     optimizer = make(model, make_optimizer_factory(TrainConfig(optimizer=name), CPU))
-    start = own_parameters(optimizer.state())
+    start = local_parameters(optimizer.training_state_dict())
     assert sorted(start) == ["param/a", "param/b"]
     first = two_steps(optimizer, model, 7)
     two_steps(optimizer, model, 9)
-    optimizer.load_state(start, step=0)
+    optimizer.load_training_state_dict(start, step=0)
     again = two_steps(optimizer, model, 7)
     assert all(torch.equal(again[key], first[key]) for key in first)
 
@@ -261,18 +263,22 @@ def _load_other_values(world: World) -> None:
     for name in ("adamw", "adamw8bit"):
         model = Shardable()
         engine = Fsdp2Engine(EngineConfig(), world, CPU)
-        engine.shard(model, [])
+        engine.shard_model(model, [])
         factory = make_optimizer_factory(TrainConfig.model_validate({"optimizer": name}), CPU)
-        engine.optimize(model, factory, lambda parameter: 1.0)
-        wanted = {key: value.clone() + 0.5 for key, value in engine.state(model).items()}
+        engine.setup_optimizer(model, factory, lambda parameter: 1.0)
+        wanted = {
+            key: value.clone() + 0.5 for key, value in engine.training_state_dict(model).items()
+        }
         assert all(isinstance(value, DTensor) for value in wanted.values())
-        engine.load_state(model, wanted, step=3)
-        for key, value in engine.state(model).items():
-            assert torch.equal(engine.gather(value), engine.gather(wanted[key])), key
-        engine.load_state(model, own_parameters(wanted), step=0)
-        for key, value in engine.state(model).items():
-            expected = engine.gather(wanted[key]) * key.startswith("param/")
-            assert torch.equal(engine.gather(value), expected), key
+        engine.load_training_state_dict(model, wanted, step=3)
+        for key, value in engine.training_state_dict(model).items():
+            assert torch.equal(
+                engine.gather_parameter(value), engine.gather_parameter(wanted[key])
+            ), key
+        engine.load_training_state_dict(model, local_parameters(wanted), step=0)
+        for key, value in engine.training_state_dict(model).items():
+            expected = engine.gather_parameter(wanted[key]) * key.startswith("param/")
+            assert torch.equal(engine.gather_parameter(value), expected), key
 
 
 @pytest.mark.dist

@@ -3,14 +3,20 @@
 import torch
 from torch import nn
 
-from dist_peft.engine.protocol import adam_start, lr_groups, move_buffers, trainable, updates
+from dist_peft.engine.protocol import (
+    build_lr_groups,
+    init_adam_state,
+    move_buffers_to_device,
+    num_updates,
+    trainable_parameters,
+)
 
 
 def test_trainable_are_those_that_learn_in_the_models_order() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)))
     model[0].weight.requires_grad_(False)
     model[1][0].requires_grad_(False)
-    found = trainable(model)
+    found = trainable_parameters(model)
     assert list(found) == ["0.bias", "1.1.weight", "1.1.bias"]
     assert found["1.1.weight"] is model[1][1].weight
 
@@ -18,26 +24,26 @@ def test_trainable_are_those_that_learn_in_the_models_order() -> None:
 def test_a_shared_parameter_is_listed_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
-    assert list(trainable(model)) == ["0.weight"]
+    assert list(trainable_parameters(model)) == ["0.weight"]
 
 
 def test_groups_hold_parameters_of_one_learning_rate() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b", "c")}
-    first, second = lr_groups(parameters, lambda name: 2.0 if name == "b" else 1.0)
+    first, second = build_lr_groups(parameters, lambda name: 2.0 if name == "b" else 1.0)
     assert first == {"params": [parameters["a"], parameters["c"]], "lr_scale": 1.0, "first_step": 0}
     assert second == {"params": [parameters["b"]], "lr_scale": 2.0, "first_step": 0}
 
 
 def test_groups_of_one_learning_rate_part_where_they_start() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b")}
-    groups = lr_groups(parameters, lambda name: 1.0, lambda name: 7 if name == "b" else 0)
+    groups = build_lr_groups(parameters, lambda name: 1.0, lambda name: 7 if name == "b" else 0)
     assert [group["first_step"] for group in groups] == [0, 7]
-    assert [updates(group, 9) for group in groups] == [9, 2]
-    assert [updates(group, 5) for group in groups] == [5, 0]
+    assert [num_updates(group, 9) for group in groups] == [9, 2]
+    assert [num_updates(group, 5) for group in groups] == [5, 0]
 
 
 def test_adam_starts_with_nothing() -> None:
-    state = adam_start(nn.Parameter(torch.ones(2, 3)))
+    state = init_adam_state(nn.Parameter(torch.ones(2, 3)))
     assert state["step"] == 0 and not state["exp_avg"].requires_grad
     assert torch.equal(state["exp_avg"], torch.zeros(2, 3))
     assert torch.equal(state["exp_avg_sq"], torch.zeros(2, 3))
@@ -45,6 +51,6 @@ def test_adam_starts_with_nothing() -> None:
 
 def test_buffers_move_and_parameters_stay() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2, device="cpu"), nn.Linear(2, 2))
-    move_buffers(model, torch.device("meta"))
+    move_buffers_to_device(model, torch.device("meta"))
     assert all(buffer.is_meta for buffer in model.buffers())
     assert not any(parameter.is_meta for parameter in model.parameters())

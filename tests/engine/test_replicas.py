@@ -35,7 +35,7 @@ def compare(model: nn.Module, world: World, engine: Any = None, **options: Any) 
     check = ReplicaCheck(model, engine or SingleEngine(CPU), world)
     facts = options.pop("facts", FACTS)
     try:
-        check.compare(facts, **options)
+        check.compare_replicas(facts, **options)
     except RemoteError as error:
         return str(error)
     return f"{check.bytes_hashed} bytes"
@@ -87,9 +87,9 @@ class Sharded(SingleEngine):
         super().__init__(CPU)
         self.shards, self.index = shards, index
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         if not isinstance(parameter, DTensor):
-            return super().span(parameter)
+            return super().local_row_span(parameter)
         return row_span(parameter.shape[0], self.shards, self.index)
 
 
@@ -135,7 +135,7 @@ class RowsOfRank(SingleEngine):
         super().__init__(CPU)
         self.world = world
 
-    def span(self, parameter: Tensor) -> Span:
+    def local_row_span(self, parameter: Tensor) -> Span:
         size, rank = (
             (self.world.size, self.world.rank) if isinstance(parameter, DTensor) else (1, 0)
         )

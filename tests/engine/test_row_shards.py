@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
-from dist_peft.engine.activation_checkpointing import checkpoint_blocks
-from dist_peft.engine.row_shards import RowShards, _Slot, _tensors
+from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.row_shards import RowShardedParameters, _iterate_tensors, _ShardedParameter
 from tests.support.dist import run_ranks
 from tests.support.tiny_engines import CPU, VOCAB, Model, batch, whole_values
 
@@ -29,21 +29,21 @@ def test_a_slot_puts_each_ranks_rows_in_their_place(
     meta = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), False)
     chunks = []
     for index in range(parts):
-        slot = _Slot(meta, parts)
+        slot = _ShardedParameter(meta, parts)
         slot.local = torch.zeros(slot.part, dtype=torch.uint8)
-        parameter = slot.fill(value[row_span(rows, parts, index).slice])
+        parameter = slot.fill_local_rows(value[row_span(rows, parts, index).slice])
         assert parameter.shape == value.shape and parameter.dtype == dtype
         assert parameter.untyped_storage().nbytes() == 0
         chunks.append(slot.local)
-    slot.place(torch.stack(chunks))
+    slot.scatter_chunks(torch.stack(chunks))
     assert torch.equal(parameter, value)
-    slot.release()
+    slot.free_full_tensor()
     assert parameter.untyped_storage().nbytes() == 0 and parameter.shape == value.shape
 
 
 def test_tensors_of_nested_outputs() -> None:
     a, b = torch.zeros(1), torch.ones(1)
-    assert list(_tensors({"x": (a, [b, None]), "y": 3})) == [a, b]
+    assert list(_iterate_tensors({"x": (a, [b, None]), "y": 3})) == [a, b]
 
 
 class Tied(Model):
@@ -57,19 +57,21 @@ class Tied(Model):
 
 def shard(
     world: World, kind: type[Model], recompute: bool
-) -> tuple[Model, RowShards, dict[str, nn.Parameter]]:
+) -> tuple[Model, RowShardedParameters, dict[str, nn.Parameter]]:
     group = torch.distributed.group.WORLD
     assert group is not None
-    model, values, shards = kind(), whole_values(), RowShards(group, CPU)
+    model, values, shards = kind(), whole_values(), RowShardedParameters(group, CPU)
     if recompute:
-        checkpoint_blocks(list(model.blocks))
-    shards.shard(model, list(model.blocks))
+        checkpoint_block_activations(list(model.blocks))
+    shards.shard_model(model, list(model.blocks))
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if shards.holds(parameter) and parameter.is_meta:
+            if shards.is_row_sharded(parameter) and parameter.is_meta:
                 value = values.get(f"{path}.{name}" if path else name)
                 assert value is not None
-                shards.fill(module, name, value[shards.span(parameter).slice].clone())
+                shards.fill_local_rows(
+                    module, name, value[shards.local_row_span(parameter).slice].clone()
+                )
     if kind is Tied:
         model.head.weight = model.embedding.weight
     return model, shards, dict(model.named_parameters())
@@ -116,7 +118,7 @@ def compute(world: World, kind: type[Model], recompute: bool) -> None:
     assert most == 1, "the block before is released before the next computes"
     for name, value in whole_values().items():
         if name in frozen:
-            assert torch.equal(shards.gather(frozen[name]), value), name
+            assert torch.equal(shards.gather_parameter(frozen[name]), value), name
 
 
 @pytest.mark.dist
@@ -130,14 +132,14 @@ def test_same_numbers_as_the_whole_model(ranks: int, kind: type[Model], recomput
 def more_ranks_than_rows(world: World) -> None:
     group = torch.distributed.group.WORLD
     assert group is not None
-    shards, model = RowShards(group, CPU), Model()
+    shards, model = RowShardedParameters(group, CPU), Model()
     model.embedding = nn.Embedding(2, 4, device="meta").requires_grad_(False)
-    shards.shard(model, list(model.blocks))
+    shards.shard_model(model, list(model.blocks))
     weight = model.embedding.weight
-    assert len(shards.span(weight)) == (1 if world.rank < 2 else 0)
+    assert len(shards.local_row_span(weight)) == (1 if world.rank < 2 else 0)
     value = torch.arange(8.0).view(2, 4)
-    shards.fill(model.embedding, "weight", value[shards.span(weight).slice])
-    assert torch.equal(shards.gather(model.embedding.weight), value)
+    shards.fill_local_rows(model.embedding, "weight", value[shards.local_row_span(weight).slice])
+    assert torch.equal(shards.gather_parameter(model.embedding.weight), value)
 
 
 @pytest.mark.dist

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.span import Span
-from dist_peft.engine.protocol import trainable
+from dist_peft.engine.protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.optimizers import make_optimizer_factory
 
@@ -21,17 +21,17 @@ def model_on_meta() -> nn.Sequential:
 
 def filled(engine: SingleEngine) -> nn.Sequential:
     model = model_on_meta()
-    engine.shard(model, [])
+    engine.shard_model(model, [])
     for index, module in enumerate(model):
         for name, p in list(module.named_parameters(recurse=False)):
             generator = torch.Generator().manual_seed(index)
-            engine.fill(module, name, torch.randn(p.shape, generator=generator))
+            engine.fill_local_rows(module, name, torch.randn(p.shape, generator=generator))
     return model
 
 
 def test_spans_are_whole() -> None:
     engine = SingleEngine(CPU)
-    assert [engine.span(p) for p in model_on_meta().parameters()] == [
+    assert [engine.local_row_span(p) for p in model_on_meta().parameters()] == [
         Span(0, 5),
         Span(0, 5),
         Span(0, 2),
@@ -42,11 +42,11 @@ def test_spans_are_whole() -> None:
 def test_fill_keeps_rows_and_what_learns() -> None:
     engine, model = SingleEngine(CPU), model_on_meta()
     rows = torch.arange(15.0).view(5, 3)
-    engine.fill(model[0], "weight", rows)
-    engine.fill(model[1], "bias", torch.ones(2))
-    assert torch.equal(engine.gather(model[0].weight), rows)
+    engine.fill_local_rows(model[0], "weight", rows)
+    engine.fill_local_rows(model[1], "bias", torch.ones(2))
+    assert torch.equal(engine.gather_parameter(model[0].weight), rows)
     assert not model[0].weight.requires_grad and model[1].bias.requires_grad
-    assert list(trainable(model)) == ["1.weight", "1.bias"]
+    assert list(trainable_parameters(model)) == ["1.weight", "1.bias"]
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_fill_keeps_rows_and_what_learns() -> None:
 )
 def test_fill_refuses_what_does_not_fit(rows: torch.Tensor) -> None:
     with pytest.raises(AssertionError):
-        SingleEngine(CPU).fill(model_on_meta()[0], "weight", rows)
+        SingleEngine(CPU).fill_local_rows(model_on_meta()[0], "weight", rows)
 
 
 def test_micro_batches_add_up_to_one_step_of_plain_adamw() -> None:
     engine = SingleEngine(CPU)
     model, plain = filled(engine), filled(engine)
-    engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    engine.setup_optimizer(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
     optimizer = torch.optim.AdamW(plain[1].parameters(), lr=0.1, weight_decay=0.0, fused=True)
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(9))
     for _ in range(3):
@@ -78,4 +78,4 @@ def test_micro_batches_add_up_to_one_step_of_plain_adamw() -> None:
 
 def test_state_before_optimize_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match=r"optimize\(\) comes first"):
-        SingleEngine(CPU).state(model_on_meta())
+        SingleEngine(CPU).training_state_dict(model_on_meta())

@@ -13,7 +13,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
-from dist_peft.engine.protocol import own_parameters
+from dist_peft.engine.protocol import local_parameters
 from dist_peft.engine.zero import ZeroEngine
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
@@ -119,23 +119,23 @@ def adam(world: World, config: EngineConfig, state: dict[str, Tensor] | None, st
     model, engine = filled(world, config)
     names = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     factory = make_optimizer_factory(TrainConfig(), CPU)
-    call = engine.optimize(model, factory, lambda name: 2.0 if ".1." in name else 1.0)
+    call = engine.setup_optimizer(model, factory, lambda name: 2.0 if ".1." in name else 1.0)
     first = 0
     if state is not None:
         first = int(state["steps"])
-        engine.state(model)  # as a resume does: the template of what is loaded
-        engine.load_state(model, state, first)
+        engine.training_state_dict(model)  # as a resume does: the template of what is loaded
+        engine.load_training_state_dict(model, state, first)
         with torch.no_grad():
             call(batch(0))  # an evaluation in between changes nothing
     losses = []
     for step in range(first, first + steps):
         loss = call(batch(step)[world.rank :: world.size]).square().sum() / batch(step).numel()
-        losses.append(world.sum(loss.item())[0])
+        losses.append(world.sum_over_ranks(loss.item())[0])
         engine.backward(loss, last=True)
         engine.step(lr=0.01, max_norm=0.1)
     after = {
         key: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()
-        for key, value in engine.state(model).items()
+        for key, value in engine.training_state_dict(model).items()
     }
     for name, shape in names.items():
         for key in ("param", "exp_avg", "exp_avg_sq"):
@@ -156,15 +156,17 @@ def test_state_goes_on_at_another_world_size_and_in_another_engine(stage: int) -
 
 def fresh_state(world: World, stage: int) -> None:
     model, engine = filled(world, zero(stage=stage))
-    call = engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    call = engine.setup_optimizer(
+        model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0
+    )
 
     def check() -> dict[str, Tensor]:
-        state, values = engine.state(model), whole_values()
+        state, values = engine.training_state_dict(model), whole_values()
         assert state
         for key, value in state.items():
             kind, _, name = key.partition("/")
             assert torch.equal(value, values[name] if kind == "param" else torch.zeros_like(value))
-        return own_parameters(state)
+        return local_parameters(state)
 
     def steps() -> list[float]:
         losses = []
@@ -177,7 +179,7 @@ def fresh_state(world: World, stage: int) -> None:
 
     start = check()
     first = steps()
-    engine.load_state(model, start, 0)
+    engine.load_training_state_dict(model, start, 0)
     check()
     assert steps() == first  # nothing of the steps before is left
 
@@ -189,12 +191,14 @@ def test_state_before_the_first_step_can_be_given_back(stage: int) -> None:
 
 def not_finite(world: World, stage: int) -> None:
     model, engine = filled(world, zero(stage=stage))
-    call = engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
-    before = {key: value.clone() for key, value in engine.state(model).items()}
+    call = engine.setup_optimizer(
+        model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0
+    )
+    before = {key: value.clone() for key, value in engine.training_state_dict(model).items()}
     bad = float("nan") if world.rank == 1 else 1.0
     engine.backward(call(batch(0)).square().sum() * bad, last=True)
     assert not math.isfinite(engine.step(lr=0.1, max_norm=1.0))
-    for key, value in engine.state(model).items():
+    for key, value in engine.training_state_dict(model).items():
         assert torch.equal(value, before[key]), key
 
 
@@ -207,14 +211,14 @@ def no_empty_adapter(world: World) -> None:
     """Under stage 3 the parameter itself is empty between uses; what is gathered never is."""
     model, engine = filled(world, zero(stage=3))
     assert isinstance(engine, ZeroEngine)
-    engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    engine.setup_optimizer(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
     parameter = model.blocks[0].change
     assert parameter.numel() == 0
     name = "blocks.0.change"
-    assert torch.equal(engine.gather(parameter), whole_values()[name])
+    assert torch.equal(engine.gather_parameter(parameter), whole_values()[name])
     for wrong in (parameter.detach(), None, torch.zeros(3, 3)):
         with pytest.raises(AssertionError, match="gathered"):
-            engine._checked(wrong, parameter)
+            engine._check_gathered_shape(wrong, parameter)
 
 
 def test_gather_cannot_give_an_empty_tensor() -> None:
@@ -226,7 +230,9 @@ def rests(world: World) -> tuple[int, int]:
     model, engine = filled(world, zero(stage=3))
     assert isinstance(engine, ZeroEngine)
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    call = engine.optimize(model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0)
+    call = engine.setup_optimizer(
+        model, make_optimizer_factory(TrainConfig(), CPU), lambda name: 1.0
+    )
     assert all(p.requires_grad for p in model.parameters()), "DeepSpeed sees adapters only"
     engine.backward(call(batch(0)).square().sum(), last=True)
     storages = sum(p.untyped_storage().nbytes() for p in frozen.values())

@@ -8,19 +8,19 @@ import pytest
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.zero_config import deepspeed_config
+from dist_peft.engine.zero_config import build_deepspeed_config
 
 
 def made(tmp_path: Path, content: Any, ranks: int = 2, **engine: Any) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     config = EngineConfig(kind="zero", deepspeed_config=str(path), **engine)
-    return deepspeed_config(config, TrainConfig(global_batch=16, micro_batch=2), ranks)
+    return build_deepspeed_config(config, TrainConfig(global_batch=16, micro_batch=2), ranks)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_without_a_file(stage: int) -> None:
-    config = deepspeed_config(EngineConfig(kind="zero", stage=stage), TrainConfig(), 4)
+    config = build_deepspeed_config(EngineConfig(kind="zero", stage=stage), TrainConfig(), 4)
     assert config["zero_optimization"]["stage"] == stage
     assert config["train_batch_size"] == 4 and config["gradient_accumulation_steps"] == 1
     assert config["gradient_clipping"] == 0.0, "DeepSpeed's default would be 1.0"
@@ -77,7 +77,7 @@ def test_contradictions(tmp_path: Path, content: Any, message: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     config = EngineConfig(kind="zero", deepspeed_config=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match=r"engine.deepspeed_config: cannot read .*none.json"):
-        deepspeed_config(config, TrainConfig(), 2)
+        build_deepspeed_config(config, TrainConfig(), 2)
 
 
 def test_offload(tmp_path: Path) -> None:

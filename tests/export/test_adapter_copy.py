@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import QuantConfig
-from dist_peft.export.adapter_copy import write_adapter_beside
+from dist_peft.export.adapter_copy import write_adapter_copy
 from tests.support.export_runs import make_run
 
 
 def test_plain_adapter_is_the_same(tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=4, group_size=32))
-    write_adapter_beside(run.adapter_dir, tmp_path / "out")
-    found, wanted = read_adapter(tmp_path / "out" / "adapter"), read_adapter(run.adapter_dir)
+    write_adapter_copy(run.adapter_dir, tmp_path / "out")
+    found, wanted = (
+        read_adapter_directory(tmp_path / "out" / "adapter"),
+        read_adapter_directory(run.adapter_dir),
+    )
     own = {"base_model_name_or_path": str(tmp_path / "out")}  # the base that lies there
     assert found.config == wanted.config | own
     assert found.tensors.keys() == wanted.tensors.keys()
@@ -41,9 +44,9 @@ def test_start_is_taken_away(tmp_path: Path, rslora: bool) -> None:
         "target_modules": ["layer", "embed_tokens"],
     }
     public = PublicAdapter(config, tensors, {"start": "pissa"})
-    write_adapter(tmp_path / "adapter", public, {})
-    write_adapter_beside(tmp_path / "adapter", tmp_path / "out")
-    found = read_adapter(tmp_path / "out" / "adapter")
+    write_adapter_directory(tmp_path / "adapter", public, {})
+    write_adapter_copy(tmp_path / "adapter", tmp_path / "out")
+    found = read_adapter_directory(tmp_path / "out" / "adapter")
     assert torch.equal(found.tensors[f"{prefix}.lora_A.weight"], A[:5])
     assert torch.equal(found.tensors[f"{prefix}.lora_B.weight"], B[:, :5])
     assert found.config["r"] == 5 and found.config["lora_alpha"] == pytest.approx(7)

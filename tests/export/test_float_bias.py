@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
-from dist_peft.export.float_bias import stored_group
+from dist_peft.export.float_bias import find_stored_group_size
 from dist_peft.export.formats.registry import export_model
 from tests.support.export_runs import make_run
 
@@ -56,7 +56,7 @@ def test_folded_adapter_is_all_there(
 
 
 def test_stored_group() -> None:
-    assert [stored_group(g, (32, 64, 128)) for g in (32, 96, 64, 256, 16, 40)] == [
+    assert [find_stored_group_size(g, (32, 64, 128)) for g in (32, 96, 64, 256, 16, 40)] == [
         32,
         32,
         64,

@@ -14,14 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_peft.adapters.directory import write_adapter
-from dist_peft.app.model_setup import load, prepare
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.export.merge_weights import merge_model
-from dist_peft.export.model_directory import Written
+from dist_peft.export.model_directory import WriteResult
 from dist_peft.model.load import AdapterRows
 from dist_peft.quant.codec import make_codec
 from tests.support.tiny_models import CONFIGS, save_model
@@ -68,7 +68,7 @@ def merge(base: Path, adapter: Path, out: Path, **settings: Any) -> dict[str, Te
     tensors = {
         k: v for file in sorted(out.glob("*.safetensors")) for k, v in load_file(file).items()
     }
-    assert report == Written(
+    assert report == WriteResult(
         len(tensors), 0, 14, sum(f.stat().st_size for f in out.glob("*.safetensors"))
     )
     return tensors
@@ -117,8 +117,8 @@ def test_decoded_base_is_what_training_saw(base: Path, tmp_path: Path) -> None:
     seen = copy.deepcopy(plain)
     for name, module in seen.model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
-            packed = codec.encode(module.weight.data)
-            module.weight.data = codec.decode(packed, module.in_features, torch.float32)
+            packed = codec.quantize_to_packed(module.weight.data)
+            module.weight.data = codec.dequantize_rows(packed, module.in_features, torch.float32)
 
     def logits(model: torch.nn.Module) -> Tensor:
         with torch.no_grad():
@@ -145,7 +145,7 @@ def test_pissa_into_decoded_base_gives_the_runs_own_logits(base: Path, tmp_path:
         "data": {"train": ["unused.jsonl"]},
     }
     config = parse_config(tree)
-    built = load(prepare(config, World()), config, World(), torch.device("cpu"))
+    built = load_weights(build_model(config, World()), config, World(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for path, module in built.model.named_modules():
@@ -154,7 +154,9 @@ def test_pissa_into_decoded_base_gives_the_runs_own_logits(base: Path, tmp_path:
                 if parameter.requires_grad:
                     parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
                 tensors[f"{path}.{name}"] = parameter.detach()
-    write_adapter(tmp_path / "adapter", built.adapter.to_public(tensors, str(base)), {})
+    write_adapter_directory(
+        tmp_path / "adapter", built.adapter.to_public_adapter(tensors, str(base)), {}
+    )
     with torch.no_grad():
         trained = built.model(input_ids=IDS, use_cache=False).logits
     merge(base, tmp_path / "adapter", tmp_path / "out", into="decoded", dtype=torch.float32)

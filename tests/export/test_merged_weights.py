@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.merged_weights import State, Walk, Weight, parts_to_rows
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.merged_weights import MergedWeights, State, dequantize_affine_parts
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from tests.support.export_runs import FakeRun, make_run
 
@@ -20,68 +21,72 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     return make_run(tmp_path_factory.mktemp("walk"), INT4, group=32)
 
 
-def rows(walk: Walk, weight: Weight) -> torch.Tensor:
-    return torch.cat([walk.rows(weight, span).float() for span in walk.spans(weight)])
+def rows(walk: MergedWeights, weight: BaseWeight) -> torch.Tensor:
+    return torch.cat(
+        [walk.read_merged_rows(weight, span).float() for span in walk.iterate_spans(weight)]
+    )
 
 
 @pytest.mark.parametrize("state", ["decoded", "codes"])
 def test_trained_weights(state: State, run: FakeRun, tmp_path: Path) -> None:
-    with run.job(tmp_path, chunk_bytes=2048).walk(state) as walk:
-        assert [w.path for w in walk.weights if w.in_block] == [
+    with run.job(tmp_path, chunk_bytes=2048).open_weights(state) as walk:
+        assert [w.path for w in walk.weights if w.is_block_linear] == [
             n for n in walk.skeleton.index.tensors if "proj" in n
         ]
         for weight in walk.weights:
             wanted = run.trained[weight.name]
             torch.testing.assert_close(rows(walk, weight), wanted, rtol=1e-5, atol=1e-6)
-        walk.check_complete()
+        walk.check_all_consumed()
 
 
 def test_base_and_original(run: FakeRun, tmp_path: Path) -> None:
     codec, files = AffineCodec(4, 32), load_file(run.directory / "model.safetensors")
     with (
-        run.job(tmp_path).walk("base") as base,
-        run.job(tmp_path).walk("original") as original,
-        run.job(tmp_path).walk("decoded") as decoded,
+        run.job(tmp_path).open_weights("base") as base,
+        run.job(tmp_path).open_weights("original") as original,
+        run.job(tmp_path).open_weights("decoded") as decoded,
     ):
         for weight in base.weights:
             plain = files[weight.name]
-            if not weight.in_block:
+            if not weight.is_block_linear:
                 assert torch.equal(rows(base, weight), plain)
                 continue
-            trained_on = codec.decode(codec.encode(plain), weight.columns, torch.float32)
+            trained_on = codec.dequantize_rows(
+                codec.quantize_to_packed(plain), weight.num_columns, torch.float32
+            )
             assert torch.equal(rows(base, weight), trained_on)
             change = rows(original, weight) - plain
             torch.testing.assert_close(
                 change, rows(decoded, weight) - trained_on, rtol=1e-3, atol=1e-6
             )
-        base.check_complete()
+        base.check_all_consumed()
 
 
 def test_adapter_that_was_not_used_up(run: FakeRun, tmp_path: Path) -> None:
-    with run.job(tmp_path).walk() as walk, pytest.raises(UserError, match="another base"):
-        walk.check_complete()
+    with run.job(tmp_path).open_weights() as walk, pytest.raises(UserError, match="another base"):
+        walk.check_all_consumed()
 
 
 def test_spans_have_whole_multiples(run: FakeRun, tmp_path: Path) -> None:
-    with run.job(tmp_path, chunk_bytes=4 * 64 * 10).walk() as walk:
+    with run.job(tmp_path, chunk_bytes=4 * 64 * 10).open_weights() as walk:
         weight = next(w for w in walk.weights if w.name.endswith("gate_proj.weight"))
-        assert [len(s) for s in walk.spans(weight)] == [10] * 9 + [6]
-        assert [len(s) for s in walk.spans(weight, 4)] == [8] * 12
-        assert [len(s) for s in walk.spans(weight, 64)] == [64, 32]
+        assert [len(s) for s in walk.iterate_spans(weight)] == [10] * 9 + [6]
+        assert [len(s) for s in walk.iterate_spans(weight, 4)] == [8] * 12
+        assert [len(s) for s in walk.iterate_spans(weight, 64)] == [64, 32]
 
 
 def test_parts_to_rows_by_hand() -> None:
     codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
     parts = AffineParts(codes, torch.tensor([[2.0, 0.5]]).half(), torch.tensor([[0.5, 1.0]]))
-    assert parts_to_rows(parts, 3).tolist() == [[1.0, 3.0, 1.0]]
+    assert dequantize_affine_parts(parts, 3).tolist() == [[1.0, 3.0, 1.0]]
 
 
 def test_group_changes_are_the_adapter(run: FakeRun, tmp_path: Path) -> None:
-    with run.job(tmp_path, chunk_bytes=2048).walk("base") as walk:
-        found = torch.cat([change.flatten() for _, change in walk.group_changes()])
+    with run.job(tmp_path, chunk_bytes=2048).open_weights("base") as walk:
+        found = torch.cat([change.flatten() for _, change in walk.iterate_group_changes()])
         wanted = [
             (run.trained[w.name] - rows(walk, w))[:, ::32].flatten()
             for w in walk.weights
-            if w.in_block
+            if w.is_block_linear
         ]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-6)

@@ -12,11 +12,11 @@ import torch
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.model_directory import (
-    check_new,
-    copy_configuration,
-    copy_tokenizer,
-    unpacked_linears,
-    write_directory,
+    check_output_free,
+    copy_model_files,
+    copy_tokenizer_files,
+    list_unpacked_linears,
+    write_model_directory,
 )
 from tests.support.export_runs import make_run
 
@@ -24,14 +24,14 @@ from tests.support.export_runs import make_run
 def test_unpacked_linears_are_the_head_and_what_is_left(tmp_path: Path) -> None:
     for tied in (False, True):
         run = make_run(tmp_path / str(tied), QuantConfig(), tie_word_embeddings=tied)
-        with run.job(tmp_path / "out").walk() as walk:
-            assert unpacked_linears(walk, ["some.path"]) == ["lm_head", "some.path"]
+        with run.job(tmp_path / "out").open_weights() as walk:
+            assert list_unpacked_linears(walk, ["some.path"]) == ["lm_head", "some.path"]
 
 
 def test_without_a_packer_every_weight_is_dense(tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig())
-    with run.job(tmp_path / "out").walk("decoded") as walk:
-        written = write_directory(walk, None, tmp_path / "out", torch.float16)
+    with run.job(tmp_path / "out").open_weights("decoded") as walk:
+        written = write_model_directory(walk, None, tmp_path / "out", torch.float16)
         assert (written.tensors, written.packed, written.merged) == (len(run.trained), 0, 14)
     assert written.bytes_written == (tmp_path / "out" / "model.safetensors").stat().st_size
 
@@ -41,8 +41,8 @@ def test_configuration(tmp_path: Path) -> None:
     (run.directory / "LICENSE").write_text("licence")
     (run.adapter_dir / "chat_template.jinja").write_text("template")
     (tmp_path / "out").mkdir()
-    copy_configuration(run.directory, tmp_path / "out", torch.float16, {"new": {"key": 1}})
-    copy_tokenizer(run.adapter_dir, tmp_path / "out")
+    copy_model_files(run.directory, tmp_path / "out", torch.float16, {"new": {"key": 1}})
+    copy_tokenizer_files(run.adapter_dir, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16" and config["new"] == {"key": 1}
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -60,13 +60,13 @@ def test_a_disk_that_fills_up_while_files_are_copied(
     with pytest.raises(
         UserError, match=f"disk full while writing .*{name}: 1,000 bytes are needed"
     ):
-        copy_configuration(tmp_path / "base", tmp_path, torch.float32, {})
+        copy_model_files(tmp_path / "base", tmp_path, torch.float32, {})
 
 
 def test_check_new(tmp_path: Path) -> None:
-    check_new(tmp_path / "absent")
+    check_output_free(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        check_new(tmp_path / "file")
+        check_output_free(tmp_path / "file")
     with pytest.raises(UserError, match="not empty"):
-        check_new(tmp_path)
+        check_output_free(tmp_path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.model_directory import copy_configuration, copy_tokenizer
-from dist_peft.export.model_files import check_link, model_files, without_code
+from dist_peft.export.model_directory import copy_model_files, copy_tokenizer_files
+from dist_peft.export.model_files import check_link_target, list_model_files, strip_auto_map
 
 
 def fill(directory: Path, names: list[str], content: str = "{}") -> Path:
@@ -64,7 +64,7 @@ STAYS = [
 def test_what_belongs_to_a_model_and_what_stays(tmp_path: Path) -> None:
     fill(tmp_path / "base", BELONGS + STAYS)
     (tmp_path / "out").mkdir()
-    copy_configuration(tmp_path / "base", tmp_path / "out", torch.bfloat16, {})
+    copy_model_files(tmp_path / "base", tmp_path / "out", torch.bfloat16, {})
     out = tmp_path / "out"
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert found == set(BELONGS)
@@ -75,18 +75,18 @@ def test_links_out_of_the_directory(tmp_path: Path, caplog: pytest.LogCaptureFix
     (tmp_path / "key").write_text("secret")
     (base / "NOTICE.txt").symlink_to(tmp_path / "key")
     (base / "LICENSE").symlink_to("real/LICENSE")  # inside: followed
-    assert model_files(base) == ["LICENSE", "config.json"]
+    assert list_model_files(base) == ["LICENSE", "config.json"]
     assert "NOTICE.txt is a link out of" in caplog.text
     for name in ("tokenizer.json", "chat_template.jinja"):
         (base / name).symlink_to(tmp_path / "key")
         with pytest.raises(UserError, match=rf"{name} is a link to .*key.*replace the link"):
-            model_files(base)
+            list_model_files(base)
         (base / name).unlink()
     (tmp_path / "elsewhere").mkdir()
     fill(tmp_path / "elsewhere", ["default.jinja"])
     (base / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is a link to"):
-        model_files(base)
+        list_model_files(base)
 
 
 def test_tokenizer_beside_an_adapter_is_no_link_either(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_tokenizer_beside_an_adapter_is_no_link_either(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret")
     (adapter / "tokenizer.json").symlink_to(tmp_path / "key")
     with pytest.raises(UserError, match="is a link to"):
-        copy_tokenizer(adapter, tmp_path)
+        copy_tokenizer_files(adapter, tmp_path)
 
 
 def test_snapshot_of_the_hub_cache(tmp_path: Path) -> None:
@@ -105,16 +105,16 @@ def test_snapshot_of_the_hub_cache(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").symlink_to("../../blobs/aa11")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/bb22")
-    assert model_files(snapshot) == ["config.json", "tokenizer.json"]
+    assert list_model_files(snapshot) == ["config.json", "tokenizer.json"]
     linked = tmp_path / "linked"
     linked.symlink_to(snapshot)
-    assert model_files(linked) == ["config.json", "tokenizer.json"]
+    assert list_model_files(linked) == ["config.json", "tokenizer.json"]
     fill(tmp_path / "models--other" / "blobs", ["cc33"])
     (snapshot / "merges.txt").symlink_to("../../../models--other/blobs/cc33")
     with pytest.raises(UserError, match=r"merges\.txt is a link"):
-        model_files(snapshot)
+        list_model_files(snapshot)
     with pytest.raises(UserError):
-        check_link(snapshot / "merges.txt", snapshot)
+        check_link_target(snapshot / "merges.txt", snapshot)
 
 
 def test_code_that_auto_map_needs(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_code_that_auto_map_needs(tmp_path: Path) -> None:
     (base / "late.py").write_text("from .modeling_x import XModel\n")
     (base / "ops" / "__init__.py").write_text("from .kernels import attend\n")
     (base / "ops" / "kernels.py").write_text("from . import rotary\nfrom ..shared import f\n")
-    code = {name for name in model_files(base, code=True) if name.endswith(".py")}
+    code = {name for name in list_model_files(base, code=True) if name.endswith(".py")}
     assert code == {
         "late.py",
         "modeling_x.py",
@@ -143,7 +143,7 @@ def test_code_that_auto_map_needs(tmp_path: Path) -> None:
     }
     for out, trusted in ((tmp_path / "a", True), (tmp_path / "b", False)):
         out.mkdir()
-        copy_configuration(base, out, torch.float32, {}, code=trusted)
+        copy_model_files(base, out, torch.float32, {}, code=trusted)
         assert (
             (out / "modeling_x.py").is_file() == (out / "ops" / "kernels.py").is_file() == trusted
         )
@@ -158,12 +158,12 @@ def test_code_that_is_a_link(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "conf.py").write_text("")
     (base / "conf.py").symlink_to(tmp_path / "conf.py")
-    assert model_files(base) == ["config.json"]
+    assert list_model_files(base) == ["config.json"]
     with pytest.raises(UserError, match=r"conf\.py is a link"):
-        model_files(base, code=True)
+        list_model_files(base, code=True)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1}'])
 def test_configurations_without_code(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
-    assert without_code(tmp_path / "x.json") is None
+    assert strip_auto_map(tmp_path / "x.json") is None

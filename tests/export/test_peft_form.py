@@ -8,15 +8,15 @@ import torch
 import transformers as tf
 from peft import PeftModel
 
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.export.merged_weights import open_walk
-from dist_peft.export.peft_form import _sample, measure_peft_form
+from dist_peft.export.merged_weights import open_merged_weights
+from dist_peft.export.peft_form import _sample_row_spans, measure_peft_form
 from tests.support.tiny_runs import tiny_tree
 
 NF4 = {"kind": "nf4", "group_size": 8}
@@ -27,7 +27,7 @@ SEEN_ROWS = 768
 def finished_run(directory: Path, quant: dict[str, Any] | None, **adapter: Any) -> BaseConfig:
     settings = {"r": 3, "alpha": 6, **adapter}
     tree = tiny_tree(directory, base__quant=quant, adapter=settings, data__eval=[])
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     return load_config(directory / "run" / "config.yaml").base
 
@@ -39,10 +39,12 @@ def share_by_peft(directory: Path, base: BaseConfig) -> float:
     peft = PeftModel.from_pretrained(model, str(directory / "run" / "adapter"))
     merged = dict(peft.merge_and_unload().named_parameters())  # type: ignore[operator]
     error = change = torch.zeros(())
-    with open_walk(base, directory / "base", directory / "run" / "adapter", "decoded") as walk:
+    with open_merged_weights(
+        base, directory / "base", directory / "run" / "adapter", "decoded"
+    ) as walk:
         for weight in walk.weights:
-            if walk.adapts(weight):
-                trained = walk.rows(weight, Span(0, weight.rows))
+            if walk.is_adapted(weight):
+                trained = walk.read_merged_rows(weight, Span(0, weight.num_rows))
                 error = error + (merged[weight.path].detach() - trained).square().sum()
                 change = (
                     change + (merged[weight.path].detach() - before[weight.path]).square().sum()
@@ -75,7 +77,7 @@ def test_dora_changes_nothing_at_its_start(tmp_path: Path) -> None:
     large. And a base that is gone is the user's error."""
     adapter = {"r": 3, "alpha": 6, "init": "pissa", "use_dora": True}
     tree = tiny_tree(tmp_path, base__quant=NF4, adapter=adapter, data__eval=[], train__lr=1e-6)
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     base = load_config(tmp_path / "run" / "config.yaml").base
     found = measure_peft_form(base, tmp_path / "base", tmp_path / "run" / "adapter")
@@ -92,7 +94,7 @@ def test_adapters_that_start_from_zero_have_no_such_error(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rows", [1, 5, 64, 65, 79, 4096])
 def test_rows_that_are_looked_at(rows: int) -> None:
-    spans = list(_sample(rows))
+    spans = list(_sample_row_spans(rows))
     found = [row for span in spans for row in range(span.start, span.stop)]
     assert min(found) >= 0 and max(found) == rows - 1 and found[0] == 0
     assert sum(map(len, spans)) == min(rows, 64)

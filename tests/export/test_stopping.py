@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.export.formats.registry import export_model
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.stopping import (
     add_stop_tokens,
-    read_turn_end,
-    stop_tokens,
-    warn_of_no_stop,
+    read_stop_tokens,
+    read_turn_end_ids,
+    warn_missing_stop_token,
 )
 from tests.support.export_runs import make_run
 
@@ -42,7 +42,7 @@ def test_stop_tokens_and_what_is_added(
     if generation is not None:
         write(tmp_path, "generation_config.json", {**generation, "top_p": 0.8})
     write(tmp_path, "config.json", {**config, "bos_token_id": 1})
-    assert stop_tokens(tmp_path) == wanted
+    assert read_stop_tokens(tmp_path) == wanted
     write(tmp_path / "adapter", "dist_peft.json", {"turn_end": [90, *wanted]})
     add_stop_tokens(tmp_path / "adapter", tmp_path)
     written = json.loads((tmp_path / "generation_config.json").read_text())
@@ -58,23 +58,25 @@ def test_stop_tokens_and_what_is_added(
 def test_runs_that_do_not_say(about: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, "config.json", {"eos_token_id": 6})
     write(tmp_path, "dist_peft.json", about)
-    assert read_turn_end(tmp_path) == []
+    assert read_turn_end_ids(tmp_path) == []
     add_stop_tokens(tmp_path, tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
 
 
 def test_warning_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, "config.json", {"eos_token_id": 6})
-    warn_of_no_stop(tmp_path, [6], ["</s>"])
+    warn_missing_stop_token(tmp_path, [6], ["</s>"])
     assert not caplog.records
-    warn_of_no_stop(tmp_path, [6, 90], ["</s>", "<|im_end|>"])
+    warn_missing_stop_token(tmp_path, [6, 90], ["</s>", "<|im_end|>"])
     assert "end with '<|im_end|>'" in caplog.text and "stop at token ids [6]" in caplog.text
 
 
 def test_merged_and_exported_models_stop(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     run = make_run(tmp_path, QuantConfig())
-    write_adapter(run.adapter_dir, read_adapter(run.adapter_dir), {"turn_end": [300]})
+    write_adapter_directory(
+        run.adapter_dir, read_adapter_directory(run.adapter_dir), {"turn_end": [300]}
+    )
     merge_model(run.base, run.directory, run.adapter_dir, tmp_path / "merged")
     export_model("bnb-nf4", run.job(tmp_path / "bnb"))
     for out in ("merged", "bnb"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.export.verdict import VerificationError, judge
-from dist_peft.export.verify import Comparison, Probe, compare
+from dist_peft.export.verdict import VerificationError, judge_comparison
+from dist_peft.export.verify import Comparison, Probe, compare_logits
 
 GOOD = Comparison(
     max_error=1e-3,
@@ -24,7 +24,7 @@ OUT = Path("out")
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_good_figures_pass_without_a_word(exact: bool, caplog: pytest.LogCaptureFixture) -> None:
-    judge(GOOD, OUT, exact=exact)
+    judge_comparison(GOOD, OUT, exact=exact)
     assert not caplog.records
 
 
@@ -36,33 +36,33 @@ def test_figures_that_are_no_numbers_fail(
     exact: bool, max_error: float | None, field: str, value: float
 ) -> None:
     with pytest.raises(VerificationError, match=r"not finite.* out was written and is kept"):
-        judge(replace(GOOD, **{field: value}), OUT, exact=exact, max_error=max_error)
+        judge_comparison(replace(GOOD, **{field: value}), OUT, exact=exact, max_error=max_error)
 
 
 def test_exact_forms_have_five_percent() -> None:
-    judge(replace(GOOD, relative=0.05), OUT, exact=True)
+    judge_comparison(replace(GOOD, relative=0.05), OUT, exact=True)
     with pytest.raises(VerificationError, match=r"5\.1%.*at most 5\.0%.*hint.*--max-error"):
-        judge(replace(GOOD, relative=0.051), OUT, exact=True, hint="hint")
+        judge_comparison(replace(GOOD, relative=0.051), OUT, exact=True, hint="hint")
 
 
 def test_other_forms_warn_and_fail_where_the_adapter_is_lost(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    judge(replace(GOOD, relative=0.4), OUT, exact=False)
+    judge_comparison(replace(GOOD, relative=0.4), OUT, exact=False)
     assert "40.0%" in caplog.text
     for lost in (1.0, 11.48):
         with pytest.raises(VerificationError, match=r"at most 100\.0%"):
-            judge(replace(GOOD, relative=lost), OUT, exact=False)
+            judge_comparison(replace(GOOD, relative=lost), OUT, exact=False)
     with pytest.raises(VerificationError, match="no closer to the trained model"):
-        judge(replace(GOOD, relative=0.4, kl=0.1), OUT, exact=False)
+        judge_comparison(replace(GOOD, relative=0.4, kl=0.1), OUT, exact=False)
 
 
 def test_bound_of_the_user_replaces_the_forms() -> None:
-    judge(replace(GOOD, relative=0.2), OUT, exact=True, max_error=0.3)
-    judge(replace(GOOD, relative=3.0, kl=5.0), OUT, exact=False, max_error=4.0)
+    judge_comparison(replace(GOOD, relative=0.2), OUT, exact=True, max_error=0.3)
+    judge_comparison(replace(GOOD, relative=3.0, kl=5.0), OUT, exact=False, max_error=4.0)
     for exact in (True, False):
         with pytest.raises(VerificationError, match=r"--max-error allows at most 0\.5%"):
-            judge(GOOD, OUT, exact=exact, max_error=0.005)
+            judge_comparison(GOOD, OUT, exact=exact, max_error=0.005)
 
 
 def test_training_that_changed_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -70,9 +70,9 @@ def test_training_that_changed_nothing(caplog: pytest.LogCaptureFixture) -> None
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 4, 9, generator=generator)
     probe = Probe(torch.zeros(1, 4, dtype=torch.long), logits, logits.clone())
-    judge(compare(logits + 1e-6, probe), OUT, exact=True)
+    judge_comparison(compare_logits(logits + 1e-6, probe), OUT, exact=True)
     assert "training changed nothing on the probe" in caplog.text
     other = torch.randn(1, 4, 9, generator=generator)
     for exact in (True, False):
         with pytest.raises(VerificationError):
-            judge(compare(other, probe), OUT, exact=exact)
+            judge_comparison(compare_logits(other, probe), OUT, exact=exact)

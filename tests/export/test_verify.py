@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.verify import Probe, compare, generate, verify_directory
+from dist_peft.export.verify import Probe, compare_logits, generate_greedy, verify_directory
 from tests.support.tiny_models import CONFIGS, save_model
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -23,14 +23,14 @@ def probe() -> Probe:
 
 
 def test_exact_logits() -> None:
-    found = compare(probe().trained, probe())
+    found = compare_logits(probe().trained, probe())
     assert (found.max_error, found.mean_error, found.relative, found.kl) == (0, 0, 0, 0)
     assert found.top1 == 1
-    assert ("Same top token", "100.0%") in found.rows()
+    assert ("Same top token", "100.0%") in found.format_rows()
 
 
 def test_lost_adapter_has_relative_error_one() -> None:
-    found = compare(probe().before, probe())
+    found = compare_logits(probe().before, probe())
     assert found.relative == pytest.approx(1)
     assert "100.00% of the change by training" in str(found)
 
@@ -39,7 +39,7 @@ def test_numbers_by_hand() -> None:
     trained = torch.tensor([[[math.log(0.5), math.log(0.25), math.log(0.25)], [3.0, 0.0, 0.0]]])
     got = torch.tensor([[[math.log(0.25), math.log(0.5), math.log(0.25)], [3.0, 0.0, 0.0]]])
     before = trained - 2.0
-    found = compare(got, Probe(IDS[:, :2], trained, before))
+    found = compare_logits(got, Probe(IDS[:, :2], trained, before))
     assert found.max_error == pytest.approx(math.log(2))
     assert found.mean_error == pytest.approx(2 * math.log(2) / 6)
     assert found.relative == pytest.approx(math.sqrt(2 / 6) * math.log(2) / 2)
@@ -49,8 +49,8 @@ def test_numbers_by_hand() -> None:
 
 def test_training_that_changed_nothing_is_no_division_by_zero() -> None:
     same = probe().trained
-    assert compare(same, Probe(IDS, same, same)).relative == 0
-    other = compare(same + 1, Probe(IDS, same, same))
+    assert compare_logits(same, Probe(IDS, same, same)).relative == 0
+    other = compare_logits(same + 1, Probe(IDS, same, same))
     assert not other.changed  # measured against the spread of the logits instead
     assert other.relative == pytest.approx(1 / same.std(correction=0).item(), rel=1e-5)
 
@@ -58,33 +58,33 @@ def test_training_that_changed_nothing_is_no_division_by_zero() -> None:
 def test_tokens_that_a_model_rules_out() -> None:
     trained, before = probe().trained.clone(), probe().before.clone()
     trained[..., 0] = before[..., 0] = -math.inf
-    found = compare(trained, Probe(IDS, trained, before))
+    found = compare_logits(trained, Probe(IDS, trained, before))
     assert (found.relative, found.kl) == (0, 0) and found.changed
-    wrong = compare(trained.nan_to_num(neginf=0.0), Probe(IDS, trained, before))
+    wrong = compare_logits(trained.nan_to_num(neginf=0.0), Probe(IDS, trained, before))
     assert not wrong.relative < 1
 
 
 def test_divergence_of_the_base_before_training() -> None:
-    found = compare(probe().before, probe())
+    found = compare_logits(probe().before, probe())
     assert found.kl == found.kl_before > 0
-    assert compare(probe().trained, probe()).kl_before == found.kl
+    assert compare_logits(probe().trained, probe()).kl_before == found.kl
 
 
 def test_other_vocabulary_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"shape \[1, 3, 4\], the trained model returned \[1, 3, 5\]"
     ):
-        compare(probe().trained[..., :4], probe())
+        compare_logits(probe().trained[..., :4], probe())
 
 
 def test_probe_file(tmp_path: Path) -> None:
     logits = torch.randn(1, 3, 10)[..., ::2]  # not contiguous
-    Probe(IDS, logits, logits).save(tmp_path / "probe.safetensors")  # shared memory
-    found = Probe.load(tmp_path / "probe.safetensors")
+    Probe(IDS, logits, logits).save_probe(tmp_path / "probe.safetensors")  # shared memory
+    found = Probe.load_probe(tmp_path / "probe.safetensors")
     assert torch.equal(found.input_ids, IDS) and found.input_ids.dtype == torch.long
     assert torch.equal(found.trained, logits) and torch.equal(found.before, logits)
     with pytest.raises(UserError, match="missing, so the result cannot be compared"):
-        Probe.load(tmp_path / "none.safetensors")
+        Probe.load_probe(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"whole"])
@@ -95,13 +95,13 @@ def test_damaged_probe_file_is_named(content: bytes, tmp_path: Path) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{path} is damaged: .+; remove it"):
-        Probe.load(path)
+        Probe.load_probe(path)
 
 
 def test_probe_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "probe.safetensors").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        probe().save(tmp_path / "probe.safetensors")
+        probe().save_probe(tmp_path / "probe.safetensors")
 
 
 def test_directory_is_loaded_by_transformers(tmp_path: Path) -> None:
@@ -128,4 +128,4 @@ def test_generate_is_greedy(tmp_path: Path) -> None:
         if ids[-1] == 2:
             break
     wanted = " ".join(f"w{i}" for i in ids[2:] if i != 2)
-    assert generate(tmp_path, ["w5 w6", "w7"], max_new_tokens=6)[0] == wanted
+    assert generate_greedy(tmp_path, ["w5 w6", "w7"], max_new_tokens=6)[0] == wanted

@@ -11,7 +11,7 @@ import pytest
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.export import verify_consumer
 from dist_peft.export.formats.registry import export_model
-from dist_peft.export.verify import compare
+from dist_peft.export.verify import compare_logits
 from tests.support.export_runs import make_run
 
 
@@ -42,5 +42,5 @@ def test_llama_cpp_runs_the_file(kind: str, tmp_path: Path) -> None:
     ids = [str(i) for i in run.probe.input_ids[0].tolist()]
     done = subprocess.run([*command, *ids], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("llama.cpp (llama-cpp-python")
-    found = compare(torch.from_numpy(np.load(tmp_path / "out.npy")), run.probe)
+    found = compare_logits(torch.from_numpy(np.load(tmp_path / "out.npy")), run.probe)
     assert found.relative < {"f16": 0.05, "q8_0": 0.2, "q4_1": 1.0}[kind]

@@ -11,8 +11,8 @@ from torch import nn
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.export import verify_formats
 from dist_peft.export.formats.registry import export_model
-from dist_peft.export.time_limit import NotVerified
-from dist_peft.export.verify_formats import correct_bitsandbytes, verify_export
+from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.export.verify_formats import patch_bitsandbytes_layers, verify_with_consumer
 from tests.support.export_runs import make_run
 
 
@@ -44,8 +44,8 @@ def test_absent_consumer(
 ) -> None:
     run = make_run(tmp_path, QuantConfig())
     without.add(module)
-    with pytest.raises(NotVerified, match=words):
-        verify_export(name, tmp_path, run.probe, torch.float32)
+    with pytest.raises(VerificationSkipped, match=words):
+        verify_with_consumer(name, tmp_path, run.probe, torch.float32)
 
 
 def test_consumer_that_refuses_is_an_error(
@@ -54,7 +54,7 @@ def test_consumer_that_refuses_is_an_error(
     run = make_run(tmp_path, QuantConfig())
     monkeypatch.setenv("DIST_PEFT_MLX_PYTHON", "/bin/false")
     with pytest.raises(RuntimeError, match="mlx cannot load"):
-        verify_export("mlx", tmp_path, run.probe, torch.float32)
+        verify_with_consumer("mlx", tmp_path, run.probe, torch.float32)
 
 
 def test_gguf_is_loaded_by_transformers_without_llama_cpp(
@@ -63,7 +63,7 @@ def test_gguf_is_loaded_by_transformers_without_llama_cpp(
     without.add("llama_cpp")
     run = make_run(tmp_path, QuantConfig())
     exported = export_model("gguf", run.job(tmp_path / "a.gguf", kind="f16", into="decoded"))
-    consumer, found = verify_export("gguf", exported.path, run.probe, torch.float32)
+    consumer, found = verify_with_consumer("gguf", exported.path, run.probe, torch.float32)
     assert consumer.startswith("transformers") and found.relative < 0.02
 
 
@@ -88,16 +88,16 @@ def test_bitsandbytes_computes_with_what_is_stored(
     model = nn.Sequential(linear.to("cpu")).eval()
     packed, state = linear.weight.data.flatten(), linear.weight.quant_state
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()
-    scales = state.absmax
+    scales = state.compute_absmax
     if nested:
         scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
     stored = state.code[codes] * scales.repeat_interleave(64)[: codes.numel()]
     decoded = bnb.functional.dequantize_4bit(linear.weight.data, state)
     own, theirs = ((w.view_as(weight) - weight).norm() / weight.norm() for w in (stored, decoded))
     print(f"{out_features} x {in_features}: error {own:.1%} as stored, {theirs:.1%} as decoded")
-    correct_bitsandbytes(model)
+    patch_bitsandbytes_layers(model)
     with torch.no_grad():
         x = torch.randn(5, in_features, generator=generator)
         wanted = nn.functional.linear(x, stored.view_as(weight), linear.bias)
         torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
-    assert not correct_bitsandbytes(model)
+    assert not patch_bitsandbytes_layers(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from tests.support.cluster import Slurm, need
@@ -60,7 +60,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, li
     found = {}
     for steps in (3, 60):
         directory = tmp_path_factory.mktemp("reference")
-        assert train(parse_config(small_tree(directory, steps)), World()) == 0
+        assert train_from_config(parse_config(small_tree(directory, steps)), World()) == 0
         found[steps] = losses(directory / "run")
     return found
 

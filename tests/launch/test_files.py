@@ -9,7 +9,7 @@ import yaml
 
 from dist_peft.core.config.io import load_config
 from dist_peft.core.config.run import EngineConfig, TrainConfig
-from dist_peft.engine.zero_config import deepspeed_config
+from dist_peft.engine.zero_config import build_deepspeed_config
 from tests.launch.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -25,7 +25,7 @@ def test_deepspeed_json_is_accepted(path: Path) -> None:
         cpu_offload=offload,
         deepspeed_config=str(path),
     )
-    merged = deepspeed_config(engine, TrainConfig(), ranks=2)
+    merged = build_deepspeed_config(engine, TrainConfig(), ranks=2)
     assert merged["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 

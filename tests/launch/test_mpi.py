@@ -83,8 +83,8 @@ def test_another_mpi_is_refused(small_run: SmallRun) -> None:
     for name, value in (("RANK", 1), ("SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_SIZE", 2)):
         env[f"OMPI_COMM_WORLD_{name}"] = str(value)
     code = (
-        "from dist_peft.core.mpi import exchange_address; "
-        "from dist_peft.core.launchers import detect; exchange_address(detect())"
+        "from dist_peft.core.mpi import exchange_master_address; "
+        "from dist_peft.core.launchers import detect_launch; exchange_address(detect_launch())"
     )
     mpich()
     done = subprocess.run(

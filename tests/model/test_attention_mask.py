@@ -12,11 +12,11 @@ from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch
 from dist_peft.model import attention_mask as attention
 from dist_peft.model.attention_mask import (
-    batch_inputs,
-    document_mask,
+    build_batch_inputs,
+    build_document_mask,
+    build_model_inputs,
+    build_prefix_mask,
     documents_are_isolated,
-    model_inputs,
-    prefix_mask,
 )
 from tests.support.tiny_models import _GROUPED, CONFIGS, ENCODERS, MIXTURES, save_model
 
@@ -76,7 +76,7 @@ def rows_of_documents(draw: st.DrawFn) -> list[list[int]]:
 @given(rows_of_documents(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_document_mask_is_what_a_loop_says(rows: list[list[int]], dtype: torch.dtype) -> None:
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
-    mask = document_mask(positions, dtype)
+    mask = build_document_mask(positions, dtype)
     assert mask.dtype == dtype and mask.shape == (len(rows), 1, 12, 12)
     for row, lengths in zip(mask[:, 0], rows, strict=True):
         sees = torch.tensor(sees_by_loop(lengths))
@@ -92,7 +92,7 @@ class TestPrefixMask:
         """With a prefix of 3: it is seen by all, within the window, and right before each."""
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.ROWS])
         config = tf.MistralConfig(sliding_window=window)
-        mask = prefix_mask(config, positions, 3, torch.float32)
+        mask = build_prefix_mask(config, positions, 3, torch.float32)
         assert isinstance(mask, torch.Tensor) and mask.shape == (2, 1, 12, 15)
         for row, own, lengths in zip(mask[:, 0], positions.tolist(), self.ROWS, strict=True):
             inside = sees_by_loop(lengths)
@@ -104,10 +104,12 @@ class TestPrefixMask:
 
     def test_one_for_each_type_of_layer(self) -> None:
         positions = torch.tensor([[0, 1, 0, 1]])
-        masks = prefix_mask(CONFIGS["gemma2"], positions, 2, torch.float32)
+        masks = build_prefix_mask(CONFIGS["gemma2"], positions, 2, torch.float32)
         assert isinstance(masks, dict)
         assert set(masks) == {"full_attention", "sliding_attention"}
-        assert set(prefix_mask(CONFIGS["qwen3"], positions, 2, torch.float32)) == {"full_attention"}
+        assert set(build_prefix_mask(CONFIGS["qwen3"], positions, 2, torch.float32)) == {
+            "full_attention"
+        }
 
 
 class TestIsolation:
@@ -153,11 +155,11 @@ def test_mask_is_explicit_only_where_needed(
 ) -> None:
     model = model_of(family, tmp_path)
     place = torch.tensor(positions)
-    inputs = model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)
+    inputs = build_model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)
     assert ("attention_mask" in inputs) == explicit
     assert inputs["position_ids"] is place
     if explicit:
-        assert torch.equal(inputs["attention_mask"], document_mask(place, torch.float32))
+        assert torch.equal(inputs["attention_mask"], build_document_mask(place, torch.float32))
 
 
 def test_type_that_saving_has_made_a_name(tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def test_type_that_saving_has_made_a_name(tmp_path: Path) -> None:
     model = model_of("opt", tmp_path)
     place = torch.tensor([[0, 1, 0, 1]])
     model.config.dtype = "bfloat16"
-    mask = model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)["attention_mask"]
-    assert torch.equal(mask, document_mask(place, torch.bfloat16))
+    mask = build_model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)["attention_mask"]
+    assert torch.equal(mask, build_document_mask(place, torch.bfloat16))
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, "llama"])
@@ -188,7 +190,7 @@ def test_padding_of_labelled_rows_changes_nothing(family: str) -> None:
         types,
         torch.tensor([[0, 2]] * 3),
     )
-    inputs = batch_inputs(model, batch, CPU)
+    inputs = build_batch_inputs(model, batch, CPU)
     assert ("token_type_ids" in inputs) == (family == "bert")
     with torch.no_grad():
         whole = model(**inputs).logits
@@ -201,5 +203,5 @@ def test_padding_of_labelled_rows_changes_nothing(family: str) -> None:
 def test_other_rows_have_positions() -> None:
     model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"])
     row = torch.arange(4).unsqueeze(0)
-    inputs = batch_inputs(model, Batch(row, row, row, torch.tensor([0])), CPU)
+    inputs = build_batch_inputs(model, Batch(row, row, row, torch.tensor([0])), CPU)
     assert inputs.keys() == {"input_ids", "position_ids"}

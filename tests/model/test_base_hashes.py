@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import Span
-from dist_peft.model.base_hashes import row_hashes
-from dist_peft.model.frozen_linear import FrozenLinear, LinearRows
+from dist_peft.model.base_hashes import build_row_hashes
+from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.content import hash_rows
 from dist_peft.store.reader import RowReader
@@ -19,7 +19,9 @@ from tests.support.tiny_models import MIXTURES, save_model
 def test_of_an_unquantized_base(tmp_path: Path) -> None:
     save_model(MIXTURES["qwen2_moe"], tmp_path)
     skeleton = build_skeleton(BaseConfig(path=str(tmp_path)), tmp_path)
-    assert row_hashes(skeleton).names == sorted(load_file(tmp_path / "model.safetensors"))
+    assert build_row_hashes(skeleton).tensor_names == sorted(
+        load_file(tmp_path / "model.safetensors")
+    )
 
 
 def test_packed_linears_count_as_their_rows(tmp_path: Path) -> None:
@@ -28,12 +30,15 @@ def test_packed_linears_count_as_their_rows(tmp_path: Path) -> None:
         packed.save_plain(tmp_path / "plain"), tmp_path / "bnb", double_quant=True
     )
     skeleton = build_skeleton(BaseConfig(path=str(base)), base)
-    hashes = row_hashes(skeleton)
-    assert hashes.names == sorted(load_file(tmp_path / "plain" / "model.safetensors"))
+    hashes = build_row_hashes(skeleton)
+    assert hashes.tensor_names == sorted(load_file(tmp_path / "plain" / "model.safetensors"))
     linear = next(m for m in skeleton.model.modules() if isinstance(m, FrozenLinear) and m.stored)
     rows = len(linear.packed)
     with RowReader(skeleton.index, hashes) as reader:
-        parts = [LinearRows.read(linear, reader, span).held for span in Span(0, rows).chunks(5)]
+        parts = [
+            WeightRows.read_weight_rows(linear, reader, span).held
+            for span in Span(0, rows).split_into_chunks(5)
+        ]
     whole = torch.cat(parts)
-    assert hashes.sums.keys() == {linear.source} and hashes.sums[linear.source].is_whole
+    assert hashes.sums.keys() == {linear.source} and hashes.sums[linear.source].is_complete
     assert hashes.sums[linear.source].total == hash_rows(whole.flatten(), 0, whole.shape[1])

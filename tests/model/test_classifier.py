@@ -10,7 +10,7 @@ import transformers as tf
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.classifier import pad_token, reads_token_types, take_pad_token
+from dist_peft.model.classifier import choose_pad_token_id, reads_token_types, set_pad_token
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.skeleton import Skeleton, build_skeleton
@@ -66,7 +66,9 @@ def test_head_of_an_encoder(
     assert not any("cls." in n or "lm_head" in n or "decoder" in n for n in skeleton.tensors)
     assert list(skeleton.tensors)[len(skeleton.tensors) - len(head.new) :] == list(head.new)
     assert reads_token_types(model) == (family == "bert")
-    assert skeleton.positions == 64 and skeleton.positions_are_learned == (family != "modernbert")
+    assert skeleton.max_positions == 64 and skeleton.has_learned_positions == (
+        family != "modernbert"
+    )
 
 
 def test_head_of_a_decoder(tmp_path: Path) -> None:
@@ -74,7 +76,9 @@ def test_head_of_a_decoder(tmp_path: Path) -> None:
     save_model(CONFIGS["llama"], tmp_path / "lm")
     skeleton = skeleton_of(tmp_path / "lm")
     assert skeleton.head is not None and skeleton.head.new == ("score.weight",)
-    assert "lm_head.weight" not in skeleton.tensors and skeleton.tensors["score.weight"].rows == 3
+    assert (
+        "lm_head.weight" not in skeleton.tensors and skeleton.tensors["score.weight"].num_rows == 3
+    )
 
     trained = tf.AutoModelForSequenceClassification
     for classes, new in ((3, ()), (2, ("score.weight",))):
@@ -88,9 +92,9 @@ def test_padding(tmp_path: Path) -> None:
     save_model(CONFIGS["llama"], tmp_path)
     save_words(tmp_path)
     model, tokenizer = skeleton_of(tmp_path).model, load_tokenizer(tmp_path)
-    assert pad_token(tokenizer) == 0
+    assert choose_pad_token_id(tokenizer) == 0
     tokenizer.pad_token = None
-    take_pad_token(model, tokenizer)
+    set_pad_token(model, tokenizer)
     assert model.config.pad_token_id == tokenizer.eos_token_id == 2
 
 

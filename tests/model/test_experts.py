@@ -16,9 +16,9 @@ from dist_peft.model.experts import (
     STACKS,
     ExpertStack,
     FrozenExperts,
-    Piece,
-    find_experts,
-    find_routers,
+    StackPiece,
+    find_expert_modules,
+    find_router_linears,
 )
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
@@ -36,7 +36,7 @@ def loaded(directory: Path, quant: QuantConfig | None) -> tf.PreTrainedModel:
     base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
     skeleton = build_skeleton(base, directory)
     engine = SingleEngine(CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
+    engine.shard_model(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton.model
@@ -49,7 +49,7 @@ def with_decoded(original: tf.PreTrainedModel, mine: nn.Module) -> tf.PreTrained
         if hasattr(module, "packed"):
             name = path if isinstance(module, ExpertStack) else f"{path}.weight"
             parameter = original.get_parameter(name)
-            parameter.copy_(module.decoded(torch.float32).view(parameter.shape))
+            parameter.copy_(module.dequantize_weight(torch.float32).view(parameter.shape))
     return original
 
 
@@ -89,9 +89,9 @@ def test_experts_equal_a_loop(tmp_path: Path) -> None:
     stacks = {}
     for name, weight in zip(STACKS, (gate_up, down), strict=True):
         stack = ExpertStack(count, weight.shape[2], weight.shape[1], codec, name, "cpu")
-        stack.packed.data = codec.encode(weight.flatten(0, 1))
+        stack.packed.data = codec.quantize_to_packed(weight.flatten(0, 1))
         stacks[name] = stack
-        weight.copy_(stack.decoded(torch.float32).view(weight.shape))
+        weight.copy_(stack.dequantize_weight(torch.float32).view(weight.shape))
     experts = FrozenExperts(**stacks, act_fn=nn.SiLU())
     index = torch.tensor([[0, 3], [2, 2], [3, 0], [2, 0], [3, 2]])
 
@@ -147,7 +147,7 @@ def test_rows_of_a_stack_are_read_across_tensors(tmp_path: Path) -> None:
         with RowReader(skeleton.index) as reader:
             for span in (Span(0, len(whole)), Span(100, 319), Span(3, 5), Span(104, 104)):
                 before = reader.bytes_read
-                assert torch.equal(stack.read(reader, span), whole[span.slice])
+                assert torch.equal(stack.read_packed_rows(reader, span), whole[span.slice])
                 assert reader.bytes_read - before == len(span) * 64 * 4
 
 
@@ -156,7 +156,7 @@ def test_rows_of_a_stack_are_read_across_tensors(tmp_path: Path) -> None:
 
 def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
     with torch.device("meta"):
-        return find_experts([tf.AutoModelForCausalLM.from_config(config)])
+        return find_expert_modules([tf.AutoModelForCausalLM.from_config(config)])
 
 
 def test_routers_stay_unquantized(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_router_within_a_module_of_its_own() -> None:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config)
     block = model.model.layers[0].mlp
-    assert find_routers(model, [block.experts]) == {id(block.gate.wg)}
+    assert find_router_linears(model, [block.experts]) == {id(block.gate.wg)}
 
 
 _SMALL: dict[str, Any] = {
@@ -200,5 +200,5 @@ def test_kinds_of_experts() -> None:
 
 def test_stacks_have_whole_shapes() -> None:
     stack = ExpertStack(3, 16, 8, RawCodec(torch.float32), "stack", "meta")
-    stack.pieces = (Piece("a", Span(0, 24)),)
+    stack.pieces = (StackPiece("a", Span(0, 24)),)
     assert stack.packed.shape == (24, 64) and "experts=3" in repr(stack)

@@ -9,11 +9,11 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merge_weights import merge_model
-from dist_peft.model.float32_tensors import keeps_float32
+from dist_peft.model.float32_tensors import is_kept_in_float32
 from tests.model.test_skeleton import IDS, load
 from tests.support.tiny_models import _COMMON, _GROUPED
 
@@ -51,7 +51,7 @@ def save(family: str, directory: Path) -> None:
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(FAMILIES[family]).to(BF16)
     for name, parameter in model.named_parameters():
-        if keeps_float32(model, name, BF16):
+        if is_kept_in_float32(model, name, BF16):
             parameter.data = parameter.data.float()
     for module in model.modules():
         bias = getattr(module, _BIAS, None)
@@ -72,7 +72,7 @@ def head_adapter(directory: Path) -> None:
         f"{stem}.lora_B.weight": torch.full((97, 2), 0.1),
     }
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}
-    write_adapter(directory, PublicAdapter(config, tensors), {})
+    write_adapter_directory(directory, PublicAdapter(config, tensors), {})
 
 
 @torch.no_grad()
@@ -135,8 +135,8 @@ def test_patterns_of_half_precision_alone() -> None:
     model = nn.Module()
     model._keep_in_fp32_modules = ["norm", "a.*b"]
     model._keep_in_fp32_modules_strict = {"gate.weight"}
-    assert keeps_float32(model, "x.norm.weight", torch.float16)
-    assert keeps_float32(model, "x.a1.b", torch.float16)
-    assert not keeps_float32(model, "x.norm.weight", BF16)
-    assert keeps_float32(model, "mlp.gate.weight", BF16)
-    assert not keeps_float32(model, "mlp.gate.weight", torch.float32)
+    assert is_kept_in_float32(model, "x.norm.weight", torch.float16)
+    assert is_kept_in_float32(model, "x.a1.b", torch.float16)
+    assert not is_kept_in_float32(model, "x.norm.weight", BF16)
+    assert is_kept_in_float32(model, "mlp.gate.weight", BF16)
+    assert not is_kept_in_float32(model, "mlp.gate.weight", torch.float32)

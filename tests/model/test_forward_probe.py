@@ -10,12 +10,12 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from dist_peft.adapters.protocol import match_targets
+from dist_peft.adapters.protocol import list_adapter_targets
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import weight_probe
 from dist_peft.model.forward_probe import probe_forward
-from dist_peft.model.freezing import Replaced
+from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from tests.support.tiny_models import _COMMON, CONFIGS, MIXTURES, save_model
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(family: str, tmp_path: Path) -> None:
         return {"tensors": {n: id(t) for n, t in tables.items()}, "own": own}
 
     before = state()
-    replaced: list[Replaced] = []
+    replaced: list[FrozenReplacement] = []
     probe_forward(model, skeleton.blocks, replaced, "base")
     assert state() == before
     assert all(type(b) is Tensor and b.device.type == "cpu" for b in model.buffers())
@@ -174,10 +174,10 @@ def test_what_gets_no_gradient_is_left_out_of_all_linear(
     monkeypatch.setattr(llama.LlamaMLP, "forward", only_picks)
     model = build(base).model
     with caplog.at_level(logging.INFO):
-        chosen = match_targets("all-linear", model)
+        chosen = list_adapter_targets("all-linear", model)
     assert {name.split(".", 3)[3] for name in chosen} == ALL - {"mlp.gate_proj"}
     assert "leaves out model.layers.*.mlp.gate_proj: no gradient reaches" in caplog.text
-    assert len(match_targets(["gate_proj"], model)) == 2  # who names it gets it
+    assert len(list_adapter_targets(["gate_proj"], model)) == 2  # who names it gets it
 
 
 def test_indexers_are_left_out_of_all_linear(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_indexers_are_left_out_of_all_linear(tmp_path: Path) -> None:
     save_model(config, tmp_path)
     model = build(tmp_path).model
     left = {n for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
-    left -= {*match_targets("all-linear", model), "lm_head"}
+    left -= {*list_adapter_targets("all-linear", model), "lm_head"}
     assert {name.split(".", 3)[3] for name in left} == {
         "self_attn.indexer.wq_b",
         "self_attn.indexer.wk",
@@ -227,7 +227,7 @@ def test_encoder_decoder_attention_is_left_out(tmp_path: Path) -> None:
     )
     save_model(config, tmp_path)
     model = build(tmp_path).model
-    chosen = match_targets("all-linear", model)
+    chosen = list_adapter_targets("all-linear", model)
     assert chosen and not any("encoder_attn" in name for name in chosen)
     assert any("self_attn.k_proj" in name for name in chosen)
 

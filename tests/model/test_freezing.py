@@ -10,7 +10,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.freezing import is_plain_linear, packed_share
+from dist_peft.model.freezing import compute_packed_share, is_plain_linear
 from tests.model.test_skeleton import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -51,8 +51,8 @@ def test_falcon_is_packed(tmp_path: Path) -> None:
         logits(plain, input_ids=IDS), logits(original, input_ids=IDS), rtol=0, atol=1e-6
     )
     packed = load(tmp_path, quant=QuantConfig()).model
-    assert 0.5 < packed_share(packed) < 1
-    assert packed_share(plain) == 0
+    assert 0.5 < compute_packed_share(packed) < 1
+    assert compute_packed_share(plain) == 0
 
 
 def test_nothing_to_pack_is_refused(tmp_path: Path) -> None:
@@ -68,5 +68,5 @@ def test_share_by_hand(tmp_path: Path) -> None:
     model = load(tmp_path, quant=QuantConfig(kind="int", bits=4, group_size=32)).model
     sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
     inside = sum(size for n, size in sizes.items() if n.endswith("packed") and "layers" in n)
-    assert packed_share(model) == pytest.approx(inside / sum(sizes.values()))
+    assert compute_packed_share(model) == pytest.approx(inside / sum(sizes.values()))
     assert torch.is_grad_enabled()

@@ -8,7 +8,7 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.frozen_linear import FrozenLinear, LinearRows, is_finite
+from dist_peft.model.frozen_linear import FrozenLinear, WeightRows, all_rows_finite
 from dist_peft.quant.codec import Codec, make_codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
@@ -26,7 +26,7 @@ def linear(codec: Codec, bias: bool, bias_dtype: torch.dtype = torch.float32) ->
     layer = FrozenLinear(
         48, 20, codec, bias=bias, bias_dtype=bias_dtype, source="a.weight", device="cpu"
     )
-    layer.packed.data = codec.encode(torch.randn(20, 48, generator=generator))
+    layer.packed.data = codec.quantize_to_packed(torch.randn(20, 48, generator=generator))
     if layer.bias is not None:
         layer.bias.data = torch.randn(20, generator=generator).to(bias_dtype)
     return layer
@@ -41,7 +41,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_equals_a_dense_linear(codec: Codec, bias: bool) -> None:
     layer, x = linear(codec, bias), inputs()
-    weight = layer.decoded(torch.float32)
+    weight = layer.dequantize_weight(torch.float32)
     assert weight.shape == (20, 48)
     y = layer(x)
     y.square().sum().backward()
@@ -62,7 +62,7 @@ def test_output_has_the_type_of_the_input(bias_dtype: torch.dtype) -> None:
 def test_everything_is_a_frozen_parameter(bias: bool) -> None:
     layer = linear(CODECS["int4"], bias)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    packed = (20, CODECS["int4"].row_bytes(48))
+    packed = (20, CODECS["int4"].num_row_bytes(48))
     assert shapes == ({"packed": packed, "bias": (20,)} if bias else {"packed": packed})
     assert not any(p.requires_grad for p in layer.parameters())
     assert layer.packed.dtype == torch.uint8
@@ -89,7 +89,7 @@ def test_reads_the_parameter_as_it_is_then() -> None:
     """Engines free and refill storage between forward and backward."""
     layer, x = linear(CODECS["int4"], False), inputs()
     loss = layer(x).sum()
-    layer.packed.data.copy_(CODECS["int4"].encode(torch.ones(20, 48)))
+    layer.packed.data.copy_(CODECS["int4"].quantize_to_packed(torch.ones(20, 48)))
     loss.backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 20.0), rtol=1e-3, atol=0)
 
@@ -100,7 +100,7 @@ class Given:
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
 
-    def read(self, reader: RowReader, span: Span) -> Tensor:
+    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         return self.rows[span.slice]
 
 
@@ -114,41 +114,46 @@ def reader(tmp_path: Path) -> RowReader:
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_rows_that_are_encoded(codec: Codec, reader: RowReader) -> None:
-    weight, span = reader.read("a.weight"), Span(3, 9)
-    rows = LinearRows.read(linear(codec, False), reader, span)
-    assert torch.equal(rows.numbers(), weight[3:9])
-    assert torch.equal(rows.packed(), codec.encode(weight[3:9]))
-    assert torch.equal(rows.packed(lambda found: 2 * found), codec.encode(2 * weight[3:9]))
+    weight, span = reader.read_rows("a.weight"), Span(3, 9)
+    rows = WeightRows.read_weight_rows(linear(codec, False), reader, span)
+    assert torch.equal(rows.to_float(), weight[3:9])
+    assert torch.equal(rows.to_packed(), codec.quantize_to_packed(weight[3:9]))
+    assert torch.equal(
+        rows.to_packed(lambda found: 2 * found), codec.quantize_to_packed(2 * weight[3:9])
+    )
     with pytest.raises(UserError, match=r"a\.weight: weight is not finite"):
-        LinearRows.read(linear(codec, False), reader, Span(10, 20))
+        WeightRows.read_weight_rows(linear(codec, False), reader, Span(10, 20))
 
 
 def test_rows_that_are_packed_already(reader: RowReader) -> None:
     codec, seen = CODECS["int4"], list[Tensor]()
-    own, layer = codec.encode(torch.randn(20, 48)), linear(CODECS["int4"], False)
+    own, layer = codec.quantize_to_packed(torch.randn(20, 48)), linear(CODECS["int4"], False)
     layer.stored = Given(own)
-    rows = LinearRows.read(layer, reader, Span(3, 9))
-    assert torch.equal(rows.numbers(), codec.decode(own, 48, torch.float32)[3:9])
+    rows = WeightRows.read_weight_rows(layer, reader, Span(3, 9))
+    assert torch.equal(rows.to_float(), codec.dequantize_rows(own, 48, torch.float32)[3:9])
 
     def look(found: Tensor) -> Tensor:
         seen.append(found)
         return found
 
-    assert torch.equal(rows.packed(), own[3:9]) and torch.equal(rows.packed(look), own[3:9])
-    assert torch.equal(seen[0], rows.numbers())
+    assert torch.equal(rows.to_packed(), own[3:9]) and torch.equal(rows.to_packed(look), own[3:9])
+    assert torch.equal(seen[0], rows.to_float())
     with pytest.raises(AssertionError, match=r"a\.weight is packed already"):
-        rows.packed(lambda found: 2 * found)
+        rows.to_packed(lambda found: 2 * found)
 
 
 def test_rounded() -> None:
     rows, layer = torch.randn(4, 48), linear(CODECS["int4"], False)
     codec = layer.codec
-    assert torch.equal(layer.rounded(rows), codec.decode(codec.encode(rows), 48, torch.float32))
+    assert torch.equal(
+        layer.fake_quantize(rows),
+        codec.dequantize_rows(codec.quantize_to_packed(rows), 48, torch.float32),
+    )
     layer.stored = Given(layer.packed)
-    assert layer.rounded(rows) is rows
+    assert layer.fake_quantize(rows) is rows
 
 
 def test_is_finite() -> None:
-    assert is_finite(torch.empty(0, 3)) and is_finite(torch.ones(2, 3))
+    assert all_rows_finite(torch.empty(0, 3)) and all_rows_finite(torch.ones(2, 3))
     for value in (torch.nan, torch.inf, -torch.inf):
-        assert not is_finite(torch.tensor([1.0, value]))
+        assert not all_rows_finite(torch.tensor([1.0, value]))

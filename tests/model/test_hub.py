@@ -8,18 +8,23 @@ from huggingface_hub import constants
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.hub import load_tokenizer, public_name, resolve_base, save_tokenizer
+from dist_peft.model.hub import (
+    load_tokenizer,
+    public_base_name,
+    resolve_base_directory,
+    save_tokenizer,
+)
 from tests.support.data_files import byte_tokenizer
 
 
 class TestResolveBase:
     def test_directory_as_it_is(self, tmp_path: Path) -> None:
-        assert resolve_base(BaseConfig(path=str(tmp_path))) == tmp_path
+        assert resolve_base_directory(BaseConfig(path=str(tmp_path))) == tmp_path
 
     def test_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         (tmp_path / "model").mkdir()
-        assert resolve_base(BaseConfig(path="~/model")) == tmp_path / "model"
+        assert resolve_base_directory(BaseConfig(path="~/model")) == tmp_path / "model"
 
     def test_hub_id_of_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Offline, a snapshot that lies in the cache is enough; the revision chooses it."""
@@ -31,20 +36,20 @@ class TestResolveBase:
         (snapshot / "config.json").write_text("{}")
         (repository / "refs").mkdir()
         (repository / "refs" / "v1").write_text(commit)
-        assert resolve_base(BaseConfig(path="some/model", revision="v1")) == snapshot
+        assert resolve_base_directory(BaseConfig(path="some/model", revision="v1")) == snapshot
         with pytest.raises(UserError, match="some/model is neither a local directory"):
-            resolve_base(BaseConfig(path="some/model", revision="v2"))
+            resolve_base_directory(BaseConfig(path="some/model", revision="v2"))
 
     @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere/x", "nowhere"])
     def test_missing_path(self, path: str) -> None:
         with pytest.raises(UserError, match=f"base.path {path} does not exist"):
-            resolve_base(BaseConfig(path=path))
+            resolve_base_directory(BaseConfig(path=path))
 
     def test_file(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         path.touch()
         with pytest.raises(UserError, match=r"model\.safetensors is a file; give the directory"):
-            resolve_base(BaseConfig(path=str(path)))
+            resolve_base_directory(BaseConfig(path=str(path)))
 
     @pytest.mark.parametrize("path", ["nobody/no-such-model", "not valid/-name-"])
     def test_hub_id_that_cannot_be_had(
@@ -55,7 +60,7 @@ class TestResolveBase:
         with pytest.raises(
             UserError, match=f"{path} is neither a local directory nor available on the hub: .+"
         ):
-            resolve_base(BaseConfig(path=path))
+            resolve_base_directory(BaseConfig(path=path))
 
 
 class TestLoadTokenizer:
@@ -102,5 +107,5 @@ def test_saved_with_another_chat_template(tmp_path: Path) -> None:
 def test_public_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    assert public_name(BaseConfig(path="base")) == str(tmp_path / "base")
-    assert public_name(BaseConfig(path="org/name")) == "org/name"
+    assert public_base_name(BaseConfig(path="base")) == str(tmp_path / "base")
+    assert public_base_name(BaseConfig(path="org/name")) == "org/name"

@@ -11,14 +11,14 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from dist_peft.app.model_setup import prepare
+from dist_peft.app.model_setup import build_model
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model import attention_mask as attention
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.isolation_probe import is_isolated_in_float32, layers_to_run
-from dist_peft.model.skeleton import Skeleton, build_skeleton, find_blocks
+from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
 from tests.model.test_attention_mask import CONVOLUTIONS
 from tests.support.tiny_models import _GROUPED, CONFIGS, MIXTURES, save_model
 
@@ -85,7 +85,7 @@ def test_a_leak_that_half_precision_hides_is_refused_before_loading(
         }
     )
     with pytest.raises(UserError, match=r"mixtral .* see each other .* data\.packing: false"):
-        prepare(run, World(), packed_tokens=run.data.seq_len)
+        build_model(run, World(), packed_tokens=run.data.seq_len)
 
 
 def test_a_mask_that_is_not_quite_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +98,14 @@ def test_a_mask_that_is_not_quite_closed(tmp_path: Path, monkeypatch: pytest.Mon
 
     skeleton = skeleton_of(CONFIGS["opt"], tmp_path)
     assert is_isolated_in_float32(skeleton.model, skeleton.blocks) is True
-    monkeypatch.setattr(attention, "_additive", open_a_little)
+    monkeypatch.setattr(attention, "_to_additive_mask", open_a_little)
     assert is_isolated_in_float32(skeleton.model, skeleton.blocks) is False
 
 
 def test_lengths_beyond_a_window_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leak that begins with documents longer than the window is no matter of short rows."""
     model = tf.AutoModelForCausalLM.from_config(CONFIGS["mistral"]).eval()
-    blocks = find_blocks(model)
+    blocks = find_decoder_blocks(model)
     forward = type(blocks[0]).forward
 
     def leaking(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,7 +121,7 @@ def test_lengths_beyond_a_window_are_tried(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_cannot_run_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
-    blocks = find_blocks(model)
+    blocks = find_decoder_blocks(model)
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("only on a GPU")
@@ -155,7 +155,7 @@ def test_a_large_model_needs_little_memory() -> None:
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(config)  # buffers are real in a skeleton
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert is_isolated_in_float32(model, find_blocks(model), 4096) is True
+    assert is_isolated_in_float32(model, find_decoder_blocks(model), 4096) is True
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
 

@@ -46,11 +46,11 @@ def load(
     )
     model = skeleton.model
     if lora is not None:
-        LoraAdapter(lora, seed=0, arithmetic=torch.float32).attach(model)
+        LoraAdapter(lora, seed=0, arithmetic=torch.float32).attach_to_model(model)
     engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
-    engine.shard(model, skeleton.blocks)
+    engine.shard_model(model, skeleton.blocks)
     progress: list[int] = []
-    with RowReader(skeleton.index) as reader, world.together("load base"):
+    with RowReader(skeleton.index) as reader, world.raise_together("load base"):
         load_model(model, reader, engine, CPU, progress.append)
     local = {
         name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
@@ -133,10 +133,10 @@ class UnreadableReader(RowReader):
 
     fails_at = ""
 
-    def read(self, name: str, span: Span | None = None) -> Tensor:
+    def read_rows(self, name: str, span: Span | None = None) -> Tensor:
         if name == self.fails_at:
             raise OSError(errno.EIO, "Input/output error", name)
-        return super().read(name, span)
+        return super().read_rows(name, span)
 
 
 def _disk_errors(world: World, directory: Path, names: list[str], lora: LoraConfig) -> list[str]:
@@ -188,9 +188,9 @@ def test_value_beyond_float16_is_named(llama: Path) -> None:
 class Forgetful(SingleEngine):
     """Takes the rows of one parameter and forgets them."""
 
-    def fill(self, owner: nn.Module, name: str, rows: Tensor) -> None:
+    def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         if getattr(owner, "source", "") != "model.layers.1.mlp.down_proj.weight":
-            super().fill(owner, name, rows)
+            super().fill_local_rows(owner, name, rows)
 
 
 def test_nothing_is_left_unfilled(llama: Path) -> None:

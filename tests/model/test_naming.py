@@ -11,18 +11,18 @@ from torch import Tensor
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.experts import find_experts
-from dist_peft.model.naming import Names, find_names
+from dist_peft.model.experts import find_expert_modules
+from dist_peft.model.naming import TensorNames, find_tensor_names
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.index import SafetensorsIndex
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 
 
-def names_of(directory: Path, config: tf.PretrainedConfig) -> Names:
+def names_of(directory: Path, config: tf.PretrainedConfig) -> TensorNames:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config)
     index = SafetensorsIndex.open(directory)
-    return find_names(model, index, None, find_experts([model]), lambda name: False)
+    return find_tensor_names(model, index, None, find_expert_modules([model]), lambda name: False)
 
 
 def change(directory: Path, edit: dict[str, Tensor | None]) -> None:
@@ -44,8 +44,8 @@ def test_every_tensor_of_experts_has_its_rows(
     tensors = load_file(tmp_path / "model.safetensors")
     names = names_of(tmp_path, MIXTURES[family])
     assert "does not use" not in caplog.text
-    assert set(names.found.values()) == set(tensors)
-    assert set(names.found) - set(tensors) >= set(names.stacks)
+    assert set(names.found_names.values()) == set(tensors)
+    assert set(names.found_names) - set(tensors) >= set(names.stacks)
     for name, pieces in names.stacks.items():
         whole = torch.cat([tensors[piece.name] for piece in pieces])
         assert torch.equal(whole, original.get_parameter(name).flatten(0, 1))
@@ -64,7 +64,7 @@ def test_more_than_ten_experts_are_in_the_order_of_numbers(tmp_path: Path) -> No
 def test_dense_models_have_no_stacks(tmp_path: Path) -> None:
     save_model(CONFIGS["llama"], tmp_path)
     names = names_of(tmp_path, CONFIGS["llama"])
-    assert names.stacks == {} and names.found == names.tensors
+    assert names.stacks == {} and names.found_names == names.tensors
 
 
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"

@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache
 
-from dist_peft.model.prefix_cache import PrefixCache, fill
+from dist_peft.model.prefix_cache import PrefixCache, fill_cache_with_prefix
 
 PREFIX = [(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)) for _ in range(2)]
 
@@ -29,7 +29,7 @@ def test_gradients_flow_into_the_prefix() -> None:
 
 def test_a_models_own_cache_starts_with_the_prefix_and_grows() -> None:
     cache = DynamicCache()
-    fill(cache, PREFIX)
+    fill_cache_with_prefix(cache, PREFIX)
     assert cache.get_seq_length() == 4
     new = torch.randn(2, 3, 1, 5)
     keys, _ = cache.update(new, new, 1)

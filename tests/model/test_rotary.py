@@ -6,7 +6,11 @@ import transformers as tf
 from torch import Tensor
 
 from dist_peft.model.attention_mask import documents_are_isolated
-from dist_peft.model.rotary import document_lengths, rotate_by_document, switch_lengths
+from dist_peft.model.rotary import (
+    compute_document_lengths,
+    list_switch_lengths,
+    set_rotary_by_document,
+)
 from tests.support.tiny_models import CONFIGS
 
 CPU = torch.device("cpu")
@@ -74,7 +78,7 @@ def test_a_packed_document_is_computed_as_alone(family: str, lengths: list[int])
     alone = [logits(model_of(family), p, torch.arange(p.shape[1])[None]) for p in parts]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     wrong = (logits(model_of(family), ids, positions) - torch.cat(alone)).abs().max()
-    rotate_by_document(model)
+    set_rotary_by_document(model)
     for _ in range(2):
         found = logits(model, ids, positions)
         error = (found - torch.cat(alone)).abs().max() / torch.cat(alone).abs().max()
@@ -85,9 +89,9 @@ def test_a_packed_document_is_computed_as_alone(family: str, lengths: list[int])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_sees_angles_of_another_length(family: str) -> None:
     model = model_of(family)
-    assert switch_lengths(model.config) == [SWITCH]
+    assert list_switch_lengths(model.config) == [SWITCH]
     assert not documents_are_isolated(model, CPU, longest=64)
-    rotate_by_document(model)
+    set_rotary_by_document(model)
     assert documents_are_isolated(model, CPU, longest=64)
 
 
@@ -108,4 +112,4 @@ def test_the_check_sees_what_a_short_convolution_lets_through() -> None:
 def test_lengths_of_documents() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 0, 1, 2, 3]])
     expected = torch.tensor([[3, 3, 3, 2, 2, 1], [5, 5, 4, 4, 4, 4]])
-    assert torch.equal(document_lengths(positions), expected)
+    assert torch.equal(compute_document_lengths(positions), expected)

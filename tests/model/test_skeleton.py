@@ -15,10 +15,10 @@ from torch import Tensor
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.single import SingleEngine
-from dist_peft.model.attention_mask import model_inputs
+from dist_peft.model.attention_mask import build_model_inputs
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
-from dist_peft.model.skeleton import Skeleton, build_skeleton, find_blocks
+from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
 from dist_peft.store.reader import RowReader
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -29,7 +29,7 @@ def load(directory: Path, **changes: Any) -> Skeleton:
     fields = {"path": str(directory), "quant": None, "compute_dtype": "float32"} | changes
     skeleton = build_skeleton(BaseConfig(**fields), directory)
     engine = SingleEngine(CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
+    engine.shard_model(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton
@@ -65,7 +65,7 @@ def test_packed_documents_do_not_see_each_other(family: str, tmp_path: Path) -> 
     model = load(tmp_path).model
     lengths = [9, 11, 4]
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
-    packed = logits(model, **model_inputs(model, IDS, positions))
+    packed = logits(model, **build_model_inputs(model, IDS, positions))
     for part, ids in zip(packed.split(lengths, 1), IDS.split(lengths, 1), strict=True):
         torch.testing.assert_close(part, logits(model, input_ids=ids), rtol=0, atol=1e-5)
 
@@ -85,10 +85,10 @@ def test_quantized_linears_are_those_of_the_codec(
         for module in linears:
             weight = state[module.source]
             if not module.is_head:
-                weight = module.codec.decode(
-                    module.codec.encode(weight), module.in_features, torch.float32
+                weight = module.codec.dequantize_rows(
+                    module.codec.quantize_to_packed(weight), module.in_features, torch.float32
                 )
-            assert torch.equal(module.decoded(torch.float32), weight)
+            assert torch.equal(module.dequantize_weight(torch.float32), weight)
             original.get_parameter(module.source).copy_(weight)
     torch.testing.assert_close(
         logits(skeleton.model, input_ids=IDS), logits(original, input_ids=IDS), rtol=0, atol=1e-6
@@ -235,8 +235,8 @@ def test_layers_that_the_configuration_drops_are_announced(
 def test_limits(family: str, learned: bool, tmp_path: Path) -> None:
     save_model(CONFIGS[family], tmp_path)
     skeleton = load(tmp_path)
-    assert (skeleton.vocabulary, skeleton.positions) == (97, 64)
-    assert skeleton.positions_are_learned == learned
+    assert (skeleton.vocabulary_size, skeleton.max_positions) == (97, 64)
+    assert skeleton.has_learned_positions == learned
 
 
 def test_blocks_may_be_of_several_classes() -> None:
@@ -245,7 +245,7 @@ def test_blocks_may_be_of_several_classes() -> None:
         model = tf.AutoModelForCausalLM.from_config(
             tf.JambaConfig(hidden_size=64, num_hidden_layers=8, num_experts=2, vocab_size=97)
         )
-    blocks = find_blocks(model)
+    blocks = find_decoder_blocks(model)
     assert len(blocks) == 8
     assert {type(block).__name__ for block in blocks} == {
         "JambaAttentionDecoderLayer",

@@ -9,11 +9,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merge_weights import merge_model
-from dist_peft.model.tied_weights import other_names, untied_settings
+from dist_peft.model.tied_weights import list_tied_names, read_untied_config_keys
 from tests.model.test_skeleton import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -69,7 +69,7 @@ def test_merged(head: str, tmp_path: Path) -> None:
         f"{stem}.lora_B.weight": torch.zeros(64, 2),
     }
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]}
-    write_adapter(adapter, PublicAdapter(config, tensors), {})
+    write_adapter_directory(adapter, PublicAdapter(config, tensors), {})
     merge_model(BaseConfig(path=str(base), quant=None), base, adapter, out)
     written, stored = (load_file(d / "model.safetensors") for d in (out, base))
     tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
@@ -87,10 +87,10 @@ def test_merged(head: str, tmp_path: Path) -> None:
 def test_names_and_settings(tmp_path: Path) -> None:
     first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     second.weight = first.weight
-    assert other_names(torch.nn.ModuleList([first, second])) == {"0.weight": ["1.weight"]}
+    assert list_tied_names(torch.nn.ModuleList([first, second])) == {"0.weight": ["1.weight"]}
     config = {"tie_word_embeddings": True, "text_config": {"a": 1, "tie_word_embeddings": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert untied_settings(tmp_path) == {
+    assert read_untied_config_keys(tmp_path) == {
         "tie_word_embeddings": False,
         "text_config": {"a": 1, "tie_word_embeddings": False},
     }

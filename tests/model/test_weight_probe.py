@@ -14,7 +14,7 @@ from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
-from dist_peft.model.weight_probe import read_by_others, weights_read_by
+from dist_peft.model.weight_probe import find_externally_read_linears, list_weights_read_by
 from dist_peft.store.reader import RowReader
 from tests.model.test_skeleton import IDS
 from tests.support.tiny_models import _COMMON, _GROUPED, save_model
@@ -65,8 +65,8 @@ class _Reader(nn.Module):
 
 def test_what_code_reads() -> None:
     module = _Reader()
-    assert weights_read_by(_Reader) == {"a"}
-    assert read_by_others(nn.Sequential(module)) == {id(module.a)}
+    assert list_weights_read_by(_Reader) == {"a"}
+    assert find_externally_read_linears(nn.Sequential(module)) == {id(module.a)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,9 +80,9 @@ def test_trains(family: str, tmp_path: Path) -> None:
     plain = [n for n, m in model.named_modules() if type(m) is nn.Linear and kept in n]
     assert plain
     assert any(isinstance(m, FrozenLinear) and not m.is_head for m in model.modules())
-    LoraAdapter(LoraConfig(), seed=0, arithmetic=torch.float32).attach(model)
+    LoraAdapter(LoraConfig(), seed=0, arithmetic=torch.float32).attach_to_model(model)
     engine = SingleEngine(CPU)
-    engine.shard(model, skeleton.blocks)
+    engine.shard_model(model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(model, reader, engine, CPU)
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()

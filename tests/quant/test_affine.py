@@ -50,7 +50,7 @@ def test_codes_halfway_between_round_to_even() -> None:
     weight[:, 0] = 15 * scales[:, 0]  # so that scale is exactly this, and zero is 0
     weight[:, 1:16] = (torch.arange(15) + 0.5) * scales
     codec = AffineCodec(4, 24)
-    codes, scale, _ = codec.split(codec.encode(weight), 24)
+    codes, scale, _ = codec.split_packed_rows(codec.quantize_to_packed(weight), 24)
     assert torch.equal(scale.float(), scales)
     assert (
         codes[:, 1:16].eq(torch.tensor([0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14])).all()
@@ -59,13 +59,13 @@ def test_codes_halfway_between_round_to_even() -> None:
 
 def assert_equals_reference(bits: int, group_size: int, row: list[float]) -> None:
     codec = AffineCodec(bits, group_size)
-    packed = codec.encode(torch.tensor([row]))
-    codes, scale, zero = codec.split(packed, len(row))
+    packed = codec.quantize_to_packed(torch.tensor([row]))
+    codes, scale, zero = codec.split_packed_rows(packed, len(row))
     expected = reference(row, bits, group_size)
     assert codes[0].tolist() == [code for group in expected for code in group[0]]
     assert scale[0].tolist() == [group[1] for group in expected]
     assert zero[0].tolist() == [group[2] for group in expected]
-    decoded = codec.decode(packed, len(row), torch.float32)[0]
+    decoded = codec.dequantize_rows(packed, len(row), torch.float32)[0]
     values = [
         np.float32(code - zero) * np.float32(scale)
         for group, scale, zero in expected
@@ -87,9 +87,9 @@ def weight_of(seed: int, rows: int, in_features: int) -> Tensor:
 def test_error_bounds(bits: int, group_size: int) -> None:
     weight = weight_of(bits, 16, 256)
     codec = AffineCodec(bits, group_size)
-    packed = codec.encode(weight)
-    decoded = codec.decode(packed, 256, torch.float32)
-    _, scale, zero = (part.float().unsqueeze(-1) for part in codec.split(packed, 256))
+    packed = codec.quantize_to_packed(weight)
+    decoded = codec.dequantize_rows(packed, 256, torch.float32)
+    _, scale, zero = (part.float().unsqueeze(-1) for part in codec.split_packed_rows(packed, 256))
     groups = weight.view(16, -1, group_size)
     error = (decoded.view_as(groups) - groups).abs()
     top = 2**bits - 1
@@ -103,13 +103,13 @@ def test_zero_weights_decode_to_zero(bits: int) -> None:
     weight = weight_of(bits, 8, 128)
     weight[:, ::5] = 0
     codec = AffineCodec(bits, 32)
-    decoded = codec.decode(codec.encode(weight), 128, torch.float32)
+    decoded = codec.dequantize_rows(codec.quantize_to_packed(weight), 128, torch.float32)
     assert decoded[:, ::5].eq(0).all()
 
 
 def test_a_group_of_zeros_has_scale_one() -> None:
     codec = AffineCodec(4, 8)
-    codes, scale, zero = codec.split(codec.encode(torch.zeros(1, 16)), 16)
+    codes, scale, zero = codec.split_packed_rows(codec.quantize_to_packed(torch.zeros(1, 16)), 16)
     assert codes.eq(0).all()
     assert scale.eq(1).all()
     assert zero.eq(0).all()
@@ -120,7 +120,7 @@ def test_tiny_groups_lose_at_most_a_fp16_subnormal(size: float) -> None:
     weight = torch.linspace(-1, 1, 64).mul(size).view(1, 64)
     for bits in WIDTHS:
         codec = AffineCodec(bits, 64)
-        decoded = codec.decode(codec.encode(weight), 64, torch.float32)
+        decoded = codec.dequantize_rows(codec.quantize_to_packed(weight), 64, torch.float32)
         bound = max(2 * size / (2**bits - 1), 2.0**-24 * 2**bits)
         assert (decoded - weight).abs().max() <= bound
 
@@ -129,12 +129,14 @@ def test_a_range_beyond_fp16_scales_is_refused() -> None:
     weight = torch.zeros(1, 64)
     weight[0, 3] = 3e5
     with pytest.raises(ValueError, match=r"3e\+05 apart need a scale beyond float16 for 2 bits"):
-        AffineCodec(2, 64).encode(weight)
-    decoded = AffineCodec(8, 64).decode(AffineCodec(8, 64).encode(weight), 64, torch.float32)
+        AffineCodec(2, 64).quantize_to_packed(weight)
+    decoded = AffineCodec(8, 64).dequantize_rows(
+        AffineCodec(8, 64).quantize_to_packed(weight), 64, torch.float32
+    )
     assert abs(decoded[0, 3] - 3e5) < 200
     weight[0, 4] = -3.4e38
     with pytest.raises(ValueError, match="beyond float16"):
-        AffineCodec(8, 64).encode(weight)
+        AffineCodec(8, 64).quantize_to_packed(weight)
 
 
 @settings(deadline=None, max_examples=40)
@@ -149,20 +151,20 @@ def test_split_and_join_are_inverse(
 ) -> None:
     weight = torch.randn(rows, in_features)
     codec = AffineCodec(bits, group_size)
-    packed = codec.encode(weight)
-    parts = codec.split(packed, in_features)
+    packed = codec.quantize_to_packed(weight)
+    parts = codec.split_packed_rows(packed, in_features)
     groups = -(-in_features // group_size)
     assert parts.codes.shape == (rows, groups * group_size)
     assert parts.scale.dtype == parts.zero.dtype == torch.float16
-    assert torch.equal(codec.join(parts, in_features), packed)
+    assert torch.equal(codec.join_packed_rows(parts, in_features), packed)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_codes_are_one_dense_stream_at_the_start_of_the_row(bits: int) -> None:
     weight = torch.randn(2, 64)
     codec = AffineCodec(bits, 32)
-    packed = codec.encode(weight)
-    codes, scale, zero = codec.split(packed, 64)
+    packed = codec.quantize_to_packed(weight)
+    codes, scale, zero = codec.split_packed_rows(packed, 64)
     stream = sum(int(code) << (bits * i) for i, code in enumerate(codes[1]))
     assert bytes(packed[1, : 8 * bits].tolist()) == stream.to_bytes(8 * bits, "little")
     halves = packed[1, 8 * bits :].clone().view(torch.float16)
@@ -171,17 +173,17 @@ def test_codes_are_one_dense_stream_at_the_start_of_the_row(bits: int) -> None:
 
 def test_payload_is_aligned_for_3_bits_in_small_groups() -> None:
     codec = AffineCodec(3, 8)
-    assert codec.row_bytes(8) == 4 + 4
-    packed = codec.encode(torch.linspace(-1, 1, 8).view(1, 8))
+    assert codec.num_row_bytes(8) == 4 + 4
+    packed = codec.quantize_to_packed(torch.linspace(-1, 1, 8).view(1, 8))
     assert packed[0, 3] == 0
 
 
 def test_fractional_zeros_decode_as_written() -> None:
     codec = AffineCodec(4, 32)
-    codes, scale, zero = codec.split(codec.encode(torch.randn(3, 64)), 64)
+    codes, scale, zero = codec.split_packed_rows(codec.quantize_to_packed(torch.randn(3, 64)), 64)
     moved = zero.float() + 0.375
-    packed = codec.join(AffineParts(codes, scale, moved), 64)
-    decoded = codec.decode(packed, 64, torch.float32)
+    packed = codec.join_packed_rows(AffineParts(codes, scale, moved), 64)
+    decoded = codec.dequantize_rows(packed, 64, torch.float32)
     stored, step = moved.half().float().unsqueeze(-1), scale.float().unsqueeze(-1)
     expected = (codes.view(3, 2, 32) - stored) * step
     assert torch.equal(decoded, expected.view(3, 64))
@@ -189,11 +191,11 @@ def test_fractional_zeros_decode_as_written() -> None:
 
 def test_join_refuses_what_does_not_fit() -> None:
     codec = AffineCodec(4, 32)
-    codes, scale, zero = codec.split(codec.encode(torch.randn(3, 64)), 64)
+    codes, scale, zero = codec.split_packed_rows(codec.quantize_to_packed(torch.randn(3, 64)), 64)
     with pytest.raises(ValueError, match="codes, scale, zero of int4 are"):
-        codec.join(AffineParts(codes[:, :32], scale, zero), 64)
+        codec.join_packed_rows(AffineParts(codes[:, :32], scale, zero), 64)
     with pytest.raises(ValueError, match="code 16 does not fit into 4 bits"):
-        codec.join(AffineParts(torch.full_like(codes, 16), scale, zero), 64)
+        codec.join_packed_rows(AffineParts(torch.full_like(codes, 16), scale, zero), 64)
 
 
 def test_parameters_are_checked() -> None:

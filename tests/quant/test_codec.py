@@ -62,26 +62,26 @@ def test_is_row_local_bit_for_bit(
     start = data.draw(st.integers(0, num_rows))
     stop = data.draw(st.integers(start, num_rows))
     weight = weights(num_rows, in_features, seed, dtype)
-    packed = codec.encode(weight)
+    packed = codec.quantize_to_packed(weight)
     assert packed.dtype == torch.uint8
-    assert packed.shape == (num_rows, codec.row_bytes(in_features))
-    assert torch.equal(packed[start:stop], codec.encode(weight[start:stop]))
+    assert packed.shape == (num_rows, codec.num_row_bytes(in_features))
+    assert torch.equal(packed[start:stop], codec.quantize_to_packed(weight[start:stop]))
     for wanted in FLOATS:
-        decoded = codec.decode(packed, in_features, wanted)
+        decoded = codec.dequantize_rows(packed, in_features, wanted)
         assert decoded.dtype == wanted
         assert decoded.shape == weight.shape
-        part = codec.decode(packed[start:stop], in_features, wanted)
+        part = codec.dequantize_rows(packed[start:stop], in_features, wanted)
         assert torch.equal(decoded[start:stop], part)
 
 
 @pytest.mark.parametrize("codec", QUANTIZING, ids=str)
 def test_does_not_depend_on_chunks(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(37, 200, 1, torch.float32)
-    packed = codec.encode(weight)
-    decoded = codec.decode(packed, 200, torch.bfloat16)
+    packed = codec.quantize_to_packed(weight)
+    decoded = codec.dequantize_rows(packed, 200, torch.bfloat16)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1000)
-    assert torch.equal(codec.encode(weight), packed)
-    assert torch.equal(codec.decode(packed, 200, torch.bfloat16), decoded)
+    assert torch.equal(codec.quantize_to_packed(weight), packed)
+    assert torch.equal(codec.dequantize_rows(packed, 200, torch.bfloat16), decoded)
 
 
 @pytest.mark.parametrize("codec", QUANTIZING, ids=str)
@@ -97,22 +97,23 @@ def test_temporaries_are_bounded(codec: Codec) -> None:
 
     weight = torch.randn(2048, 4096, dtype=torch.bfloat16)  # 32 MiB as float32
     with Largest() as encoding:
-        packed = codec.encode(weight)
+        packed = codec.quantize_to_packed(weight)
     assert encoding.num_bytes <= max(packed.nbytes, 4 * rows.CHUNK_ELEMENTS)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_half_types_give_the_bytes_of_their_float32_values(codec: Codec) -> None:
     weight = weights(9, 130, 2, torch.bfloat16)
-    assert torch.equal(codec.encode(weight), codec.encode(weight.float()))
+    assert torch.equal(codec.quantize_to_packed(weight), codec.quantize_to_packed(weight.float()))
 
 
 @pytest.mark.parametrize("codec", QUANTIZING, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_are_the_float32_result_rounded(codec: Codec, dtype: torch.dtype) -> None:
-    packed = codec.encode(weights(9, 130, 3, torch.float32))
+    packed = codec.quantize_to_packed(weights(9, 130, 3, torch.float32))
     assert torch.equal(
-        codec.decode(packed, 130, dtype), codec.decode(packed, 130, torch.float32).to(dtype)
+        codec.dequantize_rows(packed, 130, dtype),
+        codec.dequantize_rows(packed, 130, torch.float32).to(dtype),
     )
 
 
@@ -122,17 +123,17 @@ def test_what_is_not_finite_is_refused(codec: Codec, bad: float) -> None:
     weight = torch.zeros(4, 300, dtype=torch.float16)
     weight[2, 257] = bad
     with pytest.raises(ValueError, match="not finite: NaN or infinity in row 2, columns"):
-        codec.encode(weight)
+        codec.quantize_to_packed(weight)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_leaves_its_input_alone(codec: Codec) -> None:
     weight = weights(5, 128, 4, torch.float32).requires_grad_()
     before = weight.detach().clone()
-    packed = codec.encode(weight)
+    packed = codec.quantize_to_packed(weight)
     assert not packed.requires_grad
     copy = packed.clone()
-    codec.decode(packed, 128, torch.float32)
+    codec.dequantize_rows(packed, 128, torch.float32)
     assert torch.equal(weight, before)
     assert torch.equal(packed, copy)
 
@@ -140,29 +141,29 @@ def test_leaves_its_input_alone(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_decodes_from_any_alignment(codec: Codec) -> None:
     weight = weights(5, 100, 5, torch.float32)
-    packed = codec.encode(weight)
+    packed = codec.quantize_to_packed(weight)
     buffer = torch.zeros(packed.numel() + 1, dtype=torch.uint8)
     shifted = buffer[1:].view(packed.shape)
     shifted.copy_(packed)
-    decoded = codec.decode(packed, 100, torch.float32)
-    assert torch.equal(codec.decode(shifted, 100, torch.float32), decoded)
-    assert torch.equal(codec.decode(shifted[3:4], 100, torch.float32), decoded[3:4])
+    decoded = codec.dequantize_rows(packed, 100, torch.float32)
+    assert torch.equal(codec.dequantize_rows(shifted, 100, torch.float32), decoded)
+    assert torch.equal(codec.dequantize_rows(shifted[3:4], 100, torch.float32), decoded[3:4])
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_zeros_stay_zeros(codec: Codec) -> None:
-    decoded = codec.decode(codec.encode(torch.zeros(3, 70)), 70, torch.float32)
+    decoded = codec.dequantize_rows(codec.quantize_to_packed(torch.zeros(3, 70)), 70, torch.float32)
     assert torch.equal(decoded, torch.zeros(3, 70))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_wrong_tensors_are_refused(codec: Codec) -> None:
     with pytest.raises(ValueError, match="floating-point matrix"):
-        codec.encode(torch.zeros(4, 4, dtype=torch.int32))
+        codec.quantize_to_packed(torch.zeros(4, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="floating-point matrix"):
-        codec.encode(torch.zeros(4))
+        codec.quantize_to_packed(torch.zeros(4))
     with pytest.raises(ValueError, match=f"rows of codec {codec.name} with in_features=64"):
-        codec.decode(codec.encode(torch.zeros(4, 256)), 64, torch.float32)
+        codec.dequantize_rows(codec.quantize_to_packed(torch.zeros(4, 256)), 64, torch.float32)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -177,11 +178,11 @@ def test_is_a_value(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_cuda_gives_the_same_bits(codec: Codec) -> None:
     weight = weights(70, 300, 6, torch.bfloat16)
-    packed = codec.encode(weight)
-    assert torch.equal(codec.encode(weight.cuda()).cpu(), packed)
+    packed = codec.quantize_to_packed(weight)
+    assert torch.equal(codec.quantize_to_packed(weight.cuda()).cpu(), packed)
     for dtype in FLOATS:
-        decoded = codec.decode(packed.cuda(), 300, dtype)
-        assert torch.equal(decoded.cpu(), codec.decode(packed, 300, dtype))
+        decoded = codec.dequantize_rows(packed.cuda(), 300, dtype)
+        assert torch.equal(decoded.cpu(), codec.dequantize_rows(packed, 300, dtype))
 
 
 def test_make_codec_follows_the_config() -> None:
@@ -215,19 +216,19 @@ def test_make_codec_follows_the_config() -> None:
     ids=str,
 )
 def test_row_bytes_of_4096_weights(codec: Codec, expected: int) -> None:
-    assert codec.row_bytes(4096) == expected
+    assert codec.num_row_bytes(4096) == expected
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_row_bytes_are_words(codec: Codec) -> None:
-    assert all(codec.row_bytes(n) % 4 == 0 for n in range(1, 600))
+    assert all(codec.num_row_bytes(n) % 4 == 0 for n in range(1, 600))
 
 
 def test_raw_decodes_without_a_copy() -> None:
     codec = RawCodec(torch.bfloat16)
     weight = torch.randn(6, 33, dtype=torch.bfloat16)
-    packed = codec.encode(weight)
-    decoded = codec.decode(packed, 33, torch.bfloat16)
+    packed = codec.quantize_to_packed(weight)
+    decoded = codec.dequantize_rows(packed, 33, torch.bfloat16)
     assert torch.equal(decoded, weight)
     assert decoded.data_ptr() == packed.data_ptr()
     assert packed[:, 66:].eq(0).all()
@@ -236,12 +237,14 @@ def test_raw_decodes_without_a_copy() -> None:
 def test_raw_keeps_what_is_not_finite_but_refuses_overflow() -> None:
     weight = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf]])
     codec = RawCodec(torch.float16)
-    decoded = codec.decode(codec.encode(weight), 4, torch.float32)
+    decoded = codec.dequantize_rows(codec.quantize_to_packed(weight), 4, torch.float32)
     assert torch.equal(decoded.nan_to_num(), weight.half().float().nan_to_num())
-    assert RawCodec(torch.float16).encode(torch.tensor([[65504.0, -65504.0]])).shape == (1, 4)
+    assert RawCodec(torch.float16).quantize_to_packed(
+        torch.tensor([[65504.0, -65504.0]])
+    ).shape == (1, 4)
     weight[0, 0] = -70000.0
     with pytest.raises(ValueError, match=r"weight -70000 in row 0, column 0 .* torch.float16"):
-        codec.encode(weight)
+        codec.quantize_to_packed(weight)
 
 
 def test_raw_needs_a_float_type() -> None:
@@ -251,11 +254,11 @@ def test_raw_needs_a_float_type() -> None:
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_a_codec_knows_its_facts(codec: Codec) -> None:
-    packed = codec.encode(weights(3, 65, 1, torch.float32))
+    packed = codec.quantize_to_packed(weights(3, 65, 1, torch.float32))
     statistics = codec.read_statistics(packed, 65)
     assert codec.is_quantized == (codec in QUANTIZING) == bool(statistics.shape[1])
     assert len(statistics) == 3 and bool(statistics.isfinite().all())
     assert codec.has_zero_points == codec.name.startswith("int")
     if isinstance(codec, AffineCodec):
-        parts = codec.split(packed, 65)
+        parts = codec.split_packed_rows(packed, 65)
         assert torch.equal(statistics, torch.cat((parts.scale, parts.zero), 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec
 from dist_peft.quant.exact_math import exact_sqrt
-from dist_peft.quant.gptq import Factor, solve_rows
+from dist_peft.quant.gptq import HessianFactor, solve_weight_rows
 from dist_peft.quant.nf4 import Nf4Codec
 
 
@@ -74,8 +74,8 @@ def packed_bytes(name: str, weight: Tensor) -> Tensor:
         columns = weight.shape[1]
         upper = torch.eye(columns) + fixed_weight(columns, columns).triu(1) / 2**12
         order = torch.arange(columns).flip(0)
-        return solve_rows(weight, Factor(order, upper), AffineCodec(3, 32))
-    return codecs[name].encode(weight)
+        return solve_weight_rows(weight, HessianFactor(order, upper), AffineCodec(3, 32))
+    return codecs[name].quantize_to_packed(weight)
 
 
 HASHES = {

@@ -29,8 +29,8 @@ OUT, IN = 37, 100
 def make(codec: Codec, dtype: torch.dtype, *lead: int) -> tuple[nn.Parameter, Tensor, Tensor]:
     """A packed parameter, its dense weight, and an input ``[*lead, IN]``, both in ``dtype``."""
     torch.manual_seed(0)
-    packed = nn.Parameter(codec.encode(torch.randn(OUT, IN)), requires_grad=False)
-    weight = codec.decode(packed, IN, dtype).clone()
+    packed = nn.Parameter(codec.quantize_to_packed(torch.randn(OUT, IN)), requires_grad=False)
+    weight = codec.dequantize_rows(packed, IN, dtype).clone()
     return packed, weight, torch.randn(*lead, IN).to(dtype).requires_grad_()
 
 
@@ -61,8 +61,8 @@ def test_equals_a_dense_linear(codec: Codec, dtype: torch.dtype, lead: tuple[int
 def test_equals_a_dense_linear_for_large_batches() -> None:
     codec = Nf4Codec()
     torch.manual_seed(0)
-    packed = codec.encode(torch.randn(256, 512))
-    weight = codec.decode(packed, 512, torch.bfloat16)
+    packed = codec.quantize_to_packed(torch.randn(256, 512))
+    weight = codec.dequantize_rows(packed, 512, torch.bfloat16)
     x = torch.randn(4, 64, 512, dtype=torch.bfloat16, requires_grad=True)
     dense_x = x.detach().clone().requires_grad_()
     frozen_matmul(x, packed, codec, 512).square().sum().backward()
@@ -75,7 +75,7 @@ def test_equals_a_dense_linear_for_large_batches() -> None:
 def test_groups_equal_products_of_their_own(codec: Codec, dtype: torch.dtype) -> None:
     """Each group as ``frozen_matmul`` with the rows of its weight, in both directions."""
     torch.manual_seed(0)
-    packed = nn.Parameter(codec.encode(torch.randn(4 * OUT, IN)), requires_grad=False)
+    packed = nn.Parameter(codec.quantize_to_packed(torch.randn(4 * OUT, IN)), requires_grad=False)
     counts = [3, 0, 1, 2]
     results = []
     for grouped in (True, False):
@@ -93,7 +93,7 @@ def test_groups_equal_products_of_their_own(codec: Codec, dtype: torch.dtype) ->
 
 def test_groups_decode_only_what_is_used_and_keep_the_packed_object() -> None:
     codec = Spy(Nf4Codec())
-    packed = nn.Parameter(codec.encode(torch.randn(4 * OUT, IN)), requires_grad=False)
+    packed = nn.Parameter(codec.quantize_to_packed(torch.randn(4 * OUT, IN)), requires_grad=False)
     x = torch.randn(3, IN, requires_grad=True)
     y = frozen_grouped_matmul(x, packed, codec, IN, [0, 2, 0, 1])
     assert y.grad_fn is not None and y.grad_fn.packed is packed  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def test_groups_decode_only_what_is_used_and_keep_the_packed_object() -> None:
 
 def test_groups_refuse_wrong_shapes() -> None:
     codec = RawCodec(torch.float32)
-    packed = codec.encode(torch.randn(10, IN))
+    packed = codec.quantize_to_packed(torch.randn(10, IN))
     with pytest.raises(ValueError, match=r"\[3, 100\], not .* \[2, 100\]"):
         frozen_grouped_matmul(torch.randn(2, IN), packed, codec, IN, [1, 2])
     with pytest.raises(ValueError, match="10 packed rows are no 3 weights"):
@@ -128,14 +128,14 @@ class Spy:
     def name(self) -> str:
         return self.inner.name
 
-    def row_bytes(self, in_features: int) -> int:
-        return self.inner.row_bytes(in_features)
+    def num_row_bytes(self, in_features: int) -> int:
+        return self.inner.num_row_bytes(in_features)
 
-    def encode(self, weight: Tensor) -> Tensor:
-        return self.inner.encode(weight)
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
+        return self.inner.quantize_to_packed(weight)
 
-    def decode(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        weight = self.inner.decode(packed, in_features, dtype)
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        weight = self.inner.dequantize_rows(packed, in_features, dtype)
         self.decoded.append(weakref.ref(weight))
         return weight
 
@@ -223,10 +223,10 @@ def test_backward_uses_the_bytes_of_that_moment() -> None:
     codec = Nf4Codec()
     packed, _, x = make(codec, torch.float32, 4)
     y = frozen_matmul(x, packed, codec, IN)
-    other = codec.encode(torch.randn(OUT, IN))
+    other = codec.quantize_to_packed(torch.randn(OUT, IN))
     packed.data = other  # ZeRO-3 exchanges the data
     y.sum().backward()
-    assert torch.equal(x.grad, torch.ones(4, OUT) @ codec.decode(other, IN, torch.float32))
+    assert torch.equal(x.grad, torch.ones(4, OUT) @ codec.dequantize_rows(other, IN, torch.float32))
 
 
 def test_freed_storage_is_an_error_not_a_crash() -> None:
@@ -243,8 +243,8 @@ def test_freed_storage_is_an_error_not_a_crash() -> None:
 def test_works_inside_activation_checkpointing() -> None:
     codec = Nf4Codec()
     packed, weight, x = make(codec, torch.float32, 4)
-    square = nn.Parameter(codec.encode(torch.randn(IN, OUT)), requires_grad=False)
-    dense_square = codec.decode(square, OUT, torch.float32)
+    square = nn.Parameter(codec.quantize_to_packed(torch.randn(IN, OUT)), requires_grad=False)
+    dense_square = codec.dequantize_rows(square, OUT, torch.float32)
 
     def block(h: Tensor) -> Tensor:
         h = torch.tanh(frozen_matmul(h, packed, codec, IN))

@@ -22,7 +22,10 @@ def weight_of(seed: int, rows: int, columns: int, size: float = 0.02) -> Tensor:
 def errors(codec: AffineCodec, weight: Tensor) -> Tensor:
     """sum |w - w'|**0.75 of each group, in float64."""
     columns = weight.shape[1]
-    off = codec.decode(codec.encode(weight), columns, torch.float32).double() - weight.double()
+    off = (
+        codec.dequantize_rows(codec.quantize_to_packed(weight), columns, torch.float32).double()
+        - weight.double()
+    )
     padded = torch.nn.functional.pad(off, (0, -columns % codec.group_size))
     return padded.abs().pow(0.75).unflatten(1, (-1, codec.group_size)).sum(-1)
 
@@ -56,8 +59,8 @@ def reference(group: list[float], scale: float, start: float, bits: int) -> floa
 def test_equals_the_slow_reference(bits: int, columns: int) -> None:
     weight = weight_of(bits, 12, columns)
     codec, plain = AffineCodec(bits, 32, "hqq"), AffineCodec(bits, 32)
-    _, scale, zero = codec.split(codec.encode(weight), columns)
-    _, same, start = plain.split(plain.encode(weight), columns)
+    _, scale, zero = codec.split_packed_rows(codec.quantize_to_packed(weight), columns)
+    _, same, start = plain.split_packed_rows(plain.quantize_to_packed(weight), columns)
     assert torch.equal(scale, same)
     for row in range(12):
         for group in range(3):
@@ -80,28 +83,32 @@ def test_no_group_is_worse_than_rounded_to_nearest(bits: int, group_size: int) -
 def test_the_size_of_the_weights_does_not_matter() -> None:
     codec = AffineCodec(3, 32, "hqq")
     weight = weight_of(3, 16, 64, size=1.0)
-    codes, scale, zero = codec.split(codec.encode(weight), 64)
-    small_codes, small_scale, small_zero = codec.split(codec.encode(weight / 128), 64)
+    codes, scale, zero = codec.split_packed_rows(codec.quantize_to_packed(weight), 64)
+    small_codes, small_scale, small_zero = codec.split_packed_rows(
+        codec.quantize_to_packed(weight / 128), 64
+    )
     assert torch.equal(scale.float() / 128, small_scale.float())
     assert torch.equal(zero, small_zero) and torch.equal(codes, small_codes)
 
 
 def test_zeros_are_fractions_and_a_constant_group_stays() -> None:
     codec = AffineCodec(4, 32, "hqq")
-    _, _, zero = codec.split(codec.encode(weight_of(1, 8, 64)), 64)
+    _, _, zero = codec.split_packed_rows(codec.quantize_to_packed(weight_of(1, 8, 64)), 64)
     assert (zero != zero.round()).float().mean() > 0.5
     constant = torch.full((2, 32), 0.375)
-    again = codec.decode(codec.encode(constant), 32, torch.float32)
+    again = codec.dequantize_rows(codec.quantize_to_packed(constant), 32, torch.float32)
     torch.testing.assert_close(again, constant, rtol=1e-3, atol=0)  # the scale is fp16
     nothing = torch.zeros(2, 32)
-    assert torch.equal(codec.decode(codec.encode(nothing), 32, torch.float32), nothing)
+    assert torch.equal(
+        codec.dequantize_rows(codec.quantize_to_packed(nothing), 32, torch.float32), nothing
+    )
 
 
 def test_padding_does_not_count() -> None:
     codec = AffineCodec(3, 64, "hqq")
     weight = weight_of(5, 8, 40).abs()
     with_zeros = torch.cat((weight, torch.zeros(8, 24)), 1)
-    own = codec.split(codec.encode(weight), 40).zero
-    pulled = codec.split(codec.encode(with_zeros), 64).zero
+    own = codec.split_packed_rows(codec.quantize_to_packed(weight), 40).zero
+    pulled = codec.split_packed_rows(codec.quantize_to_packed(with_zeros), 64).zero
     assert not torch.equal(own, pulled)
     assert (errors(codec, weight) <= errors(AffineCodec(3, 64), weight) * (1 + 1e-5)).all()

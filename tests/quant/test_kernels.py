@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.quant import kernels
-from dist_peft.quant.kernels import NF4_LEVELS, decode_affine, decode_nf4, nf4_path
+from dist_peft.quant.kernels import NF4_LEVELS, choose_nf4_kernel, dequantize_affine, dequantize_nf4
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,8 +37,8 @@ def test_paths_give_the_same_bits(
     results = []
     for path in ("torch", "bnb"):
         monkeypatch.setenv("DIST_PEFT_KERNELS", path)
-        assert nf4_path(group_size, dtype, CPU) == path
-        results.append(decode_nf4(payload, absmax, 2048 - missing, dtype))
+        assert choose_nf4_kernel(group_size, dtype, CPU) == path
+        results.append(dequantize_nf4(payload, absmax, 2048 - missing, dtype))
     by_torch, by_bnb = results
     assert by_torch.shape == by_bnb.shape == (40, 2048 - missing)
     assert by_torch.is_contiguous()
@@ -52,29 +52,29 @@ def test_decode_nf4_is_level_times_absmax(dtype: torch.dtype) -> None:
     levels = torch.tensor(NF4_LEVELS)
     codes = torch.stack((payload >> 4, payload & 15), dim=-1).flatten(1).long()
     expected = (levels[codes].view(40, 10, 24) * absmax.unsqueeze(-1)).view(40, 240)
-    assert torch.equal(decode_nf4(payload, absmax, 240, dtype), expected.to(dtype))
+    assert torch.equal(dequantize_nf4(payload, absmax, 240, dtype), expected.to(dtype))
 
 
 def test_payload_may_be_a_slice_of_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     payload, absmax = every_byte_with_many_scales(64, 256)
     rows = torch.cat((payload, payload.new_zeros(40, 9)), dim=1)
-    expected = decode_nf4(payload, absmax, 256, torch.float32)
+    expected = dequantize_nf4(payload, absmax, 256, torch.float32)
     for path in ("torch", "bnb"):
         monkeypatch.setenv("DIST_PEFT_KERNELS", path)
-        assert torch.equal(decode_nf4(rows[:, :128], absmax, 256, torch.float32), expected)
+        assert torch.equal(dequantize_nf4(rows[:, :128], absmax, 256, torch.float32), expected)
 
 
 @pytest.mark.parametrize("path", ["torch", "bnb"])
 def test_no_rows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_PEFT_KERNELS", path)
     payload = torch.zeros(0, 64, dtype=torch.uint8)
-    assert decode_nf4(payload, torch.zeros(0, 2), 128, torch.bfloat16).shape == (0, 128)
+    assert dequantize_nf4(payload, torch.zeros(0, 2), 128, torch.bfloat16).shape == (0, 128)
 
 
 def test_decode_affine_takes_any_float_scales() -> None:
     payload = torch.tensor([[0x10, 0x32, 0x54, 0x76]], dtype=torch.uint8)
     scale, zero = torch.tensor([[0.5]], dtype=torch.float16), torch.tensor([[1.25]])
-    decoded = decode_affine(payload, 4, scale, zero, 7, torch.float32)
+    decoded = dequantize_affine(payload, 4, scale, zero, 7, torch.float32)
     assert decoded.tolist() == [[(code - 1.25) * 0.5 for code in range(7)]]
 
 
@@ -85,33 +85,33 @@ def pretend_bitsandbytes(monkeypatch: pytest.MonkeyPatch, with_cuda: bool | None
     module = None
     if with_cuda is not None:
         module = SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=with_cuda))
-    monkeypatch.setattr(kernels, "_bitsandbytes", lambda: module)
+    monkeypatch.setattr(kernels, "_import_bitsandbytes", lambda: module)
 
 
 def test_auto_takes_bnb_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
     pretend_bitsandbytes(monkeypatch, with_cuda=True)
-    assert nf4_path(64, torch.bfloat16, CUDA) == "bnb"
-    assert nf4_path(24, torch.bfloat16, CUDA) == "torch"
-    assert nf4_path(64, torch.float64, CUDA) == "torch"
-    assert nf4_path(64, torch.bfloat16, CPU) == "torch"
+    assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "bnb"
+    assert choose_nf4_kernel(24, torch.bfloat16, CUDA) == "torch"
+    assert choose_nf4_kernel(64, torch.float64, CUDA) == "torch"
+    assert choose_nf4_kernel(64, torch.bfloat16, CPU) == "torch"
     pretend_bitsandbytes(monkeypatch, with_cuda=False)
-    assert nf4_path(64, torch.bfloat16, CUDA) == "torch"
+    assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "torch"
     pretend_bitsandbytes(monkeypatch, with_cuda=None)
-    assert nf4_path(64, torch.bfloat16, CUDA) == "torch"
+    assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "torch"
 
 
 def test_forcing_the_impossible_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_PEFT_KERNELS", "bnb")
     pretend_bitsandbytes(monkeypatch, with_cuda=None)
     with pytest.raises(UserError, match="bitsandbytes is not installed; pip install"):
-        nf4_path(64, torch.float32, CPU)
+        choose_nf4_kernel(64, torch.float32, CPU)
     pretend_bitsandbytes(monkeypatch, with_cuda=True)
     with pytest.raises(UserError, match="cannot decode group_size 24"):
-        nf4_path(24, torch.float32, CPU)
+        choose_nf4_kernel(24, torch.float32, CPU)
     monkeypatch.setenv("DIST_PEFT_KERNELS", "triton")
     with pytest.raises(UserError, match="='triton' is not one of auto, torch, bnb"):
-        nf4_path(64, torch.float32, CPU)
+        choose_nf4_kernel(64, torch.float32, CPU)
 
 
 def test_works_without_bitsandbytes() -> None:
@@ -120,15 +120,15 @@ import os, sys
 sys.modules["bitsandbytes"] = None  # importing it now raises ImportError
 import torch
 from dist_peft.core.errors import UserError
-from dist_peft.quant.kernels import nf4_path
+from dist_peft.quant.kernels import choose_nf4_kernel
 from dist_peft.quant.nf4 import Nf4Codec
 codec = Nf4Codec()
-weight = codec.decode(codec.encode(torch.ones(2, 256)), 256, torch.float32)
+weight = codec.dequantize_rows(codec.quantize_to_packed(torch.ones(2, 256)), 256, torch.float32)
 assert torch.equal(weight, torch.ones(2, 256))
-assert nf4_path(64, torch.float32, torch.device("cuda")) == "torch"
+assert choose_nf4_kernel(64, torch.float32, torch.device("cuda")) == "torch"
 os.environ["DIST_PEFT_KERNELS"] = "bnb"
 try:
-    codec.decode(codec.encode(torch.ones(2, 256)), 256, torch.float32)
+    codec.dequantize_rows(codec.quantize_to_packed(torch.ones(2, 256)), 256, torch.float32)
 except UserError as error:
     print(error)
 """

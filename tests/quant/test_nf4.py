@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_peft.quant.exact_math import exact_sqrt
-from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec, _cells, _nearest_level, nf4_borders
+from dist_peft.quant.nf4 import (
+    NF4_LEVELS,
+    Nf4Codec,
+    _build_level_cells,
+    _find_nearest_level,
+    list_nf4_borders,
+)
 from dist_peft.quant.pack import unpack_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,17 +25,17 @@ def bnb_quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """bitsandbytes' payload and first-level absmax, as rows."""
     functional = pytest.importorskip("bitsandbytes.functional")
     payload, state = functional.quantize_4bit(weight, blocksize=group_size, quant_type="nf4")
-    return payload.view(weight.shape[0], -1), state.absmax.view(weight.shape[0], -1)
+    return payload.view(weight.shape[0], -1), state.compute_absmax.view(weight.shape[0], -1)
 
 
 def assert_equals_bnb(weight: Tensor, group_size: int) -> None:
     expected, expected_absmax = bnb_quantize(weight, group_size)
     for double_quant in (True, False):
         codec = Nf4Codec(group_size, double_quant)
-        payload, _ = codec.split(codec.encode(weight), weight.shape[1])
+        payload, _ = codec.split_packed_rows(codec.quantize_to_packed(weight), weight.shape[1])
         assert torch.equal(payload, expected)
-    assert torch.equal(codec.absmax(weight), expected_absmax)
-    _, stored = codec.split(codec.encode(weight), weight.shape[1])
+    assert torch.equal(codec.compute_absmax(weight), expected_absmax)
+    _, stored = codec.split_packed_rows(codec.quantize_to_packed(weight), weight.shape[1])
     assert torch.equal(stored, expected_absmax)
 
 
@@ -53,7 +59,7 @@ def test_levels_and_borders_are_those_of_bitsandbytes() -> None:
     cpu = torch.device("cpu")
     assert torch.equal(torch.tensor(NF4_LEVELS), functional.get_4bit_type("nf4", device=cpu))
     borders, _ = ops._get_4bit_quantize_bounds("nf4", cpu)
-    assert torch.equal(torch.tensor(nf4_borders()), borders)
+    assert torch.equal(torch.tensor(list_nf4_borders()), borders)
 
 
 # -- the nearest level ------------------------------------------------------------------------
@@ -70,36 +76,36 @@ def neighbours(values: Tensor, steps: int) -> Tensor:
 
 def test_each_cell_holds_at_most_one_border() -> None:
     edges = torch.arange(-16, 17) / 16
-    borders = torch.tensor(nf4_borders())
+    borders = torch.tensor(list_nf4_borders())
     counts = torch.diff(torch.bucketize(edges, borders))
     assert counts.max() == 1
-    first_code, border = _cells(torch.device("cpu"))
+    first_code, border = _build_level_cells(torch.device("cpu"))
     assert first_code.shape == border.shape == (33,)
 
 
 def test_ties_and_neighbours_of_every_border_cell_and_level() -> None:
-    borders = nf4_borders()
+    borders = list_nf4_borders()
     special = torch.cat(
         (torch.tensor(borders), torch.tensor(NF4_LEVELS), torch.arange(-16, 17) / 16)
     )
     values = neighbours(special, 5)
-    codes = _nearest_level(values)
+    codes = _find_nearest_level(values)
     assert codes.tolist() == [bisect_left(borders, v) for v in values.tolist()]
     # a value on a border takes the lower code
-    assert _nearest_level(torch.tensor(borders)).tolist() == list(range(15))
+    assert _find_nearest_level(torch.tensor(borders)).tolist() == list(range(15))
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=50))
 def test_nearest_level_is_the_number_of_borders_below(values: list[float]) -> None:
-    borders = nf4_borders()
-    assert _nearest_level(torch.tensor(values)).tolist() == [
+    borders = list_nf4_borders()
+    assert _find_nearest_level(torch.tensor(values)).tolist() == [
         bisect_left(borders, v) for v in values
     ]
 
 
 def test_borders_split_blocks_as_in_bitsandbytes() -> None:
-    values = neighbours(torch.tensor(nf4_borders()), 31)
+    values = neighbours(torch.tensor(list_nf4_borders()), 31)
     blocks = torch.ones(15, 64)
     blocks[:, 1:] = values.view(63, 15).t()  # the leading 1 makes the scale exactly 1
     assert_equals_bnb(blocks, 64)
@@ -109,12 +115,14 @@ def test_scaling_rounds_as_in_bitsandbytes() -> None:
     # w * (1 / absmax) and w / absmax can lie on different sides of a border
     torch.manual_seed(0)
     absmax = torch.rand(400, 1) + 0.5
-    near = neighbours(torch.tensor(nf4_borders()) * absmax, 1).view(3, 400, 15)
+    near = neighbours(torch.tensor(list_nf4_borders()) * absmax, 1).view(3, 400, 15)
     blocks = absmax * torch.ones(64)
     blocks[:, 1:46] = near.permute(1, 0, 2).reshape(400, 45)
     assert_equals_bnb(blocks, 64)
-    products = _nearest_level(blocks * (1.0 / absmax))
-    assert not torch.equal(products, _nearest_level(blocks / absmax)), "the weights test nothing"
+    products = _find_nearest_level(blocks * (1.0 / absmax))
+    assert not torch.equal(products, _find_nearest_level(blocks / absmax)), (
+        "the weights test nothing"
+    )
 
 
 # -- equality with bitsandbytes ---------------------------------------------------------------
@@ -160,7 +168,9 @@ def test_single_level_decodes_as_bitsandbytes() -> None:
     weight = torch.randn(20, 256, dtype=torch.bfloat16)
     expected = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
     codec = Nf4Codec(64, double_quant=False)
-    assert torch.equal(codec.decode(codec.encode(weight), 256, torch.bfloat16), expected)
+    assert torch.equal(
+        codec.dequantize_rows(codec.quantize_to_packed(weight), 256, torch.bfloat16), expected
+    )
 
 
 # -- definition, padding, errors --------------------------------------------------------------
@@ -168,7 +178,7 @@ def test_single_level_decodes_as_bitsandbytes() -> None:
 
 def slow_single_level(weight: Tensor, group_size: int) -> list[list[float]]:
     """Decoded weights by the formula of the module, one element at a time in float32."""
-    borders, result = nf4_borders(), []
+    borders, result = list_nf4_borders(), []
     for row in weight:
         decoded: list[float] = []
         for start in range(0, len(row), group_size):
@@ -188,10 +198,10 @@ def test_equals_the_formula_with_a_padded_last_block(group_size: int, in_feature
     torch.manual_seed(in_features)
     weight = torch.randn(3, in_features)
     codec = Nf4Codec(group_size, double_quant=False)
-    packed = codec.encode(weight)
-    decoded = codec.decode(packed, in_features, torch.float32)
+    packed = codec.quantize_to_packed(weight)
+    decoded = codec.dequantize_rows(packed, in_features, torch.float32)
     assert decoded.tolist() == slow_single_level(weight, group_size)
-    payload, absmax = codec.split(packed, in_features)
+    payload, absmax = codec.split_packed_rows(packed, in_features)
     assert absmax.shape == (3, -(-in_features // group_size))
     padding = unpack_bits(payload, 4, high_first=True)[:, in_features:]
     assert padding.eq(7).all(), "padding is the code of 0"
@@ -203,11 +213,11 @@ def test_error_is_at_most_half_the_widest_gap(double_quant: bool, in_features: i
     torch.manual_seed(0)
     weight = torch.randn(4, in_features)
     codec = Nf4Codec(64, double_quant)
-    absmax = codec.absmax(weight)
-    packed = codec.encode(weight)
-    decoded = codec.decode(packed, in_features, torch.float32)
+    absmax = codec.compute_absmax(weight)
+    packed = codec.quantize_to_packed(weight)
+    decoded = codec.dequantize_rows(packed, in_features, torch.float32)
     half_gap = (1 - 0.6961928009986877) / 2
-    scale_error = (codec.split(packed, in_features)[1] - absmax).abs()
+    scale_error = (codec.split_packed_rows(packed, in_features)[1] - absmax).abs()
     bound = half_gap * absmax * (1 + 1e-6) + scale_error
     assert ((decoded - weight).abs().view(4, -1, 64) <= bound.unsqueeze(-1)).all()
 
@@ -218,10 +228,10 @@ def test_error_is_at_most_half_the_widest_gap(double_quant: bool, in_features: i
 def test_layout_is_the_documented_one() -> None:
     weight = torch.randn(2, 64 * 300)
     codec = Nf4Codec()
-    packed = codec.encode(weight)
+    packed = codec.quantize_to_packed(weight)
     payload = 32 * 300
-    assert packed.shape[1] == codec.row_bytes(64 * 300) == payload + 2 * 8 + 300
-    roots = exact_sqrt(codec.absmax(weight)[1])
+    assert packed.shape[1] == codec.num_row_bytes(64 * 300) == payload + 2 * 8 + 300
+    roots = exact_sqrt(codec.compute_absmax(weight)[1])
     statistics = packed[1, payload : payload + 16].clone().view(torch.float32)
     codes = packed[1, payload + 16 :].float()
     for run, (first, last) in enumerate(((0, 256), (256, 300))):
@@ -230,7 +240,7 @@ def test_layout_is_the_documented_one() -> None:
         assert offset == part.min()
         assert scale == (part.max() - part.min()) / 255
         assert torch.equal(codes[first:last], ((part - offset) / scale).round())
-    _, absmax = codec.split(packed, 64 * 300)
+    _, absmax = codec.split_packed_rows(packed, 64 * 300)
     expected = (codes[256:] * statistics[3] + statistics[2]) ** 2
     assert torch.equal(absmax[1, 256:], expected)
 
@@ -239,8 +249,8 @@ def test_scales_are_within_half_a_step() -> None:
     torch.manual_seed(3)
     weight = torch.randn(16, 64 * 256) * torch.rand(16, 64 * 256).pow(3)
     codec = Nf4Codec()
-    exact = codec.absmax(weight)
-    _, stored = codec.split(codec.encode(weight), weight.shape[1])
+    exact = codec.compute_absmax(weight)
+    _, stored = codec.split_packed_rows(codec.quantize_to_packed(weight), weight.shape[1])
     roots = exact.sqrt()
     step = (roots.amax(1, keepdim=True) - roots.amin(1, keepdim=True)) / 255
     assert ((stored.sqrt() - roots).abs() <= step * 0.5001 + 1e-6).all()
@@ -253,10 +263,10 @@ def test_equal_scales_and_zero_blocks_are_exact() -> None:
     weight = torch.randn(2, 1024)
     weight[:, ::64] = 5.0  # every block has absmax 5
     codec = Nf4Codec()
-    _, absmax = codec.split(codec.encode(weight), 1024)
+    _, absmax = codec.split_packed_rows(codec.quantize_to_packed(weight), 1024)
     assert torch.allclose(absmax, torch.full_like(absmax, 5.0), rtol=1e-6)
     weight[0, :512] = 0
-    decoded = codec.decode(codec.encode(weight), 1024, torch.float32)
+    decoded = codec.dequantize_rows(codec.quantize_to_packed(weight), 1024, torch.float32)
     assert decoded[0, :512].eq(0).all()
 
 
@@ -265,11 +275,11 @@ def test_second_level_only_where_it_saves(blocks: int) -> None:
     double, single = Nf4Codec(64, True), Nf4Codec(64, False)
     compressed = -(-(8 * -(-blocks // 256) + blocks) // 4) * 4
     expected = 32 * blocks + min(compressed, 4 * blocks)
-    assert double.row_bytes(64 * blocks) == expected
-    assert single.row_bytes(64 * blocks) == 36 * blocks
+    assert double.num_row_bytes(64 * blocks) == expected
+    assert single.num_row_bytes(64 * blocks) == 36 * blocks
     weight = torch.randn(2, 64 * blocks)
     if blocks <= 3:
-        assert torch.equal(double.encode(weight), single.encode(weight))
+        assert torch.equal(double.quantize_to_packed(weight), single.quantize_to_packed(weight))
 
 
 def heavy_tailed(kind: str) -> Tensor:
@@ -310,8 +320,8 @@ def test_double_quantization_is_no_worse_than_that_of_bitsandbytes(kind: str) ->
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     theirs = rms(functional.dequantize_4bit(packed, state))
     codec, single = Nf4Codec(), Nf4Codec(64, double_quant=False)
-    ours = rms(codec.decode(codec.encode(weight), 8192, torch.float32))
-    without = rms(single.decode(single.encode(weight), 8192, torch.float32))
+    ours = rms(codec.dequantize_rows(codec.quantize_to_packed(weight), 8192, torch.float32))
+    without = rms(single.dequantize_rows(single.quantize_to_packed(weight), 8192, torch.float32))
     assert ours <= 1.001 * theirs
     assert ours <= 1.02 * without
 

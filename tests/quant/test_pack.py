@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_peft.quant.pack import lookup, pack_bits, unpack_bits
+from dist_peft.quant.pack import lookup_packed_values, pack_bits, unpack_bits
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -66,7 +66,7 @@ def test_32_codes_are_as_many_little_endian_words_as_bits(bits: int) -> None:
 def test_lookup_gives_the_value_of_each_code(bits: int, dtype: torch.dtype) -> None:
     values = tuple(float((7 * code + 3) % 251) for code in range(2**bits))
     codes = torch.randint(0, 2**bits, (3, 5, 48), dtype=torch.uint8)
-    found = lookup(pack_bits(codes, bits), bits, values, dtype)
+    found = lookup_packed_values(pack_bits(codes, bits), bits, values, dtype)
     assert torch.equal(found, torch.tensor(values, dtype=dtype)[codes.long()])
 
 
@@ -75,7 +75,7 @@ def test_lookup_keeps_every_bit_of_a_value() -> None:
     values = torch.tensor([0x7FC00001, -0x80000000, 0x00000001, 0x7F800000], dtype=torch.int32)
     floats = tuple(values.view(torch.float32).tolist())
     codes = torch.tensor([0, 1, 2, 3, 3, 2, 1, 1], dtype=torch.uint8)
-    found = lookup(pack_bits(codes, 2), 2, floats)
+    found = lookup_packed_values(pack_bits(codes, 2), 2, floats)
     stored = torch.tensor(floats).view(torch.int32)
     assert torch.equal(found.view(torch.int32), stored[codes.long()])
 
@@ -91,7 +91,7 @@ def test_tables_are_real_tensors_under_a_default_device() -> None:
     codes = torch.tensor([1, 0, 3, 2, 0, 1, 2, 3], dtype=torch.uint8)
     packed = pack_bits(codes, 2)
     with torch.device("meta"):
-        found = lookup(packed, 2, (0.5, 1.5, 2.5, 3.25))
+        found = lookup_packed_values(packed, 2, (0.5, 1.5, 2.5, 3.25))
     assert found.tolist() == [1.5, 0.5, 3.25, 2.5, 0.5, 1.5, 2.5, 3.25]
 
 

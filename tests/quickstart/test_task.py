@@ -8,8 +8,8 @@ import pytest
 
 from dist_peft.core.errors import UserError
 from dist_peft.quickstart import task as stdlib_task
-from dist_peft.quickstart.corpus import read_stdlib
-from dist_peft.quickstart.task import make_tiny_task
+from dist_peft.quickstart.corpus import read_stdlib_files
+from dist_peft.quickstart.task import write_stdlib_task
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -17,7 +17,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_cards_and_split(tmp_path: Path) -> None:
-    train_file, eval_file = make_tiny_task(tmp_path / "a")
+    train_file, eval_file = write_stdlib_task(tmp_path / "a")
     train, held_out = read(train_file), read(eval_file)
     assert len(train) > 1000
     assert len(held_out) > 80
@@ -38,14 +38,14 @@ def test_cards_and_split(tmp_path: Path) -> None:
 def test_same_every_time_and_other_seed_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = read_stdlib(max_chars=1_000_000)
-    monkeypatch.setattr(stdlib_task, "read_stdlib", lambda: some)
-    first, again = make_tiny_task(tmp_path / "a")[0], make_tiny_task(tmp_path / "b")[0]
+    some = read_stdlib_files(max_chars=1_000_000)
+    monkeypatch.setattr(stdlib_task, "read_stdlib_files", lambda: some)
+    first, again = write_stdlib_task(tmp_path / "a")[0], write_stdlib_task(tmp_path / "b")[0]
     assert first.read_bytes() == again.read_bytes()
-    assert make_tiny_task(tmp_path / "c", seed=1)[0].read_bytes() != first.read_bytes()
+    assert write_stdlib_task(tmp_path / "c", seed=1)[0].read_bytes() != first.read_bytes()
 
 
 def test_unwritable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the task into"):
-        make_tiny_task(tmp_path / "file")
+        write_stdlib_task(tmp_path / "file")

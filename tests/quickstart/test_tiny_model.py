@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dist_peft.core.errors import UserError
 from dist_peft.quickstart import tiny_model as tiny
-from dist_peft.quickstart.corpus import SourceFile, read_stdlib
-from dist_peft.quickstart.tiny_model import TinyBaseReport, make_tiny_base
+from dist_peft.quickstart.corpus import SourceFile, read_stdlib_files
+from dist_peft.quickstart.tiny_model import TinyBaseReport, pretrain_tiny_base
 
 Losses = list[float]
 
@@ -18,11 +18,11 @@ Losses = list[float]
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
     """A few files, so that the tokenizer is there at once."""
-    everything = read_stdlib()
+    everything = read_stdlib_files()
     files = [f for f in everything if not f.held_out][:12]
     files += [f for f in everything if f.held_out][:12]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "read_stdlib", lambda: files)
+        patch.setattr(tiny, "read_stdlib_files", lambda: files)
         yield
 
 
@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyBaseReport
         losses.append(loss)
         shares.append(share)
 
-    return directory, make_tiny_base(directory, seconds=5, on_step=note), losses, shares
+    return directory, pretrain_tiny_base(directory, seconds=5, on_step=note), losses, shares
 
 
 def test_learns(made: tuple[Path, TinyBaseReport, Losses, Losses]) -> None:
@@ -66,27 +66,27 @@ def test_is_a_hugging_face_directory(made: tuple[Path, TinyBaseReport, Losses, L
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert "Hi" in chat
     # what is saved is what was measured
-    held_out = tiny._windows(
-        tokenizer.backend_tokenizer, [f for f in tiny.read_stdlib() if f.held_out]
+    held_out = tiny._cut_into_sequences(
+        tokenizer.backend_tokenizer, [f for f in tiny.read_stdlib_files() if f.held_out]
     )
-    assert tiny._evaluate(model, held_out) == pytest.approx(report.held_out_loss, rel=1e-4)
+    assert tiny._evaluate_loss(model, held_out) == pytest.approx(report.held_out_loss, rel=1e-4)
 
 
 def test_is_reused(made: tuple[Path, TinyBaseReport, Losses, Losses]) -> None:
     directory, report, _, _ = made
-    again = make_tiny_base(directory, seconds=5)
+    again = pretrain_tiny_base(directory, seconds=5)
     assert again == TinyBaseReport(**{**vars(report), "reused": True})
     assert "made earlier" in str(again)
     with pytest.raises(UserError, match=r"made with .*5.*; choose another directory"):
-        make_tiny_base(directory, seconds=6)
+        pretrain_tiny_base(directory, seconds=6)
     with pytest.raises(UserError, match="choose another directory"):
-        make_tiny_base(directory, seconds=5, seed=1)
+        pretrain_tiny_base(directory, seconds=5, seed=1)
 
 
 def test_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(3)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    make_tiny_base(tmp_path, seconds=0.1)  # an empty directory is free
+    pretrain_tiny_base(tmp_path, seconds=0.1)  # an empty directory is free
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -98,21 +98,21 @@ def test_nothing_half_made_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     with pytest.raises(UserError, match="disk full while writing"):
-        make_tiny_base(tmp_path / "base", seconds=0.1)
+        pretrain_tiny_base(tmp_path / "base", seconds=0.1)
     assert not list(tmp_path.iterdir())
 
 
 def test_same_seed_gives_the_same_rows_and_weights() -> None:
-    files: list[SourceFile] = tiny.read_stdlib()
+    files: list[SourceFile] = tiny.read_stdlib_files()
     tokenizer = tiny._train_tokenizer([f.text for f in files])
     assert tokenizer.to_str() == tiny._train_tokenizer([f.text for f in files]).to_str()
-    rows = tiny._windows(tokenizer, files)
+    rows = tiny._cut_into_sequences(tokenizer, files)
     weights, losses = [], []
     for _ in range(2):
-        with tiny._own_random_state(7):
-            model = tiny._new_model(tokenizer)
+        with tiny._fork_random_state(7):
+            model = tiny._build_untrained_model(tokenizer)
             weights.append(model.lm_head.weight.detach().clone())
-            losses.append(tiny._pretrain(model, rows, 1e-9, None))
+            losses.append(tiny._pretrain_model(model, rows, 1e-9, None))
     assert torch.equal(weights[0], weights[1])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 1  # at least one step, however short the time
@@ -121,7 +121,9 @@ def test_same_seed_gives_the_same_rows_and_weights() -> None:
 def test_windows_are_the_text(made: tuple[Path, TinyBaseReport, Losses, Losses]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made[0])
     text = "x = 1\n" * 300
-    rows = tiny._windows(tokenizer.backend_tokenizer, [SourceFile("a.py", text, False)] * 2)
+    rows = tiny._cut_into_sequences(
+        tokenizer.backend_tokenizer, [SourceFile("a.py", text, False)] * 2
+    )
     document = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     joined = [*document, *document]
     assert rows.shape[1] == 257
@@ -130,15 +132,15 @@ def test_windows_are_the_text(made: tuple[Path, TinyBaseReport, Losses, Losses])
 
 
 def test_schedule_follows_the_clock() -> None:
-    assert tiny._schedule(0, 0.0) == pytest.approx(1 / 20)
-    assert tiny._schedule(100, 0.0) == 1
-    assert tiny._schedule(100, 0.5) == pytest.approx(0.03 + 0.97 / 2)
-    assert tiny._schedule(100, 1.0) == tiny._schedule(100, 1.7) == pytest.approx(0.03)
+    assert tiny._lr_factor(0, 0.0) == pytest.approx(1 / 20)
+    assert tiny._lr_factor(100, 0.0) == 1
+    assert tiny._lr_factor(100, 0.5) == pytest.approx(0.03 + 0.97 / 2)
+    assert tiny._lr_factor(100, 1.0) == tiny._lr_factor(100, 1.7) == pytest.approx(0.03)
 
 
 def test_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is no tiny base"):
-        make_tiny_base(tmp_path, seconds=1)
+        pretrain_tiny_base(tmp_path, seconds=1)
     with pytest.raises(UserError, match="needs some time"):
-        make_tiny_base(tmp_path / "x", seconds=0)
+        pretrain_tiny_base(tmp_path / "x", seconds=0)

@@ -19,7 +19,7 @@ RECORD = BaseRecord(
 
 
 def test_comes_back_from_json() -> None:
-    about = json.loads(json.dumps({"kind": "full", **RECORD.metadata()}))
+    about = json.loads(json.dumps({"kind": "full", **RECORD.to_metadata()}))
     assert BaseRecord.from_metadata(about, Path("x")) == RECORD
     assert about["base_content"]["id"] == RECORD.content_id
 
@@ -28,7 +28,7 @@ def test_of_an_earlier_version_or_of_peft() -> None:
     assert not BaseRecord.from_metadata({}, Path("x")).is_complete
     old = BaseRecord.from_metadata({"base": "b", "base_fingerprint": "0" * 64}, Path("x"))
     assert (old.path, old.is_complete, old.config) == ("b", False, None)
-    assert not old.is_comparable(RECORD) and RECORD.compare(old) is None
+    assert not old.is_comparable(RECORD) and RECORD.describe_difference(old) is None
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,18 @@ def test_tensors_that_differ_are_named() -> None:
 
 
 def test_two_records() -> None:
-    assert RECORD.compare(RECORD) is None
+    assert RECORD.describe_difference(RECORD) is None
     fewer = replace(RECORD, tensors={"t1": RECORD.tensors["t1"]}, fingerprint="v2:2")
-    assert RECORD.compare(fewer) is None  # a classifier does not use the head
+    assert RECORD.describe_difference(fewer) is None  # a classifier does not use the head
     other = replace(RECORD, tensors={**RECORD.tensors, "t5": "0"})
-    assert RECORD.compare(other) == "1 of 6 tensors hold other values, such as t5"
-    assert RECORD.compare(replace(RECORD, tensors={"x": "0"})) == "they have no tensor of one name"
+    assert RECORD.describe_difference(other) == "1 of 6 tensors hold other values, such as t5"
+    assert (
+        RECORD.describe_difference(replace(RECORD, tensors={"x": "0"}))
+        == "they have no tensor of one name"
+    )
     deeper = replace(RECORD, config={"rope_theta": 10000, "text": {"layers": 3}})
-    assert RECORD.compare(deeper) == "in config.json text.layers is 3, was 2"
+    assert RECORD.describe_difference(deeper) == "in config.json text.layers is 3, was 2"
     bare = replace(RECORD, tensors={})
-    assert bare.compare(replace(bare, fingerprint="v2:9")) == "their fingerprints differ"
+    assert (
+        bare.describe_difference(replace(bare, fingerprint="v2:9")) == "their fingerprints differ"
+    )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dist_peft.core.span import Span
-from dist_peft.store.content import RowHashes, flat_rows, hash_rows
+from dist_peft.store.content import RowHashes, flat_row_layout, hash_rows
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
@@ -91,21 +91,21 @@ def test_rows_count_once_they_are_all_read(row_bytes: int) -> None:
     """Panel by panel into memory that was hashed in no part before, over rows known already."""
     content = data_of(11, row_bytes)
     hashes = RowHashes([TensorSpec("t", torch.uint8, (20, row_bytes))])
-    hashes.add_plain("t", 6, content[2 * row_bytes : 5 * row_bytes])
+    hashes.add_plain_rows("t", 6, content[2 * row_bytes : 5 * row_bytes])
     before = hashes.sums["t"].total
     data = torch.zeros_like(content)
-    rows = hashes.begin_rows("t", 4, data)
+    rows = hashes.begin_hashing("t", 4, data)
     assert rows is not None
     for begin, end in itertools.pairwise((0, 1, 4, 4, 11)):
         part = slice(begin * row_bytes, end * row_bytes)
         data[part] = content[part]
         rows.hash_up_to(end * row_bytes)
     assert hashes.sums["t"].total == before  # a read that fails adds nothing
-    rows.finish()
+    rows.finish_hashing()
     assert hashes.sums["t"].spans == [Span(4, 15)]
     assert hashes.sums["t"].total == hash_rows(content, 4, row_bytes)
-    assert hashes.begin_rows("t", 5, data[: 4 * row_bytes]) is None
-    assert hashes.begin_rows("other", 0, data) is None
+    assert hashes.begin_hashing("t", 5, data[: 4 * row_bytes]) is None
+    assert hashes.begin_hashing("other", 0, data) is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -116,13 +116,13 @@ def test_rows_read_again_count_once(reads: list[tuple[int, int]]) -> None:
     hashes, seen = RowHashes([spec]), set[int]()
     for a, b in reads:
         a, b = min(a, b), max(a, b)
-        hashes.add_plain("t", a, data[a * 100 : b * 100])
+        hashes.add_plain_rows("t", a, data[a * 100 : b * 100])
         seen |= set(range(a, b))
     expected = sum(hash_rows(data[r * 100 : r * 100 + 100], r, 100) for r in seen) & MASK
     known = hashes.sums.get("t")
     assert (known.total if known else 0) == expected
-    assert (known.hashed if known else 0) == len(seen)
-    assert bool(known and known.is_whole) == (len(seen) == 12)
+    assert (known.num_hashed_rows if known else 0) == len(seen)
+    assert bool(known and known.is_complete) == (len(seen) == 12)
 
 
 def test_type_and_shape_are_part_of_it() -> None:
@@ -131,7 +131,7 @@ def test_type_and_shape_are_part_of_it() -> None:
         TensorSpec("t", torch.int32, (4, 8)),
         TensorSpec("t", torch.float32, (2, 2, 8)),
     ]
-    assert len({RowHashes([spec]).describe("t", 5) for spec in specs}) == 3
+    assert len({RowHashes([spec]).describe_tensor("t", 5) for spec in specs}) == 3
 
 
 @pytest.mark.parametrize(
@@ -141,26 +141,26 @@ def test_reader_hashes_whole_rows(tmp_path: Path, shape: tuple[int, ...]) -> Non
     tensor = torch.randn(shape)
     save_file({"t": tensor, "other": torch.ones(2)}, tmp_path / "model.safetensors")
     index = SafetensorsIndex.open(tmp_path)
-    info = index.find("t")
-    rows, row_bytes = flat_rows(info)
+    info = index.find_tensor("t")
+    rows, row_bytes = flat_row_layout(info)
     expected = hash_rows(tensor.reshape(-1).view(torch.uint8), 0, row_bytes) if rows else 0
     for step in (1, 2, 100):
         hashes = RowHashes([info])
         with RowReader(index, hashes) as reader:
-            reader.read("other")
-            for span in reversed(list(Span(0, info.rows).chunks(step))):
-                reader.read("t", span)
-        if not info.nbytes:
+            reader.read_rows("other")
+            for span in reversed(list(Span(0, info.num_rows).split_into_chunks(step))):
+                reader.read_rows("t", span)
+        if not info.num_bytes:
             assert not hashes.sums
             continue
         assert hashes.sums.keys() == {"t"}
-        assert hashes.sums["t"].is_whole and hashes.sums["t"].total == expected
-    if len(shape) > 1 and info.nbytes:
+        assert hashes.sums["t"].is_complete and hashes.sums["t"].total == expected
+    if len(shape) > 1 and info.num_bytes:
         hashes = RowHashes([info])
         with RowReader(index, hashes) as reader:
-            for span in Span(0, rows).chunks(5):
-                reader.read_flat("t", span)
-            reader.read("t", columns=Span(0, shape[1] - 1)) if len(shape) == 2 else None
+            for span in Span(0, rows).split_into_chunks(5):
+                reader.read_flat_rows("t", span)
+            reader.read_rows("t", columns=Span(0, shape[1] - 1)) if len(shape) == 2 else None
         assert hashes.sums["t"].total == expected
 
 
@@ -168,8 +168,8 @@ def test_packed_rows_and_their_parts_have_one_name(tmp_path: Path) -> None:
     """bitsandbytes calls its blob as the weight is called; only the packed rows count."""
     packed = data_of(6, 20).view(6, 20)
     hashes = RowHashes([], [TensorSpec("a.weight", torch.float32, (6, 40))])
-    hashes.add_plain("a.weight", 0, packed.flatten())
+    hashes.add_plain_rows("a.weight", 0, packed.flatten())
     assert not hashes.sums
-    hashes.add_packed("a.weight", 2, packed[2:])
-    hashes.add_packed("a.weight", 0, packed[:2])
+    hashes.add_packed_rows("a.weight", 2, packed[2:])
+    hashes.add_packed_rows("a.weight", 0, packed[:2])
     assert hashes.sums["a.weight"].total == hash_rows(packed.flatten(), 0, 20)

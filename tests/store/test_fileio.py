@@ -6,7 +6,13 @@ import pytest
 
 from dist_peft.core.errors import UserError
 from dist_peft.store import fileio
-from dist_peft.store.fileio import OpenFiles, read_exactly, reading, write_exactly, writing
+from dist_peft.store.fileio import (
+    OpenFiles,
+    read_exactly,
+    translate_read_errors,
+    translate_write_errors,
+    write_exactly,
+)
 
 
 def test_open_files_are_bounded_and_the_oldest_goes_first(tmp_path: Path) -> None:
@@ -14,12 +20,12 @@ def test_open_files_are_bounded_and_the_oldest_goes_first(tmp_path: Path) -> Non
     for i, path in enumerate(paths):
         path.write_bytes(bytes([i]))
     files = OpenFiles(os.O_RDONLY, limit=2)
-    first = files.get(paths[0])
-    files.get(paths[1])
-    assert files.get(paths[0]) == first  # now the newest
-    third = files.get(paths[2])  # closes 1, whose number the system gives out again
+    first = files.get_descriptor(paths[0])
+    files.get_descriptor(paths[1])
+    assert files.get_descriptor(paths[0]) == first  # now the newest
+    third = files.get_descriptor(paths[2])  # closes 1, whose number the system gives out again
     assert len(files) == 2
-    assert files.get(paths[0]) == first
+    assert files.get_descriptor(paths[0]) == first
     assert os.pread(third, 1, 0) == b"\2"
     files.close()
     assert len(files) == 0
@@ -60,7 +66,7 @@ def test_a_short_read_names_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_reading_errors(number: int, words: str) -> None:
-    with pytest.raises(UserError, match=words) as caught, reading(Path("/d/f")):
+    with pytest.raises(UserError, match=words) as caught, translate_read_errors(Path("/d/f")):
         raise OSError(number, os.strerror(number))
     assert "/d/f" in str(caught.value)
 
@@ -77,13 +83,13 @@ def test_reading_errors(number: int, words: str) -> None:
     ],
 )
 def test_writing_errors(number: int, words: str) -> None:
-    with pytest.raises(UserError) as caught, writing(Path("/d/f"), 1234):
+    with pytest.raises(UserError) as caught, translate_write_errors(Path("/d/f"), 1234):
         raise OSError(number, os.strerror(number))
     assert words in str(caught.value)
 
 
 def test_a_broken_disk_is_no_users_fault() -> None:
-    for context in (reading(Path("f")), writing(Path("f"), 1)):
+    for context in (translate_read_errors(Path("f")), translate_write_errors(Path("f"), 1)):
         with pytest.raises(OSError, match="Input/output error") as caught, context:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         assert not isinstance(caught.value, UserError)
@@ -104,7 +110,7 @@ def test_directories_that_cannot_be_synced_are_no_error(
 
 
 def test_temporary_names_are_new_hidden_and_beside() -> None:
-    first, second = (fileio.temporary_name(Path("/d/model.safetensors")) for _ in range(2))
+    first, second = (fileio.make_temporary_name(Path("/d/model.safetensors")) for _ in range(2))
     assert first != second
     assert first.parent == Path("/d")
     assert first.name.startswith(".model.safetensors.")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fingerprint import config_meaning, read_config_meaning
+from dist_peft.store.fingerprint import read_config_meaning, select_config_meaning
 from dist_peft.store.index import SafetensorsIndex
 
 CONFIG: dict[str, Any] = {
@@ -25,7 +25,7 @@ def print_of(directory: Path, config: dict[str, Any]) -> str:
     directory.mkdir(exist_ok=True)
     save_file({"a": torch.arange(12.0)}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
-    return SafetensorsIndex.open(directory).fingerprint()
+    return SafetensorsIndex.open(directory).compute_fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_does_not_is_not(tmp_path: Path, change: dict[str, Any]) -> None:
 
 
 def test_meaning_keeps_keys_to_name_them() -> None:
-    assert config_meaning(CONFIG) == {
+    assert select_config_meaning(CONFIG) == {
         "model_type": "llama",
         "rope_theta": 10000,
         "rms_norm_eps": 1e-5,
@@ -89,5 +89,5 @@ def test_thousands_of_tensors_are_read_in_few_places(
         calls.append(len(into))
 
     monkeypatch.setattr("dist_peft.store.fingerprint.read_exactly", counted)
-    index.fingerprint()
+    index.compute_fingerprint()
     assert 5000 <= len(calls) <= 8000 and sum(calls) < 5 * 400_000

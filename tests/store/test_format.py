@@ -10,7 +10,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.format import DTYPES, TensorSpec, make_header, read_header
+from dist_peft.store.format import DTYPES, TensorSpec, build_header, read_tensor_infos
 from tests.support.store_files import (
     LIBRARY_DTYPES,
     entry,
@@ -31,14 +31,14 @@ def _specs(content: dict[str, Tensor]) -> list[TensorSpec]:
 
 @given(tensors())
 def test_header_equals_the_librarys(content: dict[str, Tensor]) -> None:
-    header, infos = make_header(_specs(content), {"format": "pt"}, Path("f"))
+    header, infos = build_header(_specs(content), {"format": "pt"}, Path("f"))
     data = b"".join(raw_bytes(content[info.name]) for info in infos)
     assert header + data == save(content, {"format": "pt"})
 
 
 def test_every_type_in_the_librarys_order() -> None:
     content = {f"t{i}": random_tensor(d, (3, 2), i) for i, d in enumerate(LIBRARY_DTYPES)}
-    header, _ = make_header(_specs(content), {}, Path("f"))
+    header, _ = build_header(_specs(content), {}, Path("f"))
     assert save(content).startswith(header)
 
 
@@ -49,29 +49,29 @@ def test_reads_what_the_library_writes(
     file = tmp_path_factory.mktemp("f") / "x.safetensors"
     save_file(content, file)
     whole = file.read_bytes()
-    infos = read_header(file)
+    infos = read_tensor_infos(file)
     assert {info.name for info in infos} == content.keys()
     for info in infos:
         tensor = content[info.name]
         assert (info.dtype, info.shape) == (tensor.dtype, tuple(tensor.shape))
         assert whole[info.start : info.stop] == raw_bytes(tensor)
-        assert info.nbytes == info.stop - info.start == info.rows * info.row_bytes
+        assert info.num_bytes == info.stop - info.start == info.num_rows * info.row_bytes
 
 
 def test_all_known_types_are_read(tmp_path: Path) -> None:
     for code, dtype in DTYPES.items():
         size = 2 * dtype.itemsize
         file = write_raw(tmp_path / code, {"t": entry(code, [2], 0, size)}, bytes(size))
-        assert read_header(file)[0].dtype == dtype
+        assert read_tensor_infos(file)[0].dtype == dtype
 
 
 def test_rows_of_scalars_and_vectors() -> None:
     scalar = TensorSpec("s", torch.float32, ())
-    assert (scalar.rows, scalar.row_bytes, scalar.nbytes) == (1, 4, 4)
+    assert (scalar.num_rows, scalar.row_bytes, scalar.num_bytes) == (1, 4, 4)
     vector = TensorSpec("v", torch.bfloat16, (7,))
-    assert (vector.rows, vector.row_bytes, vector.nbytes) == (7, 2, 14)
+    assert (vector.num_rows, vector.row_bytes, vector.num_bytes) == (7, 2, 14)
     empty = TensorSpec("e", torch.bfloat16, (7, 0, 3))
-    assert (empty.rows, empty.row_bytes, empty.nbytes) == (7, 0, 0)
+    assert (empty.num_rows, empty.row_bytes, empty.num_bytes) == (7, 0, 0)
 
 
 # -- what is wrong ---------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ F32 = entry("F32", [2], 0, 8)
 def test_corrupt_files(tmp_path: Path, header: Any, data: bytes, words: str) -> None:
     file = write_raw(tmp_path / "f.safetensors", header, data)
     with pytest.raises(UserError) as caught:
-        read_header(file)
+        read_tensor_infos(file)
     assert f"file {file} is no valid safetensors file" in str(caught.value)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -126,7 +126,7 @@ def test_corrupt_files(tmp_path: Path, header: Any, data: bytes, words: str) -> 
 def test_truncated_files(tmp_path: Path, header: Any, length: int | None, words: str) -> None:
     file = write_raw(tmp_path / "f.safetensors", header, length=length)
     with pytest.raises(UserError) as caught:
-        read_header(file)
+        read_tensor_infos(file)
     assert f"file {file} is truncated: {words}" in str(caught.value)
     assert "copy or download it again" in str(caught.value)
 
@@ -138,38 +138,38 @@ def test_every_truncation_of_a_real_file_is_seen(tmp_path: Path) -> None:
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="truncated"):
-            read_header(file)
+            read_tensor_infos(file)
 
 
 def test_header_of_more_than_100_mb(tmp_path: Path) -> None:
     file = write_raw(tmp_path / "f", {}, length=100_000_001)
     with pytest.raises(UserError, match="header would have 100,000,001 bytes, at most 100 MB"):
-        read_header(file)
+        read_tensor_infos(file)
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:
     file = tmp_path / "f.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=r"git-lfs pointer, not the data; run git lfs pull"):
-        read_header(file)
+        read_tensor_infos(file)
 
 
 def test_unsupported_type_names_the_tensor(tmp_path: Path) -> None:
     file = write_raw(tmp_path / "f", {"w": entry("F4", [4], 0, 2)}, bytes(2))
     with pytest.raises(UserError, match=r"tensor w in .*f has type F4, which is not supported"):
-        read_header(file)
+        read_tensor_infos(file)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        read_header(tmp_path / "none.safetensors")
+        read_tensor_infos(tmp_path / "none.safetensors")
 
 
 def test_header_of_an_unknown_type_or_the_reserved_name() -> None:
     with pytest.raises(ValueError, match="tensor t: safetensors has no type for"):
-        make_header([TensorSpec("t", torch.complex128, ())], {}, Path("f"))
+        build_header([TensorSpec("t", torch.complex128, ())], {}, Path("f"))
     with pytest.raises(ValueError, match="__metadata__ is no name for a tensor"):
-        make_header([TensorSpec("__metadata__", torch.int8, ())], {}, Path("f"))
+        build_header([TensorSpec("__metadata__", torch.int8, ())], {}, Path("f"))
 
 
 json_values = st.recursive(
@@ -204,7 +204,7 @@ def test_any_file_is_read_or_refused_with_a_message(
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file = write_raw(tmp_path_factory.getbasetemp() / "fuzz.safetensors", text, data)
     try:
-        infos = read_header(file)
+        infos = read_tensor_infos(file)
     except UserError:
         return
     end = 8 + len(text)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dist_peft.core.errors import UserError
-from dist_peft.store.fingerprint import edges_fingerprint
+from dist_peft.store.fingerprint import compute_edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
 from tests.support.store_files import INDEX, random_tensor, save_sharded
 
@@ -73,7 +73,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_a_real_model(shared_data: Path) -> None:
     index = SafetensorsIndex.open(shared_data / "stories260K-hf")
-    assert index.find("model.embed_tokens.weight").shape == (512, 64)
+    assert index.find_tensor("model.embed_tokens.weight").shape == (512, 64)
 
 
 # -- what is wrong ---------------------------------------------------------------------------------
@@ -199,16 +199,16 @@ def test_an_unknown_name_shows_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no tensor model.layers.0.q_proj.wait in .*nearest: model"
     ):
-        index.find("model.layers.0.q_proj.wait")
+        index.find_tensor("model.layers.0.q_proj.wait")
     with pytest.raises(UserError, match=r"it has lm_head.weight, model.layers.0.q_proj.weight"):
-        index.find("zzz")
+        index.find_tensor("zzz")
 
 
 # -- fingerprint -----------------------------------------------------------------------------------
 
 
 def _fingerprint(path: Path) -> str:
-    return SafetensorsIndex.open(path).fingerprint()
+    return SafetensorsIndex.open(path).compute_fingerprint()
 
 
 def _save(directory: Path, content: dict[str, torch.Tensor], **metadata: str) -> Path:
@@ -261,9 +261,13 @@ def test_fingerprint_does_not_depend_on_shards(tmp_path: Path) -> None:
 
 def test_fingerprint_of_an_earlier_version_is_known(tmp_path: Path) -> None:
     index = SafetensorsIndex.open(_save(tmp_path / "x", {"a": A, "b": B}))
-    earlier = edges_fingerprint(index.files, index.tensors.values())
-    assert index.has_fingerprint(earlier) and index.has_fingerprint(index.fingerprint())
-    assert not index.has_fingerprint("0" * 64) and not index.has_fingerprint("v2:" + earlier)
+    earlier = compute_edges_fingerprint(index.files, index.tensors.values())
+    assert index.matches_fingerprint(earlier) and index.matches_fingerprint(
+        index.compute_fingerprint()
+    )
+    assert not index.matches_fingerprint("0" * 64) and not index.matches_fingerprint(
+        "v2:" + earlier
+    )
 
 
 def test_fingerprint_of_a_file_that_is_gone(tmp_path: Path) -> None:
@@ -272,7 +276,7 @@ def test_fingerprint_of_a_file_that_is_gone(tmp_path: Path) -> None:
     index = SafetensorsIndex.open(file)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="changed or was truncated while reading"):
-        index.fingerprint()
+        index.compute_fingerprint()
     file.unlink()
     with pytest.raises(UserError, match="does not exist"):
-        index.fingerprint()
+        index.compute_fingerprint()

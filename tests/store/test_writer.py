@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_peft.core.span import Span
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
+from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
 from tests.support.store_files import INDEX, raw_bytes, tensors
 
 W = torch.arange(12.0).reshape(6, 2)
@@ -40,7 +40,7 @@ def test_a_single_file_equals_the_librarys(
     directory = tmp_path_factory.mktemp("out")
     with StreamWriter(directory, _specs(content)) as writer:
         for name, tensor in content.items():
-            writer.write(name, tensor)
+            writer.write_rows(name, tensor)
     assert _names(directory) == ["model.safetensors"]
     assert writer.files == (directory / "model.safetensors",)
     reference = directory / "reference"
@@ -66,7 +66,7 @@ def test_any_order_of_spans_and_any_split_comes_back(
             pieces.append((name, tensor[start:stop], start))
     with StreamWriter(directory, _specs(content), limit) as writer:
         for name, rows, start in data.draw(st.permutations(pieces)):
-            writer.write(name, rows, start)
+            writer.write_rows(name, rows, start)
     seen = {}
     for file in writer.files:
         with safe_open(file, "pt") as library:
@@ -78,7 +78,7 @@ def test_any_order_of_spans_and_any_split_comes_back(
     assert seen.keys() == content.keys()
     with RowReader(SafetensorsIndex.open(directory)) as reader:
         for name, tensor in content.items():
-            assert raw_bytes(seen[name]) == raw_bytes(tensor) == raw_bytes(reader.read(name))
+            assert raw_bytes(seen[name]) == raw_bytes(tensor) == raw_bytes(reader.read_rows(name))
             assert seen[name].shape == tensor.shape
 
 
@@ -86,7 +86,7 @@ def test_shards_and_index_are_named_as_transformers_names_them(tmp_path: Path) -
     content = {"b": torch.ones(4), "a": torch.zeros(4), "big": torch.ones(20), "c": torch.ones(1)}
     with StreamWriter(tmp_path, _specs(content), max_file_bytes=32) as writer:
         for name, tensor in content.items():
-            writer.write(name, tensor)
+            writer.write_rows(name, tensor)
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert _names(tmp_path) == [*shards, INDEX]
     assert [file.name for file in writer.files] == shards
@@ -101,18 +101,18 @@ def test_shards_and_index_are_named_as_transformers_names_them(tmp_path: Path) -
 def test_rows_may_be_strided_and_need_gradients(tmp_path: Path) -> None:
     rows = torch.arange(12.0).reshape(2, 6).T.requires_grad_()
     with StreamWriter(tmp_path, [SPEC]) as writer:
-        writer.write("w", rows)
+        writer.write_rows("w", rows)
     with safe_open(tmp_path / "model.safetensors", "pt") as library:
         assert torch.equal(library.get_tensor("w"), rows.detach())
 
 
 def test_closing_twice_does_no_harm(tmp_path: Path) -> None:
     with StreamWriter(tmp_path, [SPEC]) as writer:
-        writer.write("w", W)
+        writer.write_rows("w", W)
         writer.close()
         assert _names(tmp_path) == ["model.safetensors"]
         with pytest.raises(ValueError, match="the writer is closed"):
-            writer.write("w", W)
+            writer.write_rows("w", W)
     assert SafetensorsIndex.open(tmp_path).tensors.keys() == {"w"}
 
 
@@ -120,8 +120,8 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with StreamWriter(tmp_path, [SPEC]) as writer:
-            writer.write("w", W)
-        atomic_write(tmp_path / "x.json", "{}")
+            writer.write_rows("w", W)
+        write_atomically(tmp_path / "x.json", "{}")
     finally:
         os.umask(before)
     for name in ("model.safetensors", "x.json"):
@@ -133,11 +133,11 @@ def test_bounded_open_files(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with StreamWriter(tmp_path, specs, max_file_bytes=1) as writer:
         for spec in specs:
-            writer.write(spec.name, torch.tensor([int(spec.name)], dtype=torch.uint8))
+            writer.write_rows(spec.name, torch.tensor([int(spec.name)], dtype=torch.uint8))
         assert len(os.listdir("/proc/self/fd")) - before <= 16
     assert len(os.listdir("/proc/self/fd")) == before
     with RowReader(SafetensorsIndex.open(tmp_path)) as reader:
-        assert [int(reader.read(str(i))) for i in range(40)] == list(range(40))
+        assert [int(reader.read_rows(str(i))) for i in range(40)] == list(range(40))
 
 
 # -- each row exactly once -------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def test_bounded_open_files(tmp_path: Path) -> None:
 
 def test_missing_rows(tmp_path: Path) -> None:
     writer = StreamWriter(tmp_path, [SPEC])
-    writer.write("w", W[:2])
-    writer.write("w", W[4:], 4)
+    writer.write_rows("w", W[:2])
+    writer.write_rows("w", W[4:], 4)
     with pytest.raises(ValueError, match="tensor w: 2 of 6 rows were never written"):
         writer.close()
     assert _names(tmp_path) == []
@@ -178,9 +178,9 @@ def test_spans_written_are_remembered(
         new = set(range(span.start, span.stop))
         if new & written:
             with pytest.raises(ValueError, match=r"some of Span.* was written before"):
-                writer.write("w", torch.zeros(len(span), dtype=torch.uint8), start)
+                writer.write_rows("w", torch.zeros(len(span), dtype=torch.uint8), start)
         else:
-            writer.write("w", torch.zeros(len(span), dtype=torch.uint8), start)
+            writer.write_rows("w", torch.zeros(len(span), dtype=torch.uint8), start)
             written |= new
     if len(written) == rows:
         writer.close()
@@ -210,7 +210,7 @@ def test_rows_that_do_not_fit(
         pytest.raises(ValueError, match=words),
         StreamWriter(tmp_path, [SPEC, TensorSpec("s", torch.float32, ())]) as writer,
     ):
-        writer.write(name, rows, start)
+        writer.write_rows(name, rows, start)
     assert _names(tmp_path) == []
 
 

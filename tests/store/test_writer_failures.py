@@ -18,7 +18,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.store import writer as writer_module
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
+from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
 from tests.support.store_files import INDEX
 
 W = torch.arange(12.0).reshape(6, 2)
@@ -40,7 +40,7 @@ def _old_model(directory: Path) -> bytes:
 def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     old = _old_model(tmp_path)
     writer = StreamWriter(tmp_path, [SPEC])
-    writer.write("w", W)
+    writer.write_rows("w", W)
     assert (tmp_path / "model.safetensors").read_bytes() == old
     writer.close()
     assert SafetensorsIndex.open(tmp_path).tensors.keys() == {"w"}
@@ -53,7 +53,7 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, error: type[BaseExce
 
     def fail_midway() -> None:
         with StreamWriter(tmp_path, [SPEC]) as writer:
-            writer.write("w", W)
+            writer.write_rows("w", W)
             raise error
 
     with pytest.raises(error):
@@ -99,7 +99,7 @@ def test_a_failing_system_call_leaves_nothing_but_the_old_model(
     def write(value: Tensor) -> None:
         with StreamWriter(tmp_path, specs, max_file_bytes=96) as writer:
             for spec in specs:
-                writer.write(spec.name, value)
+                writer.write_rows(spec.name, value)
 
     write(W)
     with monkeypatch.context() as patch:
@@ -109,7 +109,7 @@ def test_a_failing_system_call_leaves_nothing_but_the_old_model(
     assert len(_names(tmp_path)) == 3
     with RowReader(SafetensorsIndex.open(tmp_path)) as reader:
         for spec in specs:
-            assert torch.equal(reader.read(spec.name), W)
+            assert torch.equal(reader.read_rows(spec.name), W)
 
 
 def test_a_broken_disk_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,10 @@ def test_a_crash_between_two_renames_leaves_no_whole_looking_model(
     specs = [TensorSpec(n, torch.float32, (6, 2)) for n in "ab"]
     with StreamWriter(tmp_path, specs, max_file_bytes=48) as writer:
         for spec in specs:
-            writer.write(spec.name, W)
+            writer.write_rows(spec.name, W)
     writer = StreamWriter(tmp_path, specs, max_file_bytes=48)
     for spec in specs:
-        writer.write(spec.name, W + 1)
+        writer.write_rows(spec.name, W + 1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", _failing(errno.EIO, after=1)(os.replace))
         with pytest.raises(OSError, match="Input/output error"):
@@ -168,9 +168,9 @@ def test_a_disk_that_fills_up_on_the_way(small_disk: Path) -> None:
 
     def fill_up() -> None:
         with StreamWriter(small_disk, [spec]) as writer:
-            writer.write("w", torch.ones(50_000, dtype=torch.uint8))
+            writer.write_rows("w", torch.ones(50_000, dtype=torch.uint8))
             (small_disk / "somebody else").write_bytes(bytes(150_000))
-            writer.write("w", torch.ones(150_000, dtype=torch.uint8), 50_000)
+            writer.write_rows("w", torch.ones(150_000, dtype=torch.uint8), 50_000)
 
     with pytest.raises(UserError, match=r"disk full while writing .*/model.safetensors: 200,104 "):
         fill_up()
@@ -178,7 +178,7 @@ def test_a_disk_that_fills_up_on_the_way(small_disk: Path) -> None:
     assert _names(small_disk) == ["model.safetensors"]
     assert (small_disk / "model.safetensors").read_bytes() == old
     with pytest.raises(UserError, match="disk full while writing"):
-        atomic_write(small_disk / "x", bytes(300_000))
+        write_atomically(small_disk / "x", bytes(300_000))
     assert _names(small_disk) == ["model.safetensors"]
 
 
@@ -188,7 +188,7 @@ def test_a_file_system_that_does_not_know_its_size(
     usage = type(shutil.disk_usage(tmp_path))(0, 0, 0)
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage)
     with StreamWriter(tmp_path, [SPEC]) as writer:
-        writer.write("w", W)
+        writer.write_rows("w", W)
     assert _names(tmp_path) == ["model.safetensors"]
 
 
@@ -196,7 +196,7 @@ def test_a_model_in_other_files_is_not_mixed_in(tmp_path: Path) -> None:
     specs = [TensorSpec(n, torch.float32, (6, 2)) for n in "ab"]
     with StreamWriter(tmp_path, specs, max_file_bytes=48) as writer:
         for spec in specs:
-            writer.write(spec.name, W)
+            writer.write_rows(spec.name, W)
     before = _names(tmp_path)
     with pytest.raises(UserError) as caught:
         StreamWriter(tmp_path, specs)
@@ -217,9 +217,9 @@ def test_an_output_path_that_is_a_file(tmp_path: Path) -> None:
 
 def test_atomic_write(tmp_path: Path) -> None:
     file = tmp_path / "f"
-    atomic_write(file, "é\n")
+    write_atomically(file, "é\n")
     assert file.read_bytes() == "é\n".encode()
-    atomic_write(file, b"")
+    write_atomically(file, b"")
     assert file.read_bytes() == b""
     assert _names(tmp_path) == ["f"]
 
@@ -233,11 +233,11 @@ def test_atomic_write_keeps_the_old_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, name, _failing(errno.ENOSPC)(getattr(os, name)))
         with pytest.raises(UserError, match=f"disk full while writing {file}: 3 bytes are needed"):
-            atomic_write(file, "new")
+            write_atomically(file, "new")
     assert file.read_text() == "old"
     assert _names(tmp_path) == ["f"]
 
 
 def test_atomic_write_without_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/none/f: No such file"):
-        atomic_write(tmp_path / "none" / "f", "x")
+        write_atomically(tmp_path / "none" / "f", "x")

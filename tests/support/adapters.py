@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_peft.adapters.directory import write_adapter
-from dist_peft.adapters.protocol import Adapter, AdapterModule, LinearStart
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.adapters.protocol import Adapter, AdapterModule, InitializesFromBase
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QuantConfig
 from dist_peft.core.span import Span, row_span
@@ -56,7 +56,7 @@ def freeze(linear: nn.Linear, codec: Codec = RAW) -> FrozenLinear:
         source="",
         device="cpu",
     )
-    frozen.packed.data = codec.encode(linear.weight.data)
+    frozen.packed.data = codec.quantize_to_packed(linear.weight.data)
     if frozen.bias is not None:
         frozen.bias.data = linear.bias.data.clone()
     return frozen
@@ -95,12 +95,12 @@ def fill(model: nn.Module, original: nn.Module, ranks: int = 1) -> None:
         ) -> dict[str, Tensor]:
             own = copy.deepcopy(template)
             result = {}
-            if isinstance(own, LinearStart):
+            if isinstance(own, InitializesFromBase):
                 span = row_span(weight.shape[0], ranks, rank)
-                rows = own.prepare_rows(weight[span.slice], span, reduce)
-                result["base.packed"] = own.base.codec.encode(rows)
+                rows = own.prepare_base_rows(weight[span.slice], span, reduce)
+                result["base.packed"] = own.base.codec.quantize_to_packed(rows)
             for name, shape in own.shapes.items():
-                result[name] = own.initial_rows(name, row_span(shape[0], ranks, rank))
+                result[name] = own.init_rows(name, row_span(shape[0], ranks, rank))
             return result
 
         for result in run_ranks(ranks, load):
@@ -124,7 +124,7 @@ def adapted(
     """A frozen copy of ``original`` with a filled adapter."""
     model = frozen_model(original, codec)
     adapter = make_adapter(method(**settings), seed=seed, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     fill(model, original, ranks)
     return model, adapter
 
@@ -147,7 +147,9 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(model: nn.Module, adapter: Adapter, directory: Path) -> Path:
-    write_adapter(directory, adapter.to_public(gathered(model), "tiny/base"), {"base": "tiny/base"})
+    write_adapter_directory(
+        directory, adapter.to_public_adapter(gathered(model), "tiny/base"), {"base": "tiny/base"}
+    )
     return directory
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from dist_peft.adapters.bottleneck.layer import BottleneckLayer, TrainedNorm
+from dist_peft.adapters.bottleneck.layer import BottleneckLayer, TrainableNorm
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.span import Span, row_span
@@ -15,14 +15,14 @@ from tests.support.adapters import frozen_model
 
 def fill(adapter: BottleneckAdapter, ranks: int = 1) -> None:
     """Give every parameter its start, in the shares of so many ranks."""
-    modules: list[BottleneckLayer | TrainedNorm] = [
+    modules: list[BottleneckLayer | TrainableNorm] = [
         *adapter.layers.values(),
         *adapter.norms.values(),
     ]
     for module in modules:
         for name, shape in module.shapes.items():
             spans = [row_span(shape[0], ranks, rank) for rank in range(ranks)]
-            rows = torch.cat([module.initial_rows(name, span) for span in spans])
+            rows = torch.cat([module.init_rows(name, span) for span in spans])
             module.register_parameter(name, nn.Parameter(rows))
 
 
@@ -30,7 +30,7 @@ def adapted(original: Any, seed: int = 3, **settings: Any) -> tuple[Any, Bottlen
     """A frozen copy of a model with a filled adapter."""
     model = frozen_model(original)
     adapter = BottleneckAdapter(BottleneckConfig(**settings), seed=seed, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     fill(adapter)
     return model, adapter
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.config.run import DataConfig
-from dist_peft.data.cache import Documents
+from dist_peft.data.cache import TokenDocuments
 
 
 def byte_tokenizer(*, bos: bool = True, specials: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -44,11 +44,11 @@ def data_config(cache: Path, **settings: Any) -> DataConfig:
 
 def documents(
     masks: Sequence[Sequence[int]], *, is_text: bool = False, first: int = 0
-) -> Documents:
+) -> TokenDocuments:
     """Documents with the given loss masks and tokens first, first + 1, ... over all of them."""
     lengths = [len(mask) for mask in masks]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    return Documents(
+    return TokenDocuments(
         tokens=np.arange(first, first + offsets[-1], dtype=np.int32),
         mask=np.asarray([m for mask in masks for m in mask], dtype=np.uint8),
         offsets=offsets,

@@ -91,9 +91,9 @@ def _child(
     os.environ["OMP_NUM_THREADS"] = "1"
     world = World(rank, size, rank, size, "test", "127.0.0.1", port)
     try:
-        world.connect(torch.device("cpu"), timeout_minutes=2)
+        world.join_process_group(torch.device("cpu"), timeout_minutes=2)
         value = function(world, *args)
-        world.disconnect()
+        world.leave_process_group()
         answer = (True, value)
     except BaseException:
         answer = (False, traceback.format_exc())

@@ -9,12 +9,12 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BaseConfig, QuantConfig
-from dist_peft.export.formats.registry import Job
+from dist_peft.export.formats.export_spec import ExportSpec
 from dist_peft.export.verify import Probe
-from dist_peft.model.skeleton import torch_dtype
+from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
 from tests.support.tiny_models import save_model
 
@@ -74,8 +74,8 @@ class FakeRun:
     probe: Probe
     trained: dict[str, Tensor]
 
-    def job(self, out: Path, **settings: Any) -> Job:
-        return Job(self.base, self.directory, self.adapter_dir, out, **settings)
+    def job(self, out: Path, **settings: Any) -> ExportSpec:
+        return ExportSpec(self.base, self.directory, self.adapter_dir, out, **settings)
 
 
 def make_run(
@@ -85,17 +85,19 @@ def make_run(
     model = save_model(llama(**changes), root / "base", seed=3).float()
     save_tokenizer(root / "base")
     base = BaseConfig(path=str(root / "base"), quant=quant, compute_dtype=dtype)
-    codec = make_codec(quant, torch_dtype(dtype))
+    codec = make_codec(quant, parse_torch_dtype(dtype))
     generator = torch.Generator().manual_seed(5)
     tensors, deltas = {}, {}
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
         stem = name.removesuffix(".weight")
         if not stem.endswith(PROJECTIONS):
-            weight.data = weight.data.to(torch_dtype(dtype)).float()
+            weight.data = weight.data.to(parse_torch_dtype(dtype)).float()
             continue
         out, columns = weight.shape
-        weight.data = codec.decode(codec.encode(weight.data), columns, torch.float32)
+        weight.data = codec.dequantize_rows(
+            codec.quantize_to_packed(weight.data), columns, torch.float32
+        )
         pooled = torch.randn(4, -(-columns // group), generator=generator) * 0.03
         A = pooled.repeat_interleave(group, 1)[:, :columns].contiguous()
         B = torch.randn(out, 4, generator=generator) * 0.03
@@ -113,7 +115,7 @@ def make_run(
         "target_modules": [p.rpartition(".")[2] for p in PROJECTIONS],
         "inference_mode": True,
     }
-    write_adapter(root / "adapter", PublicAdapter(config, tensors), {})
+    write_adapter_directory(root / "adapter", PublicAdapter(config, tensors), {})
     ids = torch.arange(3, 27).unsqueeze(0) * 11 % VOCABULARY
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.span import row_span
@@ -22,8 +22,8 @@ def save_adapters(directory: Path, original: Any = None, **settings: Any) -> lis
         own = {"reduction_factor": 4 + 2 * number, **settings}
         model, adapter = adapted(original or tiny_llama(), seed=number, **own)
         disturb(model)
-        public = adapter.to_public(gathered(adapter), "tiny/base")
-        write_adapter(directory / name, public, {})
+        public = adapter.to_public_adapter(gathered(adapter), "tiny/base")
+        write_adapter_directory(directory / name, public, {})
     return [{"path": str(directory / name)} for name in NAMES]
 
 
@@ -34,11 +34,11 @@ def fused(
     model = frozen_model(original or tiny_llama())
     config = FusionConfig.model_validate({"adapters": adapters, **settings})
     adapter = FusionAdapter(config, seed=3, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     for module in adapter_modules(model).values():
         for name, shape in module.shapes.items():
             trains = getattr(module, name).requires_grad
             spans = [row_span(shape[0], ranks, rank) for rank in range(ranks)]
-            rows = torch.cat([module.initial_rows(name, span) for span in spans])
+            rows = torch.cat([module.init_rows(name, span) for span in spans])
             module.register_parameter(name, nn.Parameter(rows, requires_grad=trains))
     return model, adapter

@@ -73,7 +73,7 @@ def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) 
 def rounded(weight: Tensor, bits: int, group: int = GROUP) -> AffineParts:
     """Codes [out, in], float16 scales and zeros [out, groups]: what the formats below store."""
     codec = AffineCodec(bits, group)
-    return codec.split(codec.encode(weight), weight.shape[1])
+    return codec.split_packed_rows(codec.quantize_to_packed(weight), weight.shape[1])
 
 
 def words_of(numbers: list[int], bits: int) -> list[int]:
@@ -111,7 +111,9 @@ def save_own(plain: Path, out: Path, bits: int = 4, **options: Any) -> Path:
         "double_quant": True,
         "solver": "rtn",
     }
-    return repack(plain, out, settings, lambda s, w: {f"{s}.packed": codec.encode(w)}, **options)
+    return repack(
+        plain, out, settings, lambda s, w: {f"{s}.packed": codec.quantize_to_packed(w)}, **options
+    )
 
 
 def save_gptq(

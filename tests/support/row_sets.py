@@ -24,7 +24,7 @@ class UnevenRows:
     def num_targets(self, index: int) -> int:
         return self.counts[index]
 
-    def row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def get_sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         length = self.counts[index] + 2
         tokens = torch.randint(3, 97, (length + 1,), generator=torch.Generator().manual_seed(index))
         labels = tokens[1:].clone()

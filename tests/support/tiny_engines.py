@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.activation_checkpointing import checkpoint_blocks
+from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
 from dist_peft.quant.nf4 import Nf4Codec
@@ -67,7 +67,7 @@ def whole_values() -> dict[str, Tensor]:
             linear = Model().get_submodule(name.rpartition(".")[0])
             assert isinstance(linear, FrozenLinear)
             weight = torch.randn(linear.out_features, linear.in_features, generator=generator)
-            values[name] = linear.codec.encode(weight * 0.1)
+            values[name] = linear.codec.quantize_to_packed(weight * 0.1)
         else:
             value = torch.randn(parameter.shape, generator=generator) * 0.1
             values[name] = value.to(parameter.dtype)
@@ -77,7 +77,7 @@ def whole_values() -> dict[str, Tensor]:
 class Sgd:
     wants_plain = False
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+    def build_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1.0)
 
 
@@ -86,12 +86,14 @@ def filled(world: World, config: EngineConfig, recompute: bool = False) -> tuple
     engine = make_engine(config, TrainConfig(), world, CPU)
     model, values = Model(), whole_values()
     if recompute:
-        checkpoint_blocks(list(model.blocks))
-    engine.shard(model, list(model.blocks))
+        checkpoint_block_activations(list(model.blocks))
+    engine.shard_model(model, list(model.blocks))
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = values[f"{path}.{name}" if path else name]
-            engine.fill(module, name, value[engine.span(parameter).slice].clone())
+            engine.fill_local_rows(
+                module, name, value[engine.local_row_span(parameter).slice].clone()
+            )
     return model, engine
 
 
@@ -106,7 +108,7 @@ def train(world: World, config: EngineConfig, micro: int, recompute: bool = Fals
     """Three steps of 12 rows; what comes out must not depend on the world."""
     model, engine = filled(world, config, recompute)
     parameters = dict(model.named_parameters())
-    call = engine.optimize(model, Sgd(), lambda name: 1.0)
+    call = engine.setup_optimizer(model, Sgd(), lambda name: 1.0)
     losses, gathered = [], []
     for step in range(3):
         mine = batch(step)[world.rank :: world.size].split(micro)
@@ -115,11 +117,11 @@ def train(world: World, config: EngineConfig, micro: int, recompute: bool = Fals
             loss = call(rows).square().sum() / batch(step).numel()
             total += loss.item()
             engine.backward(loss, last=number == len(mine) - 1)
-        losses.append(world.sum(total)[0])
+        losses.append(world.sum_over_ranks(total)[0])
         assert engine.step(lr=0.05, max_norm=1.0) > 0
         gathered.append(engine.bytes_gathered - before)
     values = whole_values()
-    after = {name: engine.gather(p) for name, p in parameters.items()}
+    after = {name: engine.gather_parameter(p) for name, p in parameters.items()}
     for name, parameter in after.items():
         learns = name.endswith(".change")
         assert torch.equal(parameter, values[name]) != learns, f"{name}: changed or not"

@@ -8,7 +8,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.adapters.virtual_tokens.method import VirtualTokensAdapter
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
@@ -28,10 +28,10 @@ def attach(config: VirtualTokensConfig, model: Any, *, seed: int = 0) -> Virtual
     assert isinstance(adapter, VirtualTokensAdapter)
     model.get_input_embeddings().checkpoint_names = {"weight": "model.embed_tokens.weight"}
     model.requires_grad_(False)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     encoder = adapter.encoder
     for name, start in encoder.starts.items():
-        rows = encoder.initial_rows(name, Span(0, start.shape[0]))
+        rows = encoder.init_rows(name, Span(0, start.shape[0]))
         # as training leaves it: other than a random start, which the base hardly notices
         encoder.register_parameter(name, nn.Parameter(rows * 2))
     return adapter
@@ -49,7 +49,9 @@ def pair(method: str, family: str, directory: Path) -> tuple[Any, Any]:
     ours = load(directory / "base")
     adapter = attach(METHODS[method], ours)
     tensors = {f"prompt_encoder.{n}": p.detach() for n, p in adapter.encoder.named_parameters()}
-    write_adapter(directory / "adapter", adapter.to_public(tensors, str(directory / "base")), {})
+    write_adapter_directory(
+        directory / "adapter", adapter.to_public_adapter(tensors, str(directory / "base")), {}
+    )
     peft = PeftModel.from_pretrained(load(directory / "base"), directory / "adapter").eval()
     return ours, peft
 

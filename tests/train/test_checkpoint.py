@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
-from dist_peft.train.checkpoint import Checkpoints, RunPosition
+from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from tests.support.dist import run_ranks
 
 NAMES = ("param/a", "exp_avg/a", "start/b")
@@ -45,22 +45,24 @@ def sharded(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_one(world: World, directory: Path, step: int) -> Path:
-    return Checkpoints(directory, 2, world).save(sharded(world, whole(step)), position(step))
+    return CheckpointManager(directory, 2, world).save_checkpoint(
+        sharded(world, whole(step)), position(step)
+    )
 
 
 def load_one(world: World, directory: Path) -> dict[str, Tensor]:
-    checkpoints = Checkpoints(directory, 2, world)
-    path = checkpoints.choose("auto")
+    checkpoints = CheckpointManager(directory, 2, world)
+    path = checkpoints.select_checkpoint("auto")
     assert path is not None
     state = sharded(world, {name: torch.zeros(ROWS, 5) for name in NAMES})
-    checkpoints.load(path, state)
-    for name, tensor in checkpoints.read_whole(path, ["start/b", "param/a"]).items():
+    checkpoints.load_checkpoint(path, state)
+    for name, tensor in checkpoints.read_whole_tensors(path, ["start/b", "param/a"]).items():
         state[f"whole/{name}"] = tensor
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
 
 
-def single(directory: Path, keep: int = 2) -> Checkpoints:
-    return Checkpoints(directory, keep, World())
+def single(directory: Path, keep: int = 2) -> CheckpointManager:
+    return CheckpointManager(directory, keep, World())
 
 
 def names(directory: Path) -> list[str]:
@@ -77,7 +79,7 @@ def check(state: dict[str, Tensor], step: int) -> None:
 def test_saved_and_loaded_by_one_process(tmp_path: Path) -> None:
     path = save_one(World(), tmp_path, 3)
     assert path == tmp_path / "step-000003"
-    assert Checkpoints.position(path) == position(3)
+    assert CheckpointManager.read_position(path) == position(3)
     check(load_one(World(), tmp_path), 3)
 
 
@@ -126,21 +128,21 @@ def test_later_steps_of_an_earlier_run_are_set_aside(
     assert names(tmp_path) == ["step-000002", "superseded"]
     assert names(tmp_path / "superseded") == ["step-000006", "step-000008"]
     assert f"{late} is of an earlier run: moved to" in caplog.text
-    assert single(tmp_path).choose("auto") == mine
+    assert single(tmp_path).select_checkpoint("auto") == mine
     check(load_one(World(), tmp_path), 2)
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     save_one(World(), tmp_path, 999_999)
     newest = save_one(World(), tmp_path, 1_000_000)
-    assert single(tmp_path).choose("auto") == newest
+    assert single(tmp_path).select_checkpoint("auto") == newest
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_one(World(), tmp_path, 3)
-    single(tmp_path).save(whole(9), position(3))
+    single(tmp_path).save_checkpoint(whole(9), position(3))
     assert names(tmp_path) == ["step-000003"]
-    read = single(tmp_path).read_whole(tmp_path / "step-000003", NAMES)
+    read = single(tmp_path).read_whole_tensors(tmp_path / "step-000003", NAMES)
     assert torch.equal(read["param/a"], whole(9)["param/a"])
 
 
@@ -153,8 +155,8 @@ def test_half_written_is_skipped_and_named(
     shutil.copytree(good, without)
     (without / "run.json").unlink()
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        assert single(tmp_path).found() == [good]
-        assert single(tmp_path).choose("auto") == good
+        assert single(tmp_path).list_complete() == [good]
+        assert single(tmp_path).select_checkpoint("auto") == good
     assert str(partial) in caplog.text
     assert str(without) in caplog.text
     save_one(World(), tmp_path, 5)  # the leftover does not stop the next attempt
@@ -163,13 +165,13 @@ def test_half_written_is_skipped_and_named(
 
 def test_choose(tmp_path: Path) -> None:
     checkpoints = single(tmp_path)
-    assert checkpoints.choose("auto") is None
+    assert checkpoints.select_checkpoint("auto") is None
     first, second = save_one(World(), tmp_path, 1), save_one(World(), tmp_path, 2)
-    assert checkpoints.choose("auto") == second
-    assert checkpoints.choose("never") is None
-    assert checkpoints.choose(str(first)) == first
+    assert checkpoints.select_checkpoint("auto") == second
+    assert checkpoints.select_checkpoint("never") is None
+    assert checkpoints.select_checkpoint(str(first)) == first
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoints.choose(str(tmp_path))
+        checkpoints.select_checkpoint(str(tmp_path))
 
 
 def _damage(path: Path, kind: str) -> None:
@@ -200,20 +202,20 @@ def test_damaged_files_are_refused(
         caplog.at_level(logging.WARNING),
         pytest.raises(UserError, match=rf"cannot read checkpoint {path}: .+; if files are damaged"),
     ):
-        single(tmp_path).load(path, whole(2))
+        single(tmp_path).load_checkpoint(path, whole(2))
     assert "metadata is not found" not in caplog.text  # torch's tracebacks
     with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
-        single(tmp_path).read_whole(path, ["param/a"])
+        single(tmp_path).read_whole_tensors(path, ["param/a"])
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = save_one(World(), tmp_path, 1)
     with pytest.raises(UserError, match=r"cannot read checkpoint .*param/other"):
-        single(tmp_path).load(path, {"param/other": torch.zeros(3)})
+        single(tmp_path).load_checkpoint(path, {"param/other": torch.zeros(3)})
     with pytest.raises(UserError, match="param/a"):
-        single(tmp_path).load(path, {"param/a": torch.zeros(ROWS + 1, 5)})
+        single(tmp_path).load_checkpoint(path, {"param/a": torch.zeros(ROWS + 1, 5)})
     with pytest.raises(UserError, match="lacks start/c"):
-        single(tmp_path).read_whole(path, ["start/b", "start/c"])
+        single(tmp_path).read_whole_tensors(path, ["start/b", "start/c"])
 
 
 def test_full_disk_leaves_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +224,8 @@ def test_full_disk_leaves_old_checkpoints(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
         with pytest.raises(UserError, match=r"step-000002 needs .* MiB but the disk has"):
-            single(tmp_path, keep=1).save(whole(2), position(2))
-    assert single(tmp_path).choose("auto") == old
+            single(tmp_path, keep=1).save_checkpoint(whole(2), position(2))
+    assert single(tmp_path).select_checkpoint("auto") == old
     check(load_one(World(), tmp_path), 1)
 
 
@@ -236,13 +238,13 @@ def test_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"cannot write checkpoint .*step-000002.*No space"):
-            single(tmp_path, keep=1).save(whole(2), position(2))
+            single(tmp_path, keep=1).save_checkpoint(whole(2), position(2))
     assert names(tmp_path) == ["step-000001"]  # what was half written takes no space
-    assert single(tmp_path).choose("auto") == old
+    assert single(tmp_path).select_checkpoint("auto") == old
     check(load_one(World(), tmp_path), 1)
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create checkpoint directory"):
-        single(tmp_path / "file").save(whole(1), position(1))
+        single(tmp_path / "file").save_checkpoint(whole(1), position(1))

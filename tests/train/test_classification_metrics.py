@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_peft.train.classification_metrics import ClassCounts, class_losses, in_range, sum_of
+from dist_peft.train.classification_metrics import (
+    ClassCounts,
+    class_losses,
+    mask_other_classes,
+    sum_class_counts,
+)
 
 LOGITS = torch.tensor([[1.0, 2.0, 9.0, 0.0], [9.0, 0.0, 1.0, 0.5], [3.0, 1.0, 0.0, 0.0]])
 RANGES = torch.tensor([[0, 2], [2, 4], [0, 1]])
@@ -22,21 +27,21 @@ def test_softmax_runs_over_the_rows_own_task() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all()
     outside = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     assert not logits.grad[outside].any()
-    assert in_range(LOGITS.bfloat16(), RANGES).argmax(1).tolist() == [1, 2, 0]
+    assert mask_other_classes(LOGITS.bfloat16(), RANGES).argmax(1).tolist() == [1, 2, 0]
 
 
 def test_scores() -> None:
     """Against the definition: precision and recall of each class."""
     chosen, labels = [0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]
-    counts = ClassCounts.none(4)
+    counts = ClassCounts.zero_counts(4)
     for c, label in zip(chosen, labels, strict=True):
-        counts.add(c, label)
-    scores = counts.scores()
+        counts.add_prediction(c, label)
+    scores = counts.compute_scores()
     assert scores.accuracy == pytest.approx(4 / 6)
     assert scores.macro_f1 == pytest.approx((2 / 3 + 2 / 3) / 2)  # classes 2 and 3 do not occur
-    other = ClassCounts.none(4)
-    other.add(3, 2)
-    both = sum_of([counts, other]).scores()
+    other = ClassCounts.zero_counts(4)
+    other.add_prediction(3, 2)
+    both = sum_class_counts([counts, other]).compute_scores()
     assert both.accuracy == pytest.approx(4 / 7)
     assert both.macro_f1 == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
     assert str(both) == "accuracy 0.5714, macro F1 0.3333"

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledLoader
-from dist_peft.data.mixture import Mixture
+from dist_peft.data.mixture import SequenceMixture
 from dist_peft.engine.single import SingleEngine
-from dist_peft.train.evaluate import HeldOut, evaluate, inference
+from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
 from tests.support.dist import run_ranks
 from tests.support.row_sets import UnevenRows, make_loader
 from tests.support.tiny_models import CONFIGS, ENCODERS
@@ -31,7 +31,7 @@ def dense_loss(model: nn.Module) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for index in range(len(ROWS)):
-            tokens, labels, _ = ROWS.row(index)
+            tokens, labels, _ = ROWS.get_sequence(index)
             logits = model(input_ids=tokens[None]).logits[0].double()
             total += functional.cross_entropy(logits, labels, reduction="sum").item()
             count += int((labels != -100).sum())
@@ -41,7 +41,7 @@ def dense_loss(model: nn.Module) -> float:
 
 def _evaluate(world: World, micro: int) -> float:
     loader = make_loader(ROWS, 4, micro, world.rank, world.size)
-    return evaluate(tiny_model(), SingleEngine(CPU), loader, world).loss
+    return evaluate_model(tiny_model(), SingleEngine(CPU), loader, world).loss
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
@@ -67,22 +67,22 @@ class LabelledEight:
     def num_targets(self, index: int) -> int:
         return 1
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         target = [index % 2, 0, 2] if index < 6 else [2 + index % 3, 2, 5]
         return torch.arange(4) + 5 * index + 3, torch.tensor(target), torch.zeros(4).long()
 
 
-def labelled() -> Mixture:
+def labelled() -> SequenceMixture:
     """As a mixture of six rows and two."""
-    mixture = Mixture.__new__(Mixture)
+    mixture = SequenceMixture.__new__(SequenceMixture)
     whole: Any = LabelledEight()
     mixture.names, mixture._parts = ("two", "three"), (whole, whole)
     mixture.starts = np.array([0, 6, 8])
-    mixture.row = whole.row  # type: ignore[method-assign]
+    mixture.get_sequence = whole.row  # type: ignore[method-assign]
     return mixture
 
 
-def _scores(world: World, micro: int) -> HeldOut:
+def _scores(world: World, micro: int) -> EvalResult:
     torch.manual_seed(0)
     config = tf.BertConfig(**{**ENCODERS["bert"].to_dict(), "num_labels": 5})
     model = tf.AutoModelForSequenceClassification.from_config(config)
@@ -98,17 +98,17 @@ def _scores(world: World, micro: int) -> HeldOut:
         seq_len=4,
         pad_id=0,
     )
-    found = evaluate(model, SingleEngine(CPU), loader, world)
+    found = evaluate_model(model, SingleEngine(CPU), loader, world)
     if world.size == 1:
         _check_scores(model.eval(), found)
     return found
 
 
-def _check_scores(model: nn.Module, found: HeldOut) -> None:
+def _check_scores(model: nn.Module, found: EvalResult) -> None:
     """Row by row, by the definition."""
     rows, losses, right = LabelledEight(), [], []
     for index in range(8):
-        tokens, (label, start, stop), _ = rows.row(index)
+        tokens, (label, start, stop), _ = rows.get_sequence(index)
         with torch.no_grad():
             logits = model(input_ids=tokens[None]).logits[0, start:stop]
         losses.append(functional.cross_entropy(logits, label - start).item())
@@ -126,7 +126,7 @@ def test_scores_of_classes() -> None:
     for other in run_ranks(_scores, 3, 1):
         assert other.scores == found.scores and other.scores_by_task == found.scores_by_task
         assert other.loss == pytest.approx(found.loss, rel=1e-6)
-    values = found.values("_before")
+    values = found.to_metric_fields("_before")
     assert values.keys() == {
         f"eval_{name}_before"
         for name in (
@@ -151,7 +151,7 @@ class TestInference:
 
     def test_no_dropout_no_gradients(self) -> None:
         model, x = self.model(), torch.ones(3, 4)
-        with inference(model):
+        with inference_mode(model):
             assert not any(module.training for module in model.modules())
             y = model(x)
         assert torch.equal(y, model[1][1](x)) and not y.requires_grad
@@ -160,10 +160,10 @@ class TestInference:
         model = self.model()
         before = [module.training for module in model.modules()]
         assert True in before and False in before
-        with inference(model):
+        with inference_mode(model):
             pass
         assert [module.training for module in model.modules()] == before
-        with pytest.raises(RuntimeError, match="broken"), inference(model):
+        with pytest.raises(RuntimeError, match="broken"), inference_mode(model):
             raise RuntimeError("broken")
         assert [module.training for module in model.modules()] == before
         assert torch.is_grad_enabled()

@@ -9,8 +9,8 @@ import torch
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
-from dist_peft.train.evaluate import inference
-from dist_peft.train.fusion_attention import FusionAttention, fusion_layers, measure_attention
+from dist_peft.train.evaluate import inference_mode
+from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
 from tests.support.adapters import disturb, tiny_llama
 from tests.support.dist import run_ranks
 from tests.support.fusions import NAMES, fused, save_adapters
@@ -23,8 +23,8 @@ ROWS = UnevenRows([1, 9, 3, 14, 2])
 class SmallRows(UnevenRows):
     """Tokens that the tiny Llama has."""
 
-    def row(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens, labels, positions = super().row(index)
+    def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, labels, positions = super().get_sequence(index)
         return tokens % 60, torch.where(labels < 0, labels, labels % 60), positions
 
 
@@ -35,15 +35,15 @@ def _measured(world: World, micro: int) -> FusionAttention:
     disturb(model)
     rows = SmallRows(ROWS.counts)
     loader = make_loader(rows, 4, micro, world.rank, world.size)
-    layers = fusion_layers(model)
+    layers = find_fusion_layers(model)
     found = measure_attention(model, layers, SingleEngine(CPU), loader, world)
     if world.size == 1:
         total = torch.zeros(len(layers), len(NAMES))
         for layer in layers.values():
             layer.register_forward_hook(_note)
         for index in range(len(rows)):
-            tokens, labels, _ = rows.row(index)
-            with inference(model):
+            tokens, labels, _ = rows.get_sequence(index)
+            with inference_mode(model):
                 model(input_ids=tokens[None])
             total += torch.stack([_SEEN[path][0, labels >= 0].sum(0) for path in layers])
         torch.testing.assert_close(
@@ -56,9 +56,9 @@ _SEEN: dict[str, torch.Tensor] = {}
 
 
 def _note(layer, args, output):  # type: ignore[no-untyped-def]
-    h = layer.adapters[0].reads(*args)
-    outputs = torch.stack([adapter.change(h) for adapter in layer.adapters], -2)
-    _SEEN[layer.path] = layer._attention(h, outputs)
+    h = layer.adapters[0].select_adapter_input(*args)
+    outputs = torch.stack([adapter.compute_residual(h) for adapter in layer.adapters], -2)
+    _SEEN[layer.path] = layer._compute_attention(h, outputs)
 
 
 @pytest.mark.dist
@@ -67,7 +67,7 @@ def test_mean_over_all_targets_at_any_number_of_ranks() -> None:
     alone = _measured(World(), 2)
     assert alone.adapters == list(NAMES) and alone.tokens == sum(ROWS.counts)
     assert alone.counted == "target tokens" and alone.by_task == {}
-    assert alone.layer_labels() == ["0 attention", "0 MLP", "1 attention", "1 MLP"]
+    assert alone.format_layer_labels() == ["0 attention", "0 MLP", "1 attention", "1 MLP"]
     assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in alone.attention)
     for other in run_ranks(_measured, 2, 1):
         assert other.layers == alone.layers and other.tokens == alone.tokens
@@ -75,12 +75,12 @@ def test_mean_over_all_targets_at_any_number_of_ranks() -> None:
 
 
 def test_read_as_written(tmp_path: Path) -> None:
-    assert FusionAttention.read(tmp_path) is None
+    assert FusionAttention.read_json(tmp_path) is None
     layers = ["bert.encoder.layer.7.output.output_adapters"]
     made = FusionAttention(["a", "b"], layers, "tokens", 3, [[0.25, 0.75]], {"x": [[0.5, 0.5]]})
-    made.write(tmp_path)
-    assert FusionAttention.read(tmp_path) == made and made.layer_labels() == ["7"]
-    assert fusion_layers(tiny_llama()) == {}
+    made.write_json(tmp_path)
+    assert FusionAttention.read_json(tmp_path) == made and made.format_layer_labels() == ["7"]
+    assert find_fusion_layers(tiny_llama()) == {}
     (tmp_path / "fusion_attention.json").write_text('{"adapters": []}')
     with pytest.raises(UserError, match=r"fusion_attention\.json is damaged"):
-        FusionAttention.read(tmp_path)
+        FusionAttention.read_json(tmp_path)

@@ -18,7 +18,7 @@ from dist_peft.engine.single import SingleEngine
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
-from dist_peft.train.loop import StepResult, batch_loss, fit
+from dist_peft.train.loop import StepResult, compute_batch_loss, run_training_steps
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.row_sets import UnevenRows, make_loader
 from tests.support.tiny_models import CONFIGS, save_model
@@ -42,13 +42,13 @@ class Run:
         skeleton = build_skeleton(base, directory)
         self.model = skeleton.model
         self.adapter = LoraAdapter(LoraConfig(r=4), seed=0, arithmetic=torch.float32)
-        self.adapter.attach(self.model)
+        self.adapter.attach_to_model(self.model)
         self.engine = SingleEngine(CPU)
-        self.engine.shard(self.model, skeleton.blocks)
+        self.engine.shard_model(self.model, skeleton.blocks)
         with RowReader(skeleton.index) as reader:
             load_model(self.model, reader, self.engine, CPU)
         factory = make_optimizer_factory(TrainConfig(), CPU)
-        self.engine.optimize(self.model, factory, self.adapter.lr_scale)
+        self.engine.setup_optimizer(self.model, factory, self.adapter.get_lr_scale)
         self.results: list[StepResult] = []
 
     def fit(self, loader: Loader, first: int = 0, last: int = 2, stop_at: int | None = None) -> int:
@@ -56,7 +56,7 @@ class Run:
             self.results.append(result)
             return result.step == stop_at
 
-        return fit(
+        return run_training_steps(
             self.model,
             self.engine,
             self.adapter,
@@ -96,7 +96,7 @@ def test_loss_is_the_mean_over_all_targets(llama: Path) -> None:
     total, count = 0.0, 0
     with torch.no_grad():
         for index in range(4):
-            tokens, labels, _ = ROWS.row(index)
+            tokens, labels, _ = ROWS.get_sequence(index)
             logits = run.model(input_ids=tokens[None]).logits[0].double()
             total += functional.cross_entropy(logits, labels, reduction="sum").item()
             count += int((labels != -100).sum())
@@ -126,18 +126,20 @@ def test_step_that_is_not_finite_is_not_made(
     run = Run(llama)
     loader = make_loader(ROWS, 4, micro=2)
     run.fit(loader, 0, 1)
-    before = {key: value.clone() for key, value in run.engine.state(run.model).items()}
+    before = {
+        key: value.clone() for key, value in run.engine.training_state_dict(run.model).items()
+    }
 
     def broken(model: nn.Module, batch: object, device: torch.device, call: object) -> Tensor:
-        loss = batch_loss(model, batch, device)
+        loss = compute_batch_loss(model, batch, device)
         if where == "loss":
             return loss * math.nan
         return loss.detach() + (loss - loss.detach()).abs().sqrt()  # slope at 0: infinite
 
-    monkeypatch.setattr("dist_peft.train.loop.batch_loss", broken)
+    monkeypatch.setattr("dist_peft.train.loop.compute_batch_loss", broken)
     with pytest.raises(UserError, match=r"step 2: loss .* is not finite; .*Lower train\.lr"):
         run.fit(loader, 1, 2)
-    after = run.engine.state(run.model)
+    after = run.engine.training_state_dict(run.model)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert [r.step for r in run.results] == [1]
 
@@ -145,6 +147,8 @@ def test_step_that_is_not_finite_is_not_made(
 def test_adapter_hears_of_every_micro_batch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, heard = Run(llama), list[tuple[int, list[int]]]()
     monkeypatch.setattr(run, "adapter", NoAdapter())
-    monkeypatch.setattr(run.adapter, "begin", lambda step, ids: heard.append((step, ids.tolist())))
+    monkeypatch.setattr(
+        run.adapter, "begin_micro_batch", lambda step, ids: heard.append((step, ids.tolist()))
+    )
     run.fit(make_loader(ROWS, 4, micro=2), 1, 3)
     assert heard == [(1, [4, 5]), (1, [6, 7]), (2, [0, 1]), (2, [2, 3])]

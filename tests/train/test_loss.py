@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_peft.train import loss as module
-from dist_peft.train.loss import token_loss
+from dist_peft.train.loss import sum_token_loss
 
 
 def example(
@@ -40,7 +40,7 @@ def reference(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tenso
 
 def ours(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().clone().requires_grad_()
-    loss = token_loss(leaf, labels)
+    loss = sum_token_loss(leaf, labels)
     (loss * scale).backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -115,7 +115,7 @@ def test_large_logits_do_not_overflow(large: float) -> None:
 def test_not_finite_logits_are_not_hidden() -> None:
     logits, labels = example(1, 3, 5, torch.float32, ignored=0)
     logits[0, 1, 2] = float("nan")
-    assert token_loss(logits, labels).isnan()
+    assert sum_token_loss(logits, labels).isnan()
 
 
 def test_numerical_gradient() -> None:
@@ -146,13 +146,13 @@ def test_logits_are_left_as_they_were() -> None:
     before = logits.clone()
     ours(logits, labels)
     leaf = logits.requires_grad_()
-    token_loss(leaf, labels).backward()
+    sum_token_loss(leaf, labels).backward()
     assert torch.equal(leaf.detach(), before)
 
 
 def test_labels_must_fit() -> None:
     with pytest.raises(ValueError, match=r"labels \(2, 4\) do not fit logits \(2, 5, 7\)"):
-        token_loss(torch.zeros(2, 5, 7), torch.zeros(2, 4, dtype=torch.long))
+        sum_token_loss(torch.zeros(2, 5, 7), torch.zeros(2, 4, dtype=torch.long))
 
 
 class Spy(TorchDispatchMode):
@@ -177,7 +177,7 @@ def test_float32_never_exceeds_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = example(2, 64, vocabulary, torch.bfloat16, ignored=0.0)
     leaf = logits.requires_grad_()
     with Spy() as spy:
-        token_loss(leaf, labels).backward()
+        sum_token_loss(leaf, labels).backward()
     assert leaf.grad is not None
     assert spy.largest[torch.float32] == chunk
     assert spy.largest[torch.bfloat16] == logits.numel()
@@ -192,7 +192,7 @@ def test_nothing_but_logits_and_two_numbers_a_row_is_kept() -> None:
     kept: list[Tensor] = []
     leaf = logits.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        token_loss(leaf, labels)
+        sum_token_loss(leaf, labels)
     targets = int((labels != -100).sum())
     assert [t.numel() for t in kept if t.is_floating_point()] == [logits.numel(), 2 * targets]
     assert kept[0].data_ptr() == leaf.data_ptr()
@@ -201,7 +201,7 @@ def test_nothing_but_logits_and_two_numbers_a_row_is_kept() -> None:
 def test_no_grad_mode_keeps_nothing() -> None:
     logits, labels = example(2, 5, 7, torch.float32)
     with torch.no_grad():
-        assert token_loss(logits.requires_grad_(), labels).grad_fn is None
+        assert sum_token_loss(logits.requires_grad_(), labels).grad_fn is None
 
 
 @pytest.mark.gpu
@@ -211,7 +211,7 @@ def test_cuda_peak_memory() -> None:
     leaf, labels = logits.cuda().requires_grad_(), labels.cuda()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    token_loss(leaf, labels).backward()
+    sum_token_loss(leaf, labels).backward()
     extra = torch.cuda.max_memory_allocated() - before
     gradient = logits.numel() * 2
     assert extra < gradient + 5 * module.CHUNK_ELEMENTS * 4

@@ -46,8 +46,8 @@ def test_a_sink_of_ones_own_gets_each_step_and_is_closed(tmp_path: Path) -> None
         return made[-1]
 
     with mock.patch.object(metrics_module, "METRIC_SINKS", (*METRIC_SINKS, make_sink)):
-        metrics = metrics_module.Metrics(tmp_path, rank=0, first_step=0)
-        metrics.write(RECORD)
+        metrics = metrics_module.MetricsWriter(tmp_path, rank=0, first_step=0)
+        metrics.write_step(RECORD)
         with pytest.raises(UserError, match="No space left on device; free space"):
-            metrics.write(StepMetrics(2, 1.5, 1e-4, 0.5, 1000, 250.0, 2**30, 2**20))
+            metrics.write_step(StepMetrics(2, 1.5, 1e-4, 0.5, 1000, 250.0, 2**30, 2**20))
     assert made[0].steps == [1] and made[0].is_closed

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_peft.core.errors import UserError
 from dist_peft.train.metric_sinks import JsonLinesSink
-from dist_peft.train.metrics import Metrics, format_bytes, peak_memory_bytes
+from dist_peft.train.metrics import MetricsWriter, format_byte_count, read_peak_memory_bytes
 from dist_peft.train.step_metrics import StepMetrics, read_metrics
 
 
@@ -36,9 +36,9 @@ def record(step: int, loss: float = 2.0) -> StepMetrics:
 
 
 def test_one_line_a_step_with_the_agreed_keys(tmp_path: Path) -> None:
-    with Metrics(tmp_path / "new", rank=0) as metrics:
-        metrics.write(record(1))
-        metrics.write(replace(record(2), eval_loss=1.5, epoch=0.5, samples=32, seconds=4.0))
+    with MetricsWriter(tmp_path / "new", rank=0) as metrics:
+        metrics.write_step(record(1))
+        metrics.write_step(replace(record(2), eval_loss=1.5, epoch=0.5, samples=32, seconds=4.0))
     first, second = (json.loads(x) for x in metrics.path.read_text().splitlines())
     keys = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mem_peak"]
     assert list(first) == [*keys, "bytes_gathered"]
@@ -56,8 +56,8 @@ def test_scores_of_classes(tmp_path: Path) -> None:
         eval_macro_f1=0.7,
         eval_accuracy_by_task={"rte": 0.8, "mrpc": 0.7},
     )
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(scored)
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(scored)
     assert read_metrics(metrics.path) == [scored]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -67,26 +67,26 @@ def test_scores_of_classes(tmp_path: Path) -> None:
 
 
 def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(record(1))
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(record(1))
         assert read_metrics(metrics.path) == [record(1)]
 
 
 def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
-    with Metrics(tmp_path / "run", rank=1) as metrics:
-        metrics.write(record(1))
+    with MetricsWriter(tmp_path / "run", rank=1) as metrics:
+        metrics.write_step(record(1))
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
+    with MetricsWriter(tmp_path, rank=0) as metrics:
         for step in range(1, 6):
-            metrics.write(record(step, loss=9.0))
+            metrics.write_step(record(step, loss=9.0))
     with metrics.path.open("a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    with Metrics(tmp_path, rank=0, first_step=3) as metrics:
-        metrics.write(record(4, loss=1.0))
-        metrics.write(record(5, loss=1.0))
+    with MetricsWriter(tmp_path, rank=0, first_step=3) as metrics:
+        metrics.write_step(record(4, loss=1.0))
+        metrics.write_step(record(5, loss=1.0))
     lines = [json.loads(x) for x in metrics.path.read_text().splitlines()]
     assert [(x["step"], x["loss"]) for x in lines] == [
         (1, 9.0),
@@ -99,17 +99,17 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_clean_file_is_not_rewritten(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(record(1))
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(record(1))
     inode = metrics.path.stat().st_ino
-    Metrics(tmp_path, rank=0, first_step=1).close()
+    MetricsWriter(tmp_path, rank=0, first_step=1).close()
     assert metrics.path.stat().st_ino == inode
 
 
 def test_a_run_from_the_start_clears_an_older_one(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(record(1))
-    Metrics(tmp_path, rank=0).close()
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(record(1))
+    MetricsWriter(tmp_path, rank=0).close()
     assert metrics.path.read_text() == ""
 
 
@@ -160,9 +160,9 @@ def test_no_file_no_records(tmp_path: Path) -> None:
 
 
 def test_not_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(replace(record(1), grad_norm=math.inf))
-        metrics.write(record(2))
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(replace(record(1), grad_norm=math.inf))
+        metrics.write_step(record(2))
     assert '"grad_norm": null' in metrics.path.read_text()
     assert math.isnan(read_metrics(metrics.path)[0].grad_norm)
 
@@ -174,13 +174,13 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_holds_each_step_once_too(tmp_path: Path) -> None:
-    with Metrics(tmp_path, rank=0) as metrics:
-        metrics.write(replace(record(1, loss=9.0), eval_loss_before=3.0))
-        metrics.write(record(2, loss=9.0))
-        metrics.write(record(3, loss=9.0))
+    with MetricsWriter(tmp_path, rank=0) as metrics:
+        metrics.write_step(replace(record(1, loss=9.0), eval_loss_before=3.0))
+        metrics.write_step(record(2, loss=9.0))
+        metrics.write_step(record(3, loss=9.0))
     time.sleep(1.1)  # TensorBoard orders the files of attempts by their second
-    with Metrics(tmp_path, rank=0, first_step=1) as metrics:
-        metrics.write(replace(record(2, loss=1.0), eval_loss=2.5))
+    with MetricsWriter(tmp_path, rank=0, first_step=1) as metrics:
+        metrics.write_step(replace(record(2, loss=1.0), eval_loss=2.5))
     assert scalars(tmp_path, "train/loss") == [(1, 9.0), (2, 1.0)]
     assert scalars(tmp_path, "eval/loss") == [(0, 3.0), (2, 2.5)]
     assert scalars(tmp_path, "memory/peak_GiB") == [(1, 1.0), (2, 1.0)]
@@ -189,25 +189,25 @@ def test_tensorboard_holds_each_step_once_too(tmp_path: Path) -> None:
 def test_unwritable_directory_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*run.*save\.dir"):
-        Metrics(tmp_path / "run", rank=0)
+        MetricsWriter(tmp_path / "run", rank=0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_is_the_users(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, rank=0)
+    metrics = MetricsWriter(tmp_path, rank=0)
     sink = metrics._sinks[0]
     assert isinstance(sink, JsonLinesSink)
     sink._file.close()
     sink._file = io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
     with pytest.raises(UserError, match="No space left on device; free space"):
-        metrics.write(record(1))
+        metrics.write_step(record(1))
     metrics.close()  # the buffered line is given up, so this does not fail again
 
 
 def test_peak_memory_is_the_resident_set_in_bytes() -> None:
-    peak = peak_memory_bytes(torch.device("cpu"))
+    peak = read_peak_memory_bytes(torch.device("cpu"))
     assert 50 * 2**20 < peak < 2**40  # torch alone takes more than 50 MiB
-    assert peak_memory_bytes(torch.device("cpu")) >= peak
+    assert read_peak_memory_bytes(torch.device("cpu")) >= peak
 
 
 @pytest.mark.parametrize(("platform", "factor"), [("linux", 1024), ("darwin", 1)])
@@ -216,7 +216,7 @@ def test_peak_memory_knows_the_platforms_unit(
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
-    assert peak_memory_bytes(torch.device("cpu")) == 3 * factor
+    assert read_peak_memory_bytes(torch.device("cpu")) == 3 * factor
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_peak_memory_knows_the_platforms_unit(
     ],
 )
 def test_format_bytes(count: int, text: str) -> None:
-    assert format_bytes(count) == text
+    assert format_byte_count(count) == text

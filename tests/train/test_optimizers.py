@@ -26,7 +26,7 @@ def parameters() -> list[nn.Parameter]:
 def build(name: Any) -> tuple[Any, torch.optim.Optimizer, list[nn.Parameter]]:
     factory = make_optimizer_factory(TrainConfig(optimizer=name, **SETTINGS), CPU)
     learning = parameters()
-    return factory, factory.build([{"params": learning, "lr_scale": 1.0}]), learning
+    return factory, factory.build_optimizer([{"params": learning, "lr_scale": 1.0}]), learning
 
 
 def steps(
@@ -44,7 +44,7 @@ def assert_equal(found: list[nn.Parameter], expected: list[nn.Parameter]) -> Non
 
 
 def moments(factory: Any, optimizer: Any, learning: list[nn.Parameter]) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in factory.moments(optimizer, p).items()} for p in learning]
+    return [{k: v.clone() for k, v in factory.read_moments(optimizer, p).items()} for p in learning]
 
 
 def test_adamw_is_torchs() -> None:
@@ -87,8 +87,8 @@ def test_moments_go_out_and_in_bit_for_bit(name: str) -> None:
     with torch.no_grad():
         for p, q, values in zip(learning, others, kept, strict=True):
             q.copy_(p)
-            other_factory.set_moments(other, q, values)
-    other_factory.set_step(other, 5)
+            other_factory.write_moments(other, q, values)
+    other_factory.set_num_steps(other, 5)
     for before, after in zip(kept, moments(other_factory, other, others), strict=True):
         assert all(torch.equal(before[key], after[key]) for key in before)
     steps(optimizer, learning, range(5, 8))
@@ -101,8 +101,8 @@ def test_steps_of_a_late_group(name: str) -> None:
     factory = build(name)[0]
     early, late = (nn.Parameter(torch.zeros(8)) for _ in range(2))
     groups = [{"params": [early]}, {"params": [late], "first_step": 7}]
-    optimizer = factory.build(groups)
-    factory.set_step(optimizer, 10)
+    optimizer = factory.build_optimizer(groups)
+    factory.set_num_steps(optimizer, 10)
     assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [10, 3]
 
 
@@ -110,7 +110,7 @@ def test_steps_of_a_late_group(name: str) -> None:
 def test_step_counts_for_bias_correction(name: str) -> None:
     """Zero moments and 10 steps done: the formula of step 11."""
     factory, optimizer, learning = build(name)
-    factory.set_step(optimizer, 10)
+    factory.set_num_steps(optimizer, 10)
     steps(optimizer, learning, range(1))
     (b1, b2), gradient, start = SETTINGS["betas"], learning[1].grad, parameters()[1].detach()
     assert gradient is not None
@@ -127,8 +127,8 @@ def test_moments_of_another_optimizer_are_rounded_to_eight_bits() -> None:
     value = torch.randn(50 * 101, generator=torch.Generator().manual_seed(1))
     value[:256], value[256:512] = 0.0, -value[256:512].abs()
     value = value.view(50, 101)
-    factory.set_moments(optimizer, learning[0], {"exp_avg": value, "exp_avg_sq": value.square()})
-    found = factory.moments(optimizer, learning[0])
+    factory.write_moments(optimizer, learning[0], {"exp_avg": value, "exp_avg_sq": value.square()})
+    found = factory.read_moments(optimizer, learning[0])
     for key, exact in (("exp_avg", value), ("exp_avg_sq", value.square())):
         assert not found[key].flatten()[:256].any()
         error = (found[key] - exact).abs().max()
@@ -163,7 +163,7 @@ def test_paged_state_is_decoded_where_the_parameter_is(
         state[f"state{number}"] = torch.zeros(20, 30, dtype=dtype)
         state[f"absmax{number}"] = torch.empty(3, device="meta")
         state[f"qmap{number}"] = torch.empty(256, device="meta")
-    found = factory.moments(SimpleNamespace(state={parameter: state}), parameter)
+    found = factory.read_moments(SimpleNamespace(state={parameter: state}), parameter)
     assert [value.device.type for value in found.values()] == ["meta", "meta"]
     assert devices == (["meta", "meta"] if dtype == torch.uint8 else [])
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from dist_peft.core.world import World
 from dist_peft.data.loader import Loader
-from dist_peft.data.multiple_choice import Question
-from dist_peft.train.option_scores import ChoiceResult, answer_questions
+from dist_peft.data.multiple_choice import ChoiceQuestion
+from dist_peft.train.option_scores import ChoiceResult, evaluate_choices
 from tests.support.dist import run_ranks
 
 QUESTIONS = [
-    Question("a", ("x", "yy"), 0),
-    Question("a", ("x", "yy", "zzz"), 1),
-    Question("b", ("x", "y"), 1),
+    ChoiceQuestion("a", ("x", "yy"), 0),
+    ChoiceQuestion("a", ("x", "yy", "zzz"), 1),
+    ChoiceQuestion("b", ("x", "y"), 1),
 ]
 ROWS = [
     ([1, 2], [2, -100]),
@@ -38,7 +38,7 @@ class Rows:
     def num_targets(self, index: int) -> int:
         return sum(label >= 0 for label in ROWS[index][1])
 
-    def row(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def get_sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         tokens, labels = (torch.tensor(part) for part in ROWS[index])
         return tokens, labels, torch.arange(len(tokens))
 
@@ -79,7 +79,7 @@ def answers(world: World) -> ChoiceResult:
         seq_len=4,
         pad_id=0,
     )
-    return answer_questions(Bigrams(), Engine(), QUESTIONS, loader, world)  # type: ignore[arg-type]
+    return evaluate_choices(Bigrams(), Engine(), QUESTIONS, loader, world)  # type: ignore[arg-type]
 
 
 def expected() -> ChoiceResult:

@@ -18,13 +18,13 @@ from matplotlib.image import imread
 from dist_peft.train.plots import (
     _PALETTES,
     PLOTS,
-    Plot,
+    PlotSpec,
     Theme,
-    _prepare,
-    draw,
+    _prepare_axes,
     draw_heat_maps,
-    eval_points,
-    smooth,
+    draw_plot,
+    list_eval_points,
+    smooth_values,
 )
 from dist_peft.train.step_metrics import StepMetrics
 
@@ -39,16 +39,16 @@ def run(steps: int) -> list[StepMetrics]:
     ]
 
 
-def axes_of(plot: Plot, records: Sequence[StepMetrics]):  # type: ignore[no-untyped-def]
+def axes_of(plot: PlotSpec, records: Sequence[StepMetrics]):  # type: ignore[no-untyped-def]
     axes = Figure().add_subplot()
-    _prepare(axes, plot, _PALETTES["light"])
+    _prepare_axes(axes, plot, _PALETTES["light"])
     plot.paint(axes, records, _PALETTES["light"])
     return axes
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.name)
-def test_every_plot_draws_in_both_themes(plot: Plot) -> None:
-    images = [imread(io.BytesIO(draw(plot, run(40), theme))) for theme in ("light", "dark")]
+def test_every_plot_draws_in_both_themes(plot: PlotSpec) -> None:
+    images = [imread(io.BytesIO(draw_plot(plot, run(40), theme))) for theme in ("light", "dark")]
     for image in images:
         assert image.shape[1] == round(plot.size[0] * 144)
         colours = np.unique(image[::4, ::4].reshape(-1, image.shape[-1]), axis=0)
@@ -58,7 +58,7 @@ def test_every_plot_draws_in_both_themes(plot: Plot) -> None:
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.name)
-def test_axes_say_what_they_show(plot: Plot) -> None:
+def test_axes_say_what_they_show(plot: PlotSpec) -> None:
     axes = axes_of(plot, run(3))
     assert axes.get_xlabel() == "optimizer step"
     assert axes.get_ylabel() == plot.unit
@@ -113,17 +113,17 @@ def test_one_outburst_of_the_gradient_makes_the_axis_logarithmic() -> None:
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.name)
 @pytest.mark.parametrize(("value", "steps"), [(0.0, 1), (math.nan, 12)])
-def test_zeros_gaps_and_single_steps_draw(plot: Plot, value: float, steps: int) -> None:
+def test_zeros_gaps_and_single_steps_draw(plot: PlotSpec, value: float, steps: int) -> None:
     records = [
         replace(r, loss=value, lr=value, grad_norm=value, tokens_per_s=value, mem_peak=0)
         for r in run(steps)
     ]
-    assert draw(plot, records).startswith(b"\x89PNG")
+    assert draw_plot(plot, records).startswith(b"\x89PNG")
 
 
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(ValueError, match="plot loss: no records"):
-        draw(BY_NAME["loss"], [])
+        draw_plot(BY_NAME["loss"], [])
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.floats(1, 50))
@@ -131,7 +131,7 @@ def test_smooth_is_the_weighted_mean_of_its_formula(values: list[float], span: f
     a = 1 - 2 / (span + 1)
     weights = [a ** (len(values) - 1 - i) for i in range(len(values))]
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    result = smooth(values, span)
+    result = smooth_values(values, span)
     assert len(result) == len(values)
     assert result[0] == values[0]
     assert result[-1] == pytest.approx(mean, abs=1e-9)
@@ -141,7 +141,7 @@ def test_smooth_is_the_weighted_mean_of_its_formula(values: list[float], span: f
 def test_eval_points_in_order() -> None:
     first, second = run(2)
     records = [replace(first, eval_loss_before=3.0, eval_loss=2.0), replace(second, eval_loss=1.0)]
-    assert eval_points(records) == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert list_eval_points(records) == [(0, 3.0), (1, 2.0), (2, 1.0)]
 
 
 def test_pyplot_is_never_loaded() -> None:

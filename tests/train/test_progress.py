@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_peft.core.log import close_log, setup_log
-from dist_peft.train.progress import Progress
+from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.step_metrics import StepMetrics
 
 
@@ -29,16 +29,16 @@ def record(step: int) -> StepMetrics:
 
 
 def run(steps: range, rank: int = 0, **options: int) -> None:
-    with Progress(steps[-1], rank, first_step=steps[0] - 1, **options) as progress:
+    with ProgressDisplay(steps[-1], rank, first_step=steps[0] - 1, **options) as progress:
         for step in steps:
-            progress.update(record(step))
+            progress.show_step(record(step))
 
 
 def test_a_line_holds_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     setup_log(None, 0, 1)
     seconds = iter([0.0, 300.0])
-    with Progress(1000, 0, first_step=20, clock=lambda: next(seconds)) as progress:
-        progress.update(record(120))  # 100 steps in 300 s, 880 to go
+    with ProgressDisplay(1000, 0, first_step=20, clock=lambda: next(seconds)) as progress:
+        progress.show_step(record(120))  # 100 steps in 300 s, 880 to go
     assert capsys.readouterr().err == (
         "step 120/1000  loss 1.8342  lr 1.96e-04  grad 0.412  5403 tok/s  7.57 GiB  eta 0:44:00\n"
     )
@@ -58,16 +58,16 @@ def test_lines_come_every_n_steps_with_the_first_and_the_last(
 
 def test_an_evaluation_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
     setup_log(None, 0, 1)
-    with Progress(100, 0, every=50) as progress:
-        progress.update(replace(record(7), eval_loss=1.5))
+    with ProgressDisplay(100, 0, every=50) as progress:
+        progress.show_step(replace(record(7), eval_loss=1.5))
     assert "step 7/100  loss 1.8342  eval loss 1.5000  lr" in capsys.readouterr().err
 
 
 def test_a_classifier_counts_rows(capsys: pytest.CaptureFixture[str]) -> None:
     """Its loss has one target a row, and the speed is not one of tokens."""
     setup_log(None, 0, 1)
-    with Progress(100, 0, unit="rows") as progress:
-        progress.update(record(1))
+    with ProgressDisplay(100, 0, unit="rows") as progress:
+        progress.show_step(record(1))
     assert "  5403 rows/s  " in capsys.readouterr().err
 
 
@@ -90,10 +90,10 @@ def test_bar_on_a_terminal_and_lines_in_the_file(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     setup_log(tmp_path, 0, 1)
-    with Progress(13, 0, first_step=10) as progress:
+    with ProgressDisplay(13, 0, first_step=10) as progress:
         for step in (11, 12):
-            progress.update(record(step))
-        progress.update(replace(record(13), eval_loss=1.5))
+            progress.show_step(record(step))
+        progress.show_step(replace(record(13), eval_loss=1.5))
     shown = terminal.getvalue()
     assert "13/13" in shown
     assert "loss 1.8342, lr 1.96e-04, 5403 tok/s" in shown
@@ -104,7 +104,7 @@ def test_bar_on_a_terminal_and_lines_in_the_file(
 
 def test_a_failure_leaves_the_bar_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = Progress(5, 0)
+    progress = ProgressDisplay(5, 0)
     with pytest.raises(RuntimeError, match="boom"), progress:
         raise RuntimeError("boom")
     assert progress._bar is None

@@ -12,9 +12,9 @@ from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.train import report
 from dist_peft.train.fusion_attention import FusionAttention
-from dist_peft.train.metrics import Metrics
-from dist_peft.train.plots import PLOTS, draw
-from dist_peft.train.report import RunSummary, Section, write_report, write_task_report
+from dist_peft.train.metrics import MetricsWriter
+from dist_peft.train.plots import PLOTS, draw_plot
+from dist_peft.train.report import ReportSection, RunSummary, write_report, write_task_report
 from dist_peft.train.step_metrics import StepMetrics
 
 SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable", "1,234"),))
@@ -23,7 +23,7 @@ SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable"
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds, and only one test here looks at the images."""
-    monkeypatch.setattr(report, "draw", lambda plot, records, theme: b"\x89PNG")
+    monkeypatch.setattr(report, "draw_plot", lambda plot, records, theme: b"\x89PNG")
 
 
 class Page(HTMLParser):
@@ -61,9 +61,9 @@ def record(step: int, loss: float) -> StepMetrics:
 
 
 def write(run_dir: Path, *records: StepMetrics) -> None:
-    with Metrics(run_dir, rank=0) as metrics:
+    with MetricsWriter(run_dir, rank=0) as metrics:
         for item in records:
-            metrics.write(item)
+            metrics.write_step(item)
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_images_are_inline_in_both_themes_and_nothing_else_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw", draw)
+    monkeypatch.setattr(report, "draw_plot", draw_plot)
     write(tmp_path, record(1, 2.0), record(2, 1.0))
     page = Page(write_report(tmp_path, SUMMARY))
     sources = [a.get("src") or a.get("srcset") for t, a in page.tags if t in ("img", "source")]
@@ -150,7 +150,7 @@ def test_records_without_seconds_still_give_a_time(tmp_path: Path) -> None:
 
 def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
     evil = "<script>alert('1')</script>\n& more"
-    section = Section("Sam<ples", rows=(("a<b", evil),), texts=(("Pro<mpt", evil),))
+    section = ReportSection("Sam<ples", rows=(("a<b", evil),), texts=(("Pro<mpt", evil),))
     (tmp_path / "config.yaml").write_text(evil)
     page = Page(write_report(tmp_path, replace(SUMMARY, model=evil), [section]))
     assert "script" not in {t for t, _ in page.tags}
@@ -160,8 +160,8 @@ def test_whatever_a_model_says_is_text(tmp_path: Path) -> None:
 
 def test_sections_are_optional_parts(tmp_path: Path) -> None:
     sections = [
-        Section("Merge", rows=(("Largest difference", "0"),)),
-        Section("Samples", texts=(("before", "x"), ("after", "y"))),
+        ReportSection("Merge", rows=(("Largest difference", "0"),)),
+        ReportSection("Samples", texts=(("before", "x"), ("after", "y"))),
     ]
     source = write_report(tmp_path, SUMMARY, sections).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", source) == ["Setup", "Outcome", "Merge", "Samples"]
@@ -180,23 +180,27 @@ def test_summary_of_a_configuration() -> None:
         "data": {"train": ["a.jsonl"]},
         "adapter": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
     }
-    summary = RunSummary.of(parse_config(tree), engine="single", ranks=1, facts=[("a", "b")])
+    summary = RunSummary.from_config(
+        parse_config(tree), engine="single", ranks=1, facts=[("a", "b")]
+    )
     assert summary.model == "dir"
     assert summary.adapter == "lora (r 16, alpha 32, target_modules q_proj v_proj, use_dora)"
     assert summary.base_storage == "nf4, 4 bits in groups of 64, double quantization"
     assert summary.facts == (("a", "b"),)
     integers = tree | {"base": {"path": "dir", "quant": {"kind": "int", "bits": 3}}}
-    summary = RunSummary.of(parse_config(integers), engine="single", ranks=1)
+    summary = RunSummary.from_config(parse_config(integers), engine="single", ranks=1)
     assert summary.base_storage == "int, 3 bits in groups of 64"
     bare = tree | {"base": {"path": "dir", "quant": None}, "adapter": {"kind": "none"}}
-    summary = RunSummary.of(parse_config(bare), engine="single", ranks=1)
+    summary = RunSummary.from_config(parse_config(bare), engine="single", ranks=1)
     assert (summary.base_storage, summary.adapter) == ("bfloat16", "none")
 
 
 def test_the_resolved_configuration_is_shown_as_written(tmp_path: Path) -> None:
     config = parse_config({"base": {"path": "dir"}, "data": {"train": ["a.jsonl"]}})
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    page = write_report(tmp_path, RunSummary.of(config, engine="single", ranks=1)).read_text()
+    page = write_report(
+        tmp_path, RunSummary.from_config(config, engine="single", ranks=1)
+    ).read_text()
     assert "micro_batch: 1" in page
 
 
@@ -222,7 +226,7 @@ def test_attention_of_a_fusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     one = FusionAttention(["a", "b"], ["l.3.output_adapters"], "tokens", 3, [[0.5, 0.5]], {})
     several = replace(one, by_task={"x": [[0.1, 0.9]], "y": [[0.9, 0.1]]})
     for found, panels in ((one, {"held-out rows": [[0.5, 0.5]]}), (several, several.by_task)):
-        found.write(tmp_path)
+        found.write_json(tmp_path)
         drawn.clear()
         page = Page(write_report(tmp_path, SUMMARY))
         assert [args[1:] for args in drawn] == [
@@ -240,6 +244,6 @@ def test_settings_that_are_lists_of_sections() -> None:
             "data": {"train": ["d.jsonl"]},
         }
     )
-    assert RunSummary.of(config, engine="single", ranks=1).adapter == (
+    assert RunSummary.from_config(config, engine="single", ranks=1).adapter == (
         "fusion (adapters x/rte mrpc)"
     )

@@ -26,7 +26,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["Site", "find_sites", "hidden_size", "is_norm"]
+__all__ = ["AdapterSite", "find_adapter_sites", "is_norm_module", "read_hidden_size"]
 
 Placement = Literal["pfeiffer", "houlsby", "parallel"]
 
@@ -53,7 +53,7 @@ _READS: dict[Placement, Reads] = {"houlsby": "output", "parallel": "stream", "pf
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterSite:
     """One place for an adapter.
 
     Attributes:
@@ -74,35 +74,37 @@ class Site:
     parent: str = ""
     norm: str | None = None
 
-    def path_in(self, block: str) -> str:
+    def join_block_path(self, block: str) -> str:
         """The adapter's name in a model, where ``block`` is that of the block."""
         return ".".join(part for part in (block, self.parent, self.name) if part)
 
 
-def hidden_size(model: nn.Module) -> int:
+def read_hidden_size(model: nn.Module) -> int:
     """``d`` of a ``transformers`` model."""
     return int(cast(Any, model).config.get_text_config().hidden_size)
 
 
-def is_norm(module: nn.Module, hidden: int) -> bool:
+def is_norm_module(module: nn.Module, hidden: int) -> bool:
     """Whether it scales the residual stream: one number a channel, and nothing inside."""
     weight = module._parameters.get("weight")
     return weight is not None and tuple(weight.shape) == (hidden,) and not module._modules
 
 
-def find_sites(model: nn.Module, placement: Placement) -> Iterator[tuple[str, list[Site]]]:
+def find_adapter_sites(
+    model: nn.Module, placement: Placement
+) -> Iterator[tuple[str, list[AdapterSite]]]:
     """Path of each block and its sites, first to last.
 
     Raises:
         UserError: the blocks are built otherwise than those that are known.
     """
-    hidden = hidden_size(model)
+    hidden = read_hidden_size(model)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     blocks = [
         (f"{path}.{number}", block)
         for path, modules in lists
         for number, block in enumerate(modules)
-        if _writers(block, hidden)
+        if _find_residual_writers(block, hidden)
     ]
     if not blocks:
         raise UserError(
@@ -110,13 +112,13 @@ def find_sites(model: nn.Module, placement: Placement) -> Iterator[tuple[str, li
             f"of {hidden} outputs; use adapter.kind lora"
         )
     for path, block in blocks:
-        yield path, _sites(path, block, hidden, placement)
+        yield path, _find_block_sites(path, block, hidden, placement)
 
 
 _PACKED = (FrozenLinear, ExpertStack)
 
 
-def _writers(block: nn.Module, hidden: int) -> list[str]:
+def _find_residual_writers(block: nn.Module, hidden: int) -> list[str]:
     """Return the children with a linear of ``hidden`` outputs, as a summand of ``x`` must have."""
     return [
         name
@@ -125,17 +127,19 @@ def _writers(block: nn.Module, hidden: int) -> list[str]:
     ]
 
 
-def _sites(path: str, block: nn.Module, hidden: int, placement: Placement) -> list[Site]:
+def _find_block_sites(
+    path: str, block: nn.Module, hidden: int, placement: Placement
+) -> list[AdapterSite]:
     wanted = list(_POST_NORM) if placement == "houlsby" else ["output_adapters"]
-    if all(_ends_in_norm(block, part, hidden) for part in _POST_NORM.values()):
-        return [_post_norm_site(name, placement) for name in wanted]
+    if all(_is_post_norm_block(block, part, hidden) for part in _POST_NORM.values()):
+        return [_build_post_norm_site(name, placement) for name in wanted]
     if tuple(sorted(dict(block.named_children()))) == _MODERNBERT:
         parts = {"attention_adapters": "attn", "output_adapters": "mlp"}
-        return [Site(name, parts[name], parts[name], _READS[placement]) for name in wanted]
-    writers = _writers(block, hidden)
+        return [AdapterSite(name, parts[name], parts[name], _READS[placement]) for name in wanted]
+    writers = _find_residual_writers(block, hidden)
     attention = [name for name in writers if "attn" in name or "attention" in name]
     others = [name for name in writers if name not in attention]
-    norms = [name for name, child in block.named_children() if is_norm(child, hidden)]
+    norms = [name for name, child in block.named_children() if is_norm_module(child, hidden)]
     known = next((names for names in _NORMS if set(names) == set(norms)), None)
     norm_is_first = getattr(block, "do_layer_norm_before", True)  # OPT 350m: false
     if len(attention) != 1 or not others or known is None or not norm_is_first:
@@ -154,13 +158,13 @@ def _sites(path: str, block: nn.Module, hidden: int, placement: Placement) -> li
             f"adapter.placement pfeiffer reads the sum of the residual stream and a sublayer's "
             f"output, but {path} has a norm between the two; use houlsby or parallel"
         )
-    after_mlp = Site("output_adapters", others[-1], before_mlp, reads)
+    after_mlp = AdapterSite("output_adapters", others[-1], before_mlp, reads)
     if placement != "houlsby":
         return [after_mlp]
-    return [Site("attention_adapters", attention[0], before_attention, reads), after_mlp]
+    return [AdapterSite("attention_adapters", attention[0], before_attention, reads), after_mlp]
 
 
-def _ends_in_norm(block: nn.Module, path: str, hidden: int) -> bool:
+def _is_post_norm_block(block: nn.Module, path: str, hidden: int) -> bool:
     """Whether the part at ``path`` is ``norm(dense(y) + x)``, as in BERT."""
     part: nn.Module | None = block
     for name in path.split("."):
@@ -170,14 +174,16 @@ def _ends_in_norm(block: nn.Module, path: str, hidden: int) -> bool:
     dense, norm = part.get_submodule("dense"), part.get_submodule("LayerNorm")
     norm = norm.get_submodule("base") if "base" in norm._modules else norm  # it is trainable
     return (
-        isinstance(dense, FrozenLinear) and dense.out_features == hidden and is_norm(norm, hidden)
+        isinstance(dense, FrozenLinear)
+        and dense.out_features == hidden
+        and is_norm_module(norm, hidden)
     )
 
 
-def _post_norm_site(name: str, placement: Placement) -> Site:
+def _build_post_norm_site(name: str, placement: Placement) -> AdapterSite:
     part = _POST_NORM[name]
     reads = "normed" if placement == "pfeiffer" else _READS[placement]
-    return Site(
+    return AdapterSite(
         name,
         output=f"{part}.dense",
         stream=part,

@@ -8,7 +8,7 @@ A directory holds the files that the library reads with
                            BLOCK.SITE.adapters.NAME.adapter_up.weight [d, m], .bias [d]
                            BLOCK: model.layers.0; SITE: output_adapters, attention_adapters;
                            in BERT and RoBERTa bert.encoder.layer.0; output, attention.output
-    dist_peft.json         where the adapter comes from (``peft_format``)
+    dist_peft.json         where the adapter comes from (``adapters.directory``)
     dist_peft.safetensors  train_layernorm: PATH.weight_change, PATH.bias_change
 
 The format has no place for the base's layer norms. An adapter with ``train_layernorm`` names an
@@ -32,15 +32,15 @@ __all__ = [
     "TENSORS",
     "VERSION",
     "BottleneckFormat",
-    "Described",
-    "bottleneck_tensors",
-    "is_adapterhub",
-    "place_in_file",
-    "place_in_model",
-    "public_bottleneck",
-    "read_settings",
+    "ModelDescription",
+    "build_adapterhub_key",
+    "is_adapterhub_config",
+    "parse_bottleneck_config",
+    "parse_bottleneck_tensors",
     "refuse_nonlinear_merge",
-    "tensor_name",
+    "to_adapterhub_path",
+    "to_model_path",
+    "to_public_bottleneck",
 ]
 
 TENSORS = "adapter.safetensors"
@@ -88,7 +88,7 @@ _FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelDescription:
     """Facts about the base that the file states.
 
     Attributes:
@@ -103,7 +103,7 @@ class Described:
     hidden: int
 
     @classmethod
-    def of(cls, model: nn.Module, hidden: int) -> "Described":
+    def describe_model(cls, model: nn.Module, hidden: int) -> "ModelDescription":
         """Before an engine has ``model``, since FSDP2 changes its class; the base is not known."""
         return cls("", type(model).__name__, cast(Any, model).config.model_type, hidden)
 
@@ -111,9 +111,9 @@ class Described:
 # -- making ------------------------------------------------------------------------------------
 
 
-def public_bottleneck(
+def to_public_bottleneck(
     config: BottleneckConfig,
-    described: Described,
+    described: ModelDescription,
     layers: Mapping[str, Mapping[str, Tensor]],
     norms: Mapping[str, Mapping[str, Tensor]],
     name: str = _NAME,
@@ -127,7 +127,7 @@ def public_bottleneck(
         norms: path of each learning norm -> own name -> whole tensor.
         name: of the adapter.
     """
-    own = _own_config(config)
+    own = _build_facts_config(config)
     if norms:
         own["architecture"] = _WITH_NORMS
     about = {
@@ -140,7 +140,7 @@ def public_bottleneck(
         "version": VERSION,
     }
     tensors = {
-        tensor_name(path, name, parameter): value.contiguous()
+        build_adapterhub_key(path, name, parameter): value.contiguous()
         for path, parameters in layers.items()
         for parameter, value in parameters.items()
     }
@@ -148,13 +148,13 @@ def public_bottleneck(
     return PublicAdapter(about, tensors, extra=extra)
 
 
-def place_in_file(path: str) -> str:
+def to_adapterhub_path(path: str) -> str:
     """Return the prefix of an adapter's tensors in the file, given its path in the model."""
     parent, _, site = path.rpartition(".")
     return parent if parent.endswith(_POST_NORM[site]) else path
 
 
-def place_in_model(prefix: str) -> str:
+def to_model_path(prefix: str) -> str:
     """Return the model's path of an adapter, given its prefix in a file (ours or the library's)."""
     for site, ending in _POST_NORM.items():
         if prefix.endswith(ending):
@@ -162,12 +162,12 @@ def place_in_model(prefix: str) -> str:
     return prefix
 
 
-def tensor_name(path: str, adapter: str, parameter: str) -> str:
+def build_adapterhub_key(path: str, adapter: str, parameter: str) -> str:
     """Name in the file of an adapter's own parameter, such as ``down_weight``."""
-    return f"{place_in_file(path)}.adapters.{adapter}.{_OWN_NAMES[parameter]}"
+    return f"{to_adapterhub_path(path)}.adapters.{adapter}.{_OWN_NAMES[parameter]}"
 
 
-def _own_config(config: BottleneckConfig) -> dict[str, Any]:
+def _build_facts_config(config: BottleneckConfig) -> dict[str, Any]:
     """BnConfig of the library."""
     factor = config.reduction_factor
     return {
@@ -195,16 +195,16 @@ class BottleneckFormat:
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is AdapterHub's."""
-        return is_adapterhub(config)
+        return is_adapterhub_config(config)
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``bottleneck_tensors``."""
-        bottleneck_tensors(public)
+        """Raises: UserError: see ``parse_bottleneck_tensors``."""
+        parse_bottleneck_tensors(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """Return the settings, or the name of the method that AdapterHub's library gives it."""
         try:
-            found = read_settings(config)
+            found = parse_bottleneck_config(config)
         except UserError:
             own = config["config"]
             mode = own.get("composition_mode")  # IA3 is a LoRA that scales
@@ -238,12 +238,12 @@ def refuse_nonlinear_merge(method: str) -> Never:
 # -- reading -----------------------------------------------------------------------------------
 
 
-def is_adapterhub(config: Mapping[str, Any]) -> bool:
+def is_adapterhub_config(config: Mapping[str, Any]) -> bool:
     """Whether this ``adapter_config.json`` is AdapterHub's rather than PEFT's."""
     return "peft_type" not in config and isinstance(config.get("config"), dict)
 
 
-def read_settings(config: Mapping[str, Any]) -> BottleneckConfig:
+def parse_bottleneck_config(config: Mapping[str, Any]) -> BottleneckConfig:
     """The settings in an ``adapter_config.json``, the library's or ours.
 
     Raises:
@@ -280,7 +280,7 @@ def read_settings(config: Mapping[str, Any]) -> BottleneckConfig:
             f"adapter_config.json: {first['loc'][0]} {first['input']!r} is not supported here: "
             f"{first['msg']}"
         ) from None
-    computes = _own_config(read)
+    computes = _build_facts_config(read)
     own = {"original_ln_before": False, **own}
     if placement == "parallel":
         own["original_ln_before"] = False  # has no effect there
@@ -294,32 +294,32 @@ def read_settings(config: Mapping[str, Any]) -> BottleneckConfig:
     return read
 
 
-def bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
+def parse_bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
     """Path of each adapter -> own name -> tensor, checked against the configuration.
 
     Raises:
         UserError: a tensor is empty, absent, of the wrong shape or none of a bottleneck's; or see
-            ``read_settings``.
+            ``parse_bottleneck_config``.
     """
-    settings = read_settings(public.config)
+    settings = parse_bottleneck_config(public.config)
     d = int(public.config["hidden_size"])
-    m = settings.bottleneck(d)
+    m = settings.bottleneck_size(d)
     shapes = {"down_weight": [m, d], "down_bias": [m], "up_weight": [d, m], "up_bias": [d]}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in public.tensors.items():
-        path, name = _parse(key, str(public.config.get("name")))
+        path, name = _parse_tensor_key(key, str(public.config.get("name")))
         if list(value.shape) != shapes[name]:
             raise UserError(
                 f"adapter tensor {key} has shape {list(value.shape)}, not {shapes[name]} as its "
                 "configuration says"
             )
         layers.setdefault(path, {})[name] = value
-    blocks = {_block(path) for path in layers}
-    wanted = [site for site, key in _SITES.items() if _own_config(settings)[key]]
+    blocks = {_block_index(path) for path in layers}
+    wanted = [site for site, key in _SITES.items() if _build_facts_config(settings)[key]]
     if not blocks:
         raise UserError("the adapter has no tensors: it was saved without its data")
     ending = dict.fromkeys(_SITES, "")
-    if all(place_in_file(path) != path for path in layers):
+    if all(to_adapterhub_path(path) != path for path in layers):
         ending = _POST_NORM
     for path in (f"{b}{ending[site]}.{site}" for b in sorted(blocks) for site in wanted):
         if absent := shapes.keys() - layers.get(path, {}).keys():
@@ -333,17 +333,17 @@ def bottleneck_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _parse(key: str, name: str) -> tuple[str, str]:
+def _parse_tensor_key(key: str, name: str) -> tuple[str, str]:
     """Tensor name in the file -> path of the adapter, own name."""
     places = "|".join((*_SITES, "output"))
     found = re.fullmatch(rf"(.*\.(?:{places}))\.adapters\.{re.escape(name)}\.(.*)", key)
     own = {value: key for key, value in _OWN_NAMES.items()}
     if found is None or found[2] not in own:
         raise UserError(f"adapter tensor {key} is none of a bottleneck adapter's")
-    return place_in_model(found[1]), own[found[2]]
+    return to_model_path(found[1]), own[found[2]]
 
 
-def _block(path: str) -> str:
+def _block_index(path: str) -> str:
     """The block that the adapter at ``path`` is in."""
     parent, _, site = path.rpartition(".")
     return parent.removesuffix(_POST_NORM[site])

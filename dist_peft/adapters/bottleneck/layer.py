@@ -25,7 +25,7 @@ sublayer's result::
 ``up`` follows a nonlinearity, so that no weight of the base could take the adapter in: it cannot be
 merged.
 
-The start is near the identity: ``up`` is small or zero, biases are zero (``initial_rows``).
+The start is near the identity: ``up`` is small or zero, biases are zero (``init_rows``).
 """
 
 import math
@@ -38,9 +38,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.parameter_override import standing_in
+from dist_peft.adapters.parameter_override import override_parameters
 from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.span import Span
 
 __all__ = [
@@ -49,8 +49,8 @@ __all__ = [
     "BottleneckSpec",
     "Reads",
     "Rows",
-    "TrainedNorm",
-    "add_parameters",
+    "TrainableNorm",
+    "add_meta_parameters",
 ]
 
 Reads = Literal["output", "sum", "stream", "normed"]
@@ -80,7 +80,7 @@ class BottleneckSpec:
         activation: a key of ``ACTIVATIONS``.
         scaling: ``s``.
         reads: ``h``.
-        init: how it starts, see ``BottleneckLayer.initial_rows``.
+        init: how it starts, see ``BottleneckLayer.init_rows``.
         arithmetic: type in which it computes.
         seed: of the run; start values also depend on the path.
     """
@@ -123,7 +123,7 @@ class BottleneckLayer(nn.Module):
         base: nn.Module,
         path: str,
         spec: BottleneckSpec,
-        dropout: RowDropout,
+        dropout: SampleDropout,
         norm: nn.Module | None = None,
         train: bool = True,
         device: torch.device | str = "meta",
@@ -139,7 +139,7 @@ class BottleneckLayer(nn.Module):
             "up_bias": (d,),
         }
         self._given: dict[str, Rows] = {}
-        add_parameters(self, self.shapes, device, train)
+        add_meta_parameters(self, self.shapes, device, train)
 
     @property
     def base(self) -> nn.Module:
@@ -153,9 +153,11 @@ class BottleneckLayer(nn.Module):
             stream: ``x``; may be absent where the adapter reads ``f`` alone.
         """
         f = output.to(self.spec.arithmetic)
-        return (f + self.dropout(self.change(self.reads(output, stream)))).to(output.dtype)
+        return (
+            f + self.dropout(self.compute_residual(self.select_adapter_input(output, stream)))
+        ).to(output.dtype)
 
-    def reads(self, output: Tensor, stream: Tensor | None = None) -> Tensor:
+    def select_adapter_input(self, output: Tensor, stream: Tensor | None = None) -> Tensor:
         """``f`` and ``x`` -> ``h`` [..., d] in the arithmetic type. See ``forward``."""
         spec, dtype = self.spec, self.spec.arithmetic
         if spec.reads == "output":
@@ -171,7 +173,7 @@ class BottleneckLayer(nn.Module):
         normed: Tensor = norm(total.to(output.dtype))
         return normed.to(dtype)
 
-    def change(self, h: Tensor) -> Tensor:
+    def compute_residual(self, h: Tensor) -> Tensor:
         """``h`` [..., d] -> ``adapter(h)`` [..., d], before dropout, in the arithmetic type."""
         dtype = self.spec.arithmetic
         down = F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype))
@@ -179,15 +181,15 @@ class BottleneckLayer(nn.Module):
         up = F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
         return up * self.spec.scaling
 
-    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
         """Whole parameters by own name, to start from instead of random ones."""
-        self._given = {name: partial(_rows_of, tensor) for name, tensor in tensors.items()}
+        self._given = {name: partial(_select_rows, tensor) for name, tensor in tensors.items()}
 
-    def give_rows(self, rows: Mapping[str, Rows]) -> None:
-        """As ``give_start``, with readers called when the rows are needed."""
+    def load_initial_rows(self, rows: Mapping[str, Rows]) -> None:
+        """As ``load_initial_values``, with readers called when the rows are needed."""
         self._given = dict(rows)
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
 
         Biases are zero. ``bert``: both matrices normal with deviation 0.02. ``houlsby``: with 0.01,
@@ -213,7 +215,7 @@ class BottleneckLayer(nn.Module):
         return f"{spec.hidden} -> {spec.bottleneck} -> {spec.hidden}, reads={spec.reads}"
 
 
-class TrainedNorm(nn.Module):
+class TrainableNorm(nn.Module):
     """A layer norm with trainable weights: those of the base plus a trained change, in float32.
 
     The change starts at zero, so that it needs nothing of the base's files, and weight decay pulls
@@ -235,28 +237,28 @@ class TrainedNorm(nn.Module):
         own = base.named_parameters(recurse=False)
         self.shapes = {f"{name}_change": tuple(p.shape) for name, p in own}
         self._given: dict[str, Tensor] = {}
-        add_parameters(self, self.shapes, device)
+        add_meta_parameters(self, self.shapes, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d] -> [..., d] in its type."""
         names = [name.removesuffix("_change") for name in self.shapes]
         sums = {n: getattr(self.base, n).float() + getattr(self, f"{n}_change") for n in names}
-        with standing_in(self.base, sums):
+        with override_parameters(self.base, sums):
             y: Tensor = self.base(x.float())
         return y.to(x.dtype)
 
-    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
         """See ``BottleneckLayer``."""
         self._given = dict(tensors)
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Zeros. See ``AdapterModule``."""
         if name in self._given:
             return self._given[name][span.slice].float()
         return torch.zeros(len(span), *self.shapes[name][1:])
 
 
-def add_parameters(
+def add_meta_parameters(
     module: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
     device: torch.device | str,
@@ -268,5 +270,5 @@ def add_parameters(
         module.register_parameter(name, nn.Parameter(value, requires_grad=train))
 
 
-def _rows_of(tensor: Tensor, span: Span) -> Tensor:
+def _select_rows(tensor: Tensor, span: Span) -> Tensor:
     return tensor[span.slice]

@@ -14,26 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.bottleneck.block_structure import Site, find_sites, hidden_size, is_norm
-from dist_peft.adapters.bottleneck.format import (
-    Described,
-    bottleneck_tensors,
-    is_adapterhub,
-    public_bottleneck,
-    read_settings,
+from dist_peft.adapters.bottleneck.block_structure import (
+    AdapterSite,
+    find_adapter_sites,
+    is_norm_module,
+    read_hidden_size,
 )
-from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec, TrainedNorm
-from dist_peft.adapters.directory import read_adapter
-from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter, whole_parameters
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.bottleneck.format import (
+    ModelDescription,
+    is_adapterhub_config,
+    parse_bottleneck_config,
+    parse_bottleneck_tensors,
+    to_public_bottleneck,
+)
+from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec, TrainableNorm
+from dist_peft.adapters.directory import read_adapter_directory
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["BottleneckAdapter", "match_paths", "place", "spec_of"]
+__all__ = [
+    "BottleneckAdapter",
+    "build_bottleneck_spec",
+    "insert_adapter_layer",
+    "match_adapter_paths",
+]
 
 
-class BottleneckAdapter(PlainAdapter):
-    """See the module docstring and ``adapters.base.Adapter``.
+class BottleneckAdapter(AdapterDefaults):
+    """See the module docstring and ``adapters.protocol.Adapter``.
 
     Attributes:
         layers: the adapters by path, once attached.
@@ -45,44 +55,46 @@ class BottleneckAdapter(PlainAdapter):
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
         self.position = DropoutPosition(seed)
         self.layers: dict[str, BottleneckLayer] = {}
-        self.norms: dict[str, TrainedNorm] = {}
+        self.norms: dict[str, TrainableNorm] = {}
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Put adapters into the blocks and hook their neighbours. See ``Adapter``.
 
         Raises:
             UserError: blocks of an unknown structure; ``init_from`` does not fit.
         """
         self.model = model
-        hidden = hidden_size(model)
-        self.described = Described.of(model, hidden)
-        found = list(find_sites(model, self.config.placement))
+        hidden = read_hidden_size(model)
+        self.described = ModelDescription.describe_model(model, hidden)
+        found = list(find_adapter_sites(model, self.config.placement))
         if self.config.train_layernorm:
-            self._wrap_norms(model, hidden)
+            self._wrap_trainable_norms(model, hidden)
         for path, sites in found:
             block = model.get_submodule(path)
             for site in sites:
-                layer = self._layer(block, site.path_in(path), site)
+                layer = self._build_layer(block, site.join_block_path(path), site)
                 self.layers[layer.path] = layer
-                place(block, site, layer)
+                insert_adapter_layer(block, site, layer)
         if self.config.init_from is not None:
-            self._give_start(Path(self.config.init_from))
+            self._load_initial_adapter(Path(self.config.init_from))
 
-    def _layer(self, block: nn.Module, path: str, site: Site) -> BottleneckLayer:
-        hidden = hidden_size(self.model)
-        spec = spec_of(self.config, hidden, site, arithmetic=self.arithmetic, seed=self.seed)
-        dropout = RowDropout(self.config.dropout, path, self.position)
+    def _build_layer(self, block: nn.Module, path: str, site: AdapterSite) -> BottleneckLayer:
+        hidden = read_hidden_size(self.model)
+        spec = build_bottleneck_spec(
+            self.config, hidden, site, arithmetic=self.arithmetic, seed=self.seed
+        )
+        dropout = SampleDropout(self.config.dropout, path, self.position)
         norm = None if site.norm is None else block.get_submodule(site.norm)
         return BottleneckLayer(block.get_submodule(site.output), path, spec, dropout, norm)
 
-    def _give_start(self, directory: Path) -> None:
+    def _load_initial_adapter(self, directory: Path) -> None:
         """Start from an adapter on disk, which must be one of the same settings."""
-        public = read_adapter(directory)
-        if not is_adapterhub(public.config):
+        public = read_adapter_directory(directory)
+        if not is_adapterhub_config(public.config):
             raise UserError(f"adapter.init_from {directory} is a PEFT adapter, no bottleneck")
-        found = read_settings(public.config)
+        found = parse_bottleneck_config(public.config)
         for name in ("placement", "reduction_factor", "activation", "scaling", "train_layernorm"):
             mine, its = getattr(self.config, name), getattr(found, name)
             if mine != its:
@@ -90,51 +102,53 @@ class BottleneckAdapter(PlainAdapter):
                     f"adapter.{name} is {mine}, but adapter.init_from {directory} has {its}; "
                     "give the same"
                 )
-        tensors = bottleneck_tensors(public)
+        tensors = parse_bottleneck_tensors(public)
         what, its = f"adapter.init_from {directory}", int(public.config["hidden_size"])
-        fitted = match_paths(what, list(self.layers), hidden_size(self.model), tensors, its)
+        fitted = match_adapter_paths(
+            what, list(self.layers), read_hidden_size(self.model), tensors, its
+        )
         for path, layer in self.layers.items():
-            layer.give_start(tensors[fitted[path]])
+            layer.load_initial_values(tensors[fitted[path]])
         for path, norm in self.norms.items():
-            norm.give_start({n: public.extra[f"{path}.{n}"] for n in norm.shapes})
+            norm.load_initial_values({n: public.extra[f"{path}.{n}"] for n in norm.shapes})
 
-    def _wrap_norms(self, model: nn.Module, hidden: int) -> None:
+    def _wrap_trainable_norms(self, model: nn.Module, hidden: int) -> None:
         for path, module in list(model.named_modules()):
-            if is_norm(module, hidden):
-                self.norms[path] = norm = TrainedNorm(module)
+            if is_norm_module(module, hidden):
+                self.norms[path] = norm = TrainableNorm(module)
                 parent, _, own = path.rpartition(".")
                 setattr(model.get_submodule(parent), own, norm)
 
     # -- training ------------------------------------------------------------------------------
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.position.begin(step, sample_ids)
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin_micro_batch(step, sample_ids)
 
     # -- saving --------------------------------------------------------------------------------
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """AdapterHub's form. See ``Adapter`` and ``adapterhub_format``."""
-        return public_bottleneck(
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """AdapterHub's form. See ``Adapter`` and ``adapters.bottleneck.format``."""
+        return to_public_bottleneck(
             self.config,
             replace(self.described, base=base),
-            whole_parameters(tensors, self._shapes(self.layers)),
-            whole_parameters(tensors, self._shapes(self.norms)),
+            collect_gathered_parameters(tensors, self._list_parameter_shapes(self.layers)),
+            collect_gathered_parameters(tensors, self._list_parameter_shapes(self.norms)),
         )
 
     @staticmethod
-    def _shapes(
-        modules: Mapping[str, BottleneckLayer] | Mapping[str, TrainedNorm],
+    def _list_parameter_shapes(
+        modules: Mapping[str, BottleneckLayer] | Mapping[str, TrainableNorm],
     ) -> dict[str, dict[str, tuple[int, ...]]]:
         return {path: module.shapes for path, module in modules.items()}
 
 
-def spec_of(
-    config: BottleneckConfig, hidden: int, site: Site, *, arithmetic: torch.dtype, seed: int
+def build_bottleneck_spec(
+    config: BottleneckConfig, hidden: int, site: AdapterSite, *, arithmetic: torch.dtype, seed: int
 ) -> BottleneckSpec:
     """Return the settings of the adapter at ``site`` in a base of this hidden size."""
     return BottleneckSpec(
         hidden=hidden,
-        bottleneck=config.bottleneck(hidden),
+        bottleneck=config.bottleneck_size(hidden),
         activation=config.activation,
         scaling=config.scaling,
         reads=site.reads,
@@ -144,27 +158,27 @@ def spec_of(
     )
 
 
-def place(block: nn.Module, site: Site, layer: nn.Module) -> None:
+def insert_adapter_layer(block: nn.Module, site: AdapterSite, layer: nn.Module) -> None:
     """Make ``layer`` a part of ``block`` that turns the output of ``site.output`` and the residual
     stream into another output."""
     setattr(block.get_submodule(site.parent), site.name, layer)
     seen: list[Tensor] = []  # between the two hooks; empty outside of the block's forward
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_block_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen[:] = [args[site.argument]]
 
-    def change(module: nn.Module, args: Any, output: Any) -> Any:
+    def adapt_block_output(module: nn.Module, args: Any, output: Any) -> Any:
         stream = seen.pop() if seen else None
         if isinstance(output, tuple):
             return layer(output[0], stream), *output[1:]
         return layer(output, stream)
 
     if site.reads != "output":
-        block.get_submodule(site.stream).register_forward_pre_hook(note)
-    block.get_submodule(site.output).register_forward_hook(change)
+        block.get_submodule(site.stream).register_forward_pre_hook(record_block_input)
+    block.get_submodule(site.output).register_forward_hook(adapt_block_output)
 
 
-def match_paths(
+def match_adapter_paths(
     what: str, mine: Sequence[str], hidden: int, its: Iterable[str], its_hidden: int
 ) -> dict[str, str]:
     """The path of each adapter here -> its path in a file, which may come from a model without its

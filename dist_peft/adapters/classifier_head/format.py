@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
-from dist_peft.store.writer import atomic_write
+from dist_peft.store.writer import write_atomically
 
 __all__ = [
     "SAFE_HEAD",
@@ -102,5 +102,5 @@ def write_adapterhub_head(directory: Path, public: PublicAdapter) -> None:
         "num_labels": len(label2id),
     }
     data = safetensors.torch.save(public.head.tensors, {"format": "pt"})
-    atomic_write(directory / SAFE_HEAD, data)
-    atomic_write(directory / _HEAD_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomically(directory / SAFE_HEAD, data)
+    write_atomically(directory / _HEAD_CONFIG, json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Merging a trained head: its parameters take the place of the base's, or are added to them.
 
-``HeadMerger`` wraps the merger of the trunk (``adapters.lora.merge.Merger``), as
-``adapters.head.HeadedAdapter`` stands around a method in training.
+``HeadMerger`` wraps the merger of the trunk (``adapters.lora.merge.LoraMerger``), as
+``adapters.classifier_head.method.HeadedAdapter`` stands around a method in training.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["HeadMerger"]
 
 
 class HeadMerger:
-    """See the module docstring and ``adapters.lora.merge.Merger``.
+    """See the module docstring and ``adapters.lora.merge.LoraMerger``.
 
     Args:
         trunk: merges everything else.
@@ -29,12 +29,13 @@ class HeadMerger:
         self._trunk, self._head = trunk, head
         self._left = {name: len(value) for name, value in head.items()}
 
-    def touches(self, weight: str) -> bool:
-        return weight in self._head or self._trunk.touches(weight)
+    def changes_weight(self, weight: str) -> bool:
+        return weight in self._head or self._trunk.changes_weight(weight)
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """See ``Merger.check_shapes``; the head's own parameters come from the adapter as well."""
-        self._trunk.check_shapes(shapes)
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """See ``LoraMerger.check_weight_shapes``; the head's own parameters come from the adapter
+        as well."""
+        self._trunk.check_weight_shapes(shapes)
         for name, value in self._head.items():
             rows, columns = len(value), value[0].numel() if value.dim() > 1 else 1
             if shapes.get(name, (rows, columns)) != (rows, columns):
@@ -43,24 +44,27 @@ class HeadMerger:
                     f"{list(shapes[name])}; it belongs to another base or to other labels"
                 )
 
-    def merge_rows(
+    def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
         """Return rows ``span`` of the trained parameter, float32, or the trunk merger's rows."""
         if weight not in self._head:
-            return self._trunk.merge_rows(weight, rows, span, in_base)
+            return self._trunk.merge_weight_rows(weight, rows, span, in_base)
         self._left[weight] -= len(span)
         return self._head[weight][span.slice].float()
 
-    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        return self._trunk.residual_rows(weight, rows, span)
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        return self._trunk.subtract_initial_delta(weight, rows, span)
 
-    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
-        return self._trunk.merge_parts(weight, parts, span)
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        return self._trunk.merge_affine_parts(weight, parts, span)
 
-    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
-        return self._trunk.group_change(weight, parts, span)
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        return self._trunk.compute_group_change(weight, parts, span)
 
-    def unused(self) -> list[str]:
+    def list_unused_tensors(self) -> list[str]:
         """Adapted weights, and parameters of the head, of which not every row was merged."""
-        return [*(name for name, rows in self._left.items() if rows), *self._trunk.unused()]
+        return [
+            *(name for name, rows in self._left.items() if rows),
+            *self._trunk.list_unused_tensors(),
+        ]

@@ -20,19 +20,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.parameter_override import standing_in
+from dist_peft.adapters.parameter_override import override_parameters
 from dist_peft.adapters.protocol import (
     Adapter,
     PublicAdapter,
     PublicHead,
-    TrainsBase,
+    TrainsBaseWeights,
+    collect_gathered_parameters,
     derive_seed,
-    whole_parameters,
 )
 from dist_peft.core.span import Span
-from dist_peft.model.classifier import Head
+from dist_peft.model.classifier import ClassifierHead
 
-__all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedWeights", "with_head"]
+__all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedBaseWeights", "add_classifier_head"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class HeadPart(nn.Module):
         """Return the output of ``base`` in the type of ``x``."""
         dtype = self.spec.arithmetic
         copies = {name: getattr(self, name).to(dtype) for name in self.shapes}
-        with standing_in(self.base, copies):
+        with override_parameters(self.base, copies):
             y: Tensor = self.base(x.to(dtype))
         return y.to(x.dtype)
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Start value of a parameter that the files lack. See ``AdapterModule``."""
         shape = self.shapes[name]
         if len(shape) == 1:
@@ -104,16 +104,18 @@ class HeadedAdapter:
         parts: the head's modules by path, once attached.
     """
 
-    def __init__(self, method: Adapter, head: Head, *, seed: int, arithmetic: torch.dtype) -> None:
+    def __init__(
+        self, method: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+    ) -> None:
         self.method, self.head, self.seed, self.arithmetic = method, head, seed, arithmetic
         self.parts: dict[str, HeadPart] = {}
         self._model_class = ""
 
     @property
-    def extra_positions(self) -> int:
-        return self.method.extra_positions
+    def num_extra_positions(self) -> int:
+        return self.method.num_extra_positions
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Attach the method to the trunk and make the head trainable."""
         self._model_class = type(model).__name__  # FSDP2 will change it
         config = cast(Any, model).config
@@ -121,65 +123,76 @@ class HeadedAdapter:
         spec = HeadSpec(deviation, self.arithmetic, self.seed)
         for path in self.head.modules:
             self.parts[path] = HeadPart(model.get_submodule(path), path, spec)
-        self.method.attach(model)
+        self.method.attach_to_model(model)
         for path, part in self.parts.items():
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, part)
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.method.begin(step, sample_ids)
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        self.method.begin_micro_batch(step, sample_ids)
 
-    def penalize(self, loss: Tensor, parts: int) -> None:
-        self.method.penalize(loss, parts)
+    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+        self.method.add_penalty_gradient(loss, parts)
 
-    def lr_scale(self, name: str) -> float:
-        return 1.0 if self._is_mine(name) else self.method.lr_scale(name)
+    def get_lr_scale(self, name: str) -> float:
+        return 1.0 if self._is_head_parameter(name) else self.method.get_lr_scale(name)
 
-    def start_state(self) -> tuple[str, ...]:
-        return self.method.start_state()
+    def list_init_factors(self) -> tuple[str, ...]:
+        return self.method.list_init_factors()
 
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
-        self.method.start_from(tensors)
+    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.method.set_init_factors(tensors)
 
-    def reads(self) -> str:
-        return self.method.reads()
+    def input_fingerprint(self) -> str:
+        return self.method.input_fingerprint()
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The method's form with the head in it. See ``Adapter``."""
-        others = {name: value for name, value in tensors.items() if not self._is_mine(name)}
-        whole = whole_parameters(tensors, {path: p.shapes for path, p in self.parts.items()})
+        others = {
+            name: value for name, value in tensors.items() if not self._is_head_parameter(name)
+        }
+        whole = collect_gathered_parameters(
+            tensors, {path: p.shapes for path, p in self.parts.items()}
+        )
         mine = {f"{path}.{name}": v for path, own in whole.items() for name, v in own.items()}
         head = PublicHead(self.head.labels, mine, self._model_class)
-        return replace(self.method.to_public(others, base), head=head)
+        return replace(self.method.to_public_adapter(others, base), head=head)
 
-    def _is_mine(self, name: str) -> bool:
+    def _is_head_parameter(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.parts
 
 
-class HeadedWeights(HeadedAdapter):
-    """A method that trains weights of the base, with a head. See ``adapters.base.TrainsBase``.
+class HeadedBaseWeights(HeadedAdapter):
+    """A method that trains weights of the base, with a head. See
+    ``adapters.protocol.TrainsBaseWeights``.
 
     Parameters of the head that the base's files lack are written under the model's names.
     """
 
-    def sources(self) -> Mapping[str, str]:
-        found = dict(cast(TrainsBase, self.method).sources())
+    def list_source_tensors(self) -> Mapping[str, str]:
+        found = dict(cast(TrainsBaseWeights, self.method).list_source_tensors())
         for path, part in self.parts.items():
             for name in part.shapes:
                 full = f"{path}.{name}"
                 found[full] = part.checkpoint_names.get(name, full)
         return found
 
-    def first_step(self, name: str) -> int:
-        return 0 if self._is_mine(name) else cast(TrainsBase, self.method).first_step(name)
+    def get_first_step(self, name: str) -> int:
+        return (
+            0
+            if self._is_head_parameter(name)
+            else cast(TrainsBaseWeights, self.method).get_first_step(name)
+        )
 
 
-def with_head(method: Adapter, head: Head, *, seed: int, arithmetic: torch.dtype) -> HeadedAdapter:
+def add_classifier_head(
+    method: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+) -> HeadedAdapter:
     """Return ``method`` combined with ``head``.
 
     Args:
         seed: ``train.seed``.
         arithmetic: type in which adapters, and so the head, compute.
     """
-    kind = HeadedWeights if isinstance(method, TrainsBase) else HeadedAdapter
+    kind = HeadedBaseWeights if isinstance(method, TrainsBaseWeights) else HeadedAdapter
     return kind(method, head, seed=seed, arithmetic=arithmetic)

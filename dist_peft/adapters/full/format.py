@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import WEIGHT_KINDS, read_metadata
+from dist_peft.adapters.directory import WEIGHT_KINDS, read_adapter_metadata
 from dist_peft.adapters.tensor_checks import (
     check_tensor_names,
     check_tensor_type,
@@ -34,17 +34,17 @@ from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from dist_peft.store.writer import StreamWriter, TensorSpec, atomic_write
+from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
 
-__all__ = ["TrainedWeights", "WeightsWriter", "holds_weights"]
+__all__ = ["TrainedWeightsMerger", "WeightsWriter", "contains_trained_weights"]
 
 _CHECKED_BYTES = 64 * 2**20
 """Read at a time to look for values that are not finite."""
 
 
-def holds_weights(adapter_dir: Path) -> bool:
+def contains_trained_weights(adapter_dir: Path) -> bool:
     """Return whether ``WeightsWriter`` wrote this directory, rather than an adapter."""
-    return read_metadata(adapter_dir).get("kind") in WEIGHT_KINDS
+    return read_adapter_metadata(adapter_dir).get("kind") in WEIGHT_KINDS
 
 
 class WeightsWriter:
@@ -71,12 +71,12 @@ class WeightsWriter:
         self._writer = self._stack.enter_context(StreamWriter(self._partial, specs))
         self._failure: UserError | None = None
 
-    def write(self, name: str, whole: Tensor) -> None:
+    def write_parameter(self, name: str, whole: Tensor) -> None:
         """Write one tensor. ``close`` raises disk-full errors: ranks must keep gathering."""
         if self._failure is not None:
             return
         try:
-            self._writer.write(name, whole.float())
+            self._writer.write_rows(name, whole.float())
         except UserError as error:
             self._failure = error
 
@@ -91,7 +91,7 @@ class WeightsWriter:
                 if self._failure is not None:
                     raise self._failure
             text = json.dumps(self.metadata, indent=2) + "\n"
-            atomic_write(self._partial / "dist_peft.json", text)
+            write_atomically(self._partial / "dist_peft.json", text)
             if self.directory.exists():
                 shutil.rmtree(self.directory)
             self._partial.rename(self.directory)
@@ -100,10 +100,10 @@ class WeightsWriter:
             raise
 
 
-class TrainedWeights:
+class TrainedWeightsMerger:
     """Reads such a directory for a merge: trained rows in the place of the base's.
 
-    The counterpart of ``adapters.merge.Merger``.
+    The counterpart of ``adapters.lora.merge.LoraMerger``.
 
     Args:
         adapter_dir: see the module.
@@ -115,23 +115,25 @@ class TrainedWeights:
         self.adapter_dir, self._reader = adapter_dir, reader
         self._names = {p: n for p, n in names.items() if n in reader.index.tensors}
         left = set(reader.index.tensors) - set(self._names.values())
-        self._rows_left = {n: reader.index.tensors[n].rows for n in self._names.values()}
+        self._rows_left = {n: reader.index.tensors[n].num_rows for n in self._names.values()}
         self._rows_left |= dict.fromkeys(left, 1)
 
     @classmethod
-    def open(
+    def open_directory(
         cls, adapter_dir: Path, names: Mapping[str, str], stack: ExitStack
-    ) -> "TrainedWeights":
+    ) -> "TrainedWeightsMerger":
         """Open the files; ``stack`` closes them.
 
         Raises:
             UserError: they are damaged or absent, or lack a tensor that was trained.
         """
         index = SafetensorsIndex.open(adapter_dir)
-        check_tensor_names(read_metadata(adapter_dir).get("tensors"), index.tensors, adapter_dir)
+        check_tensor_names(
+            read_adapter_metadata(adapter_dir).get("tensors"), index.tensors, adapter_dir
+        )
         return cls(adapter_dir, names, stack.enter_context(RowReader(index)))
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Before a row is merged: every trained tensor fits the base and holds finite numbers.
 
         Reads all trained tensors once more, in chunks.
@@ -150,7 +152,7 @@ class TrainedWeights:
             )
         for weight, name in self._names.items():
             info = tensors[name]
-            own = (info.rows, torch.Size(info.shape[1:]).numel())
+            own = (info.num_rows, torch.Size(info.shape[1:]).numel())
             check_tensor_type(name, info.dtype, self.adapter_dir)
             if shapes.get(weight, own) != own:
                 raise UserError(
@@ -160,14 +162,14 @@ class TrainedWeights:
         for name in dict.fromkeys(self._names.values()):
             info = tensors[name]
             rows = max(1, _CHECKED_BYTES // max(1, info.row_bytes))
-            for span in Span(0, info.rows).chunks(rows):
-                check_tensor_values({name: self._reader.read(name, span)}, self.adapter_dir)
+            for span in Span(0, info.num_rows).split_into_chunks(rows):
+                check_tensor_values({name: self._reader.read_rows(name, span)}, self.adapter_dir)
 
-    def touches(self, weight: str) -> bool:
+    def changes_weight(self, weight: str) -> bool:
         """Whether this weight was trained."""
         return weight in self._names
 
-    def merge_rows(
+    def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
         """The trained rows ``span``, float32; ``rows`` are the base's.
@@ -177,24 +179,24 @@ class TrainedWeights:
         """
         name = self._names[weight]
         info = self._reader.index.tensors[name]
-        if span.stop > info.rows or rows.shape[1:] != info.shape[1:]:
+        if span.stop > info.num_rows or rows.shape[1:] != info.shape[1:]:
             raise UserError(
                 f"{self.adapter_dir}: {name} has shape {list(info.shape)}, but the base has rows "
                 f"up to {span.stop} of {list(rows.shape[1:])} elements; it belongs to another base"
             )
         self._rows_left[name] -= len(span)
-        return self._reader.read(name, span)
+        return self._reader.read_rows(name, span)
 
-    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Nothing was taken from the base before it was encoded."""
         return rows
 
-    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         raise AssertionError("trained weights have no codes of the base")
 
-    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
         raise AssertionError("trained weights have no codes of the base")
 
-    def unused(self) -> list[str]:
+    def list_unused_tensors(self) -> list[str]:
         """Trained tensors of which not every row was merged."""
         return [name for name, rows in self._rows_left.items() if rows > 0]

@@ -11,11 +11,11 @@ by rows like everything, and each forward computes with a rounded copy::
 A merge in the compute type therefore writes exactly the weights that training computed with.
 
 A linear keeps its master, not the copy, for backward, where it casts once more: only
-parameters that exist anyway are kept between the two (the idea of ``quant.matmul``, with a gradient
-for ``W``).
+parameters that exist anyway are kept between the two (the idea of ``quant.frozen_matmul``, with a
+gradient for ``W``).
 
-Until its stage comes (``Clock``) a parameter computes without a gradient, so that no optimizer
-touches it, and nothing below it is computed in backward for its sake.
+Until its stage comes (``StepCounter``) a parameter computes without a gradient, so that no
+optimizer touches it, and nothing below it is computed in backward for its sake.
 """
 
 from collections.abc import Mapping
@@ -28,21 +28,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dist_peft.adapters.parameter_override import standing_in
-from dist_peft.quant.frozen_matmul import product
+from dist_peft.adapters.parameter_override import override_parameters
+from dist_peft.quant.frozen_matmul import matmul_fp32_accumulate
 
-__all__ = ["Clock", "Learning", "TrainedLinear", "TrainedModule", "as_trained"]
+__all__ = [
+    "MasterWeightLinear",
+    "MasterWeightModule",
+    "StepCounter",
+    "TrainableSpec",
+    "use_master_weights",
+]
 
 
 @dataclass
-class Clock:
+class StepCounter:
     """The optimizer steps that are done."""
 
     step: int = 0
 
 
 @dataclass(frozen=True)
-class Learning:
+class TrainableSpec:
     """How a module's own parameters are trained.
 
     Attributes:
@@ -53,16 +59,16 @@ class Learning:
 
     first_steps: Mapping[str, int]
     arithmetic: torch.dtype
-    clock: Clock = field(default_factory=Clock)
+    clock: StepCounter = field(default_factory=StepCounter)
 
-    def now(self, module: nn.Module, name: str) -> Tensor:
+    def cast_when_trainable(self, module: nn.Module, name: str) -> Tensor:
         """The parameter, detached before its stage."""
         parameter: Tensor = getattr(module, name)
         learns = self.clock.step >= self.first_steps.get(name, 0)
         return parameter if learns else parameter.detach()
 
 
-class TrainedLinear(nn.Module):
+class MasterWeightLinear(nn.Module):
     """``y = x W^T + b`` with a trainable plain ``W``, in place of a frozen linear.
 
     Args:
@@ -81,7 +87,7 @@ class TrainedLinear(nn.Module):
         self,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        learning: Learning,
+        learning: TrainableSpec,
         checkpoint_names: dict[str, str],
     ) -> None:
         super().__init__()
@@ -92,9 +98,9 @@ class TrainedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``."""
         how = self.learning
-        y = _linear(x.to(how.arithmetic), how.now(self, "weight"))
+        y = _linear_with_cast(x.to(how.arithmetic), how.cast_when_trainable(self, "weight"))
         if self.bias is not None:
-            y = y + how.now(self, "bias").to(y.dtype)
+            y = y + how.cast_when_trainable(self, "bias").to(y.dtype)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -104,44 +110,51 @@ class TrainedLinear(nn.Module):
         )
 
 
-class TrainedModule(nn.Module):
-    """Mixed into a module's class by ``as_trained``: its parameters are cast for its forward.
+class MasterWeightModule(nn.Module):
+    """Mixed into a module's class by ``use_master_weights``: its parameters are cast for its
+    forward.
 
     While ``forward`` runs, the copies stand in for the registered parameters.
     """
 
-    learning: Learning
+    learning: TrainableSpec
     cast_names: tuple[str, ...]
     computes: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward; the output keeps the type that it would have had."""
         how = self.learning
-        copies = {name: how.now(self, name).to(how.arithmetic) for name in self.cast_names}
-        with standing_in(self, copies):
+        copies = {
+            name: how.cast_when_trainable(self, name).to(how.arithmetic) for name in self.cast_names
+        }
+        with override_parameters(self, copies):
             if not isinstance(self, nn.Embedding):  # a lookup has no float input to cast
-                args = tuple(_cast(a, how.arithmetic) for a in args)
+                args = tuple(_cast_tensors(a, how.arithmetic) for a in args)
             y = super().forward(*args, **kwargs)
-        return _cast(y, self.computes)
+        return _cast_tensors(y, self.computes)
 
 
-class _TrainedEmbedding(TrainedModule):
+class _MasterWeightEmbedding(MasterWeightModule):
     """Casts the rows that are looked up, not the table: their gradients add up in float32."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with standing_in(self, {"weight": self.learning.now(self, "weight")}):
-            y: Tensor = super(TrainedModule, self).forward(*args, **kwargs)
+        with override_parameters(
+            self, {"weight": self.learning.cast_when_trainable(self, "weight")}
+        ):
+            y: Tensor = super(MasterWeightModule, self).forward(*args, **kwargs)
         return y.to(self.learning.arithmetic).to(self.computes)
 
 
-def as_trained(module: nn.Module, masters: Mapping[str, nn.Parameter], learning: Learning) -> None:
+def use_master_weights(
+    module: nn.Module, masters: Mapping[str, nn.Parameter], learning: TrainableSpec
+) -> None:
     """Make ``module`` trainable: ``masters`` replace its own parameters of these names.
 
     It stays the same object of the same name and, by inheritance, of the same class.
     """
     own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    module.__class__ = _mixed(cast(Any, type(module)))
-    trained = cast(TrainedModule, module)
+    module.__class__ = _make_module_class(cast(Any, type(module)))
+    trained = cast(MasterWeightModule, module)
     trained.cast_names = tuple(own)
     trained.computes = next(iter(own.values())).dtype
     trained.learning = learning
@@ -150,18 +163,18 @@ def as_trained(module: nn.Module, masters: Mapping[str, nn.Parameter], learning:
 
 
 @cache
-def _mixed(kind: Any) -> Any:
+def _make_module_class(kind: Any) -> Any:
     plain = kind.forward is nn.Embedding.forward
-    mixin = _TrainedEmbedding if plain else TrainedModule
+    mixin = _MasterWeightEmbedding if plain else MasterWeightModule
     return type(f"Trained{kind.__name__}", (mixin, kind), {})
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast_tensors(value: Any, dtype: torch.dtype) -> Any:
     floats = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if floats else value
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear_with_cast(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` in the type of ``x``."""
     if weight.dtype == x.dtype:
         return functional.linear(x, weight)
@@ -170,13 +183,13 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _CastLinear(torch.autograd.Function):
-    """Keeps the weight object, since engines free and refill it (see ``quant.matmul``)."""
+    """Keeps the weight object, since engines free and refill it (see ``quant.frozen_matmul``)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(x)
-        return product(functional.linear, x, weight.to(x.dtype))
+        return matmul_fp32_accumulate(functional.linear, x, weight.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -184,7 +197,9 @@ class _CastLinear(torch.autograd.Function):
         (grad,), (x,) = grads, ctx.saved_tensors
         dx, dw = None, None
         if ctx.needs_input_grad[0]:
-            dx = product(torch.matmul, grad, ctx.weight.to(grad.dtype))
+            dx = matmul_fp32_accumulate(torch.matmul, grad, ctx.weight.to(grad.dtype))
         if ctx.needs_input_grad[1]:
-            dw = product(torch.matmul, grad.flatten(0, -2).T, x.flatten(0, -2)).float()
+            dw = matmul_fp32_accumulate(
+                torch.matmul, grad.flatten(0, -2).T, x.flatten(0, -2)
+            ).float()
         return dx, dw

@@ -1,7 +1,8 @@
 """The adapter methods ``full`` and ``partial``: parameters of the base itself are trained.
 
 Which ones is chosen by parts and blocks; a shared parameter (an embedding tied to the head) is one,
-whichever of its uses is named. A chosen parameter becomes a float32 master (``adapters.trained``)
+whichever of its uses is named. A chosen parameter becomes a float32 master
+(``adapters.full.master_weights``)
 initialized from the rows of the base's files; a chosen weight of a linear is not quantized. All
 else stays as it was: frozen, and quantized as ``base.quant`` says.
 
@@ -15,14 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.full.master_weights import Clock, Learning, TrainedLinear, as_trained
-from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter
+from dist_peft.adapters.full.master_weights import (
+    MasterWeightLinear,
+    StepCounter,
+    TrainableSpec,
+    use_master_weights,
+)
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter
 from dist_peft.core.config.adapter import Part
 from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.skeleton import find_blocks
+from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = ["PartialAdapter"]
 
@@ -30,46 +36,47 @@ Chosen = dict[int, int]
 """``id`` of a parameter -> optimizer steps before its first update."""
 
 
-class PartialAdapter(PlainAdapter):
-    """See the module docstring, ``adapters.base.Adapter`` and ``adapters.base.TrainsBase``."""
+class PartialAdapter(AdapterDefaults):
+    """See the module docstring, ``adapters.protocol.Adapter`` and
+    ``adapters.protocol.TrainsBaseWeights``."""
 
     def __init__(self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype) -> None:
         self.config, self.arithmetic = config, arithmetic
-        self.clock = Clock()
+        self.clock = StepCounter()
         self._sources: dict[str, str] = {}
         self._first_steps: dict[str, int] = {}
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Make the chosen parameters trainable.
 
         Raises:
             UserError: the model lacks a named parameter, or has it quantized.
         """
-        chosen = _choose(model, self.config.stages)
+        chosen = _choose_parameters(model, self.config.unfreeze_stages)
         keep = list(model.parameters())  # alive while their ids are in use
         masters: dict[int, nn.Parameter] = {}
         for path, module in list(model.named_modules()):
             own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in chosen}
             if not own:
                 continue
-            first_steps = {_public(name): chosen[id(p)] for name, p in own.items()}
+            first_steps = {_to_base_name(name): chosen[id(p)] for name, p in own.items()}
             new = {}
             for name, parameter in own.items():
                 if id(parameter) not in masters:
-                    masters[id(parameter)] = _master(path, module, name)
-                    self._note(path, module, name, chosen[id(parameter)])
-                new[_public(name)] = masters[id(parameter)]
-            self._replace(model, path, module, new, first_steps)
+                    masters[id(parameter)] = _make_master_parameter(path, module, name)
+                    self._record_trainable(path, module, name, chosen[id(parameter)])
+                new[_to_base_name(name)] = masters[id(parameter)]
+            self._replace_with_masters(model, path, module, new, first_steps)
         del keep
 
-    def _note(self, path: str, module: nn.Module, name: str, first_step: int) -> None:
-        full = f"{path}.{_public(name)}"
+    def _record_trainable(self, path: str, module: nn.Module, name: str, first_step: int) -> None:
+        full = f"{path}.{_to_base_name(name)}"
         self._sources[full] = cast(dict[str, str], module.checkpoint_names)[name]
         self._first_steps[full] = first_step
 
-    def _replace(
+    def _replace_with_masters(
         self,
         model: nn.Module,
         path: str,
@@ -77,44 +84,44 @@ class PartialAdapter(PlainAdapter):
         masters: dict[str, nn.Parameter],
         first_steps: dict[str, int],
     ) -> None:
-        learning = Learning(first_steps, self.arithmetic, self.clock)
+        learning = TrainableSpec(first_steps, self.arithmetic, self.clock)
         is_linear = isinstance(module, FrozenLinear | nn.Linear)
         if is_linear and "weight" in masters:
             bias = cast(nn.Parameter | None, masters.get("bias", module.bias))
             names = cast(dict[str, str], module.checkpoint_names)
-            names = {_public(name): source for name, source in names.items()}
-            linear = TrainedLinear(masters["weight"], bias, learning, names)
+            names = {_to_base_name(name): source for name, source in names.items()}
+            linear = MasterWeightLinear(masters["weight"], bias, learning, names)
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, linear)
             return
         if isinstance(module, FrozenLinear):  # only its bias: the product is the base's affair
             assert module.bias is not None
-            learning = Learning(first_steps, module.bias.dtype, self.clock)
-        as_trained(module, masters, learning)
+            learning = TrainableSpec(first_steps, module.bias.dtype, self.clock)
+        use_master_weights(module, masters, learning)
 
     # -- training ------------------------------------------------------------------------------
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         self.clock.step = step
 
-    def first_step(self, name: str) -> int:
+    def get_first_step(self, name: str) -> int:
         return self._first_steps[name]
 
     # -- saving --------------------------------------------------------------------------------
 
-    def sources(self) -> Mapping[str, str]:
+    def list_source_tensors(self) -> Mapping[str, str]:
         return self._sources
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         raise RuntimeError("trained weights are written one by one (adapters.weights_format)")
 
 
-def _public(name: str) -> str:
+def _to_base_name(name: str) -> str:
     """A frozen linear's packed parameter stands for its weight."""
     return "weight" if name == "packed" else name
 
 
-def _master(path: str, module: nn.Module, name: str) -> nn.Parameter:
+def _make_master_parameter(path: str, module: nn.Module, name: str) -> nn.Parameter:
     parameter = module._parameters[name]
     assert parameter is not None
     shape = tuple(parameter.shape)
@@ -136,16 +143,16 @@ def _master(path: str, module: nn.Module, name: str) -> nn.Parameter:
 # -- choosing ----------------------------------------------------------------------------------
 
 
-def _choose(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
+def _choose_parameters(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
     """The earliest stage of each parameter that is in one.
 
     Raises:
         UserError: a stage names a part that the model lacks.
     """
     chosen: Chosen = {}
-    blocks = find_blocks(model)
+    blocks = find_decoder_blocks(model)
     for stage in stages:
-        found = [p for part in stage.parts for p in _of_part(model, part)]
+        found = [p for part in stage.parts for p in _list_part_parameters(model, part)]
         if stage.last_blocks > len(blocks):
             raise UserError(
                 f"adapter.last_blocks is {stage.last_blocks}, but the model has {len(blocks)} "
@@ -159,9 +166,9 @@ def _choose(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
     return chosen
 
 
-def _of_part(model: nn.Module, part: Part) -> list[nn.Parameter]:
+def _list_part_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:
     found = list(_PARTS[part](model))
-    if not found and not (part == "head" and _classifies(model)):
+    if not found and not (part == "head" and _is_classifier(model)):
         known = [name for name, find in _PARTS.items() if any(True for _ in find(model))]
         raise UserError(
             f"adapter.parts: a {type(model).__name__} of this config.json has no {part}; it has "
@@ -170,7 +177,7 @@ def _of_part(model: nn.Module, part: Part) -> list[nn.Parameter]:
     return found
 
 
-def _norms(model: nn.Module) -> Iterator[nn.Parameter]:
+def _iterate_norms(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         flat = bool(own) and all(p.dim() == 1 for p in own) and not module._modules
@@ -178,33 +185,34 @@ def _norms(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from own
 
 
-def _biases(model: nn.Module) -> Iterator[nn.Parameter]:
+def _iterate_biases(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         bias = module._parameters.get("bias")
         if bias is not None:
             yield bias
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
+def _iterate_embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield from module.parameters()
 
 
-def _head(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield nothing for a classifier, whose head is trained anyway (``adapters.head``)."""
-    if not _classifies(model):
+def _iterate_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield nothing for a classifier, whose head is trained anyway
+    (``adapters.classifier_head.method``)."""
+    if not _is_classifier(model):
         yield from cast(Any, model).get_output_embeddings().parameters()
 
 
-def _classifies(model: nn.Module) -> bool:
+def _is_classifier(model: nn.Module) -> bool:
     return cast(Any, model).get_output_embeddings() is None
 
 
 _PARTS: dict[Part, Callable[[nn.Module], Iterator[nn.Parameter]]] = {
     "all": lambda model: model.parameters(),
-    "norms": _norms,
-    "biases": _biases,
-    "embeddings": _embeddings,
-    "head": _head,
+    "norms": _iterate_norms,
+    "biases": _iterate_biases,
+    "embeddings": _iterate_embeddings,
+    "head": _iterate_head,
 }

@@ -27,11 +27,11 @@ class AttentionMeter:
         self._rows: tuple[Tensor, Sequence[int], int] | None = None
 
     @property
-    def is_on(self) -> bool:
+    def is_counting(self) -> bool:
         return self._rows is not None
 
     @contextmanager
-    def counting(self, weights: Tensor, tasks: Sequence[int], count: int) -> Iterator[None]:
+    def count_attention(self, weights: Tensor, tasks: Sequence[int], count: int) -> Iterator[None]:
         """The next forward computes a batch whose tokens count so much.
 
         Args:
@@ -45,7 +45,7 @@ class AttentionMeter:
         finally:
             self._rows = None
 
-    def add(self, path: str, attention: Tensor) -> None:
+    def add_attention(self, path: str, attention: Tensor) -> None:
         """``attention``: float32 ``[B, S, N]``."""
         assert self._rows is not None
         weights, tasks, count = self._rows

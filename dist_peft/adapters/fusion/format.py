@@ -5,7 +5,7 @@
     adapter_fusion_config.json       {"config": {AdapterFusionConfig}, "name", "adapter_names", ...}
     model_adapter_fusion.safetensors PLACE.adapter_fusion_layer.NAME.query.weight [d, d], .bias [d],
                                      .key.weight [d, d], .key.bias [d], .value.weight [d, d]
-    RTE/, MRPC/                      the fused adapters, each as in ``adapterhub_format``
+    RTE/, MRPC/                      the fused adapters, each as in ``adapters.bottleneck.format``
 
 ``PLACE`` is that of the adapters, ``NAME`` of the fusion is those of its adapters, joined by
 commas. The library reads it with ``load_adapter(DIR/RTE)``, ``load_adapter(DIR/MRPC)``, ...,
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from dist_peft.adapters.bottleneck.format import (
     VERSION,
-    Described,
-    bottleneck_tensors,
-    place_in_file,
-    place_in_model,
+    ModelDescription,
+    parse_bottleneck_tensors,
     refuse_nonlinear_merge,
+    to_adapterhub_path,
+    to_model_path,
 )
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
@@ -34,10 +34,10 @@ __all__ = [
     "CONFIG",
     "TENSORS",
     "FusionFormat",
-    "fusion_names",
-    "fusion_tensors",
-    "is_fusion",
-    "public_fusion",
+    "is_fusion_config",
+    "list_fused_names",
+    "parse_fusion_tensors",
+    "to_public_fusion",
 ]
 
 CONFIG = "adapter_fusion_config.json"
@@ -66,9 +66,9 @@ _NO_MATTER = {"regularization", "dropout_prob", "value_before_softmax", "value_i
 """Keys without influence on the output of a trained fusion."""
 
 
-def public_fusion(
+def to_public_fusion(
     names: Sequence[str],
-    described: Described,
+    described: ModelDescription,
     layers: Mapping[str, Mapping[str, Tensor]],
     parts: Mapping[str, PublicAdapter],
     *,
@@ -97,7 +97,7 @@ def public_fusion(
         "version": VERSION,
     }
     tensors = {
-        f"{place_in_file(path)}.adapter_fusion_layer.{fusion}.{_OWN_NAMES[name]}": _absolute(
+        f"{to_adapterhub_path(path)}.adapter_fusion_layer.{fusion}.{_OWN_NAMES[name]}": _absolute(
             name, value
         )
         for path, own in layers.items()
@@ -110,19 +110,19 @@ def _absolute(name: str, value: Tensor) -> Tensor:
     return value + torch.eye(len(value)) if name == "value_change" else value.contiguous()
 
 
-def is_fusion(config: Mapping[str, Any]) -> bool:
+def is_fusion_config(config: Mapping[str, Any]) -> bool:
     """Whether this configuration of AdapterHub's library is a fusion's."""
     own = config.get("config")
     return isinstance(own, dict) and "query_before_ln" in own
 
 
-def fusion_names(config: Mapping[str, Any]) -> list[str]:
+def list_fused_names(config: Mapping[str, Any]) -> list[str]:
     """Names of the fused adapters, in their order."""
     names = config.get("adapter_names") or config["name"]
     return names.split(",") if isinstance(names, str) else list(names)
 
 
-def fusion_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
+def parse_fusion_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
     """Path of each fusion -> own name -> tensor, checked.
 
     Raises:
@@ -147,7 +147,7 @@ def fusion_tensors(public: PublicAdapter) -> dict[str, dict[str, Tensor]]:
         if list(value.shape) != shape:
             raise UserError(f"fusion tensor {key} has shape {list(value.shape)}, not {shape}")
         change = value - torch.eye(d, dtype=value.dtype) if name == "value_change" else value
-        layers.setdefault(place_in_model(found[1]), {})[name] = change
+        layers.setdefault(to_model_path(found[1]), {})[name] = change
     if not layers:
         raise UserError("the fusion has no tensors: it was saved without its data")
     for path, tensors in layers.items():
@@ -168,17 +168,17 @@ class FusionFormat:
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is a fusion's."""
-        return "peft_type" not in config and is_fusion(config)
+        return "peft_type" not in config and is_fusion_config(config)
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``fusion_tensors``; or a fused adapter is damaged."""
-        fusion_tensors(public)
+        """Raises: UserError: see ``parse_fusion_tensors``; or a fused adapter is damaged."""
+        parse_fusion_tensors(public)
         for part in public.parts.values():
-            bottleneck_tensors(part)
+            parse_bottleneck_tensors(part)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """Return the names of the fused adapters."""
-        return f"fusion of {', '.join(fusion_names(config))}"
+        return f"fusion of {', '.join(list_fused_names(config))}"
 
     def explain_no_peft_form(self, config: Mapping[str, Any]) -> str:
         """Return that PEFT lacks the method."""

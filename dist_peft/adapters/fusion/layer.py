@@ -28,8 +28,8 @@ change ``V - I``: weight decay pulls towards the identity, and no 1 hides a smal
 
 **Penalty.** The loss has ``lambda |V - I|^2`` (Frobenius) for each place. Its gradient,
 ``2 lambda (V - I)``, is added where ``V`` is used, in backward, once for each micro-batch of each
-rank, divided by their number (``Pull``): engines add gradients up, so that it counts once a step.
-The reported loss is the tokens' alone.
+rank, divided by their number (``IdentityRegularizer``): engines add gradients up, so that it
+counts once a step. The reported loss is the tokens' alone.
 """
 
 from collections.abc import Mapping
@@ -39,19 +39,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.bottleneck.layer import BottleneckLayer, add_parameters
+from dist_peft.adapters.bottleneck.layer import BottleneckLayer, add_meta_parameters
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.span import Span
 
-__all__ = ["FusionLayer", "Pull", "near_identity"]
+__all__ = ["FusionLayer", "IdentityRegularizer", "init_near_identity"]
 
 _DEVIATION = 0.02
 _OFF_DIAGONAL = 1e-6
 
 
-class Pull:
+class IdentityRegularizer:
     """How strongly ``V`` is pulled to the identity; shared by the layers of a model.
 
     Engines may scale a loss before its backward pass, DeepSpeed by the number of ranks, as it takes
@@ -66,27 +66,27 @@ class Pull:
         self.regularization = regularization
         self.strength = 0.0
 
-    def join(self, loss: Tensor, parts: int) -> None:
+    def attach_to_loss(self, loss: Tensor, parts: int) -> None:
         """Act in the backward pass of ``loss``, one of ``parts`` of an optimizer step."""
 
-        def note(grad: Tensor) -> None:
+        def record_loss_scale(grad: Tensor) -> None:
             self.strength = 2 * self.regularization / parts * float(grad)
 
         self.strength = 0.0
         if self.regularization:
-            loss.register_hook(note)
+            loss.register_hook(record_loss_scale)
 
 
-class _PulledLinear(torch.autograd.Function):
+class _RegularizedLinear(torch.autograd.Function):
     """``y = x W^T``, and ``dW`` grows by the pull's strength times ``W``.
 
     ``W`` is kept as an object, not saved: engines free and refill its storage between forward and
-    backward (as in ``quant.matmul``). A forward recomputed by activation checkpointing has no
-    backward of its own, so the pull is not counted twice.
+    backward (as in ``quant.frozen_matmul``). A forward recomputed by activation checkpointing has
+    no backward of its own, so the pull is not counted twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, pull: Pull) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, pull: IdentityRegularizer) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.pull = weight, pull
         return F.linear(x, weight.to(x.dtype))
@@ -133,8 +133,8 @@ class FusionLayer(nn.Module):
         base: nn.Module,
         path: str,
         adapters: Mapping[str, BottleneckLayer],
-        dropout: RowDropout,
-        pull: Pull,
+        dropout: SampleDropout,
+        pull: IdentityRegularizer,
         meter: AttentionMeter,
         *,
         seed: int,
@@ -155,7 +155,7 @@ class FusionLayer(nn.Module):
             "value_change": (d, d),
         }
         self._given: dict[str, Tensor] = {}
-        add_parameters(self, self.shapes, device)
+        add_meta_parameters(self, self.shapes, device)
         self.key_bias.requires_grad_(dropout.p > 0)
 
     @property
@@ -169,16 +169,18 @@ class FusionLayer(nn.Module):
             output, stream: as of ``BottleneckLayer``.
         """
         adapters: list[Any] = list(self.adapters)
-        h = adapters[0].reads(output, stream)
-        outputs = torch.stack([adapter.change(h) for adapter in adapters], -2)  # [B, S, N, d]
-        attention = self._attention(h, outputs)
-        if self.meter.is_on:
-            self.meter.add(self.path, attention)
+        h = adapters[0].select_adapter_input(output, stream)
+        outputs = torch.stack(
+            [adapter.compute_residual(h) for adapter in adapters], -2
+        )  # [B, S, N, d]
+        attention = self._compute_attention(h, outputs)
+        if self.meter.is_counting:
+            self.meter.add_attention(self.path, attention)
         mixed = (attention.to(outputs.dtype).unsqueeze(-2) @ outputs).squeeze(-2)
-        change = _PulledLinear.apply(mixed, self.value_change, self.pull)
+        change = _RegularizedLinear.apply(mixed, self.value_change, self.pull)
         return (output.to(self.arithmetic) + mixed + change).to(output.dtype)
 
-    def _attention(self, h: Tensor, outputs: Tensor) -> Tensor:
+    def _compute_attention(self, h: Tensor, outputs: Tensor) -> Tensor:
         """``a`` [B, S, N], float32."""
         dtype = self.arithmetic
         query = F.linear(h, self.query_weight.to(dtype), self.query_bias.to(dtype))
@@ -188,11 +190,11 @@ class FusionLayer(nn.Module):
             scores = scores + (query @ self.key_bias.to(dtype)).unsqueeze(-1).float()
         return self.dropout(scores).softmax(-1)
 
-    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
         """Whole parameters by own name, to start from instead of those of the paper."""
         self._given = dict(tensors)
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
         shape = self.shapes[name]
         if name in self._given:
@@ -200,7 +202,7 @@ class FusionLayer(nn.Module):
         if name.endswith("bias"):
             return torch.zeros(len(span))
         if name == "value_change":
-            return near_identity(span, shape[1])
+            return init_near_identity(span, shape[1])
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.path, name))
         value = torch.empty(shape).normal_(std=_DEVIATION, generator=generator)
         return value[span.slice].clone()
@@ -209,7 +211,7 @@ class FusionLayer(nn.Module):
         return f"{len(self.adapters)} adapters, d={self.shapes['key_bias'][0]}"
 
 
-def near_identity(span: Span, size: int) -> Tensor:
+def init_near_identity(span: Span, size: int) -> Tensor:
     """Rows ``span`` of ``V - I`` at the start: 1e-6 off the diagonal."""
     rows, index = torch.full((len(span), size), _OFF_DIAGONAL), torch.arange(len(span))
     rows[index, index + span.start] = 0.0

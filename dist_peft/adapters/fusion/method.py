@@ -1,6 +1,6 @@
 """The adapter method ``fusion``: AdapterFusion over trained bottleneck adapters on any base.
 
-At each place the fusion stands where an adapter would stand (``adapters.bottleneck_method``), and
+At each place the fusion stands where an adapter would stand (``adapters.bottleneck.method``), and
 has the adapters as its parts. These are frozen; each rank reads its own rows of them from their
 files. Only the fusion is trained, checkpointed, and has optimizer state.
 """
@@ -15,28 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.bottleneck import format as adapterhub_format
-from dist_peft.adapters.bottleneck.block_structure import Site, find_sites, hidden_size
+from dist_peft.adapters.bottleneck.block_structure import (
+    AdapterSite,
+    find_adapter_sites,
+    read_hidden_size,
+)
 from dist_peft.adapters.bottleneck.format import (
-    Described,
-    bottleneck_tensors,
-    is_adapterhub,
-    public_bottleneck,
-    read_settings,
-    tensor_name,
+    ModelDescription,
+    build_adapterhub_key,
+    is_adapterhub_config,
+    parse_bottleneck_config,
+    parse_bottleneck_tensors,
+    to_public_bottleneck,
 )
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, Rows
-from dist_peft.adapters.bottleneck.method import match_paths, place, spec_of
-from dist_peft.adapters.directory import config_file, read_adapter
+from dist_peft.adapters.bottleneck.method import (
+    build_bottleneck_spec,
+    insert_adapter_layer,
+    match_adapter_paths,
+)
+from dist_peft.adapters.directory import find_config_file, read_adapter_directory
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.format import (
-    fusion_names,
-    fusion_tensors,
-    is_fusion,
-    public_fusion,
+    is_fusion_config,
+    list_fused_names,
+    parse_fusion_tensors,
+    to_public_fusion,
 )
-from dist_peft.adapters.fusion.layer import FusionLayer, Pull
-from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter, whole_parameters
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.adapter import BottleneckConfig, FusedAdapter, FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -46,8 +54,8 @@ from dist_peft.store.reader import RowReader
 __all__ = ["FusionAdapter"]
 
 
-class FusionAdapter(PlainAdapter):
-    """See the module docstring and ``adapters.base.Adapter``.
+class FusionAdapter(AdapterDefaults):
+    """See the module docstring and ``adapters.protocol.Adapter``.
 
     Attributes:
         layers: the fusions by path, once attached.
@@ -60,14 +68,14 @@ class FusionAdapter(PlainAdapter):
     def __init__(self, config: FusionConfig, *, seed: int, arithmetic: torch.dtype) -> None:
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
         self.position = DropoutPosition(seed)
-        self.pull = Pull(config.regularization)
+        self.pull = IdentityRegularizer(config.regularization)
         self.meter = AttentionMeter()
         self.layers: dict[str, FusionLayer] = {}
-        self.sources: list[_Source] = []
+        self.sources: list[_FusedAdapterSource] = []
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Put a fusion and its adapters into each place. See ``Adapter``.
 
         Raises:
@@ -75,20 +83,24 @@ class FusionAdapter(PlainAdapter):
                 base; ``init_from`` does not fit.
         """
         self.model = model
-        self.described = Described.of(model, hidden_size(model))
-        self.sources = [_Source.open(adapter) for adapter in self.config.adapters]
+        self.described = ModelDescription.describe_model(model, read_hidden_size(model))
+        self.sources = [
+            _FusedAdapterSource.open_adapter(adapter) for adapter in self.config.adapters
+        ]
         placement = self._placement()
-        sites = [(path, site) for path, sites in find_sites(model, placement) for site in sites]
-        mine, hidden = [site.path_in(path) for path, site in sites], hidden_size(model)
+        sites = [
+            (path, site) for path, sites in find_adapter_sites(model, placement) for site in sites
+        ]
+        mine, hidden = [site.join_block_path(path) for path, site in sites], read_hidden_size(model)
         for source in self.sources:
-            source.fit(mine, hidden)
+            source.match_model_paths(mine, hidden)
         for path, site in sites:
             block = model.get_submodule(path)
-            layer = self._layer(block, site.path_in(path), site)
+            layer = self._build_layer(block, site.join_block_path(path), site)
             self.layers[layer.path] = layer
-            place(block, site, layer)
+            insert_adapter_layer(block, site, layer)
         if self.config.init_from is not None:
-            self._give_start(Path(self.config.init_from), hidden)
+            self._load_initial_fusion(Path(self.config.init_from), hidden)
 
     def _placement(self) -> Any:
         first, *others = self.sources
@@ -108,54 +120,56 @@ class FusionAdapter(PlainAdapter):
             )
         return placement
 
-    def _layer(self, block: nn.Module, path: str, site: Site) -> FusionLayer:
-        hidden, base = hidden_size(self.model), block.get_submodule(site.output)
+    def _build_layer(self, block: nn.Module, path: str, site: AdapterSite) -> FusionLayer:
+        hidden, base = read_hidden_size(self.model), block.get_submodule(site.output)
         norm = None if site.norm is None else block.get_submodule(site.norm)
-        silent = RowDropout(0.0, path, self.position)
+        silent = SampleDropout(0.0, path, self.position)
         adapters = {}
         for number, source in enumerate(self.sources):
-            spec = spec_of(source.config, hidden, site, arithmetic=self.arithmetic, seed=self.seed)
+            spec = build_bottleneck_spec(
+                source.config, hidden, site, arithmetic=self.arithmetic, seed=self.seed
+            )
             own = f"{path}.adapters.{number}"
             adapter = BottleneckLayer(base, own, spec, silent, norm, train=False)
-            adapter.give_rows(source.rows(path, adapter.shapes))
+            adapter.load_initial_rows(source.read_layer_rows(path, adapter.shapes))
             adapters[source.name] = adapter
-        dropout = RowDropout(self.config.dropout, path, self.position)
+        dropout = SampleDropout(self.config.dropout, path, self.position)
         return FusionLayer(base, path, adapters, dropout, self.pull, self.meter, seed=self.seed)
 
-    def _give_start(self, directory: Path, hidden: int) -> None:
-        public, what = read_adapter(directory), f"adapter.init_from {directory}"
-        if not is_fusion(public.config):
+    def _load_initial_fusion(self, directory: Path, hidden: int) -> None:
+        public, what = read_adapter_directory(directory), f"adapter.init_from {directory}"
+        if not is_fusion_config(public.config):
             raise UserError(
                 f"{what} is no fusion; give a directory with adapter_fusion_config.json"
             )
-        names, its = [s.name for s in self.sources], fusion_names(public.config)
+        names, its = [s.name for s in self.sources], list_fused_names(public.config)
         if names != its:
             raise UserError(
                 f"{what} fuses {', '.join(its)}, and adapter.adapters are {', '.join(names)}; give "
                 "the same in the same order"
             )
-        tensors = fusion_tensors(public)
-        found = match_paths(
+        tensors = parse_fusion_tensors(public)
+        found = match_adapter_paths(
             what, list(self.layers), hidden, tensors, int(public.config["hidden_size"])
         )
         for path, layer in self.layers.items():
-            layer.give_start(tensors[found[path]])
+            layer.load_initial_values(tensors[found[path]])
 
     # -- training ------------------------------------------------------------------------------
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.position.begin(step, sample_ids)
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin_micro_batch(step, sample_ids)
 
-    def penalize(self, loss: Tensor, parts: int) -> None:
-        self.pull.join(loss, parts)
+    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+        self.pull.attach_to_loss(loss, parts)
 
-    def reads(self) -> str:
-        return " ".join(source.index.fingerprint() for source in self.sources)
+    def input_fingerprint(self) -> str:
+        return " ".join(source.index.compute_fingerprint() for source in self.sources)
 
     # -- saving --------------------------------------------------------------------------------
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """AdapterHub's form. See ``Adapter`` and ``fusion_format``."""
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """AdapterHub's form. See ``Adapter`` and ``adapters.fusion.format``."""
         described = replace(self.described, base=base)
         parts = {}
         for number, source in enumerate(self.sources):
@@ -164,16 +178,16 @@ class FusionAdapter(PlainAdapter):
                 cast(BottleneckLayer, m).path: cast(BottleneckLayer, m).shapes
                 for m in modules.values()
             }
-            whole = whole_parameters(tensors, shapes)
+            whole = collect_gathered_parameters(tensors, shapes)
             own = dict(zip(modules, whole.values(), strict=True))
-            parts[source.name] = public_bottleneck(
+            parts[source.name] = to_public_bottleneck(
                 source.config, described, own, {}, name=source.name
             )
         fused = {path: layer.shapes for path, layer in self.layers.items()}
-        return public_fusion(
+        return to_public_fusion(
             [source.name for source in self.sources],
             described,
-            whole_parameters(tensors, fused),
+            collect_gathered_parameters(tensors, fused),
             parts,
             regularized=self.config.regularization > 0,
             dropout=self.config.dropout,
@@ -181,7 +195,7 @@ class FusionAdapter(PlainAdapter):
 
 
 @dataclass
-class _Source:
+class _FusedAdapterSource:
     """An adapter on disk that is fused.
 
     Attributes:
@@ -205,51 +219,51 @@ class _Source:
     found: dict[str, str]
 
     @classmethod
-    def open(cls, adapter: FusedAdapter) -> Self:
+    def open_adapter(cls, adapter: FusedAdapter) -> Self:
         """Look at names and shapes, not at values.
 
         Raises:
             UserError: no bottleneck adapter, one with norms of its own, or a damaged one.
         """
         directory, what = Path(adapter.path), f"adapter.adapters: {adapter.path}"
-        if not config_file(directory).is_file():
+        if not find_config_file(directory).is_file():
             raise UserError(
                 f"{what} has no adapter_config.json; give the adapter/ of a finished run "
                 "(RUN/adapter, RUN/tasks/NAME/adapter), or one saved by AdapterHub's library"
             )
-        public = read_adapter(directory, values=False)
-        if not is_adapterhub(public.config) or is_fusion(public.config):
+        public = read_adapter_directory(directory, values=False)
+        if not is_adapterhub_config(public.config) or is_fusion_config(public.config):
             raise UserError(f"{what} is no bottleneck adapter; others cannot be fused")
-        config = read_settings(public.config)
+        config = parse_bottleneck_config(public.config)
         if config.train_layernorm:
             raise UserError(
                 f"{what} has layer norms of its own, which cannot be fused; train it without "
                 "adapter.train_layernorm"
             )
         return cls(
-            name=adapter.label,
+            name=adapter.display_name,
             config=config,
             what=what,
             index=SafetensorsIndex.open(directory / adapterhub_format.TENSORS),
-            paths=list(bottleneck_tensors(public)),
+            paths=list(parse_bottleneck_tensors(public)),
             hidden=int(public.config["hidden_size"]),
             own=str(public.config["name"]),
             found={},
         )
 
-    def fit(self, mine: Sequence[str], hidden: int) -> None:
+    def match_model_paths(self, mine: Sequence[str], hidden: int) -> None:
         """
         Raises:
             UserError: it was trained on another base than one with these places.
         """
-        self.found = match_paths(self.what, mine, hidden, self.paths, self.hidden)
+        self.found = match_adapter_paths(self.what, mine, hidden, self.paths, self.hidden)
 
-    def rows(self, path: str, names: Mapping[str, Any]) -> dict[str, Rows]:
+    def read_layer_rows(self, path: str, names: Mapping[str, Any]) -> dict[str, Rows]:
         """Return readers of the parameters of the adapter at ``path``, by own name."""
-        keys = {name: tensor_name(self.found[path], self.own, name) for name in names}
-        return {name: partial(_read, self.index, key) for name, key in keys.items()}
+        keys = {name: build_adapterhub_key(self.found[path], self.own, name) for name in names}
+        return {name: partial(_read_tensor_rows, self.index, key) for name, key in keys.items()}
 
 
-def _read(index: SafetensorsIndex, key: str, span: Span) -> Tensor:
+def _read_tensor_rows(index: SafetensorsIndex, key: str, span: Span) -> Tensor:
     with RowReader(index) as reader:
-        return reader.read(key, span)
+        return reader.read_rows(key, span)

@@ -57,7 +57,7 @@ class Ia3Linear(nn.Module):
         y: Tensor = self.base(x)
         return (y * self.ia3_l).to(y.dtype)
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Initial value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
         assert name == "ia3_l", f"{self.path} has no parameter {name}"
         return torch.ones(len(span))

@@ -47,11 +47,12 @@ class Ia3Merger:
         self._biases: dict[str, Rescaling] = {}
         self._rows_left: dict[str, int] = {}
 
-    def touches(self, weight: str) -> bool:
-        """Return whether the adapter changes this weight or, after ``check_shapes``, this bias."""
+    def changes_weight(self, weight: str) -> bool:
+        """Return whether the adapter changes this weight or, after ``check_weight_shapes``, this
+        bias."""
         return weight in self._rescalings or weight in self._biases
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Compare the adapter with the base's shapes, and find the biases to merge.
 
         Args:
@@ -74,7 +75,7 @@ class Ia3Merger:
                 self._biases[bias] = own
                 self._rows_left[bias] = rows
 
-    def merge_rows(
+    def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
         """Return rows ``span`` of a weight or bias with the adapter in them.
@@ -102,22 +103,22 @@ class Ia3Merger:
         self._rows_left[weight] -= len(span)
         return merged
 
-    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that were quantized: ``rows`` themselves."""
         return rows
 
-    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
         """Raises: UserError: always: zeros cannot hold a factor."""
-        self.group_change(weight, parts, span)
+        self.compute_group_change(weight, parts, span)
 
-    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
         """Raises: UserError: always: a factor changes the weights of a group differently."""
         raise UserError(
             f"{weight}: IA3 multiplies weights, which the zeros of an integer base cannot hold; "
             "only adapter.kind qalora merges into zeros"
         )
 
-    def unused(self) -> list[str]:
+    def list_unused_tensors(self) -> list[str]:
         """Return adapted weights and biases of which not every row was merged."""
         unseen = [name for name in self._rescalings if name not in self._rows_left]
         return [*unseen, *(name for name, rows in self._rows_left.items() if rows > 0)]

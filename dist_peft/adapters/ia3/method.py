@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from dist_peft.adapters.ia3.format import public_ia3
 from dist_peft.adapters.ia3.layer import Ia3Linear
 from dist_peft.adapters.protocol import (
-    PlainAdapter,
+    AdapterDefaults,
     PublicAdapter,
-    match_targets,
-    whole_parameters,
+    collect_gathered_parameters,
+    list_adapter_targets,
 )
 from dist_peft.core.config.run import Ia3Config
 from dist_peft.core.errors import UserError
@@ -22,7 +22,7 @@ __all__ = ["Ia3Adapter"]
 _FEEDFORWARD = "down_proj"
 
 
-class Ia3Adapter(PlainAdapter):
+class Ia3Adapter(AdapterDefaults):
     """See the module docstring and ``adapters.protocol.Adapter``.
 
     Attributes:
@@ -34,7 +34,7 @@ class Ia3Adapter(PlainAdapter):
         self.layers: dict[str, Ia3Linear] = {}
         self._all_names: list[str] = []
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Wrap the targets. See ``Adapter``.
 
         Raises:
@@ -43,7 +43,7 @@ class Ia3Adapter(PlainAdapter):
         """
         modules = dict(model.named_modules())
         _refuse_embeddings(self.config.target_modules, modules)
-        names = match_targets(self.config.target_modules, model)
+        names = list_adapter_targets(self.config.target_modules, model)
         _refuse_experts(names, modules)
         rescales_input = self._feedforward(names)
         self._all_names = list(modules)
@@ -72,12 +72,14 @@ class Ia3Adapter(PlainAdapter):
             found |= matched
         return found
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         pass  # nothing is random
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``adapters.ia3.format``."""
-        whole = whole_parameters(tensors, {path: m.shapes for path, m in self.layers.items()})
+        whole = collect_gathered_parameters(
+            tensors, {path: m.shapes for path, m in self.layers.items()}
+        )
         vectors = {path: own["ia3_l"] for path, own in whole.items()}
         feedforward = {path for path, layer in self.layers.items() if layer.rescales_input}
         return public_ia3(vectors, feedforward, self._all_names, base)

@@ -31,18 +31,18 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.adapter_format import find_format
-from dist_peft.adapters.lora.tensors import Factors, factors, tensor_name
-from dist_peft.adapters.low_rank.row_sharded import LowRank, top_singular
+from dist_peft.adapters.lora.tensors import LoraTensors, build_peft_key, parse_lora_tensors
+from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, compute_top_singular
 from dist_peft.adapters.protocol import PublicAdapter, derive_seed
 from dist_peft.core.errors import UserError
 
-__all__ = ["Recipe", "combine"]
+__all__ = ["CombineRecipe", "combine_adapters"]
 
 _POWER_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CombineRecipe:
     """How to combine.
 
     Attributes:
@@ -58,8 +58,8 @@ class Recipe:
     seed: int = 0
 
 
-def combine(
-    adapters: Mapping[str, PublicAdapter], weights: Sequence[float], recipe: Recipe
+def combine_adapters(
+    adapters: Mapping[str, PublicAdapter], weights: Sequence[float], recipe: CombineRecipe
 ) -> tuple[PublicAdapter, float]:
     """One adapter instead of several.
 
@@ -76,7 +76,7 @@ def combine(
         UserError: an adapter is not plain LoRA, or two do not fit the same base.
     """
     assert len(adapters) == len(weights)
-    found = {name: _plain(name, public) for name, public in adapters.items()}
+    found = {name: _parse_plain_lora(name, public) for name, public in adapters.items()}
     paths = list(dict.fromkeys(path for own in found.values() for path in own))
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -85,22 +85,22 @@ def combine(
         present = [
             (own[path], w) for own, w in zip(found.values(), weights, strict=True) if path in own
         ]
-        _check_same_shape(path, [f for f, _ in present])
-        product, norm, cut = _combined(path, present, recipe)
+        _check_equal_shapes(path, [f for f, _ in present])
+        product, norm, cut = _combine_module(path, present, recipe)
         kept, whole = kept + norm - cut, whole + norm
         ranks[path] = product.A.shape[0]
         embedding = "_embedding" if present[0][0].is_embedding else ""
-        tensors[tensor_name(path, f"lora{embedding}_A")] = product.A.float().contiguous()
-        tensors[tensor_name(path, f"lora{embedding}_B")] = product.B.float().contiguous()
-    config = _config(next(iter(adapters.values())), paths, ranks)
+        tensors[build_peft_key(path, f"lora{embedding}_A")] = product.A.float().contiguous()
+        tensors[build_peft_key(path, f"lora{embedding}_B")] = product.B.float().contiguous()
+    config = _build_combined_config(next(iter(adapters.values())), paths, ranks)
     return PublicAdapter(config, tensors), kept / whole if whole else 1.0
 
 
-def _combined(
-    path: str, present: Sequence[tuple[Factors, float]], recipe: Recipe
-) -> tuple[LowRank, float, float]:
+def _combine_module(
+    path: str, present: Sequence[tuple[LoraTensors, float]], recipe: CombineRecipe
+) -> tuple[LowRankFactors, float, float]:
     """Return a weight's product, and the squared norms of the full change and of the residual."""
-    stacked = LowRank(
+    stacked = LowRankFactors(
         torch.cat([f.A for f, _ in present]),
         torch.cat([w * f.scaling * f.B for f, w in present], 1),
     )
@@ -109,28 +109,34 @@ def _combined(
     exact = recipe.method == "linear"
     if exact and recipe.rank is None:
         return stacked, 1.0, 0.0
-    dense = stacked.B.double() @ stacked.A.double() if exact else _dense(path, present, recipe)
+    dense = (
+        stacked.B.double() @ stacked.A.double()
+        if exact
+        else _combine_dense_changes(path, present, recipe)
+    )
     seed = derive_seed(recipe.seed, path, "svd")
-    product = top_singular(
+    product = compute_top_singular(
         dense, rank, iterations=_POWER_ITERATIONS, seed=seed, reduce=lambda total: total
     )
     norm = float(dense.square().sum())
     return product, norm, float((dense - product.B @ product.A).square().sum())
 
 
-def _dense(path: str, present: Sequence[tuple[Factors, float]], recipe: Recipe) -> Tensor:
+def _combine_dense_changes(
+    path: str, present: Sequence[tuple[LoraTensors, float]], recipe: CombineRecipe
+) -> Tensor:
     changes = torch.stack([w * f.scaling * (f.B.double() @ f.A.double()) for f, w in present])
     if recipe.method == "dare":
         generator = torch.Generator().manual_seed(derive_seed(recipe.seed, path))
         kept = torch.rand(changes.shape, generator=generator) < recipe.density
         return torch.where(kept, changes / recipe.density, 0.0).sum(0)
-    changes = torch.stack([_trimmed(change, recipe.density) for change in changes])
+    changes = torch.stack([_trim_small_values(change, recipe.density) for change in changes])
     sign = changes.sum(0).sign()
     agreeing = torch.where((changes.sign() == sign) & (changes != 0), changes, 0.0)
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
 
 
-def _trimmed(change: Tensor, density: float) -> Tensor:
+def _trim_small_values(change: Tensor, density: float) -> Tensor:
     """The largest ``density`` of the entries, at least one; the others 0."""
     count = max(1, round(density * change.numel()))
     kept = change.abs().flatten().topk(count).indices
@@ -139,11 +145,11 @@ def _trimmed(change: Tensor, density: float) -> Tensor:
     return result.view_as(change)
 
 
-def _plain(name: str, public: PublicAdapter) -> dict[str, Factors]:
+def _parse_plain_lora(name: str, public: PublicAdapter) -> dict[str, LoraTensors]:
     known = find_format(public.config)
     if known is not None:
         known.open_merger(public, tied=False)  # refuses methods that change no weight
-    found = factors(public)
+    found = parse_lora_tensors(public)
     for path, own in found.items():
         if own.magnitude is not None:
             raise UserError(
@@ -165,14 +171,14 @@ def _plain(name: str, public: PublicAdapter) -> dict[str, Factors]:
     return found
 
 
-def _check_same_shape(path: str, present: Sequence[Factors]) -> None:
+def _check_equal_shapes(path: str, present: Sequence[LoraTensors]) -> None:
     shapes = {own.shape for own in present}
     if len(shapes) > 1:
         sizes = " and ".join(str(list(shape)) for shape in sorted(shapes))
         raise UserError(f"the adapters fit different bases: {path} is {sizes}")
 
 
-def _config(
+def _build_combined_config(
     first: PublicAdapter, paths: Sequence[str], ranks: Mapping[str, int]
 ) -> dict[str, object]:
     """PEFT's configuration: the same rank and alpha everywhere, or a pattern for each path."""

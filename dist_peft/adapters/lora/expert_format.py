@@ -1,6 +1,7 @@
 """LoRA on experts as PEFT stores it.
 
-PEFT names the parameters of experts in ``target_parameters`` and wraps the *module* that owns them,
+PEFT names the parameters of experts in ``list_target_parameters`` and wraps the *module* that owns
+them,
 once for each parameter, in the module's order. Which parameter a tensor belongs to is therefore
 known by how deep it is wrapped::
 
@@ -10,12 +11,12 @@ known by how deep it is wrapped::
     target_parameters: [experts.down_proj]
         PATH.experts.lora_A.weight                of down_proj
 
-For the shapes see ``expert_lora``.
+For the shapes see ``adapters.lora.expert_layer``.
 
 Of some families with experts, PEFT (0.21) takes ``gate_proj``, ``up_proj``, ``down_proj`` and
 ``gate`` in ``target_modules`` for names of experts in older checkpoints, and would not find a
 shared expert's or a dense layer's linears of these names. So they are named by their weight in
-``target_parameters``, too, which gives the same tensors under the same names.
+``list_target_parameters``, too, which gives the same tensors under the same names.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,24 +25,30 @@ from torch import Tensor
 
 from dist_peft.model.experts import STACKS
 
-__all__ = ["expert_factors", "public_path", "stack_path", "taken_for_experts", "target_parameters"]
+__all__ = [
+    "is_taken_for_experts",
+    "list_target_parameters",
+    "split_expert_factors",
+    "to_expert_stack_path",
+    "to_public_expert_path",
+]
 
 _WRAPPED = ".base_layer"
 _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
 
 
-def public_path(stack: str, adapted: Collection[str]) -> str:
+def to_public_expert_path(stack: str, adapted: Collection[str]) -> str:
     """Return the prefix of the adapted ``stack``'s tensors in the file, given all adapted paths."""
     owner, _, own = stack.rpartition(".")
     inner = own == STACKS[0] and f"{owner}.{STACKS[1]}" in adapted
     return owner + _WRAPPED * inner
 
 
-def stack_path(path: str, targets: Iterable[str]) -> str | None:
+def to_expert_stack_path(path: str, targets: Iterable[str]) -> str | None:
     """The reverse: the stack that tensors beginning with ``path`` belong to; None: no stack.
 
     Args:
-        targets: ``target_parameters``; each matches a parameter whose name it ends.
+        targets: ``list_target_parameters``; each matches a parameter whose name it ends.
     """
     owner = path.removesuffix(_WRAPPED)
     # a bare name is an expert's parameter, not whatever a linear could own
@@ -52,19 +59,19 @@ def stack_path(path: str, targets: Iterable[str]) -> str | None:
     return f"{owner}.{own[0] if owner != path else own[-1]}"
 
 
-def expert_factors(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def split_expert_factors(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """``[E * r, in]``, ``[out, r * E]`` -> the same ``A``, and ``[E * out, r]``: rows as the stack
     has them."""
     return A, B.view(B.shape[0], r, -1).permute(2, 0, 1).flatten(0, 1).contiguous()
 
 
-def taken_for_experts(path: str) -> bool:
+def is_taken_for_experts(path: str) -> bool:
     """Whether PEFT would take a linear of a model with experts for one of them, by its name."""
     return path.rpartition(".")[2] in _OLD_NAMES
 
 
-def target_parameters(parameters: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The shortest ``target_parameters`` that mean ``parameters`` (full names) and none of
+def list_target_parameters(parameters: Sequence[str], others: Iterable[str]) -> list[str]:
+    """The shortest ``list_target_parameters`` that mean ``parameters`` (full names) and none of
     ``others``."""
 
     others = set(others) - set(parameters)

@@ -4,7 +4,7 @@ For one of a layer's two stacks (``model.experts``), ``E`` experts of ``W_e`` [o
 
     y = W_e x + s B_e A_e x         A_e [r, in], B_e [out, r]; s = alpha/r, rsLoRA: alpha/sqrt(r)
 
-The factors of all experts are two parameters, as PEFT lays them out for ``target_parameters``
+The factors of all experts are two parameters, as PEFT lays them out for ``list_target_parameters``
 (``ParamWrapper``); an expert's rows of A are together, its columns of B are ``E`` apart::
 
     lora_A [E * r, in]     rows e r .. e r + r of expert e
@@ -51,8 +51,8 @@ class LoraExperts(LowRankModule):
         super().__init__(path, spec)
         self.base = base
         width = base.experts * spec.r
-        self._add("lora_A", (width, base.in_features), device, train=True)
-        self._add("lora_B", (base.out_features, width), device, train=True)
+        self._add_meta_parameter("lora_A", (width, base.in_features), device, train=True)
+        self._add_meta_parameter("lora_B", (base.out_features, width), device, train=True)
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """See ``ExpertStack``."""
@@ -62,10 +62,10 @@ class LoraExperts(LowRankModule):
         B = self.lora_B.view(-1, self.spec.r, len(counts)).unbind(2)
         rows = x.split(list(counts))
         groups = zip(rows, A, B, strict=True)
-        changes = [self._product(*group) for group in groups if len(group[0])]
+        changes = [self._multiply_factors(*group) for group in groups if len(group[0])]
         return (y + torch.cat(changes)).to(y.dtype)
 
-    def _random(self, name: str) -> Tensor:
+    def _draw_initial_values(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
         value = torch.empty(self.shapes[name])
-        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._generator(name))
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._make_generator(name))

@@ -17,7 +17,7 @@ rank ``2 r``::
 A merge into the base *as training saw it* needs the two halves apart. The fact ``start: pissa`` (or
 loftq) says that the first half of each linear's factors is the trained one; what was removed from
 the weight before it was encoded is the second half for PiSSA, and for LoftQ an extra product, or
-nothing (``adapters.start``).
+nothing (``adapters.lora.initialization``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.lora.merge import Merger
-from dist_peft.adapters.lora.tensors import factors, tensor_name
-from dist_peft.adapters.protocol import PublicAdapter, pattern_value
+from dist_peft.adapters.lora.merge import LoraMerger
+from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
+from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
 
-__all__ = ["LoraFormat", "common_config", "public_lora"]
+__all__ = ["LoraFormat", "build_common_config", "build_public_lora"]
 
 _FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
 
@@ -52,7 +52,7 @@ class LoraFormat:
 
     def check(self, public: PublicAdapter) -> None:
         """Raises: UserError: see ``lora.tensors.factors``."""
-        factors(public)
+        parse_lora_tensors(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """Return type, rank, alpha and flags."""
@@ -64,12 +64,13 @@ class LoraFormat:
     def explain_no_peft_form(self, config: Mapping[str, Any]) -> None:
         """PEFT loads all of them."""
 
-    def open_merger(self, public: PublicAdapter, *, tied: bool) -> Merger:
-        """Raises: UserError: see ``factors``; or the embedding is adapted and tied."""
-        return Merger.of(public, tied=tied)
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> LoraMerger:
+        """Raises: UserError: see ``parse_lora_tensors``; or the embedding is adapted and
+        tied."""
+        return LoraMerger.from_public_adapter(public, tied=tied)
 
 
-def public_lora(
+def build_public_lora(
     config: LoraConfig,
     modules: Mapping[str, Mapping[str, Tensor]],
     target_names: Sequence[str],
@@ -83,7 +84,7 @@ def public_lora(
         modules: module path -> own parameter name (as in ``adapters.lora``) -> whole tensor.
         target_names: PEFT's ``target_modules``.
         base: path or hub id of the base.
-        target_parameters: PEFT's (see ``expert_format``).
+        target_parameters: PEFT's (see ``adapters.lora.expert_format``).
     """
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
@@ -96,16 +97,16 @@ def public_lora(
             own["lora_A"] = torch.cat([own["lora_A"], own.pop("start_A")])
             own["lora_B"] = torch.cat([own["lora_B"], -own.pop("start_B")], 1)
         for name, value in own.items():
-            tensors[tensor_name(path, name)] = value.contiguous()
+            tensors[build_peft_key(path, name)] = value.contiguous()
     facts = {"start": config.init} if config.init != "default" else {}
     plain = [path for path, own in modules.items() if "start_A" not in own]
-    public = _peft_config(config, plain, target_names, base)
+    public = _build_peft_config(config, plain, target_names, base)
     if target_parameters:
-        public |= _with_parameters(public, target_parameters)
+        public |= _add_target_parameters(public, target_parameters)
     return PublicAdapter(public, tensors, facts, extra)
 
 
-def _with_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+def _add_target_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
     """What changes where PEFT adapts parameters, which it does without dropout only."""
     changed: dict[str, Any] = {"target_parameters": list(targets), "lora_dropout": 0.0}
     for pattern in ("rank_pattern", "alpha_pattern"):
@@ -115,7 +116,7 @@ def _with_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[
     return changed
 
 
-def _peft_config(
+def _build_peft_config(
     config: LoraConfig, plain: Sequence[str], target_names: Sequence[str], base: str
 ) -> dict[str, Any]:
     """``plain``: modules whose rank is not doubled although others' is."""
@@ -126,14 +127,16 @@ def _peft_config(
     alphas: dict[str, float] = {}
     if doubled:  # first in the dict: PEFT takes the first key that matches
         for path in plain:
-            ranks[path] = pattern_value(config.rank_pattern, path, config.r)
-            alphas[path] = _number(pattern_value(config.alpha_pattern, path, config.alpha))
+            ranks[path] = resolve_pattern_value(config.rank_pattern, path, config.r)
+            alphas[path] = _to_json_number(
+                resolve_pattern_value(config.alpha_pattern, path, config.alpha)
+            )
     ranks |= {key: r * rank_factor for key, r in config.rank_pattern.items()}
-    alphas |= {key: _number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
+    alphas |= {key: _to_json_number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
     return {
-        **common_config(config, target_names, base),
+        **build_common_config(config, target_names, base),
         "r": config.r * rank_factor,
-        "lora_alpha": _number(config.alpha * alpha_factor),
+        "lora_alpha": _to_json_number(config.alpha * alpha_factor),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
@@ -141,7 +144,9 @@ def _peft_config(
     }
 
 
-def common_config(config: LowRankConfig, target_names: Sequence[str], base: str) -> dict[str, Any]:
+def build_common_config(
+    config: LowRankConfig, target_names: Sequence[str], base: str
+) -> dict[str, Any]:
     """PEFT's keys that do not depend on the method."""
     return {
         "peft_type": "LORA",
@@ -149,11 +154,11 @@ def common_config(config: LowRankConfig, target_names: Sequence[str], base: str)
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": _number(config.alpha),
+        "lora_alpha": _to_json_number(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": list(target_names),
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {key: _number(a) for key, a in config.alpha_pattern.items()},
+        "alpha_pattern": {key: _to_json_number(a) for key, a in config.alpha_pattern.items()},
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
@@ -163,6 +168,6 @@ def common_config(config: LowRankConfig, target_names: Sequence[str], base: str)
     }
 
 
-def _number(value: float) -> float:
+def _to_json_number(value: float) -> float:
     """Whole numbers as ``int``: some readers of ``lora_alpha`` take nothing else."""
     return int(value) if float(value).is_integer() else value

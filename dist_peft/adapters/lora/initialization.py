@@ -24,17 +24,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dist_peft.adapters.low_rank.row_sharded import LowRank, add_product, top_singular
+from dist_peft.adapters.low_rank.row_sharded import (
+    LowRankFactors,
+    add_factor_product,
+    compute_top_singular,
+)
 from dist_peft.adapters.protocol import Reduce
 from dist_peft.quant.codec import Codec
 
-__all__ = ["Start", "loftq", "pissa"]
+__all__ = ["InitialFactors", "init_loftq_factors", "init_pissa_factors"]
 
 _LOFTQ_POWER_ITERATIONS = 4
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialFactors:
     """Where an adapter starts, in float32.
 
     Attributes:
@@ -42,20 +46,20 @@ class Start:
         removed: the part subtracted from the weight, times ``s``, before it is quantized.
     """
 
-    start: LowRank
-    removed: LowRank | None
+    start: LowRankFactors
+    removed: LowRankFactors | None
 
 
-def pissa(
+def init_pissa_factors(
     rows: Tensor, rank: int, scaling: float, *, iterations: int, seed: int, reduce: Reduce
-) -> Start:
+) -> InitialFactors:
     """See the module docstring; ``rows`` [rows, in] are this rank's rows, ``scaling`` is ``s``."""
-    top = top_singular(rows, rank, iterations=iterations, seed=seed, reduce=reduce)
-    start = top.scaled(1 / scaling).float()
-    return Start(start, start)
+    top = compute_top_singular(rows, rank, iterations=iterations, seed=seed, reduce=reduce)
+    start = top.scale_factors(1 / scaling).to_float32()
+    return InitialFactors(start, start)
 
 
-def loftq(
+def init_loftq_factors(
     rows: Tensor,
     rank: int,
     scaling: float,
@@ -64,19 +68,21 @@ def loftq(
     iterations: int,
     seed: int,
     reduce: Reduce,
-) -> Start:
+) -> InitialFactors:
     """See the module docstring; ``iterations`` is ``T``, at least 1."""
-    removed: LowRank | None = None
-    fit: LowRank | None = None
+    removed: LowRankFactors | None = None
+    fit: LowRankFactors | None = None
     for _ in range(iterations):
         removed = fit
         shifted = rows
         if removed is not None:
-            shifted = add_product(rows, removed.B, removed.A, -scaling)
-        decoded = codec.decode(codec.encode(shifted), rows.shape[1], rows.dtype)
-        top = top_singular(
+            shifted = add_factor_product(rows, removed.B, removed.A, -scaling)
+        decoded = codec.dequantize_rows(
+            codec.quantize_to_packed(shifted), rows.shape[1], rows.dtype
+        )
+        top = compute_top_singular(
             rows - decoded, rank, iterations=_LOFTQ_POWER_ITERATIONS, seed=seed, reduce=reduce
         )
-        fit = top.scaled(1 / scaling).float()
+        fit = top.scale_factors(1 / scaling).to_float32()
     assert fit is not None
-    return Start(fit, removed)
+    return InitialFactors(fit, removed)

@@ -29,11 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.lora.initialization import Start, loftq, pissa
+from dist_peft.adapters.lora.initialization import (
+    InitialFactors,
+    init_loftq_factors,
+    init_pissa_factors,
+)
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
-from dist_peft.adapters.low_rank.row_sharded import LowRank, add_product
+from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, add_factor_product
 from dist_peft.adapters.protocol import Reduce, derive_seed
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -90,24 +94,24 @@ class LoraLinear(LowRankModule):
         base: FrozenLinear,
         path: str,
         spec: LoraSpec,
-        dropout: RowDropout,
+        dropout: SampleDropout,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(path, spec)
         self.base = base
         self.dropout = dropout
         shape_a, shape_b = (spec.r, base.in_features), (base.out_features, spec.r)
-        self._add("lora_A", shape_a, device, train=True)
-        self._add("lora_B", shape_b, device, train=True)
+        self._add_meta_parameter("lora_A", shape_a, device, train=True)
+        self._add_meta_parameter("lora_B", shape_b, device, train=True)
         if spec.dora:
-            self._add("magnitude", (base.out_features,), device, train=True)
-            self._add("base_norm2", (base.out_features,), device, train=False)
+            self._add_meta_parameter("magnitude", (base.out_features,), device, train=True)
+            self._add_meta_parameter("base_norm2", (base.out_features,), device, train=False)
         frozen = [] if spec.start == "default" else ["start"]
         if spec.start == "loftq" and spec.iterations > 1:
             frozen.append("removed")
         for prefix in frozen:
-            self._add(f"{prefix}_A", shape_a, device, train=False)
-            self._add(f"{prefix}_B", shape_b, device, train=False)
+            self._add_meta_parameter(f"{prefix}_A", shape_a, device, train=False)
+            self._add_meta_parameter(f"{prefix}_B", shape_b, device, train=False)
         self.start_names = tuple(f"{prefix}_{factor}" for prefix in frozen for factor in "AB")
         self._given: dict[str, Tensor] = {}
 
@@ -117,46 +121,47 @@ class LoraLinear(LowRankModule):
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
         dropped = self.dropout(x)
         if self.spec.dora:
-            return self._dora(x, dropped)
+            return self._forward_dora(x, dropped)
         y: Tensor = self.base(x)
-        return (y + self._change(dropped)).to(y.dtype)
+        return (y + self._compute_update(dropped)).to(y.dtype)
 
-    def _change(self, x: Tensor) -> Tensor:
-        return self._product(x, self.lora_A, self.lora_B)
+    def _compute_update(self, x: Tensor) -> Tensor:
+        return self._multiply_factors(x, self.lora_A, self.lora_B)
 
-    def _dora(self, x: Tensor, dropped: Tensor) -> Tensor:
+    def _forward_dora(self, x: Tensor, dropped: Tensor) -> Tensor:
         base = self.base
         product = frozen_matmul(dropped, base.packed, base.codec, base.in_features)
         y = product
         if dropped is not x:
             y = frozen_matmul(x, base.packed, base.codec, base.in_features)
-        factor = self.magnitude / self._norm()
+        factor = self.magnitude / self._compute_weight_norm()
         dtype = self.spec.arithmetic
-        change = (factor - 1).to(dtype) * product + factor.to(dtype) * self._change(dropped)
+        change = (factor - 1).to(dtype) * product + factor.to(dtype) * self._compute_update(dropped)
         if base.bias is not None:
             y = y + base.bias.to(y.dtype)
         return (y + change).to(y.dtype)
 
     @torch.no_grad()
-    def _norm(self) -> Tensor:
+    def _compute_weight_norm(self) -> Tensor:
         """``|| W_o + s (B A)_o ||`` [out], float32."""
         base, s = self.base, self.spec.scaling
         A, B = self.lora_A, self.lora_B
         image = frozen_matmul(A.to(self.spec.arithmetic), base.packed, base.codec, base.in_features)
         cross = (B * image.T).sum(1)
         square = ((B @ (A @ A.T)) * B).sum(1)
-        return _root(self.base_norm2 + 2 * s * cross + s * s * square)
+        return _exact_row_norm(self.base_norm2 + 2 * s * cross + s * s * square)
 
     # -- start ---------------------------------------------------------------------------------
 
-    def give_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start factors of an earlier run (whole, by own name); ``prepare_rows`` then uses them."""
+    def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start factors of an earlier run (whole, by own name); ``prepare_base_rows`` then uses
+        them."""
         self._given = {name: tensors[name] for name in self.start_names}
 
     @torch.no_grad()
-    def prepare_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Compute the initial factors and return the rows to quantize."""
-        start = self._find_start(rows, span, reduce)
+        start = self._compute_initial_factors(rows, span, reduce)
         encoded = rows
         if start is not None:
             for prefix, factors in (
@@ -169,29 +174,33 @@ class LoraLinear(LowRankModule):
                     self._starts[f"{prefix}_B"] = (span, factors.B.cpu())
             if start.removed is not None:
                 removed = start.removed
-                encoded = add_product(rows, removed.B, removed.A, -self.spec.scaling)
+                encoded = add_factor_product(rows, removed.B, removed.A, -self.spec.scaling)
         if self.spec.dora:
-            self._find_norms(encoded, span, None if start is None else start.start)
+            self._compute_initial_norms(encoded, span, None if start is None else start.start)
         return encoded
 
-    def _find_start(self, rows: Tensor, span: Span, reduce: Reduce) -> Start | None:
+    def _compute_initial_factors(
+        self, rows: Tensor, span: Span, reduce: Reduce
+    ) -> InitialFactors | None:
         spec = self.spec
         if self._given:
             given, self._given = self._given, {}
             pairs = {
-                name.removesuffix("_A"): LowRank(given[name], given[f"{name[:-1]}B"][span.slice])
+                name.removesuffix("_A"): LowRankFactors(
+                    given[name], given[f"{name[:-1]}B"][span.slice]
+                )
                 for name in given
                 if name.endswith("_A")
             }
             removed = "start" if spec.start == "pissa" else "removed"
-            return Start(pairs["start"], pairs.get(removed))
+            return InitialFactors(pairs["start"], pairs.get(removed))
         seed = derive_seed(spec.seed, self.path, spec.start)
         if spec.start == "pissa":
-            return pissa(
+            return init_pissa_factors(
                 rows, spec.r, spec.scaling, iterations=spec.iterations, seed=seed, reduce=reduce
             )
         if spec.start == "loftq":
-            return loftq(
+            return init_loftq_factors(
                 rows,
                 spec.r,
                 spec.scaling,
@@ -202,25 +211,27 @@ class LoraLinear(LowRankModule):
             )
         return None
 
-    def _find_norms(self, rows: Tensor, span: Span, start: LowRank | None) -> None:
+    def _compute_initial_norms(
+        self, rows: Tensor, span: Span, start: LowRankFactors | None
+    ) -> None:
         """Compute ``||W_o||^2`` of the dequantized base, and the first magnitude."""
         base_norm2 = torch.empty(rows.shape[0])
         norm2 = torch.empty(rows.shape[0])
-        for part in Span(0, rows.shape[0]).chunks(_NORM_ROWS):
-            weight = self.base.rounded(rows[part.slice])
+        for part in Span(0, rows.shape[0]).split_into_chunks(_NORM_ROWS):
+            weight = self.base.fake_quantize(rows[part.slice])
             base_norm2[part.slice] = weight.double().square().sum(1).float().cpu()
             if start is not None:
-                weight = add_product(weight, start.B[part.slice], start.A, self.spec.scaling)
+                weight = add_factor_product(weight, start.B[part.slice], start.A, self.spec.scaling)
             norm2[part.slice] = weight.double().square().sum(1).float().cpu()
         self._starts["base_norm2"] = (span, base_norm2)
-        self._starts["magnitude"] = (span, _root(norm2))
+        self._starts["magnitude"] = (span, _exact_row_norm(norm2))
 
-    def _random(self, name: str) -> Tensor:
+    def _draw_initial_values(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
         if name != "lora_A" or self.spec.start != "default":
             raise RuntimeError(f"{self.path}.{name} has no start before prepare_rows")
         value = torch.empty(self.shapes[name])
-        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._generator(name))
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._make_generator(name))
 
 
 class LoraEmbedding(LowRankModule):
@@ -252,8 +263,12 @@ class LoraEmbedding(LowRankModule):
                 "embedding run over the whole vocabulary; set one of them to false"
             )
         self.base = base
-        self._add("lora_embedding_A", (spec.r, base.num_embeddings), device, train=True)
-        self._add("lora_embedding_B", (base.embedding_dim, spec.r), device, train=True)
+        self._add_meta_parameter(
+            "lora_embedding_A", (spec.r, base.num_embeddings), device, train=True
+        )
+        self._add_meta_parameter(
+            "lora_embedding_B", (base.embedding_dim, spec.r), device, train=True
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -272,10 +287,10 @@ class LoraEmbedding(LowRankModule):
             change = change * scale
         return (y + change).to(y.dtype)
 
-    def _random(self, name: str) -> Tensor:
-        return torch.randn(self.shapes[name], generator=self._generator(name))
+    def _draw_initial_values(self, name: str) -> Tensor:
+        return torch.randn(self.shapes[name], generator=self._make_generator(name))
 
 
-def _root(squares: Tensor) -> Tensor:
+def _exact_row_norm(squares: Tensor) -> Tensor:
     """Norms from their squares; a zero row gets a norm that can be divided by."""
     return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

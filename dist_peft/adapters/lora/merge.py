@@ -6,11 +6,12 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     DoRA        W'_o = m_o V_o / ||V_o||        V = W + s B A
     embedding   W' = W + s (B A)^T              rows are vocabulary ids
     experts     LoRA, each expert's rows with its own A
-    QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros (``merge_groups``)
+    QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros
+    (``adapters.qalora.merge``)
 
-PiSSA and LoftQ adapters are stored as the change since initialization (``peft_format``), as needed
-by the *original* base. The base *decoded* as training saw it, ``decode(encode(residual_rows))``,
-needs the trained factors alone.
+PiSSA and LoftQ adapters are stored as the change since initialization (``adapters.directory``), as
+needed by the *original* base. The base *decoded* as training saw it,
+``decode(encode(subtract_initial_delta))``, needs the trained factors alone.
 """
 
 from collections.abc import Mapping
@@ -19,18 +20,18 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.lora.tensors import Factors, factors
-from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
+from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.qalora.merge import group_change, merge_zeros, unmerge_zeros
+from dist_peft.adapters.qalora.merge import merge_into_zeros, sum_group_change, unmerge_from_zeros
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 
-__all__ = ["Merger"]
+__all__ = ["LoraMerger"]
 
 
-class Merger:
+class LoraMerger:
     """One adapter, by weight name such as ``model.layers.0.self_attn.q_proj.weight``.
 
     Args:
@@ -40,7 +41,7 @@ class Merger:
     """
 
     def __init__(
-        self, modules: dict[str, Factors], start: str | None, removed: dict[str, Tensor]
+        self, modules: dict[str, LoraTensors], start: str | None, removed: dict[str, Tensor]
     ) -> None:
         self._modules = {f"{path}.weight": module for path, module in modules.items()}
         self._start = start
@@ -51,7 +52,7 @@ class Merger:
         self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
 
     @classmethod
-    def of(cls, public: PublicAdapter, *, tied: bool = False) -> Self:
+    def from_public_adapter(cls, public: PublicAdapter, *, tied: bool = False) -> Self:
         """Return the merger of a LoRA or QA-LoRA adapter.
 
         Args:
@@ -59,9 +60,9 @@ class Merger:
             tied: the base's output head shares the input embedding's weight.
 
         Raises:
-            UserError: see ``factors``; or the embedding is adapted and tied.
+            UserError: see ``parse_lora_tensors``; or the embedding is adapted and tied.
         """
-        modules = factors(public)
+        modules = parse_lora_tensors(public)
         embedding = next((path for path, f in modules.items() if f.is_embedding), None)
         if tied and embedding is not None:
             raise UserError(
@@ -72,11 +73,11 @@ class Merger:
             )
         return cls(modules, public.facts.get("start"), public.extra)
 
-    def touches(self, weight: str) -> bool:
+    def changes_weight(self, weight: str) -> bool:
         """Whether the adapter changes this weight."""
         return weight in self._modules
 
-    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """See, before a row is merged, that the adapter fits a base.
 
         Args:
@@ -92,14 +93,14 @@ class Merger:
                     "have: it belongs to another base"
                 )
             rows, columns = shapes[weight]
-            self._check_shape(weight, columns, Span(0, rows))
+            self._check_weight_shape(weight, columns, Span(0, rows))
             if rows != module.shape[0]:
                 raise UserError(
                     f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the "
                     f"base's is {[rows, columns]}; it belongs to another base"
                 )
 
-    def merge_rows(
+    def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
     ) -> Tensor:
         """Merge rows ``span`` of an adapted weight.
@@ -117,13 +118,15 @@ class Merger:
             UserError: the shapes show that the adapter belongs to another base.
         """
         module = self._modules[weight]
-        self._check(weight, rows, span)
+        self._check_weight_rows(weight, rows, span)
         merged = rows
-        if in_base == "decoded" and self.has_start(weight):
+        if in_base == "decoded" and self.has_initial_factors(weight):
             r = module.A.shape[0] // 2
-            merged = add_product(rows, module.B[span.slice, :r], module.A[:r], module.scaling)
+            merged = add_factor_product(
+                rows, module.B[span.slice, :r], module.A[:r], module.scaling
+            )
         else:
-            merged = _add(rows, module, span)
+            merged = _add_module_delta(rows, module, span)
         if module.magnitude is not None:
             norm = merged.double().square().sum(1).sqrt().float()
             norm = norm.clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
@@ -132,7 +135,7 @@ class Merger:
         self._rows_left[weight] -= len(span)
         return merged
 
-    def delta_rows(self, weight: str, span: Span) -> Tensor:
+    def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
         """Return the change that a merge into the original base adds to rows ``span``, float32.
 
         Raises:
@@ -141,9 +144,9 @@ class Merger:
         module = self._modules[weight]
         if module.magnitude is not None:
             raise UserError(f"{weight} is adapted by DoRA, whose change depends on the base's rows")
-        return _add(torch.zeros(len(span), module.shape[1]), module, span)
+        return _add_module_delta(torch.zeros(len(span), module.shape[1]), module, span)
 
-    def group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
         """Return the adapter's change to all weights of a group, float32 ``[len(span), groups]``.
 
         Raises:
@@ -155,8 +158,8 @@ class Merger:
         columns = module.shape[1]
         if -(-columns // group_size) != groups:
             columns = groups * group_size
-        self._check_shape(weight, columns, span)
-        change = group_change(module, group_size, span)
+        self._check_weight_shape(weight, columns, span)
+        change = sum_group_change(module, group_size, span)
         if change is None:
             raise UserError(
                 f"{weight}: the adapter changes the weights of a group of {group_size} "
@@ -165,7 +168,7 @@ class Merger:
             )
         return change
 
-    def merge_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         """Merge rows ``span`` of an integer base exactly: other zeros, the same codes and scales.
 
         Args:
@@ -177,55 +180,58 @@ class Merger:
             ``zero`` float32 ``[len(span), groups]``.
 
         Raises:
-            UserError: see ``group_change``.
+            UserError: see ``compute_group_change``.
         """
-        merged = merge_zeros(parts, self.group_change(weight, parts, span))
+        merged = merge_into_zeros(parts, self.compute_group_change(weight, parts, span))
         self._rows_left[weight] -= len(span)
         return merged
 
-    def unmerge_parts(
+    def unmerge_affine_parts(
         self, weight: str, parts: AffineParts, span: Span, *, integer: bool = True
     ) -> AffineParts:
-        """Take the adapter out again, bit for bit. See ``merge_groups.unmerge_zeros``."""
-        return unmerge_zeros(parts, self.group_change(weight, parts, span), integer=integer)
+        """Take the adapter out again, bit for bit. See
+        ``adapters.qalora.merge.unmerge_from_zeros``."""
+        return unmerge_from_zeros(
+            parts, self.compute_group_change(weight, parts, span), integer=integer
+        )
 
-    def residual_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that training quantized: PiSSA and LoftQ subtract a part first."""
-        if not self.has_start(weight):
+        if not self.has_initial_factors(weight):
             return rows
-        self._check(weight, rows, span)
+        self._check_weight_rows(weight, rows, span)
         module = self._modules[weight]
         if self._start == "pissa":
             r = module.A.shape[0] // 2  # B[:, r:] is -B0
-            return add_product(rows, module.B[span.slice, r:], module.A[r:], module.scaling)
+            return add_factor_product(rows, module.B[span.slice, r:], module.A[r:], module.scaling)
         if weight not in self._removed:
             return rows
         removed = self._removed[weight]
-        return add_product(
+        return add_factor_product(
             rows, removed["removed_B"][span.slice], removed["removed_A"], -module.scaling
         )
 
-    def has_start(self, weight: str) -> bool:
+    def has_initial_factors(self, weight: str) -> bool:
         """Whether the weight was trained on a base with its start (PiSSA, LoftQ) taken away."""
         module = self._modules.get(weight)
         return self._start is not None and module is not None and not module.is_embedding
 
-    def start_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """What the first step of training computed with, where ``has_start``: ``rows``, decoded as
-        training saw them, with the start added; float32."""
-        self._check(weight, rows, span)
+    def compute_initial_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """What the first step of training computed with, where ``has_initial_factors``: ``rows``,
+        decoded as training saw them, with the start added; float32."""
+        self._check_weight_rows(weight, rows, span)
         module = self._modules[weight]
         r = module.A.shape[0] // 2
         # B[:, r:] is -B0; DoRA's magnitude starts as the norm of this, so that it changes nothing
-        return add_product(rows, module.B[span.slice, r:], module.A[r:], -module.scaling)
+        return add_factor_product(rows, module.B[span.slice, r:], module.A[r:], -module.scaling)
 
-    def unused(self) -> list[str]:
+    def list_unused_tensors(self) -> list[str]:
         """Adapted weights of which not every row was merged."""
         return [name for name, rows in self._rows_left.items() if rows > 0]
 
-    def _check(self, weight: str, rows: Tensor, span: Span) -> None:
+    def _check_weight_rows(self, weight: str, rows: Tensor, span: Span) -> None:
         """Refuse rows of another base."""
-        self._check_shape(weight, rows.shape[1], span)
+        self._check_weight_shape(weight, rows.shape[1], span)
         module = self._modules[weight]
         if module.saved_base is not None:
             saved = module.saved_base[span.slice].to(rows.device)
@@ -235,7 +241,7 @@ class Merger:
                     "(resized or trained); merge it with PEFT itself"
                 )
 
-    def _check_shape(self, weight: str, columns: int, span: Span) -> None:
+    def _check_weight_shape(self, weight: str, columns: int, span: Span) -> None:
         module = self._modules[weight]
         if span.stop <= module.shape[0] and columns == module.shape[1]:
             return
@@ -251,21 +257,21 @@ class Merger:
         )
 
 
-def _add(rows: Tensor, module: Factors, span: Span) -> Tensor:
+def _add_module_delta(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
     if module.experts > 1:
-        return _add_by_expert(rows, module, span)
+        return _add_expert_deltas(rows, module, span)
     if module.is_embedding:
-        return add_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
-    return add_product(rows, module.B[span.slice], module.wide_A(), module.scaling)
+        return add_factor_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
+    return add_factor_product(rows, module.B[span.slice], module.expanded_lora_A(), module.scaling)
 
 
-def _add_by_expert(rows: Tensor, module: Factors, span: Span) -> Tensor:
+def _add_expert_deltas(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
     """Rows ``span`` of a stack of experts, which may begin and end within one."""
     out, r = module.shape[0] // module.experts, module.B.shape[1]
     parts = []
     for expert in range(span.start // out, -(-span.stop // out)):
         own = Span(expert * out, (expert + 1) * out).intersect(span)
         A = module.A[expert * r : (expert + 1) * r]
-        part = rows[own.shift(-span.start).slice]
-        parts.append(add_product(part, module.B[own.slice], A, module.scaling))
+        part = rows[own.shifted_by(-span.start).slice]
+        parts.append(add_factor_product(part, module.B[own.slice], A, module.scaling))
     return torch.cat(parts) if parts else rows

@@ -10,13 +10,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.lora.expert_format import public_path, taken_for_experts, target_parameters
+from dist_peft.adapters.lora.expert_format import (
+    is_taken_for_experts,
+    list_target_parameters,
+    to_public_expert_path,
+)
 from dist_peft.adapters.lora.expert_layer import LoraExperts
-from dist_peft.adapters.lora.format import public_lora
+from dist_peft.adapters.lora.format import build_public_lora
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
@@ -26,23 +30,25 @@ __all__ = ["LoraAdapter"]
 
 
 class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
-    """See the module docstring and ``adapters.base.Adapter``."""
+    """See the module docstring and ``adapters.protocol.Adapter``."""
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Wrap the targets. See ``LowRankAdapter``."""
         modules = list(model.named_modules())
         self._all_stacks = [name for name, m in modules if isinstance(m, ExpertStack)]
-        super().attach(model)
+        super().attach_to_model(model)
 
-    def _find_targets(self, model: nn.Module) -> list[str]:
-        names = super()._find_targets(model)
-        return [*names, _input_embedding(model)] if self.config.embeddings else names
+    def _list_target_names(self, model: nn.Module) -> list[str]:
+        names = super()._list_target_names(model)
+        return [*names, _find_input_embedding(model)] if self.config.embeddings else names
 
-    def _layer(self, name: str, module: nn.Module) -> LoraLinear | LoraEmbedding | LoraExperts:
+    def _build_layer(
+        self, name: str, module: nn.Module
+    ) -> LoraLinear | LoraEmbedding | LoraExperts:
         config = self.config
-        r, alpha = self._rank_and_alpha(name)
+        r, alpha = self._resolve_rank_and_alpha(name)
         spec = LoraSpec(
             r=r,
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
@@ -55,7 +61,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, name, spec)
         if isinstance(module, ExpertStack):
-            self._check_experts(name)
+            self._check_expert_stack(name)
             return LoraExperts(module, name, spec)
         assert isinstance(module, FrozenLinear)
         if config.init == "loftq" and not module.codec.is_quantized:
@@ -77,9 +83,9 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                 f"[{module.out_features}, {module.in_features}], not {r}; lower adapter.r or "
                 "adapter.rank_pattern"
             )
-        return LoraLinear(module, name, spec, RowDropout(config.dropout, name, self.position))
+        return LoraLinear(module, name, spec, SampleDropout(config.dropout, name, self.position))
 
-    def _check_experts(self, name: str) -> None:
+    def _check_expert_stack(self, name: str) -> None:
         config = self.config
         excluded = {
             "dropout": config.dropout > 0,
@@ -97,10 +103,10 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
 
     # -- training ------------------------------------------------------------------------------
 
-    def lr_scale(self, name: str) -> float:
+    def get_lr_scale(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
 
-    def start_state(self) -> tuple[str, ...]:
+    def list_init_factors(self) -> tuple[str, ...]:
         return tuple(
             f"{path}.{name}"
             for path, layer in self.layers.items()
@@ -108,7 +114,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             for name in layer.start_names
         )
 
-    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
         """Give back start factors. See ``Adapter``.
 
         Raises:
@@ -126,35 +132,40 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                         "was written with another adapter.init, adapter.r or target: resume with "
                         "the configuration it was written with"
                     )
-            layer.give_start({name: tensors[f"{path}.{name}"] for name in layer.start_names})
+            layer.load_initial_values(
+                {name: tensors[f"{path}.{name}"] for name in layer.start_names}
+            )
 
     # -- saving --------------------------------------------------------------------------------
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """PEFT's form. See ``Adapter`` and ``peft_format``."""
-        whole = self._whole(tensors, leave_out=("base_norm2",))
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """PEFT's form. See ``Adapter`` and ``adapters.directory``."""
+        whole = self._collect_gathered(tensors, leave_out=("base_norm2",))
         stacks = [name for name, layer in self.layers.items() if isinstance(layer, LoraExperts)]
-        modules = {public_path(n, stacks) if n in stacks else n: own for n, own in whole.items()}
-        weights = self._linears_by_weight()
+        modules = {
+            to_public_expert_path(n, stacks) if n in stacks else n: own for n, own in whole.items()
+        }
+        weights = self._list_weight_initialized()
         parameters = [*stacks, *(f"{name}.weight" for name in weights)]
         others = [*self._all_stacks, *(f"{name}.weight" for name in self._all_names)]
-        return public_lora(
+        return build_public_lora(
             self.config,
             modules,
-            self._target_names(leave_out=[*stacks, *weights]),
+            self._list_adapted_names(leave_out=[*stacks, *weights]),
             base,
-            target_parameters(parameters, others),
+            list_target_parameters(parameters, others),
         )
 
-    def _linears_by_weight(self) -> list[str]:
-        """Linears that ``target_modules`` of PEFT cannot name (see ``expert_format``)."""
+    def _list_weight_initialized(self) -> list[str]:
+        """Linears that ``target_modules`` of PEFT cannot name (see
+        ``adapters.lora.expert_format``)."""
         if not self._all_stacks or self.config.use_dora:
             return []
         linears = (name for name, layer in self.layers.items() if isinstance(layer, LoraLinear))
-        return [name for name in linears if taken_for_experts(name)]
+        return [name for name in linears if is_taken_for_experts(name)]
 
 
-def _input_embedding(model: nn.Module) -> str:
+def _find_input_embedding(model: nn.Module) -> str:
     """Name of the input embedding of a ``transformers`` model."""
     embedding = cast(Callable[[], nn.Module], model.get_input_embeddings)()
     if not isinstance(embedding, nn.Embedding):

@@ -1,7 +1,7 @@
 """Parse and check the tensors of a LoRA or QA-LoRA adapter.
 
-Names in the file are PEFT's (``peft_format``), shapes come from the configuration, and QA-LoRA's
-factors are brought to one convention (``pooling``).
+Names in the file are PEFT's (``adapters.directory``), shapes come from the configuration, and
+QA-LoRA's factors are brought to one convention (``adapters.qalora.pooling``).
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_peft.adapters.lora.expert_format import expert_factors, stack_path
-from dist_peft.adapters.protocol import PublicAdapter, pattern_value
-from dist_peft.adapters.qalora.pooling import Pooling, factor_to_sum, read_pooling
+from dist_peft.adapters.lora.expert_format import split_expert_factors, to_expert_stack_path
+from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
+from dist_peft.adapters.qalora.pooling import Pooling, pooling_sum_factor, read_pooling_facts
 from dist_peft.core.errors import UserError
 
-__all__ = ["Factors", "factors", "tensor_name"]
+__all__ = ["LoraTensors", "build_peft_key", "parse_lora_tensors"]
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {
@@ -45,7 +45,7 @@ _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraTensors:
     """One adapted module of a public adapter, float32.
 
     Attributes:
@@ -76,28 +76,28 @@ class Factors:
             return self.A.shape[1], self.B.shape[0]
         return self.B.shape[0], self.A.shape[1] * self.pool
 
-    def wide_A(self) -> Tensor:
+    def expanded_lora_A(self) -> Tensor:
         """``A`` of the LoRA that computes the same, ``[r, in]``."""
         return self.A if self.pool == 1 else self.A.repeat_interleave(self.pool, 1)
 
 
-def tensor_name(path: str, name: str) -> str:
+def build_peft_key(path: str, name: str) -> str:
     """Name in the file of the own parameter ``name`` of a module."""
     return f"{_PREFIX}{path}.{_SUFFIXES[name]}"
 
 
-def factors(public: PublicAdapter) -> dict[str, Factors]:
+def parse_lora_tensors(public: PublicAdapter) -> dict[str, LoraTensors]:
     """Module path -> its factors, with every shape checked against the configuration.
 
     Raises:
         UserError: a tensor is empty, has the wrong shape, lacks its partner or is none of LoRA's;
             or the adapter uses something besides LoRA, rsLoRA and DoRA.
     """
-    _check_config(public)
-    pooling = read_pooling(public.config)
+    _check_lora_config(public)
+    pooling = read_pooling_facts(public.config)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in public.tensors.items():
-        path, name = _parse(key)
+        path, name = _parse_peft_key(key)
         if value.numel() == 0:
             raise UserError(
                 f"adapter tensor {key} is empty: the adapter was saved without its data"
@@ -106,27 +106,27 @@ def factors(public: PublicAdapter) -> dict[str, Factors]:
     if not modules:
         raise UserError("the adapter has no tensors: it was saved without its data")
     targets = public.config.get("target_parameters") or ()
-    plain: dict[str, Factors] = {}
+    plain: dict[str, LoraTensors] = {}
     for path, own in modules.items():
-        stack = stack_path(path, targets)
+        stack = to_expert_stack_path(path, targets)
         if stack is None:
-            plain[path] = _factors(path, own, public.config)
+            plain[path] = _parse_module_factors(path, own, public.config)
         else:
-            plain[stack] = _stacked(path, stack, own, public.config)
+            plain[stack] = _parse_expert_factors(path, stack, own, public.config)
     if pooling is None:
         return plain
-    return {path: _pooled(path, module, pooling) for path, module in plain.items()}
+    return {path: _attach_pooling(path, module, pooling) for path, module in plain.items()}
 
 
-def _pooled(path: str, module: Factors, pooling: Pooling) -> Factors:
+def _attach_pooling(path: str, module: LoraTensors, pooling: Pooling) -> LoraTensors:
     """Under the sum convention."""
     if module.is_embedding or module.magnitude is not None:
         raise UserError(f"{path}: QA-LoRA is for linears, without DoRA; the adapter is damaged")
-    factor = factor_to_sum(pooling, module.A.shape[1])
+    factor = pooling_sum_factor(pooling, module.A.shape[1])
     return replace(module, B=module.B * factor, pool=pooling.size)
 
 
-def _check_config(public: PublicAdapter) -> None:
+def _check_lora_config(public: PublicAdapter) -> None:
     config = public.config
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -145,7 +145,7 @@ def _check_config(public: PublicAdapter) -> None:
         )
 
 
-def _parse(key: str) -> tuple[str, str]:
+def _parse_peft_key(key: str) -> tuple[str, str]:
     """Tensor name in the file -> (module path, own name)."""
     stem = key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
     for name, suffix in _SUFFIXES.items():
@@ -154,29 +154,31 @@ def _parse(key: str) -> tuple[str, str]:
     raise UserError(f"adapter tensor {key} is no LoRA tensor; merge this adapter with PEFT itself")
 
 
-def _stacked(
+def _parse_expert_factors(
     path: str, stack: str, own: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Factors:
+) -> LoraTensors:
     """Of the experts ``stack``, whose tensors begin with ``path``."""
-    r, scaling = _rank_and_scaling(stack, config)
+    r, scaling = _resolve_rank_and_scaling(stack, config)
     if set(own) != {"lora_A", "lora_B"}:
         raise UserError(f"adapter tensors of {_PREFIX}{path} are not one lora_A and one lora_B")
     A, B = own["lora_A"], own["lora_B"]
-    _check_shape(path, "lora_A", A, (None, None))
+    _check_tensor_shape(path, "lora_A", A, (None, None))
     if A.shape[0] % r:
         raise UserError(
             f"adapter tensor {_PREFIX}{path}.lora_A.weight has shape {list(A.shape)}, which are no "
             f"whole experts of rank {r}"
         )
-    _check_shape(path, "lora_B", B, (None, A.shape[0]))
-    A, B = expert_factors(A.float(), B.float(), r)
-    return Factors(A, B, scaling, None, False, None, experts=A.shape[0] // r)
+    _check_tensor_shape(path, "lora_B", B, (None, A.shape[0]))
+    A, B = split_expert_factors(A.float(), B.float(), r)
+    return LoraTensors(A, B, scaling, None, False, None, experts=A.shape[0] // r)
 
 
-def _rank_and_scaling(path: str, config: Mapping[str, Any]) -> tuple[int, float]:
+def _resolve_rank_and_scaling(path: str, config: Mapping[str, Any]) -> tuple[int, float]:
     try:
-        r = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
-        alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
+        r = int(resolve_pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
+        alpha = float(
+            resolve_pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        )
         if r < 1 or not math.isfinite(alpha):
             raise ValueError(f"r is {r}, lora_alpha {alpha}")
         return r, alpha / (r**0.5 if config.get("use_rslora") else r)
@@ -187,8 +189,10 @@ def _rank_and_scaling(path: str, config: Mapping[str, Any]) -> tuple[int, float]
         ) from None
 
 
-def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
-    r, scaling = _rank_and_scaling(path, config)
+def _parse_module_factors(
+    path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> LoraTensors:
+    r, scaling = _resolve_rank_and_scaling(path, config)
     is_embedding = any(name.startswith("lora_embedding") for name in own)
     name_a, name_b = (
         ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
@@ -199,11 +203,11 @@ def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     A, B, magnitude = own[name_a], own[name_b], own.get("magnitude")
     if is_embedding and magnitude is not None:
         raise UserError(f"{path}: DoRA on an embedding is not supported; merge it with PEFT itself")
-    _check_shape(path, name_a, A, (r, None))
-    _check_shape(path, name_b, B, (None, r))
+    _check_tensor_shape(path, name_a, A, (r, None))
+    _check_tensor_shape(path, name_b, B, (None, r))
     if magnitude is not None:
-        _check_shape(path, "magnitude", magnitude, (B.shape[0],))
-    return Factors(
+        _check_tensor_shape(path, "magnitude", magnitude, (B.shape[0],))
+    return LoraTensors(
         A.float(),
         B.float(),
         scaling,
@@ -213,7 +217,9 @@ def _factors(path: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     )
 
 
-def _check_shape(path: str, name: str, value: Tensor, wanted: tuple[int | None, ...]) -> None:
+def _check_tensor_shape(
+    path: str, name: str, value: Tensor, wanted: tuple[int | None, ...]
+) -> None:
     """``None`` in ``wanted`` stands for any size."""
     fits = value.dim() == len(wanted) and all(
         size is None or size == found for size, found in zip(wanted, value.shape, strict=True)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule
 from dist_peft.adapters.protocol import (
-    PlainAdapter,
+    AdapterDefaults,
     PublicAdapter,
-    check_patterns,
-    match_targets,
-    pattern_value,
-    whole_parameters,
+    check_pattern_keys,
+    collect_gathered_parameters,
+    list_adapter_targets,
+    resolve_pattern_value,
 )
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.core.config.run import LowRankConfig
@@ -26,8 +26,8 @@ Config = TypeVar("Config", bound=LowRankConfig)
 Layer = TypeVar("Layer", bound=LowRankModule)
 
 
-class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
-    """See ``adapters.base.Adapter``.
+class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
+    """See ``adapters.protocol.Adapter``.
 
     Attributes:
         layers: the wrappers by path, once attached.
@@ -42,49 +42,49 @@ class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Wrap the targets. See ``Adapter``.
 
         Raises:
             UserError: targets or patterns match nothing, or settings that exclude each other.
         """
-        names = self._find_targets(model)
-        check_patterns("rank_pattern", self.config.rank_pattern, names)
-        check_patterns("alpha_pattern", self.config.alpha_pattern, names)
+        names = self._list_target_names(model)
+        check_pattern_keys("rank_pattern", self.config.rank_pattern, names)
+        check_pattern_keys("alpha_pattern", self.config.alpha_pattern, names)
         # of the modules that transformers has, too
         modules = list(model.named_modules())
         self._all_names = [name for name, m in modules if not isinstance(m, ExpertStack)]
-        self.layers = {name: self._layer(name, model.get_submodule(name)) for name in names}
+        self.layers = {name: self._build_layer(name, model.get_submodule(name)) for name in names}
         for name, layer in self.layers.items():
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, layer)
 
-    def _find_targets(self, model: nn.Module) -> list[str]:
-        return match_targets(self.config.target_modules, model)
+    def _list_target_names(self, model: nn.Module) -> list[str]:
+        return list_adapter_targets(self.config.target_modules, model)
 
     @abstractmethod
-    def _layer(self, name: str, module: nn.Module) -> Layer:
+    def _build_layer(self, name: str, module: nn.Module) -> Layer:
         """The wrapper of one target."""
 
-    def _rank_and_alpha(self, name: str) -> tuple[int, float]:
+    def _resolve_rank_and_alpha(self, name: str) -> tuple[int, float]:
         config = self.config
         return (
-            pattern_value(config.rank_pattern, name, config.r),
-            pattern_value(config.alpha_pattern, name, config.alpha),
+            resolve_pattern_value(config.rank_pattern, name, config.r),
+            resolve_pattern_value(config.alpha_pattern, name, config.alpha),
         )
 
     # -- training ------------------------------------------------------------------------------
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.position.begin(step, sample_ids)
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin_micro_batch(step, sample_ids)
 
     # -- saving --------------------------------------------------------------------------------
 
     @abstractmethod
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """See ``Adapter``."""
 
-    def _whole(
+    def _collect_gathered(
         self, tensors: Mapping[str, Tensor], leave_out: tuple[str, ...] = ()
     ) -> dict[str, dict[str, Tensor]]:
         """Path -> own name -> gathered parameter.
@@ -96,9 +96,9 @@ class LowRankAdapter(PlainAdapter, ABC, Generic[Config, Layer]):
             path: {name: shape for name, shape in layer.shapes.items() if name not in leave_out}
             for path, layer in self.layers.items()
         }
-        return whole_parameters(tensors, shapes)
+        return collect_gathered_parameters(tensors, shapes)
 
-    def _target_names(self, leave_out: Collection[str] = ()) -> list[str]:
+    def _list_adapted_names(self, leave_out: Collection[str] = ()) -> list[str]:
         """The shortest list that means the same modules: last components, else whole names."""
         layers = set(self.layers) - set(leave_out)
         last = sorted({name.rpartition(".")[2] for name in layers})

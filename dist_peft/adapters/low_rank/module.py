@@ -51,34 +51,34 @@ class LowRankModule(nn.Module, ABC):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._starts: dict[str, tuple[Span, Tensor]] = {}
 
-    def _add(
+    def _add_meta_parameter(
         self, name: str, shape: tuple[int, ...], device: torch.device | str, train: bool
     ) -> None:
         self.shapes[name] = shape
         value = torch.empty(shape, dtype=torch.float32, device=device)
         self.register_parameter(name, nn.Parameter(value, requires_grad=train))
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
 
-        Releases the values that ``prepare_rows`` kept for this parameter.
+        Releases the values that ``prepare_base_rows`` kept for this parameter.
         """
         if name in self._starts:
             known, value = self._starts.pop(name)
             assert known.intersect(span) == span, f"{self.path}.{name}: {span} outside of {known}"
-            return value[span.shift(-known.start).slice].clone()  # others start from it too
+            return value[span.shifted_by(-known.start).slice].clone()  # others start from it too
         if name == self.starts_at_zero:
             return torch.zeros(len(span), *self.shapes[name][1:])
-        return self._random(name)[span.slice].clone()
+        return self._draw_initial_values(name)[span.slice].clone()
 
     @abstractmethod
-    def _random(self, name: str) -> Tensor:
+    def _draw_initial_values(self, name: str) -> Tensor:
         """The whole start value of a parameter that does not start at zero."""
 
-    def _generator(self, name: str) -> torch.Generator:
+    def _make_generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.spec.seed, self.path, name))
 
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _multiply_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``s B A x`` in the arithmetic type: ``x`` [..., columns of A] -> [..., rows of B]."""
         dtype = self.spec.arithmetic
         inner = F.linear(x.to(dtype), A.to(dtype)) * self.spec.scaling

@@ -25,7 +25,7 @@ from torch import Tensor
 from dist_peft.adapters.protocol import Reduce
 from dist_peft.core.span import Span
 
-__all__ = ["LowRank", "add_product", "top_singular"]
+__all__ = ["LowRankFactors", "add_factor_product", "compute_top_singular"]
 
 _CHUNK_ELEMENTS = 2**18  # of a float64 temporary: 2 MiB
 _NO_SIGNAL = (
@@ -34,21 +34,21 @@ _NO_SIGNAL = (
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankFactors:
     """The product ``B A``: ``A`` [r, in] whole, ``B`` [rows, r] for this rank's rows."""
 
     A: Tensor
     B: Tensor
 
-    def scaled(self, factor: float) -> "LowRank":
+    def scale_factors(self, factor: float) -> "LowRankFactors":
         """``factor`` (positive) times the product, shared evenly by both factors."""
-        return LowRank(self.A * factor**0.5, self.B * factor**0.5)
+        return LowRankFactors(self.A * factor**0.5, self.B * factor**0.5)
 
-    def float(self) -> "LowRank":
-        return LowRank(self.A.float(), self.B.float())
+    def to_float32(self) -> "LowRankFactors":
+        return LowRankFactors(self.A.float(), self.B.float())
 
 
-def add_product(rows: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
+def add_factor_product(rows: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """``rows + scaling * B A`` in float32, computed in float64 and rounded once.
 
     A row's result then does not depend on how many rows are computed together (a float32 product
@@ -62,13 +62,15 @@ def add_product(rows: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """
     result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     right = A.to(rows.device, torch.float64) * scaling
-    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
+    for part in Span(0, rows.shape[0]).split_into_chunks(_num_chunk_rows(rows)):
         left = B[part.slice].to(rows.device, torch.float64)
         result[part.slice] = rows[part.slice].double() + left @ right
     return result
 
 
-def top_singular(rows: Tensor, rank: int, *, iterations: int, seed: int, reduce: Reduce) -> LowRank:
+def compute_top_singular(
+    rows: Tensor, rank: int, *, iterations: int, seed: int, reduce: Reduce
+) -> LowRankFactors:
     """The part of the matrix along its ``rank`` leading right singular vectors, in float64.
 
     ``B A`` with ``A = sqrt(S) V^T`` and ``B = U sqrt(S)``. Where the matrix has a smaller rank, the
@@ -89,28 +91,28 @@ def top_singular(rows: Tensor, rank: int, *, iterations: int, seed: int, reduce:
     )
     basis = torch.linalg.qr(start.to(rows.device)).Q
     for _ in range(iterations):
-        basis = torch.linalg.qr(reduce(_gram_product(rows, basis))).Q
-    small = basis.T @ reduce(_gram_product(rows, basis))
+        basis = torch.linalg.qr(reduce(_multiply_by_gram(rows, basis))).Q
+    small = basis.T @ reduce(_multiply_by_gram(rows, basis))
     squares, vectors = torch.linalg.eigh((small + small.T) / 2)
     right = (basis @ vectors[:, -rank:].flip(1)).T.contiguous()
     right *= right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
     values = squares[-rank:].flip(0).clamp_min(0).sqrt()
     root = torch.where(values > _NO_SIGNAL * values[0], values, 1.0).sqrt()
     left = torch.empty(rows.shape[0], rank, dtype=torch.float64, device=rows.device)
-    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
+    for part in Span(0, rows.shape[0]).split_into_chunks(_num_chunk_rows(rows)):
         left[part.slice] = rows[part.slice].double() @ right.T / root
-    return LowRank(right * root[:, None], left)
+    return LowRankFactors(right * root[:, None], left)
 
 
-def _chunk_rows(rows: Tensor) -> int:
+def _num_chunk_rows(rows: Tensor) -> int:
     """How many rows to take at a time, so that temporaries do not grow with the columns."""
     return max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1]))
 
 
-def _gram_product(rows: Tensor, basis: Tensor) -> Tensor:
+def _multiply_by_gram(rows: Tensor, basis: Tensor) -> Tensor:
     """``W^T (W V)`` [in, k] over this rank's rows."""
     total = torch.zeros_like(basis)
-    for part in Span(0, rows.shape[0]).chunks(_chunk_rows(rows)):
+    for part in Span(0, rows.shape[0]).split_into_chunks(_num_chunk_rows(rows)):
         chunk = rows[part.slice].double()
         total += chunk.T @ (chunk @ basis)
     return total

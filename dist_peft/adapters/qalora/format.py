@@ -18,22 +18,22 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_peft.adapters.lora.format import common_config
-from dist_peft.adapters.lora.tensors import factors, tensor_name
+from dist_peft.adapters.lora.format import build_common_config
+from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.qalora.pooling import (
     POOL_KEY,
     SIZE_KEY,
     Pooling,
-    factor_to_sum,
-    read_pooling,
+    pooling_sum_factor,
+    read_pooling_facts,
 )
 from dist_peft.core.config.run import QaLoraConfig
 
-__all__ = ["as_expanded", "as_peft", "public_qalora"]
+__all__ = ["expand_to_plain_lora", "to_pooled_peft", "to_public_qalora"]
 
 
-def public_qalora(
+def to_public_qalora(
     config: QaLoraConfig,
     pooling: Pooling,
     modules: Mapping[str, Mapping[str, Tensor]],
@@ -50,45 +50,45 @@ def public_qalora(
         base: path or hub id of the base.
     """
     ours = {
-        **common_config(config, target_names, base),
+        **build_common_config(config, target_names, base),
         "peft_type": "QALORA",
         SIZE_KEY: pooling.size,
         POOL_KEY: pooling.convention,
     }
     tensors = {
-        tensor_name(path, name): value.contiguous()
+        build_peft_key(path, name): value.contiguous()
         for path, own in modules.items()
         for name, value in own.items()
     }
     return PublicAdapter(ours, tensors)
 
 
-def as_peft(public: PublicAdapter) -> PublicAdapter:
+def to_pooled_peft(public: PublicAdapter) -> PublicAdapter:
     """PEFT's own QA-LoRA. An adapter without pooling is returned as it is."""
-    pooling = read_pooling(public.config)
+    pooling = read_pooling_facts(public.config)
     if pooling is None or pooling.convention == "peft":
         return public
     config = {**public.config, "peft_type": "LORA", "use_qalora": True}
     del config[POOL_KEY]
     tensors = {}
-    for path, module in factors(public).items():
+    for path, module in parse_lora_tensors(public).items():
         groups = module.A.shape[1]
-        factor = factor_to_sum(Pooling(pooling.size, "peft"), groups)
-        tensors[tensor_name(path, "lora_A")] = module.A
-        tensors[tensor_name(path, "lora_B")] = module.B / factor
+        factor = pooling_sum_factor(Pooling(pooling.size, "peft"), groups)
+        tensors[build_peft_key(path, "lora_A")] = module.A
+        tensors[build_peft_key(path, "lora_B")] = module.B / factor
     return replace(public, config=config, tensors=tensors)
 
 
-def as_expanded(public: PublicAdapter) -> PublicAdapter:
+def expand_to_plain_lora(public: PublicAdapter) -> PublicAdapter:
     """Plain LoRA that computes the same. An adapter without pooling is returned as it is."""
-    if read_pooling(public.config) is None:
+    if read_pooling_facts(public.config) is None:
         return public
     dropped = ("use_qalora", SIZE_KEY, POOL_KEY)
     config: dict[str, Any] = {k: v for k, v in public.config.items() if k not in dropped}
     config["peft_type"] = "LORA"
     config["lora_dropout"] = 0.0  # ours was on the sums; on single inputs it would be another one
     tensors = {}
-    for path, module in factors(public).items():
-        tensors[tensor_name(path, "lora_A")] = module.wide_A().contiguous()
-        tensors[tensor_name(path, "lora_B")] = module.B
+    for path, module in parse_lora_tensors(public).items():
+        tensors[build_peft_key(path, "lora_A")] = module.expanded_lora_A().contiguous()
+        tensors[build_peft_key(path, "lora_B")] = module.B
     return replace(public, config=config, tensors=tensors)

@@ -12,7 +12,8 @@ with an ``A`` whose columns repeat within a group::
     s B A:  d0 d0 d0 d0 | d1 d1 d1 d1 |          [out, in], one number a row and group
 
 An affine base has one zero a row and group, ``W = (q - zero) scale``, if a pool group is a union of
-whole quantization groups. Then the change fits into the zeros and codes stay (``merge_groups``)::
+whole quantization groups. Then the change fits into the zeros and codes stay
+(``adapters.qalora.merge``)::
 
     (q - zero) scale + d  =  (q - (zero - d / scale)) scale
 
@@ -20,20 +21,20 @@ Sums grow with the group: at equal factors a group of 32 changes the output as 3
 that agree. ``A`` therefore starts as LoRA's would with the same ``in``, uniform in
 ``[-1, 1] / sqrt(in)`` (the paper does not say how), ``B`` at zero.
 
-Differences: the authors' repository and PEFT scale the sum (``pooling``).
+Differences: the authors' repository and PEFT scale the sum (``adapters.qalora.pooling``).
 """
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["QaLoraLinear", "pool"]
+__all__ = ["QaLoraLinear", "pool_groups"]
 
 
-def pool(x: Tensor, size: int) -> Tensor:
+def pool_groups(x: Tensor, size: int) -> Tensor:
     """Sums of ``size`` neighbours: ``[..., in]`` -> ``[..., in / size]`` in the type of ``x``."""
     return x.unflatten(-1, (-1, size)).sum(-1)
 
@@ -63,26 +64,28 @@ class QaLoraLinear(LowRankModule):
         path: str,
         spec: LowRankSpec,
         pool_size: int,
-        dropout: RowDropout,
+        dropout: SampleDropout,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(path, spec)
         self.base = base
         self.pool_size = pool_size
         self.dropout = dropout
-        self._add("lora_A", (spec.r, base.in_features // pool_size), device, train=True)
-        self._add("lora_B", (base.out_features, spec.r), device, train=True)
+        self._add_meta_parameter(
+            "lora_A", (spec.r, base.in_features // pool_size), device, train=True
+        )
+        self._add_meta_parameter("lora_B", (base.out_features, spec.r), device, train=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
-        pooled = self.dropout(pool(x.to(self.spec.arithmetic), self.pool_size))
+        pooled = self.dropout(pool_groups(x.to(self.spec.arithmetic), self.pool_size))
         y: Tensor = self.base(x)
-        return (y + self._product(pooled, self.lora_A, self.lora_B)).to(y.dtype)
+        return (y + self._multiply_factors(pooled, self.lora_A, self.lora_B)).to(y.dtype)
 
-    def _random(self, name: str) -> Tensor:
+    def _draw_initial_values(self, name: str) -> Tensor:
         bound = self.base.in_features**-0.5
         value = torch.empty(self.shapes[name])
-        return value.uniform_(-bound, bound, generator=self._generator(name))
+        return value.uniform_(-bound, bound, generator=self._make_generator(name))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool_size={self.pool_size}"

@@ -12,15 +12,15 @@ of a group (QA-LoRA; ``D = s B A``, ``[rows, groups]``)::
 less than ``2^-24 |zero'| scale``, as much as float32 rounds ``w`` itself where ``zero'`` is of the
 size of the codes.
 
-Back (``unmerge_zeros``): ``zero' + D / scale`` differs from ``zero`` by that one rounding, at most
-``2^-24 |zero'|``, and is rounded again to a possible value of ``zero``::
+Back (``unmerge_from_zeros``): ``zero' + D / scale`` differs from ``zero`` by that one rounding, at
+most ``2^-24 |zero'|``, and is rounded again to a possible value of ``zero``::
 
     integers (rtn, GPTQ)    to an integer: the very zero if |zero'| < 2^23
     float16 (HQQ)           to float16: the very zero if |zero'| < 2^12 |zero|, |zero| >= 2^-14
 
 Integer zeros cannot hold the adapter. Rounding ``zero'`` to an integer changes a group only where
-``|D| > scale / 2``, while adapters change weights by a small part of a step: ``lost_share`` says
-how much of the adapter that erases.
+``|D| > scale / 2``, while adapters change weights by a small part of a step:
+``measure_lost_share`` says how much of the adapter that erases.
 """
 
 from collections.abc import Iterable
@@ -28,39 +28,39 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.lora.tensors import Factors
-from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.adapters.lora.tensors import LoraTensors
+from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 
-__all__ = ["group_change", "lost_share", "merge_zeros", "unmerge_zeros"]
+__all__ = ["measure_lost_share", "merge_into_zeros", "sum_group_change", "unmerge_from_zeros"]
 
 _INTEGERS_END = 2.0**23
 """float32 has steps of 1 from here on."""
 
 
-def group_change(module: Factors, group_size: int, span: Span) -> Tensor | None:
+def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor | None:
     """``D`` for rows ``span``: float32 ``[len(span), groups]``, or None if the adapter does not add
     the same to all weights of a group."""
     if module.is_embedding or module.magnitude is not None or module.experts > 1:
         return None
-    wide = module.wide_A()
+    wide = module.expanded_lora_A()
     first = wide[:, ::group_size]
     whole = first.repeat_interleave(group_size, 1)[:, : wide.shape[1]]
     if not torch.equal(whole, wide):
         return None
     change = torch.zeros(len(span), first.shape[1])
-    return add_product(change, module.B[span.slice], first, module.scaling)
+    return add_factor_product(change, module.B[span.slice], first, module.scaling)
 
 
-def merge_zeros(parts: AffineParts, change: Tensor) -> AffineParts:
+def merge_into_zeros(parts: AffineParts, change: Tensor) -> AffineParts:
     """``parts`` with the float32 zeros that hold ``change`` [rows, groups]."""
-    zero = parts.zero.double() - _steps(parts, change)
+    zero = parts.zero.double() - _change_in_steps(parts, change)
     return parts._replace(zero=zero.float())
 
 
-def unmerge_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> AffineParts:
-    """The parts that ``merge_zeros`` was given, bit for bit, with float16 zeros.
+def unmerge_from_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> AffineParts:
+    """The parts that ``merge_into_zeros`` was given, bit for bit, with float16 zeros.
 
     Args:
         parts: merged.
@@ -70,7 +70,7 @@ def unmerge_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> Affin
     Raises:
         ValueError: a zero is so large that an integer is not known to come back.
     """
-    zero = parts.zero.double() + _steps(parts, change)
+    zero = parts.zero.double() + _change_in_steps(parts, change)
     if integer:
         if bool((parts.zero.abs() >= _INTEGERS_END).any()):
             raise ValueError("the adapter moved a zero beyond 2^23: its fraction is lost")
@@ -78,7 +78,7 @@ def unmerge_zeros(parts: AffineParts, change: Tensor, *, integer: bool) -> Affin
     return parts._replace(zero=zero.half())
 
 
-def lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float:
+def measure_lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float:
     """The share of an adapter that is lost when merged zeros are rounded to integers of ``bits``.
 
     Args:
@@ -91,7 +91,7 @@ def lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float
     """
     lost, total = 0.0, 0.0
     for parts, change in pieces:
-        exact = parts.zero.double() - _steps(parts, change)
+        exact = parts.zero.double() - _change_in_steps(parts, change)
         rounded = exact.round().clamp(0, 2**bits - 1)
         kept = (parts.zero.double() - rounded) * parts.scale.double()
         lost += float((kept - change.double()).square().sum())
@@ -99,6 +99,6 @@ def lost_share(pieces: Iterable[tuple[AffineParts, Tensor]], bits: int) -> float
     return (lost / total) ** 0.5 if total else 0.0
 
 
-def _steps(parts: AffineParts, change: Tensor) -> Tensor:
+def _change_in_steps(parts: AffineParts, change: Tensor) -> Tensor:
     """The change in units of the codes."""
     return change.to(parts.scale.device).double() / parts.scale.double()

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.qalora.format import public_qalora
+from dist_peft.adapters.qalora.format import to_public_qalora
 from dist_peft.adapters.qalora.layer import QaLoraLinear
 from dist_peft.adapters.qalora.pooling import Pooling
-from dist_peft.adapters.sample_dropout import RowDropout
+from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
@@ -21,9 +21,9 @@ __all__ = ["QaLoraAdapter"]
 
 
 class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
-    """See the module docstring and ``adapters.base.Adapter``."""
+    """See the module docstring and ``adapters.protocol.Adapter``."""
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Wrap the targets. See ``LowRankAdapter``.
 
         Raises:
@@ -32,15 +32,15 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
         """
         misfits = [
             f"{name} ({module.in_features})"
-            for name in self._find_targets(model)
+            for name in self._list_target_names(model)
             if isinstance(module := model.get_submodule(name), FrozenLinear)
-            and module.in_features % self._pool_size(name, module)
+            and module.in_features % self._resolve_pool_size(name, module)
         ]
         if misfits:
-            raise self._misfit(misfits)
-        super().attach(model)
+            raise self._build_misfit_error(misfits)
+        super().attach_to_model(model)
 
-    def _layer(self, name: str, module: nn.Module) -> QaLoraLinear:
+    def _build_layer(self, name: str, module: nn.Module) -> QaLoraLinear:
         if isinstance(module, ExpertStack):
             raise UserError(
                 f"adapter.kind qalora is not for experts such as {name}; list "
@@ -48,12 +48,12 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
                 "or use adapter.kind lora"
             )
         assert isinstance(module, FrozenLinear)
-        r, alpha = self._rank_and_alpha(name)
+        r, alpha = self._resolve_rank_and_alpha(name)
         spec = LowRankSpec(r, alpha / r, self.arithmetic, self.seed)
-        dropout = RowDropout(self.config.dropout, name, self.position)
-        return QaLoraLinear(module, name, spec, self._pool_size(name, module), dropout)
+        dropout = SampleDropout(self.config.dropout, name, self.position)
+        return QaLoraLinear(module, name, spec, self._resolve_pool_size(name, module), dropout)
 
-    def _pool_size(self, name: str, module: FrozenLinear) -> int:
+    def _resolve_pool_size(self, name: str, module: FrozenLinear) -> int:
         """The size of pool groups, which must be unions of the base's groups."""
         codec = module.codec
         if not isinstance(codec, AffineCodec):
@@ -78,7 +78,7 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
             )
         return size
 
-    def _misfit(self, misfits: list[str]) -> UserError:
+    def _build_misfit_error(self, misfits: list[str]) -> UserError:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         key = "adapter.pool_size" if self.config.pool_size else "base.quant.group_size"
         return UserError(
@@ -87,9 +87,11 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
             "divides them, or leave these modules out of adapter.target_modules"
         )
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """Our form, with the sum convention. See ``Adapter`` and ``qalora_format``."""
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """Our form, with the sum convention. See ``Adapter`` and ``adapters.qalora.format``."""
         sizes = {layer.pool_size for layer in self.layers.values()}
         assert len(sizes) == 1, sizes
         pooling = Pooling(sizes.pop(), "sum")
-        return public_qalora(self.config, pooling, self._whole(tensors), self._target_names(), base)
+        return to_public_qalora(
+            self.config, pooling, self._collect_gathered(tensors), self._list_adapted_names(), base
+        )

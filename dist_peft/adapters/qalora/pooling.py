@@ -18,7 +18,14 @@ from typing import Any, Literal, get_args
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["POOL_KEY", "SIZE_KEY", "Convention", "Pooling", "factor_to_sum", "read_pooling"]
+__all__ = [
+    "POOL_KEY",
+    "SIZE_KEY",
+    "Convention",
+    "Pooling",
+    "pooling_sum_factor",
+    "read_pooling_facts",
+]
 
 Convention = Literal["sum", "mean", "peft"]
 
@@ -35,7 +42,7 @@ class Pooling:
     convention: Convention
 
 
-def factor_to_sum(pooling: Pooling, groups: int) -> float:
+def pooling_sum_factor(pooling: Pooling, groups: int) -> float:
     """Return the factor on ``B`` that makes the factors equal under the sum convention.
 
     Args:
@@ -51,7 +58,7 @@ def factor_to_sum(pooling: Pooling, groups: int) -> float:
             return groups / pooling.size
 
 
-def read_pooling(config: Mapping[str, Any]) -> Pooling | None:
+def read_pooling_facts(config: Mapping[str, Any]) -> Pooling | None:
     """How the adapter of an ``adapter_config.json`` pools; None for plain LoRA.
 
     ``use_qalora`` without ``qalora_pool`` is PEFT's own file. A file of the authors' repository

@@ -20,10 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span
 
-__all__ = ["PATH", "Drop", "PromptEncoder", "Start", "keep", "linear", "linear_starts"]
+__all__ = [
+    "PATH",
+    "Drop",
+    "ParameterInit",
+    "PromptEncoder",
+    "apply_linear",
+    "init_linear_parameters",
+    "keep_all_values",
+]
 
 PATH = "prompt_encoder"
 """Attribute of the model that holds the encoder."""
@@ -33,28 +41,28 @@ Drop = Callable[[int, Tensor], Tensor]
 """Dropout number ``i`` on a tensor."""
 
 
-def keep(number: int, x: Tensor) -> Tensor:
+def keep_all_values(number: int, x: Tensor) -> Tensor:
     return x
 
 
 @dataclass(frozen=True)
-class Start:
+class ParameterInit:
     """Shape of a parameter and where it starts: normal, or uniform within ``+- bound``."""
 
     shape: tuple[int, ...]
     bound: float | None = None
 
 
-def linear_starts(name: str, inputs: int, outputs: int) -> dict[str, Start]:
+def init_linear_parameters(name: str, inputs: int, outputs: int) -> dict[str, ParameterInit]:
     """``name.weight`` and ``name.bias``, without the dot, as ``nn.Linear`` starts them."""
     bound = 1 / math.sqrt(inputs)
     return {
-        f"{name}_weight": Start((outputs, inputs), bound),
-        f"{name}_bias": Start((outputs,), bound),
+        f"{name}_weight": ParameterInit((outputs, inputs), bound),
+        f"{name}_bias": ParameterInit((outputs,), bound),
     }
 
 
-def linear(x: Tensor, parameters: Mapping[str, Tensor], name: str) -> Tensor:
+def apply_linear(x: Tensor, parameters: Mapping[str, Tensor], name: str) -> Tensor:
     """``nn.Linear`` called ``name`` on ``x``."""
     return F.linear(x, parameters[f"{name}_weight"], parameters[f"{name}_bias"])
 
@@ -74,7 +82,7 @@ class PromptEncoder(nn.Module, ABC):
     def __init__(
         self,
         base: nn.Module,
-        starts: Mapping[str, Start],
+        starts: Mapping[str, ParameterInit],
         position: DropoutPosition,
         *,
         dropout: float = 0.0,
@@ -84,7 +92,7 @@ class PromptEncoder(nn.Module, ABC):
         super().__init__()
         self.starts, self.seed = dict(starts), position.seed
         self.dropouts = nn.ModuleList(
-            RowDropout(dropout, f"{PATH}.{number}", position) for number in range(dropouts)
+            SampleDropout(dropout, f"{PATH}.{number}", position) for number in range(dropouts)
         )
         self._base = (base,)  # not a child: it is the model's
         for name, start in starts.items():
@@ -99,13 +107,15 @@ class PromptEncoder(nn.Module, ABC):
     def forward(self) -> Tensor:
         """The virtual tokens, float32 ``[num_virtual_tokens, ...]``."""
         parameters = {name: getattr(self, name) for name in self.starts}
-        return self.encode(parameters, lambda number, x: self.dropouts[number](x))
+        return self.encode_prompt(parameters, lambda number, x: self.dropouts[number](x))
 
     @abstractmethod
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
         """The virtual tokens as a function of the parameters; without dropout, as deployed."""
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
         start = self.starts[name]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, PATH, name))

@@ -27,9 +27,9 @@ __all__ = [
     "PROMPT_TYPES",
     "TENSOR",
     "VirtualTokensFormat",
-    "check_prompt",
-    "kv_shape",
-    "prompt_config",
+    "build_prompt_config",
+    "check_prompt_adapter",
+    "read_kv_shape",
 ]
 
 TENSOR = "prompt_embeddings"
@@ -40,7 +40,9 @@ PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", PLACED)
 _INITS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}
 
 
-def prompt_config(config: VirtualTokensConfig, base: str, model: Any, width: int) -> dict[str, Any]:
+def build_prompt_config(
+    config: VirtualTokensConfig, base: str, model: Any, width: int
+) -> dict[str, Any]:
     """``adapter_config.json``.
 
     Args:
@@ -51,7 +53,7 @@ def prompt_config(config: VirtualTokensConfig, base: str, model: Any, width: int
     """
     heads = model.num_attention_heads
     if isinstance(config, PrefixConfig):
-        heads, size = kv_shape(model)
+        heads, size = read_kv_shape(model)
         width = heads * size
     common = {
         "task_type": "CAUSAL_LM",
@@ -63,10 +65,10 @@ def prompt_config(config: VirtualTokensConfig, base: str, model: Any, width: int
         "num_attention_heads": heads,
         "num_layers": model.num_hidden_layers,
     }
-    return {**common, **_own_config(config, base, width)}
+    return {**common, **_build_method_config(config, base, width)}
 
 
-def _own_config(config: VirtualTokensConfig, base: str, width: int) -> dict[str, Any]:
+def _build_method_config(config: VirtualTokensConfig, base: str, width: int) -> dict[str, Any]:
     if isinstance(config, PrefixConfig):
         return {
             "peft_type": "PREFIX_TUNING",
@@ -92,14 +94,14 @@ def _own_config(config: VirtualTokensConfig, base: str, width: int) -> dict[str,
     }
 
 
-def kv_shape(model: Any) -> tuple[int, int]:
+def read_kv_shape(model: Any) -> tuple[int, int]:
     """Heads of the keys and their size, from a model's configuration."""
     heads = model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // heads
     return getattr(model, "num_key_value_heads", None) or heads, size
 
 
-def check_prompt(public: PublicAdapter) -> None:
+def check_prompt_adapter(public: PublicAdapter) -> None:
     """See that the tensor has the shape that the configuration says.
 
     Raises:
@@ -143,8 +145,8 @@ class VirtualTokensFormat:
         return config.get("peft_type") in self.peft_types
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``check_prompt``."""
-        check_prompt(public)
+        """Raises: UserError: see ``check_prompt_adapter``."""
+        check_prompt_adapter(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """Return type and number of virtual tokens."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Insertion"]
+__all__ = ["TokenInsertion"]
 
 
 @dataclass(frozen=True)
-class Insertion:
+class TokenInsertion:
     """Where everything goes, for rows of ``S`` tokens that become ``W`` wide.
 
     Attributes:
@@ -35,19 +35,19 @@ class Insertion:
     position_ids: Tensor
 
     @classmethod
-    def before_documents(cls, position_ids: Tensor, count: int) -> "Insertion":
+    def insert_before_documents(cls, position_ids: Tensor, count: int) -> "TokenInsertion":
         """``count`` virtual tokens before each place where ``position_ids`` ``[B, S]`` are 0."""
-        return cls._before(position_ids == 0, position_ids, count)
+        return cls._insert_before(position_ids == 0, position_ids, count)
 
     @classmethod
-    def before_rows(cls, position_ids: Tensor, count: int) -> "Insertion":
+    def insert_before_sequences(cls, position_ids: Tensor, count: int) -> "TokenInsertion":
         """``count`` virtual tokens before each row, which may begin with padding."""
         begins = torch.zeros_like(position_ids, dtype=torch.bool)
         begins[:, 0] = True
-        return cls._before(begins, position_ids, count)
+        return cls._insert_before(begins, position_ids, count)
 
     @classmethod
-    def _before(cls, begins: Tensor, position_ids: Tensor, count: int) -> "Insertion":
+    def _insert_before(cls, begins: Tensor, position_ids: Tensor, count: int) -> "TokenInsertion":
         rows, size = position_ids.shape
         document = begins.cumsum(1)
         columns = torch.arange(size, device=begins.device).expand(rows, -1)
@@ -62,21 +62,21 @@ class Insertion:
         positions = number.scatter(1, place, position_ids + count)
         return cls(place, is_token, source, positions)
 
-    def widen(self, embeddings: Tensor, virtual: Tensor) -> Tensor:
+    def insert_embeddings(self, embeddings: Tensor, virtual: Tensor) -> Tensor:
         """``[B, S, H]`` and virtual tokens ``[count, H]`` -> ``[B, W, H]``."""
         size, count = embeddings.shape[1], virtual.shape[0]
-        tokens = embeddings.gather(1, _index(self.source.clamp(max=size - 1), embeddings))
+        tokens = embeddings.gather(1, _expand_index(self.source.clamp(max=size - 1), embeddings))
         inserted = virtual[self.source.clamp(max=count - 1)]
         return torch.where(self.is_token[..., None], tokens, inserted)
 
-    def narrow(self, states: Tensor) -> Tensor:
+    def remove_inserted_states(self, states: Tensor) -> Tensor:
         """``[B, W, H]`` -> those of the tokens ``[B, S, H]``."""
-        return states.gather(1, _index(self.place, states))
+        return states.gather(1, _expand_index(self.place, states))
 
-    def widen_mask(self, mask: Tensor) -> Tensor:
+    def widen_attention_mask(self, mask: Tensor) -> Tensor:
         """``[B, S]``, 0 for padding -> ``[B, W]``, 1 for virtual tokens."""
         return torch.ones_like(self.source, dtype=mask.dtype).scatter(1, self.place, mask)
 
 
-def _index(columns: Tensor, like: Tensor) -> Tensor:
+def _expand_index(columns: Tensor, like: Tensor) -> Tensor:
     return columns[..., None].expand(-1, -1, like.shape[-1])

@@ -21,22 +21,27 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import PlainAdapter, PublicAdapter, whole_parameters
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import PATH, PromptEncoder
-from dist_peft.adapters.virtual_tokens.format import TENSOR, prompt_config
-from dist_peft.adapters.virtual_tokens.insertion import Insertion
+from dist_peft.adapters.virtual_tokens.format import TENSOR, build_prompt_config
+from dist_peft.adapters.virtual_tokens.insertion import TokenInsertion
 from dist_peft.core.config.run import VirtualTokensConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.attention_mask import packing_mask
+from dist_peft.model.attention_mask import build_packing_mask
 
-__all__ = ["InsertedTokensAdapter", "VirtualTokensAdapter", "embedding_width", "shifted"]
+__all__ = [
+    "InsertedTokensAdapter",
+    "VirtualTokensAdapter",
+    "read_embedding_width",
+    "shift_positions",
+]
 
 Config = TypeVar("Config", bound=VirtualTokensConfig)
 
 
-class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
-    """See the module docstring and ``adapters.base.Adapter``.
+class VirtualTokensAdapter(AdapterDefaults, ABC, Generic[Config]):
+    """See the module docstring and ``adapters.protocol.Adapter``.
 
     The encoder computes in float32 whatever the arithmetic type, so that the deployed values
     are the trained ones; it is small, and runs once a forward.
@@ -53,61 +58,64 @@ class VirtualTokensAdapter(PlainAdapter, ABC, Generic[Config]):
         self.position = DropoutPosition(seed)
 
     @property
-    def extra_positions(self) -> int:
+    def num_extra_positions(self) -> int:
         return self.config.num_virtual_tokens
 
     # -- building ------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
+    def attach_to_model(self, model: nn.Module) -> None:
         """Add the encoder to the model and register hooks on its decoder.
 
         Raises:
             UserError: the method does not fit the model.
         """
         self.model = model
-        self.encoder = self._encoder(model)
+        self.encoder = self._build_encoder(model)
         setattr(model, PATH, self.encoder)
         decoder = cast(Any, model).get_decoder()
 
-        def before(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def call_decoder_pre_hook(
+            decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
             if args:  # some families pass the ids by position
                 kwargs = {"input_ids": args[0], **kwargs}
             assert len(args) < 2, "a decoder is called with names"
-            return (), self._before(kwargs)
+            return (), self._prepare_decoder_inputs(kwargs)
 
-        def after(decoder: nn.Module, args: Any, output: Any) -> None:
-            self._after(output)
+        def call_decoder_hook(decoder: nn.Module, args: Any, output: Any) -> None:
+            self._process_decoder_output(output)
 
-        decoder.register_forward_pre_hook(before, with_kwargs=True)
-        decoder.register_forward_hook(after)
+        decoder.register_forward_pre_hook(call_decoder_pre_hook, with_kwargs=True)
+        decoder.register_forward_hook(call_decoder_hook)
 
     @abstractmethod
-    def _encoder(self, model: nn.Module) -> PromptEncoder:
+    def _build_encoder(self, model: nn.Module) -> PromptEncoder:
         """The encoder for this model, its parameters on meta."""
 
     @abstractmethod
-    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_decoder_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the decoder -> those with virtual tokens."""
 
     @abstractmethod
-    def _after(self, output: Any) -> None:
+    def _process_decoder_output(self, output: Any) -> None:
         """Take virtual tokens out of the decoder's output, in place."""
 
     # -- training ------------------------------------------------------------------------------
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        self.position.begin(step, torch.zeros(1))  # one mask for all rows
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        self.position.begin_micro_batch(step, torch.zeros(1))  # one mask for all rows
 
     # -- saving --------------------------------------------------------------------------------
 
-    def to_public(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """The encoder's value in PEFT's form. See ``Adapter`` and ``prompt_format``."""
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        """The encoder's value in PEFT's form. See ``Adapter`` and
+        ``adapters.virtual_tokens.format``."""
         shapes = {name: tuple(start.shape) for name, start in self.encoder.starts.items()}
-        parameters = whole_parameters(tensors, {PATH: shapes})[PATH]
+        parameters = collect_gathered_parameters(tensors, {PATH: shapes})[PATH]
         with torch.no_grad():
-            virtual = self.encoder.encode(parameters).contiguous().clone()
+            virtual = self.encoder.encode_prompt(parameters).contiguous().clone()
         text = cast(Any, self.model).config.get_text_config()
-        config = prompt_config(self.config, base, text, virtual.shape[1])
+        config = build_prompt_config(self.config, base, text, virtual.shape[1])
         return PublicAdapter(config, {TENSOR: virtual})
 
 
@@ -118,43 +126,47 @@ class InsertedTokensAdapter(VirtualTokensAdapter[Config]):
     before the prompt and rest in the model's cache from then on.
     """
 
-    _insertion: Insertion | None = None
+    _insertion: TokenInsertion | None = None
 
-    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_decoder_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         count = self.config.num_virtual_tokens
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if cache is not None and cache.get_seq_length():  # they are in it
             self._insertion = None
-            return {**kwargs, **shifted(count, positions, padding)}
+            return {**kwargs, **shift_positions(count, positions, padding)}
         ids = kwargs["input_ids"]
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         positions = positions.expand(ids.shape[0], -1)
         if padding is None:
-            insertion = Insertion.before_documents(positions, count)
-            mask = packing_mask(self.model, insertion.position_ids)
+            insertion = TokenInsertion.insert_before_documents(positions, count)
+            mask = build_packing_mask(self.model, insertion.position_ids)
         else:
-            insertion = Insertion.before_rows(positions, count)
-            mask = insertion.widen_mask(padding)
+            insertion = TokenInsertion.insert_before_sequences(positions, count)
+            mask = insertion.widen_attention_mask(padding)
         self._insertion = insertion
         embeddings = self.encoder.base(ids)
         return {
             **kwargs,
             "input_ids": None,
-            "inputs_embeds": insertion.widen(embeddings, self.encoder().to(embeddings.dtype)),
+            "inputs_embeds": insertion.insert_embeddings(
+                embeddings, self.encoder().to(embeddings.dtype)
+            ),
             "position_ids": insertion.position_ids,
             "attention_mask": mask,
         }
 
-    def _after(self, output: Any) -> None:
+    def _process_decoder_output(self, output: Any) -> None:
         if self._insertion is not None:
-            output.last_hidden_state = self._insertion.narrow(output.last_hidden_state)
+            output.last_hidden_state = self._insertion.remove_inserted_states(
+                output.last_hidden_state
+            )
             self._insertion = None
 
 
-def shifted(count: int, positions: Tensor | None, padding: Tensor | None) -> dict[str, Any]:
+def shift_positions(count: int, positions: Tensor | None, padding: Tensor | None) -> dict[str, Any]:
     """Positions and padding mask of tokens that have ``count`` virtual ones before them."""
     changed: dict[str, Any] = {}
     if positions is not None:
@@ -164,7 +176,7 @@ def shifted(count: int, positions: Tensor | None, padding: Tensor | None) -> dic
     return changed
 
 
-def embedding_width(model: nn.Module) -> int:
+def read_embedding_width(model: nn.Module) -> int:
     """Size of a row of the input embedding."""
     embedding = cast(Any, model).get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):

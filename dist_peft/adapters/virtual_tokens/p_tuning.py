@@ -27,18 +27,18 @@ from torch import Tensor, nn
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
+    ParameterInit,
     PromptEncoder,
-    Start,
-    keep,
-    linear,
-    linear_starts,
+    apply_linear,
+    init_linear_parameters,
+    keep_all_values,
 )
-from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, embedding_width
+from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, read_embedding_width
 from dist_peft.core.config.run import PTuningConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.hub import load_tokenizer
 
-__all__ = ["LstmEncoder", "MlpEncoder", "PTuningAdapter", "numbers_in_documents"]
+__all__ = ["LstmEncoder", "MlpEncoder", "PTuningAdapter", "number_within_documents"]
 
 _DIRECTIONS = ("", "_reverse")
 
@@ -58,16 +58,18 @@ class MlpEncoder(PromptEncoder):
     ) -> None:
         hidden = config.encoder_hidden_size or width
         starts = {
-            "embedding": Start((config.num_virtual_tokens, width)),
-            **linear_starts("hidden0", width, hidden),
-            **linear_starts("hidden1", hidden, hidden),
-            **linear_starts("output", hidden, width),
+            "embedding": ParameterInit((config.num_virtual_tokens, width)),
+            **init_linear_parameters("hidden0", width, hidden),
+            **init_linear_parameters("hidden1", hidden, hidden),
+            **init_linear_parameters("output", hidden, width),
         }
         super().__init__(base, starts, position)
 
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
-        x = linear(parameters["embedding"], parameters, "hidden0").relu()
-        return linear(linear(x, parameters, "hidden1").relu(), parameters, "output")
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
+        x = apply_linear(parameters["embedding"], parameters, "hidden0").relu()
+        return apply_linear(apply_linear(x, parameters, "hidden1").relu(), parameters, "output")
 
 
 class LstmEncoder(PromptEncoder):
@@ -82,33 +84,35 @@ class LstmEncoder(PromptEncoder):
     ) -> None:
         hidden = config.encoder_hidden_size or width
         bound = 1 / math.sqrt(hidden)
-        starts = {"embedding": Start((config.num_virtual_tokens, width))}
+        starts = {"embedding": ParameterInit((config.num_virtual_tokens, width))}
         for layer in range(config.encoder_layers):
             inputs = width if layer == 0 else 2 * hidden
             for end in (f"l{layer}{direction}" for direction in _DIRECTIONS):
-                starts[f"weight_ih_{end}"] = Start((4 * hidden, inputs), bound)
-                starts[f"weight_hh_{end}"] = Start((4 * hidden, hidden), bound)
-                starts[f"bias_ih_{end}"] = Start((4 * hidden,), bound)
-                starts[f"bias_hh_{end}"] = Start((4 * hidden,), bound)
-        starts |= linear_starts("hidden", 2 * hidden, 2 * hidden)
-        starts |= linear_starts("output", 2 * hidden, width)
+                starts[f"weight_ih_{end}"] = ParameterInit((4 * hidden, inputs), bound)
+                starts[f"weight_hh_{end}"] = ParameterInit((4 * hidden, hidden), bound)
+                starts[f"bias_ih_{end}"] = ParameterInit((4 * hidden,), bound)
+                starts[f"bias_hh_{end}"] = ParameterInit((4 * hidden,), bound)
+        starts |= init_linear_parameters("hidden", 2 * hidden, 2 * hidden)
+        starts |= init_linear_parameters("output", 2 * hidden, width)
         self.layers = config.encoder_layers
         super().__init__(
             base, starts, position, dropout=config.dropout, dropouts=config.encoder_layers - 1
         )
 
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
         x = parameters["embedding"]
         for layer in range(self.layers):
             if layer:
                 x = drop(layer - 1, x)
-            forth = _lstm(x, parameters, f"l{layer}")
-            back = _lstm(x.flip(0), parameters, f"l{layer}_reverse").flip(0)
+            forth = _run_lstm_direction(x, parameters, f"l{layer}")
+            back = _run_lstm_direction(x.flip(0), parameters, f"l{layer}_reverse").flip(0)
             x = torch.cat([forth, back], 1)
-        return linear(linear(x, parameters, "hidden").relu(), parameters, "output")
+        return apply_linear(apply_linear(x, parameters, "hidden").relu(), parameters, "output")
 
 
-def _lstm(x: Tensor, parameters: Mapping[str, Tensor], end: str) -> Tensor:
+def _run_lstm_direction(x: Tensor, parameters: Mapping[str, Tensor], end: str) -> Tensor:
     """One layer in one direction: ``[T, in]`` -> ``[T, H]`` (Hochreiter and Schmidhuber 1997)."""
     weight_ih, weight_hh, bias_ih, bias_hh = (
         parameters[f"{name}_{end}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -125,7 +129,7 @@ def _lstm(x: Tensor, parameters: Mapping[str, Tensor], end: str) -> Tensor:
 
 
 class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
-    """See the module docstring and ``adapters.base.Adapter``."""
+    """See the module docstring and ``adapters.protocol.Adapter``."""
 
     _pseudo: int | None = None
     """Id of the pseudo token; None: virtual tokens stand in front."""
@@ -133,36 +137,36 @@ class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
     """Which rows of the micro-batch are real and must have a pseudo token."""
 
     @property
-    def extra_positions(self) -> int:
+    def num_extra_positions(self) -> int:
         return self.config.num_virtual_tokens if self.config.pseudo_token is None else 0
 
-    def _encoder(self, model: nn.Module) -> PromptEncoder:
-        width = embedding_width(model)
+    def _build_encoder(self, model: nn.Module) -> PromptEncoder:
+        width = read_embedding_width(model)
         if self.config.pseudo_token is not None:
             directory = Path(cast(Any, model).config._name_or_path)
-            self._pseudo = _token_id(self.config.pseudo_token, directory)
+            self._pseudo = _find_token_id(self.config.pseudo_token, directory)
         encoder = LstmEncoder if self.config.encoder == "lstm" else MlpEncoder
         base = cast(Any, model).get_input_embeddings()
         return encoder(base, width, self.config, self.position)
 
-    def begin(self, step: int, sample_ids: Tensor) -> None:
-        super().begin(step, sample_ids)
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        super().begin_micro_batch(step, sample_ids)
         self._training_rows = sample_ids >= 0
 
-    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_decoder_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._pseudo is None:
-            return super()._before(kwargs)
+            return super()._prepare_decoder_inputs(kwargs)
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
         found = ids == self._pseudo
-        number = numbers_in_documents(found, positions)
-        self._check(found, number)
+        number = number_within_documents(found, positions)
+        self._check_marker_count(found, number)
         embeddings = self.encoder.base(ids)
         virtual = self.encoder().to(embeddings.dtype)
         placed = virtual[number.clamp(0, len(virtual) - 1)]
         embeddings = torch.where(found[..., None], placed, embeddings)
         return {**kwargs, "input_ids": None, "inputs_embeds": embeddings}
 
-    def _check(self, found: Tensor, number: Tensor) -> None:
+    def _check_marker_count(self, found: Tensor, number: Tensor) -> None:
         token, count = self.config.pseudo_token, self.config.num_virtual_tokens
         rows, self._training_rows = self._training_rows, None
         if bool((found & (number >= count)).any()):
@@ -179,7 +183,7 @@ class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
             )
 
 
-def numbers_in_documents(found: Tensor, position_ids: Tensor | None) -> Tensor:
+def number_within_documents(found: Tensor, position_ids: Tensor | None) -> Tensor:
     """``[B, S]``: of each found token, how many there were before it in its document.
 
     Args:
@@ -193,7 +197,7 @@ def numbers_in_documents(found: Tensor, position_ids: Tensor | None) -> Tensor:
     return before - at_start
 
 
-def _token_id(token: str, directory: Path) -> int:
+def _find_token_id(token: str, directory: Path) -> int:
     """Of a token that the tokenizer knows and never makes two of.
 
     Raises:

@@ -12,7 +12,7 @@ which is dropped after training (``projection: true``)::
 
 The prefix enters through the model's cache of keys and values (``model.prefix_cache``), the tokens'
 positions begin after it, and a packed row gets a mask that shows it to each document
-(``model.attention.prefix_mask``).
+(``model.attention_mask.build_prefix_mask``).
 """
 
 from collections.abc import Mapping
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
+    ParameterInit,
     PromptEncoder,
-    Start,
-    keep,
-    linear,
-    linear_starts,
+    apply_linear,
+    init_linear_parameters,
+    keep_all_values,
 )
-from dist_peft.adapters.virtual_tokens.format import kv_shape
-from dist_peft.adapters.virtual_tokens.method import VirtualTokensAdapter, shifted
+from dist_peft.adapters.virtual_tokens.format import read_kv_shape
+from dist_peft.adapters.virtual_tokens.method import VirtualTokensAdapter, shift_positions
 from dist_peft.core.config.run import PrefixConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.attention_mask import is_packed, prefix_mask
-from dist_peft.model.prefix_cache import KeysValues, PrefixCache, fill
+from dist_peft.model.attention_mask import build_prefix_mask, is_packed_sequence
+from dist_peft.model.prefix_cache import KeysValues, PrefixCache, fill_cache_with_prefix
 
 __all__ = ["PrefixAdapter", "PrefixEncoder"]
 
@@ -64,28 +64,32 @@ class PrefixEncoder(PromptEncoder):
         count, outputs = config.num_virtual_tokens, layers * 2 * width
         hidden = config.encoder_hidden_size or width
         self.projects = config.projection
-        starts = {"embedding": Start((count, outputs))}
+        starts = {"embedding": ParameterInit((count, outputs))}
         if config.projection:
             starts = {
-                "embedding": Start((count, width)),
-                **linear_starts("hidden", width, hidden),
-                **linear_starts("output", hidden, outputs),
+                "embedding": ParameterInit((count, width)),
+                **init_linear_parameters("hidden", width, hidden),
+                **init_linear_parameters("output", hidden, outputs),
             }
         super().__init__(base, starts, position, dropout=config.dropout, dropouts=1)
 
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
         prefix = parameters["embedding"]
         if self.projects:
-            prefix = linear(linear(prefix, parameters, "hidden").tanh(), parameters, "output")
+            prefix = apply_linear(
+                apply_linear(prefix, parameters, "hidden").tanh(), parameters, "output"
+            )
         return drop(0, prefix)
 
 
 class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
-    """See the module docstring and ``adapters.base.Adapter``."""
+    """See the module docstring and ``adapters.protocol.Adapter``."""
 
     _cache: PrefixCache | None = None
 
-    def _encoder(self, model: nn.Module) -> PromptEncoder:
+    def _build_encoder(self, model: nn.Module) -> PromptEncoder:
         config = cast(Any, model).config
         text = config.get_text_config()
         settings = text.to_dict()
@@ -102,38 +106,38 @@ class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
                 f"adapter.kind prefix needs layers that all keep keys and values of one shape, but "
                 f"the base has {others[0]}; use adapter.kind prompt or ptuning"
             )
-        self.heads, self.size = kv_shape(text)
+        self.heads, self.size = read_kv_shape(text)
         self.layers = int(text.num_hidden_layers)
         embedding = cast(Any, model).get_input_embeddings()
         width = self.heads * self.size
         return PrefixEncoder(embedding, width, self.layers, self.config, self.position)
 
-    def _before(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_decoder_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         count = self.config.num_virtual_tokens
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         positions = kwargs.get("position_ids")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        changed = {**kwargs, **shifted(count, positions, padding)}
+        changed = {**kwargs, **shift_positions(count, positions, padding)}
         if cache is None or not cache.get_seq_length():
-            prefix = self._prefix(kwargs["input_ids"].shape[0])
+            prefix = self._compute_prefix(kwargs["input_ids"].shape[0])
             if cache is not None:
-                fill(cache, prefix)
+                fill_cache_with_prefix(cache, prefix)
             else:
                 self._cache = changed["past_key_values"] = PrefixCache(prefix)
         if padding is None:
-            changed["attention_mask"] = self._mask(positions)
+            changed["attention_mask"] = self._build_prefix_mask(positions)
         return changed
 
-    def _mask(self, positions: Tensor | None) -> Any:
+    def _build_prefix_mask(self, positions: Tensor | None) -> Any:
         """None where the model's own mask, causal from the cache on, is right."""
-        if positions is None or not is_packed(positions):
+        if positions is None or not is_packed_sequence(positions):
             return None
         model = cast(Any, self.model)
         dtype = cast(Tensor, self.encoder.base.weight).dtype
         count = self.config.num_virtual_tokens
-        return prefix_mask(model.config.get_text_config(), positions, count, dtype)
+        return build_prefix_mask(model.config.get_text_config(), positions, count, dtype)
 
-    def _prefix(self, rows: int) -> KeysValues:
+    def _compute_prefix(self, rows: int) -> KeysValues:
         """For each layer keys and values ``[rows, heads, P, head size]``."""
         dtype = cast(Tensor, self.encoder.base.weight).dtype
         flat = self.encoder().to(dtype)
@@ -141,7 +145,7 @@ class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
         wide = parts.unsqueeze(1).expand(-1, rows, -1, -1, -1)
         return [(wide[2 * layer], wide[2 * layer + 1]) for layer in range(self.layers)]
 
-    def _after(self, output: Any) -> None:
+    def _process_decoder_output(self, output: Any) -> None:
         if self._cache is not None:
             output.past_key_values = None  # the caller did not request a cache
             self._cache = None

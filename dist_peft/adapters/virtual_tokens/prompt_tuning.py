@@ -18,8 +18,14 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import derive_seed
 from dist_peft.adapters.sample_dropout import DropoutPosition
-from dist_peft.adapters.virtual_tokens.encoder import PATH, Drop, PromptEncoder, Start, keep
-from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, embedding_width
+from dist_peft.adapters.virtual_tokens.encoder import (
+    PATH,
+    Drop,
+    ParameterInit,
+    PromptEncoder,
+    keep_all_values,
+)
+from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, read_embedding_width
 from dist_peft.core.config.run import PromptConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -49,36 +55,38 @@ class PromptEmbedding(PromptEncoder):
         tokens: list[int] | None,
         directory: Path,
     ) -> None:
-        super().__init__(base, {"embedding": Start(shape)}, position)
+        super().__init__(base, {"embedding": ParameterInit(shape)}, position)
         self.tokens, self.directory = tokens, directory
 
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
         return parameters["embedding"]
 
-    def initial_rows(self, name: str, span: Span) -> Tensor:
+    def init_rows(self, name: str, span: Span) -> Tensor:
         if self.tokens is None:
-            return super().initial_rows(name, span)
+            return super().init_rows(name, span)
         base = cast(Any, self.base)
         rows = torch.empty(len(span), *self.starts[name].shape[1:])
         with RowReader(SafetensorsIndex.open(self.directory)) as reader:
             for row, token in zip(rows, self.tokens[span.slice], strict=True):
-                read = reader.read(base.checkpoint_names["weight"], Span(token, token + 1))
+                read = reader.read_rows(base.checkpoint_names["weight"], Span(token, token + 1))
                 row.copy_(read[0].to(base.weight.dtype))
         scale = getattr(base, "embed_scale", None)  # Gemma scales its embeddings
         return rows if scale is None else rows * torch.as_tensor(scale).float().cpu()
 
 
 class PromptTuningAdapter(InsertedTokensAdapter[PromptConfig]):
-    """See the module docstring and ``adapters.base.Adapter``."""
+    """See the module docstring and ``adapters.protocol.Adapter``."""
 
-    def _encoder(self, model: nn.Module) -> PromptEncoder:
-        shape = (self.config.num_virtual_tokens, embedding_width(model))
+    def _build_encoder(self, model: nn.Module) -> PromptEncoder:
+        shape = (self.config.num_virtual_tokens, read_embedding_width(model))
         directory = Path(cast(Any, model).config._name_or_path)
         embedding = cast(Any, model).get_input_embeddings()
-        tokens = self._start_tokens(embedding.num_embeddings, directory)
+        tokens = self._tokenize_init_text(embedding.num_embeddings, directory)
         return PromptEmbedding(embedding, shape, self.position, tokens, directory)
 
-    def _start_tokens(self, vocabulary: int, directory: Path) -> list[int] | None:
+    def _tokenize_init_text(self, vocabulary: int, directory: Path) -> list[int] | None:
         count = self.config.num_virtual_tokens
         if self.config.init == "random":
             return None

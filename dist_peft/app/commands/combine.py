@@ -6,12 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import read_adapter, read_metadata, write_adapter
-from dist_peft.adapters.lora.combine import Recipe, combine
+from dist_peft.adapters.directory import (
+    read_adapter_directory,
+    read_adapter_metadata,
+    write_adapter_directory,
+)
+from dist_peft.adapters.lora.combine import CombineRecipe, combine_adapters
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.export.model_directory import check_new
+from dist_peft.export.model_directory import check_output_free
 from dist_peft.store.base_record import BaseRecord
 
 __all__ = ["add_arguments", "run"]
@@ -47,16 +51,16 @@ def run(args: argparse.Namespace, world: World) -> int:
     if world.size > 1:
         raise UserError(f"this verb runs in one process, not {world.size}; start it with python")
     setup_log(None, world.rank, world.size)
-    directories = [_adapter_dir(path) for path in args.adapters]
+    directories = [_find_adapter_directory(path) for path in args.adapters]
     weights = args.weights or [1 / len(directories)] * len(directories)
-    recipe = _recipe(args)
+    recipe = _parse_merge_recipe(args)
     if len(weights) != len(directories):
         raise UserError(f"--weights has {len(weights)} numbers for {len(directories)} adapters")
     if len(set(directories)) < len(directories):
         raise UserError("an adapter is named twice")
-    check_new(args.out)
-    metadata = [read_metadata(directory) for directory in directories]
-    adapters = {str(d): read_adapter(d) for d in directories}
+    check_output_free(args.out)
+    metadata = [read_adapter_metadata(directory) for directory in directories]
+    adapters = {str(d): read_adapter_directory(d) for d in directories}
     for directory, adapter in adapters.items():
         if adapter.head is not None:
             raise UserError(
@@ -64,14 +68,14 @@ def run(args: argparse.Namespace, world: World) -> int:
                 "heads do not add up to anything"
             )
     _check_same_base(directories, metadata, [a.config for a in adapters.values()])
-    combined, kept = combine(adapters, weights, recipe)
+    combined, kept = combine_adapters(adapters, weights, recipe)
     about = {
         **{k: v for k, v in metadata[0].items() if k in _OF_BASE},
         "combined": [[d.name, w] for d, w in zip(directories, weights, strict=True)],
         "method": recipe.method,
         "dist_peft": version("dist_peft"),
     }
-    write_adapter(args.out, combined, about)
+    write_adapter_directory(args.out, combined, about)
     log.info(
         "wrote %s: %d adapters by %s, rank %d, with %.2f %% of the combined change",
         args.out,
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _parse_merge_recipe(args: argparse.Namespace) -> CombineRecipe:
     """Parse the options of the method; raises UserError on unused or out-of-range options."""
     given = {
         name: value
@@ -97,10 +101,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UserError(f"--density {given['density']} is not above 0 and at most 1")
     if given.get("rank", 1) < 1:
         raise UserError(f"--rank {given['rank']} is not at least 1")
-    return Recipe(args.method, **given)
+    return CombineRecipe(args.method, **given)
 
 
-def _adapter_dir(path: Path) -> Path:
+def _find_adapter_directory(path: Path) -> Path:
     """Return the adapter directory: ``path`` itself, or ``adapter/`` of a run."""
     inside = path / "adapter"
     found = inside if (inside / "adapter_config.json").is_file() else path
@@ -119,7 +123,7 @@ def _check_same_base(
     ]
     names = [config.get("base_model_name_or_path") for config in configs]
     for directory, record, name in zip(directories[1:], records[1:], names[1:], strict=True):
-        if why := records[0].compare(record):
+        if why := records[0].describe_difference(record):
             raise UserError(
                 f"{directory} and {directories[0]} were trained on different bases ({name}, "
                 f"{names[0]}): {why}; their changes do not add up to anything"

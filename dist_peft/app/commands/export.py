@@ -7,12 +7,12 @@ from dist_peft.app.export_options import (
     ADAPTERS,
     add_export_arguments,
     add_run_arguments,
-    read_verification,
+    parse_verification_options,
     require_one_process,
-    warn_of_unused,
+    warn_unused_arguments,
 )
 from dist_peft.app.finished_run import load_finished_run
-from dist_peft.app.verified_export import export_run, merge_run
+from dist_peft.app.verified_export import export_finished_run, merge_finished_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 
@@ -34,11 +34,13 @@ def run(args: argparse.Namespace, world: World) -> int:
     """
     require_one_process(world)
     setup_log(None, 0, 1)
-    warn_of_unused(args)
-    verify, trust = read_verification(args), args.trust_remote_code
+    warn_unused_arguments(args)
+    verify, trust = parse_verification_options(args), args.trust_remote_code
     if args.format == "hf-bf16":
         into = args.base or "original"
-        merge_run(args.run_dir, args.out, into=into, verify=verify, trust_remote_code=trust)
+        merge_finished_run(
+            args.run_dir, args.out, into=into, verify=verify, trust_remote_code=trust
+        )
     elif args.format in ADAPTERS:
         config = load_finished_run(args.run_dir, trust_remote_code=trust)
         export_adapter(config, args.run_dir, args.format, args.out, verify=verify)
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace, world: World) -> int:
             "lossy": args.lossy,
             "keep_adapter": args.keep_adapter,
         }
-        export_run(
+        export_finished_run(
             args.run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
         )
     return 0

@@ -5,10 +5,10 @@ import argparse
 from dist_peft.app.export_options import (
     add_merge_arguments,
     add_run_arguments,
-    read_verification,
+    parse_verification_options,
     require_one_process,
 )
-from dist_peft.app.verified_export import merge_run
+from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 
@@ -30,12 +30,12 @@ def run(args: argparse.Namespace, world: World) -> int:
     """
     require_one_process(world)
     setup_log(None, 0, 1)
-    merge_run(
+    merge_finished_run(
         args.run_dir,
         args.out,
         into=args.base or "original",
         dtype=args.dtype,
-        verify=read_verification(args),
+        verify=parse_verification_options(args),
         trust_remote_code=args.trust_remote_code,
     )
     return 0

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.app.run_report import add_section
-from dist_peft.app.verified_export import merge_run
+from dist_peft.app.run_report import add_report_section
+from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import generate
-from dist_peft.model.hub import resolve_base
-from dist_peft.quickstart.task import make_tiny_task
-from dist_peft.quickstart.tiny_model import make_tiny_base
-from dist_peft.store.writer import atomic_write
-from dist_peft.train.report import Section
+from dist_peft.export.verify import generate_greedy
+from dist_peft.model.hub import resolve_base_directory
+from dist_peft.quickstart.task import write_stdlib_task
+from dist_peft.quickstart.tiny_model import pretrain_tiny_base
+from dist_peft.store.writer import write_atomically
+from dist_peft.train.report import ReportSection
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = ["add_arguments", "run"]
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", help="local Hugging Face directory or hub id; default: pretrain a small base"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory")
-    parser.add_argument("--ranks", type=_count, default=2, help="processes")
-    parser.add_argument("--steps", type=_count, default=120, help="optimizer steps")
+    parser.add_argument("--ranks", type=_parse_positive_int, default=2, help="processes")
+    parser.add_argument("--steps", type=_parse_positive_int, default=120, help="optimizer steps")
     parser.add_argument(
         "--pretrain-seconds", type=float, default=75.0, help="time for the small base"
     )
 
 
-def _count(text: str) -> int:
+def _parse_positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
@@ -60,37 +60,37 @@ def run(args: argparse.Namespace, world: World) -> int:
     out: Path = args.out
     setup_log(None, 0, 1)
     if args.base:
-        resolve_base(BaseConfig(path=args.base))  # fail fast
-    _say("1/5 base model")
-    base = args.base or str(_tiny_base(out / "base", args.pretrain_seconds))
-    _say("2/5 task: fill in a card about a function, held-out files for evaluation")
-    train, held_out = make_tiny_task(out / "data")
-    config = _config(base, train, held_out, out / "run", args)
+        resolve_base_directory(BaseConfig(path=args.base))  # fail fast
+    _print_stage("1/5 base model")
+    base = args.base or str(_make_base_directory(out / "base", args.pretrain_seconds))
+    _print_stage("2/5 task: fill in a card about a function, held-out files for evaluation")
+    train, held_out = write_stdlib_task(out / "data")
+    config = _build_run_config(base, train, held_out, out / "run", args)
     config_file = out / "quickstart.yaml"
-    atomic_write(config_file, dump_config(config))
-    _say(f"3/5 QLoRA on {args.ranks} processes: NF4 base, sharded")
-    _train(config_file, args.ranks, out / "run")
-    _say("4/5 merge into a plain Hugging Face directory, reload in transformers")
+    write_atomically(config_file, dump_config(config))
+    _print_stage(f"3/5 QLoRA on {args.ranks} processes: NF4 base, sharded")
+    _launch_training(config_file, args.ranks, out / "run")
+    _print_stage("4/5 merge into a plain Hugging Face directory, reload in transformers")
     if (out / "merged").exists():
         shutil.rmtree(out / "merged")
-    merge_run(out / "run", out / "merged")
-    _say("5/5 before and after")
-    _show(config, held_out, out)
-    _say(f"done in {time.perf_counter() - start:.0f} s; open {out / 'run' / 'report.html'}")
+    merge_finished_run(out / "run", out / "merged")
+    _print_stage("5/5 before and after")
+    _show_generations(config, held_out, out)
+    _print_stage(f"done in {time.perf_counter() - start:.0f} s; open {out / 'run' / 'report.html'}")
     return 0
 
 
-def _say(text: str) -> None:
+def _print_stage(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _tiny_base(directory: Path, seconds: float) -> Path:
-    report = make_tiny_base(directory, seconds=seconds)
+def _make_base_directory(directory: Path, seconds: float) -> Path:
+    report = pretrain_tiny_base(directory, seconds=seconds)
     print(report)
     return directory
 
 
-def _config(
+def _build_run_config(
     base: str, train: Path, held_out: Path, run_dir: Path, args: argparse.Namespace
 ) -> RunConfig:
     cuda = torch.cuda.is_available()
@@ -125,7 +125,7 @@ def _config(
     )
 
 
-def _train(config_file: Path, ranks: int, run_dir: Path) -> None:
+def _launch_training(config_file: Path, ranks: int, run_dir: Path) -> None:
     """Run ``dist-peft train`` in subprocesses, with the command line that a user would type."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
@@ -140,18 +140,18 @@ def _train(config_file: Path, ranks: int, run_dir: Path) -> None:
         raise UserError(f"training ended with exit code {done.returncode}; see the messages above")
 
 
-def _show(config: RunConfig, held_out: Path, out: Path) -> None:
+def _show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
     records = read_metrics(out / "run" / METRICS_FILE)
     before, after = records[0].eval_loss_before, records[-1].eval_loss
     assert before is not None and after is not None
     print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
     examples = [json.loads(line) for line in held_out.read_text().splitlines()[:3]]
     prompts = [e["prompt"] for e in examples]
-    base = generate(resolve_base(config.base), prompts)
-    tuned = generate(out / "merged", prompts)
+    base = generate_greedy(resolve_base_directory(config.base), prompts)
+    tuned = generate_greedy(out / "merged", prompts)
     samples = []
     for example, was, now in zip(examples, base, tuned, strict=True):
         text = f"reference: {example['completion']}\nbase: {was}\nfine-tuned: {now}"
         samples.append((example["prompt"], text))
         print(f"\n{example['prompt']}{text}")
-    add_section(out / "run", Section("Samples", texts=tuple(samples)))
+    add_report_section(out / "run", ReportSection("Samples", texts=tuple(samples)))

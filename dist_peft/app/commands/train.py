@@ -15,29 +15,36 @@ import torch
 from torch import nn
 
 from dist_peft.app.adapter_bank import AdapterBank
-from dist_peft.app.base_content import TrainedOn, checkpoint_bases
+from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
 from dist_peft.app.config_arguments import add_config_arguments
-from dist_peft.app.data_setup import Loaders, check_fit
-from dist_peft.app.gptq_solver import Stopped
-from dist_peft.app.model_setup import Built, Prepared, give_start, load, prepare, with_labels
-from dist_peft.app.quantized_base import must_solve_base, with_solved_base
-from dist_peft.app.resuming import read_inputs
-from dist_peft.app.run_identity import rank_configuration
-from dist_peft.app.tasks import TasksFile, task_configs
-from dist_peft.app.trainer import Session
-from dist_peft.app.unused_options import warn_of_idle_options
+from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
+from dist_peft.app.gptq_solver import CalibrationInterrupted
+from dist_peft.app.model_setup import (
+    LoadedModel,
+    ModelSetup,
+    build_model,
+    load_init_factors,
+    load_weights,
+    replace_labels,
+)
+from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
+from dist_peft.app.resuming import read_run_inputs
+from dist_peft.app.run_identity import flatten_rank_config
+from dist_peft.app.tasks import TasksFile, split_task_configs
+from dist_peft.app.trainer import Trainer
+from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.io import dump_config, load_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.data.labels import class_names
-from dist_peft.export.outlook import log_outlook
-from dist_peft.store.writer import atomic_write
-from dist_peft.train.checkpoint import Checkpoints
+from dist_peft.data.labels import list_class_names
+from dist_peft.export.outlook import log_export_outlook
+from dist_peft.store.writer import write_atomically
+from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.optimizers import make_optimizer_factory
 
-__all__ = ["RESUMABLE", "add_arguments", "run", "train"]
+__all__ = ["RESUMABLE", "add_arguments", "run", "train_from_config"]
 
 log = logging.getLogger("dist_peft")
 
@@ -52,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: World) -> int:
     """Train the configuration of ``--config`` and its overrides; return the exit code."""
-    return train(load_config(args.config, args.overrides), world)
+    return train_from_config(load_config(args.config, args.overrides), world)
 
 
-def train(config: RunConfig, world: World) -> int:
+def train_from_config(config: RunConfig, world: World) -> int:
     """Train ``config`` to its last step, or until a signal; return the exit code.
 
     Raises:
@@ -64,15 +71,21 @@ def train(config: RunConfig, world: World) -> int:
     if config.adapter.kind == "none":
         raise UserError("adapter.kind is none: nothing would be trained; choose lora")
     if config.train.tasks == "separate":
-        task_configs(config)  # fail fast: validates the list of tasks before anything is written
-    device = world.device(config.train.device)
-    world.connect(device, config.engine.timeout_minutes, config.engine.start_timeout_minutes)
-    world.agree("configuration", rank_configuration(config, world))
+        split_task_configs(
+            config
+        )  # fail fast: validates the list of tasks before anything is written
+    device = world.select_device(config.train.device)
+    world.join_process_group(
+        device, config.engine.timeout_minutes, config.engine.start_timeout_minutes
+    )
+    world.check_agreement("configuration", flatten_rank_config(config, world))
     with _catch_signals() as stop:
-        return _train(config, world, device, stop)
+        return _train_until_stopped(config, world, device, stop)
 
 
-def _train(config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]) -> int:
+def _train_until_stopped(
+    config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]
+) -> int:
     """Check, load and train, in an order in which a refused command changes no file.
 
     First all checks without weights, then the run directory and its log, loading, the checks that
@@ -80,42 +93,42 @@ def _train(config: RunConfig, world: World, device: torch.device, stop: Callable
     """
     run_dir = Path(config.save.dir)
     setup_log(None, world.rank, world.size, hold=True)
-    with world.together("look at the run directory"):
+    with world.raise_together("look at the run directory"):
         if world.is_first:
             _check_writable(run_dir)
         solving = must_solve_base(config, run_dir)
     if solving:
         # checkpoints are of the quantized base: none can match the unquantized one checked here
         fresh = config.model_copy(update={"resume": "never"})
-        _check_jobs(fresh, world, device, solving=True)  # fail fast, before hours of GPTQ
+        _prepare_adapter_jobs(fresh, world, device, solving=True)  # fail fast, before hours of GPTQ
         _open_run_directory(run_dir, world)
     try:
-        config = with_solved_base(config, run_dir, world, device, stop)
-    except Stopped:
+        config = ensure_solved_base(config, run_dir, world, device, stop)
+    except CalibrationInterrupted:
         log.warning("stopped on a signal during GPTQ calibration; rerunning restarts calibration")
         return RESUMABLE
-    config, prepared, jobs = _check_jobs(config, world, device)
+    config, prepared, jobs = _prepare_adapter_jobs(config, world, device)
     trained_on = [base for job in jobs.values() for base in job.trained_on]
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     _open_run_directory(run_dir, world)
     if begun is not None and begun.resume_from is not None:
-        give_start(prepared, begun.checkpoints, begun.resume_from)
-    built = load(prepared, config, world, device, trained_on)
-    call = built.optimize(make_optimizer_factory(config.train, device))
-    sessions = {name: job.session(built, call, world) for name, job in jobs.items()}
-    next(iter(sessions.values())).check_model()
+        load_init_factors(prepared, begun.checkpoints, begun.resume_from)
+    built = load_weights(prepared, config, world, device, trained_on)
+    call = built.setup_optimizer(make_optimizer_factory(config.train, device))
+    sessions = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
+    next(iter(sessions.values())).check_loaded_model()
     if config.train.tasks == "separate":
-        with world.together("write config.yaml"):
+        with world.raise_together("write config.yaml"):
             if world.is_first:
                 _write_config(run_dir, config)
         resume_from = {name: job.resume_from for name, job in jobs.items()}
-        return _one_after_another(run_dir, built, sessions, resume_from, world, stop)
-    return RESUMABLE if _run(sessions[""], jobs[""].resume_from, world, stop) else 0
+        return _train_tasks_sequentially(run_dir, built, sessions, resume_from, world, stop)
+    return RESUMABLE if _run_trainer(sessions[""], jobs[""].resume_from, world, stop) else 0
 
 
-def _check_jobs(
+def _prepare_adapter_jobs(
     config: RunConfig, world: World, device: torch.device, *, solving: bool = False
-) -> "tuple[RunConfig, Prepared, dict[str, _Job]]":
+) -> "tuple[RunConfig, ModelSetup, dict[str, _AdapterJob]]":
     """Run every check that needs no weights; write nothing but the token cache.
 
     Returns:
@@ -125,32 +138,36 @@ def _check_jobs(
     Raises:
         UserError: on every rank.
     """
-    with world.together("read the base's configuration"):
-        runs = task_configs(config) if config.train.tasks == "separate" else {"": config}
+    with world.raise_together("read the base's configuration"):
+        runs = split_task_configs(config) if config.train.tasks == "separate" else {"": config}
         packed_tokens = config.data.seq_len if config.data.packing else 0
         first = next(iter(runs.values()))
-        prepared = prepare(first, world, solving=solving, packed_tokens=packed_tokens)
+        prepared = build_model(first, world, solving=solving, packed_tokens=packed_tokens)
         base = {"base": prepared.config.base}
         config = config.model_copy(update=base)
         runs = {name: run.model_copy(update=base) for name, run in runs.items()}
-    warn_of_idle_options(config, world, prepared.model, device.type)
+    warn_unused_options(config, world, prepared.model, device.type)
     if not solving:
-        log_outlook(config, prepared.skeleton, prepared.directory)
-    return config, prepared, {name: _Job.of(run, prepared, world) for name, run in runs.items()}
+        log_export_outlook(config, prepared.skeleton, prepared.directory)
+    return (
+        config,
+        prepared,
+        {name: _AdapterJob.check_inputs(run, prepared, world) for name, run in runs.items()},
+    )
 
 
 @dataclass(frozen=True)
-class _Job:
+class _AdapterJob:
     """An adapter to train, of the run or of one task, with everything known before loading."""
 
     config: RunConfig
-    loaders: Loaders
-    checkpoints: Checkpoints
+    loaders: DataLoaders
+    checkpoints: CheckpointManager
     resume_from: Path | None
-    trained_on: list[TrainedOn]
+    trained_on: list[BaseRequirement]
 
     @classmethod
-    def of(cls, config: RunConfig, prepared: Prepared, world: World) -> Self:
+    def check_inputs(cls, config: RunConfig, prepared: ModelSetup, world: World) -> Self:
         """Read the data and select the checkpoint to resume.
 
         Raises:
@@ -158,69 +175,77 @@ class _Job:
                 does not exist or is of another run.
         """
         directory = Path(config.save.dir) / "checkpoints"
-        checkpoints = Checkpoints(directory, config.save.keep, world)
-        with world.together("choose a checkpoint"):
-            resume_from = checkpoints.choose(config.resume)
+        checkpoints = CheckpointManager(directory, config.save.keep, world)
+        with world.raise_together("choose a checkpoint"):
+            resume_from = checkpoints.select_checkpoint(config.resume)
         resumed = [] if resume_from is None else [resume_from]
         # first of all comparisons with the checkpoint, since it names the keys of config.json
-        with world.together("compare the base with that of the checkpoint"):
-            trained_on = checkpoint_bases(resumed, prepared.skeleton.index)
-        loaders = read_inputs(config, prepared, world, resume_from)
-        check_fit(loaders, prepared.skeleton, prepared.adapter.extra_positions)
+        with world.raise_together("compare the base with that of the checkpoint"):
+            trained_on = read_checkpoint_bases(resumed, prepared.skeleton.index)
+        loaders = read_run_inputs(config, prepared, world, resume_from)
+        check_loaders_fit_model(loaders, prepared.skeleton, prepared.adapter.num_extra_positions)
         return cls(config, loaders, checkpoints, resume_from, trained_on)
 
-    def session(self, built: Built, call: nn.Module, world: World) -> Session:
-        built = with_labels(built, class_names(self.config.data))
+    def make_trainer(self, built: LoadedModel, call: nn.Module, world: World) -> Trainer:
+        built = replace_labels(built, list_class_names(self.config.data))
         directory = Path(self.config.save.dir)
-        return Session(self.config, world, built, call, self.loaders, self.checkpoints, directory)
+        return Trainer(self.config, world, built, call, self.loaders, self.checkpoints, directory)
 
 
-def _run(
-    session: Session, resume_from: Path | None, world: World, stop: Callable[[], bool]
+def _run_trainer(
+    session: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
 ) -> bool:
     """Train to the last step; return whether a signal stopped it before."""
-    first_step = session.resume(resume_from) if resume_from is not None else session.begin()
-    with world.together("write config.yaml"):
+    first_step = (
+        session.resume_from_checkpoint(resume_from)
+        if resume_from is not None
+        else session.start_run()
+    )
+    with world.raise_together("write config.yaml"):
         if world.is_first:
             _write_config(session.run_dir, session.config)
-    done = session.fit(first_step, stop)
+    done = session.run_training_loop(first_step, stop)
     if done < session.total_steps:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
-    session.finish()
+    session.finish_run()
     return False
 
 
-def _one_after_another(
+def _train_tasks_sequentially(
     run_dir: Path,
-    built: Built,
-    sessions: dict[str, Session],
+    built: LoadedModel,
+    sessions: dict[str, Trainer],
     resume_from: dict[str, Path | None],
     world: World,
     stop: Callable[[], bool],
 ) -> int:
     """Train the adapter of each task, all from the same initialization; return the exit code."""
-    with world.together("read tasks.json"):
+    with world.raise_together("read tasks.json"):
         finished = TasksFile(run_dir)
     bank = AdapterBank(built)
-    bank.keep("start")
+    bank.store_active_adapter("start")
     for number, (name, session) in enumerate(sessions.items(), 1):
         newest = resume_from[name]
-        steps = finished.steps(name) if world.is_first else 0
-        if newest is not None and session.ends_at(newest) and world.max(steps)[0]:
+        steps = finished.get_finished_steps(name) if world.is_first else 0
+        if (
+            newest is not None
+            and session.is_final_checkpoint(newest)
+            and world.max_over_ranks(steps)[0]
+        ):
             log.info("task %s is finished", name)
             continue
         log.info("task %s, %d of %d, in %s", name, number, len(sessions), session.run_dir)
-        with world.together("prepare the task's directory"):
+        with world.raise_together("prepare the task's directory"):
             if world.is_first:
-                finished.begin(name)
-                _prepare_directory(session.run_dir)
-        bank.activate("start")
-        if _run(session, newest, world, stop):
+                finished.mark_started(name)
+                _make_run_directory(session.run_dir)
+        bank.activate_adapter("start")
+        if _run_trainer(session, newest, world, stop):
             return RESUMABLE
-        with world.together("write tasks.json"):
+        with world.raise_together("write tasks.json"):
             if world.is_first:
-                finished.finish(name, session.summary())
+                finished.mark_finished(name, session.make_report_summary())
     return 0
 
 
@@ -241,13 +266,13 @@ def _check_writable(run_dir: Path) -> None:
 
 def _open_run_directory(run_dir: Path, world: World) -> None:
     """Create the directory and continue the log in its ``log.txt``."""
-    with world.together("prepare the run directory"):
+    with world.raise_together("prepare the run directory"):
         if world.is_first:
-            _prepare_directory(run_dir)
+            _make_run_directory(run_dir)
         setup_log(run_dir, world.rank, world.size)
 
 
-def _prepare_directory(run_dir: Path) -> None:
+def _make_run_directory(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -256,7 +281,7 @@ def _prepare_directory(run_dir: Path) -> None:
 
 def _write_config(run_dir: Path, config: RunConfig) -> None:
     try:
-        atomic_write(run_dir / "config.yaml", dump_config(config))
+        write_atomically(run_dir / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
 
@@ -270,14 +295,14 @@ def _catch_signals() -> Iterator[Callable[[], bool]]:
     """
     caught: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record_signal(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.signal(number, note) for number in numbers]
+    before = [signal.signal(number, record_signal) for number in numbers]
     try:
         yield lambda: bool(caught)
     finally:

@@ -11,9 +11,14 @@ from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.data.classification import load_labelled
-from dist_peft.data.documents import load_row_sets, show_row
-from dist_peft.model.hub import Tokenizer, announce_trust, load_tokenizer, resolve_base
+from dist_peft.data.classification import load_labelled_sequences
+from dist_peft.data.documents import format_sequence, load_sequence_sets
+from dist_peft.model.hub import (
+    Tokenizer,
+    load_tokenizer,
+    resolve_base_directory,
+    warn_of_trusted_code,
+)
 
 __all__ = ["add_arguments", "preview_labelled_rows", "preview_rows", "run"]
 
@@ -38,10 +43,10 @@ def run(args: argparse.Namespace, world: World) -> int:
     setup_log(None, world.rank, world.size)
     if not world.is_first:
         return 0
-    announce_trust(config.base)
-    directory = resolve_base(config.base, weights=False)
+    warn_of_trusted_code(config.base)
+    directory = resolve_base_directory(config.base, weights=False)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-    preview = preview_labelled_rows if config.data.classifies else preview_rows
+    preview = preview_labelled_rows if config.data.is_classification else preview_rows
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
         lines = preview(config.data, sources, tokenizer, name, args.rows) if sources else []
         if lines and not _print_lines(lines):
@@ -69,7 +74,7 @@ def preview_rows(
         UserError: unreadable, empty or unfit data.
     """
     lines = []
-    for number, rows in enumerate(load_row_sets(config, sources, tokenizer, name=name)):
+    for number, rows in enumerate(load_sequence_sets(config, sources, tokenizer, name=name)):
         lines.append(
             f"data.{name}[{number}] {sources[number].path}: {rows.num_documents} documents in "
             f"{len(rows)} rows, {rows.total_tokens} tokens, of which {rows.total_targets} "
@@ -77,7 +82,7 @@ def preview_rows(
         )
         for index in range(min(count, len(rows))):
             lines.append(f"--- row {index}: {rows.num_tokens(index)} tokens")
-            lines.append(show_row(rows, index, tokenizer))
+            lines.append(format_sequence(rows, index, tokenizer))
     return lines
 
 
@@ -90,14 +95,14 @@ def preview_labelled_rows(
         UserError: unreadable, empty or unfit data.
     """
     lines = []
-    for number, rows in enumerate(load_labelled(config, sources, tokenizer, name=name)):
+    for number, rows in enumerate(load_labelled_sequences(config, sources, tokenizer, name=name)):
         labels = rows.task.labels
         lines.append(
             f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows of task "
             f"{rows.task.name}, labels {', '.join(labels)}"
         )
         for index in range(min(count, len(rows))):
-            tokens, target, _ = rows.row(index)
+            tokens, target, _ = rows.get_sequence(index)
             label = labels[int(target[0]) - rows.task.start]
             lines.append(f"--- row {index}: {len(tokens)} tokens, label {label}")
             lines.append(str(tokenizer.decode(tokens.tolist())))

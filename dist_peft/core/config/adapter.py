@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_peft.core.config.types import Count, Float, Int, Names, Positive, Section
+from dist_peft.core.config.types import ConfigSection, Count, Float, Int, Names, Positive
 
 __all__ = [
     "AdapterConfig",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class LowRankConfig(Section):
+class LowRankConfig(ConfigSection):
     """Options shared by LoRA and QA-LoRA."""
 
     kind: str
@@ -79,7 +79,7 @@ class QaLoraConfig(LowRankConfig):
     )
 
 
-class Ia3Config(Section):
+class Ia3Config(ConfigSection):
     """IA3 (Liu et al. 2022): trainable vectors that rescale keys, values and feed-forward."""
 
     kind: Literal["ia3"] = "ia3"
@@ -95,7 +95,7 @@ class Ia3Config(Section):
     )
 
 
-class VirtualTokensConfig(Section):
+class VirtualTokensConfig(ConfigSection):
     """Options shared by prompt tuning, P-tuning and prefix-tuning."""
 
     kind: str
@@ -114,7 +114,7 @@ class PromptConfig(VirtualTokensConfig):
     init_text: str | None = Field(None, description="For init: text, such as the task in words.")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_prompt_init(self) -> Self:
         if (self.init == "text") != bool(self.init_text):
             raise ValueError("init: text and init_text belong together; give both or neither")
         return self
@@ -139,7 +139,7 @@ class PTuningConfig(VirtualTokensConfig):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_encoder(self) -> Self:
         if self.encoder == "mlp":
             for name in ("encoder_layers", "dropout"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -165,7 +165,7 @@ class PrefixConfig(VirtualTokensConfig):
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix.")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_prefix_source(self) -> Self:
         if not self.projection and self.encoder_hidden_size is not None:
             raise ValueError("encoder_hidden_size is for projection: true")
         return self
@@ -178,7 +178,7 @@ _BOTTLENECK_DEFAULTS: dict[str, dict[str, Any]] = {
 """By placement, as AdapterHub's presets double_seq_bn and par_bn; pfeiffer has the fields' own."""
 
 
-class BottleneckConfig(Section):
+class BottleneckConfig(ConfigSection):
     """Bottleneck adapters (Houlsby et al. 2019): a small MLP in each layer; not mergeable."""
 
     kind: Literal["bottleneck"] = "bottleneck"
@@ -213,18 +213,18 @@ class BottleneckConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, value: Any) -> Any:
+    def _fill_from_placement(cls, value: Any) -> Any:
         """Fill options that are not set with those of the placement."""
         if isinstance(value, dict):
             value = {**_BOTTLENECK_DEFAULTS.get(str(value.get("placement")), {}), **value}
         return value
 
-    def bottleneck(self, hidden: int) -> int:
+    def bottleneck_size(self, hidden: int) -> int:
         """Return the bottleneck size for a base with hidden size ``hidden``."""
         return max(int(hidden // self.reduction_factor), 1)
 
 
-class FusedAdapter(Section):
+class FusedAdapter(ConfigSection):
     """A trained bottleneck adapter that is fused with others."""
 
     path: str = Field(description="Directory of the adapter, ours or AdapterHub's.")
@@ -234,27 +234,28 @@ class FusedAdapter(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _path(cls, value: Any) -> Any:
+    def _parse_bare_path(cls, value: Any) -> Any:
         """Read a bare string as ``{path: string}``."""
         return {"path": value} if isinstance(value, str) else value
 
     @property
-    def label(self) -> str:
+    def display_name(self) -> str:
         """Return ``name``, or the last part of ``path``."""
         path = PurePath(self.path)
         return self.name or (path.parent if path.name == "adapter" else path).name
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not re.fullmatch(r"\w[\w-]*", self.label):
+    def _check_fused_source(self) -> Self:
+        if not re.fullmatch(r"\w[\w-]*", self.display_name):
             raise ValueError(
-                f"the name {self.label!r} of {self.path} must be of letters, digits, '_' and '-'; "
+                f"the name {self.display_name!r} of {self.path} must be of letters, digits, "
+                "'_' and '-'; "
                 "set another: {name: NAME, path: DIR}"
             )
         return self
 
 
-class FusionConfig(Section):
+class FusionConfig(ConfigSection):
     """AdapterFusion (Pfeiffer et al. 2021): attention over trained bottleneck adapters, which are
     frozen."""
 
@@ -275,8 +276,8 @@ class FusionConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        names = [adapter.label for adapter in self.adapters]
+    def _check_fused_adapters(self) -> Self:
+        names = [adapter.display_name for adapter in self.adapters]
         if double := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"two of adapters are called {double[0]}; name them: {{name: NAME, path: DIR}}"
@@ -287,7 +288,7 @@ class FusionConfig(Section):
 Part = Literal["all", "norms", "biases", "embeddings", "head"]
 
 
-class UnfreezeConfig(Section):
+class UnfreezeConfig(ConfigSection):
     """Parameters that are trainable from a given step on."""
 
     step: Int = Field(ge=0, description="Optimizer steps completed before.")
@@ -295,24 +296,24 @@ class UnfreezeConfig(Section):
     last_blocks: Int = Field(0, ge=0, description="See adapter.last_blocks.")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_unfreeze_stage(self) -> Self:
         if not self.parts and not self.last_blocks:
             raise ValueError("names nothing to train; give parts or last_blocks")
         return self
 
 
-class FullConfig(Section):
+class FullConfig(ConfigSection):
     """Full fine-tuning: every parameter of the base is trainable and unquantized."""
 
     kind: Literal["full"] = "full"
 
     @property
-    def stages(self) -> list[UnfreezeConfig]:
+    def unfreeze_stages(self) -> list[UnfreezeConfig]:
         """One stage from step 0 with all parameters, in the form of ``PartialConfig``."""
         return [UnfreezeConfig(step=0, parts=["all"])]
 
 
-class PartialConfig(Section):
+class PartialConfig(ConfigSection):
     """Partial fine-tuning: some parameters of the base are trainable, the rest is frozen and
     quantized."""
 
@@ -333,7 +334,7 @@ class PartialConfig(Section):
     )
 
     @property
-    def stages(self) -> list[UnfreezeConfig]:
+    def unfreeze_stages(self) -> list[UnfreezeConfig]:
         """All trainable parts as stages, the first of which starts at step 0."""
         first = []
         if self.parts or self.last_blocks:
@@ -341,8 +342,8 @@ class PartialConfig(Section):
         return sorted([*first, *self.unfreeze], key=lambda stage: stage.step)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        stages = self.stages
+    def _check_trainable_parameters(self) -> Self:
+        stages = self.unfreeze_stages
         if not stages:
             raise ValueError("nothing would be trained; give parts, last_blocks or unfreeze")
         if stages[0].step:
@@ -353,7 +354,7 @@ class PartialConfig(Section):
         return self
 
 
-class NoAdapterConfig(Section):
+class NoAdapterConfig(ConfigSection):
     """No adapter: only for ``dist-peft eval`` of a bare base."""
 
     kind: Literal["none"] = "none"

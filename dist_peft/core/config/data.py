@@ -5,12 +5,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_peft.core.config.types import Float, Int, Label, Section
+from dist_peft.core.config.types import ConfigSection, Float, Int, Label
 
 __all__ = ["DataConfig", "DataSource"]
 
 
-class DataSource(Section):
+class DataSource(ConfigSection):
     """One file, glob, directory or hub data set, and the format of its records."""
 
     path: str = Field(
@@ -55,12 +55,12 @@ class DataSource(Section):
     )
 
     @property
-    def task(self) -> str:
+    def task_name(self) -> str:
         """Return ``name``, or the last part of ``path``."""
         return self.name or PurePath(self.path).stem or self.path
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_data_source(self) -> Self:
         if self.to_step is not None and self.to_step <= self.from_step:
             raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
         if self.labels and self.format != "classification":
@@ -70,7 +70,7 @@ class DataSource(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Training and held-out data, and how records become token sequences."""
 
     train: list[DataSource] = Field(
@@ -112,7 +112,7 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _paths(cls, value: Any) -> Any:
+    def _parse_bare_paths(cls, value: Any) -> Any:
         """Read a bare string in ``train`` or ``eval`` as ``{path: string}``."""
         if isinstance(value, dict):
             value = dict(value)
@@ -123,12 +123,14 @@ class DataConfig(Section):
                 if isinstance(entries, list):
                     value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
             train = value.get("train")
-            if isinstance(train, list) and any(_format_of(e) == "classification" for e in train):
+            if isinstance(train, list) and any(
+                _read_format_name(e) == "classification" for e in train
+            ):
                 value.setdefault("packing", False)
         return value
 
     @property
-    def classifies(self) -> bool:
+    def is_classification(self) -> bool:
         """Whether records are classified instead of predicted token by token."""
         return self.train[0].format == "classification"
 
@@ -137,13 +139,13 @@ class DataConfig(Section):
         formats = {(s.format == "classification") for s in [*self.train, *self.eval]}
         if len(formats) > 1:
             raise ValueError("either all sources have format: classification or none")
-        if self.classifies and self.packing:
+        if self.is_classification and self.packing:
             raise ValueError(
                 "packing: true is not for classification, whose rows hold one record each; leave "
                 "it out"
             )
         for number, source in enumerate(self.train):
-            if self.classifies and not source.labels:
+            if self.is_classification and not source.labels:
                 raise ValueError(
                     f"train[{number}].labels is missing: give the values of the label column, such "
                     "as [negative, positive]"
@@ -171,5 +173,5 @@ class DataConfig(Section):
         return self
 
 
-def _format_of(entry: Any) -> Any:
+def _read_format_name(entry: Any) -> Any:
     return entry.get("format") if isinstance(entry, dict) else getattr(entry, "format", None)

@@ -14,11 +14,11 @@ from pydantic.fields import FieldInfo
 from dist_peft.core.config import run as config
 from dist_peft.core.config.adapter import FusedAdapter
 
-__all__ = ["configuration_page"]
+__all__ = ["build_configuration_page"]
 
 _HEAD = """# Configuration reference
 
-Generated from `dist_peft/core/config/run.py` and `adapter_config.py`; do not edit.
+Generated from `dist_peft/core/config/`; do not edit.
 
 A run is one YAML file. Every key can be given on the command line as `key.sub=value` after the
 file, and the resolved file is saved as `config.yaml` in the run directory. An unknown key is an
@@ -49,25 +49,30 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
 ]
 
 
-def configuration_page() -> str:
+def build_configuration_page() -> str:
     """Return the whole page as Markdown."""
     parts = [_HEAD]
     for title, model in _SECTIONS:
         about = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        rows = [_row(name, field) for name, field in model.model_fields.items()]
+        rows = [_format_table_row(name, field) for name, field in model.model_fields.items()]
         head = "| key | type | default | meaning |\n|---|---|---|---|"
         parts.append(f"## {title}\n\n{about}\n\n{head}\n" + "\n".join(rows) + "\n")
-    resume = _row("resume", config.RunConfig.model_fields["resume"])
+    resume = _format_table_row("resume", config.RunConfig.model_fields["resume"])
     parts.append(f"## resume\n\n| key | type | default | meaning |\n|---|---|---|---|\n{resume}\n")
     return "\n".join(parts)
 
 
-def _row(name: str, field: FieldInfo) -> str:
-    cells = (f"`{name}`", _type(field.annotation), _default(field), field.description or "")
+def _format_table_row(name: str, field: FieldInfo) -> str:
+    cells = (
+        f"`{name}`",
+        _format_type(field.annotation),
+        _format_default(field),
+        field.description or "",
+    )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
@@ -75,28 +80,28 @@ def _default(field: FieldInfo) -> str:
         return "see its section"
     if isinstance(value, tuple):
         value = list(value)
-    shown = {None: "null", True: "true", False: "false"}.get(value) if _hashable(value) else None
+    shown = {None: "null", True: "true", False: "false"}.get(value) if _is_hashable(value) else None
     return f"`{shown or value}`"
 
 
-def _hashable(value: object) -> bool:
+def _is_hashable(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def _type(annotation: Any) -> str:
+def _format_type(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " ".join(f"`{a}`" for a in args)
     if origin is Annotated:
-        return _type(args[0])
+        return _format_type(args[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(a) for a in args)
+        return " or ".join(_format_type(a) for a in args)
     if origin is list:
-        return f"list of {_type(args[0])}"
+        return f"list of {_format_type(args[0])}"
     if origin is tuple:
-        return f"list of {len(args)} {_type(args[0])}"
+        return f"list of {len(args)} {_format_type(args[0])}"
     if origin is dict:
-        return f"map of {_type(args[1])}"
+        return f"map of {_format_type(args[1])}"
     if annotation is type(None):
         return "null"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
@@ -104,4 +109,4 @@ def _type(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(configuration_page(), end="")
+    print(build_configuration_page(), end="")

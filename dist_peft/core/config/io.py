@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         UserError: the file is missing or no YAML, a key is unknown, a value is wrong, or the file
             asks for code of the base to be run.
     """
-    return _load(Path(path), overrides)
+    return _load_config_file(Path(path), overrides)
 
 
 def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
@@ -53,10 +53,12 @@ def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
         UserError: the conditions of ``load_config``, or a ``${...}`` reference.
     """
     trust = ["base.trust_remote_code=true"] if trust_remote_code else []
-    return _load(path, trust, resolved=True)
+    return _load_config_file(path, trust, resolved=True)
 
 
-def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False) -> RunConfig:
+def _load_config_file(
+    file: Path, overrides: typing.Sequence[str], *, resolved: bool = False
+) -> RunConfig:
     if not file.is_file():
         what = "is no file" if file.exists() else "does not exist"
         raise UserError(f"config file {file} {what}; give --config a YAML file")
@@ -64,15 +66,15 @@ def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False
         tree = OmegaConf.load(file)
         if not OmegaConf.is_dict(tree):
             raise UserError(f"config file {file} must hold sections such as base: and data:")
-        if resolved and (key := _find_reference(tree)) is not None:
+        if resolved and (key := _find_interpolation(tree)) is not None:
             raise UserError(
                 f"{file} has a ${{...}} reference in {key}; a run writes its configuration "
                 "resolved, so this file was changed: write the value itself"
             )
         for item in overrides:
-            tree = _override(tree, item, file)
+            tree = _apply_override(tree, item, file)
         plain = OmegaConf.to_container(tree, resolve=True)
-        _refuse_trust_from_file(plain, overrides, file)
+        _refuse_trust_in_file(plain, overrides, file)
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {file} is not valid YAML: {error}") from None
     except OmegaConfBaseException as error:
@@ -85,7 +87,7 @@ def _load(file: Path, overrides: typing.Sequence[str], *, resolved: bool = False
     return parse_config(plain, str(file))
 
 
-def _find_reference(node: Any, path: str = "") -> str | None:
+def _find_interpolation(node: Any, path: str = "") -> str | None:
     """Return the first key below ``node`` whose value is a ``${...}`` reference."""
     keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
     for key in keys:
@@ -94,12 +96,12 @@ def _find_reference(node: Any, path: str = "") -> str | None:
             return name
         if OmegaConf.is_missing(node, key):
             continue
-        if OmegaConf.is_config(node[key]) and (found := _find_reference(node[key], name)):
+        if OmegaConf.is_config(node[key]) and (found := _find_interpolation(node[key], name)):
             return found
     return None
 
 
-def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
+def _refuse_trust_in_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
     """Refuse ``base.trust_remote_code`` from the file.
 
     Raises:
@@ -117,7 +119,7 @@ def _refuse_trust_from_file(plain: Any, overrides: typing.Sequence[str], file: P
         )
 
 
-def _override(tree: Any, item: str, file: Path) -> Any:
+def _apply_override(tree: Any, item: str, file: Path) -> Any:
     key, equals, _ = item.partition("=")
     if not equals or "" in key.split(".") or key.startswith("-"):
         raise UserError(f"override {item!r} is not of the form key.sub=value")
@@ -137,7 +139,9 @@ def parse_config(tree: Any, where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(detail, tree) for detail in error.errors(include_url=False)]
+        problems = [
+            _explain_validation_error(detail, tree) for detail in error.errors(include_url=False)
+        ]
         raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
 
 
@@ -147,34 +151,34 @@ def dump_config(config: RunConfig) -> str:
     ``base.trust_remote_code`` is left out: a command line grants that permission for itself alone.
     """
     tree = config.model_dump(mode="json", exclude={"base": {"trust_remote_code"}})
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(tree)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escape_interpolations(tree)))
 
 
-def _escape(value: Any) -> Any:
+def _escape_interpolations(value: Any) -> Any:
     """Protect ``${`` in strings (prompt templates), which OmegaConf takes for a reference."""
     if isinstance(value, dict):
-        return {key: _escape(inner) for key, inner in value.items()}
+        return {key: _escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_escape(inner) for inner in value]
+        return [_escape_interpolations(inner) for inner in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
 
 
-def _explain(detail: ErrorDetails, tree: Any) -> str:
-    path = ".".join(_written_keys(detail, tree))
+def _explain_validation_error(detail: ErrorDetails, tree: Any) -> str:
+    path = ".".join(_list_written_keys(detail, tree))
     if detail["type"] == "extra_forbidden":
-        known = _known_keys([part for part in detail["loc"] if isinstance(part, str)])
+        known = _list_known_keys([part for part in detail["loc"] if isinstance(part, str)])
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {path}; {hint}"
     if detail["type"] == "missing":
         return f"key {path} is required"
     if detail["type"] in _NO_SECTION:
-        keys = _known_keys([*(p for p in detail["loc"] if isinstance(p, str)), ""])
+        keys = _list_known_keys([*(p for p in detail["loc"] if isinstance(p, str)), ""])
         return (
             f"key {path or 'config'} must be a section, of keys such as {', '.join(keys[:4])} "
-            f"(given: {_shown(detail.get('input'))})"
+            f"(given: {_format_given_value(detail.get('input'))})"
         )
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
@@ -182,13 +186,13 @@ def _explain(detail: ErrorDetails, tree: Any) -> str:
     return f"key {path or 'config'}: {message}{shown}"
 
 
-def _shown(given: Any) -> str:
+def _format_given_value(given: Any) -> str:
     if given is None:
         return "nothing"
     return "a list" if isinstance(given, list) else repr(given)
 
 
-def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
+def _list_written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
     """Return the keys the user wrote: the error's location without members of unions."""
     keys: list[str] = []
     for part in detail["loc"]:
@@ -201,26 +205,28 @@ def _written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
     return [*keys, str(detail["loc"][-1])] if detail["type"] == "missing" else keys
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _list_known_keys(location: list[str]) -> list[str]:
     """Return the keys that exist on the level of the last element of ``location``."""
     models: list[type[BaseModel]] = [RunConfig]
     for name in location[:-1]:
         inner = [
-            _models_in(m.model_fields[name].annotation) for m in models if name in m.model_fields
+            _list_section_classes(m.model_fields[name].annotation)
+            for m in models
+            if name in m.model_fields
         ]
         models = [model for found in inner for model in found] or models
-        tagged = [m for m in models if "kind" in m.model_fields and _tag(m) == name]
+        tagged = [m for m in models if "kind" in m.model_fields and _read_kind_tag(m) == name]
         models = tagged or models
     return sorted({key for model in models for key in model.model_fields})
 
 
-def _tag(model: type[BaseModel]) -> object:
+def _read_kind_tag(model: type[BaseModel]) -> object:
     return model.model_fields["kind"].default
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _list_section_classes(annotation: Any) -> list[type[BaseModel]]:
     """Return every section class inside ``Optional``, ``Union``, ``Annotated`` or ``list``
     annotations."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
+    return [m for inner in typing.get_args(annotation) for m in _list_section_classes(inner)]

@@ -1,8 +1,8 @@
 """The typed description of a run: every key of the YAML file, its type, default and meaning.
 
-The tree is made of frozen pydantic models that refuse unknown keys (``sections``); those of the
-adapters are in ``adapter_config``. Reading files, overrides and error messages live in
-``config_io``; ``docs/configuration.md`` is generated from the descriptions.
+The tree is made of frozen pydantic models that refuse unknown keys (``core.config.types``); those
+of the adapters are in ``adapter_config``. Reading files, overrides and error messages live in
+``core.config.io``; ``docs/configuration.md`` is generated from the descriptions.
 """
 
 from typing import Any, Literal, Self
@@ -27,7 +27,7 @@ from dist_peft.core.config.adapter import (
     VirtualTokensConfig,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
-from dist_peft.core.config.types import Beta, Count, Float, Int, Section
+from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int
 
 __all__ = [
     "AdapterConfig",
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-class QuantConfig(Section):
+class QuantConfig(ConfigSection):
     """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
 
     kind: Literal["nf4", "int"] = Field(
@@ -83,7 +83,7 @@ class QuantConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_quant_options(self) -> Self:
         if self.kind == "nf4" and self.bits != 4:
             raise ValueError(f"nf4 has 4 bits, not {self.bits}; use kind: int for other widths")
         if self.kind == "nf4" and self.solver != "rtn":
@@ -93,7 +93,7 @@ class QuantConfig(Section):
         return self
 
 
-class BaseConfig(Section):
+class BaseConfig(ConfigSection):
     """The frozen base model."""
 
     path: str = Field(description="Hugging Face directory with safetensors, or a hub id.")
@@ -123,7 +123,7 @@ class BaseConfig(Section):
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
 
 
-class EngineConfig(Section):
+class EngineConfig(ConfigSection):
     """How the base and the optimizer state are sharded."""
 
     kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
@@ -164,7 +164,7 @@ class EngineConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """Steps, batch, optimizer and schedule."""
 
     tasks: Literal["mixed", "separate"] = Field(
@@ -208,13 +208,13 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present.")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_train_options(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give train.steps or train.epochs, not both")
         return self
 
 
-class SaveConfig(Section):
+class SaveConfig(ConfigSection):
     """Run directory and checkpoints."""
 
     dir: str = Field("runs/default", description="Run directory.")
@@ -222,7 +222,7 @@ class SaveConfig(Section):
     keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """A whole run. Every key has a default but ``base.path`` and ``data.train``."""
 
     base: BaseConfig
@@ -237,16 +237,16 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_kind(cls, value: Any) -> Any:
+    def _fill_default_kind(cls, value: Any) -> Any:
         """Read an adapter section without ``kind`` as the default adapter's."""
         if isinstance(value, dict) and isinstance(value.get("adapter"), dict):
             value = {**value, "adapter": {"kind": "lora", **value["adapter"]}}
         return value
 
     @model_validator(mode="after")
-    def _check_head(self) -> Self:
+    def _check_head_adapter(self) -> Self:
         classifies = self.base.head == "classifier"
-        if classifies != self.data.classifies:
+        if classifies != self.data.is_classification:
             raise ValueError(
                 "base.head classifier goes with data of format: classification, and "
                 f"{'the sources have another' if classifies else 'base.head is lm'}"

@@ -24,18 +24,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_peft.core.span import Span
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_directory import Piece, unpacked_linears
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["BnbNf4", "bnb_settings", "dynamic_map", "nest", "quant_state", "quant_state_name"]
+__all__ = [
+    "BnbNf4Packer",
+    "build_dynamic_map",
+    "encode_quant_state",
+    "make_bnb_settings",
+    "make_quant_state_name",
+    "quantize_absmax",
+]
 
 BLOCK, NESTED_BLOCK = 64, 256
 _CODEC = Nf4Codec(BLOCK, double_quant=False)
 
 
-class BnbNf4:
+class BnbNf4Packer:
     """Pack linears in bitsandbytes' NF4.
 
     Args:
@@ -49,11 +57,11 @@ class BnbNf4:
         self.double_quant, self.dtype = double_quant, dtype
         self._absmax: list[Tensor] = []
 
-    def takes(self, weight: Weight) -> bool:
+    def can_pack(self, weight: BaseWeight) -> bool:
         return True
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
-        elements, name = weight.rows * weight.columns, weight.name
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        elements, name = weight.num_rows * weight.num_columns, weight.name
         blocks = -(-elements // BLOCK)
         specs = [
             TensorSpec(name, torch.uint8, (-(-elements // 2), 1)),
@@ -67,36 +75,41 @@ class BnbNf4:
                 TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)),
                 TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
             ]
-        state = self._state(weight, 0.0)
-        return [*specs, TensorSpec(quant_state_name(weight), torch.uint8, tuple(state.shape))]
+        state = self._encode_padded_state(weight, 0.0)
+        return [*specs, TensorSpec(make_quant_state_name(weight), torch.uint8, tuple(state.shape))]
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
-        flat = walk.rows(weight, span).to(self.dtype).float().flatten()
-        start, elements = span.start * weight.columns, flat.numel()
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        flat = walk.read_merged_rows(weight, span).to(self.dtype).float().flatten()
+        start, elements = span.start * weight.num_columns, flat.numel()
         blocks = functional.pad(flat, (0, -elements % BLOCK)).view(-1, BLOCK)
-        payload, absmax = _CODEC.split(_CODEC.encode(blocks), BLOCK)
+        payload, absmax = _CODEC.split_packed_rows(_CODEC.quantize_to_packed(blocks), BLOCK)
         self._absmax.append(absmax.flatten())
         codes = payload.reshape(-1, 1)[: -(-elements // 2)]
-        yield Piece(weight.name, codes, start // 2)
-        if span.stop == weight.rows:
-            yield from self._finish(weight)
+        yield TensorPiece(weight.name, codes, start // 2)
+        if span.stop == weight.num_rows:
+            yield from self._pack_collected_weight(weight)
 
-    def _finish(self, weight: Weight) -> Iterator[Piece]:
+    def _pack_collected_weight(self, weight: BaseWeight) -> Iterator[TensorPiece]:
         absmax = torch.cat(self._absmax)
         self._absmax.clear()
         name, offset = weight.name, 0.0
-        yield Piece(f"{name}.quant_map", torch.tensor(NF4_LEVELS), 0)
+        yield TensorPiece(f"{name}.quant_map", torch.tensor(NF4_LEVELS), 0)
         if self.double_quant:
-            codes, nested, offset = nest(absmax)
-            yield Piece(f"{name}.absmax", codes, 0)
-            yield Piece(f"{name}.nested_absmax", nested, 0)
-            yield Piece(f"{name}.nested_quant_map", dynamic_map(), 0)
+            codes, nested, offset = quantize_absmax(absmax)
+            yield TensorPiece(f"{name}.absmax", codes, 0)
+            yield TensorPiece(f"{name}.nested_absmax", nested, 0)
+            yield TensorPiece(f"{name}.nested_quant_map", build_dynamic_map(), 0)
         else:
-            yield Piece(f"{name}.absmax", absmax, 0)
-        yield Piece(quant_state_name(weight), self._state(weight, offset), 0)
+            yield TensorPiece(f"{name}.absmax", absmax, 0)
+        yield TensorPiece(
+            make_quant_state_name(weight), self._encode_padded_state(weight, offset), 0
+        )
 
-    def _state(self, weight: Weight, offset: float) -> Tensor:
-        """Return ``quant_state`` of a weight, of a length that does not depend on ``offset``.
+    def _encode_padded_state(self, weight: BaseWeight, offset: float) -> Tensor:
+        """Return ``encode_quant_state`` of a weight, of a length that does not depend on
+        ``offset``.
 
         Tensors are planned before the offset is known.
         """
@@ -107,14 +120,14 @@ class BnbNf4:
                 "nested_dtype": "float32",
                 "nested_offset": offset,
             }
-        return quant_state(weight, BLOCK, self.dtype, nested)
+        return encode_quant_state(weight, BLOCK, self.dtype, nested)
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
-        return bnb_settings(walk, unpacked, double_quant=self.double_quant, dtype=self.dtype)
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
+        return make_bnb_settings(walk, unpacked, double_quant=self.double_quant, dtype=self.dtype)
 
 
-def quant_state(
-    weight: Weight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
+def encode_quant_state(
+    weight: BaseWeight, block: int, dtype: torch.dtype, nested: Mapping[str, Any] | None = None
 ) -> Tensor:
     """Encode a weight's quantization state as JSON bytes, ``uint8 [n]``.
 
@@ -129,7 +142,7 @@ def quant_state(
         "quant_type": "nf4",
         "blocksize": block,
         "dtype": str(dtype).removeprefix("torch."),
-        "shape": [weight.rows, weight.columns],
+        "shape": [weight.num_rows, weight.num_columns],
         **(nested or {}),
     }
     padding = 32 - len(repr(nested["nested_offset"])) if nested else 0
@@ -137,8 +150,8 @@ def quant_state(
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def bnb_settings(
-    walk: Walk, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
+def make_bnb_settings(
+    walk: MergedWeights, unpacked: list[str], *, double_quant: bool, dtype: torch.dtype
 ) -> Mapping[str, Any]:
     """Return the ``quantization_config`` of a model in bitsandbytes' NF4, for ``config.json``.
 
@@ -157,16 +170,16 @@ def bnb_settings(
             "bnb_4bit_use_double_quant": double_quant,
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": unpacked_linears(walk, unpacked),
+            "llm_int8_skip_modules": list_unpacked_linears(walk, unpacked),
         }
     }
 
 
-def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     """Quantize scales a second time, as bitsandbytes' double quantization does.
 
     Blocks of 256 values ``absmax - mean`` are divided by their largest magnitude and rounded to the
-    nearest entry of ``dynamic_map``.
+    nearest entry of ``build_dynamic_map``.
 
     Returns:
         codes uint8 [n], largest magnitudes float32 [ceil(n / 256)], the mean.
@@ -176,13 +189,13 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     blocks = functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(1)
     scaled = blocks / largest.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    entries = dynamic_map()
+    entries = build_dynamic_map()
     borders = (entries[1:] + entries[:-1]) / 2
     codes = torch.bucketize(scaled, borders).to(torch.uint8)
     return codes.flatten()[: len(absmax)], largest, float(offset)
 
 
-def dynamic_map() -> Tensor:
+def build_dynamic_map() -> Tensor:
     """Return bitsandbytes' 8-bit map, ascending float32 [256].
 
     Sign, a decimal exponent of up to 7 places, the other bits linear in [0.1, 1] (Dettmers 2016,
@@ -197,6 +210,6 @@ def dynamic_map() -> Tensor:
     return torch.tensor(sorted(entries), dtype=torch.float32)
 
 
-def quant_state_name(weight: Weight) -> str:
-    """Return the name of the tensor that holds the weight's ``quant_state``."""
+def make_quant_state_name(weight: BaseWeight) -> str:
+    """Return the name of the tensor that holds the weight's ``encode_quant_state``."""
     return f"{weight.name}.quant_state.bitsandbytes__nf4"

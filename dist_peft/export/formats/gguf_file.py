@@ -24,18 +24,24 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.host_memory import freed_memory_is_returned
+from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.span import Span
-from dist_peft.export.formats.gguf_model import GgufModel
-from dist_peft.export.formats.gguf_tokenizer import add_tokenizer
-from dist_peft.export.formats.groups import BiasGroups, quantize_rows, regroup
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_directory import Written
-from dist_peft.export.stopping import read_turn_end
-from dist_peft.quant.packed_rows import divide
-from dist_peft.store.fileio import sync_directory, temporary_name, write_exactly, writing
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.gguf_model import GgufModelLayout
+from dist_peft.export.formats.gguf_tokenizer import add_tokenizer_metadata
+from dist_peft.export.formats.groups import BiasGroups, convert_to_bias_groups, quantize_bias_groups
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import WriteResult
+from dist_peft.export.stopping import read_turn_end_ids
+from dist_peft.quant.packed_rows import divide_exactly
+from dist_peft.store.fileio import (
+    make_temporary_name,
+    sync_directory,
+    translate_write_errors,
+    write_exactly,
+)
 
-__all__ = ["q4_1_blocks", "q8_0_blocks", "write_gguf"]
+__all__ = ["pack_q4_1_blocks", "pack_q8_0_blocks", "write_gguf_file"]
 
 BLOCK = 32
 _IGNORED = np.dtype(np.float32)  # the writer ignores it if a GGML type is passed
@@ -50,9 +56,9 @@ _FILE_TYPES = {
 }
 
 
-def write_gguf(
-    walk: Walk, kind: str, file: Path, tokenizer: Path, name: str, dtype: torch.dtype
-) -> Written:
+def write_gguf_file(
+    walk: MergedWeights, kind: str, file: Path, tokenizer: Path, name: str, dtype: torch.dtype
+) -> WriteResult:
     """Write merged weights as a GGUF file, in one pass.
 
     Args:
@@ -69,20 +75,24 @@ def write_gguf(
     Raises:
         UserError: an architecture or tokenizer that cannot be written, or the disk is full.
     """
-    model = GgufModel(walk.skeleton)
-    named = [(weight, own) for weight in walk.weights if (own := model.name(weight)) is not None]
-    kinds = {weight.name: _kind(walk, weight, kind, dtype) for weight, _ in named}
-    sizes = {w.name: _row_bytes(w, kinds[w.name]) * w.rows for w, _ in named}
-    factors = model.rope_factors()
+    model = GgufModelLayout(walk.skeleton)
+    named = [
+        (weight, own)
+        for weight in walk.weights
+        if (own := model.map_tensor_name(weight)) is not None
+    ]
+    kinds = {weight.name: _choose_tensor_kind(walk, weight, kind, dtype) for weight, _ in named}
+    sizes = {w.name: _count_row_bytes(w, kinds[w.name]) * w.num_rows for w, _ in named}
+    factors = model.compute_rope_factors()
     made_directory = not file.parent.exists()
-    with writing(file, sum(sizes.values())):
+    with translate_write_errors(file, sum(sizes.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(file)
+        temporary = make_temporary_name(file)
         try:
             writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[model.architecture])
-            model.add_metadata(writer, name, _FILE_TYPES[kind])
-            add_tokenizer(writer, tokenizer, model.config.vocab_size)
-            if ends := read_turn_end(walk.adapter_dir):
+            model.add_model_metadata(writer, name, _FILE_TYPES[kind])
+            add_tokenizer_metadata(writer, tokenizer, model.config.vocab_size)
+            if ends := read_turn_end_ids(walk.adapter_dir):
                 writer.add_eot_token_id(ends[0])
             for weight, own in named:
                 shape = tuple(weight.info.shape)
@@ -94,25 +104,27 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             writer.close()
-            with freed_memory_is_returned():
-                _append(walk, model, [w for w, _ in named], kinds, temporary, factors, dtype)
-            walk.check_complete()
+            with return_freed_memory():
+                _append_tensors(
+                    walk, model, [w for w, _ in named], kinds, temporary, factors, dtype
+                )
+            walk.check_all_consumed()
             os.replace(temporary, file)
             sync_directory(file.parent)
         finally:
             temporary.unlink(missing_ok=True)
             if made_directory and not any(file.parent.iterdir()):
                 file.parent.rmdir()
-    packed = [w for w, _ in named if w.in_block and kinds[w.name] == _KINDS[kind]]
-    merged = sum(walk.adapts(w) for w in walk.weights)
-    left = tuple(w.stem for w, _ in named if w.in_block and w not in packed)
-    return Written(len(named), len(packed), merged, file.stat().st_size, left)
+    packed = [w for w, _ in named if w.is_block_linear and kinds[w.name] == _KINDS[kind]]
+    merged = sum(walk.is_adapted(w) for w in walk.weights)
+    left = tuple(w.name_stem for w, _ in named if w.is_block_linear and w not in packed)
+    return WriteResult(len(named), len(packed), merged, file.stat().st_size, left)
 
 
-def _append(
-    walk: Walk,
-    model: GgufModel,
-    weights: Iterable[Weight],
+def _append_tensors(
+    walk: MergedWeights,
+    model: GgufModelLayout,
+    weights: Iterable[BaseWeight],
     kinds: dict[str, _Kind],
     file: Path,
     factors: Tensor | None,
@@ -121,30 +133,32 @@ def _append(
     """Append the tensors after the table; each begins at a multiple of the alignment."""
     descriptor = os.open(file, os.O_WRONLY)
     try:
-        place = _aligned(os.fstat(descriptor).st_size)
+        place = _align_offset(os.fstat(descriptor).st_size)
         for weight in weights:
-            for span in walk.spans(weight, model.row_multiple(weight)):
-                data = _chunk(walk, model, weight, span, kinds[weight.name], dtype)
+            for span in walk.iterate_spans(weight, model.get_row_multiple(weight)):
+                data = _encode_rows(walk, model, weight, span, kinds[weight.name], dtype)
                 write_exactly(descriptor, data.numpy().data, place)
                 place += data.numel()
-            place = _aligned(place)
+            place = _align_offset(place)
         if factors is not None:
             write_exactly(descriptor, factors.view(torch.uint8).numpy().data, place)
-            place = _aligned(place + factors.nbytes)
+            place = _align_offset(place + factors.nbytes)
         os.ftruncate(descriptor, place)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _aligned(size: int) -> int:
+def _align_offset(size: int) -> int:
     return int(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
-def _kind(walk: Walk, weight: Weight, kind: str, dtype: torch.dtype) -> _Kind:
+def _choose_tensor_kind(
+    walk: MergedWeights, weight: BaseWeight, kind: str, dtype: torch.dtype
+) -> _Kind:
     if len(weight.info.shape) < 2:
         return _Kind.F32
-    if not walk.packs(weight) or (kind != "f16" and weight.columns % BLOCK):
+    if not walk.is_packable(weight) or (kind != "f16" and weight.num_columns % BLOCK):
         return _FLOATS[dtype]
     if kind == "q4_1" and walk.state == "codes":
         bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
@@ -156,35 +170,42 @@ def _kind(walk: Walk, weight: Weight, kind: str, dtype: torch.dtype) -> _Kind:
     return _KINDS[kind]
 
 
-def _row_bytes(weight: Weight, kind: _Kind) -> int:
+def _count_row_bytes(weight: BaseWeight, kind: _Kind) -> int:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     columns = torch.Size(weight.info.shape[1:]).numel()
     return columns // block * size
 
 
-def _chunk(
-    walk: Walk, model: GgufModel, weight: Weight, span: Span, kind: _Kind, dtype: torch.dtype
+def _encode_rows(
+    walk: MergedWeights,
+    model: GgufModelLayout,
+    weight: BaseWeight,
+    span: Span,
+    kind: _Kind,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return rows ``span`` as a flat tensor of bytes, in llama.cpp's row order."""
     if kind == _Kind.Q4_1 and walk.state == "codes":
-        parts = walk.parts(weight, span)
-        stored = q4_1_blocks(regroup(parts, weight.columns, BLOCK, torch.float16))
+        parts = walk.read_affine_parts(weight, span)
+        stored = pack_q4_1_blocks(
+            convert_to_bias_groups(parts, weight.num_columns, BLOCK, torch.float16)
+        )
     else:
-        rows = walk.rows(weight, span)
-        if not weight.in_block:
+        rows = walk.read_merged_rows(weight, span)
+        if not weight.is_block_linear:
             rows = rows.to(weight.wide or dtype)  # the type that training used
         rows = rows.float()
         if kind == _Kind.Q4_1:
-            stored = q4_1_blocks(quantize_rows(rows, 4, BLOCK, torch.float16))
+            stored = pack_q4_1_blocks(quantize_bias_groups(rows, 4, BLOCK, torch.float16))
         elif kind == _Kind.Q8_0:
-            stored = q8_0_blocks(rows)
+            stored = pack_q8_0_blocks(rows)
         else:
             types = {own: dtype for dtype, own in _FLOATS.items()}
             stored = rows.to(types[kind]).contiguous()
-    return model.order(weight, stored).contiguous().reshape(-1).view(torch.uint8)
+    return model.reorder_rows(weight, stored).contiguous().reshape(-1).view(torch.uint8)
 
 
-def q4_1_blocks(groups: BiasGroups) -> Tensor:
+def pack_q4_1_blocks(groups: BiasGroups) -> Tensor:
     """Pack groups of 32 codes below 16 with fp16 scale and bias to uint8 [rows, blocks * 20]."""
     rows, blocks = groups.scale.shape
     codes = groups.codes.reshape(rows, blocks, 2, 16)
@@ -193,9 +214,9 @@ def q4_1_blocks(groups: BiasGroups) -> Tensor:
     return torch.cat((ends, payload), -1).flatten(1)
 
 
-def q8_0_blocks(rows: Tensor) -> Tensor:
+def pack_q8_0_blocks(rows: Tensor) -> Tensor:
     """Quantize float32 [n, in] to Q8_0, uint8 [n, in / 32 * 34], rounded to nearest."""
     blocks = rows.reshape(rows.shape[0], -1, BLOCK)
-    scale = divide(blocks.abs().amax(-1, keepdim=True), 127)
+    scale = divide_exactly(blocks.abs().amax(-1, keepdim=True), 127)
     codes = torch.where(scale > 0, blocks / scale, 0.0).round_().clamp_(-127, 127).to(torch.int8)
     return torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), -1).flatten(1)

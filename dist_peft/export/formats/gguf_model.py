@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.merged_weights import Weight
+from dist_peft.export.base_weights import BaseWeight
 from dist_peft.model.skeleton import Skeleton
 
-__all__ = ["GgufModel"]
+__all__ = ["GgufModelLayout"]
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -31,7 +31,7 @@ _ARCHITECTURES = {
 """``transformers`` model type -> architecture."""
 
 
-class GgufModel:
+class GgufModelLayout:
     """Tensor names, metadata and row order of one model.
 
     Raises:
@@ -39,7 +39,7 @@ class GgufModel:
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
-        config = skeleton.config.get_text_config()
+        config = skeleton.model_config.get_text_config()
         if config.model_type not in _ARCHITECTURES:
             raise UserError(
                 f"gguf is written for {', '.join(_ARCHITECTURES)}, not for {config.model_type}; "
@@ -63,7 +63,7 @@ class GgufModel:
         own = getattr(self.config, "head_dim", None)
         return int(own or self.config.hidden_size // self.config.num_attention_heads)
 
-    def name(self, weight: Weight) -> str | None:
+    def map_tensor_name(self, weight: BaseWeight) -> str | None:
         """Return the GGUF name of a tensor; None if llama.cpp does not store it.
 
         Raises:
@@ -78,23 +78,23 @@ class GgufModel:
             )
         return name
 
-    def row_multiple(self, weight: Weight) -> int:
+    def get_row_multiple(self, weight: BaseWeight) -> int:
         """Return the number of rows that a chunk must be a multiple of to be reordered."""
         return self.head_dim if self._is_interleaved(weight) else 1
 
-    def order(self, weight: Weight, rows: Tensor) -> Tensor:
+    def reorder_rows(self, weight: BaseWeight, rows: Tensor) -> Tensor:
         """Return rows of whole heads in llama.cpp's order."""
         if not self._is_interleaved(weight):
             return rows
         heads = rows.reshape(-1, 2, self.head_dim // 2, *rows.shape[1:])
         return heads.transpose(1, 2).reshape(rows.shape)
 
-    def _is_interleaved(self, weight: Weight) -> bool:
+    def _is_interleaved(self, weight: BaseWeight) -> bool:
         if self.architecture != gguf.MODEL_ARCH.LLAMA:
             return False
         return weight.path.split(".")[-2] in ("q_proj", "k_proj")
 
-    def add_metadata(self, writer: gguf.GGUFWriter, name: str, file_type: int) -> None:
+    def add_model_metadata(self, writer: gguf.GGUFWriter, name: str, file_type: int) -> None:
         """Add the hyperparameters of the model to a file's metadata."""
         config, heads = self.config, self.config.num_attention_heads
         writer.add_name(name)
@@ -116,7 +116,7 @@ class GgufModel:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(self._rope["factor"]))
 
-    def rope_factors(self) -> Tensor | None:
+    def compute_rope_factors(self) -> Tensor | None:
         """Return Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2], or None.
 
         Frequencies with at least ``high_freq_factor`` periods in the original context are kept,

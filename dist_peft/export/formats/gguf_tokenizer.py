@@ -22,7 +22,7 @@ import gguf
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["add_tokenizer"]
+__all__ = ["add_tokenizer_metadata"]
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,13 +39,13 @@ _PRE = {
 _UNUSED_SCORE = -1000.0
 
 
-class _Token(NamedTuple):
+class _GgufToken(NamedTuple):
     text: str
     score: float
     kind: gguf.TokenType
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> None:
+def add_tokenizer_metadata(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> None:
     """Add the tokenizer of ``directory`` to a GGUF file.
 
     Args:
@@ -62,16 +62,16 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> 
     tree = json.loads(file.read_text())
     model = tree["model"]
     if model.get("type") != "BPE":
-        raise _refused(file, f"it is of type {model.get('type')}")
+        raise _make_tokenizer_error(file, f"it is of type {model.get('type')}")
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        scores = _merge_scores(model)
+        scores = _compute_merge_scores(model)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(tree, file))
+        writer.add_tokenizer_pre(_find_pre_tokenizer(tree, file))
         scores = {}
-    tokens = list(_tokens(tree, scores, vocabulary))
+    tokens = list(_iterate_tokens(tree, scores, vocabulary))
     writer.add_token_list([token.text for token in tokens])
     if scores:
         writer.add_token_scores([token.score for token in tokens])
@@ -83,7 +83,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocabulary: int) -> 
         writer.add_add_space_prefix("Prepend" in json.dumps(tree.get("normalizer")))
 
 
-def _tokens(tree: dict[str, Any], scores: dict[str, float], vocabulary: int) -> Iterator[_Token]:
+def _iterate_tokens(
+    tree: dict[str, Any], scores: dict[str, float], vocabulary: int
+) -> Iterator[_GgufToken]:
     """Yield one token per id, from 0 to ``vocabulary - 1``."""
     texts = {index: text for text, index in tree["model"]["vocab"].items()}
     added = {entry["id"]: entry for entry in tree.get("added_tokens", [])}
@@ -94,17 +96,17 @@ def _tokens(tree: dict[str, Any], scores: dict[str, float], vocabulary: int) -> 
             kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
             if text == unknown and scores:
                 kind = gguf.TokenType.UNKNOWN
-            yield _Token(text, 0.0, kind)
+            yield _GgufToken(text, 0.0, kind)
         elif index in texts:
             text = texts[index]
             is_byte = bool(scores) and len(text) == 6 and text.startswith("<0x")
             kind = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
-            yield _Token(text, scores.get(text, 0.0), kind)
+            yield _GgufToken(text, scores.get(text, 0.0), kind)
         else:
-            yield _Token(f"[PAD{index}]", _UNUSED_SCORE, gguf.TokenType.UNUSED)
+            yield _GgufToken(f"[PAD{index}]", _UNUSED_SCORE, gguf.TokenType.UNUSED)
 
 
-def _merge_scores(model: dict[str, Any]) -> dict[str, float]:
+def _compute_merge_scores(model: dict[str, Any]) -> dict[str, float]:
     """Map each token to minus the rank of its merge; single characters score below all merges.
 
     SentencePiece merges the pair with the best score, byte-pair encoding the pair whose merge comes
@@ -118,24 +120,26 @@ def _merge_scores(model: dict[str, Any]) -> dict[str, float]:
     return {text: scores.get(text, lowest) for text in model["vocab"]}
 
 
-def _pre_tokenizer(tree: dict[str, Any], file: Path) -> str:
+def _find_pre_tokenizer(tree: dict[str, Any], file: Path) -> str:
     step = tree.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     patterns = [s["pattern"].get("Regex", "") for s in steps if s.get("type") == "Split"]
     byte_level = [s for s in steps if s.get("type") == "ByteLevel"]
     if len(byte_level) + len(patterns) < len(steps) or not byte_level or len(patterns) > 1:
-        raise _refused(file, "it splits text in other steps than GPT-2, Llama 3 and Qwen 2")
+        raise _make_tokenizer_error(
+            file, "it splits text in other steps than GPT-2, Llama 3 and Qwen 2"
+        )
     if byte_level[0].get("add_prefix_space"):
-        raise _refused(file, "it adds a space before the text")
+        raise _make_tokenizer_error(file, "it adds a space before the text")
     if not patterns and byte_level[0].get("use_regex", True):
         return _PRE[_GPT2]
     pattern = patterns[0] if patterns else ""
     if pattern not in _PRE:
-        raise _refused(file, f"it splits text by {pattern!r}")
+        raise _make_tokenizer_error(file, f"it splits text by {pattern!r}")
     return _PRE[pattern]
 
 
-def _refused(file: Path, why: str) -> UserError:
+def _make_tokenizer_error(file: Path, why: str) -> UserError:
     return UserError(
         f"{file} cannot be converted to gguf ({why}); supported are byte-level BPE as in GPT-2, "
         "Llama 3 and Qwen 2, and SentencePiece BPE with byte fallback. Choose another format"

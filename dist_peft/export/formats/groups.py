@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dist_peft.quant.affine import AffineParts
 from dist_peft.quant.pack import pack_bits
-from dist_peft.quant.packed_rows import divide
+from dist_peft.quant.packed_rows import divide_exactly
 
-__all__ = ["BiasGroups", "pack_words", "quantize_rows", "regroup"]
+__all__ = ["BiasGroups", "convert_to_bias_groups", "pack_code_words", "quantize_bias_groups"]
 
 
 class BiasGroups(NamedTuple):
@@ -34,7 +34,7 @@ class BiasGroups(NamedTuple):
     scale: Tensor
     bias: Tensor
 
-    def decoded(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """Dequantize to float32 [rows, in]."""
         rows, groups = self.scale.shape
         codes = self.codes.view(rows, groups, -1).float()
@@ -42,7 +42,9 @@ class BiasGroups(NamedTuple):
         return (codes * scale + bias).flatten(1)
 
 
-def quantize_rows(rows: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
+def quantize_bias_groups(
+    rows: Tensor, bits: int, group_size: int, dtype: torch.dtype
+) -> BiasGroups:
     """Quantize rows ``[n, in]`` in affine groups, rounded to nearest.
 
     Args:
@@ -54,14 +56,16 @@ def quantize_rows(rows: Tensor, bits: int, group_size: int, dtype: torch.dtype) 
     top = 2**bits - 1
     groups = rows.float().reshape(rows.shape[0], -1, group_size)
     low, high = groups.aminmax(dim=-1)
-    scale = divide(high - low, top).to(dtype)
+    scale = divide_exactly(high - low, top).to(dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     bias = low.to(dtype)
     codes = (groups - bias.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
     return BiasGroups(codes.round_().clamp_(0, top).to(torch.uint8).flatten(1), scale, bias)
 
 
-def regroup(parts: AffineParts, columns: int, group_size: int, dtype: torch.dtype) -> BiasGroups:
+def convert_to_bias_groups(
+    parts: AffineParts, columns: int, group_size: int, dtype: torch.dtype
+) -> BiasGroups:
     """Convert codes with float zeros to codes with biases, in groups of ``group_size``.
 
     Args:
@@ -79,7 +83,7 @@ def regroup(parts: AffineParts, columns: int, group_size: int, dtype: torch.dtyp
     return BiasGroups(parts.codes[:, :columns], scale, bias)
 
 
-def pack_words(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def pack_code_words(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Pack uint8 codes ``[rows, n]``, with 32 dividing ``n``, to words ``[rows, n * bits / 32]``.
 
     ``dtype`` is the 4-byte type of the words.

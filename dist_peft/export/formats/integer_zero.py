@@ -24,16 +24,19 @@ from torch.nn import functional
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.formats.groups import pack_words
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_directory import Piece, unpacked_linears
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.groups import pack_code_words
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["CompressedTensors", "Gptq", "integer_parts"]
+__all__ = ["CompressedTensorsPacker", "GptqPacker", "quantize_integer_zeros"]
 
 
-def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) -> AffineParts:
+def quantize_integer_zeros(
+    walk: MergedWeights, weight: BaseWeight, span: Span, codec: AffineCodec
+) -> AffineParts:
     """Return rows with integer zeros: uint8 codes [n, in], float16 scales, uint8 zeros.
 
     Padding is dropped. In the state ``base`` the parts are those of the base; in ``codes`` the
@@ -43,9 +46,11 @@ def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) ->
         UserError: the zeros of the base must be kept (state ``base``), but are not integers.
     """
     if walk.state in ("codes", "base"):
-        parts = walk.parts(weight, span)
+        parts = walk.read_affine_parts(weight, span)
     else:
-        parts = codec.split(codec.encode(walk.rows(weight, span)), weight.columns)
+        parts = codec.split_packed_rows(
+            codec.quantize_to_packed(walk.read_merged_rows(weight, span)), weight.num_columns
+        )
     own = parts.zero.float()
     zero = own.round().clamp(0, 2**codec.bits - 1)
     if walk.state == "base" and not torch.equal(zero, own):
@@ -54,30 +59,30 @@ def integer_parts(walk: Walk, weight: Weight, span: Span, codec: AffineCodec) ->
             f"{weight.name}), which base.quant.solver hqq produces, and this format has integer "
             "zeros: choose mlx, hf-metal or gguf, or a base of solver rtn or gptq"
         )
-    return AffineParts(parts.codes[:, : weight.columns], parts.scale, zero.to(torch.uint8))
+    return AffineParts(parts.codes[:, : weight.num_columns], parts.scale, zero.to(torch.uint8))
 
 
-def _pack_down(numbers: Tensor, bits: int) -> Tensor:
+def _pack_along_rows(numbers: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``[n, m]`` along dimension 0 to int32 ``[ceil(n * bits / 32), m]``."""
     rows = numbers.shape[0]
     padded = functional.pad(numbers.T, (0, -rows % 32))
-    return pack_words(padded, bits, torch.int32).T[: -(-rows * bits // 32)].contiguous()
+    return pack_code_words(padded, bits, torch.int32).T[: -(-rows * bits // 32)].contiguous()
 
 
-class _IntegerPacker:
+class _IntegerZeroPacker:
     row_multiple = 32  # zeros of 32 rows are whole words
 
     def __init__(self, codec: AffineCodec, dtype: torch.dtype) -> None:
         self.codec, self.dtype = codec, dtype
 
-    def _fits(self, length: int) -> bool:
+    def _fits_word_size(self, length: int) -> bool:
         return length % self.codec.group_size == 0 and length % 32 == 0
 
-    def _groups(self, weight: Weight) -> int:
-        return weight.columns // self.codec.group_size
+    def _count_groups(self, weight: BaseWeight) -> int:
+        return weight.num_columns // self.codec.group_size
 
 
-class CompressedTensors(_IntegerPacker):
+class CompressedTensorsPacker(_IntegerZeroPacker):
     """Pack linears as ``pack-quantized`` of compressed-tensors.
 
     Args:
@@ -85,31 +90,37 @@ class CompressedTensors(_IntegerPacker):
         dtype: type of the stored scales.
     """
 
-    def takes(self, weight: Weight) -> bool:
-        return self._fits(weight.columns)
+    def can_pack(self, weight: BaseWeight) -> bool:
+        return self._fits_word_size(weight.num_columns)
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
-        bits, out, groups = self.codec.bits, weight.rows, self._groups(weight)
-        stem = weight.stem
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        bits, out, groups = self.codec.bits, weight.num_rows, self._count_groups(weight)
+        stem = weight.name_stem
         return [
-            TensorSpec(f"{stem}.weight_packed", torch.int32, (out, weight.columns * bits // 32)),
+            TensorSpec(
+                f"{stem}.weight_packed", torch.int32, (out, weight.num_columns * bits // 32)
+            ),
             TensorSpec(f"{stem}.weight_scale", self.dtype, (out, groups)),
             TensorSpec(f"{stem}.weight_zero_point", torch.int32, (-(-out * bits // 32), groups)),
             TensorSpec(f"{stem}.weight_shape", torch.int64, (2,)),
         ]
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
-        bits, stem = self.codec.bits, weight.stem
-        parts = integer_parts(walk, weight, span, self.codec)
-        words = pack_words(parts.codes, bits, torch.int32)
-        yield Piece(f"{stem}.weight_packed", words, span.start)
-        yield Piece(f"{stem}.weight_scale", parts.scale.to(self.dtype), span.start)
-        zeros = _pack_down(parts.zero, bits)
-        yield Piece(f"{stem}.weight_zero_point", zeros, span.start * bits // 32)
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        bits, stem = self.codec.bits, weight.name_stem
+        parts = quantize_integer_zeros(walk, weight, span, self.codec)
+        words = pack_code_words(parts.codes, bits, torch.int32)
+        yield TensorPiece(f"{stem}.weight_packed", words, span.start)
+        yield TensorPiece(f"{stem}.weight_scale", parts.scale.to(self.dtype), span.start)
+        zeros = _pack_along_rows(parts.zero, bits)
+        yield TensorPiece(f"{stem}.weight_zero_point", zeros, span.start * bits // 32)
         if span.start == 0:
-            yield Piece(f"{stem}.weight_shape", torch.tensor([weight.rows, weight.columns]), 0)
+            yield TensorPiece(
+                f"{stem}.weight_shape", torch.tensor([weight.num_rows, weight.num_columns]), 0
+            )
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         weights = {
             "num_bits": self.codec.bits,
             "type": "int",
@@ -123,12 +134,12 @@ class CompressedTensors(_IntegerPacker):
                 "format": "pack-quantized",
                 "quantization_status": "compressed",
                 "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-                "ignore": unpacked_linears(walk, unpacked),
+                "ignore": list_unpacked_linears(walk, unpacked),
             }
         }
 
 
-class Gptq(_IntegerPacker):
+class GptqPacker(_IntegerZeroPacker):
     """Pack linears in GPTQ's ``checkpoint_format: gptq_v2``.
 
     Args:
@@ -140,36 +151,38 @@ class Gptq(_IntegerPacker):
         super().__init__(codec, dtype)
         self._parts: list[AffineParts] = []
 
-    def takes(self, weight: Weight) -> bool:
-        return self._fits(weight.columns) and weight.rows % 32 == 0
+    def can_pack(self, weight: BaseWeight) -> bool:
+        return self._fits_word_size(weight.num_columns) and weight.num_rows % 32 == 0
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
-        bits, out, groups = self.codec.bits, weight.rows, self._groups(weight)
-        stem = weight.stem
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        bits, out, groups = self.codec.bits, weight.num_rows, self._count_groups(weight)
+        stem = weight.name_stem
         return [
-            TensorSpec(f"{stem}.qweight", torch.int32, (weight.columns * bits // 32, out)),
+            TensorSpec(f"{stem}.qweight", torch.int32, (weight.num_columns * bits // 32, out)),
             TensorSpec(f"{stem}.qzeros", torch.int32, (groups, out * bits // 32)),
             TensorSpec(f"{stem}.scales", torch.float16, (groups, out)),
-            TensorSpec(f"{stem}.g_idx", torch.int32, (weight.columns,)),
+            TensorSpec(f"{stem}.g_idx", torch.int32, (weight.num_columns,)),
         ]
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
-        bits, stem = self.codec.bits, weight.stem
-        parts = integer_parts(walk, weight, span, self.codec)
-        words = pack_words(parts.codes, bits, torch.int32)
-        zeros = _pack_down(parts.zero, bits)
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        bits, stem = self.codec.bits, weight.name_stem
+        parts = quantize_integer_zeros(walk, weight, span, self.codec)
+        words = pack_code_words(parts.codes, bits, torch.int32)
+        zeros = _pack_along_rows(parts.zero, bits)
         self._parts.append(AffineParts(words.T, parts.scale.half().T, zeros.T))
-        if span.stop < weight.rows:
+        if span.stop < weight.num_rows:
             return
         words, scale, zeros = (torch.cat(part, 1) for part in zip(*self._parts, strict=True))
         self._parts.clear()
-        yield Piece(f"{stem}.qweight", words, 0)
-        yield Piece(f"{stem}.scales", scale, 0)
-        yield Piece(f"{stem}.qzeros", zeros, 0)
-        index = torch.arange(weight.columns, dtype=torch.int32) // self.codec.group_size
-        yield Piece(f"{stem}.g_idx", index, 0)
+        yield TensorPiece(f"{stem}.qweight", words, 0)
+        yield TensorPiece(f"{stem}.scales", scale, 0)
+        yield TensorPiece(f"{stem}.qzeros", zeros, 0)
+        index = torch.arange(weight.num_columns, dtype=torch.int32) // self.codec.group_size
+        yield TensorPiece(f"{stem}.g_idx", index, 0)
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         how: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": self.codec.bits,
@@ -182,12 +195,12 @@ class Gptq(_IntegerPacker):
         }
         if unpacked:  # linears inside blocks: gptqmodel reads the first key, optimum the second
             how["dynamic"] = {f"-:^{path.replace('.', chr(92) + '.')}$": {} for path in unpacked}
-            inside = {w.module for w in walk.weights if w.in_block} - set(unpacked)
-            how["modules_in_block_to_quantize"] = [sorted({_within_block(p) for p in inside})]
+            inside = {w.module_path for w in walk.weights if w.is_block_linear} - set(unpacked)
+            how["modules_in_block_to_quantize"] = [sorted({_strip_block_prefix(p) for p in inside})]
         return {"quantization_config": how}
 
 
-def _within_block(path: str) -> str:
+def _strip_block_prefix(path: str) -> str:
     """Return the path inside the block: ``model.layers.3.mlp.up_proj`` -> ``mlp.up_proj``."""
     names = path.split(".")
     last = max(i for i, name in enumerate(names) if name.isdigit())

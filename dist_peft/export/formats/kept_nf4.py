@@ -27,20 +27,25 @@ from torch import nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.formats.bnb_nf4 import bnb_settings, quant_state, quant_state_name
-from dist_peft.export.merged_weights import Walk, Weight
-from dist_peft.export.model_directory import Piece
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.bnb_nf4 import (
+    encode_quant_state,
+    make_bnb_settings,
+    make_quant_state_name,
+)
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import TensorPiece
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["KeptNf4"]
+__all__ = ["KeptNf4Packer"]
 
 _BLOCKS = (64, 32)
 """Block sizes that bitsandbytes reads, the most widely supported first."""
 
 
-class KeptNf4:
+class KeptNf4Packer:
     """Pack the codes of an NF4 base; for weights in the state ``base``.
 
     Args:
@@ -63,21 +68,21 @@ class KeptNf4:
             )
         self.block, self.group_size, self.dtype = found, group_size, dtype
 
-    def takes(self, weight: Weight) -> bool:
+    def can_pack(self, weight: BaseWeight) -> bool:
         """Return whether blocks of bitsandbytes divide the rows of this NF4 weight."""
-        return isinstance(weight.codec, Nf4Codec) and weight.columns % self.block == 0
+        return isinstance(weight.codec, Nf4Codec) and weight.num_columns % self.block == 0
 
-    def check_weights(self, walk: Walk) -> None:
+    def check_packable(self, walk: MergedWeights) -> None:
         """Check, before anything is written, that the codes of every linear can be kept.
 
         Raises:
             UserError: a linear's codes cannot; stored dense it would compute another function.
         """
         for weight in walk.weights:
-            if walk.packs(weight) and not self.takes(weight):
-                raise self._undivided(weight.name, weight.columns)
+            if walk.is_packable(weight) and not self.can_pack(weight):
+                raise self._make_block_size_error(weight.name, weight.num_columns)
 
-    def check_linears(self, model: nn.Module) -> None:
+    def check_model_linears(self, model: nn.Module) -> None:
         """Check, before training, that the codes of every linear of a model on meta can be kept.
 
         Raises:
@@ -87,38 +92,44 @@ class KeptNf4:
             if not isinstance(linear, FrozenLinear) or not isinstance(linear.codec, Nf4Codec):
                 continue
             if linear.in_features % self.block:
-                raise self._undivided(linear.source, linear.in_features)
+                raise self._make_block_size_error(linear.source, linear.in_features)
 
-    def _undivided(self, name: str, columns: int) -> UserError:
+    def _make_block_size_error(self, name: str, columns: int) -> UserError:
         return UserError(
             f"{name} has in_features {columns}, which blocks of {self.block} do not divide: "
             "bitsandbytes' blocks would run from one row into the next, and the codes of the base "
             "cannot be kept. Use hf-bf16 with --base decoded"
         )
 
-    def plan(self, weight: Weight) -> list[TensorSpec]:
-        elements, name = weight.rows * weight.columns, weight.name
-        state = quant_state(weight, self.block, self.dtype)
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        elements, name = weight.num_rows * weight.num_columns, weight.name
+        state = encode_quant_state(weight, self.block, self.dtype)
         return [
             TensorSpec(name, torch.uint8, (elements // 2, 1)),
             TensorSpec(f"{name}.absmax", torch.float32, (elements // self.block,)),
             TensorSpec(f"{name}.quant_map", torch.float32, (len(NF4_LEVELS),)),
-            TensorSpec(quant_state_name(weight), torch.uint8, tuple(state.shape)),
+            TensorSpec(make_quant_state_name(weight), torch.uint8, tuple(state.shape)),
         ]
 
-    def pack(self, walk: Walk, weight: Weight, span: Span) -> Iterable[Piece]:
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
         assert isinstance(weight.codec, Nf4Codec)
-        payload, scales = weight.codec.split(walk.packed_rows(weight, span), weight.columns)
+        payload, scales = weight.codec.split_packed_rows(
+            walk.read_packed_rows(weight, span), weight.num_columns
+        )
         # the payload of a row's last group may include padding
-        codes = payload[:, : weight.columns // 2].reshape(-1, 1)
-        group = torch.arange(weight.columns // self.block) * self.block // self.group_size
+        codes = payload[:, : weight.num_columns // 2].reshape(-1, 1)
+        group = torch.arange(weight.num_columns // self.block) * self.block // self.group_size
         absmax = scales[:, group].flatten()
-        yield Piece(weight.name, codes, span.start * weight.columns // 2)
-        yield Piece(f"{weight.name}.absmax", absmax, span.start * weight.columns // self.block)
-        if span.stop == weight.rows:
-            yield Piece(f"{weight.name}.quant_map", torch.tensor(NF4_LEVELS), 0)
-            state = quant_state(weight, self.block, self.dtype)
-            yield Piece(quant_state_name(weight), state, 0)
+        yield TensorPiece(weight.name, codes, span.start * weight.num_columns // 2)
+        yield TensorPiece(
+            f"{weight.name}.absmax", absmax, span.start * weight.num_columns // self.block
+        )
+        if span.stop == weight.num_rows:
+            yield TensorPiece(f"{weight.name}.quant_map", torch.tensor(NF4_LEVELS), 0)
+            state = encode_quant_state(weight, self.block, self.dtype)
+            yield TensorPiece(make_quant_state_name(weight), state, 0)
 
-    def settings(self, walk: Walk, unpacked: list[str]) -> Mapping[str, Any]:
-        return bnb_settings(walk, unpacked, double_quant=False, dtype=self.dtype)
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
+        return make_bnb_settings(walk, unpacked, double_quant=False, dtype=self.dtype)

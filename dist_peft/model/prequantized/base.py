@@ -25,39 +25,39 @@ from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.hub import read_json_object
-from dist_peft.model.prequantized.bnb import Bitsandbytes
-from dist_peft.model.prequantized.integer import Awq, CompressedTensors, Gptq
+from dist_peft.model.prequantized.bnb import BitsandbytesFormat
+from dist_peft.model.prequantized.integer import AwqFormat, CompressedTensorsFormat, GptqFormat
 from dist_peft.model.prequantized.linear import (
     UNQUANTIZED_HINT,
     PackedFormat,
     PackedLinear,
     Settings,
-    need,
+    require_tensor,
 )
 from dist_peft.quant.codec import make_codec
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
 
-__all__ = ["OWN_METHOD", "Prequantized", "check_stated", "open_prequantized"]
+__all__ = ["OWN_METHOD", "PrequantizedBase", "check_stated_quant", "open_prequantized"]
 
 OWN_METHOD = "dist_peft"
 
 
 @dataclass(frozen=True)
-class _OwnLinear(PackedLinear):
-    def _packed(self, reader: RowReader, span: Span) -> Tensor:
-        return reader.read(f"{self.stem}.packed", span)
+class _PackedRowsLinear(PackedLinear):
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
+        return reader.read_rows(f"{self.stem}.packed", span)
 
 
 @dataclass(frozen=True)
-class _Own(PackedFormat):
+class _PackedRowsFormat(PackedFormat):
     """Rows packed by this project's codecs: ``STEM.packed`` uint8 ``[out, row_bytes]``."""
 
     MARK: ClassVar[str] = ".packed"
     OTHERS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         # options without effect for a kind keep their default, so that a run does not warn of them
         idle = "double_quant" if settings.get("kind") == "int" else "solver"
         known = {"kind", "bits", "group_size", "double_quant", "solver"} - {idle}
@@ -71,21 +71,21 @@ class _Own(PackedFormat):
             ) from None
         return cls(OWN_METHOD, quant)
 
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         codec = make_codec(self.quant, torch.float32)
-        shape = (out_features, codec.row_bytes(in_features))
-        need(index, f"{stem}.packed", shape, (torch.uint8,))
-        return _OwnLinear(stem, out_features, in_features, codec)
+        shape = (out_features, codec.num_row_bytes(in_features))
+        require_tensor(index, f"{stem}.packed", shape, (torch.uint8,))
+        return _PackedRowsLinear(stem, out_features, in_features, codec)
 
 
 _FORMATS: Mapping[str, type[PackedFormat]] = {
-    OWN_METHOD: _Own,
-    "gptq": Gptq,
-    "awq": Awq,
-    "bitsandbytes": Bitsandbytes,
-    "compressed-tensors": CompressedTensors,
+    OWN_METHOD: _PackedRowsFormat,
+    "gptq": GptqFormat,
+    "awq": AwqFormat,
+    "bitsandbytes": BitsandbytesFormat,
+    "compressed-tensors": CompressedTensorsFormat,
 }
 """``quant_method`` -> format."""
 
@@ -93,7 +93,7 @@ _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ wrote their settings before ``config.json`` had them."""
 
 
-class Prequantized:
+class PrequantizedBase:
     """A prequantized directory.
 
     Attributes:
@@ -120,29 +120,31 @@ class Prequantized:
             )
 
     def __str__(self) -> str:
-        quant = self.quant
-        shown = f"{self.label}: {quant.kind}, {quant.bits} bits, group_size {quant.group_size}"
+        quant = self.quant_config
+        shown = (
+            f"{self.format_label}: {quant.kind}, {quant.bits} bits, group_size {quant.group_size}"
+        )
         if quant.kind == "nf4":
             return shown + ", double_quant" * quant.double_quant
-        return shown + f", solver {quant.solver}" * (self.label == OWN_METHOD)
+        return shown + f", solver {quant.solver}" * (self.format_label == OWN_METHOD)
 
     @property
-    def label(self) -> str:
+    def format_label(self) -> str:
         return self.format.label
 
     @property
-    def quant(self) -> QuantConfig:
+    def quant_config(self) -> QuantConfig:
         """The packing of the linears as a ``base.quant`` section."""
         return self.format.quant
 
-    def linear(self, weight: str, out_features: int, in_features: int) -> PackedLinear | None:
+    def open_linear(self, weight: str, out_features: int, in_features: int) -> PackedLinear | None:
         """Return the packed linear of this weight; None if it is not packed."""
         if self.tensors[weight] is not None:
             return None
         stem = weight.removesuffix(".weight")
-        return self.format.linear(self._index, stem, out_features, in_features)
+        return self.format.open_linear(self._index, stem, out_features, in_features)
 
-    def rounding_note(self) -> str | None:
+    def describe_scale_rounding(self) -> str | None:
         """Return a note on scales that were rounded to float16; None if all were exact."""
         if not (worst := self.format.rounding.worst):
             return None
@@ -152,7 +154,7 @@ class Prequantized:
         )
 
 
-def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized | None:
+def open_prequantized(directory: Path, index: SafetensorsIndex) -> PrequantizedBase | None:
     """Read the quantization settings of a directory; None for an unquantized base.
 
     Raises:
@@ -160,7 +162,7 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized 
     """
     file = directory / "config.json"
     settings: Any = read_json_object(file).get("quantization_config")
-    if settings is None and any(name.endswith(Gptq.MARK) for name in index.tensors):
+    if settings is None and any(name.endswith(GptqFormat.MARK) for name in index.tensors):
         for name, known in _BESIDE.items():
             if (directory / name).is_file():
                 file = directory / name
@@ -177,10 +179,10 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> Prequantized 
             f"{file}: quantization_config has quant_method {method!r}; read are "
             f"{', '.join(_FORMATS)}; {UNQUANTIZED_HINT}"
         )
-    return Prequantized(_FORMATS[method].of(settings, index), index)
+    return PrequantizedBase(_FORMATS[method].from_settings(settings, index), index)
 
 
-def check_stated(base: BaseConfig, found: Prequantized, directory: Path) -> None:
+def check_stated_quant(base: BaseConfig, found: PrequantizedBase, directory: Path) -> None:
     """Check that ``base.quant``, where the user set it, agrees with the directory.
 
     Raises:
@@ -192,12 +194,12 @@ def check_stated(base: BaseConfig, found: Prequantized, directory: Path) -> None
     if base.quant is None:
         raise UserError(f"base.quant is null, but {has}; leave base.quant out")
     keys = ["kind", "bits", "group_size"]
-    if found.quant.kind == "nf4":
+    if found.quant_config.kind == "nf4":
         keys.append("double_quant")
-    elif found.label == OWN_METHOD:  # other formats do not record the solver
+    elif found.format_label == OWN_METHOD:  # other formats do not record the solver
         keys.append("solver")
     for key in keys:
-        stated, own = getattr(base.quant, key), getattr(found.quant, key)
+        stated, own = getattr(base.quant, key), getattr(found.quant_config, key)
         if key in base.quant.model_fields_set and stated != own:
             raise UserError(
                 f"base.quant.{key} is {stated}, but {has}; leave base.quant out, the directory "

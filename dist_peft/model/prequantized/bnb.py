@@ -1,4 +1,5 @@
-"""Linears stored by bitsandbytes in NF4 (see also ``quant.foreign`` and ``export.bnb_nf4``).
+"""Linears stored by bitsandbytes in NF4 (see also ``quant.import_formats`` and
+``export.formats.bnb_nf4``).
 
 Blocks of 64 weights run along the flattened weight, so that one may cross from a row into the next
 where 64 does not divide ``in``. Our rows are self-contained: their groups are the largest that
@@ -22,14 +23,14 @@ from dist_peft.model.prequantized.linear import (
     PackedFormat,
     PackedLinear,
     Settings,
-    need,
+    require_tensor,
 )
-from dist_peft.quant.import_formats import denest, from_bnb
+from dist_peft.quant.import_formats import convert_bnb_rows, dequantize_absmax
 from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
-__all__ = ["Bitsandbytes"]
+__all__ = ["BitsandbytesFormat"]
 
 BLOCK, NESTED_BLOCK = 64, 256
 _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
@@ -39,42 +40,47 @@ _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float3
 class _BnbLinear(PackedLinear):
     nested: bool
 
-    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
         assert isinstance(self.codec, Nf4Codec)
-        name, size = f"{self.stem}.weight", reader.index.find(f"{self.stem}.weight").row_bytes
-        offset = self._offset(reader)
+        name, size = (
+            f"{self.stem}.weight",
+            reader.index.find_tensor(f"{self.stem}.weight").row_bytes,
+        )
+        offset = self._read_absmax_offset(reader)
         row = self.in_features // 2 // size  # elements of the stored type; exact, see `linear`
-        payload = reader.read(name, Span(span.start * row, span.stop * row)).view(torch.uint8)
+        payload = reader.read_rows(name, Span(span.start * row, span.stop * row)).view(torch.uint8)
         first = span.start * self.in_features // BLOCK
         blocks = Span(first, -(-span.stop * self.in_features // BLOCK))
         group = self.codec.group_size
         starts = torch.arange(span.start * self.in_features, span.stop * self.in_features, group)
-        absmax = self._absmax(reader, blocks, offset)[starts // BLOCK - first]
-        return from_bnb(payload.flatten(), absmax.view(len(span), -1), self.codec, self.in_features)
+        absmax = self._read_absmax(reader, blocks, offset)[starts // BLOCK - first]
+        return convert_bnb_rows(
+            payload.flatten(), absmax.view(len(span), -1), self.codec, self.in_features
+        )
 
-    def _absmax(self, reader: RowReader, blocks: Span, offset: float) -> Tensor:
+    def _read_absmax(self, reader: RowReader, blocks: Span, offset: float) -> Tensor:
         name = f"{self.stem}.weight"
-        absmax = reader.read(f"{name}.absmax", blocks)
+        absmax = reader.read_rows(f"{name}.absmax", blocks)
         if not self.nested:
             return absmax
         runs = Span(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
-        return denest(
+        return dequantize_absmax(
             absmax,
             blocks.start - runs.start * NESTED_BLOCK,
-            reader.read(f"{name}.nested_absmax", runs),
-            reader.read(f"{name}.nested_quant_map"),
+            reader.read_rows(f"{name}.nested_absmax", runs),
+            reader.read_rows(f"{name}.nested_quant_map"),
             offset,
             NESTED_BLOCK,
         )
 
-    def _offset(self, reader: RowReader) -> float:
+    def _read_absmax_offset(self, reader: RowReader) -> float:
         """Return the offset that double quantization subtracted; 0 without it.
 
         Raises:
             ValueError: the state contradicts the tensors' shapes.
         """
         name = f"{self.stem}.weight"
-        text = bytes(reader.read(f"{name}.quant_state.bitsandbytes__nf4").tolist())
+        text = bytes(reader.read_rows(f"{name}.quant_state.bitsandbytes__nf4").tolist())
         try:
             state = json.loads(text)
         except ValueError as error:
@@ -89,14 +95,14 @@ class _BnbLinear(PackedLinear):
         for key, value in wanted.items():
             if state.get(key) != value:
                 raise ValueError(f"its quant_state has {key} {state.get(key)}, not {value}")
-        levels = reader.read(f"{name}.quant_map")
+        levels = reader.read_rows(f"{name}.quant_map")
         if not torch.equal(levels, torch.tensor(NF4_LEVELS)):
             raise ValueError("its quant_map has other levels than NF4")
         return float(state["nested_offset"]) if self.nested else 0.0
 
 
 @dataclass(frozen=True)
-class Bitsandbytes(PackedFormat):
+class BitsandbytesFormat(PackedFormat):
     """bitsandbytes NF4, with and without double quantization."""
 
     MARK: ClassVar[str] = ".weight.absmax"
@@ -110,7 +116,7 @@ class Bitsandbytes(PackedFormat):
     )
 
     @classmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         if not settings.get("load_in_4bit"):
             raise UserError(
                 f"{index.path} is bitsandbytes in 8 bits (LLM.int8); NF4 is read: "
@@ -122,7 +128,7 @@ class Bitsandbytes(PackedFormat):
         double = bool(settings.get("bnb_4bit_use_double_quant", False))
         return cls("bitsandbytes", QuantConfig(kind="nf4", group_size=BLOCK, double_quant=double))
 
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         name, elements = f"{stem}.weight", out_features * in_features
@@ -131,19 +137,19 @@ class Bitsandbytes(PackedFormat):
             raise UserError(
                 f"{stem} has {in_features} in_features, no multiple of 8; {UNQUANTIZED_HINT}"
             )
-        stored = index.find(name).dtype
-        need(index, name, (elements // 2 // max(1, stored.itemsize), 1), _STORAGE)
+        stored = index.find_tensor(name).dtype
+        require_tensor(index, name, (elements // 2 // max(1, stored.itemsize), 1), _STORAGE)
         nested = self.quant.double_quant
         blocks = -(-elements // BLOCK)
         scales = torch.uint8 if nested else torch.float32
-        need(index, f"{name}.absmax", (blocks,), (scales,))
-        need(index, f"{name}.quant_map", (16,), (torch.float32,))
+        require_tensor(index, f"{name}.absmax", (blocks,), (scales,))
+        require_tensor(index, f"{name}.quant_map", (16,), (torch.float32,))
         if nested:
             runs = -(-blocks // NESTED_BLOCK)
-            need(index, f"{name}.nested_absmax", (runs,), (torch.float32,))
-            need(index, f"{name}.nested_quant_map", (256,), (torch.float32,))
+            require_tensor(index, f"{name}.nested_absmax", (runs,), (torch.float32,))
+            require_tensor(index, f"{name}.nested_quant_map", (256,), (torch.float32,))
         state = f"{name}.quant_state.bitsandbytes__nf4"
         shape = index.tensors[state].shape if state in index.tensors else (0,)
-        need(index, state, shape, (torch.uint8,))
+        require_tensor(index, state, shape, (torch.uint8,))
         codec = Nf4Codec(group, double_quant=False)
         return _BnbLinear(stem, out_features, in_features, codec, nested)

@@ -1,4 +1,4 @@
-"""Integer linears of GPTQ, AWQ and compressed-tensors (bit layouts: ``quant.foreign``).
+"""Integer linears of GPTQ, AWQ and compressed-tensors (bit layouts: ``quant.import_formats``).
 
 GPTQ and AWQ have ``out`` last, so that the rows of a rank are columns there: one piece of each row
 of the file's tensor is read. The zeros of neighbouring rows share words; a rank reads the words
@@ -23,25 +23,25 @@ from dist_peft.model.prequantized.linear import (
     UNQUANTIZED_HINT,
     PackedFormat,
     PackedLinear,
-    Rounding,
+    ScaleRounding,
     Settings,
-    need,
-    whole_groups,
+    count_whole_groups,
+    require_tensor,
 )
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.import_formats import (
-    awq_zeros,
-    from_awq,
-    from_compressed,
-    from_gptq,
-    plus_one,
-    word_span,
-    zeros_along_out,
+    convert_awq_rows,
+    convert_compressed_rows,
+    convert_gptq_rows,
+    find_word_span,
+    increment_codes,
+    unpack_awq_zeros,
+    unpack_gptq_zeros,
 )
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
-__all__ = ["Awq", "CompressedTensors", "Gptq"]
+__all__ = ["AwqFormat", "CompressedTensorsFormat", "GptqFormat"]
 
 _INT32 = (torch.int32,)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,14 +49,14 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class _IntegerLinear(PackedLinear):
-    rounding: Rounding
+    rounding: ScaleRounding
 
     @property
-    def _bits(self) -> int:
+    def _num_bits(self) -> int:
         assert isinstance(self.codec, AffineCodec)
         return self.codec.bits
 
-    def _spread(self, numbers: Tensor) -> Tensor:
+    def _repeat_over_groups(self, numbers: Tensor) -> Tensor:
         """Repeat ``[n, groups of the file]`` to ``[n, groups of the codec]``."""
         assert isinstance(self.codec, AffineCodec)
         groups = self.in_features // self.codec.group_size
@@ -72,24 +72,26 @@ class _GptqLinear(_IntegerLinear):
     first_version: bool
     indexed: bool
 
-    def _packed(self, reader: RowReader, span: Span) -> Tensor:
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
         if self.indexed:
-            self._check_order(reader)
-        words, before = word_span(span, self._bits)
-        qzeros = reader.read(f"{self.stem}.qzeros", columns=words)
-        zero = zeros_along_out(
-            plus_one(qzeros, self._bits) if self.first_version else qzeros,
+            self._check_group_order(reader)
+        words, before = find_word_span(span, self._num_bits)
+        qzeros = reader.read_rows(f"{self.stem}.qzeros", columns=words)
+        zero = unpack_gptq_zeros(
+            increment_codes(qzeros, self._num_bits) if self.first_version else qzeros,
             before,
             len(span),
-            self._bits,
+            self._num_bits,
         )
-        scale = self.rounding.round(reader.read(f"{self.stem}.scales", columns=span).T)
-        qweight = reader.read(f"{self.stem}.qweight", columns=span)
-        return from_gptq(qweight, self._spread(scale), self._spread(zero))
+        scale = self.rounding.round_scale(reader.read_rows(f"{self.stem}.scales", columns=span).T)
+        qweight = reader.read_rows(f"{self.stem}.qweight", columns=span)
+        return convert_gptq_rows(
+            qweight, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+        )
 
-    def _check_order(self, reader: RowReader) -> None:
+    def _check_group_order(self, reader: RowReader) -> None:
         name = f"{self.stem}.g_idx"
-        if torch.equal(reader.read(name), torch.arange(self.in_features) // self.group_size):
+        if torch.equal(reader.read_rows(name), torch.arange(self.in_features) // self.group_size):
             return
         raise UserError(
             f"tensor {name} in {reader.index.path} puts columns into groups in another order than "
@@ -99,7 +101,7 @@ class _GptqLinear(_IntegerLinear):
 
 
 @dataclass(frozen=True)
-class Gptq(PackedFormat):
+class GptqFormat(PackedFormat):
     """GPTQ, both versions of its zeros."""
 
     MARK: ClassVar[str] = ".qweight"
@@ -109,8 +111,8 @@ class Gptq(PackedFormat):
     act_order: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
-        bits = _bits(settings.get("bits"), "bits", index)
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        bits = _check_bits(settings.get("bits"), "bits", index)
         label = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
         if label not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
             raise UserError(
@@ -129,23 +131,27 @@ class Gptq(PackedFormat):
             )
         wanted = settings.get("group_size", 128)
         per_row = wanted == -1
-        inputs = (words * 32 // bits for words, _ in _shapes(index, cls.MARK))
-        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        inputs = (words * 32 // bits for words, _ in _list_code_shapes(index, cls.MARK))
+        group_size = (
+            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+        )
         quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
         return cls(label, quant, per_row=per_row, act_order=settings.get("desc_act") is True)
 
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         bits, own = self.quant.bits, self.quant.group_size
         group_size = in_features if self.per_row else own
-        groups = whole_groups(stem, in_features, group_size)
-        need(index, f"{stem}.qweight", (-(-in_features * bits // 32), out_features), _INT32)
-        need(index, f"{stem}.qzeros", (groups, -(-out_features * bits // 32)), _INT32)
-        need(index, f"{stem}.scales", (groups, out_features), _SCALES)
+        groups = count_whole_groups(stem, in_features, group_size)
+        require_tensor(
+            index, f"{stem}.qweight", (-(-in_features * bits // 32), out_features), _INT32
+        )
+        require_tensor(index, f"{stem}.qzeros", (groups, -(-out_features * bits // 32)), _INT32)
+        require_tensor(index, f"{stem}.scales", (groups, out_features), _SCALES)
         indexed = f"{stem}.g_idx" in index.tensors
         if indexed:
-            need(index, f"{stem}.g_idx", (in_features,), (torch.int32, torch.int64))
+            require_tensor(index, f"{stem}.g_idx", (in_features,), (torch.int32, torch.int64))
         elif self.act_order:
             raise UserError(
                 f"{index.path} has desc_act: true but no {stem}.g_idx, which holds the order of "
@@ -163,16 +169,20 @@ class Gptq(PackedFormat):
 
 @dataclass(frozen=True)
 class _AwqLinear(_IntegerLinear):
-    def _packed(self, reader: RowReader, span: Span) -> Tensor:
-        words, before = word_span(span, self._bits)
-        zero = awq_zeros(reader.read(f"{self.stem}.qzeros", columns=words), before, len(span))
-        scale = self.rounding.round(reader.read(f"{self.stem}.scales", columns=span).T)
-        qweight = reader.read(f"{self.stem}.qweight", columns=words)
-        return from_awq(qweight, before, self._spread(scale), self._spread(zero))
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
+        words, before = find_word_span(span, self._num_bits)
+        zero = unpack_awq_zeros(
+            reader.read_rows(f"{self.stem}.qzeros", columns=words), before, len(span)
+        )
+        scale = self.rounding.round_scale(reader.read_rows(f"{self.stem}.scales", columns=span).T)
+        qweight = reader.read_rows(f"{self.stem}.qweight", columns=words)
+        return convert_awq_rows(
+            qweight, before, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+        )
 
 
 @dataclass(frozen=True)
-class Awq(PackedFormat):
+class AwqFormat(PackedFormat):
     """AWQ in the GEMM layout: 4 bits, integer zeros."""
 
     MARK: ClassVar[str] = ".qweight"
@@ -181,7 +191,7 @@ class Awq(PackedFormat):
     per_row: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         bits = settings.get("bits", settings.get("w_bit", 4))
         if bits != 4:
             raise UserError(f"{index.path} is AWQ of {bits} bits; 4 are read: {UNQUANTIZED_HINT}")
@@ -197,19 +207,21 @@ class Awq(PackedFormat):
             )
         wanted = settings.get("group_size", settings.get("q_group_size", 128))
         per_row = wanted == -1
-        inputs = (rows for rows, _ in _shapes(index, cls.MARK))
-        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        inputs = (rows for rows, _ in _list_code_shapes(index, cls.MARK))
+        group_size = (
+            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+        )
         return cls("awq", QuantConfig(kind="int", bits=4, group_size=group_size), per_row=per_row)
 
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         own = self.quant.group_size
-        groups = whole_groups(stem, in_features, in_features if self.per_row else own)
+        groups = count_whole_groups(stem, in_features, in_features if self.per_row else own)
         words = -(-out_features // 8)
-        need(index, f"{stem}.qweight", (in_features, words), _INT32)
-        need(index, f"{stem}.qzeros", (groups, words), _INT32)
-        need(index, f"{stem}.scales", (groups, out_features), _SCALES)
+        require_tensor(index, f"{stem}.qweight", (in_features, words), _INT32)
+        require_tensor(index, f"{stem}.qzeros", (groups, words), _INT32)
+        require_tensor(index, f"{stem}.scales", (groups, out_features), _SCALES)
         return _AwqLinear(stem, out_features, in_features, AffineCodec(4, own), self.rounding)
 
 
@@ -220,30 +232,32 @@ class Awq(PackedFormat):
 class _CompressedLinear(_IntegerLinear):
     symmetric: bool
 
-    def _packed(self, reader: RowReader, span: Span) -> Tensor:
-        shape = reader.read(f"{self.stem}.weight_shape").tolist()
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
+        shape = reader.read_rows(f"{self.stem}.weight_shape").tolist()
         if shape != [self.out_features, self.in_features]:
             raise ValueError(
                 f"weight_shape is {shape}, not {[self.out_features, self.in_features]}"
             )
-        scale = self.rounding.round(reader.read(f"{self.stem}.weight_scale", span))
+        scale = self.rounding.round_scale(reader.read_rows(f"{self.stem}.weight_scale", span))
         if self.symmetric:
-            zero = torch.full_like(scale, 2 ** (self._bits - 1))
+            zero = torch.full_like(scale, 2 ** (self._num_bits - 1))
         else:
-            zero = self._zero(reader, span)
-        packed = reader.read(f"{self.stem}.weight_packed", span)
-        return from_compressed(packed, self._spread(scale), self._spread(zero))
+            zero = self._read_zero_points(reader, span)
+        packed = reader.read_rows(f"{self.stem}.weight_packed", span)
+        return convert_compressed_rows(
+            packed, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+        )
 
-    def _zero(self, reader: RowReader, span: Span) -> Tensor:
+    def _read_zero_points(self, reader: RowReader, span: Span) -> Tensor:
         name = f"{self.stem}.weight_zero_point"
-        words, before = word_span(span, self._bits)
-        there = Span(words.start, min(words.stop, reader.index.find(name).rows))
-        read = functional.pad(reader.read(name, there).T, (0, len(words) - len(there)))
-        return zeros_along_out(read, before, len(span), self._bits)
+        words, before = find_word_span(span, self._num_bits)
+        there = Span(words.start, min(words.stop, reader.index.find_tensor(name).num_rows))
+        read = functional.pad(reader.read_rows(name, there).T, (0, len(words) - len(there)))
+        return unpack_gptq_zeros(read, before, len(span), self._num_bits)
 
 
 @dataclass(frozen=True)
-class CompressedTensors(PackedFormat):
+class CompressedTensorsFormat(PackedFormat):
     """compressed-tensors' ``pack-quantized``: integers in groups or with one scale a row."""
 
     MARK: ClassVar[str] = ".weight_packed"
@@ -258,9 +272,9 @@ class CompressedTensors(PackedFormat):
     symmetric: bool = True
 
     @classmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> Self:
-        weights = _scheme(settings, index)
-        bits = _bits(weights.get("num_bits"), "num_bits", index)
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
+        weights = _read_weight_scheme(settings, index)
+        bits = _check_bits(weights.get("num_bits"), "num_bits", index)
         strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
         if strategy not in ("group", "channel"):
             raise UserError(
@@ -268,18 +282,20 @@ class CompressedTensors(PackedFormat):
                 f"{UNQUANTIZED_HINT}"
             )
         per_row = strategy == "channel"
-        inputs = (words * 32 // bits for _, words in _shapes(index, cls.MARK))
+        inputs = (words * 32 // bits for _, words in _list_code_shapes(index, cls.MARK))
         wanted = weights.get("group_size")
-        group_size = _common_group(inputs, index) if per_row else _group(wanted, index)
+        group_size = (
+            _common_group_size(inputs, index) if per_row else _read_group_size(wanted, index)
+        )
         quant = QuantConfig(kind="int", bits=bits, group_size=group_size)
         symmetric = weights.get("symmetric", True) is True
         return cls("compressed-tensors", quant, per_row=per_row, symmetric=symmetric)
 
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         bits, own = self.quant.bits, self.quant.group_size
-        groups = whole_groups(stem, in_features, in_features if self.per_row else own)
+        groups = count_whole_groups(stem, in_features, in_features if self.per_row else own)
         if f"{stem}.weight_g_idx" in index.tensors:
             raise UserError(
                 f"{index.path} has {stem}.weight_g_idx: columns are in groups in another order "
@@ -287,19 +303,19 @@ class CompressedTensors(PackedFormat):
                 "the unquantized base"
             )
         packed = (out_features, -(-in_features * bits // 32))
-        need(index, f"{stem}.weight_packed", packed, _INT32)
-        need(index, f"{stem}.weight_scale", (out_features, groups), _SCALES)
-        need(index, f"{stem}.weight_shape", (2,), (torch.int64, torch.int32))
+        require_tensor(index, f"{stem}.weight_packed", packed, _INT32)
+        require_tensor(index, f"{stem}.weight_scale", (out_features, groups), _SCALES)
+        require_tensor(index, f"{stem}.weight_shape", (2,), (torch.int64, torch.int32))
         if not self.symmetric:
             zeros = (-(-out_features * bits // 32), groups)
-            need(index, f"{stem}.weight_zero_point", zeros, _INT32)
+            require_tensor(index, f"{stem}.weight_zero_point", zeros, _INT32)
         codec = AffineCodec(bits, own)
         return _CompressedLinear(
             stem, out_features, in_features, codec, self.rounding, self.symmetric
         )
 
 
-def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
+def _read_weight_scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
     """Return ``weights`` of the only config group; refuse settings that change the function."""
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
@@ -337,7 +353,7 @@ def _scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
 # -- settings --------------------------------------------------------------------------------------
 
 
-def _bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
+def _check_bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
     if value not in (2, 3, 4, 8) or isinstance(value, bool):
         raise UserError(
             f"{index.path} has {key} {value!r} in its quantization_config; 2, 3, 4 and 8 are read: "
@@ -346,7 +362,7 @@ def _bits(value: Any, key: str, index: SafetensorsIndex) -> Any:
     return value
 
 
-def _group(value: Any, index: SafetensorsIndex) -> int:
+def _read_group_size(value: Any, index: SafetensorsIndex) -> int:
     if not isinstance(value, int) or value < 8 or value % 8:
         raise UserError(
             f"{index.path} has group_size {value!r} in its quantization_config; multiples of 8 "
@@ -355,13 +371,13 @@ def _group(value: Any, index: SafetensorsIndex) -> int:
     return value
 
 
-def _shapes(index: SafetensorsIndex, mark: str) -> list[tuple[int, ...]]:
+def _list_code_shapes(index: SafetensorsIndex, mark: str) -> list[tuple[int, ...]]:
     """Return the shapes of the matrices with the codes."""
     infos = [info for name, info in index.tensors.items() if name.endswith(mark)]
     return [info.shape for info in infos if len(info.shape) == 2]
 
 
-def _common_group(inputs: Iterable[int], index: SafetensorsIndex) -> int:
+def _common_group_size(inputs: Iterable[int], index: SafetensorsIndex) -> int:
     """Return the largest group size that divides every linear's in_features."""
     inputs = list(inputs)
     for size in (128, 64, 32, 16, 8):

@@ -17,7 +17,7 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.import_formats import check_statistics, to_half
+from dist_peft.quant.import_formats import check_packed_statistics, to_half
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
 
@@ -25,10 +25,10 @@ __all__ = [
     "UNQUANTIZED_HINT",
     "PackedFormat",
     "PackedLinear",
-    "Rounding",
+    "ScaleRounding",
     "Settings",
-    "need",
-    "whole_groups",
+    "count_whole_groups",
+    "require_tensor",
 ]
 
 UNQUANTIZED_HINT = "give the unquantized base, which is quantized while it is read"
@@ -39,12 +39,12 @@ Settings = Mapping[str, Any]
 
 
 @dataclass
-class Rounding:
+class ScaleRounding:
     """Largest change of scales by rounding to float16, over all rows read so far."""
 
     worst: float = 0.0
 
-    def round(self, scale: Tensor) -> Tensor:
+    def round_scale(self, scale: Tensor) -> Tensor:
         """Round scales to float16.
 
         Raises:
@@ -70,7 +70,7 @@ class PackedLinear(ABC):
     in_features: int
     codec: Codec
 
-    def read(self, reader: RowReader, span: Span) -> Tensor:
+    def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read packed rows ``uint8 [len(span), row_bytes]``; reads at most one extra word at either
         end.
 
@@ -78,20 +78,20 @@ class PackedLinear(ABC):
             UserError: damaged, or values that the codec cannot represent.
         """
         if not len(span):
-            return torch.empty(0, self.codec.row_bytes(self.in_features), dtype=torch.uint8)
+            return torch.empty(0, self.codec.num_row_bytes(self.in_features), dtype=torch.uint8)
         try:
-            packed = self._packed(reader, span)
-            check_statistics(packed, self.codec, self.in_features)
+            packed = self._read_packed(reader, span)
+            check_packed_statistics(packed, self.codec, self.in_features)
         except ValueError as error:
             raise UserError(
                 f"{reader.index.path}: {self.stem} in rows {span.start} to {span.stop - 1}: {error}"
             ) from None
         if reader.hashes is not None:
-            reader.hashes.add_packed(f"{self.stem}.weight", span.start, packed)
+            reader.hashes.add_packed_rows(f"{self.stem}.weight", span.start, packed)
         return packed
 
     @abstractmethod
-    def _packed(self, reader: RowReader, span: Span) -> Tensor: ...
+    def _read_packed(self, reader: RowReader, span: Span) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class PackedFormat(ABC):
 
     label: str
     quant: QuantConfig
-    rounding: Rounding = field(default_factory=Rounding, compare=False)
+    rounding: ScaleRounding = field(default_factory=ScaleRounding, compare=False)
 
     MARK: ClassVar[str]
     """Ending of the tensor that every packed linear has, behind its stem."""
@@ -116,7 +116,7 @@ class PackedFormat(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, settings: Settings, index: SafetensorsIndex) -> "PackedFormat":
+    def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> "PackedFormat":
         """Build the format from the settings of a directory.
 
         Raises:
@@ -124,7 +124,7 @@ class PackedFormat(ABC):
         """
 
     @abstractmethod
-    def linear(
+    def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
     ) -> PackedLinear:
         """Return the linear with this stem; its tensors are checked against the headers.
@@ -134,7 +134,7 @@ class PackedFormat(ABC):
         """
 
 
-def need(
+def require_tensor(
     index: SafetensorsIndex, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype]
 ) -> TensorInfo:
     """Return a required tensor of a packed linear.
@@ -159,7 +159,7 @@ def need(
     return info
 
 
-def whole_groups(stem: str, in_features: int, group_size: int) -> int:
+def count_whole_groups(stem: str, in_features: int, group_size: int) -> int:
     """Return the number of groups of a row.
 
     Raises:

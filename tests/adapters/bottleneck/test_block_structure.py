@@ -6,7 +6,11 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from dist_peft.adapters.bottleneck.block_structure import find_sites, hidden_size, is_norm
+from dist_peft.adapters.bottleneck.block_structure import (
+    find_adapter_sites,
+    is_norm_module,
+    read_hidden_size,
+)
 from dist_peft.core.errors import UserError
 from tests.support.adapters import disturb, frozen_model
 from tests.support.bottlenecks import adapted, family
@@ -19,7 +23,7 @@ IDS = torch.tensor([[4, 7, 9, 11, 5]])
 
 
 def found(config: tf.PretrainedConfig, placement: Any) -> list[tuple[str, list[Any]]]:
-    return list(find_sites(frozen_model(family(config)), placement))
+    return list(find_adapter_sites(frozen_model(family(config)), placement))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -104,7 +108,7 @@ def test_post_norm_blocks(name: str, placement: str) -> None:
         f = part.dense(y)
         part.dense._forward_hooks = hooks
         h = {"pfeiffer": part.LayerNorm(x + f), "houlsby": f, "parallel": x}[placement]
-        torch.testing.assert_close(out, part.LayerNorm(f + layer.change(h) + x))
+        torch.testing.assert_close(out, part.LayerNorm(f + layer.compute_residual(h) + x))
 
 
 def test_post_norm_blocks_with_learning_norms() -> None:
@@ -130,7 +134,7 @@ def test_modernbert() -> None:
     model(input_ids=IDS)
     with torch.no_grad():
         f = original.model.layers[1].mlp(seen["normed"])
-        expected = seen["x"] + f + layer.change(seen["normed"] + f)
+        expected = seen["x"] + f + layer.compute_residual(seen["normed"] + f)
     torch.testing.assert_close(seen["out"], expected)
 
 
@@ -141,15 +145,15 @@ def test_unknown_blocks_are_refused() -> None:
     model = frozen_model(family(CONFIGS["llama"]))
     del model.model.layers[0].input_layernorm
     with pytest.raises(UserError, match=r"\.0: attention \['self_attn'\], MLP \['mlp'\], norms"):
-        list(find_sites(model, "houlsby"))
+        list(find_adapter_sites(model, "houlsby"))
     model.model.layers = nn.ModuleList()
     with pytest.raises(UserError, match="no decoder blocks with linears of 64 outputs"):
-        list(find_sites(model, "houlsby"))
+        list(find_adapter_sites(model, "houlsby"))
 
 
 def test_norms_are_those_of_the_stream() -> None:
     model = family(CONFIGS["qwen3"])
-    names = {n for n, m in model.named_modules() if is_norm(m, hidden_size(model))}
+    names = {n for n, m in model.named_modules() if is_norm_module(m, read_hidden_size(model))}
     assert names == {
         "model.norm",
         *(f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),

@@ -9,13 +9,17 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.adapters.bottleneck.format import (
-    Described,
-    bottleneck_tensors,
-    is_adapterhub,
-    public_bottleneck,
-    read_settings,
+    ModelDescription,
+    is_adapterhub_config,
+    parse_bottleneck_config,
+    parse_bottleneck_tensors,
+    to_public_bottleneck,
 )
-from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
+from dist_peft.adapters.directory import (
+    check_public_adapter,
+    read_adapter_directory,
+    write_adapter_directory,
+)
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
@@ -83,7 +87,7 @@ PRESETS = {
 
 def public(placement: str = "houlsby", **settings: Any) -> PublicAdapter:
     _, adapter = adapted(tiny_llama(), placement=placement, **settings)
-    return adapter.to_public(gathered(adapter), "tiny/base")
+    return adapter.to_public_adapter(gathered(adapter), "tiny/base")
 
 
 def bert() -> Any:
@@ -94,7 +98,7 @@ def bert() -> Any:
 def test_written_as_the_library_does(placement: str, tmp_path: Path) -> None:
     """Every key, value and type of the presets; every tensor's name and shape."""
     made = public(placement)
-    write_adapter(tmp_path, made, {"base": "tiny/base"})
+    write_adapter_directory(tmp_path, made, {"base": "tiny/base"})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     preset = PRESETS[placement]
     assert config.pop("config") == preset
@@ -129,15 +133,15 @@ def test_written_as_the_library_does(placement: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("norms", [False, True])
 def test_read_as_written(placement: str, norms: bool, tmp_path: Path) -> None:
     made = public(placement, train_layernorm=norms, reduction_factor=2.5, dropout=0.1)
-    write_adapter(tmp_path, made, {})
-    found = read_adapter(tmp_path)
-    check_adapter(found)
+    write_adapter_directory(tmp_path, made, {})
+    found = read_adapter_directory(tmp_path)
+    check_public_adapter(found)
     assert found.config == made.config and found.tensors.keys() == made.tensors.keys()
     assert len(found.extra) == (5 if norms else 0)
-    assert read_settings(found.config) == BottleneckConfig(
+    assert parse_bottleneck_config(found.config) == BottleneckConfig(
         placement=placement, train_layernorm=norms, reduction_factor=2.5, dropout=0.1
     )
-    layers = bottleneck_tensors(found)
+    layers = parse_bottleneck_tensors(found)
     assert {t["down_weight"].shape for t in layers.values()} == {(12, 32)}
 
 
@@ -145,11 +149,11 @@ def test_read_as_written(placement: str, norms: bool, tmp_path: Path) -> None:
 def test_places_in_post_norm_blocks(placement: str) -> None:
     """BERT's are called by the part that they are in."""
     _, adapter = adapted(bert(), placement=placement)
-    made = adapter.to_public(gathered(adapter), "tiny/base")
+    made = adapter.to_public_adapter(gathered(adapter), "tiny/base")
     places = {key.partition(".adapters.")[0] for key in made.tensors}
     parts = ["output"] + ["attention.output"] * (placement == "houlsby")
     assert places == {f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in parts}
-    assert bottleneck_tensors(made).keys() == adapter.layers.keys()
+    assert parse_bottleneck_tensors(made).keys() == adapter.layers.keys()
     assert made.config["model_class"] == "BertForSequenceClassification"
     key = next(
         key
@@ -160,7 +164,7 @@ def test_places_in_post_norm_blocks(placement: str) -> None:
     with pytest.raises(
         UserError, match=r"no up_bias of bert\.encoder\.layer\.1\.output\.output_ad"
     ):
-        check_adapter(less)
+        check_public_adapter(less)
 
 
 def test_the_library_refuses_what_it_would_lose() -> None:
@@ -174,13 +178,13 @@ def test_the_library_refuses_what_it_would_lose() -> None:
 
 @pytest.mark.parametrize("placement", PRESETS)
 def test_presets_are_the_defaults(placement: str) -> None:
-    found = read_settings({"config": PRESETS[placement], "version": "adapters.1.3.0"})
+    found = parse_bottleneck_config({"config": PRESETS[placement], "version": "adapters.1.3.0"})
     assert found == BottleneckConfig(placement=placement)
 
 
 def test_told_from_peft() -> None:
-    assert is_adapterhub(public().config)
-    assert not is_adapterhub({"peft_type": "LORA", "r": 8}) and not is_adapterhub({})
+    assert is_adapterhub_config(public().config)
+    assert not is_adapterhub_config({"peft_type": "LORA", "r": 8}) and not is_adapterhub_config({})
 
 
 @pytest.mark.parametrize(
@@ -200,15 +204,15 @@ def test_told_from_peft() -> None:
 )
 def test_other_bottlenecks_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        read_settings({"config": {**SEQ_BN, **changes}, "version": "adapters.1.3.0"})
+        parse_bottleneck_config({"config": {**SEQ_BN, **changes}, "version": "adapters.1.3.0"})
 
 
 def test_names_that_mean_the_same() -> None:
     config = {**SEQ_BN, "non_linearity": "SiLU"}
-    found = read_settings({"config": config, "version": "adapters.1.3.0"})
+    found = parse_bottleneck_config({"config": config, "version": "adapters.1.3.0"})
     assert found.activation == "swish"
     with pytest.raises(UserError, match="load it with adapters and save it again"):
-        read_settings({"config": config})
+        parse_bottleneck_config({"config": config})
 
 
 def damaged(change: str) -> PublicAdapter:
@@ -245,30 +249,30 @@ def damaged(change: str) -> PublicAdapter:
 def test_damaged(change: str, words: str, tmp_path: Path) -> None:
     made = damaged(change)
     with pytest.raises(UserError, match=words):
-        check_adapter(made)
+        check_public_adapter(made)
     with pytest.raises(RuntimeError, match="refusing to write a damaged adapter"):
-        write_adapter(tmp_path / "a", made, {})
+        write_adapter_directory(tmp_path / "a", made, {})
     assert not (tmp_path / "a").exists()
 
 
 def test_directories_without_tensors(tmp_path: Path) -> None:
-    write_adapter(tmp_path, public(), {})
+    write_adapter_directory(tmp_path, public(), {})
     (tmp_path / "adapter.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no adapter\.safetensors; is the download complete"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
     (tmp_path / "pytorch_adapter.bin").touch()
     with pytest.raises(UserError, match=r"pickle.*save_adapter\(\.\.\., use_safetensors=True\)"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)
 
 
 def test_merge_is_refused(tmp_path: Path) -> None:
-    write_adapter(tmp_path, public(), {})
+    write_adapter_directory(tmp_path, public(), {})
     with pytest.raises(UserError, match=r"nonlinearity, so no weight .* it cannot be merged; use"):
         open_adapter_merger(tmp_path)
 
 
 def test_norms_are_extra() -> None:
-    described = Described("tiny/base", "LlamaForCausalLM", "llama", 32)
+    described = ModelDescription("tiny/base", "LlamaForCausalLM", "llama", 32)
     norms = {"model.norm": {"weight_change": torch.ones(32)}}
-    made = public_bottleneck(BottleneckConfig(train_layernorm=True), described, {}, norms)
+    made = to_public_bottleneck(BottleneckConfig(train_layernorm=True), described, {}, norms)
     assert made.extra.keys() == {"model.norm.weight_change"} and not made.tensors

@@ -12,10 +12,10 @@ from dist_peft.adapters.bottleneck.layer import (
     ACTIVATIONS,
     BottleneckLayer,
     BottleneckSpec,
-    TrainedNorm,
+    TrainableNorm,
 )
 from dist_peft.adapters.protocol import AdapterModule
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.load import AdapterRows
 
@@ -27,11 +27,11 @@ def layer(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **changes: A
     """Filled with its start."""
     settings = {"activation": "relu", "scaling": 1.0, "reads": "output", "init": "bert", "seed": 7}
     spec = BottleneckSpec(hidden=D, bottleneck=M, arithmetic=dtype, **{**settings, **changes})
-    drop = RowDropout(dropout, "a.b", DropoutPosition(1))
+    drop = SampleDropout(dropout, "a.b", DropoutPosition(1))
     made = BottleneckLayer(BASE, "a.b", spec, drop)
     assert all(p.is_meta and p.dtype == torch.float32 for p in made.parameters())
     for name, shape in made.shapes.items():
-        made.register_parameter(name, nn.Parameter(made.initial_rows(name, Span(0, shape[0]))))
+        made.register_parameter(name, nn.Parameter(made.init_rows(name, Span(0, shape[0]))))
     return made
 
 
@@ -106,7 +106,7 @@ def test_start_does_not_depend_on_the_ranks(init: str, ranks: int) -> None:
     made = layer(init=init)
     for name, shape in made.shapes.items():
         spans = [row_span(shape[0], ranks, rank) for rank in range(ranks)]
-        rows = torch.cat([made.initial_rows(name, span) for span in spans])
+        rows = torch.cat([made.init_rows(name, span) for span in spans])
         assert torch.equal(rows, getattr(made, name))
     other = layer(init=init, seed=8)
     assert not torch.equal(other.down_weight, made.down_weight)
@@ -115,14 +115,14 @@ def test_start_does_not_depend_on_the_ranks(init: str, ranks: int) -> None:
 def test_given_start() -> None:
     made = layer()
     value = torch.randn(D, M)
-    made.give_start({"up_weight": value})
-    assert torch.equal(made.initial_rows("up_weight", Span(2, 5)), value[2:5])
+    made.load_initial_values({"up_weight": value})
+    assert torch.equal(made.init_rows("up_weight", Span(2, 5)), value[2:5])
 
 
 def test_dropout_is_on_the_change_alone() -> None:
     made = moved(layer(dropout=0.5)).train()
     f, _ = tensors()
-    made.dropout.position.begin(0, torch.tensor([3, 4]))
+    made.dropout.position.begin_micro_batch(0, torch.tensor([3, 4]))
     change = made(f) - f
     full = 2 * (made.eval()(f) - f)
     kept = change.abs() > 1e-6
@@ -144,9 +144,9 @@ def norm(kind: str) -> tuple[nn.Module, Any]:
     generator = torch.Generator().manual_seed(9)
     for parameter in base.parameters():
         parameter.data += torch.randn(D, generator=generator) * 0.3
-    made = TrainedNorm(base)
+    made = TrainableNorm(base)
     for name in made.shapes:
-        made.register_parameter(name, nn.Parameter(made.initial_rows(name, Span(0, D))))
+        made.register_parameter(name, nn.Parameter(made.init_rows(name, Span(0, D))))
     return base, made
 
 

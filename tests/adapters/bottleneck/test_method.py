@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer
-from dist_peft.adapters.directory import write_adapter
+from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.core.errors import UserError
 from tests.support.adapters import disturb, ids, tiny_llama
 from tests.support.bottlenecks import adapted, family, fill, gathered
@@ -66,8 +66,8 @@ def test_starts_near_the_base(placement: str) -> None:
     if placement == "parallel":  # its second matrix starts at zero
         assert torch.equal(logits, bare)
     assert (logits - bare).norm() < 0.01 * bare.norm()
-    assert adapter.lr_scale("any") == 1.0 and adapter.start_state() == ()
-    assert adapter.extra_positions == 0
+    assert adapter.get_lr_scale("any") == 1.0 and adapter.list_init_factors() == ()
+    assert adapter.num_extra_positions == 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,7 +118,7 @@ def test_lost_tensors_are_not_saved() -> None:
         if wrong is None:
             del changed[name]
         with pytest.raises(RuntimeError, match=f"{name} (is absent|has shape)"):
-            adapter.to_public(changed, "tiny/base")
+            adapter.to_public_adapter(changed, "tiny/base")
 
 
 # -- starting from an adapter ----------------------------------------------------------------------
@@ -128,7 +128,9 @@ def saved(directory: Path, **settings: Any) -> tuple[Path, Any]:
     """An adapter as after training, on disk, and its model."""
     model, adapter = adapted(tiny_llama(), reduction_factor=4, **settings)
     disturb(model)
-    write_adapter(directory, adapter.to_public(gathered(adapter), "tiny/base"), {})
+    write_adapter_directory(
+        directory, adapter.to_public_adapter(gathered(adapter), "tiny/base"), {}
+    )
     return directory, model
 
 

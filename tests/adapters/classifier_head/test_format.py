@@ -11,7 +11,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.adapters.classifier_head.format import join_peft_head, read_head, split_peft_head
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
 from dist_peft.core.errors import UserError
@@ -55,7 +55,7 @@ def test_pefts_own_directory(tmp_path: Path) -> None:
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
-    found = read_adapter(tmp_path / "theirs")
+    found = read_adapter_directory(tmp_path / "theirs")
     assert found.head is not None and found.head.labels == ("0", "1", "2")
     expected = {n: p for n, p in model.state_dict().items() if "original" not in n}
     assert sorted(found.head.tensors) == [
@@ -64,11 +64,11 @@ def test_pefts_own_directory(tmp_path: Path) -> None:
     for name, value in found.head.tensors.items():
         saved = name.replace("classifier.", "classifier.modules_to_save.default.")
         assert torch.equal(value, expected[saved])
-    assert open_adapter_merger(tmp_path / "theirs").touches(
+    assert open_adapter_merger(tmp_path / "theirs").changes_weight(
         "roberta.encoder.layer.0.attention.self.query.weight"
     )
-    write_adapter(tmp_path / "ours", found, {"labels": LABELS})
-    again = read_adapter(tmp_path / "ours")
+    write_adapter_directory(tmp_path / "ours", found, {"labels": LABELS})
+    again = read_adapter_directory(tmp_path / "ours")
     assert again.head is not None and again.head.labels == LABELS
     theirs, ours = (
         load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours")
@@ -79,15 +79,15 @@ def test_pefts_own_directory(tmp_path: Path) -> None:
 def test_adapterhubs_files(tmp_path: Path) -> None:
     """Beside the adapter, in files of their own."""
     with_head = replace(public_bottleneck(), head=PublicHead(LABELS, HEAD, "BertForClasses"))
-    write_adapter(tmp_path, with_head, {"labels": LABELS})
+    write_adapter_directory(tmp_path, with_head, {"labels": LABELS})
     about = json.loads((tmp_path / "head_config.json").read_text())
     assert about["config"] is None and about["name"] is None and about["num_labels"] == 3
     assert about["label2id"] == {"a": 0, "b": 1, "c": 2}
     assert about["model_class"] == "BertForClasses" and about["version"].startswith("adapters.1.")
     assert load_file(tmp_path / "model_head.safetensors").keys() == HEAD.keys()
-    again = read_adapter(tmp_path)
+    again = read_adapter_directory(tmp_path)
     assert again.head is not None and again.head.labels == LABELS
     assert again.tensors.keys() == with_head.tensors.keys()
     (tmp_path / "model_head.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model_head.safetensors, the head of the classes"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)

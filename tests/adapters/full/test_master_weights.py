@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.full.master_weights import Clock, Learning, TrainedLinear, as_trained
+from dist_peft.adapters.full.master_weights import (
+    MasterWeightLinear,
+    StepCounter,
+    TrainableSpec,
+    use_master_weights,
+)
 
 BF16 = torch.bfloat16
 
@@ -14,10 +19,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def linear(arithmetic: torch.dtype, first_steps: dict[str, int] | None = None) -> TrainedLinear:
+def linear(
+    arithmetic: torch.dtype, first_steps: dict[str, int] | None = None
+) -> MasterWeightLinear:
     steps = {"weight": 0, "bias": 0} if first_steps is None else first_steps
     weight, bias = nn.Parameter(random(5, 4)), nn.Parameter(random(5, seed=1))
-    return TrainedLinear(weight, bias, Learning(steps, arithmetic), {})
+    return MasterWeightLinear(weight, bias, TrainableSpec(steps, arithmetic), {})
 
 
 def test_linear_computes_with_the_rounded_copy() -> None:
@@ -63,10 +70,10 @@ def test_linear_waits_with_the_master_and_not_with_a_copy() -> None:
 
 
 def test_before_its_stage_nothing_has_a_gradient() -> None:
-    clock = Clock()
+    clock = StepCounter()
     weight, bias = nn.Parameter(random(5, 4)), nn.Parameter(random(5))
-    learning = Learning({"weight": 2, "bias": 0}, torch.float32, clock)
-    module = TrainedLinear(weight, bias, learning, {})
+    learning = TrainableSpec({"weight": 2, "bias": 0}, torch.float32, clock)
+    module = MasterWeightLinear(weight, bias, learning, {})
     for step, has in ((0, False), (1, False), (2, True)):
         clock.step, weight.grad, bias.grad = step, None, None
         module(random(3, 4)).sum().backward()
@@ -88,7 +95,7 @@ def test_module_computes_in_its_type(
     module = make().to(BF16)
     kind = type(module)
     masters = {n: nn.Parameter(random(*p.shape)) for n, p in module.named_parameters()}
-    as_trained(module, masters, Learning(dict.fromkeys(masters, 0), BF16))
+    use_master_weights(module, masters, TrainableSpec(dict.fromkeys(masters, 0), BF16))
     assert isinstance(module, kind) and dict(module.named_parameters()) == masters
     plain = make().to(BF16)
     plain.load_state_dict({n: p.detach().to(BF16) for n, p in masters.items()})
@@ -102,7 +109,7 @@ def test_gradients_of_looked_up_rows_add_up_in_float32() -> None:
     """257 ones: bfloat16 has no 257."""
     module = nn.Embedding(3, 2, dtype=BF16)
     master = nn.Parameter(random(3, 2))
-    as_trained(module, {"weight": master}, Learning({"weight": 0}, BF16))
+    use_master_weights(module, {"weight": master}, TrainableSpec({"weight": 0}, BF16))
     module(torch.ones(257, dtype=torch.long)).sum().backward()
     assert master.grad is not None and torch.equal(master.grad[1], torch.full((2,), 257.0))
 
@@ -111,7 +118,7 @@ def test_float32_arithmetic_on_a_bfloat16_base() -> None:
     """``train.precision: fp32``: nothing is rounded but what comes out."""
     module: Any = nn.LayerNorm(4, dtype=BF16)
     masters = {"weight": nn.Parameter(random(4)), "bias": nn.Parameter(random(4, seed=1))}
-    as_trained(module, masters, Learning({"weight": 0, "bias": 0}, torch.float32))
+    use_master_weights(module, masters, TrainableSpec({"weight": 0, "bias": 0}, torch.float32))
     x = random(3, 4, seed=2).to(BF16)
     exact = nn.functional.layer_norm(x.float(), (4,), masters["weight"], masters["bias"])
     assert torch.equal(module(x), exact.to(BF16))
@@ -119,7 +126,7 @@ def test_float32_arithmetic_on_a_bfloat16_base() -> None:
 
 def test_a_frozen_neighbour_stays_frozen() -> None:
     module = nn.LayerNorm(4, dtype=BF16).requires_grad_(False)
-    as_trained(module, {"bias": nn.Parameter(random(4))}, Learning({"bias": 0}, BF16))
+    use_master_weights(module, {"bias": nn.Parameter(random(4))}, TrainableSpec({"bias": 0}, BF16))
     module(random(3, 4).to(BF16)).sum().backward()
     assert module.weight.dtype == BF16 and module.weight.grad is None
     assert module.bias.grad is not None

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_peft.adapters.full.method import PartialAdapter
-from dist_peft.adapters.protocol import TrainsBase
+from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.core.config.run import BaseConfig, FullConfig, PartialConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.protocol import trainable
+from dist_peft.engine.protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
@@ -37,9 +37,9 @@ def load(
     dtype = getattr(torch, changes.get("compute_dtype", "float32"))
     adapter = PartialAdapter(config or FullConfig(), arithmetic=dtype)
     if config is not None:
-        adapter.attach(skeleton.model)
+        adapter.attach_to_model(skeleton.model)
     engine = SingleEngine(CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
+    engine.shard_model(skeleton.model, skeleton.blocks)
     with RowReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton.model, adapter
@@ -54,14 +54,14 @@ def loss_of(model: nn.Module) -> Tensor:
 def test_full_has_the_gradients_of_the_model_itself(family: str, tmp_path: Path) -> None:
     original = save_model(CONFIGS[family], tmp_path)
     model, adapter = load(tmp_path, FullConfig())
-    assert isinstance(adapter, TrainsBase)
-    mine, its = trainable(model), dict(original.named_parameters())
-    assert mine.keys() == its.keys() == adapter.sources().keys()
-    assert set(adapter.sources().values()) <= build_names(tmp_path)
+    assert isinstance(adapter, TrainsBaseWeights)
+    mine, its = trainable_parameters(model), dict(original.named_parameters())
+    assert mine.keys() == its.keys() == adapter.list_source_tensors().keys()
+    assert set(adapter.list_source_tensors().values()) <= build_names(tmp_path)
     for name, parameter in mine.items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, its[name]), name
-        assert adapter.first_step(name) == 0
+        assert adapter.get_first_step(name) == 0
     loss, expected = loss_of(model), loss_of(original)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
@@ -82,7 +82,7 @@ def test_bfloat16_starts_as_exactly_the_base(family: str, tmp_path: Path) -> Non
     model, _ = load(tmp_path, FullConfig(), compute_dtype="bfloat16")
     assert torch.equal(loss_of(model), loss_of(frozen))
     loss_of(model).backward()
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None and parameter.grad.any(), name
 
@@ -125,8 +125,8 @@ def test_what_is_chosen_learns_and_the_rest_is_quantized(case: str, tmp_path: Pa
     family, fields, expected = CHOICES[case]
     save_model(CONFIGS[family], tmp_path)
     model, adapter = load(tmp_path, PartialConfig(**fields), quant=QuantConfig())
-    learning = trainable(model)
-    assert learning.keys() == expected == adapter.sources().keys()
+    learning = trainable_parameters(model)
+    assert learning.keys() == expected == adapter.list_source_tensors().keys()
     loss_of(model).backward()
     assert all(p.grad is not None and p.grad.any() for p in learning.values())
     linears = {n for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
@@ -148,17 +148,19 @@ def test_the_earliest_stage_counts(tmp_path: Path) -> None:
         {"step": 5, "last_blocks": 1},
     ]
     model, adapter = load(tmp_path, PartialConfig(parts=["norms"], unfreeze=stages))
-    assert adapter.first_step("model.layers.1.input_layernorm.weight") == 0
-    assert adapter.first_step("model.layers.1.mlp.up_proj.weight") == 5
-    assert adapter.first_step("model.layers.0.mlp.up_proj.weight") == 9
+    assert adapter.get_first_step("model.layers.1.input_layernorm.weight") == 0
+    assert adapter.get_first_step("model.layers.1.mlp.up_proj.weight") == 5
+    assert adapter.get_first_step("model.layers.0.mlp.up_proj.weight") == 9
     seen = {}
     for step in (0, 5, 9):
         model.zero_grad()
-        adapter.begin(step, torch.zeros(2))
+        adapter.begin_micro_batch(step, torch.zeros(2))
         loss_of(model).backward()
-        seen[step] = {n for n, p in trainable(model).items() if p.grad is not None}
-        assert seen[step] == {n for n in trainable(model) if adapter.first_step(n) <= step}
-    assert len(seen[0]) < len(seen[5]) < len(seen[9]) == len(trainable(model))
+        seen[step] = {n for n, p in trainable_parameters(model).items() if p.grad is not None}
+        assert seen[step] == {
+            n for n in trainable_parameters(model) if adapter.get_first_step(n) <= step
+        }
+    assert len(seen[0]) < len(seen[5]) < len(seen[9]) == len(trainable_parameters(model))
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -171,11 +173,11 @@ def test_refused(tmp_path: Path) -> None:
         ({"last_blocks": 3}, r"last_blocks is 3, but the model has 2 decoder blocks"),
     ):
         with pytest.raises(UserError, match=message):
-            PartialAdapter(PartialConfig(**fields), arithmetic=torch.float32).attach(
+            PartialAdapter(PartialConfig(**fields), arithmetic=torch.float32).attach_to_model(
                 skeleton_of(tmp_path).model
             )
     skeleton = skeleton_of(tmp_path)
     linear = next(m for m in skeleton.model.modules() if isinstance(m, FrozenLinear))
     linear.stored = object()  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"q_proj would learn, but it comes quantized from base"):
-        PartialAdapter(FullConfig(), arithmetic=torch.float32).attach(skeleton.model)
+        PartialAdapter(FullConfig(), arithmetic=torch.float32).attach_to_model(skeleton.model)

@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_peft.adapters.bottleneck.format import Described
-from dist_peft.adapters.directory import check_adapter, read_adapter, write_adapter
+from dist_peft.adapters.bottleneck.format import ModelDescription
+from dist_peft.adapters.directory import (
+    check_public_adapter,
+    read_adapter_directory,
+    write_adapter_directory,
+)
 from dist_peft.adapters.fusion.format import (
-    fusion_names,
-    fusion_tensors,
-    is_fusion,
-    public_fusion,
+    is_fusion_config,
+    list_fused_names,
+    parse_fusion_tensors,
+    to_public_fusion,
 )
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
@@ -44,13 +48,13 @@ def own() -> dict[str, torch.Tensor]:
 
 
 def public() -> PublicAdapter:
-    described = Described("tiny/base", "BertForSequenceClassification", "bert", D)
+    described = ModelDescription("tiny/base", "BertForSequenceClassification", "bert", D)
     layers = {f"{PLACE}.output_adapters": own()}
-    return public_fusion(["a", "b"], described, layers, {}, regularized=True, dropout=0.0)
+    return to_public_fusion(["a", "b"], described, layers, {}, regularized=True, dropout=0.0)
 
 
 def test_written_as_the_library_does(tmp_path: Path) -> None:
-    write_adapter(tmp_path, public(), {})
+    write_adapter_directory(tmp_path, public(), {})
     config = json.loads((tmp_path / "adapter_fusion_config.json").read_text())
     assert config == {
         "adapter_names": ["a", "b"],
@@ -73,15 +77,15 @@ def test_written_as_the_library_does(tmp_path: Path) -> None:
 
 
 def test_read_as_written(tmp_path: Path) -> None:
-    write_adapter(tmp_path, public(), {})
-    found = read_adapter(tmp_path)
-    assert is_fusion(found.config) and fusion_names(found.config) == ["a", "b"]
-    assert fusion_names({"name": "a,b"}) == ["a", "b"]
-    (read,) = fusion_tensors(found).items()
+    write_adapter_directory(tmp_path, public(), {})
+    found = read_adapter_directory(tmp_path)
+    assert is_fusion_config(found.config) and list_fused_names(found.config) == ["a", "b"]
+    assert list_fused_names({"name": "a,b"}) == ["a", "b"]
+    (read,) = parse_fusion_tensors(found).items()
     assert read[0] == f"{PLACE}.output_adapters"
     for name, value in own().items():
         torch.testing.assert_close(read[1][name], value, rtol=0, atol=1e-6)
-    assert not is_fusion({"config": {"mh_adapter": True}}) and not is_fusion({})
+    assert not is_fusion_config({"config": {"mh_adapter": True}}) and not is_fusion_config({})
     with pytest.raises(UserError, match="a fusion of bottlenecks: between its matrices"):
         open_adapter_merger(tmp_path)
 
@@ -95,7 +99,7 @@ def test_other_fusions_are_refused(key: str, value: bool) -> None:
     made = public()
     other = replace(made, config={**made.config, "config": {**DYNAMIC, key: value}})
     with pytest.raises(UserError, match=f"{key} is {value}, not .*its preset dynamic are read"):
-        check_adapter(other)
+        check_public_adapter(other)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +123,12 @@ def test_damaged(change: str, words: str) -> None:
     else:
         tensors = {}
     with pytest.raises(UserError, match=words):
-        check_adapter(replace(made, tensors=tensors))
+        check_public_adapter(replace(made, tensors=tensors))
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
-    write_adapter(tmp_path, public(), {})
+    write_adapter_directory(tmp_path, public(), {})
     (tmp_path / "model_adapter_fusion.safetensors").unlink()
     (tmp_path / "pytorch_model_adapter_fusion.bin").touch()
     with pytest.raises(UserError, match=r"pickle.*save_adapter_fusion\(\.\.\., use_safe"):
-        read_adapter(tmp_path)
+        read_adapter_directory(tmp_path)

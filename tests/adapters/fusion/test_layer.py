@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
-from dist_peft.adapters.fusion.layer import FusionLayer, Pull, near_identity
+from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer, init_near_identity
 from dist_peft.adapters.protocol import AdapterModule
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.load import AdapterRows
 
@@ -20,7 +20,7 @@ BASE = nn.Linear(1, 1)
 def layer(reads: Any = "sum", dropout: float = 0.0, regularization: float = 0.0) -> Any:
     """Filled with its start, over adapters of widths 2, 3 and 4."""
     position = DropoutPosition(1)
-    silent = RowDropout(0.0, "a.b", position)
+    silent = SampleDropout(0.0, "a.b", position)
     adapters = {}
     for number in range(N):
         spec = BottleneckSpec(
@@ -35,14 +35,14 @@ def layer(reads: Any = "sum", dropout: float = 0.0, regularization: float = 0.0)
         )
         own = f"a.b.adapters.{number}"
         adapters[f"n{number}"] = BottleneckLayer(BASE, own, spec, silent, train=False)
-    drop = RowDropout(dropout, "a.b", position)
-    pull = Pull(regularization)
+    drop = SampleDropout(dropout, "a.b", position)
+    pull = IdentityRegularizer(regularization)
     made = FusionLayer(BASE, "a.b", adapters, drop, pull, AttentionMeter(), seed=7)
     assert all(p.is_meta and p.dtype == torch.float32 for p in made.parameters())
     for module in (made, *adapters.values()):
         for name, shape in module.shapes.items():
             trains = getattr(module, name).requires_grad
-            rows = module.initial_rows(name, Span(0, shape[0]))
+            rows = module.init_rows(name, Span(0, shape[0]))
             module.register_parameter(name, nn.Parameter(rows, requires_grad=trains))
     return made
 
@@ -67,7 +67,7 @@ def slow(made: Any, f: Tensor, x: Tensor) -> Tensor:
         for s in range(f.shape[1]):
             h = {"output": f[b, s], "sum": x[b, s] + f[b, s]}[made.adapters[0].spec.reads]
             query = made.query_weight @ h + made.query_bias
-            outputs = [a.change(h) for a in made.adapters]
+            outputs = [a.compute_residual(h) for a in made.adapters]
             keys = [made.key_weight @ u + made.key_bias for u in outputs]
             attention = torch.stack([query @ key for key in keys]).softmax(0)
             result[b, s] = f[b, s] + sum(
@@ -95,24 +95,24 @@ def test_start() -> None:
     """Nearly the mean of the adapters where attention is even."""
     made = layer("output")
     assert isinstance(made, AdapterModule) and isinstance(made, AdapterRows)
-    assert torch.equal(near_identity(Span(2, 4), 5), near_identity(Span(0, 5), 5)[2:4])
-    whole = near_identity(Span(0, 5), 5) + torch.eye(5)
+    assert torch.equal(init_near_identity(Span(2, 4), 5), init_near_identity(Span(0, 5), 5)[2:4])
+    whole = init_near_identity(Span(0, 5), 5) + torch.eye(5)
     assert torch.equal(whole, torch.full((5, 5), 1e-6).fill_diagonal_(1.0))
     f, _ = tensors()
     made.query_weight.data.zero_()
-    mean = torch.stack([a.change(f) for a in made.adapters]).mean(0)
+    mean = torch.stack([a.compute_residual(f) for a in made.adapters]).mean(0)
     torch.testing.assert_close(made(f), f + mean, rtol=1e-4, atol=1e-6)
     for name, shape in made.shapes.items():
-        rows = [made.initial_rows(name, row_span(shape[0], 5, rank)) for rank in range(5)]
-        assert torch.equal(torch.cat(rows), made.initial_rows(name, Span(0, shape[0])))
+        rows = [made.init_rows(name, row_span(shape[0], 5, rank)) for rank in range(5)]
+        assert torch.equal(torch.cat(rows), made.init_rows(name, Span(0, shape[0])))
 
 
 def test_dropout_is_on_the_scores() -> None:
     """With p near 1 attention is even; the keys' bias matters, so it learns."""
     made = moved(layer("output", dropout=0.999999))
-    made.dropout.position.begin(0, torch.tensor([3, 4]))
+    made.dropout.position.begin_micro_batch(0, torch.tensor([3, 4]))
     f, _ = tensors()
-    mean = torch.stack([a.change(f) for a in made.adapters]).mean(0)
+    mean = torch.stack([a.compute_residual(f) for a in made.adapters]).mean(0)
     expected = f + mean @ (torch.eye(D) + made.value_change).T
     torch.testing.assert_close(made(f), expected, rtol=1e-4, atol=1e-5)
     assert made.key_bias.requires_grad
@@ -133,7 +133,7 @@ def test_penalty(recompute: bool, parts: int, scale: float) -> None:
             out = checkpoint(made, f, x, use_reentrant=False) if recompute else made(f, x)
             loss = out.square().mean()
             if penalized:
-                made.pull.join(loss, parts)
+                made.pull.attach_to_loss(loss, parts)
             (loss * scale).backward()
             made.pull.strength = 0.0
         grad: Tensor = made.value_change.grad
@@ -149,8 +149,10 @@ def test_attention_is_metered() -> None:
     weights = torch.tensor([[1.0, 1.0, 0, 0, 0], [0, 0, 0, 0, 1.0]])
     made(f)
     assert not made.meter.sums
-    with made.meter.counting(weights, [1, 0], 2):
+    with made.meter.count_attention(weights, [1, 0], 2):
         made(f)
-    attention = made._attention(f, torch.stack([a.change(f) for a in made.adapters], -2))
+    attention = made._compute_attention(
+        f, torch.stack([a.compute_residual(f) for a in made.adapters], -2)
+    )
     expected = torch.stack([attention[1, 4], attention[0, :2].sum(0)]).double()
     torch.testing.assert_close(made.meter.sums["a.b"], expected)

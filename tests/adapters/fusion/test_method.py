@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.adapters.bottleneck.format import bottleneck_tensors
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.bottleneck.format import parse_bottleneck_tensors
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.core.errors import UserError
 from tests.support.adapters import disturb, gathered, ids, tiny_llama
 from tests.support.bottlenecks import adapted
@@ -24,7 +24,7 @@ def test_attention_on_one_adapter_is_that_adapter(tmp_path: Path) -> None:
             "output_adapters",
         )
         layer.value_change.data.zero_()
-        layer._attention = lambda h, outputs: torch.eye(3)[0].expand(*h.shape[:-1], 3)
+        layer._compute_attention = lambda h, outputs: torch.eye(3)[0].expand(*h.shape[:-1], 3)
     with torch.no_grad():
         found, expected = model(ids()).logits, alone(ids()).logits
     torch.testing.assert_close(found, expected)
@@ -51,12 +51,12 @@ def test_read_back(placement: str, tmp_path: Path) -> None:
     """Written, the fusion and the copies of its adapters give the same logits."""
     model, fusion = fused(save_adapters(tmp_path / "in", placement=placement))
     disturb(model)
-    public = fusion.to_public(gathered(model), "tiny/base")
-    write_adapter(tmp_path / "out", public, {"base": "tiny/base"})
+    public = fusion.to_public_adapter(gathered(model), "tiny/base")
+    write_adapter_directory(tmp_path / "out", public, {"base": "tiny/base"})
     for name in NAMES:
-        first, copy = (read_adapter(tmp_path / place / name) for place in ("in", "out"))
+        first, copy = (read_adapter_directory(tmp_path / place / name) for place in ("in", "out"))
         assert copy.config == {**first.config, "name": name}
-        mine, its = bottleneck_tensors(first), bottleneck_tensors(copy)
+        mine, its = parse_bottleneck_tensors(first), parse_bottleneck_tensors(copy)
         assert all(torch.equal(mine[p][n], its[p][n]) for p in mine for n in mine[p])
     again, _ = fused(
         [{"path": str(tmp_path / "out" / name)} for name in NAMES], init_from=str(tmp_path / "out")
@@ -80,7 +80,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 2 adapters.*base\.path needs 1.*another base"):
         fused(adapters, small)
     model, fusion = fused(adapters)
-    write_adapter(tmp_path / "f", fusion.to_public(gathered(model), "b"), {})
+    write_adapter_directory(tmp_path / "f", fusion.to_public_adapter(gathered(model), "b"), {})
     fusions = [adapters[0], {"path": str(tmp_path / "f")}]
     with pytest.raises(UserError, match="f is no bottleneck adapter; others cannot be fused"):
         fused(fusions)
@@ -96,4 +96,4 @@ def test_lost_tensors_are_not_saved(tmp_path: Path) -> None:
     place = "model.layers.1.output_adapters"
     for name in (f"{place}.value_change", f"{place}.adapters.2.up_bias"):
         with pytest.raises(RuntimeError, match=f"{name} is absent"):
-            fusion.to_public({k: v for k, v in tensors.items() if k != name}, "b")
+            fusion.to_public_adapter({k: v for k, v in tensors.items() if k != name}, "b")

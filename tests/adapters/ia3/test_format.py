@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from dist_peft.adapters.adapter_format import find_format
-from dist_peft.adapters.directory import read_adapter, write_adapter
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.ia3.format import Ia3Format, read_rescalings
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import Ia3Config
@@ -59,7 +59,7 @@ def test_peft_loads_the_same_function(settings: dict[str, Any], tmp_path: Path) 
         found, expected = theirs(input_ids=ids()).logits, model(ids()).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     changed = sum("ia3_l" in name for name, _ in theirs.named_parameters())
-    assert changed == len(read_adapter(tmp_path).tensors)
+    assert changed == len(read_adapter_directory(tmp_path).tensors)
 
 
 def test_pefts_own_directory_is_read(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_pefts_own_directory_is_read(tmp_path: Path) -> None:
     theirs = get_peft_model(tiny_llama(), config)
     disturb(theirs)
     theirs.save_pretrained(tmp_path)
-    vectors = read_rescalings(read_adapter(tmp_path))
+    vectors = read_rescalings(read_adapter_directory(tmp_path))
     assert len(vectors) == 4
     for path, own in vectors.items():
         assert own.rescales_input == path.endswith("down_proj")
@@ -82,9 +82,9 @@ def test_pefts_own_directory_is_read(tmp_path: Path) -> None:
 def test_written_and_read_again(tmp_path: Path) -> None:
     model, adapter = adapted(tiny_llama(), method=Ia3Config)
     disturb(model)
-    written = adapter.to_public(gathered(model), "tiny/base")
-    write_adapter(tmp_path, written, {})
-    read = read_adapter(tmp_path)
+    written = adapter.to_public_adapter(gathered(model), "tiny/base")
+    write_adapter_directory(tmp_path, written, {})
+    read = read_adapter_directory(tmp_path)
     assert read.config == written.config
     assert read.tensors.keys() == written.tensors.keys()
     assert all(torch.equal(read.tensors[name], value) for name, value in written.tensors.items())
@@ -112,7 +112,7 @@ def test_damaged_adapters_are_refused(
     changes: dict[str, dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError, match=f"refusing to write a damaged adapter: .*{message}"):
-        write_adapter(tmp_path / "adapter", public(**changes), {})
+        write_adapter_directory(tmp_path / "adapter", public(**changes), {})
     assert not (tmp_path / "adapter").exists()
 
 

@@ -23,7 +23,7 @@ def layer(codec: Codec, rescales_input: bool) -> Ia3Linear:
 
 def slow(made: Ia3Linear, x: Tensor) -> Tensor:
     """Section 3.3 element by element, in float64."""
-    weight, vector = made.base.decoded(torch.float32).double(), made.ia3_l.double()
+    weight, vector = made.base.dequantize_weight(torch.float32).double(), made.ia3_l.double()
     bias = made.base.bias
     assert bias is not None
     columns = []
@@ -70,9 +70,9 @@ def test_vectors_stay_float32_beside_bfloat16_activations(rescales_input: bool) 
 def test_initialized_to_one_on_any_number_of_ranks(rescales_input: bool) -> None:
     made = layer(RAW, rescales_input)
     size = IN if rescales_input else OUT
-    parts = [made.initial_rows("ia3_l", row_span(size, 3, rank)) for rank in range(3)]
+    parts = [made.init_rows("ia3_l", row_span(size, 3, rank)) for rank in range(3)]
     assert torch.equal(torch.cat(parts), torch.ones(size))
-    assert made.initial_rows("ia3_l", Span(2, 2)).shape == (0,)
+    assert made.init_rows("ia3_l", Span(2, 2)).shape == (0,)
     made.ia3_l.data = torch.cat(parts)
     x = torch.randn(2, IN)
     assert torch.equal(made(x), made.base(x))

@@ -40,10 +40,10 @@ def merge_all(merger: WeightMerger, model: nn.Module, parts: int) -> dict[str, T
     merged = {}
     for name, value in model.state_dict().items():
         merged[name] = value
-        if merger.touches(name):
+        if merger.changes_weight(name):
             spans = [row_span(len(value), parts, part) for part in range(parts)]
             merged[name] = torch.cat(
-                [merger.merge_rows(name, value[s.slice], s, "original") for s in spans]
+                [merger.merge_weight_rows(name, value[s.slice], s, "original") for s in spans]
             )
     return merged
 
@@ -52,9 +52,9 @@ def merge_all(merger: WeightMerger, model: nn.Module, parts: int) -> dict[str, T
 @pytest.mark.parametrize("parts", [1, 3])
 def test_merged_weights_equal_pefts(settings: dict[str, Any], parts: int, tmp_path: Path) -> None:
     original, model, merger = trained(tmp_path, **settings)
-    merger.check_shapes(shapes(original))
+    merger.check_weight_shapes(shapes(original))
     ours = merge_all(merger, original, parts)
-    assert merger.unused() == []
+    assert merger.list_unused_tensors() == []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path).merge_and_unload()
@@ -72,28 +72,32 @@ def test_biases_of_output_vectors_are_touched(tmp_path: Path) -> None:
     original, _, merger = trained(tmp_path, target_modules=["v_proj", "o_proj"],
                                   feedforward_modules=["o_proj"])  # fmt: skip
     bias = V.replace("weight", "bias")
-    assert merger.touches(V) and not merger.touches(bias)
-    merger.check_shapes(shapes(original))
-    assert merger.touches(bias)
-    assert not merger.touches(bias.replace("v_proj", "o_proj"))
-    assert not merger.touches(bias.replace("v_proj", "q_proj"))
-    assert bias in merger.unused()
-    merger.merge_rows(bias, torch.ones(5), Span(0, 5), "original")
-    assert bias in merger.unused()
-    merger.merge_rows(bias, torch.ones(11), Span(5, 16), "decoded")
-    assert bias not in merger.unused() and V in merger.unused()
+    assert merger.changes_weight(V) and not merger.changes_weight(bias)
+    merger.check_weight_shapes(shapes(original))
+    assert merger.changes_weight(bias)
+    assert not merger.changes_weight(bias.replace("v_proj", "o_proj"))
+    assert not merger.changes_weight(bias.replace("v_proj", "q_proj"))
+    assert bias in merger.list_unused_tensors()
+    merger.merge_weight_rows(bias, torch.ones(5), Span(0, 5), "original")
+    assert bias in merger.list_unused_tensors()
+    merger.merge_weight_rows(bias, torch.ones(11), Span(5, 16), "decoded")
+    assert bias not in merger.list_unused_tensors() and V in merger.list_unused_tensors()
 
 
 def test_rows_are_one_rounded_product() -> None:
     vector = torch.tensor([0.3, -2.0, 0.0])
     rows = torch.randn(3, 3)
     out = Ia3Merger({"a": Rescaling(vector, rescales_input=False)})
-    out.check_shapes({"a.weight": (3, 3)})
-    assert torch.equal(out.merge_rows("a.weight", rows[1:], Span(1, 3), "decoded")[0], rows[1] * -2)
+    out.check_weight_shapes({"a.weight": (3, 3)})
+    assert torch.equal(
+        out.merge_weight_rows("a.weight", rows[1:], Span(1, 3), "decoded")[0], rows[1] * -2
+    )
     columns = Ia3Merger({"a": Rescaling(vector, rescales_input=True)})
-    columns.check_shapes({"a.weight": (3, 3)})
-    assert torch.equal(columns.merge_rows("a.weight", rows, Span(0, 3), "original"), rows * vector)
-    assert columns.residual_rows("a.weight", rows, Span(0, 3)) is rows
+    columns.check_weight_shapes({"a.weight": (3, 3)})
+    assert torch.equal(
+        columns.merge_weight_rows("a.weight", rows, Span(0, 3), "original"), rows * vector
+    )
+    assert columns.subtract_initial_delta("a.weight", rows, Span(0, 3)) is rows
 
 
 @pytest.mark.parametrize(
@@ -109,12 +113,12 @@ def test_another_base_is_refused(
 ) -> None:
     merger = Ia3Merger({"a": Rescaling(torch.ones(3), rescales_input=rescales_input)})
     with pytest.raises(UserError, match=message):
-        merger.check_shapes(found)
-    assert merger.unused() == ["a.weight"]
+        merger.check_weight_shapes(found)
+    assert merger.list_unused_tensors() == ["a.weight"]
 
 
 def test_zeros_cannot_hold_it() -> None:
     merger = Ia3Merger({"a": Rescaling(torch.ones(3), rescales_input=False)})
     parts = AffineParts(*(torch.ones(3, 1) for _ in AffineParts._fields))
     with pytest.raises(UserError, match=r"only adapter\.kind qalora merges into zeros"):
-        merger.merge_parts("a.weight", parts, Span(0, 3))
+        merger.merge_affine_parts("a.weight", parts, Span(0, 3))

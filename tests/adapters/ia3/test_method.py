@@ -29,7 +29,7 @@ from tests.support.tiny_models import MIXTURES, save_model
 
 def attach(**settings: Any) -> Any:
     model = frozen_model(tiny_llama())
-    make_adapter(Ia3Config(**settings), seed=0, arithmetic=torch.float32).attach(model)
+    make_adapter(Ia3Config(**settings), seed=0, arithmetic=torch.float32).attach_to_model(model)
     return model
 
 
@@ -64,7 +64,7 @@ def test_an_untrained_adapter_changes_nothing() -> None:
     original = tiny_llama(bias=True)
     model, adapter = adapted(original, int_codec(), method=Ia3Config)
     assert torch.equal(model(ids()).logits, frozen_model(original, int_codec())(ids()).logits)
-    assert adapter.start_state() == () and adapter.lr_scale("x.ia3_l") == 1.0
+    assert adapter.list_init_factors() == () and adapter.get_lr_scale("x.ia3_l") == 1.0
 
 
 def test_only_the_vectors_learn() -> None:
@@ -133,14 +133,14 @@ def test_experts_are_refused(family: str, tmp_path: Path) -> None:
     model = build_skeleton(base, tmp_path).model
     experts = Ia3Config(target_modules="all-linear")
     with pytest.raises(UserError, match=r"ia3 is not for experts such as .*\[k_proj, v_proj\]"):
-        Ia3Adapter(experts).attach(model)
-    Ia3Adapter(Ia3Config(target_modules=["k_proj", "v_proj"])).attach(model)
+        Ia3Adapter(experts).attach_to_model(model)
+    Ia3Adapter(Ia3Config(target_modules=["k_proj", "v_proj"])).attach_to_model(model)
     assert len(adapter_modules(model)) == 4
 
 
 def test_public_form() -> None:
     model, adapter = adapted(tiny_llama(), method=Ia3Config, target_modules=["k_proj", "down_proj"])
-    public = adapter.to_public(gathered(model), "tiny/base")
+    public = adapter.to_public_adapter(gathered(model), "tiny/base")
     assert public.config["peft_type"] == "IA3"
     assert public.config["target_modules"] == ["down_proj", "k_proj"]
     assert public.config["feedforward_modules"] == ["down_proj"]
@@ -148,4 +148,4 @@ def test_public_form() -> None:
     assert shapes["0.mlp.down_proj.ia3_l"] == (1, 48)
     assert shapes["1.self_attn.k_proj.ia3_l"] == (16, 1)
     with pytest.raises(RuntimeError, match=r"k_proj\.ia3_l is absent"):
-        adapter.to_public({}, "tiny/base")
+        adapter.to_public_adapter({}, "tiny/base")

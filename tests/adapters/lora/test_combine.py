@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import write_adapter
-from dist_peft.adapters.lora.combine import Recipe, combine
-from dist_peft.adapters.lora.tensors import factors
+from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.adapters.lora.combine import CombineRecipe, combine_adapters
+from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from tests.support.tiny_models import CONFIGS, save_model
@@ -31,13 +31,13 @@ def lora(seed: int, r: int = 3, paths: tuple[str, ...] = PATHS, **config: Any) -
 
 
 def change(public: PublicAdapter, path: str) -> Tensor:
-    own = factors(public)[path]
+    own = parse_lora_tensors(public)[path]
     return own.scaling * (own.B.double() @ own.A.double())
 
 
 def test_linear_is_exact_whatever_the_ranks() -> None:
     a, b = lora(1), lora(2, r=5, use_rslora=True)
-    combined, kept = combine({"a": a, "b": b}, [0.7, -0.4], Recipe())
+    combined, kept = combine_adapters({"a": a, "b": b}, [0.7, -0.4], CombineRecipe())
     assert kept == 1.0 and combined.config["r"] == 8
     for path in PATHS:
         expected = 0.7 * change(a, path) - 0.4 * change(b, path)
@@ -46,14 +46,14 @@ def test_linear_is_exact_whatever_the_ranks() -> None:
 
 def test_modules_of_one_adapter_alone_keep_their_rank() -> None:
     a, b = lora(1), lora(2, paths=PATHS[:1])
-    combined, _ = combine({"a": a, "b": b}, [1.0, 1.0], Recipe())
+    combined, _ = combine_adapters({"a": a, "b": b}, [1.0, 1.0], CombineRecipe())
     assert combined.config["rank_pattern"] == {PATHS[1]: 3}
     torch.testing.assert_close(change(combined, PATHS[1]), change(a, PATHS[1]))
 
 
 def test_a_lower_rank_is_the_best_one() -> None:
     a, b = lora(1), lora(2)
-    combined, kept = combine({"a": a, "b": b}, [1.0, 1.0], Recipe(rank=2))
+    combined, kept = combine_adapters({"a": a, "b": b}, [1.0, 1.0], CombineRecipe(rank=2))
     lost = total = 0.0
     for path in PATHS:
         dense = change(a, path) + change(b, path)
@@ -86,8 +86,8 @@ def slow_ties(changes: list[np.ndarray], density: float) -> np.ndarray:
 def test_ties_is_the_papers(density: float) -> None:
     a, b, c = lora(1), lora(2), lora(3)
     weights = [1.0, 0.5, -2.0]
-    recipe = Recipe("ties", density, rank=OUT)
-    combined, kept = combine({"a": a, "b": b, "c": c}, weights, recipe)
+    recipe = CombineRecipe("ties", density, rank=OUT)
+    combined, kept = combine_adapters({"a": a, "b": b, "c": c}, weights, recipe)
     assert kept == pytest.approx(1.0, abs=1e-6)
     for path in PATHS:
         dense = [w * change(p, path).numpy() for w, p in zip(weights, (a, b, c), strict=True)]
@@ -101,7 +101,7 @@ def test_dare_keeps_a_share_and_the_mean() -> None:
     linear = change(a, PATHS[0])
     total = torch.zeros_like(linear)
     for seed in range(200):
-        one, _ = combine({"a": a}, [1.0], Recipe("dare", 0.5, rank=OUT, seed=seed))
+        one, _ = combine_adapters({"a": a}, [1.0], CombineRecipe("dare", 0.5, rank=OUT, seed=seed))
         dense = change(one, PATHS[0])
         dropped = dense.abs() < 1e-3 * linear.abs()
         torch.testing.assert_close(dense[~dropped], 2 * linear[~dropped], rtol=1e-2, atol=1e-3)
@@ -111,7 +111,10 @@ def test_dare_keeps_a_share_and_the_mean() -> None:
 
 
 def test_dare_depends_on_the_seed_alone() -> None:
-    made = [combine({"a": lora(1)}, [1.0], Recipe("dare", seed=s))[0].tensors for s in (1, 1, 2)]
+    made = [
+        combine_adapters({"a": lora(1)}, [1.0], CombineRecipe("dare", seed=s))[0].tensors
+        for s in (1, 1, 2)
+    ]
     same = [all(torch.equal(made[0][k], other[k]) for k in made[0]) for other in made[1:]]
     assert same == [True, False]
 
@@ -129,7 +132,7 @@ def test_what_is_no_plain_lora(other: PublicAdapter, words: str) -> None:
             key = f"base_model.model.{path}.lora_magnitude_vector"
             other.tensors[key] = torch.ones(OUT)
     with pytest.raises(UserError, match=words):
-        combine({"a": lora(1), "b": other}, [1.0, 1.0], Recipe())
+        combine_adapters({"a": lora(1), "b": other}, [1.0, 1.0], CombineRecipe())
 
 
 def test_other_shapes_are_another_base() -> None:
@@ -137,7 +140,7 @@ def test_other_shapes_are_another_base() -> None:
     key = f"base_model.model.{PATHS[0]}.lora_A.weight"
     other.tensors[key] = torch.randn(3, IN + 1)
     with pytest.raises(UserError, match=r"different bases: model\.layers\.0\.a_proj is \[12, 20\]"):
-        combine({"a": lora(1), "b": other}, [1.0, 1.0], Recipe())
+        combine_adapters({"a": lora(1), "b": other}, [1.0, 1.0], CombineRecipe())
 
 
 def test_peft_computes_the_sum(tmp_path: Path) -> None:
@@ -166,8 +169,8 @@ def test_peft_computes_the_sum(tmp_path: Path) -> None:
             "base_model_name_or_path": str(tmp_path / "base"),
         }
         made.append(PublicAdapter(config, tensors))
-    combined, _ = combine(dict(zip("ab", made, strict=True)), [0.7, 0.3], Recipe())
-    write_adapter(tmp_path / "adapter", combined, {})
+    combined, _ = combine_adapters(dict(zip("ab", made, strict=True)), [0.7, 0.3], CombineRecipe())
+    write_adapter_directory(tmp_path / "adapter", combined, {})
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         loaded = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")

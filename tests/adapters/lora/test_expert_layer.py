@@ -19,7 +19,7 @@ def layer() -> LoraExperts:
     torch.manual_seed(0)
     codec = RawCodec(torch.float32)
     stack = ExpertStack(EXPERTS, IN, OUT, codec, "stack", "cpu")
-    stack.packed.data = codec.encode(torch.randn(EXPERTS * OUT, IN))
+    stack.packed.data = codec.quantize_to_packed(torch.randn(EXPERTS * OUT, IN))
     spec = LowRankSpec(R, 0.5, torch.float32, seed=3)
     layer = LoraExperts(stack, "experts.down_proj", spec, "cpu")
     for parameter in (layer.lora_A, layer.lora_B):
@@ -32,7 +32,7 @@ def by_definition(layer: LoraExperts, x: Tensor) -> Tensor:
     A = layer.lora_A.view(EXPERTS, R, IN)
     B = layer.lora_B.view(OUT, R, EXPERTS)
     change = 0.5 * torch.einsum("ore,eri->eoi", B, A)
-    weight = layer.base.decoded(torch.float32).view(EXPERTS, OUT, IN) + change
+    weight = layer.base.dequantize_weight(torch.float32).view(EXPERTS, OUT, IN) + change
     return torch.cat([part @ w.T for part, w in zip(x.split(COUNTS), weight, strict=True)])
 
 
@@ -52,8 +52,8 @@ def test_equals_its_definition(layer: LoraExperts) -> None:
 
 def test_starts_at_the_base(layer: LoraExperts) -> None:
     whole = Span(0, EXPERTS * R)
-    A = layer.initial_rows("lora_A", whole)
+    A = layer.init_rows("lora_A", whole)
     assert A.shape == (EXPERTS * R, IN) and 0 < A.abs().max() <= IN**-0.5
     part = Span(2, 9)
-    assert torch.equal(layer.initial_rows("lora_A", part), A[part.slice])
-    assert not layer.initial_rows("lora_B", Span(0, OUT)).any()
+    assert torch.equal(layer.init_rows("lora_A", part), A[part.slice])
+    assert not layer.init_rows("lora_B", Span(0, OUT)).any()

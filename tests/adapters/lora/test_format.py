@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_peft.adapters.lora.format import LoraFormat, common_config
+from dist_peft.adapters.lora.format import LoraFormat, build_common_config
 from dist_peft.core.config.run import LoraConfig
 
 
@@ -13,5 +13,5 @@ def test_description_of_a_configuration() -> None:
 
 @pytest.mark.parametrize(("alpha", "kind"), [(16, int), (16.0, int), (2.5, float)])
 def test_a_whole_alpha_is_an_integer(alpha: float, kind: type) -> None:
-    config = common_config(LoraConfig(r=5, alpha=alpha), ["q_proj"], "base")
+    config = build_common_config(LoraConfig(r=5, alpha=alpha), ["q_proj"], "base")
     assert type(config["lora_alpha"]) is kind and config["lora_alpha"] == alpha

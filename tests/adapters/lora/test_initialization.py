@@ -2,8 +2,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.lora.initialization import Start, loftq, pissa
-from dist_peft.adapters.low_rank.row_sharded import add_product
+from dist_peft.adapters.lora.initialization import (
+    InitialFactors,
+    init_loftq_factors,
+    init_pissa_factors,
+)
+from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.core.span import row_span
 from tests.adapters.low_rank.test_row_sharded import decaying, dense_best
 from tests.support.adapters import int_codec
@@ -24,25 +28,25 @@ def weight(out: int = 64, features: int = 48) -> Tensor:
 
 def decoded(rows: Tensor, bits: int) -> Tensor:
     codec = int_codec(bits)
-    return codec.decode(codec.encode(rows), rows.shape[1], torch.float32)
+    return codec.dequantize_rows(codec.quantize_to_packed(rows), rows.shape[1], torch.float32)
 
 
-def loftq_error(w: Tensor, start: Start, bits: int) -> float:
+def loftq_error(w: Tensor, start: InitialFactors, bits: int) -> float:
     """|| W - Q - s B0 A0 ||"""
     encoded = w
     if start.removed is not None:
-        encoded = add_product(w, start.removed.B, start.removed.A, -SCALING)
+        encoded = add_factor_product(w, start.removed.B, start.removed.A, -SCALING)
     fit = SCALING * start.start.B @ start.start.A
     return (w - decoded(encoded, bits) - fit).norm().item()
 
 
 def test_pissa_takes_the_principal_part() -> None:
     w = weight()
-    start = pissa(w, 6, SCALING, iterations=16, seed=0, reduce=alone)
+    start = init_pissa_factors(w, 6, SCALING, iterations=16, seed=0, reduce=alone)
     assert start.removed is start.start
     product = SCALING * start.start.B @ start.start.A
     torch.testing.assert_close(product, dense_best(w, 6).float(), rtol=0, atol=1e-5)
-    rest = add_product(w, start.start.B, start.start.A, -SCALING)
+    rest = add_factor_product(w, start.start.B, start.start.A, -SCALING)
     values = torch.linalg.svdvals(w)
     torch.testing.assert_close(torch.linalg.svdvals(rest)[:40], values[6:46], rtol=0, atol=1e-5)
 
@@ -50,8 +54,8 @@ def test_pissa_takes_the_principal_part() -> None:
 def test_pissa_quantizes_better() -> None:
     """The remainder has a smaller range: section 4 of the paper."""
     w = weight()
-    start = pissa(w, 8, SCALING, iterations=4, seed=0, reduce=alone)
-    rest = add_product(w, start.start.B, start.start.A, -SCALING)
+    start = init_pissa_factors(w, 8, SCALING, iterations=4, seed=0, reduce=alone)
+    rest = add_factor_product(w, start.start.B, start.start.A, -SCALING)
     assert (rest - decoded(rest, 4)).norm() < 0.8 * (w - decoded(w, 4)).norm()
 
 
@@ -62,7 +66,7 @@ def test_loftq_error_falls(bits: int) -> None:
     errors = [
         loftq_error(
             w,
-            loftq(w, 8, SCALING, int_codec(bits), iterations=t, seed=0, reduce=alone),
+            init_loftq_factors(w, 8, SCALING, int_codec(bits), iterations=t, seed=0, reduce=alone),
             bits,
         )
         for t in (1, 5)
@@ -77,7 +81,7 @@ def test_loftq_equals_a_dense_reference() -> None:
     for _ in range(3):
         removed = product
         product = dense_best(w - decoded(w - removed, 2), 4).float()
-    start = loftq(w, 4, SCALING, int_codec(2), iterations=3, seed=0, reduce=alone)
+    start = init_loftq_factors(w, 4, SCALING, int_codec(2), iterations=3, seed=0, reduce=alone)
     assert start.removed is not None
     found = [SCALING * f.B @ f.A for f in (start.removed, start.start)]
     # the error's spectrum is flat: the vectors have not converged, what they explain has
@@ -90,7 +94,7 @@ def test_loftq_equals_a_dense_reference() -> None:
 
 def test_one_alternation_removes_nothing() -> None:
     w = weight()
-    start = loftq(w, 4, SCALING, int_codec(4), iterations=1, seed=0, reduce=alone)
+    start = init_loftq_factors(w, 4, SCALING, int_codec(4), iterations=1, seed=0, reduce=alone)
     assert start.removed is None
     expected = dense_best(w - decoded(w, 4), 4).norm().item()
     fit = SCALING * start.start.B @ start.start.A
@@ -102,11 +106,13 @@ def test_one_alternation_removes_nothing() -> None:
 def test_any_number_of_ranks(method: str, ranks: int) -> None:
     w = weight(out=9)
 
-    def find(rank: int, reduce) -> Start:  # type: ignore[no-untyped-def]
+    def find(rank: int, reduce) -> InitialFactors:  # type: ignore[no-untyped-def]
         rows = w[row_span(9, ranks, rank).slice]
         if method == "pissa":
-            return pissa(rows, 4, SCALING, iterations=4, seed=5, reduce=reduce)
-        return loftq(rows, 4, SCALING, int_codec(4), iterations=3, seed=5, reduce=reduce)
+            return init_pissa_factors(rows, 4, SCALING, iterations=4, seed=5, reduce=reduce)
+        return init_loftq_factors(
+            rows, 4, SCALING, int_codec(4), iterations=3, seed=5, reduce=reduce
+        )
 
     parts = run_ranks(ranks, find)
     ranks = 1

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
-from dist_peft.adapters.protocol import AdapterModule, LinearStart
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.protocol import AdapterModule, InitializesFromBase
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.quant.codec import Codec
@@ -32,8 +32,8 @@ def spec(**settings: Any) -> LoraSpec:
 def build(codec: Codec = RAW, bias: bool = True, p: float = 0.0, **settings: Any) -> LoraLinear:
     """A filled layer whose parameters have moved from their start."""
     base = freeze(dense(bias), codec)
-    dropout = RowDropout(p, PATH, DropoutPosition(0))
-    dropout.position.begin(5, torch.tensor([3, 8]))
+    dropout = SampleDropout(p, PATH, DropoutPosition(0))
+    dropout.position.begin_micro_batch(5, torch.tensor([3, 8]))
     layer = LoraLinear(base, PATH, spec(**settings), dropout)
     fill(layer, dense(bias).weight.detach())
     generator = torch.Generator().manual_seed(2)
@@ -44,10 +44,10 @@ def build(codec: Codec = RAW, bias: bool = True, p: float = 0.0, **settings: Any
 
 
 def fill(layer: LoraLinear, weight: Tensor) -> None:
-    rows = layer.prepare_rows(weight, Span(0, OUT), lambda t: t)
-    layer.base.packed.data = layer.base.codec.encode(rows)
+    rows = layer.prepare_base_rows(weight, Span(0, OUT), lambda t: t)
+    layer.base.packed.data = layer.base.codec.quantize_to_packed(rows)
     for name, shape in layer.shapes.items():
-        value = layer.initial_rows(name, Span(0, shape[0]))
+        value = layer.init_rows(name, Span(0, shape[0]))
         trains = getattr(layer, name).requires_grad
         setattr(layer, name, nn.Parameter(value, requires_grad=trains))
 
@@ -58,7 +58,7 @@ def inputs() -> Tensor:
 
 def reference(layer: LoraLinear, x: Tensor, A: Tensor, B: Tensor, m: Tensor | None) -> Tensor:
     """The formulas of the papers, with the weight decoded."""
-    weight = layer.base.decoded(torch.float32)
+    weight = layer.base.dequantize_weight(torch.float32)
     dropped = layer.dropout(x)
     if m is None:
         return F.linear(x, weight, layer.base.bias) + S * dropped @ A.T @ B.T
@@ -102,7 +102,7 @@ def test_dropout_is_off_in_evaluation() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_starts_as_the_base(codec: Codec, dora: bool) -> None:
     layer = LoraLinear(
-        freeze(dense(), codec), PATH, spec(dora=dora), RowDropout(0.0, PATH, DropoutPosition(0))
+        freeze(dense(), codec), PATH, spec(dora=dora), SampleDropout(0.0, PATH, DropoutPosition(0))
     )
     fill(layer, dense().weight.detach())
     assert torch.equal(layer(inputs()), layer.base(inputs()))
@@ -110,13 +110,13 @@ def test_starts_as_the_base(codec: Codec, dora: bool) -> None:
 
 def test_dora_norm_without_the_weight() -> None:
     layer = build(int_codec(4), dora=True)
-    changed = layer.base.decoded(torch.float32) + S * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(layer._norm(), changed.norm(dim=1), rtol=1e-6, atol=0)
+    changed = layer.base.dequantize_weight(torch.float32) + S * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer._compute_weight_norm(), changed.norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_dora_survives_a_zero_row() -> None:
     layer = LoraLinear(
-        freeze(dense()), PATH, spec(dora=True), RowDropout(0.0, PATH, DropoutPosition(0))
+        freeze(dense()), PATH, spec(dora=True), SampleDropout(0.0, PATH, DropoutPosition(0))
     )
     weight = dense().weight.detach().clone()
     weight[4] = 0
@@ -148,22 +148,22 @@ def test_types(dora: bool, arithmetic: torch.dtype) -> None:
 
 
 def test_default_start_is_pefts() -> None:
-    layer = LoraLinear(freeze(dense()), PATH, spec(r=16), RowDropout(0, PATH, DropoutPosition(0)))
-    A = layer.initial_rows("lora_A", Span(0, 16))
+    layer = LoraLinear(
+        freeze(dense()), PATH, spec(r=16), SampleDropout(0, PATH, DropoutPosition(0))
+    )
+    A = layer.init_rows("lora_A", Span(0, 16))
     assert A.abs().max() <= 1 / math.sqrt(IN)
     assert A.abs().max() > 0.95 / math.sqrt(IN)
     assert A.var().item() == pytest.approx(1 / (3 * IN), rel=0.1)
-    assert torch.equal(layer.initial_rows("lora_B", Span(3, 7)), torch.zeros(4, 16))
+    assert torch.equal(layer.init_rows("lora_B", Span(3, 7)), torch.zeros(4, 16))
 
 
 def test_default_start_depends_on_seed_and_path_only() -> None:
     def start(path: str, seed: int, parts: int) -> Tensor:
         layer = LoraLinear(
-            freeze(dense()), path, spec(seed=seed), RowDropout(0, path, DropoutPosition(0))
+            freeze(dense()), path, spec(seed=seed), SampleDropout(0, path, DropoutPosition(0))
         )
-        return torch.cat(
-            [layer.initial_rows("lora_A", row_span(R, parts, i)) for i in range(parts)]
-        )
+        return torch.cat([layer.init_rows("lora_A", row_span(R, parts, i)) for i in range(parts)])
 
     one = start(PATH, 1, 1)
     for parts in (2, 3, 5):
@@ -179,10 +179,10 @@ def test_parameters_and_protocols() -> None:
         freeze(dense()),
         PATH,
         spec(dora=True, start="loftq"),
-        RowDropout(0, PATH, DropoutPosition(0)),
+        SampleDropout(0, PATH, DropoutPosition(0)),
     )
     assert isinstance(layer, AdapterModule)
-    assert isinstance(layer, LinearStart)
+    assert isinstance(layer, InitializesFromBase)
     own = dict(layer.named_parameters(recurse=False))
     assert set(own) == set(layer.shapes)
     assert {name for name, p in own.items() if p.requires_grad} == {"lora_A", "lora_B", "magnitude"}
@@ -200,15 +200,15 @@ def test_sharded_start(start: str, dora: bool, ranks: int) -> None:
         freeze(dense(), int_codec(4)),
         PATH,
         spec(start=start, dora=dora, iterations=3),
-        RowDropout(0, PATH, DropoutPosition(0)),
+        SampleDropout(0, PATH, DropoutPosition(0)),
     )
 
     def load(rank: int, reduce: Any, ranks: int = ranks) -> dict[str, Tensor]:
         layer = copy.deepcopy(template)
         span = row_span(OUT, ranks, rank)
-        found = {"encoded": layer.prepare_rows(weight[span.slice], span, reduce)}
+        found = {"encoded": layer.prepare_base_rows(weight[span.slice], span, reduce)}
         for name, shape in layer.shapes.items():
-            found[name] = layer.initial_rows(name, row_span(shape[0], ranks, rank))
+            found[name] = layer.init_rows(name, row_span(shape[0], ranks, rank))
             assert found[name].is_contiguous()  # FSDP2 flattens shards by a view
         return found
 
@@ -226,7 +226,7 @@ def test_start_and_base_give_the_weight(start: str, iterations: int) -> None:
         freeze(dense(), int_codec(4)),
         PATH,
         spec(start=start, iterations=iterations),
-        RowDropout(0, PATH, DropoutPosition(0)),
+        SampleDropout(0, PATH, DropoutPosition(0)),
     )
     fill(layer, weight)
     names = {"start_A", "start_B", "removed_A", "removed_B"} & set(layer.shapes)
@@ -235,9 +235,9 @@ def test_start_and_base_give_the_weight(start: str, iterations: int) -> None:
     assert torch.equal(layer.lora_A, layer.start_A)
     assert torch.equal(layer.lora_B, layer.start_B)
     assert layer.lora_B.data_ptr() != layer.start_B.data_ptr()
-    effective = layer.base.decoded(torch.float32) + S * layer.lora_B @ layer.lora_A
+    effective = layer.base.dequantize_weight(torch.float32) + S * layer.lora_B @ layer.lora_A
     codec = layer.base.codec
-    plain = codec.decode(codec.encode(weight), IN, torch.float32)
+    plain = codec.dequantize_rows(codec.quantize_to_packed(weight), IN, torch.float32)
     assert (weight - effective).norm() < 0.95 * (weight - plain).norm()
 
 
@@ -247,7 +247,7 @@ def test_resuming_does_not_search_again(start: str, iterations: int) -> None:
 
     def fresh() -> LoraLinear:
         settings = spec(start=start, iterations=iterations, dora=True)
-        dropout = RowDropout(0, PATH, DropoutPosition(0))
+        dropout = SampleDropout(0, PATH, DropoutPosition(0))
         return LoraLinear(freeze(dense(), int_codec(4)), PATH, settings, dropout)
 
     def fail(tensor: Tensor) -> Tensor:
@@ -255,23 +255,25 @@ def test_resuming_does_not_search_again(start: str, iterations: int) -> None:
 
     first, second = fresh(), fresh()
     fill(first, weight)
-    second.give_start({name: getattr(first, name).detach() for name in first.start_names})
+    second.load_initial_values({name: getattr(first, name).detach() for name in first.start_names})
     for span in (Span(0, 7), Span(7, OUT)):
         again = copy.deepcopy(second)
-        packed = again.base.codec.encode(again.prepare_rows(weight[span.slice], span, fail))
+        packed = again.base.codec.quantize_to_packed(
+            again.prepare_base_rows(weight[span.slice], span, fail)
+        )
         assert torch.equal(packed, first.base.packed[span.slice])
         for name in ("start_B", "base_norm2"):
-            assert torch.equal(again.initial_rows(name, span), getattr(first, name)[span.slice])
-        assert torch.equal(again.initial_rows("start_A", Span(0, R)), first.start_A)
+            assert torch.equal(again.init_rows(name, span), getattr(first, name)[span.slice])
+        assert torch.equal(again.init_rows("start_A", Span(0, R)), first.start_A)
 
 
 def test_asking_before_preparing() -> None:
     for settings, name in [({"start": "pissa"}, "lora_A"), ({"dora": True}, "base_norm2")]:
         layer = LoraLinear(
-            freeze(dense()), PATH, spec(**settings), RowDropout(0, PATH, DropoutPosition(0))
+            freeze(dense()), PATH, spec(**settings), SampleDropout(0, PATH, DropoutPosition(0))
         )
         with pytest.raises(RuntimeError, match=f"{PATH}.{name} has no start before prepare_rows"):
-            layer.initial_rows(name, Span(0, 1))
+            layer.init_rows(name, Span(0, 1))
 
 
 def test_no_rows_at_all() -> None:
@@ -280,7 +282,7 @@ def test_no_rows_at_all() -> None:
         freeze(dense(), int_codec(4)),
         PATH,
         spec(start="loftq", dora=True),
-        RowDropout(0, PATH, DropoutPosition(0)),
+        SampleDropout(0, PATH, DropoutPosition(0)),
     )
     sums = []
 
@@ -288,9 +290,9 @@ def test_no_rows_at_all() -> None:
         sums.append(tensor.shape)
         return tensor + torch.eye(*tensor.shape, dtype=tensor.dtype)
 
-    assert layer.prepare_rows(torch.empty(0, IN), Span(OUT, OUT), reduce).shape == (0, IN)
-    assert layer.initial_rows("lora_B", Span(OUT, OUT)).shape == (0, R)
-    assert layer.initial_rows("magnitude", Span(OUT, OUT)).shape == (0,)
+    assert layer.prepare_base_rows(torch.empty(0, IN), Span(OUT, OUT), reduce).shape == (0, IN)
+    assert layer.init_rows("lora_B", Span(OUT, OUT)).shape == (0, R)
+    assert layer.init_rows("magnitude", Span(OUT, OUT)).shape == (0,)
     assert len(sums) == 4 * 5
 
 
@@ -313,7 +315,7 @@ def embedding(kind: type[nn.Embedding] = nn.Embedding) -> LoraEmbedding:
         base.register_buffer("embed_scale", torch.tensor(3.0))
     layer = LoraEmbedding(base, "model.embed", spec())
     for name, shape in layer.shapes.items():
-        setattr(layer, name, nn.Parameter(layer.initial_rows(name, Span(0, shape[0]))))
+        setattr(layer, name, nn.Parameter(layer.init_rows(name, Span(0, shape[0]))))
     return layer
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
@@ -35,21 +35,21 @@ def merged_by_peft(original: nn.Module, directory: Path) -> nn.Module:
         return PeftModel.from_pretrained(copy.deepcopy(original), directory).merge_and_unload()
 
 
-def merge_all(merger: Merger, model: nn.Module, parts: int = 1) -> dict[str, Tensor]:
+def merge_all(merger: LoraMerger, model: nn.Module, parts: int = 1) -> dict[str, Tensor]:
     """Every weight of ``model``, merged in ``parts`` chunks of rows."""
     merged = {}
     for name, weight in model.state_dict().items():
         merged[name] = weight
-        if merger.touches(name):
+        if merger.changes_weight(name):
             spans = [row_span(weight.shape[0], parts, part) for part in range(parts)]
-            rows = [merger.merge_rows(name, weight[s.slice], s, "original") for s in spans]
+            rows = [merger.merge_weight_rows(name, weight[s.slice], s, "original") for s in spans]
             merged[name] = torch.cat(rows)
     return merged
 
 
 def trained(
     directory: Path, codec: Codec = RAW, **settings: Any
-) -> tuple[nn.Module, nn.Module, Merger]:
+) -> tuple[nn.Module, nn.Module, LoraMerger]:
     """(original, trained model, merger)"""
     original = tiny_llama(bias=True)
     model, adapter = adapted(original, codec, r=4, alpha=6, **settings)
@@ -65,7 +65,7 @@ def test_equals_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
-    assert merger.unused() == []
+    assert merger.list_unused_tensors() == []
     plain = copy.deepcopy(original)
     plain.load_state_dict(ours)
     torch.testing.assert_close(plain(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
@@ -95,14 +95,14 @@ def test_decoded_base_gives_the_trained_function(
     for path, module in adapter_modules(model).items():
         name = f"{path}.weight"
         pieces = []
-        for span in Span(0, merged[name].shape[0]).chunks(13):
-            rows = merger.residual_rows(name, merged[name][span.slice], span)
-            packed = codec.encode(rows)
+        for span in Span(0, merged[name].shape[0]).split_into_chunks(13):
+            rows = merger.subtract_initial_delta(name, merged[name][span.slice], span)
+            packed = codec.quantize_to_packed(rows)
             assert torch.equal(packed, module.base.packed[span.slice])  # the very bytes
-            rows = codec.decode(packed, rows.shape[1], torch.float32)
-            pieces.append(merger.merge_rows(name, rows, span, "decoded"))
+            rows = codec.dequantize_rows(packed, rows.shape[1], torch.float32)
+            pieces.append(merger.merge_weight_rows(name, rows, span, "decoded"))
         merged[name] = torch.cat(pieces)
-    assert merger.unused() == []
+    assert merger.list_unused_tensors() == []
     plain = copy.deepcopy(original)
     plain.load_state_dict(merged)
     torch.testing.assert_close(plain(ids()).logits, model(ids()).logits, rtol=1e-4, atol=1e-4)
@@ -123,9 +123,9 @@ def test_delta(settings: dict[str, Any], tmp_path: Path) -> None:
     original, _, merger = trained(tmp_path, **settings)
     merged = merge_all(merger, original)
     for name, weight in original.state_dict().items():
-        if merger.touches(name):
+        if merger.changes_weight(name):
             span = Span(3, 11)
-            delta = merger.delta_rows(name, span)
+            delta = merger.compute_delta_rows(name, span)
             torch.testing.assert_close(
                 weight[span.slice] + delta, merged[name][span.slice], rtol=1e-6, atol=1e-6
             )
@@ -134,28 +134,28 @@ def test_delta(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_delta_of_dora(tmp_path: Path) -> None:
     _, _, merger = trained(tmp_path, use_dora=True)
     with pytest.raises(UserError, match=r"q_proj\.weight is adapted by DoRA"):
-        merger.delta_rows(Q, Span(0, 1))
+        merger.compute_delta_rows(Q, Span(0, 1))
 
 
 def test_touches_and_unused(tmp_path: Path) -> None:
     original, _, merger = trained(tmp_path, target_modules=["q_proj"])
     second = Q.replace("layers.0", "layers.1")
     weight = original.state_dict()[Q]
-    assert merger.touches(Q)
-    assert not merger.touches("model.layers.0.self_attn.k_proj.weight")
-    assert not merger.touches("model.layers.0.self_attn.q_proj.bias")
-    assert merger.unused() == [Q, second]
-    merger.merge_rows(Q, weight[:20], Span(0, 20), "original")
-    assert merger.unused() == [Q, second]
-    merger.merge_rows(Q, weight[20:], Span(20, 32), "original")
-    assert merger.unused() == [second]
+    assert merger.changes_weight(Q)
+    assert not merger.changes_weight("model.layers.0.self_attn.k_proj.weight")
+    assert not merger.changes_weight("model.layers.0.self_attn.q_proj.bias")
+    assert merger.list_unused_tensors() == [Q, second]
+    merger.merge_weight_rows(Q, weight[:20], Span(0, 20), "original")
+    assert merger.list_unused_tensors() == [Q, second]
+    merger.merge_weight_rows(Q, weight[20:], Span(20, 32), "original")
+    assert merger.list_unused_tensors() == [second]
 
 
 def test_residual_of_other_weights_is_the_weight(tmp_path: Path) -> None:
     _, _, merger = trained(tmp_path, init="pissa", target_modules=["q_proj"], embeddings=True)
     rows = torch.ones(2, 32)
-    assert merger.residual_rows("model.norm.weight", rows, Span(0, 2)) is rows
-    assert merger.residual_rows("model.embed_tokens.weight", rows, Span(0, 2)) is rows
+    assert merger.subtract_initial_delta("model.norm.weight", rows, Span(0, 2)) is rows
+    assert merger.subtract_initial_delta("model.embed_tokens.weight", rows, Span(0, 2)) is rows
 
 
 def test_pefts_own_adapter(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_pefts_adapter_on_another_embedding(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
     name, rows = "model.embed_tokens.weight", torch.zeros(67, 32)
     with pytest.raises(UserError, match=r"embed_tokens\.weight: .* trained on another embedding"):
-        open_adapter_merger(tmp_path).merge_rows(name, rows, Span(0, 67), "original")
+        open_adapter_merger(tmp_path).merge_weight_rows(name, rows, Span(0, 67), "original")
 
 
 def test_tied_embedding_is_refused(tmp_path: Path) -> None:
@@ -201,7 +201,9 @@ def test_tied_base_without_an_adapted_embedding(tmp_path: Path) -> None:
 def test_rows_of_another_base(rows: int, columns: int, start: int, tmp_path: Path) -> None:
     _, _, merger = trained(tmp_path)
     with pytest.raises(UserError, match=r"is for a weight of shape \[32, 32\].*another base"):
-        merger.merge_rows(Q, torch.ones(rows, columns), Span(start, start + rows), "original")
+        merger.merge_weight_rows(
+            Q, torch.ones(rows, columns), Span(start, start + rows), "original"
+        )
 
 
 def test_errors_name_the_directory(tmp_path: Path) -> None:

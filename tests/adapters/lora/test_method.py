@@ -25,7 +25,7 @@ from tests.support.adapters import (
 
 def attach(model: nn.Module, **settings: Any) -> Any:
     adapter = make_adapter(LoraConfig(**settings), seed=0, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     return adapter
 
 
@@ -102,9 +102,9 @@ def test_ranks_and_scalings(rslora: bool) -> None:
 
 def test_lora_plus() -> None:
     adapter = attach(frozen_model(tiny_llama()), lr_ratio=16.0, use_dora=True)
-    assert adapter.lr_scale("model.layers.0.self_attn.q_proj.lora_B") == 16.0
+    assert adapter.get_lr_scale("model.layers.0.self_attn.q_proj.lora_B") == 16.0
     for name in ("lora_A", "magnitude", "lora_embedding_B"):
-        assert adapter.lr_scale(f"model.layers.0.self_attn.q_proj.{name}") == 1.0
+        assert adapter.get_lr_scale(f"model.layers.0.self_attn.q_proj.{name}") == 1.0
 
 
 def test_dropout_follows_the_samples() -> None:
@@ -112,11 +112,11 @@ def test_dropout_follows_the_samples() -> None:
     disturb(model)
     assert not model.training  # the base computes without dropout, the adapter with
     both, x = {}, ids(3)
-    adapter.begin(2, torch.tensor([7, 8, 9]))
+    adapter.begin_micro_batch(2, torch.tensor([7, 8, 9]))
     both["together"] = model(x).logits
-    adapter.begin(2, torch.tensor([8]))
+    adapter.begin_micro_batch(2, torch.tensor([8]))
     torch.testing.assert_close(model(x[1:2]).logits, both["together"][1:2], rtol=1e-4, atol=1e-4)
-    adapter.begin(3, torch.tensor([7, 8, 9]))
+    adapter.begin_micro_batch(3, torch.tensor([7, 8, 9]))
     assert not torch.allclose(model(x).logits, both["together"], atol=1e-2)
     model.eval()
     assert torch.equal(model(x).logits, model(x).logits)
@@ -152,14 +152,14 @@ def test_resume(iterations: int) -> None:
     original = tiny_llama()
     settings = {"init": "loftq", "init_iterations": iterations, "r": 4, "embeddings": True}
     first, adapter = adapted(original, int_codec(2), **settings)
-    names = adapter.start_state()
+    names = adapter.list_init_factors()
     state = {name: value for name, value in gathered(first).items() if name in names}
     assert len(state) == len(names) == 14 * (2 if iterations == 1 else 4)
 
     second = frozen_model(original, int_codec(2))
     again = make_adapter(LoraConfig(**settings), seed=99, arithmetic=torch.float32)
-    again.attach(second)
-    again.start_from(state)
+    again.attach_to_model(second)
+    again.set_init_factors(state)
     fill(second, original, ranks=2)
     assert second.state_dict().keys() == first.state_dict().keys()
     for name, value in second.state_dict().items():
@@ -172,16 +172,16 @@ def test_resume_with_another_start() -> None:
     with pytest.raises(
         UserError, match=r"q_proj\.start_A is absent, not \[4, 32\]; it was written"
     ):
-        adapter.start_from({})
+        adapter.set_init_factors({})
     wrong = {"model.layers.0.self_attn.q_proj.start_A": torch.zeros(2, 32)}
     with pytest.raises(UserError, match=r"start_A has shape \[2, 32\], not \[4, 32\]"):
-        adapter.start_from(wrong)
+        adapter.set_init_factors(wrong)
 
 
 def test_plain_lora_has_no_start_state() -> None:
     adapter = attach(frozen_model(tiny_llama()), use_dora=True)
-    assert adapter.start_state() == ()
-    adapter.start_from({})
+    assert adapter.list_init_factors() == ()
+    adapter.set_init_factors({})
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "cut"])
@@ -193,7 +193,7 @@ def test_ungathered_parameters_are_refused(damage: str) -> None:
     else:
         tensors[name] = tensors[name][: 0 if damage == "empty" else 3]
     with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj\.lora_B .*expected \[48, 4\]"):
-        adapter.to_public(tensors, "base")
+        adapter.to_public_adapter(tensors, "base")
 
 
 @pytest.mark.parametrize(
@@ -206,4 +206,4 @@ def test_ungathered_parameters_are_refused(damage: str) -> None:
 )
 def test_public_targets_are_short_but_exact(settings: dict[str, Any], expected: list[str]) -> None:
     model, adapter = adapted(tiny_llama(), r=2, **settings)
-    assert adapter.to_public(gathered(model), "base").config["target_modules"] == expected
+    assert adapter.to_public_adapter(gathered(model), "base").config["target_modules"] == expected

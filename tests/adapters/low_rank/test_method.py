@@ -25,7 +25,7 @@ METHODS = pytest.mark.parametrize("method", [LoraConfig, QaLoraConfig])
 
 def attach(model: nn.Module, method: type[LowRankConfig], **settings: Any) -> Adapter:
     adapter = make_adapter(method(**settings), seed=0, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     return adapter
 
 
@@ -66,7 +66,7 @@ def test_what_was_not_gathered_is_not_saved(method: type[LowRankConfig]) -> None
     tensors = gathered(model)
     name = next(iter(tensors))
     with pytest.raises(RuntimeError, match=r"has shape .*not gathered"):
-        adapter.to_public({**tensors, name: torch.empty(0)}, "base")
+        adapter.to_public_adapter({**tensors, name: torch.empty(0)}, "base")
     del tensors[name]
     with pytest.raises(RuntimeError, match="is absent"):
-        adapter.to_public(tensors, "base")
+        adapter.to_public_adapter(tensors, "base")

@@ -16,10 +16,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.lora.tensors import factors
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
+from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.mergers import open_adapter_merger
-from dist_peft.adapters.qalora.format import as_expanded, as_peft
+from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_peft
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -80,7 +80,7 @@ def trained(directory: Path, pool_size: int | None = None) -> tuple[nn.Module, n
     decoded = original.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, FrozenLinear):
-            rows = module.codec.decode(module.packed, module.in_features, torch.float32)
+            rows = module.codec.dequantize_rows(module.packed, module.in_features, torch.float32)
             decoded[f"{path.removesuffix('.base')}.weight"] = rows
     original.load_state_dict(decoded)
     save(model, adapter, directory)
@@ -108,7 +108,9 @@ def assert_same(peft_model: nn.Module, model: nn.Module, base: nn.Module) -> Non
 @pytest.mark.parametrize("pool_size", [None, 32])
 def test_peft_computes_the_expanded_form(pool_size: int | None, tmp_path: Path) -> None:
     base, model = trained(tmp_path / "ours", pool_size)
-    write_adapter(tmp_path / "lora", as_expanded(read_adapter(tmp_path / "ours")), {})
+    write_adapter_directory(
+        tmp_path / "lora", expand_to_plain_lora(read_adapter_directory(tmp_path / "ours")), {}
+    )
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert not any("qalora" in key for key in config) and config["peft_type"] == "LORA"
     assert_same(computed_by_peft(copy.deepcopy(base), tmp_path / "lora"), model, base)
@@ -118,7 +120,9 @@ def test_peft_computes_the_expanded_form(pool_size: int | None, tmp_path: Path) 
 @pytest.mark.parametrize("pool_size", [None, 32])
 def test_peft_computes_its_own_form(pool_size: int | None, tmp_path: Path) -> None:
     base, model = trained(tmp_path / "ours", pool_size)
-    write_adapter(tmp_path / "peft", as_peft(read_adapter(tmp_path / "ours")), {})
+    write_adapter_directory(
+        tmp_path / "peft", to_pooled_peft(read_adapter_directory(tmp_path / "ours")), {}
+    )
     adapted_base = computed_by_peft(gptq_model(copy.deepcopy(base)), tmp_path / "peft")
     assert "use_qalora" in (tmp_path / "peft" / "adapter_config.json").read_text()
     layer = adapted_base.get_submodule(f"base_model.model.{Q}")
@@ -146,10 +150,10 @@ def test_pefts_own_adapter_is_read(tmp_path: Path) -> None:
     merger = open_adapter_merger(tmp_path)
     merged = base.state_dict()
     for name, weight in merged.items():
-        if merger.touches(name):
+        if merger.changes_weight(name):
             span = Span(0, weight.shape[0])
-            merged[name] = merger.merge_rows(name, weight, span, "original")
-    assert merger.unused() == []
+            merged[name] = merger.merge_weight_rows(name, weight, span, "original")
+    assert merger.list_unused_tensors() == []
     plain = tiny_llama()
     plain.load_state_dict(merged)
     assert_same(peft_model.eval(), plain.eval(), base)
@@ -168,26 +172,26 @@ def test_official_adapter_is_read(tmp_path: Path) -> None:
     x = torch.randn(5, 32, generator=generator)
     # the forward of the authors' peft_utils.py: lora_B(lora_A(AvgPool1d(x))) * scale
     expected = nn.AvgPool1d(size)(x) @ A.T @ B.T * (16 / 4)
-    delta = open_adapter_merger(tmp_path).delta_rows(f"{Q}.weight", Span(0, 32))
+    delta = open_adapter_merger(tmp_path).compute_delta_rows(f"{Q}.weight", Span(0, 32))
     torch.testing.assert_close(x @ delta.T, expected, rtol=1e-5, atol=1e-5)
     # the zeros of its merge.py: -= (B @ A).t() * scale / group_size / scales
-    change = factors(read_adapter(tmp_path))[Q]
+    change = parse_lora_tensors(read_adapter_directory(tmp_path))[Q]
     torch.testing.assert_close(change.scaling * change.B @ change.A, 4 * B @ A / size)
 
 
 def test_forms_are_exact_inverses(tmp_path: Path) -> None:
     trained(tmp_path / "ours")
-    ours = read_adapter(tmp_path / "ours")
-    theirs = as_peft(ours)
-    assert as_peft(theirs) is theirs
-    for path, module in factors(theirs).items():
-        own = factors(ours)[path]
+    ours = read_adapter_directory(tmp_path / "ours")
+    theirs = to_pooled_peft(ours)
+    assert to_pooled_peft(theirs) is theirs
+    for path, module in parse_lora_tensors(theirs).items():
+        own = parse_lora_tensors(ours)[path]
         assert torch.equal(module.A, own.A) and (module.pool, own.pool) == (16, 16)
         torch.testing.assert_close(module.B, own.B, rtol=1e-6, atol=0)
-    wide = as_expanded(theirs)
-    assert as_expanded(wide) is wide and as_peft(wide) is wide
-    for path, module in factors(wide).items():
-        assert torch.equal(module.A, factors(ours)[path].A.repeat_interleave(16, 1))
+    wide = expand_to_plain_lora(theirs)
+    assert expand_to_plain_lora(wide) is wide and to_pooled_peft(wide) is wide
+    for path, module in parse_lora_tensors(wide).items():
+        assert torch.equal(module.A, parse_lora_tensors(ours)[path].A.repeat_interleave(16, 1))
 
 
 def test_our_form_is_not_mistaken_for_pefts(tmp_path: Path) -> None:
@@ -205,6 +209,6 @@ def test_plain_lora_that_peft_calls_qalora(tmp_path: Path) -> None:
     A = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{Q}.lora_A.weight"]
     assert A.shape == (4, 32)  # should it be (4, 4) one day, this trap is gone
     with pytest.raises(UserError, match=r"set use_qalora to false in its adapter_config\.json"):
-        open_adapter_merger(tmp_path).merge_rows(
+        open_adapter_merger(tmp_path).merge_weight_rows(
             f"{Q}.weight", torch.zeros(32, 32), Span(0, 32), "original"
         )

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankSpec
-from dist_peft.adapters.qalora.layer import QaLoraLinear, pool
-from dist_peft.adapters.sample_dropout import DropoutPosition, RowDropout
+from dist_peft.adapters.qalora.layer import QaLoraLinear, pool_groups
+from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
 from tests.support.adapters import freeze, int_codec
 
@@ -18,7 +18,7 @@ def layer(
     base = freeze(nn.Linear(IN, OUT), int_codec())
     position = DropoutPosition(5)
     spec = LowRankSpec(R, S, arithmetic, seed=5)
-    made = QaLoraLinear(base, "a.b", spec, size, RowDropout(p, "a.b", position), "cpu")
+    made = QaLoraLinear(base, "a.b", spec, size, SampleDropout(p, "a.b", position), "cpu")
     made.lora_A.data = torch.randn(R, IN // size)
     made.lora_B.data = torch.randn(OUT, R)
     return made, position
@@ -45,8 +45,8 @@ def test_equals_the_slow_sum(size: int) -> None:
 
 def test_pool_sums_neighbours() -> None:
     x = torch.arange(12.0).view(2, 6)
-    assert torch.equal(pool(x, 3), torch.tensor([[3.0, 12.0], [21.0, 30.0]]))
-    assert pool(x.bfloat16(), 2).dtype == torch.bfloat16
+    assert torch.equal(pool_groups(x, 3), torch.tensor([[3.0, 12.0], [21.0, 30.0]]))
+    assert pool_groups(x.bfloat16(), 2).dtype == torch.bfloat16
 
 
 def test_gradients() -> None:
@@ -72,13 +72,13 @@ def test_dropout_masks_sums_by_sample() -> None:
     made.lora_A.data = torch.eye(R)  # one inner value a pool group
     made.lora_B.data = torch.ones(OUT, R)
     x = torch.ones(2, 5, IN)
-    position.begin(3, torch.tensor([8, 9]))
+    position.begin_micro_batch(3, torch.tensor([8, 9]))
     first = made(x) - made.base(x)
     # a group is dropped or kept as a whole: k of 3 groups remain, doubled
     steps = (first / (S * SIZE * 2)).round()
     torch.testing.assert_close(first, steps * S * SIZE * 2, rtol=1e-4, atol=1e-4)
     assert steps.unique().numel() > 1
-    position.begin(3, torch.tensor([9]))
+    position.begin_micro_batch(3, torch.tensor([9]))
     assert torch.equal((made(x[:1]) - made.base(x[:1]))[0], first[1])  # alone, the same mask
     made.eval()
     torch.testing.assert_close(made(x) - made.base(x), torch.full_like(first, S * SIZE * 3))
@@ -86,9 +86,9 @@ def test_dropout_masks_sums_by_sample() -> None:
 
 def test_start() -> None:
     made, _ = layer()
-    A = made.initial_rows("lora_A", Span(0, R))
+    A = made.init_rows("lora_A", Span(0, R))
     assert A.shape == (R, IN // SIZE)
     assert 0 < A.abs().max() <= IN**-0.5
-    parts = [made.initial_rows("lora_A", row_span(R, 2, rank)) for rank in range(2)]
+    parts = [made.init_rows("lora_A", row_span(R, 2, rank)) for rank in range(2)]
     assert torch.equal(torch.cat(parts), A)
-    assert not made.initial_rows("lora_B", Span(0, OUT)).any()
+    assert not made.init_rows("lora_B", Span(0, OUT)).any()

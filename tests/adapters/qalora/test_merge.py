@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_peft.adapters.lora.merge import Merger
+from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.mergers import open_adapter_merger
-from dist_peft.adapters.qalora.merge import lost_share, merge_zeros, unmerge_zeros
+from dist_peft.adapters.qalora.merge import measure_lost_share, merge_into_zeros, unmerge_from_zeros
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
@@ -31,7 +31,7 @@ def decode(parts: AffineParts) -> Tensor:
 def base_parts(bits: int, rows: int = 24, columns: int = 64, size: int = 16) -> AffineParts:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.02
     codec = AffineCodec(bits, size)
-    return codec.split(codec.encode(weight), columns)
+    return codec.split_packed_rows(codec.quantize_to_packed(weight), columns)
 
 
 def change(rms: float, rows: int = 24, groups: int = 4) -> Tensor:
@@ -42,7 +42,7 @@ def change(rms: float, rows: int = 24, groups: int = 4) -> Tensor:
 @pytest.mark.parametrize("rms", [1e-4, 1e-2, 1.0])
 def test_merge_is_exact_to_float32_rounding(bits: int, rms: float) -> None:
     parts, D = base_parts(bits), change(rms)
-    merged = merge_zeros(parts, D)
+    merged = merge_into_zeros(parts, D)
     assert merged.codes is parts.codes and merged.scale is parts.scale
     assert merged.zero.dtype == torch.float32
     wanted = decode(parts) + D.double().repeat_interleave(16, 1)
@@ -57,7 +57,7 @@ def test_merge_is_exact_to_float32_rounding(bits: int, rms: float) -> None:
 @pytest.mark.parametrize("rms", [1e-4, 1e-2, 1.0, 50.0])
 def test_unmerge_restores_integer_zeros(bits: int, rms: float) -> None:
     parts, D = base_parts(bits), change(rms)
-    back = unmerge_zeros(merge_zeros(parts, D), D, integer=True)
+    back = unmerge_from_zeros(merge_into_zeros(parts, D), D, integer=True)
     assert back.zero.dtype == parts.zero.dtype and torch.equal(back.zero, parts.zero)
 
 
@@ -71,7 +71,9 @@ def test_unmerge_of_any_integer_zero(zero: int, steps: float, scale: float) -> N
     half = torch.tensor([[scale]]).half()
     D = (steps * half.double()).float()
     parts = AffineParts(torch.zeros(1, 8, dtype=torch.uint8), half, torch.tensor([[zero]]).half())
-    assert torch.equal(unmerge_zeros(merge_zeros(parts, D), D, integer=True).zero, parts.zero)
+    assert torch.equal(
+        unmerge_from_zeros(merge_into_zeros(parts, D), D, integer=True).zero, parts.zero
+    )
 
 
 @settings(deadline=None)
@@ -86,14 +88,14 @@ def test_unmerge_of_a_fractional_zero(zero: float, sign: int, steps: float, scal
     D = (steps * half.double()).float()
     kept = torch.tensor([[zero * sign]]).half()
     parts = AffineParts(torch.zeros(1, 8, dtype=torch.uint8), half, kept)
-    assert torch.equal(unmerge_zeros(merge_zeros(parts, D), D, integer=False).zero, kept)
+    assert torch.equal(unmerge_from_zeros(merge_into_zeros(parts, D), D, integer=False).zero, kept)
 
 
 def test_zeros_that_cannot_come_back() -> None:
     parts = AffineParts(torch.zeros(1, 8, dtype=torch.uint8), torch.ones(1, 1), torch.ones(1, 1))
     D = torch.full((1, 1), 2.0**24)
     with pytest.raises(ValueError, match="beyond"):
-        unmerge_zeros(merge_zeros(parts, D), D, integer=True)
+        unmerge_from_zeros(merge_into_zeros(parts, D), D, integer=True)
 
 
 # -- rounding --------------------------------------------------------------------------------------
@@ -114,10 +116,10 @@ def slow_share(parts: AffineParts, D: Tensor, bits: int) -> float:
 @pytest.mark.parametrize("rms", [1e-4, 1e-3, 1e-2])
 def test_lost_share(bits: int, rms: float) -> None:
     parts, D = base_parts(bits), change(rms)
-    share = lost_share([(parts, D)], bits)
+    share = measure_lost_share([(parts, D)], bits)
     assert share == pytest.approx(slow_share(parts, D, bits), rel=1e-6)
     halves = [(AffineParts(*(x[a:b] for x in parts)), D[a:b]) for a, b in ((0, 7), (7, 24))]
-    assert lost_share(halves, bits) == pytest.approx(share)
+    assert measure_lost_share(halves, bits) == pytest.approx(share)
     if rms == 1e-4:
         assert share == 1.0  # nothing of a usual adapter is left
 
@@ -125,14 +127,16 @@ def test_lost_share(bits: int, rms: float) -> None:
 def test_lost_share_of_whole_steps_and_of_nothing() -> None:
     parts = base_parts(4)
     D = torch.where(parts.zero > 4, parts.scale.float(), 0.0)  # zero' = zero - 1
-    assert lost_share([(parts, D)], 4) == 0.0
-    assert lost_share([(parts, torch.zeros_like(D))], 4) == 0.0
+    assert measure_lost_share([(parts, D)], 4) == 0.0
+    assert measure_lost_share([(parts, torch.zeros_like(D))], 4) == 0.0
 
 
 # -- through the files -----------------------------------------------------------------------------
 
 
-def merger(directory: Path, method: type[LowRankConfig] = QaLoraConfig, **settings: Any) -> Merger:
+def merger(
+    directory: Path, method: type[LowRankConfig] = QaLoraConfig, **settings: Any
+) -> LoraMerger:
     model, adapter = adapted(tiny_llama(), int_codec(), method=method, r=4, **settings)
     disturb(model)
     return open_adapter_merger(save(model, adapter, directory))
@@ -142,8 +146,10 @@ def parts_of(weight: str) -> tuple[AffineParts, Tensor]:
     rows = tiny_llama().state_dict()[weight]
     codec = int_codec()
     assert isinstance(codec, AffineCodec)
-    packed = codec.encode(rows)
-    return codec.split(packed, rows.shape[1]), codec.decode(packed, rows.shape[1], torch.float32)
+    packed = codec.quantize_to_packed(rows)
+    return codec.split_packed_rows(packed, rows.shape[1]), codec.dequantize_rows(
+        packed, rows.shape[1], torch.float32
+    )
 
 
 @pytest.mark.parametrize("weight", [Q, DOWN])
@@ -154,20 +160,20 @@ def test_merge_parts_equals_merge_rows(weight: str, ranks: int, tmp_path: Path) 
     for rank in range(ranks):
         span = row_span(rows.shape[0], ranks, rank)
         own = AffineParts(*(x[span.slice] for x in parts))
-        exact = both.merge_parts(weight, own, span)
-        dense = both.merge_rows(weight, rows[span.slice], span, "decoded")
+        exact = both.merge_affine_parts(weight, own, span)
+        dense = both.merge_weight_rows(weight, rows[span.slice], span, "decoded")
         torch.testing.assert_close(decode(exact).float(), dense, rtol=1e-6, atol=1e-7)
-        back = both.unmerge_parts(weight, exact, span)
+        back = both.unmerge_affine_parts(weight, exact, span)
         assert all(torch.equal(a, b) for a, b in zip(back, own, strict=True))
-        delta = both.delta_rows(weight, span)
+        delta = both.compute_delta_rows(weight, span)
         torch.testing.assert_close(rows[span.slice] + delta, dense, rtol=1e-6, atol=1e-7)
 
 
 def test_merged_rows_count(tmp_path: Path) -> None:
     one = merger(tmp_path, target_modules=["q_proj"])
     parts, _ = parts_of(Q)
-    one.merge_parts(Q, parts, Span(0, 32))
-    assert one.unused() == [Q.replace("layers.0", "layers.1")]
+    one.merge_affine_parts(Q, parts, Span(0, 32))
+    assert one.list_unused_tensors() == [Q.replace("layers.0", "layers.1")]
 
 
 def test_pool_over_several_groups(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_pool_over_several_groups(tmp_path: Path) -> None:
     )
     disturb(model)
     wide = open_adapter_merger(save(model, adapter, tmp_path))
-    D = wide.group_change(Q, parts_of(Q)[0], Span(3, 9))
+    D = wide.compute_group_change(Q, parts_of(Q)[0], Span(3, 9))
     assert D.shape == (6, 2) and torch.equal(D[:, 0], D[:, 1]) and bool(D.any())
 
 
@@ -189,10 +195,10 @@ def test_plain_lora_is_refused(tmp_path: Path) -> None:
     plain = merger(tmp_path / "lora", LoraConfig)
     message = r"q_proj\.weight: the adapter changes the weights of a group of 16 differently.*QA-L"
     with pytest.raises(UserError, match=message):
-        plain.merge_parts(Q, parts_of(Q)[0], Span(0, 32))
+        plain.merge_affine_parts(Q, parts_of(Q)[0], Span(0, 32))
     dora = merger(tmp_path / "dora", LoraConfig, use_dora=True)
     with pytest.raises(UserError, match=message):
-        dora.merge_parts(Q, parts_of(Q)[0], Span(0, 32))
+        dora.merge_affine_parts(Q, parts_of(Q)[0], Span(0, 32))
 
 
 def test_groups_of_another_base(tmp_path: Path) -> None:
@@ -200,7 +206,11 @@ def test_groups_of_another_base(tmp_path: Path) -> None:
     coarse = AffineCodec(4, 32)
     weight = tiny_llama().state_dict()[Q]
     with pytest.raises(UserError, match="a group of 32 differently"):
-        own.merge_parts(Q, coarse.split(coarse.encode(weight), 32), Span(0, 32))
+        own.merge_affine_parts(
+            Q, coarse.split_packed_rows(coarse.quantize_to_packed(weight), 32), Span(0, 32)
+        )
     wide = AffineCodec(4, 16)
     with pytest.raises(UserError, match="belongs to another base"):
-        own.merge_parts(Q, wide.split(wide.encode(torch.zeros(32, 64)), 64), Span(0, 32))
+        own.merge_affine_parts(
+            Q, wide.split_packed_rows(wide.quantize_to_packed(torch.zeros(32, 64)), 64), Span(0, 32)
+        )

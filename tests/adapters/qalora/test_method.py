@@ -24,7 +24,7 @@ from tests.support.adapters import (
 def attach(codec: Codec = RAW, **settings: Any) -> Any:
     model = frozen_model(tiny_llama(), codec)
     adapter = make_adapter(QaLoraConfig(**settings), seed=0, arithmetic=torch.float32)
-    adapter.attach(model)
+    adapter.attach_to_model(model)
     return model
 
 
@@ -43,7 +43,7 @@ def test_an_untrained_adapter_changes_nothing() -> None:
     original = tiny_llama(bias=True)
     model, adapter = adapted(original, int_codec(), method=QaLoraConfig)
     assert torch.equal(model(ids()).logits, frozen_model(original, int_codec())(ids()).logits)
-    assert adapter.start_state() == () and adapter.lr_scale("x.lora_B") == 1.0
+    assert adapter.list_init_factors() == () and adapter.get_lr_scale("x.lora_B") == 1.0
 
 
 def test_only_the_adapter_learns() -> None:
@@ -95,7 +95,7 @@ def test_public_form() -> None:
         rank_pattern={"k_proj": 2},
         target_modules=["q_proj", "k_proj"],
     )
-    public = adapter.to_public(gathered(model), "tiny/base")
+    public = adapter.to_public_adapter(gathered(model), "tiny/base")
     config = public.config
     assert (config["peft_type"], config["qalora_pool"]) == ("QALORA", "sum")
     assert (config["qalora_group_size"], config["r"], config["lora_alpha"]) == (16, 4, 6)

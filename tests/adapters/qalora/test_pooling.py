@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_peft.adapters.qalora.pooling import Pooling, factor_to_sum, read_pooling
+from dist_peft.adapters.qalora.pooling import Pooling, pooling_sum_factor, read_pooling_facts
 from dist_peft.core.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_factor_from_the_programs_own_formulas(features: int, size: int) -> None
     }
     summed = x.view(-1, groups, size).sum(2)
     for convention, expected in theirs.items():
-        factor = factor_to_sum(Pooling(size, convention), groups)  # type: ignore[arg-type]
+        factor = pooling_sum_factor(Pooling(size, convention), groups)  # type: ignore[arg-type]
         torch.testing.assert_close(summed @ A.T @ (B * factor).T, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -46,7 +46,7 @@ def test_factor_from_the_programs_own_formulas(features: int, size: int) -> None
     ],
 )
 def test_read(config: dict[str, Any], expected: Pooling | None) -> None:
-    assert read_pooling(config) == expected
+    assert read_pooling_facts(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_read(config: dict[str, Any], expected: Pooling | None) -> None:
 )
 def test_unusable(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_pooling(config)
+        read_pooling_facts(config)

@@ -9,21 +9,23 @@ from torch import Tensor, nn
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
+    ParameterInit,
     PromptEncoder,
-    Start,
-    keep,
-    linear,
-    linear_starts,
+    apply_linear,
+    init_linear_parameters,
+    keep_all_values,
 )
 from dist_peft.core.span import Span
 from dist_peft.model.load import AdapterRows
 
-STARTS = {"embedding": Start((5, 4)), **linear_starts("output", 4, 6)}
+STARTS = {"embedding": ParameterInit((5, 4)), **init_linear_parameters("output", 4, 6)}
 
 
 class _Encoder(PromptEncoder):
-    def encode(self, parameters: Mapping[str, Tensor], drop: Drop = keep) -> Tensor:
-        return drop(0, linear(parameters["embedding"], parameters, "output"))
+    def encode_prompt(
+        self, parameters: Mapping[str, Tensor], drop: Drop = keep_all_values
+    ) -> Tensor:
+        return drop(0, apply_linear(parameters["embedding"], parameters, "output"))
 
 
 def made(seed: int = 0, dropout: float = 0.0) -> tuple[_Encoder, DropoutPosition]:
@@ -31,7 +33,7 @@ def made(seed: int = 0, dropout: float = 0.0) -> tuple[_Encoder, DropoutPosition
     base = nn.Embedding(7, 4)
     encoder = _Encoder(base, STARTS, position, dropout=dropout, dropouts=1)
     for name, start in STARTS.items():
-        rows = encoder.initial_rows(name, Span(0, start.shape[0]))
+        rows = encoder.init_rows(name, Span(0, start.shape[0]))
         encoder.register_parameter(name, nn.Parameter(rows))
     return encoder, position
 
@@ -47,10 +49,10 @@ def test_rows_do_not_depend_on_who_asks() -> None:
     encoder, _ = made()
     for name, start in STARTS.items():
         rows = start.shape[0]
-        whole = encoder.initial_rows(name, Span(0, rows))
-        parts = [encoder.initial_rows(name, Span(a, min(a + 2, rows))) for a in range(0, rows, 2)]
+        whole = encoder.init_rows(name, Span(0, rows))
+        parts = [encoder.init_rows(name, Span(a, min(a + 2, rows))) for a in range(0, rows, 2)]
         assert torch.equal(torch.cat(parts), whole)
-        assert encoder.initial_rows(name, Span(rows, rows)).shape == (0, *start.shape[1:])
+        assert encoder.init_rows(name, Span(rows, rows)).shape == (0, *start.shape[1:])
 
 
 def test_linear_starts_within_its_bound_and_computes_as_torch() -> None:
@@ -65,14 +67,14 @@ def test_dropout_is_that_of_the_step_and_off_in_evaluation() -> None:
     encoder, position = made(dropout=0.5)
     values = {}
     for step in (0, 0, 1):
-        position.begin(step, torch.zeros(1))
+        position.begin_micro_batch(step, torch.zeros(1))
         value = encoder()
         assert step not in values or torch.equal(values[step], value)
         values[step] = value
     assert not torch.equal(values[0], values[1])
     assert (values[0] == 0).any()
     parameters = dict(encoder.named_parameters())
-    assert torch.equal(encoder.eval()(), encoder.encode(parameters))
+    assert torch.equal(encoder.eval()(), encoder.encode_prompt(parameters))
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])

@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_peft.adapters.directory import read_adapter, write_adapter
-from dist_peft.adapters.lora.tensors import factors
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.virtual_tokens.format import TENSOR, check_prompt, kv_shape, prompt_config
+from dist_peft.adapters.virtual_tokens.format import (
+    TENSOR,
+    VirtualTokensFormat,
+    build_prompt_config,
+    check_prompt_adapter,
+    read_kv_shape,
+)
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
 from dist_peft.core.errors import UserError
 from tests.support.tiny_models import CONFIGS
@@ -70,28 +75,28 @@ def test_as_peft_writes_it(case: str, tmp_path: Path) -> None:
     peft.get_peft_model(model, theirs).save_pretrained(tmp_path / "peft")
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     tensor = load_file(tmp_path / "peft" / "adapter_model.safetensors")[TENSOR]
-    mine = prompt_config(config, str(base), model.config, CONFIGS["llama"].hidden_size)
+    mine = build_prompt_config(config, str(base), model.config, CONFIGS["llama"].hidden_size)
     for key, value in mine.items():
         assert written[key] == value, key
     left_out = {key: value for key, value in written.items() if key not in mine}
     assert {k for k, v in left_out.items() if v is not None} <= {"peft_version"}, left_out
-    check_prompt(PublicAdapter(mine, {TENSOR: tensor}))  # and so does the shape
-    assert torch.equal(read_adapter(tmp_path / "peft").tensors[TENSOR], tensor)
+    check_prompt_adapter(PublicAdapter(mine, {TENSOR: tensor}))  # and so does the shape
+    assert torch.equal(read_adapter_directory(tmp_path / "peft").tensors[TENSOR], tensor)
 
 
 def test_heads_of_grouped_and_plain_attention() -> None:
-    assert kv_shape(CONFIGS["llama"]) == (2, 16)
-    assert kv_shape(CONFIGS["qwen2"]) == (2, 16)
-    assert kv_shape(CONFIGS["gpt_neox"]) == (4, 16)
+    assert read_kv_shape(CONFIGS["llama"]) == (2, 16)
+    assert read_kv_shape(CONFIGS["qwen2"]) == (2, 16)
+    assert read_kv_shape(CONFIGS["gpt_neox"]) == (4, 16)
 
 
 def public() -> PublicAdapter:
-    config = prompt_config(PrefixConfig(num_virtual_tokens=3), "base", CONFIGS["llama"], 0)
+    config = build_prompt_config(PrefixConfig(num_virtual_tokens=3), "base", CONFIGS["llama"], 0)
     return PublicAdapter(config, {TENSOR: torch.zeros(3, 128)})
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    check_prompt(public())
+    check_prompt_adapter(public())
     damaged: list[tuple[PublicAdapter, str]] = [
         (PublicAdapter(public().config, {}), r"tensors \[\] instead of prompt_embeddings alone"),
         (
@@ -105,12 +110,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ]
     for adapter, words in damaged:
         with pytest.raises(UserError, match=words):
-            check_prompt(adapter)
+            check_prompt_adapter(adapter)
         with pytest.raises(RuntimeError, match="refusing to write a damaged adapter"):
-            write_adapter(tmp_path / "adapter", adapter, {})
+            write_adapter_directory(tmp_path / "adapter", adapter, {})
     assert not (tmp_path / "adapter").exists()
 
 
 def test_there_is_nothing_to_merge() -> None:
     with pytest.raises(UserError, match="PREFIX_TUNING: virtual tokens change no weight"):
-        factors(public())
+        VirtualTokensFormat().open_merger(public(), tied=False)

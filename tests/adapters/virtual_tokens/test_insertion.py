@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_peft.adapters.virtual_tokens.insertion import Insertion
+from dist_peft.adapters.virtual_tokens.insertion import TokenInsertion
 
 
 @st.composite
@@ -38,9 +38,9 @@ def test_before_documents_is_what_a_loop_says(rows: list[list[int]], count: int)
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
     embeddings = torch.randn(len(rows), 10, 2)
     virtual = torch.randn(count, 2)
-    insertion = Insertion.before_documents(positions, count)
-    wide = insertion.widen(embeddings, virtual)
-    assert torch.equal(insertion.narrow(wide), embeddings)
+    insertion = TokenInsertion.insert_before_documents(positions, count)
+    wide = insertion.insert_embeddings(embeddings, virtual)
+    assert torch.equal(insertion.remove_inserted_states(wide), embeddings)
     most = max(len(lengths) for lengths in rows)
     assert wide.shape[1] == 10 + most * count
     for b, lengths in enumerate(rows):
@@ -55,14 +55,16 @@ def test_before_documents_is_what_a_loop_says(rows: list[list[int]], count: int)
 def test_before_rows_stands_in_front_of_padding() -> None:
     positions = torch.tensor([[1, 1, 0, 1], [0, 1, 2, 3]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    insertion = Insertion.before_rows(positions, 2)
+    insertion = TokenInsertion.insert_before_sequences(positions, 2)
     assert insertion.position_ids.tolist() == [[0, 1, 3, 3, 2, 3], [0, 1, 2, 3, 4, 5]]
-    assert insertion.widen_mask(mask).tolist() == [[1, 1, 0, 0, 1, 1], [1] * 6]
+    assert insertion.widen_attention_mask(mask).tolist() == [[1, 1, 0, 0, 1, 1], [1] * 6]
 
 
 def test_gradients_reach_virtual_tokens_only_through_their_copies() -> None:
     virtual = torch.ones(2, 3, requires_grad=True)
     positions = torch.tensor([[0, 1, 0, 1]])
-    wide = Insertion.before_documents(positions, 2).widen(torch.zeros(1, 4, 3), virtual)
+    wide = TokenInsertion.insert_before_documents(positions, 2).insert_embeddings(
+        torch.zeros(1, 4, 3), virtual
+    )
     wide.sum().backward()
     assert torch.equal(virtual.grad, torch.full((2, 3), 2.0))  # two documents

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dist_peft.adapters.virtual_tokens import method as virtual
 from dist_peft.core.config.run import PTuningConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.activation_checkpointing import checkpoint_blocks
-from dist_peft.model.attention_mask import documents_are_isolated, model_inputs
+from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.model.attention_mask import build_model_inputs, documents_are_isolated
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.virtual_tokens import METHODS, attach, load, pair, random_ids
 
@@ -31,7 +31,7 @@ DOCUMENTS = [(0, 0, 5), (0, 5, 12), (1, 0, 9), (1, 9, 11), (1, 11, 12)]
 def logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:
     if positions is None:
         return model(input_ids=ids, use_cache=False).logits
-    return model(**model_inputs(model, ids, positions), use_cache=False).logits
+    return model(**build_model_inputs(model, ids, positions), use_cache=False).logits
 
 
 def greedy(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -92,7 +92,7 @@ def test_recomputed_blocks_give_the_same_gradients(method: str, tmp_path: Path) 
         model = load(tmp_path)
         adapter = attach(METHODS[method], model)
         if recompute:
-            checkpoint_blocks(list(model.model.layers))
+            checkpoint_block_activations(list(model.model.layers))
         logits(model, random_ids(2, 12), POSITIONS).square().sum().backward()
         found.append({n: p.grad for n, p in adapter.encoder.named_parameters()})
     for name, grad in found[0].items():
@@ -116,19 +116,19 @@ def test_parameters_that_were_not_gathered_are_refused(tmp_path: Path) -> None:
     for value, words in ((None, "is absent"), (torch.empty(0), r"has shape \[0\]")):
         tensors = {} if value is None else {"prompt_encoder.embedding": value}
         with pytest.raises(RuntimeError, match=rf"prompt_encoder.embedding {words}"):
-            adapter.to_public(tensors, "base")
+            adapter.to_public_adapter(tensors, "base")
 
 
 def test_embedding_of_another_kind_is_refused() -> None:
     model = nn.Module()
     model.get_input_embeddings = lambda: nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(UserError, match="input embedding is a Linear"):
-        virtual.embedding_width(model)
+        virtual.read_embedding_width(model)
 
 
 def test_positions_are_taken_only_in_front(tmp_path: Path) -> None:
     save_model(CONFIGS["llama"], tmp_path)
     adapter = attach(METHODS["ptuning"], load(tmp_path))
-    assert adapter.extra_positions == 3
+    assert adapter.num_extra_positions == 3
     adapter.config = PTuningConfig(num_virtual_tokens=3, pseudo_token="<p>")
-    assert adapter.extra_positions == 0
+    assert adapter.num_extra_positions == 0

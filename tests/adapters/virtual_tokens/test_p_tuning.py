@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_peft.adapters.sample_dropout import DropoutPosition
-from dist_peft.adapters.virtual_tokens.p_tuning import LstmEncoder, MlpEncoder, numbers_in_documents
+from dist_peft.adapters.virtual_tokens.p_tuning import (
+    LstmEncoder,
+    MlpEncoder,
+    number_within_documents,
+)
 from dist_peft.core.config.run import PTuningConfig
 from dist_peft.core.errors import UserError
 from tests.support.tiny_models import CONFIGS, save_model
@@ -39,7 +43,7 @@ def test_mlp_is_that_of_torch() -> None:
     names = [f"{n}_{k}" for n in ("hidden0", "hidden1", "output") for k in ("weight", "bias")]
     for parameter, name in zip(mlp.parameters(), names, strict=True):
         parameter.data = own[name]
-    assert torch.equal(encoder.encode(own), mlp(own["embedding"]))
+    assert torch.equal(encoder.encode_prompt(own), mlp(own["embedding"]))
     assert sum(p.numel() for p in encoder.parameters()) == 4 * 6 + 5 * 7 + 5 * 6 + 6 * 6
 
 
@@ -58,7 +62,7 @@ def test_lstm_is_that_of_torch(layers: int) -> None:
         parameter.data = own[name]
     assert set(own) == {"embedding", *names, *dict(lstm.named_parameters())}
     expected = head(lstm(own["embedding"][None])[0])[0]
-    torch.testing.assert_close(encoder.encode(own), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder.encode_prompt(own), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_lstm_dropout_is_between_its_layers() -> None:
@@ -71,7 +75,7 @@ def test_lstm_dropout_is_between_its_layers() -> None:
         numbers.append(number)
         return x
 
-    encoder.encode(own, drop)
+    encoder.encode_prompt(own, drop)
     assert numbers == [0, 1] and len(encoder.dropouts) == 2
 
 
@@ -83,11 +87,11 @@ def test_lstm_dropout_is_between_its_layers() -> None:
 def test_numbers_are_what_a_loop_says(documents: list[list[bool]]) -> None:
     found = torch.tensor([[x for document in documents for x in document]])
     positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
-    numbers = numbers_in_documents(found, positions)[0].tolist()
+    numbers = number_within_documents(found, positions)[0].tolist()
     expected = [sum(document[:t]) for document in documents for t in range(len(document))]
     assert numbers == expected
     if len(documents) == 1:
-        assert numbers_in_documents(found, None)[0].tolist() == expected
+        assert number_within_documents(found, None)[0].tolist() == expected
 
 
 PSEUDO = 3  # w3, which the tokenizer has as its unknown token
@@ -141,9 +145,9 @@ def test_counts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"w3 3 times, but adapter\.num_virtual_tokens is 2"):
         model(input_ids=ids)
     ids[0, 1] = 5
-    adapter.begin(0, torch.tensor([7, -1]))  # the second is a filler row
+    adapter.begin_micro_batch(0, torch.tensor([7, -1]))  # the second is a filler row
     model(input_ids=ids)
-    adapter.begin(0, torch.tensor([7, 8]))
+    adapter.begin_micro_batch(0, torch.tensor([7, 8]))
     with pytest.raises(UserError, match=r"a row of the training data has no adapter\.pseudo_token"):
         model(input_ids=ids)
     model(input_ids=ids)  # evaluation does not begin a step
@@ -165,5 +169,5 @@ def test_token_that_the_tokenizer_does_not_have(tmp_path: Path) -> None:
 def test_directory_is_not_pefts(tmp_path: Path) -> None:
     _, adapter = placed(tmp_path)
     tensors = {f"prompt_encoder.{n}": p.detach() for n, p in adapter.encoder.named_parameters()}
-    config = json.loads(json.dumps(adapter.to_public(tensors, "base").config))
+    config = json.loads(json.dumps(adapter.to_public_adapter(tensors, "base").config))
     assert (config["peft_type"], config["pseudo_token"]) == ("P_TUNING_PLACED", "w3")

@@ -24,7 +24,7 @@ def test_mlp_is_that_of_torch() -> None:
     names = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
     for parameter, name in zip(mlp.parameters(), names, strict=True):
         parameter.data = own[name]
-    assert torch.equal(encoder.encode(own), mlp(own["embedding"]))
+    assert torch.equal(encoder.encode_prompt(own), mlp(own["embedding"]))
 
 
 @pytest.mark.parametrize("projection", [True, False])

@@ -23,7 +23,7 @@ def start(config: PromptConfig, directory: Path, family: str = "llama") -> tuple
     encoder = attach(config, model).encoder
     rows = config.num_virtual_tokens
     spans = [Span(a, min(a + 2, rows)) for a in range(0, rows, 2)]
-    value = torch.cat([encoder.initial_rows("embedding", span) for span in spans])
+    value = torch.cat([encoder.init_rows("embedding", span) for span in spans])
     every = torch.arange(97)
     return value, model.get_input_embeddings()(every).detach()
 

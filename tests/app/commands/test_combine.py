@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.adapters.directory import read_adapter, read_metadata
+from dist_peft.adapters.directory import read_adapter_directory, read_adapter_metadata
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from tests.support.tiny_runs import tiny_tree
@@ -19,7 +19,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
         save = {"dir": str(directory / f"run{seed}"), "every": 0}
-        assert train(parse_config(tiny_tree(directory, train__seed=seed, save=save)), World()) == 0
+        assert (
+            train_from_config(
+                parse_config(tiny_tree(directory, train__seed=seed, save=save)), World()
+            )
+            == 0
+        )
     return directory / "run1", directory / "run2"
 
 
@@ -29,14 +34,17 @@ def combine(*argv: object) -> int:
 
 def test_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert combine(*runs, "--out", tmp_path / "sum", "--weights", 0.5, 0.5) == 0
-    combined = read_adapter(tmp_path / "sum")
+    combined = read_adapter_directory(tmp_path / "sum")
     assert combined.config["r"] == 8
-    about, first = read_metadata(tmp_path / "sum"), read_metadata(runs[0] / "adapter")
+    about, first = (
+        read_adapter_metadata(tmp_path / "sum"),
+        read_adapter_metadata(runs[0] / "adapter"),
+    )
     assert about["base_fingerprint"] == first["base_fingerprint"]
     assert about["combined"] == [["adapter", 0.5], ["adapter", 0.5]]
     argv = ["--method", "ties", "--density", 0.3, "--rank", 4]
     assert combine(*runs, "--out", tmp_path / "ties", *argv) == 0
-    assert read_adapter(tmp_path / "ties").config["r"] == 4
+    assert read_adapter_directory(tmp_path / "ties").config["r"] == 4
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -33,7 +33,7 @@ def test_losses_are_those_that_training_measured(
 ) -> None:
     tree = tiny_tree(tmp_path, base__quant={"kind": "nf4"}, adapter={"r": 4, "init": "pissa"})
     config = str(save_config(tmp_path, tree))
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     before, after = records[0].eval_loss_before, records[-1].eval_loss
     fresh = evaluate(capsys, "--config", config)
@@ -65,7 +65,7 @@ def test_other_labels_are_refused_by_name(
 ) -> None:
     """In another order they would silently swap the classes."""
     tree = classifying_tree(tmp_path, save_classifier_base(tmp_path / "base", "bert"))
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     (source,) = tree["data"]["train"]
     other = {**source, "labels": source["labels"][::-1]}
@@ -94,7 +94,7 @@ def test_questions_are_answered_by_likelihood(
     ]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(q) + "\n" for q in questions))
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     argv = ["--config", config, "--run", str(tmp_path / "run"), "--choices", str(file)]
     assert evaluate(capsys, *argv)["choices"][str(file)] == {
         "questions": 2,

@@ -13,8 +13,8 @@ from dist_peft.core.world import World
 
 def _run_export(*words: str) -> dict[str, mock.Mock]:
     argv = ["export", "--run", "r", "--out", "o", "--no-verify", *words]
-    args = cli.build_parser(argv).parse_args(argv)
-    names = ("merge_run", "export_adapter", "export_run", "load_finished_run")
+    args = cli.build_verb_parser(argv).parse_args(argv)
+    names = ("merge_finished_run", "export_adapter", "export_finished_run", "load_finished_run")
     with mock.patch.multiple(export, **dict.fromkeys(names, mock.DEFAULT)) as called:
         assert export.run(args, World()) == 0
     return {name: call for name, call in called.items() if call.called}
@@ -23,7 +23,8 @@ def _run_export(*words: str) -> dict[str, mock.Mock]:
 def test_hf_bf16_is_a_merge() -> None:
     called = _run_export("--format", "hf-bf16", "--base", "decoded")
     assert (
-        set(called) == {"merge_run"} and called["merge_run"].call_args.kwargs["into"] == "decoded"
+        set(called) == {"merge_finished_run"}
+        and called["merge_finished_run"].call_args.kwargs["into"] == "decoded"
     )
 
 
@@ -35,7 +36,7 @@ def test_an_adapter_format_reads_the_run_and_writes_the_adapter() -> None:
 
 def test_a_quantized_format_gets_its_options() -> None:
     called = _run_export("--format", "gptq", "--bits", "3", "--merge")
-    run_dir, name, out, options = called["export_run"].call_args.args
+    run_dir, name, out, options = called["export_finished_run"].call_args.args
     assert (run_dir, name, out) == (Path("r"), "gptq", Path("o"))
     assert (options["bits"], options["merge"], options["keep_adapter"]) == (3, True, False)
 
@@ -43,4 +44,4 @@ def test_a_quantized_format_gets_its_options() -> None:
 def test_several_processes_are_refused() -> None:
     argv = ["export", "--run", "r", "--out", "o", "--format", "peft"]
     with pytest.raises(UserError, match="runs in one process, not 2"):
-        export.run(cli.build_parser(argv).parse_args(argv), World(rank=0, size=2))
+        export.run(cli.build_verb_parser(argv).parse_args(argv), World(rank=0, size=2))

@@ -8,32 +8,32 @@ import pytest
 
 from dist_peft.app import cli
 from dist_peft.app.commands import merge
-from dist_peft.app.export_adapter import Verification
+from dist_peft.app.export_adapter import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 
 
 def _parse(*words: str) -> argparse.Namespace:
     argv = ["merge", *words]
-    return cli.build_parser(argv).parse_args(argv)
+    return cli.build_verb_parser(argv).parse_args(argv)
 
 
 def test_options_reach_the_merge() -> None:
     args = _parse("--run", "r", "--out", "o", "--base", "decoded", "--dtype", "float32")
-    with mock.patch.object(merge, "merge_run") as called:
+    with mock.patch.object(merge, "merge_finished_run") as called:
         assert merge.run(args, World()) == 0
     assert called.call_args.args == (Path("r"), Path("o"))
     assert called.call_args.kwargs == {
         "into": "decoded",
         "dtype": "float32",
-        "verify": Verification(None, 600.0),
+        "verify": VerificationOptions(None, 600.0),
         "trust_remote_code": False,
     }
 
 
 def test_no_verify_compares_nothing() -> None:
     args = _parse("--run", "r", "--out", "o", "--no-verify")
-    with mock.patch.object(merge, "merge_run") as called:
+    with mock.patch.object(merge, "merge_finished_run") as called:
         merge.run(args, World())
     assert called.call_args.kwargs["verify"] is None
 

@@ -28,7 +28,7 @@ def test_arguments() -> None:
 
 def test_configuration(tmp_path: Path) -> None:
     files = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
-    config = quickstart._config("a/b", *files, tmp_path / "run", parse("--steps", "7"))
+    config = quickstart._build_run_config("a/b", *files, tmp_path / "run", parse("--steps", "7"))
     assert config.base.path == "a/b" and config.base.quant is not None
     assert config.base.quant.kind == "nf4"
     assert [s.path for s in config.data.train + config.data.eval] == [str(f) for f in files]

@@ -14,13 +14,13 @@ import transformers as tf
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app.commands import train as train_app
-from dist_peft.app.trainer import Session
-from dist_peft.app.verified_export import merge_run
+from dist_peft.app.trainer import Trainer
+from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.data.documents import load_rows
+from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
 from dist_peft.train.loop import StepResult
 from dist_peft.train.step_metrics import read_metrics
@@ -36,7 +36,7 @@ def _clean() -> Iterator[None]:
 
 
 def train(tree: dict[str, Any]) -> int:
-    return train_app.train(parse_config(tree), World())
+    return train_app.train_from_config(parse_config(tree), World())
 
 
 def test_run_directory(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_run_directory(tmp_path: Path) -> None:
 
 def test_peft_loads_the_adapter_and_gives_the_trained_logits(tmp_path: Path) -> None:
     assert train(tiny_tree(tmp_path)) == 0
-    probe = Probe.load(tmp_path / "run" / "probe.safetensors")
+    probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
     base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,7 +80,7 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = Session._record
+    record = Trainer._make_step_metrics
 
     def signal_in_step_two(session: Any, result: StepResult, memory: int) -> Any:
         if result.step == 1:
@@ -88,7 +88,7 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
         return record(session, result, memory)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_record", signal_in_step_two)
+        patch.setattr(Trainer, "_make_step_metrics", signal_in_step_two)
         assert train(tree) == train_app.RESUMABLE == 75
     run = tmp_path / "run"
     stopped = [r.loss for r in read_metrics(run / "metrics.jsonl")]
@@ -109,7 +109,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = Session._record
+    record = Trainer._make_step_metrics
     times = {1: 1, 3: 2}
 
     def interrupted(session: Any, result: StepResult, memory: int) -> Any:
@@ -117,7 +117,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
             os.kill(os.getpid(), signal.SIGINT)
         return record(session, result, memory)
 
-    monkeypatch.setattr(Session, "_record", interrupted)
+    monkeypatch.setattr(Trainer, "_make_step_metrics", interrupted)
     assert train(tree) == train_app.RESUMABLE
     assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()
@@ -132,15 +132,15 @@ def test_consumer_formats_conversations_as_training_did(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
     assert train(tree) == 0
     run = tmp_path / "run"
-    merge_run(run, tmp_path / "merged")
+    merge_finished_run(run, tmp_path / "merged")
     assert not tf.AutoTokenizer.from_pretrained(tmp_path / "base").chat_template
     for directory in (run / "adapter", tmp_path / "merged"):
         tokenizer = tf.AutoTokenizer.from_pretrained(directory)
         text = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         assert text.endswith("<|user|>\nw5\n<|assistant|>\n")
     config = load_config(run / "config.yaml")
-    rows = load_rows(config.data, config.data.train, tokenizer, name="train")
-    trained = tokenizer.decode(rows.row(0)[0])
+    rows = load_sequence_set(config.data, config.data.train, tokenizer, name="train")
+    trained = tokenizer.decode(rows.get_sequence(0)[0])
     assert trained.startswith(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
 
 
@@ -155,7 +155,7 @@ def test_peft_finds_a_base_that_was_given_relative_to_elsewhere(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoPeftModelForCausalLM.from_pretrained("../run/adapter", dtype=torch.float32)
-        probe = Probe.load(tmp_path / "run" / "probe.safetensors")
+        probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
         logits = model.eval()(input_ids=probe.input_ids).logits
     torch.testing.assert_close(logits, probe.trained, rtol=1e-5, atol=1e-5)
 

@@ -80,7 +80,7 @@ def test_no_weights_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     shards = ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
     assert sorted(filter_repo_objects([*files, *shards], allow_patterns=asked[0])) == sorted(files)
-    hub.resolve_base(BaseConfig(path="some/model"))
+    hub.resolve_base_directory(BaseConfig(path="some/model"))
     assert set(filter_repo_objects(shards, allow_patterns=asked[1])) == set(shards[:2])
 
 

@@ -69,13 +69,13 @@ def test_refused(wrong: dict[str, Any], words: str) -> None:
 def test_stages_are_in_order() -> None:
     later = [{"step": 9, "parts": ["all"]}, {"step": 0, "parts": ["norms"]}]
     found = ADAPTER.validate_python({"kind": "partial", "last_blocks": 2, "unfreeze": later})
-    assert [(s.step, s.parts, s.last_blocks) for s in found.stages] == [
+    assert [(s.step, s.parts, s.last_blocks) for s in found.unfreeze_stages] == [
         (0, [], 2),
         (0, ["norms"], 0),
         (9, ["all"], 0),
     ]
     assert ADAPTER.validate_python(found.model_dump()) == found
-    assert [(s.step, s.parts) for s in FullConfig().stages] == [(0, ["all"])]
+    assert [(s.step, s.parts) for s in FullConfig().unfreeze_stages] == [(0, ["all"])]
 
 
 def test_bottleneck_defaults_are_the_placements() -> None:
@@ -89,9 +89,9 @@ def test_bottleneck_defaults_are_the_placements() -> None:
 
 
 def test_width_of_a_bottleneck() -> None:
-    assert BottleneckConfig(reduction_factor=16).bottleneck(4096) == 256
-    assert BottleneckConfig(reduction_factor=2.5).bottleneck(64) == 25
-    assert BottleneckConfig(reduction_factor=128).bottleneck(64) == 1
+    assert BottleneckConfig(reduction_factor=16).bottleneck_size(4096) == 256
+    assert BottleneckConfig(reduction_factor=2.5).bottleneck_size(64) == 25
+    assert BottleneckConfig(reduction_factor=128).bottleneck_size(64) == 1
 
 
 def test_fused_adapters_have_names() -> None:
@@ -99,7 +99,7 @@ def test_fused_adapters_have_names() -> None:
     paths = ["hub/rte", "runs/tasks/mrpc/adapter", {"path": "x.y", "name": "third"}]
     found = ADAPTER.validate_python({"kind": "fusion", "adapters": paths})
     assert isinstance(found, FusionConfig)
-    assert [adapter.label for adapter in found.adapters] == ["rte", "mrpc", "third"]
+    assert [adapter.display_name for adapter in found.adapters] == ["rte", "mrpc", "third"]
     assert ADAPTER.validate_python(found.model_dump()) == found
 
 

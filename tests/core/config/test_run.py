@@ -197,7 +197,7 @@ def _labelled(*labels: Any, **fields: Any) -> dict[str, Any]:
 
 def test_classification_has_rows_of_one_record() -> None:
     config = RunConfig.model_validate(_classifying())
-    assert config.data.classifies and not config.data.packing
+    assert config.data.is_classification and not config.data.packing
     assert RunConfig.model_validate(config.model_dump()) == config
     numbers = DataSource.model_validate(_labelled(0, 1))
     assert numbers.labels == ["0", "1"]

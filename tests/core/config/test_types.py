@@ -3,10 +3,10 @@
 import pytest
 from pydantic import Field, ValidationError
 
-from dist_peft.core.config.types import Beta, Count, Float, Int, Names, Positive, Section
+from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, Names, Positive
 
 
-class _Example(Section):
+class _Example(ConfigSection):
     whole: Int = 1
     number: Float = 1.0
     count: Count = 1

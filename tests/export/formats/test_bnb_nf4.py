@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from dist_peft.core.config.run import QuantConfig
-from dist_peft.export.formats.bnb_nf4 import dynamic_map, nest
+from dist_peft.export.formats.bnb_nf4 import build_dynamic_map, quantize_absmax
 from dist_peft.export.formats.registry import export_model
 from tests.support.export_runs import make_run
 
 
 def test_dynamic_map_is_bitsandbytes_own() -> None:
-    assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
+    assert torch.equal(build_dynamic_map(), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("blocks", [2, 255, 256, 700])
 def test_double_quantization_equals_bitsandbytes(blocks: int) -> None:
     absmax = torch.rand(blocks, generator=torch.Generator().manual_seed(blocks)) + 0.01
-    codes, largest, offset = nest(absmax)
+    codes, largest, offset = quantize_absmax(absmax)
     wanted, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert torch.equal(largest, state.absmax) and offset == absmax.mean().item()
     assert (codes != wanted).double().mean() < 0.01  # values on a border between two entries

@@ -9,8 +9,8 @@ import torch
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_file import q4_1_blocks, q8_0_blocks
-from dist_peft.export.formats.groups import quantize_rows
+from dist_peft.export.formats.gguf_file import pack_q4_1_blocks, pack_q8_0_blocks
+from dist_peft.export.formats.groups import quantize_bias_groups
 from dist_peft.export.formats.registry import export_model
 from tests.support.export_runs import FakeRun, make_run
 
@@ -107,12 +107,12 @@ def test_lora_merged(
 
 def test_blocks_equal_the_packages_own() -> None:
     rows = torch.randn(3, 96, generator=torch.Generator().manual_seed(4))
-    found = q8_0_blocks(rows).numpy()
+    found = pack_q8_0_blocks(rows).numpy()
     assert np.array_equal(found, gguf.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0))
-    groups = quantize_rows(rows, 4, 32, torch.float16)
-    values = gguf.dequantize(q4_1_blocks(groups).numpy(), gguf.GGMLQuantizationType.Q4_1)
-    np.testing.assert_allclose(values, groups.decoded().numpy(), rtol=1e-6, atol=1e-6)
-    assert np.array_equal(q8_0_blocks(torch.zeros(1, 32)).numpy(), np.zeros((1, 34), np.uint8))
+    groups = quantize_bias_groups(rows, 4, 32, torch.float16)
+    values = gguf.dequantize(pack_q4_1_blocks(groups).numpy(), gguf.GGMLQuantizationType.Q4_1)
+    np.testing.assert_allclose(values, groups.dequantize().numpy(), rtol=1e-6, atol=1e-6)
+    assert np.array_equal(pack_q8_0_blocks(torch.zeros(1, 32)).numpy(), np.zeros((1, 34), np.uint8))
 
 
 def test_qalora_that_q4_1_cannot_hold(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_model import GgufModel
+from dist_peft.export.formats.gguf_model import GgufModelLayout
 from dist_peft.export.formats.registry import export_model
 from dist_peft.model.skeleton import build_skeleton
 from tests.support.export_runs import llama, make_run
@@ -26,9 +26,9 @@ LLAMA3 = {
 }
 
 
-def model_of(config: tf.PretrainedConfig, directory: Path) -> GgufModel:
+def model_of(config: tf.PretrainedConfig, directory: Path) -> GgufModelLayout:
     save_model(config, directory)
-    return GgufModel(build_skeleton(BaseConfig(path=str(directory)), directory))
+    return GgufModelLayout(build_skeleton(BaseConfig(path=str(directory)), directory))
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_metadata(tmp_path: Path) -> None:
 
 def test_llama3_factors_are_those_of_transformers(tmp_path: Path) -> None:
     config = llama(rope_parameters=LLAMA3)
-    found = model_of(config, tmp_path).rope_factors()
+    found = model_of(config, tmp_path).compute_rope_factors()
     assert found is not None
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
@@ -77,19 +77,19 @@ def test_llama3_factors_are_those_of_transformers(tmp_path: Path) -> None:
 def test_names_and_row_order_of_families(family: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS[family], tmp_path)
     skeleton = build_skeleton(BaseConfig(path=str(tmp_path)), tmp_path)
-    from dist_peft.export.merged_weights import _weights
+    from dist_peft.export.base_weights import _list_base_weights
 
-    weights = {w.path: w for w in _weights(skeleton)}
+    weights = {w.path: w for w in _list_base_weights(skeleton)}
     query = weights["model.layers.1.self_attn.q_proj.weight"]
-    assert model.name(query) == "blk.1.attn_q.weight"
+    assert model.map_tensor_name(query) == "blk.1.attn_q.weight"
     rows = torch.arange(64).unsqueeze(1)
-    ordered = model.order(query, rows).flatten().tolist()
+    ordered = model.reorder_rows(query, rows).flatten().tolist()
     assert (ordered[:4] == [0, 8, 1, 9]) == (family == "mistral")
     assert sorted(ordered) == list(range(64))
     if family == "qwen3":
         norm = weights["model.layers.0.self_attn.q_norm.weight"]
-        assert model.name(norm) == "blk.0.attn_q_norm.weight"
-        assert torch.equal(model.order(norm, rows[:16, 0]), rows[:16, 0])
+        assert model.map_tensor_name(norm) == "blk.0.attn_q_norm.weight"
+        assert torch.equal(model.reorder_rows(norm, rows[:16, 0]), rows[:16, 0])
 
 
 def test_refusals(tmp_path: Path) -> None:

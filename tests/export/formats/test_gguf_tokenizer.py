@@ -11,7 +11,7 @@ import pytest
 import transformers as tf
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.formats.gguf_tokenizer import _GPT2, _LLAMA3, add_tokenizer
+from dist_peft.export.formats.gguf_tokenizer import _GPT2, _LLAMA3, add_tokenizer_metadata
 from tests.support.export_runs import TEXT, VOCABULARY, save_tokenizer
 from tests.support.tiny_runs import save_words
 
@@ -19,7 +19,7 @@ from tests.support.tiny_runs import save_words
 def written(directory: Path, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     file = directory / "tokens.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    add_tokenizer(writer, directory, vocabulary)
+    add_tokenizer_metadata(writer, directory, vocabulary)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

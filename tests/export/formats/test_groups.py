@@ -6,7 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_peft.export.formats.groups import BiasGroups, pack_words, quantize_rows, regroup
+from dist_peft.export.formats.groups import (
+    BiasGroups,
+    convert_to_bias_groups,
+    pack_code_words,
+    quantize_bias_groups,
+)
 from dist_peft.quant.affine import AffineCodec, AffineParts
 
 
@@ -14,32 +19,32 @@ from dist_peft.quant.affine import AffineCodec, AffineParts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounding_to_nearest(bits: int, dtype: torch.dtype) -> None:
     rows = torch.randn(5, 96, generator=torch.Generator().manual_seed(bits))
-    groups = quantize_rows(rows, bits, 32, dtype)
+    groups = quantize_bias_groups(rows, bits, 32, dtype)
     assert groups.scale.dtype == groups.bias.dtype == dtype and groups.scale.shape == (5, 3)
     assert int(groups.codes.max()) <= 2**bits - 1
     step = groups.scale.float().repeat_interleave(32, 1)
     ends = 2**bits * torch.finfo(dtype).eps + 0.5  # a rounded scale can leave the ends outside
     ends += groups.bias.abs().float().repeat_interleave(32, 1) * torch.finfo(dtype).eps / step
-    assert bool(((groups.decoded() - rows).abs() <= ends * step * 1.001).all())
+    assert bool(((groups.dequantize() - rows).abs() <= ends * step * 1.001).all())
 
 
 def test_constant_and_zero_groups_are_exact() -> None:
     rows = torch.cat((torch.full((1, 32), -0.5), torch.zeros(1, 32)))
-    assert torch.equal(quantize_rows(rows, 4, 32, torch.float16).decoded(), rows)
+    assert torch.equal(quantize_bias_groups(rows, 4, 32, torch.float16).dequantize(), rows)
 
 
 @pytest.mark.parametrize("group_size", [32, 16, 8])
 def test_regroup_keeps_every_number(group_size: int) -> None:
     codec = AffineCodec(3, 32)
     rows = torch.randn(4, 80, generator=torch.Generator().manual_seed(1))  # a padded last group
-    parts = codec.split(codec.encode(rows), 80)
+    parts = codec.split_packed_rows(codec.quantize_to_packed(rows), 80)
     moved = parts._replace(zero=parts.zero.float() + torch.randn(4, 3))
     columns = 80 if group_size < 32 else 64
-    groups = regroup(moved, columns, group_size, torch.float32)
+    groups = convert_to_bias_groups(moved, columns, group_size, torch.float32)
     scale = moved.scale.float().repeat_interleave(32, 1)[:, :columns]
     zero = moved.zero.repeat_interleave(32, 1)[:, :columns]
     wanted = (moved.codes[:, :columns].float() - zero) * scale
-    torch.testing.assert_close(groups.decoded(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(groups.dequantize(), wanted, rtol=1e-6, atol=1e-6)
     assert groups.codes.shape == (4, columns)
 
 
@@ -47,7 +52,7 @@ def test_regroup_keeps_every_number(group_size: int) -> None:
 def test_words_are_a_dense_bit_stream(bits: int, words: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**bits, (2, 32 * words), dtype=np.uint8)
-    packed = pack_words(torch.from_numpy(codes), bits, torch.int32)
+    packed = pack_code_words(torch.from_numpy(codes), bits, torch.int32)
     assert packed.shape == (2, words * bits) and packed.dtype == torch.int32
     for row, found in zip(codes, packed, strict=True):
         stream = sum(int(code) << (bits * i) for i, code in enumerate(row))
@@ -58,4 +63,4 @@ def test_words_are_a_dense_bit_stream(bits: int, words: int, seed: int) -> None:
 def test_decoded_by_hand() -> None:
     parts = AffineParts(torch.tensor([[0, 1, 2, 3]] * 1, dtype=torch.uint8), None, None)
     groups = BiasGroups(parts.codes, torch.tensor([[2.0, 3.0]]), torch.tensor([[-1.0, 1.0]]))
-    assert groups.decoded().tolist() == [[-1.0, 1.0, 7.0, 10.0]]
+    assert groups.dequantize().tolist() == [[-1.0, 1.0, 7.0, 10.0]]

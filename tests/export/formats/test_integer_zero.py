@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.registry import export_model
-from dist_peft.model.skeleton import torch_dtype
+from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
 from tests.export.test_float_bias import unpack
 from tests.support.export_runs import FakeRun, make_run
@@ -19,10 +19,12 @@ from tests.support.export_runs import FakeRun, make_run
 
 def base_weights(run: FakeRun) -> dict[str, torch.Tensor]:
     """The base as training saw it: decode(encode(rows))."""
-    codec = make_codec(run.base.quant, torch_dtype(run.base.compute_dtype))
+    codec = make_codec(run.base.quant, parse_torch_dtype(run.base.compute_dtype))
     tensors = load_file(run.directory / "model.safetensors")
     return {
-        name: codec.decode(codec.encode(weight), weight.shape[1], torch.float32)
+        name: codec.dequantize_rows(
+            codec.quantize_to_packed(weight), weight.shape[1], torch.float32
+        )
         for name, weight in tensors.items()
         if "proj" in name
     }

@@ -11,14 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from dist_peft.app import cli
-from dist_peft.app.commands.train import train
+from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.formats.kept_nf4 import KeptNf4
-from dist_peft.export.merged_weights import open_walk
+from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
+from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Probe
 from dist_peft.quant.nf4 import Nf4Codec
 from tests.support.tiny_models import save_model
@@ -47,7 +47,7 @@ def finished_run(
     save_model(config, directory / "base")  # tiny_tree writes a base of its own
     tree["base"] |= {"path": str(directory / "base"), "quant": quant}
     tree["data"]["train"] = [str(save_records(directory / "train.jsonl"))]
-    assert train(parse_config(tree), World()) == 0
+    assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     return directory / "run"
 
@@ -85,14 +85,14 @@ def test_consumer_computes_the_trained_function(
     base = BaseConfig(
         path=str(tmp_path / "base"), quant=QuantConfig(**quant), compute_dtype="float32"
     )
-    with open_walk(base, tmp_path / "base", run / "adapter", "base") as walk:
-        weights = [w for w in walk.weights if walk.packs(w)]
+    with open_merged_weights(base, tmp_path / "base", run / "adapter", "base") as walk:
+        weights = [w for w in walk.weights if walk.is_packable(w)]
         assert len(weights) == 14
         for weight in weights:
-            span = next(iter(walk.spans(weight)))
+            span = next(iter(walk.iterate_spans(weight)))
             assert isinstance(weight.codec, Nf4Codec)
-            packed = walk.packed_rows(weight, span)
-            wanted = weight.codec.decode(packed, weight.columns, torch.float32)
+            packed = walk.read_packed_rows(weight, span)
+            wanted = weight.codec.dequantize_rows(packed, weight.num_columns, torch.float32)
             parts = {k: v for k, v in stored.items() if k.startswith(f"{weight.name}.")}
             state = bnb.functional.QuantState.from_dict(
                 {k.removeprefix(f"{weight.name}."): v for k, v in parts.items()},
@@ -105,7 +105,7 @@ def test_consumer_computes_the_trained_function(
     assert named["base_model_name_or_path"] == str(out) and named["r"] == 5
     model = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, device_map="cpu")
     adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     with torch.no_grad():
         logits = adapted(input_ids=probe.input_ids).logits
     change = (probe.trained - probe.before).square().mean().sqrt()
@@ -124,7 +124,9 @@ def test_refused_before_anything_is_written(tmp_path: Path, capsys: Any) -> None
     ):
         directory = tmp_path / str(number)
         directory.mkdir()
-        assert train(parse_config(tiny_tree(directory, base__quant=quant)), World()) == 0
+        assert (
+            train_from_config(parse_config(tiny_tree(directory, base__quant=quant)), World()) == 0
+        )
         close_log()
         out = directory / "out"
         argv = ["export", "--run", str(directory / "run"), "--out", str(out)]
@@ -135,6 +137,12 @@ def test_refused_before_anything_is_written(tmp_path: Path, capsys: Any) -> None
 
 
 def test_block_size() -> None:
-    assert [KeptNf4(g, torch.float32).block for g in (64, 128, 192, 32, 96)] == [64, 64, 64, 32, 32]
+    assert [KeptNf4Packer(g, torch.float32).block for g in (64, 128, 192, 32, 96)] == [
+        64,
+        64,
+        64,
+        32,
+        32,
+    ]
     with pytest.raises(UserError, match="groups of 48"):
-        KeptNf4(48, torch.float32)
+        KeptNf4Packer(48, torch.float32)

@@ -11,9 +11,9 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.formats.registry import FORMATS, export_model, format_table
+from dist_peft.export.formats.registry import FORMATS, export_model, render_format_table
 from dist_peft.export.verify import Comparison
-from dist_peft.export.verify_formats import NotVerified, verify_export
+from dist_peft.export.verify_formats import VerificationSkipped, verify_with_consumer
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter
 from tests.support.export_runs import FakeRun, make_run
@@ -47,8 +47,8 @@ def loaded(run: FakeRun, name: str, out: Path, **settings: Any) -> Comparison:
     """Export, and what the consumer makes of it; skips where it is not installed."""
     exported = export_model(name, run.job(out, **settings))
     try:
-        return verify_export(name, exported.path, run.probe, run.job(out).dtype)[1]
-    except NotVerified as error:
+        return verify_with_consumer(name, exported.path, run.probe, run.job(out).compute_dtype)[1]
+    except VerificationSkipped as error:
         pytest.skip(str(error))
 
 
@@ -155,9 +155,9 @@ def test_only_a_chunk_is_in_memory(
         sizes["write"] = max(sizes["write"], rows.nbytes)
         write(self, name, rows, start)
 
-    read, write = RowReader.read, StreamWriter.write
-    monkeypatch.setattr(RowReader, "read", reading)
-    monkeypatch.setattr(StreamWriter, "write", writing)
+    read, write = RowReader.read_rows, StreamWriter.write_rows
+    monkeypatch.setattr(RowReader, "read_rows", reading)
+    monkeypatch.setattr(StreamWriter, "write_rows", writing)
     chunk = 4 * 96 * 32  # 32 rows of the widest linear; bnb-nf4 takes 128
     export_model(name, lora.job(tmp_path / "out", chunk_bytes=chunk))
     assert sizes["read"] <= (4 * chunk if name == "bnb-nf4" else chunk)
@@ -173,8 +173,8 @@ def test_linears_that_groups_do_not_divide_stay_dense(name: str, tmp_path: Path)
     wanted = {f"model.layers.{i}.{own}" for i in range(2) for own in dense}
     assert set(exported.written.unpacked) == wanted
     try:
-        found = verify_export(name, exported.path, run.probe, torch.float32)[1]
-    except NotVerified as error:
+        found = verify_with_consumer(name, exported.path, run.probe, torch.float32)[1]
+    except VerificationSkipped as error:
         pytest.skip(str(error))
     assert found.relative < 0.9
 
@@ -202,4 +202,4 @@ def test_places_that_are_taken(lora: FakeRun, tmp_path: Path) -> None:
 
 def test_table_is_in_the_documentation() -> None:
     text = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
-    assert format_table() in text
+    assert render_format_table() in text

@@ -21,7 +21,7 @@ from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
-from dist_peft.model.prequantized.base import Prequantized, open_prequantized
+from dist_peft.model.prequantized.base import PrequantizedBase, open_prequantized
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.codec import make_codec
 from dist_peft.store.index import SafetensorsIndex
@@ -65,10 +65,10 @@ def fill(world: World, base: BaseConfig, adapter: LoraConfig | None = None) -> t
     """Load ``base``; gives the bytes that this rank read, too."""
     skeleton = build_skeleton(base, Path(base.path))
     if adapter is not None:
-        LoraAdapter(adapter, seed=0, arithmetic=torch.float32).attach(skeleton.model)
+        LoraAdapter(adapter, seed=0, arithmetic=torch.float32).attach_to_model(skeleton.model)
     engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
-    engine.shard(skeleton.model, skeleton.blocks)
-    with RowReader(skeleton.index) as reader, world.together("load base"):
+    engine.shard_model(skeleton.model, skeleton.blocks)
+    with RowReader(skeleton.index) as reader, world.raise_together("load base"):
         load_model(skeleton.model, reader, engine, CPU)
     return skeleton, reader.bytes_read
 
@@ -99,7 +99,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 def test_packed_rows_are_those_of_encoding(name: str, bases: dict[str, Path], plain: Path) -> None:
     quant = SAME_CODES[name][1]
     skeleton = load(bases[name])
-    assert skeleton.prequantized is not None and skeleton.prequantized.quant == quant
+    assert skeleton.prequantized is not None and skeleton.prequantized.quant_config == quant
     encoded = load(plain, quant=quant)
     assert encoded.prequantized is None
     found, wanted = linears(skeleton), linears(encoded)
@@ -110,7 +110,7 @@ def test_packed_rows_are_those_of_encoding(name: str, bases: dict[str, Path], pl
         )
     assert torch.equal(logits(skeleton.model), logits(encoded.model))
     assert skeleton.tensors.keys() == encoded.tensors.keys()
-    assert skeleton.prequantized.rounding_note() is None
+    assert skeleton.prequantized.describe_scale_rounding() is None
 
 
 def test_one_scale_a_row(plain: Path, tmp_path: Path) -> None:
@@ -122,8 +122,10 @@ def test_one_scale_a_row(plain: Path, tmp_path: Path) -> None:
         whole = make_codec(
             QuantConfig(kind="int", bits=4, group_size=linear.in_features), torch.float32
         )
-        wanted = whole.decode(whole.encode(files[weight]), linear.in_features, torch.float32)
-        assert torch.equal(linear.decoded(torch.float32), wanted)
+        wanted = whole.dequantize_rows(
+            whole.quantize_to_packed(files[weight]), linear.in_features, torch.float32
+        )
+        assert torch.equal(linear.dequantize_weight(torch.float32), wanted)
 
 
 @pytest.mark.parametrize("own", ["nf4", "int3"])
@@ -131,9 +133,14 @@ def test_own_rows_of_other_codecs(own: str, plain: Path, tmp_path: Path) -> None
     quant = QuantConfig() if own == "nf4" else QuantConfig(kind="int", bits=3, group_size=64)
     codec = make_codec(quant, torch.float32)
     settings = {"quant_method": "dist_peft", **quant.model_dump(mode="json")}
-    packed.repack(plain, tmp_path / "base", settings, lambda s, w: {f"{s}.packed": codec.encode(w)})
+    packed.repack(
+        plain,
+        tmp_path / "base",
+        settings,
+        lambda s, w: {f"{s}.packed": codec.quantize_to_packed(w)},
+    )
     skeleton = load(tmp_path / "base")
-    assert skeleton.prequantized is not None and skeleton.prequantized.quant == quant
+    assert skeleton.prequantized is not None and skeleton.prequantized.quant_config == quant
     assert torch.equal(logits(skeleton.model), logits(load(plain, quant=quant).model))
 
 
@@ -144,7 +151,7 @@ def test_linears_that_the_directory_left_alone(plain: Path, tmp_path: Path) -> N
     assert raw == {n for n in files if n.endswith(("v_proj.weight", "1.mlp.up_proj.weight"))}
     for name in raw:
         assert found[name].stored is None
-        assert torch.equal(found[name].decoded(torch.float32), files[name])
+        assert torch.equal(found[name].dequantize_weight(torch.float32), files[name])
 
 
 # -- who reads what --------------------------------------------------------------------------------
@@ -255,7 +262,7 @@ def test_dora_starts_from_the_decoded_rows(bases: dict[str, Path]) -> None:
     for path, linear in linears(found).items():
         assert torch.equal(linear.packed, bare[path].packed)
         wrapper = found.model.get_submodule(path.removesuffix(".weight"))
-        norm = linear.decoded(torch.float32).double().square().sum(1).sqrt().float()
+        norm = linear.dequantize_weight(torch.float32).double().square().sum(1).sqrt().float()
         torch.testing.assert_close(wrapper.magnitude.detach(), norm, rtol=1e-6, atol=0)
     assert torch.equal(logits(found.model), logits(found.model))
 
@@ -263,7 +270,7 @@ def test_dora_starts_from_the_decoded_rows(bases: dict[str, Path]) -> None:
 # -- what is refused -------------------------------------------------------------------------------
 
 
-def opened(directory: Path) -> Prequantized | None:
+def opened(directory: Path) -> PrequantizedBase | None:
     return open_prequantized(directory, SafetensorsIndex.open(directory))
 
 
@@ -301,7 +308,7 @@ def test_settings_beside_the_configuration(plain: Path, tmp_path: Path) -> None:
         packed.set_config(directory, quantization_config=None)
         (directory / name).write_text(json.dumps(settings))
         found = load(directory).prequantized
-        assert found is not None and found.quant == INT4
+        assert found is not None and found.quant_config == INT4
     (plain / "quantize_config.json").write_text("{}")
     assert opened(plain) is None
     (plain / "quantize_config.json").unlink()
@@ -313,7 +320,7 @@ def test_packed_head_and_embedding(plain: Path, tmp_path: Path) -> None:
 
         def pack(tensors: dict[str, Tensor], name: str = name) -> None:
             codec = make_codec(INT4, torch.float32)
-            tensors[f"{name}.packed"] = codec.encode(tensors.pop(f"{name}.weight"))
+            tensors[f"{name}.packed"] = codec.quantize_to_packed(tensors.pop(f"{name}.weight"))
 
         packed.change_tensors(directory, pack)
         text = rf"has {name}\.weight quantized \(dist_peft\), which is no linear of a block"
@@ -367,4 +374,4 @@ def test_headless_names(plain: Path, tmp_path: Path) -> None:
 def test_transformers_sees_an_unquantized_model(bases: dict[str, Path]) -> None:
     skeleton = load(bases["bnb"])
     assert isinstance(skeleton.model, tf.LlamaForCausalLM)
-    assert not hasattr(skeleton.config, "quantization_config")
+    assert not hasattr(skeleton.model_config, "quantization_config")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.verify_formats import correct_bitsandbytes
-from dist_peft.model.prequantized.bnb import Bitsandbytes
+from dist_peft.export.verify_formats import patch_bitsandbytes_layers
+from dist_peft.model.prequantized.bnb import BitsandbytesFormat
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
@@ -50,7 +50,7 @@ def simple(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_and_logits_of_bitsandbytes(which: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(which)
     model = tf.AutoModelForCausalLM.from_pretrained(directory, device_map="cpu").eval()
-    correct_bitsandbytes(model)
+    patch_bitsandbytes_layers(model)
     skeleton = load(directory)
     assert torch.equal(logits(skeleton.model), logits(model))
     found = linears(skeleton)
@@ -63,7 +63,7 @@ def test_weights_and_logits_of_bitsandbytes(which: str, request: pytest.FixtureR
             wanted = bnb.functional.dequantize_4bit(own.weight.data, own.weight.quant_state)
         else:
             wanted = own.weight
-        assert torch.equal(linear.decoded(torch.float32), wanted)
+        assert torch.equal(linear.dequantize_weight(torch.float32), wanted)
         assert linear.codec == Nf4Codec(64 if linear.in_features == 64 else 32, False)
     codecs = {linear.codec.name for linear in found.values()}
     assert codecs == ({"nf4"} if which == "nested" else {"nf4", "raw"})
@@ -85,10 +85,12 @@ def test_any_rows_of_a_large_weight(double_quant: bool, tmp_path: Path) -> None:
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double_quant,
     }
-    linear = Bitsandbytes.of(settings, index).linear(index, "a", 700, 40)
+    linear = BitsandbytesFormat.from_settings(settings, index).open_linear(index, "a", 700, 40)
     with RowReader(index) as reader:
         for span in (Span(0, 700), Span(0, 1), Span(411, 413), Span(3, 650), Span(9, 9)):
-            rows = linear.codec.decode(linear.read(reader, span), 40, torch.float32)
+            rows = linear.codec.dequantize_rows(
+                linear.read_packed_rows(reader, span), 40, torch.float32
+            )
             assert torch.equal(rows, wanted[span.slice])
 
 

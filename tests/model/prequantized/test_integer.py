@@ -54,9 +54,9 @@ def test_compressed_tensors_as_the_library_decompresses(
         state = {n.removeprefix(stem): t for n, t in tensors.items() if n.startswith(stem)}
         wanted = compressor.decompress(state, scheme)["weight"]
         rtol = 2.0**-11 if dtype == torch.float32 else 0.0
-        torch.testing.assert_close(linear.decoded(dtype), wanted, rtol=rtol, atol=0)
+        torch.testing.assert_close(linear.dequantize_weight(dtype), wanted, rtol=rtol, atol=0)
     assert skeleton.prequantized is not None
-    note = skeleton.prequantized.rounding_note()
+    note = skeleton.prequantized.describe_scale_rounding()
     if dtype != torch.float32:
         assert note is None
     else:
@@ -125,7 +125,9 @@ def test_directories_that_gptqmodel_writes(settings: dict[str, Any], tmp_path: P
     assert len(wanted) == 14 or "quant_method" in settings
     found = {name.removesuffix(".weight"): linear for name, linear in linears(skeleton).items()}
     for name, weight in wanted.items():
-        decoded = found[name].codec.decode(found[name].packed, weight.shape[1], torch.float32)
+        decoded = found[name].codec.dequantize_rows(
+            found[name].packed, weight.shape[1], torch.float32
+        )
         assert torch.equal(decoded.half(), weight.half()), name
 
 

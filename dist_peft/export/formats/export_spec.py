@@ -1,0 +1,128 @@
+"""The arguments and the result of a format's writer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.merged_weights import CHUNK_BYTES, MergedWeights, State, open_merged_weights
+from dist_peft.export.model_directory import (
+    WriteResult,
+)
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.skeleton import parse_torch_dtype
+from dist_peft.quant.affine import AffineCodec
+
+__all__ = ["ExportResult", "ExportSpec"]
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Inputs and options of one export.
+
+    Attributes:
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        adapter_dir: directory of the run's adapter.
+        out: output directory, or file of a gguf.
+        pooled: the adapter is a QA-LoRA adapter and fits into the zeros of the base.
+        into: rows that plain LoRA is merged into before quantization.
+        bits: bits of re-quantization; default: the base's, or 4.
+        group_size: group size of re-quantization; default: the base's, or 64.
+        kind: type of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
+        merge: merge into integer zeros; requires ``lossy``.
+        lossy: accept that a merge into integer zeros loses the adapter.
+        keep_adapter: for bnb-nf4, keep the codes of the base and save the adapter separately.
+        chunk_bytes: size of a chunk of rows in float32.
+    """
+
+    base: BaseConfig
+    directory: Path
+    adapter_dir: Path
+    out: Path
+    pooled: bool = False
+    into: Literal["original", "decoded"] = "original"
+    bits: int | None = None
+    group_size: int | None = None
+    kind: str | None = None
+    merge: bool = False
+    lossy: bool = False
+    keep_adapter: bool = False
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return parse_torch_dtype(self.base.compute_dtype)
+
+    @property
+    def integer_codec(self) -> AffineCodec | None:
+        """Codec of an integer base; None for another base."""
+        quant = self.base.quant
+        if quant is None or quant.kind != "int":
+            return None
+        return AffineCodec(quant.bits, quant.group_size)
+
+    @property
+    def merge_state(self) -> State:
+        """State of the weights for formats that store the merged model."""
+        return "codes" if self.pooled else self.into
+
+    @contextmanager
+    def open_weights(self, state: State | None = None) -> Iterator[MergedWeights]:
+        """Open the base and the adapter with ``open_merged_weights``; ``state`` defaults to
+        ``self.state``.
+
+        Raises:
+            UserError: an error of ``open_merged_weights``, or the base is a mixture of experts,
+            which was
+                not tested with the consumers of these formats.
+        """
+        state = state or self.merge_state
+        with open_merged_weights(
+            self.base, self.directory, self.adapter_dir, state, self.chunk_bytes
+        ) as walk:
+            if any(isinstance(weight.linear, ExpertStack) for weight in walk.weights):
+                raise UserError(
+                    f"{self.directory} is a mixture of experts, which is written as hf-bf16 and as "
+                    "peft only; use one of them, and quantize the result with the runtime's tools"
+                )
+            yield walk
+
+    def make_target_codec(self, group_size: int) -> AffineCodec:
+        """Return the codec of the output: the requested, the base's, or 4 bits in ``group_size``.
+
+        Raises:
+            UserError: the requested bits or group size differ from those of kept codes.
+        """
+        own = self.integer_codec or AffineCodec(4, group_size)
+        asked = (self.bits or own.bits, self.group_size or own.group_size)
+        if self.pooled and asked != (own.bits, own.group_size):
+            raise UserError(
+                f"a QA-LoRA run keeps the codes of its base, {own.bits} bits in groups of "
+                f"{own.group_size}; leave out --bits and --group-size"
+            )
+        if asked[1] % 8:
+            raise UserError(f"--group-size {asked[1]} is not a multiple of 8")
+        return AffineCodec(*asked)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of an export.
+
+    Attributes:
+        written: counts of tensors and sizes.
+        path: the file or directory that the consumer loads.
+        how: a short description of the conversion, for reports.
+        exact: the form keeps the trained function, so that it may differ by rounding only.
+    """
+
+    written: WriteResult
+    path: Path
+    how: str
+    exact: bool = False
