@@ -93,3 +93,12 @@ def test_launch_imports_app_only() -> None:
     for path in (ROOT / "launch").glob("*.py"):
         own = [n for n in path.read_text().splitlines() if "dist_peft" in n and "import" in n]
         assert all("dist_peft.app" in line for line in own), path
+
+
+def test_no_conflict_marker_is_left() -> None:
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    for name in filter(None, files.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".md", ".py", ".toml", ".yaml", ".yml", ".cff", ".sh", ".txt"):
+            lines = path.read_text().splitlines()
+            assert not any(line.startswith(("<<<<<<< ", ">>>>>>> ")) for line in lines), name
