@@ -158,6 +158,7 @@ def test_names_are_compared_only_where_they_are_recorded() -> None:
         ("dist_peft.json", {"adapter": [1]}, "adapter must hold a JSON object"),
         ("dist_peft.json", {"adapter": {"start": "olora"}}, "which no adapter has"),
         ("dist_peft.json", {"labels": 5}, "labels must be a list of names"),
+        ("dist_peft.json", {"adapter": {"start": "pissa"}, "start": "default"}, "start is 'pissa'"),
     ],
 )
 def test_damaged_descriptions(
