@@ -73,7 +73,7 @@ def export_adapter(
     if reason := known.explain_no_peft_form(public.config):
         other = "dist-peft eval --run reads the run itself"
         if not known.peft_types:
-            other = f"{adapter} already is what AdapterHub's library loads"
+            other = f"{adapter} already is in the format of AdapterHub's library"
         raise UserError(f"{run_dir} {reason}; {other}")
     probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
     try:

@@ -260,7 +260,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps({"peft_type": "BONE"}))
-    with pytest.raises(UserError, match="peft_type is 'BONE'; only LORA, QALORA, PROMPT_TUNING"):
+    with pytest.raises(UserError, match="peft_type is 'BONE'; only LORA, QALORA, IA3, PROMPT"):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps(public().config))
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):

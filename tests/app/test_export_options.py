@@ -8,7 +8,7 @@ import pytest
 from dist_peft.app.export_options import (
     add_export_arguments,
     add_merge_arguments,
-    add_verify_arguments,
+    add_run_arguments,
     warn_unused_arguments,
 )
 
@@ -16,9 +16,8 @@ from dist_peft.app.export_options import (
 def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_export_arguments(parser)
-    add_verify_arguments(parser)
-    parser.add_argument("--base")
-    return parser.parse_args(argv)
+    add_run_arguments(parser)
+    return parser.parse_args(["--run", "run", "--out", "out", *argv])
 
 
 def test_defaults() -> None:

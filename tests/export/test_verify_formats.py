@@ -88,7 +88,7 @@ def test_bitsandbytes_computes_with_what_is_stored(
     model = nn.Sequential(linear.to("cpu")).eval()
     packed, state = linear.weight.data.flatten(), linear.weight.quant_state
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().long()
-    scales = state.compute_absmax
+    scales = state.absmax
     if nested:
         scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
     stored = state.code[codes] * scales.repeat_interleave(64)[: codes.numel()]

@@ -84,7 +84,8 @@ def test_another_mpi_is_refused(small_run: SmallRun) -> None:
         env[f"OMPI_COMM_WORLD_{name}"] = str(value)
     code = (
         "from dist_peft.core.mpi import exchange_master_address; "
-        "from dist_peft.core.launchers import detect_launch; exchange_address(detect_launch())"
+        "from dist_peft.core.launchers import detect_launch; "
+        "exchange_master_address(detect_launch())"
     )
     mpich()
     done = subprocess.run(

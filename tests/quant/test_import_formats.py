@@ -111,7 +111,7 @@ def test_denest_is_bitsandbytes_own(before: int) -> None:
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     wanted = bnb.dequantize_blockwise(codes, state) + offset
     found = dequantize_absmax(
-        codes[256 + before :], before, state.compute_absmax[1:], state.code, float(offset), 256
+        codes[256 + before :], before, state.absmax[1:], state.code, float(offset), 256
     )
     assert torch.equal(found, wanted[256 + before :])
 

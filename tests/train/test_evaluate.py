@@ -78,7 +78,7 @@ def labelled() -> SequenceMixture:
     whole: Any = LabelledEight()
     mixture.names, mixture._parts = ("two", "three"), (whole, whole)
     mixture.starts = np.array([0, 6, 8])
-    mixture.get_sequence = whole.row  # type: ignore[method-assign]
+    mixture.get_sequence = whole.get_sequence  # type: ignore[method-assign]
     return mixture
 
 

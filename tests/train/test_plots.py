@@ -146,8 +146,9 @@ def test_eval_points_in_order() -> None:
 
 def test_pyplot_is_never_loaded() -> None:
     code = (
-        "import sys; from dist_peft.train.plots import *; from dist_peft.train.metrics import *;"
-        "draw(PLOTS[0], [StepMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1, 0)]);"
+        "import sys; from dist_peft.train.plots import *; "
+        "from dist_peft.train.step_metrics import *;"
+        "draw_plot(PLOTS[0], [StepMetrics(1, 1.0, 1.0, 1.0, 1, 1.0, 1, 0)]);"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -77,9 +77,9 @@ def test_llama3_factors_are_those_of_transformers(tmp_path: Path) -> None:
 def test_names_and_row_order_of_families(family: str, tmp_path: Path) -> None:
     model = model_of(CONFIGS[family], tmp_path)
     skeleton = build_skeleton(BaseConfig(path=str(tmp_path)), tmp_path)
-    from dist_peft.export.base_weights import _list_base_weights
+    from dist_peft.export.base_weights import list_base_weights
 
-    weights = {w.path: w for w in _list_base_weights(skeleton)}
+    weights = {w.path: w for w in list_base_weights(skeleton)}
     query = weights["model.layers.1.self_attn.q_proj.weight"]
     assert model.map_tensor_name(query) == "blk.1.attn_q.weight"
     rows = torch.arange(64).unsqueeze(1)

@@ -86,7 +86,7 @@ def test_zeros_of_rows_that_fill_no_word(tmp_path: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
         packed_zeros = tensors["model.layers.0.self_attn.k_proj.weight_zero_point"]
         assert packed_zeros.shape[0] == -(-12 * bits // 32)
-        parts = k_proj.codec.split(k_proj.packed, 96)
+        parts = k_proj.codec.split_packed_rows(k_proj.packed, 96)
         stream = [int(w) & 0xFFFFFFFF for w in packed_zeros[:, 1]]
         number = sum(w << 32 * i for i, w in enumerate(stream))
         wanted = [number >> bits * row & 2**bits - 1 for row in range(12)]
