@@ -49,7 +49,7 @@ class WeightMerger(Protocol):
         """Return rows ``span`` of a weight with the adapter in them.
 
         Args:
-            weight: a name that ``touches``.
+            weight: a name that ``changes_weight``.
             rows: float32 ``[len(span), columns]``.
             span: rows of the weight.
             in_base: original: rows of the base's files. decoded: rows as training saw them.
@@ -104,6 +104,11 @@ class AdapterFormat(Protocol):
     @property
     def joins_head(self) -> bool:
         """Whether a classifier's head is in ``choose_tensors_file``, as PEFT has it."""
+        ...
+
+    @property
+    def on_gptq_linears(self) -> bool:
+        """Whether the ecosystem's library applies the method to GPTQ linears."""
         ...
 
     def matches(self, config: Mapping[str, Any]) -> bool:

@@ -71,7 +71,10 @@ def check_public_adapter(public: PublicAdapter) -> None:
         check_tensor_values(public.head.tensors, "the adapter's head")
     known = find_format(public.config)
     if known is None:
-        raise UserError(f"adapters of type {public.config.get('peft_type')} are not read")
+        raise UserError(
+            f"adapters of type {public.config.get('peft_type')} are not read; only "
+            f"{', '.join(PEFT_TYPES)} and AdapterHub's bottlenecks and fusions are"
+        )
     known.check(public)
 
 
@@ -124,7 +127,7 @@ def write_adapter_directory(
     else:
         (directory / _EXTRA).unlink(missing_ok=True)
     config, tensors, known = public.config, public.tensors, find_format(public.config)
-    assert known is not None  # check_adapter refuses others
+    assert known is not None  # check_public_adapter refuses others
     if known.joins_head:
         config, tensors = join_peft_head(public)
     else:
@@ -152,7 +155,8 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
             configuration changed after it was written, or tensors of a wrong type or with values
             that are not finite.
     """
-    config = _read_json(find_config_file(directory))
+    config_file = find_config_file(directory)
+    config = _read_json(config_file)
     if config is None:
         if (kind := read_adapter_metadata(directory).get("kind")) in WEIGHT_KINDS:
             raise UserError(
@@ -171,7 +175,7 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
     if not file.is_file():
         raise _explain_absent_tensors(file, known)
     metadata = read_adapter_metadata(directory)
-    refuse_edited_config(find_config_file(directory), config, metadata)
+    refuse_edited_config(config_file, config, metadata)
     facts, labels = _parse_facts_and_labels(metadata, directory / _METADATA)
     extra = (
         _read_adapter_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
@@ -202,16 +206,21 @@ def _parse_facts_and_labels(
         UserError: they are of another type, or the start is none that is known.
     """
     facts, labels = metadata.get("adapter", {}), metadata.get("labels", [])
+    again = "get the adapter again"
     if not isinstance(facts, dict):
-        raise UserError(f"{file} is damaged: adapter must hold a JSON object")
+        raise UserError(f"{file} is damaged: adapter must hold a JSON object; {again}")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{file} is damaged: labels must be a list of names")
+        raise UserError(f"{file} is damaged: labels must be a list of names; {again}")
     start = facts.get("start", "default")
     if start not in ("default", "pissa", "loftq"):
-        raise UserError(f"{file} is damaged: adapter.start is {start!r}, which no adapter has")
+        raise UserError(
+            f"{file} is damaged: adapter.start is {start!r}, which no adapter has; {again}"
+        )
     init = metadata.get("start", start)  # adapter.init of the run
     if init != start and {init, start} & {"pissa", "loftq"}:
-        raise UserError(f"{file} is damaged: adapter.start is {start!r}, but start is {init!r}")
+        raise UserError(
+            f"{file} is damaged: adapter.start is {start!r}, but start is {init!r}; {again}"
+        )
     return facts, tuple(labels)
 
 

@@ -41,7 +41,7 @@ def open_adapter_merger(adapter_dir: Path, *, tied: bool = False) -> WeightMerge
     """
     public = read_adapter_directory(adapter_dir)
     known = find_format(public.config)
-    assert known is not None  # read_adapter refuses others
+    assert known is not None  # read_adapter_directory refuses others
     try:
         merger = known.open_merger(public, tied=tied)
     except UserError as error:

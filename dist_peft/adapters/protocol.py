@@ -161,7 +161,7 @@ class Adapter(Protocol):
         ...
 
     def input_fingerprint(self) -> str:
-        """Return a fingerprint of the files read at each ``attach``; empty without any.
+        """Return a fingerprint of the files read at each ``attach_to_model``; empty without any.
         A run must not be resumed with other contents."""
         ...
 

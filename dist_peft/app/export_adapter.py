@@ -69,7 +69,7 @@ def export_adapter(
     public = read_adapter_directory(adapter)
     check_public_adapter(public)  # a damaged one is refused, not copied
     known = find_format(public.config)
-    assert known is not None  # read_adapter refuses others
+    assert known is not None  # read_adapter_directory refuses others
     if reason := known.explain_no_peft_form(public.config):
         other = "dist-peft eval --run reads the run itself"
         if not known.peft_types:

@@ -245,7 +245,7 @@ def load_init_factors(prepared: ModelSetup, checkpoints: CheckpointManager, path
 def load_training_state(
     built: LoadedModel, checkpoints: CheckpointManager, path: Path, step: int
 ) -> None:
-    """Load adapters and optimizer moments of a checkpoint; call after ``optimize``.
+    """Load adapters and optimizer moments of a checkpoint; call after ``setup_optimizer``.
 
     Raises:
         UserError: on every rank: files or tensors do not fit, or values are not finite.

@@ -107,7 +107,7 @@ class World(LaunchInfo):
 
     def build_run_token(self, device: torch.device) -> dict[str, str]:
         """Return the facts that identify this run at the rendezvous, equal on every rank. The
-        configuration is compared afterwards, key by key (``agree``)."""
+        configuration is compared afterwards, key by key (``check_agreement``)."""
         versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
         who = {"run": self.job, "command": self.command, "device": device.type}
         return who | {f"version of {name}": version for name, version in versions.items()}

@@ -95,7 +95,7 @@ class Engine(Protocol):
     def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         """Put this rank's rows into the parameter ``owner.name``; ``len(rows) == len(span)``.
 
-        May be called again before ``optimize``, between forwards, to replace rows.
+        May be called again before ``setup_optimizer``, between forwards, to replace rows.
         """
         ...
 

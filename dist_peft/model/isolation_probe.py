@@ -90,7 +90,12 @@ def is_isolated_in_float32(
             longest = min(longest, _LONGEST)
             return documents_are_isolated(model, _CPU, longest, window_lengths(config))
     except Exception as error:  # of any family's code
-        log.debug("isolation cannot be tried without weights: %s: %s", type(error).__name__, error)
+        log.info(
+            "packed documents cannot be tried in float32 without weights, only on the loaded "
+            "model (%s: %s)",
+            type(error).__name__,
+            error,
+        )
         return None
     finally:
         config._attn_implementation, config.dtype = attention, dtype

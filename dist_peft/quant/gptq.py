@@ -108,7 +108,7 @@ class HessianSum:
         self._shift = 62 - (samples - 1).bit_length() - top
 
     def add_sample(self, sample: Tensor) -> None:
-        """Add ``gram`` of a sample. Beyond ``limit`` the sum is void; ``largest`` tells."""
+        """Add ``compute_gram`` of a sample. Beyond ``limit`` the sum is void; ``largest`` tells."""
         self.largest = max(self.largest, find_largest_entry(sample))
         if self.largest <= self.limit:  # else the integers would overflow
             self.total += sample.double().mul_(math.ldexp(1.0, self._shift)).round_().long()
@@ -198,7 +198,7 @@ def solve_weight_rows(weight: Tensor, factor: HessianFactor, codec: AffineCodec)
 
     Args:
         weight: float ``[rows, in]``; any rows of the layer, 0 allowed.
-        factor: of ``factorize`` with the codec's group size.
+        factor: of ``factorize_hessian`` with the codec's group size.
         codec: bits, group size and layout.
 
     Returns:

@@ -73,7 +73,7 @@ def run_training_steps(
 ) -> int:
     """Train from ``first_step`` until ``last_step`` steps are done or ``after_step`` says stop.
 
-    ``call`` is the module to call in training steps, as returned by ``engine.optimize``.
+    ``call`` is the module to call in training steps, as returned by ``engine.setup_optimizer``.
 
     Returns the number of steps done. Raises UserError on every rank when a loss or gradient is
     not finite; the adapters are then as the last good step left them.

@@ -130,8 +130,7 @@ def write_task_report(
     return _write_page(
         run_dir,
         headline=f"An adapter for each of {_format_plural(len(tasks), 'task')}; its curves "
-        "are in the "
-        "report of its own directory, tasks/NAME.",
+        "are in the report of its own directory, tasks/NAME.",
         tables=[
             ("Setup", _list_setup_rows(summary)),
             *((name, _list_outcome_rows(records)) for name, records in tasks.items()),

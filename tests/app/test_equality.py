@@ -219,7 +219,7 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
 @pytest.mark.data
 def test_8bit_adam_on_shards(shared_data: Path, tmp_path: Path) -> None:
     """A shard cuts bitsandbytes' blocks of 256 elsewhere, so losses are only close."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     changes = {"adapter__r": 128, "train__lr": 1e-3, "train__steps": SHORT, "base__quant": NF4}
     tree = run_config(shared_data, tmp_path, train__optimizer="adamw8bit", **changes)
     plain = run_config(shared_data, tmp_path, **changes)

@@ -19,7 +19,7 @@ def test_sections_are_added_and_replaced(tmp_path: Path) -> None:
     for text in ("a/base", "12,345", "second value", "a\nstory"):
         assert text in page
     assert "first value" not in page
-    again = write_run_report(tmp_path, SUMMARY).read_text()  # a run that finished anew
+    again = write_run_report(tmp_path, SUMMARY).read_text()  # a run that finished again
     assert "second value" not in again and "12,345" in again
 
 

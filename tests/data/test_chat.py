@@ -68,7 +68,7 @@ def render(
     return renderer.render_conversation(messages, tools, "f.jsonl, record 3"), renderer.user_notes
 
 
-def learnt(chat: RenderedChat) -> list[str]:
+def list_targets(chat: RenderedChat) -> list[str]:
     return [chat.text[a:b] for a, b in chat.spans]
 
 
@@ -85,7 +85,7 @@ def test_assistant_turns_with_their_end_are_learnt(
     tokenizer: PreTrainedTokenizerFast, template: str | None, expected: list[str]
 ) -> None:
     chat, _ = render(tokenizer, template, TWO_TURNS)
-    assert learnt(chat) == expected
+    assert list_targets(chat) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_templates_without_a_plain_generation_prompt(
     tokenizer: PreTrainedTokenizerFast, template: str, expected: list[str]
 ) -> None:
     chat, _ = render(tokenizer, template, TWO_TURNS[1:])
-    assert learnt(chat) == expected
+    assert list_targets(chat) == expected
 
 
 def test_marked_and_incremental_agree(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -112,12 +112,12 @@ def test_neighbouring_assistant_turns_and_one_at_the_start(
 ) -> None:
     messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat, _ = render(tokenizer, CHATML, messages)
-    assert learnt(chat) == ["a<|im_end|>", "b<|im_end|>"]
+    assert list_targets(chat) == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_no_assistant_turn_learns_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     for template in (CHATML, CHATML_MARKED, None):
-        assert learnt(render(tokenizer, template, TWO_TURNS[:2])[0]) == []
+        assert list_targets(render(tokenizer, template, TWO_TURNS[:2])[0]) == []
 
 
 def test_without_marking_all_is_learnt_whatever_the_template(
@@ -125,7 +125,7 @@ def test_without_marking_all_is_learnt_whatever_the_template(
 ) -> None:
     for template in (CHATML, CHATML_MARKED, REVERSED):
         chat, _ = render(tokenizer, template, TWO_TURNS, mark=False, turn_end="warn")
-        assert learnt(chat) == [chat.text]
+        assert list_targets(chat) == [chat.text]
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -144,7 +144,7 @@ def test_reasoning_that_is_dropped_from_earlier_turns_is_counted(
         {"role": "assistant", "content": "ok"},
     ]
     chat, notes = render(tokenizer, THINKING, messages)
-    assert learnt(chat) == ["because<|im_end|>", "<think>\n\n</think>\n\nok<|im_end|>"]
+    assert list_targets(chat) == ["because<|im_end|>", "<think>\n\n</think>\n\nok<|im_end|>"]
     assert notes == [
         "1 texts (<think>) are left out by the chat template; the first is f.jsonl, record 3, "
         "message 2"
@@ -197,7 +197,7 @@ def family_render(
         FAMILIES[name].tokenizer(), mark_assistant=True, starts_with_bos=True, **settings
     )
     chat = renderer.render_conversation(messages, None, "f, record 1")
-    return learnt(chat), renderer.user_notes
+    return list_targets(chat), renderer.user_notes
 
 
 ASKED = {"role": "user", "content": "question"}
@@ -306,15 +306,15 @@ def test_messages_left_out_of_the_loss_on_all(
     messages = [ASKED, {**ANSWERED, **flag}, ASKED, ANSWERED]
     chat, _ = render(tokenizer, CHATML, messages, mark=False)
     whole, _ = render(tokenizer, CHATML, [ASKED, ANSWERED, ASKED, ANSWERED], mark=False)
-    assert chat.text == whole.text and learnt(whole) == [whole.text]
+    assert chat.text == whole.text and list_targets(whole) == [whole.text]
     answer = f"{ANSWERED['content']}<|im_end|>"
     start = whole.text.index(answer)
-    assert learnt(chat) == [whole.text[:start], whole.text[start + len(answer) :]]
+    assert list_targets(chat) == [whole.text[:start], whole.text[start + len(answer) :]]
 
 
 def test_a_question_left_out_of_the_loss_on_all(tokenizer: PreTrainedTokenizerFast) -> None:
     chat, _ = render(tokenizer, CHATML, [{**ASKED, "weight": 0}, ANSWERED], mark=False)
-    assert learnt(chat) == chat.text.split(ASKED["content"], 1)
+    assert list_targets(chat) == chat.text.split(ASKED["content"], 1)
 
 
 def test_a_cut_that_cannot_be_told_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -192,6 +192,7 @@ class BottleneckFormat:
     pickle_file = "pytorch_adapter.bin"
     safe_saving = "adapters: save_adapter(..., use_safetensors=True)"
     joins_head = False
+    on_gptq_linears = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is AdapterHub's."""

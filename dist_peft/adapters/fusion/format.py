@@ -165,6 +165,7 @@ class FusionFormat:
     pickle_file = "pytorch_model_adapter_fusion.bin"
     safe_saving = "adapters: save_adapter_fusion(..., use_safetensors=True)"
     joins_head = False
+    on_gptq_linears = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is a fusion's."""

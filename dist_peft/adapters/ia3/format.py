@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_peft.adapters.ia3.merge import Ia3Merger, Rescaling
+from dist_peft.adapters.peft_format import PeftFormat
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 
@@ -24,19 +25,11 @@ _PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
 _UNSUPPORTED = ("fan_in_fan_out", "modules_to_save")
 
 
-class Ia3Format:
+class Ia3Format(PeftFormat):
     """IA3 in PEFT's files. See the module docstring and ``adapters.adapter_format``."""
 
     peft_types = ("IA3",)
-    config_file = "adapter_config.json"
-    tensors_file = "adapter_model.safetensors"
-    pickle_file = "adapter_model.bin"
-    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
-    joins_head = True
-
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Return whether ``peft_type`` is IA3."""
-        return config.get("peft_type") in self.peft_types
+    on_gptq_linears = False
 
     def check(self, public: PublicAdapter) -> None:
         """Raises: UserError: see ``read_rescalings``."""
@@ -48,9 +41,6 @@ class Ia3Format:
         shown = [entries] if isinstance(entries, str) else sorted(map(str, entries))
         more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
         return f"IA3 feedforward_modules={','.join(shown[:3])}{more}"
-
-    def explain_no_peft_form(self, config: Mapping[str, Any]) -> None:
-        """PEFT loads all of them."""
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> Ia3Merger:
         """Raises: UserError: see ``read_rescalings``."""

@@ -81,7 +81,7 @@ class Ia3Merger:
         """Return rows ``span`` of a weight or bias with the adapter in them.
 
         Args:
-            weight: a name that ``touches``.
+            weight: a name that ``changes_weight``.
             rows: float32 ``[len(span), columns]``; of a bias ``[len(span)]``.
             span: rows of the weight.
             in_base: of no effect: IA3 changes no row before it is encoded.

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.adapter_format import find_format
+from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.lora.tensors import LoraTensors, build_peft_key, parse_lora_tensors
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, compute_top_singular
 from dist_peft.adapters.protocol import PublicAdapter, derive_seed
@@ -147,8 +148,9 @@ def _trim_small_values(change: Tensor, density: float) -> Tensor:
 
 def _parse_plain_lora(name: str, public: PublicAdapter) -> dict[str, LoraTensors]:
     known = find_format(public.config)
-    if known is not None:
-        known.open_merger(public, tied=False)  # refuses methods that change no weight
+    if not isinstance(known, LoraFormat):
+        method = "of another library" if known is None else known.describe(public.config)
+        raise UserError(f"{name} is {method}; only LoRA adapters are combined: leave it out")
     found = parse_lora_tensors(public)
     for path, own in found.items():
         if own.magnitude is not None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
+from dist_peft.adapters.peft_format import PeftFormat
 from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
 
@@ -36,19 +37,10 @@ __all__ = ["LoraFormat", "build_common_config", "build_public_lora"]
 _FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
 
 
-class LoraFormat:
+class LoraFormat(PeftFormat):
     """LoRA, rsLoRA, DoRA, and QA-LoRA in its three forms (``qalora.format``)."""
 
     peft_types = ("LORA", "QALORA")
-    config_file = "adapter_config.json"
-    tensors_file = "adapter_model.safetensors"
-    pickle_file = "adapter_model.bin"
-    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
-    joins_head = True
-
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Return whether ``peft_type`` is LORA or QALORA."""
-        return config.get("peft_type") in self.peft_types
 
     def check(self, public: PublicAdapter) -> None:
         """Raises: UserError: see ``lora.tensors.factors``."""
@@ -60,9 +52,6 @@ class LoraFormat:
         shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
         shown += [f"{name}={config.get(key, False)}" for key, name in _FLAGS.items()]
         return " ".join([str(config["peft_type"]), *shown])
-
-    def explain_no_peft_form(self, config: Mapping[str, Any]) -> None:
-        """PEFT loads all of them."""
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> LoraMerger:
         """Raises: UserError: see ``parse_lora_tensors``; or the embedding is adapted and

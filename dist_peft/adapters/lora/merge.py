@@ -106,7 +106,7 @@ class LoraMerger:
         """Merge rows ``span`` of an adapted weight.
 
         Args:
-            weight: a name that ``touches``.
+            weight: a name that ``changes_weight``.
             rows: float32 [len(span), columns].
             span: which rows these are.
             in_base: original: rows of the base's files. decoded: rows as training saw them.
@@ -172,7 +172,7 @@ class LoraMerger:
         """Merge rows ``span`` of an integer base exactly: other zeros, the same codes and scales.
 
         Args:
-            weight: a name that ``touches``.
+            weight: a name that ``changes_weight``.
             parts: the rows as training saw them.
             span: which rows these are.
 

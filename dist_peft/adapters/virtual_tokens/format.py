@@ -18,6 +18,7 @@ type of its own, since as PEFT's P-tuning it would be loaded and put in front wi
 from collections.abc import Mapping
 from typing import Any, Never
 
+from dist_peft.adapters.peft_format import PeftFormat
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
 from dist_peft.core.errors import UserError
@@ -130,19 +131,10 @@ def check_prompt_adapter(public: PublicAdapter) -> None:
         )
 
 
-class VirtualTokensFormat:
+class VirtualTokensFormat(PeftFormat):
     """Prompt tuning, P-tuning and prefix-tuning in PEFT's files."""
 
     peft_types = PROMPT_TYPES
-    config_file = "adapter_config.json"
-    tensors_file = "adapter_model.safetensors"
-    pickle_file = "adapter_model.bin"
-    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
-    joins_head = True
-
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Return whether ``peft_type`` is one of the methods with virtual tokens."""
-        return config.get("peft_type") in self.peft_types
 
     def check(self, public: PublicAdapter) -> None:
         """Raises: UserError: see ``check_prompt_adapter``."""

@@ -71,7 +71,9 @@ def run(args: argparse.Namespace, world: World) -> int:
     """
     config = load_config(args.config, args.overrides)
     if not config.data.eval:
-        raise UserError("data.eval is empty: nothing to evaluate")
+        raise UserError(
+            "data.eval is empty: nothing to evaluate; name a held-out file in data.eval"
+        )
     if args.choices and config.data.is_classification:
         raise UserError("--choices asks a language model; with base.head classifier leave it out")
     runs = {} if args.run_dir is None else list_task_runs(args.run_dir)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.qalora.merge import measure_lost_share
 from dist_peft.core.errors import UserError
@@ -214,10 +215,10 @@ def _export_integer(
             "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy to "
             "quantize the merged model to integers"
         )
-    if kind is GptqPacker and _is_ia3(job.adapter_dir):
+    if kind is GptqPacker and not _is_loaded_on_gptq_linears(job.adapter_dir):
         raise UserError(
             "this format keeps the adapter separate from GPTQ linears, on which PEFT does not "
-            "support IA3; choose compressed-tensors or hf-bf16"
+            "support this method; choose compressed-tensors or hf-bf16"
         )
     if codec != job.integer_codec:
         raise UserError(
@@ -230,8 +231,9 @@ def _export_integer(
     return replace(exported, exact=True)
 
 
-def _is_ia3(adapter_dir: Path) -> bool:
-    return read_adapter_directory(adapter_dir, values=False).config.get("peft_type") == "IA3"
+def _is_loaded_on_gptq_linears(adapter_dir: Path) -> bool:
+    known = find_format(read_adapter_directory(adapter_dir, values=False).config)
+    return known is not None and known.on_gptq_linears
 
 
 def _describe_merge_loss(job: ExportSpec) -> str:

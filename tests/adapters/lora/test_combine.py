@@ -123,7 +123,8 @@ def test_dare_depends_on_the_seed_alone() -> None:
     ("other", "words"),
     [
         (lora(2, use_dora=True), "is absent|DoRA"),
-        (PublicAdapter({**lora(2).config, "peft_type": "PROMPT_TUNING"}, {}), "virtual tokens"),
+        (PublicAdapter({**lora(2).config, "peft_type": "PROMPT_TUNING"}, {}), "b is PROMPT_TUNING"),
+        (PublicAdapter({"peft_type": "IA3"}, {}), "b is IA3 .*only LoRA adapters are combined"),
     ],
 )
 def test_what_is_no_plain_lora(other: PublicAdapter, words: str) -> None:
@@ -145,7 +146,7 @@ def test_other_shapes_are_another_base() -> None:
 
 def test_peft_computes_the_sum(tmp_path: Path) -> None:
     """Real PEFT, with the result, gives base + 0.7 a + 0.3 b."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     from transformers import AutoModelForCausalLM
 
     save_model(CONFIGS["llama"], tmp_path / "base")
