@@ -1,6 +1,7 @@
 """What keeps the tree readable: layers, style, types, file sizes, mirrored tests."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,41 @@ def test_launch_imports_app_only() -> None:
     for path in (ROOT / "launch").glob("*.py"):
         own = [n for n in path.read_text().splitlines() if "dist_peft" in n and "import" in n]
         assert all("dist_peft.app" in line for line in own), path
+
+
+def list_test_module_imports(source: str) -> list[str]:
+    """Names ``test_*`` that ``source`` imports, also in code that one of its strings holds."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [*(getattr(node, "module", None) or "").split(".")]
+            names += [part for alias in node.names for part in alias.name.split(".")]
+            found += [name for name in names if name.startswith("test_")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += re.findall(r"^\s*(?:from|import) [\w.]*\b(test_\w+)", node.value, re.MULTILINE)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from tests.app.test_train import run_tree", ["test_train"]),
+        ("import tests.app.test_train", ["test_train"]),
+        ("from tests.app import (\n    test_train,\n    helpers,\n)", ["test_train"]),
+        ("from .test_train import run_tree", ["test_train"]),
+        ('code = "import torch\\nfrom tests.app.test_train import x"', ["test_train"]),
+        ("from tests.support.runs import tree  # not from test_train", []),
+    ],
+)
+def test_imports_of_test_files_are_found(source: str, expected: list[str]) -> None:
+    assert list_test_module_imports(source) == expected
+
+
+def test_no_import_between_test_files() -> None:
+    """Helpers are in ``tests/support/``: a test file can be moved, split or run alone."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path != Path(__file__):
+            assert not list_test_module_imports(path.read_text()), path
 
 
 def test_no_conflict_marker_is_left() -> None:

@@ -20,35 +20,9 @@ from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from tests.support.adapters import adapted, disturb, ids, int_codec, save, tiny_llama
+from tests.support.lora_models import VARIANTS
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-PATTERNS = {
-    "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 6},
-    "alpha_pattern": {"mlp.up_proj": 10.0, "k_proj": 3.5},
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "dropout": {"dropout": 0.1},
-    "rslora": {"use_rslora": True},
-    "patterns": PATTERNS,
-    "patterns-rslora": {**PATTERNS, "use_rslora": True},
-    "dora": {"use_dora": True},
-    "dora-patterns": {"use_dora": True, **PATTERNS},
-    "list": {"target_modules": ["q_proj", "mlp.up_proj"]},
-    "expression": {"target_modules": [r".*layers\.1.*\.(q|o)_proj"]},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
-    "embeddings": {"embeddings": True},
-    "pissa": {"init": "pissa"},
-    "pissa-rslora": {"init": "pissa", "use_rslora": True},
-    "pissa-patterns": {"init": "pissa", **PATTERNS},
-    "pissa-patterns-rslora": {"init": "pissa", **PATTERNS, "use_rslora": True},
-    "pissa-dora": {"init": "pissa", "use_dora": True},
-    "pissa-embeddings": {
-        "init": "pissa",
-        "embeddings": True,
-        "rank_pattern": {"embed_tokens": 3, ".*proj": 5},
-    },
-}
 
 
 def load_with_peft(original: nn.Module, directory: Path) -> PeftModel:

@@ -15,10 +15,10 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
-from tests.app.test_equality import build, train_steps
-from tests.app.test_resume import train
-from tests.app.test_tasks import ENGINES, list_tree
 from tests.support.dist import run_ranks
+from tests.support.equality import build, train_steps
+from tests.support.story_runs import train
+from tests.support.task_runs import ENGINES, list_tree
 from tests.support.tiny_runs import save_config
 
 

@@ -19,11 +19,11 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.store.fingerprint import compute_edges_fingerprint
 from dist_peft.store.index import SafetensorsIndex
-from tests.app.test_resume import train
 from tests.support import packed
 from tests.support.dist import run_ranks
 from tests.support.fusion_runs import train_adapters
 from tests.support.store_files import save_sharded
+from tests.support.story_runs import train
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 from tests.support.tiny_runs import save_config, save_words, tiny_tree
 

@@ -1,9 +1,7 @@
 """Bottleneck adapters on every engine: losses, resuming, the finished run, AdapterHub's library."""
 
 import json
-import os
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from dist_peft.app import cli
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export import verify_consumer
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import (
-    build,
-)
-from tests.app.test_resume import losses, train
+from tests.support.adapterhub import adapterhub
 from tests.support.classification_runs import classifying_tree, save_classifier_base
+from tests.support.command_line import lines
 from tests.support.engines import (
     Outcomes,
     Runs,
@@ -32,6 +27,8 @@ from tests.support.engines import (
     outcomes_of,
     pairs,
 )
+from tests.support.equality import build
+from tests.support.story_runs import losses, train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
@@ -97,14 +94,6 @@ def test_resumed_in_another_engine(tmp_path: Path) -> None:
 # -- finished runs ---------------------------------------------------------------------------------
 
 
-def lines(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
-    """What a verb prints, or its error for another exit code."""
-    assert cli.main(argv) == code
-    close_log()
-    captured = capsys.readouterr()
-    return captured.out if code == 0 else captured.err
-
-
 def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bfloat16: the loss falls, eval and inspect read it, merges are refused, another run can
     start from it."""
@@ -164,16 +153,6 @@ READ_BY_ADAPTERHUB = [
     ("phi", "pfeiffer"),
     ("gemma2", "houlsby"),
 ]
-
-
-def adapterhub(*command: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script in the Python that has AdapterHub's library."""
-    python = os.environ.get("DIST_PEFT_ADAPTERS_PYTHON")
-    if python is None:
-        pytest.skip("DIST_PEFT_ADAPTERS_PYTHON names no Python with adapters 1.3")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = [python, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
 
 
 def trained(tmp_path: Path, family: str, **settings: Any) -> tuple[Path, Probe]:

@@ -19,15 +19,14 @@ from dist_peft.model.attention_mask import build_batch_inputs
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_bottleneck import adapterhub, lines
-from tests.app.test_equality import NF4, build
-from tests.app.test_resume import train
+from tests.support.adapterhub import adapterhub
 from tests.support.classification_runs import (
     classifying_tree,
     save_classifier_base,
     save_pairs,
     source,
 )
+from tests.support.command_line import lines
 from tests.support.engines import (
     Outcomes,
     Runs,
@@ -36,6 +35,8 @@ from tests.support.engines import (
     outcomes_of,
     pairs,
 )
+from tests.support.equality import build
+from tests.support.story_runs import NF4, train
 from tests.support.tiny_runs import save_config
 
 pytestmark = pytest.mark.dist

@@ -5,14 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.app.test_equality import (
-    NF4,
-    Outcome,
-    all_cases,
-    assert_same,
-    run_config,
-)
 from tests.support.dist import run_ranks
+from tests.support.equality import Outcome, all_cases, assert_same
+from tests.support.story_runs import NF4, run_config
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]

@@ -20,15 +20,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.step_metrics import read_metrics
-from tests.app import test_equality
-from tests.app.test_equality import (
-    NF4,
-    Outcome,
-    all_cases,
-    assert_same,
-    build,
-)
-from tests.app.test_resume import train
+from tests.support import equality
 from tests.support.dist import run_ranks
 from tests.support.engines import (
     Outcomes,
@@ -38,6 +30,8 @@ from tests.support.engines import (
     outcomes_of,
     pairs,
 )
+from tests.support.equality import Outcome, all_cases, assert_same, build
+from tests.support.story_runs import NF4, train
 from tests.support.tiny_models import MIXTURES, save_model
 from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
@@ -127,8 +121,8 @@ def routed(world: World, whole: dict[str, Any]) -> Outcome:
                 module.register_forward_hook(route)
         return config, built, loaders, call
 
-    with mock.patch.object(test_equality, "build", hooked):
-        return test_equality.losses_and_gradients(world, whole)
+    with mock.patch.object(equality, "build", hooked):
+        return equality.losses_and_gradients(world, whole)
 
 
 def test_experts_that_nobody_chooses(tmp_path: Path) -> None:

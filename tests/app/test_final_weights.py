@@ -19,9 +19,8 @@ from dist_peft.core.world import World
 from dist_peft.export.verify import Comparison, Probe, verify_directory
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import NF4
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
+from tests.support.story_runs import NF4, losses, train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 

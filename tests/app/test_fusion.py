@@ -16,18 +16,14 @@ from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_bottleneck import adapterhub, lines
-from tests.app.test_equality import (
-    NF4,
-    Outcome,
-    all_cases,
-    build,
-)
-from tests.app.test_resume import losses, train
+from tests.support.adapterhub import adapterhub
 from tests.support.classification_runs import classifying_tree, save_classifier_base
+from tests.support.command_line import lines
 from tests.support.dist import run_ranks
 from tests.support.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.support.equality import Outcome, all_cases, build
 from tests.support.fusion_runs import NAMES, changed, fusion_tree, train_adapters
+from tests.support.story_runs import NF4, losses, train
 from tests.support.tiny_models import CONFIGS, ENCODERS, save_model
 from tests.support.tiny_runs import save_config, tiny_tree
 

@@ -19,8 +19,7 @@ from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.gptq import compute_gram, factorize_hessian, solve_weight_rows
-from tests.app.test_quantized_base import GPTQ
-from tests.support.tiny_runs import save_records, tiny_tree
+from tests.support.tiny_runs import GPTQ, save_records, tiny_tree
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from dist_peft.app import cli
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare_logits
-from tests.app.test_resume import losses, train
 from tests.support.classification_runs import classifying_tree, save_classifier_base
 from tests.support.dist import run_ranks
 from tests.support.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.support.story_runs import losses, train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 

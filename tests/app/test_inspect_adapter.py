@@ -17,7 +17,7 @@ from dist_peft.app.commands.inspect import describe_path
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.test_resume import train
+from tests.support.story_runs import train
 from tests.support.tiny_runs import save_base, tiny_tree
 
 INT4 = {"kind": "int", "bits": 4, "group_size": 8}

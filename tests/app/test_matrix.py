@@ -38,9 +38,8 @@ from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.model.skeleton import find_decoder_blocks
 from dist_peft.quant.codec import make_codec
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import run_config
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
+from tests.support.story_runs import losses, run_config, train
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]

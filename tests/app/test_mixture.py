@@ -10,8 +10,8 @@ from dist_peft.app import cli
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
+from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
 STOP = 3

@@ -13,9 +13,9 @@ from dist_peft.app.trainer import Trainer
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.test_resume import train
-from tests.export.formats.test_kept_nf4 import finished_run
 from tests.support.dist import run_ranks
+from tests.support.export_runs import finished_run
+from tests.support.story_runs import train
 from tests.support.tiny_runs import tiny_tree
 
 NF4 = {"kind": "nf4", "group_size": 8}

@@ -20,9 +20,9 @@ from dist_peft.core.world import World
 from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.quant.affine import AffineCodec
-from tests.app.test_resume import losses, train
 from tests.support import packed
 from tests.support.dist import run_ranks
+from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import tiny_tree
 
 QALORA = {"kind": "qalora", "r": 4, "alpha": 8}

@@ -23,14 +23,9 @@ from dist_peft.core.world import World
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from tests.app.test_equality import (
-    Outcome,
-    assert_same,
-    losses_and_gradients,
-    run_config,
-)
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
+from tests.support.equality import Outcome, assert_same, losses_and_gradients
+from tests.support.story_runs import losses, run_config, train
 
 pytestmark = [pytest.mark.dist, pytest.mark.data]
 

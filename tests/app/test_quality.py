@@ -9,7 +9,7 @@ from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import run_config
+from tests.support.story_runs import run_config
 
 
 def held_out_loss(shared_data: Path, tmp_path: Path, quant: dict[str, Any] | None) -> float:

@@ -21,17 +21,9 @@ from dist_peft.core.world import World
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.nf4 import Nf4Codec
 from tests.support.dist import run_ranks
-from tests.support.tiny_runs import save_config, save_records, tiny_tree
+from tests.support.tiny_runs import GPTQ, save_config, save_records, tiny_tree
 
 CPU = torch.device("cpu")
-GPTQ: dict[str, Any] = {
-    "kind": "int",
-    "bits": 3,
-    "group_size": 16,
-    "solver": "gptq",
-    "calibration_samples": 3,  # on 2 ranks one of them has one more
-    "calibration_tokens": 24,
-}
 
 
 @pytest.fixture

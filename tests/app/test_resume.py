@@ -1,6 +1,5 @@
 """Stopped and resumed at another number of ranks, a run goes on as if nothing had happened."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,43 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
-from dist_peft.app.commands import train as train_app
-from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import CheckpointManager
-from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import run_config
 from tests.support.dist import run_ranks
-
-STOP, STEPS = 6, 12
-
-
-def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> int:
-    """``train`` with a signal that comes during step ``stop_after``; its report has no curves,
-    which take longer to draw than these runs."""
-    asked = 0
-
-    def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == stop_after
-
-    with (
-        mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)),
-        mock.patch("dist_peft.train.report.PLOTS", ()),
-    ):
-        return train_app.train_from_config(parse_config(tree), world)
-
-
-def losses(directory: Path) -> list[float]:
-    return [record.loss for record in read_metrics(directory / "metrics.jsonl")]
-
-
-def short(shared_data: Path, tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
-    save = {"dir": str(tmp_path / name), "every": 0}
-    defaults = {"train__steps": STEPS, "base__quant": {"kind": "nf4"}}
-    return run_config(shared_data, tmp_path, save=save, **{**defaults, **changes})
+from tests.support.story_runs import STEPS, STOP, losses, short, train
 
 
 @pytest.mark.dist

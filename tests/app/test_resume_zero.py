@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from dist_peft.core.world import World
-from tests.app.test_resume import STEPS, STOP, losses, short, train
 from tests.support.dist import run_ranks
+from tests.support.story_runs import STEPS, STOP, losses, short, train
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]

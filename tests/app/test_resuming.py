@@ -19,9 +19,9 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import RunPosition
-from tests.app.test_resume import train
-from tests.app.test_run_identity import changed, other_inputs
 from tests.support.dist import run_ranks
+from tests.support.rank_inputs import changed, other_inputs
+from tests.support.story_runs import train
 from tests.support.tiny_runs import save_words, tiny_tree
 
 Tree = dict[str, Any]

@@ -16,7 +16,6 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train import report
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
-from tests.app.test_resume import losses, train
 from tests.support.classification_runs import (
     classifying_tree,
     save_classifier_base,
@@ -24,7 +23,8 @@ from tests.support.classification_runs import (
     source,
 )
 from tests.support.dist import run_ranks
-from tests.support.tiny_runs import save_records, tiny_tree
+from tests.support.story_runs import losses, train
+from tests.support.task_runs import ENGINES, list_tree
 
 NAMES = ("long", "short", "other")
 
@@ -39,28 +39,6 @@ def _quick() -> Iterator[None]:
     with not_drawing():
         yield
     close_log()
-
-
-def list_tree(directory: Path, count: int = 3, **changes: Any) -> dict[str, Any]:
-    """Tasks of different data and number of rows; the third has no held-out source."""
-
-    def records(name: str, rows: int, words: int) -> dict[str, str]:
-        return {"path": str(save_records(directory / f"{name}.jsonl", rows, words)), "name": name}
-
-    train = [records("long", 8, 9), records("short", 5, 3), records("other", 6, 6)]
-    short = {
-        "adapter": {"r": 3, "alpha": 8, "dropout": 0.2},  # odd: no even share for two ranks
-        "data__train": train[:count],
-        "data__eval": [
-            {**records("short dev", 3, 3), "name": "short"},
-            {**records("long dev", 2, 9), "name": "long"},
-        ],
-        "data__seq_len": 32,
-        "train__tasks": "separate",
-        "train__steps": 3,
-        "save__every": 0,
-    }
-    return tiny_tree(directory, **{**short, **changes})
 
 
 def alone(run: Path, directory: Path, engine: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +95,6 @@ def test_task_is_the_run_of_its_source_alone(tmp_path: Path) -> None:
     assert r"An adapter for each of 3 tasks" in (run / "report.html").read_text()
     assert "task short, 2 of 3" in (run / "log.txt").read_text()
     assert load_config(run / "tasks" / "other" / "config.yaml").data.eval == []
-
-
-ENGINES: list[dict[str, Any]] = [
-    {"kind": "fsdp2"},
-    {"kind": "zero", "stage": 1},
-    {"kind": "zero", "stage": 3},  # last: it replaces functional.linear for good
-]
 
 
 @pytest.mark.dist

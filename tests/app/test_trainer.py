@@ -14,9 +14,8 @@ from dist_peft.core.world import World
 from dist_peft.train import loop
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.commands.test_train import train
-from tests.app.test_equality import build
-from tests.support.tiny_runs import tiny_tree
+from tests.support.equality import build
+from tests.support.tiny_runs import tiny_tree, train
 
 
 @pytest.fixture(autouse=True)

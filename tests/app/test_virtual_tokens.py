@@ -16,12 +16,9 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.step_metrics import read_metrics
-from tests.app.test_equality import (
-    NF4,
-)
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
 from tests.support.engines import Outcomes, Runs, check_equals_single, outcomes_of, pairs
+from tests.support.story_runs import NF4, losses, train
 from tests.support.tiny_runs import save_records, tiny_tree
 
 pytestmark = pytest.mark.dist

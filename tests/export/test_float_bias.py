@@ -6,21 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.export.float_bias import find_stored_group_size
 from dist_peft.export.formats.registry import export_model
 from tests.support.export_runs import make_run
-
-
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """Codes of a dense bit stream, one at a time, with Python's own integers."""
-    rows = []
-    for row in words.view(torch.int32).tolist():
-        stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row))
-        rows.append([stream >> (bits * i) & (2**bits - 1) for i in range(len(row) * 32 // bits)])
-    return torch.tensor(rows, dtype=torch.float32)
+from tests.support.packed import unpack
 
 
 @pytest.mark.parametrize(

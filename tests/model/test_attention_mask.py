@@ -18,29 +18,15 @@ from dist_peft.model.attention_mask import (
     build_prefix_mask,
     documents_are_isolated,
 )
-from tests.support.tiny_models import _GROUPED, CONFIGS, ENCODERS, MIXTURES, save_model
+from tests.support.tiny_models import (
+    CONFIGS,
+    CONVOLUTIONS,
+    ENCODERS,
+    MIXTURES,
+    save_model,
+)
 
 CPU = torch.device("cpu")
-CONVOLUTIONS: dict[str, tf.PretrainedConfig] = {
-    "lfm2": tf.Lfm2Config(**_GROUPED, layer_types=["conv", "full_attention"]),
-    "qwen3_5_text": tf.Qwen3_5TextConfig(
-        **_GROUPED,
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    ),
-    "falcon_h1": tf.FalconH1Config(
-        **_GROUPED,
-        mamba_n_heads=8,
-        mamba_d_head=16,
-        mamba_d_ssm=128,
-        mamba_d_state=16,
-        mamba_n_groups=1,
-    ),
-}
-"""Families with a short convolution over the row, which no mask stops."""
 
 
 def model_of(family: str, directory: Path) -> tf.PreTrainedModel:

@@ -24,8 +24,8 @@ from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.reader import RowReader
-from tests.model.test_load import load, share
 from tests.support.dist import run_ranks
+from tests.support.rank_loads import load, share
 from tests.support.tiny_models import MIXTURES, save_model
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.model.float32_tensors import is_kept_in_float32
-from tests.model.test_skeleton import IDS, load
+from tests.support.loaded_models import IDS, load
 from tests.support.tiny_models import _COMMON, _GROUPED
 
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.freezing import compute_packed_share, is_plain_linear
-from tests.model.test_skeleton import IDS, load, logits
+from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
 

@@ -19,8 +19,7 @@ from dist_peft.model import attention_mask as attention
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.isolation_probe import is_isolated_in_float32, layers_to_run
 from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
-from tests.model.test_attention_mask import CONVOLUTIONS
-from tests.support.tiny_models import _GROUPED, CONFIGS, MIXTURES, save_model
+from tests.support.tiny_models import _GROUPED, CONFIGS, CONVOLUTIONS, MIXTURES, save_model
 
 CPU = torch.device("cpu")
 

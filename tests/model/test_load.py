@@ -1,7 +1,6 @@
 """Who reads which bytes, and what becomes of them: one process, two and three."""
 
 import errno
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -9,63 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from dist_peft.adapters.lora.method import LoraAdapter
-from dist_peft.core.config.run import BaseConfig, EngineConfig, LoraConfig, QuantConfig
+from dist_peft.core.config.run import BaseConfig, LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.span import Span, row_span
+from dist_peft.core.span import Span
 from dist_peft.core.world import RemoteError, World
-from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
-from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader
+from tests.support import rank_loads
 from tests.support.dist import run_ranks
+from tests.support.rank_loads import CPU, load, share
 from tests.support.tiny_models import CONFIGS, save_model
 
-CPU = torch.device("cpu")
 NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)
-
-
-@dataclass
-class Loaded:
-    bytes_read: int
-    largest_read: int
-    local: dict[str, Tensor]
-    packed: set[str]
-    progress: list[int]
-
-
-def load(
-    world: World, directory: Path, quant: QuantConfig | None, lora: LoraConfig | None = None
-) -> Loaded:
-    skeleton = build_skeleton(
-        BaseConfig(path=str(directory), quant=quant, compute_dtype="float32"), directory
-    )
-    model = skeleton.model
-    if lora is not None:
-        LoraAdapter(lora, seed=0, arithmetic=torch.float32).attach_to_model(model)
-    engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
-    engine.shard_model(model, skeleton.blocks)
-    progress: list[int] = []
-    with RowReader(skeleton.index) as reader, world.raise_together("load base"):
-        load_model(model, reader, engine, CPU, progress.append)
-    local = {
-        name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
-    packed = {f"{n}.packed" for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
-    return Loaded(reader.bytes_read, reader.largest_read, local, packed, progress)
-
-
-def share(directory: Path, ranks: int, rank: int) -> list[int]:
-    """Bytes of a rank's rows of each tensor in the files."""
-    return [
-        len(row_span(t.shape[0], ranks, rank)) * t[:1].numel() * t.element_size()
-        for t in load_file(directory / "model.safetensors").values()
-    ]
 
 
 @pytest.fixture
@@ -144,7 +101,7 @@ def _disk_errors(world: World, directory: Path, names: list[str], lora: LoraConf
     for name in names:
         UnreadableReader.fails_at = name if world.rank == 1 else ""
         with (
-            mock.patch(f"{__name__}.RowReader", UnreadableReader),
+            mock.patch.object(rank_loads, "RowReader", UnreadableReader),
             pytest.raises((OSError, RemoteError)) as caught,
         ):
             load(world, directory, NF4, lora)

@@ -10,37 +10,14 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from dist_peft.core.config.run import BaseConfig, QuantConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.single import SingleEngine
 from dist_peft.model.attention_mask import build_model_inputs
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.load import load_model
-from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
-from dist_peft.store.reader import RowReader
+from dist_peft.model.skeleton import find_decoder_blocks
+from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
-
-CPU = torch.device("cpu")
-
-
-def load(directory: Path, **changes: Any) -> Skeleton:
-    fields = {"path": str(directory), "quant": None, "compute_dtype": "float32"} | changes
-    skeleton = build_skeleton(BaseConfig(**fields), directory)
-    engine = SingleEngine(CPU)
-    engine.shard_model(skeleton.model, skeleton.blocks)
-    with RowReader(skeleton.index) as reader:
-        load_model(skeleton.model, reader, engine, CPU)
-    return skeleton
-
-
-def logits(model: Any, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
-
-
-IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

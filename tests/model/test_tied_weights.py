@@ -14,7 +14,7 @@ from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.model.tied_weights import list_tied_names, read_untied_config_keys
-from tests.model.test_skeleton import IDS, load, logits
+from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -16,7 +16,7 @@ from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.weight_probe import find_externally_read_linears, list_weights_read_by
 from dist_peft.store.reader import RowReader
-from tests.model.test_skeleton import IDS
+from tests.support.loaded_models import IDS
 from tests.support.tiny_models import _COMMON, _GROUPED, save_model
 
 CPU = torch.device("cpu")

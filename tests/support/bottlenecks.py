@@ -8,9 +8,10 @@ from torch import nn
 
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, TrainableNorm
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.span import Span, row_span
-from tests.support.adapters import frozen_model
+from tests.support.adapters import frozen_model, tiny_llama
 
 
 def fill(adapter: BottleneckAdapter, ranks: int = 1) -> None:
@@ -51,3 +52,8 @@ def gathered(adapter: BottleneckAdapter) -> dict[str, torch.Tensor]:
 
 def whole(size: int) -> Span:
     return Span(0, size)
+
+
+def public(placement: str = "houlsby", **settings: Any) -> PublicAdapter:
+    _, adapter = adapted(tiny_llama(), placement=placement, **settings)
+    return adapter.to_public_adapter(gathered(adapter), "tiny/base")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dist_peft.core.world import World
-from tests.app.test_equality import Outcome, all_cases, assert_same
-from tests.app.test_resume import losses, train
 from tests.support.dist import run_ranks
+from tests.support.equality import Outcome, all_cases, assert_same
+from tests.support.story_runs import losses, train
 
 Runs = dict[str, tuple[int, dict[str, Any], tuple[str, ...]]]
 """Name -> ranks, ``engine`` section, cases. Runs of zero 3 come last: what it does to its process

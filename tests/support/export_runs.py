@@ -11,12 +11,17 @@ from torch import Tensor
 
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.app.commands.train import train_from_config
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
+from dist_peft.core.log import close_log
+from dist_peft.core.world import World
 from dist_peft.export.formats.export_spec import ExportSpec
 from dist_peft.export.verify import Probe
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
 from tests.support.tiny_models import save_model
+from tests.support.tiny_runs import save_records, tiny_tree
 
 VOCABULARY = 320
 TEXT = "the quick brown fox jumps over the lazy dog; it's 12345 times that we've seen it. "
@@ -124,3 +129,29 @@ def make_run(
         trained = model(input_ids=ids, use_cache=False).logits
     state = {name: weight.data.clone() for name, weight in weights.items()}
     return FakeRun(base, root / "base", root / "adapter", Probe(ids, trained, before), state)
+
+
+CONFIG = tf.LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+"""in_features are multiples of 64 (o_proj: 64, down_proj: 192)."""
+
+
+def finished_run(
+    directory: Path, quant: dict[str, Any], adapter: dict[str, Any], *, tied: bool = False
+) -> Path:
+    """A run of three steps on a random Llama."""
+    config = tf.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+    tree = tiny_tree(directory, adapter={"r": 5, "alpha": 10, **adapter})
+    save_model(config, directory / "base")  # tiny_tree writes a base of its own
+    tree["base"] |= {"path": str(directory / "base"), "quant": quant}
+    tree["data"]["train"] = [str(save_records(directory / "train.jsonl"))]
+    assert train_from_config(parse_config(tree), World()) == 0
+    close_log()
+    return directory / "run"

@@ -5,7 +5,7 @@ from typing import Any
 
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from tests.app.test_resume import train
+from tests.support.story_runs import train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_records, tiny_tree
 

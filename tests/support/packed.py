@@ -239,3 +239,12 @@ def save(tensors: dict[str, Tensor], directory: Path) -> None:
 
 def copy(directory: Path, out: Path) -> Path:
     return Path(shutil.copytree(directory, out))
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes of a dense bit stream, one at a time, with Python's own integers."""
+    rows = []
+    for row in words.view(torch.int32).tolist():
+        stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(row))
+        rows.append([stream >> (bits * i) & (2**bits - 1) for i in range(len(row) * 32 // bits)])
+    return torch.tensor(rows, dtype=torch.float32)

@@ -95,3 +95,25 @@ def save_model(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
+
+
+CONVOLUTIONS: dict[str, tf.PretrainedConfig] = {
+    "lfm2": tf.Lfm2Config(**_GROUPED, layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": tf.Qwen3_5TextConfig(
+        **_GROUPED,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "falcon_h1": tf.FalconH1Config(
+        **_GROUPED,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_ssm=128,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+    ),
+}
+"""Families with a short convolution over the row, which no mask stops."""

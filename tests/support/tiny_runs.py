@@ -8,6 +8,9 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dist_peft.app.commands import train as train_app
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.world import World
 from tests.support.tiny_models import CONFIGS, save_model
 
 
@@ -67,3 +70,18 @@ def save_config(directory: Path, tree: dict[str, Any]) -> Path:
     path = directory / "config.yaml"
     OmegaConf.save(OmegaConf.create(tree), path)
     return path
+
+
+GPTQ: dict[str, Any] = {
+    "kind": "int",
+    "bits": 3,
+    "group_size": 16,
+    "solver": "gptq",
+    "calibration_samples": 3,  # on 2 ranks one of them has one more
+    "calibration_tokens": 24,
+}
+
+
+def train(tree: dict[str, Any]) -> int:
+    """The command ``train`` in this process; its exit code."""
+    return train_app.train_from_config(parse_config(tree), World())

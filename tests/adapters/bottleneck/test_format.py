@@ -24,8 +24,7 @@ from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError
-from tests.support.adapters import tiny_llama
-from tests.support.bottlenecks import adapted, gathered
+from tests.support.bottlenecks import adapted, gathered, public
 from tests.support.tiny_models import ENCODERS
 
 SEQ_BN: dict[str, Any] = {
@@ -83,11 +82,6 @@ PRESETS = {
     },
 }
 """seq_bn, double_seq_bn and par_bn."""
-
-
-def public(placement: str = "houlsby", **settings: Any) -> PublicAdapter:
-    _, adapter = adapted(tiny_llama(), placement=placement, **settings)
-    return adapter.to_public_adapter(gathered(adapter), "tiny/base")
 
 
 def bert() -> Any:

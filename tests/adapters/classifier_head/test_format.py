@@ -15,7 +15,7 @@ from dist_peft.adapters.directory import read_adapter_directory, write_adapter_d
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
 from dist_peft.core.errors import UserError
-from tests.adapters.bottleneck.test_format import public as public_bottleneck
+from tests.support.bottlenecks import public as public_bottleneck
 from tests.support.tiny_models import ENCODERS, save_model
 
 HEAD = {

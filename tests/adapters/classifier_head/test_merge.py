@@ -5,7 +5,7 @@ import torch
 
 from dist_peft.adapters.classifier_head.merge import HeadMerger
 from dist_peft.core.span import Span
-from tests.adapters.lora.test_merge import Q, trained
+from tests.support.lora_models import Q, trained
 
 HEAD = {"classifier.weight": torch.arange(12.0).view(4, 3), "classifier.bias": torch.ones(4)}
 

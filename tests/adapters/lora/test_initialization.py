@@ -9,8 +9,8 @@ from dist_peft.adapters.lora.initialization import (
 )
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.core.span import row_span
-from tests.adapters.low_rank.test_row_sharded import decaying, dense_best
 from tests.support.adapters import int_codec
+from tests.support.matrices import decaying, dense_best
 from tests.support.thread_ranks import run_ranks
 
 SCALING = 2.5

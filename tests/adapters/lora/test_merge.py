@@ -13,10 +13,7 @@ from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
-from dist_peft.quant.codec import Codec
-from tests.adapters.test_directory import VARIANTS
 from tests.support.adapters import (
-    RAW,
     adapted,
     adapter_modules,
     disturb,
@@ -25,8 +22,7 @@ from tests.support.adapters import (
     save,
     tiny_llama,
 )
-
-Q = "model.layers.0.self_attn.q_proj.weight"
+from tests.support.lora_models import VARIANTS, Q, trained
 
 
 def merged_by_peft(original: nn.Module, directory: Path) -> nn.Module:
@@ -45,16 +41,6 @@ def merge_all(merger: LoraMerger, model: nn.Module, parts: int = 1) -> dict[str,
             rows = [merger.merge_weight_rows(name, weight[s.slice], s, "original") for s in spans]
             merged[name] = torch.cat(rows)
     return merged
-
-
-def trained(
-    directory: Path, codec: Codec = RAW, **settings: Any
-) -> tuple[nn.Module, nn.Module, LoraMerger]:
-    """(original, trained model, merger)"""
-    original = tiny_llama(bias=True)
-    model, adapter = adapted(original, codec, r=4, alpha=6, **settings)
-    disturb(model)
-    return original, model.eval(), open_adapter_merger(save(model, adapter, directory))
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)

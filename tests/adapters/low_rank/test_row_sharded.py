@@ -7,21 +7,8 @@ from dist_peft.adapters.low_rank.row_sharded import add_factor_product, compute_
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from tests.support.dist import run_ranks as run_processes
+from tests.support.matrices import decaying, dense_best
 from tests.support.thread_ranks import run_ranks
-
-
-def decaying(out: int, features: int, ratio: float = 0.7) -> Tensor:
-    """A matrix whose singular values fall geometrically."""
-    generator = torch.Generator().manual_seed(1)
-    small = min(out, features)
-    left = torch.linalg.qr(torch.randn(out, small, generator=generator, dtype=torch.float64)).Q
-    right = torch.randn(features, small, generator=generator, dtype=torch.float64)
-    return (left * ratio ** torch.arange(small) @ torch.linalg.qr(right).Q.T).float()
-
-
-def dense_best(weight: Tensor, rank: int) -> Tensor:
-    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    return u[:, :rank] * s[:rank] @ v[:rank]
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (9, 50), (50, 9)])

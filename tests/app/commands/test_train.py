@@ -19,12 +19,11 @@ from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
-from dist_peft.core.world import World
 from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
 from dist_peft.train.loop import StepResult
 from dist_peft.train.step_metrics import read_metrics
-from tests.support.tiny_runs import tiny_tree
+from tests.support.tiny_runs import tiny_tree, train
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +32,6 @@ def _clean() -> Iterator[None]:
     yield
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
     close_log()
-
-
-def train(tree: dict[str, Any]) -> int:
-    return train_app.train_from_config(parse_config(tree), World())
 
 
 def test_run_directory(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.export.formats.registry import export_model
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
-from tests.export.test_float_bias import unpack
 from tests.support.export_runs import FakeRun, make_run
+from tests.support.packed import unpack
 
 
 def base_weights(run: FakeRun) -> dict[str, torch.Tensor]:

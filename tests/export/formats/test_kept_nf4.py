@@ -21,35 +21,10 @@ from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Probe
 from dist_peft.quant.nf4 import Nf4Codec
-from tests.support.tiny_models import save_model
-from tests.support.tiny_runs import save_records, tiny_tree
+from tests.support.export_runs import finished_run
+from tests.support.tiny_runs import tiny_tree
 
 bnb = pytest.importorskip("bitsandbytes")
-
-CONFIG = tf.LlamaConfig(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-"""in_features are multiples of 64 (o_proj: 64, down_proj: 192)."""
-
-
-def finished_run(
-    directory: Path, quant: dict[str, Any], adapter: dict[str, Any], *, tied: bool = False
-) -> Path:
-    """A run of three steps on a random Llama."""
-    config = tf.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
-    tree = tiny_tree(directory, adapter={"r": 5, "alpha": 10, **adapter})
-    save_model(config, directory / "base")  # tiny_tree writes a base of its own
-    tree["base"] |= {"path": str(directory / "base"), "quant": quant}
-    tree["data"]["train"] = [str(save_records(directory / "train.jsonl"))]
-    assert train_from_config(parse_config(tree), World()) == 0
-    close_log()
-    return directory / "run"
 
 
 @pytest.mark.parametrize(

@@ -12,25 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dist_peft.adapters.lora.method import LoraAdapter
-from dist_peft.core.config.run import BaseConfig, EngineConfig, LoraConfig, QuantConfig
+from dist_peft.core.config.run import LoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
-from dist_peft.engine.fsdp2 import Fsdp2Engine
-from dist_peft.engine.single import SingleEngine
-from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.load import load_model
 from dist_peft.model.prequantized.base import PrequantizedBase, open_prequantized
-from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.codec import make_codec
 from dist_peft.store.index import SafetensorsIndex
-from dist_peft.store.reader import RowReader
 from tests.support import packed
 from tests.support.dist import run_ranks
+from tests.support.prequantized_models import base_of, fill, linears, load, logits
 
-CPU = torch.device("cpu")
-IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
 INT4 = QuantConfig(kind="int", bits=4, group_size=packed.GROUP)
 INT3 = QuantConfig(kind="int", bits=3, group_size=packed.GROUP)
 
@@ -59,37 +51,6 @@ def bases(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     root = tmp_path_factory.mktemp("packed")
     saves = {name: save for name, (save, _) in SAME_CODES.items()} | OTHERS
     return {name: save(plain, root / name.replace(" ", "")) for name, save in saves.items()}
-
-
-def fill(world: World, base: BaseConfig, adapter: LoraConfig | None = None) -> tuple[Skeleton, int]:
-    """Load ``base``; gives the bytes that this rank read, too."""
-    skeleton = build_skeleton(base, Path(base.path))
-    if adapter is not None:
-        LoraAdapter(adapter, seed=0, arithmetic=torch.float32).attach_to_model(skeleton.model)
-    engine = SingleEngine(CPU) if world.size == 1 else Fsdp2Engine(EngineConfig(), world, CPU)
-    engine.shard_model(skeleton.model, skeleton.blocks)
-    with RowReader(skeleton.index) as reader, world.raise_together("load base"):
-        load_model(skeleton.model, reader, engine, CPU)
-    return skeleton, reader.bytes_read
-
-
-def load(directory: Path, **options: Any) -> Skeleton:
-    return fill(World(), base_of(directory, **options))[0]
-
-
-def base_of(directory: Path, **options: Any) -> BaseConfig:
-    return BaseConfig(**{"path": str(directory), "compute_dtype": "float32", **options})
-
-
-def linears(skeleton: Skeleton) -> dict[str, FrozenLinear]:
-    """Of the blocks, by their weight's name."""
-    modules = skeleton.model.modules()
-    return {m.source: m for m in modules if isinstance(m, FrozenLinear) and not m.is_head}
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
 
 
 # -- what is decoded -------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from dist_peft.model.prequantized.bnb import BitsandbytesFormat
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from tests.model.prequantized.test_base import linears, load, logits
 from tests.support import packed
+from tests.support.prequantized_models import linears, load, logits
 
 bnb = pytest.importorskip("bitsandbytes")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
-from tests.model.prequantized.test_base import IDS, linears, load, logits
 from tests.support import packed
+from tests.support.prequantized_models import IDS, linears, load, logits
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
