@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch
 from dist_peft.model.classifier import reads_token_types
+from dist_peft.model.document_attention import DOCUMENT_ATTENTION, build_document_masks
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.rotary import list_switch_lengths
 from dist_peft.model.skeleton import parse_torch_dtype
@@ -48,10 +49,19 @@ _NEED_EXPLICIT_MASK = {"opt"}
 """Model types that build their causal mask without looking at the position ids."""
 
 
-def build_model_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
-    """Return keyword arguments of the forward pass for packed sequences ``[B, S]``."""
+def build_model_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    is_packed: bool = True,
+) -> dict[str, Any]:
+    """Return keyword arguments of the forward pass for sequences ``[B, S]``.
+
+    Args:
+        is_packed: false: a sequence holds one document and its padding.
+    """
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    mask = build_packing_mask(model, position_ids)
+    mask = build_packing_mask(model, position_ids, is_packed)
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
@@ -70,9 +80,17 @@ def build_batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> 
     return inputs
 
 
-def build_packing_mask(model: nn.Module, position_ids: Tensor) -> Tensor | None:
-    """Return ``build_document_mask`` for models that do not derive it from positions, else None."""
+def build_packing_mask(
+    model: nn.Module, position_ids: Tensor, is_packed: bool = True
+) -> Tensor | dict[str, Tensor] | None:
+    """Return the mask of sequences ``[B, S]`` for models that do not derive it from positions.
+
+    That is the boundaries of documents where the model has document attention, and
+    ``build_document_mask`` for a few families; else None.
+    """
     config: Any = model.config
+    if config._attn_implementation == DOCUMENT_ATTENTION:
+        return build_document_masks(model, position_ids, is_packed)
     if config.model_type not in _NEED_EXPLICIT_MASK or not is_packed_sequence(position_ids):
         return None
     # a name after save_pretrained has made the configuration JSON

@@ -59,7 +59,8 @@ def probe_forward(
         replaced: linears and experts that were frozen; restored ones are removed.
         path: ``base.path``, for messages.
 
-    Sets ``without_gradient`` of packed linears.
+    Sets ``without_gradient`` of packed linears, and ``head_output_is_logits`` of the model: whether
+    its logits are the output of its head, neither scaled nor capped afterwards.
 
     Raises:
         UserError: the forward fails with packed linears and not with the original ones, or it
@@ -184,18 +185,34 @@ def _run_forward(
                 inputs = {"input_ids": ids}
                 if model.get_output_embeddings() is not None:
                     inputs["position_ids"] = torch.arange(_TOKENS)[None]
-                logits = model(**inputs).logits
+                logits, head_is_last = _run_and_watch_head(model, inputs)
                 if markers is not None:
                     logits.float().sum().backward()
             changed = sum(p._version > 0 for p in parameters)
         if changed:
             raise _ChangedWeightsError(f"its forward changes {changed} of its weights in place")
+        vars(model)["head_output_is_logits"] = head_is_last
     except Exception as error:  # any error of a family's code
         return error
     finally:
         if attention not in ON_ANY_DEVICE:
             model.config._attn_implementation = attention
     return None
+
+
+def _run_and_watch_head(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """Return the logits, and whether they are the output of the output head, unchanged."""
+    outputs: list[Any] = []
+    head = model.get_output_embeddings()
+    watch = None
+    if isinstance(head, nn.Module):
+        watch = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if watch is not None:
+            watch.remove()
+    return logits, len(outputs) == 1 and outputs[0] is logits
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import documents_are_isolated
+from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -79,7 +80,7 @@ def is_isolated_in_float32(
     config = model.config
     attention, dtype = config._attn_implementation, config.dtype
     try:
-        if attention not in ON_ANY_DEVICE:
+        if attention not in (*ON_ANY_DEVICE, DOCUMENT_ATTENTION):
             config._attn_implementation = "sdpa"
         config.dtype = torch.float32
         with restore_own_attributes(model), torch.random.fork_rng(devices=[]):

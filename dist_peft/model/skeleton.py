@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
+from dist_peft.model.document_attention import select_document_attention
 from dist_peft.model.experts import ExpertStack, find_expert_modules, find_router_linears
 from dist_peft.model.float32_tensors import find_wider_dtypes, set_parameter_dtypes
 from dist_peft.model.forward_probe import probe_forward
@@ -187,6 +188,8 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     if base.head == "lm":
         _refuse_unnamed_linears(model, base.path)
     set_rotary_by_document(model)
+    if base.head == "lm" and base.attention == "auto":
+        select_document_attention(model)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
     settings = {} if tied else _untied_config_keys(model, directory)

@@ -96,6 +96,7 @@ def test_a_mask_that_is_not_quite_closed(tmp_path: Path, monkeypatch: pytest.Mon
         return mask.masked_fill(~causal, torch.finfo(dtype).min).unsqueeze(1)
 
     skeleton = skeleton_of(CONFIGS["opt"], tmp_path)
+    skeleton.model.config._attn_implementation = "sdpa"  # with a mask
     assert is_isolated_in_float32(skeleton.model, skeleton.blocks) is True
     monkeypatch.setattr(attention, "_to_additive_mask", open_a_little)
     assert is_isolated_in_float32(skeleton.model, skeleton.blocks) is False

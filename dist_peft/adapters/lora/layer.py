@@ -122,8 +122,11 @@ class LoraLinear(LowRankModule):
         dropped = self.dropout(x)
         if self.spec.dora:
             return self._forward_dora(x, dropped)
+        # The change comes first: recomputation under activation checkpointing stops at the last
+        # tensor that backward needs, and the frozen product keeps none.
+        change = self._compute_update(dropped)
         y: Tensor = self.base(x)
-        return (y + self._compute_update(dropped)).to(y.dtype)
+        return (y + change).to(y.dtype)
 
     def _compute_update(self, x: Tensor) -> Tensor:
         return self._multiply_factors(x, self.lora_A, self.lora_B)

@@ -79,8 +79,10 @@ class QaLoraLinear(LowRankModule):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
         pooled = self.dropout(pool_groups(x.to(self.spec.arithmetic), self.pool_size))
+        # before the frozen product, which recomputation may then leave out (lora.layer)
+        change = self._multiply_factors(pooled, self.lora_A, self.lora_B)
         y: Tensor = self.base(x)
-        return (y + self._multiply_factors(pooled, self.lora_A, self.lora_B)).to(y.dtype)
+        return (y + change).to(y.dtype)
 
     def _draw_initial_values(self, name: str) -> Tensor:
         bound = self.base.in_features**-0.5

@@ -34,6 +34,7 @@ from dist_peft.adapters.virtual_tokens.method import VirtualTokensAdapter, shift
 from dist_peft.core.config.run import PrefixConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import build_prefix_mask, is_packed_sequence
+from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.prefix_cache import KeysValues, PrefixCache, fill_cache_with_prefix
 
 __all__ = ["PrefixAdapter", "PrefixEncoder"]
@@ -93,7 +94,7 @@ class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
         config = cast(Any, model).config
         text = config.get_text_config()
         settings = text.to_dict()
-        if config._attn_implementation not in ("sdpa", "eager"):
+        if config._attn_implementation not in ("sdpa", "eager", DOCUMENT_ATTENTION):
             raise UserError(
                 f"base.attention {config._attn_implementation} cannot be given the mask that a "
                 "prefix needs; use sdpa or eager, or adapter.kind prompt or ptuning"

@@ -1,0 +1,67 @@
+"""Whether 16-bit products pay on this processor.
+
+PyTorch multiplies bfloat16 and float16 matrices on any CPU. With instructions for them (AVX512-BF16
+and FP16, AMX, Arm's BF16) that is two to three times faster than float32; without, 8 (``x W^T``) to
+80 times (``dy W``) slower, and computing in float32 with one rounding at the end is the better way.
+Sums are accumulated in float32 either way.
+
+The choice is made once, by a trial of both; the processor's flags would name fewer processors. The
+environment variable ``DIST_PEFT_CPU_PRODUCTS`` (``native``, ``float32`` or ``auto``) sets it.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.errors import UserError
+
+__all__ = ["has_fast_product"]
+
+_MARGIN = 1.2
+"""How much faster 16-bit products must be; between processors with and without instructions for
+them lies a factor of at least 16, so that noise cannot decide."""
+
+
+def has_fast_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products of ``dtype`` on ``device`` are best computed in ``dtype``.
+
+    Always true of devices other than the CPU and of types with at least 32 bits.
+
+    Raises:
+        UserError: ``DIST_PEFT_CPU_PRODUCTS`` has another value.
+    """
+    return device.type != "cpu" or dtype.itemsize != 2 or _is_native_product_fast(dtype)
+
+
+@functools.cache
+def _is_native_product_fast(dtype: torch.dtype) -> bool:
+    choice = os.environ.get("DIST_PEFT_CPU_PRODUCTS", "auto")
+    if choice not in ("auto", "native", "float32"):
+        raise UserError(
+            f"DIST_PEFT_CPU_PRODUCTS={choice}: set it to native, float32 or auto, or unset it"
+        )
+    if choice != "auto":
+        return choice == "native"
+    x, weight = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+
+    def multiply_natively() -> Tensor:
+        return (x @ weight.T) @ weight
+
+    def multiply_in_float32() -> Tensor:
+        return ((x.float() @ weight.float().T).to(dtype).float() @ weight.float()).to(dtype)
+
+    return _MARGIN * _time_best(multiply_natively) < _time_best(multiply_in_float32)
+
+
+def _time_best(compute: Callable[[], Tensor]) -> float:
+    """Return the least seconds of CPU of five runs, after a warm-up."""
+    seconds = []
+    for _ in range(6):
+        before = time.process_time()
+        compute()
+        seconds.append(time.process_time() - before)
+    return min(seconds[1:])

@@ -1,0 +1,182 @@
+"""Losses of next tokens computed inside the output head, so that full logits never exist.
+
+The usual order multiplies *all* positions with the head, keeps logits ``[B, S, V]`` and, in
+backward, their gradient of the same size; with V = 150 000 and 4096 positions in bfloat16 that is
+2.3 GiB, although most positions of instruction data have no target. Here the head itself computes
+the losses, from the hidden states of the ``N`` positions that have a target, a chunk of rows at a
+time (the scheme of Liger Kernel's fused linear cross entropy, Hsu et al. 2024)::
+
+    forward    for each chunk of rows of h [N, H]:
+                   z  = h W^T                      [rows, V], the only logits there are
+                   l  = logsumexp(z) - z[target]
+                   dh = (softmax(z) - onehot) W    kept: [N, H] float32
+    backward   grad h = upstream_i dh_i            no logits, no second product, no weight
+
+A frozen head needs no gradient of its own, so the product ``(softmax - onehot) W`` can be made
+while ``z`` is there: two products with the head instead of the three of a recomputed one, and the
+weight is dequantized once. The difference to Liger's kernel: it averages and keeps a gradient of
+the weight; here losses stay apart by position (evaluation sums them by sequence), and the head is
+frozen.
+
+Rounding follows the whole-logits path: logits and their gradient have the hidden states' type,
+arithmetic of the loss is float32 (float64 for float64).
+
+The method works for a head whose output *is* the model's ``logits``. Families that scale or cap
+logits afterwards (Gemma 2's soft cap, Cohere's and Granite's scale) and trainable heads use the
+whole logits (``train.loss``); ``model.forward_probe`` finds out which families do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.cpu_products import has_fast_product
+
+__all__ = ["compute_frozen_head_losses", "computes_losses_at_head", "replace_logits_by_losses"]
+
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits at a time in float32: 16 MiB on a CPU, where products of few rows are efficient too."""
+
+_WEIGHT_ELEMENTS = 2**22
+"""Values of the weight in float32 at a time, where 16-bit products are computed in float32."""
+
+
+def computes_losses_at_head(model: nn.Module) -> bool:
+    """Return whether the model's head is frozen and its output is the model's logits, unchanged."""
+    head = _find_head(model)
+    if head is None or not getattr(model, "head_output_is_logits", False):
+        return False
+    return not any(p.requires_grad for p in head.parameters())
+
+
+@contextmanager
+def replace_logits_by_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Within the context, a forward of ``model`` returns losses ``[N]`` in place of logits.
+
+    Only for models of which ``computes_losses_at_head`` is true.
+
+    Args:
+        labels: int64 ``[B, S]`` on the CPU: the token predicted *at* each position (already
+            shifted), or -100. ``N`` of them are targets; losses are in their row-major order.
+    """
+    head = _find_head(model)
+    assert head is not None
+    positions = (labels != -100).nonzero()
+    targets = labels[positions[:, 0], positions[:, 1]]
+
+    def compute_losses(hidden: Tensor) -> Tensor:
+        rows, columns = positions.to(hidden.device).unbind(1)
+        return compute_frozen_head_losses(hidden[rows, columns], targets.to(hidden.device), head)
+
+    own = vars(head)
+    assert "forward" not in own
+    own["forward"] = compute_losses  # the instance's, so that the engine's hooks still run
+    try:
+        yield
+    finally:
+        del own["forward"]
+
+
+def compute_frozen_head_losses(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Return the cross entropy of each row in nats, float32 ``[N]`` (float64 for float64).
+
+    Args:
+        hidden: ``[N, H]``, the head's input at positions with a target.
+        targets: int64 ``[N]``.
+        head: a frozen ``FrozenLinear`` or ``nn.Linear``, ``[V, H]``, with or without bias.
+    """
+    losses: Tensor = _FrozenHeadLoss.apply(hidden, targets, head)
+    return losses
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+        weight, bias = _get_head_weight(head, hidden.dtype)
+        arithmetic = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(hidden), dtype=arithmetic, device=hidden.device)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty(hidden.shape, dtype=arithmetic, device=hidden.device)
+        for part in _split_into_chunks(hidden, len(weight)):
+            rows = _compute_logits(hidden[part], weight, bias, arithmetic)
+            chosen = targets[part].unsqueeze(1)
+            target_logits = rows.sub_(rows.amax(1, keepdim=True)).gather(1, chosen).squeeze(1)
+            normalizers = rows.exp_().sum(1)
+            losses[part] = normalizers.log() - target_logits
+            if gradient is not None:
+                rows.div_(normalizers.unsqueeze(1))
+                rows.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=arithmetic))
+                gradient[part] = _multiply_by_weight(rows, weight, hidden.dtype)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0].unsqueeze(1)).to(ctx.dtype), None, None
+
+
+def _find_head(model: nn.Module) -> nn.Module | None:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, FrozenLinear | nn.Linear) else None
+
+
+def _get_head_weight(head: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return the weight ``[V, H]`` in ``dtype`` and the bias ``[V]``."""
+    if isinstance(head, FrozenLinear):
+        return head.dequantize_weight(dtype), head.bias
+    assert isinstance(head, nn.Linear)
+    return head.weight.detach().to(dtype), head.bias
+
+
+def _compute_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: torch.dtype
+) -> Tensor:
+    """Return ``hidden W^T + bias`` [rows, V], rounded to ``hidden``'s type, as ``arithmetic``.
+
+    Where 16-bit products are computed in float32 (``quant.cpu_products``), a block of the weight at
+    a time is converted.
+    """
+    dtype = hidden.dtype
+    upcast = not has_fast_product(hidden.device, dtype)
+    result = torch.empty(len(hidden), len(weight), dtype=arithmetic, device=hidden.device)
+    wide = hidden.float() if upcast else hidden
+    for block in _split_weight(weight, upcast):
+        part = weight[block].float() if upcast else weight[block]
+        logits = (wide @ part.T).to(dtype)
+        result[:, block] = logits if bias is None else logits + bias[block].to(dtype)
+    return result
+
+
+def _multiply_by_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``gradient W`` [rows, H] of a gradient that is rounded to ``dtype`` first."""
+    upcast = not has_fast_product(gradient.device, dtype)
+    result = gradient.new_zeros(len(gradient), weight.shape[1])
+    for block in _split_weight(weight, upcast):
+        rounded = gradient[:, block].to(dtype)
+        if upcast:
+            result.addmm_(rounded.float(), weight[block].float())
+        else:
+            result += rounded @ weight[block]
+    return result
+
+
+def _split_weight(weight: Tensor, upcast: bool) -> Iterator[slice]:
+    size = max(1, _WEIGHT_ELEMENTS // weight.shape[1]) if upcast else len(weight)
+    for first in range(0, len(weight), size):
+        yield slice(first, first + size)
+
+
+def _split_into_chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
+    size = max(1, elements // vocabulary)
+    for first in range(0, len(hidden), size):
+        yield slice(first, first + size)
