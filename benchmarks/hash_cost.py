@@ -18,7 +18,7 @@ import torch
 from common import MIB, make_base, print_table, run_config, write_result
 
 from dist_peft.app.model_setup import build_model
-from dist_peft.core.world import World
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.load import load_model
@@ -73,7 +73,7 @@ class TimedHashes(RowHashes):
 
 def load_once(config: Any, hashed: bool) -> tuple[float, float, int]:
     """CPU seconds of the load, of hashing within it, and bytes read."""
-    prepared = build_model(config, World())
+    prepared = build_model(resolve_config(config))
     engine = SingleEngine(CPU)
     engine.shard_model(prepared.model, prepared.skeleton.blocks)
     hashes = build_row_hashes(prepared.skeleton) if hashed else None

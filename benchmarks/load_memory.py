@@ -30,6 +30,7 @@ from common import (
 from torch.distributed.tensor import DTensor
 
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.world import World
 
 CONSTANT_MIB = 28 + 16
@@ -96,10 +97,10 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
     world.join_process_group(CPU)
     world.barrier()
     empty = Memory.now()
-    prepared = build_model(config, world)
+    prepared = build_model(resolve_config(config))
     after_prepare = Memory.now()
     with PeakMemory() as memory:
-        built = load_weights(prepared, config, world, CPU)
+        built = load_weights(prepared, world, CPU)
     world.barrier()
     locals_ = [
         p.to_local() if isinstance(p, DTensor) else p.detach() for p in built.model.parameters()
@@ -121,7 +122,7 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
 
 def _largest_slice(built: LoadedModel) -> int:
     """Bytes of the largest piece of a tensor that this rank reads."""
-    tensors = built.skeleton.index.tensors
+    tensors = built.setup.skeleton.index.tensors
     return max(
         len(built.engine.local_row_span(module.get_parameter(own))) * tensors[name].row_bytes
         for module in built.model.modules()

@@ -37,6 +37,7 @@ from torch import nn
 
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.host_memory import return_freed_memory
@@ -118,9 +119,9 @@ def stage1(base: Path, directory: Path, count: int) -> list[str]:
         seeded = config.model_copy(
             update={"train": config.train.model_copy(update={"seed": number})}
         )
-        built = load_weights(build_model(seeded, World()), seeded, World(), CPU)
+        built = load_weights(build_model(resolve_config(seeded)), World(), CPU)
         path = directory / f"task{number}"
-        public = built.adapter.to_public_adapter(built.gather_adapter(), str(base))
+        public = built.setup.adapter.to_public_adapter(built.gather_adapter(), str(base))
         write_adapter_directory(path, public, {})
         paths.append(str(path))
     return paths
@@ -131,7 +132,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, tokens: int) -> None:
         world = World()
-        self.built: LoadedModel = load_weights(build_model(config, world), config, world, CPU)
+        self.built: LoadedModel = load_weights(build_model(resolve_config(config)), world, CPU)
         self.call: nn.Module = self.built.setup_optimizer(make_optimizer_factory(config.train, CPU))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 2000, (1, tokens), generator=generator)
@@ -141,7 +142,7 @@ class Trainer:
     def step(self) -> float:
         """Seconds of one optimizer step."""
         start = time.perf_counter()
-        self.built.adapter.begin_micro_batch(0, self.batch.sample_ids)
+        self.built.setup.adapter.begin_micro_batch(0, self.batch.sample_ids)
         loss = compute_batch_loss(self.built.model, self.batch, CPU, self.call)
         self.built.engine.backward(loss / self.batch.labels.numel(), last=True)
         self.built.engine.step(1e-4, 1.0)

@@ -31,8 +31,9 @@ from common import (
     write_result,
 )
 
-from dist_peft.app.gptq_solver import solve_gptq_codes
 from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_quantization
+from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.core.config.run import NoAdapterConfig
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -74,16 +75,16 @@ def measure(base: Path, rank: int, size: int, port: int, samples: int, tokens: i
         base, base={"quant": quant}, engine={"activation_checkpointing": False}
     ).model_copy(update={"adapter": NoAdapterConfig()})
     world.join_process_group(CPU)
-    built = load_weights(build_model(config, world, solving=True), config, world, CPU)
+    built = load_weights(build_model(resolve_quantization(config)), world, CPU)
     windows = torch.randint(2, 258, (samples, tokens), generator=torch.Generator().manual_seed(0))
     world.barrier()
     with PeakMemory() as memory:
-        solve_gptq_codes(built, windows, world)
+        solve_gptq_codes(built.setup.skeleton, built.engine, windows, world)
     world.barrier()
     linears = [m for m in built.model.modules() if isinstance(m, FrozenLinear) and not m.is_head]
     widest = max(linear.in_features for linear in linears)
     world.leave_process_group()
-    blocks = len(built.skeleton.blocks)
+    blocks = len(built.setup.skeleton.blocks)
     return RankMemory(blocks, size, rank, widest, memory.before, memory.resident, memory.anonymous)
 
 

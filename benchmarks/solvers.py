@@ -19,8 +19,10 @@ import torch
 from common import print_table, write_result
 
 from dist_peft.app.data_setup import make_data_loaders
-from dist_peft.app.gptq_solver import make_calibration_sequences, solve_gptq_codes
 from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.quantized_base import load_calibration_sequences
+from dist_peft.app.resolved_config import resolve_quantization
+from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
@@ -64,11 +66,12 @@ def split(text: Path, scratch: Path) -> None:
 
 def measure(config: RunConfig) -> Measured:
     world, quant = World(), config.base.quant
-    prepared = build_model(config, world, solving=True)
+    prepared = build_model(resolve_quantization(config))
     begin = time.perf_counter()
-    built = load_weights(prepared, config, world, DEVICE)
+    built = load_weights(prepared, world, DEVICE)
     if quant is not None and quant.solver == "gptq":
-        solve_gptq_codes(built, make_calibration_sequences(config, built, world), world)
+        sequences = load_calibration_sequences(prepared, world)
+        solve_gptq_codes(prepared.skeleton, built.engine, sequences, world)
     seconds = time.perf_counter() - begin
     held_out = make_data_loaders(config, prepared.tokenizer, world).eval
     assert held_out is not None

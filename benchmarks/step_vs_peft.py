@@ -34,6 +34,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.train.loop import compute_batch_loss
@@ -64,13 +65,13 @@ def ours(base: Path, settings: Settings) -> tuple[Any, Step]:
         train={"lr": LR, "precision": "fp32"},
     )
     world = World()
-    built = load_weights(build_model(config, world), config, world, DEVICE)
+    built = load_weights(build_model(resolve_config(config)), world, DEVICE)
     built.engine.setup_optimizer(
-        built.model, make_optimizer_factory(config.train, DEVICE), built.adapter.get_lr_scale
+        built.model, make_optimizer_factory(config.train, DEVICE), built.setup.adapter.get_lr_scale
     )
 
     def step(batch: Batch) -> float:
-        built.adapter.begin_micro_batch(0, batch.sample_ids)
+        built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
         loss = compute_batch_loss(built.model, batch, DEVICE) / batch.labels.numel()
         built.engine.backward(loss, last=True)
         built.engine.step(LR, 1.0)

@@ -19,6 +19,7 @@ from torch import nn
 
 from dist_peft.app.data_setup import DataLoaders, make_data_loaders
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -62,7 +63,7 @@ class Job:
         self.done = run_training_steps(
             self.built.model,
             self.built.engine,
-            self.built.adapter,
+            self.built.setup.adapter,
             self.loaders.train,
             world,
             call=self.call,
@@ -88,13 +89,13 @@ def start(settings: dict[str, Any], form: str, world: World) -> Job:
         },
         train={"global_batch": world.size * settings["batch"], "micro_batch": settings["batch"]},
     )
-    prepared = build_model(config, world)
+    prepared = build_model(resolve_config(config))
     if form == "bf16":
         store_as_bf16(prepared.model)
     loaders = make_data_loaders(config, prepared.tokenizer, world)
-    built = load_weights(prepared, config, world, CPU)
+    built = load_weights(prepared, world, CPU)
     factory = make_optimizer_factory(config.train, CPU)
-    call = built.engine.setup_optimizer(built.model, factory, built.adapter.get_lr_scale)
+    call = built.engine.setup_optimizer(built.model, factory, built.setup.adapter.get_lr_scale)
     return Job(config, built, call, loaders)
 
 

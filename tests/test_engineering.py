@@ -50,6 +50,63 @@ def test_has_mirrored_test(path: Path) -> None:
     assert (ROOT / "tests" / relative.parent / f"test_{relative.name}").is_file()
 
 
+COMMANDS = sorted(p for p in (PACKAGE / "app" / "commands").glob("*.py") if p in SOURCES)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda p: p.stem)
+def test_command_is_thin(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 150, "longer than 150 lines: move the work to a module of app"
+    modules = [n.module or "" for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)]
+    others = [m for m in modules if m.startswith("dist_peft.app.commands")]
+    assert not others, "a command imports no other command"
+
+
+def find_derived_configs(text: str) -> list[str]:
+    """Expressions that make a configuration of another one, or bind ``config`` a second time."""
+    tree, found = ast.parse(text), list[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            of = ast.unparse(node.args[0]) if node.args else ""
+            sections = r"(^|[._])(config|resolved|base|data|train|engine)$"
+            derives = called.endswith(("model_copy", "model_construct", "model_validate"))
+            replaces = called.endswith("replace") and re.search(sections, of)
+            if derives or replaces or called.endswith("RunConfig"):
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            bound = [a.arg for a in arguments] + [
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            ]
+            found += [f"{node.name}: {n}" for n in ("config", "resolved") if bound.count(n) > 1]
+    return found
+
+
+def test_configuration_is_resolved_in_one_module() -> None:
+    resolving = PACKAGE / "app" / "resolved_config.py"
+    for path in sorted((PACKAGE / "app").rglob("*.py")):
+        if path != resolving:
+            assert find_derived_configs(path.read_text()) == [], path
+    assert find_derived_configs(resolving.read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "config = config.model_copy(update=update)",
+        "config = load_run()",
+        "other = replace(setup.config, path=path)",
+        "base = dataclasses.replace(config.base, path=path)",
+        "run = RunConfig(base=base)",
+    ],
+)
+def test_derived_configurations_are_found(line: str) -> None:
+    assert find_derived_configs(f"def run(config: RunConfig) -> None:\n    {line}\n")
+
+
 def imports(path: Path) -> set[str]:
     """Top-level names of the packages that a file imports, and ``torch.distributed``."""
     found = set()

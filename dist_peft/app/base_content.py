@@ -21,18 +21,15 @@ from dist_peft.adapters.directory import read_adapter_metadata
 from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.engine import Engine
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.hub import read_json_object
-from dist_peft.model.prequantized.base import OWN_METHOD
+from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.base_record import BaseRecord
-from dist_peft.store.content import RowHashes
+from dist_peft.store.content import RowHashes, to_signed_int64
 from dist_peft.store.fingerprint import is_sampled_fingerprint
 from dist_peft.store.index import SafetensorsIndex
-from dist_peft.store.reader import RowReader
 
 __all__ = [
     "RECORD_FILE",
@@ -40,18 +37,14 @@ __all__ = [
     "describe_lineage",
     "format_base_record",
     "gather_tensor_hashes",
-    "hash_unread_tensors",
     "read_checkpoint_bases",
     "read_fusion_bases",
-    "read_quantization_origin",
 ]
 
 log = logging.getLogger("dist_peft")
 
 RECORD_FILE = "base.json"
 """File in a checkpoint that holds the record of its base."""
-
-_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def gather_tensor_hashes(
     for number, name in enumerate(names):
         if name in own and name not in whole:
             known = own[name]
-            parts[number] = torch.tensor([_to_signed_int64(known.total), known.num_hashed_rows])
+            parts[number] = torch.tensor([to_signed_int64(known.total), known.num_hashed_rows])
     summed = engine.sum_over_shards(parts.to(engine.device)).tolist()
     anywhere = world.max_over_ranks(*(float(name in whole) for name in names))
     values: list[int | None] = []
@@ -146,11 +139,6 @@ def _exchange_hash_values(
     return agreed
 
 
-def _to_signed_int64(value: int) -> int:
-    """Reinterpret an unsigned 64-bit value as int64, whose sums wrap modulo 2^64."""
-    return value - 2**64 if value >= 2**63 else value
-
-
 def _list_used_tensors(skeleton: Skeleton) -> set[str]:
     """Return the names of the checkpoint tensors that the model uses, without empty tensors."""
     names: set[str] = set()
@@ -164,37 +152,6 @@ def _list_used_tensors(skeleton: Skeleton) -> set[str]:
 def _map_checkpoint_names(module: nn.Module) -> dict[str, str]:
     found: dict[str, str] = getattr(module, "checkpoint_names", {})
     return found
-
-
-def hash_unread_tensors(
-    index: SafetensorsIndex, names: Iterable[str], world: World
-) -> dict[str, str]:
-    """Read and hash tensors that loading did not read; each rank reads its share.
-
-    Raises:
-        UserError: on every rank: damaged files.
-    """
-    infos = [index.find_tensor(name) for name in sorted(names)]
-    hashes = RowHashes(infos)
-    with world.raise_together("hash the base"), RowReader(index, hashes) as reader:
-        chunks = [
-            (info.name, span)
-            for info in infos
-            for span in Span(0, info.num_rows).split_into_chunks(
-                max(1, _CHUNK_BYTES // max(1, info.row_bytes))
-            )
-        ]
-        for name, span in chunks[world.rank :: world.size]:
-            reader.read_rows(name, span)
-    totals = torch.zeros(len(infos), dtype=torch.int64)
-    for number, info in enumerate(infos):
-        if info.name in hashes.sums:
-            totals[number] = _to_signed_int64(hashes.sums[info.name].total)
-    world.all_reduce_sum(totals)
-    described = zip(infos, totals.tolist(), strict=True)
-    return {
-        info.name: hashes.describe_tensor(info.name, total % 2**64) for info, total in described
-    }
 
 
 # -- records -----------------------------------------------------------------------------------
@@ -299,14 +256,3 @@ def describe_lineage(skeleton: Skeleton) -> dict[str, str]:
     origin = read_quantization_origin(skeleton.index.path).get("fingerprint")
     known = {"base_made_from": origin} if isinstance(origin, str) else {}
     return {"base_quantized": packed.format_label, **known}
-
-
-def read_quantization_origin(directory: Path) -> dict[str, Any]:
-    """Return the recorded origin of a ``dist-peft quantize`` directory; empty for any other."""
-    if not (directory / "config.json").is_file():
-        return {}
-    found = read_json_object(directory / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != OWN_METHOD:
-        return {}
-    origin = found.get("made_from")
-    return origin if isinstance(origin, dict) else {}

@@ -22,8 +22,8 @@ def write_trained_weights(
     Raises:
         UserError: the disk is full or not writable (on every rank).
     """
-    assert isinstance(built.adapter, TrainsBaseWeights)
-    sources, tensors = built.adapter.list_source_tensors(), built.skeleton.tensors
+    assert isinstance(built.setup.adapter, TrainsBaseWeights)
+    sources, tensors = built.setup.adapter.list_source_tensors(), built.setup.skeleton.tensors
     writer: WeightsWriter | None = None
     with world.raise_together("start to write the trained weights"):
         if world.is_first:

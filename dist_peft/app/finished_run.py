@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.adapters.directory import read_adapter_metadata
-from dist_peft.app.quantized_base import use_solved_base_of_run
+from dist_peft.app.resolved_config import resolve_finished_run
 from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig
@@ -50,7 +50,7 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
     config = load_run_config(file, trust_remote_code=trust_remote_code)
     _refuse_contradiction(config, run_dir)
     warn_of_trusted_code(config.base)
-    return use_solved_base_of_run(config, run_dir)
+    return resolve_finished_run(config, run_dir)
 
 
 def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:

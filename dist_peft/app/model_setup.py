@@ -17,8 +17,8 @@ from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.registry import make_adapter
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
+from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.core.config.run import FusionConfig, RunConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
@@ -29,12 +29,7 @@ from dist_peft.engine.protocol import OptimizerFactory, local_parameters
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.classifier import set_pad_token
 from dist_peft.model.freezing import compute_packed_share
-from dist_peft.model.hub import (
-    Tokenizer,
-    load_tokenizer,
-    resolve_base_directory,
-    warn_of_trusted_code,
-)
+from dist_peft.model.hub import Tokenizer, load_tokenizer
 from dist_peft.model.isolation_probe import refuse_leaks
 from dist_peft.model.load import AdapterRows, load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
@@ -60,7 +55,7 @@ class ModelSetup:
     """Rank-local setup (no collectives): files located, model on meta, adapter attached."""
 
     config: RunConfig
-    """Configuration of the run; ``base.quant`` of a prequantized base is read from its files."""
+    """Configuration of the run (of the first task, where there are several)."""
     directory: Path
     tokenizer: Tokenizer
     skeleton: Skeleton
@@ -76,9 +71,10 @@ class ModelSetup:
 
 
 @dataclass
-class LoadedModel(ModelSetup):
+class LoadedModel:
     """A loaded, sharded model."""
 
+    setup: ModelSetup
     engine: Engine
     bytes_read: int
     stored_bytes: int
@@ -91,13 +87,17 @@ class LoadedModel(ModelSetup):
     record: BaseRecord
     """Record of the base with the hashes of all its tensors."""
 
+    @property
+    def model(self) -> nn.Module:
+        return self.setup.model
+
     def get_parameter(self, name: str) -> nn.Parameter:
         found: nn.Parameter = attrgetter(name)(self.model)
         return found
 
     def setup_optimizer(self, factory: OptimizerFactory) -> nn.Module:
         """Set up the optimizer of the trainable parameters and return the module to call."""
-        adapter = self.adapter
+        adapter = self.setup.adapter
         if isinstance(adapter, TrainsBaseWeights):
             return self.engine.setup_optimizer(
                 self.model, factory, adapter.get_lr_scale, adapter.get_first_step
@@ -109,36 +109,22 @@ class LoadedModel(ModelSetup):
         return {n: self.engine.gather_parameter(self.get_parameter(n)) for n in self.adapter_names}
 
 
-def build_model(
-    config: RunConfig, world: World, *, solving: bool = False, packed_tokens: int = 0
-) -> ModelSetup:
-    """Locate the base, build the model on meta and attach the adapter.
+def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSetup:
+    """Build the model on meta and attach the adapter.
 
     Args:
-        solving: accept an unquantized base although ``base.quant.solver`` is gptq.
         packed_tokens: length of packed sequences of several documents; 0 without packing.
 
     Raises:
         UserError: unusable base files, model type or adapter targets; packed documents attend to
             each other.
     """
-    warn_of_trusted_code(config.base)
-    directory = resolve_base_directory(config.base)
+    config, directory = resolved.run, resolved.directory
     skeleton = build_skeleton(config.base, directory, list_class_names(config.data))
-    found = skeleton.prequantized
-    quant = config.base.quant
-    if quant is not None or found is not None:
+    if config.base.quant is not None:
         log.info(
             "%.1f %% of the model's bytes are packed", 100 * compute_packed_share(skeleton.model)
         )
-    if found is None and quant is not None and quant.solver == "gptq" and not solving:
-        raise UserError(
-            f"base.quant.solver is gptq, and base.path {config.base.path} is not quantized: give "
-            "the directory that dist-peft quantize wrote, or the base/ of a run"
-        )
-    if found is not None:
-        base = config.base.model_copy(update={"quant": found.quant_config})
-        config = config.model_copy(update={"base": base})
     if packed_tokens:
         refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
@@ -170,19 +156,19 @@ def replace_labels(built: LoadedModel, labels: Sequence[str]) -> LoadedModel:
 
     A language model, which has no classes, is returned unchanged.
     """
-    head, adapter = built.skeleton.head, copy.copy(built.adapter)
+    head, adapter = built.setup.skeleton.head, copy.copy(built.setup.adapter)
     if head is None:
         return built
     assert len(labels) == len(head.labels) and isinstance(adapter, HeadedAdapter)
     head = adapter.head = replace(head, labels=tuple(labels))
-    skeleton = replace(built.skeleton, head=head)
-    base_id = _compute_base_id(built.config, skeleton)
-    return replace(built, adapter=adapter, skeleton=skeleton, base_id=base_id)
+    skeleton = replace(built.setup.skeleton, head=head)
+    base_id = _compute_base_id(built.setup.config, skeleton)
+    setup = replace(built.setup, adapter=adapter, skeleton=skeleton, base_id=base_id)
+    return replace(built, setup=setup)
 
 
 def load_weights(
-    prepared: ModelSetup,
-    config: RunConfig,
+    setup: ModelSetup,
     world: World,
     device: torch.device,
     trained_on: Sequence[BaseRequirement] = (),
@@ -196,34 +182,29 @@ def load_weights(
         UserError: on every rank: damaged files on any rank, different files on different ranks,
             or one of ``trained_on`` is another base.
     """
+    config, model, skeleton = setup.config, setup.model, setup.skeleton
     engine = make_engine(config.engine, config.train, world, device)
-    model = prepared.model
     if config.engine.activation_checkpointing:
-        checkpoint_block_activations(prepared.skeleton.blocks)
-    engine.shard_model(model, prepared.skeleton.blocks)
-    hashes = build_row_hashes(prepared.skeleton)
-    with RowReader(prepared.skeleton.index, hashes) as reader:
+        checkpoint_block_activations(skeleton.blocks)
+    engine.shard_model(model, skeleton.blocks)
+    hashes = build_row_hashes(skeleton)
+    with RowReader(skeleton.index, hashes) as reader:
         with world.raise_together("load base"), return_freed_memory():
             load_model(model, reader, engine, device)
-        if (packed := prepared.skeleton.prequantized) and (
-            note := packed.describe_scale_rounding()
-        ):
+        if (packed := skeleton.prequantized) and (note := packed.describe_scale_rounding()):
             log.warning("%s", note, extra=ONCE)
-        log.info(
-            "loaded %s: this rank read %.1f MiB", prepared.directory, reader.bytes_read / 2**20
-        )
+        log.info("loaded %s: this rank read %.1f MiB", setup.directory, reader.bytes_read / 2**20)
         record = replace(
-            BaseRecord.from_index(prepared.config.base.path, prepared.skeleton.index),
-            tensors=gather_tensor_hashes(hashes, prepared.skeleton, engine, world),
+            BaseRecord.from_index(setup.config.base.path, skeleton.index),
+            tensors=gather_tensor_hashes(hashes, skeleton, engine, world),
         )
-        for user in (*prepared.fused, *trained_on):
-            user.check_tensor_hashes(record.tensors, str(prepared.directory))
-        fields = {name: getattr(prepared, name) for name in ModelSetup.__dataclass_fields__}
+        for user in (*setup.fused, *trained_on):
+            user.check_tensor_hashes(record.tensors, str(setup.directory))
         parameters = dict(model.named_parameters())
         owners = {n for n, m in model.named_modules() if isinstance(m, AdapterRows)}
         return LoadedModel(
-            **fields,
-            engine=engine,
+            setup,
+            engine,
             bytes_read=reader.bytes_read,
             stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
@@ -232,14 +213,14 @@ def load_weights(
         )
 
 
-def load_init_factors(prepared: ModelSetup, checkpoints: CheckpointManager, path: Path) -> None:
+def load_init_factors(setup: ModelSetup, checkpoints: CheckpointManager, path: Path) -> None:
     """Load the initialization factors (PiSSA, LoftQ) of a checkpoint; call before ``load``.
 
     The base is quantized as the residual of these factors, so they have to come first.
     """
-    names = prepared.adapter.list_init_factors()
+    names = setup.adapter.list_init_factors()
     whole = checkpoints.read_whole_tensors(path, [f"start/{name}" for name in names])
-    prepared.adapter.set_init_factors({name: whole[f"start/{name}"] for name in names})
+    setup.adapter.set_init_factors({name: whole[f"start/{name}"] for name in names})
 
 
 def load_training_state(

@@ -26,7 +26,7 @@ def report_peft_form(config: RunConfig, built: LoadedModel, run_dir: Path) -> No
     """
     adapter = run_dir / "adapter"
     try:
-        found = measure_peft_form(config.base, built.directory, adapter)
+        found = measure_peft_form(config.base, built.setup.directory, adapter)
     except (OSError, UserError) as error:
         log.warning("how exact %s is with PEFT was not measured: %s", adapter, error)
         return
@@ -59,7 +59,7 @@ def report_peft_form(config: RunConfig, built: LoadedModel, run_dir: Path) -> No
 
 def find_exact_export_command(config: RunConfig, built: LoadedModel, run_dir: Path) -> str:
     """Return the command of an exact export, with a separate adapter where a format has one."""
-    refused = find_export_obstacles(config, built.skeleton, built.directory)
+    refused = find_export_obstacles(config, built.setup.skeleton, built.setup.directory)
     for form in (KEPT_NF4, "gptq", "compressed-tensors"):
         if form not in refused:
             return f"dist-peft export --run {run_dir} --format {form} --out OUT"

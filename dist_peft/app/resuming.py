@@ -100,7 +100,7 @@ def may_change_on_resume(key: str) -> bool:
 
 
 def read_run_inputs(
-    config: RunConfig, prepared: ModelSetup, world: World, resume_from: Path | None
+    config: RunConfig, setup: ModelSetup, world: World, resume_from: Path | None
 ) -> DataLoaders:
     """Load the data of a run; check that ranks agree and that ``resume_from`` can be resumed.
 
@@ -114,11 +114,11 @@ def read_run_inputs(
     with world.raise_together("read a checkpoint's position"):
         if resume_from is not None:
             found = CheckpointManager.read_position(resume_from)
-    loaders = make_dated_loaders(config, prepared.tokenizer, world, found)
-    world.check_agreement("inputs", describe_rank_inputs(config, prepared, loaders, resume_from))
+    loaders = make_dated_loaders(config, setup.tokenizer, world, found)
+    world.check_agreement("inputs", describe_rank_inputs(config, setup, loaders, resume_from))
     if resume_from is not None and found is not None:
         check_run_is_resumable(
-            resume_from, found, describe_run_values(config, prepared, loaders, world)
+            resume_from, found, describe_run_values(config, setup, loaders, world)
         )
     return loaders
 

@@ -80,10 +80,10 @@ def count_total_steps(config: RunConfig, loaders: DataLoaders) -> int:
 
 
 def describe_rank_inputs(
-    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders, resume_from: Path | None
+    config: RunConfig, setup: ModelSetup, loaders: DataLoaders, resume_from: Path | None
 ) -> dict[str, object]:
     """Return fingerprints of this rank's inputs, the number of steps and the checkpoint."""
-    return _describe_inputs(config, prepared, loaders) | {
+    return _describe_inputs(config, setup, loaders) | {
         "number of steps": count_total_steps(config, loaders),
         "checkpoint to resume": _describe_checkpoint(resume_from),
     }
@@ -97,11 +97,11 @@ def _describe_checkpoint(path: Path | None) -> str:
 
 
 def _describe_inputs(
-    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders
+    config: RunConfig, setup: ModelSetup, loaders: DataLoaders
 ) -> dict[str, object]:
-    adapter: Adapter = prepared.adapter
+    adapter: Adapter = setup.adapter
     return {
-        "contents of base.path": prepared.skeleton.index.compute_fingerprint(),
+        "contents of base.path": setup.skeleton.index.compute_fingerprint(),
         "contents of adapter.adapters": adapter.input_fingerprint(),
         "labels of data.train": list(list_class_names(config.data)),
         **loaders.inputs,
@@ -109,14 +109,14 @@ def _describe_inputs(
 
 
 def describe_run_values(
-    config: RunConfig, prepared: ModelSetup, loaders: DataLoaders, world: World
+    config: RunConfig, setup: ModelSetup, loaders: DataLoaders, world: World
 ) -> dict[str, object]:
     """Return all values that a later resume compares, by key, as plain JSON.
 
     ``resume`` itself is excluded: it selects a checkpoint and does not describe the run.
     """
     values = flatten_tree(config.model_dump(mode="json", exclude={"resume"}))
-    values |= _describe_inputs(config, prepared, loaders)
+    values |= _describe_inputs(config, setup, loaders)
     values |= {
         "number of steps": count_total_steps(config, loaders),
         "number of ranks": world.size,

@@ -18,49 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.config.io import load_run_config
-from dist_peft.core.config.run import DataSource, FullConfig, PartialConfig, RunConfig
+from dist_peft.core.config.run import FullConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.report import RunSummary, write_task_report
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
-__all__ = ["TasksFile", "list_task_runs", "refuse_separate_tasks", "split_task_configs"]
+__all__ = ["TasksFile", "check_task_config", "list_task_runs", "refuse_separate_tasks"]
 
 
-def split_task_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Return the run configuration of each task by name, in the order of ``data.train``.
-
-    A held-out source belongs to the task of the same name.
+def check_task_config(config: RunConfig) -> None:
+    """Check that ``config`` describes separate tasks.
 
     Raises:
-        UserError: the configuration does not describe separate tasks; names the key and the fix.
+        UserError: it does not; names the key and the fix.
     """
-    _check_task_config(config)
-    names = [source.task_name for source in config.data.train]
-    for number, source in enumerate(config.data.eval):
-        if source.task_name not in names:
-            raise UserError(
-                f"data.eval[{number}] is of task {source.task_name}, which data.train does "
-                "not have "
-                f"({', '.join(names)}); with train.tasks: separate give held-out and training "
-                "source of a task the same name"
-            )
-    return {source.task_name: _make_task_config(config, source) for source in config.data.train}
 
-
-def _make_task_config(config: RunConfig, source: DataSource) -> RunConfig:
-    held_out = [other for other in config.data.eval if other.task_name == source.task_name]
-    directory = Path(config.save.dir) / "tasks" / source.task_name
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"train": [source], "eval": held_out}),
-            "train": config.train.model_copy(update={"tasks": "mixed"}),
-            "save": config.save.model_copy(update={"dir": str(directory)}),
-        }
-    )
-
-
-def _check_task_config(config: RunConfig) -> None:
     def raise_user_error(reason: str) -> None:
         raise UserError(f"train.tasks is separate, but {reason}")
 
@@ -101,6 +74,15 @@ def _check_task_config(config: RunConfig) -> None:
             "resume names a checkpoint, which is of one task; set it to auto (each task resumes "
             "from its newest one) or never"
         )
+    names = [source.task_name for source in sources]
+    for number, source in enumerate(config.data.eval):
+        if source.task_name not in names:
+            raise UserError(
+                f"data.eval[{number}] is of task {source.task_name}, which data.train does "
+                "not have "
+                f"({', '.join(names)}); with train.tasks: separate give held-out and training "
+                "source of a task the same name"
+            )
 
 
 # -- run directories -------------------------------------------------------------------------------

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import TrainsBaseWeights
-from dist_peft.app.base_content import (
-    RECORD_FILE,
-    describe_lineage,
-    format_base_record,
-    read_quantization_origin,
-)
+from dist_peft.app.base_content import RECORD_FILE, describe_lineage, format_base_record
 from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.finished_run import select_training_settings
@@ -36,6 +31,7 @@ from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.hub import public_base_name, save_tokenizer
+from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
@@ -87,10 +83,10 @@ class Trainer:
             self.config.train.global_batch,
         )
         ends = self._find_turn_end_ids()
-        names = self.built.tokenizer.convert_ids_to_tokens(ends)
+        names = self.built.setup.tokenizer.convert_ids_to_tokens(ends)
         with self.world.raise_together("read the base's generation settings"):
             if self.world.is_first:
-                warn_missing_stop_token(self.built.directory, ends, names)
+                warn_missing_stop_token(self.built.setup.directory, ends, names)
         logits = self._compute_probe_logits()
         with self.world.raise_together("write the probe"):
             if self.world.is_first:
@@ -111,7 +107,7 @@ class Trainer:
             longest = self.config.data.seq_len
             if not documents_are_isolated(self.built.model, self.built.engine.device, longest):
                 raise UserError(
-                    f"a {self.built.skeleton.model_config.model_type} model lets packed "
+                    f"a {self.built.setup.skeleton.model_config.model_type} model lets packed "
                     "documents see "
                     "each other; set data.packing: false"
                 )
@@ -185,7 +181,7 @@ class Trainer:
             return run_training_steps(
                 self.built.model,
                 self.built.engine,
-                self.built.adapter,
+                self.built.setup.adapter,
                 self.loaders.train,
                 self.world,
                 call=self.call,
@@ -248,7 +244,7 @@ class Trainer:
 
     def _save_checkpoint(self, step: int) -> None:
         state = self.built.engine.training_state_dict(self.built.model)
-        for name in self.built.adapter.list_init_factors():
+        for name in self.built.setup.adapter.list_init_factors():
             state[f"start/{name}"] = self.built.engine.gather_parameter(
                 self.built.get_parameter(name)
             )
@@ -261,8 +257,8 @@ class Trainer:
             step=step,
             samples=step * self.config.train.global_batch,
             seed=self.config.train.seed,
-            base=self.built.base_id,
-            values=describe_run_values(self.config, self.built, self.loaders, self.world),
+            base=self.built.setup.base_id,
+            values=describe_run_values(self.config, self.built.setup, self.loaders, self.world),
         )
 
     # -- end -----------------------------------------------------------------------------------
@@ -270,14 +266,14 @@ class Trainer:
     def finish_run(self) -> None:
         """Gather and save the trained adapter, complete the probe, write the report."""
         directory = self.run_dir / "adapter"
-        if isinstance(self.built.adapter, TrainsBaseWeights):
+        if isinstance(self.built.setup.adapter, TrainsBaseWeights):
             about = {"kind": self.config.adapter.kind, **self._make_adapter_metadata()}
             write_trained_weights(self.built, self.world, directory, about)
         else:
             tensors = self.built.gather_adapter()
             with self.world.raise_together("write the adapter"):
                 if self.world.is_first:
-                    public = self.built.adapter.to_public_adapter(
+                    public = self.built.setup.adapter.to_public_adapter(
                         tensors, self._get_public_base_name()
                     )
                     write_adapter_directory(directory, public, self._make_adapter_metadata())
@@ -291,11 +287,11 @@ class Trainer:
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
     def _make_adapter_metadata(self) -> dict[str, Any]:
-        head = self.built.skeleton.head
+        head = self.built.setup.skeleton.head
         return {
             **({} if head is None else {"labels": head.labels}),
             **self.built.record.to_metadata(),
-            **describe_lineage(self.built.skeleton),
+            **describe_lineage(self.built.setup.skeleton),
             **select_training_settings(self.config),
             "start": getattr(self.config.adapter, "init", "default"),
             "turn_end": self._find_turn_end_ids(),
@@ -305,7 +301,7 @@ class Trainer:
 
     def _find_turn_end_ids(self) -> list[int]:
         """Return the ids of the tokens that end the turns in the training data."""
-        rows, tokenizer = self.loaders.train.rows, self.built.tokenizer
+        rows, tokenizer = self.loaders.train.rows, self.built.setup.tokenizer
         if self.config.data.is_classification:
             return []
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -314,7 +310,7 @@ class Trainer:
     def _write_adapter_extras(self, directory: Path, logits: Tensor) -> None:
         """Write the chat template's tokenizer, the completed probe and the report."""
         if (template := self.loaders.chat_template) is not None:
-            save_tokenizer(self.built.tokenizer, directory, template)
+            save_tokenizer(self.built.setup.tokenizer, directory, template)
         if self._probe_path.is_file():
             before = Probe.load_probe(self._probe_path).before
             Probe(self.loaders.probe, logits, before).save_probe(self._probe_path)
@@ -329,7 +325,7 @@ class Trainer:
 
     def _get_public_base_name(self) -> str:
         """Return the base's public name; of a packed base, that of its unquantized origin."""
-        origin = read_quantization_origin(self.built.directory)
+        origin = read_quantization_origin(self.built.setup.directory)
         return str(origin.get("base") or public_base_name(self.config.base))
 
     def make_report_summary(self) -> RunSummary:

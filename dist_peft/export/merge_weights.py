@@ -21,17 +21,16 @@ import torch
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
 from dist_peft.export.model_directory import (
-    MAX_FILE_BYTES,
     WriteResult,
     check_output_free,
-    copy_model_files,
     copy_tokenizer_files,
     write_model_directory,
 )
-from dist_peft.export.model_files import list_model_files
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.model.classifier import classifier_config_keys
 from dist_peft.model.hub import load_tokenizer
+from dist_peft.model.model_files import copy_model_files, list_model_files
+from dist_peft.store.writer import MAX_FILE_BYTES
 
 __all__ = ["merge_model"]
 

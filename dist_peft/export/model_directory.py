@@ -5,8 +5,6 @@ chunks into rows of these tensors (``pack``). Everything else (embeddings, norms
 and linears that the format cannot pack) is written in one float type.
 """
 
-import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +17,19 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.merged_weights import MergedWeights
-from dist_peft.export.model_files import check_link_target, list_model_files, strip_auto_map
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.store.fileio import translate_write_errors
-from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
+from dist_peft.model.model_files import check_link_target, copy_file
+from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
 
 __all__ = [
-    "MAX_FILE_BYTES",
     "TensorPiece",
     "WeightPacker",
     "WriteResult",
     "check_output_free",
-    "copy_model_files",
     "copy_tokenizer_files",
     "list_unpacked_linears",
     "write_model_directory",
 ]
-
-MAX_FILE_BYTES = 5 * 10**9
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Files that ``transformers`` saves for a fast tokenizer; training supports no other kind."""
@@ -173,49 +166,4 @@ def copy_tokenizer_files(adapter_dir: Path, out: Path) -> None:
     for path in sorted(adapter_dir.iterdir()):
         if path.name in _TOKENIZER_FILES:
             check_link_target(path, adapter_dir)
-            _copy_file(path, out / path.name)
-
-
-def copy_model_files(
-    directory: Path,
-    out: Path,
-    dtype: torch.dtype,
-    changes: Mapping[str, Any],
-    *,
-    code: bool = False,
-) -> None:
-    """Copy configuration, tokenizer and licence: only the files that ``list_model_files`` lists.
-
-    Args:
-        directory: directory of the base.
-        out: existing output directory.
-        dtype: type that loaders should use.
-        changes: further keys of ``config.json``.
-        code: the caller trusts the base's own code, which is then copied as far as ``auto_map``
-            needs it; else ``auto_map`` is left out.
-
-    Raises:
-        UserError: a file is a link out of the directory, the disk is full, or it is not writable.
-    """
-    for name in list_model_files(directory, code=code):
-        if name == "config.json":
-            continue  # written last and atomically: without it no loader accepts the directory
-        path = directory / name
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        content = None if code else strip_auto_map(path)
-        if content is None:
-            _copy_file(path, out / name)
-        else:
-            write_atomically(out / name, json.dumps(content, indent=2, ensure_ascii=False))
-    config = json.loads((directory / "config.json").read_text())
-    for key in ("torch_dtype", "quantization_config"):  # they describe the base, not the output
-        config.pop(key, None)
-    if not code:
-        config.pop("auto_map", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_atomically(out / "config.json", json.dumps({**config, **changes}, indent=2))
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    with translate_write_errors(target, source.stat().st_size):
-        shutil.copyfile(source, target)
+            copy_file(path, out / path.name)

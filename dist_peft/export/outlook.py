@@ -19,8 +19,8 @@ from dist_peft.core.log import ONCE
 from dist_peft.export.float_bias import MLX_GROUPS, find_stored_group_size
 from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.formats.registry import FORMATS
-from dist_peft.export.model_files import list_model_files
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.model_files import list_model_files
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 
 __all__ = ["FORMS", "KEPT_NF4", "find_export_obstacles", "log_export_outlook"]

@@ -96,7 +96,8 @@ def find_tensor_names(
         return source if source in index.tensors else None
 
     untie_different_weights(model, index, find_plain_source)
-    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    buffers = {name for name, _ in model.named_buffers()} & shapes.keys()
     tied = list_tied_names(model)
     names: dict[str, str] = {}
     renamed: dict[str, str] = {}
@@ -115,7 +116,7 @@ def find_tensor_names(
     found = TensorNames(names, stacks, renamed)
     _warn_of_unused_tensors(model, index, tensors, set(found.found_names.values()))
     for name, source in list(names.items()):
-        info, shape = tensors[source], tuple(model.state_dict()[name].shape)
+        info, shape = tensors[source], shapes[name]
         if info is not None and shape != info.shape:
             if may_lack(name):
                 del names[name]  # the head of another set of classes

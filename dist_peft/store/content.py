@@ -34,7 +34,14 @@ from torch import Tensor
 from dist_peft.core.span import Span
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["RowHashes", "RowsBeingRead", "TensorHashSum", "flat_row_layout", "hash_rows"]
+__all__ = [
+    "RowHashes",
+    "RowsBeingRead",
+    "TensorHashSum",
+    "flat_row_layout",
+    "hash_rows",
+    "to_signed_int64",
+]
 
 _SHORT = 96
 """Bytes; below it one call per row costs more than arithmetic on arrays."""
@@ -47,6 +54,11 @@ _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = (
     np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
+
+
+def to_signed_int64(value: int) -> int:
+    """Reinterpret an unsigned 64-bit hash as int64, whose sums wrap modulo 2^64."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 def flat_row_layout(spec: TensorSpec) -> tuple[int, int]:

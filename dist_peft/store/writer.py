@@ -37,7 +37,10 @@ from dist_peft.store.fileio import (
 from dist_peft.store.format import TensorInfo, TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME, SINGLE_NAME
 
-__all__ = ["StreamWriter", "TensorSpec", "write_atomically"]
+__all__ = ["MAX_FILE_BYTES", "StreamWriter", "TensorSpec", "write_atomically"]
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Size of a weight file at which models are split into several."""
 
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -76,7 +79,7 @@ class StreamWriter:
         self,
         directory: Path,
         tensors: Sequence[TensorSpec],
-        max_file_bytes: int = 5_000_000_000,
+        max_file_bytes: int = MAX_FILE_BYTES,
         metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
     ) -> None:
         """Plan the files and create them at full size, without data.

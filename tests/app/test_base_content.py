@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from dist_peft.app import cli
 from dist_peft.app.base_content import RECORD_FILE
 from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -132,7 +133,7 @@ def test_other_function_of_the_same_weights_is_refused(
     (rope if rope is not None else config)[key] = value
     file.write_text(json.dumps(config))
     save_config(run_of(changed), changed)
-    monkeypatch.setattr("dist_peft.app.commands.train.load_weights", None)  # refused before
+    monkeypatch.setattr("dist_peft.app.training_run.load_weights", None)  # refused before
     tree = {**changed, "train": {**changed["train"], "steps": 4}}
     command = {
         "train": ["train", "--config", str(save_config(tmp_path, tree))],
@@ -223,7 +224,7 @@ def hashes_of(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[
     for name, tree in trees.items():
         config = parse_config(tree)
         found[name] = dict(
-            load_weights(build_model(config, world), config, world, CPU).record.tensors
+            load_weights(build_model(resolve_config(config)), world, CPU).record.tensors
         )
     return found
 
@@ -268,7 +269,7 @@ def load_own_copy(world: World, trees: list[dict[str, Any]]) -> str:
     world.join_process_group(CPU)
     config = parse_config(trees[world.rank])
     with pytest.raises(UserError) as caught:
-        load_weights(build_model(config, world), config, world, CPU)
+        load_weights(build_model(resolve_config(config)), world, CPU)
     return str(caught.value)
 
 
@@ -354,7 +355,7 @@ def test_fusion_of_adapters_of_another_base(tmp_path: Path) -> None:
     change[MIDDLE][0] += 1
     save_file(change, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="a sample of its tensors holds other"):
-        build_model(parse_config(tree), World())
+        build_model(resolve_config(parse_config(tree)))
 
 
 def test_solved_base_of_a_base_that_changed(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def routed(world: World, whole: dict[str, Any]) -> Outcome:
 
         def route(module: nn.Module, inputs: Any, output: Any) -> Any:
             logits, scores, index = output
-            even = built.adapter.position.sample_ids[0] % 2 == 0
+            even = built.setup.adapter.position.sample_ids[0] % 2 == 0
             return logits, scores, torch.tensor([0, 1] if even else [2, 2]).expand_as(index)
 
         for module in built.model.modules():

@@ -92,7 +92,7 @@ def waiting(world: World, tree: dict[str, Any]) -> Waiting:
     found: Waiting = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for key, value in built.engine.training_state_dict(built.model).items():
         kind, _, name = key.partition("/")
-        if built.adapter.get_first_step(name):
+        if built.setup.adapter.get_first_step(name):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             found[kind][name] = whole.clone()
     return found
@@ -188,7 +188,7 @@ def test_full_equals_a_plain_loop(tmp_path: Path) -> None:
     found = [result.loss for result in results]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
     worst = 0.0
-    for name in built.adapter.list_source_tensors():
+    for name in built.setup.adapter.list_source_tensors():
         mine = built.get_parameter(name).detach()
         torch.testing.assert_close(mine, weights[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
         worst = max(worst, (mine - weights[name]).abs().max().item())

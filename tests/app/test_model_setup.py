@@ -9,6 +9,7 @@ import transformers as tf
 from dist_peft.app import cli
 from dist_peft.app.commands.train import train_from_config
 from dist_peft.app.model_setup import build_model, load_weights, replace_labels
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -22,7 +23,7 @@ IDS = torch.tensor([[1, 5, 9, 80]])
 
 def test_unquantized_model_with_a_fresh_adapter_is_the_base(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path))
-    built = load_weights(build_model(config, World()), config, World(), torch.device("cpu"))
+    built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
     plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     with torch.no_grad():
         found = built.model(input_ids=IDS, use_cache=False).logits
@@ -35,7 +36,7 @@ def test_unquantized_model_with_a_fresh_adapter_is_the_base(tmp_path: Path) -> N
 def test_base_id_depends_on_files_and_storage_only(tmp_path: Path) -> None:
     def base_id(**changes: object) -> str:
         tree = {**tiny, "base": {**tiny["base"], **changes}}
-        return build_model(parse_config(tree), World()).base_id
+        return build_model(resolve_config(parse_config(tree))).base_id
 
     tiny = tiny_tree(tmp_path)
     first = base_id()
@@ -51,9 +52,9 @@ def test_base_id_depends_on_files_and_storage_only(tmp_path: Path) -> None:
 
 def test_remote_code_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        build_model(parse_config(tiny_tree(tmp_path)), World())
+        build_model(resolve_config(parse_config(tiny_tree(tmp_path))))
         assert "trust_remote_code" not in caplog.text
-        build_model(parse_config(tiny_tree(tmp_path, base__trust_remote_code=True)), World())
+        build_model(resolve_config(parse_config(tiny_tree(tmp_path, base__trust_remote_code=True))))
     assert f"code shipped with {tmp_path / 'base'} will run" in caplog.text
 
 
@@ -63,35 +64,37 @@ def test_fusing_adapters_of_another_base_is_refused(
     """A base of the same shape, which no check of shapes tells apart."""
     config = parse_config(fusion_tree(tmp_path))
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        build_model(config, World())
+        build_model(resolve_config(config))
     assert "adapter.adapters" not in caplog.text
     file = tmp_path / "base" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"tasks/{NAMES[0]}/adapter was trained on another base"):
-        build_model(config, World())
+        build_model(resolve_config(config))
 
 
 def test_classes_can_be_called_otherwise(tmp_path: Path) -> None:
     """As a model that was built with these labels; nothing else changes, nor does the first."""
     tree = classifying_tree(tmp_path, save_classifier_base(tmp_path / "base", "bert"))
     config = parse_config(tree)
-    built = load_weights(build_model(config, World()), config, World(), torch.device("cpu"))
-    before = built.base_id
+    built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
+    before = built.setup.base_id
     renamed = replace_labels(built, ["0", "1"])
     tree["data"]["train"][0]["labels"] = ["0", "1"]
     tree["data"]["eval"] = []
-    assert renamed.base_id == build_model(parse_config(tree), World()).base_id != before
-    assert built.base_id == before and replace_labels(renamed, ["no", "yes"]).base_id == before
-    public = renamed.adapter.to_public_adapter(renamed.gather_adapter(), "base")
+    again = build_model(resolve_config(parse_config(tree)))
+    assert renamed.setup.base_id == again.base_id != before
+    assert built.setup.base_id == before
+    assert replace_labels(renamed, ["no", "yes"]).setup.base_id == before
+    public = renamed.setup.adapter.to_public_adapter(renamed.gather_adapter(), "base")
     assert public.head is not None and public.head.labels == ("0", "1")
     assert renamed.model is built.model and renamed.engine is built.engine
 
 
 def test_a_language_model_has_no_classes_to_call(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path))
-    built = load_weights(build_model(config, World()), config, World(), torch.device("cpu"))
+    built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
     assert replace_labels(built, []) is built
 
 

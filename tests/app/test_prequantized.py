@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dist_peft.app import cli
 from dist_peft.app.model_setup import build_model
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
@@ -108,7 +109,7 @@ def test_the_run_keeps_what_the_directory_is(run: Path) -> None:
     assert config.base.quant == INT4
     about = json.loads((run / "adapter" / "dist_peft.json").read_text())
     assert about["quant"]["kind"] == "int" and about["quant"]["group_size"] == packed.GROUP
-    assert build_model(config, World()).config == config
+    assert build_model(resolve_config(config)).config == config
 
 
 def test_eval_of_base_and_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +204,8 @@ def test_a_linear_without_codes_stays_out_of_integer_formats(
     assert {n for n in names if "k_proj" in n} == {
         f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)
     }
-    prepared = build_model(parse_config(tree_of(tmp_path / "b", out, adapter=targets)), World())
+    config = parse_config(tree_of(tmp_path / "b", out, adapter=targets))
+    prepared = build_model(resolve_config(config))
     assert prepared.config.base.quant == INT4  # and what we wrote is a base again
 
 

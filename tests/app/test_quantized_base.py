@@ -3,40 +3,26 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dist_peft.app import cli
 from dist_peft.app.commands.train import train_from_config
-from dist_peft.app.quantized_base import quantize_base
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.nf4 import Nf4Codec
 from tests.support.dist import run_ranks
-from tests.support.tiny_runs import GPTQ, save_config, save_records, tiny_tree
-
-CPU = torch.device("cpu")
+from tests.support.quantized_runs import GPTQ, make_gptq_tree
+from tests.support.quantized_runs import write_quantized as write
+from tests.support.tiny_runs import save_config, save_records
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    made = tiny_tree(tmp_path, base__quant=GPTQ, data__seq_len=32)
-    made["base"]["compute_dtype"] = "bfloat16"
-    save_records(tmp_path / "train.jsonl", 30, 10)
-    return made
-
-
-def write(world: World, tree: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
-    quantize_base(parse_config(tree), out, world, CPU)
-    return load_file(out / "model.safetensors")
+    return make_gptq_tree(tmp_path)
 
 
 def on_two_ranks(world: World, tree: dict[str, Any], out: Path) -> None:
@@ -69,38 +55,6 @@ def test_packed_bytes_do_not_depend_on_ranks(tree: dict[str, Any], tmp_path: Pat
     assert found == two != expected
 
 
-@pytest.mark.parametrize("solver", ["rtn", "hqq", "nf4"])
-def test_directory(solver: str, tree: dict[str, Any], tmp_path: Path) -> None:
-    quant = {"kind": "int", "bits": 4, "group_size": 32, "solver": solver}
-    if solver == "nf4":
-        quant = {"kind": "nf4", "group_size": 32}
-    tree["base"]["quant"] = quant
-    tensors = write(World(), tree, tmp_path / "out")
-    base = load_file(tmp_path / "base" / "model.safetensors")
-    codec = Nf4Codec(32) if solver == "nf4" else AffineCodec(4, 32, solver)
-    inside = [n for n in base if ".layers." in n and n.endswith("_proj.weight")]
-    assert len(inside) == 14
-    for name in inside:
-        packed = tensors.pop(name.replace(".weight", ".packed"))
-        assert torch.equal(packed, codec.quantize_to_packed(base.pop(name)))
-    assert tensors.keys() == base.keys()
-    assert all(torch.equal(tensors[name], base[name]) for name in base)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    how = config.pop("quantization_config")
-    assert how.pop("made_from").keys() == {"base", "fingerprint", "content", "files"}
-    assert how == {
-        "quant_method": "dist_peft",
-        "kind": quant["kind"],
-        "bits": 4,
-        "group_size": 32,
-        "solver": quant.get("solver", "rtn"),
-        **({"double_quant": True} if solver == "nf4" else {}),
-    }
-    assert config == json.loads((tmp_path / "base" / "config.json").read_text())
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_command(tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     file = str(save_config(tmp_path, tree))
@@ -128,35 +82,6 @@ def short(directory: Path) -> str:
     return str(save_records(directory / "short.jsonl", 2, 3))
 
 
-def test_failure_leaves_nothing(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **options: object) -> None:
-        raise UserError("the disk is full")
-
-    monkeypatch.setattr("dist_peft.app.quantized_base.copy_model_files", full)
-    tree["base"]["quant"] = {"kind": "int", "group_size": 32}
-    with pytest.raises(UserError, match="the disk is full"):
-        write(World(), tree, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("place", ["file/out", "full/out"])
-def test_an_unusable_directory_is_told_before_solving(
-    place: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "full").mkdir()
-    message = "Not a directory"
-    if place == "full/out":
-        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, free=9))
-        message = r"needs [\d,]+ bytes in all, 9 are free"
-    monkeypatch.setattr("dist_peft.app.quantized_base.solve_gptq_codes", None)
-    with pytest.raises(UserError, match=message):
-        write(World(), tree, tmp_path / place)
-    assert not list(tmp_path.glob("full/.*"))
-
-
 def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
     """``train`` with a signal that rank 1 has seen when it is asked for the n-th time."""
     calls = iter(range(1, 1000))
@@ -164,7 +89,8 @@ def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
     def stop() -> bool:
         return next(calls) == asked and world.rank == world.size - 1
 
-    with mock.patch("dist_peft.app.commands.train._catch_signals", return_value=nullcontext(stop)):
+    where = "dist_peft.app.commands.train.catch_stop_signals"
+    with mock.patch(where, return_value=nullcontext(stop)):
         return train_from_config(parse_config(tree), world)
 
 

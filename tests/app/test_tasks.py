@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 
 from dist_peft.app import cli
-from dist_peft.app.tasks import list_task_runs, refuse_separate_tasks, split_task_configs
+from dist_peft.app.resolved_config import split_task_configs
+from dist_peft.app.tasks import list_task_runs, refuse_separate_tasks
 from dist_peft.core.config.io import dump_config, load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log

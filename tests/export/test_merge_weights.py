@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
@@ -145,7 +146,7 @@ def test_pissa_into_decoded_base_gives_the_runs_own_logits(base: Path, tmp_path:
         "data": {"train": ["unused.jsonl"]},
     }
     config = parse_config(tree)
-    built = load_weights(build_model(config, World()), config, World(), torch.device("cpu"))
+    built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for path, module in built.model.named_modules():
@@ -155,7 +156,7 @@ def test_pissa_into_decoded_base_gives_the_runs_own_logits(base: Path, tmp_path:
                     parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
                 tensors[f"{path}.{name}"] = parameter.detach()
     write_adapter_directory(
-        tmp_path / "adapter", built.adapter.to_public_adapter(tensors, str(base)), {}
+        tmp_path / "adapter", built.setup.adapter.to_public_adapter(tensors, str(base)), {}
     )
     with torch.no_grad():
         trained = built.model(input_ids=IDS, use_cache=False).logits

@@ -13,11 +13,11 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.model_directory import (
     check_output_free,
-    copy_model_files,
     copy_tokenizer_files,
     list_unpacked_linears,
     write_model_directory,
 )
+from dist_peft.model.model_files import copy_model_files
 from tests.support.export_runs import make_run
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dist_peft.app.model_setup import build_model
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
-from dist_peft.core.world import World
 from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.outlook import FORMS, KEPT_NF4, find_export_obstacles, log_export_outlook
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
@@ -23,7 +23,7 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
         save_model(model, tmp_path / "base")
         save_words(tmp_path / "base")
     config = parse_config(tree)
-    prepared = build_model(config, World())
+    prepared = build_model(resolve_config(config))
     log_export_outlook(config, prepared.skeleton, prepared.directory)
     return find_export_obstacles(config, prepared.skeleton, prepared.directory)
 
@@ -109,6 +109,6 @@ def test_files_that_will_not_be_copied(tmp_path: Path) -> None:
     (tmp_path / "merges").write_text("x")
     (tmp_path / "base" / "merges.txt").symlink_to(tmp_path / "merges")
     config = parse_config(tree)
-    prepared = build_model(config, World())
+    prepared = build_model(resolve_config(config))
     refused = find_export_obstacles(config, prepared.skeleton, prepared.directory)
     assert "is a link to" in refused["hf-bf16"] and "peft" not in refused

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from dist_peft.app.model_setup import build_model
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.world import World
 from dist_peft.model import attention_mask as attention
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.isolation_probe import is_isolated_in_float32, layers_to_run
@@ -84,7 +84,7 @@ def test_a_leak_that_half_precision_hides_is_refused_before_loading(
         }
     )
     with pytest.raises(UserError, match=r"mixtral .* see each other .* data\.packing: false"):
-        build_model(run, World(), packed_tokens=run.data.seq_len)
+        build_model(resolve_config(run), packed_tokens=run.data.seq_len)
 
 
 def test_a_mask_that_is_not_quite_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -50,6 +52,22 @@ def test_every_tensor_of_experts_has_its_rows(
         whole = torch.cat([tensors[piece.name] for piece in pieces])
         assert torch.equal(whole, original.get_parameter(name).flatten(0, 1))
         assert [piece.span.start for piece in pieces[1:]] == [p.span.stop for p in pieces[:-1]]
+
+
+@pytest.mark.parametrize("layers", [1, 9])
+def test_state_dict_is_made_once_for_any_number_of_layers(layers: int, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.num_hidden_layers = layers
+    save_model(config, tmp_path)
+    made, state_dict = [], torch.nn.Module.state_dict
+
+    def counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        made.append(module)
+        return state_dict(module, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.Module, "state_dict", counted):
+        assert len(names_of(tmp_path, config).tensors) == 9 * layers + 3
+    assert sum(isinstance(module, tf.LlamaForCausalLM) for module in made) == 1
 
 
 def test_more_than_ten_experts_are_in_the_order_of_numbers(tmp_path: Path) -> None:

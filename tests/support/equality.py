@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_peft.app.data_setup import DataLoaders, make_data_loaders
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
@@ -22,9 +23,9 @@ def build(
     world: World, tree: dict[str, Any]
 ) -> tuple[RunConfig, LoadedModel, DataLoaders, nn.Module]:
     config = parse_config(tree)
-    prepared = build_model(config, world)
+    prepared = build_model(resolve_config(config))
     loaders = make_data_loaders(config, prepared.tokenizer, world)
-    built = load_weights(prepared, config, world, CPU)
+    built = load_weights(prepared, world, CPU)
     factory = make_optimizer_factory(config.train, CPU)
     call = built.setup_optimizer(factory)
     return config, built, loaders, call
@@ -48,7 +49,7 @@ def train_steps(
     run_training_steps(
         built.model,
         built.engine,
-        built.adapter,
+        built.setup.adapter,
         loaders.train,
         world,
         call=call,
@@ -70,9 +71,9 @@ def losses_and_gradients(
     results = train_steps(world, config, built, loaders, call, range(steps))
     batches, targets = loaders.train.load_step(steps)
     for number, batch in enumerate(batches):
-        built.adapter.begin_micro_batch(steps, batch.sample_ids)
+        built.setup.adapter.begin_micro_batch(steps, batch.sample_ids)
         loss = compute_batch_loss(built.model, batch, CPU, call) / targets
-        built.adapter.add_penalty_gradient(loss, len(batches) * world.size)
+        built.setup.adapter.add_penalty_gradient(loss, len(batches) * world.size)
         built.engine.backward(loss, last=number == len(batches) - 1)
     parameters = trainable_parameters(built.model)
     return [r.loss for r in results], {n: whole_gradient(p) for n, p in parameters.items()}

@@ -61,7 +61,7 @@ def train(world: World, tree: dict[str, Any], stop_after: int | None = None) -> 
         return asked == stop_after
 
     with (
-        mock.patch.object(train_app, "_catch_signals", return_value=nullcontext(stop)),
+        mock.patch.object(train_app, "catch_stop_signals", return_value=nullcontext(stop)),
         mock.patch("dist_peft.train.report.PLOTS", ()),
     ):
         return train_app.train_from_config(parse_config(tree), world)

@@ -28,12 +28,11 @@ from dist_peft.export.merged_weights import State
 from dist_peft.export.model_directory import (
     WeightPacker,
     check_output_free,
-    copy_model_files,
     copy_tokenizer_files,
     write_model_directory,
 )
-from dist_peft.export.model_files import list_model_files
 from dist_peft.export.stopping import add_stop_tokens
+from dist_peft.model.model_files import copy_model_files, list_model_files
 
 __all__ = [
     "FORMATS",

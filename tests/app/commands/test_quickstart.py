@@ -26,15 +26,6 @@ def test_arguments() -> None:
     assert (args.base, args.steps, args.ranks, args.pretrain_seconds) == ("a/b", 7, 1, 2.5)
 
 
-def test_configuration(tmp_path: Path) -> None:
-    files = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
-    config = quickstart._build_run_config("a/b", *files, tmp_path / "run", parse("--steps", "7"))
-    assert config.base.path == "a/b" and config.base.quant is not None
-    assert config.base.quant.kind == "nf4"
-    assert [s.path for s in config.data.train + config.data.eval] == [str(f) for f in files]
-    assert config.train.steps == 7 and config.save.dir == str(tmp_path / "run")
-
-
 @pytest.mark.parametrize("option", ["--ranks", "--steps"])
 def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -1,175 +1,31 @@
-"""A whole run in this process: files of the run directory, signals, numbers that are not finite."""
+"""``dist-peft train`` refuses before the ranks meet."""
 
-import json
-import os
-import signal
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
-import torch
-import transformers as tf
-from peft import AutoPeftModelForCausalLM, PeftModel
 
-from dist_peft.app.commands import train as train_app
-from dist_peft.app.trainer import Trainer
-from dist_peft.app.verified_export import merge_finished_run
-from dist_peft.core.config.io import load_config, parse_config
+from dist_peft.app.commands.train import train_from_config
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import close_log
-from dist_peft.data.documents import load_sequence_set
-from dist_peft.export.verify import Probe
-from dist_peft.train.loop import StepResult
-from dist_peft.train.step_metrics import read_metrics
-from tests.support.tiny_runs import tiny_tree, train
+from dist_peft.core.world import World
+from tests.support.tiny_runs import tiny_tree
 
 
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
-    yield
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
-    close_log()
-
-
-def test_run_directory(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path)
-    assert train(tree) == 0
-    run = tmp_path / "run"
-    assert load_config(run / "config.yaml") == parse_config(tree)
-    assert (run / "adapter" / "adapter_model.safetensors").is_file()
-    about = json.loads((run / "adapter" / "dist_peft.json").read_text())
-    assert about["base"] == str(tmp_path / "base") and about["quant"] is None
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
-        "step-000002",
-        "step-000003",
-    ]
-    records = read_metrics(run / "metrics.jsonl")
-    assert [r.step for r in records] == [1, 2, 3]
-    assert all(r.loss > 0 and r.grad_norm > 0 and r.mem_peak > 0 for r in records)
-    assert records[0].eval_loss_before is not None and records[-1].eval_loss is not None
-    assert records[-1].eval_loss < records[0].eval_loss_before
-    assert list((run / "tensorboard").glob("events.*"))
-    report = (run / "report.html").read_text()
-    assert "Trained parameters" in report and "data:image" in report
-    assert "training" in (run / "log.txt").read_text()
-
-
-def test_peft_loads_the_adapter_and_gives_the_trained_logits(tmp_path: Path) -> None:
-    assert train(tiny_tree(tmp_path)) == 0
-    probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
-    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = base(input_ids=probe.input_ids).logits
-        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-        trained = adapted(input_ids=probe.input_ids).logits
-    torch.testing.assert_close(before, probe.before, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(trained, probe.trained, rtol=1e-5, atol=1e-5)
-    assert (probe.trained - probe.before).abs().max() > 1e-3
-
-
-def test_signal_stops_after_the_step_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"kind": "none"}}, r"adapter\.kind is none"),
+        ({"train__tasks": "separate"}, r"train\.tasks is separate, but data\.train has one source"),
+    ],
+)
+def test_nothing_to_train_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    tree = tiny_tree(tmp_path, save__every=0)
-    record = Trainer._make_step_metrics
-
-    def signal_in_step_two(session: Any, result: StepResult, memory: int) -> Any:
-        if result.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return record(session, result, memory)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_make_step_metrics", signal_in_step_two)
-        assert train(tree) == train_app.RESUMABLE == 75
-    run = tmp_path / "run"
-    stopped = [r.loss for r in read_metrics(run / "metrics.jsonl")]
-    assert len(stopped) == 2 and not (run / "adapter").exists()
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
-    assert train(tree) == 0
-    resumed = [r.loss for r in read_metrics(run / "metrics.jsonl")]
-    assert resumed[:2] == stopped and len(resumed) == 3
-    assert "resumed" in (run / "log.txt").read_text()
-    assert (run / "adapter").is_dir()
-
-    tree = {**tree, "save": {"dir": str(tmp_path / "whole")}}
-    assert train(tree) == 0
-    assert [r.loss for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == resumed
-
-
-def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tree = tiny_tree(tmp_path, save__every=0)
-    record = Trainer._make_step_metrics
-    times = {1: 1, 3: 2}
-
-    def interrupted(session: Any, result: StepResult, memory: int) -> Any:
-        for _ in range(times.get(result.step, 0)):
-            os.kill(os.getpid(), signal.SIGINT)
-        return record(session, result, memory)
-
-    monkeypatch.setattr(Trainer, "_make_step_metrics", interrupted)
-    assert train(tree) == train_app.RESUMABLE
-    assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()
-    with pytest.raises(KeyboardInterrupt):
-        train(tree)
-
-
-def test_consumer_formats_conversations_as_training_did(tmp_path: Path) -> None:
-    """The template of this project goes along with the adapter and into the merged model."""
-    tree = tiny_tree(tmp_path, data__eval=[], data__seq_len=64)
-    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
-    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
-    assert train(tree) == 0
-    run = tmp_path / "run"
-    merge_finished_run(run, tmp_path / "merged")
-    assert not tf.AutoTokenizer.from_pretrained(tmp_path / "base").chat_template
-    for directory in (run / "adapter", tmp_path / "merged"):
-        tokenizer = tf.AutoTokenizer.from_pretrained(directory)
-        text = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        assert text.endswith("<|user|>\nw5\n<|assistant|>\n")
-    config = load_config(run / "config.yaml")
-    rows = load_sequence_set(config.data, config.data.train, tokenizer, name="train")
-    trained = tokenizer.decode(rows.get_sequence(0)[0])
-    assert trained.startswith(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)))
-
-
-def test_peft_finds_a_base_that_was_given_relative_to_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tree = tiny_tree(tmp_path, base__path="base")
-    monkeypatch.chdir(tmp_path)
-    assert train(tree) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoPeftModelForCausalLM.from_pretrained("../run/adapter", dtype=torch.float32)
-        probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
-        logits = model.eval()(input_ids=probe.input_ids).logits
-    torch.testing.assert_close(logits, probe.trained, rtol=1e-5, atol=1e-5)
-
-
-def test_epochs_and_default_steps(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path, data__eval=[])
-    for wanted, steps in (({"epochs": 0.5}, 2), ({}, 4)):
-        tree["train"] = {**tree["train"], "steps": None, "epochs": None, **wanted}
-        tree["save"] = {"dir": str(tmp_path / f"run{steps}")}
-        assert train(tree) == 0
-        assert len(read_metrics(tmp_path / f"run{steps}" / "metrics.jsonl")) == steps
-
-
-def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"adapter\.kind is none"):
-        train(tiny_tree(tmp_path, adapter={"kind": "none"}))
-
-
-def test_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write run directory"):
-        train(tiny_tree(tmp_path, save__dir=str(tmp_path / "file" / "run")))
+    config = parse_config(tiny_tree(tmp_path, **changes))
+    with (
+        mock.patch.object(World, "join_process_group", side_effect=AssertionError),
+        pytest.raises(UserError, match=message),
+    ):
+        train_from_config(config, World())
+    assert not (tmp_path / "run").exists()

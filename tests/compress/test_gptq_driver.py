@@ -9,26 +9,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_peft.app import gptq_solver as solve_app
-from dist_peft.app.gptq_solver import make_calibration_sequences, solve_gptq_codes
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.quantized_base import load_calibration_sequences
+from dist_peft.app.resolved_config import resolve_quantization
+from dist_peft.compress import gptq_driver
+from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.core.config.io import parse_config
-from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.gptq import compute_gram, factorize_hessian, solve_weight_rows
-from tests.support.tiny_runs import GPTQ, save_records, tiny_tree
+from tests.support.quantized_runs import GPTQ
+from tests.support.tiny_runs import save_records, tiny_tree
 
 CPU = torch.device("cpu")
 
 
-def built_of(directory: Path, **quant: Any) -> tuple[LoadedModel, RunConfig]:
-    tree = tiny_tree(directory, base__quant={**GPTQ, **quant}, adapter={"kind": "none"})
+def built_of(directory: Path, *, seed: int = 0, **quant: Any) -> LoadedModel:
+    tree = tiny_tree(directory, base__quant={**GPTQ, **quant}, train__seed=seed)
     save_records(directory / "train.jsonl", 30, 10)
     config = parse_config(tree)
-    return load_weights(build_model(config, World(), solving=True), config, World(), CPU), config
+    return load_weights(build_model(resolve_quantization(config)), World(), CPU)
 
 
 def linear_of(built: LoadedModel, name: str) -> FrozenLinear:
@@ -52,10 +54,10 @@ def inputs_of(built: LoadedModel, linear: FrozenLinear, windows: Tensor) -> Tens
 def test_each_linear_is_solved_on_what_the_solved_ones_before_it_give(
     name: str, tmp_path: Path
 ) -> None:
-    built, config = built_of(tmp_path)
-    windows = make_calibration_sequences(config, built, World())
+    built = built_of(tmp_path)
+    windows = load_calibration_sequences(built.setup, World())
     assert windows.shape == (3, 24)
-    solve_gptq_codes(built, windows, World())
+    solve_gptq_codes(built.setup.skeleton, built.engine, windows, World())
     linear = linear_of(built, name)
     # all before it are final, so the finished model shows the inputs it was solved with
     hessian = compute_gram(inputs_of(built, linear, windows)).double()
@@ -73,35 +75,34 @@ def _weight(directory: Path, name: str) -> Tensor:
 def test_a_sample_far_above_the_first_changes_the_unit_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, config = built_of(tmp_path)
-    windows = make_calibration_sequences(config, built, World())
-    solve_gptq_codes(built, windows, World())
+    built = built_of(tmp_path)
+    windows = load_calibration_sequences(built.setup, World())
+    solve_gptq_codes(built.setup.skeleton, built.engine, windows, World())
     expected = {n: p.clone() for n, p in built.model.named_parameters() if n.endswith(".packed")}
     # as if the first sample had been very small: its sum is void, and taken again
-    monkeypatch.setattr(solve_app, "find_largest_entry", lambda own: 1e-9)
-    again, _ = built_of(tmp_path)
-    solve_gptq_codes(again, windows, World())
+    monkeypatch.setattr(gptq_driver, "find_largest_entry", lambda own: 1e-9)
+    again = built_of(tmp_path)
+    solve_gptq_codes(again.setup.skeleton, again.engine, windows, World())
     for name, packed in expected.items():
         assert (again.get_parameter(name) == packed).float().mean() > 0.99, name
 
 
 def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
-    built, config = built_of(tmp_path)
-    windows = make_calibration_sequences(config, built, World())
+    built = built_of(tmp_path)
+    windows = load_calibration_sequences(built.setup, World())
     built.model.model.embed_tokens.weight.data[int(windows[1, 3])] = float("inf")
     with pytest.raises(UserError, match=r"infinite or NaN inputs for model\.layers\.0\.self_attn"):
-        solve_gptq_codes(built, windows, World())
+        solve_gptq_codes(built.setup.skeleton, built.engine, windows, World())
 
 
 def test_windows_are_deterministic_and_capped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    built, config = built_of(tmp_path, calibration_samples=500, calibration_tokens=4096)
+    built = built_of(tmp_path, calibration_samples=500, calibration_tokens=4096)
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        windows = make_calibration_sequences(config, built, World())
-    assert windows.shape[1] == built.skeleton.max_positions == 64
+        windows = load_calibration_sequences(built.setup, World())
+    assert windows.shape[1] == built.setup.skeleton.max_positions == 64
     assert f"text for {len(windows)} calibration sequences of 64 tokens, not for 500" in caplog.text
-    assert torch.equal(windows, make_calibration_sequences(config, built, World()))
-    train = config.train.model_copy(update={"seed": 7})
-    other = make_calibration_sequences(config.model_copy(update={"train": train}), built, World())
-    assert not torch.equal(windows, other)
+    assert torch.equal(windows, load_calibration_sequences(built.setup, World()))
+    other = built_of(tmp_path, seed=7, calibration_samples=500, calibration_tokens=4096)
+    assert not torch.equal(windows, load_calibration_sequences(other.setup, World()))

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from dist_peft.core.errors import UserError
-from dist_peft.export.model_directory import copy_model_files, copy_tokenizer_files
-from dist_peft.export.model_files import check_link_target, list_model_files, strip_auto_map
+from dist_peft.export.model_directory import copy_tokenizer_files
+from dist_peft.model.model_files import (
+    check_link_target,
+    copy_model_files,
+    list_model_files,
+    strip_auto_map,
+)
 
 
 def fill(directory: Path, names: list[str], content: str = "{}") -> Path:

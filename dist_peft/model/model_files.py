@@ -11,14 +11,25 @@ A link is followed only inside the directory, and from a snapshot of the Hugging
 import ast
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dist_peft.core.errors import UserError
+import torch
 
-__all__ = ["check_link_target", "list_model_files", "strip_auto_map"]
+from dist_peft.core.errors import UserError
+from dist_peft.store.fileio import translate_write_errors
+from dist_peft.store.writer import write_atomically
+
+__all__ = [
+    "check_link_target",
+    "copy_file",
+    "copy_model_files",
+    "list_model_files",
+    "strip_auto_map",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -112,6 +123,52 @@ def strip_auto_map(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or "auto_map" not in content:
         return None
     return {key: value for key, value in content.items() if key != "auto_map"}
+
+
+def copy_model_files(
+    directory: Path,
+    out: Path,
+    dtype: torch.dtype,
+    changes: Mapping[str, Any],
+    *,
+    code: bool = False,
+) -> None:
+    """Copy configuration, tokenizer and licence: only the files that ``list_model_files`` lists.
+
+    Args:
+        directory: directory of the base.
+        out: existing output directory.
+        dtype: type that loaders should use.
+        changes: further keys of ``config.json``.
+        code: the caller trusts the base's own code, which is then copied as far as ``auto_map``
+            needs it; else ``auto_map`` is left out.
+
+    Raises:
+        UserError: a file is a link out of the directory, the disk is full, or it is not writable.
+    """
+    for name in list_model_files(directory, code=code):
+        if name == "config.json":
+            continue  # written last and atomically: without it no loader accepts the directory
+        path = directory / name
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        content = None if code else strip_auto_map(path)
+        if content is None:
+            copy_file(path, out / name)
+        else:
+            write_atomically(out / name, json.dumps(content, indent=2, ensure_ascii=False))
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("torch_dtype", "quantization_config"):  # they describe the base, not the output
+        config.pop(key, None)
+    if not code:
+        config.pop("auto_map", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_atomically(out / "config.json", json.dumps({**config, **changes}, indent=2))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy one file; raises UserError if the disk is full or not writable."""
+    with translate_write_errors(target, source.stat().st_size):
+        shutil.copyfile(source, target)
 
 
 # -- code --------------------------------------------------------------------------------------

@@ -24,20 +24,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dist_peft.app.data_setup import check_token_range, load_source_rows
-from dist_peft.app.model_setup import LoadedModel
 from dist_peft.compress.calibration import (
     CalibrationSample,
     capture_block_inputs,
     find_linear_stages,
     record_inputs,
 )
-from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
+from dist_peft.data.documents import SequenceSet
+from dist_peft.engine import Engine
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.gptq import (
     HessianFactor,
@@ -58,30 +59,29 @@ class CalibrationInterrupted(Exception):
     """Calibration was stopped by a signal before its end; no result is kept."""
 
 
-def make_calibration_sequences(config: RunConfig, built: LoadedModel, world: World) -> Tensor:
-    """Return token sequences of ``data.train``: long ``[samples, tokens]``, equal on every rank.
+def make_calibration_sequences(
+    documents: SequenceSet, quant: QuantConfig, *, max_positions: int | None, seed: int
+) -> Tensor:
+    """Return token sequences of ``data.train``: long ``[samples, tokens]``.
 
-    Records are concatenated in an order drawn from ``train.seed`` and cut into full sequences.
+    Documents are concatenated in an order drawn from ``seed`` and cut into full sequences.
+
+    Args:
+        documents: the calibration text, unpacked.
+        quant: sets the number of sequences and of their tokens.
+        max_positions: longest sequence that the base supports; None: no limit.
 
     Raises:
-        UserError: on every rank: unreadable data, or less than one sequence of text.
+        UserError: less than one sequence of text.
     """
-    quant, data = config.base.quant, config.data
-    assert quant is not None
-    each = data.model_copy(update={"packing": False, "too_long": "truncate"})
-    rows = load_source_rows(each, each.train, "train", built.tokenizer, world)
-    check_token_range("data.train", rows, built.skeleton)
-    base = built.skeleton.index.compute_fingerprint()
-    inputs = {"contents of base.path": base, "contents of data.train": rows.fingerprint}
-    world.check_agreement("calibration data", inputs)
-    tokens = min(quant.calibration_tokens, built.skeleton.max_positions or quant.calibration_tokens)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.train.seed))
+    tokens = min(quant.calibration_tokens, max_positions or quant.calibration_tokens)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     parts: list[Tensor] = []
     missing = quant.calibration_samples * tokens
     for index in order.tolist():
         if missing <= 0:
             break
-        parts.append(rows.get_sequence(index)[0])
+        parts.append(documents.get_sequence(index)[0])
         missing -= len(parts[-1])
     text = torch.cat(parts)
     count = min(len(text) // tokens, quant.calibration_samples)
@@ -104,22 +104,27 @@ def make_calibration_sequences(config: RunConfig, built: LoadedModel, world: Wor
 
 @torch.no_grad()
 def solve_gptq_codes(
-    built: LoadedModel, windows: Tensor, world: World, stop: Callable[[], bool] = lambda: False
+    skeleton: Skeleton,
+    engine: Engine,
+    windows: Tensor,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
     Args:
-        built: a loaded model without adapter, before its optimizer is set up.
+        skeleton: a model without adapter, its weights loaded and sharded by ``engine``.
+        engine: before its optimizer is set up.
         windows: calibration tokens ``[samples, tokens]``, equal on every rank.
         stop: polled after each sample of the first forward and before each stage; true on one rank
             stops all.
 
     Raises:
-        Stopped: ``stop`` returned true.
+        CalibrationInterrupted: ``stop`` returned true.
         UserError: on every rank: non-finite activations or a Hessian that cannot be factored.
     """
-    with RowReader(built.skeleton.index) as reader, return_freed_memory():
-        _GptqSolver(built, windows, world, reader, stop).solve_all_blocks()
+    with RowReader(skeleton.index) as reader, return_freed_memory():
+        _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks()
 
 
 class _GptqSolver:
@@ -127,14 +132,15 @@ class _GptqSolver:
 
     def __init__(
         self,
-        built: LoadedModel,
+        skeleton: Skeleton,
+        engine: Engine,
         windows: Tensor,
         world: World,
         reader: RowReader,
         stop: Callable[[], bool],
     ) -> None:
-        self.built, self.world, self.reader, self.stop = built, world, reader, stop
-        self.blocks, self.device = built.skeleton.blocks, built.engine.device
+        self.engine, self.world, self.reader, self.stop = engine, world, reader, stop
+        self.blocks, self.device = skeleton.blocks, engine.device
         self.count = len(windows)
         self.samples: list[CalibrationSample] = []
         # blocks contain collectives, so all ranks run them equally often; surplus runs of sample 0
@@ -144,7 +150,7 @@ class _GptqSolver:
             index = self.mine[number] if number < len(self.mine) else 0
             ids = windows[index : index + 1].to(self.device)
             like = self.samples[0] if self.samples else None
-            self.samples.append(capture_block_inputs(built.model, self.blocks, ids, like))
+            self.samples.append(capture_block_inputs(skeleton.model, self.blocks, ids, like))
             self._raise_if_stopped()
         self.stages_done = 0
 
@@ -238,8 +244,7 @@ class _GptqSolver:
         return hessian
 
     def _replace_codes(self, linear: FrozenLinear, factor: HessianFactor) -> None:
-        engine = self.built.engine
-        span = engine.local_row_span(linear.packed)
+        span = self.engine.local_row_span(linear.packed)
         packed = torch.empty(0)
         with self.world.raise_together(f"quantize {linear.source}"):
             rows = self.reader.read_rows(linear.source, span).to(self.device)
@@ -247,7 +252,7 @@ class _GptqSolver:
                 packed = solve_weight_rows(rows, factor, _get_affine_codec(linear))
             except ValueError as error:
                 raise UserError(f"tensor {linear.source}: {error}") from None
-        engine.fill_local_rows(linear, "packed", packed)
+        self.engine.fill_local_rows(linear, "packed", packed)
 
 
 def _get_affine_codec(linear: FrozenLinear) -> AffineCodec:

@@ -1,0 +1,106 @@
+"""The run of ``dist-peft quickstart``: its configuration, its processes, its results."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dist_peft.app.run_report import add_report_section
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.verify import generate_greedy
+from dist_peft.model.hub import resolve_base_directory
+from dist_peft.train.report import ReportSection
+from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
+
+__all__ = ["build_quickstart_config", "launch_training", "show_generations"]
+
+
+def build_quickstart_config(
+    base: str, train: Path, held_out: Path, run_dir: Path, steps: int
+) -> RunConfig:
+    """Return the configuration of the quickstart's run: QLoRA on an NF4 base.
+
+    Args:
+        base: directory or hub id.
+        train, held_out: records.
+        run_dir: new directory of the run.
+        steps: number of optimizer steps.
+    """
+    cuda = torch.cuda.is_available()
+    return parse_config(
+        {
+            "base": {
+                "path": base,
+                "quant": {"kind": "nf4"},
+                # CPUs without bf16 units compute faster and more exactly in float32
+                "compute_dtype": "bfloat16" if cuda else "float32",
+            },
+            "adapter": {"kind": "lora", "r": 16, "alpha": 32},
+            "data": {
+                "train": [str(train)],
+                "eval": [str(held_out)],
+                "seq_len": 256,
+                "too_long": "drop",
+                "cache_dir": str(run_dir.parent / "tokens"),
+            },
+            "train": {
+                "steps": steps,
+                "micro_batch": 2,
+                "global_batch": 8,
+                "lr": 2e-3,
+                "warmup": 0.05,
+                "log_every": 10,
+            },
+            "engine": {"activation_checkpointing": False},
+            "save": {"dir": str(run_dir), "every": 0},
+            "resume": "never",
+        }
+    )
+
+
+def launch_training(config_file: Path, ranks: int, run_dir: Path) -> None:
+    """Run ``dist-peft train`` in subprocesses, with the command line that a user would type.
+
+    Raises:
+        UserError: it ended with another exit code than 0.
+    """
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else [])]
+    command += ["-m", "dist_peft", "train", "--config", str(config_file)]
+    print("$ " + " ".join(["python", *command[1:]]), flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run(command, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"training ended with exit code {done.returncode}; see the messages above")
+
+
+def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
+    """Print losses and generations before and after; add the generations to the run's report.
+
+    Args:
+        config: of the finished run ``out/run``, which is merged in ``out/merged``.
+        held_out: records with ``prompt`` and ``completion``.
+    """
+    records = read_metrics(out / "run" / METRICS_FILE)
+    before, after = records[0].eval_loss_before, records[-1].eval_loss
+    assert before is not None and after is not None
+    print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
+    examples = [json.loads(line) for line in held_out.read_text().splitlines()[:3]]
+    prompts = [e["prompt"] for e in examples]
+    base = generate_greedy(resolve_base_directory(config.base), prompts)
+    tuned = generate_greedy(out / "merged", prompts)
+    samples = []
+    for example, was, now in zip(examples, base, tuned, strict=True):
+        text = f"reference: {example['completion']}\nbase: {was}\nfine-tuned: {now}"
+        samples.append((example["prompt"], text))
+        print(f"\n{example['prompt']}{text}")
+    add_report_section(out / "run", ReportSection("Samples", texts=tuple(samples)))

@@ -1,0 +1,184 @@
+"""Resolve the configuration of a command, once.
+
+A configuration file leaves open what the files of the base and of the run decide::
+
+    load_config        defaults, the file, the command line
+        |
+    resolve_config     base.path   the base that is loaded: of a run with solver gptq, RUN/base
+        |              base.quant  of a prequantized base, as its files say
+        v
+    ResolvedConfig     frozen; written to config.yaml; a directory of files for the base
+        |
+    split_tasks        with train.tasks: separate, the run of each task
+
+No other module of ``app`` derives one configuration from another (a test checks it). GPTQ needs all
+ranks and hours, so that it cannot be a part of this: it is a job of its own with a configuration of
+its own (``resolve_quantization``), run before, and its result comes in as a ``SolvedBase``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_peft.app.tasks import check_task_config
+from dist_peft.core.config.run import DataSource, NoAdapterConfig, RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.hub import resolve_base_directory, warn_of_trusted_code
+from dist_peft.model.prequantized.base import check_stated_quant, open_prequantized
+from dist_peft.store.index import SafetensorsIndex
+
+__all__ = [
+    "ResolvedConfig",
+    "SolvedBase",
+    "find_solved_base",
+    "resolve_config",
+    "resolve_finished_run",
+    "resolve_quantization",
+    "resolve_unsolved_run",
+    "split_task_configs",
+]
+
+
+@dataclass(frozen=True)
+class SolvedBase:
+    """The base that GPTQ has quantized for a run.
+
+    Attributes:
+        directory: ``base/`` in the directory of the run.
+    """
+
+    directory: Path
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """The configuration that a command runs with.
+
+    Attributes:
+        run: every key with the value that is used.
+        directory: local directory of ``run.base``.
+        is_unsolved: ``run.base`` is not quantized, and GPTQ has to quantize it before training.
+    """
+
+    run: RunConfig
+    directory: Path
+    is_unsolved: bool = False
+
+    def split_tasks(self) -> "dict[str, ResolvedConfig]":
+        """Return the configuration of each task (``split_task_configs``)."""
+        return {
+            name: ResolvedConfig(task, self.directory, self.is_unsolved)
+            for name, task in split_task_configs(self.run).items()
+        }
+
+
+def resolve_config(config: RunConfig, solved: SolvedBase | None = None) -> ResolvedConfig:
+    """Return ``config`` with the base that is loaded and its quantization.
+
+    Reads ``config.json`` and the headers of the weights; a hub id is downloaded.
+
+    Args:
+        solved: takes the place of ``base.path``.
+
+    Raises:
+        UserError: unusable files; ``base.quant`` contradicts them, or asks for GPTQ, which is not a
+            way to load a base.
+    """
+    resolved = _resolve_base(config if solved is None else _use_solved_base(config, solved))
+    if resolved.is_unsolved:
+        raise UserError(
+            f"base.quant.solver is gptq, and base.path {config.base.path} is not quantized: give "
+            "the directory that dist-peft quantize wrote, or the base/ of a run"
+        )
+    return resolved
+
+
+def resolve_unsolved_run(config: RunConfig) -> ResolvedConfig:
+    """Return ``config`` for the checks of a run before its base is quantized with GPTQ.
+
+    No checkpoint is resumed: checkpoints are of the quantized base.
+
+    Raises:
+        UserError: unusable files.
+    """
+    return _resolve_base(config.model_copy(update={"resume": "never"}))
+
+
+def resolve_quantization(config: RunConfig) -> ResolvedConfig:
+    """Return ``config`` for quantizing its base in advance.
+
+    There is no adapter and no backward pass; calibration takes single documents up to any length.
+
+    Raises:
+        UserError: unusable files.
+    """
+    engine = config.engine.model_copy(update={"activation_checkpointing": False})
+    data = config.data.model_copy(update={"packing": False, "too_long": "truncate"})
+    update = {"adapter": NoAdapterConfig(), "engine": engine, "data": data}
+    return _resolve_base(config.model_copy(update=update))
+
+
+def resolve_finished_run(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Return the ``config.yaml`` of a run, with its solved base where the run directory is now.
+
+    Training wrote everything else resolved. Files of the base are not read: exports of an adapter
+    alone do without.
+    """
+    solved = find_solved_base(config, run_dir)
+    return config if solved is None else _use_solved_base(config, solved)
+
+
+def find_solved_base(config: RunConfig, run_dir: Path) -> SolvedBase | None:
+    """Return the base that GPTQ has quantized for the run in ``run_dir``, if there is one."""
+    quant, directory = config.base.quant, run_dir / "base"
+    if quant is None or quant.solver != "gptq" or not directory.is_dir():
+        return None
+    return SolvedBase(directory)
+
+
+def _use_solved_base(config: RunConfig, solved: SolvedBase) -> RunConfig:
+    update = {"path": str(solved.directory), "revision": None}
+    return config.model_copy(update={"base": config.base.model_copy(update=update)})
+
+
+def _resolve_base(config: RunConfig) -> ResolvedConfig:
+    """Locate the base and read the quantization of its files."""
+    base = config.base
+    warn_of_trusted_code(base)
+    directory = resolve_base_directory(base)
+    index = SafetensorsIndex.open(directory)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
+    found = open_prequantized(directory, index)
+    if found is None:
+        unsolved = base.quant is not None and base.quant.solver == "gptq"
+        return ResolvedConfig(config, directory, is_unsolved=unsolved)
+    check_stated_quant(base, found, directory)
+    packed = base.model_copy(update={"quant": found.quant_config})
+    return ResolvedConfig(config.model_copy(update={"base": packed}), directory)
+
+
+# -- tasks ---------------------------------------------------------------------------------------
+
+
+def split_task_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the run configuration of each task by name, in the order of ``data.train``.
+
+    A held-out source belongs to the task of the same name.
+
+    Raises:
+        UserError: the configuration does not describe separate tasks; names the key and the fix.
+    """
+    check_task_config(config)
+    return {source.task_name: _make_task_config(config, source) for source in config.data.train}
+
+
+def _make_task_config(config: RunConfig, source: DataSource) -> RunConfig:
+    held_out = [other for other in config.data.eval if other.task_name == source.task_name]
+    directory = Path(config.save.dir) / "tasks" / source.task_name
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"train": [source], "eval": held_out}),
+            "train": config.train.model_copy(update={"tasks": "mixed"}),
+            "save": config.save.model_copy(update={"dir": str(directory)}),
+        }
+    )

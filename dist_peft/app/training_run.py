@@ -1,0 +1,228 @@
+"""Train the adapters of a run, in execution order: check, quantize, load, train, write."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from dist_peft.app.adapter_bank import AdapterBank
+from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
+from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
+from dist_peft.app.model_setup import (
+    LoadedModel,
+    ModelSetup,
+    build_model,
+    load_init_factors,
+    load_weights,
+    replace_labels,
+)
+from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
+from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
+from dist_peft.app.resuming import read_run_inputs
+from dist_peft.app.run_directory import (
+    check_run_directory_writable,
+    make_run_directory,
+    open_run_directory,
+    write_run_config,
+)
+from dist_peft.app.tasks import TasksFile
+from dist_peft.app.trainer import Trainer
+from dist_peft.app.unused_options import warn_unused_options
+from dist_peft.compress.gptq_driver import CalibrationInterrupted
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.log import setup_log
+from dist_peft.core.world import World
+from dist_peft.data.labels import list_class_names
+from dist_peft.export.outlook import log_export_outlook
+from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.optimizers import make_optimizer_factory
+
+__all__ = ["RESUMABLE", "train_until_stopped"]
+
+log = logging.getLogger("dist_peft")
+
+RESUMABLE = 75
+"""Exit code after a stop on a signal: rerun the same command to resume from the checkpoint."""
+
+
+def train_until_stopped(
+    config: RunConfig, world: World, device: torch.device, stop: Callable[[], bool]
+) -> int:
+    """Check, load and train, in an order in which a refused command changes no file.
+
+    First all checks without weights, then the run directory and its log, loading, the checks that
+    need the model, and ``config.yaml`` last, since merge and export rely on it.
+
+    Args:
+        world: after ``World.join_process_group``.
+        stop: returns whether a signal has requested a stop.
+
+    Returns:
+        The exit code: 0, or ``RESUMABLE`` after a signal.
+
+    Raises:
+        UserError: on every rank, whichever rank found the error.
+    """
+    run_dir = Path(config.save.dir)
+    setup_log(None, world.rank, world.size, hold=True)
+    with world.raise_together("look at the run directory"):
+        if world.is_first:
+            check_run_directory_writable(run_dir)
+        solving = must_solve_base(config, run_dir)
+    if solving:
+        with world.raise_together("read the base's configuration"):
+            unsolved = resolve_unsolved_run(config)
+        _prepare_adapter_jobs(unsolved, world, device)  # fail fast, before hours of GPTQ
+        open_run_directory(run_dir, world)
+    try:
+        solved = ensure_solved_base(config, run_dir, world, device, stop)
+    except CalibrationInterrupted:
+        log.warning("stopped on a signal during GPTQ calibration; rerunning restarts calibration")
+        return RESUMABLE
+    with world.raise_together("read the base's configuration"):
+        resolved = resolve_config(config, solved)
+    return _train_resolved(resolved, world, device, stop)
+
+
+def _train_resolved(
+    resolved: ResolvedConfig, world: World, device: torch.device, stop: Callable[[], bool]
+) -> int:
+    config, run_dir = resolved.run, Path(resolved.run.save.dir)
+    setup, jobs = _prepare_adapter_jobs(resolved, world, device)
+    trained_on = [base for job in jobs.values() for base in job.trained_on]
+    begun = next((job for job in jobs.values() if job.resume_from is not None), None)
+    open_run_directory(run_dir, world)
+    if begun is not None and begun.resume_from is not None:
+        load_init_factors(setup, begun.checkpoints, begun.resume_from)
+    built = load_weights(setup, world, device, trained_on)
+    call = built.setup_optimizer(make_optimizer_factory(config.train, device))
+    sessions = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
+    next(iter(sessions.values())).check_loaded_model()
+    if config.train.tasks == "separate":
+        with world.raise_together("write config.yaml"):
+            if world.is_first:
+                write_run_config(run_dir, config)
+        resume_from = {name: job.resume_from for name, job in jobs.items()}
+        return _train_tasks_sequentially(run_dir, built, sessions, resume_from, world, stop)
+    return RESUMABLE if _run_trainer(sessions[""], jobs[""].resume_from, world, stop) else 0
+
+
+def _prepare_adapter_jobs(
+    resolved: ResolvedConfig, world: World, device: torch.device
+) -> "tuple[ModelSetup, dict[str, _AdapterJob]]":
+    """Run every check that needs no weights; write nothing but the token cache.
+
+    Returns:
+        the model on meta with its adapter, and the adapters to train by task; a run of one adapter
+        has one job, named "".
+
+    Raises:
+        UserError: on every rank.
+    """
+    config = resolved.run
+    with world.raise_together("read the base's configuration"):
+        runs = resolved.split_tasks() if config.train.tasks == "separate" else {"": resolved}
+        packed_tokens = config.data.seq_len if config.data.packing else 0
+        setup = build_model(next(iter(runs.values())), packed_tokens=packed_tokens)
+    warn_unused_options(config, world, setup.model, device.type)
+    if not resolved.is_unsolved:
+        log_export_outlook(config, setup.skeleton, setup.directory)
+    jobs = {name: _AdapterJob.check_inputs(task.run, setup, world) for name, task in runs.items()}
+    return setup, jobs
+
+
+@dataclass(frozen=True)
+class _AdapterJob:
+    """An adapter to train, of the run or of one task, with everything known before loading."""
+
+    config: RunConfig
+    loaders: DataLoaders
+    checkpoints: CheckpointManager
+    resume_from: Path | None
+    trained_on: list[BaseRequirement]
+
+    @classmethod
+    def check_inputs(cls, config: RunConfig, setup: ModelSetup, world: World) -> Self:
+        """Read the data and select the checkpoint to resume.
+
+        Raises:
+            UserError: on every rank: unfit data, other data on another rank, or a checkpoint that
+                does not exist or is of another run.
+        """
+        directory = Path(config.save.dir) / "checkpoints"
+        checkpoints = CheckpointManager(directory, config.save.keep, world)
+        with world.raise_together("choose a checkpoint"):
+            resume_from = checkpoints.select_checkpoint(config.resume)
+        resumed = [] if resume_from is None else [resume_from]
+        # first of all comparisons with the checkpoint, since it names the keys of config.json
+        with world.raise_together("compare the base with that of the checkpoint"):
+            trained_on = read_checkpoint_bases(resumed, setup.skeleton.index)
+        loaders = read_run_inputs(config, setup, world, resume_from)
+        check_loaders_fit_model(loaders, setup.skeleton, setup.adapter.num_extra_positions)
+        return cls(config, loaders, checkpoints, resume_from, trained_on)
+
+    def make_trainer(self, built: LoadedModel, call: nn.Module, world: World) -> Trainer:
+        built = replace_labels(built, list_class_names(self.config.data))
+        directory = Path(self.config.save.dir)
+        return Trainer(self.config, world, built, call, self.loaders, self.checkpoints, directory)
+
+
+def _run_trainer(
+    session: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
+) -> bool:
+    """Train to the last step; return whether a signal stopped it before."""
+    first_step = (
+        session.resume_from_checkpoint(resume_from)
+        if resume_from is not None
+        else session.start_run()
+    )
+    with world.raise_together("write config.yaml"):
+        if world.is_first:
+            write_run_config(session.run_dir, session.config)
+    done = session.run_training_loop(first_step, stop)
+    if done < session.total_steps:
+        log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
+        return True
+    session.finish_run()
+    return False
+
+
+def _train_tasks_sequentially(
+    run_dir: Path,
+    built: LoadedModel,
+    sessions: dict[str, Trainer],
+    resume_from: dict[str, Path | None],
+    world: World,
+    stop: Callable[[], bool],
+) -> int:
+    """Train the adapter of each task, all from the same initialization; return the exit code."""
+    with world.raise_together("read tasks.json"):
+        finished = TasksFile(run_dir)
+    bank = AdapterBank(built)
+    bank.store_active_adapter("start")
+    for number, (name, session) in enumerate(sessions.items(), 1):
+        newest = resume_from[name]
+        steps = finished.get_finished_steps(name) if world.is_first else 0
+        if (
+            newest is not None
+            and session.is_final_checkpoint(newest)
+            and world.max_over_ranks(steps)[0]
+        ):
+            log.info("task %s is finished", name)
+            continue
+        log.info("task %s, %d of %d, in %s", name, number, len(sessions), session.run_dir)
+        with world.raise_together("prepare the task's directory"):
+            if world.is_first:
+                finished.mark_started(name)
+                make_run_directory(session.run_dir)
+        bank.activate_adapter("start")
+        if _run_trainer(session, newest, world, stop):
+            return RESUMABLE
+        with world.raise_together("write tasks.json"):
+            if world.is_first:
+                finished.mark_finished(name, session.make_report_summary())
+    return 0

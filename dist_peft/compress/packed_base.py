@@ -1,0 +1,158 @@
+"""Write a base packed, in the layout of the unquantized one.
+
+Each linear weight of the blocks becomes packed rows::
+
+    config.json         the base's, with quantization_config:
+                        {"quant_method": "dist_peft", "kind": "int", "bits": 4, "group_size": 64,
+                         "solver": "gptq", "made_from": {"base": ..., "fingerprint": ..., ...}}
+    model*.safetensors  STEM.weight [out, in]  ->  STEM.packed uint8 [out, row_bytes]
+                        everything else as in the base
+    tokenizer, generation settings, licence: copies
+
+The directory is renamed to its final name when it is complete.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.span import Span
+from dist_peft.core.world import World
+from dist_peft.engine import Engine
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.hub import read_json_object
+from dist_peft.model.model_files import copy_model_files
+from dist_peft.model.prequantized.base import OWN_METHOD
+from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
+from dist_peft.store.reader import RowReader
+from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
+
+__all__ = ["open_packed_writer", "write_packed_base"]
+
+_COPIED_BYTES = 64 * 2**20
+"""Chunk size for copying tensors that stay unquantized."""
+
+
+@contextmanager
+def open_packed_writer(
+    skeleton: Skeleton, out: Path, world: World
+) -> Iterator[StreamWriter | None]:
+    """Yield the writer on rank 0, None on others; remove the partial directory on exit.
+
+    Args:
+        skeleton: the model with its frozen linears, whose sizes the files get.
+        out: final directory; nothing is written there before ``write_packed_base`` has ended.
+
+    Raises:
+        UserError: on every rank: no space or no permission.
+    """
+    partial, writer = _get_partial_path(out), None
+    try:
+        with world.raise_together("start to write"):
+            if world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                writer = StreamWriter(partial, _list_tensor_specs(skeleton), MAX_FILE_BYTES)
+        if writer is None:
+            yield None
+        else:
+            with writer:
+                yield writer
+    finally:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_packed_base(
+    base: BaseConfig,
+    skeleton: Skeleton,
+    engine: Engine,
+    origin: Mapping[str, Any],
+    out: Path,
+    world: World,
+    writer: StreamWriter | None,
+) -> None:
+    """Gather one linear at a time and write it from rank 0, then rename the directory to ``out``.
+
+    Args:
+        base: the unquantized base, and the quantization of the loaded model.
+        skeleton: the loaded model.
+        engine: shards the packed rows of ``skeleton``.
+        origin: ``made_from`` in ``config.json``.
+        out: absent or an empty directory.
+        writer: of ``open_packed_writer``.
+
+    Raises:
+        UserError: on every rank: no space or no permission.
+    """
+    linears, partial = _map_packed_linears(skeleton), _get_partial_path(out)
+    for source, linear in linears.items():
+        packed = engine.gather_parameter(linear.packed)
+        with world.raise_together(f"write {source}"):
+            if writer is not None:
+                writer.write_rows(_make_packed_name(source), packed)
+    with world.raise_together("write the rest"):
+        if writer is not None:
+            _copy_unpacked_tensors(skeleton, set(linears), writer)
+            writer.close()
+            _copy_configuration(base, skeleton.index.path, partial, origin)
+            if out.is_dir():
+                out.rmdir()  # empty, as was checked
+            os.replace(partial, out)
+
+
+def _get_partial_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _map_packed_linears(skeleton: Skeleton) -> dict[str, FrozenLinear]:
+    """Return the packed linears by the name of their weight in the base."""
+    found = (module for module in skeleton.model.modules() if isinstance(module, FrozenLinear))
+    return {module.source: module for module in found if not module.is_head}
+
+
+def _make_packed_name(source: str) -> str:
+    return f"{source.removesuffix('.weight')}.packed"
+
+
+def _list_tensor_specs(skeleton: Skeleton) -> list[TensorSpec]:
+    specs, linears = [], _map_packed_linears(skeleton)
+    for name, info in skeleton.index.tensors.items():
+        if name in linears:
+            shape = tuple(linears[name].packed.shape)
+            specs.append(TensorSpec(_make_packed_name(name), torch.uint8, shape))
+        else:
+            specs.append(TensorSpec(name, info.dtype, info.shape))
+    return specs
+
+
+def _copy_unpacked_tensors(skeleton: Skeleton, packed: set[str], writer: StreamWriter) -> None:
+    with RowReader(skeleton.index) as reader:
+        for name, info in skeleton.index.tensors.items():
+            if name in packed:
+                continue
+            rows = max(1, _COPIED_BYTES // max(1, info.row_bytes))
+            for span in Span(0, info.num_rows).split_into_chunks(rows):
+                writer.write_rows(name, reader.read_rows(name, span), span.start)
+
+
+def _copy_configuration(
+    base: BaseConfig, directory: Path, out: Path, origin: Mapping[str, Any]
+) -> None:
+    """Copy all files without weights; add the quantization to ``config.json``."""
+    quant = base.quant
+    assert quant is not None
+    known = read_json_object(directory / "config.json")
+    named = known.get("dtype") or known.get("torch_dtype")
+    dtype = parse_torch_dtype(named if isinstance(named, str) else base.compute_dtype)
+    about = quant.model_dump(mode="json", include={"kind", "bits", "group_size", "solver"})
+    if quant.kind == "nf4":
+        about["double_quant"] = quant.double_quant
+    settings = {"quant_method": OWN_METHOD, **about, "made_from": dict(origin)}
+    changes = {"quantization_config": settings}
+    copy_model_files(directory, out, dtype, changes, code=base.trust_remote_code)
