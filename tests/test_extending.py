@@ -14,7 +14,6 @@ from torch import nn
 
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.ia3.format import public_ia3
-from dist_peft.adapters.protocol import AdapterModule
 from dist_peft.core.config.run import BaseConfig, DataSource, EngineConfig, TrainConfig
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
@@ -25,6 +24,7 @@ from dist_peft.data.sources import read_examples
 from dist_peft.engine.single import SingleEngine
 from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.model_directory import write_model_directory
+from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.quant.codec import Codec
 from dist_peft.store.reader import RowReader
 from dist_peft.train import metrics

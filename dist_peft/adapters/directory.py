@@ -1,4 +1,4 @@
-"""Adapters on disk: read, write and check a directory of any method (``adapter_format``).
+"""Adapters on disk: read, write, check and open for a merge a directory of any method.
 
 A directory holds the files that the method's ecosystem reads, PEFT's or AdapterHub's, and up to two
 that only this project reads::
@@ -12,6 +12,7 @@ that only this project reads::
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch import Tensor
 from dist_peft.adapters.adapter_format import (
     ADAPTER_FORMATS,
     PEFT_TYPES,
-    AdapterFormat,
     find_format,
 )
 from dist_peft.adapters.classifier_head.format import (
@@ -33,30 +33,37 @@ from dist_peft.adapters.classifier_head.format import (
     split_peft_head,
     write_adapterhub_head,
 )
+from dist_peft.adapters.classifier_head.merge import HeadMerger
+from dist_peft.adapters.full.format import TrainedWeightsMerger, contains_trained_weights
 from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
-from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.metadata import (
+    METADATA_FILE,
+    WEIGHT_KINDS,
+    WRITTEN_CONFIG,
+    parse_facts_and_labels,
+    read_adapter_metadata,
+    read_optional_json,
+    refuse_edited_config,
+)
+from dist_peft.adapters.protocol import AdapterFormat, PublicAdapter, WeightMerger
 from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
-from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.writer import write_atomically
 
 __all__ = [
-    "WEIGHT_KINDS",
     "check_public_adapter",
     "choose_tensors_file",
     "find_config_file",
+    "open_adapter_merger",
+    "open_merger",
     "read_adapter_directory",
-    "read_adapter_metadata",
     "write_adapter_directory",
 ]
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
-_METADATA = "dist_peft.json"
 _EXTRA = "dist_peft.safetensors"
-WEIGHT_KINDS = ("full", "partial")
-"""``kind`` in the ``dist_peft.json`` of trained weights (``adapters.full.format``)."""
 
 
 def check_public_adapter(public: PublicAdapter) -> None:
@@ -140,7 +147,7 @@ def write_adapter_directory(
         "adapter": public.facts,
         WRITTEN_CONFIG: dict(config),
     }
-    write_atomically(directory / _METADATA, json.dumps(facts, indent=2) + "\n")
+    write_atomically(directory / METADATA_FILE, json.dumps(facts, indent=2) + "\n")
     write_atomically(directory / known.config_file, json.dumps(config, indent=2) + "\n")
 
 
@@ -156,7 +163,7 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
             that are not finite.
     """
     config_file = find_config_file(directory)
-    config = _read_json(config_file)
+    config = read_optional_json(config_file)
     if config is None:
         if (kind := read_adapter_metadata(directory).get("kind")) in WEIGHT_KINDS:
             raise UserError(
@@ -176,7 +183,7 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
         raise _explain_absent_tensors(file, known)
     metadata = read_adapter_metadata(directory)
     refuse_edited_config(config_file, config, metadata)
-    facts, labels = _parse_facts_and_labels(metadata, directory / _METADATA)
+    facts, labels = parse_facts_and_labels(metadata, directory / METADATA_FILE)
     extra = (
         _read_adapter_tensors(directory / _EXTRA, values) if (directory / _EXTRA).is_file() else {}
     )
@@ -186,7 +193,7 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
     if not known.joins_head and (labels or (directory / SAFE_HEAD).is_file()):
         if not (directory / SAFE_HEAD).is_file():
             raise UserError(
-                f"{directory} has no {SAFE_HEAD}, the head of the classes that its {_METADATA} "
+                f"{directory} has no {SAFE_HEAD}, the head of the classes that its {METADATA_FILE} "
                 "names; is the download complete?"
             )
         head = read_head(_read_adapter_tensors(directory / SAFE_HEAD, values), labels)
@@ -197,31 +204,40 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
     return PublicAdapter(config, tensors, facts, extra, head, parts)
 
 
-def _parse_facts_and_labels(
-    metadata: Mapping[str, Any], file: Path
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``adapter`` and ``labels`` of ``dist_peft.json``.
+def open_merger(
+    adapter_dir: Path, base_names: Mapping[str, str], stack: ExitStack, *, tied: bool
+) -> WeightMerger:
+    """Return the merger of a finished run's adapter.
+
+    Args:
+        adapter_dir: an adapter, ours, PEFT's or AdapterHub's, or trained weights.
+        base_names: path of each weight in the model -> its name in the base's files.
+        stack: closes the files of trained weights.
+        tied: the base's output head shares the input embedding's weight, which a merge would
+            change for both.
 
     Raises:
-        UserError: they are of another type, or the start is none that is known.
+        UserError: damaged files, or no weight of the base can hold the adapter.
     """
-    facts, labels = metadata.get("adapter", {}), metadata.get("labels", [])
-    again = "get the adapter again"
-    if not isinstance(facts, dict):
-        raise UserError(f"{file} is damaged: adapter must hold a JSON object; {again}")
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{file} is damaged: labels must be a list of names; {again}")
-    start = facts.get("start", "default")
-    if start not in ("default", "pissa", "loftq"):
-        raise UserError(
-            f"{file} is damaged: adapter.start is {start!r}, which no adapter has; {again}"
-        )
-    init = metadata.get("start", start)  # adapter.init of the run
-    if init != start and {init, start} & {"pissa", "loftq"}:
-        raise UserError(
-            f"{file} is damaged: adapter.start is {start!r}, but start is {init!r}; {again}"
-        )
-    return facts, tuple(labels)
+    if contains_trained_weights(adapter_dir):
+        return TrainedWeightsMerger.open_directory(adapter_dir, base_names, stack)
+    return open_adapter_merger(adapter_dir, tied=tied)
+
+
+def open_adapter_merger(adapter_dir: Path, *, tied: bool = False) -> WeightMerger:
+    """Return the merger of an adapter directory, with its classifier's head if it has one.
+
+    Raises:
+        UserError: see ``open_merger``.
+    """
+    public = read_adapter_directory(adapter_dir)
+    known = find_format(public.config)
+    assert known is not None  # read_adapter_directory refuses others
+    try:
+        merger = known.open_merger(public, tied=tied)
+    except UserError as error:
+        raise UserError(f"{adapter_dir}: {error}") from None
+    return merger if public.head is None else HeadMerger(merger, public.head.tensors)
 
 
 def _explain_absent_tensors(file: Path, known: AdapterFormat) -> UserError:
@@ -233,27 +249,6 @@ def _explain_absent_tensors(file: Path, known: AdapterFormat) -> UserError:
             f"adapter as {file.name} ({known.safe_saving})"
         )
     return UserError(f"{file.parent} has no {file.name}; is the download complete?")
-
-
-def read_adapter_metadata(directory: Path) -> dict[str, Any]:
-    """Contents of ``dist_peft.json``; empty for an adapter that PEFT wrote.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return _read_json(directory / _METADATA) or {}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it must hold a JSON object")
-    return content
 
 
 def _read_adapter_tensors(path: Path, values: bool) -> dict[str, Tensor]:

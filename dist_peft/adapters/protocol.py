@@ -1,4 +1,5 @@
-"""Protocols of adapter methods, and matching of their targets.
+"""Protocols of adapter methods: training (``Adapter``), files (``AdapterFormat``), merging
+(``WeightMerger``).
 
 Life of an adapter::
 
@@ -9,75 +10,33 @@ Life of an adapter::
     to_public(tensors, base)   gathered parameters -> the form that other libraries read
 
 Engines replace ``Parameter`` objects when they shard, so a module never keeps one: it reads
-``self.lora_A`` again in each forward.
-
-Targets follow PEFT: ``all-linear`` or a list of names, name endings and regular expressions.
+``self.lora_A`` again in each forward. The loader's side is ``model.adapter_module``.
 """
 
-import difflib
 import hashlib
-import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.model.experts import ExpertStack
-from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.quant.affine import AffineParts
 
 __all__ = [
     "Adapter",
     "AdapterDefaults",
-    "AdapterModule",
-    "InitializesFromBase",
+    "AdapterFormat",
+    "AdapterReader",
+    "PeftFormat",
     "PublicAdapter",
     "PublicHead",
-    "Reduce",
     "TrainsBaseWeights",
-    "check_pattern_keys",
+    "WeightMerger",
     "collect_gathered_parameters",
     "derive_seed",
-    "list_adapter_targets",
-    "resolve_pattern_value",
 ]
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
-
-log = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
-
-
-@runtime_checkable
-class AdapterModule(Protocol):
-    """An ``nn.Module`` that owns adapter parameters directly."""
-
-    def init_rows(self, name: str, span: Span) -> Tensor:
-        """Return the initial values of rows ``span`` of the own parameter ``name``; called once.
-
-        The same whatever the number of ranks.
-        """
-        ...
-
-
-@runtime_checkable
-class InitializesFromBase(AdapterModule, Protocol):
-    """An adapter module around a ``FrozenLinear`` named ``base`` that sees its rows first."""
-
-    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
-        """Return the rows to quantize; called once and before ``init_rows``.
-
-        Args:
-            rows: float32 ``[len(span), in]``, this rank's rows of the weight, maybe none.
-            span: which rows these are.
-            reduce: sums over the ranks that share the weight.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -219,6 +178,158 @@ class TrainsBaseWeights(Protocol):
         ...
 
 
+class AdapterReader(Protocol):
+    """Reads the directory of any method's adapter (``directory.read_adapter_directory``).
+
+    Methods that start from adapters on disk are given one, since they lie below the table of
+    formats.
+    """
+
+    def __call__(self, directory: Path, values: bool = True) -> PublicAdapter: ...
+
+
+class WeightMerger(Protocol):
+    """Merges one adapter into rows of the base, by weight name ``PATH.weight``.
+
+    Row-local: a base of any size is merged in chunks, in any order, each row once.
+    """
+
+    def changes_weight(self, weight: str) -> bool:
+        """Return whether the adapter changes this weight."""
+        ...
+
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Compare the adapter with the base's shapes before a row is merged.
+
+        Args:
+            shapes: weight name -> rows and columns in the base.
+
+        Raises:
+            UserError: the base has no such weight, or of another shape.
+        """
+        ...
+
+    def merge_weight_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """Return rows ``span`` of a weight with the adapter in them.
+
+        Args:
+            weight: a name that ``changes_weight``.
+            rows: float32 ``[len(span), columns]``.
+            span: rows of the weight.
+            in_base: original: rows of the base's files. decoded: rows as training saw them.
+        """
+        ...
+
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """Return the rows that were quantized: without the initial product of PiSSA and LoftQ."""
+        ...
+
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
+        """Return integer codes whose zeros hold the adapter (QA-LoRA)."""
+        ...
+
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
+        """Return the change of each group ``[len(span), groups]`` (QA-LoRA)."""
+        ...
+
+    def list_unused_tensors(self) -> list[str]:
+        """Return weights of which not every row was merged."""
+        ...
+
+
+class AdapterFormat(Protocol):
+    """How a method's adapters lie on disk, and how they merge."""
+
+    @property
+    def peft_types(self) -> tuple[str, ...]:
+        """Values of ``peft_type`` in its configuration; none where the format is not PEFT's."""
+        ...
+
+    @property
+    def config_file(self) -> str:
+        """Name of the configuration."""
+        ...
+
+    @property
+    def tensors_file(self) -> str:
+        """Name of the safetensors file."""
+        ...
+
+    @property
+    def pickle_file(self) -> str:
+        """Name of the file that the library writes instead without ``safe_saving``."""
+        ...
+
+    @property
+    def safe_saving(self) -> str:
+        """Call of that library that writes ``choose_tensors_file``."""
+        ...
+
+    @property
+    def joins_head(self) -> bool:
+        """Whether a classifier's head is in ``choose_tensors_file``, as PEFT has it."""
+        ...
+
+    @property
+    def on_gptq_linears(self) -> bool:
+        """Whether the ecosystem's library applies the method to GPTQ linears."""
+        ...
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether these contents of a configuration are of this method."""
+        ...
+
+    def check(self, public: PublicAdapter) -> None:
+        """Compare every tensor with the configuration.
+
+        Raises:
+            UserError: one is empty, absent, or of the wrong shape.
+        """
+        ...
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """Return the method and its sizes in one line, for ``dist-peft inspect``."""
+        ...
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str | None:
+        """Return the reason why PEFT cannot load the adapter; None: it can."""
+        ...
+
+    def open_merger(self, public: PublicAdapter, *, tied: bool) -> WeightMerger:
+        """Return the merger.
+
+        Args:
+            public: checked by ``check``.
+            tied: the base's output head shares the input embedding's weight.
+
+        Raises:
+            UserError: no weight of the base can hold this adapter.
+        """
+        ...
+
+
+class PeftFormat:
+    """Base class of formats in the files of Hugging Face PEFT, found by their ``peft_type``."""
+
+    peft_types: tuple[str, ...] = ()
+    config_file = "adapter_config.json"
+    tensors_file = "adapter_model.safetensors"
+    pickle_file = "adapter_model.bin"
+    safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
+    joins_head = True
+    on_gptq_linears = True
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Return whether ``peft_type`` is one of ``peft_types``."""
+        return config.get("peft_type") in self.peft_types
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str | None:
+        """Return None: PEFT loads the adapter."""
+        return None
+
+
 def collect_gathered_parameters(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, dict[str, Tensor]]:
@@ -250,111 +361,3 @@ def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed from printable parts: the same in every process, on every platform."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def list_adapter_targets(
-    targets: Literal["all-linear"] | Sequence[str], model: nn.Module
-) -> list[str]:
-    """Names of the ``FrozenLinear`` and ``ExpertStack`` modules to adapt, in the model's order.
-
-    ``all-linear`` is every one but the output head and modules that no gradient reaches. An entry
-    of a list matches a module whose whole name it is, whose name ends with ``.entry``, or whose
-    whole name it matches as a regular expression; an entry that matches an experts module means
-    both of its stacks. The output head is adapted if an entry names it.
-
-    Raises:
-        UserError: an entry matches nothing.
-    """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenWeight)}
-    if targets == "all-linear":
-        inside = [name for name, module in linears.items() if not module.is_head]
-        chosen = [name for name in inside if not linears[name].without_gradient]
-        if left := sorted({re.sub(r"\d+", "*", name) for name in set(inside) - set(chosen)}):
-            log.info(
-                "adapter.target_modules all-linear leaves out %s: no gradient reaches them",
-                ", ".join(left),
-            )
-        if not chosen:
-            raise UserError("adapter.target_modules all-linear: the model has no linear to adapt")
-        return chosen
-    wanted: set[str] = set()
-    for entry in targets:
-        found = [
-            name for name, module in linears.items() if _matches_target_module(entry, name, module)
-        ]
-        if not found:
-            others = (n for n, m in model.named_modules() if _matches_module_name(entry, n))
-            raise _build_no_match_error(entry, linears, next(others, None))
-        wanted.update(found)
-    return [name for name in linears if name in wanted]
-
-
-def resolve_pattern_value(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The value of the first key that matches the module's name, by PEFT's rule.
-
-    A key is a regular expression for the whole name or for its ending after a dot.
-    """
-    return next((v for key, v in pattern.items() if _matches_name_ending(key, name)), default)
-
-
-def check_pattern_keys(key: str, pattern: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse entries of ``adapter.<key>`` that match no adapted module.
-
-    Raises:
-        UserError: see above.
-    """
-    names = list(names)
-    for entry in pattern:
-        try:
-            used = any(_matches_name_ending(entry, name) for name in names)
-        except re.error as error:
-            raise UserError(f"adapter.{key}[{entry!r}] is no regular expression: {error}") from None
-        if not used:
-            raise UserError(
-                f"adapter.{key}[{entry!r}] matches no adapted module; "
-                f"{_format_known_names(entry, names)}"
-            )
-
-
-def _matches_name_ending(key: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
-
-
-def _matches_target_module(entry: str, name: str, module: nn.Module) -> bool:
-    owner = name.rpartition(".")[0]
-    return _matches_module_name(entry, name) or (
-        isinstance(module, ExpertStack) and _matches_module_name(entry, owner)
-    )
-
-
-def _matches_module_name(entry: str, name: str) -> bool:
-    if name == entry or name.endswith(f".{entry}"):
-        return True
-    try:
-        return re.fullmatch(entry, name) is not None
-    except re.error as error:
-        raise UserError(
-            f"adapter.target_modules entry {entry!r} is neither a module's name nor a regular "
-            f"expression: {error}"
-        ) from None
-
-
-def _build_no_match_error(entry: str, linears: Iterable[str], other: str | None) -> UserError:
-    """``other``: a module that the entry does match, but which is no ``FrozenLinear``."""
-    message = f"adapter.target_modules entry {entry!r} matches no linear"
-    if other is not None:
-        message += (
-            f" ({other} is not a quantizable linear; the input embedding is adapted by "
-            "adapter.embeddings: true, an output head tied to it cannot be)"
-        )
-    return UserError(f"{message}; {_format_known_names(entry, linears)}")
-
-
-def _format_known_names(entry: str, names: Iterable[str]) -> str:
-    """Which last components exist, and the one nearest to ``entry``."""
-    names = list(names)
-    last = sorted({name.rpartition(".")[2] for name in names})
-    near = difflib.get_close_matches(entry.rpartition(".")[2], last, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(entry, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}There are: {', '.join(last)}"

@@ -18,7 +18,7 @@ therefore: activate the initial state, train, write.
 from torch import Tensor
 
 from dist_peft.app.model_setup import LoadedModel
-from dist_peft.engine.protocol import local_parameters
+from dist_peft.engine.engine_protocol import local_parameters
 
 __all__ = ["AdapterBank"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE

@@ -10,9 +10,9 @@ from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.directory import (
     check_public_adapter,
     read_adapter_directory,
-    read_adapter_metadata,
     write_adapter_directory,
 )
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_peft
 from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app.resolved_config import resolve_finished_run
 from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config

@@ -17,7 +17,7 @@ from dist_peft.adapters.directory import (
     read_adapter_directory,
 )
 from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
-from dist_peft.adapters.qalora.pooling import read_pooling_facts
+from dist_peft.adapters.low_rank.pooling import read_pooling_facts
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.classifier_head.method import HeadedAdapter, add_classifier_head
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
-from dist_peft.adapters.registry import make_adapter
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
 from dist_peft.app.resolved_config import ResolvedConfig
@@ -25,13 +25,14 @@ from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
-from dist_peft.engine.protocol import OptimizerFactory, local_parameters
+from dist_peft.engine.engine_protocol import OptimizerFactory, local_parameters
+from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.classifier import set_pad_token
 from dist_peft.model.freezing import compute_packed_share
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from dist_peft.model.isolation_probe import refuse_leaks
-from dist_peft.model.load import AdapterRows, load_model
+from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
@@ -201,7 +202,7 @@ def load_weights(
         for user in (*setup.fused, *trained_on):
             user.check_tensor_hashes(record.tensors, str(setup.directory))
         parameters = dict(model.named_parameters())
-        owners = {n for n, m in model.named_modules() if isinstance(m, AdapterRows)}
+        owners = {n for n, m in model.named_modules() if isinstance(m, AdapterModule)}
         return LoadedModel(
             setup,
             engine,

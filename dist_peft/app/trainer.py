@@ -17,7 +17,7 @@ from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.finished_run import select_training_settings
 from dist_peft.app.model_setup import LoadedModel, load_training_state
-from dist_peft.app.peft_form import report_peft_form
+from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
 from dist_peft.app.run_report import write_run_report
 from dist_peft.core.config.run import RunConfig

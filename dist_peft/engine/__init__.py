@@ -5,8 +5,8 @@ import torch
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
+from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fsdp2 import Fsdp2Engine
-from dist_peft.engine.protocol import Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.engine.zero import ZeroEngine
 

@@ -30,9 +30,13 @@ from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import World
 from dist_peft.engine.compat import all_gather, allow_integer_parameters
+from dist_peft.engine.engine_protocol import (
+    OptimizerFactory,
+    from_step_zero,
+    move_buffers_to_device,
+)
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import OptimizerFactory, from_step_zero, move_buffers_to_device
 
 __all__ = ["Fsdp2Engine"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from dist_peft.engine.protocol import (
+from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
     from_step_zero,

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from dist_peft.core.agreement import format_ranks, hash_json_value
 from dist_peft.core.span import Span
 from dist_peft.core.world import RemoteError, World
-from dist_peft.engine.protocol import Engine
+from dist_peft.engine.engine_protocol import Engine
 
 __all__ = ["ReplicaCheck"]
 

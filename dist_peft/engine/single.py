@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
+from dist_peft.engine.engine_protocol import (
+    OptimizerFactory,
+    from_step_zero,
+    move_buffers_to_device,
+)
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import OptimizerFactory, from_step_zero, move_buffers_to_device
 
 __all__ = ["SingleEngine"]
 

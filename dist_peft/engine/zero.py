@@ -28,8 +28,7 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.mesh import build_shard_mesh
-from dist_peft.engine.protocol import (
+from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
     from_step_zero,
@@ -38,6 +37,7 @@ from dist_peft.engine.protocol import (
     num_updates,
     trainable_parameters,
 )
+from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
 from dist_peft.engine.zero_config import build_deepspeed_config
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
-from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.qalora.format import expand_to_plain_lora
+from dist_peft.adapters.targets import resolve_pattern_value
 
 __all__ = ["write_adapter_copy"]
 

@@ -28,9 +28,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.adapter_format import WeightMerger
-from dist_peft.adapters.directory import read_adapter_metadata
-from dist_peft.adapters.mergers import open_merger
+from dist_peft.adapters.directory import open_merger
+from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
@@ -187,7 +187,7 @@ class MergedWeights:
 
     def iterate_group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
         """Yield affine parts and the change of each group by an adapter that fits into zeros, in
-        the state ``base`` (``adapters.qalora.merge``)."""
+        the state ``base`` (``adapters.low_rank.zero_points``)."""
         for weight in self.weights:
             if self._has_affine_parts(weight) and self.is_adapted(weight):
                 for span in self.iterate_spans(weight):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.directory import read_adapter_directory, read_adapter_metadata
+from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.adapters.lora.merge import LoraMerger
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import Span
 from dist_peft.export.verdict import EXACT_BOUND

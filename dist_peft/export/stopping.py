@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 

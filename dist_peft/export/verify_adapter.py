@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merged_weights import iterate_base_rows
 from dist_peft.export.time_limit import VerificationSkipped

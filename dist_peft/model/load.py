@@ -12,17 +12,18 @@ At the end ``_check_filled`` fails if a parameter still is on ``meta``.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
 from dist_peft.store.reader import RowReader
 
-__all__ = ["AdapterRows", "BaseRows", "Placement", "load_model"]
+__all__ = ["Placement", "load_model"]
 
 
 class Placement(Protocol):
@@ -33,27 +34,6 @@ class Placement(Protocol):
     def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None: ...
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class AdapterRows(Protocol):
-    """A wrapper, around ``base``, whose own parameters are initialized by a formula, not from a
-    file."""
-
-    base: nn.Module
-
-    def init_rows(self, name: str, span: Span) -> Tensor: ...
-
-
-@runtime_checkable
-class BaseRows(Protocol):
-    """A wrapper around a ``FrozenLinear`` whose initialization depends on the base's rows."""
-
-    base: nn.Module
-
-    def prepare_base_rows(
-        self, rows: Tensor, span: Span, reduce: Callable[[Tensor], Tensor]
-    ) -> Tensor: ...
 
 
 @dataclass
@@ -88,7 +68,9 @@ def load_model(
         OSError: the disk failed.
     """
     wrappers = {
-        id(module.base): module for module in model.modules() if isinstance(module, BaseRows)
+        id(module.base): module
+        for module in model.modules()
+        if isinstance(module, InitializesFromBase)
     }
     failure: Exception | None = None
     for done, (first, *others) in enumerate(_list_parameter_uses(model).values()):
@@ -137,11 +119,11 @@ def _list_parameter_uses(model: nn.Module) -> dict[int, list[_ParameterUse]]:
     """
     wrappers: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        if isinstance(module, AdapterRows):
+        if isinstance(module, AdapterModule):
             wrappers.setdefault(id(module.base), []).append(module)
     order: list[nn.Module] = []
     for module in model.modules():
-        if not isinstance(module, AdapterRows):
+        if not isinstance(module, AdapterModule):
             order += [module, *wrappers.get(id(module), [])]
     uses: dict[int, list[_ParameterUse]] = {}
     for module in order:
@@ -161,7 +143,7 @@ def _init_or_read_rows(
     parameter = owner._parameters[name]
     assert parameter is not None
     in_files: dict[str, str] = getattr(owner, "checkpoint_names", {})
-    if isinstance(owner, AdapterRows) and name not in in_files:
+    if isinstance(owner, AdapterModule) and name not in in_files:
         return owner.init_rows(name, span).to(parameter.dtype)
     source = in_files[name]
     read = reader.read_rows(source, span)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.protocol import OptimizerFactory, init_adam_state, num_updates
+from dist_peft.engine.engine_protocol import OptimizerFactory, init_adam_state, num_updates
 
 __all__ = ["make_optimizer_factory"]
 

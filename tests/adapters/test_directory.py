@@ -1,6 +1,7 @@
 import copy
 import json
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dist_peft.adapters.directory import (
+    open_adapter_merger,
+    open_merger,
     read_adapter_directory,
-    read_adapter_metadata,
     write_adapter_directory,
 )
 from dist_peft.adapters.lora.tensors import parse_lora_tensors
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from tests.support.adapters import adapted, disturb, ids, int_codec, save, tiny_llama
@@ -251,3 +254,23 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot make directory"):
         write_adapter_directory(tmp_path / "file" / "adapter", public(), {})
+
+
+PROMPT = {
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 3,
+    "token_dim": 5,
+}
+
+
+def test_a_refusal_names_the_directory(tmp_path: Path) -> None:
+    public = PublicAdapter(PROMPT, {"prompt_embeddings": torch.ones(3, 5)})
+    write_adapter_directory(tmp_path / "adapter", public, {})
+    with pytest.raises(UserError, match=r"adapter: the adapter is PROMPT_TUNING: virtual tokens"):
+        open_adapter_merger(tmp_path / "adapter")
+
+
+def test_trained_weights_are_read_from_their_files(tmp_path: Path) -> None:
+    (tmp_path / "dist_peft.json").write_text('{"kind": "full"}')
+    with ExitStack() as stack, pytest.raises(UserError, match="safetensors"):
+        open_merger(tmp_path, {}, stack, tied=False)

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_peft.adapters.mergers import open_adapter_merger
-from dist_peft.adapters.qalora.merge import measure_lost_share
+from dist_peft.adapters.directory import open_adapter_merger
+from dist_peft.adapters.low_rank.zero_points import measure_lost_share
 from dist_peft.app import cli
 from dist_peft.core.config.io import load_config
 from dist_peft.core.log import close_log

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.protocol import OptimizerFactory, trainable_parameters
+from dist_peft.engine.engine_protocol import OptimizerFactory, trainable_parameters
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
+from dist_peft.engine.engine_protocol import local_parameters
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.optimizer import LocalOptimizer
-from dist_peft.engine.protocol import local_parameters
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.span import Span
-from dist_peft.engine.protocol import trainable_parameters
+from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.optimizers import make_optimizer_factory
 

@@ -13,7 +13,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
-from dist_peft.engine.protocol import local_parameters
+from dist_peft.engine.engine_protocol import local_parameters
 from dist_peft.engine.zero import ZeroEngine
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks

@@ -23,7 +23,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.model_directory import WriteResult
-from dist_peft.model.load import AdapterRows
+from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.quant.codec import make_codec
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words
@@ -150,7 +150,7 @@ def test_pissa_into_decoded_base_gives_the_runs_own_logits(base: Path, tmp_path:
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for path, module in built.model.named_modules():
-        if isinstance(module, AdapterRows):
+        if isinstance(module, AdapterModule):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

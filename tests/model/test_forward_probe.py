@@ -10,7 +10,7 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from dist_peft.adapters.protocol import list_adapter_targets
+from dist_peft.adapters.targets import list_adapter_targets
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import weight_probe

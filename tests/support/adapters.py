@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.adapters.protocol import Adapter, AdapterModule, InitializesFromBase
-from dist_peft.adapters.registry import make_adapter
+from dist_peft.adapters.method_table import make_adapter
+from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QuantConfig
 from dist_peft.core.span import Span, row_span
+from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import Codec, make_codec
 from tests.support.thread_ranks import run_ranks

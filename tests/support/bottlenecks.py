@@ -8,6 +8,7 @@ from torch import nn
 
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, TrainableNorm
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.span import Span, row_span
@@ -30,7 +31,12 @@ def fill(adapter: BottleneckAdapter, ranks: int = 1) -> None:
 def adapted(original: Any, seed: int = 3, **settings: Any) -> tuple[Any, BottleneckAdapter]:
     """A frozen copy of a model with a filled adapter."""
     model = frozen_model(original)
-    adapter = BottleneckAdapter(BottleneckConfig(**settings), seed=seed, arithmetic=torch.float32)
+    adapter = BottleneckAdapter(
+        BottleneckConfig(**settings),
+        seed=seed,
+        arithmetic=torch.float32,
+        read_adapter=read_adapter_directory,
+    )
     adapter.attach_to_model(model)
     fill(adapter)
     return model, adapter

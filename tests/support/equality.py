@@ -12,7 +12,7 @@ from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
-from dist_peft.engine.protocol import trainable_parameters
+from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.train.loop import StepResult, compute_batch_loss, run_training_steps
 from dist_peft.train.optimizers import make_optimizer_factory
 

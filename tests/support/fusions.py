@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.directory import write_adapter_directory
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.core.config.run import FusionConfig
 from dist_peft.core.span import row_span
@@ -33,7 +33,9 @@ def fused(
     """A frozen copy of a model with a filled fusion, each rank giving its share of the rows."""
     model = frozen_model(original or tiny_llama())
     config = FusionConfig.model_validate({"adapters": adapters, **settings})
-    adapter = FusionAdapter(config, seed=3, arithmetic=torch.float32)
+    adapter = FusionAdapter(
+        config, seed=3, arithmetic=torch.float32, read_adapter=read_adapter_directory
+    )
     adapter.attach_to_model(model)
     for module in adapter_modules(model).values():
         for name, shape in module.shapes.items():

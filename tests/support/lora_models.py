@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.adapters.lora.merge import LoraMerger
-from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.quant.codec import Codec
 from tests.support.adapters import (
     RAW,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.adapters.registry import make_adapter
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.virtual_tokens.method import VirtualTokensAdapter
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
 from dist_peft.core.span import Span

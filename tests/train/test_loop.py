@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_peft.adapters.lora.method import LoraAdapter
-from dist_peft.adapters.no_adapter import NoAdapter
+from dist_peft.adapters.method_table import NoAdapter
 from dist_peft.core.config.run import BaseConfig, LoraConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World

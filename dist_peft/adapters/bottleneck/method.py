@@ -28,8 +28,12 @@ from dist_peft.adapters.bottleneck.format import (
     to_public_bottleneck,
 )
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec, TrainableNorm
-from dist_peft.adapters.directory import read_adapter_directory
-from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.protocol import (
+    AdapterDefaults,
+    AdapterReader,
+    PublicAdapter,
+    collect_gathered_parameters,
+)
 from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError
@@ -51,8 +55,16 @@ class BottleneckAdapter(AdapterDefaults):
         position: step and samples that seed the dropout masks.
     """
 
-    def __init__(self, config: BottleneckConfig, *, seed: int, arithmetic: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: BottleneckConfig,
+        *,
+        seed: int,
+        arithmetic: torch.dtype,
+        read_adapter: AdapterReader,
+    ) -> None:
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
+        self._read_adapter = read_adapter
         self.position = DropoutPosition(seed)
         self.layers: dict[str, BottleneckLayer] = {}
         self.norms: dict[str, TrainableNorm] = {}
@@ -91,7 +103,7 @@ class BottleneckAdapter(AdapterDefaults):
 
     def _load_initial_adapter(self, directory: Path) -> None:
         """Start from an adapter on disk, which must be one of the same settings."""
-        public = read_adapter_directory(directory)
+        public = self._read_adapter(directory)
         if not is_adapterhub_config(public.config):
             raise UserError(f"adapter.init_from {directory} is a PEFT adapter, no bottleneck")
         found = parse_bottleneck_config(public.config)

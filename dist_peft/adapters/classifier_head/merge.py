@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dist_peft.adapters.adapter_format import WeightMerger
+from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts

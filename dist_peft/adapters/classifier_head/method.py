@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.parameter_override import override_parameters
 from dist_peft.adapters.protocol import (
     Adapter,
     PublicAdapter,
@@ -31,6 +30,7 @@ from dist_peft.adapters.protocol import (
 )
 from dist_peft.core.span import Span
 from dist_peft.model.classifier import ClassifierHead
+from dist_peft.model.parameter_override import override_parameters
 
 __all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedBaseWeights", "add_classifier_head"]
 

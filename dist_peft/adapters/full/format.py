@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import WEIGHT_KINDS, read_adapter_metadata
+from dist_peft.adapters.metadata import WEIGHT_KINDS, read_adapter_metadata
 from dist_peft.adapters.tensor_checks import (
     check_tensor_names,
     check_tensor_type,

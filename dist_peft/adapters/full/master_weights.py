@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dist_peft.adapters.parameter_override import override_parameters
+from dist_peft.model.parameter_override import override_parameters
 from dist_peft.quant.frozen_matmul import matmul_fp32_accumulate
 
 __all__ = [

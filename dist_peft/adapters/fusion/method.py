@@ -21,6 +21,7 @@ from dist_peft.adapters.bottleneck.block_structure import (
     read_hidden_size,
 )
 from dist_peft.adapters.bottleneck.format import (
+    BottleneckFormat,
     ModelDescription,
     build_adapterhub_key,
     is_adapterhub_config,
@@ -34,16 +35,21 @@ from dist_peft.adapters.bottleneck.method import (
     insert_adapter_layer,
     match_adapter_paths,
 )
-from dist_peft.adapters.directory import find_config_file, read_adapter_directory
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.format import (
+    CONFIG,
     is_fusion_config,
     list_fused_names,
     parse_fusion_tensors,
     to_public_fusion,
 )
 from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer
-from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.protocol import (
+    AdapterDefaults,
+    AdapterReader,
+    PublicAdapter,
+    collect_gathered_parameters,
+)
 from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.adapter import BottleneckConfig, FusedAdapter, FusionConfig
 from dist_peft.core.errors import UserError
@@ -65,8 +71,16 @@ class FusionAdapter(AdapterDefaults):
         meter: records the attention weights.
     """
 
-    def __init__(self, config: FusionConfig, *, seed: int, arithmetic: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: FusionConfig,
+        *,
+        seed: int,
+        arithmetic: torch.dtype,
+        read_adapter: AdapterReader,
+    ) -> None:
         self.config, self.seed, self.arithmetic = config, seed, arithmetic
+        self._read_adapter = read_adapter
         self.position = DropoutPosition(seed)
         self.pull = IdentityRegularizer(config.regularization)
         self.meter = AttentionMeter()
@@ -85,7 +99,8 @@ class FusionAdapter(AdapterDefaults):
         self.model = model
         self.described = ModelDescription.describe_model(model, read_hidden_size(model))
         self.sources = [
-            _FusedAdapterSource.open_adapter(adapter) for adapter in self.config.adapters
+            _FusedAdapterSource.open_adapter(adapter, self._read_adapter)
+            for adapter in self.config.adapters
         ]
         placement = self._placement()
         sites = [
@@ -137,7 +152,7 @@ class FusionAdapter(AdapterDefaults):
         return FusionLayer(base, path, adapters, dropout, self.pull, self.meter, seed=self.seed)
 
     def _load_initial_fusion(self, directory: Path, hidden: int) -> None:
-        public, what = read_adapter_directory(directory), f"adapter.init_from {directory}"
+        public, what = self._read_adapter(directory), f"adapter.init_from {directory}"
         if not is_fusion_config(public.config):
             raise UserError(
                 f"{what} is no fusion; give a directory with adapter_fusion_config.json"
@@ -219,19 +234,19 @@ class _FusedAdapterSource:
     found: dict[str, str]
 
     @classmethod
-    def open_adapter(cls, adapter: FusedAdapter) -> Self:
+    def open_adapter(cls, adapter: FusedAdapter, read_adapter: AdapterReader) -> Self:
         """Look at names and shapes, not at values.
 
         Raises:
             UserError: no bottleneck adapter, one with norms of its own, or a damaged one.
         """
         directory, what = Path(adapter.path), f"adapter.adapters: {adapter.path}"
-        if not find_config_file(directory).is_file():
+        if not any((directory / name).is_file() for name in (BottleneckFormat.config_file, CONFIG)):
             raise UserError(
                 f"{what} has no adapter_config.json; give the adapter/ of a finished run "
                 "(RUN/adapter, RUN/tasks/NAME/adapter), or one saved by AdapterHub's library"
             )
-        public = read_adapter_directory(directory, values=False)
+        public = read_adapter(directory, values=False)
         if not is_adapterhub_config(public.config) or is_fusion_config(public.config):
             raise UserError(f"{what} is no bottleneck adapter; others cannot be fused")
         config = parse_bottleneck_config(public.config)

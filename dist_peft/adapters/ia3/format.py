@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_peft.adapters.ia3.merge import Ia3Merger, Rescaling
-from dist_peft.adapters.peft_format import PeftFormat
-from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.core.errors import UserError
 
 __all__ = ["Ia3Format", "public_ia3", "read_rescalings"]

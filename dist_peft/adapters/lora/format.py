@@ -28,8 +28,8 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
-from dist_peft.adapters.peft_format import PeftFormat
-from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
+from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
+from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
 
 __all__ = ["LoraFormat", "build_common_config", "build_public_lora"]

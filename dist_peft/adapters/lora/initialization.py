@@ -29,7 +29,7 @@ from dist_peft.adapters.low_rank.row_sharded import (
     add_factor_product,
     compute_top_singular,
 )
-from dist_peft.adapters.protocol import Reduce
+from dist_peft.model.adapter_module import Reduce
 from dist_peft.quant.codec import Codec
 
 __all__ = ["InitialFactors", "init_loftq_factors", "init_pissa_factors"]

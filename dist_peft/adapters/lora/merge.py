@@ -7,7 +7,7 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     embedding   W' = W + s (B A)^T              rows are vocabulary ids
     experts     LoRA, each expert's rows with its own A
     QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros
-    (``adapters.qalora.merge``)
+    (``adapters.low_rank.zero_points``)
 
 PiSSA and LoftQ adapters are stored as the change since initialization (``adapters.directory``), as
 needed by the *original* base. The base *decoded* as training saw it,
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
+from dist_peft.adapters.low_rank.zero_points import merge_into_zeros, unmerge_from_zeros
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.qalora.merge import merge_into_zeros, sum_group_change, unmerge_from_zeros
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 
-__all__ = ["LoraMerger"]
+__all__ = ["LoraMerger", "sum_group_change"]
 
 
 class LoraMerger:
@@ -190,7 +190,7 @@ class LoraMerger:
         self, weight: str, parts: AffineParts, span: Span, *, integer: bool = True
     ) -> AffineParts:
         """Take the adapter out again, bit for bit. See
-        ``adapters.qalora.merge.unmerge_from_zeros``."""
+        ``adapters.low_rank.zero_points.unmerge_from_zeros``."""
         return unmerge_from_zeros(
             parts, self.compute_group_change(weight, parts, span), integer=integer
         )
@@ -255,6 +255,20 @@ class LoraMerger:
             f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the base "
             f"has rows up to {span.stop} of [{columns}] elements; it belongs to another base"
         )
+
+
+def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor | None:
+    """``D`` for rows ``span``: float32 ``[len(span), groups]``, or None if the adapter does not add
+    the same to all weights of a group."""
+    if module.is_embedding or module.magnitude is not None or module.experts > 1:
+        return None
+    wide = module.expanded_lora_A()
+    first = wide[:, ::group_size]
+    whole = first.repeat_interleave(group_size, 1)[:, : wide.shape[1]]
+    if not torch.equal(whole, wide):
+        return None
+    change = torch.zeros(len(span), first.shape[1])
+    return add_factor_product(change, module.B[span.slice], first, module.scaling)
 
 
 def _add_module_delta(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:

@@ -1,7 +1,7 @@
 """Parse and check the tensors of a LoRA or QA-LoRA adapter.
 
 Names in the file are PEFT's (``adapters.directory``), shapes come from the configuration, and
-QA-LoRA's factors are brought to one convention (``adapters.qalora.pooling``).
+QA-LoRA's factors are brought to one convention (``adapters.low_rank.pooling``).
 """
 
 import math
@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from dist_peft.adapters.lora.expert_format import split_expert_factors, to_expert_stack_path
-from dist_peft.adapters.protocol import PublicAdapter, resolve_pattern_value
-from dist_peft.adapters.qalora.pooling import Pooling, pooling_sum_factor, read_pooling_facts
+from dist_peft.adapters.low_rank.pooling import Pooling, pooling_sum_factor, read_pooling_facts
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.errors import UserError
 
 __all__ = ["LoraTensors", "build_peft_key", "parse_lora_tensors"]

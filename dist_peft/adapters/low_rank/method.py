@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule
-from dist_peft.adapters.protocol import (
-    AdapterDefaults,
-    PublicAdapter,
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.sample_dropout import DropoutPosition
+from dist_peft.adapters.targets import (
     check_pattern_keys,
-    collect_gathered_parameters,
     list_adapter_targets,
     resolve_pattern_value,
 )
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.core.config.run import LowRankConfig
 from dist_peft.model.experts import ExpertStack
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.protocol import Reduce
 from dist_peft.core.span import Span
+from dist_peft.model.adapter_module import Reduce
 
 __all__ = ["LowRankFactors", "add_factor_product", "compute_top_singular"]
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.format import build_common_config
 from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
-from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.qalora.pooling import (
+from dist_peft.adapters.low_rank.pooling import (
     POOL_KEY,
     SIZE_KEY,
     Pooling,
     pooling_sum_factor,
     read_pooling_facts,
 )
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import QaLoraConfig
 
 __all__ = ["expand_to_plain_lora", "to_pooled_peft", "to_public_qalora"]

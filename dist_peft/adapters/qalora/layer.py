@@ -13,7 +13,7 @@ with an ``A`` whose columns repeat within a group::
 
 An affine base has one zero a row and group, ``W = (q - zero) scale``, if a pool group is a union of
 whole quantization groups. Then the change fits into the zeros and codes stay
-(``adapters.qalora.merge``)::
+(``adapters.low_rank.zero_points``)::
 
     (q - zero) scale + d  =  (q - (zero - d / scale)) scale
 
@@ -21,7 +21,7 @@ Sums grow with the group: at equal factors a group of 32 changes the output as 3
 that agree. ``A`` therefore starts as LoRA's would with the same ``in``, uniform in
 ``[-1, 1] / sqrt(in)`` (the paper does not say how), ``B`` at zero.
 
-Differences: the authors' repository and PEFT scale the sum (``adapters.qalora.pooling``).
+Differences: the authors' repository and PEFT scale the sum (``adapters.low_rank.pooling``).
 """
 
 import torch

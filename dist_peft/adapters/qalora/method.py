@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
+from dist_peft.adapters.low_rank.pooling import Pooling
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.qalora.format import to_public_qalora
 from dist_peft.adapters.qalora.layer import QaLoraLinear
-from dist_peft.adapters.qalora.pooling import Pooling
 from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError

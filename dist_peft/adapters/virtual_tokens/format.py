@@ -18,8 +18,7 @@ type of its own, since as PEFT's P-tuning it would be loaded and put in front wi
 from collections.abc import Mapping
 from typing import Any, Never
 
-from dist_peft.adapters.peft_format import PeftFormat
-from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.core.config.run import PrefixConfig, PromptConfig, PTuningConfig, VirtualTokensConfig
 from dist_peft.core.errors import UserError
 

@@ -6,12 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.directory import (
-    read_adapter_directory,
-    read_adapter_metadata,
-    write_adapter_directory,
-)
-from dist_peft.adapters.lora.combine import CombineRecipe, combine_adapters
+from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
+from dist_peft.adapters.lora.combination import CombineRecipe, combine_adapters
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World

@@ -16,7 +16,7 @@ import torch
 
 from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.directory import read_adapter_directory
-from dist_peft.adapters.qalora.merge import measure_lost_share
+from dist_peft.adapters.low_rank.zero_points import measure_lost_share
 from dist_peft.core.errors import UserError
 from dist_peft.export.adapter_copy import write_adapter_copy
 from dist_peft.export.float_bias import HfMetalPacker, MlxPacker

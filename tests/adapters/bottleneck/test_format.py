@@ -17,10 +17,10 @@ from dist_peft.adapters.bottleneck.format import (
 )
 from dist_peft.adapters.directory import (
     check_public_adapter,
+    open_adapter_merger,
     read_adapter_directory,
     write_adapter_directory,
 )
-from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError

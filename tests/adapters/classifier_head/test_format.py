@@ -11,8 +11,11 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from dist_peft.adapters.classifier_head.format import join_peft_head, read_head, split_peft_head
-from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
-from dist_peft.adapters.mergers import open_adapter_merger
+from dist_peft.adapters.directory import (
+    open_adapter_merger,
+    read_adapter_directory,
+    write_adapter_directory,
+)
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
 from dist_peft.core.errors import UserError
 from tests.support.bottlenecks import public as public_bottleneck

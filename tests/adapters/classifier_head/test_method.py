@@ -14,11 +14,11 @@ from dist_peft.adapters.classifier_head.method import (
     HeadSpec,
     add_classifier_head,
 )
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import TrainsBaseWeights
-from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.span import Span, row_span
-from dist_peft.engine.protocol import trainable_parameters
+from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton

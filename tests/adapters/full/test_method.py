@@ -12,7 +12,7 @@ from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.core.config.run import BaseConfig, FullConfig, PartialConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.protocol import trainable_parameters
+from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.load import load_model

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dist_peft.adapters.bottleneck.format import ModelDescription
 from dist_peft.adapters.directory import (
     check_public_adapter,
+    open_adapter_merger,
     read_adapter_directory,
     write_adapter_directory,
 )
@@ -19,7 +20,6 @@ from dist_peft.adapters.fusion.format import (
     parse_fusion_tensors,
     to_public_fusion,
 )
-from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 

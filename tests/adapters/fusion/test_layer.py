@@ -8,10 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer, init_near_identity
-from dist_peft.adapters.protocol import AdapterModule
 from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
-from dist_peft.model.load import AdapterRows
+from dist_peft.model.adapter_module import AdapterModule
 
 D, N = 12, 3
 BASE = nn.Linear(1, 1)
@@ -94,7 +93,7 @@ def test_formula(reads: str) -> None:
 def test_start() -> None:
     """Nearly the mean of the adapters where attention is even."""
     made = layer("output")
-    assert isinstance(made, AdapterModule) and isinstance(made, AdapterRows)
+    assert isinstance(made, AdapterModule) and isinstance(made, AdapterModule)
     assert torch.equal(init_near_identity(Span(2, 4), 5), init_near_identity(Span(0, 5), 5)[2:4])
     whole = init_near_identity(Span(0, 5), 5) + torch.eye(5)
     assert torch.equal(whole, torch.full((5, 5), 1e-6).fill_diagonal_(1.0))

@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dist_peft.adapters.adapter_format import WeightMerger
+from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.adapters.ia3.merge import Ia3Merger, Rescaling
-from dist_peft.adapters.mergers import open_adapter_merger
+from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.config.run import Ia3Config
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span

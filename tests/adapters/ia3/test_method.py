@@ -9,10 +9,10 @@ from peft import get_peft_model
 
 from dist_peft.adapters.ia3.layer import Ia3Linear
 from dist_peft.adapters.ia3.method import Ia3Adapter
-from dist_peft.adapters.protocol import AdapterModule
-from dist_peft.adapters.registry import make_adapter
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.core.config.run import BaseConfig, Ia3Config
 from dist_peft.core.errors import UserError
+from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.model.skeleton import build_skeleton
 from tests.support.adapters import (
     adapted,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_peft.adapters.lora.combine import CombineRecipe, combine_adapters
+from dist_peft.adapters.lora.combination import CombineRecipe, combine_adapters
 from dist_peft.adapters.lora.expert_format import (
     is_taken_for_experts,
     list_target_parameters,
@@ -11,10 +11,9 @@ from dist_peft.adapters.lora.expert_format import (
     to_expert_stack_path,
     to_public_expert_path,
 )
-from dist_peft.adapters.lora.merge import LoraMerger
+from dist_peft.adapters.lora.merge import LoraMerger, sum_group_change
 from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
-from dist_peft.adapters.qalora.merge import sum_group_change
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 

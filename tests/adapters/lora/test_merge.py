@@ -9,8 +9,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.adapters.lora.merge import LoraMerger
-from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from tests.support.adapters import (

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear
-from dist_peft.adapters.protocol import AdapterModule
-from dist_peft.adapters.registry import make_adapter
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.adapter_module import AdapterModule
 from tests.support.adapters import (
     adapted,
     adapter_modules,

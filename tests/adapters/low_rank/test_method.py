@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dist_peft.adapters.low_rank.method import LowRankAdapter
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter
-from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QaLoraConfig
 from dist_peft.core.errors import UserError
 from tests.support.adapters import (

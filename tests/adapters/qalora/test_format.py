@@ -16,9 +16,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
+from dist_peft.adapters.directory import (
+    open_adapter_merger,
+    read_adapter_directory,
+    write_adapter_directory,
+)
 from dist_peft.adapters.lora.tensors import parse_lora_tensors
-from dist_peft.adapters.mergers import open_adapter_merger
 from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_peft
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError

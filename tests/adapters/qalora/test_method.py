@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 import torch
 
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.qalora.layer import QaLoraLinear
-from dist_peft.adapters.registry import make_adapter
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.quant.codec import Codec

@@ -16,7 +16,7 @@ from dist_peft.adapters.virtual_tokens.encoder import (
     keep_all_values,
 )
 from dist_peft.core.span import Span
-from dist_peft.model.load import AdapterRows
+from dist_peft.model.adapter_module import AdapterModule
 
 STARTS = {"embedding": ParameterInit((5, 4)), **init_linear_parameters("output", 4, 6)}
 
@@ -40,7 +40,7 @@ def made(seed: int = 0, dropout: float = 0.0) -> tuple[_Encoder, DropoutPosition
 
 def test_is_loaded_after_the_embedding_and_does_not_own_it() -> None:
     encoder, _ = made()
-    assert isinstance(encoder, AdapterRows)
+    assert isinstance(encoder, AdapterModule)
     assert set(dict(encoder.named_parameters())) == set(STARTS)
     assert isinstance(encoder.base, nn.Embedding)
 

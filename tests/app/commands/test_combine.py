@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.adapters.directory import read_adapter_directory, read_adapter_metadata
+from dist_peft.adapters.directory import read_adapter_directory
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app import cli
 from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_peft.adapters.parameter_override import override_parameters
+from dist_peft.model.parameter_override import override_parameters
 
 
 def test_stand_ins_compute_and_go() -> None:

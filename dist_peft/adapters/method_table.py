@@ -1,14 +1,17 @@
 """Configuration section -> adapter method."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor, nn
 
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.adapters.ia3.method import Ia3Adapter
 from dist_peft.adapters.lora.method import LoraAdapter
-from dist_peft.adapters.no_adapter import NoAdapter
-from dist_peft.adapters.protocol import Adapter
+from dist_peft.adapters.protocol import Adapter, AdapterDefaults, PublicAdapter
 from dist_peft.adapters.qalora.method import QaLoraAdapter
 from dist_peft.adapters.virtual_tokens.p_tuning import PTuningAdapter
 from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixAdapter
@@ -27,7 +30,20 @@ from dist_peft.core.config.run import (
     QaLoraConfig,
 )
 
-__all__ = ["make_adapter"]
+__all__ = ["NoAdapter", "make_adapter"]
+
+
+class NoAdapter(AdapterDefaults):
+    """The method ``none``: the bare base, for evaluation."""
+
+    def attach_to_model(self, model: nn.Module) -> None:
+        pass
+
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        pass
+
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        raise RuntimeError("adapter.kind none has nothing to save")
 
 
 def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -> Adapter:
@@ -52,9 +68,13 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
     if isinstance(config, PrefixConfig):
         return PrefixAdapter(config, seed=seed)
     if isinstance(config, BottleneckConfig):
-        return BottleneckAdapter(config, seed=seed, arithmetic=arithmetic)
+        return BottleneckAdapter(
+            config, seed=seed, arithmetic=arithmetic, read_adapter=read_adapter_directory
+        )
     if isinstance(config, FusionConfig):
-        return FusionAdapter(config, seed=seed, arithmetic=arithmetic)
+        return FusionAdapter(
+            config, seed=seed, arithmetic=arithmetic, read_adapter=read_adapter_directory
+        )
     if isinstance(config, FullConfig | PartialConfig):
         return PartialAdapter(config, arithmetic=arithmetic)
     return NoAdapter()

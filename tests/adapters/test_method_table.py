@@ -1,12 +1,12 @@
+import pytest
 import torch
 
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.adapters.lora.method import LoraAdapter
-from dist_peft.adapters.no_adapter import NoAdapter
+from dist_peft.adapters.method_table import NoAdapter, make_adapter
 from dist_peft.adapters.qalora.method import QaLoraAdapter
-from dist_peft.adapters.registry import make_adapter
 from dist_peft.adapters.virtual_tokens.p_tuning import PTuningAdapter
 from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixAdapter
 from dist_peft.adapters.virtual_tokens.prompt_tuning import PromptTuningAdapter
@@ -23,6 +23,7 @@ from dist_peft.core.config.run import (
     QaLoraConfig,
     VirtualTokensConfig,
 )
+from tests.support.adapters import frozen_model, tiny_llama
 
 
 def test_kinds() -> None:
@@ -53,3 +54,16 @@ def test_kinds() -> None:
     assert (fusion.config, fusion.seed, fusion.arithmetic) == (fused, 5, torch.bfloat16)
     none = make_adapter(NoAdapterConfig(), seed=0, arithmetic=torch.float32)
     assert isinstance(none, NoAdapter)
+
+
+def test_no_adapter_changes_nothing() -> None:
+    model, adapter = frozen_model(tiny_llama()), NoAdapter()
+    before = [name for name, _ in model.named_modules()]
+    adapter.attach_to_model(model)
+    adapter.begin_micro_batch(0, torch.tensor([0]))
+    adapter.set_init_factors({})
+    assert [name for name, _ in model.named_modules()] == before
+    assert adapter.list_init_factors() == ()
+    assert adapter.get_lr_scale("x.lora_B") == 1.0
+    with pytest.raises(RuntimeError, match="nothing to save"):
+        adapter.to_public_adapter({}, "base")

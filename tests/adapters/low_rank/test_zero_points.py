@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.adapters.lora.merge import LoraMerger
-from dist_peft.adapters.mergers import open_adapter_merger
-from dist_peft.adapters.qalora.merge import measure_lost_share, merge_into_zeros, unmerge_from_zeros
+from dist_peft.adapters.low_rank.zero_points import (
+    measure_lost_share,
+    merge_into_zeros,
+    unmerge_from_zeros,
+)
 from dist_peft.core.config.run import LoraConfig, LowRankConfig, QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span

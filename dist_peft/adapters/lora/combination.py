@@ -30,7 +30,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.lora.tensors import LoraTensors, build_peft_key, parse_lora_tensors
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, compute_top_singular
@@ -147,10 +146,11 @@ def _trim_small_values(change: Tensor, density: float) -> Tensor:
 
 
 def _parse_plain_lora(name: str, public: PublicAdapter) -> dict[str, LoraTensors]:
-    known = find_format(public.config)
-    if not isinstance(known, LoraFormat):
-        method = "of another library" if known is None else known.describe(public.config)
-        raise UserError(f"{name} is {method}; only LoRA adapters are combined: leave it out")
+    if not LoraFormat().matches(public.config):
+        method = public.config.get("peft_type", "of AdapterHub's library")
+        raise UserError(
+            f"{name} is {method} and no LoRA; only LoRA adapters are combined: leave it out"
+        )
     found = parse_lora_tensors(public)
     for path, own in found.items():
         if own.magnitude is not None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_peft.adapters.qalora.pooling import Pooling, pooling_sum_factor, read_pooling_facts
+from dist_peft.adapters.low_rank.pooling import Pooling, pooling_sum_factor, read_pooling_facts
 from dist_peft.core.errors import UserError
 
 

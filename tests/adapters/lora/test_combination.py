@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.adapters.lora.combine import CombineRecipe, combine_adapters
+from dist_peft.adapters.lora.combination import CombineRecipe, combine_adapters
 from dist_peft.adapters.lora.tensors import parse_lora_tensors
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError

@@ -25,32 +25,14 @@ Integer zeros cannot hold the adapter. Rounding ``zero'`` to an integer changes 
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
-from dist_peft.adapters.lora.tensors import LoraTensors
-from dist_peft.adapters.low_rank.row_sharded import add_factor_product
-from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineParts
 
-__all__ = ["measure_lost_share", "merge_into_zeros", "sum_group_change", "unmerge_from_zeros"]
+__all__ = ["measure_lost_share", "merge_into_zeros", "unmerge_from_zeros"]
 
 _INTEGERS_END = 2.0**23
 """float32 has steps of 1 from here on."""
-
-
-def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor | None:
-    """``D`` for rows ``span``: float32 ``[len(span), groups]``, or None if the adapter does not add
-    the same to all weights of a group."""
-    if module.is_embedding or module.magnitude is not None or module.experts > 1:
-        return None
-    wide = module.expanded_lora_A()
-    first = wide[:, ::group_size]
-    whole = first.repeat_interleave(group_size, 1)[:, : wide.shape[1]]
-    if not torch.equal(whole, wide):
-        return None
-    change = torch.zeros(len(span), first.shape[1])
-    return add_factor_product(change, module.B[span.slice], first, module.scaling)
 
 
 def merge_into_zeros(parts: AffineParts, change: Tensor) -> AffineParts:

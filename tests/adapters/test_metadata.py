@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_peft.adapters.directory import read_adapter_directory
-from dist_peft.adapters.written_config import WRITTEN_CONFIG, refuse_edited_config
+from dist_peft.adapters.metadata import WRITTEN_CONFIG, refuse_edited_config
 from dist_peft.app import cli
 from dist_peft.app.commands.train import train_from_config
 from dist_peft.core.config.io import parse_config

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dist_peft.engine.protocol import (
+from dist_peft.engine.engine_protocol import (
     build_lr_groups,
     init_adam_state,
     move_buffers_to_device,

@@ -4,7 +4,7 @@ import json
 import logging
 from pathlib import Path
 
-from dist_peft.adapters.directory import read_adapter_metadata
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app.model_setup import LoadedModel
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError

@@ -1,0 +1,49 @@
+"""The interface between the loader of a model and the adapter layers attached to it.
+
+``model.load`` fills parameters in the model's order, and those of an adapter layer right after the
+module that it adapts. Adapter methods implement these protocols; there is no other pair.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from dist_peft.core.span import Span
+
+__all__ = ["AdapterModule", "InitializesFromBase", "Reduce"]
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
+
+
+@runtime_checkable
+class AdapterModule(Protocol):
+    """An ``nn.Module`` whose own parameters are initialized by a formula, not from a file."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The adapted module, after whose parameters the own ones are filled."""
+        ...
+
+    def init_rows(self, name: str, span: Span) -> Tensor:
+        """Return the initial values of rows ``span`` of the own parameter ``name``; called once.
+
+        The same whatever the number of ranks.
+        """
+        ...
+
+
+@runtime_checkable
+class InitializesFromBase(AdapterModule, Protocol):
+    """An adapter module around a ``FrozenLinear`` whose initialization depends on its rows."""
+
+    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+        """Return the rows to quantize; called once and before ``init_rows``.
+
+        Args:
+            rows: float32 ``[len(span), in]``, this rank's rows of the weight, maybe none.
+            span: which rows these are.
+            reduce: sums over the ranks that share the weight.
+        """
+        ...
