@@ -50,7 +50,7 @@ from torch.nn import functional
 
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.quant.packed_rows import CHUNK_ELEMENTS, check_float_weight
+from dist_peft.quant.packed_rows import check_float_weight
 
 __all__ = [
     "HessianFactor",
@@ -66,6 +66,9 @@ DAMPINGS = (0.01, 0.1, 1.0)
 
 _HEADROOM_BITS = 16
 """A sample may have entries this many powers of two above the first one's."""
+
+CHUNK_ELEMENTS = 2**20
+"""Weights solved at a time on a CPU: a float32 temporary has 4 MiB."""
 
 _DEVICE_ELEMENTS = 2**26
 """Weights solved at a time on a GPU, where a chunk costs thousands of kernel launches."""

@@ -138,7 +138,7 @@ def convert_awq_rows(qweight: Tensor, before: int, scale: Tensor, zero: Tensor) 
     """
     rows, in_features = scale.shape[0], qweight.shape[0]
     stream = torch.zeros(rows, align_to_4_bytes(in_features // 2), dtype=torch.uint8)
-    for span in list_row_chunks(rows, in_features):
+    for span in list_row_chunks(rows, in_features, qweight.device):
         words, ahead = find_word_span(span.shifted_by(before), 4)
         codes = _unpack_awq_codes(qweight[:, words.slice])[:, ahead : ahead + len(span)]
         stream[span.slice, : in_features // 2] = pack_bits(codes.T.contiguous(), 4)

@@ -116,7 +116,7 @@ def _run_dequantize_kernel(
     weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
     if not weight.numel():
         return weight
-    for span in list_row_chunks(rows, in_features):
+    for span in list_row_chunks(rows, in_features, payload.device):
         numbers = lookup_packed_values(payload[span.slice], bits, values, high_first=zero is None)
         by_group = numbers.view(len(span), groups, -1)
         if zero is not None:

@@ -34,9 +34,13 @@ __all__ = [
     "view_as_bytes",
 ]
 
-CHUNK_ELEMENTS = 2**20
-"""Weights quantized or dequantized at a time: a float32 temporary has 4 MiB, about seven live at
-once."""
+CHUNK_ELEMENTS = 2**17
+"""Weights quantized or dequantized at a time. A float32 temporary has 512 KiB, about seven live at
+once: below the size that the allocator maps and clears each time while a model is loaded
+(``core.host_memory``), and about a core's cache."""
+
+_DEVICE_CHUNK_ELEMENTS = 2**22
+"""The same on a GPU, where each chunk costs dozens of launches."""
 
 
 def align_to_4_bytes(num_bytes: int) -> int:
@@ -53,9 +57,10 @@ def view_as_bytes(numbers: Tensor) -> Tensor:
     return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def list_row_chunks(rows: int, in_features: int) -> list[Span]:
-    """Spans of rows with at most ``CHUNK_ELEMENTS`` weights each (but at least one row)."""
-    return list(Span(0, rows).split_into_chunks(max(1, CHUNK_ELEMENTS // max(1, in_features))))
+def list_row_chunks(rows: int, in_features: int, device: torch.device) -> list[Span]:
+    """Spans of rows with at most 2^17 weights each, 2^22 on a GPU (but at least one row)."""
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
+    return list(Span(0, rows).split_into_chunks(max(1, elements // max(1, in_features))))
 
 
 def check_float_weight(weight: Tensor) -> None:
@@ -124,7 +129,7 @@ def quantize_in_groups(
     groups = -(-in_features // group_size)
     packed = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
     with torch.no_grad():
-        for span in list_row_chunks(rows, in_features):
+        for span in list_row_chunks(rows, in_features, weight.device):
             chunk = weight[span.slice].float()
             if in_features % group_size:
                 chunk = functional.pad(chunk, (0, groups * group_size - in_features))

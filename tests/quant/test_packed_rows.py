@@ -18,17 +18,19 @@ from dist_peft.quant.packed_rows import (
     read_packed_field,
 )
 
+CPU = torch.device("cpu")
+
 
 def test_align4() -> None:
     assert [align_to_4_bytes(n) for n in range(9)] == [0, 4, 4, 4, 4, 8, 8, 8, 8]
 
 
 def test_chunks_cover_all_rows_and_are_bounded() -> None:
-    chunks = list_row_chunks(1000, 4096)
+    chunks = list_row_chunks(1000, 4096, CPU)
     assert [i for span in chunks for i in range(span.start, span.stop)] == list(range(1000))
     assert max(len(span) for span in chunks) * 4096 <= rows.CHUNK_ELEMENTS
-    assert [len(span) for span in list_row_chunks(3, 2**22)] == [1, 1, 1]
-    assert list_row_chunks(0, 64) == []
+    assert [len(span) for span in list_row_chunks(3, 2**22, CPU)] == [1, 1, 1]
+    assert list_row_chunks(0, 64, CPU) == []
 
 
 def test_fields_lie_side_by_side_and_the_rest_is_zero() -> None:
