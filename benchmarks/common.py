@@ -189,10 +189,12 @@ def free_port() -> int:
 def machine() -> dict[str, Any]:
     """Where and when: processor, cores, memory, device, versions, date."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.partition(":")[2].split() for line in info if line.startswith("flags")), [])
     models_ = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": models_[0] if models_ else platform.processor(),
+        "cpu_flags": [flag for flag in flags if flag.startswith(("avx", "amx", "f16c", "fma"))],
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

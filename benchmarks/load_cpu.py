@@ -1,0 +1,115 @@
+"""CPU time of loading an NF4 base here and by bitsandbytes' loader in transformers.
+
+    python benchmarks/load_cpu.py [--base DIR] [--repeats 5]
+
+Each load runs in a fresh process with one thread; the two sides take turns. Seconds are the
+process's own, user and system apart, from before the model is built until it is loaded; imports are
+not counted. Storage is no part of it: the files are in the page cache after a first load that is
+not counted. The projection scales this program's seconds a parameter to 65 B parameters on ``N``
+ranks, each of which reads, quantizes and keeps its rows.
+"""
+
+import argparse
+import resource
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import (
+    MIB,
+    PeakMemory,
+    base_argument,
+    make_base,
+    print_table,
+    run_config,
+    run_processes,
+    write_result,
+)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
+from dist_peft.core.world import World
+
+CPU = torch.device("cpu")
+LARGE = 65e9
+"""Parameters of the projection."""
+
+Measured = tuple[float, float, float]
+"""Seconds of user and system time, peak of private memory in bytes above that before."""
+
+
+def measure(load: Callable[[], object]) -> Measured:
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with PeakMemory() as memory:
+        kept = load()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    del kept
+    return (
+        after.ru_utime - before.ru_utime,
+        after.ru_stime - before.ru_stime,
+        memory.anonymous - memory.before.anonymous,
+    )
+
+
+def load_here(base: Path) -> Measured:
+    config = run_config(base, adapter={"r": 1})
+    return measure(lambda: load_weights(build_model(resolve_config(config)), World(), CPU))
+
+
+def load_by_bitsandbytes(base: Path) -> Measured:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return measure(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    base_argument(parser)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    base = make_base(args.base)
+    parameters = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2
+    sides = {"dist_peft": load_here, "bitsandbytes": load_by_bitsandbytes}
+    measured: dict[str, list[Measured]] = {name: [] for name in sides}
+    for repeat in range(args.repeats + 1):
+        for name, load in sides.items():
+            (found,) = run_processes(load, [(base,)])
+            if repeat:
+                measured[name].append(found)
+    rows = []
+    for name, found in measured.items():
+        user, system, peak = (statistics.median(column) for column in zip(*found, strict=True))
+        rows.append([name, f"{user:.2f}", f"{system:.2f}", f"{user + system:.2f}", peak / MIB])
+    print_table(["loader", "user s", "system s", "CPU s", "private peak +MiB"], rows)
+    pairs = zip(*measured.values(), strict=True)
+    ratio = statistics.median(sum(one[:2]) / sum(other[:2]) for one, other in pairs)
+    per_parameter = (
+        statistics.median(sum(found[:2]) for found in measured["dist_peft"]) / parameters
+    )
+    projected = {ranks: per_parameter * LARGE / ranks for ranks in (1, 8, 64)}
+    print(f"\nratio of CPU seconds, dist_peft / bitsandbytes: {ratio:.2f}")
+    print(f"{per_parameter * 1e9:.1f} ns a parameter; projected for 65 B parameters, CPU s a rank:")
+    print(", ".join(f"{ranks} ranks: {seconds:.0f}" for ranks, seconds in projected.items()))
+    result = {
+        "parameters": parameters,
+        "user_system_peak": measured,
+        "ratio_of_cpu_seconds": ratio,
+        "ns_per_parameter": per_parameter * 1e9,
+        "projected_cpu_s_a_rank_65b": projected,
+    }
+    write_result("load_cpu", result)
+
+
+if __name__ == "__main__":
+    main()
