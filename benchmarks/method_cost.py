@@ -33,17 +33,17 @@ from common import (
     run_processes,
     write_result,
 )
-from torch import nn
 
 from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
-from dist_peft.train.loop import compute_batch_loss
+from dist_peft.train.loop import TrainingStep
+from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
@@ -132,8 +132,11 @@ class Trainer:
 
     def __init__(self, config: RunConfig, tokens: int) -> None:
         world = World()
-        self.built: LoadedModel = load_weights(build_model(resolve_config(config)), world, CPU)
-        self.call: nn.Module = self.built.setup_optimizer(make_optimizer_factory(config.train, CPU))
+        built = load_weights(build_model(resolve_config(config)), world, CPU)
+        call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
+        self.part = TrainingStep(
+            built.model, call, built.engine, built.setup.adapter, TokenObjective(), world
+        )
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 2000, (1, tokens), generator=generator)
         labels = torch.roll(ids, -1, 1)
@@ -142,10 +145,8 @@ class Trainer:
     def step(self) -> float:
         """Seconds of one optimizer step."""
         start = time.perf_counter()
-        self.built.setup.adapter.begin_micro_batch(0, self.batch.sample_ids)
-        loss = compute_batch_loss(self.built.model, self.batch, CPU, self.call)
-        self.built.engine.backward(loss / self.batch.labels.numel(), last=True)
-        self.built.engine.step(1e-4, 1.0)
+        loss = self.part.accumulate_gradients(0, [self.batch], self.batch.labels.numel())
+        self.part.update_parameters(0, loss, 1e-4, 1.0)
         return time.perf_counter() - start
 
 

@@ -73,9 +73,10 @@ def measure(config: RunConfig) -> Measured:
         sequences = load_calibration_sequences(prepared, world)
         solve_gptq_codes(prepared.skeleton, built.engine, sequences, world)
     seconds = time.perf_counter() - begin
-    held_out = make_data_loaders(config, prepared.tokenizer, world).eval
-    assert held_out is not None
-    loss = evaluate_model(built.model, built.engine, held_out, world).loss
+    loaders = make_data_loaders(config, prepared.tokenizer, world)
+    assert loaders.eval is not None
+    objective, held_out = loaders.objective, loaders.eval
+    loss = evaluate_model(built.model, built.engine, objective, held_out, world).loss
     bits, solver = (16, "none") if quant is None else (quant.bits, quant.solver)
     return Measured(bits, solver, loss, math.exp(loss), seconds)
 

@@ -37,7 +37,8 @@ from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
-from dist_peft.train.loop import compute_batch_loss
+from dist_peft.train.loop import TrainingStep
+from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 
 BATCH, SEQUENCE, LR = 2, 256, 1e-3
@@ -66,16 +67,16 @@ def ours(base: Path, settings: Settings) -> tuple[Any, Step]:
     )
     world = World()
     built = load_weights(build_model(resolve_config(config)), world, DEVICE)
-    built.engine.setup_optimizer(
-        built.model, make_optimizer_factory(config.train, DEVICE), built.setup.adapter.get_lr_scale
+    adapter = built.setup.adapter
+    call = built.engine.setup_optimizer(
+        built.model, make_optimizer_factory(config.train, DEVICE), adapter.get_lr_scale
     )
+    part = TrainingStep(built.model, call, built.engine, adapter, TokenObjective(), world)
 
     def step(batch: Batch) -> float:
-        built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
-        loss = compute_batch_loss(built.model, batch, DEVICE) / batch.labels.numel()
-        built.engine.backward(loss, last=True)
-        built.engine.step(LR, 1.0)
-        return loss.item()
+        loss = part.accumulate_gradients(0, [batch], batch.labels.numel())
+        part.update_parameters(0, loss, LR, 1.0)
+        return loss
 
     return built.model, step
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledLoader, LabelledSequences, load_labelled_sequences
 from dist_peft.data.documents import SequenceSet, load_sequence_set, load_sequence_sets
-from dist_peft.data.loader import Loader, SequenceDataset
+from dist_peft.data.loader import (
+    Batch,
+    Loader,
+    SequenceDataset,
+    TokenLoader,
+    count_micro_batches,
+)
 from dist_peft.data.mixture import SequenceMixture
 from dist_peft.data.multiple_choice import ChoiceQuestion, ChoiceSequences
 from dist_peft.data.order import MixtureOrder, SequenceOrder, make_mixture_shares
@@ -24,6 +30,7 @@ from dist_peft.data.tokenizer_digest import compute_template_digest, compute_tok
 from dist_peft.model.classifier import choose_pad_token_id
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
+from dist_peft.train.objective import ClassificationObjective, Objective, TokenObjective
 
 __all__ = [
     "DataLoaders",
@@ -49,12 +56,14 @@ class DataLoaders:
     """Loaders of training and held-out data, and probe tokens whose logits are compared.
 
     Attributes:
+        objective: takes the batches of both loaders.
         chat_template: the default template, where the training conversations were rendered with it.
         inputs: fingerprints of all inputs, by key, for comparisons (``app.run_identity``).
     """
 
-    train: Loader
-    eval: Loader | None
+    objective: Objective[Any]
+    train: Loader[Any]
+    eval: Loader[Any] | None
     probe: Tensor
     chat_template: str | None
     inputs: dict[str, str | None]
@@ -74,19 +83,13 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
     train = _load_rows_by_task(data, data.train, "train", data.mixing != "joined", tokenizer, world)
     batch = config.train.global_batch
     for count, unit in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
-        if count < world.size:
+        if count < world.data_size:
             raise UserError(
-                f"{world.size} ranks but only {count} {unit}: some ranks would receive no data; "
-                f"start at most {count} processes or enlarge {unit.rpartition(' ')[2]}"
+                f"{world.data_size} ranks but only {count} {unit}: some ranks would receive no "
+                f"data; start at most {count} processes or enlarge {unit.rpartition(' ')[2]}"
             )
-    if batch % world.size:
-        log.warning(
-            "train.global_batch %d is no multiple of %d ranks: some ranks idle in each step",
-            batch,
-            world.size,
-            extra=ONCE,
-        )
-    probe = _select_probe_tokens(held_out or train)
+    _warn_of_idle_ranks(config, world.data_size)
+    probe = _select_probe_tokens(held_out or train, data.is_classification)
     eval_loader = None if held_out is None else _make_loader(config, held_out, tokenizer, world)
     train_loader = _make_loader(config, train, tokenizer, world, _make_mixed_order(config, train))
     inputs = {
@@ -97,16 +100,40 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
         "chat template of data.train": train.chat_template
         and hash_json_value(train.chat_template)[:32],
     }
-    return DataLoaders(train_loader, eval_loader, probe, train.chat_template, inputs)
+    objective = ClassificationObjective() if data.is_classification else TokenObjective()
+    return DataLoaders(objective, train_loader, eval_loader, probe, train.chat_template, inputs)
+
+
+def _warn_of_idle_ranks(config: RunConfig, ranks: int) -> None:
+    """Warn where a step's micro-batches cannot keep all ranks busy; name a size that can."""
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    count = count_micro_batches(batch, micro)
+    if count % ranks == 0:
+        return
+    smaller = range(min(micro, batch) - 1, 0, -1)
+    even = next((m for m in smaller if count_micro_batches(batch, m) % ranks == 0), None)
+    log.warning(
+        "the %d sequences of train.global_batch make %d micro-batches of at most %d, which is no "
+        "multiple of %d ranks: some ranks idle in each step; set %s",
+        batch,
+        count,
+        micro,
+        ranks,
+        f"train.micro_batch to {even}"
+        if even is not None
+        else f"train.global_batch to a multiple of {ranks}",
+        extra=ONCE,
+    )
 
 
 def _fingerprint_rows(rows: AnyRows) -> str:
     return f"{len(rows)} rows, fingerprint {rows.fingerprint[:32]}"
 
 
-def _select_probe_tokens(rows: AnyRows) -> Tensor:
-    """Return probe tokens [sequences, tokens]: one sequence, or several labelled records."""
-    count = 1 if isinstance(rows, SequenceSet) else PROBE_ROWS
+def _select_probe_tokens(rows: AnyRows, labelled: bool) -> Tensor:
+    """Return probe tokens [sequences, tokens]: one sequence, or several of labelled records and of
+    named tasks."""
+    count = PROBE_ROWS if labelled or rows.task_names != ("",) else 1
     tokens = [rows.get_sequence(index)[0] for index in range(min(count, len(rows)))]
     width = min(PROBE_TOKENS, *map(len, tokens))
     return torch.stack([row[:width] for row in tokens])
@@ -119,7 +146,7 @@ def make_choice_loader(
     tokenizer: Tokenizer,
     world: World,
     extra: int,
-) -> Loader:
+) -> Loader[Batch]:
     """Return a loader of this rank's share of the answers to multiple-choice questions.
 
     Args:
@@ -238,7 +265,6 @@ def _load_through_cache(read: Callable[[], T], name: str, world: World) -> T:
 def _make_mixed_order(config: RunConfig, rows: AnyRows) -> SequenceOrder | None:
     if config.data.mixing == "joined":
         return None
-    assert isinstance(rows, SequenceMixture)
     return MixtureOrder(
         make_mixture_shares(config.data, rows.sequence_counts),
         global_batch=config.train.global_batch,
@@ -253,16 +279,16 @@ def _make_loader(
     tokenizer: Tokenizer,
     world: World,
     order: SequenceOrder | None = None,
-) -> Loader:
-    kind = LabelledLoader if config.data.is_classification else Loader
+) -> Loader[Any]:
+    kind: type[Loader[Any]] = LabelledLoader if config.data.is_classification else TokenLoader
     return kind(
         rows,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         seed=config.train.seed,
         shuffle=config.train.shuffle,
-        rank=world.rank,
-        world_size=world.size,
+        data_rank=world.data_rank,
+        data_size=world.data_size,
         seq_len=config.data.seq_len,
         pad_id=choose_pad_token_id(tokenizer)
         if config.data.is_classification

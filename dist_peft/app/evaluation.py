@@ -86,10 +86,12 @@ def _evaluate_adapter(
     ready: "_EvaluationSetup", name: str, choices: Sequence[Path], world: World
 ) -> dict[str, Any]:
     """Evaluate the active adapter, called ``name``, and return its JSON fields."""
-    built, rows = ready.built, ready.loaders[name].eval
+    built, loaders = ready.built, ready.loaders[name]
     found: dict[str, Any] = {}
-    if rows is not None:
-        found |= evaluate_model(built.model, built.engine, rows, world).to_metric_fields()
+    if loaders.eval is not None:
+        found |= evaluate_model(
+            built.model, built.engine, loaders.objective, loaders.eval, world
+        ).to_metric_fields()
     found["step"] = ready.steps.get(name, 0)
     if choices:
         config = ready.configs[name]

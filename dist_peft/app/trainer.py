@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import can_disable_adapter, disable_adapter
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.app.base_content import RECORD_FILE, describe_lineage, format_base_record
@@ -35,7 +37,7 @@ from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
-from dist_peft.train.loop import StepResult, run_training_steps
+from dist_peft.train.loop import TrainingStep
 from dist_peft.train.lr_schedule import compute_lr_factor
 from dist_peft.train.metrics import MetricsWriter, format_byte_count, read_peak_memory_bytes
 from dist_peft.train.progress import ProgressDisplay
@@ -87,11 +89,15 @@ class Trainer:
         with self.world.raise_together("read the base's generation settings"):
             if self.world.is_first:
                 warn_missing_stop_token(self.built.setup.directory, ends, names)
-        logits = self._compute_probe_logits()
+        self._save_untrained_probe()
+        return 0
+
+    def _save_untrained_probe(self) -> None:
+        """Save the probe with the logits of the base, or of a model that is not trained yet."""
+        logits = self._compute_base_logits()
         with self.world.raise_together("write the probe"):
             if self.world.is_first:
                 Probe(self.loaders.probe, logits, logits).save_probe(self._probe_path)
-        return 0
 
     def check_loaded_model(self) -> None:
         """Run the check that needs loaded weights; called before anything is written.
@@ -121,13 +127,7 @@ class Trainer:
         position = self.checkpoints.read_position(path)
         load_training_state(self.built, self.checkpoints, path, position.step)
         log.info("resumed %s at step %d", path, position.step)
-        with self.world.raise_together("read the probe"):
-            if self._probe_path.is_file():
-                Probe.load_probe(self._probe_path)
-            else:
-                log.warning(
-                    "%s is missing: exports cannot be verified", self._probe_path, extra=ONCE
-                )
+        self._restore_probe()
         if position.step >= self.total_steps:
             log.warning(
                 "%s has %d steps and train.steps is %d: nothing is left to train",
@@ -138,59 +138,91 @@ class Trainer:
             )
         return position.step
 
+    def _restore_probe(self) -> None:
+        """Check the probe that the run saved at its start; save it again if it is missing.
+
+        Raises:
+            UserError: on every rank: the probe is damaged.
+        """
+        missing = self.world.any_rank(self.world.is_first and not self._probe_path.is_file())
+        if not missing:
+            with self.world.raise_together("read the probe"):
+                if self.world.is_first:
+                    Probe.load_probe(self._probe_path)
+        elif can_disable_adapter(self.built.model):
+            log.info("%s is missing and is computed again", self._probe_path)
+            self._save_untrained_probe()
+        else:
+            log.warning("%s is missing: exports cannot be verified", self._probe_path, extra=ONCE)
+
     # -- steps ---------------------------------------------------------------------------------
 
     def run_training_loop(self, first_step: int, stop: Callable[[], bool]) -> int:
         """Train to the last step or until ``stop()``; return the number of completed steps."""
-        c = self.config.train
+        train, engine, loader = self.config.train, self.built.engine, self.loaders.train
         before = self._evaluate_held_out(0) if first_step == 0 else None
-        replicas = ReplicaCheck(self.built.model, self.built.engine, self.world)
-        if c.check_every:
+        replicas = ReplicaCheck(self.built.model, engine, self.world)
+        if train.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
+        training = self._make_training_step()
         with self.world.raise_together("open metrics"):
             metrics = MetricsWriter(self.run_dir, self.world.rank, first_step)
-        progress = ProgressDisplay(
-            self.total_steps,
-            self.world.rank,
-            first_step=first_step,
-            every=c.log_every,
-            unit="rows" if self.config.data.is_classification else "tok",
-        )
-        with metrics, progress:
+        with metrics, self._make_progress_display(first_step) as progress:
+            for step in range(first_step, self.total_steps):
+                start, gathered = time.perf_counter(), engine.bytes_gathered
+                batches, targets = loader.load_step(step)
+                loss = training.accumulate_gradients(step, batches, targets)
+                lr = self._compute_lr(step)
+                norm = training.update_parameters(step, loss, lr, train.max_grad_norm)
+                seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
 
-            def after_step(result: StepResult) -> bool:
-                memory = read_peak_memory_bytes(self.built.engine.device)
-                most, stopping = self.world.max_over_ranks(memory, stop())
-                last = result.step == self.total_steps
-                due = c.eval_every and result.step % c.eval_every == 0
-                record = self._make_step_metrics(result, int(most))
-                if (last or due) and (found := self._evaluate_held_out(result.step)) is not None:
-                    record = replace(record, **found.to_metric_fields())
-                if result.step == 1 and before is not None:
-                    record = replace(record, **before.to_metric_fields("_before"))
+                done, last = step + 1, step + 1 == self.total_steps
+                # one exchange a step: a signal to one rank stops all of them
+                memory = read_peak_memory_bytes(engine.device)
+                most_memory, stopping = self.world.max_over_ranks(memory, stop())
+                record = StepMetrics(
+                    step=done,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm,
+                    tokens=targets,
+                    tokens_per_s=targets / seconds,
+                    mem_peak=int(most_memory),
+                    bytes_gathered=gathered,
+                    epoch=done * train.global_batch / len(loader.rows),
+                    samples=done * train.global_batch,
+                    seconds=seconds,
+                )
+                if last or _is_due(done, train.eval_every):
+                    record = _add_evaluation(record, self._evaluate_held_out(done))
+                if step == 0:
+                    record = _add_evaluation(record, before, "_before")
                 with self.world.raise_together("write metrics"):
                     metrics.write_step(record)
                 progress.show_step(record)
-                if c.check_every and result.step % c.check_every == 0:
-                    self._compare_replicas(replicas, result.step)
-                every = self.config.save.every
-                if last or stopping or (every and result.step % every == 0):
-                    self._save_checkpoint(result.step)
-                return bool(stopping)
 
-            return run_training_steps(
-                self.built.model,
-                self.built.engine,
-                self.built.setup.adapter,
-                self.loaders.train,
-                self.world,
-                call=self.call,
-                first_step=first_step,
-                last_step=self.total_steps,
-                lr_at=self._compute_lr,
-                max_grad_norm=c.max_grad_norm,
-                after_step=after_step,
-            )
+                if _is_due(done, train.check_every):
+                    self._compare_replicas(replicas, done)
+                if last or stopping or _is_due(done, self.config.save.every):
+                    self._save_checkpoint(done)
+                if stopping:
+                    return done
+        return self.total_steps
+
+    def _make_training_step(self) -> TrainingStep:
+        built, objective = self.built, self.loaders.objective
+        return TrainingStep(
+            built.model, self.call, built.engine, built.setup.adapter, objective, self.world
+        )
+
+    def _make_progress_display(self, first_step: int) -> ProgressDisplay:
+        return ProgressDisplay(
+            self.total_steps,
+            self.world.rank,
+            first_step=first_step,
+            every=self.config.train.log_every,
+            unit=self.loaders.objective.target_unit,
+        )
 
     def _compare_replicas(
         self, replicas: ReplicaCheck, step: int, everything: bool = False
@@ -219,26 +251,16 @@ class Trainer:
             step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio
         )
 
-    def _make_step_metrics(self, result: StepResult, memory: int) -> StepMetrics:
-        samples = result.step * self.config.train.global_batch
-        return StepMetrics(
-            step=result.step,
-            loss=result.loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            tokens=result.tokens,
-            tokens_per_s=result.tokens / result.seconds,
-            mem_peak=memory,
-            bytes_gathered=result.bytes_gathered,
-            epoch=samples / len(self.loaders.train.rows),
-            samples=samples,
-            seconds=result.seconds,
-        )
-
     def _evaluate_held_out(self, step: int) -> EvalResult | None:
         if self.loaders.eval is None:
             return None
-        found = evaluate_model(self.built.model, self.built.engine, self.loaders.eval, self.world)
+        found = evaluate_model(
+            self.built.model,
+            self.built.engine,
+            self.loaders.objective,
+            self.loaders.eval,
+            self.world,
+        )
         log.info("step %d: held-out loss %s", step, found)
         return found
 
@@ -321,7 +343,9 @@ class Trainer:
         layers, rows = find_fusion_layers(self.built.model), self.loaders.eval
         if not layers or rows is None:
             return None
-        return measure_attention(self.built.model, layers, self.built.engine, rows, self.world)
+        return measure_attention(
+            self.built.model, layers, self.built.engine, self.loaders.objective, rows, self.world
+        )
 
     def _get_public_base_name(self) -> str:
         """Return the base's public name; of a packed base, that of its unquantized origin."""
@@ -351,3 +375,20 @@ class Trainer:
         ids = self.loaders.probe.to(self.built.engine.device)
         with inference_mode(self.built.model):
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
+
+    def _compute_base_logits(self) -> Tensor:
+        """Return the probe logits of the base; of the model as it is where none is left."""
+        if not can_disable_adapter(self.built.model):
+            return self._compute_probe_logits()
+        with disable_adapter(self.built.model):
+            return self._compute_probe_logits()
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Return whether ``step`` is a multiple of ``every``; 0 means never."""
+    return every > 0 and step % every == 0
+
+
+def _add_evaluation(record: StepMetrics, found: EvalResult | None, after: str = "") -> StepMetrics:
+    """Return ``record`` with the known values of ``found`` in its fields that end in ``after``."""
+    return record if found is None else replace(record, **found.to_metric_fields(after))

@@ -38,13 +38,11 @@ def warn_unused_options(config: RunConfig, world: World, model: nn.Module, devic
         UserError: the engine does not support the number of processes.
     """
     kind = resolve_engine_kind(config.engine, world)
-    for text in find_unused_options(config, kind, world.size, _find_widest_input(model), device):
+    for text in find_unused_options(config, kind, _find_widest_input(model), device):
         log.warning("%s", text, extra=ONCE)
 
 
-def find_unused_options(
-    config: RunConfig, engine: str, ranks: int, widest: int, device: str
-) -> Iterator[str]:
+def find_unused_options(config: RunConfig, engine: str, widest: int, device: str) -> Iterator[str]:
     """Yield a sentence for each option without effect, in the order of the sections.
 
     Args:
@@ -56,7 +54,7 @@ def find_unused_options(
     yield from _find_unused_unfreezing_options(config)
     yield from _find_unused_adapter_options(config)
     yield from _find_unused_engine_options(config, engine, device)
-    yield from _find_unused_train_options(config, ranks)
+    yield from _find_unused_train_options(config)
 
 
 def _find_unused_base_options(config: RunConfig, widest: int) -> Iterator[str]:
@@ -136,14 +134,12 @@ def _find_unused_engine_options(config: RunConfig, engine: str, device: str) -> 
         )
 
 
-def _find_unused_train_options(config: RunConfig, ranks: int) -> Iterator[str]:
+def _find_unused_train_options(config: RunConfig) -> Iterator[str]:
     train = config.train
-    share = -(-train.global_batch // ranks)
-    if train.micro_batch > share:
+    if train.micro_batch > train.global_batch:
         yield (
-            f"train.micro_batch {train.micro_batch} has no effect beyond {share}: of the "
-            f"{train.global_batch} rows of train.global_batch, one of {ranks} "
-            f"{'rank' if ranks == 1 else 'ranks'} has {share}"
+            f"train.micro_batch {train.micro_batch} has no effect beyond {train.global_batch}, the "
+            "sequences of train.global_batch"
         )
     if train.schedule == "constant" and train.min_lr_ratio:
         yield (f"train.min_lr_ratio {train.min_lr_ratio} has no effect: train.schedule is constant")

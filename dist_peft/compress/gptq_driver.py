@@ -145,8 +145,8 @@ class _GptqSolver:
         self.samples: list[CalibrationSample] = []
         # blocks contain collectives, so all ranks run them equally often; surplus runs of sample 0
         # are left out of the Hessian
-        self.mine = range(world.rank, self.count, world.size)
-        for number in range(-(-self.count // world.size)):
+        self.mine = range(world.data_rank, self.count, world.data_size)
+        for number in range(-(-self.count // world.data_size)):
             index = self.mine[number] if number < len(self.mine) else 0
             ids = windows[index : index + 1].to(self.device)
             like = self.samples[0] if self.samples else None

@@ -136,6 +136,20 @@ class World(LaunchInfo):
     # -- agreement -----------------------------------------------------------------------------
 
     @property
+    def data_rank(self) -> int:
+        """Data-parallel rank: which of ``data_size`` shares of the micro-batches is this rank's.
+
+        Every rank has a share of its own, so it is ``rank``; ranks that computed one micro-batch
+        together (tensor or sequence parallelism) would have one data rank.
+        """
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares that the micro-batches are dealt into; see ``data_rank``."""
+        return self.size
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 

@@ -24,7 +24,7 @@ from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.documents import DocumentPieces, fit_documents, refuse_empty_set
 from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
-from dist_peft.data.loader import Batch, Loader
+from dist_peft.data.loader import Batch, Loader, SingleTask
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.tokens import Tokenizer, load_token_documents
 
@@ -33,8 +33,8 @@ __all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelle
 _LOG = logging.getLogger("dist_peft")
 
 
-class LabelledSequences:
-    """The records of one source; implements ``data.loader.Rows``.
+class LabelledSequences(SingleTask):
+    """The records of one source; implements ``data.loader.SequenceDataset``.
 
     Attributes:
         task: task with the classes of the labels.
@@ -130,10 +130,10 @@ class LabelledBatch(Batch):
     ranges: torch.Tensor
 
 
-class LabelledLoader(Loader):
+class LabelledLoader(Loader[LabelledBatch]):
     """Loader of labelled sequences: batches have an attention mask and token types."""
 
-    def _collate_rows(self, numbers: list[int]) -> LabelledBatch:
+    def _collate_rows(self, numbers: Sequence[int]) -> LabelledBatch:
         made = [self._load_row(number) for number in numbers]
         width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
         input_ids = torch.full((len(made), width), self._pad_id)

@@ -1,9 +1,8 @@
 """Build sequences from token documents: truncate or drop long ones, pack the rest.
 
 A sequence is one item of a data set: with packing several documents of together at most
-``seq_len`` tokens, without it one document (or one chunk of a plain text). Sequences are numbered
-from the documents alone, so a number means the same on every rank; only a few integers per document
-are kept in memory.
+``seq_len`` tokens, without it one document (or one chunk of a plain text). They are numbered from
+the documents alone, equally on every rank; memory holds a few integers per document.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.files import RecordPlace
+from dist_peft.data.loader import SingleTask
 from dist_peft.data.packing import IGNORE, concatenate_documents, pack_documents
 from dist_peft.data.tokens import Tokenizer, load_token_documents
 
@@ -53,7 +53,7 @@ class DocumentPieces:
         return DocumentPieces(self.source[which], self.start[which], self.length[which])
 
 
-class SequenceSet:
+class SequenceSet(SingleTask):
     """The sequences of a data set.
 
     Attributes:

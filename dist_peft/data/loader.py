@@ -1,27 +1,43 @@
-"""Select the sequences of an optimizer step, and collate this rank's share of them into batches.
+"""Select the sequences of an optimizer step, and collate this rank's micro-batches of them.
 
 The order of sequences is a function of seed, epoch and their number only. Step ``s`` takes the
 positions ``[s*G, (s+1)*G)`` of the infinite order "permutation of epoch 0, of epoch 1, ..." (G:
-sequences per global batch), and rank ``r`` of ``W`` takes every ``W``-th of them::
+sequences per global batch). They are split into the fewest micro-batches of at most ``M``
+sequences, as even as possible; then whole micro-batches are dealt to the ``W`` data-parallel
+ranks in turn::
 
-    positions   0 1 2 3 4 5 | 6 7 8 ...          G = 6
-    W = 2       rank 0: 0 2 4   rank 1: 1 3 5
-    W = 4       rank 0: 0 4   1: 1 5   2: 2 -   3: 3 -      -: a filler sequence, no labels
+    positions   0 1 2 3 4 5 6 | 7 8 9 ...        G = 7, M = 2
+    split       [0 1] [2 3] [4 5] [6]
+    W = 2       rank 0: [0 1] [4 5]      rank 1: [2 3] [6]
+    W = 3       rank 0: [0 1] [6]        rank 1: [2 3] [-]       rank 2: [4 5] [-]
 
-So a step holds the same sequences at any world size, any step can be built directly (resuming needs
-one integer), and each rank knows the step's number of target tokens without communication.
+``-`` is a filler sequence, which has no labels: all ranks run equally many micro-batches, since
+forward and backward contain collectives. So a step holds the same micro-batches at any number of
+ranks (padding and rounding of a sequence depend on its neighbours), any step can be built directly
+(resuming needs one integer), and each rank knows the step's number of target tokens without
+communication.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from dist_peft.data.order import PoolOrder, SequenceOrder
 from dist_peft.data.packing import IGNORE
 
-__all__ = ["Batch", "Loader", "SequenceDataset"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "SequenceDataset",
+    "SingleTask",
+    "TokenLoader",
+    "count_micro_batches",
+    "find_batch_tasks",
+]
 
 _FILLER = -1
 _WIDTH_MULTIPLE = 8  # of unpacked batches, for the tensor cores
@@ -61,6 +77,20 @@ class SequenceDataset(Protocol):
     @property
     def largest_token(self) -> int: ...
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks that the sequences belong to; ``("",)``: a single unnamed task."""
+        ...
+
+    @property
+    def sequence_counts(self) -> list[int]:
+        """Number of sequences of each task."""
+        ...
+
+    def find_task_index(self, index: int) -> int:
+        """Return the index in ``task_names`` of the task of sequence ``index``."""
+        ...
+
     def __len__(self) -> int: ...
 
     def num_targets(self, index: int) -> int: ...
@@ -68,15 +98,34 @@ class SequenceDataset(Protocol):
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
-class Loader:
-    """Load the batches of one rank.
+class SingleTask(ABC):
+    """Base of data sets whose sequences belong to one unnamed task."""
+
+    task_names: tuple[str, ...] = ("",)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    def sequence_counts(self) -> list[int]:
+        return [len(self)]
+
+    def find_task_index(self, index: int) -> int:
+        return 0
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+class Loader(ABC, Generic[BatchT]):
+    """Load the batches of one rank; a subclass collates sequences into its kind of batch.
 
     Args:
         rows: the data set, the same on every rank.
         global_batch: sequences per optimizer step, over all ranks.
-        micro_batch: sequences per forward pass of a rank.
+        micro_batch: most sequences per forward pass of a rank.
         seed, shuffle: order of the sequences; without shuffling, that of the data set.
-        rank, world_size: select the share to load.
+        data_rank, data_size: select the share to load.
         seq_len: padded length of packed sequences; at least that of the data set.
         pad_id: padding token; any valid one, it is never attended to or predicted.
         order: sequences of each step; default: all in one pool.
@@ -90,21 +139,21 @@ class Loader:
         micro_batch: int,
         seed: int,
         shuffle: bool,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        data_size: int,
         seq_len: int,
         pad_id: int,
         order: SequenceOrder | None = None,
     ) -> None:
-        if min(global_batch, micro_batch) < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch {global_batch}/{micro_batch}, rank {rank} of {world_size}")
+        if min(global_batch, micro_batch) < 1 or not 0 <= data_rank < data_size:
+            raise ValueError(f"batch {global_batch}/{micro_batch}, rank {data_rank} of {data_size}")
         if seq_len < rows.seq_len:
             raise ValueError(f"seq_len {seq_len} is below that of the data set, {rows.seq_len}")
         self.rows = rows
         self._global_batch = global_batch
         self._micro_batch = micro_batch
-        self._rank = rank
-        self._world_size = world_size
+        self._data_rank = data_rank
+        self._data_size = data_size
         self._seq_len = seq_len
         self._pad_id = pad_id
         self._order = order or PoolOrder(len(rows), seed, shuffle)
@@ -122,10 +171,10 @@ class Loader:
         """Number of steps to load every sequence once; the last may start the next epoch."""
         return -(-len(self.rows) // self._global_batch)
 
-    def load_step(self, index: int) -> tuple[list[Batch], int]:
+    def load_step(self, index: int) -> tuple[list[BatchT], int]:
         """Return this rank's micro-batches of optimizer step ``index`` (from 0) and its targets.
 
-        Every rank gets the same number of micro-batches, each of the same number of sequences.
+        Every rank gets the same number of micro-batches.
 
         Returns:
             The micro-batches, and the number of target tokens of the whole step, over all ranks
@@ -139,8 +188,8 @@ class Loader:
         chosen = self.list_step_rows(index)
         return self._make_batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 
-    def load_all_sequential(self) -> list[Batch]:
-        """Return this rank's share of all sequences, once and in order, for evaluation.
+    def load_all_sequential(self) -> list[BatchT]:
+        """Return this rank's micro-batches of all sequences, once and in order, for evaluation.
 
         Every rank gets the same number of batches.
         """
@@ -151,16 +200,29 @@ class Loader:
         first = index * self._global_batch
         return self._order.list_rows(first, self._global_batch)
 
-    def _make_batches(self, chosen: Sequence[int]) -> list[Batch]:
-        share = list(chosen[self._rank :: self._world_size])
-        most = -(-len(chosen) // self._world_size)
-        share += [_FILLER] * (most - len(share))
-        return [
-            self._collate_rows(share[start : start + self._micro_batch])
-            for start in range(0, most, self._micro_batch)
-        ]
+    def _make_batches(self, chosen: Sequence[int]) -> list[BatchT]:
+        parts = _split_into_micro_batches(chosen, self._micro_batch)
+        share = parts[self._data_rank :: self._data_size]
+        most = -(-len(parts) // self._data_size)
+        share += [[_FILLER]] * (most - len(share))
+        return [self._collate_rows(numbers) for numbers in share]
 
-    def _collate_rows(self, numbers: list[int]) -> Batch:
+    @abstractmethod
+    def _collate_rows(self, numbers: Sequence[int]) -> BatchT:
+        """Collate the sequences ``numbers``, at least one, into a padded batch; -1 is a filler."""
+
+    def _pad_width(self, longest: int) -> int:
+        """Return the padded length: ``seq_len`` if packed, else ``longest`` rounded up."""
+        if self.rows.packed:
+            return self._seq_len
+        rounded = -(-max(longest, 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+        return min(rounded, self._seq_len)
+
+
+class TokenLoader(Loader[Batch]):
+    """Loader of token sequences, whose targets are their next tokens."""
+
+    def _collate_rows(self, numbers: Sequence[int]) -> Batch:
         empty = torch.zeros(0, dtype=torch.long)
         made = [(empty,) * 3 if n == _FILLER else self.rows.get_sequence(n) for n in numbers]
         width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
@@ -175,9 +237,23 @@ class Loader:
             position_ids[b, length:] = torch.arange(width - length)
         return Batch(input_ids, labels, position_ids, torch.tensor(numbers))
 
-    def _pad_width(self, longest: int) -> int:
-        """Return the padded length: ``seq_len`` if packed, else ``longest`` rounded up."""
-        if self.rows.packed:
-            return self._seq_len
-        rounded = -(-max(longest, 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-        return min(rounded, self._seq_len)
+
+def count_micro_batches(sequences: int, micro_batch: int) -> int:
+    """Return the fewest micro-batches of at most ``micro_batch`` that hold all ``sequences``."""
+    return -(-sequences // micro_batch)
+
+
+def _split_into_micro_batches(rows: Sequence[int], micro_batch: int) -> list[list[int]]:
+    """Split ``rows``, in order, into ``count_micro_batches`` parts.
+
+    Sizes differ by at most one, larger ones first, so that ranks that compute at the same time
+    have about equal work.
+    """
+    count = count_micro_batches(len(rows), micro_batch)
+    bounds = [-(-len(rows) * part // count) for part in range(count + 1)]
+    return [list(rows[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def find_batch_tasks(rows: SequenceDataset, batch: Batch) -> list[int]:
+    """Return the index of the task of each sequence of ``batch``; 0 for a filler sequence."""
+    return [rows.find_task_index(max(sample, 0)) for sample in batch.sample_ids.tolist()]

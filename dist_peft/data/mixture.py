@@ -20,7 +20,7 @@ class SequenceMixture:
     """Concatenated data sets with consecutive indices.
 
     Attributes:
-        names: names of the sets.
+        task_names: names of the sets.
         starts: int64 [sets + 1]; sequences ``[starts[i], starts[i + 1])`` are those of set ``i``.
         fingerprint: sha256 of the sets' fingerprints.
     """
@@ -28,7 +28,7 @@ class SequenceMixture:
     def __init__(
         self, parts: Sequence[SequenceSet] | Sequence[LabelledSequences], names: Sequence[str]
     ) -> None:
-        self.names = tuple(names)
+        self.task_names = tuple(names)
         self._parts: tuple[SequenceSet | LabelledSequences, ...] = tuple(parts)
         self.starts = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         text = "".join(part.fingerprint for part in parts)
@@ -62,15 +62,15 @@ class SequenceMixture:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def find_source_index(self, index: int) -> int:
+    def find_task_index(self, index: int) -> int:
         """Return the index of the set that sequence ``index`` belongs to."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def num_targets(self, index: int) -> int:
-        part = self.find_source_index(index)
+        part = self.find_task_index(index)
         return self._parts[part].num_targets(index - int(self.starts[part]))
 
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the three tensors of sequence ``index``, in the form of its set."""
-        part = self.find_source_index(index)
+        part = self.find_task_index(index)
         return self._parts[part].get_sequence(index - int(self.starts[part]))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.loader import SingleTask
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.tokens import Tokenizer
 
@@ -74,7 +75,7 @@ def _parse_question(line: str, place: str) -> ChoiceQuestion:
     return ChoiceQuestion(prompt, tuple(choices), answer)
 
 
-class ChoiceSequences:
+class ChoiceSequences(SingleTask):
     """The choices of all questions as sequences of a ``data.loader.Loader``.
 
     Attributes:

@@ -13,7 +13,7 @@ HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each 
 consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
 all-reduced across.
 
-Gradients are summed, never averaged (see ``engine.protocol``).
+Gradients are summed, never averaged (see ``engine.engine_protocol``).
 """
 
 import itertools
@@ -64,7 +64,7 @@ class _CountingAllGather(AllGather):
 
 
 class Fsdp2Engine:
-    """See the module docstring and ``engine.protocol.Engine``."""
+    """See the module docstring and ``engine.engine_protocol.Engine``."""
 
     def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
         self.device = device

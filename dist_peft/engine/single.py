@@ -17,7 +17,7 @@ __all__ = ["SingleEngine"]
 
 
 class SingleEngine:
-    """Every row is this process's. See ``engine.protocol.Engine``."""
+    """Every row is this process's. See ``engine.engine_protocol.Engine``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -23,16 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_peft.data.classification import LabelledBatch
-from dist_peft.data.loader import Batch
-from dist_peft.model.classifier import reads_token_types
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION, build_document_masks
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.rotary import list_switch_lengths
 from dist_peft.model.skeleton import parse_torch_dtype
 
 __all__ = [
-    "build_batch_inputs",
     "build_document_mask",
     "build_model_inputs",
     "build_packing_mask",
@@ -63,21 +59,6 @@ def build_model_inputs(
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     mask = build_packing_mask(model, position_ids, is_packed)
     return inputs if mask is None else {**inputs, "attention_mask": mask}
-
-
-def build_batch_inputs(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Return keyword arguments of the forward pass for a batch.
-
-    Labelled rows hold one document each, padded: they have a mask, and the model computes its own
-    positions (RoBERTa's begin at 2).
-    """
-    ids = batch.input_ids.to(device)
-    if not isinstance(batch, LabelledBatch):
-        return build_model_inputs(model, ids, batch.position_ids.to(device))
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.to(device)}
-    if reads_token_types(model):
-        inputs["token_type_ids"] = batch.token_types.to(device)
-    return inputs
 
 
 def build_packing_mask(

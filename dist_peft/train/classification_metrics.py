@@ -9,7 +9,6 @@ each class's ``F1 = 2 right / (predicted + actual)`` over the classes that occur
 or the predictions (as scikit-learn's ``f1_score(average="macro")``).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +19,12 @@ from dist_peft.data.classification import LabelledBatch
 from dist_peft.train.loss import IGNORE
 
 __all__ = [
-    "ClassCounts",
     "ClassScores",
     "batch_class_losses",
     "class_losses",
+    "compute_class_scores",
+    "count_predictions",
     "mask_other_classes",
-    "sum_class_counts",
 ]
 
 
@@ -69,32 +68,23 @@ class ClassScores:
         return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f}"
 
 
-@dataclass(frozen=True)
-class ClassCounts:
-    """Counts from which scores are computed: float64 ``[3, C]``, for each class the true positives,
-    the predicted rows and the actual rows."""
+def count_predictions(logits: Tensor, batch: LabelledBatch) -> Tensor:
+    """Return counts of each row from which scores are computed, float64 ``[B, 3, C]`` on the CPU.
 
-    counts: Tensor
-
-    @classmethod
-    def zero_counts(cls, classes: int) -> "ClassCounts":
-        """Return counts of no rows."""
-        return cls(torch.zeros(3, classes, dtype=torch.float64))
-
-    def add_prediction(self, chosen: int, label: int) -> None:
-        """Count one row with predicted class ``chosen`` and actual class ``label``."""
-        self.counts[0, label] += chosen == label
-        self.counts[1, chosen] += 1
-        self.counts[2, label] += 1
-
-    def compute_scores(self) -> ClassScores:
-        """Compute accuracy and macro F1; at least one row is needed."""
-        right, predicted, actual = self.counts
-        occurs = (predicted + actual) > 0
-        f1 = 2 * right[occurs] / (predicted + actual)[occurs]
-        return ClassScores(float(right.sum() / actual.sum()), float(f1.mean()))
+    For each class: whether the row is a true positive, was predicted so, is actually so. All are 0
+    in a filler row.
+    """
+    labels, classes = batch.labels[:, 0], logits.shape[1]
+    chosen = mask_other_classes(logits, batch.ranges.to(logits.device)).argmax(1).cpu()
+    predicted = functional.one_hot(chosen, classes)
+    actual = functional.one_hot(labels.clamp_min(0), classes)
+    counts = torch.stack([predicted * actual, predicted, actual], 1)
+    return counts.double() * (labels != IGNORE)[:, None, None]
 
 
-def sum_class_counts(counts: Sequence[ClassCounts]) -> ClassCounts:
-    """Sum counts over ``counts``, at least one."""
-    return ClassCounts(torch.stack([count.counts for count in counts]).sum(0))
+def compute_class_scores(counts: Tensor) -> ClassScores:
+    """Compute accuracy and macro F1 from counts ``[3, C]`` summed over at least one row."""
+    right, predicted, actual = counts
+    occurs = (predicted + actual) > 0
+    f1 = 2 * right[occurs] / (predicted + actual)[occurs]
+    return ClassScores(float(right.sum() / actual.sum()), float(f1.mean()))

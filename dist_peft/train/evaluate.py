@@ -3,27 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.core.world import World
-from dist_peft.data.classification import LabelledBatch
-from dist_peft.data.loader import Batch, Loader
-from dist_peft.data.mixture import SequenceMixture
+from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
-from dist_peft.model.attention_mask import build_batch_inputs
-from dist_peft.train.classification_metrics import (
-    ClassCounts,
-    ClassScores,
-    batch_class_losses,
-    mask_other_classes,
-    sum_class_counts,
-)
-from dist_peft.train.loss import IGNORE, sum_token_loss
+from dist_peft.train.classification_metrics import ClassScores
+from dist_peft.train.objective import Objective
 
-__all__ = ["EvalResult", "compute_row_losses", "evaluate_model", "inference_mode"]
+__all__ = ["EvalResult", "evaluate_model", "inference_mode"]
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 @contextmanager
@@ -41,8 +34,7 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean loss over all targets and over those of each task of a ``SequenceMixture``; for
-    labelled rows the scores, too."""
+    """Mean loss over all targets and over those of each named task, and the objective's scores."""
 
     loss: float
     by_task: dict[str, float]
@@ -75,41 +67,37 @@ class EvalResult:
         return {f"{name}{after}": value for name, value in found.items()}
 
 
-def evaluate_model(model: nn.Module, engine: Engine, loader: Loader, world: World) -> EvalResult:
+def evaluate_model(
+    model: nn.Module,
+    engine: Engine,
+    objective: Objective[BatchT],
+    loader: Loader[BatchT],
+    world: World,
+) -> EvalResult:
     """Evaluate the held-out loss; each rank computes the same number of batches of its share."""
     rows = loader.rows
-    names = rows.names if isinstance(rows, SequenceMixture) else ("",)
-    sums = torch.zeros(len(names), 2, dtype=torch.float64)  # losses, targets
-    counts: list[ClassCounts] = []
+    sums: Tensor | None = None  # [tasks, statistics]
     with inference_mode(model):
         for batch in loader.load_all_sequential():
-            targets = (batch.labels != IGNORE).sum(1)
-            logits = _forward_logits(model, batch, engine.device)
-            losses = _sum_losses_by_row(logits, batch)
-            if isinstance(batch, LabelledBatch):
-                counts = counts or [ClassCounts.zero_counts(logits.shape[1]) for _ in names]
-                chosen = (
-                    mask_other_classes(logits, batch.ranges.to(logits.device)).argmax(1).tolist()
-                )
-            for b, sample in enumerate(batch.sample_ids.tolist()):
-                if sample >= 0:
-                    task = (
-                        rows.find_source_index(sample) if isinstance(rows, SequenceMixture) else 0
-                    )
-                    sums[task] += torch.stack([losses[b], targets[b].double()])
-                    if counts:
-                        counts[task].add_prediction(chosen[b], int(batch.labels[b]))
+            statistics = objective.compute_row_statistics(model, batch, engine.device)
+            if sums is None:
+                sums = torch.zeros(len(rows.task_names), statistics.shape[1], dtype=torch.float64)
+            sums.index_add_(0, torch.tensor(find_batch_tasks(rows, batch)), statistics)
+    assert sums is not None, "a data set has at least one sequence"
     sums = _sum_over_ranks(sums, world)
-    counts = [ClassCounts(_sum_over_ranks(count.counts, world)) for count in counts]
-    loss, targets = sums.sum(0).tolist()
-    several = isinstance(rows, SequenceMixture)
-    means = (sums[:, 0] / sums[:, 1]).tolist()
+    total = sums.sum(0)
+    by_task = dict(zip(rows.task_names, sums, strict=True)) if rows.task_names != ("",) else {}
+    scores = {name: objective.compute_scores(own[2:]) for name, own in by_task.items()}
     return EvalResult(
-        loss / targets,
-        dict(zip(names, means, strict=True)) if several else {},
-        sum_class_counts(counts).compute_scores() if counts else None,
-        {n: c.compute_scores() for n, c in zip(names, counts, strict=False)} if several else {},
+        _divide_by_targets(total),
+        {name: _divide_by_targets(own) for name, own in by_task.items()},
+        objective.compute_scores(total[2:]),
+        {name: own for name, own in scores.items() if own is not None},
     )
+
+
+def _divide_by_targets(sums: Tensor) -> float:
+    return float(sums[0] / sums[1])
 
 
 def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
@@ -117,21 +105,3 @@ def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
     return torch.tensor(
         world.sum_over_ranks(*tensor.flatten().tolist()), dtype=tensor.dtype
     ).view_as(tensor)
-
-
-def _forward_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    found: Tensor = model(**build_batch_inputs(model, batch, device), use_cache=False).logits
-    return found
-
-
-def _sum_losses_by_row(logits: Tensor, batch: Batch) -> Tensor:
-    if isinstance(batch, LabelledBatch):
-        return batch_class_losses(logits, batch).double().cpu()
-    labels = batch.labels.to(logits.device)
-    rows = [sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
-    return torch.stack(rows).double().cpu()
-
-
-def compute_row_losses(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Return the summed loss of each sequence's targets in nats, float64 ``[B]`` on the CPU."""
-    return _sum_losses_by_row(_forward_logits(model, batch, device), batch)

@@ -17,22 +17,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_peft.adapters.fusion.layer import FusionLayer
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.data.classification import LabelledBatch
-from dist_peft.data.loader import Batch, Loader
-from dist_peft.data.mixture import SequenceMixture
+from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
-from dist_peft.model.attention_mask import build_batch_inputs
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.evaluate import inference_mode
-from dist_peft.train.loss import IGNORE
+from dist_peft.train.objective import Objective
 
 __all__ = ["FusionAttention", "find_fusion_layers", "measure_attention"]
 
@@ -40,6 +37,8 @@ _FILE = "fusion_attention.json"
 _SITES = {"attention_adapters": "attention", "output_adapters": "MLP"}
 
 Table = list[list[float]]
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ def measure_attention(
     model: nn.Module,
     layers: Mapping[str, FusionLayer],
     engine: Engine,
-    loader: Loader,
+    objective: Objective[BatchT],
+    loader: Loader[BatchT],
     world: World,
 ) -> FusionAttention:
     """Measure attention in one pass over the held-out sequences; the same result on every rank.
@@ -115,22 +115,17 @@ def measure_attention(
         loader: of the held-out sequences.
     """
     rows, first = loader.rows, next(iter(layers.values()))
-    names = rows.names if isinstance(rows, SequenceMixture) else ("",)
+    names = rows.task_names
     meter, tokens = first.meter, torch.zeros(len(names), dtype=torch.float64)
     meter.sums.clear()
-    labelled = False
     with inference_mode(model):
         for batch in loader.load_all_sequential():
-            labelled = isinstance(batch, LabelledBatch)
-            samples = batch.sample_ids.tolist()
-            tasks = [
-                rows.find_source_index(s) if isinstance(rows, SequenceMixture) and s >= 0 else 0
-                for s in samples
-            ]
-            weights = _token_weights(batch)
+            tasks = find_batch_tasks(rows, batch)
+            real = (batch.sample_ids >= 0).unsqueeze(1)
+            weights = (objective.mark_measured_tokens(batch) & real).float()
             tokens.index_add_(0, torch.tensor(tasks), weights.sum(1).double())
             with meter.count_attention(weights, tasks, len(names)):
-                model(**build_batch_inputs(model, batch, engine.device), use_cache=False)
+                objective.compute_logits(model, batch, engine.device)
     sums = torch.stack([meter.sums[path] for path in layers])  # [layers, tasks, adapters]
     numbers = world.sum_over_ranks(*sums.flatten().tolist(), *tokens.tolist())
     sums = torch.tensor(numbers[: sums.numel()], dtype=torch.float64).view_as(sums)
@@ -140,14 +135,8 @@ def measure_attention(
     return FusionAttention(
         adapters=list(first.names),
         layers=list(layers),
-        counted="tokens" if labelled else "target tokens",
+        counted=objective.measured_tokens,
         tokens=int(tokens.sum()),
         attention=(sums.sum(1) / tokens.sum()).tolist(),
-        by_task=by_task if isinstance(rows, SequenceMixture) else {},
+        by_task=by_task if names != ("",) else {},
     )
-
-
-def _token_weights(batch: Batch) -> Tensor:
-    """Return the weight (0 or 1) of each token, float32 ``[B, S]``; 0 in filler rows."""
-    counted = batch.attention_mask if isinstance(batch, LabelledBatch) else batch.labels != IGNORE
-    return counted.float() * (batch.sample_ids >= 0).unsqueeze(1)

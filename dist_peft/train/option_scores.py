@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.world import World
-from dist_peft.data.loader import Loader
+from dist_peft.data.loader import Batch, Loader
 from dist_peft.data.multiple_choice import ChoiceQuestion
 from dist_peft.engine import Engine
-from dist_peft.train.evaluate import compute_row_losses, inference_mode
+from dist_peft.train.evaluate import inference_mode
+from dist_peft.train.objective import TokenObjective
 
 __all__ = ["ChoiceResult", "evaluate_choices"]
 
@@ -36,7 +37,7 @@ def evaluate_choices(
     model: nn.Module,
     engine: Engine,
     questions: Sequence[ChoiceQuestion],
-    loader: Loader,
+    loader: Loader[Batch],
     world: World,
 ) -> ChoiceResult:
     """Score every choice; each rank computes its share of the sequences.
@@ -55,12 +56,14 @@ def evaluate_choices(
     return ChoiceResult(len(questions), right / len(questions), right_norm / len(questions))
 
 
-def _score_sequences(model: nn.Module, engine: Engine, loader: Loader, world: World) -> Tensor:
+def _score_sequences(
+    model: nn.Module, engine: Engine, loader: Loader[Batch], world: World
+) -> Tensor:
     """Return the log-likelihood of each sequence's targets in nats, float64 ``[sequences]``."""
-    scores = torch.zeros(len(loader.rows), dtype=torch.float64)
+    objective, scores = TokenObjective(), torch.zeros(len(loader.rows), dtype=torch.float64)
     with inference_mode(model):
         for batch in loader.load_all_sequential():
-            losses = compute_row_losses(model, batch, engine.device)
+            losses = objective.compute_row_statistics(model, batch, engine.device)[:, 0]
             for b, sample in enumerate(batch.sample_ids.tolist()):
                 if sample >= 0:
                     scores[sample] = -losses[b]

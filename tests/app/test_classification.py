@@ -15,9 +15,9 @@ from dist_peft.app.model_setup import load_training_state
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
-from dist_peft.model.attention_mask import build_batch_inputs
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
+from dist_peft.train.objective import ClassificationObjective
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.adapterhub import adapterhub
 from tests.support.classification_runs import (
@@ -124,7 +124,7 @@ def trained_logits(world: World, config: dict[str, Any]) -> tuple[dict[str, torc
     load_training_state(built, checkpoints, path, checkpoints.read_position(path).step)
     batch = loaders.eval.load_all_sequential()[0]
     assert isinstance(batch, LabelledBatch) and not batch.attention_mask.all()
-    inputs = build_batch_inputs(built.model, batch, torch.device("cpu"))
+    inputs = ClassificationObjective().build_inputs(built.model, batch, torch.device("cpu"))
     with inference_mode(built.model):
         return inputs, built.model(**inputs).logits
 

@@ -77,7 +77,18 @@ def test_batch_that_does_not_divide_is_announced(
         loaders(tiny_tree(tmp_path), world)
         assert "no multiple" not in caplog.text
         loaders(tiny_tree(tmp_path, train__global_batch=3), replace(world))
-    assert "train.global_batch 3 is no multiple of 2 ranks" in caplog.text
+        first = caplog.text
+        caplog.clear()
+        both = {"global_batch": 6, "micro_batch": 4}
+        tree = tiny_tree(tmp_path)
+        loaders({**tree, "train": {**tree["train"], **both}}, replace(world, size=3))
+    assert (
+        "the 3 sequences of train.global_batch make 3 micro-batches of at most 1, which is no "
+        "multiple of 2 ranks: some ranks idle in each step; set train.global_batch to a multiple "
+        "of 2"
+    ) in first
+    assert "make 2 micro-batches of at most 4, which is no multiple of 3 ranks" in caplog.text
+    assert "set train.micro_batch to 2" in caplog.text
 
 
 def test_missing_held_out_file_is_told_before_training_data_are_tokenized(tmp_path: Path) -> None:

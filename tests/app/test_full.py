@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.train.loop import StepResult
 from tests.support.dist import run_ranks
 from tests.support.equality import Outcome, all_cases, assert_same, build, train_steps
 from tests.support.story_runs import NF4, losses, train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_records, save_words, tiny_tree
+from tests.support.training_steps import StepResult
 
 pytestmark = pytest.mark.dist
 

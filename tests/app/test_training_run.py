@@ -14,7 +14,6 @@ import transformers as tf
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app.commands import train as train_app
-from dist_peft.app.trainer import Trainer
 from dist_peft.app.training_run import RESUMABLE
 from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import load_config, parse_config
@@ -22,7 +21,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
-from dist_peft.train.loop import StepResult
+from dist_peft.train.loop import TrainingStep
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import tiny_tree
 
@@ -80,15 +79,15 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = Trainer._make_step_metrics
+    update = TrainingStep.update_parameters
 
-    def signal_in_step_two(session: Any, result: StepResult, memory: int) -> Any:
-        if result.step == 1:
+    def signal_in_step_two(part: TrainingStep, step: int, *args: float) -> float:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return record(session, result, memory)
+        return update(part, step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_make_step_metrics", signal_in_step_two)
+        patch.setattr(TrainingStep, "update_parameters", signal_in_step_two)
         assert train(tree) == RESUMABLE == 75
     run = tmp_path / "run"
     stopped = [r.loss for r in read_metrics(run / "metrics.jsonl")]
@@ -109,15 +108,15 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tree = tiny_tree(tmp_path, save__every=0)
-    record = Trainer._make_step_metrics
-    times = {1: 1, 3: 2}
+    update = TrainingStep.update_parameters
+    times = {1: 1, 2: 2}
 
-    def interrupted(session: Any, result: StepResult, memory: int) -> Any:
-        for _ in range(times.get(result.step, 0)):
+    def interrupted(part: TrainingStep, step: int, *args: float) -> float:
+        for _ in range(times.get(step, 0)):
             os.kill(os.getpid(), signal.SIGINT)
-        return record(session, result, memory)
+        return update(part, step, *args)
 
-    monkeypatch.setattr(Trainer, "_make_step_metrics", interrupted)
+    monkeypatch.setattr(TrainingStep, "update_parameters", interrupted)
     assert train(tree) == RESUMABLE
     assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()

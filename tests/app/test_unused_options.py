@@ -24,14 +24,14 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def idle(
-    kind: str = "fsdp2", ranks: int = 2, widest: int = 128, device: str = "cuda", **sections: Any
+    kind: str = "fsdp2", widest: int = 128, device: str = "cuda", **sections: Any
 ) -> list[str]:
-    return list(find_unused_options(config(**sections), kind, ranks, widest, device))
+    return list(find_unused_options(config(**sections), kind, widest, device))
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2", "zero"])
 def test_defaults_are_silent(engine: str) -> None:
-    assert idle(engine, ranks=1 if engine == "single" else 16) == []
+    assert idle(engine) == []
 
 
 ENGINE: dict[str, Any] = {
@@ -89,15 +89,12 @@ def test_stage_after_the_end() -> None:
     assert idle(adapter=adapter, train={"steps": None, "epochs": 1}) == []
 
 
-def test_micro_batch_above_a_ranks_share() -> None:
-    train = {"global_batch": 5, "micro_batch": 4}
-    (text,) = idle(ranks=2, train=train)
+def test_micro_batch_above_the_global_batch() -> None:
+    (text,) = idle(train={"global_batch": 5, "micro_batch": 6})
     assert text == (
-        "train.micro_batch 4 has no effect beyond 3: of the 5 rows of train.global_batch, "
-        "one of 2 ranks has 3"
+        "train.micro_batch 6 has no effect beyond 5, the sequences of train.global_batch"
     )
-    assert idle("single", ranks=1, train=train) == []
-    assert idle(ranks=2, train={**train, "micro_batch": 3}) == []
+    assert idle(train={"global_batch": 5, "micro_batch": 5}) == []
 
 
 def test_other_train_options() -> None:
@@ -159,7 +156,7 @@ def test_engine_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_job_says_it_once(tmp_path: Path) -> None:
     tree = tiny_tree(tmp_path, train__micro_batch=4, train__steps=1)
     said = run_ranks(train_job, 2, tree)
-    words = "train.micro_batch 4 has no effect beyond 1"
+    words = "train.micro_batch 4 has no effect beyond 2"
     assert (tmp_path / "run" / "log.txt").read_text().count(words) == 1
     assert [text.count(words) for text in said] == [1, 0]
 

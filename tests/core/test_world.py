@@ -1,7 +1,9 @@
 """Connecting, agreement between real ranks, and who is to blame when one dies."""
 
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,20 @@ def test_device() -> None:
         assert World().select_device("auto") == torch.device("cpu")
         with pytest.raises(UserError, match=r"train\.device is cuda"):
             World().select_device("cuda")
+
+
+def test_data_are_divided_by_data_parallel_ranks() -> None:
+    """Every rank has a share of its own; code that divides data does not read ``rank``."""
+    world = World(2, 3, 2, 3, "test", "127.0.0.1", 1)
+    assert (world.data_rank, world.data_size) == (2, 3)
+    package = Path(__file__).parents[2] / "dist_peft"
+    divides = [
+        *package.glob("data/*.py"),
+        *package.glob("train/*.py"),
+        package / "app/data_setup.py",
+    ]
+    for path in divides:
+        assert not re.search(r"world\.(rank|size)\b", path.read_text()), path
 
 
 def _agree(world: World) -> None:

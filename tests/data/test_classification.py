@@ -60,18 +60,21 @@ def test_rows_of_two_tasks(load: Load, tmp_path: Path) -> None:
         micro_batch=2,
         seed=0,
         shuffle=False,
-        rank=1,
-        world_size=2,
+        data_rank=1,
+        data_size=2,
         seq_len=32,
         pad_id=0,
     )
-    (batch,), targets = loader.load_step(1)  # rows 3, 4, 5: this rank has row 4 and a filler
+    (batch,), targets = loader.load_step(1)  # rows 3, 4, 5: this rank has the second micro-batch
     assert isinstance(batch, LabelledBatch) and targets == 3
-    assert batch.sample_ids.tolist() == [4, -1]
-    assert batch.labels.tolist() == [[3], [-100]] and batch.ranges.tolist() == [[2, 4], [0, 1]]
-    assert batch.attention_mask.sum(1).tolist() == [len(two.get_sequence(1)[0]), 1]
-    assert batch.input_ids.shape == batch.token_types.shape == (2, 16)
-    assert torch.equal(batch.token_types[0, :9], two.get_sequence(1)[2])
+    assert batch.sample_ids.tolist() == [5]
+    assert batch.labels.tolist() == [[2]] and batch.ranges.tolist() == [[2, 4]]
+    assert batch.attention_mask.sum(1).tolist() == [len(two.get_sequence(2)[0])]
+    filler = loader._collate_rows([4, -1])
+    assert filler.labels.tolist() == [[3], [-100]] and filler.ranges.tolist() == [[2, 4], [0, 1]]
+    assert filler.attention_mask.sum(1).tolist() == [len(two.get_sequence(1)[0]), 1]
+    assert filler.input_ids.shape == filler.token_types.shape == (2, 16)
+    assert torch.equal(filler.token_types[0, :9], two.get_sequence(1)[2])
 
 
 def test_numbers_and_truth_values_of_json(load: Load, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_peft.data.documents import SequenceSet, _take_whole_documents
-from dist_peft.data.loader import Batch, Loader
+from dist_peft.data.loader import Batch, Loader, TokenLoader, count_micro_batches
 from dist_peft.data.packing import IGNORE
 from tests.support.data_files import documents
 
@@ -17,7 +17,9 @@ def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> S
     return SequenceSet([made], _take_whole_documents(made), seq_len=seq_len, packed=packed)
 
 
-def loader(rows: SequenceSet, rank: int = 0, world_size: int = 1, **changes: int | bool) -> Loader:
+def loader(
+    rows: SequenceSet, rank: int = 0, world_size: int = 1, **changes: int | bool
+) -> Loader[Batch]:
     arguments = {
         "global_batch": 4,
         "micro_batch": 2,
@@ -27,16 +29,16 @@ def loader(rows: SequenceSet, rank: int = 0, world_size: int = 1, **changes: int
         "pad_id": PAD,
         **changes,
     }
-    return Loader(rows, rank=rank, world_size=world_size, **arguments)  # type: ignore[arg-type]
+    return TokenLoader(rows, data_rank=rank, data_size=world_size, **arguments)  # type: ignore[arg-type]
 
 
 def ids(batches: list[Batch]) -> list[int]:
     return [i for batch in batches for i in batch.sample_ids.tolist()]
 
 
-def interleaved(shares: list[list[int]]) -> list[int]:
-    """Rank 0's first, rank 1's first, ..., rank 0's second, ...; without filler rows."""
-    return [i for turn in zip(*shares, strict=True) for i in turn if i != -1]
+def interleaved(shares: list[list[Batch]]) -> list[Batch]:
+    """Rank 0's first, rank 1's first, ..., rank 0's second, ...; without filler batches."""
+    return [b for turn in zip(*shares, strict=True) for b in turn if ids([b]) != [-1]]
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
@@ -91,14 +93,16 @@ def test_any_world_size_serves_the_same_step(
     rows, arguments, step = run
     alone, targets = loader(rows, **arguments).load_step(step)
     shares = [loader(rows, r, world_size, **arguments).load_step(step) for r in range(world_size)]
-    assert interleaved([ids(batches) for batches, _ in shares]) == ids(alone)
+    assert equal(interleaved([batches for batches, _ in shares]), alone)
     assert {t for _, t in shares} == {targets}
     counted = sum(int((b.labels != IGNORE).sum()) for batches, _ in shares for b in batches)
     assert counted == targets > 0
-    assert len({tuple(len(b.sample_ids) for b in batches) for batches, _ in shares}) == 1
+    assert len({len(batches) for batches, _ in shares}) == 1
+    sizes = [len(b.sample_ids) for b in alone]
+    assert max(sizes) <= arguments["micro_batch"] and max(sizes) - min(sizes) <= 1
+    assert len(sizes) == count_micro_batches(sum(sizes), int(arguments["micro_batch"]))
     for batches, _ in shares:
         for batch in batches:
-            assert len(batch.sample_ids) <= arguments["micro_batch"]
             check_batch(batch, rows)
 
 
@@ -108,11 +112,13 @@ def test_evaluation_serves_each_row_once_in_order(
     run: tuple[SequenceSet, dict[str, int | bool], int], world_size: int
 ) -> None:
     rows, arguments, _ = run
+    alone = loader(rows, **arguments).load_all_sequential()
+    assert ids(alone) == list(range(len(rows)))
     shares = [
         loader(rows, r, world_size, **arguments).load_all_sequential() for r in range(world_size)
     ]
-    assert interleaved([ids(batches) for batches in shares]) == list(range(len(rows)))
-    assert len({tuple(len(b.sample_ids) for b in batches) for batches in shares}) == 1
+    assert equal(interleaved(shares), alone)
+    assert len({len(batches) for batches in shares}) == 1
     for batches in shares:
         for batch in batches:
             check_batch(batch, rows)
@@ -146,6 +152,25 @@ def test_every_epoch_serves_every_row_once(
         assert sorted(served[epoch * size : (epoch + 1) * size]) == list(range(size))
     assert (made.steps_per_epoch - 1) * int(arguments["global_batch"]) < size
     assert made.steps_per_epoch * int(arguments["global_batch"]) >= size
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "expected"),
+    [
+        (7, 2, 2, [[[0, 1], [4, 5]], [[2, 3], [6]]]),
+        (7, 2, 3, [[[0, 1], [6]], [[2, 3], [-1]], [[4, 5], [-1]]]),
+        (6, 4, 3, [[[0, 1, 2]], [[3, 4, 5]], [[-1]]]),
+        (7, 4, 1, [[[0, 1, 2, 3], [4, 5, 6]]]),
+        (3, 8, 2, [[[0, 1, 2]], [[-1]]]),
+    ],
+)
+def test_whole_micro_batches_are_dealt_in_turn(
+    global_batch: int, micro_batch: int, ranks: int, expected: list[list[list[int]]]
+) -> None:
+    rows = row_set([4] * 8)
+    sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "shuffle": False}
+    shares = [loader(rows, rank, ranks, **sizes).load_step(0)[0] for rank in range(ranks)]
+    assert [[b.sample_ids.tolist() for b in share] for share in shares] == expected
 
 
 def test_more_ranks_than_rows_get_filler() -> None:

@@ -18,8 +18,9 @@ A, B = row_set(4, 6), row_set(5, 9, 3)
 
 def test_rows_run_through_all_sets() -> None:
     both = SequenceMixture([A, B], ["a", "b"])
-    assert len(both) == 5 and both.sequence_counts == [2, 3]
-    assert [both.find_source_index(i) for i in range(5)] == [0, 0, 1, 1, 1]
+    assert len(both) == 5 and both.sequence_counts == [2, 3] and both.task_names == ("a", "b")
+    assert (B.task_names, B.sequence_counts, B.find_task_index(2)) == (("",), [3], 0)
+    assert [both.find_task_index(i) for i in range(5)] == [0, 0, 1, 1, 1]
     for index, (rows, own) in enumerate([(A, 0), (A, 1), (B, 0), (B, 1), (B, 2)]):
         assert both.num_targets(index) == rows.num_targets(own)
         for mine, theirs in zip(both.get_sequence(index), rows.get_sequence(own), strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.loader import Loader
+from dist_peft.data.loader import TokenLoader
 from dist_peft.data.multiple_choice import ChoiceQuestion, ChoiceSequences, read_choice_questions
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from tests.support.tiny_runs import save_base
@@ -67,14 +67,14 @@ def test_every_rank_has_as_many_batches(tokenizer: Tokenizer) -> None:
     rows = ChoiceSequences([ChoiceQuestion("w5", ("w7", "w8", "w9"), 1)], tokenizer, 8)
     found = []
     for rank in range(2):
-        loader = Loader(
+        loader = TokenLoader(
             rows,
             global_batch=2,
             micro_batch=1,
             seed=0,
             shuffle=False,
-            rank=rank,
-            world_size=2,
+            data_rank=rank,
+            data_size=2,
             seq_len=8,
             pad_id=0,
         )

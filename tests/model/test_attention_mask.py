@@ -8,23 +8,14 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_peft.data.classification import LabelledBatch
-from dist_peft.data.loader import Batch
 from dist_peft.model import attention_mask as attention
 from dist_peft.model.attention_mask import (
-    build_batch_inputs,
     build_document_mask,
     build_model_inputs,
     build_prefix_mask,
     documents_are_isolated,
 )
-from tests.support.tiny_models import (
-    CONFIGS,
-    CONVOLUTIONS,
-    ENCODERS,
-    MIXTURES,
-    save_model,
-)
+from tests.support.tiny_models import CONFIGS, CONVOLUTIONS, MIXTURES, save_model
 
 CPU = torch.device("cpu")
 
@@ -155,39 +146,3 @@ def test_type_that_saving_has_made_a_name(tmp_path: Path) -> None:
     model.config.dtype = "bfloat16"
     mask = build_model_inputs(model, torch.tensor([[5, 6, 7, 8]]), place)["attention_mask"]
     assert torch.equal(mask, build_document_mask(place, torch.bfloat16))
-
-
-@pytest.mark.parametrize("family", [*ENCODERS, "llama"])
-def test_padding_of_labelled_rows_changes_nothing(family: str) -> None:
-    """Short rows give what they give alone, and a row of nothing but padding gives numbers."""
-    config = {**ENCODERS, "llama": CONFIGS["llama"]}[family]
-    model = tf.AutoModelForSequenceClassification.from_config(config).eval()
-    ids = torch.arange(20, 44).view(3, 8)
-    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7])
-    ids = ids.where(mask.bool(), torch.tensor(config.pad_token_id))
-    ids[2] = config.pad_token_id
-    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]] * 3) * mask
-    batch = LabelledBatch(
-        ids,
-        torch.tensor([[0], [1], [-100]]),
-        torch.arange(8).expand(3, -1),
-        torch.tensor([0, 1, -1]),
-        mask,
-        types,
-        torch.tensor([[0, 2]] * 3),
-    )
-    inputs = build_batch_inputs(model, batch, CPU)
-    assert ("token_type_ids" in inputs) == (family == "bert")
-    with torch.no_grad():
-        whole = model(**inputs).logits
-        short = {name: value[1:2, :5] for name, value in inputs.items()}
-        alone = model(**short).logits
-    torch.testing.assert_close(whole[1:2], alone, rtol=0, atol=1e-6)
-    assert whole.isfinite().all()
-
-
-def test_other_rows_have_positions() -> None:
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    row = torch.arange(4).unsqueeze(0)
-    inputs = build_batch_inputs(model, Batch(row, row, row, torch.tensor([0])), CPU)
-    assert inputs.keys() == {"input_ids", "position_ids"}

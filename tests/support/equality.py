@@ -13,8 +13,9 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.engine.engine_protocol import trainable_parameters
-from dist_peft.train.loop import StepResult, compute_batch_loss, run_training_steps
+from dist_peft.train.loop import TrainingStep
 from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.training_steps import StepResult, run_training_steps
 
 CPU = torch.device("cpu")
 
@@ -40,26 +41,15 @@ def train_steps(
     steps: range,
 ) -> list[StepResult]:
     """Train as ``train`` does, at a constant rate."""
-    results: list[StepResult] = []
+    part, c = make_step(world, built, loaders, call), config.train
+    return run_training_steps(part, loaders.train, steps, lambda step: c.lr, c.max_grad_norm)
 
-    def note(result: StepResult) -> bool:
-        results.append(result)
-        return False
 
-    run_training_steps(
-        built.model,
-        built.engine,
-        built.setup.adapter,
-        loaders.train,
-        world,
-        call=call,
-        first_step=steps.start,
-        last_step=steps.stop,
-        lr_at=lambda step: config.train.lr,
-        max_grad_norm=config.train.max_grad_norm,
-        after_step=note,
-    )
-    return results
+def make_step(
+    world: World, built: LoadedModel, loaders: DataLoaders, call: nn.Module
+) -> TrainingStep:
+    adapter = built.setup.adapter
+    return TrainingStep(built.model, call, built.engine, adapter, loaders.objective, world)
 
 
 def losses_and_gradients(
@@ -70,11 +60,7 @@ def losses_and_gradients(
     steps = config.train.steps or 0
     results = train_steps(world, config, built, loaders, call, range(steps))
     batches, targets = loaders.train.load_step(steps)
-    for number, batch in enumerate(batches):
-        built.setup.adapter.begin_micro_batch(steps, batch.sample_ids)
-        loss = compute_batch_loss(built.model, batch, CPU, call) / targets
-        built.setup.adapter.add_penalty_gradient(loss, len(batches) * world.size)
-        built.engine.backward(loss, last=number == len(batches) - 1)
+    make_step(world, built, loaders, call).accumulate_gradients(steps, batches, targets)
     parameters = trainable_parameters(built.model)
     return [r.loss for r in results], {n: whole_gradient(p) for n, p in parameters.items()}
 

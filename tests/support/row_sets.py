@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dist_peft.data.loader import Loader
+from dist_peft.data.loader import Batch, Loader, SingleTask, TokenLoader
 
 
-class UnevenRows:
+class UnevenRows(SingleTask):
     """Row ``i`` has ``counts[i]`` targets, at its end, after two tokens of prompt."""
 
     packed = False
@@ -34,15 +34,15 @@ class UnevenRows:
 
 def make_loader(
     rows: UnevenRows, batch: int, micro: int, rank: int = 0, world_size: int = 1
-) -> Loader:
-    return Loader(
+) -> Loader[Batch]:
+    return TokenLoader(
         cast(Any, rows),
         global_batch=batch,
         micro_batch=micro,
         seed=0,
         shuffle=False,
-        rank=rank,
-        world_size=world_size,
+        data_rank=rank,
+        data_size=world_size,
         seq_len=16,
         pad_id=0,
     )

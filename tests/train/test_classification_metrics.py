@@ -2,11 +2,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dist_peft.data.classification import LabelledBatch
 from dist_peft.train.classification_metrics import (
-    ClassCounts,
     class_losses,
+    compute_class_scores,
+    count_predictions,
     mask_other_classes,
-    sum_class_counts,
 )
 
 LOGITS = torch.tensor([[1.0, 2.0, 9.0, 0.0], [9.0, 0.0, 1.0, 0.5], [3.0, 1.0, 0.0, 0.0]])
@@ -30,18 +31,24 @@ def test_softmax_runs_over_the_rows_own_task() -> None:
     assert mask_other_classes(LOGITS.bfloat16(), RANGES).argmax(1).tolist() == [1, 2, 0]
 
 
+def batch_of(labels: list[int], ranges: list[list[int]]) -> LabelledBatch:
+    one = torch.ones(len(labels), 1, dtype=torch.long)
+    return LabelledBatch(
+        one, torch.tensor(labels)[:, None], one, one, one, one, torch.tensor(ranges)
+    )
+
+
 def test_scores() -> None:
     """Against the definition: precision and recall of each class."""
-    chosen, labels = [0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]
-    counts = ClassCounts.zero_counts(4)
-    for c, label in zip(chosen, labels, strict=True):
-        counts.add_prediction(c, label)
-    scores = counts.compute_scores()
+    chosen, labels = [0, 0, 1, 1, 1, 0, 3], [0, 1, 1, 1, 0, 0, 2]
+    logits = functional.one_hot(torch.tensor([*chosen, 0]), 4).float()
+    batch = batch_of([*labels, -100], [[0, 2]] * 6 + [[2, 4], [0, 1]])  # the last one is a filler
+    counts = count_predictions(logits, batch)
+    assert counts.shape == (8, 3, 4) and not counts[-1].any()
+    scores = compute_class_scores(counts[:6].sum(0))
     assert scores.accuracy == pytest.approx(4 / 6)
     assert scores.macro_f1 == pytest.approx((2 / 3 + 2 / 3) / 2)  # classes 2 and 3 do not occur
-    other = ClassCounts.zero_counts(4)
-    other.add_prediction(3, 2)
-    both = sum_class_counts([counts, other]).compute_scores()
+    both = compute_class_scores(counts.sum(0))
     assert both.accuracy == pytest.approx(4 / 7)
     assert both.macro_f1 == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
     assert str(both) == "accuracy 0.5714, macro F1 0.3333"

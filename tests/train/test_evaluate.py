@@ -14,6 +14,7 @@ from dist_peft.data.classification import LabelledLoader
 from dist_peft.data.mixture import SequenceMixture
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
+from dist_peft.train.objective import ClassificationObjective, TokenObjective
 from tests.support.dist import run_ranks
 from tests.support.row_sets import UnevenRows, make_loader
 from tests.support.tiny_models import CONFIGS, ENCODERS
@@ -41,7 +42,7 @@ def dense_loss(model: nn.Module) -> float:
 
 def _evaluate(world: World, micro: int) -> float:
     loader = make_loader(ROWS, 4, micro, world.rank, world.size)
-    return evaluate_model(tiny_model(), SingleEngine(CPU), loader, world).loss
+    return evaluate_model(tiny_model(), SingleEngine(CPU), TokenObjective(), loader, world).loss
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
@@ -76,7 +77,7 @@ def labelled() -> SequenceMixture:
     """As a mixture of six rows and two."""
     mixture = SequenceMixture.__new__(SequenceMixture)
     whole: Any = LabelledEight()
-    mixture.names, mixture._parts = ("two", "three"), (whole, whole)
+    mixture.task_names, mixture._parts = ("two", "three"), (whole, whole)
     mixture.starts = np.array([0, 6, 8])
     mixture.get_sequence = whole.get_sequence  # type: ignore[method-assign]
     return mixture
@@ -93,12 +94,12 @@ def _scores(world: World, micro: int) -> EvalResult:
         micro_batch=micro,
         seed=0,
         shuffle=False,
-        rank=world.rank,
-        world_size=world.size,
+        data_rank=world.data_rank,
+        data_size=world.data_size,
         seq_len=4,
         pad_id=0,
     )
-    found = evaluate_model(model, SingleEngine(CPU), loader, world)
+    found = evaluate_model(model, SingleEngine(CPU), ClassificationObjective(), loader, world)
     if world.size == 1:
         _check_scores(model.eval(), found)
     return found

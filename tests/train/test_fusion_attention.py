@@ -11,6 +11,7 @@ from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
+from dist_peft.train.objective import TokenObjective
 from tests.support.adapters import disturb, tiny_llama
 from tests.support.dist import run_ranks
 from tests.support.fusions import NAMES, fused, save_adapters
@@ -36,7 +37,7 @@ def _measured(world: World, micro: int) -> FusionAttention:
     rows = SmallRows(ROWS.counts)
     loader = make_loader(rows, 4, micro, world.rank, world.size)
     layers = find_fusion_layers(model)
-    found = measure_attention(model, layers, SingleEngine(CPU), loader, world)
+    found = measure_attention(model, layers, SingleEngine(CPU), TokenObjective(), loader, world)
     if world.size == 1:
         total = torch.zeros(len(layers), len(NAMES))
         for layer in layers.values():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.world import World
-from dist_peft.data.loader import Loader
+from dist_peft.data.loader import SingleTask, TokenLoader
 from dist_peft.data.multiple_choice import ChoiceQuestion
 from dist_peft.train.option_scores import ChoiceResult, evaluate_choices
 from tests.support.dist import run_ranks
@@ -29,7 +29,7 @@ ROWS = [
 ]
 
 
-class Rows:
+class Rows(SingleTask):
     packed, seq_len, longest, largest_token = False, 4, 4, 7
 
     def __len__(self) -> int:
@@ -68,14 +68,14 @@ class Engine:
 
 
 def answers(world: World) -> ChoiceResult:
-    loader = Loader(
+    loader = TokenLoader(
         Rows(),
         global_batch=4,
         micro_batch=2,
         seed=0,
         shuffle=False,
-        rank=world.rank,
-        world_size=world.size,
+        data_rank=world.data_rank,
+        data_size=world.data_size,
         seq_len=4,
         pad_id=0,
     )

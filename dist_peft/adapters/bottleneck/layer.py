@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.adapters.protocol import derive_seed
 from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.span import Span
@@ -95,7 +96,7 @@ class BottleneckSpec:
     seed: int
 
 
-class BottleneckLayer(nn.Module):
+class BottleneckLayer(SwitchableLayer):
     """The adapter of one sublayer. See the module docstring.
 
     Args:
@@ -152,6 +153,8 @@ class BottleneckLayer(nn.Module):
             output: ``f``.
             stream: ``x``; may be absent where the adapter reads ``f`` alone.
         """
+        if not self.is_enabled:
+            return output
         f = output.to(self.spec.arithmetic)
         return (
             f + self.dropout(self.compute_residual(self.select_adapter_input(output, stream)))
@@ -215,7 +218,7 @@ class BottleneckLayer(nn.Module):
         return f"{spec.hidden} -> {spec.bottleneck} -> {spec.hidden}, reads={spec.reads}"
 
 
-class TrainableNorm(nn.Module):
+class TrainableNorm(SwitchableLayer):
     """A layer norm with trainable weights: those of the base plus a trained change, in float32.
 
     The change starts at zero, so that it needs nothing of the base's files, and weight decay pulls
@@ -241,6 +244,9 @@ class TrainableNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d] -> [..., d] in its type."""
+        if not self.is_enabled:
+            unchanged: Tensor = self.base(x)
+            return unchanged
         names = [name.removesuffix("_change") for name in self.shapes]
         sums = {n: getattr(self.base, n).float() + getattr(self, f"{n}_change") for n in names}
         with override_parameters(self.base, sums):

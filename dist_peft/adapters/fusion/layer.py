@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, add_meta_parameters
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.protocol import derive_seed
@@ -101,7 +102,7 @@ class _RegularizedLinear(torch.autograd.Function):
         return grad_x, grad_weight.add_(weight, alpha=ctx.pull.strength), None
 
 
-class FusionLayer(nn.Module):
+class FusionLayer(SwitchableLayer):
     """The fusion of the adapters of one place. See the module docstring.
 
     Args:
@@ -168,6 +169,8 @@ class FusionLayer(nn.Module):
         Args:
             output, stream: as of ``BottleneckLayer``.
         """
+        if not self.is_enabled:
+            return output
         adapters: list[Any] = list(self.adapters)
         h = adapters[0].select_adapter_input(output, stream)
         outputs = torch.stack(

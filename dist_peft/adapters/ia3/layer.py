@@ -12,13 +12,14 @@ float32 in the product, whose result is rounded once: near 1 the steps of bfloat
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenLinear
 
 __all__ = ["Ia3Linear"]
 
 
-class Ia3Linear(nn.Module):
+class Ia3Linear(SwitchableLayer):
     """A ``FrozenLinear`` with a rescaling vector. See the module docstring.
 
     Args:
@@ -51,11 +52,11 @@ class Ia3Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
         # type promotion multiplies in float32 without a float32 copy of the activations
-        if self.rescales_input:
+        if self.rescales_input and self.is_enabled:
             rescaled: Tensor = self.base((x * self.ia3_l).to(x.dtype))
             return rescaled
         y: Tensor = self.base(x)
-        return (y * self.ia3_l).to(y.dtype)
+        return (y * self.ia3_l).to(y.dtype) if self.is_enabled else y
 
     def init_rows(self, name: str, span: Span) -> Tensor:
         """Initial value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""

@@ -57,6 +57,8 @@ class LoraExperts(LowRankModule):
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """See ``ExpertStack``."""
         y: Tensor = self.base(x, counts)
+        if not self.is_enabled:
+            return y
         # cut once, so that backward puts the experts' gradients together once
         A = self.lora_A.view(len(counts), self.spec.r, -1).unbind(0)
         B = self.lora_B.view(-1, self.spec.r, len(counts)).unbind(2)

@@ -89,6 +89,8 @@ class LoraLinear(LowRankModule):
     lora_B: nn.Parameter
     magnitude: nn.Parameter
     base_norm2: nn.Parameter
+    start_A: nn.Parameter
+    start_B: nn.Parameter
 
     def __init__(
         self,
@@ -120,6 +122,8 @@ class LoraLinear(LowRankModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        if not self.is_enabled:
+            return self._forward_disabled(x)
         dropped = self.dropout(x)
         if self.spec.dora:
             return self._forward_dora(x, dropped)
@@ -128,6 +132,13 @@ class LoraLinear(LowRankModule):
         change = self._compute_update(dropped)
         y: Tensor = self.base(x)
         return (y + change).to(y.dtype)
+
+    def _forward_disabled(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.spec.start == "default":
+            return y
+        # the stored base is the residual of these factors
+        return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
 
     def _compute_update(self, x: Tensor) -> Tensor:
         return self._multiply_factors(x, self.lora_A, self.lora_B)
@@ -282,6 +293,8 @@ class LoraEmbedding(LowRankModule):
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` [...] -> [..., hidden] in the type of the base."""
         y: Tensor = self.base(ids)
+        if not self.is_enabled:
+            return y
         dtype = self.spec.arithmetic
         columns = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx)
         inner = columns.to(dtype) * self.spec.scaling

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.adapters.protocol import derive_seed
 from dist_peft.core.span import Span
 
@@ -34,7 +35,7 @@ class LowRankSpec:
     seed: int
 
 
-class LowRankModule(nn.Module, ABC):
+class LowRankModule(SwitchableLayer, ABC):
     """A wrapper with two factors and maybe more.
 
     Attributes:

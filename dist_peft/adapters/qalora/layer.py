@@ -78,6 +78,9 @@ class QaLoraLinear(LowRankModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        if not self.is_enabled:
+            disabled: Tensor = self.base(x)
+            return disabled
         pooled = self.dropout(pool_groups(x.to(self.spec.arithmetic), self.pool_size))
         # before the frozen product, which recomputation may then leave out (lora.layer)
         change = self._multiply_factors(pooled, self.lora_A, self.lora_B)

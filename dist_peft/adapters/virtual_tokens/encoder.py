@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.adapters.protocol import derive_seed
 from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span
@@ -67,7 +68,7 @@ def apply_linear(x: Tensor, parameters: Mapping[str, Tensor], name: str) -> Tens
     return F.linear(x, parameters[f"{name}_weight"], parameters[f"{name}_bias"])
 
 
-class PromptEncoder(nn.Module, ABC):
+class PromptEncoder(SwitchableLayer, ABC):
     """See the module docstring.
 
     Args:

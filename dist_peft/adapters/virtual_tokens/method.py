@@ -77,13 +77,16 @@ class VirtualTokensAdapter(AdapterDefaults, ABC, Generic[Config]):
         def call_decoder_pre_hook(
             decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Any:
+            if not self.encoder.is_enabled:
+                return None
             if args:  # some families pass the ids by position
                 kwargs = {"input_ids": args[0], **kwargs}
             assert len(args) < 2, "a decoder is called with names"
             return (), self._prepare_decoder_inputs(kwargs)
 
         def call_decoder_hook(decoder: nn.Module, args: Any, output: Any) -> None:
-            self._process_decoder_output(output)
+            if self.encoder.is_enabled:
+                self._process_decoder_output(output)
 
         decoder.register_forward_pre_hook(call_decoder_pre_hook, with_kwargs=True)
         decoder.register_forward_hook(call_decoder_hook)

@@ -1,0 +1,176 @@
+"""Training objectives: how a batch is computed, its loss, and its scores in evaluation.
+
+An objective is chosen once, together with the loaders (``app.data_setup``); the training loop,
+evaluation and measurements call it and do not know the kind of a batch::
+
+    batch  -- compute_loss -->            scalar, for backward
+           -- compute_row_statistics -->  [B, 2 + K], summed over sequences and ranks by task
+                                              columns 0, 1: loss, targets -> mean loss
+                                              the other K -- compute_scores --> scores
+           -- compute_logits -->          for measurements inside the model
+
+===========================  =================  =======================  ======================
+objective                    batch              targets of a sequence    K, scores
+===========================  =================  =======================  ======================
+``TokenObjective``           ``Batch``          its labelled tokens      0, none
+``ClassificationObjective``  ``LabelledBatch``  its class, of ``C``      3 C, accuracy and F1
+===========================  =================  =======================  ======================
+"""
+
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.data.classification import LabelledBatch
+from dist_peft.data.loader import Batch
+from dist_peft.model.attention_mask import build_model_inputs
+from dist_peft.model.classifier import reads_token_types
+from dist_peft.train.classification_metrics import (
+    ClassScores,
+    batch_class_losses,
+    compute_class_scores,
+    count_predictions,
+)
+from dist_peft.train.loss import IGNORE, sum_token_loss
+
+__all__ = ["ClassificationObjective", "Objective", "TokenObjective"]
+
+BatchT = TypeVar("BatchT", bound=Batch, contravariant=True)
+
+
+class Objective(Protocol[BatchT]):
+    """A training objective for one kind of batch.
+
+    Attributes:
+        target_unit: short name of a target, for the rate of the progress display.
+        measured_tokens: name of the tokens that ``mark_measured_tokens`` selects.
+    """
+
+    target_unit: str
+    measured_tokens: str
+
+    def compute_logits(
+        self, model: nn.Module, batch: BatchT, device: torch.device, call: nn.Module | None = None
+    ) -> Tensor:
+        """Return the logits of a batch, ``[B, ...]`` on ``device``; packed documents are isolated.
+
+        Args:
+            call: module to call instead of ``model`` (an engine's wrapper of it).
+        """
+        ...
+
+    def compute_loss(
+        self, model: nn.Module, batch: BatchT, device: torch.device, call: nn.Module
+    ) -> Tensor:
+        """Return the sum of the losses of all targets in nats: a scalar with a gradient."""
+        ...
+
+    def compute_row_statistics(
+        self, model: nn.Module, batch: BatchT, device: torch.device
+    ) -> Tensor:
+        """Return numbers of each sequence that are summed in evaluation, float64 ``[B, 2 + K]``.
+
+        The summed loss of its targets in nats and their number come first; the other ``K`` are
+        those of ``compute_scores``. On the CPU, 0 for a filler sequence.
+        """
+        ...
+
+    def compute_scores(self, sums: Tensor) -> ClassScores | None:
+        """Return the scores of sequences from the sum of their last ``K`` statistics, ``[K]``."""
+        ...
+
+    def mark_measured_tokens(self, batch: BatchT) -> Tensor:
+        """Return which tokens measurements inside the model count, bool ``[B, S]``."""
+        ...
+
+
+class TokenObjective:
+    """Cross entropy of next tokens. See ``Objective``."""
+
+    target_unit = "tok"
+    measured_tokens = "target tokens"
+
+    def compute_logits(
+        self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
+    ) -> Tensor:
+        ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+        return _call_model(call or model, build_model_inputs(model, ids, positions))
+
+    def compute_loss(
+        self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
+    ) -> Tensor:
+        logits = self.compute_logits(model, batch, device, call)
+        return sum_token_loss(logits, batch.labels.to(device))
+
+    def compute_row_statistics(
+        self, model: nn.Module, batch: Batch, device: torch.device
+    ) -> Tensor:
+        logits = self.compute_logits(model, batch, device)
+        labels = batch.labels.to(logits.device)
+        rows = [sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
+        targets = (batch.labels != IGNORE).sum(1)
+        return torch.stack([torch.stack(rows).double().cpu(), targets.double()], 1)
+
+    def compute_scores(self, sums: Tensor) -> None:
+        """Return None: the mean loss is all that is reported."""
+
+    def mark_measured_tokens(self, batch: Batch) -> Tensor:
+        return batch.labels != IGNORE
+
+
+class ClassificationObjective:
+    """Cross entropy of each sequence's class among those of its task. See ``Objective``."""
+
+    target_unit = "rows"
+    measured_tokens = "tokens"
+
+    def compute_logits(
+        self,
+        model: nn.Module,
+        batch: LabelledBatch,
+        device: torch.device,
+        call: nn.Module | None = None,
+    ) -> Tensor:
+        return _call_model(call or model, self.build_inputs(model, batch, device))
+
+    def build_inputs(
+        self, model: nn.Module, batch: LabelledBatch, device: torch.device
+    ) -> dict[str, Any]:
+        """Return keyword arguments of the forward pass.
+
+        A sequence is one padded document: it has a mask, and the model computes its own positions
+        (RoBERTa's begin at 2).
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids.to(device),
+            "attention_mask": batch.attention_mask.to(device),
+        }
+        if reads_token_types(model):
+            inputs["token_type_ids"] = batch.token_types.to(device)
+        return inputs
+
+    def compute_loss(
+        self, model: nn.Module, batch: LabelledBatch, device: torch.device, call: nn.Module
+    ) -> Tensor:
+        return batch_class_losses(self.compute_logits(model, batch, device, call), batch).sum()
+
+    def compute_row_statistics(
+        self, model: nn.Module, batch: LabelledBatch, device: torch.device
+    ) -> Tensor:
+        logits = self.compute_logits(model, batch, device)
+        losses = batch_class_losses(logits, batch).double().cpu()
+        targets = (batch.labels[:, 0] != IGNORE).double()
+        counts = count_predictions(logits, batch).flatten(1)
+        return torch.cat([losses[:, None], targets[:, None], counts], 1)
+
+    def compute_scores(self, sums: Tensor) -> ClassScores:
+        return compute_class_scores(sums.view(3, -1))
+
+    def mark_measured_tokens(self, batch: LabelledBatch) -> Tensor:
+        return batch.attention_mask.bool()
+
+
+def _call_model(call: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    logits: Tensor = call(**inputs, use_cache=False).logits
+    return logits
