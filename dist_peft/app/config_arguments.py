@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-__all__ = ["add_config_arguments"]
+__all__ = ["add_checkpoint_argument", "add_config_arguments"]
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,3 +13,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # added by the deepspeed launcher; the environment says the same
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a key")
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add ``--checkpoint STEP|best|last``."""
+    note = f"; default: {default}" if default else ""
+    parser.add_argument(
+        "--checkpoint",
+        type=_parse_checkpoint_name,
+        default=default,
+        metavar="STEP",
+        help=f"a checkpoint of the run: a step, best (save.keep_best) or last{note}",
+    )
+
+
+def _parse_checkpoint_name(text: str) -> str:
+    if text not in ("best", "last") and not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is neither a step, nor best, nor last")
+    return text

@@ -36,14 +36,19 @@ __all__ = ["evaluate_run"]
 
 
 def evaluate_run(
-    config: RunConfig, run_dir: Path | None, choices: Sequence[Path], world: World
+    config: RunConfig,
+    run_dir: Path | None,
+    choices: Sequence[Path],
+    world: World,
+    checkpoint: str = "last",
 ) -> dict[str, Any]:
     """Load the base once, evaluate each adapter and return the JSON fields of ``dist-peft eval``.
 
     Args:
         config: as the user gave it.
-        run_dir: evaluate the newest state of this run; None: the base.
+        run_dir: evaluate this run; None: the base.
         choices: files of multiple-choice questions.
+        checkpoint: which of the run: ``last``, ``best`` or a step.
 
     Raises:
         UserError: on every rank: unusable base, data or checkpoint.
@@ -52,9 +57,9 @@ def evaluate_run(
     if not runs:
         only = {} if run_dir is None else {"": run_dir}
         return _evaluate_adapter(
-            _setup_evaluation(config, run_dir, only, world), "", choices, world
+            _setup_evaluation(config, run_dir, only, checkpoint, world), "", choices, world
         )
-    ready = _setup_evaluation(config, run_dir, runs, world)
+    ready = _setup_evaluation(config, run_dir, runs, checkpoint, world)
     adapters: dict[str, dict[str, Any]] = {}
     own: dict[str, float] = {}
     for name in runs:
@@ -134,14 +139,19 @@ class _EvaluationSetup:
 
 
 def _setup_evaluation(
-    config: RunConfig, run_dir: Path | None, runs: Mapping[str, Path], world: World
+    config: RunConfig,
+    run_dir: Path | None,
+    runs: Mapping[str, Path],
+    checkpoint: str,
+    world: World,
 ) -> _EvaluationSetup:
-    """Load the base and the newest state of each adapter.
+    """Load the base and one checkpoint of each adapter.
 
     Args:
         config: as the user gave it.
         run_dir: directory of the run, which may contain the solved base.
         runs: run directory of each adapter, by name.
+        checkpoint: ``last``, ``best`` or a step.
 
     Raises:
         UserError: on every rank: unusable base, data or checkpoint.
@@ -158,7 +168,8 @@ def _setup_evaluation(
         )
         configs = _select_task_configs(resolved, runs)
         setup = build_model(next(iter(configs.values())))
-        saved = {name: _find_newest_checkpoint(run, world) for name, run in runs.items()}
+    saved = {name: _find_checkpoint(run, checkpoint, world) for name, run in runs.items()}
+    with world.raise_together("compare the base with that of the checkpoint"):
         positions = {name: c.read_position(path) for name, (c, path) in saved.items()}
         paths = [path for _, path in saved.values()]
         trained_on = read_checkpoint_bases(paths, setup.skeleton.index)
@@ -212,14 +223,14 @@ def _make_adapter_loaders(
     return {name: made[id(each)] for name, each in configs.items()}
 
 
-def _find_newest_checkpoint(run_dir: Path, world: World) -> tuple[CheckpointManager, Path]:
-    """Return the checkpoints of a run and the path of the newest.
+def _find_checkpoint(run_dir: Path, which: str, world: World) -> tuple[CheckpointManager, Path]:
+    """Return the checkpoints of a run and the path of one of them.
+
+    Args:
+        which: ``last``, ``best`` or a step.
 
     Raises:
-        UserError: the run has no complete checkpoint.
+        UserError: on every rank: there is no such checkpoint, or it is damaged.
     """
     checkpoints = CheckpointManager(run_dir / "checkpoints", 1, world)
-    path = checkpoints.select_checkpoint("auto")
-    if path is None:
-        raise UserError(f"{run_dir} has no complete checkpoint")
-    return checkpoints, path
+    return checkpoints, checkpoints.find_checkpoint(which)

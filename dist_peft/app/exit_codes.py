@@ -1,19 +1,27 @@
 """Run a parsed command; turn its errors into exit codes.
 
-0 done; 2 the user's configuration or input is wrong (one message, from one rank); 1 a failure
-(traceback); 75 stopped on a signal after a checkpoint, can be resumed.
+0 done; 2 the user's configuration or input is wrong (one message, from one rank); 1 a failure (one
+line, the traceback in ``log.rank-N.txt`` of the run directory); 75 stopped on a signal after a
+checkpoint, can be resumed.
+
+The line that says why a command ended is the last on stderr, and also in ``log.txt`` of the run.
 """
 
 import argparse
 import logging
 import os
+import re
 import sys
-import traceback
+from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import FILE_ONLY, get_log_directory, write_traceback
 from dist_peft.core.world import RemoteError, RendezvousError, World
 from dist_peft.export.verdict import VerificationError
+from dist_peft.train.run_state import set_run_state
 
 __all__ = ["run_command"]
 
@@ -32,24 +40,62 @@ def run_command(args: argparse.Namespace) -> int:
         return _exit_process(world, code)
     except UserError as error:
         if world.is_first or isinstance(error, RendezvousError):
-            print(f"dist-peft: {error}", file=sys.stderr, flush=True)
+            _report_end(str(error))
         return _exit_process(world, 2)
     except VerificationError as error:
-        print(f"dist-peft: {error}", file=sys.stderr, flush=True)
+        _report_end(str(error))
         return _exit_process(world, 1)
     except RemoteError as error:
-        logging.getLogger("dist_peft").warning("%s", error)
+        _report_end(f"{_name_rank(world)}{error}")
         return _exit_process(world, 1)
     except KeyboardInterrupt:
         if world.is_first:
-            print("dist-peft: interrupted", file=sys.stderr, flush=True)
+            _report_end("interrupted")
         return _exit_process(world, 130)
     except Exception as error:
-        traceback.print_exc()
-        explanation = world.explain_failure(error)
-        if explanation is not None:
-            print(f"dist-peft: {explanation}", file=sys.stderr, flush=True)
+        _report_failure(error, world)
         return _exit_process(world, 1)
+
+
+def _report_failure(error: Exception, world: World) -> None:
+    """Write the traceback of an unexpected error, then one line that says what failed."""
+    run_dir = get_log_directory()
+    file = write_traceback(error, world.rank)
+    explanation = world.explain_failure(error)
+    first = next(iter(str(error).strip().splitlines()), "")
+    cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    line = explanation or f"{_name_rank(world)}failed: {cause}"
+    if file is not None:
+        line += f" (traceback: {file})"
+    if run_dir is not None and (world.is_first or _names_first_rank(explanation)):
+        set_run_state(run_dir, "failed", line)
+        if not world.is_first:
+            _append_to_log(run_dir / "log.txt", line)
+    _report_end(line)
+
+
+def _names_first_rank(explanation: str | None) -> bool:
+    """Return whether rank 0, which writes log.txt, is among the ranks that gave no sign of life."""
+    silent = (explanation or "").rpartition(" from ")[2]
+    return re.search(r"\brank 0\b|\branks 0\b", silent) is not None
+
+
+def _append_to_log(file: Path, line: str) -> None:
+    now = datetime.now()
+    with suppress(OSError), file.open("a", encoding="utf-8") as log_file:
+        log_file.write(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} ERROR {line}\n")
+
+
+def _name_rank(world: World) -> str:
+    return "" if world.size == 1 else f"rank {world.rank} on {world.host}: "
+
+
+def _report_end(line: str) -> None:
+    """Print the last line of a command, and write it to ``log.txt`` where there is one."""
+    logger = logging.getLogger("dist_peft")
+    if logger.handlers:  # else Python's last resort would print it a second time
+        logger.error("%s", line, extra=FILE_ONLY)
+    print(f"dist-peft: {line}", file=sys.stderr, flush=True)
 
 
 def _describe_command(args: argparse.Namespace) -> str:

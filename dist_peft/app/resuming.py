@@ -78,6 +78,7 @@ _MAY_CHANGE = (
     "train.max_grad_norm",
     # outputs and their frequency
     "train.eval_every",
+    "train.early_stop",
     "train.log_every",
     "train.check_every",
     "save.*",

@@ -1,7 +1,13 @@
-"""Create a run directory, its log and its ``config.yaml``."""
+"""The run directory of one run: claim it, find out that hosts share it, record how the run ends."""
 
+import logging
 import os
+import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from dist_peft.core.config.io import dump_config
 from dist_peft.core.config.run import RunConfig
@@ -9,36 +15,177 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.store.writer import write_atomically
+from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.checkpoint_files import wait_for_files
+from dist_peft.train.run_lock import RunLock
+from dist_peft.train.run_state import set_run_state
 
 __all__ = [
-    "check_run_directory_writable",
+    "RunDirectory",
+    "check_shared_directory",
     "make_run_directory",
-    "open_run_directory",
     "write_run_config",
 ]
 
+log = logging.getLogger("dist_peft")
 
-def check_run_directory_writable(run_dir: Path) -> None:
-    """Check that ``run_dir`` can be created or written, without changing it.
+_SEEN_SECONDS = 10.0
+"""The longest wait for a directory or file of another host; network file systems show them late."""
+
+
+class RunDirectory:
+    """A run directory, from the first check to the end of the run; a context manager.
+
+    Nothing is written before ``open``. At the end the first rank records in ``run_state.json`` how
+    the run ended, and the directory is free for the next run.
+    """
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path = path
+        self.world = world
+        self._lock = RunLock(path, world.job)
+        self._is_open = False
+        self._ended = False
+
+    def check_usable(self) -> None:
+        """Check, on the first rank, that the directory can be written and belongs to no other run.
+
+        Raises:
+            UserError: it is a file, not writable, or another run's.
+        """
+        if not self.world.is_first:
+            return
+        run_dir = self.path
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(f"save.dir {run_dir} is a file; give a directory")
+        nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"cannot write run directory {run_dir}: {nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(
+                f"cannot write run directory {run_dir}: no permission to write {nearest}"
+            )
+        self._lock.check_free()
+
+    def open(self) -> None:
+        """Create and claim the directory, and continue the log in its ``log.txt``. Collective.
+
+        Raises:
+            UserError: on every rank: it cannot be written, is another run's, or is not one
+                directory that all hosts share. A directory made here is removed again.
+        """
+        if self._is_open:
+            return
+        made: list[Path] = []
+        try:
+            with self.world.raise_together("prepare the run directory"):
+                if self.world.is_first:
+                    made = _make_directories(self.path)
+                    self._lock.acquire()
+            check_shared_directory(self.path, self.world)
+        except Exception:
+            self._lock.release()
+            for directory in reversed(made):
+                with suppress(OSError):
+                    directory.rmdir()
+            raise
+        self._is_open = True
+        with self.world.raise_together("open the log"):
+            setup_log(self.path, self.world.rank, self.world.size)
+            if self.world.is_first:
+                _remove_leftovers(self.path, self.world)
+                set_run_state(self.path, "running")
+
+    def record_exit_code(self, code: int) -> int:
+        """Record that the run ended with exit code ``code``, and return it."""
+        if code:
+            self._record_end("stopped", "a signal; the same command resumes")
+        else:
+            self._record_end("finished", "")
+        return code
+
+    def _record_end(self, state: str, reason: str) -> None:
+        if self._is_open and self.world.is_first and not self._ended:
+            self._ended = True
+            set_run_state(self.path, state, reason)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, UserError):
+            self._record_end("refused", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._record_end("stopped", "interrupted in the middle of a step")
+        elif error is not None:
+            self._record_end("failed", f"{type(error).__name__}: {error}")
+        self._lock.release()
+
+
+def check_shared_directory(directory: Path, world: World) -> None:
+    """Check that every rank's ``directory`` is the first rank's. Collective.
+
+    Each rank writes a file whose name no earlier run has used, and the first rank looks for all.
 
     Raises:
-        UserError: it is a file or not writable.
+        UserError: on every rank: it is not, or a rank cannot write it.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"save.dir {run_dir} is a file; give a directory")
-    nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write run directory {run_dir}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write run directory {run_dir}: no permission to write {nearest}")
+    if world.size == 1:
+        return
+    token = world.gather_integers([secrets.randbits(62)])[0][0]
+    names = [f".probe-{token:x}-{rank}" for rank in range(world.size)]
+    mine = directory / names[world.rank]
+    fix = "save.dir must be one directory that all hosts share and every rank can write"
+    try:
+        with world.raise_together("write a probe file"):
+            end = time.monotonic() + _SEEN_SECONDS
+            while not directory.is_dir():
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"rank {world.rank} on {world.host} does not see {directory}, which rank 0 "
+                        f"has; {fix}"
+                    )
+                time.sleep(0.05)
+            try:
+                mine.touch()
+            except OSError as error:
+                raise UserError(
+                    f"rank {world.rank} on {world.host} cannot write {directory}: "
+                    f"{error.strerror}; {fix}"
+                ) from None
+        with world.raise_together("look for the probe files"):
+            if world.is_first:
+                missing = wait_for_files(directory, dict.fromkeys(names, 0), _SEEN_SECONDS)
+                if missing is not None:
+                    rank = missing.rpartition("-")[2]
+                    raise UserError(
+                        f"rank 0 on {world.host} does not see in {directory} what rank {rank} "
+                        f"wrote to a directory of this name; {fix}"
+                    )
+    finally:
+        mine.unlink(missing_ok=True)
 
 
-def open_run_directory(run_dir: Path, world: World) -> None:
-    """Create the directory and continue the log in its ``log.txt``."""
-    with world.raise_together("prepare the run directory"):
-        if world.is_first:
-            make_run_directory(run_dir)
-        setup_log(run_dir, world.rank, world.size)
+def _make_directories(path: Path) -> list[Path]:
+    """Make ``path`` and its parents; return those that did not exist, outermost first."""
+    made = [p for p in (path, *path.absolute().parents) if not p.exists()][::-1]
+    make_run_directory(path)
+    return made
+
+
+def _remove_leftovers(run_dir: Path, world: World) -> None:
+    """Remove what killed runs of this directory have left half written."""
+    for directory in (*run_dir.glob("checkpoints"), *run_dir.glob("tasks/*/checkpoints")):
+        CheckpointManager(directory, 1, world).remove_unfinished()
+    for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.tmp", "tasks/*/.*.tmp"):
+        for file in run_dir.glob(pattern):
+            with suppress(OSError):
+                file.unlink()
 
 
 def make_run_directory(run_dir: Path) -> None:

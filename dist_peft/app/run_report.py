@@ -7,16 +7,48 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from dist_peft.app.model_setup import LoadedModel
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.engine import resolve_engine_kind
+from dist_peft.model.hub import public_base_name
+from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.store.writer import write_atomically
+from dist_peft.train.metrics import format_byte_count
 from dist_peft.train.report import ReportSection, RunSummary, write_report
 
-__all__ = ["add_report_section", "write_run_report"]
+__all__ = [
+    "add_report_section",
+    "find_public_base_name",
+    "summarize_run",
+    "write_run_report",
+]
 
 
 def write_run_report(run_dir: Path, summary: RunSummary) -> Path:
     """Write the report of a finished run."""
     return _write_report_files(run_dir, summary, [])
+
+
+def summarize_run(config: RunConfig, built: LoadedModel, world: World) -> RunSummary:
+    """Return the facts of a run that its report shows in addition to the metrics."""
+    return RunSummary.from_config(
+        config,
+        engine=resolve_engine_kind(config.engine, world),
+        ranks=world.size,
+        facts=[
+            ("Trained parameters", f"{built.trained:,}"),
+            ("Model as stored, all ranks", format_byte_count(built.stored_bytes)),
+            ("Read from the base by rank 0", format_byte_count(built.bytes_read)),
+        ],
+    )
+
+
+def find_public_base_name(config: RunConfig, built: LoadedModel) -> str:
+    """Return the base's public name; of a packed base, that of its unquantized origin."""
+    origin = read_quantization_origin(built.setup.directory)
+    return str(origin.get("base") or public_base_name(config.base))
 
 
 def add_report_section(run_dir: Path, section: ReportSection) -> Path:

@@ -1,27 +1,26 @@
 """Train a loaded model: start or resume, run the steps, write the results."""
 
-import importlib.metadata
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.adapter_switch import can_disable_adapter, disable_adapter
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import TrainsBaseWeights
-from dist_peft.app.base_content import RECORD_FILE, describe_lineage, format_base_record
+from dist_peft.app.base_content import RECORD_FILE, format_base_record
+from dist_peft.app.checkpoint_adapter import describe_adapter, format_adapter_files
 from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.final_weights import write_trained_weights
-from dist_peft.app.finished_run import select_training_settings
 from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
-from dist_peft.app.run_report import write_run_report
+from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, ONCE
@@ -32,17 +31,24 @@ from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention_mask import documents_are_isolated
-from dist_peft.model.hub import public_base_name, save_tokenizer
-from dist_peft.model.quantization_origin import read_quantization_origin
+from dist_peft.model.hub import save_tokenizer
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
-from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
+from dist_peft.train.eval_history import EvaluationHistory
+from dist_peft.train.evaluate import (
+    EvalResult,
+    add_evaluation,
+    evaluate_model,
+    inference_mode,
+)
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.lr_schedule import compute_lr_factor
-from dist_peft.train.metrics import MetricsWriter, format_byte_count, read_peak_memory_bytes
+from dist_peft.train.metrics import MetricsWriter, read_peak_memory_bytes
 from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.report import RunSummary
-from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.run_lock import raise_if_taken_over
+from dist_peft.train.run_state import note_step
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["Trainer"]
 
@@ -70,6 +76,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.total_steps = count_total_steps(self.config, self.loaders)
         self.loaders.train.check_steps(self.total_steps)
+        self.stopped_early = False
+        """Whether ``train.early_stop`` has ended the training."""
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -84,7 +92,7 @@ class Trainer:
             self.total_steps,
             self.config.train.global_batch,
         )
-        ends = self._find_turn_end_ids()
+        ends = self._turn_end_ids
         names = self.built.setup.tokenizer.convert_ids_to_tokens(ends)
         with self.world.raise_together("read the base's generation settings"):
             if self.world.is_first:
@@ -167,7 +175,11 @@ class Trainer:
         training = self._make_training_step()
         with self.world.raise_together("open metrics"):
             metrics = MetricsWriter(self.run_dir, self.world.rank, first_step)
-        with metrics, self._make_progress_display(first_step) as progress:
+        history = self._read_eval_history()
+        if self.stopped_early:
+            return first_step
+        progress = self._make_progress_display(first_step)
+        with metrics, progress, self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
                 start, gathered = time.perf_counter(), engine.bytes_gathered
                 batches, targets = loader.load_step(step)
@@ -179,7 +191,11 @@ class Trainer:
                 done, last = step + 1, step + 1 == self.total_steps
                 # one exchange a step: a signal to one rank stops all of them
                 memory = read_peak_memory_bytes(engine.device)
-                most_memory, stopping = self.world.max_over_ranks(memory, stop())
+                most_memory, stopping, failed = self.world.max_over_ranks(
+                    memory, stop(), self.checkpoints.has_failed
+                )
+                if failed:
+                    self.checkpoints.finish_writing()  # raises the error of the writer thread
                 record = StepMetrics(
                     step=done,
                     loss=loss,
@@ -193,21 +209,29 @@ class Trainer:
                     samples=done * train.global_batch,
                     seconds=seconds,
                 )
+                is_best = False
                 if last or _is_due(done, train.eval_every):
-                    record = _add_evaluation(record, self._evaluate_held_out(done))
+                    found = self._evaluate_held_out(done)
+                    record = add_evaluation(record, found)
+                    is_best = found is not None and history.add_loss(found.loss)
                 if step == 0:
-                    record = _add_evaluation(record, before, "_before")
+                    record = add_evaluation(record, before, "_before")
                 with self.world.raise_together("write metrics"):
+                    raise_if_taken_over()
                     metrics.write_step(record)
+                    note_step(done)
                 progress.show_step(record)
 
                 if _is_due(done, train.check_every):
                     self._compare_replicas(replicas, done)
-                if last or stopping or _is_due(done, self.config.save.every):
-                    self._save_checkpoint(done)
-                if stopping:
+                is_best = is_best and self.config.save.keep_best
+                self.stopped_early = history.should_stop
+                ending = last or stopping or self.stopped_early
+                if ending or is_best or _is_due(done, self.config.save.every):
+                    self._save_checkpoint(done, history.best_loss if is_best else None)
+                if ending:
                     return done
-        return self.total_steps
+        return first_step
 
     def _make_training_step(self) -> TrainingStep:
         built, objective = self.built, self.loaders.objective
@@ -223,6 +247,17 @@ class Trainer:
             every=self.config.train.log_every,
             unit=self.loaders.objective.target_unit,
         )
+
+    def _read_eval_history(self) -> EvaluationHistory:
+        """Return the evaluations of the steps before a resume; sets ``stopped_early``."""
+        history = EvaluationHistory(self.config.train.early_stop)
+        with self.world.raise_together("read the evaluations so far"):
+            if self.world.is_first:
+                records = read_metrics(self.run_dir / METRICS_FILE)
+                history = EvaluationHistory.from_metrics(records, history.patience)
+        history.share_from_first(self.world)
+        self.stopped_early = history.should_stop
+        return history
 
     def _compare_replicas(
         self, replicas: ReplicaCheck, step: int, everything: bool = False
@@ -264,15 +299,16 @@ class Trainer:
         log.info("step %d: held-out loss %s", step, found)
         return found
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _save_checkpoint(self, step: int, best: float | None) -> None:
         state = self.built.engine.training_state_dict(self.built.model)
         for name in self.built.setup.adapter.list_init_factors():
             state[f"start/{name}"] = self.built.engine.gather_parameter(
                 self.built.get_parameter(name)
             )
         files = {RECORD_FILE: format_base_record(self.built.record)}
-        path = self.checkpoints.save_checkpoint(state, self._make_run_position(step), files)
-        log.info("saved %s", path)
+        files |= format_adapter_files(self._make_adapter_metadata(), self.loaders.chat_template)
+        position = self._make_run_position(step)
+        self.checkpoints.save_checkpoint(state, position, files, best=best)
 
     def _make_run_position(self, step: int) -> RunPosition:
         return RunPosition(
@@ -295,9 +331,8 @@ class Trainer:
             tensors = self.built.gather_adapter()
             with self.world.raise_together("write the adapter"):
                 if self.world.is_first:
-                    public = self.built.setup.adapter.to_public_adapter(
-                        tensors, self._get_public_base_name()
-                    )
+                    base = find_public_base_name(self.config, self.built)
+                    public = self.built.setup.adapter.to_public_adapter(tensors, base)
                     write_adapter_directory(directory, public, self._make_adapter_metadata())
         logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()
         with self.world.raise_together("write tokenizer, probe and report"):
@@ -309,19 +344,10 @@ class Trainer:
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
     def _make_adapter_metadata(self) -> dict[str, Any]:
-        head = self.built.setup.skeleton.head
-        return {
-            **({} if head is None else {"labels": head.labels}),
-            **self.built.record.to_metadata(),
-            **describe_lineage(self.built.setup.skeleton),
-            **select_training_settings(self.config),
-            "start": getattr(self.config.adapter, "init", "default"),
-            "turn_end": self._find_turn_end_ids(),
-            "dist_peft": importlib.metadata.version("dist_peft"),
-            "torch": torch.__version__,
-        }
+        return describe_adapter(self.config, self.built, self._turn_end_ids)
 
-    def _find_turn_end_ids(self) -> list[int]:
+    @cached_property
+    def _turn_end_ids(self) -> list[int]:
         """Return the ids of the tokens that end the turns in the training data."""
         rows, tokenizer = self.loaders.train.rows, self.built.setup.tokenizer
         if self.config.data.is_classification:
@@ -347,24 +373,9 @@ class Trainer:
             self.built.model, layers, self.built.engine, self.loaders.objective, rows, self.world
         )
 
-    def _get_public_base_name(self) -> str:
-        """Return the base's public name; of a packed base, that of its unquantized origin."""
-        origin = read_quantization_origin(self.built.setup.directory)
-        return str(origin.get("base") or public_base_name(self.config.base))
-
     def make_report_summary(self) -> RunSummary:
         """Return the facts that the report shows in addition to the metrics."""
-        kind = resolve_engine_kind(self.config.engine, self.world)
-        return RunSummary.from_config(
-            self.config,
-            engine=kind,
-            ranks=self.world.size,
-            facts=[
-                ("Trained parameters", f"{self.built.trained:,}"),
-                ("Model as stored, all ranks", format_byte_count(self.built.stored_bytes)),
-                ("Read from the base by rank 0", format_byte_count(self.built.bytes_read)),
-            ],
-        )
+        return summarize_run(self.config, self.built, self.world)
 
     @property
     def _probe_path(self) -> Path:
@@ -387,8 +398,3 @@ class Trainer:
 def _is_due(step: int, every: int) -> bool:
     """Return whether ``step`` is a multiple of ``every``; 0 means never."""
     return every > 0 and step % every == 0
-
-
-def _add_evaluation(record: StepMetrics, found: EvalResult | None, after: str = "") -> StepMetrics:
-    """Return ``record`` with the known values of ``found`` in its fields that end in ``after``."""
-    return record if found is None else replace(record, **found.to_metric_fields(after))

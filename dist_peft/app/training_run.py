@@ -23,12 +23,7 @@ from dist_peft.app.model_setup import (
 from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
 from dist_peft.app.resuming import read_run_inputs
-from dist_peft.app.run_directory import (
-    check_run_directory_writable,
-    make_run_directory,
-    open_run_directory,
-    write_run_config,
-)
+from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
 from dist_peft.app.tasks import TasksFile
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
@@ -67,17 +62,28 @@ def train_until_stopped(
     Raises:
         UserError: on every rank, whichever rank found the error.
     """
-    run_dir = Path(config.save.dir)
+    with RunDirectory(Path(config.save.dir), world) as directory:
+        code = _train_in_directory(config, directory, world, device, stop)
+        return directory.record_exit_code(code)
+
+
+def _train_in_directory(
+    config: RunConfig,
+    directory: RunDirectory,
+    world: World,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> int:
+    run_dir = directory.path
     setup_log(None, world.rank, world.size, hold=True)
     with world.raise_together("look at the run directory"):
-        if world.is_first:
-            check_run_directory_writable(run_dir)
+        directory.check_usable()
         solving = must_solve_base(config, run_dir)
     if solving:
         with world.raise_together("read the base's configuration"):
             unsolved = resolve_unsolved_run(config)
         _prepare_adapter_jobs(unsolved, world, device)  # fail fast, before hours of GPTQ
-        open_run_directory(run_dir, world)
+        directory.open()
     try:
         solved = ensure_solved_base(config, run_dir, world, device, stop)
     except CalibrationInterrupted:
@@ -85,17 +91,21 @@ def train_until_stopped(
         return RESUMABLE
     with world.raise_together("read the base's configuration"):
         resolved = resolve_config(config, solved)
-    return _train_resolved(resolved, world, device, stop)
+    return _train_resolved(resolved, directory, world, device, stop)
 
 
 def _train_resolved(
-    resolved: ResolvedConfig, world: World, device: torch.device, stop: Callable[[], bool]
+    resolved: ResolvedConfig,
+    directory: RunDirectory,
+    world: World,
+    device: torch.device,
+    stop: Callable[[], bool],
 ) -> int:
-    config, run_dir = resolved.run, Path(resolved.run.save.dir)
+    config, run_dir = resolved.run, directory.path
     setup, jobs = _prepare_adapter_jobs(resolved, world, device)
     trained_on = [base for job in jobs.values() for base in job.trained_on]
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
-    open_run_directory(run_dir, world)
+    directory.open()
     if begun is not None and begun.resume_from is not None:
         load_init_factors(setup, begun.checkpoints, begun.resume_from)
     built = load_weights(setup, world, device, trained_on)
@@ -154,9 +164,14 @@ class _AdapterJob:
                 does not exist or is of another run.
         """
         directory = Path(config.save.dir) / "checkpoints"
-        checkpoints = CheckpointManager(directory, config.save.keep, world)
-        with world.raise_together("choose a checkpoint"):
-            resume_from = checkpoints.select_checkpoint(config.resume)
+        checkpoints = CheckpointManager(
+            directory,
+            config.save.keep,
+            world,
+            asynchronous=config.save.asynchronous,
+            keep_best=config.save.keep_best,
+        )
+        resume_from = checkpoints.select_checkpoint(config.resume)
         resumed = [] if resume_from is None else [resume_from]
         # first of all comparisons with the checkpoint, since it names the keys of config.json
         with world.raise_together("compare the base with that of the checkpoint"):
@@ -184,7 +199,13 @@ def _run_trainer(
         if world.is_first:
             write_run_config(session.run_dir, session.config)
     done = session.run_training_loop(first_step, stop)
-    if done < session.total_steps:
+    if session.stopped_early:
+        log.info(
+            "step %d: train.early_stop: %d evaluations without a lower held-out loss",
+            done,
+            session.config.train.early_stop,
+        )
+    elif done < session.total_steps:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
     session.finish_run()

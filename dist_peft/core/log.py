@@ -5,6 +5,7 @@ decides where lines go::
 
     rank 0         stderr: info and above, plain      run_dir/log.txt: the same with time and level
     other ranks    stderr: warnings and above, each with its rank; no file
+    a failed rank  run_dir/log.rank-N.txt: the traceback (``write_traceback``)
 
 Lines on stderr go through ``tqdm.write``, which lifts a progress bar out of the way. Records logged
 with ``extra=FILE_ONLY`` skip the terminal: values that the bar shows there are still found in the
@@ -13,19 +14,24 @@ file. Records with ``extra=ONCE`` are the same on every rank; only rank 0 shows 
 
 import logging
 import sys
+import traceback
+from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["FILE_ONLY", "ONCE", "close_log", "setup_log"]
+__all__ = ["FILE_ONLY", "ONCE", "close_log", "get_log_directory", "setup_log", "write_traceback"]
 
 FILE_ONLY = {"file_only": True}
 """Pass as ``extra`` to keep a record off the terminal."""
 
 ONCE = {"once": True}
 """Pass as ``extra`` of a record that is the same on every rank."""
+
+_directory: Path | None = None
+"""The run directory of this process, on every rank."""
 
 
 def setup_log(
@@ -45,6 +51,8 @@ def setup_log(
     """
     held = _take_held_records(logging.getLogger("dist_peft"))
     logger = close_log()
+    global _directory
+    _directory = run_dir
     terminal = _TerminalHandler("" if world_size == 1 else f"[rank {rank}] ")
     handlers: list[logging.Handler] = [terminal]
     if rank != 0:
@@ -66,6 +74,8 @@ def setup_log(
 
 def close_log() -> logging.Logger:
     """Close ``log.txt`` and reset the logger to Python's defaults. Harmless if not set up."""
+    global _directory
+    _directory = None
     logger = logging.getLogger("dist_peft")
     for handler in list(logger.handlers):
         if isinstance(handler, _TerminalHandler | _LogFileHandler | _HeldRecordsHandler):
@@ -74,6 +84,32 @@ def close_log() -> logging.Logger:
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
     return logger
+
+
+def get_log_directory() -> Path | None:
+    """Return the run directory that the log is written to; None before a run has one."""
+    return _directory
+
+
+def write_traceback(error: BaseException, rank: int) -> Path | None:
+    """Append the traceback of ``error`` to ``log.rank-N.txt`` of the run directory.
+
+    Returns:
+        The file; None where there is no run directory or it cannot be written: the traceback is
+        then on stderr.
+    """
+    text = "".join(traceback.format_exception(error))
+    if _directory is not None:
+        file = _directory / f"log.rank-{rank}.txt"
+        try:
+            with file.open("a", encoding="utf-8") as log_file:
+                log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {rank}\n{text}\n")
+        except OSError:
+            pass
+        else:
+            return file
+    sys.stderr.write(text)
+    return None
 
 
 class _TerminalHandler(logging.Handler):

@@ -8,7 +8,7 @@ plain attributes, which DeepSpeed neither broadcasts nor casts nor partitions. W
 partitions: docs/decisions/0005-zero-base.md.
 
 DeepSpeed averages gradients over ranks; the loss is multiplied by their number first, so that they
-are summed (see ``engine.engine_protocol``). There is no bf16 or fp16 section: adapters stay float32.
+are summed (``engine.engine_protocol``). There is no bf16 or fp16 section: adapters stay float32.
 """
 
 import importlib

@@ -5,24 +5,25 @@ that any engine at any number of ranks can read them. Layout of ``checkpoints/st
 
     .metadata, __0_0.distcp ...   param/NAME, exp_avg/NAME, exp_avg_sq/NAME in float32
     run.json                      step, samples seen, seed, fingerprint of the base, and by key the
-    run's identity: configuration, rows, tokenizer, versions base.json                     hashes of
-    the base's tensors (``app.base_content``)
+                                  run's identity: configuration, rows, tokenizer, versions
+    base.json                     hashes of the base's tensors (``app.base_content``)
+    adapter.json                  metadata of an adapter made of it (``app.checkpoint_adapter``)
+    files.json                    size and checksum of every other file (``checkpoint_files``)
 
 There is no random state but ``seed`` and ``step``. Data order is a function of (seed, epoch),
 dropout of (seed, module, step, sample), so both resume exactly where they stopped.
 
-A checkpoint is written under a temporary name and renamed when it is complete on all ranks; a
-directory without a final name or a readable ``run.json`` is skipped and named in the log.
+A checkpoint is written under a temporary name and renamed when rank 0 has seen the shards of all
+ranks. A resume verifies the checksums; a damaged checkpoint is passed over for the one before.
 """
 
-import json
 import logging
-import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial as bind
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,30 +31,66 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
+from dist_peft.store.fileio import sync_directory
 from dist_peft.store.writer import write_atomically
+from dist_peft.train.checkpoint_files import BestCheckpoint, parse_checkpoint_step
 from dist_peft.train.checkpoint_reader import CheckpointReader, TensorLoadPlanner
+from dist_peft.train.checkpoint_verify import (
+    find_checkpoint_damage,
+    make_unreadable_error,
+    read_metadata,
+)
+from dist_peft.train.checkpoint_writer import (
+    BackgroundWrite,
+    CheckpointJob,
+    StagedState,
+    get_writer_group,
+    write_staged_checkpoint,
+)
 from dist_peft.train.run_position import RunPosition, read_position
 
 __all__ = ["CheckpointManager", "RunPosition"]
 
 log = logging.getLogger("dist_peft")
 
-_UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError)
-"""Exceptions raised on reading a damaged ``.metadata``."""
+_SHARED_ERROR_SECONDS = 600.0
+"""The longest wait for a write in flight after an error that all ranks raise together."""
+
+_SINGLE_PROCESS = "torch.distributed is disabled"
+"""Beginning of torch's warning that the process group of a single process is not initialized."""
 
 
 class CheckpointManager:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
 
-    def __init__(self, directory: Path, keep: int, world: World) -> None:
+    Args:
+        keep: number of newest checkpoints that stay.
+        asynchronous: write in a thread; a step then waits for the copy to CPU memory only.
+        keep_best: also keep the checkpoint with the least held-out loss.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        world: World,
+        *,
+        asynchronous: bool = False,
+        keep_best: bool = False,
+    ) -> None:
         self.directory = directory
         self.keep = keep
         self.world = world
+        self.asynchronous = asynchronous
+        self.keep_best = keep_best
+        self.seconds_blocked = 0.0
+        """Time that the last ``save_checkpoint`` took from its caller."""
+        self._in_flight: BackgroundWrite | None = None
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -62,53 +99,89 @@ class CheckpointManager:
         state: Mapping[str, Tensor],
         position: RunPosition,
         files: Mapping[str, str] = MappingProxyType({}),
+        *,
+        best: float | None = None,
     ) -> Path:
-        """Write ``state`` atomically, then remove all but the newest ``keep`` checkpoints.
+        """Write ``state``, then remove all but the newest ``keep`` checkpoints. Collective.
+
+        An asynchronous manager returns as soon as ``state`` is copied; the end of the write is
+        that of ``finish_writing``. At most one write is in flight: an earlier one is waited for.
 
         Args:
             files: name -> contents of small files that belong to it.
+            best: its held-out loss, if that is the least so far.
 
         Raises:
-            UserError: the disk is full or not writable (on every rank).
+            UserError: the disk is full or not writable (on every rank); for an asynchronous
+                manager also that of the write before.
         """
+        start = time.perf_counter()
+        self.finish_writing()
         final = self.directory / f"step-{position.step:06d}"
         partial = self.directory / f".partial-step-{position.step:06d}"
+        staged = StagedState(state, self.world.is_first)
         with self.world.raise_together("prepare checkpoint"):
             if self.world.is_first:
                 _remove_checkpoint(partial)
                 _make_directory(partial, need=_total_bytes(state.values()))
-        try:
+        publish = bind(self._publish_checkpoint, partial, final, best)
+        job = CheckpointJob(partial, final, staged, position, files, publish)
+        if self.asynchronous:
+            warnings.filterwarnings("ignore", message=_SINGLE_PROCESS)  # seen by the thread
+            group = get_writer_group()
+            write = bind(write_staged_checkpoint, job, self.world, group)
+            self._in_flight = BackgroundWrite(write)
+        else:
             with _silence_single_process_warning():
-                dcp.save(
-                    dict(state),
-                    storage_writer=dcp.FileSystemWriter(partial),
-                    **self._cpu_process_group(),
-                )
-        except dcp.api.CheckpointException as error:
-            if self.world.is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # on a full disk every byte counts
-            reason = next(iter(error.failures.values()))[0]
-            if isinstance(reason, OSError):
-                raise UserError(
-                    f"cannot write checkpoint {final}: {reason}; free space or choose another "
-                    "save.dir"
-                ) from None
-            raise
-        with self.world.raise_together("finish checkpoint"):
-            if self.world.is_first:
-                for name, text in files.items():
-                    write_atomically(partial / name, text)
-                write_atomically(partial / "run.json", json.dumps(asdict(position), indent=1))
-                _remove_checkpoint(final)
-                partial.rename(final)
-                self._set_later_aside(position.step)
-                self._remove_older(newest=final)
+                write_staged_checkpoint(job, self.world, None)
+        self.seconds_blocked = time.perf_counter() - start
+        log.info("step %d waited %.3f s for its checkpoint", position.step, self.seconds_blocked)
         return final
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the write in flight has ended with an error, which ``finish_writing`` raises."""
+        return self._in_flight is not None and self._in_flight.has_failed
+
+    def finish_writing(self) -> None:
+        """Wait for the write in flight. All ranks call it, and all raise its error."""
+        write, self._in_flight = self._in_flight, None
+        if write is not None:
+            write.finish()
+
+    @contextmanager
+    def writes_finished(self) -> Iterator[None]:
+        """Wait at the end of the body for the write in flight; after an error only so long as
+        other ranks may be expected to take part in it."""
+        try:
+            yield
+        except Exception as error:
+            write, self._in_flight = self._in_flight, None
+            if write is not None:
+                write.abandon(_SHARED_ERROR_SECONDS if isinstance(error, UserError) else 10.0)
+            raise
+        self.finish_writing()
+
+    def _publish_checkpoint(self, partial: Path, final: Path, best: float | None) -> None:
+        step = parse_checkpoint_step(final)
+        replaced = final.with_name(f".replaced-{final.name}")
+        if final.exists():
+            _remove_checkpoint(replaced)
+            final.rename(replaced)
+        partial.rename(final)
+        _remove_checkpoint(replaced)
+        if best is not None:
+            path = BestCheckpoint.get_path(self.directory)
+            write_atomically(path, BestCheckpoint(step, best).to_json())
+        sync_directory(self.directory)
+        self._set_later_aside(step)
+        self._remove_older(newest=final)
+        log.info("saved %s", final)
 
     def _set_later_aside(self, step: int) -> None:
         """Move later checkpoints of an older run away, so that this run cannot resume from them."""
         for path in self.list_complete():
-            if _step_of_path(path) > step:
+            if parse_checkpoint_step(path) > step:
                 kept = self.directory / "superseded" / path.name
                 kept.parent.mkdir(exist_ok=True)
                 _remove_checkpoint(kept)
@@ -116,12 +189,22 @@ class CheckpointManager:
                 log.warning("%s is of an earlier run: moved to %s", path, kept)
 
     def _remove_older(self, newest: Path) -> None:
+        best = BestCheckpoint.read_from(self.directory) if self.keep_best else None
         for old in self.list_complete()[: -self.keep]:
-            if old != newest:
+            if old != newest and (best is None or parse_checkpoint_step(old) != best.step):
                 _remove_checkpoint(old)
 
-    def _cpu_process_group(self) -> dict[str, object]:
-        return {} if dist.is_initialized() else {"no_dist": True}
+    def remove_unfinished(self) -> None:
+        """Remove what killed runs of this directory have left half written."""
+        for path in self.directory.glob(".partial-step-*"):
+            log.info("removing %s, which a killed run left unfinished", path)
+            _remove_checkpoint(path)
+        for path in self.directory.glob(".replaced-step-*"):
+            final = path.with_name(path.name.removeprefix(".replaced-"))
+            if final.exists():
+                _remove_checkpoint(path)
+            else:
+                path.rename(final)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -129,7 +212,7 @@ class CheckpointManager:
         """Return complete checkpoints, oldest first; log incomplete ones."""
         complete = []
         for path in sorted(
-            self.directory.glob("*step-*"), key=lambda p: (_step_of_path(p), p.name)
+            self.directory.glob("*step-*"), key=lambda p: (parse_checkpoint_step(p), p.name)
         ):
             if path.name.startswith("step-") and (path / "run.json").is_file():
                 complete.append(path)
@@ -138,22 +221,87 @@ class CheckpointManager:
         return complete
 
     def select_checkpoint(self, resume: str) -> Path | None:
-        """Return the checkpoint to resume from: ``auto``: newest, if any; ``never``: none; or a
-        path.
+        """Return the checkpoint to resume from, verified. Collective.
+
+        Args:
+            resume: ``auto``: the newest that is not damaged, if any; ``never``: none; or a path.
 
         Raises:
-            UserError: the path is not a complete checkpoint.
+            UserError: on every rank: the path is not a complete checkpoint, or is damaged; or all
+                checkpoints of the run are.
         """
         if resume == "never":
             return None
         if resume == "auto":
-            return next(reversed(self.list_complete()), None)
+            return self._select_newest_intact()
         path = Path(resume)
-        if not (path / "run.json").is_file():
+        with self.world.raise_together("look for the checkpoint"):
+            if not (path / "run.json").is_file():
+                raise UserError(
+                    f"resume: {path} is not a complete checkpoint; give a checkpoints/step-* "
+                    "directory, auto or never"
+                )
+        if damage := find_checkpoint_damage(path, self.world):
             raise UserError(
-                f"resume: {path} is not a complete checkpoint; give a checkpoints/step-* "
-                "directory, auto or never"
+                f"resume: checkpoint {path} is damaged: {damage}; restore it, name another, or "
+                "give resume: auto to take the newest intact one"
             )
+        return path
+
+    def _select_newest_intact(self) -> Path | None:
+        found: list[str] = []
+        for path in self._share_newest_first():
+            damage = find_checkpoint_damage(path, self.world)
+            if damage is None:
+                return path
+            log.warning("passing over damaged checkpoint %s: %s", path, damage, extra=ONCE)
+            found.append(f"{path.name}: {damage}")
+        if found:
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged ({'; '.join(found)}); restore "
+                "one, or start over with resume: never"
+            )
+        return None
+
+    def _share_newest_first(self) -> list[Path]:
+        """Return the first rank's complete checkpoints on every rank, newest first."""
+        names: list[str] = []
+        with self.world.raise_together("look for checkpoints"):
+            if self.world.is_first:
+                names = [path.name for path in reversed(self.list_complete())]
+        shared: list[list[str]] = [names]
+        if self.world.size > 1:
+            dist.broadcast_object_list(shared, src=0)
+        return [self.directory / name for name in shared[0]]
+
+    def find_checkpoint(self, which: str) -> Path:
+        """Return the verified checkpoint ``last``, ``best`` or that of a step number. Collective.
+
+        Raises:
+            UserError: on every rank: there is none, or it is damaged.
+        """
+        if which == "last":
+            path = self._select_newest_intact()
+            if path is None:
+                raise UserError(f"{self.directory} has no complete checkpoint")
+            return path
+        with self.world.raise_together("look for the checkpoint"):
+            best = BestCheckpoint.read_from(self.directory) if which == "best" else None
+            if which == "best" and best is None:
+                raise UserError(
+                    f"{self.directory} records no best checkpoint: it is kept where "
+                    "save.keep_best is true; name a step, or last"
+                )
+            step = int(which) if best is None else best.step
+            path = self.directory / f"step-{step:06d}"
+            if not (path / "run.json").is_file():
+                steps = [str(parse_checkpoint_step(p)) for p in self.list_complete()]
+                raise UserError(
+                    f"there is no complete checkpoint {path}; there are steps "
+                    f"{', '.join(steps) or 'none'}"
+                )
+        if damage := find_checkpoint_damage(path, self.world):
+            raise UserError(f"checkpoint {path} is damaged: {damage}; name another")
         return path
 
     @staticmethod
@@ -169,21 +317,19 @@ class CheckpointManager:
             UserError: files are missing or damaged, or tensors do not fit (on every rank).
         """
         with self.world.raise_together("read a checkpoint's metadata"):
-            _read_metadata(path)  # before torch does, which would log its tracebacks
+            read_metadata(path)  # before torch does, which would log its tracebacks
         try:
             with _silence_single_process_warning():
                 dcp.load(
                     state,
                     storage_reader=CheckpointReader(path),
                     planner=TensorLoadPlanner(),
-                    **self._cpu_process_group(),
+                    **_cpu_process_group(),
                 )
         except dcp.api.CheckpointException as error:
-            raise _unreadable_checkpoint_error(
-                path, next(iter(error.failures.values()))[0]
-            ) from None
+            raise make_unreadable_error(path, next(iter(error.failures.values()))[0]) from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise _unreadable_checkpoint_error(path, error) from None
+            raise make_unreadable_error(path, error) from None
 
     def read_whole_tensors(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         """Return whole tensors by key, on every rank, without a model."""
@@ -191,7 +337,7 @@ class CheckpointManager:
         if not wanted:
             return {}
         with self.world.raise_together("read a checkpoint's metadata"):
-            metadata = _read_metadata(path).state_dict_metadata
+            metadata = read_metadata(path).state_dict_metadata
         state = {
             key: torch.empty(info.size, dtype=info.properties.dtype)
             for key, info in metadata.items()
@@ -207,31 +353,12 @@ class CheckpointManager:
 def _silence_single_process_warning() -> Iterator[None]:
     """Suppress torch's warning that the process group of a single process is not initialized."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=_SINGLE_PROCESS)
         yield
 
 
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        return CheckpointReader(path).read_metadata()
-    except UserError:
-        raise
-    except _UNREADABLE as error:
-        raise _unreadable_checkpoint_error(path, error) from None
-
-
-def _unreadable_checkpoint_error(path: Path, error: BaseException) -> UserError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"cannot read checkpoint {path}: {first}; if files are damaged, remove it to resume from "
-        "the one before"
-    )
-
-
-def _step_of_path(path: Path) -> int:
-    """Return the step at the end of a checkpoint's name; 0 for a name without one."""
-    digits = path.name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else 0
+def _cpu_process_group() -> dict[str, object]:
+    return {} if dist.is_initialized() else {"no_dist": True}
 
 
 def _total_bytes(tensors: Iterable[Tensor]) -> int:
@@ -240,8 +367,10 @@ def _total_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _make_directory(path: Path, need: int) -> None:
     try:
-        path.mkdir(parents=True)
-        free = shutil.disk_usage(path).free
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free >= need:
+            path.mkdir()
     except OSError as error:
         raise UserError(f"cannot create checkpoint directory {path}: {error.strerror}") from None
     if free < need:
@@ -252,5 +381,7 @@ def _make_directory(path: Path, need: int) -> None:
 
 
 def _remove_checkpoint(path: Path) -> None:
-    if path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()

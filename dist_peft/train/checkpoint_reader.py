@@ -15,7 +15,6 @@ Tensors themselves are read by torch with ``weights_only=True``.
 import io
 import math
 import pickle
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 
 from dist_peft.core.errors import UserError
+from dist_peft.train.checkpoint_files import check_regular_file
 
 __all__ = ["CheckpointReader", "TensorLoadPlanner"]
 
@@ -60,7 +60,7 @@ class CheckpointReader(dcp.FileSystemReader):
         ValueError: files are shorter than their tensors.
         """
         path = Path(self.path) / ".metadata"
-        _check_regular_file(path)
+        check_regular_file(path)
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file, path).load()
         if not isinstance(metadata, Metadata):
@@ -109,7 +109,7 @@ def _check_metadata_entries(metadata: Metadata, path: Path) -> None:
                 f"({stored.transform_descriptors!r}), which checkpoints of this program never are"
             )
         if name not in sizes:
-            sizes[name] = _check_regular_file(path.with_name(name))
+            sizes[name] = check_regular_file(path.with_name(name))
     needed = sum(
         math.prod(entry.size) * entry.properties.dtype.itemsize
         for entry in metadata.state_dict_metadata.values()
@@ -120,21 +120,6 @@ def _check_metadata_entries(metadata: Metadata, path: Path) -> None:
             f"{path.name} describes {needed} bytes of tensors, and the files it names hold "
             f"{sum(sizes.values())}"
         )
-
-
-def _check_regular_file(path: Path) -> int:
-    """Return the size in bytes of a regular file. A link could read other files; a FIFO would
-    block.
-
-    Raises:
-        UserError: it is a symbolic link, a directory, a FIFO or a device.
-        OSError: it does not exist.
-    """
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
-        raise UserError(f"{path} is {kind}, which no checkpoint of this program holds")
-    return status.st_size
 
 
 class _MetadataUnpickler(pickle.Unpickler):

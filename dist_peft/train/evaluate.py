@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +13,9 @@ from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
 from dist_peft.train.classification_metrics import ClassScores
 from dist_peft.train.objective import Objective
+from dist_peft.train.step_metrics import StepMetrics
 
-__all__ = ["EvalResult", "evaluate_model", "inference_mode"]
+__all__ = ["EvalResult", "add_evaluation", "evaluate_model", "inference_mode"]
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
@@ -105,3 +106,8 @@ def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
     return torch.tensor(
         world.sum_over_ranks(*tensor.flatten().tolist()), dtype=tensor.dtype
     ).view_as(tensor)
+
+
+def add_evaluation(record: StepMetrics, found: EvalResult | None, after: str = "") -> StepMetrics:
+    """Return ``record`` with the known values of ``found`` in its fields that end in ``after``."""
+    return record if found is None else replace(record, **found.to_metric_fields(after))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_peft.core.errors import UserError
+from dist_peft.train.checkpoint_files import DamagedCheckpointError
 
 __all__ = ["RunPosition", "read_position"]
 
@@ -21,6 +22,7 @@ class RunPosition:
         base: fingerprint of the base's files and of how they are stored.
         values: every key of the configuration and a fingerprint of each thing that was read, by
             key (``app.run_identity``); empty in a checkpoint of format 1, which had digests only.
+        format: 3; checkpoints of formats 1 and 2 have no ``files.json``.
     """
 
     step: int
@@ -28,7 +30,7 @@ class RunPosition:
     seed: int
     base: str
     values: dict[str, Any]
-    format: int = 2
+    format: int = 3
 
     @classmethod
     def from_json(cls, tree: Any) -> Self:
@@ -79,10 +81,12 @@ def read_position(path: Path) -> RunPosition:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {path} has an unreadable run.json: {error}") from None
+        raise DamagedCheckpointError(
+            f"checkpoint {path} has an unreadable run.json: {error}"
+        ) from None
     named = path.name.removeprefix("step-")
     if named != path.name and named.isdecimal() and int(named) != position.step:
-        raise UserError(
+        raise DamagedCheckpointError(
             f"checkpoint {path} has a run.json of step {position.step}: it was copied from "
             "elsewhere or renamed; restore its name or its run.json"
         )

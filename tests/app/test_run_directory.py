@@ -1,30 +1,29 @@
-"""A run directory: what cannot be one is refused without a change, and its files."""
+"""A run directory: what cannot be one is refused without a change, claims, and the probe."""
 
+import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
 
-from dist_peft.app.run_directory import (
-    check_run_directory_writable,
-    open_run_directory,
-    write_run_config,
-)
+from dist_peft.app.run_directory import RunDirectory, check_shared_directory, write_run_config
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.train.run_lock import RunLock
+from tests.support.dist import run_ranks
 from tests.support.tiny_runs import tiny_tree
 
 
 def test_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"save\.dir .*file is a file; give a directory"):
-        check_run_directory_writable(tmp_path / "file")
+        RunDirectory(tmp_path / "file", World()).check_usable()
     with pytest.raises(UserError, match=r"cannot write run directory .*: .*file is a file"):
-        check_run_directory_writable(tmp_path / "file" / "a" / "run")
-    check_run_directory_writable(tmp_path / "new" / "run")
+        RunDirectory(tmp_path / "file" / "a" / "run", World()).check_usable()
+    RunDirectory(tmp_path / "new" / "run", World()).check_usable()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -32,18 +31,96 @@ def test_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
 def test_directory_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="no permission to write"):
-        check_run_directory_writable(tmp_path / "run")
+        RunDirectory(tmp_path / "run", World()).check_usable()
 
 
 def test_log_and_configuration(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path))
     run_dir = tmp_path / "a" / "run"
-    open_run_directory(run_dir, World())
-    logging.getLogger("dist_peft").warning("a line")
-    write_run_config(run_dir, config)
+    with RunDirectory(run_dir, World()) as directory:
+        directory.open()
+        logging.getLogger("dist_peft").warning("a line")
+        write_run_config(run_dir, config)
     close_log()
     assert "a line" in (run_dir / "log.txt").read_text()
     assert load_config(run_dir / "config.yaml") == config
     with pytest.raises(UserError, match="cannot write run directory"):
-        open_run_directory(run_dir / "log.txt" / "below", World())
+        RunDirectory(run_dir / "log.txt" / "below", World()).open()
     close_log()
+
+
+def fail_in(directory: RunDirectory, error: Exception) -> None:
+    with directory:
+        directory.open()
+        raise error
+
+
+def test_a_run_claims_its_directory_and_records_its_end(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    with RunDirectory(run, World()) as directory:
+        directory.check_usable()
+        assert not run.exists()
+        directory.open()
+        directory.open()
+        assert json.loads((run / "run_state.json").read_text())["state"] == "running"
+        with pytest.raises(UserError, match="belongs to another run: process"):
+            RunDirectory(run, World()).check_usable()
+        with pytest.raises(UserError, match="belongs to another run"):
+            RunDirectory(run, World()).open()
+        assert directory.record_exit_code(75) == 75
+    assert sorted(path.name for path in run.iterdir()) == ["log.txt", "run_state.json"]
+    assert json.loads((run / "run_state.json").read_text())["state"] == "stopped"
+    for error, state in ((UserError("x"), "refused"), (OSError("y"), "failed")):
+        with pytest.raises(type(error)):
+            fail_in(RunDirectory(run, World()), error)
+        found = json.loads((run / "run_state.json").read_text())
+        assert found["state"] == state and found["reason"].endswith(str(error))
+    close_log()
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / ".partial-step-000007"
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".config.yaml.0a1b2c3d.tmp").touch()
+    (tmp_path / "mine.tmp").touch()
+    with RunDirectory(tmp_path, World()) as directory:
+        directory.open()
+    assert not partial.exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoints", "log.txt", "mine.tmp", "run_state.json"}
+    close_log()
+
+
+def probe_directories(world: World, directory: Path) -> list[str]:
+    """A shared directory; one of each rank's own; one that rank 0 alone has."""
+    (directory / "shared").mkdir(exist_ok=True)
+    check_shared_directory(directory / "shared", world)
+    world.barrier()
+    assert not list((directory / "shared").iterdir())
+    texts = []
+    own = directory / f"own{world.rank}"
+    own.mkdir()
+    for path in (own, own if world.is_first else directory / "absent"):
+        with pytest.raises(UserError) as caught:
+            check_shared_directory(path, world)
+        texts.append(str(caught.value))
+        assert not list(own.iterdir())
+    with RunDirectory(directory / "run" / "deep", world) as run:
+        run.open()
+        with pytest.raises(UserError):
+            RunDirectory(directory / "run" / "deep", world).open()
+    close_log()
+    return texts
+
+
+@pytest.mark.dist
+def test_a_directory_that_is_not_shared_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = run_ranks(probe_directories, 2, tmp_path)
+    assert answers[0] == answers[1]
+    unseen, absent = answers[0]
+    assert "rank 0 on" in unseen and "does not see" in unseen and "rank 1 wrote" in unseen
+    assert "rank 1 on" in absent and "does not see" in absent
+    RunLock(tmp_path / "run" / "deep").check_free()

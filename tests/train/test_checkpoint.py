@@ -2,51 +2,32 @@
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.span import row_span
 from dist_peft.core.world import World
-from dist_peft.train.checkpoint import CheckpointManager, RunPosition
+from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.checkpoint_verify import find_checkpoint_damage
+from tests.support.checkpoints import (
+    NAMES,
+    ROWS,
+    make_position,
+    make_sharded_state,
+    make_whole_state,
+    shard_state,
+)
 from tests.support.dist import run_ranks
-
-NAMES = ("param/a", "exp_avg/a", "start/b")
-ROWS = 7  # divides by neither 2 nor 3
-
-
-def position(step: int) -> RunPosition:
-    return RunPosition(step, step * 4, 0, "base", {"train.lr": 1e-3})
-
-
-def whole(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(ROWS, 5, generator=generator) for name in NAMES}
-
-
-def sharded(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same as DTensors along dimension 0, one of them (``start/b``) left whole."""
-    if world.size == 1:
-        return {name: t.clone() for name, t in tensors.items()}
-    mesh = init_device_mesh("cpu", (world.size,))
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        local = tensor[row_span(ROWS, world.size, world.rank).slice].clone()
-        state[name] = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
-    state["start/b"] = tensors["start/b"].clone()
-    return state
 
 
 def save_one(world: World, directory: Path, step: int) -> Path:
     return CheckpointManager(directory, 2, world).save_checkpoint(
-        sharded(world, whole(step)), position(step)
+        make_sharded_state(world, step), make_position(step)
     )
 
 
@@ -54,11 +35,17 @@ def load_one(world: World, directory: Path) -> dict[str, Tensor]:
     checkpoints = CheckpointManager(directory, 2, world)
     path = checkpoints.select_checkpoint("auto")
     assert path is not None
-    state = sharded(world, {name: torch.zeros(ROWS, 5) for name in NAMES})
+    state = shard_state(world, {name: torch.zeros(ROWS, 5) for name in NAMES})
     checkpoints.load_checkpoint(path, state)
     for name, tensor in checkpoints.read_whole_tensors(path, ["start/b", "param/a"]).items():
         state[f"whole/{name}"] = tensor
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+
+
+def flip_bit(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place % len(data)] ^= 1 << (place % 8)
+    file.write_bytes(data)
 
 
 def single(directory: Path, keep: int = 2) -> CheckpointManager:
@@ -70,16 +57,16 @@ def names(directory: Path) -> list[str]:
 
 
 def check(state: dict[str, Tensor], step: int) -> None:
-    for name, tensor in whole(step).items():
+    for name, tensor in make_whole_state(step).items():
         assert torch.equal(state[name], tensor), name
     for name in ("start/b", "param/a"):
-        assert torch.equal(state[f"whole/{name}"], whole(step)[name])
+        assert torch.equal(state[f"whole/{name}"], make_whole_state(step)[name])
 
 
 def test_saved_and_loaded_by_one_process(tmp_path: Path) -> None:
     path = save_one(World(), tmp_path, 3)
     assert path == tmp_path / "step-000003"
-    assert CheckpointManager.read_position(path) == position(3)
+    assert CheckpointManager.read_position(path) == make_position(3)
     check(load_one(World(), tmp_path), 3)
 
 
@@ -104,7 +91,10 @@ def test_any_number_of_ranks_reads_what_another_wrote(tmp_path: Path) -> None:
         for state in states:
             check(state, 5)
         # only one rank's file is damaged, both say so
-        assert text.startswith(f"cannot read checkpoint {tmp_path / 'damaged' / 'step-000005'}: ")
+        assert text.startswith(
+            f"every checkpoint in {tmp_path / 'damaged'} is damaged (step-000005: "
+        )
+        assert "__1_0.distcp has 50 bytes, not" in text
     assert names(tmp_path / "two") == ["step-000005"]
     for ranks in (1, 3):
         for state in run_ranks(load_one, ranks, tmp_path / "two"):
@@ -140,10 +130,10 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_one(World(), tmp_path, 3)
-    single(tmp_path).save_checkpoint(whole(9), position(3))
+    single(tmp_path).save_checkpoint(make_whole_state(9), make_position(3))
     assert names(tmp_path) == ["step-000003"]
     read = single(tmp_path).read_whole_tensors(tmp_path / "step-000003", NAMES)
-    assert torch.equal(read["param/a"], whole(9)["param/a"])
+    assert torch.equal(read["param/a"], make_whole_state(9)["param/a"])
 
 
 def test_half_written_is_skipped_and_named(
@@ -202,7 +192,7 @@ def test_damaged_files_are_refused(
         caplog.at_level(logging.WARNING),
         pytest.raises(UserError, match=rf"cannot read checkpoint {path}: .+; if files are damaged"),
     ):
-        single(tmp_path).load_checkpoint(path, whole(2))
+        single(tmp_path).load_checkpoint(path, make_whole_state(2))
     assert "metadata is not found" not in caplog.text  # torch's tracebacks
     with pytest.raises(UserError, match=f"cannot read checkpoint {path}"):
         single(tmp_path).read_whole_tensors(path, ["param/a"])
@@ -224,7 +214,7 @@ def test_full_disk_leaves_old_checkpoints(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
         with pytest.raises(UserError, match=r"step-000002 needs .* MiB but the disk has"):
-            single(tmp_path, keep=1).save_checkpoint(whole(2), position(2))
+            single(tmp_path, keep=1).save_checkpoint(make_whole_state(2), make_position(2))
     assert single(tmp_path).select_checkpoint("auto") == old
     check(load_one(World(), tmp_path), 1)
 
@@ -238,13 +228,94 @@ def test_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"cannot write checkpoint .*step-000002.*No space"):
-            single(tmp_path, keep=1).save_checkpoint(whole(2), position(2))
+            single(tmp_path, keep=1).save_checkpoint(make_whole_state(2), make_position(2))
     assert names(tmp_path) == ["step-000001"]  # what was half written takes no space
     assert single(tmp_path).select_checkpoint("auto") == old
     check(load_one(World(), tmp_path), 1)
 
 
+def test_a_damaged_newest_one_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = save_one(World(), tmp_path, 1), save_one(World(), tmp_path, 2)
+    flip_bit(new / "__0_0.distcp", 1000)
+    with caplog.at_level(logging.WARNING, "dist_peft"):
+        assert single(tmp_path).select_checkpoint("auto") == old
+    assert f"passing over damaged checkpoint {new}: the checksum of __0_0.distcp" in caplog.text
+    with pytest.raises(UserError, match=rf"resume: checkpoint {new} is damaged: the checksum of"):
+        single(tmp_path).select_checkpoint(str(new))
+    check(load_one(World(), tmp_path), 1)
+    mine = single(tmp_path).save_checkpoint(make_whole_state(2), make_position(2))  # trained again
+    assert single(tmp_path).select_checkpoint("auto") == mine
+    flip_bit(old / "run.json", 10)
+    flip_bit(mine / "files.json", 30)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(step-000002: .*01: "):
+        single(tmp_path).select_checkpoint("auto")
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_named_checkpoints(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, 1, World(), keep_best=True)
+    for step, loss in enumerate((3.0, 2.0, 2.5, 2.7), 1):
+        best = loss if loss in (3.0, 2.0) else None
+        checkpoints.save_checkpoint(make_whole_state(step), make_position(step), best=best)
+    assert names(tmp_path) == ["best.json", "step-000002", "step-000004"]
+    found = [checkpoints.find_checkpoint(which).name for which in ("best", "last", "4", "2")]
+    assert found == ["step-000002", "step-000004", "step-000004", "step-000002"]
+    with pytest.raises(UserError, match="there are steps 2, 4"):
+        checkpoints.find_checkpoint("3")
+    (tmp_path / "best.json").unlink()
+    with pytest.raises(UserError, match=r"save\.keep_best"):
+        checkpoints.find_checkpoint("best")
+
+
+def test_unfinished_ones_are_removed(tmp_path: Path) -> None:
+    first = save_one(World(), tmp_path, 1)
+    shutil.copytree(first, tmp_path / ".partial-step-000002")
+    first.rename(tmp_path / ".replaced-step-000001")  # killed while it was saved again
+    single(tmp_path).remove_unfinished()
+    assert names(tmp_path) == ["step-000001"]
+    check(load_one(World(), tmp_path), 1)
+
+
+def test_asynchronous_writing_saves_the_values_of_its_step(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, 2, World(), asynchronous=True)
+    state = make_whole_state(1)
+    checkpoints.save_checkpoint(state, make_position(1))
+    for tensor in state.values():
+        tensor.zero_()  # the next step
+    state = make_whole_state(2)
+    with checkpoints.writes_finished():
+        checkpoints.save_checkpoint(state, make_position(2))
+    for step in (1, 2):
+        read = checkpoints.read_whole_tensors(tmp_path / f"step-{step:06d}", NAMES)
+        assert all(torch.equal(read[name], make_whole_state(step)[name]) for name in NAMES)
+    assert find_checkpoint_damage(tmp_path / "step-000002", World()) is None
+
+
+def test_errors_of_the_writer_thread_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save_one(World(), tmp_path, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("save_checkpoint", "finish_writing"):
+        checkpoints = CheckpointManager(tmp_path, 1, World(), asynchronous=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", full)
+            checkpoints.save_checkpoint(make_whole_state(2), make_position(2))
+            while not checkpoints.has_failed:
+                time.sleep(0.01)
+        arguments = (make_whole_state(3), make_position(3)) if name == "save_checkpoint" else ()
+        with pytest.raises(UserError, match=r"cannot write checkpoint .*step-000002.*No space"):
+            getattr(checkpoints, name)(*arguments)
+        assert names(tmp_path) == ["step-000001"]
+    assert single(tmp_path).select_checkpoint("auto") == old
+
+
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create checkpoint directory"):
-        single(tmp_path / "file").save_checkpoint(whole(1), position(1))
+        single(tmp_path / "file").save_checkpoint(make_whole_state(1), make_position(1))

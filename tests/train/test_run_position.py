@@ -43,9 +43,9 @@ def test_unreadable_position_is_named(tmp_path: Path, content: str) -> None:
         read_position(saved(tmp_path, content))
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [0, 4])
 def test_other_format_is_refused(tmp_path: Path, number: int) -> None:
-    with pytest.raises(UserError, match=f"has format {number}, this version reads up to 2"):
+    with pytest.raises(UserError, match=f"has format {number}, this version reads up to 3"):
         read_position(saved(tmp_path, json.dumps({**GOOD, "format": number})))
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.config_arguments import add_checkpoint_argument, add_config_arguments
 from dist_peft.app.evaluation import evaluate_run
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft eval``."""
     add_config_arguments(parser)
     parser.add_argument("--run", type=Path, dest="run_dir", help="use this run's newest state")
+    add_checkpoint_argument(parser, default="last")
     parser.add_argument(
         "--choices",
         type=Path,
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, world: World) -> int:
         )
     if args.choices and config.data.is_classification:
         raise UserError("--choices asks a language model; with base.head classifier leave it out")
-    found = evaluate_run(config, args.run_dir, args.choices or (), world)
+    found = evaluate_run(config, args.run_dir, args.choices or (), world, args.checkpoint)
     if world.is_first:
         print(json.dumps(found))
     return 0

@@ -201,6 +201,12 @@ class TrainConfig(ConfigSection):
         "Adapter weights and optimizer state are always float32.",
     )
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    early_stop: Int = Field(
+        0,
+        ge=0,
+        description="Stop after this many evaluations in a row without a lower held-out loss; 0: "
+        "train all steps.",
+    )
     check_every: Int = Field(
         100, ge=0, description="Steps between checks that ranks hold equal copies; 0: no checks."
     )
@@ -220,6 +226,16 @@ class SaveConfig(ConfigSection):
     dir: str = Field("runs/default", description="Run directory.")
     every: Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_best: bool = Field(
+        False,
+        description="Also save and keep the checkpoint with the least held-out loss, whenever an "
+        "evaluation (train.eval_every) finds one.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write checkpoints in a thread: a step waits for the copy of the rank's own "
+        "shard to CPU memory only. false: it waits until the checkpoint is on the disk.",
+    )
 
 
 class RunConfig(ConfigSection):
@@ -242,6 +258,19 @@ class RunConfig(ConfigSection):
         if isinstance(value, dict) and isinstance(value.get("adapter"), dict):
             value = {**value, "adapter": {"kind": "lora", **value["adapter"]}}
         return value
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Self:
+        keys = {
+            "save.keep_best": self.save.keep_best,
+            "train.early_stop": self.train.early_stop,
+        }
+        for key, is_set in keys.items():
+            if is_set and not (self.data.eval and self.train.eval_every):
+                raise ValueError(
+                    f"{key} compares held-out losses; give data.eval and train.eval_every"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_head_adapter(self) -> Self:

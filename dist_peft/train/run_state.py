@@ -1,0 +1,122 @@
+"""``run_state.json`` of a run directory: whether the run is at work, or how and why it ended.
+
+``running``, ``finished``, ``stopped`` (by a signal; can be resumed), ``refused`` (an error of the
+configuration or input) or ``failed``. A process that was killed writes nothing: its state stays
+``running``, and its lock (``train.run_lock``) is stale.
+"""
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from dist_peft.core.errors import UserError
+from dist_peft.train.run_lock import LOCK_NAME, LockHolder
+
+__all__ = ["STATE_NAME", "RunState", "StateName", "note_step", "read_run_state", "set_run_state"]
+
+STATE_NAME = "run_state.json"
+
+StateName = Literal["running", "finished", "refused", "failed", "stopped"]
+
+_NOTE_SECONDS = 10.0
+"""The shortest time between two writes because of a step."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """State of a run.
+
+    Attributes:
+        state: see the module.
+        step: optimizer steps done.
+        reason: one line; empty while it runs.
+        time: of this record, ISO 8601 in UTC.
+    """
+
+    state: StateName
+    step: int
+    reason: str
+    time: str
+
+
+@dataclass
+class _Current:
+    """The run of this process."""
+
+    run_dir: Path
+    state: RunState
+    written: float
+
+
+_current: _Current | None = None
+
+
+def set_run_state(run_dir: Path, state: StateName, reason: str = "") -> None:
+    """Write the state of the run in ``run_dir``, from one rank, with the step noted last.
+
+    A run directory that cannot be written any more is no error: this is called when a run ends.
+    """
+    global _current
+    if _current is None or _current.run_dir != run_dir:
+        _current = _Current(run_dir, RunState(state, _read_step(run_dir), reason, ""), 0.0)
+    _current.state = replace(_current.state, state=state, reason=reason)
+    _write(_current)
+
+
+def note_step(step: int) -> None:
+    """Note the steps done by the run of this process; written every few seconds at most."""
+    if _current is None:
+        return
+    _current.state = replace(_current.state, step=step)
+    if time.monotonic() - _current.written > _NOTE_SECONDS:
+        _write(_current)
+
+
+def _write(current: _Current) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    current.state = replace(current.state, time=now)
+    current.written = time.monotonic()
+    temporary = current.run_dir / f".{STATE_NAME}.{os.getpid()}.tmp"
+    with suppress(OSError):
+        try:
+            temporary.write_text(json.dumps(asdict(current.state), indent=1) + "\n")
+            os.replace(temporary, current.run_dir / STATE_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _read_step(run_dir: Path) -> int:
+    with suppress(UserError):
+        found = read_run_state(run_dir)
+        return 0 if found is None else found.step
+    return 0
+
+
+def read_run_state(run_dir: Path) -> RunState | None:
+    """Return the state of a run; None if it was never written.
+
+    ``running`` becomes ``failed`` if the process that holds the run's lock on this machine has
+    ended without a word.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = run_dir / STATE_NAME
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        state = RunState(tree["state"], int(tree["step"]), str(tree["reason"]), str(tree["time"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error}; remove it") from None
+    if state.state == "running":
+        with suppress(OSError):
+            holder = LockHolder.read_from(run_dir / LOCK_NAME)
+            if holder is not None and holder.has_ended():
+                return replace(state, state="failed", reason=f"{holder} was killed")
+    return state
