@@ -17,9 +17,10 @@ from dist_peft.app.model_setup import (
     load_weights,
     replace_labels,
 )
+from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.resolved_config import ResolvedConfig, find_solved_base, resolve_config
 from dist_peft.app.resuming import make_dated_loaders
-from dist_peft.app.run_identity import describe_rank_inputs, flatten_rank_config
+from dist_peft.app.run_identity import describe_rank_inputs
 from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -156,11 +157,7 @@ def _setup_evaluation(
     Raises:
         UserError: on every rank: unusable base, data or checkpoint.
     """
-    device = world.select_device(config.train.device)
-    world.join_process_group(
-        device, config.engine.timeout_minutes, config.engine.start_timeout_minutes
-    )
-    world.check_agreement("configuration", flatten_rank_config(config, world))
+    device = join_ranks(config, world)
     setup_log(None, world.rank, world.size)
     with world.raise_together("prepare"):
         resolved = resolve_config(

@@ -42,7 +42,7 @@ cache, which are derived."""
 
 
 def flatten_rank_config(config: RunConfig, world: World) -> dict[str, object]:
-    """Return the resolved configuration by key, which has to be equal on all ranks.
+    """Return the configuration by key, which has to be equal on all ranks.
 
     Never raises: an unusable configuration has to be reported by all ranks together.
     """

@@ -101,6 +101,7 @@ def _train_resolved(
     device: torch.device,
     stop: Callable[[], bool],
 ) -> int:
+    """Check, load the base and train its adapters, one after another; return the exit code."""
     config, run_dir = resolved.run, directory.path
     setup, jobs = _prepare_adapter_jobs(resolved, world, device)
     trained_on = [base for job in jobs.values() for base in job.trained_on]
@@ -110,15 +111,15 @@ def _train_resolved(
         load_init_factors(setup, begun.checkpoints, begun.resume_from)
     built = load_weights(setup, world, device, trained_on)
     call = built.setup_optimizer(make_optimizer_factory(config.train, device))
-    sessions = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
-    next(iter(sessions.values())).check_loaded_model()
+    trainers = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
+    next(iter(trainers.values())).check_loaded_model()
     if config.train.tasks == "separate":
         with world.raise_together("write config.yaml"):
             if world.is_first:
                 write_run_config(run_dir, config)
         resume_from = {name: job.resume_from for name, job in jobs.items()}
-        return _train_tasks_sequentially(run_dir, built, sessions, resume_from, world, stop)
-    return RESUMABLE if _run_trainer(sessions[""], jobs[""].resume_from, world, stop) else 0
+        return _train_tasks_sequentially(run_dir, built, trainers, resume_from, world, stop)
+    return RESUMABLE if _run_trainer(trainers[""], jobs[""].resume_from, world, stop) else 0
 
 
 def _prepare_adapter_jobs(
@@ -187,35 +188,35 @@ class _AdapterJob:
 
 
 def _run_trainer(
-    session: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
+    trainer: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
 ) -> bool:
     """Train to the last step; return whether a signal stopped it before."""
     first_step = (
-        session.resume_from_checkpoint(resume_from)
+        trainer.resume_from_checkpoint(resume_from)
         if resume_from is not None
-        else session.start_run()
+        else trainer.start_run()
     )
     with world.raise_together("write config.yaml"):
         if world.is_first:
-            write_run_config(session.run_dir, session.config)
-    done = session.run_training_loop(first_step, stop)
-    if session.stopped_early:
+            write_run_config(trainer.run_dir, trainer.config)
+    done = trainer.run_training_loop(first_step, stop)
+    if trainer.stopped_early:
         log.info(
             "step %d: train.early_stop: %d evaluations without a lower held-out loss",
             done,
-            session.config.train.early_stop,
+            trainer.config.train.early_stop,
         )
-    elif done < session.total_steps:
+    elif done < trainer.total_steps:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
-    session.finish_run()
+    trainer.finish_run()
     return False
 
 
 def _train_tasks_sequentially(
     run_dir: Path,
     built: LoadedModel,
-    sessions: dict[str, Trainer],
+    trainers: dict[str, Trainer],
     resume_from: dict[str, Path | None],
     world: World,
     stop: Callable[[], bool],
@@ -225,25 +226,25 @@ def _train_tasks_sequentially(
         finished = TasksFile(run_dir)
     bank = AdapterBank(built)
     bank.store_active_adapter("start")
-    for number, (name, session) in enumerate(sessions.items(), 1):
+    for number, (name, trainer) in enumerate(trainers.items(), 1):
         newest = resume_from[name]
         steps = finished.get_finished_steps(name) if world.is_first else 0
         if (
             newest is not None
-            and session.is_final_checkpoint(newest)
+            and trainer.is_final_checkpoint(newest)
             and world.max_over_ranks(steps)[0]
         ):
             log.info("task %s is finished", name)
             continue
-        log.info("task %s, %d of %d, in %s", name, number, len(sessions), session.run_dir)
+        log.info("task %s, %d of %d, in %s", name, number, len(trainers), trainer.run_dir)
         with world.raise_together("prepare the task's directory"):
             if world.is_first:
                 finished.mark_started(name)
-                make_run_directory(session.run_dir)
+                make_run_directory(trainer.run_dir)
         bank.activate_adapter("start")
-        if _run_trainer(session, newest, world, stop):
+        if _run_trainer(trainer, newest, world, stop):
             return RESUMABLE
         with world.raise_together("write tasks.json"):
             if world.is_first:
-                finished.mark_finished(name, session.make_report_summary())
+                finished.mark_finished(name, trainer.make_report_summary())
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.quantized_base import quantize_base
-from dist_peft.app.run_identity import flatten_rank_config
+from dist_peft.app.rank_setup import join_ranks
 from dist_peft.core.config.io import load_config
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -27,11 +27,7 @@ def run(args: argparse.Namespace, world: World) -> int:
         UserError: on every rank: an unusable base or data, ``--out`` is not empty, no space.
     """
     config = load_config(args.config, args.overrides)
-    device = world.select_device(config.train.device)
-    world.join_process_group(
-        device, config.engine.timeout_minutes, config.engine.start_timeout_minutes
-    )
-    world.check_agreement("configuration", flatten_rank_config(config, world))
+    device = join_ranks(config, world)
     setup_log(None, world.rank, world.size)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     quantize_base(config, args.out, world, device)

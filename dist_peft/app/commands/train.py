@@ -3,7 +3,7 @@
 import argparse
 
 from dist_peft.app.config_arguments import add_config_arguments
-from dist_peft.app.run_identity import flatten_rank_config
+from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.stop_signals import catch_stop_signals
 from dist_peft.app.tasks import check_task_config
 from dist_peft.app.training_run import train_until_stopped
@@ -35,10 +35,6 @@ def train_from_config(config: RunConfig, world: World) -> int:
         raise UserError("adapter.kind is none: nothing would be trained; choose lora")
     if config.train.tasks == "separate":
         check_task_config(config)  # fail fast, before the rendezvous
-    device = world.select_device(config.train.device)
-    world.join_process_group(
-        device, config.engine.timeout_minutes, config.engine.start_timeout_minutes
-    )
-    world.check_agreement("configuration", flatten_rank_config(config, world))
+    device = join_ranks(config, world)
     with catch_stop_signals() as stop:
         return train_until_stopped(config, world, device, stop)
