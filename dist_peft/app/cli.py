@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "run a configuration",
     "validate": "show sequences with the loss mask, without weights",
+    "plan": "memory, traffic and time of a run, before it starts",
     "eval": "held-out loss of a base, or of a run's adapter",
     "quantize": "write the base packed, according to base.quant",
     "merge": "write base + adapter as a Hugging Face directory",

@@ -1,8 +1,8 @@
 """Run a parsed command; turn its errors into exit codes.
 
 0 done; 2 the user's configuration or input is wrong (one message, from one rank); 1 a failure (one
-line, the traceback in ``log.rank-N.txt`` of the run directory); 75 stopped on a signal after a
-checkpoint, can be resumed.
+line, the traceback in ``log.rank-N.txt`` of the run directory); 3 a planned run does not fit its
+cards; 75 stopped on a signal after a checkpoint, can be resumed.
 
 The line that says why a command ended is the last on stderr, and also in ``log.txt`` of the run.
 """

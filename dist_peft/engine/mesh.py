@@ -8,11 +8,24 @@ from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 
-__all__ = ["build_shard_mesh", "list_end_modules"]
+__all__ = ["build_shard_mesh", "count_shards", "list_end_modules"]
 
 
 def build_shard_mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
     """A mesh with dimension ``shard``, or ``replicate`` x ``shard`` (HSDP).
+
+    Raises:
+        UserError: ``engine.shard_group`` does not divide the number of ranks.
+    """
+    size = count_shards(config, world)
+    if size == world.size:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    shape = (world.size // size, size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def count_shards(config: EngineConfig, world: World) -> int:
+    """Return the number of ranks that hold one copy of the base together.
 
     Raises:
         UserError: ``engine.shard_group`` does not divide the number of ranks.
@@ -26,10 +39,7 @@ def build_shard_mesh(config: EngineConfig, world: World, device: torch.device) -
             f"engine.shard_group is {size} ranks, which does not divide the {world.size} ranks "
             "of this run"
         )
-    if size == world.size:
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    shape = (world.size // size, size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return size
 
 
 def list_end_modules(model: nn.Module) -> list[nn.Module]:

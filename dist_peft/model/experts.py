@@ -41,6 +41,7 @@ __all__ = [
     "FrozenExperts",
     "Pieces",
     "StackPiece",
+    "count_expert_tokens",
     "find_expert_modules",
     "find_router_linears",
 ]
@@ -145,7 +146,7 @@ class FrozenExperts(nn.Module):
         """
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=self.num_experts).tolist()
+        counts = count_expert_tokens(chosen, self.num_experts)
         x = hidden_states[order // top_k_index.shape[1]]
         gate, up = self.gate_up_proj(x, counts).chunk(2, -1)
         y = self.down_proj(self.act_fn(gate) * up, counts)
@@ -153,6 +154,12 @@ class FrozenExperts(nn.Module):
         # is not on a GPU
         y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
+
+
+def count_expert_tokens(chosen: Tensor, experts: int) -> list[int]:
+    """Return how many of ``chosen`` [n] name each expert."""
+    counts: list[int] = chosen.bincount(minlength=experts).tolist()
+    return counts
 
 
 def find_expert_modules(blocks: Sequence[nn.Module]) -> list[nn.Module]:

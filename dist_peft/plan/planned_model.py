@@ -1,0 +1,80 @@
+"""The meta model of a planned run: from a base's files, or from its ``config.json`` alone."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_peft.adapters.classifier_head.method import add_classifier_head
+from dist_peft.adapters.method_table import make_adapter
+from dist_peft.adapters.protocol import Adapter
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.data.labels import list_class_names
+from dist_peft.model.hub import resolve_base_directory
+from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
+from dist_peft.model.sparse_base import write_sparse_base
+
+__all__ = ["PlannedModel", "build_planned_model"]
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model on meta with its adapter attached, not sharded.
+
+    Attributes:
+        config: of the run; ``base.quant`` of a prequantized base is that of its files.
+        source: the files that the shapes are of.
+    """
+
+    config: RunConfig
+    skeleton: Skeleton
+    adapter: Adapter
+    source: str
+
+
+def build_planned_model(config: RunConfig, base_config: Path | None = None) -> PlannedModel:
+    """Build the model of ``config`` without weights.
+
+    Args:
+        base_config: a ``config.json`` to take the shapes from instead of ``base.path``, as of an
+            unquantized base.
+
+    Raises:
+        UserError: no such file, or a model or adapter that cannot be built.
+    """
+    if base_config is not None:
+        file = base_config / "config.json" if base_config.is_dir() else base_config
+        if not file.is_file():
+            raise UserError(f"--base-config {base_config} does not exist; give a config.json")
+        return _build_from_config_file(config, file)
+    directory = resolve_base_directory(config.base, weights=False)
+    if any(directory.glob("*.safetensors")):
+        return _build_from_directory(config, directory, str(directory))
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
+    return _build_from_config_file(config, file)
+
+
+def _build_from_config_file(config: RunConfig, file: Path) -> PlannedModel:
+    with tempfile.TemporaryDirectory(prefix="dist_peft_plan") as scratch:
+        directory = write_sparse_base(file, Path(scratch) / "base")
+        return _build_from_directory(config, directory, str(file))
+
+
+def _build_from_directory(config: RunConfig, directory: Path, source: str) -> PlannedModel:
+    skeleton = build_skeleton(config.base, directory, list_class_names(config.data))
+    if skeleton.prequantized is not None:
+        update = {"quant": skeleton.prequantized.quant_config}
+        base = config.base.model_copy(update=update)
+        config = config.model_copy(update={"base": base})
+    compute = parse_torch_dtype(config.base.compute_dtype)
+    arithmetic = compute if config.train.precision == "bf16" else torch.float32
+    seed = config.train.seed
+    adapter = make_adapter(config.adapter, seed=seed, arithmetic=arithmetic)
+    if skeleton.head is not None:
+        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+    adapter.attach_to_model(skeleton.model)
+    return PlannedModel(config, skeleton, adapter, source)

@@ -1,0 +1,207 @@
+"""Bytes that rest on each rank for the whole run, exactly, from shapes and spans.
+
+Of every parameter a rank keeps the rows of ``core.span.row_span``, which engines use. FSDP2 pads
+uneven shards to equal ones; ``engine.row_shards`` starts each at a multiple of 16 bytes. What
+DeepSpeed keeps in addition to the adapters (``zero``), read from its 0.19 and measured::
+
+    stages 1, 2   adapters whole, a float32 copy of 1/N, two moments of 1/N, gradients 1/N (2)
+    stage 3       adapters 1/N, a float32 copy of 1/N, two moments of 1/N, gradients 1/N
+    every stage   a bucket of ``reduce_bucket_size`` float32 gradients
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import nn
+
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.span import row_span
+from dist_peft.core.world import World
+from dist_peft.engine import resolve_engine_kind
+from dist_peft.engine.engine_protocol import init_adam_state
+from dist_peft.engine.mesh import count_shards, list_end_modules
+from dist_peft.model.frozen_linear import FrozenWeight
+
+__all__ = ["RestingBytes", "count_resting_bytes", "count_shard_ranks", "optimizer_state_bytes"]
+
+PACKED, ENDS, OTHERS = "packed base", "embedding and head", "norms, biases, other frozen"
+BUFFERS, ADAPTER, OPTIMIZER = "buffers", "adapter", "optimizer state"
+PADDING = "padding of shards"
+_ALIGN = 16  # of engine.row_shards
+
+_PAGED_FROM = 100_000  # values of a parameter's shard, bitsandbytes
+_MIN_8BIT, _BLOCK = 4096, 256
+
+
+@dataclass(frozen=True)
+class RestingBytes:
+    """Bytes of one rank at rest.
+
+    Attributes:
+        device: purpose -> bytes on the device.
+        host: purpose -> bytes in host memory (offload, paged optimizer state).
+        own_rows: bytes of this rank's rows of all parameters, without padding.
+        frozen_rows: the frozen part of these.
+        trainable: values of the trainable parameters, of the whole model.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    own_rows: int
+    frozen_rows: int
+    trainable: int
+
+    @property
+    def device_total(self) -> int:
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True)
+class _Part:
+    parameter: nn.Parameter
+    purpose: str
+
+    @property
+    def row_bytes(self) -> int:
+        rows = self.parameter.shape[0] if self.parameter.dim() else 1
+        size = self.parameter.numel() * self.parameter.element_size()
+        return size // rows if rows else 0
+
+    @property
+    def rows(self) -> int:
+        return self.parameter.shape[0] if self.parameter.dim() else 1
+
+
+def count_shard_ranks(config: RunConfig, world: World) -> int:
+    """Return over how many ranks rows are spread: 1 for ``single``."""
+    return 1 if world.size == 1 else count_shards(config.engine, world)
+
+
+def count_resting_bytes(
+    model: nn.Module, blocks: Sequence[nn.Module], config: RunConfig, world: World
+) -> RestingBytes:
+    """Return the bytes that rank ``world.rank`` keeps. ``model`` is on meta and not sharded.
+
+    Args:
+        blocks: of the model that count; others are left out.
+
+    Raises:
+        UserError: ``engine.shard_group`` does not fit the ranks.
+    """
+    kind = resolve_engine_kind(config.engine, world)
+    shards = count_shard_ranks(config, world)
+    index = world.rank % shards
+    device, trained = Counter[str](), list[int]()
+    own = frozen = trainable = 0
+    for part in _list_parts(model, blocks):
+        learns = part.parameter.requires_grad
+        parts = shards if config.engine.shard_base or (learns and kind == "fsdp2") else 1
+        rows = len(row_span(part.rows, parts, index if parts > 1 else 0))
+        if learns and kind == "zero":
+            rows, parts = part.rows, 1
+        size = rows * part.row_bytes
+        device[part.purpose] += size
+        own += size
+        frozen += 0 if learns else size
+        device[PADDING] += _count_padding(part, rows, parts, kind)
+        if learns:
+            trainable += part.parameter.numel()
+            trained.append(rows * part.row_bytes // 4)
+    device[BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
+    host = Counter[str]()
+    if kind == "zero":
+        _add_deepspeed_shares(device, host, config, trainable, world.size)
+    else:
+        on_device, paged = optimizer_state_bytes(config.train.optimizer, trained)
+        device[OPTIMIZER], host[OPTIMIZER] = on_device, paged
+        if config.engine.cpu_offload == "params":
+            for purpose in (PACKED, ENDS, OTHERS, ADAPTER, OPTIMIZER, PADDING):
+                host[purpose] += device.pop(purpose, 0)
+    return RestingBytes(
+        {k: v for k, v in device.items() if v},
+        {k: v for k, v in host.items() if v},
+        own,
+        frozen,
+        trainable,
+    )
+
+
+def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part]:
+    """Yield each parameter once with its purpose; of blocks only those in ``blocks``."""
+    ends = {id(p) for m in list_end_modules(model) for p in m.parameters()}
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    ends |= {id(p) for p in embedding.parameters()}
+    packed = {id(m.packed) for m in model.modules() if isinstance(m, FrozenWeight)}
+    counted = {id(p) for block in blocks for p in block.parameters()}
+    skipped = {id(p) for p in _list_block_parameters(model, blocks)} - counted
+    for parameter in model.parameters():
+        key = id(parameter)
+        if key in skipped:
+            continue
+        purpose = OTHERS
+        if parameter.requires_grad:
+            purpose = ADAPTER
+        elif key in ends:
+            purpose = ENDS
+        elif key in packed:
+            purpose = PACKED
+        yield _Part(parameter, purpose)
+
+
+def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    chosen = {id(block) for block in blocks}
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(id(child) in chosen for child in module):
+            return chain.from_iterable(child.parameters() for child in module)
+    return iter(())
+
+
+def _count_padding(part: _Part, rows: int, parts: int, kind: str) -> int:
+    if parts == 1 and kind != "zero":
+        return 0
+    whole = -(-part.rows // parts) * part.row_bytes
+    if kind == "zero":
+        if part.parameter.requires_grad:
+            return 0
+        whole = -(-whole // _ALIGN) * _ALIGN
+    return whole - rows * part.row_bytes
+
+
+def optimizer_state_bytes(optimizer: str, shard_sizes: Sequence[int]) -> tuple[int, int]:
+    """Return the bytes of ``train.optimizer``'s state on the device, and paged to the host.
+
+    Args:
+        shard_sizes: number of values of each trainable parameter on this rank.
+    """
+    device = paged = 0
+    for size in shard_sizes:
+        if optimizer == "adamw":
+            state = init_adam_state(torch.empty(size, device="meta"))
+            device += sum(t.numel() * t.element_size() for t in state.values())
+            continue
+        eight = optimizer.endswith("8bit") and size >= _MIN_8BIT
+        moments = 2 * size * (1 if eight else 4)
+        if optimizer.startswith("paged") and size >= _PAGED_FROM:
+            paged += moments
+        else:
+            device += moments
+        device += 2 * 4 * -(-size // _BLOCK) if eight else 0
+    if optimizer.endswith("8bit") and any(size >= _MIN_8BIT for size in shard_sizes):
+        device += 2 * 256 * 4  # the two tables of codes, shared
+    return device, paged
+
+
+def _add_deepspeed_shares(
+    device: Counter[str], host: Counter[str], config: RunConfig, trainable: int, ranks: int
+) -> None:
+    """Add DeepSpeed's copies, moments and gradients; see the module."""
+    share = 4 * -(-trainable // ranks)
+    if config.engine.stage == 3:
+        device[ADAPTER] = share
+    place = host if config.engine.cpu_offload == "optimizer" else device
+    place[OPTIMIZER] += 3 * share
+    if config.engine.stage >= 2:
+        place["gradients, sharded"] += share

@@ -1,0 +1,181 @@
+"""The plan of a run: memory of the fullest rank, traffic, host memory and time."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.engine import resolve_engine_kind
+from dist_peft.model.document_attention import DOCUMENT_ATTENTION
+from dist_peft.model.forward_probe import block_kind
+from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.plan.cluster import Cluster, FixedShares
+from dist_peft.plan.duration import Duration, plan_duration
+from dist_peft.plan.host import HostPeaks, plan_host_peaks
+from dist_peft.plan.memory import MemoryPlan, build_memory_plan, extrapolate_phases
+from dist_peft.plan.planned_model import PlannedModel
+from dist_peft.plan.resting import RestingBytes, count_resting_bytes, count_shard_ranks
+from dist_peft.plan.step_trace import trace_step
+from dist_peft.plan.traffic import Traffic, count_micro_batches, plan_traffic
+
+__all__ = ["TRACED_BLOCKS", "RunPlan", "choose_traced_blocks", "plan_run"]
+
+TRACED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run needs.
+
+    Attributes:
+        source: files that the shapes are of.
+        engine: kind of the engine.
+        resting: of the fullest rank.
+        own_rows: bytes of rows, rank by rank (of one shard group); with ``single`` one number.
+        attention: implementation of attention, and whether packed rows get a mask.
+    """
+
+    source: str
+    engine: str
+    memory: MemoryPlan
+    resting: RestingBytes
+    own_rows: tuple[int, ...]
+    traffic: Traffic
+    host: HostPeaks
+    duration: Duration | None
+    attention: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values, totals included."""
+        memory = asdict(self.memory) | {
+            "total": self.memory.total,
+            "allocated": self.memory.allocated,
+            "spare": self.memory.spare,
+            "fits": self.memory.fits,
+        }
+        times = None
+        if self.duration is not None:
+            times = asdict(self.duration) | {
+                "seconds": self.duration.seconds,
+                "limited_by": self.duration.limited_by,
+                "projection": True,
+            }
+        return {
+            "source": self.source,
+            "engine": self.engine,
+            "attention": self.attention,
+            "memory": memory,
+            "resting": asdict(self.resting),
+            "own_rows": list(self.own_rows),
+            "traffic": asdict(self.traffic),
+            "host": asdict(self.host),
+            "time": times,
+        }
+
+
+def plan_run(
+    planned: PlannedModel,
+    cluster: Cluster,
+    *,
+    device_type: str = "cuda",
+    shares: FixedShares | None = None,
+) -> RunPlan:
+    """Plan the run of ``planned.config`` on ``cluster``.
+
+    Args:
+        device_type: device whose kernels are planned for.
+        shares: assumed memory outside of tensors.
+
+    Raises:
+        UserError: the configuration does not fit the ranks.
+    """
+    config, skeleton = planned.config, planned.skeleton
+    world = cluster.make_world(config.engine)
+    kind = resolve_engine_kind(config.engine, world)
+    _check_global_batch(config, cluster)
+    model, blocks = skeleton.model, skeleton.blocks
+    resting = count_resting_bytes(model, blocks, config, world)
+    indices = choose_traced_blocks(blocks)
+    traced = count_resting_bytes(model, [blocks[i] for i in indices], config, world)
+    trace = trace_step(
+        skeleton,
+        planned.adapter,
+        config,
+        world,
+        blocks=indices,
+        device_type=device_type,
+        micro_batches=min(2, count_micro_batches(config, cluster)),
+    )
+    phases = extrapolate_phases(
+        trace, traced, len(blocks), (traced.trainable, resting.trainable), pads=kind == "fsdp2"
+    )
+    stranded = trace.gathered_block // 2 if kind == "fsdp2" else 0
+    memory = build_memory_plan(resting, phases, cluster, stranded, shares or FixedShares())
+    shards = count_shard_ranks(config, world)
+    traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
+    tokens = config.train.micro_batch * config.data.seq_len
+    weights = _count_packed_weights(blocks)
+    return RunPlan(
+        planned.source,
+        kind,
+        memory,
+        resting,
+        _list_own_rows(model, blocks, config, cluster, shards),
+        traffic,
+        plan_host_peaks(skeleton, resting, shards),
+        plan_duration(trace, len(blocks), weights, tokens, traffic, cluster),
+        _describe_attention(config, skeleton.model_config._attn_implementation),
+    )
+
+
+def choose_traced_blocks(blocks: Sequence[nn.Module]) -> list[int]:
+    """Return the indices of up to two neighbouring blocks of the largest kind."""
+    sizes = Counter[object]()
+    kinds = [block_kind(block) for block in blocks]
+    for kind, block in zip(kinds, blocks, strict=True):
+        sizes[kind] = sum(p.numel() * p.element_size() for p in block.parameters())
+    largest = max(sizes.values())
+    found = [i for i, kind in enumerate(kinds) if sizes[kind] == largest]
+    if len(found) >= TRACED_BLOCKS:
+        return found[:TRACED_BLOCKS]
+    others = [i for i in range(len(blocks)) if i not in found]
+    return sorted([*found, *others[: TRACED_BLOCKS - len(found)]])
+
+
+def _check_global_batch(config: RunConfig, cluster: Cluster) -> None:
+    if config.train.global_batch < cluster.ranks:
+        raise UserError(
+            f"train.global_batch is {config.train.global_batch} sequences for {cluster.ranks} "
+            "ranks; every rank needs one: raise it, or plan fewer ranks"
+        )
+
+
+def _list_own_rows(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    config: RunConfig,
+    cluster: Cluster,
+    shards: int,
+) -> tuple[int, ...]:
+    worlds = (cluster.make_world(config.engine, rank) for rank in range(shards))
+    return tuple(count_resting_bytes(model, blocks, config, w).own_rows for w in worlds)
+
+
+def _count_packed_weights(blocks: Sequence[nn.Module]) -> int:
+    return sum(
+        module.in_features * module.packed.shape[0]
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, FrozenWeight)
+    )
+
+
+def _describe_attention(config: RunConfig, implementation: str) -> str:
+    if implementation == DOCUMENT_ATTENTION:
+        return "sdpa, document by document, without a mask"
+    length = config.data.seq_len
+    return f"{implementation}, with a mask [{length}, {length}] of packed or padded rows"

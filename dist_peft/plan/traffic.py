@@ -1,0 +1,63 @@
+"""Bytes on the wire of an optimizer step, per rank and per link.
+
+Gathered bytes are counted by the engine itself in the traced step. A ring all-gather of ``B`` bytes
+over ``n`` ranks brings ``B (n - 1) / n`` to each; where the ranks of a shard group are on several
+nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on ``m`` nodes, once.
+"""
+
+from dataclasses import dataclass
+
+from dist_peft.core.config.run import RunConfig
+from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.resting import count_shard_ranks
+from dist_peft.plan.step_trace import StepTrace
+
+__all__ = ["Traffic", "plan_traffic"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one optimizer step.
+
+    Attributes:
+        gathered: all-gather output of a rank, in one micro-batch (padding included).
+        card_bytes: received by a card from its neighbours and the network, in a step.
+        node_bytes: received by a node from other nodes, in a step.
+        reduced: gradients that a rank sends to be summed, in a step.
+        micro_batches: of a step.
+    """
+
+    gathered: int
+    card_bytes: int
+    node_bytes: int
+    reduced: int
+    micro_batches: int
+
+
+def plan_traffic(
+    trace: StepTrace, blocks: int, trainable: int, config: RunConfig, cluster: Cluster
+) -> Traffic:
+    """Return the traffic of a model of ``blocks`` blocks.
+
+    Args:
+        trainable: values of the trainable parameters of the whole model.
+    """
+    micro_batches = count_micro_batches(config, cluster)
+    if cluster.ranks == 1:
+        return Traffic(0, 0, 0, 0, micro_batches)
+    gathered = sum(trace.gathered.values()) + (blocks - len(trace.blocks)) * trace.gathered_block
+    shards = count_shard_ranks(config, cluster.make_world(config.engine))
+    nodes = max(1, shards // cluster.gpus_per_node)
+    replicas = cluster.ranks // shards
+    reduced = 4 * trainable
+    per_step = gathered * micro_batches
+    across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes
+    if replicas > 1 and shards <= cluster.gpus_per_node:
+        across += 2 * reduced * (cluster.nodes - 1) // cluster.nodes
+    received = (per_step + reduced) * (shards - 1) // shards
+    return Traffic(gathered, received, across, reduced, micro_batches)
+
+
+def count_micro_batches(config: RunConfig, cluster: Cluster) -> int:
+    """Return the micro-batches that a rank computes in a step."""
+    return -(-config.train.global_batch // (config.train.micro_batch * cluster.ranks))

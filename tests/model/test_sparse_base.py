@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.model.sparse_base import list_base_tensors, write_sparse_base
+from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.reader import RowReader
+from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "qwen3", "mixtral"])
+def test_headers_and_shapes_are_those_of_the_real_files(tmp_path: Path, family: str) -> None:
+    save_model((CONFIGS | MIXTURES)[family], tmp_path / "real", dtype=torch.bfloat16)
+    sparse = write_sparse_base(tmp_path / "real/config.json", tmp_path / "sparse")
+    real = build_skeleton(BaseConfig(path="x"), tmp_path / "real")
+    built = build_skeleton(BaseConfig(path="x"), sparse)
+    expected = {n: (p.shape, p.dtype) for n, p in real.model.named_parameters()}
+    assert {n: (p.shape, p.dtype) for n, p in built.model.named_parameters()} == expected
+    sizes = [sum(s.num_bytes for s in k.tensors.values()) for k in (real, built)]
+    assert sizes[0] == sizes[1]
+
+
+def test_files_are_holes_that_can_be_read(tmp_path: Path) -> None:
+    config = save_model(CONFIGS["llama"], tmp_path / "real").config
+    sparse = write_sparse_base(tmp_path / "real/config.json", tmp_path / "s", shard_bytes=40_000)
+    index = SafetensorsIndex.open(sparse)
+    assert len(index.files) > 3
+    assert sum(f.stat().st_blocks for f in index.files) * 512 < 64 * 1024
+    with RowReader(index) as reader:
+        rows = reader.read_rows("model.embed_tokens.weight", Span(2, 5))
+    assert rows.shape == (3, config.hidden_size) and not rows.any()
+    assert {s.dtype for s in list_base_tensors(sparse / "config.json")} == {torch.bfloat16}
+
+
+def test_a_config_of_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UserError, match="cannot use"):
+        write_sparse_base(tmp_path / "config.json", tmp_path / "out")

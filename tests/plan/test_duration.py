@@ -1,0 +1,28 @@
+from collections import Counter
+
+import pytest
+
+from dist_peft.plan.cluster import GPUS, Cluster
+from dist_peft.plan.duration import EFFICIENCY, LINK_EFFICIENCY, plan_duration
+from dist_peft.plan.step_trace import StepTrace
+from dist_peft.plan.traffic import Traffic
+
+TRACE = StepTrace((0, 1), {}, flops=Counter({"forward 0": 10**14, "head": 10**14}))
+
+
+def test_the_slowest_part_decides() -> None:
+    traffic = Traffic(0, 10**12, 10**12, 0, micro_batches=4)
+    cluster = Cluster(2, 8, 1, GPUS["h100"], link=50e9)
+    found = plan_duration(TRACE, 4, 10**9, 1000, traffic, cluster)
+    assert found is not None
+    assert found.flops == 4 * (2e14 + 2 * 5e13)
+    assert found.products == pytest.approx(found.flops / (989e12 * EFFICIENCY))
+    assert found.seconds == found.network == pytest.approx(1e12 / (50e9 * LINK_EFFICIENCY))
+    assert found.limited_by == "the network"
+    assert found.tokens_per_second == pytest.approx(4 * 1000 * 16 / found.seconds)
+    alone = plan_duration(TRACE, 4, 10**9, 1000, traffic, Cluster(1, 8, 1, GPUS["h100"]))
+    assert alone is not None and alone.network == 0 and alone.limited_by == "the cards' links"
+
+
+def test_no_card_no_time() -> None:
+    assert plan_duration(TRACE, 4, 1, 1, Traffic(0, 0, 0, 0, 1), Cluster(1, 1, 1)) is None

@@ -1,0 +1,63 @@
+"""A plan against real runs: rows and resting bytes exactly, live storage within 5 %."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.planned_model import build_planned_model
+from dist_peft.plan.run_plan import RunPlan, choose_traced_blocks, plan_run
+from tests.support.dist import run_ranks
+from tests.support.live_storage import measure_steps, odd_tree, save_odd_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_odd_base(tmp_path_factory.mktemp("plan") / "base")
+
+
+def plan_tree(tree: dict[str, Any], ranks: int) -> RunPlan:
+    planned = build_planned_model(parse_config(tree))
+    return plan_run(planned, Cluster(1, ranks, 2**34), device_type="cpu")
+
+
+def assert_plan_holds(plan: RunPlan, measured: list[dict[str, int]], name: str) -> None:
+    assert plan.own_rows == tuple(rank["rows"] for rank in measured)
+    assert plan.resting.device_total == measured[0]["resting"]
+    expected = plan.resting.device_total + max(p.total for p in plan.memory.phases)
+    error = expected / measured[0]["peak"] - 1
+    print(f"{name}: peak {measured[0]['peak']} measured, planned {error:+.2%}")
+    assert abs(error) < 0.05
+    assert plan.traffic.gathered == measured[0]["gathered"]
+
+
+def test_one_process(base: Path) -> None:
+    tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"})
+    assert_plan_holds(plan_tree(tree, 1), [measure_steps(World(), {"a": tree})["a"]], "single")
+
+
+@pytest.mark.dist
+def test_three_ranks(base: Path) -> None:
+    trees = {
+        "checkpointing": odd_tree(base),
+        "all activations": odd_tree(base, engine={"activation_checkpointing": False}),
+    }
+    measured = run_ranks(measure_steps, 3, trees)
+    for name, tree in trees.items():
+        assert_plan_holds(plan_tree(tree, 3), [rank[name] for rank in measured], name)
+
+
+def test_more_ranks_than_sequences_are_refused(base: Path) -> None:
+    planned = build_planned_model(parse_config(odd_tree(base)))
+    with pytest.raises(UserError, match="global_batch is 12 sequences for 16 ranks"):
+        plan_run(planned, Cluster(2, 8, 2**34))
+
+
+def test_two_blocks_of_the_largest_kind_are_traced(base: Path) -> None:
+    blocks = build_planned_model(parse_config(odd_tree(base))).skeleton.blocks
+    assert choose_traced_blocks(blocks) == [0, 1]
+    assert choose_traced_blocks(blocks[:1]) == [0]

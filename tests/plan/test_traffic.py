@@ -1,0 +1,34 @@
+from collections import Counter
+
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.step_trace import StepTrace
+from dist_peft.plan.traffic import count_micro_batches, plan_traffic
+
+
+def make_config(**engine: object) -> RunConfig:
+    train = {"micro_batch": 1, "global_batch": 32}
+    tree = {"base": {"path": "x"}, "data": {"train": ["y"]}, "engine": engine, "train": train}
+    return parse_config(tree)
+
+
+TRACE = StepTrace((0, 1), {}, gathered=Counter({"embedding": 100, "forward 0": 40, "head": 240}))
+
+
+def test_blocks_are_gathered_twice_and_ends_as_traced() -> None:
+    assert TRACE.gathered_block == 40
+    traffic = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 4, 1))
+    assert traffic.gathered == 380 + 8 * 40
+    assert traffic.micro_batches == count_micro_batches(make_config(), Cluster(1, 4, 1)) == 8
+    assert traffic.card_bytes == (8 * 700 + 4000) * 3 // 4
+    assert traffic.node_bytes == 0
+
+
+def test_what_crosses_nodes() -> None:
+    spread = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(2, 4, 1))
+    assert spread.node_bytes == (4 * 700) // 2 + 2000
+    kept = plan_traffic(TRACE, 10, 1000, make_config(shard_group="node"), Cluster(2, 4, 1))
+    assert kept.node_bytes == 2 * 4000 // 2
+    alone = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 1, 1))
+    assert alone.gathered == alone.card_bytes == 0 and alone.micro_batches == 32

@@ -1,0 +1,115 @@
+"""Live tensor storage of a real run, to compare a plan with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import ResolvedConfig
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.world import World
+from dist_peft.data.loader import Batch
+from dist_peft.plan.storage_tracker import StorageTracker
+from dist_peft.train.loop import compute_batch_loss
+from dist_peft.train.optimizers import make_optimizer_factory
+from tests.support.tiny_models import save_model
+from tests.support.tiny_runs import save_words
+
+CPU = torch.device("cpu")
+
+ODD = tf.LlamaConfig(
+    hidden_size=120,
+    intermediate_size=200,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=20,
+    vocab_size=211,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+"""Four blocks; no size is a multiple of 64, and three ranks get uneven shares of some."""
+
+
+def save_odd_base(directory: Path) -> Path:
+    save_model(ODD, directory, dtype=torch.bfloat16)
+    save_words(directory)
+    return directory
+
+
+def odd_tree(base: Path, **sections: Any) -> dict[str, Any]:
+    """A run on ``base``: NF4, LoRA of rank 5 with dropout, two micro-batches a rank of three."""
+    tree: dict[str, Any] = {
+        "base": {"path": str(base), "quant": {"kind": "nf4", "group_size": 64}},
+        "adapter": {"kind": "lora", "r": 5, "alpha": 10, "dropout": 0.1},
+        "data": {"train": ["unused.jsonl"], "seq_len": 96, "packing": True},
+        "train": {"micro_batch": 2, "global_batch": 12, "steps": 2, "device": "cpu"},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return tree
+
+
+def measure_steps(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Load each tree and train two steps; the second is measured.
+
+    Returns:
+        Of this rank in bytes: ``rows``, its part of all parameters; ``resting``, storages of
+        parameters, buffers and optimizer state after the first step; ``peak``, the largest live
+        storage in the second step; ``gathered``, in one of its micro-batches.
+    """
+    return {name: _measure_run(world, parse_config(tree)) for name, tree in trees.items()}
+
+
+def _measure_run(world: World, config: RunConfig) -> dict[str, int]:
+    setup = build_model(ResolvedConfig(config, Path(config.base.path)))
+    built = load_weights(setup, world, CPU)
+    own = [getattr(p, "_local_tensor", p) for p in built.model.parameters()]
+    rows = sum(t.numel() * t.element_size() for t in own)
+    del own
+    call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
+    count = -(-config.train.global_batch // (config.train.micro_batch * world.size))
+    _run_step(built, call, config, 1)  # FSDP2 pads shards at the first forward
+    resting = _list_resting(built)
+    tracker = StorageTracker()
+    tracker.add_tensors(resting, "resting")
+    before, size = built.engine.bytes_gathered, tracker.total
+    del resting
+    with tracker:
+        _run_step(built, call, config, count)
+    gathered = (built.engine.bytes_gathered - before) // count
+    return {
+        "rows": rows,
+        "resting": size,
+        "peak": tracker.peaks["start"].total,
+        "gathered": gathered,
+    }
+
+
+def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, count: int) -> None:
+    length, sequences = config.data.seq_len, config.train.micro_batch
+    half = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])
+    for number in range(count):
+        ids = torch.full((sequences, length), 5)
+        labels = ids.clone()
+        labels[:, -1] = -100
+        places = half.expand(sequences, -1).contiguous()
+        batch = Batch(ids, labels, places, torch.arange(sequences))
+        built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
+        loss = compute_batch_loss(built.model, batch, CPU, call)
+        built.engine.backward(loss / 100, last=number == count - 1)
+    built.engine.step(1e-3, 1.0)
+
+
+def _list_resting(built: LoadedModel) -> list[Any]:
+    """Parameters (of DeepSpeed's and of row shards too), buffers and optimizer state."""
+    tensors: list[Any] = [*built.model.parameters(), *built.model.buffers()]
+    engine: Any = built.engine
+    for state in engine.optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return tensors
