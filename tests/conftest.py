@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 
 from dist_peft.core.log import close_log
+from tests.support.curves import skip_curves
 
 # a busy machine is no defect
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -37,6 +38,13 @@ def _log_is_closed() -> Iterator[None]:
     """A test that sets the log up leaves it as it was, or the next one captures nothing."""
     yield
     close_log()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """Only tests that look at the curves of a report draw them."""
+    with skip_curves():
+        yield
 
 
 @pytest.fixture(scope="session")

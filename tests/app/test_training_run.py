@@ -22,6 +22,7 @@ from dist_peft.core.world import World
 from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
 from dist_peft.train.loop import TrainingStep
+from dist_peft.train.plots import draw_plot
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import tiny_tree
 
@@ -38,7 +39,8 @@ def train(tree: dict[str, Any]) -> int:
     return train_app.train_from_config(parse_config(tree), World())
 
 
-def test_run_directory(tmp_path: Path) -> None:
+def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_peft.train.report.draw_plot", draw_plot)
     tree = tiny_tree(tmp_path)
     assert train(tree) == 0
     run = tmp_path / "run"
@@ -57,7 +59,8 @@ def test_run_directory(tmp_path: Path) -> None:
     assert records[-1].eval_loss < records[0].eval_loss_before
     assert list((run / "tensorboard").glob("events.*"))
     report = (run / "report.html").read_text()
-    assert "Trained parameters" in report and "data:image" in report
+    assert "Trained parameters" in report
+    assert "data:image/png;base64,iVBOR" in report  # a PNG
     assert "training" in (run / "log.txt").read_text()
 
 
