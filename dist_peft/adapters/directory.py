@@ -67,7 +67,7 @@ _EXTRA = "dist_peft.safetensors"
 
 
 def check_public_adapter(public: PublicAdapter) -> None:
-    """See that every tensor fits the configuration.
+    """Check that every tensor fits the configuration.
 
     Raises:
         UserError: one is empty, absent, of the wrong shape or type, of another method, or holds a

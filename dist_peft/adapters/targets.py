@@ -72,7 +72,7 @@ def check_pattern_keys(key: str, pattern: Iterable[str], names: Iterable[str]) -
     """Refuse entries of ``adapter.<key>`` that match no adapted module.
 
     Raises:
-        UserError: see above.
+        UserError: an entry is no regular expression, or matches none of ``names``.
     """
     names = list(names)
     for entry in pattern:

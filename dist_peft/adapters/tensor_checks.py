@@ -20,7 +20,7 @@ _CHUNK = 2**24
 
 
 def check_tensor_names(recorded: object, found: Iterable[str], place: object) -> None:
-    """See that an adapter's files (in ``place``) have exactly the tensors that were written.
+    """Check that an adapter's files (in ``place``) have exactly the tensors that were written.
 
     A module whose factors are all absent is one that was not adapted, as far as the files show.
 
@@ -47,7 +47,7 @@ def check_tensor_names(recorded: object, found: Iterable[str], place: object) ->
 
 
 def check_tensor_type(name: str, dtype: torch.dtype, place: object) -> None:
-    """See that the tensor ``name`` of ``place`` (a file or directory) has a type that is trained.
+    """Check that the tensor ``name`` of ``place`` (a file or directory) has a type that is trained.
 
     Raises:
         UserError: integers, booleans, complex numbers or 8-bit floats.
@@ -62,7 +62,7 @@ def check_tensor_type(name: str, dtype: torch.dtype, place: object) -> None:
 
 
 def check_tensor_values(tensors: Mapping[str, Tensor], place: object) -> None:
-    """See that tensors (name -> values; on meta only types are looked at) can be an adapter's.
+    """Check that tensors (name -> values; on meta only types are looked at) can be an adapter's.
 
     Raises:
         UserError: see ``check_tensor_type``; or a value is NaN or infinite.

@@ -8,7 +8,7 @@ phase, then all exchange the outcome, so that no rank waits in a collective for 
 
 import importlib.metadata
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -261,3 +261,13 @@ class World(LaunchInfo):
         if is_users:
             raise UserError(text)
         raise RemoteError(f"rank {first} failed in phase {phase!r}: {text}")
+
+    def run_on_first(self, phase: str, action: Callable[[], object]) -> None:
+        """Call ``action`` on the first rank alone; its error is every rank's.
+
+        The way to write files or print for all: code outside of this class, engines and writers
+        asks for no rank. See ``raise_together``; ``action`` must hold no collective.
+        """
+        with self.raise_together(phase):
+            if self.is_first:
+                action()

@@ -1,4 +1,6 @@
-"""Differences between torch 2.11 and 2.13 that engines meet.
+"""Changes made to other libraries, all of them: nothing else assigns to a foreign module.
+
+Each says when it goes; a test fails once it can. Besides, a name that torch has renamed.
 
 Frozen uint8 parameters under FSDP2 on torch 2.11:
 
@@ -7,10 +9,16 @@ that, ``FSDPParam`` first wraps every shard in ``nn.Parameter(shard)``, which re
 because a parameter requires gradients by default, and its mixed-precision set-up would
 cast them. This project never uses FSDP2's mixed precision, so only the wrapping needs fixing: in
 that one module the name ``nn`` is replaced by a namespace whose ``Parameter`` asks for no gradient
-on integers. On torch 2.12 and later nothing is touched.
+on integers. On torch 2.12 and later nothing is touched. Goes when ``pyproject.toml`` requires torch
+2.12.
+
+DeepSpeed counts no gathered bytes, so its all-gathers are wrapped; goes when it has a counter. It
+compiles shared-memory collectives when it is initialized, seconds on every CPU rank and useless for
+gloo; goes when ``init_distributed`` has an option.
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-__all__ = ["all_gather", "allow_integer_parameters"]
+__all__ = [
+    "all_gather",
+    "allow_integer_parameters",
+    "count_deepspeed_gathers",
+    "skip_deepspeed_compilation",
+]
 
 # renamed in torch 2.13; the old name still works there but warns
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -45,3 +58,25 @@ def allow_integer_parameters() -> None:
             return getattr(nn, name)
 
     _fsdp_param.nn = Namespace("torch.nn for integer shards")
+
+
+def count_deepspeed_gathers(deepspeed: Any, add_bytes: Callable[[int], None]) -> None:
+    """Call ``add_bytes`` with the output bytes of each all-gather that DeepSpeed runs."""
+    backend = deepspeed.comm.comm.cdb
+
+    def wrap_collective(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call_and_count(*args: Any, **kwargs: Any) -> Any:
+            output = [*args, *kwargs.values()][0]
+            tensors = [output] if isinstance(output, Tensor) else output
+            add_bytes(sum(t.numel() * t.element_size() for t in tensors))
+            return collective(*args, **kwargs)
+
+        return call_and_count
+
+    for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
+        setattr(backend, name, wrap_collective(getattr(backend, name)))
+
+
+def skip_deepspeed_compilation(deepspeed: Any) -> None:
+    """Mark the shared-memory collectives as not compatible, so that they are not compiled."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

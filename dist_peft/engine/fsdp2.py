@@ -64,7 +64,7 @@ class _CountingAllGather(AllGather):
 
 
 class Fsdp2Engine:
-    """See the module docstring and ``engine.engine_protocol.Engine``."""
+    """Base and adapters as FSDP2 shards, each block a unit."""
 
     def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
         self.device = device

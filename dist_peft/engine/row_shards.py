@@ -129,7 +129,7 @@ class _GatherUnit:
 
 
 class RowShardedParameters:
-    """The rows of a model's parameters over the ranks of ``group``. See the module docstring.
+    """The rows of a model's parameters over the ranks of ``group``, gathered unit by unit.
 
     Frozen parameters live in units. Trainable ones are only loaded this way, each rank its own
     rows; before the first forward they become whole (``unshard_trainable``) and the caller's

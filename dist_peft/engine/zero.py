@@ -28,6 +28,7 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
+from dist_peft.engine.compat import count_deepspeed_gathers, skip_deepspeed_compilation
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
@@ -45,7 +46,7 @@ __all__ = ["ZeroEngine"]
 
 
 class ZeroEngine:
-    """See the module docstring and ``engine.engine_protocol.Engine``.
+    """Adapters sharded by DeepSpeed ZeRO, the base by ``RowShardedParameters``.
 
     Raises:
         UserError: deepspeed is not installed, or the configuration contradicts itself.
@@ -121,7 +122,8 @@ class ZeroEngine:
             optimizer.state[flat] = init_adam_state(flat)
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
-        self._count_gathered_bytes()
+        # adapters are gathered before use (stage 3) or after an update
+        count_deepspeed_gathers(self.deepspeed, self._add_adapter_bytes)
         module: nn.Module = self._ds
         return module
 
@@ -141,20 +143,8 @@ class ZeroEngine:
         for flat, group in self._list_flat_shards():
             self._ds.optimizer.optimizer.state[flat]["step"].fill_(num_updates(group, step))
 
-    def _count_gathered_bytes(self) -> None:
-        """Count DeepSpeed's gathered bytes: adapters before use (stage 3) or after an update."""
-        backend = self.deepspeed.comm.comm.cdb
-        for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
-            setattr(backend, name, self._wrap_with_counter(getattr(backend, name)))
-
-    def _wrap_with_counter(self, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call_and_count(*args: Any, **kwargs: Any) -> Any:
-            output = [*args, *kwargs.values()][0]
-            tensors = [output] if isinstance(output, Tensor) else output
-            self._adapter_bytes += sum(t.numel() * t.element_size() for t in tensors)
-            return collective(*args, **kwargs)
-
-        return call_and_count
+    def _add_adapter_bytes(self, count: int) -> None:
+        self._adapter_bytes += count
 
     # -- training ------------------------------------------------------------------------------
 
@@ -263,7 +253,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from None
     # DeepSpeed uses names that torch 2.13 has renamed; not fixable from this project
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_deepspeed_compilation(deepspeed)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed

@@ -48,7 +48,7 @@ _OVERLAP_FROM = 1 << 18
 
 
 def refuse_leaks(model: PreTrainedModel, blocks: Sequence[nn.Module], longest: int) -> None:
-    """See ``is_isolated_in_float32``.
+    """Refuse a model whose packed documents see each other in float32.
 
     Raises:
         UserError: packed documents see each other.

@@ -38,8 +38,21 @@ class Placement(Protocol):
 
 @dataclass
 class _ParameterUse:
+    """A module that holds a parameter, and the parameter's name in it."""
+
     owner: nn.Module
     name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: engines replace the object."""
+        found = self.owner._parameters[self.name]
+        assert found is not None
+        return found
+
+    @property
+    def is_packed_weight(self) -> bool:
+        return isinstance(self.owner, FrozenWeight) and self.name == "packed"
 
 
 def load_model(
@@ -67,48 +80,57 @@ def load_model(
         UserError: a file was damaged or changed, a weight is not finite or out of range.
         OSError: the disk failed.
     """
-    wrappers = {
-        id(module.base): module
-        for module in model.modules()
-        if isinstance(module, InitializesFromBase)
-    }
+    wrappers = {id(m.base): m for m in model.modules() if isinstance(m, InitializesFromBase)}
     failure: Exception | None = None
-    for done, (first, *others) in enumerate(_list_parameter_uses(model).values()):
-        owner, name = first.owner, first.name
-        parameter = owner._parameters[name]
-        assert parameter is not None
-        span = placement.local_row_span(parameter)
-        wrapper = wrappers.get(id(owner)) if name == "packed" else None
-        rows = torch.empty(0)
-        linear: WeightRows | None = None
+    for done, (first, *others) in enumerate(_list_parameter_uses(model).values(), 1):
+        span = placement.local_row_span(first.parameter)
+        wrapper = wrappers.get(id(first.owner)) if first.is_packed_weight else None
+        rows: Tensor | WeightRows = torch.empty(0)
         if failure is None:
             try:
-                if isinstance(owner, FrozenWeight) and name == "packed":
-                    linear = WeightRows.read_weight_rows(owner, reader, span, device)
-                    rows = linear.to_packed() if wrapper is None else rows
-                else:
-                    rows = _init_or_read_rows(owner, name, span, reader)
+                rows = _read_local_rows(first, span, reader, device, encode=wrapper is None)
             except (UserError, OSError) as error:
                 failure = error
-        if wrapper is not None:
-            failed = torch.tensor(int(failure is not None), device=device)
-            if placement.sum_over_shards(failed).item():
-                break
-            assert linear is not None
-            reduce = placement.sum_over_shards
-            rows = linear.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
+        # a rank that failed reads nothing more but comes to the next agreement: others wait there
+        if wrapper is not None and _failed_on_any_rank(failure, placement, device):
+            break
         if failure is not None:
             continue
-        placement.fill_local_rows(owner, name, rows)
-        for other in others:
-            other.owner.register_parameter(other.name, owner._parameters[name])
-        progress(done + 1)
+        if wrapper is not None:
+            assert isinstance(rows, WeightRows)
+            reduce = placement.sum_over_shards
+            rows = rows.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
+        assert isinstance(rows, Tensor)
+        placement.fill_local_rows(first.owner, first.name, rows)
+        for other in others:  # tied: all of them hold the object that the engine has just filled
+            other.owner.register_parameter(other.name, first.owner._parameters[first.name])
+        progress(done)
     else:
         if failure is None:
             _fill_buffers(model, reader)
             _check_filled(model)
     if failure is not None:
         raise failure
+
+
+def _read_local_rows(
+    use: _ParameterUse, span: Span, reader: RowReader, device: torch.device, *, encode: bool
+) -> Tensor | WeightRows:
+    """Return rows ``span`` of a parameter as it stores them; of a packed weight that is not to be
+    encoded yet, as they were read."""
+    if not use.is_packed_weight:
+        return _init_or_read_rows(use, span, reader)
+    assert isinstance(use.owner, FrozenWeight)
+    rows = WeightRows.read_weight_rows(use.owner, reader, span, device)
+    return rows.to_packed() if encode else rows
+
+
+def _failed_on_any_rank(
+    failure: Exception | None, placement: Placement, device: torch.device
+) -> bool:
+    """Agree with the ranks that share a weight, before a collective that all of them must enter."""
+    failed = torch.tensor(int(failure is not None), device=device)
+    return bool(placement.sum_over_shards(failed).item())
 
 
 def _list_parameter_uses(model: nn.Module) -> dict[int, list[_ParameterUse]]:
@@ -133,26 +155,20 @@ def _list_parameter_uses(model: nn.Module) -> dict[int, list[_ParameterUse]]:
     return uses
 
 
-def _init_or_read_rows(
-    owner: nn.Module,
-    name: str,
-    span: Span,
-    reader: RowReader,
-) -> Tensor:
+def _init_or_read_rows(use: _ParameterUse, span: Span, reader: RowReader) -> Tensor:
     """Return rows ``span`` of a parameter that is not a packed weight, in its type."""
-    parameter = owner._parameters[name]
-    assert parameter is not None
+    owner, name, dtype = use.owner, use.name, use.parameter.dtype
     in_files: dict[str, str] = getattr(owner, "checkpoint_names", {})
     if isinstance(owner, AdapterModule) and name not in in_files:
-        return owner.init_rows(name, span).to(parameter.dtype)
+        return owner.init_rows(name, span).to(dtype)
     source = in_files[name]
     read = reader.read_rows(source, span)
-    rows = read.to(parameter.dtype)
+    rows = read.to(dtype)
     if not all_rows_finite(rows):
         raise UserError(
             f"tensor {source}: weight is not finite: NaN or infinity in a row; get the base again"
             if not all_rows_finite(read)
-            else f"tensor {source}: weight is beyond the range of {parameter.dtype}; set "
+            else f"tensor {source}: weight is beyond the range of {dtype}; set "
             "base.compute_dtype to bfloat16 or float32"
         )
     return rows

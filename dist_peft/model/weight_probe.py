@@ -82,14 +82,14 @@ def list_weights_read_by(kind: Hashable) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # classes made at run time
             continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and method.name not in _OUTSIDE_OF_FORWARD:
-                found.update(_iterate_weight_paths(method))
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and function.name not in _OUTSIDE_OF_FORWARD:
+                found.update(_iterate_weight_paths(function))
     return frozenset(found)
 
 
-def _iterate_weight_paths(method: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(method):
+def _iterate_weight_paths(function: ast.FunctionDef) -> Iterator[str]:
+    for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias"):
             names: list[str] = []
             owner = node.value

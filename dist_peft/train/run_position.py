@@ -34,7 +34,8 @@ class RunPosition:
 
     @classmethod
     def from_json(cls, tree: Any) -> Self:
-        """
+        """Return the position that ``tree``, the content of a ``run.json``, describes.
+
         Raises:
             ValueError: ``tree`` is not the content of a ``run.json``; the message says why.
         """

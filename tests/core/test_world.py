@@ -76,6 +76,23 @@ def test_error_of_one_is_error_of_all() -> None:
     run_ranks(_failure, 3)
 
 
+def _first_writes(world: World) -> list[int]:
+    ran: list[int] = []
+    world.run_on_first("write", lambda: ran.append(world.rank))
+
+    def fail() -> None:
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        world.run_on_first("write", fail)
+    return ran
+
+
+@pytest.mark.dist
+def test_first_rank_writes_and_its_error_is_every_ranks() -> None:
+    assert run_ranks(_first_writes, 3) == [[0], [], []]
+
+
 def test_one_process_raises_its_own() -> None:
     with pytest.raises(KeyError), World().raise_together("alone"):
         raise KeyError("x")

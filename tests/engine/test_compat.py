@@ -1,8 +1,10 @@
 """uint8 shards on every supported torch; the old one in an interpreter of its own."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from dist_peft.core.world import World
-from dist_peft.engine.compat import allow_integer_parameters
+from dist_peft.engine.compat import allow_integer_parameters, count_deepspeed_gathers
 from tests.support.dist import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,26 @@ def test_older_torch_is_patched_in_that_module_only() -> None:
         nn.Parameter(torch.zeros(2, dtype=torch.uint8))
 
 
+def test_the_patch_goes_when_the_oldest_torch_needs_none() -> None:
+    floor = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert floor is not None
+    assert (int(floor[1]), int(floor[2])) < (2, 12), "remove allow_integer_parameters"
+
+
+def test_every_gather_of_deepspeed_is_counted_and_still_runs() -> None:
+    calls: list[object] = []
+    names = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced")
+    backend = SimpleNamespace(**{n: lambda *a, **k: calls.append((a, k)) for n in names})
+    counts: list[int] = []
+    library = SimpleNamespace(comm=SimpleNamespace(comm=SimpleNamespace(cdb=backend)))
+    count_deepspeed_gathers(library, counts.append)
+    whole, part = torch.empty(6), torch.empty(3, dtype=torch.bfloat16)
+    backend.all_gather([part, part], part)
+    backend.all_gather_into_tensor(output_tensor=whole, input_tensor=part)
+    backend.all_gather_coalesced([whole, whole], [part])
+    assert counts == [12, 24, 48] and len(calls) == 3
+
+
 @pytest.mark.dist
 @pytest.mark.skipif(VERSION < (2, 12), reason="this is an old torch already")
 def test_torch_211() -> None:
@@ -84,4 +106,4 @@ def test_torch_211() -> None:
         [python, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout, done.stdout
+    assert "4 passed" in done.stdout, done.stdout

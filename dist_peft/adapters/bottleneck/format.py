@@ -199,7 +199,11 @@ class BottleneckFormat:
         return is_adapterhub_config(config)
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``parse_bottleneck_tensors``."""
+        """Check the tensors against the configuration.
+
+        Raises:
+            UserError: ``parse_bottleneck_tensors`` refuses them.
+        """
         parse_bottleneck_tensors(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
@@ -219,20 +223,24 @@ class BottleneckFormat:
         return "trained adapter.kind bottleneck, which PEFT does not have"
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
-        """Raises: UserError: always, see ``refuse_nonlinear_merge``."""
+        """Refuse the merge: no weight can hold a nonlinearity.
+
+        Raises:
+            UserError: always.
+        """
         refuse_nonlinear_merge("a bottleneck")
 
 
-def refuse_nonlinear_merge(method: str) -> Never:
-    """Refuse the merge of ``method``, which is no linear function.
+def refuse_nonlinear_merge(description: str) -> Never:
+    """Refuse the merge of an adapter (``description``), which is no linear function.
 
     Raises:
         UserError: always.
     """
     raise UserError(
-        f"the adapter is {method}: between its matrices is a nonlinearity, so no weight of the "
-        "base can take it in and it cannot be merged; use it with its base (dist-peft eval --run, "
-        "or AdapterHub's library: load_adapter(DIR, use_safetensors=True))"
+        f"the adapter is {description}: between its matrices is a nonlinearity, so no weight of "
+        "the base can take it in and it cannot be merged; use it with its base (dist-peft eval "
+        "--run, or AdapterHub's library: load_adapter(DIR, use_safetensors=True))"
     )
 
 

@@ -97,7 +97,7 @@ class BottleneckSpec:
 
 
 class BottleneckLayer(SwitchableLayer):
-    """The adapter of one sublayer. See the module docstring.
+    """The adapter of one sublayer: down-projection, nonlinearity, up-projection, residual.
 
     Args:
         base: the module that returns ``f``, after which this one is loaded.
@@ -193,7 +193,7 @@ class BottleneckLayer(SwitchableLayer):
         self._given = dict(rows)
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
+        """Return initial values of rows ``span`` of parameter ``name``.
 
         Biases are zero. ``bert``: both matrices normal with deviation 0.02. ``houlsby``: with 0.01,
         cut at two deviations. ``mam_adapter``: ``down`` Kaiming-uniform as LoRA's A, ``up`` zero.
@@ -254,11 +254,11 @@ class TrainableNorm(SwitchableLayer):
         return y.to(x.dtype)
 
     def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
-        """See ``BottleneckLayer``."""
+        """Set the changes that ``init_rows`` returns instead of zeros, by own name."""
         self._given = dict(tensors)
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Zeros. See ``AdapterModule``."""
+        """Return the values of ``load_initial_values``, else zeros: the norm of the base."""
         if name in self._given:
             return self._given[name][span.slice].float()
         return torch.zeros(len(span), *self.shapes[name][1:])

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class BottleneckAdapter(AdapterDefaults):
-    """See the module docstring and ``adapters.protocol.Adapter``.
+    """Inserts a ``BottleneckLayer`` after or next to the sublayers of each block.
 
     Attributes:
         layers: the adapters by path, once attached.

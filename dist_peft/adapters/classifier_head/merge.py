@@ -18,7 +18,7 @@ __all__ = ["HeadMerger"]
 
 
 class HeadMerger:
-    """See the module docstring and ``adapters.lora.merge.LoraMerger``.
+    """Merges a trained head into its weights, and the trunk through the merger of its adapter.
 
     Args:
         trunk: merges everything else.
@@ -33,8 +33,11 @@ class HeadMerger:
         return weight in self._head or self._trunk.changes_weight(weight)
 
     def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """See ``LoraMerger.check_weight_shapes``; the head's own parameters come from the adapter
-        as well."""
+        """Compare the trunk's adapter with the base, and the head with weights that the base has.
+
+        Raises:
+            UserError: a shape differs, or the base lacks an adapted weight of the trunk.
+        """
         self._trunk.check_weight_shapes(shapes)
         for name, value in self._head.items():
             rows, columns = len(value), value[0].numel() if value.dim() > 1 else 1

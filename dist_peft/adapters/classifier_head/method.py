@@ -5,7 +5,7 @@ No method knows about it: ``HeadedAdapter`` wraps the method, hides the head's p
 while the method looks for its targets, and adds the trained head to the method's output::
 
     HeadedAdapter
-      method        lora, bottleneck, partial, ...: the trunk
+      trunk         lora, bottleneck, partial, ...: the trunk
       HeadPart      classifier, score, pooler: float32 masters, cast where they compute
 
 Parameters absent from the base's files are initialized as in ``transformers``: matrices normal with
@@ -59,7 +59,7 @@ class HeadPart(nn.Module):
     Args:
         base: a module without parts; its parameters go.
         path: of it.
-        spec: see there.
+        spec: settings that the parts share.
 
     Attributes:
         shapes: of the parameters, by own name.
@@ -87,7 +87,7 @@ class HeadPart(nn.Module):
         return y.to(x.dtype)
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of a parameter that the files lack. See ``AdapterModule``."""
+        """Return the initial value of a parameter that the files lack."""
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.full((len(span),), 0.0 if name == "bias" else 1.0)
@@ -100,20 +100,20 @@ class HeadedAdapter:
     """An ``Adapter`` that trains a classification head together with its method.
 
     Attributes:
-        method: the adapter of the trunk.
+        trunk: the adapter of the rest of the model.
         parts: the head's modules by path, once attached.
     """
 
     def __init__(
-        self, method: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+        self, trunk: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
     ) -> None:
-        self.method, self.head, self.seed, self.arithmetic = method, head, seed, arithmetic
+        self.trunk, self.head, self.seed, self.arithmetic = trunk, head, seed, arithmetic
         self.parts: dict[str, HeadPart] = {}
         self._model_class = ""
 
     @property
     def num_extra_positions(self) -> int:
-        return self.method.num_extra_positions
+        return self.trunk.num_extra_positions
 
     def attach_to_model(self, model: nn.Module) -> None:
         """Attach the method to the trunk and make the head trainable."""
@@ -123,28 +123,28 @@ class HeadedAdapter:
         spec = HeadSpec(deviation, self.arithmetic, self.seed)
         for path in self.head.modules:
             self.parts[path] = HeadPart(model.get_submodule(path), path, spec)
-        self.method.attach_to_model(model)
+        self.trunk.attach_to_model(model)
         for path, part in self.parts.items():
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, part)
 
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
-        self.method.begin_micro_batch(step, sample_ids)
+        self.trunk.begin_micro_batch(step, sample_ids)
 
     def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
-        self.method.add_penalty_gradient(loss, parts)
+        self.trunk.add_penalty_gradient(loss, parts)
 
     def get_lr_scale(self, name: str) -> float:
-        return 1.0 if self._is_head_parameter(name) else self.method.get_lr_scale(name)
+        return 1.0 if self._is_head_parameter(name) else self.trunk.get_lr_scale(name)
 
     def list_init_factors(self) -> tuple[str, ...]:
-        return self.method.list_init_factors()
+        return self.trunk.list_init_factors()
 
     def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.method.set_init_factors(tensors)
+        self.trunk.set_init_factors(tensors)
 
     def input_fingerprint(self) -> str:
-        return self.method.input_fingerprint()
+        return self.trunk.input_fingerprint()
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The method's form with the head in it. See ``Adapter``."""
@@ -156,7 +156,7 @@ class HeadedAdapter:
         )
         mine = {f"{path}.{name}": v for path, own in whole.items() for name, v in own.items()}
         head = PublicHead(self.head.labels, mine, self._model_class)
-        return replace(self.method.to_public_adapter(others, base), head=head)
+        return replace(self.trunk.to_public_adapter(others, base), head=head)
 
     def _is_head_parameter(self, name: str) -> bool:
         return name.rpartition(".")[0] in self.parts
@@ -170,7 +170,7 @@ class HeadedBaseWeights(HeadedAdapter):
     """
 
     def list_source_tensors(self) -> Mapping[str, str]:
-        found = dict(cast(TrainsBaseWeights, self.method).list_source_tensors())
+        found = dict(cast(TrainsBaseWeights, self.trunk).list_source_tensors())
         for path, part in self.parts.items():
             for name in part.shapes:
                 full = f"{path}.{name}"
@@ -181,18 +181,18 @@ class HeadedBaseWeights(HeadedAdapter):
         return (
             0
             if self._is_head_parameter(name)
-            else cast(TrainsBaseWeights, self.method).get_first_step(name)
+            else cast(TrainsBaseWeights, self.trunk).get_first_step(name)
         )
 
 
 def add_classifier_head(
-    method: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+    trunk: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
 ) -> HeadedAdapter:
-    """Return ``method`` combined with ``head``.
+    """Return ``trunk`` combined with ``head``.
 
     Args:
         seed: ``train.seed``.
         arithmetic: type in which adapters, and so the head, compute.
     """
-    kind = HeadedBaseWeights if isinstance(method, TrainsBaseWeights) else HeadedAdapter
-    return kind(method, head, seed=seed, arithmetic=arithmetic)
+    kind = HeadedBaseWeights if isinstance(trunk, TrainsBaseWeights) else HeadedAdapter
+    return kind(trunk, head, seed=seed, arithmetic=arithmetic)

@@ -106,7 +106,7 @@ class TrainedWeightsMerger:
     The counterpart of ``adapters.lora.merge.LoraMerger``.
 
     Args:
-        adapter_dir: see the module.
+        adapter_dir: written by ``WeightsWriter``.
         names: path of each of the base's weights -> its name in the base's files.
         reader: of the trained tensors.
     """

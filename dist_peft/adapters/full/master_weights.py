@@ -74,7 +74,7 @@ class MasterWeightLinear(nn.Module):
     Args:
         weight: ``[out, in]`` float32; may be shared with an embedding.
         bias: ``[out]``, or None.
-        learning: see there; a bias that it does not name stays frozen.
+        learning: settings of the trainable rows; a bias that it does not name stays frozen.
 
     Attributes:
         checkpoint_names: own parameter -> tensor in the base's files.

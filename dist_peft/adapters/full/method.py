@@ -37,8 +37,7 @@ Chosen = dict[int, int]
 
 
 class PartialAdapter(AdapterDefaults):
-    """See the module docstring, ``adapters.protocol.Adapter`` and
-    ``adapters.protocol.TrainsBaseWeights``."""
+    """Trains weights of the base itself, all of them or those that the configuration names."""
 
     def __init__(self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype) -> None:
         self.config, self.arithmetic = config, arithmetic

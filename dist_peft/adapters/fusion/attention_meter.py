@@ -16,7 +16,7 @@ __all__ = ["AttentionMeter"]
 
 
 class AttentionMeter:
-    """Shared by the fusion layers of a model. See the module docstring.
+    """Adds up the attention weights that the fusion layers of a model compute.
 
     Attributes:
         sums: layer's path -> float64 ``[tasks, N]`` on the CPU.

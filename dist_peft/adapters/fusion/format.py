@@ -172,7 +172,11 @@ class FusionFormat:
         return "peft_type" not in config and is_fusion_config(config)
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``parse_fusion_tensors``; or a fused adapter is damaged."""
+        """Check the tensors of the fusion and of its adapters against their configurations.
+
+        Raises:
+            UserError: ``parse_fusion_tensors`` refuses them, or a fused adapter is damaged.
+        """
         parse_fusion_tensors(public)
         for part in public.parts.values():
             parse_bottleneck_tensors(part)
@@ -186,5 +190,9 @@ class FusionFormat:
         return "trained adapter.kind fusion, which PEFT does not have"
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
-        """Raises: UserError: always, see ``refuse_nonlinear_merge``."""
+        """Refuse the merge: no weight can hold a nonlinearity.
+
+        Raises:
+            UserError: always.
+        """
         refuse_nonlinear_merge("a fusion of bottlenecks")

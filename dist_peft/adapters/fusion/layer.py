@@ -103,14 +103,14 @@ class _RegularizedLinear(torch.autograd.Function):
 
 
 class FusionLayer(SwitchableLayer):
-    """The fusion of the adapters of one place. See the module docstring.
+    """The fusion of the adapters of one place: attention of the sublayer over their outputs.
 
     Args:
         base: the module that returns ``f``, after which this one is loaded.
         path: this module's name in the model.
         adapters: the frozen adapters by name; they read the same ``h``.
         dropout: on the scores.
-        pull: see there.
+        pull: the penalty on ``V``.
         meter: records the attention weights in evaluation.
         seed: of the run; start values also depend on the path.
         device: where the (unfilled) parameters are made.
@@ -198,7 +198,7 @@ class FusionLayer(SwitchableLayer):
         self._given = dict(tensors)
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
+        """Return initial values of rows ``span`` of parameter ``name``."""
         shape = self.shapes[name]
         if name in self._given:
             return self._given[name][span.slice].float()

@@ -61,7 +61,7 @@ __all__ = ["FusionAdapter"]
 
 
 class FusionAdapter(AdapterDefaults):
-    """See the module docstring and ``adapters.protocol.Adapter``.
+    """Trains an attention over adapters on disk, which stay frozen.
 
     Attributes:
         layers: the fusions by path, once attached.
@@ -267,7 +267,8 @@ class _FusedAdapterSource:
         )
 
     def match_model_paths(self, mine: Sequence[str], hidden: int) -> None:
-        """
+        """Find the adapter's place in its file for each place of this model.
+
         Raises:
             UserError: it was trained on another base than one with these places.
         """

@@ -25,13 +25,17 @@ _UNSUPPORTED = ("fan_in_fan_out", "modules_to_save")
 
 
 class Ia3Format(PeftFormat):
-    """IA3 in PEFT's files. See the module docstring and ``adapters.adapter_format``."""
+    """IA3 in PEFT's files: one rescaling vector a module."""
 
     peft_types = ("IA3",)
     on_gptq_linears = False
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``read_rescalings``."""
+        """Check the vectors against the configuration.
+
+        Raises:
+            UserError: ``read_rescalings`` refuses them.
+        """
         read_rescalings(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
@@ -42,7 +46,11 @@ class Ia3Format(PeftFormat):
         return f"IA3 feedforward_modules={','.join(shown[:3])}{more}"
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> Ia3Merger:
-        """Raises: UserError: see ``read_rescalings``."""
+        """Return the merger of the rescaling vectors.
+
+        Raises:
+            UserError: ``read_rescalings`` refuses them.
+        """
         return Ia3Merger(read_rescalings(public))
 
 

@@ -20,7 +20,7 @@ __all__ = ["Ia3Linear"]
 
 
 class Ia3Linear(SwitchableLayer):
-    """A ``FrozenLinear`` with a rescaling vector. See the module docstring.
+    """A ``FrozenLinear`` whose input or output is multiplied by a trainable vector.
 
     Args:
         base: the wrapped linear.
@@ -59,7 +59,7 @@ class Ia3Linear(SwitchableLayer):
         return (y * self.ia3_l).to(y.dtype) if self.is_enabled else y
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Initial value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
+        """Return ones: the rescaling that changes nothing."""
         assert name == "ia3_l", f"{self.path} has no parameter {name}"
         return torch.ones(len(span))
 

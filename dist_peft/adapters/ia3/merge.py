@@ -35,7 +35,7 @@ class Rescaling:
 
 
 class Ia3Merger:
-    """See the module docstring and ``adapters.adapter_format.WeightMerger``.
+    """Multiplies rows or columns of the adapted weights by their rescaling vectors.
 
     Args:
         rescalings: module path -> its vector.
@@ -108,11 +108,19 @@ class Ia3Merger:
         return rows
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Raises: UserError: always: zeros cannot hold a factor."""
+        """Refuse: zeros cannot hold a factor.
+
+        Raises:
+            UserError: always.
+        """
         self.compute_group_change(weight, parts, span)
 
     def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Raises: UserError: always: a factor changes the weights of a group differently."""
+        """Refuse: a factor changes the weights of a group differently.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(
             f"{weight}: IA3 multiplies weights, which the zeros of an integer base cannot hold; "
             "only adapter.kind qalora merges into zeros"

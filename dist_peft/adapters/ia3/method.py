@@ -19,7 +19,7 @@ _FEEDFORWARD = "down_proj"
 
 
 class Ia3Adapter(AdapterDefaults):
-    """See the module docstring and ``adapters.protocol.Adapter``.
+    """Wraps linears with a rescaling vector each.
 
     Attributes:
         layers: the wrappers by path, once attached.

@@ -46,7 +46,7 @@ class CombineRecipe:
     """How to combine.
 
     Attributes:
-        method: see the module.
+        method: linear, ties or dare; the module has the formulas.
         density: ties, dare: share of the entries kept, ``0 < density <= 1``.
         rank: of the result; None: the sum of the adapters' ranks.
         seed: dare: which entries are dropped.

@@ -28,7 +28,7 @@ __all__ = ["LoraExperts"]
 
 
 class LoraExperts(LowRankModule):
-    """An ``ExpertStack`` with LoRA. See the module docstring.
+    """An ``ExpertStack`` with factors ``A`` and ``B`` for each expert.
 
     Args:
         base: the wrapped stack.
@@ -55,7 +55,7 @@ class LoraExperts(LowRankModule):
         self._add_meta_parameter("lora_B", (base.out_features, width), device, train=True)
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """See ``ExpertStack``."""
+        """Return the products of all experts with their tokens, the adapter added."""
         y: Tensor = self.base(x, counts)
         if not self.is_enabled:
             return y

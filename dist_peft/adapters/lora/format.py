@@ -43,7 +43,11 @@ class LoraFormat(PeftFormat):
     peft_types = ("LORA", "QALORA")
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``lora.tensors.factors``."""
+        """Check the factors against the configuration.
+
+        Raises:
+            UserError: ``parse_lora_tensors`` refuses them.
+        """
         parse_lora_tensors(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
@@ -54,8 +58,11 @@ class LoraFormat(PeftFormat):
         return " ".join([str(config["peft_type"]), *shown])
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> LoraMerger:
-        """Raises: UserError: see ``parse_lora_tensors``; or the embedding is adapted and
-        tied."""
+        """Return the merger of the factors.
+
+        Raises:
+            UserError: ``parse_lora_tensors`` refuses them, or the embedding is adapted and tied.
+        """
         return LoraMerger.from_public_adapter(public, tied=tied)
 
 

@@ -42,18 +42,18 @@ class InitialFactors:
     """Where an adapter starts, in float32.
 
     Attributes:
-        start: the adapter's first value.
+        factors: initial values of the adapter.
         removed: the part subtracted from the weight, times ``s``, before it is quantized.
     """
 
-    start: LowRankFactors
+    factors: LowRankFactors
     removed: LowRankFactors | None
 
 
 def init_pissa_factors(
     rows: Tensor, rank: int, scaling: float, *, iterations: int, seed: int, reduce: Reduce
 ) -> InitialFactors:
-    """See the module docstring; ``rows`` [rows, in] are this rank's rows, ``scaling`` is ``s``."""
+    """Return PiSSA's factors; ``rows`` [rows, in] are this rank's rows, ``scaling`` is ``s``."""
     top = compute_top_singular(rows, rank, iterations=iterations, seed=seed, reduce=reduce)
     start = top.scale_factors(1 / scaling).to_float32()
     return InitialFactors(start, start)
@@ -69,7 +69,7 @@ def init_loftq_factors(
     seed: int,
     reduce: Reduce,
 ) -> InitialFactors:
-    """See the module docstring; ``iterations`` is ``T``, at least 1."""
+    """Return LoftQ's factors; ``iterations`` is ``T``, at least 1."""
     removed: LowRankFactors | None = None
     fit: LowRankFactors | None = None
     for _ in range(iterations):

@@ -55,17 +55,17 @@ class LoraSpec(LowRankSpec):
 
     Attributes:
         dora: train the rows' lengths too.
-        start: default (B = 0), pissa or loftq.
+        init: default (B = 0), pissa or loftq.
         iterations: pissa: power iterations; loftq: alternations.
     """
 
     dora: bool = False
-    start: Literal["default", "pissa", "loftq"] = "default"
+    init: Literal["default", "pissa", "loftq"] = "default"
     iterations: int = 4
 
 
 class LoraLinear(LowRankModule):
-    """A ``FrozenLinear`` with LoRA or DoRA. See the module docstring.
+    """A ``FrozenLinear`` with LoRA or DoRA factors.
 
     Args:
         base: the wrapped linear.
@@ -109,8 +109,8 @@ class LoraLinear(LowRankModule):
         if spec.dora:
             self._add_meta_parameter("magnitude", (base.out_features,), device, train=True)
             self._add_meta_parameter("base_norm2", (base.out_features,), device, train=False)
-        frozen = [] if spec.start == "default" else ["start"]
-        if spec.start == "loftq" and spec.iterations > 1:
+        frozen = [] if spec.init == "default" else ["start"]
+        if spec.init == "loftq" and spec.iterations > 1:
             frozen.append("removed")
         for prefix in frozen:
             self._add_meta_parameter(f"{prefix}_A", shape_a, device, train=False)
@@ -166,7 +166,7 @@ class LoraLinear(LowRankModule):
         square = ((B @ (A @ A.T)) * B).sum(1)
         return _exact_row_norm(self.base_norm2 + 2 * s * cross + s * s * square)
 
-    # -- start ---------------------------------------------------------------------------------
+    # -- initialization ------------------------------------------------------------------------
 
     def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
         """Start factors of an earlier run (whole, by own name); ``prepare_base_rows`` then uses
@@ -176,22 +176,22 @@ class LoraLinear(LowRankModule):
     @torch.no_grad()
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Compute the initial factors and return the rows to quantize."""
-        start = self._compute_initial_factors(rows, span, reduce)
+        initial = self._compute_initial_factors(rows, span, reduce)
         encoded = rows
-        if start is not None:
+        if initial is not None:
             for prefix, factors in (
-                ("lora", start.start),
-                ("start", start.start),
-                ("removed", start.removed),
+                ("lora", initial.factors),
+                ("start", initial.factors),
+                ("removed", initial.removed),
             ):
                 if factors is not None and f"{prefix}_A" in self.shapes:
                     self._starts[f"{prefix}_A"] = (Span(0, self.spec.r), factors.A.cpu())
                     self._starts[f"{prefix}_B"] = (span, factors.B.cpu())
-            if start.removed is not None:
-                removed = start.removed
+            if initial.removed is not None:
+                removed = initial.removed
                 encoded = add_factor_product(rows, removed.B, removed.A, -self.spec.scaling)
         if self.spec.dora:
-            self._compute_initial_norms(encoded, span, None if start is None else start.start)
+            self._compute_initial_norms(encoded, span, None if initial is None else initial.factors)
         return encoded
 
     def _compute_initial_factors(
@@ -207,14 +207,14 @@ class LoraLinear(LowRankModule):
                 for name in given
                 if name.endswith("_A")
             }
-            removed = "start" if spec.start == "pissa" else "removed"
+            removed = "start" if spec.init == "pissa" else "removed"
             return InitialFactors(pairs["start"], pairs.get(removed))
-        seed = derive_seed(spec.seed, self.path, spec.start)
-        if spec.start == "pissa":
+        seed = derive_seed(spec.seed, self.path, spec.init)
+        if spec.init == "pissa":
             return init_pissa_factors(
                 rows, spec.r, spec.scaling, iterations=spec.iterations, seed=seed, reduce=reduce
             )
-        if spec.start == "loftq":
+        if spec.init == "loftq":
             return init_loftq_factors(
                 rows,
                 spec.r,
@@ -227,7 +227,7 @@ class LoraLinear(LowRankModule):
         return None
 
     def _compute_initial_norms(
-        self, rows: Tensor, span: Span, start: LowRankFactors | None
+        self, rows: Tensor, span: Span, initial: LowRankFactors | None
     ) -> None:
         """Compute ``||W_o||^2`` of the dequantized base, and the first magnitude."""
         base_norm2 = torch.empty(rows.shape[0])
@@ -235,16 +235,18 @@ class LoraLinear(LowRankModule):
         for part in Span(0, rows.shape[0]).split_into_chunks(_NORM_ROWS):
             weight = self.base.fake_quantize(rows[part.slice])
             base_norm2[part.slice] = weight.double().square().sum(1).float().cpu()
-            if start is not None:
-                weight = add_factor_product(weight, start.B[part.slice], start.A, self.spec.scaling)
+            if initial is not None:
+                weight = add_factor_product(
+                    weight, initial.B[part.slice], initial.A, self.spec.scaling
+                )
             norm2[part.slice] = weight.double().square().sum(1).float().cpu()
         self._starts["base_norm2"] = (span, base_norm2)
         self._starts["magnitude"] = (span, _exact_row_norm(norm2))
 
     def _draw_initial_values(self, name: str) -> Tensor:
         """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
-        if name != "lora_A" or self.spec.start != "default":
-            raise RuntimeError(f"{self.path}.{name} has no start before prepare_rows")
+        if name != "lora_A" or self.spec.init != "default":
+            raise RuntimeError(f"{self.path}.{name} has no initial values before prepare_base_rows")
         value = torch.empty(self.shapes[name])
         return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=self._make_generator(name))
 

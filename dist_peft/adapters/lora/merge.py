@@ -36,15 +36,15 @@ class LoraMerger:
 
     Args:
         modules: module path -> factors.
-        start: pissa or loftq where the factors hold the change since such a start.
+        init: pissa or loftq where the factors hold the change since that initialization.
         removed: LoftQ's extra product, ``PATH.removed_A`` and ``PATH.removed_B``.
     """
 
     def __init__(
-        self, modules: dict[str, LoraTensors], start: str | None, removed: dict[str, Tensor]
+        self, modules: dict[str, LoraTensors], init: str | None, removed: dict[str, Tensor]
     ) -> None:
         self._modules = {f"{path}.weight": module for path, module in modules.items()}
-        self._start = start
+        self._init = init
         self._removed: dict[str, dict[str, Tensor]] = {}
         for name, value in removed.items():
             path, _, own = name.rpartition(".")
@@ -78,7 +78,7 @@ class LoraMerger:
         return weight in self._modules
 
     def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """See, before a row is merged, that the adapter fits a base.
+        """Check, before a row is merged, that the adapter fits a base.
 
         Args:
             shapes: weight name -> rows and columns in the base.
@@ -201,7 +201,7 @@ class LoraMerger:
             return rows
         self._check_weight_rows(weight, rows, span)
         module = self._modules[weight]
-        if self._start == "pissa":
+        if self._init == "pissa":
             r = module.A.shape[0] // 2  # B[:, r:] is -B0
             return add_factor_product(rows, module.B[span.slice, r:], module.A[r:], module.scaling)
         if weight not in self._removed:
@@ -214,7 +214,7 @@ class LoraMerger:
     def has_initial_factors(self, weight: str) -> bool:
         """Whether the weight was trained on a base with its start (PiSSA, LoftQ) taken away."""
         module = self._modules.get(weight)
-        return self._start is not None and module is not None and not module.is_embedding
+        return self._init is not None and module is not None and not module.is_embedding
 
     def compute_initial_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """What the first step of training computed with, where ``has_initial_factors``: ``rows``,

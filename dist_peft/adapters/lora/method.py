@@ -30,7 +30,7 @@ __all__ = ["LoraAdapter"]
 
 
 class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
-    """See the module docstring and ``adapters.protocol.Adapter``."""
+    """LoRA, rsLoRA and DoRA on linears, experts and embeddings."""
 
     # -- building ------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             arithmetic=self.arithmetic,
             seed=self.seed,
             dora=config.use_dora,
-            start=config.init,
+            init=config.init,
             iterations=config.init_iterations,
         )
         if isinstance(module, nn.Embedding):
@@ -115,7 +115,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         )
 
     def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give back start factors. See ``Adapter``.
+        """Restore initial factors from a checkpoint.
 
         Raises:
             UserError: a factor is absent or has another shape.

@@ -25,7 +25,7 @@ Layer = TypeVar("Layer", bound=LowRankModule)
 
 
 class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
-    """See ``adapters.protocol.Adapter``.
+    """What LoRA and QA-LoRA share: targets, ranks, dropout position and gathered factors.
 
     Attributes:
         layers: the wrappers by path, once attached.
@@ -80,7 +80,7 @@ class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
 
     @abstractmethod
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """See ``Adapter``."""
+        """Return the public form of the gathered factors."""
 
     def _collect_gathered(
         self, tensors: Mapping[str, Tensor], leave_out: tuple[str, ...] = ()

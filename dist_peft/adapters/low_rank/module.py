@@ -60,7 +60,7 @@ class LowRankModule(SwitchableLayer, ABC):
         self.register_parameter(name, nn.Parameter(value, requires_grad=train))
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``.
+        """Return initial values of rows ``span`` of parameter ``name``.
 
         Releases the values that ``prepare_base_rows`` kept for this parameter.
         """

@@ -40,7 +40,7 @@ def pool_groups(x: Tensor, size: int) -> Tensor:
 
 
 class QaLoraLinear(LowRankModule):
-    """A ``FrozenLinear`` with QA-LoRA. See the module docstring.
+    """A ``FrozenLinear`` with factors on the sums of groups of inputs.
 
     Args:
         base: the wrapped linear.

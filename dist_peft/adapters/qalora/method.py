@@ -21,10 +21,10 @@ __all__ = ["QaLoraAdapter"]
 
 
 class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
-    """See the module docstring and ``adapters.protocol.Adapter``."""
+    """QA-LoRA on the linears of an integer base."""
 
     def attach_to_model(self, model: nn.Module) -> None:
-        """Wrap the targets. See ``LowRankAdapter``.
+        """Wrap the targets.
 
         Raises:
             UserError: also where the base has no integer groups, or pool groups are no unions of
@@ -88,7 +88,7 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
         )
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
-        """Our form, with the sum convention. See ``Adapter`` and ``adapters.qalora.format``."""
+        """Our form, with the sum convention (``adapters.qalora.format``)."""
         sizes = {layer.pool_size for layer in self.layers.values()}
         assert len(sizes) == 1, sizes
         pooling = Pooling(sizes.pop(), "sum")

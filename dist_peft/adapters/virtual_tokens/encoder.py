@@ -69,7 +69,7 @@ def apply_linear(x: Tensor, parameters: Mapping[str, Tensor], name: str) -> Tens
 
 
 class PromptEncoder(SwitchableLayer, ABC):
-    """See the module docstring.
+    """The trainable part of the model: parameters from which the virtual tokens are computed.
 
     Args:
         base: the model's input embedding.
@@ -117,7 +117,7 @@ class PromptEncoder(SwitchableLayer, ABC):
         """The virtual tokens as a function of the parameters; without dropout, as deployed."""
 
     def init_rows(self, name: str, span: Span) -> Tensor:
-        """Start value of rows ``span`` of parameter ``name``. See ``AdapterModule``."""
+        """Return initial values of rows ``span`` of parameter ``name``."""
         start = self.starts[name]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, PATH, name))
         value = torch.empty(start.shape)

@@ -102,7 +102,7 @@ def read_kv_shape(model: Any) -> tuple[int, int]:
 
 
 def check_prompt_adapter(public: PublicAdapter) -> None:
-    """See that the tensor has the shape that the configuration says.
+    """Check that the tensor has the shape that the configuration says.
 
     Raises:
         UserError: it has not, or there are other tensors.
@@ -136,7 +136,11 @@ class VirtualTokensFormat(PeftFormat):
     peft_types = PROMPT_TYPES
 
     def check(self, public: PublicAdapter) -> None:
-        """Raises: UserError: see ``check_prompt_adapter``."""
+        """Check the tensor against the configuration.
+
+        Raises:
+            UserError: ``check_prompt_adapter`` refuses it.
+        """
         check_prompt_adapter(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
@@ -153,7 +157,11 @@ class VirtualTokensFormat(PeftFormat):
         )
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> Never:
-        """Raises: UserError: always: virtual tokens are no weight."""
+        """Refuse the merge: virtual tokens are no weight.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(
             f"the adapter is {public.config['peft_type']}: virtual tokens change no weight, so "
             "there is nothing to merge; use it with its base (dist-peft export --format peft)"

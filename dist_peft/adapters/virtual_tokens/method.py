@@ -41,7 +41,7 @@ Config = TypeVar("Config", bound=VirtualTokensConfig)
 
 
 class VirtualTokensAdapter(AdapterDefaults, ABC, Generic[Config]):
-    """See the module docstring and ``adapters.protocol.Adapter``.
+    """Puts trainable virtual tokens in front of each document.
 
     The encoder computes in float32 whatever the arithmetic type, so that the deployed values
     are the trained ones; it is small, and runs once a forward.

@@ -129,7 +129,7 @@ def _run_lstm_direction(x: Tensor, parameters: Mapping[str, Tensor], end: str) -
 
 
 class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
-    """See the module docstring and ``adapters.protocol.Adapter``."""
+    """Virtual tokens computed by an LSTM or MLP, inserted where the placement says."""
 
     _pseudo: int | None = None
     """Id of the pseudo token; None: virtual tokens stand in front."""

@@ -86,7 +86,7 @@ class PrefixEncoder(PromptEncoder):
 
 
 class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
-    """See the module docstring and ``adapters.protocol.Adapter``."""
+    """Trainable keys and values in front of each document in every layer."""
 
     _cache: PrefixCache | None = None
 

@@ -77,7 +77,7 @@ class PromptEmbedding(PromptEncoder):
 
 
 class PromptTuningAdapter(InsertedTokensAdapter[PromptConfig]):
-    """See the module docstring and ``adapters.protocol.Adapter``."""
+    """Trainable embeddings in front of each document."""
 
     def _build_encoder(self, model: nn.Module) -> PromptEncoder:
         shape = (self.config.num_virtual_tokens, read_embedding_width(model))

@@ -36,17 +36,17 @@ def loftq_error(w: Tensor, start: InitialFactors, bits: int) -> float:
     encoded = w
     if start.removed is not None:
         encoded = add_factor_product(w, start.removed.B, start.removed.A, -SCALING)
-    fit = SCALING * start.start.B @ start.start.A
+    fit = SCALING * start.factors.B @ start.factors.A
     return (w - decoded(encoded, bits) - fit).norm().item()
 
 
 def test_pissa_takes_the_principal_part() -> None:
     w = weight()
     start = init_pissa_factors(w, 6, SCALING, iterations=16, seed=0, reduce=alone)
-    assert start.removed is start.start
-    product = SCALING * start.start.B @ start.start.A
+    assert start.removed is start.factors
+    product = SCALING * start.factors.B @ start.factors.A
     torch.testing.assert_close(product, dense_best(w, 6).float(), rtol=0, atol=1e-5)
-    rest = add_factor_product(w, start.start.B, start.start.A, -SCALING)
+    rest = add_factor_product(w, start.factors.B, start.factors.A, -SCALING)
     values = torch.linalg.svdvals(w)
     torch.testing.assert_close(torch.linalg.svdvals(rest)[:40], values[6:46], rtol=0, atol=1e-5)
 
@@ -55,7 +55,7 @@ def test_pissa_quantizes_better() -> None:
     """The remainder has a smaller range: section 4 of the paper."""
     w = weight()
     start = init_pissa_factors(w, 8, SCALING, iterations=4, seed=0, reduce=alone)
-    rest = add_factor_product(w, start.start.B, start.start.A, -SCALING)
+    rest = add_factor_product(w, start.factors.B, start.factors.A, -SCALING)
     assert (rest - decoded(rest, 4)).norm() < 0.8 * (w - decoded(w, 4)).norm()
 
 
@@ -83,7 +83,7 @@ def test_loftq_equals_a_dense_reference() -> None:
         product = dense_best(w - decoded(w - removed, 2), 4).float()
     start = init_loftq_factors(w, 4, SCALING, int_codec(2), iterations=3, seed=0, reduce=alone)
     assert start.removed is not None
-    found = [SCALING * f.B @ f.A for f in (start.removed, start.start)]
+    found = [SCALING * f.B @ f.A for f in (start.removed, start.factors)]
     # the error's spectrum is flat: the vectors have not converged, what they explain has
     assert found[0].norm().item() == pytest.approx(removed.norm().item(), rel=0.02)
     assert found[1].norm().item() == pytest.approx(product.norm().item(), rel=0.02)
@@ -97,7 +97,7 @@ def test_one_alternation_removes_nothing() -> None:
     start = init_loftq_factors(w, 4, SCALING, int_codec(4), iterations=1, seed=0, reduce=alone)
     assert start.removed is None
     expected = dense_best(w - decoded(w, 4), 4).norm().item()
-    fit = SCALING * start.start.B @ start.start.A
+    fit = SCALING * start.factors.B @ start.factors.A
     assert fit.norm().item() == pytest.approx(expected, rel=0.02)
 
 
@@ -118,9 +118,9 @@ def test_any_number_of_ranks(method: str, ranks: int) -> None:
     ranks = 1
     whole = find(0, alone)
     for part in parts:
-        torch.testing.assert_close(part.start.A, whole.start.A, rtol=0, atol=1e-6)
-    joined = torch.cat([part.start.B for part in parts])
-    torch.testing.assert_close(joined, whole.start.B, rtol=0, atol=1e-6)
+        torch.testing.assert_close(part.factors.A, whole.factors.A, rtol=0, atol=1e-6)
+    joined = torch.cat([part.factors.B for part in parts])
+    torch.testing.assert_close(joined, whole.factors.B, rtol=0, atol=1e-6)
     if whole.removed is not None:
         joined = torch.cat([part.removed.B for part in parts])
         torch.testing.assert_close(joined, whole.removed.B, rtol=0, atol=1e-6)

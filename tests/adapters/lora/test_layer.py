@@ -178,7 +178,7 @@ def test_parameters_and_protocols() -> None:
     layer = LoraLinear(
         freeze(dense()),
         PATH,
-        spec(dora=True, start="loftq"),
+        spec(dora=True, init="loftq"),
         SampleDropout(0, PATH, DropoutPosition(0)),
     )
     assert isinstance(layer, AdapterModule)
@@ -199,7 +199,7 @@ def test_sharded_start(start: str, dora: bool, ranks: int) -> None:
     template = LoraLinear(
         freeze(dense(), int_codec(4)),
         PATH,
-        spec(start=start, dora=dora, iterations=3),
+        spec(init=start, dora=dora, iterations=3),
         SampleDropout(0, PATH, DropoutPosition(0)),
     )
 
@@ -225,7 +225,7 @@ def test_start_and_base_give_the_weight(start: str, iterations: int) -> None:
     layer = LoraLinear(
         freeze(dense(), int_codec(4)),
         PATH,
-        spec(start=start, iterations=iterations),
+        spec(init=start, iterations=iterations),
         SampleDropout(0, PATH, DropoutPosition(0)),
     )
     fill(layer, weight)
@@ -246,7 +246,7 @@ def test_resuming_does_not_search_again(start: str, iterations: int) -> None:
     weight = dense().weight.detach()
 
     def fresh() -> LoraLinear:
-        settings = spec(start=start, iterations=iterations, dora=True)
+        settings = spec(init=start, iterations=iterations, dora=True)
         dropout = SampleDropout(0, PATH, DropoutPosition(0))
         return LoraLinear(freeze(dense(), int_codec(4)), PATH, settings, dropout)
 
@@ -268,11 +268,13 @@ def test_resuming_does_not_search_again(start: str, iterations: int) -> None:
 
 
 def test_asking_before_preparing() -> None:
-    for settings, name in [({"start": "pissa"}, "lora_A"), ({"dora": True}, "base_norm2")]:
+    for settings, name in [({"init": "pissa"}, "lora_A"), ({"dora": True}, "base_norm2")]:
         layer = LoraLinear(
             freeze(dense()), PATH, spec(**settings), SampleDropout(0, PATH, DropoutPosition(0))
         )
-        with pytest.raises(RuntimeError, match=f"{PATH}.{name} has no start before prepare_rows"):
+        with pytest.raises(
+            RuntimeError, match=f"{PATH}.{name} has no initial values before prepare_base_rows"
+        ):
             layer.init_rows(name, Span(0, 1))
 
 
@@ -281,7 +283,7 @@ def test_no_rows_at_all() -> None:
     layer = LoraLinear(
         freeze(dense(), int_codec(4)),
         PATH,
-        spec(start="loftq", dora=True),
+        spec(init="loftq", dora=True),
         SampleDropout(0, PATH, DropoutPosition(0)),
     )
     sums = []
