@@ -20,7 +20,7 @@ communication.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
@@ -53,12 +53,14 @@ class Batch:
             -100 (other documents, prompts, padding).
         position_ids: long [B, S]; restart at 0 with each document and with the padding.
         sample_ids: long [B]; index of the sequence in the data set, -1 for a filler sequence.
+        is_packed: false: a sequence is one document and its padding.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     sample_ids: torch.Tensor
+    is_packed: bool = field(default=True, kw_only=True)
 
 
 class SequenceDataset(Protocol):
@@ -235,7 +237,8 @@ class TokenLoader(Loader[Batch]):
             labels[b, :length] = targets
             position_ids[b, :length] = positions
             position_ids[b, length:] = torch.arange(width - length)
-        return Batch(input_ids, labels, position_ids, torch.tensor(numbers))
+        sample_ids = torch.tensor(numbers)
+        return Batch(input_ids, labels, position_ids, sample_ids, is_packed=self.rows.packed)
 
 
 def count_micro_batches(sequences: int, micro_batch: int) -> int:

@@ -53,7 +53,7 @@ from dist_peft.plan.traced_engine import StatelessFactory, make_traced_engine
 from dist_peft.quant import cpu_products, kernels
 from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.train import head_loss
-from dist_peft.train.loop import compute_batch_loss
+from dist_peft.train.objective import TokenObjective
 
 __all__ = ["StepTrace", "trace_step"]
 
@@ -160,7 +160,7 @@ def trace_step(
                         trace.kept_gradients = tracker.live_by_purpose.get("gradients", 0)
                         trace.gathered.clear()
                         trace.flops.clear()
-                    loss = compute_batch_loss(model, batch, CPU, call)
+                    loss = TokenObjective().compute_loss(model, batch, CPU, call)
                     engine.backward(loss / 3, last=number == micro_batches - 1)
                     del loss
                 tracker.relabel_phase("backward 0", "gradients", ("backward",))

@@ -32,6 +32,7 @@ from dist_peft.train.classification_metrics import (
     compute_class_scores,
     count_predictions,
 )
+from dist_peft.train.head_loss import computes_losses_at_head, replace_logits_by_losses
 from dist_peft.train.loss import IGNORE, sum_token_loss
 
 __all__ = ["ClassificationObjective", "Objective", "TokenObjective"]
@@ -94,23 +95,43 @@ class TokenObjective:
     def compute_logits(
         self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module | None = None
     ) -> Tensor:
-        ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-        return _call_model(call or model, build_model_inputs(model, ids, positions))
+        return _call_model(call or model, self.build_inputs(model, batch, device))
+
+    def build_inputs(self, model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """Return keyword arguments of the forward pass; documents of a sequence are isolated."""
+        inputs = build_model_inputs(model, batch.input_ids, batch.position_ids, batch.is_packed)
+        return {name: _move_to_device(value, device) for name, value in inputs.items()}
 
     def compute_loss(
         self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
     ) -> Tensor:
+        if computes_losses_at_head(model):
+            return self._compute_target_losses(model, batch, device, call).sum()
         logits = self.compute_logits(model, batch, device, call)
         return sum_token_loss(logits, batch.labels.to(device))
+
+    def _compute_target_losses(
+        self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
+    ) -> Tensor:
+        """Return the loss of each target ``[N]``, computed in the head without whole logits."""
+        with replace_logits_by_losses(model, batch.labels):
+            return _call_model(call, self.build_inputs(model, batch, device))
 
     def compute_row_statistics(
         self, model: nn.Module, batch: Batch, device: torch.device
     ) -> Tensor:
-        logits = self.compute_logits(model, batch, device)
-        labels = batch.labels.to(logits.device)
-        rows = [sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))]
-        targets = (batch.labels != IGNORE).sum(1)
-        return torch.stack([torch.stack(rows).double().cpu(), targets.double()], 1)
+        targets = batch.labels != IGNORE
+        if computes_losses_at_head(model):
+            losses = self._compute_target_losses(model, batch, device, model).double().cpu()
+            rows = torch.zeros(len(targets), dtype=torch.float64)
+            rows.index_add_(0, targets.nonzero()[:, 0], losses)
+        else:
+            logits, labels = self.compute_logits(model, batch, device), batch.labels.to(device)
+            sums = [
+                sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))
+            ]
+            rows = torch.stack(sums).double().cpu()
+        return torch.stack([rows, targets.sum(1).double()], 1)
 
     def compute_scores(self, sums: Tensor) -> None:
         """Return None: the mean loss is all that is reported."""
@@ -169,6 +190,12 @@ class ClassificationObjective:
 
     def mark_measured_tokens(self, batch: LabelledBatch) -> Tensor:
         return batch.attention_mask.bool()
+
+
+def _move_to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _move_to_device(entry, device) for name, entry in value.items()}
+    return value.to(device)
 
 
 def _call_model(call: nn.Module, inputs: dict[str, Any]) -> Tensor:

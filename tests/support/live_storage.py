@@ -13,7 +13,7 @@ from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.plan.storage_tracker import StorageTracker
-from dist_peft.train.loop import compute_batch_loss
+from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.tiny_models import save_model
 from tests.support.tiny_runs import save_words
@@ -101,7 +101,7 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
         places = half.expand(sequences, -1).contiguous()
         batch = Batch(ids, labels, places, torch.arange(sequences))
         built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
-        loss = compute_batch_loss(built.model, batch, CPU, call)
+        loss = TokenObjective().compute_loss(built.model, batch, CPU, call)
         built.engine.backward(loss / 100, last=number == count - 1)
     built.engine.step(1e-3, 1.0)
 

@@ -135,7 +135,7 @@ class LoraLinear(LowRankModule):
 
     def _forward_disabled(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.spec.start == "default":
+        if self.spec.init == "default":
             return y
         # the stored base is the residual of these factors
         return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
