@@ -17,12 +17,13 @@ from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_pef
 from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.model_directory import check_output_free, copy_tokenizer_files
+from dist_peft.export.model_directory import copy_tokenizer_files
 from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verdict import judge_comparison
 from dist_peft.export.verify import Probe
 from dist_peft.export.verify_adapter import verify_adapter
 from dist_peft.model.hub import resolve_base_directory
+from dist_peft.store.publish import check_output_free, publish_directory
 from dist_peft.train.report import ReportSection
 
 __all__ = ["VERIFY", "VerificationOptions", "export_adapter"]
@@ -57,6 +58,7 @@ def export_adapter(
     out: Path,
     *,
     verify: VerificationOptions | None = VERIFY,
+    overwrite: bool = False,
 ) -> None:
     """Write the adapter of a run as ``peft`` or ``peft-expanded`` and compare it in PEFT.
 
@@ -64,8 +66,8 @@ def export_adapter(
         UserError: PEFT has no such adapter, it is damaged, or ``out`` cannot be written.
         VerificationError: in PEFT on the base it does not compute the trained function.
     """
-    check_output_free(out)
     adapter = run_dir / "adapter"
+    check_output_free(out, overwrite=overwrite, inputs=(run_dir,))
     public = read_adapter_directory(adapter)
     check_public_adapter(public)  # a damaged one is refused, not copied
     known = find_format(public.config)
@@ -76,13 +78,10 @@ def export_adapter(
             other = f"{adapter} already is in the format of AdapterHub's library"
         raise UserError(f"{run_dir} {reason}; {other}")
     probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another directory") from None
     # only tensors and settings are copied: other files of the directory are not trusted
-    write_adapter_directory(out, _WRITTEN_AS[name](public), read_adapter_metadata(adapter))
-    copy_tokenizer_files(adapter, out)
+    with publish_directory(out) as partial:
+        write_adapter_directory(partial, _WRITTEN_AS[name](public), read_adapter_metadata(adapter))
+        copy_tokenizer_files(adapter, partial)
     log.info("wrote PEFT adapter %s", out)
     if probe is None or verify is None:
         return

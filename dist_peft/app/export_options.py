@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dist_peft.app.config_arguments import add_checkpoint_argument
 from dist_peft.app.export_adapter import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -47,6 +48,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run, the output and the comparison with the trained model, of both verbs."""
     parser.add_argument("--run", type=Path, required=True, dest="run_dir", help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model or adapter that is in --out"
+    )
+    add_checkpoint_argument(parser, default=None)
     parser.add_argument(
         "--base",
         choices=["original", "decoded"],

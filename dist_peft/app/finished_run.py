@@ -46,7 +46,10 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     refuse_separate_tasks(run_dir)
     if not (run_dir / "adapter").is_dir():
-        raise UserError(f"{run_dir} has no adapter/ yet: the run did not finish; resume it first")
+        raise UserError(
+            f"{run_dir} has no adapter/ yet: the run did not finish; resume it first, or take the "
+            "adapter of a checkpoint with --checkpoint last"
+        )
     config = load_run_config(file, trust_remote_code=trust_remote_code)
     _refuse_contradiction(config, run_dir)
     warn_of_trusted_code(config.base)

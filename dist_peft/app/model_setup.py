@@ -42,6 +42,7 @@ __all__ = [
     "LoadedModel",
     "ModelSetup",
     "build_model",
+    "list_adapter_parameters",
     "load_init_factors",
     "load_training_state",
     "load_weights",
@@ -202,16 +203,21 @@ def load_weights(
         for user in (*setup.fused, *trained_on):
             user.check_tensor_hashes(record.tensors, str(setup.directory))
         parameters = dict(model.named_parameters())
-        owners = {n for n, m in model.named_modules() if isinstance(m, AdapterModule)}
         return LoadedModel(
             setup,
             engine,
             bytes_read=reader.bytes_read,
             stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
-            adapter_names=tuple(n for n in parameters if n.rpartition(".")[0] in owners),
+            adapter_names=list_adapter_parameters(model),
             record=record,
         )
+
+
+def list_adapter_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the full names of the adapter's parameters, initialization factors included."""
+    owners = {n for n, m in model.named_modules() if isinstance(m, AdapterModule)}
+    return tuple(n for n, _ in model.named_parameters() if n.rpartition(".")[0] in owners)
 
 
 def load_init_factors(setup: ModelSetup, checkpoints: CheckpointManager, path: Path) -> None:

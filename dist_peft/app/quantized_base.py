@@ -28,11 +28,11 @@ from dist_peft.compress.packed_base import open_packed_writer, write_packed_base
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.export.model_directory import check_output_free
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.hub import read_json_object, resolve_base_directory
 from dist_peft.model.model_files import list_model_files
 from dist_peft.store.index import SafetensorsIndex
+from dist_peft.store.publish import check_output_free
 
 __all__ = [
     "ensure_solved_base",

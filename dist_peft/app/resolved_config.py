@@ -32,6 +32,7 @@ __all__ = [
     "find_solved_base",
     "resolve_config",
     "resolve_finished_run",
+    "resolve_one_process",
     "resolve_quantization",
     "resolve_unsolved_run",
     "split_task_configs",
@@ -125,6 +126,17 @@ def resolve_finished_run(config: RunConfig, run_dir: Path) -> RunConfig:
     """
     solved = find_solved_base(config, run_dir)
     return config if solved is None else _use_solved_base(config, solved)
+
+
+def resolve_one_process(config: RunConfig, run_dir: Path) -> ResolvedConfig:
+    """Return the ``config.yaml`` of a run of any number of ranks, for one process without a group.
+
+    Raises:
+        UserError: unusable files.
+    """
+    engine = config.engine.model_copy(update={"kind": "single", "cpu_offload": "none"})
+    single = config.model_copy(update={"engine": engine})
+    return resolve_config(single, find_solved_base(single, run_dir))
 
 
 def find_solved_base(config: RunConfig, run_dir: Path) -> SolvedBase | None:

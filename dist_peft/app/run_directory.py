@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from dist_peft.core.config.io import dump_config
+from dist_peft.core.config.moved_paths import PATHS_NAME, format_path_record
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -197,8 +198,14 @@ def make_run_directory(run_dir: Path) -> None:
 
 
 def write_run_config(run_dir: Path, config: RunConfig) -> None:
-    """Write ``config.yaml``, which merge and export rely on; raises UserError if it fails."""
+    """Write ``config.yaml``, which merge and export rely on, and where its paths lead.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
     try:
+        record = format_path_record(config.model_dump(mode="json"), run_dir)
+        write_atomically(run_dir / PATHS_NAME, record)
         write_atomically(run_dir / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None

@@ -4,6 +4,7 @@ The report's data apart from ``metrics.jsonl`` and ``config.yaml`` is stored in 
 """
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,8 @@ __all__ = [
     "summarize_run",
     "write_run_report",
 ]
+
+log = logging.getLogger("dist_peft")
 
 
 def write_run_report(run_dir: Path, summary: RunSummary) -> Path:
@@ -54,10 +57,16 @@ def find_public_base_name(config: RunConfig, built: LoadedModel) -> str:
 def add_report_section(run_dir: Path, section: ReportSection) -> Path:
     """Rewrite the report with one more section, replacing one of the same title.
 
+    A run that has not finished has no report, and one whose directory cannot be written keeps the
+    old one; both are logged.
+
     Raises:
-        UserError: the run has no readable ``report.json``.
+        UserError: ``report.json`` is damaged.
     """
     path = run_dir / "report.json"
+    if not path.exists():
+        log.info("%s has no report yet: section %r is not added", run_dir, section.title)
+        return path
     try:
         tree = json.loads(path.read_text())
         summary = RunSummary(
@@ -72,7 +81,11 @@ def add_report_section(run_dir: Path, section: ReportSection) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not readable ({error}); finish the run first") from None
     kept = [s for s in kept if s.title != section.title]
-    return _write_report_files(run_dir, summary, [*kept, section])
+    try:
+        return _write_report_files(run_dir, summary, [*kept, section])
+    except (OSError, UserError) as error:
+        log.warning("the report of %s is not updated: %s", run_dir, error)
+        return path
 
 
 def _to_label_text_pairs(pairs: list[list[str]]) -> tuple[tuple[str, str], ...]:

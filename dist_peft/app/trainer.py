@@ -32,6 +32,7 @@ from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.export.verify import Probe
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.hub import save_tokenizer
+from dist_peft.store.publish import publish_directory
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.eval_history import EvaluationHistory
 from dist_peft.train.evaluate import (
@@ -48,7 +49,7 @@ from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.report import RunSummary
 from dist_peft.train.run_lock import raise_if_taken_over
 from dist_peft.train.run_state import note_step
-from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
+from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["Trainer"]
 
@@ -175,7 +176,9 @@ class Trainer:
         training = self._make_training_step()
         with self.world.raise_together("open metrics"):
             metrics = MetricsWriter(self.run_dir, self.world.rank, first_step)
-        history = self._read_eval_history()
+        patience = self.config.train.early_stop
+        history = EvaluationHistory.read_from_run(self.run_dir, patience, self.world)
+        self.stopped_early = history.should_stop
         if self.stopped_early:
             return first_step
         progress = self._make_progress_display(first_step)
@@ -247,17 +250,6 @@ class Trainer:
             every=self.config.train.log_every,
             unit=self.loaders.objective.target_unit,
         )
-
-    def _read_eval_history(self) -> EvaluationHistory:
-        """Return the evaluations of the steps before a resume; sets ``stopped_early``."""
-        history = EvaluationHistory(self.config.train.early_stop)
-        with self.world.raise_together("read the evaluations so far"):
-            if self.world.is_first:
-                records = read_metrics(self.run_dir / METRICS_FILE)
-                history = EvaluationHistory.from_metrics(records, history.patience)
-        history.share_from_first(self.world)
-        self.stopped_early = history.should_stop
-        return history
 
     def _compare_replicas(
         self, replicas: ReplicaCheck, step: int, everything: bool = False
@@ -333,7 +325,9 @@ class Trainer:
                 if self.world.is_first:
                     base = find_public_base_name(self.config, self.built)
                     public = self.built.setup.adapter.to_public_adapter(tensors, base)
-                    write_adapter_directory(directory, public, self._make_adapter_metadata())
+                    with publish_directory(directory) as partial:
+                        write_adapter_directory(partial, public, self._make_adapter_metadata())
+                        self._save_chat_tokenizer(partial)
         logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()
         with self.world.raise_together("write tokenizer, probe and report"):
             if self.world.is_first:
@@ -357,12 +351,16 @@ class Trainer:
 
     def _write_adapter_extras(self, directory: Path, logits: Tensor) -> None:
         """Write the chat template's tokenizer, the completed probe and the report."""
-        if (template := self.loaders.chat_template) is not None:
-            save_tokenizer(self.built.setup.tokenizer, directory, template)
+        if isinstance(self.built.setup.adapter, TrainsBaseWeights):
+            self._save_chat_tokenizer(directory)
         if self._probe_path.is_file():
             before = Probe.load_probe(self._probe_path).before
             Probe(self.loaders.probe, logits, before).save_probe(self._probe_path)
         write_run_report(self.run_dir, self.make_report_summary())
+
+    def _save_chat_tokenizer(self, directory: Path) -> None:
+        if (template := self.loaders.chat_template) is not None:
+            save_tokenizer(self.built.setup.tokenizer, directory, template)
 
     def _measure_fusion_attention(self) -> FusionAttention | None:
         """Return a fusion's attention on held-out data; None without fusion or held-out data."""

@@ -136,6 +136,7 @@ def merge_finished_run(
     dtype: str = "bfloat16",
     verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Merge a finished run and, unless disabled, reload the result and compare logits.
 
@@ -147,6 +148,7 @@ def merge_finished_run(
         dtype: type of the merged weights.
         verify: options of the comparison, which needs the run's probe; None: no comparison.
         trust_remote_code: the caller's command line allows the base's code to run.
+        overwrite: replace an export that is in ``out``.
 
     Raises:
         UserError: the run cannot be merged, or ``out`` cannot be written.
@@ -167,6 +169,7 @@ def merge_finished_run(
         out,
         into="decoded" if into == "decoded" else "original",
         dtype=parse_torch_dtype(dtype),
+        overwrite=overwrite,
     )
     log.info(
         "wrote %s: %d tensors, %d of them merged, %.1f MiB, %s",

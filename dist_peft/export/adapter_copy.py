@@ -21,8 +21,8 @@ __all__ = ["write_adapter_copy"]
 _PREFIX = "base_model.model."
 
 
-def write_adapter_copy(adapter_dir: Path, out: Path) -> None:
-    """Write ``out/adapter`` in PEFT's format, with ``out`` as its base.
+def write_adapter_copy(adapter_dir: Path, out: Path, base: Path | None = None) -> None:
+    """Write ``out/adapter`` in PEFT's format, with ``base`` as its base; default: ``out``.
 
     Raises:
         UserError: the adapter is damaged, or the directory cannot be written.
@@ -31,7 +31,7 @@ def write_adapter_copy(adapter_dir: Path, out: Path) -> None:
     if "start" in public.facts:
         public = _strip_initial_factors(public)
     # AutoPeftModel loads the base from this path
-    config = {**public.config, "base_model_name_or_path": str(out.resolve())}
+    config = {**public.config, "base_model_name_or_path": str((base or out).resolve())}
     write_adapter_directory(out / "adapter", replace(public, config=config), {})
 
 

@@ -22,7 +22,6 @@ from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
 from dist_peft.export.model_directory import (
     WriteResult,
-    check_output_free,
     copy_tokenizer_files,
     write_model_directory,
 )
@@ -30,6 +29,7 @@ from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.model.classifier import classifier_config_keys
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.model_files import copy_model_files, list_model_files
+from dist_peft.store.publish import check_output_free, publish_directory
 from dist_peft.store.writer import MAX_FILE_BYTES
 
 __all__ = ["merge_model"]
@@ -45,6 +45,7 @@ def merge_model(
     dtype: torch.dtype = torch.bfloat16,
     chunk_bytes: int = CHUNK_BYTES,
     max_file_bytes: int = MAX_FILE_BYTES,
+    overwrite: bool = False,
 ) -> WriteResult:
     """Merge the adapter into the base and write the Hugging Face directory ``out`` in ``dtype``.
 
@@ -57,20 +58,22 @@ def merge_model(
         dtype: type of the written floating-point tensors.
         chunk_bytes: size of a chunk of rows in float32.
         max_file_bytes: maximum size of an output file.
+        overwrite: replace an export that is in ``out``.
 
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
     """
-    check_output_free(out)
+    check_output_free(out, overwrite=overwrite, inputs=(directory, adapter_dir))
     # fail before the merge if a file cannot be copied
     list_model_files(directory, code=base.trust_remote_code)
-    with open_merged_weights(base, directory, adapter_dir, into, chunk_bytes) as walk:
-        written = write_model_directory(walk, None, out, dtype, max_file_bytes)
-        changes: dict[str, Any] = dict(walk.skeleton.settings)
-        if walk.skeleton.head is not None:
-            tokenizer = load_tokenizer(directory, base.trust_remote_code)
-            changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
-    copy_model_files(directory, out, dtype, changes, code=base.trust_remote_code)
-    copy_tokenizer_files(adapter_dir, out)
-    add_stop_tokens(adapter_dir, out)
+    with publish_directory(out) as partial:
+        with open_merged_weights(base, directory, adapter_dir, into, chunk_bytes) as walk:
+            written = write_model_directory(walk, None, partial, dtype, max_file_bytes)
+            changes: dict[str, Any] = dict(walk.skeleton.settings)
+            if walk.skeleton.head is not None:
+                tokenizer = load_tokenizer(directory, base.trust_remote_code)
+                changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
+        copy_model_files(directory, partial, dtype, changes, code=base.trust_remote_code)
+        copy_tokenizer_files(adapter_dir, partial)
+        add_stop_tokens(adapter_dir, partial)
     return written

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.model_files import check_link_target, copy_file
+from dist_peft.store.publish import check_output_free
 from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
 
 __all__ = [
@@ -147,18 +147,6 @@ def list_unpacked_linears(walk: MergedWeights, left: Iterable[str]) -> list[str]
         if isinstance(module, nn.Linear | FrozenLinear) and path not in inside
     ]
     return [*outside, *left]
-
-
-def check_output_free(out: Path) -> None:
-    """Check that ``out`` does not exist or is an empty directory.
-
-    Raises:
-        UserError: it is a file, or a directory that is not empty.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose a new directory")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose a new directory")
 
 
 def copy_tokenizer_files(adapter_dir: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ with SIGBUS instead of raising.
 
 import errno
 import os
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ __all__ = [
     "OpenFiles",
     "make_temporary_name",
     "read_exactly",
+    "remove_temporary_files",
     "sync_directory",
     "translate_read_errors",
     "translate_write_errors",
@@ -85,6 +87,16 @@ def make_temporary_name(file: Path) -> Path:
     """Return a new hidden name next to ``file``, on the same file system so that a rename is
     atomic."""
     return file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_temporary_files(file: Path) -> None:
+    """Remove the files that ``make_temporary_name(file)`` named for processes that were killed."""
+    pattern = re.compile(rf"\.{re.escape(file.name)}\.[0-9a-f]{{8}}\.tmp")
+    if not file.parent.is_dir():
+        return
+    for path in file.parent.iterdir():
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

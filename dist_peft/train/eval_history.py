@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from dist_peft.core.world import World
-from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["EvaluationHistory"]
 
@@ -46,10 +47,21 @@ class EvaluationHistory:
     def should_stop(self) -> bool:
         return 0 < self.patience <= self.num_since_best
 
-    def share_from_first(self, world: World) -> None:
-        """Take over the first rank's history, which alone can read the metrics. Collective."""
+    @classmethod
+    def read_from_run(cls, run_dir: Path, patience: int, world: World) -> Self:
+        """Return the history of the steps done so far in ``run_dir``. Collective.
+
+        The metrics are read by the first rank, which writes them.
+
+        Raises:
+            UserError: on every rank: they are damaged.
+        """
+        history = cls(patience)
+        with world.raise_together("read the evaluations so far"):
+            if world.is_first:
+                history = cls.from_metrics(read_metrics(run_dir / METRICS_FILE), patience)
         nothing = -math.inf
-        loss, count = -self.best_loss, float(self.num_since_best)
-        mine = (loss, count) if world.is_first else (nothing, nothing)
-        loss, count = world.max_over_ranks(*mine)
-        self.best_loss, self.num_since_best = -loss, int(count)
+        mine = (-history.best_loss, float(history.num_since_best))
+        loss, count = world.max_over_ranks(*(mine if world.is_first else (nothing, nothing)))
+        history.best_loss, history.num_since_best = -loss, int(count)
+        return history

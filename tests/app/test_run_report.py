@@ -23,7 +23,12 @@ def test_sections_are_added_and_replaced(tmp_path: Path) -> None:
     assert "second value" not in again and "12,345" in again
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", "[]", '{"summary": {"facts": []}}'])
+def test_an_unfinished_run_has_no_report_to_add_to(tmp_path: Path) -> None:
+    add_report_section(tmp_path, ReportSection("Merge"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"summary": {"facts": []}}'])
 def test_unreadable_description_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "report.json").write_text(content)

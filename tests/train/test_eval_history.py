@@ -1,12 +1,14 @@
 """When training stops for want of a lower held-out loss."""
 
+import json
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from dist_peft.core.world import World
 from dist_peft.train.eval_history import EvaluationHistory
-from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics
 
 
 def make_record(step: int, loss: float | None) -> StepMetrics:
@@ -30,9 +32,11 @@ def test_without_patience_nothing_stops() -> None:
     assert history.num_since_best == 8 and not history.should_stop
 
 
-def test_a_resumed_run_has_the_history_of_its_metrics() -> None:
+def test_a_resumed_run_has_the_history_of_its_metrics(tmp_path: Path) -> None:
     records = [make_record(step, loss) for step, loss in enumerate((2.0, None, 1.0, 1.5, None), 1)]
     history = EvaluationHistory.from_metrics(records, 1)
     assert (history.best_loss, history.num_since_best, history.should_stop) == (1.0, 1, True)
-    history.share_from_first(World())
-    assert (history.best_loss, history.num_since_best) == (1.0, 1)
+    assert EvaluationHistory.read_from_run(tmp_path, 1, World()) == EvaluationHistory(1)
+    lines = [json.dumps(asdict(record)) for record in records]
+    (tmp_path / METRICS_FILE).write_text("".join(line + "\n" for line in lines))
+    assert EvaluationHistory.read_from_run(tmp_path, 1, World()) == history

@@ -12,8 +12,8 @@ from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.export.model_directory import check_output_free
 from dist_peft.store.base_record import BaseRecord
+from dist_peft.store.publish import check_output_free, publish_directory
 
 __all__ = ["add_arguments", "run"]
 
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, world: World) -> int:
         "method": recipe.method,
         "dist_peft": version("dist_peft"),
     }
-    write_adapter_directory(args.out, combined, about)
+    with publish_directory(args.out) as partial:
+        write_adapter_directory(partial, combined, about)
     log.info(
         "wrote %s: %d adapters by %s, rank %d, with %.2f %% of the combined change",
         args.out,

@@ -1,8 +1,10 @@
 """``dist-peft export``: write a finished run in a public format."""
 
 import argparse
+from pathlib import Path
 
-from dist_peft.app.export_adapter import export_adapter
+from dist_peft.app.checkpoint_adapter import open_trained_run
+from dist_peft.app.export_adapter import VerificationOptions, export_adapter
 from dist_peft.app.export_options import (
     ADAPTERS,
     add_export_arguments,
@@ -36,16 +38,33 @@ def run(args: argparse.Namespace, world: World) -> int:
     setup_log(None, 0, 1)
     warn_unused_arguments(args)
     verify, trust = parse_verification_options(args), args.trust_remote_code
+    with open_trained_run(
+        args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
+    ) as run_dir:
+        _export_run(args, run_dir, verify)
+    return 0
+
+
+def _export_run(
+    args: argparse.Namespace, run_dir: Path, verify: VerificationOptions | None
+) -> None:
+    trust, overwrite = args.trust_remote_code, args.overwrite
     if args.format == "hf-bf16":
         into = args.base or "original"
         merge_finished_run(
-            args.run_dir, args.out, into=into, verify=verify, trust_remote_code=trust
+            run_dir,
+            args.out,
+            into=into,
+            verify=verify,
+            trust_remote_code=trust,
+            overwrite=overwrite,
         )
     elif args.format in ADAPTERS:
-        config = load_finished_run(args.run_dir, trust_remote_code=trust)
-        export_adapter(config, args.run_dir, args.format, args.out, verify=verify)
+        config = load_finished_run(run_dir, trust_remote_code=trust)
+        export_adapter(config, run_dir, args.format, args.out, verify=verify, overwrite=overwrite)
     else:
         options = {
+            "overwrite": overwrite,
             "into": args.base or "original",
             "bits": args.bits,
             "group_size": args.group_size,
@@ -55,6 +74,5 @@ def run(args: argparse.Namespace, world: World) -> int:
             "keep_adapter": args.keep_adapter,
         }
         export_finished_run(
-            args.run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
+            run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
         )
-    return 0

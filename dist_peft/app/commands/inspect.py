@@ -18,6 +18,7 @@ from dist_peft.core.world import World
 from dist_peft.model.prequantized.base import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.run_state import read_run_state
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = ["add_arguments", "describe_path", "run"]
@@ -100,6 +101,10 @@ def _describe_checkpoint(path: Path) -> list[str]:
 
 def _describe_run(path: Path) -> list[str]:
     lines = [f"run {path}"]
+    state = read_run_state(path)
+    if state is not None:
+        reason = f": {state.reason}" if state.reason else ""
+        lines.append(f"  state        {state.state} at step {state.step}, {state.time}{reason}")
     steps = read_metrics(path / METRICS_FILE)
     if steps:
         lines.append(f"  steps        {steps[-1].step}, last loss {steps[-1].loss:.4f}")

@@ -2,6 +2,7 @@
 
 import argparse
 
+from dist_peft.app.checkpoint_adapter import open_trained_run
 from dist_peft.app.export_options import (
     add_merge_arguments,
     add_run_arguments,
@@ -30,12 +31,17 @@ def run(args: argparse.Namespace, world: World) -> int:
     """
     require_one_process(world)
     setup_log(None, 0, 1)
-    merge_finished_run(
-        args.run_dir,
-        args.out,
-        into=args.base or "original",
-        dtype=args.dtype,
-        verify=parse_verification_options(args),
-        trust_remote_code=args.trust_remote_code,
-    )
+    verify, trust = parse_verification_options(args), args.trust_remote_code
+    with open_trained_run(
+        args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
+    ) as run_dir:
+        merge_finished_run(
+            run_dir,
+            args.out,
+            into=args.base or "original",
+            dtype=args.dtype,
+            verify=verify,
+            trust_remote_code=trust,
+            overwrite=args.overwrite,
+        )
     return 0

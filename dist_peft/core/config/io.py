@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
+from dist_peft.core.config.moved_paths import resolve_moved_paths
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 
@@ -75,6 +76,8 @@ def _load_config_file(
             tree = _apply_override(tree, item, file)
         plain = OmegaConf.to_container(tree, resolve=True)
         _refuse_trust_in_file(plain, overrides, file)
+        if file.name == "config.yaml":
+            resolve_moved_paths(plain, file.parent)
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {file} is not valid YAML: {error}") from None
     except OmegaConfBaseException as error:

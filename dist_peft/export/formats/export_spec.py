@@ -17,6 +17,7 @@ from dist_peft.export.model_directory import (
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.store.publish import check_output_free
 
 __all__ = ["ExportResult", "ExportSpec"]
 
@@ -39,6 +40,7 @@ class ExportSpec:
         lossy: accept that a merge into integer zeros loses the adapter.
         keep_adapter: for bnb-nf4, keep the codes of the base and save the adapter separately.
         chunk_bytes: size of a chunk of rows in float32.
+        overwrite: replace an export that is in ``out``.
     """
 
     base: BaseConfig
@@ -54,6 +56,12 @@ class ExportSpec:
     lossy: bool = False
     keep_adapter: bool = False
     chunk_bytes: int = CHUNK_BYTES
+    overwrite: bool = False
+
+    def check_output(self) -> None:
+        """Check that directory ``out`` may be written; raises UserError if not."""
+        inputs = (self.directory, self.adapter_dir)
+        check_output_free(self.out, overwrite=self.overwrite, inputs=inputs)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ separately.
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,12 +28,13 @@ from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.merged_weights import State
 from dist_peft.export.model_directory import (
     WeightPacker,
-    check_output_free,
     copy_tokenizer_files,
     write_model_directory,
 )
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.model.model_files import copy_model_files, list_model_files
+from dist_peft.store.fileio import remove_temporary_files
+from dist_peft.store.publish import publish_directory
 
 __all__ = [
     "FORMATS",
@@ -166,13 +168,11 @@ def _export_kept_nf4(job: ExportSpec) -> ExportResult:
             )
         )
     packer = KeptNf4Packer(quant.group_size, job.compute_dtype)
-    check_output_free(job.out)
+    job.check_output()
     with job.open_weights("base") as walk:
         packer.check_packable(walk)
-    exported = _export_directory(
-        job, "base", packer, job.compute_dtype, "base as trained; separate adapter"
-    )
-    write_adapter_copy(job.adapter_dir, job.out)
+    how = "base as trained; separate adapter"
+    exported = _export_directory(job, "base", packer, job.compute_dtype, how, with_adapter=True)
     return replace(exported, exact=True)
 
 
@@ -225,8 +225,7 @@ def _export_integer(
             f"{job.integer_codec.group_size}; leave out --bits and --group-size"
         )
     how = f"base as trained, {codec.bits} bits in groups of {codec.group_size}; separate adapter"
-    exported = _export_directory(job, "base", packer, job.compute_dtype, how)
-    write_adapter_copy(job.adapter_dir, job.out)
+    exported = _export_directory(job, "base", packer, job.compute_dtype, how, with_adapter=True)
     return replace(exported, exact=True)
 
 
@@ -248,16 +247,28 @@ def _describe_merge_loss(job: ExportSpec) -> str:
 
 
 def _export_directory(
-    job: ExportSpec, state: State, packer: WeightPacker, dtype: torch.dtype, how: str
+    job: ExportSpec,
+    state: State,
+    packer: WeightPacker,
+    dtype: torch.dtype,
+    how: str,
+    *,
+    with_adapter: bool = False,
 ) -> ExportResult:
-    check_output_free(job.out)
+    job.check_output()
     list_model_files(job.directory, code=job.base.trust_remote_code)  # fail before the export
-    with job.open_weights(state) as walk:
-        written = write_model_directory(walk, packer, job.out, dtype, compute=job.compute_dtype)
-        settings = {**walk.skeleton.settings, **packer.make_config(walk, list(written.unpacked))}
-    copy_model_files(job.directory, job.out, dtype, settings, code=job.base.trust_remote_code)
-    copy_tokenizer_files(job.adapter_dir, job.out)
-    add_stop_tokens(job.adapter_dir, job.out)
+    with publish_directory(job.out) as out:
+        with job.open_weights(state) as walk:
+            written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)
+            settings = {
+                **walk.skeleton.settings,
+                **packer.make_config(walk, list(written.unpacked)),
+            }
+        copy_model_files(job.directory, out, dtype, settings, code=job.base.trust_remote_code)
+        copy_tokenizer_files(job.adapter_dir, out)
+        add_stop_tokens(job.adapter_dir, out)
+        if with_adapter:
+            write_adapter_copy(job.adapter_dir, out, base=job.out)
     return ExportResult(written, job.out, how)
 
 
@@ -270,15 +281,21 @@ def _export_gguf(job: ExportSpec) -> ExportResult:
     fits = job.pooled and codec is not None and codec.bits <= 4 and codec.group_size % 32 == 0
     kind = job.kind or ("q4_1" if fits else "q8_0")
     file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
-    if file.exists():
-        raise UserError(f"{file} exists; choose another file")
-    if file.parent == job.out:
-        check_output_free(job.out)
-    with job.open_weights() as walk, tempfile.TemporaryDirectory() as scratch:
+    is_directory = file.parent == job.out
+    if is_directory:
+        job.check_output()
+    elif file.is_dir() or (file.exists() and not job.overwrite):
+        raise UserError(f"{file} exists; choose another file, or replace it with --overwrite")
+    with (
+        job.open_weights() as walk,
+        tempfile.TemporaryDirectory() as scratch,
+        publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
+    ):
+        remove_temporary_files(file)  # of a process that was killed
         copy_model_files(job.directory, Path(scratch), job.compute_dtype, {})
         copy_tokenizer_files(job.adapter_dir, Path(scratch))
         written = write_gguf_file(
-            walk, kind, file, Path(scratch), job.directory.name, job.compute_dtype
+            walk, kind, out / file.name, Path(scratch), job.directory.name, job.compute_dtype
         )
     kept = job.pooled and kind == "q4_1"
     as_trained = job.pooled or job.into == "decoded" or job.base.quant is None
