@@ -1,11 +1,15 @@
-"""Stopped and resumed at another number of ranks, a run goes on as if nothing had happened."""
+"""Stopped, and resumed on another engine or number of ranks, a run gives the same losses."""
 
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -13,33 +17,101 @@ from dist_peft.train.checkpoint import CheckpointManager
 from tests.support.dist import run_ranks
 from tests.support.story_runs import STEPS, STOP, losses, short, train
 
+Begun = tuple[Path, Path]
+"""Directories of an uninterrupted run in one process, and of the same run that was stopped."""
+
+
+@pytest.fixture(scope="module")
+def begin(
+    shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, dict[str, Any], int], Begun]:
+    """Train a case whole, and up to the stop on an engine and a number of ranks: each once."""
+    directory = tmp_path_factory.mktemp("resume")
+
+    @cache
+    def train_whole(case: str) -> Path:
+        whole = short(shared_data, directory, f"whole {case}", **CASES[case])
+        assert train(World(), whole) == 0
+        return Path(whole["save"]["dir"])
+
+    @cache
+    def train_cut(case: str, engine: str, stage: int | None, ranks: int) -> Path:
+        section = {"kind": engine} if stage is None else {"kind": engine, "stage": stage}
+        name = f"cut {case} {engine} {ranks}"
+        cut = short(shared_data, directory, name, engine=section, **CASES[case])
+        assert run_ranks(train, ranks, cut, STOP) == [75] * ranks
+        return Path(cut["save"]["dir"])
+
+    def train_both(case: str, engine: dict[str, Any], ranks: int) -> Begun:
+        return train_whole(case), train_cut(case, engine["kind"], engine.get("stage"), ranks)
+
+    return train_both
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "pissa": {"adapter__init": "pissa"},
+    "loftq": {"adapter__init": "loftq"},
+}
+
 
 @pytest.mark.dist
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("case", "ranks"),
-    [({}, 1), ({}, 3), ({"adapter__init": "pissa"}, 3), ({"adapter__init": "loftq"}, 1)],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "ranks"), [("nf4", 1), ("nf4", 3), ("pissa", 3), ("loftq", 1)])
 def test_resumed_at_other_ranks(
-    shared_data: Path, tmp_path: Path, case: dict[str, Any], ranks: int
+    begin: Callable[..., Begun], shared_data: Path, tmp_path: Path, case: str, ranks: int
 ) -> None:
-    whole = short(shared_data, tmp_path, "whole", **case)
-    assert run_ranks(train, 1, whole) == [0]
-    expected = losses(tmp_path / "whole")
-    assert len(expected) == STEPS and expected[-1] < expected[0]
+    whole, stopped = begin(case, {"kind": "fsdp2"}, 2)
+    expected = losses(whole)
+    assert len(expected) == STEPS and min(expected) < expected[0]
 
-    cut = short(shared_data, tmp_path, "cut", **case)
-    assert run_ranks(train, 2, cut, STOP) == [75, 75]
+    shutil.copytree(stopped, tmp_path / "cut")
+    cut = short(shared_data, tmp_path, "cut", **CASES[case])
     assert len(losses(tmp_path / "cut")) == STOP
     checkpoint = tmp_path / "cut" / "checkpoints" / f"step-{STOP:06d}"
     assert (
-        CheckpointManager.read_position(checkpoint).samples == STOP * whole["train"]["global_batch"]
+        CheckpointManager.read_position(checkpoint).samples == STOP * cut["train"]["global_batch"]
     )
     assert run_ranks(train, ranks, cut) == [0] * ranks
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "cut")), torch.tensor(expected), rtol=1e-6, atol=0
     )
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"kind": "zero", "stage": stage}
+
+
+ENGINES: dict[str, tuple[dict[str, Any], int, dict[str, Any], int, str]] = {
+    "fsdp2 on 2 -> zero 2 on 3": ({"kind": "fsdp2"}, 2, zero(2), 3, "pissa"),
+    "zero 1 on 3 -> zero 3 on 2": (zero(1), 3, zero(3), 2, "nf4"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.data
+@pytest.mark.parametrize("engines", ENGINES)
+def test_resumed_in_another_engine(
+    begin: Callable[..., Begun], shared_data: Path, tmp_path: Path, engines: str
+) -> None:
+    """The losses after are the uninterrupted run's, and the adapter written is whole."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    first, ranks, second, other_ranks, case = ENGINES[engines]
+    whole, stopped = begin(case, first, ranks)
+    shutil.copytree(stopped, tmp_path / "cut")
+    cut = short(shared_data, tmp_path, "cut", engine=second, **CASES[case])
+    assert run_ranks(train, other_ranks, cut) == [0] * other_ranks
+    expected, found = losses(whole), losses(tmp_path / "cut")
+    assert len(found) == STEPS
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-6, atol=0)
+    adapters = [
+        load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (whole, tmp_path / "cut")
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, want in adapters[0].items():
+        assert adapters[1][key].numel() and adapters[1][key].shape == want.shape
+        torch.testing.assert_close(adapters[1][key], want, rtol=1e-2, atol=1e-4, msg=key)
 
 
 @pytest.mark.data

@@ -1,0 +1,60 @@
+"""The table of the code and the list of removed tests count what they say."""
+
+from benchmarks.code_table import SourceTable
+from tests.support.removed_tests import TestFunction, find_removed_tests, iterate_tests
+
+SOURCE = '''"""A module."""
+
+import math
+
+
+def scale(x: float, /, *, by: float = 1.0) -> float:
+    """Scale.
+
+    Twice, or not.
+    """
+    # a comment of its own
+    import os  # not counted as one
+
+    if x > 0 and by > 0 or os.sep:
+        return math.sqrt(x)
+    return [y for y in (x, by) if y][0]
+
+
+def untyped(x):
+    return x
+'''
+
+
+def test_code_table_counts_a_module() -> None:
+    table = SourceTable()
+    table.add_file(SOURCE)
+    table.add_file("x = 1\n")
+    rows = dict(table.list_rows(test_lines=21))
+    assert rows["files"] == "2" and rows["lines"] == "21" and rows["functions"] == "2"
+    assert rows["function lines median/p95/max"] == "6/11/11"
+    assert rows["annotated functions"] == "50 %" and rows["modules with docstring"] == "50 %"
+    assert rows["docstring lines"] == "24 %" and rows["comment lines"] == "4.8 %"
+    assert rows["function-local imports"] == "1"
+    # 1, an if, two operands more, a comprehension and its condition
+    assert rows["complexity mean/p95/max"] == "3.50/6/6"
+    assert rows["lines of tests : source"] == "1.00"
+
+
+def read_tests(**sources: str) -> list[TestFunction]:
+    return [test for name, text in sources.items() for test in iterate_tests(name, text)]
+
+
+def test_removed_tests_are_those_of_which_there_are_fewer() -> None:
+    old = read_tests(
+        a="def test_refused():\n    assert run(1) == 2\n",
+        b="def test_refused():\n    assert load('x') is None\n\ndef test_kept():\n    pass\n",
+    )
+    new = read_tests(
+        c="def test_refused():\n    assert run(1) == 2\n\ndef test_kept():\n    pass\n",
+        d="def test_missing_file_is_refused():\n    assert load('x') is None\n",
+    )
+    (removed,) = find_removed_tests(old, new)
+    assert removed.old.path == "b" and removed.likeness == 1
+    assert removed.new is not None and removed.new.name == "test_missing_file_is_refused"
+    assert not find_removed_tests(old, old)
