@@ -12,8 +12,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe
-from dist_peft.train import objective
 from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.objective import TokenObjective
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.equality import build
 from tests.support.tiny_runs import tiny_tree, train
@@ -30,14 +30,14 @@ def test_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     tree = tiny_tree(tmp_path, data__eval=[])
     calls = []
-    real = objective.sum_token_loss
+    real = TokenObjective.compute_loss
 
     def poisoned(*args: Any) -> torch.Tensor:
         calls.append(1)
         return real(*args) * (torch.nan if len(calls) > 2 else 1)  # two rows a step
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective, "sum_token_loss", poisoned)
+        patch.setattr(TokenObjective, "compute_loss", poisoned)
         with pytest.raises(UserError, match=r"step 2: loss nan.*train\.lr"):
             train(tree)
     run = tmp_path / "run"
