@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from common import MIB, make_base, print_table, run_config, write_result
 
 from dist_peft.app.model_setup import build_model
 from dist_peft.app.resolved_config import resolve_config
+from dist_peft.core.span import Span
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.load import load_model
-from dist_peft.store.content import RowHashes, RowsBeingRead
+from dist_peft.store.content import BlockReader, RowHashes, RowsBeingRead
 from dist_peft.store.reader import RowReader
 
 CPU = torch.device("cpu")
@@ -53,7 +55,10 @@ class TimedRows:
         self._rows.hash_up_to(num_bytes)
         self._hashes.seconds += time.process_time() - begin
 
-    def finish(self) -> None:
+    def list_panels(self) -> Iterator[Span]:
+        return self._rows.list_panels()
+
+    def finish_hashing(self) -> None:
         begin = time.process_time()
         self._rows.finish_hashing()
         self._hashes.seconds += time.process_time() - begin
@@ -64,9 +69,11 @@ class TimedHashes(RowHashes):
 
     seconds = 0.0
 
-    def begin_hashing(self, name: str, first: int, data: torch.Tensor) -> Any:
+    def begin_hashing(
+        self, name: str, first: int, data: torch.Tensor, read_block: BlockReader
+    ) -> Any:
         begin = time.process_time()
-        rows = super().begin_hashing(name, first, data)
+        rows = super().begin_hashing(name, first, data, read_block)
         self.seconds += time.process_time() - begin
         return rows if rows is None else TimedRows(rows, self)
 

@@ -102,7 +102,7 @@ def gather_tensor_hashes(
     for name, (total, rows), someone in zip(names, summed, anywhere, strict=True):
         if name in whole:
             values.append(own[name].total)
-        elif not someone and rows == hashes.num_hashed_rows(name):
+        elif not someone and rows == hashes.count_rows(name):
             values.append(total % 2**64)
         else:
             values.append(None)

@@ -32,6 +32,7 @@ from dist_peft.app.model_setup import (
     load_weights,
 )
 from dist_peft.app.resolved_config import resolve_one_process
+from dist_peft.app.run_consistency import describe_tokenizer
 from dist_peft.app.run_directory import write_run_config
 from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config
@@ -70,6 +71,7 @@ def describe_adapter(
         **select_training_settings(config),
         "start": getattr(config.adapter, "init", "default"),
         "turn_end": list(turn_end_ids),
+        **describe_tokenizer(built.setup.tokenizer),
         "dist_peft": importlib.metadata.version("dist_peft"),
         "torch": torch.__version__,
     }

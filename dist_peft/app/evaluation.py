@@ -8,6 +8,7 @@ from typing import Any
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import read_checkpoint_bases
 from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model, make_choice_loader
+from dist_peft.app.document_isolation import check_document_isolation, count_packed_tokens
 from dist_peft.app.model_setup import (
     LoadedModel,
     ModelSetup,
@@ -19,7 +20,7 @@ from dist_peft.app.model_setup import (
 )
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.resolved_config import ResolvedConfig, find_solved_base, resolve_config
-from dist_peft.app.resuming import make_dated_loaders
+from dist_peft.app.resuming import check_trained_tokenizer, make_dated_loaders
 from dist_peft.app.run_identity import describe_rank_inputs
 from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.config.run import RunConfig
@@ -164,7 +165,8 @@ def _setup_evaluation(
             config, None if run_dir is None else find_solved_base(config, run_dir)
         )
         configs = _select_task_configs(resolved, runs)
-        setup = build_model(next(iter(configs.values())))
+        packed_tokens = count_packed_tokens(config)
+        setup = build_model(next(iter(configs.values())), packed_tokens=packed_tokens)
     saved = {name: _find_checkpoint(run, checkpoint, world) for name, run in runs.items()}
     with world.raise_together("compare the base with that of the checkpoint"):
         positions = {name: c.read_position(path) for name, (c, path) in saved.items()}
@@ -193,6 +195,7 @@ def _setup_evaluation(
         steps[name] = position.step
         if name:
             bank.store_active_adapter(name)
+    check_document_isolation(built, config)
     return _EvaluationSetup(built, bank, run_configs, loaders, steps)
 
 
@@ -211,6 +214,8 @@ def _make_adapter_loaders(
         if id(config) not in made:
             found = positions.get(name)
             made[id(config)] = make_dated_loaders(config, setup.tokenizer, world, found)
+            if found is not None:
+                check_trained_tokenizer(found, made[id(config)].inputs)
             world.check_agreement(
                 "inputs", describe_rank_inputs(config, setup, made[id(config)], None)
             )

@@ -14,6 +14,7 @@ from dist_peft.adapters.directory import (
 )
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.qalora.format import expand_to_plain_lora, to_pooled_peft
+from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
@@ -66,6 +67,7 @@ def export_adapter(
         UserError: PEFT has no such adapter, it is damaged, or ``out`` cannot be written.
         VerificationError: in PEFT on the base it does not compute the trained function.
     """
+    refuse_taken_place(out, "--out")
     adapter = run_dir / "adapter"
     check_output_free(out, overwrite=overwrite, inputs=(run_dir,))
     public = read_adapter_directory(adapter)

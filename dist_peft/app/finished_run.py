@@ -11,10 +11,12 @@ from typing import Any
 
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app.resolved_config import resolve_finished_run
+from dist_peft.app.run_consistency import refuse_older_adapter
 from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.export.stopping import read_turn_end_ids
 from dist_peft.model.hub import warn_of_trusted_code
 
 __all__ = ["load_finished_run", "select_training_settings"]
@@ -50,6 +52,8 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
             f"{run_dir} has no adapter/ yet: the run did not finish; resume it first, or take the "
             "adapter of a checkpoint with --checkpoint last"
         )
+    refuse_older_adapter(run_dir)
+    read_turn_end_ids(run_dir / "adapter")  # damaged ones are refused before the long work
     config = load_run_config(file, trust_remote_code=trust_remote_code)
     _refuse_contradiction(config, run_dir)
     warn_of_trusted_code(config.base)

@@ -9,6 +9,7 @@ value. ``docs/checkpoints.md`` has the table.
 """
 
 import datetime
+import importlib.metadata
 import logging
 import re
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 
 __all__ = [
     "check_run_is_resumable",
+    "check_trained_tokenizer",
     "make_dated_loaders",
     "may_change_on_resume",
     "read_run_inputs",
@@ -147,6 +149,36 @@ def _parse_template_date(text: str) -> datetime.date:
         return datetime.date.today()  # the comparison with the checkpoint then names both
 
 
+def _check_position(path: Path, found: RunPosition) -> None:
+    """Compare the numbers of ``run.json`` that select data and random numbers with its values."""
+    batch, seed = found.values.get("train.global_batch"), found.values.get("train.seed")
+    samples = found.step * batch if isinstance(batch, int) else None
+    for name, mine, other in (("samples", found.samples, samples), ("seed", found.seed, seed)):
+        if other is not None and mine != other:
+            raise UserError(
+                f"checkpoint {path} has a damaged run.json: {name} is {mine}, and by its values "
+                f"{other}; resume another checkpoint"
+            )
+
+
+def check_trained_tokenizer(found: RunPosition, inputs: Mapping[str, object]) -> None:
+    """Check that a run is evaluated with the tokenizer and chat templates it was trained with.
+
+    Raises:
+        UserError: another one. Where versions of ``tokenizers`` differ, a warning is logged.
+    """
+    keys = ("tokenizer of base.path", "chat template of base.path")
+    other = [key for key in keys if found.values.get(key, inputs[key]) != inputs[key]]
+    if not other:
+        return
+    told = f"{other[0]} is another one than the run was trained with"
+    then, now = found.values.get("version of tokenizers"), importlib.metadata.version("tokenizers")
+    if then != now:
+        log.warning("%s, or version %s of tokenizers, now %s, reads it so", told, then, now)
+        return
+    raise UserError(f"{told}: the loss would be of other tokens; restore the base's files")
+
+
 def check_run_is_resumable(path: Path, found: RunPosition, mine: Mapping[str, object]) -> None:
     """Check that this run may resume from checkpoint ``path``; log the allowed changes.
 
@@ -162,6 +194,7 @@ def check_run_is_resumable(path: Path, found: RunPosition, mine: Mapping[str, ob
             f"checkpoint {path} was written by an earlier version, which did not store the run's "
             "configuration; resume it with that version, or start over with resume: never"
         )
+    _check_position(path, found)
     refused: list[tuple[str, str, str]] = []
     allowed: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([*found.values, *mine]):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.core.config.io import dump_config
 from dist_peft.core.config.moved_paths import PATHS_NAME, format_path_record
 from dist_peft.core.config.run import RunConfig
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("dist_peft")
+
+_APPENDED = ("metrics.jsonl",)
+"""Written in place, as logs are; other files are replaced by a rename."""
 
 _SEEN_SECONDS = 10.0
 """The longest wait for a directory or file of another host; network file systems show them late."""
@@ -57,6 +61,13 @@ class RunDirectory:
         if not self.world.is_first:
             return
         run_dir = self.path
+        refuse_taken_place(run_dir, "save.dir", new=False)
+        for file in (*run_dir.glob("log*.txt"), *map(run_dir.joinpath, _APPENDED)):
+            if file.is_symlink():
+                raise UserError(
+                    f"{file} is a link to {file.resolve()}, to which the run would write; replace "
+                    "the link by the file, or choose another save.dir"
+                )
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"save.dir {run_dir} is a file; give a directory")
         nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())

@@ -16,13 +16,13 @@ from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.app.base_content import RECORD_FILE, format_base_record
 from dist_peft.app.checkpoint_adapter import describe_adapter, format_adapter_files
 from dist_peft.app.data_setup import DataLoaders
+from dist_peft.app.document_isolation import check_document_isolation
 from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
 from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.world import World
 from dist_peft.data.turn_end import find_turn_end_ids
@@ -30,7 +30,6 @@ from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.export.verify import Probe
-from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.hub import save_tokenizer
 from dist_peft.store.publish import publish_directory
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
@@ -114,18 +113,7 @@ class Trainer:
         Raises:
             UserError: packed documents attend to each other (on every rank).
         """
-        if self.config.data.packing:
-            self._check_document_isolation()
-
-    def _check_document_isolation(self) -> None:
-        with inference_mode(self.built.model):
-            longest = self.config.data.seq_len
-            if not documents_are_isolated(self.built.model, self.built.engine.device, longest):
-                raise UserError(
-                    f"a {self.built.setup.skeleton.model_config.model_type} model lets packed "
-                    "documents see "
-                    "each other; set data.packing: false"
-                )
+        check_document_isolation(self.built, self.config)
 
     def is_final_checkpoint(self, path: Path) -> bool:
         """Return whether checkpoint ``path`` is at or after the last step of this run."""

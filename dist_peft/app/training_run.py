@@ -12,6 +12,7 @@ from torch import nn
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
 from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
+from dist_peft.app.document_isolation import count_packed_tokens
 from dist_peft.app.model_setup import (
     LoadedModel,
     ModelSetup,
@@ -137,7 +138,7 @@ def _prepare_adapter_jobs(
     config = resolved.run
     with world.raise_together("read the base's configuration"):
         runs = resolved.split_tasks() if config.train.tasks == "separate" else {"": resolved}
-        packed_tokens = config.data.seq_len if config.data.packing else 0
+        packed_tokens = count_packed_tokens(config)
         setup = build_model(next(iter(runs.values())), packed_tokens=packed_tokens)
     warn_unused_options(config, world, setup.model, device.type)
     if not resolved.is_unsolved:

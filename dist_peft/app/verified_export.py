@@ -11,6 +11,8 @@ from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.app.export_adapter import VERIFY, VerificationOptions
 from dist_peft.app.export_options import INTEGER_ZERO
 from dist_peft.app.finished_run import load_finished_run
+from dist_peft.app.output_places import refuse_taken_place
+from dist_peft.app.run_consistency import check_tokenizer_of_base
 from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import QaLoraConfig, RunConfig
 from dist_peft.core.errors import UserError
@@ -54,6 +56,7 @@ def export_finished_run(
         UserError: the format does not support the run, or ``out`` cannot be written.
         VerificationError: the written model is not the trained one.
     """
+    refuse_taken_place(out, "--out")
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     _refuse_unfit_run(config, run_dir, name, options)
     probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
@@ -61,6 +64,7 @@ def export_finished_run(
     if pooled and options.get("into") == "decoded":
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
     directory = resolve_base_directory(config.base)
+    check_tokenizer_of_base(run_dir, directory, config.base.trust_remote_code)
     job = ExportSpec(config.base, directory, run_dir / "adapter", out, pooled, **options)
     exported = export_model(name, job)
     written = exported.written
@@ -154,9 +158,11 @@ def merge_finished_run(
         UserError: the run cannot be merged, or ``out`` cannot be written.
         VerificationError: the merged model is not the trained one.
     """
+    refuse_taken_place(out, "--out")
     config = load_finished_run(run_dir, trust_remote_code=trust_remote_code)
     probe = Probe.load_probe(run_dir / "probe.safetensors") if verify else None
     directory = resolve_base_directory(config.base)
+    check_tokenizer_of_base(run_dir, directory, config.base.trust_remote_code)
     as_trained = (
         into == "decoded"
         or config.base.quant is None

@@ -26,7 +26,7 @@ from dist_peft.core.world import World
 from dist_peft.model.hub import public_base_name
 from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.store.base_record import BaseRecord
-from dist_peft.store.content import RowHashes, to_signed_int64
+from dist_peft.store.content import RowHashes, is_comparable_hash, to_signed_int64
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
@@ -119,6 +119,14 @@ def check_origin_contents(out: Path, index: SafetensorsIndex, world: World) -> N
     with world.raise_together("look at the files of the unquantized base"):
         same_files = found.get("files") == _list_file_times(index)
     if known is None or not world.any_rank(not same_files):
+        return
+    if not is_comparable_hash(str(known)):
+        log.warning(
+            "%s was made by another version, with hashes of another kind: %s, whose files are "
+            "new, is compared by a sample of its bytes only",
+            out,
+            index.path,
+        )
         return
     log.info("hashing %s, from which the solved base was made: its files are new", index.path)
     content = BaseRecord("", tensors=hash_unread_tensors(index, index.tensors, world)).content_id

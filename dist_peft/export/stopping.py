@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.core.errors import UserError
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 
@@ -39,8 +40,20 @@ def _as_id_list(value: Any) -> list[int]:
 
 
 def read_turn_end_ids(adapter_dir: Path) -> list[int]:
-    """Return ``turn_end`` of a run's adapter; empty if it is unknown."""
-    return _as_id_list(read_adapter_metadata(adapter_dir).get("turn_end"))
+    """Return ``turn_end`` of a run's adapter; empty if it is unknown.
+
+    Raises:
+        UserError: it is no list of token ids.
+    """
+    found = read_adapter_metadata(adapter_dir).get("turn_end")
+    if found is None:
+        return []
+    if not isinstance(found, list) or len(ids := _as_id_list(found)) != len(found):
+        raise UserError(
+            f"{adapter_dir / 'dist_peft.json'} is damaged: turn_end is {found!r}, no list of token "
+            "ids; get the adapter again"
+        )
+    return ids
 
 
 def warn_missing_stop_token(directory: Path, turn_end: Sequence[int], names: Sequence[str]) -> None:

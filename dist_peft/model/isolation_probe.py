@@ -14,26 +14,40 @@ That is some MiB whatever the model is. The attention, convolutions, scans, rota
 masks are the family's own, with the widths, heads and window lengths of its config. Of the layers,
 the first ones run, until each kind of layer has run; two at least.
 
+Rows longer than ``_LONGEST`` would take a CPU minutes. Where the config names a length above that
+(``config_switches``: windows, chunks, longrope), a second model of the family is built, of the same
+config with these lengths shortened to a few dozen tokens, and tried on both sides of each.
+
 What it does not see: attention implementations that are for GPUs or half precision only (``sdpa``
 runs instead), and adapters. ``documents_are_isolated`` looks at the loaded model for these.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
+from dist_peft.model.config_switches import list_switches, shorten_switches
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
-from dist_peft.model.experts import FrozenExperts
+from dist_peft.model.experts import FrozenExperts, find_expert_modules
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.rotary import window_lengths
+from dist_peft.model.rotary import set_rotary_by_document
+from dist_peft.model.skeleton import EmptyOnMeta, find_decoder_blocks
 
-__all__ = ["is_isolated_in_float32", "layers_to_run", "refuse_leaks"]
+__all__ = [
+    "is_isolated_beyond_switches",
+    "is_isolated_in_float32",
+    "layers_to_run",
+    "refuse_leaks",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +57,16 @@ _LOGITS = 64
 _LONGEST = 2304
 """Tokens of a row: attention to many more takes a CPU minutes."""
 
+_MARGIN = 9
+"""Tokens that a row has more than the switch that is tried: one, and a short document."""
+
 _OVERLAP_FROM = 1 << 18
 """Numbers of a parameter from which on its rows overlap: 1 MiB."""
 
 
 def refuse_leaks(model: PreTrainedModel, blocks: Sequence[nn.Module], longest: int) -> None:
-    """Refuse a model whose packed documents see each other in float32.
+    """Refuse a model whose packed documents see each other in float32, in rows of up to ``longest``
+    tokens. Log a warning if lengths that the config names cannot be tried.
 
     Raises:
         UserError: packed documents see each other.
@@ -58,6 +76,33 @@ def refuse_leaks(model: PreTrainedModel, blocks: Sequence[nn.Module], longest: i
             f"a {model.config.model_type} model lets packed documents see each other (seen in "
             "float32, with random weights); set data.packing: false"
         )
+    longer = [
+        switch
+        for switch in list_switches(model.config)
+        if _LONGEST < switch.length + _MARGIN <= longest
+    ]
+    if not longer:
+        return
+    named = ", ".join(f"{switch.key}: {switch.length}" for switch in longer)
+    limit = longer[0].length
+    isolated = is_isolated_beyond_switches(model, longest)
+    if isolated is False:
+        raise UserError(
+            f"a {model.config.model_type} model lets packed documents see each other in rows of "
+            f"more than {limit} tokens ({named} in config.json; seen in float32, with random "
+            f"weights and that length shortened); set data.packing: false, or data.seq_len to "
+            f"{limit} at most"
+        )
+    if isolated is None:
+        log.warning(
+            "it could not be tried whether packed documents see each other in rows of more than %d "
+            "tokens (%s in config.json): with data.packing: false, or with data.seq_len of %d at "
+            "most, they do not",
+            limit,
+            named,
+            limit,
+            extra=ONCE,
+        )
 
 
 def is_isolated_in_float32(
@@ -65,7 +110,7 @@ def is_isolated_in_float32(
 ) -> bool | None:
     """``documents_are_isolated`` of a model without weights, in float32 on the CPU.
 
-    Besides the lengths of rotary angles, lengths on both sides of each attention window are tried.
+    Lengths on both sides of each switch that the config names are tried.
     The model is as before afterwards.
 
     Args:
@@ -89,7 +134,8 @@ def is_isolated_in_float32(
             _keep_first_layers(model, blocks)
             model.eval()
             longest = min(longest, _LONGEST)
-            return documents_are_isolated(model, _CPU, longest, window_lengths(config))
+            lengths = [switch.length for switch in list_switches(config)]
+            return documents_are_isolated(model, _CPU, longest, lengths)
     except Exception as error:  # of any family's code
         log.info(
             "packed documents cannot be tried in float32 without weights, only on the loaded "
@@ -100,6 +146,52 @@ def is_isolated_in_float32(
         return None
     finally:
         config._attn_implementation, config.dtype = attention, dtype
+
+
+def is_isolated_beyond_switches(model: PreTrainedModel, longest: int) -> bool | None:
+    """``is_isolated_in_float32`` of a model of the same config but for the lengths that it names:
+    those that fit into ``longest`` are shortened.
+
+    Takes a few forwards of less than 100 tokens, whatever the lengths are.
+
+    Returns:
+        True where there is no such length; None where the family's code does not run this way, and
+        nothing is known.
+    """
+    config, lengths = shorten_switches(model.config, longest - _MARGIN)
+    if not lengths:
+        return True
+    if config._attn_implementation not in (*ON_ANY_DEVICE, DOCUMENT_ATTENTION):
+        config._attn_implementation = "sdpa"
+    config.dtype = torch.float32
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with EmptyOnMeta():
+                small: PreTrainedModel = type(model)(config)
+            set_rotary_by_document(small)
+            blocks = find_decoder_blocks(small)
+            with suppress(UserError):  # experts of another kind run as they are
+                for experts in find_expert_modules(blocks):
+                    vars(experts)["forward"] = _experts_answer
+            _fill_with_random_numbers(small)
+            _keep_first_layers(small, blocks)
+            small.eval()
+            if not documents_are_isolated(small, _CPU):
+                return None  # though the model itself is: not the same model
+            if documents_are_isolated(small, _CPU, lengths[-1] + _MARGIN, lengths):
+                return True
+            return False if _has_finite_logits(small, lengths[-1] + 1) else None
+    except Exception as error:  # of any family's code
+        log.info("no model with shorter switches (%s: %s)", type(error).__name__, error)
+        return None
+
+
+@torch.no_grad()
+def _has_finite_logits(model: PreTrainedModel, length: int) -> bool:
+    places = torch.arange(length).unsqueeze(0)
+    logits: Tensor = model(input_ids=places % 3, position_ids=places, use_cache=False).logits
+    return bool(logits.isfinite().all())
 
 
 def layers_to_run(blocks: Sequence[nn.Module], types: Sequence[str] = ()) -> int:
@@ -131,7 +223,7 @@ def _fill_with_random_numbers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FrozenExperts):
             vars(module)["forward"] = _experts_answer
-        elif isinstance(module, (nn.Linear, FrozenLinear)):
+        elif isinstance(module, FrozenLinear) or _is_plain_linear(module):
             shape = (module.in_features, _LOGITS if module is head else module.out_features)
             if shape not in pairs:
                 rows, columns = torch.randn(shape[0], _RANK), torch.randn(_RANK, shape[1])
@@ -148,6 +240,11 @@ def _fill_with_random_numbers(model: PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.float()
+
+
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its forward is Linear's: Llama 4's router, a subclass, returns two tensors."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _random_parameter(name: str, parameter: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ __all__ = [
     "compute_document_lengths",
     "list_switch_lengths",
     "set_rotary_by_document",
-    "window_lengths",
 ]
 
 
@@ -45,14 +44,6 @@ def list_switch_lengths(config: Any) -> list[int]:
             original = parameters.get("original_max_position_embeddings")
             found.add(int(original or text.max_position_embeddings))
     return sorted(found)
-
-
-def window_lengths(config: Any) -> list[int]:
-    """Sequence lengths beyond which layers see a part of a document only, in order."""
-    text = config.get_text_config()
-    keys = ("sliding_window", "attention_chunk_size", "local_attention")
-    found = {getattr(text, key, None) for key in keys}
-    return sorted(int(n) for n in found if isinstance(n, int) and n > 0)
 
 
 def set_rotary_by_document(model: nn.Module) -> None:

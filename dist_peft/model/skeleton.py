@@ -48,7 +48,13 @@ from dist_peft.quant.codec import RawCodec, make_codec
 from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
 
-__all__ = ["Skeleton", "build_skeleton", "find_decoder_blocks", "parse_torch_dtype"]
+__all__ = [
+    "EmptyOnMeta",
+    "Skeleton",
+    "build_skeleton",
+    "find_decoder_blocks",
+    "parse_torch_dtype",
+]
 
 
 @dataclass
@@ -106,7 +112,7 @@ class Skeleton:
         return self.max_positions is not None and not rotary
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """Redirects allocations of uninitialized memory to ``meta``; everything else runs as is."""
 
     def __torch_function__(
@@ -220,7 +226,7 @@ def _build_on_meta(
     config: PretrainedConfig, base: BaseConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     try:
-        with _EmptyOnMeta():
+        with EmptyOnMeta():
             return classifier.MODELS[base.head].from_config(
                 config,
                 dtype=dtype,

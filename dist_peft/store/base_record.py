@@ -4,7 +4,7 @@ An adapter and every checkpoint have a record::
 
     {"fingerprint": "v2:...",            a sample of the files; known before they are read
      "config": {"rope_theta": 10000, ...},       ``config.json``, keys that affect the function
-     "tensors": {"model.norm.weight": "9c1f...", ...}}   a hash of all rows of each tensor in use
+     "tensors": {"model.norm.weight": "2:9c1f...", ...}} a hash of all rows of each tensor in use
 
 Checks run as early as their data are known: ``check_sample`` before a base is loaded,
 ``check_tensors`` after all its rows were read. Messages name the keys and tensors that differ.
@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.store.content import is_comparable_hash, tag_hash
 from dist_peft.store.fingerprint import is_sampled_fingerprint, read_config_meaning
 from dist_peft.store.index import SafetensorsIndex
 
@@ -68,7 +69,9 @@ class BaseRecord:
 
     @classmethod
     def from_metadata(cls, about: Mapping[str, Any], where: Path) -> "BaseRecord":
-        """Rebuild a record from the keys that ``metadata`` or an earlier version wrote.
+        """Rebuild a record from the keys that ``to_metadata`` or another version wrote.
+
+        Hashes of another kind than this version computes are left out, as if there were none.
 
         Args:
             where: the file, for messages.
@@ -81,25 +84,27 @@ class BaseRecord:
         known: dict[str, Any] = content if isinstance(content, dict) else {"tensors": None}
         config, tensors = known.get("config"), known.get("tensors", {})
         well = isinstance(fingerprint, str) and isinstance(config, dict | None)
-        if not (well and isinstance(tensors, dict)) or not all(
-            isinstance(value, str) for value in tensors.values()
-        ):
+        well = well and isinstance(tensors, dict)
+        well = well and all(isinstance(value, str) for value in tensors.values())
+        if not well or len({is_comparable_hash(value) for value in tensors.values()}) > 1:
             raise UserError(
                 f"{where} is damaged: base_fingerprint or base_content is not as this project "
                 "writes; get it again"
             )
-        return cls(str(about.get("base", "")), fingerprint, config, tensors)
+        kept = {name: value for name, value in tensors.items() if is_comparable_hash(value)}
+        return cls(str(about.get("base", "")), fingerprint, config, kept)
 
     # -- comparing -------------------------------------------------------------------------------
 
     @property
     def content_id(self) -> str:
-        """One hexadecimal SHA-256 for ``tensors``."""
-        return hashlib.sha256(json.dumps(sorted(self.tensors.items())).encode()).hexdigest()
+        """One hexadecimal SHA-256 for ``tensors``, tagged as they are."""
+        text = json.dumps(sorted(self.tensors.items()))
+        return tag_hash(hashlib.sha256(text.encode()).hexdigest())
 
     @property
     def is_complete(self) -> bool:
-        """Whether all rows can be compared; else it is of an earlier version."""
+        """Whether all rows can be compared; else it is of another version."""
         return bool(self.tensors)
 
     def check_sample(self, index: SafetensorsIndex, subject: str, fix: str) -> None:
@@ -116,8 +121,8 @@ class BaseRecord:
         if not self.fingerprint or index.matches_fingerprint(self.fingerprint):
             if self.fingerprint and not self.is_complete:
                 log.info(
-                    "%s is of an earlier version, which kept no hashes of the base's rows: %s is "
-                    "compared by a sample of its bytes only",
+                    "%s is of another version, which kept no hashes of the base's rows or of "
+                    "another kind: %s is compared by a sample of its bytes only",
                     subject,
                     index.path,
                     extra=ONCE,

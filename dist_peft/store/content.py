@@ -1,27 +1,31 @@
-"""Hashes of a base's tensors, computed row by row while the rows are read for another purpose.
+"""Hashes of a base's tensors, computed while their rows are read for another purpose.
 
-Every row is hashed with its number, and a tensor's hash is the sum of its rows' hashes::
+Rows are hashed in blocks, counted from the tensor's first row, and a tensor's hash is a sum over
+its rows, each with the hash of the block that it lies in and its own number::
 
-    h(tensor) = sum over rows i of  h(i, bytes of row i)     mod 2^64
+    h(tensor) = sum over rows i of  mix(XXH3(bytes of the block with row i), i)     mod 2^64
 
-A sum does not depend on the order, so that it is the same however rows are distributed over ranks
-and cut into chunks; the ranks add their sums up. A row is the last dimension: of a stack of experts
-``[E, out, in]`` every expert has ``out`` rows; of a vector a row is an element. Rows of at least
-``_SHORT`` bytes are hashed with XXH3, of shorter ones every 8 bytes stand for themselves; either is
-mixed with its position by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), for all at once.
-Every byte counts, and one that changes always changes the sum where rows are short; of a longer row
-XXH3 misses a change with a chance of 2^-64.
+The sum does not depend on the order, so that it is the same however rows are distributed over ranks
+and cut into chunks; the ranks add their sums up. A rank whose rows begin or end inside a block
+reads the rest of it from its own file (``BlockReader``), so that its rows are compared as well: at
+most two blocks of 64 KiB for each range of rows.
 
-Where the time of it goes (``benchmarks/hash_cost.py``): XXH3 needs the rows in the processor's
-cache, so they are hashed panel by panel between the reads of a file (``RowsBeingRead``); arithmetic
-on arrays costs by the call at that size, so positions are mixed in once a read, not once a panel.
+A row is the last dimension: of a stack of experts ``[E, out, in]`` every expert has ``out`` rows;
+of a vector a row is an element. A block is as many rows, a power of two, as fit into 64 KiB, and
+one row of longer ones. ``mix`` is the finalizer of SplitMix64 (Steele, Lea, Flood 2014), for all
+rows at once. Every byte counts; a change is missed with a chance of 2^-64.
+
+Where the time of it goes (``benchmarks/hash_cost.py``): a call for each row of 8 KB takes as long
+as XXH3 itself, hence blocks; XXH3 needs them in the processor's cache, so they are hashed panel by
+panel between the reads of a file (``RowsBeingRead``); arithmetic on arrays costs by the call at
+that size, so numbers of rows are mixed in once a read, not once a panel.
 
 This finds other weights, damaged files and mistaken directories; it is no protection against an
 adversary, who can construct another base of the same hash.
 """
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,18 +39,27 @@ from dist_peft.core.span import Span
 from dist_peft.store.format import TensorSpec
 
 __all__ = [
+    "BlockReader",
     "RowHashes",
+    "RowLayout",
     "RowsBeingRead",
     "TensorHashSum",
-    "flat_row_layout",
     "hash_rows",
+    "is_comparable_hash",
+    "tag_hash",
     "to_signed_int64",
 ]
 
-_SHORT = 96
-"""Bytes; below it one call per row costs more than arithmetic on arrays."""
+_VERSION = "2"
+"""In front of every hash: those of another version cannot be compared. 1 hashed row by row and had
+no number."""
 
-_WORDS_AT_ONCE = 1 << 18
+_BLOCK_BYTES = 1 << 16
+_PANEL_BYTES = 1 << 19
+"""Read before it is hashed: it should still be in the processor's cache then."""
+
+BlockReader = Callable[[Span], memoryview]
+"""Reads rows of the tensor at hand, for their hash alone."""
 
 _digest: Callable[[Any], int] = xxhash.xxh3_64_intdigest
 
@@ -61,56 +74,74 @@ def to_signed_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def flat_row_layout(spec: TensorSpec) -> tuple[int, int]:
-    """Return number of rows (see the module) of a tensor, and bytes of each."""
-    if len(spec.shape) < 2:
-        return spec.num_rows, spec.dtype.itemsize
-    row_bytes = spec.shape[-1] * spec.dtype.itemsize
-    return torch.Size(spec.shape[:-1]).numel(), row_bytes
+@dataclass(frozen=True)
+class RowLayout:
+    """How a tensor's bytes are hashed.
+
+    Attributes:
+        rows: see the module.
+        row_bytes: of each.
+        block_rows: rows that are hashed together.
+    """
+
+    rows: int
+    row_bytes: int
+    block_rows: int = 1
+
+    @classmethod
+    def of_tensor(cls, spec: TensorSpec) -> "RowLayout":
+        """Return the layout of a tensor as its file has it."""
+        if len(spec.shape) < 2:
+            rows, row_bytes = spec.num_rows, spec.dtype.itemsize
+        else:
+            rows = torch.Size(spec.shape[:-1]).numel()
+            row_bytes = spec.shape[-1] * spec.dtype.itemsize
+        block_rows = 1 << max(0, (_BLOCK_BYTES // max(1, row_bytes)).bit_length() - 1)
+        return cls(rows, row_bytes, block_rows)
+
+    def block_of_row(self, row: int) -> Span:
+        """Return the rows that are hashed together with ``row``."""
+        start = row - row % self.block_rows
+        return Span(start, min(start + self.block_rows, self.rows))
+
+    def list_panel_ends(self, span: Span) -> list[int]:
+        """Return where to pause in reading ``span`` to hash what was read: row numbers."""
+        step = max(1, _PANEL_BYTES // (self.block_rows * self.row_bytes)) * self.block_rows
+        return [*range(span.start - span.start % step + step, span.stop, step), span.stop]
 
 
-def hash_rows(data: Tensor, first: int, row_bytes: int) -> int:
-    """Return the sum of the hashes of rows that lie behind each other.
+def hash_rows(data: Tensor, layout: RowLayout) -> int:
+    """Return the sum of the hashes of all rows of a tensor.
 
     Args:
-        data: contiguous ``uint8`` on the CPU, a multiple of ``row_bytes`` long.
-        first: the number of the first row.
-        row_bytes: at least 1.
+        data: contiguous ``uint8`` on the CPU, of ``layout``'s size.
 
     Returns:
-        Below 2^64. ``hash_rows`` of two parts of ``data`` add up to that of the whole.
+        Below 2^64.
     """
-    if not data.numel():
-        return 0
-    array: NDArray[np.uint8] = data.numpy().reshape(-1)
-    if row_bytes < _SHORT:
-        return _hash_short_rows(array, first, row_bytes)
-    return _sum_row_digests(_hash_each_row(array, row_bytes), first)
+    known = TensorHashSum(layout)
+    if data.numel():
+        rows = RowsBeingRead(known, 0, data)
+        rows.hash_up_to(data.numel())
+        rows.finish_hashing()
+    return known.total
 
 
-def _hash_each_row(array: NDArray[np.uint8], row_bytes: int) -> NDArray[np.uint64]:
-    rows = len(array) // row_bytes
-    return np.fromiter(map(_digest, array.reshape(rows, row_bytes)), np.uint64, rows)
+def tag_hash(text: str) -> str:
+    """Return ``text``, made of row hashes, behind the number of their kind and a colon."""
+    return f"{_VERSION}:{text}"
 
 
-def _sum_row_digests(digests: NDArray[np.uint64], first: int) -> int:
+def is_comparable_hash(text: str) -> bool:
+    """Return whether ``text`` is a hash of the kind that this version computes."""
+    return text.startswith(tag_hash(""))
+
+
+def _sum_row_hashes(digests: NDArray[np.uint64], first: int) -> int:
+    """Sum over rows from number ``first`` on, given the digest of each row's block."""
     places = np.arange(first + 1, first + 1 + len(digests), dtype=np.uint64)
     total = _mix_bits(digests ^ _mix_bits(places * _GOLDEN)).sum(dtype=np.uint64)
     return int(total) & _MASK
-
-
-def _hash_short_rows(array: NDArray[np.uint8], first: int, row_bytes: int) -> int:
-    rows, words = len(array) // row_bytes, -(-row_bytes // 8)
-    total, step = 0, max(1, _WORDS_AT_ONCE // words)
-    for start in range(0, rows, step):
-        part = array[start * row_bytes : (start + step) * row_bytes].reshape(-1, row_bytes)
-        padded = np.zeros((len(part), 8 * words), np.uint8)
-        padded[:, :row_bytes] = part
-        begin = (first + start) * words
-        places = np.arange(begin + 1, begin + 1 + padded.size // 8, dtype=np.uint64)
-        numbers = padded.reshape(-1).view("<u8") ^ _mix_bits(places * _GOLDEN)
-        total += int(_mix_bits(numbers).sum(dtype=np.uint64))
-    return total & _MASK
 
 
 def _mix_bits(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -125,12 +156,12 @@ class TensorHashSum:
     """Hash of the rows of one tensor that were read so far.
 
     Attributes:
-        rows: of the whole tensor.
+        layout: of the whole tensor.
         total: the sum of the hashes of the rows in ``spans``.
         spans: disjoint and sorted.
     """
 
-    rows: int
+    layout: RowLayout
     total: int = 0
     spans: list[Span] = field(default_factory=list)
 
@@ -160,7 +191,7 @@ class TensorHashSum:
 
     @property
     def is_complete(self) -> bool:
-        return not self.list_missing_spans(Span(0, self.rows))
+        return not self.list_missing_spans(Span(0, self.layout.rows))
 
     @property
     def num_hashed_rows(self) -> int:
@@ -172,40 +203,68 @@ class RowsBeingRead:
     """Rows of one tensor that a reader is filling in, hashed as far as they are read.
 
     Args:
-        known: of the tensor; gets the rows at ``finish``, so that a read that fails adds nothing.
+        known: of the tensor; gets the rows at ``finish_hashing``, so that a read that fails adds
+            nothing.
         first: number of the first row.
         data: contiguous ``uint8`` on the CPU, whole rows, at least one.
-        row_bytes: of each.
+        read_block: for the rest of blocks of which ``data`` has a part; None: it has none such.
     """
 
-    def __init__(self, known: TensorHashSum, first: int, data: Tensor, row_bytes: int) -> None:
-        self._known, self._first, self._row_bytes = known, first, row_bytes
-        self._array: NDArray[np.uint8] = data.numpy().reshape(-1)
-        self._done = 0
-        self._rows = None if row_bytes < _SHORT else self._array.reshape(-1, row_bytes)
-        self._digests = array("Q")  # extended in C: cheaper for a panel than an array of numpy's
+    def __init__(
+        self,
+        known: TensorHashSum,
+        first: int,
+        data: Tensor,
+        read_block: BlockReader | None = None,
+    ) -> None:
+        self._known, self._layout, self._read_block = known, known.layout, read_block
+        self._memory = data.numpy().reshape(-1).data
+        self._rows = Span(first, first + len(self._memory) // self._layout.row_bytes)
+        # a row number, of the first block that begins in data
+        self._begun = self._done = first + -first % self._layout.block_rows
+        self._digests = array("Q")
+
+    def list_panels(self) -> Iterator[Span]:
+        """Yield byte ranges of ``data``, in order: read one, then call ``hash_up_to`` its end."""
+        first, size, start = self._rows.start, self._layout.row_bytes, 0
+        for end in self._layout.list_panel_ends(self._rows):
+            stop = (end - first) * size
+            yield Span(start, stop)
+            start = stop
 
     def hash_up_to(self, num_bytes: int) -> None:
-        """Hash ``data`` up to byte ``num_bytes``, a multiple of ``row_bytes``, as read so far."""
-        if self._rows is not None:
-            fresh = self._rows[len(self._digests) : num_bytes // self._row_bytes]
-            self._digests.extend(map(_digest, fresh))
-        self._done = num_bytes
+        """Hash the blocks that lie in the first ``num_bytes`` of ``data``, as read so far."""
+        layout, size, first = self._layout, self._layout.row_bytes, self._rows.start
+        stop = first + num_bytes // size
+        stop -= 0 if stop == layout.rows else stop % layout.block_rows
+        memory, step, end = self._memory, layout.block_rows * size, (stop - first) * size
+        for begin in range((self._done - first) * size, end, step):
+            self._digests.append(_digest(memory[begin : min(begin + step, end)]))
+        self._done = max(self._done, stop)
 
     def finish_hashing(self) -> None:
-        """Hash the rest of ``data`` and add it to the tensor; rows added before count once."""
-        assert self._done == len(self._array)
-        rows = Span(self._first, self._first + len(self._array) // self._row_bytes)
-        digests = np.frombuffer(self._digests, np.uint64) if self._digests else None
+        """Add the rows to the tensor, after all of them were read; rows added before count once.
+
+        Raises:
+            UserError, OSError: of ``read_block``.
+        """
+        rows, layout = self._rows, self._layout
+        assert self._done > rows.stop - layout.block_rows
+        blocks = [*self._digests]
+        if rows.start < self._begun:
+            blocks.insert(0, self._hash_shared_block(rows.start))
+        if self._begun <= self._done < rows.stop:
+            blocks.append(self._hash_shared_block(self._done))
+        digests = np.array(blocks, np.uint64).repeat(layout.block_rows)
+        digests = digests[rows.start % layout.block_rows :]
         for gap in self._known.list_missing_spans(rows):
-            own = gap.shifted_by(-self._first)
-            if digests is not None:
-                part = _sum_row_digests(digests[own.slice], gap.start)
-            else:
-                short = self._array[own.start * self._row_bytes : own.stop * self._row_bytes]
-                part = _hash_short_rows(short, gap.start, self._row_bytes)
+            part = _sum_row_hashes(digests[gap.shifted_by(-rows.start).slice], gap.start)
             self._known.total = (self._known.total + part) & _MASK
             self._known.mark_hashed(gap)
+
+    def _hash_shared_block(self, row: int) -> int:
+        assert self._read_block is not None
+        return _digest(self._read_block(self._layout.block_of_row(row)))
 
 
 class RowHashes:
@@ -226,6 +285,7 @@ class RowHashes:
     def __init__(self, plain: Iterable[TensorSpec], packed: Iterable[TensorSpec] = ()) -> None:
         self._plain = {spec.name: spec for spec in plain}
         self._packed = {spec.name: spec for spec in packed}
+        self._layouts = {spec.name: RowLayout.of_tensor(spec) for spec in self._plain.values()}
         self.sums: dict[str, TensorHashSum] = {}
 
     @property
@@ -233,61 +293,50 @@ class RowHashes:
         """Names of all tensors that can be hashed, sorted."""
         return sorted([*self._plain, *self._packed])
 
-    def num_hashed_rows(self, name: str) -> int:
-        """Return the number of rows of the tensor hashed so far."""
-        return (
-            self._packed[name].num_rows
-            if name in self._packed
-            else flat_row_layout(self._plain[name])[0]
-        )
+    def count_rows(self, name: str) -> int:
+        """Return how many rows a tensor that can be hashed has."""
+        packed = self._packed.get(name)
+        return self._layouts[name].rows if packed is None else packed.num_rows
 
-    def begin_hashing(self, name: str, first: int, data: Tensor) -> RowsBeingRead | None:
+    def begin_hashing(
+        self, name: str, first: int, data: Tensor, read_block: BlockReader
+    ) -> RowsBeingRead | None:
         """Hash rows of a tensor, as bytes of its file, while they are read.
 
         Args:
             first: number of the first row.
             data: contiguous ``uint8``, whole rows, yet to be read.
+            read_block: of this tensor.
 
         Returns:
             None where there is nothing to do: the tensor is not hashed, or these rows were.
         """
-        spec = self._plain.get(name)
-        return (
-            None
-            if spec is None
-            else self._begin_hashing_rows(name, first, data, flat_row_layout(spec)[1])
-        )
-
-    def add_plain_rows(self, name: str, first: int, data: Tensor) -> None:
-        """Hash rows of a tensor that have been read; see ``begin_hashing``."""
-        self._add_finished_rows(self.begin_hashing(name, first, data), data)
+        return None if name not in self._plain else self._begin_rows(name, first, data, read_block)
 
     def add_packed_rows(self, name: str, first: int, packed: Tensor) -> None:
         """Hash packed rows ``uint8 [n, row_bytes]`` of a weight stored as several tensors."""
-        if name in self._packed:
-            data = packed.cpu().contiguous()
-            self._add_finished_rows(
-                self._begin_hashing_rows(name, first, data, packed.shape[1]), data
-            )
-
-    def _begin_hashing_rows(
-        self, name: str, first: int, data: Tensor, row_bytes: int
-    ) -> RowsBeingRead | None:
-        if not data.numel():
-            return None
-        known = self.sums.setdefault(name, TensorHashSum(self.num_hashed_rows(name)))
-        if not known.list_missing_spans(Span(first, first + data.numel() // row_bytes)):
-            return None
-        return RowsBeingRead(known, first, data, row_bytes)
-
-    @staticmethod
-    def _add_finished_rows(rows: RowsBeingRead | None, data: Tensor) -> None:
-        if rows is not None:
+        if name not in self._packed:
+            return
+        self._layouts.setdefault(name, RowLayout(self._packed[name].num_rows, packed.shape[1]))
+        data = packed.cpu().contiguous()
+        if (rows := self._begin_rows(name, first, data)) is not None:
             rows.hash_up_to(data.numel())
             rows.finish_hashing()
 
+    def _begin_rows(
+        self, name: str, first: int, data: Tensor, read_block: BlockReader | None = None
+    ) -> RowsBeingRead | None:
+        if not data.numel():
+            return None
+        layout = self._layouts[name]
+        known = self.sums.setdefault(name, TensorHashSum(layout))
+        if not known.list_missing_spans(Span(first, first + data.numel() // layout.row_bytes)):
+            return None
+        return RowsBeingRead(known, first, data, read_block)
+
     def describe_tensor(self, name: str, total: int) -> str:
-        """Return the hash of a whole tensor, its type and shape included: 16 hexadecimal digits."""
+        """Return the hash of a whole tensor, its type and shape included: the number of the kind of
+        hash, a colon and 16 hexadecimal digits."""
         spec = self._packed.get(name) or self._plain[name]
         header = xxhash.xxh3_64_intdigest(f"{spec.dtype} {list(spec.shape)}".encode())
-        return f"{(total + header) & _MASK:016x}"
+        return tag_hash(f"{(total + header) & _MASK:016x}")

@@ -14,7 +14,7 @@ row, and these pieces alone are read.
 """
 
 import os
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.span import Span
-from dist_peft.store.content import RowHashes, RowsBeingRead, flat_row_layout
+from dist_peft.store.content import RowHashes, RowLayout, RowsBeingRead
 from dist_peft.store.fileio import OpenFiles, read_exactly, translate_read_errors
+from dist_peft.store.format import TensorInfo
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = ["RowReader"]
-
-_PANEL_BYTES = 1 << 19
-"""Read before it is hashed: it should still be in the processor's cache then."""
 
 
 class RowReader:
@@ -39,6 +37,8 @@ class RowReader:
         index: where the tensors are.
         bytes_read: bytes of all ``read`` calls so far.
         largest_read: bytes of the largest one.
+        bytes_read_again: bytes, next to the rows asked for or of them, that were read for hashes
+            alone (``store.content``).
         hashes: gets all whole rows that are read; None: nothing is hashed.
     """
 
@@ -46,6 +46,7 @@ class RowReader:
         self.index, self.hashes = index, hashes
         self.bytes_read = 0
         self.largest_read = 0
+        self.bytes_read_again = 0
         self._files = OpenFiles(os.O_RDONLY)
 
     def __enter__(self) -> Self:
@@ -96,9 +97,8 @@ class RowReader:
                 (begin + row * info.row_bytes, len(columns) * size)
                 for row in range(span.start, span.stop)
             ]
-        rows, row_bytes = flat_row_layout(info)
-        first = span.start * (rows // max(1, info.num_rows))
-        data = self._read_pieces(info.file, pieces, (name, first, row_bytes) if whole else None)
+        first = span.start * (RowLayout.of_tensor(info).rows // max(1, info.num_rows))
+        data = self._read_pieces(info, pieces, first if whole else None)
         return data.view(info.dtype).reshape(shape)
 
     def read_flat_rows(self, name: str, span: Span) -> Tensor:
@@ -116,42 +116,45 @@ class RowReader:
         if span.stop * row > info.num_bytes:
             raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
         pieces = [(info.start + span.start * row, len(span) * row)]
-        hashed = (name, span.start, row) if len(info.shape) > 1 else None
-        data = self._read_pieces(info.file, pieces, hashed)
+        data = self._read_pieces(info, pieces, span.start if len(info.shape) > 1 else None)
         return data.view(info.dtype).reshape(len(span), info.shape[-1])
 
     def _read_pieces(
-        self, file: Path, pieces: list[tuple[int, int]], hashed: tuple[str, int, int] | None
+        self, info: TensorInfo, pieces: list[tuple[int, int]], first: int | None
     ) -> Tensor:
-        """Read pieces (offset, length) of a file into one ``uint8`` tensor.
+        """Read pieces (offset, length) of a tensor's file into one ``uint8`` tensor.
 
         Args:
-            hashed: of one piece that is whole rows: name, number of the first row, bytes of a row.
+            first: of one piece that is whole rows: the number of the first one, for hashes.
         """
         data = torch.empty(sum(length for _, length in pieces), dtype=torch.uint8)
         if data.numel():
             memory, done = data.numpy().data, 0
             rows: RowsBeingRead | None = None
-            if self.hashes is not None and hashed is not None:
-                name, first, row_bytes = hashed
-                rows = self.hashes.begin_hashing(name, first, data)
+            if self.hashes is not None and first is not None:
+                read_block = partial(self._read_block, info)
+                rows = self.hashes.begin_hashing(info.name, first, data, read_block)
                 if rows is not None:
-                    pieces = _split_into_panels(*pieces[0], row_bytes)
-            with translate_read_errors(file):
-                descriptor = self._files.get_descriptor(file)
+                    begin = pieces[0][0]
+                    pieces = [(begin + part.start, len(part)) for part in rows.list_panels()]
+            with translate_read_errors(info.file):
+                descriptor = self._files.get_descriptor(info.file)
                 for offset, length in pieces:
-                    read_exactly(descriptor, memory[done : done + length], offset, file)
+                    read_exactly(descriptor, memory[done : done + length], offset, info.file)
                     done += length
                     if rows is not None:
                         rows.hash_up_to(done)
-            if rows is not None:
-                rows.finish_hashing()
+                if rows is not None:
+                    rows.finish_hashing()
         self.bytes_read += data.numel()
         self.largest_read = max(self.largest_read, data.numel())
         return data
 
-
-def _split_into_panels(offset: int, length: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Cut one piece into panels of about ``_PANEL_BYTES`` each, in whole rows."""
-    step = max(1, _PANEL_BYTES // row_bytes) * row_bytes
-    return [(offset + done, min(step, length - done)) for done in range(0, length, step)]
+    def _read_block(self, info: TensorInfo, rows: Span) -> memoryview:
+        """Read rows (of the last dimension) for their hash alone."""
+        size = RowLayout.of_tensor(info).row_bytes
+        memory = memoryview(bytearray(len(rows) * size))
+        descriptor = self._files.get_descriptor(info.file)
+        read_exactly(descriptor, memory, info.start + rows.start * size, info.file)
+        self.bytes_read_again += len(memory)
+        return memory

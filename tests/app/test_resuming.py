@@ -165,6 +165,21 @@ def test_optimizer_of_the_same_algorithm(before: str, now: str, good: bool) -> N
             check_run_is_resumable(Path("c"), found, {"train.optimizer": now})
 
 
+@pytest.mark.parametrize(
+    ("samples", "seed", "message"),
+    [(8, 3, None), (7, 3, "samples is 7, and by its values 8"), (8, 4, "seed is 4, and by its")],
+)
+def test_position_that_contradicts_its_values(samples: int, seed: int, message: str | None) -> None:
+    """It selects the next rows and random numbers."""
+    values = {"train.global_batch": 4, "train.seed": 3}
+    found = RunPosition(2, samples, seed, "", values)
+    if message is None:
+        check_run_is_resumable(Path("c"), found, values)
+        return
+    with pytest.raises(UserError, match=f"damaged run.json: {message}"):
+        check_run_is_resumable(Path("c"), found, values)
+
+
 def test_checkpoint_of_the_first_format_is_refused() -> None:
     with pytest.raises(UserError, match="written by an earlier version"):
         check_run_is_resumable(Path("c"), RunPosition(1, 2, 0, "", {}, 1), {"train.lr": 1})

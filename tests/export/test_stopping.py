@@ -9,6 +9,7 @@ import transformers as tf
 
 from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.core.config.run import QuantConfig
+from dist_peft.core.errors import UserError
 from dist_peft.export.formats.registry import export_model
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.stopping import (
@@ -54,7 +55,14 @@ def test_stop_tokens_and_what_is_added(
     assert (tmp_path / "generation_config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("about", [{}, {"turn_end": None}, {"turn_end": ["<x>", -1, True]}])
+@pytest.mark.parametrize("value", ["x", 6, [6, "<x>"], [-1], [True], [2.5], {"a": 1}], ids=str)
+def test_what_is_no_list_of_tokens_is_refused(value: Any, tmp_path: Path) -> None:
+    write(tmp_path, "dist_peft.json", {"turn_end": value})
+    with pytest.raises(UserError, match=r"dist_peft\.json is damaged: turn_end is"):
+        read_turn_end_ids(tmp_path)
+
+
+@pytest.mark.parametrize("about", [{}, {"turn_end": None}])
 def test_runs_that_do_not_say(about: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, "config.json", {"eos_token_id": 6})
     write(tmp_path, "dist_peft.json", about)

@@ -10,7 +10,7 @@ from dist_peft.core.span import Span
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.skeleton import build_skeleton
-from dist_peft.store.content import hash_rows
+from dist_peft.store.content import RowLayout, hash_rows
 from dist_peft.store.reader import RowReader
 from tests.support import packed
 from tests.support.tiny_models import MIXTURES, save_model
@@ -41,4 +41,4 @@ def test_packed_linears_count_as_their_rows(tmp_path: Path) -> None:
         ]
     whole = torch.cat(parts)
     assert hashes.sums.keys() == {linear.source} and hashes.sums[linear.source].is_complete
-    assert hashes.sums[linear.source].total == hash_rows(whole.flatten(), 0, whole.shape[1])
+    assert hashes.sums[linear.source].total == hash_rows(whole.flatten(), RowLayout(*whole.shape))

@@ -16,9 +16,16 @@ from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import attention_mask as attention
+from dist_peft.model import isolation_probe
 from dist_peft.model.attention_mask import documents_are_isolated
-from dist_peft.model.isolation_probe import is_isolated_in_float32, layers_to_run
-from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
+from dist_peft.model.isolation_probe import (
+    is_isolated_beyond_switches,
+    is_isolated_in_float32,
+    layers_to_run,
+    refuse_leaks,
+)
+from dist_peft.model.rotary import set_rotary_by_document
+from dist_peft.model.skeleton import EmptyOnMeta, Skeleton, build_skeleton, find_decoder_blocks
 from tests.support.tiny_models import _GROUPED, CONFIGS, CONVOLUTIONS, MIXTURES, save_model
 
 CPU = torch.device("cpu")
@@ -117,6 +124,120 @@ def test_lengths_beyond_a_window_are_tried(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(type(blocks[0]), "forward", leaking)
     assert is_isolated_in_float32(model, blocks, longest=16) is True
     assert is_isolated_in_float32(model, blocks, longest=17) is False
+
+
+def on_meta(config: tf.PretrainedConfig) -> tf.PreTrainedModel:
+    with EmptyOnMeta():
+        model = tf.AutoModelForCausalLM.from_config(config).eval()
+    set_rotary_by_document(model)
+    return model  # type: ignore[no-any-return]
+
+
+_LLAMA4 = tf.Llama4TextConfig(
+    hidden_size=64,
+    intermediate_size=32,
+    intermediate_size_mlp=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=97,
+    num_local_experts=2,
+    no_rope_layers=[1, 0],
+    attention_chunk_size=10000,
+    attn_temperature_tuning=True,
+    floor_scale=8192,
+)
+_LONG = 20000
+_LONGROPE = tf.Phi3Config(
+    **{k: v for k, v in _GROUPED.items() if k not in ("head_dim", "max_position_embeddings")},
+    max_position_embeddings=131072,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    },
+)
+SWITCHED = {
+    "window": tf.MistralConfig(**_GROUPED, sliding_window=4096),
+    "mixture": tf.Qwen3MoeConfig(
+        **_GROUPED,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        use_sliding_window=True,
+        sliding_window=4096,
+        max_window_layers=1,
+    ),
+    "longrope": _LONGROPE,
+}
+
+
+@pytest.mark.parametrize("family", SWITCHED)
+def test_lengths_that_are_too_long_to_run_are_tried_shortened(family: str) -> None:
+    """In rows beyond a window or an original length of thousands of tokens."""
+    model = on_meta(SWITCHED[family])
+    before = torch.random.get_rng_state()
+    assert is_isolated_beyond_switches(model, _LONG) is True
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_sees_scales_that_count_from_the_row_instead_of_the_document() -> None:
+    """Llama 4 scales queries by their place in the row, from 8192 on: no matter of short rows."""
+    model = on_meta(_LLAMA4)
+    blocks = find_decoder_blocks(model)
+    assert is_isolated_in_float32(model, blocks, _LONG) is True
+    assert is_isolated_beyond_switches(model, _LONG) is False
+    refuse_leaks(model, blocks, 8192)
+    refuse_leaks(model, blocks, 8200)
+    with pytest.raises(UserError) as caught:
+        refuse_leaks(model, blocks, 8201)
+    assert "floor_scale: 8192 in config.json" in str(caught.value)
+    assert "set data.packing: false, or data.seq_len to 8192 at most" in str(caught.value)
+
+
+def test_sees_angles_of_the_longest_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes those of the longest document of the batch for all."""
+    model = on_meta(_LONGROPE)
+    monkeypatch.setattr(isolation_probe, "set_rotary_by_document", lambda model: None)
+    assert is_isolated_beyond_switches(model, _LONG) is False
+    assert is_isolated_beyond_switches(model, 4096) is True
+
+
+def test_lengths_that_cannot_be_tried_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = on_meta(tf.MistralConfig(**_GROUPED, sliding_window=4096))
+    blocks = find_decoder_blocks(model)
+    own = type(model).__init__
+
+    def broken(self: nn.Module, config: Any) -> None:
+        own(self, config)
+        raise RuntimeError("only from its files")
+
+    monkeypatch.setattr(type(model), "__init__", broken)
+    assert is_isolated_beyond_switches(model, _LONG) is None
+    refuse_leaks(model, blocks, 4104)
+    assert "could not be tried" not in caplog.text
+    refuse_leaks(model, blocks, 4105)
+    assert "rows of more than 4096 tokens (sliding_window: 4096 in config.json)" in caplog.text
+
+
+def test_numbers_that_are_not_finite_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of shortened lengths that overflows says nothing of the real one."""
+    model = on_meta(tf.MistralConfig(**_GROUPED, sliding_window=4096))
+    layer = type(find_decoder_blocks(model)[0])
+    forward: Callable[..., Tensor] = layer.forward
+
+    def overflowing(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states.shape[1] > 16:
+            hidden_states = hidden_states * float("nan")
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", overflowing)
+    assert is_isolated_beyond_switches(model, _LONG) is None
 
 
 def test_what_cannot_run_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ RECORD = BaseRecord(
     "some/base",
     "v2:1",
     {"rope_theta": 10000, "text": {"layers": 2}},
-    {f"t{number}": f"{number:016x}" for number in range(6)},
+    {f"t{number}": f"2:{number:016x}" for number in range(6)},
 )
 
 
@@ -31,6 +31,17 @@ def test_of_an_earlier_version_or_of_peft() -> None:
     assert not old.is_comparable(RECORD) and RECORD.describe_difference(old) is None
 
 
+@pytest.mark.parametrize("tag", ["", "1:", "3:"])
+def test_hashes_of_another_kind_are_none(tag: str) -> None:
+    """They would name every tensor of the same base as one of other values."""
+    about = RECORD.to_metadata()
+    about["base_content"]["tensors"] = {"t1": f"{tag}{1:016x}", "t2": f"{tag}{2:016x}"}
+    other = BaseRecord.from_metadata(about, Path("x"))
+    assert not other.is_complete and other.fingerprint == RECORD.fingerprint
+    assert RECORD.describe_difference(other) is None
+    other.check_tensors(RECORD.tensors, "DIR", "adapter A", "fix it")
+
+
 @pytest.mark.parametrize(
     "about",
     [
@@ -38,6 +49,7 @@ def test_of_an_earlier_version_or_of_peft() -> None:
         {"base_content": [1]},
         {"base_content": {"tensors": {"a": 1}}},
         {"base_content": {"tensors": [1]}},
+        {"base_content": {"tensors": {"a": "2:" + "0" * 16, "b": "0" * 16}}},
         {"base_content": {"config": "x"}},
     ],
     ids=str,

@@ -9,6 +9,7 @@ from typing import Any
 from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.lora.combination import CombineRecipe, combine_adapters
 from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace, world: World) -> int:
         raise UserError(f"--weights has {len(weights)} numbers for {len(directories)} adapters")
     if len(set(directories)) < len(directories):
         raise UserError("an adapter is named twice")
+    refuse_taken_place(args.out, "--out")
     check_output_free(args.out)
     metadata = [read_adapter_metadata(directory) for directory in directories]
     adapters = {str(d): read_adapter_directory(d) for d in directories}

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.quantized_base import quantize_base
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.core.config.io import load_config
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace, world: World) -> int:
     config = load_config(args.config, args.overrides)
     device = join_ranks(config, world)
     setup_log(None, world.rank, world.size)
+    with world.raise_together("look at the output's place"):
+        refuse_taken_place(args.out, "--out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     quantize_base(config, args.out, world, device)
     return 0

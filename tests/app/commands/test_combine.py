@@ -81,7 +81,7 @@ def test_directories_that_are_refused(
     before = about.read_text()
     other = json.loads(before)
     name = "model.layers.1.mlp.up_proj.weight"
-    other["base_content"]["tensors"][name] = "0" * 16
+    other["base_content"]["tensors"][name] = "2:" + "0" * 16
     about.write_text(json.dumps(other))
     assert combine(*runs, "--out", tmp_path / "out") == 2
     assert f"tensors hold other values, such as {name}" in capsys.readouterr().err
