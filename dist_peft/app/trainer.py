@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,18 +94,16 @@ class Trainer:
         )
         ends = self._turn_end_ids
         names = self.built.setup.tokenizer.convert_ids_to_tokens(ends)
-        with self.world.raise_together("read the base's generation settings"):
-            if self.world.is_first:
-                warn_missing_stop_token(self.built.setup.directory, ends, names)
+        warn = partial(warn_missing_stop_token, self.built.setup.directory, ends, names)
+        self.world.run_on_first("read the base's generation settings", warn)
         self._save_untrained_probe()
         return 0
 
     def _save_untrained_probe(self) -> None:
         """Save the probe with the logits of the base, or of a model that is not trained yet."""
         logits = self._compute_base_logits()
-        with self.world.raise_together("write the probe"):
-            if self.world.is_first:
-                Probe(self.loaders.probe, logits, logits).save_probe(self._probe_path)
+        probe = Probe(self.loaders.probe, logits, logits)
+        self.world.run_on_first("write the probe", lambda: probe.save_probe(self._probe_path))
 
     def check_loaded_model(self) -> None:
         """Run the check that needs loaded weights; called before anything is written.
@@ -309,21 +307,25 @@ class Trainer:
             write_trained_weights(self.built, self.world, directory, about)
         else:
             tensors = self.built.gather_adapter()
-            with self.world.raise_together("write the adapter"):
-                if self.world.is_first:
-                    base = find_public_base_name(self.config, self.built)
-                    public = self.built.setup.adapter.to_public_adapter(tensors, base)
-                    with publish_directory(directory) as partial:
-                        write_adapter_directory(partial, public, self._make_adapter_metadata())
-                        self._save_chat_tokenizer(partial)
+            write = partial(self._write_adapter, directory, tensors)
+            self.world.run_on_first("write the adapter", write)
         logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()
-        with self.world.raise_together("write tokenizer, probe and report"):
-            if self.world.is_first:
-                if attention is not None:
-                    attention.write_json(self.run_dir)
-                self._write_adapter_extras(directory, logits)
-                report_peft_form(self.config, self.built, self.run_dir)
+
+        def write_after_adapter() -> None:
+            if attention is not None:
+                attention.write_json(self.run_dir)
+            self._write_adapter_extras(directory, logits)
+            report_peft_form(self.config, self.built, self.run_dir)
+
+        self.world.run_on_first("write tokenizer, probe and report", write_after_adapter)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
+
+    def _write_adapter(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        base = find_public_base_name(self.config, self.built)
+        public = self.built.setup.adapter.to_public_adapter(tensors, base)
+        with publish_directory(directory) as staged:
+            write_adapter_directory(staged, public, self._make_adapter_metadata())
+            self._save_chat_tokenizer(staged)
 
     def _make_adapter_metadata(self) -> dict[str, Any]:
         return describe_adapter(self.config, self.built, self._turn_end_ids)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -115,9 +116,7 @@ def _train_resolved(
     trainers = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
     next(iter(trainers.values())).check_loaded_model()
     if config.train.tasks == "separate":
-        with world.raise_together("write config.yaml"):
-            if world.is_first:
-                write_run_config(run_dir, config)
+        world.run_on_first("write config.yaml", partial(write_run_config, run_dir, config))
         resume_from = {name: job.resume_from for name, job in jobs.items()}
         return _train_tasks_sequentially(run_dir, built, trainers, resume_from, world, stop)
     return RESUMABLE if _run_trainer(trainers[""], jobs[""].resume_from, world, stop) else 0
@@ -197,9 +196,9 @@ def _run_trainer(
         if resume_from is not None
         else trainer.start_run()
     )
-    with world.raise_together("write config.yaml"):
-        if world.is_first:
-            write_run_config(trainer.run_dir, trainer.config)
+    world.run_on_first(
+        "write config.yaml", partial(write_run_config, trainer.run_dir, trainer.config)
+    )
     done = trainer.run_training_loop(first_step, stop)
     if trainer.stopped_early:
         log.info(
@@ -238,14 +237,13 @@ def _train_tasks_sequentially(
             log.info("task %s is finished", name)
             continue
         log.info("task %s, %d of %d, in %s", name, number, len(trainers), trainer.run_dir)
-        with world.raise_together("prepare the task's directory"):
-            if world.is_first:
-                finished.mark_started(name)
-                make_run_directory(trainer.run_dir)
+        world.run_on_first("write tasks.json", partial(finished.mark_started, name))
+        world.run_on_first(
+            "make the task's directory", partial(make_run_directory, trainer.run_dir)
+        )
         bank.activate_adapter("start")
         if _run_trainer(trainer, newest, world, stop):
             return RESUMABLE
-        with world.raise_together("write tasks.json"):
-            if world.is_first:
-                finished.mark_finished(name, trainer.make_report_summary())
+        summary = trainer.make_report_summary()
+        world.run_on_first("write tasks.json", partial(finished.mark_finished, name, summary))
     return 0

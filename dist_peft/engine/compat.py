@@ -15,10 +15,14 @@ on integers. On torch 2.12 and later nothing is touched. Goes when ``pyproject.t
 DeepSpeed counts no gathered bytes, so its all-gathers are wrapped; goes when it has a counter. It
 compiles shared-memory collectives when it is initialized, seconds on every CPU rank and useless for
 gloo; goes when ``init_distributed`` has an option.
+
+Engines free gathered bytes with ``UntypedStorage.resize_``, which no dispatch mode sees, so a plan
+of a step watches it; goes when a mode does.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +35,7 @@ __all__ = [
     "allow_integer_parameters",
     "count_deepspeed_gathers",
     "skip_deepspeed_compilation",
+    "watch_storage_resizes",
 ]
 
 # renamed in torch 2.13; the old name still works there but warns
@@ -80,3 +85,20 @@ def count_deepspeed_gathers(deepspeed: Any, add_bytes: Callable[[int], None]) ->
 def skip_deepspeed_compilation(deepspeed: Any) -> None:
     """Mark the shared-memory collectives as not compatible, so that they are not compiled."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def watch_storage_resizes(report: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Call ``report`` with a storage after each resize inside the context."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_report(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        report(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_report  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -71,7 +71,7 @@ class _Part:
         return size // rows if rows else 0
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return self.parameter.shape[0] if self.parameter.dim() else 1
 
 
@@ -99,9 +99,9 @@ def count_resting_bytes(
     for part in _list_parts(model, blocks):
         learns = part.parameter.requires_grad
         parts = shards if config.engine.shard_base or (learns and kind == "fsdp2") else 1
-        rows = len(row_span(part.rows, parts, index if parts > 1 else 0))
+        rows = len(row_span(part.num_rows, parts, index if parts > 1 else 0))
         if learns and kind == "zero":
-            rows, parts = part.rows, 1
+            rows, parts = part.num_rows, 1
         size = rows * part.row_bytes
         device[part.purpose] += size
         own += size
@@ -162,7 +162,7 @@ def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Ite
 def _count_padding(part: _Part, rows: int, parts: int, kind: str) -> int:
     if parts == 1 and kind != "zero":
         return 0
-    whole = -(-part.rows // parts) * part.row_bytes
+    whole = -(-part.num_rows // parts) * part.row_bytes
     if kind == "zero":
         if part.parameter.requires_grad:
             return 0

@@ -11,6 +11,7 @@ Not seen: memory inside a kernel, and the rounding and fragmentation of an alloc
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from types import CodeType
 from typing import Any, Self
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from dist_peft.engine.compat import watch_storage_resizes
 
 __all__ = ["Peak", "StorageTracker", "list_storages"]
 
@@ -81,7 +84,7 @@ class StorageTracker(TorchDispatchMode):
         self.total = 0
         self.phase = "start"
         self.peaks: dict[str, Peak] = {}
-        self._resize = torch.UntypedStorage.resize_
+        self._resizes = ExitStack()
 
     # -- what is live --------------------------------------------------------------------------
 
@@ -116,20 +119,13 @@ class StorageTracker(TorchDispatchMode):
     # -- the mode ------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        tracker, resize = self, self._resize
-
-        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            tracker._change_size(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
+        self._resizes.enter_context(watch_storage_resizes(self._change_size))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._resizes.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -10,8 +10,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.plan.cluster import GPUS, Cluster, parse_byte_count, parse_link_rate
+from dist_peft.plan.plan_report import format_plan
 from dist_peft.plan.planned_model import build_planned_model
-from dist_peft.plan.report import format_plan
 from dist_peft.plan.run_plan import plan_run
 
 __all__ = ["DOES_NOT_FIT", "add_arguments", "run"]

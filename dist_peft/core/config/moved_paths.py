@@ -1,6 +1,6 @@
 """Paths of a run directory that was moved, alone or together with the files it was made from.
 
-``paths.json`` beside a run's ``config.yaml`` keeps, by key, each local path as the configuration
+``paths.json`` next to a run's ``config.yaml`` keeps, by key, each local path as the configuration
 gives it, absolute and relative to the run directory. Where a configuration is read from a run
 directory, a path that still has the recorded value is looked for relative to the run first, then
 at its absolute place. Contents are compared elsewhere: another base at the place of the old one is

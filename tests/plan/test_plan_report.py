@@ -2,8 +2,8 @@ from pathlib import Path
 
 from dist_peft.core.config.io import parse_config
 from dist_peft.plan.cluster import GPUS, Cluster
+from dist_peft.plan.plan_report import format_byte_count, format_plan
 from dist_peft.plan.planned_model import build_planned_model
-from dist_peft.plan.report import format_byte_count, format_plan
 from dist_peft.plan.run_plan import plan_run
 from tests.support.live_storage import odd_tree, save_odd_base
 
