@@ -44,8 +44,12 @@ from transformers import (
 )
 
 from dist_peft.app import cli
-from dist_peft.export.verify import Comparison, Probe, compare, verify_directory
-from dist_peft.export.verify_formats import correct_bitsandbytes, verify_export
+from dist_peft.export.verify import Comparison, Probe, compare_logits, verify_directory
+from dist_peft.export.verify_bitsandbytes import (
+    patch_bitsandbytes_layers,
+    verify_with_bitsandbytes,
+)
+from dist_peft.export.verify_formats import ConsumerRequest
 
 INITS = {"LoRA": "default", "PiSSA": "pissa", "LoftQ": "loftq"}
 EXPORTS: dict[str, tuple[str, ...]] = {
@@ -157,20 +161,20 @@ def by_peft(base: Path, adapter: Path, probe: Probe, *, in_4_bits: bool) -> Comp
         )
     model = AutoModelForCausalLM.from_pretrained(base, **options)
     if in_4_bits:
-        correct_bitsandbytes(model)
+        patch_bitsandbytes_layers(model)
     adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    return compare(adapted(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
+    return compare_logits(adapted(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
 
 
 def measure(form: str, base: Path, run: Path, scratch: Path) -> Comparison:
-    probe = Probe.load(run / "probe.safetensors")
+    probe = Probe.load_probe(run / "probe.safetensors")
     if form.startswith("peft"):
         return by_peft(base, run / "adapter", probe, in_4_bits=form.endswith("4 bits"))
     out = scratch / f"{run.name}-{FORMS.index(form)}"
     command(*EXPORTS[form], "--run", run, "--out", out, "--no-verify")
     if form.startswith("hf"):
         return verify_directory(out, probe, torch.float32)
-    return verify_export("bnb-nf4", out, probe, torch.float32)[1]
+    return verify_with_bitsandbytes(ConsumerRequest(out, probe, torch.float32))[1]
 
 
 def measure_all(args: argparse.Namespace, scratch: Path) -> list[Measured]:

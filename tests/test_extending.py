@@ -1,9 +1,11 @@
 """The recipes of ``docs/extending.md`` are executed as they stand on the page."""
 
+import importlib
 import json
 import re
+import shutil
 import sys
-import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,25 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.adapters.ia3.format import public_ia3
-from dist_peft.core.config.run import BaseConfig, DataSource, EngineConfig, TrainConfig
-from dist_peft.core.span import Span
+from dist_peft.app import cli
+from dist_peft.core.config.run import DataSource, EngineConfig, TrainConfig
+from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data import sources
 from dist_peft.data.examples import CompletionExample
 from dist_peft.data.files import open_source
 from dist_peft.data.sources import read_examples
 from dist_peft.engine.single import SingleEngine
-from dist_peft.export.merged_weights import open_merged_weights
-from dist_peft.export.model_directory import write_model_directory
+from dist_peft.export.formats.registry import FORMATS
 from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.quant.codec import Codec
-from dist_peft.store.reader import RowReader
 from dist_peft.train import metrics
 from dist_peft.train.optimizers import make_optimizer_factory
-from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.step_metrics import StepMetrics, read_metrics
 from tests.support import tiny_engines
 from tests.support.adapters import fill, frozen_model, gathered, ids, tiny_llama
-from tests.support.tiny_runs import save_base
+from tests.support.scratch_package import run_commands_in_package
+from tests.support.tiny_runs import save_config, tiny_tree
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -40,12 +40,23 @@ RECIPES = dict(re.findall(r"```python recipe=(\w+)\n(.*?)```", PAGE, re.DOTALL))
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _recipes_are_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Files, from which ``inspect`` can read the source of functions."""
+    directory = tmp_path_factory.mktemp("recipes")
+    for name, code in RECIPES.items():
+        (directory / f"recipe_{name}.py").write_text(code)
+    sys.path.insert(0, str(directory))
+    yield
+    sys.path.remove(str(directory))
+    for name in RECIPES:
+        sys.modules.pop(f"recipe_{name}", None)
+    close_log()
+
+
 def run_recipe(name: str) -> Any:
     """A module made of the recipe's code."""
-    module = types.ModuleType(f"recipe_{name}")
-    sys.modules[module.__name__] = module  # where dataclasses look for it
-    exec(compile(RECIPES[name], f"docs/extending.md {name}", "exec"), module.__dict__)
-    return module
+    return importlib.import_module(f"recipe_{name}")
 
 
 def test_each_recipe_is_executed_here() -> None:
@@ -137,6 +148,10 @@ def test_codec_encodes_and_decodes() -> None:
     assert len(members) > 5 and all(hasattr(codec, name) for name in members)
     scales = codec.read_statistics(packed, 13)
     torch.testing.assert_close(scales[:, 0] * 448, weight.abs().amax(1))
+    for rows, columns in ((0, 5), (1, 1), (3, 7), (2, 64)):
+        odd = torch.randn(rows, columns)
+        restored = codec.dequantize_rows(codec.quantize_to_packed(odd), columns, torch.float32)
+        torch.testing.assert_close(restored, odd, rtol=1 / 16, atol=0.02)
     decoded = codec.dequantize_rows(packed, 13, torch.float32)
     assert (decoded - weight).abs().max() <= weight.abs().max() / 16
     assert torch.equal(codec.dequantize_rows(packed[2:], 13, torch.float32), decoded[2:])
@@ -160,25 +175,83 @@ def test_data_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_export_format_is_written(tmp_path: Path) -> None:
-    packer = run_recipe("export_format").Int8Rows()
-    base = save_base(tmp_path / "base")
-    path, vector = "model.layers.0.self_attn.v_proj", torch.linspace(-1, 2, 32)
-    write_adapter_directory(
-        tmp_path / "adapter", public_ia3({path: vector}, [], [path], str(base)), {}
+def test_export_format_is_one_file_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Option, table, outlook, writer, verification and report come with the class."""
+    format = run_recipe("export_format").Int8RowsExport()
+    assert table_rows("An export format") == [
+        ["`export/formats/registry.py`", "`Int8RowsExport(),` in `FORMATS`"]
+    ]
+    monkeypatch.setitem(FORMATS, format.name, format)  # the line
+    tree = tiny_tree(tmp_path, base__quant={"kind": "int", "bits": 4, "group_size": 8})
+    assert cli.main(["train", "--config", str(save_config(tmp_path, tree))]) == 0
+    assert "int8-rows" in capsys.readouterr().err.partition("exports of this run: ")[2]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["export", "--list"])
+    assert "| `int8-rows`          | merged, a scale for each row" in capsys.readouterr().out
+    argv = ["export", "--run", str(tmp_path / "run"), "--base", "decoded", "--out"]
+    assert cli.main([*argv, str(tmp_path / "no"), "--format", "mlx", "--no-verify"]) == 2
+    argv += [str(tmp_path / "out"), "--format", "int8-rows"]
+    assert cli.main([*argv, "--levels", "100", "--bits", "4"]) == 0
+    err = capsys.readouterr().err
+    assert "--bits has no effect on format int8-rows" in err
+    assert "merged, 100 levels: 14 weights packed" in err and "loaded by int8-rows 1.0" in err
+    assert "Export int8-rows" in (tmp_path / "run" / "report.html").read_text()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    codes = tensors["model.layers.0.self_attn.v_proj.weight"]
+    assert codes.dtype == torch.int8 and codes.abs().max() == 100
+
+
+def change_lines(root: Path, file: str, line: str, new: str) -> int:
+    """Replace one line of a scratch copy by others; return the number of lines that differ."""
+    path = root / file
+    text = path.read_text()
+    assert text.count(line) == 1, (file, line)
+    path.write_text(text.replace(line, new))
+    return len(new.splitlines()) - (line in new)
+
+
+def test_codec_trains_merges_and_reads_its_own_packed_base(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dist_peft", root / "dist_peft", ignore=ignored)
+    (root / "dist_peft" / "quant" / "float8.py").write_text(RECIPES["codec"])
+    package = root / "dist_peft"
+    nf4 = "from dist_peft.quant.nf4 import Nf4Codec"
+    row, kinds = '    "int": AffineCodec,', 'kind: Literal["nf4", "int"]'
+    own, entry, literal = (re.findall("`(.*?)`", text)[0] for _, text in table_rows("A codec"))
+    changed = change_lines(package, "quant/codec.py", nf4, f"{own}\n{nf4}")
+    changed += change_lines(package, "quant/codec.py", row, f"{row}\n    {entry}")
+    changed += change_lines(package, "core/config/run.py", kinds, literal)
+    assert changed <= 5
+    tree = tiny_tree(tmp_path, base__quant={"kind": "float8"})
+    first = save_config(tmp_path, tree)
+    packed = {"base": {"path": str(tmp_path / "packed"), "compute_dtype": "float32"}}
+    again = {**tree, **packed, "save": {"dir": str(tmp_path / "again"), "every": 1}}
+    (tmp_path / "second").mkdir()
+    second = save_config(tmp_path / "second", again)
+    merge = ["merge", "--base", "decoded", "--dtype", "float32", "--max-error", "0.001"]
+    run_commands_in_package(
+        root,
+        ["train", "--config", str(first)],
+        [*merge, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "merged")],
+        ["quantize", "--config", str(first), "--out", str(tmp_path / "packed")],
+        ["train", "--config", str(second)],
     )
-    config = BaseConfig(path=str(base), quant=None, compute_dtype="float32")
-    with open_merged_weights(config, base, tmp_path / "adapter", "original") as walk:
-        written = write_model_directory(walk, packer, tmp_path / "out", torch.float32)
-        with RowReader(walk.skeleton.index) as reader:
-            rows = reader.read_rows(f"{path}.weight", Span(0, 32)).float()
-    assert written.packed == 14 and written.merged == 1
-    tensors = load_file(next((tmp_path / "out").glob("*.safetensors")))
-    found = tensors[f"{path}.weight"].float() * tensors[f"{path}.scale"]
-    expected = rows * vector[:, None]
-    assert tensors[f"{path}.weight"].dtype == torch.int8
-    step = expected.abs().amax(1, keepdim=True) / 127
-    assert bool(((found - expected).abs() <= step * 0.51).all())
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert settings["kind"] == "float8" and "bits" not in settings
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert sum(name.endswith(".packed") for name in stored) == 14
+    one, two = (
+        [record.loss for record in read_metrics(tmp_path / run / "metrics.jsonl")]
+        for run in ("run", "again")
+    )
+    assert len(one) == 3 and one == two
+    assert "float8, one scale a row" in (tmp_path / "run" / "report.html").read_text()
+    merged, base = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(merged[name], base[name])
 
 
 def test_engine_trains_as_one_process_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.core.span import Span
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = [
     "Adapter",
@@ -124,6 +125,14 @@ class Adapter(Protocol):
         A run must not be resumed with other contents."""
         ...
 
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        """Return the reasons against exports of such an adapter.
+
+        Args:
+            tied: the base's output head shares the input embedding's weight.
+        """
+        ...
+
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The public form.
 
@@ -139,7 +148,7 @@ class Adapter(Protocol):
 
 class AdapterDefaults:
     """Default hooks of most methods: no extra positions, no penalty, one learning rate, no initial
-    factors, no files that are read again."""
+    factors, no files that are read again, no limits of exports."""
 
     @property
     def num_extra_positions(self) -> int:
@@ -159,6 +168,9 @@ class AdapterDefaults:
 
     def input_fingerprint(self) -> str:
         return ""
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return ExportLimits()
 
 
 @runtime_checkable

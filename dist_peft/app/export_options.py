@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.app.config_arguments import add_checkpoint_argument
-from dist_peft.app.export_adapter import VerificationOptions
+from dist_peft.app.verified_export import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.export.formats.registry import FORMATS, GGUF_TYPES, render_format_table
+from dist_peft.export.formats.export_format import ExportOption
+from dist_peft.export.formats.registry import FORMATS, render_format_table
 
 __all__ = [
-    "ADAPTERS",
-    "INTEGER_ZERO",
     "add_export_arguments",
     "add_merge_arguments",
     "add_run_arguments",
+    "collect_format_options",
     "parse_verification_options",
     "require_one_process",
     "warn_unused_arguments",
@@ -24,13 +24,6 @@ __all__ = [
 
 log = logging.getLogger("dist_peft")
 
-ADAPTERS = ("peft", "peft-expanded")
-"""Formats of an adapter alone."""
-
-INTEGER_ZERO = ("gptq", "compressed-tensors")
-"""Formats of the base as trained, with the adapter in a separate directory."""
-
-_FORMATS_WITH_BITS = ("mlx", "hf-metal", *INTEGER_ZERO)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -100,46 +93,29 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export`` only."""
     names = ", ".join(FORMATS)
     parser.add_argument(
-        "--list", action=_ListFormatsAction, help="print precision and consumer of each format"
+        "--list", action=_ListFormatsAction, help="print content and consumer of each format"
     )
     parser.add_argument(
         "--format", required=True, choices=FORMATS, metavar="NAME", help=f"one of {names}"
     )
-    for name, (kwargs, formats) in _OPTIONS.items():
-        text = f"{', '.join(formats)}: {kwargs['help']}"
-        parser.add_argument(f"--{name}", **{**kwargs, "help": text})
+    for option, formats in _list_options().items():
+        text = f"{', '.join(formats)}: {option.help}"
+        parser.add_argument(f"--{option.name}", help=text, **option.settings)
 
 
-_OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "bits": (
-        {"type": int, "choices": (2, 3, 4, 8), "help": "default: an integer base's own, else 4"},
-        _FORMATS_WITH_BITS,
-    ),
-    "group-size": (
-        {"type": int, "help": "default: an integer base's own, else 64"},
-        _FORMATS_WITH_BITS,
-    ),
-    "type": (
-        {"choices": GGUF_TYPES, "help": "default: q4_1 where it keeps QA-LoRA's codes, else q8_0"},
-        ("gguf",),
-    ),
-    "merge": (
-        {"action": "store_true", "help": "one merged model instead of base and adapter"},
-        INTEGER_ZERO,
-    ),
-    "lossy": (
-        {"action": "store_true", "help": "allow --merge, which rounds most of the adapter away"},
-        INTEGER_ZERO,
-    ),
-    "keep-adapter": (
-        {
-            "action": "store_true",
-            "help": "the NF4 base's own codes and the adapter in its own directory; lossless",
-        },
-        ("bnb-nf4",),
-    ),
-}
-"""Option -> its argparse settings, and the formats that it changes."""
+def _list_options() -> dict[ExportOption, list[str]]:
+    """Map the options of all formats to the formats that each of them changes."""
+    found: dict[ExportOption, list[str]] = {}
+    for known in FORMATS.values():
+        for option in known.options:
+            found.setdefault(option, []).append(known.name)
+    return found
+
+
+def collect_format_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of ``args.format`` that are set, by ``ExportOption.key``."""
+    keys = [option.key for option in FORMATS[args.format].options]
+    return {key: getattr(args, key) for key in keys if getattr(args, key)}
 
 
 class _ListFormatsAction(argparse.Action):
@@ -174,13 +150,11 @@ def require_one_process(world: World) -> None:
 
 def warn_unused_arguments(args: argparse.Namespace) -> None:
     """Log a warning for each option without effect on the format."""
-    for name, (_, formats) in _OPTIONS.items():
-        if getattr(args, name.replace("-", "_")) and args.format not in formats:
-            log.warning("--%s has no effect on format %s", name, args.format)
-    if args.lossy and not args.merge and args.format in INTEGER_ZERO:
-        log.warning("--lossy has no effect without --merge")
-    keeps_adapter = (args.format in INTEGER_ZERO and not args.merge) or (
-        args.format == "bnb-nf4" and args.keep_adapter
-    )
-    if args.base and (args.format in ADAPTERS or keeps_adapter):
+    known, options = FORMATS[args.format], collect_format_options(args)
+    for option, formats in _list_options().items():
+        if getattr(args, option.key) and known.name not in formats:
+            log.warning("--%s has no effect on format %s", option.name, known.name)
+    for sentence in known.find_idle_options(options):
+        log.warning("%s", sentence)
+    if args.base and known.get_content(options) != "merged":
         log.warning("--base has no effect where nothing is merged")

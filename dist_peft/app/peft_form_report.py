@@ -8,7 +8,8 @@ from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app.model_setup import LoadedModel
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.export.outlook import KEPT_NF4, find_export_obstacles
+from dist_peft.export.formats.registry import list_export_forms
+from dist_peft.export.outlook import find_export_obstacles
 from dist_peft.export.peft_form import measure_peft_form
 from dist_peft.store.writer import write_atomically
 
@@ -59,8 +60,9 @@ def report_peft_form(config: RunConfig, built: LoadedModel, run_dir: Path) -> No
 
 def find_exact_export_command(config: RunConfig, built: LoadedModel, run_dir: Path) -> str:
     """Return the command of an exact export, with a separate adapter where a format has one."""
-    refused = find_export_obstacles(config, built.setup.skeleton, built.setup.directory)
-    for form in (KEPT_NF4, "gptq", "compressed-tensors"):
-        if form not in refused:
-            return f"dist-peft export --run {run_dir} --format {form} --out OUT"
+    setup = built.setup
+    refused = find_export_obstacles(config, setup.adapter, setup.skeleton, setup.directory)
+    for known, form in list_export_forms():
+        if known.get_content(form.options) == "separate" and form.label not in refused:
+            return f"dist-peft export --run {run_dir} --format {form.label} --out OUT"
     return f"dist-peft merge --run {run_dir} --base decoded --out OUT"

@@ -141,7 +141,7 @@ def _prepare_adapter_jobs(
         setup = build_model(next(iter(runs.values())), packed_tokens=packed_tokens)
     warn_unused_options(config, world, setup.model, device.type)
     if not resolved.is_unsolved:
-        log_export_outlook(config, setup.skeleton, setup.directory)
+        log_export_outlook(config, setup.adapter, setup.skeleton, setup.directory)
     jobs = {name: _AdapterJob.check_inputs(task.run, setup, world) for name, task in runs.items()}
     return setup, jobs
 

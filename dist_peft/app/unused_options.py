@@ -16,6 +16,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.quant.codec import find_unused_quant_keys, list_quant_keys
 
 __all__ = ["find_unused_options", "warn_unused_options"]
 
@@ -73,12 +74,14 @@ def _find_unused_base_options(config: RunConfig, widest: int) -> Iterator[str]:
                 "of the blocks, unquantized; set it to null"
             )
         return
-    if base.quant.kind == "int" and not _is_default_value(base.quant, "double_quant"):
-        yield "base.quant.double_quant has no effect: it is for kind nf4"
+    for name, kinds in find_unused_quant_keys(base.quant.kind):
+        if not _is_default_value(base.quant, name):
+            yield f"base.quant.{name} has no effect: it is for kind {kinds}"
     for name in ("calibration_samples", "calibration_tokens"):
         if base.quant.solver != "gptq" and not _is_default_value(base.quant, name):
             yield f"base.quant.{name} has no effect: it is for solver gptq"
-    if 0 < widest < base.quant.group_size:
+    in_groups = "group_size" in list_quant_keys(base.quant.kind)
+    if in_groups and 0 < widest < base.quant.group_size:
         yield (
             f"base.quant.group_size {base.quant.group_size} is more than the largest in_features, "
             f"{widest}: each row is one group, padded with zeros to {base.quant.group_size} "

@@ -256,5 +256,6 @@ class _GptqSolver:
 
 
 def _get_affine_codec(linear: FrozenLinear) -> AffineCodec:
-    assert isinstance(linear.codec, AffineCodec)
-    return linear.codec
+    rows = linear.codec.affine_rows
+    assert rows is not None, linear.source  # solver gptq is for integers only
+    return AffineCodec(rows.bits, rows.group_size)

@@ -30,6 +30,7 @@ from dist_peft.model.hub import read_json_object
 from dist_peft.model.model_files import copy_model_files
 from dist_peft.model.prequantized.base import OWN_METHOD
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
+from dist_peft.quant.codec import list_quant_keys
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
 
@@ -150,9 +151,8 @@ def _copy_configuration(
     known = read_json_object(directory / "config.json")
     named = known.get("dtype") or known.get("torch_dtype")
     dtype = parse_torch_dtype(named if isinstance(named, str) else base.compute_dtype)
-    about = quant.model_dump(mode="json", include={"kind", "bits", "group_size", "solver"})
-    if quant.kind == "nf4":
-        about["double_quant"] = quant.double_quant
+    about = {key: getattr(quant, key) for key in list_quant_keys(quant.kind)}
+    about["solver"] = quant.solver
     settings = {"quant_method": OWN_METHOD, **about, "made_from": dict(origin)}
     changes = {"quantization_config": settings}
     copy_model_files(directory, out, dtype, changes, code=base.trust_remote_code)

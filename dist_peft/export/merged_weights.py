@@ -39,8 +39,7 @@ from dist_peft.export.base_weights import BaseWeight, list_base_weights
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
-from dist_peft.quant.affine import AffineCodec, AffineParts
-from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 
@@ -123,8 +122,10 @@ class MergedWeights:
         states ``codes`` and ``base`` one with codes (a prequantized base can have others)."""
         if self.state not in ("codes", "base"):
             return weight.is_block_linear
-        kept = AffineCodec if self.state == "codes" else (AffineCodec, Nf4Codec)
-        return weight.is_block_linear and isinstance(weight.codec, kept)
+        if self.state == "codes":
+            return self._has_affine_parts(weight)
+        codec = weight.codec
+        return weight.is_block_linear and codec is not None and codec.is_quantized
 
     def iterate_spans(self, weight: BaseWeight, multiple: int = 1) -> Iterator[Span]:
         """Yield row spans of at most ``chunk_bytes``; all but the last have a multiple of
@@ -165,8 +166,8 @@ class MergedWeights:
 
     def read_affine_parts(self, weight: BaseWeight, span: Span) -> AffineParts:
         """Return codes, scales and float32 zeros of a linear's rows on an integer base."""
-        assert weight.linear is not None and isinstance(weight.linear.codec, AffineCodec)
-        parts = weight.linear.codec.split_packed_rows(
+        assert weight.codec is not None and weight.codec.affine_rows is not None
+        parts = weight.codec.affine_rows.split_packed_rows(
             self.read_packed_rows(weight, span), weight.num_columns
         )
         parts = parts._replace(zero=parts.zero.float())
@@ -175,7 +176,8 @@ class MergedWeights:
         return parts
 
     def _has_affine_parts(self, weight: BaseWeight) -> bool:
-        return weight.is_block_linear and isinstance(weight.codec, AffineCodec)
+        codec = weight.codec
+        return weight.is_block_linear and codec is not None and codec.affine_rows is not None
 
     def read_packed_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         """Return a linear's packed rows as in training, ``uint8 [rows, row_bytes]``; with PiSSA

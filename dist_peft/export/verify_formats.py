@@ -1,11 +1,12 @@
-"""Load each quantized export with its target library and compare it with the run's probe.
+"""Libraries that load exports, to compare their logits with the run's probe.
 
-``transformers`` loads ``bnb-nf4``, ``hf-metal``, ``compressed-tensors`` and ``gguf`` in this
-process; the plain path of ``bnb-nf4``, including ``generate``, also runs in a subprocess as it
-would for a user. ``mlx-lm``, ``llama.cpp`` and ``gptqmodel`` run in a subprocess of this Python if
-it has them, or of the one named by an environment variable (``OTHERS``). All have a time limit.
+A format names its library: ``TransformersConsumer`` loads it in this process,
+``ProcessConsumer`` in a subprocess of this Python if it has the library, or of the one named by an
+environment variable. All have a time limit.
 """
 
+import inspect
+import json
 import logging
 import os
 import signal
@@ -13,25 +14,31 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from copy import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+import transformers
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.export import verify_consumer
 from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verdict import VerificationError
-from dist_peft.export.verify import Comparison, Probe, check_generation, compare_logits
+from dist_peft.export.verify import Probe, check_generation
 
-__all__ = ["ADAPTER", "OTHERS", "patch_bitsandbytes_layers", "verify_with_consumer"]
+__all__ = [
+    "ADAPTER",
+    "Consumer",
+    "ConsumerRequest",
+    "ProcessConsumer",
+    "TransformersConsumer",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -40,218 +47,165 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class _ExternalConsumer:
-    """A library that runs in a subprocess, and how to install it."""
+class ConsumerRequest:
+    """An export to be loaded, and the tokens to compute logits for.
 
-    module: str
-    variable: str
-    install: str
-
-
-OTHERS = {
-    "mlx": _ExternalConsumer("mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"),
-    "llama.cpp": _ExternalConsumer(
-        "llama_cpp", "DIST_PEFT_LLAMACPP_PYTHON", "pip install llama-cpp-python (needs a compiler)"
-    ),
-    "gptq": _ExternalConsumer(
-        "gptqmodel", "DIST_PEFT_GPTQ_PYTHON", "pip install gptqmodel optimum"
-    ),
-}
-"""Consumer -> its module, the environment variable naming a Python that has it, how to install."""
-
-
-def verify_with_consumer(
-    name: str,
-    out: Path,
-    probe: Probe,
-    dtype: torch.dtype,
-    seconds: float = 600.0,
-    *,
-    trust_remote_code: bool = False,
-) -> tuple[str, Comparison]:
-    """Load an export with its consumer and compare its logits with the probe.
-
-    Args:
-        name: name of the format.
-        out: the exported directory, or the file of a gguf.
-        probe: the run's probe.
+    Attributes:
+        path: the exported directory, or the file of a gguf.
+        probe: the run's probe, with the tokens.
         dtype: compute type for ``transformers``.
-        seconds: time limit of the consumer.
-        trust_remote_code: run code that is stored in ``out``.
-
-    Returns:
-        The consumer's version and the comparison with the trained model.
-
-    Raises:
-        NotVerified: the consumer is not installed, exceeded the time limit, or does not compute
-            with the stored weights on this machine.
-        VerificationError: the consumer cannot load the export.
+        seconds: time limit.
+        trust_remote_code: run code that is stored in ``path``.
     """
-    if name in ("mlx", "gptq"):
-        consumer, logits = _run_in_subprocess(name, out, probe.input_ids, seconds)
-    elif name == "gguf" and _find_python("llama.cpp"):
-        consumer, logits = _run_in_subprocess("llama.cpp", out, probe.input_ids, seconds)
-    elif name == "bnb-nf4":
-        return _verify_bitsandbytes(out, probe, dtype, seconds)
-    else:
-        with enforce_time_limit("loading it with transformers", seconds):
-            consumer, logits = _run_in_process(name, out, probe.input_ids, dtype, trust_remote_code)
-    return consumer, compare_logits(logits, probe)
+
+    path: Path
+    probe: Probe
+    dtype: torch.dtype
+    seconds: float = 600.0
+    trust_remote_code: bool = False
 
 
-def _verify_bitsandbytes(
-    out: Path, probe: Probe, dtype: torch.dtype, seconds: float
-) -> tuple[str, Comparison]:
-    """Compare the stored weights, then plain ``transformers`` on this machine, with the probe.
+class Consumer(Protocol):
+    """A library that loads exports."""
 
-    Raises:
-        NotVerified: plain ``transformers`` fails, or is further from the trained model than the
-            stored weights are.
+    def compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
+        """Load ``request.path`` and return the library's version and the logits of the probe.
+
+        Raises:
+            VerificationSkipped: the library is not installed, or exceeded the time limit.
+            VerificationError: it cannot load the export.
+        """
+
+
+@dataclass(frozen=True)
+class TransformersConsumer:
+    """``transformers`` in this process.
+
+    Attributes:
+        needs: modules that it needs for the format.
+        reports: distributions whose versions are reported with its own.
+        settings: further arguments of ``from_pretrained``.
+        quantization: class of ``transformers`` and its arguments that replace the configuration
+            in the files.
+        file_argument: argument of ``from_pretrained`` that names the file, where the export is
+            one.
+        prepare: changes the loaded model before an adapter is loaded; returns a note on it for
+            the report.
+        generates: whether the model must generate, too.
     """
-    with enforce_time_limit("loading it with transformers", seconds):
-        consumer, logits = _run_in_process("bnb-nf4", out, probe.input_ids, dtype, False)
-    stored = compare_logits(logits, probe)
-    own = str(dtype).removeprefix("torch.")
-    try:
-        plain, logits = _run_in_subprocess(f"bnb-nf4:{own}", out, probe.input_ids, seconds)
-    except VerificationError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise VerificationSkipped(
-            f"plain transformers with bitsandbytes cannot run {out} on this machine ({last}). The "
-            f"files are correct: without the kernels that fail, {stored}"
-        ) from None
-    found = compare_logits(logits, probe)
-    if not found.relative <= stored.relative + _PLAIN_MARGIN:
-        raise VerificationSkipped(
-            f"bitsandbytes does not compute with the stored weights on this machine: {found}; "
-            f"without its AVX512 kernels, {stored}. Use another machine or another format"
-        )
-    return plain if consumer == plain else f"{plain}, plain", found
+
+    needs: tuple[str, ...] = ()
+    reports: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    quantization: tuple[str, Mapping[str, Any]] | None = None
+    file_argument: str | None = None
+    prepare: Callable[[Any], str] | None = None
+    generates: bool = True
+
+    def compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
+        """Load and compute. See ``Consumer``."""
+        with enforce_time_limit("loading it with transformers", request.seconds):
+            return self._compute_logits(request)
+
+    @torch.no_grad()
+    def _compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
+        for module in self.needs:
+            if find_spec(module) is None:
+                package = module.replace("_", "-")
+                raise VerificationSkipped(f"{package} is not installed; pip install {package}")
+        disable_progress_bar()
+        path, options = request.path, self._make_options(request)
+        if self.file_argument is not None:
+            options[self.file_argument], path = path.name, path.parent
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a replaced configuration differs from the file's
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        note = "" if self.prepare is None else self.prepare(model)
+        reported = ", ".join(f"{name} {version(name)}" for name in ("transformers", *self.reports))
+        consumer = reported + note
+        if (request.path / ADAPTER).is_dir():
+            model.load_adapter(str(request.path / ADAPTER))
+            consumer += f", peft {version('peft')}"
+        ids = request.probe.input_ids
+        logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
+        if self.generates:
+            check_generation(model, ids)
+        return consumer, logits
+
+    def _make_options(self, request: ConsumerRequest) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "dtype": request.dtype,
+            "trust_remote_code": request.trust_remote_code,
+            **self.settings,
+        }
+        if self.quantization is not None:
+            name, arguments = self.quantization
+            options["quantization_config"] = getattr(transformers, name)(**arguments)
+        return options
 
 
-_PLAIN_MARGIN = 0.05
-"""Tolerance for a consumer's kernels against the stored weights, relative to the change by
-training."""
+@dataclass(frozen=True)
+class ProcessConsumer:
+    """A library in a subprocess, since its requirements may conflict with this environment's.
 
-_NEEDS = {
-    "bnb-nf4": ("bitsandbytes", "accelerate"),
-    "hf-metal": ("accelerate",),
-    "compressed-tensors": ("compressed_tensors", "peft"),
-    "gguf": ("gguf",),
-}
-
-
-@torch.no_grad()
-def _run_in_process(
-    name: str, out: Path, ids: Tensor, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[str, Tensor]:
-    for module in _NEEDS[name]:
-        if find_spec(module) is None:
-            package = module.replace("_", "-")
-            raise VerificationSkipped(f"{package} is not installed; pip install {package}")
-    disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    consumer = f"transformers {version('transformers')}"
-    if name in ("bnb-nf4", "hf-metal"):
-        options["device_map"] = "cpu"  # the default of hf-metal is an Apple GPU
-    if name == "hf-metal":
-        options["dtype"] = "auto"  # linears take the type of their scales, all else must match it
-    if name == "bnb-nf4":
-        consumer += f", bitsandbytes {version('bitsandbytes')}"
-    if name == "compressed-tensors":
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-        consumer += f", compressed-tensors {version('compressed-tensors')}"
-    if name == "gguf":
-        options["gguf_file"] = out.name
-        out = out.parent
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dequantize=True differs from the file's configuration
-        model = AutoModelForCausalLM.from_pretrained(out, **options)
-    if name == "bnb-nf4" and patch_bitsandbytes_layers(model):  # before PEFT wraps its linears
-        consumer += " without its AVX512 kernels"
-    if name in ("compressed-tensors", "bnb-nf4") and (out / ADAPTER).is_dir():
-        model.load_adapter(str(out / ADAPTER))
-        consumer += f", peft {version('peft')}"
-    logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
-    if name != "bnb-nf4":  # its plain path generates in a subprocess
-        check_generation(model, ids)
-    return consumer, logits
-
-
-def patch_bitsandbytes_layers(model: nn.Module) -> bool:
-    """Make a bitsandbytes model compute with the stored weights on any CPU.
-
-    With AVX512, bitsandbytes 0.50 dequantizes linears incorrectly if ``in_features`` is not a
-    multiple of the block size (flattened to one row they are dequantized correctly): these are
-    replaced by dense linears. With AVX512-BF16, its products in evaluation round activations and
-    scales to bfloat16 for any model type, an error of 0.3 %: that kernel is disabled.
-
-    Returns:
-        Whether anything was changed.
+    Attributes:
+        name: in messages.
+        function: ``(model: Path, ids: list[int], *options: str)`` -> the library's version and
+            logits ``[n, vocabulary]``. Its source is run by ``verify_consumer`` in the library's
+            environment: it imports all that it needs, and nothing of this package.
+        module: of the library.
+        variable: environment variable that may name a Python that has the library; empty: it is
+            part of this environment.
+        install: how to install it.
+        note: added to the line that is logged before it starts.
+        options: further arguments of ``function``.
     """
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
 
-    changed = False
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Linear4bit):
-            continue
-        changed |= bool(getattr(module, "support_avx512bf16_for_cpu", False))
-        module.support_avx512bf16_for_cpu = False
-        packed: Any = module.weight
-        state = packed.quant_state
-        if module.in_features % state.blocksize == 0:
-            continue
-        in_one_row = copy(state)
-        in_one_row.shape = torch.Size([state.shape.numel()])
-        weight = dequantize_4bit(packed.data, in_one_row).reshape(state.shape)
-        if not torch.equal(weight, dequantize_4bit(packed.data, state)):
-            dense = nn.Linear(module.in_features, module.out_features, device="meta")
-            dense.weight, dense.bias = nn.Parameter(weight), module.bias
-            model.set_submodule(name, dense)
-            changed = True
-    return changed
+    name: str
+    function: Callable[..., tuple[str, Any]]
+    module: str = "transformers"
+    variable: str = ""
+    install: str = ""
+    note: str = ""
+    options: tuple[str, ...] = ()
 
+    def find_python(self) -> str | None:
+        """Return a Python executable that has the library, or None."""
+        named = os.environ.get(self.variable) if self.variable else None
+        return named or (sys.executable if find_spec(self.module) else None)
 
-def _find_python(consumer: str) -> str | None:
-    """Return a Python executable that has the library, or None."""
-    other = OTHERS[consumer]
-    named = os.environ.get(other.variable)
-    return named or (sys.executable if find_spec(other.module) else None)
-
-
-def _run_in_subprocess(consumer: str, out: Path, ids: Tensor, seconds: float) -> tuple[str, Tensor]:
-    other = OTHERS.get(consumer)
-    python = sys.executable if other is None else _find_python(consumer)
-    if other is not None:
-        log.info(
-            "loading %s with %s, for at most %g minutes%s",
-            out,
-            other.module,
-            seconds / 60,
-            "; it may compile kernels first" if consumer == "gptq" else "",
-        )
-    if python is None:
-        assert other is not None
-        raise VerificationSkipped(
-            f"{other.module.replace('_', '-')} is not installed; {other.install}, here or in a "
-            f"separate environment, and set {other.variable} to its Python"
-        )
-    assert verify_consumer.__file__ is not None and ids.shape[0] == 1
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "logits.npy"
-        command = [python, verify_consumer.__file__, consumer, str(out.resolve()), str(file)]
-        command += [str(i) for i in ids[0].tolist()]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = _run_with_timeout(command, scratch, environment, consumer, seconds)
-        if done.returncode < 0:
-            raise VerificationSkipped(
-                f"the process of {consumer} was killed by signal {-done.returncode}"
-                + (", as the system does when out of memory" if done.returncode == -9 else "")
+    def compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
+        """Load and compute in a subprocess, which is killed when the time is up."""
+        out, seconds, python = request.path, request.seconds, self.find_python()
+        if self.variable:
+            minutes = seconds / 60
+            log.info(
+                "loading %s with %s, for at most %g minutes%s", out, self.module, minutes, self.note
             )
-        if done.returncode:
-            raise VerificationError(f"{consumer} cannot load {out}:\n{done.stderr}")
-        return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(file))
+        if python is None:
+            raise VerificationSkipped(
+                f"{self.module.replace('_', '-')} is not installed; {self.install}, here or in a "
+                f"separate environment, and set {self.variable} to its Python"
+            )
+        ids = request.probe.input_ids
+        assert verify_consumer.__file__ is not None and ids.shape[0] == 1
+        with tempfile.TemporaryDirectory() as scratch:
+            script, logits = Path(scratch) / "consumer.py", Path(scratch) / "logits.npy"
+            script.write_text(inspect.getsource(self.function))
+            command = [python, verify_consumer.__file__, str(script), self.function.__name__]
+            command += [str(out.resolve()), str(logits), json.dumps(ids[0].tolist())]
+            environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+            done = _run_with_timeout(
+                [*command, *self.options], scratch, environment, self.name, seconds
+            )
+            if done.returncode < 0:
+                raise VerificationSkipped(
+                    f"the process of {self.name} was killed by signal {-done.returncode}"
+                    + (", as the system does when out of memory" if done.returncode == -9 else "")
+                )
+            if done.returncode:
+                raise VerificationError(f"{self.name} cannot load {out}:\n{done.stderr}")
+            return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(logits))
 
 
 def _run_with_timeout(

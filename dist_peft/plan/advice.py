@@ -36,7 +36,7 @@ def list_changes(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str
     quant = config.base.quant
     if quant is None:
         options.append((packed * 3 // 4, "base.quant={kind: nf4}"))
-    elif quant.kind == "nf4" or quant.bits > 3:
+    elif quant.bits > 3:
         options.append((packed // 5, "base.quant={kind: int, bits: 3, solver: gptq}"))
     if plan.engine == "fsdp2" and config.engine.shard_group != "all":
         options.append((packed // 2, "engine.shard_group=all"))

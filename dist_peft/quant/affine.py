@@ -33,11 +33,13 @@ store ``bias = -scale * zero`` instead of ``zero``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.quant.codec_defaults import AffineParts, CodecDefaults
 from dist_peft.quant.hqq import optimize_zero_points
 from dist_peft.quant.kernels import dequantize_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
@@ -57,20 +59,6 @@ _SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16: a finer scale would round to 0."""
 
 
-class AffineParts(NamedTuple):
-    """A packed weight taken apart.
-
-    Attributes:
-        codes: ``uint8 [rows, groups * group_size]``, padding of the row included.
-        scale: ``float16 [rows, groups]``.
-        zero: ``float16 [rows, groups]``.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-
 @dataclass(frozen=True)
 class _AffineLayout:
     groups: int
@@ -80,7 +68,7 @@ class _AffineLayout:
 
 
 @dataclass(frozen=True)
-class AffineCodec:
+class AffineCodec(CodecDefaults):
     """The affine integer codec. See the module for formula and layout.
 
     Attributes:
@@ -89,9 +77,17 @@ class AffineCodec:
         solver: how ``encode`` chooses zeros and codes; decoding does not look at it.
     """
 
+    config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "solver")
+
     bits: int = 4
     group_size: int = 64
     solver: Literal["rtn", "hqq"] = "rtn"
+
+    @classmethod
+    def from_config(cls, quant: QuantConfig) -> Self:
+        """The codec of a ``base.quant`` section with ``kind: int``."""
+        # a base to be solved by gptq is first quantized by rounding, while the model is built
+        return cls(quant.bits, quant.group_size, "hqq" if quant.solver == "hqq" else "rtn")
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -104,14 +100,18 @@ class AffineCodec:
         return f"int{self.bits}"
 
     @property
-    def is_quantized(self) -> bool:
-        """True."""
-        return True
+    def affine_rows(self) -> Self:
+        """The codec itself."""
+        return self
 
     @property
-    def has_zero_points(self) -> bool:
-        """True."""
-        return True
+    def has_integer_zeros(self) -> bool:
+        """Whether all zeros are integers: those of ``hqq`` are fractions."""
+        return self.solver != "hqq"
+
+    def describe_storage(self) -> str:
+        """Return kind, bits and group size."""
+        return f"int, {self.bits} bits in groups of {self.group_size}"
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return scales, then zeros, ``float16 [rows, 2 groups]``; codes are not unpacked."""

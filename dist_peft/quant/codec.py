@@ -9,19 +9,27 @@ rank encodes just the rows that it keeps, and the result does not depend on how 
 are. Codecs are frozen dataclasses: hashable, comparable, picklable.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.codec_defaults import AffineRows, CodecDefaults, Nf4Rows
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.packed_rows import align_to_4_bytes, check_float_weight, check_packed_rows
 
-__all__ = ["Codec", "RawCodec", "make_codec"]
+__all__ = [
+    "Codec",
+    "RawCodec",
+    "describe_quant",
+    "find_unused_quant_keys",
+    "list_quant_keys",
+    "make_codec",
+]
 
 
 class Codec(Protocol):
@@ -36,8 +44,16 @@ class Codec(Protocol):
         """Whether a row has fewer bits than its numbers; false for raw rows."""
 
     @property
-    def has_zero_points(self) -> bool:
-        """Whether each group has a zero that QA-LoRA can merge into."""
+    def affine_rows(self) -> AffineRows | None:
+        """How packed rows are split into integer codes, scales and zeros, which QA-LoRA merges
+        into; None for other rows."""
+
+    @property
+    def nf4_rows(self) -> Nf4Rows | None:
+        """How packed rows are split into NF4 codes and scales; None for other rows."""
+
+    def describe_storage(self) -> str:
+        """Return type, bits and groups in a few words, for reports."""
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return all scales and zeros of packed rows, ``float [rows, n]``; n is 0 for raw rows."""
@@ -60,8 +76,19 @@ class Codec(Protocol):
         """
 
 
+class ConfiguredCodec(Codec, Protocol):
+    """A codec that ``base.quant.kind`` can name."""
+
+    config_keys: ClassVar[tuple[str, ...]]
+    """Keys of ``base.quant`` that it depends on, in the order in which they are shown."""
+
+    @classmethod
+    def from_config(cls, quant: QuantConfig) -> Self:
+        """Build the codec of a ``base.quant`` section of its kind."""
+
+
 @dataclass(frozen=True)
-class RawCodec:
+class RawCodec(CodecDefaults):
     """No quantization: a row is its numbers in ``dtype``, zero-padded to a multiple of 4 bytes.
 
     Decoding to ``dtype`` is a view without a copy where rows are aligned for it.
@@ -82,10 +109,9 @@ class RawCodec:
         """False: the numbers themselves are stored."""
         return False
 
-    @property
-    def has_zero_points(self) -> bool:
-        """False."""
-        return False
+    def describe_storage(self) -> str:
+        """Return the type, such as ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return ``float [rows, 0]``: raw rows have no scales."""
@@ -139,16 +165,40 @@ class RawCodec:
             )
 
 
-_CODECS: dict[str, Callable[[QuantConfig], Codec]] = {
-    "nf4": lambda quant: Nf4Codec(quant.group_size, quant.double_quant),
-    # a base to be solved by gptq is first quantized by rounding, while the model is built
-    "int": lambda quant: AffineCodec(
-        quant.bits, quant.group_size, "hqq" if quant.solver == "hqq" else "rtn"
-    ),
+_CODECS: dict[str, type[ConfiguredCodec]] = {
+    "nf4": Nf4Codec,
+    "int": AffineCodec,
 }
 """``base.quant.kind`` -> its codec."""
 
 
 def make_codec(quant: QuantConfig | None, compute_dtype: torch.dtype) -> Codec:
     """The codec of a base: of ``quant``, or raw rows of ``compute_dtype`` without quantization."""
-    return RawCodec(compute_dtype) if quant is None else _CODECS[quant.kind](quant)
+    return RawCodec(compute_dtype) if quant is None else _CODECS[quant.kind].from_config(quant)
+
+
+def list_quant_keys(kind: str) -> tuple[str, ...]:
+    """Return the keys of ``base.quant`` that describe a base of this kind; empty for no kind."""
+    return ("kind", *_CODECS[kind].config_keys) if kind in _CODECS else ()
+
+
+def find_unused_quant_keys(kind: str) -> Iterator[tuple[str, str]]:
+    """Yield keys of ``base.quant`` without effect on this kind, each with the kinds it is for."""
+    own = list_quant_keys(kind)
+    for key in dict.fromkeys(key for codec in _CODECS.values() for key in codec.config_keys):
+        if key not in own:
+            yield key, ", ".join(name for name in _CODECS if key in list_quant_keys(name))
+
+
+def describe_quant(quant: QuantConfig, keys: tuple[str, ...]) -> str:
+    """Return the given ones of a kind's keys as text, such as ``int, 4 bits, group_size 64``."""
+    values: Mapping[str, Any] = quant.model_dump(include=set(keys) | {"kind"})
+    shown = [str(values["kind"])]
+    for key in _CODECS[quant.kind].config_keys:
+        if key not in keys or values[key] is False:
+            continue
+        if key == "bits":
+            shown.append(f"{values[key]} bits")
+        else:
+            shown.append(key if values[key] is True else f"{key} {values[key]}")
+    return ", ".join(shown)

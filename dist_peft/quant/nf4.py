@@ -33,10 +33,13 @@ when ``in % group_size == 0`` (bitsandbytes 0.50 on CPU).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.quant.codec_defaults import CodecDefaults
 from dist_peft.quant.exact_math import exact_sqrt
 from dist_peft.quant.kernels import NF4_LEVELS, dequantize_nf4
 from dist_peft.quant.pack import pack_bits
@@ -68,7 +71,7 @@ class _Nf4Layout:
 
 
 @dataclass(frozen=True)
-class Nf4Codec:
+class Nf4Codec(CodecDefaults):
     """The NF4 codec. See the module for formula and layout.
 
     Attributes:
@@ -76,8 +79,15 @@ class Nf4Codec:
         double_quant: store scales in 8 bits where that saves bytes.
     """
 
+    config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "double_quant")
+
     group_size: int = 64
     double_quant: bool = True
+
+    @classmethod
+    def from_config(cls, quant: QuantConfig) -> Self:
+        """The codec of a ``base.quant`` section with ``kind: nf4``."""
+        return cls(quant.group_size, quant.double_quant)
 
     def __post_init__(self) -> None:
         if self.group_size < 8 or self.group_size % 8:
@@ -88,14 +98,14 @@ class Nf4Codec:
         return "nf4"
 
     @property
-    def is_quantized(self) -> bool:
-        """True."""
-        return True
+    def nf4_rows(self) -> Self:
+        """The codec itself."""
+        return self
 
-    @property
-    def has_zero_points(self) -> bool:
-        """False: the levels are symmetric."""
-        return False
+    def describe_storage(self) -> str:
+        """Return kind, bits, group size and double quantization."""
+        double = ", double quantization" * self.double_quant
+        return f"nf4, 4 bits in groups of {self.group_size}{double}"
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return the scales that decoding uses, ``float32 [rows, blocks]``."""

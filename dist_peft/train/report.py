@@ -17,6 +17,8 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.model.skeleton import parse_torch_dtype
+from dist_peft.quant.codec import make_codec
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.fusion_attention import FusionAttention
 from dist_peft.train.metrics import format_byte_count
@@ -67,17 +69,11 @@ class RunSummary:
         settings = ", ".join(
             _format_setting(key, value) for key, value in (always | chosen).items()
         )
-        storage: str = base.compute_dtype
-        if base.quant is not None:
-            double = base.quant.kind == "nf4" and base.quant.double_quant
-            storage = (
-                f"{base.quant.kind}, {base.quant.bits} bits in groups of {base.quant.group_size}"
-                + (", double quantization" if double else "")
-            )
+        codec = make_codec(base.quant, parse_torch_dtype(base.compute_dtype))
         return cls(
             model=base.path,
             adapter=f"{adapter.kind} ({settings})" if settings else adapter.kind,
-            base_storage=storage,
+            base_storage=codec.describe_storage(),
             engine=engine,
             ranks=ranks,
             facts=tuple(facts),

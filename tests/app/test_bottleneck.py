@@ -12,10 +12,10 @@ import torch
 
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export import verify_consumer
 from dist_peft.export.verify import Probe, compare_logits
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.step_metrics import read_metrics
+from tests.support import adapterhub_consumer
 from tests.support.adapterhub import adapterhub
 from tests.support.classification_runs import classifying_tree, save_classifier_base
 from tests.support.command_line import lines
@@ -174,7 +174,7 @@ def test_adapterhub_computes_the_same(family: str, placement: str, tmp_path: Pat
     assert (probe.trained - probe.before).abs().max() > 0.1
     ids = probe.input_ids[0].tolist()
     out = tmp_path / "out.npy"
-    done = adapterhub(verify_consumer.__file__, "adapters", base, out, *ids)
+    done = adapterhub(adapterhub_consumer.__file__, base, out, *ids)
     assert done.returncode == 0 and "adapters 1." in done.stdout, done.stderr
     found = compare_logits(torch.from_numpy(np.load(out)), probe)
     print(f"{family}, {placement}: {found.relative:.1e} of what training changed; {found}")
@@ -224,7 +224,7 @@ def test_adapterhub_computes_the_same_with_encoders(
 def test_adapterhub_refuses_norms_that_it_would_lose(tmp_path: Path) -> None:
     adapterhub("-c", "pass")
     base, _ = trained(tmp_path, "llama-tied-bias", train_layernorm=True)
-    done = adapterhub(verify_consumer.__file__, "adapters", base, tmp_path / "out.npy", 4, 5)
+    done = adapterhub(adapterhub_consumer.__file__, base, tmp_path / "out.npy", 4, 5)
     assert done.returncode != 0 and "bottleneck_and_layernorm" in done.stderr
 
 

@@ -421,7 +421,7 @@ def test_bitsandbytes_that_fails_on_this_machine(
     def fail(*args: object) -> None:
         raise VerificationError("bnb-nf4 cannot load it:\nAssertionError: N % block_n")
 
-    monkeypatch.setattr(verify_formats, "_run_in_subprocess", fail)
+    monkeypatch.setattr(verify_formats.ProcessConsumer, "compute_logits", fail)
     argv = ["export", "--run", str(run_dir), "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--format", "bnb-nf4"]) == 0
     err = capsys.readouterr().err

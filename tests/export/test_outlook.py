@@ -9,12 +9,13 @@ import pytest
 from dist_peft.app.model_setup import build_model
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
-from dist_peft.export.formats.registry import FORMATS
-from dist_peft.export.outlook import FORMS, KEPT_NF4, find_export_obstacles, log_export_outlook
+from dist_peft.export.formats.registry import FORMATS, list_export_forms
+from dist_peft.export.outlook import find_export_obstacles, log_export_outlook
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 
 INT = {"kind": "int", "bits": 4, "group_size": 8}
+KEPT_NF4 = "bnb-nf4 --keep-adapter"
 
 
 def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]:
@@ -24,8 +25,9 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
         save_words(tmp_path / "base")
     config = parse_config(tree)
     prepared = build_model(resolve_config(config))
-    log_export_outlook(config, prepared.skeleton, prepared.directory)
-    return find_export_obstacles(config, prepared.skeleton, prepared.directory)
+    about = config, prepared.adapter, prepared.skeleton, prepared.directory
+    log_export_outlook(*about)
+    return find_export_obstacles(*about)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,10 @@ def test_adapted_embedding_of_a_tied_base(tmp_path: Path, caplog: pytest.LogCapt
     assert {*FORMATS} - refused.keys() == {"peft", "peft-expanded"}
     assert "adapter.embeddings: false to merge" in refused["hf-bf16"]
     assert "exports of this run: peft, peft-expanded; not hf-bf16" in caplog.text
+    # a separate adapter changes the embedding alone, as in training
+    kept = outlook(tmp_path / "int", CONFIGS["qwen3"], adapter=adapter, base__quant=INT)
+    separate = {"gptq", "compressed-tensors"}
+    assert {*FORMATS} - kept.keys() == {"peft", "peft-expanded", *separate}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_kept_codes_are_a_form_of_their_own(
     known = {**CONFIGS, **MIXTURES, "narrow": CONFIGS["llama"]}[model]
     config = type(known)(**{**known.to_dict(), **wide})
     refused = outlook(tmp_path, config, **{"base__quant": {"kind": "nf4"}, **changes})
-    assert {*FORMS} == {*FORMATS, KEPT_NF4}
+    assert {form.label for _, form in list_export_forms()} == {*FORMATS, KEPT_NF4}
     if reason is None:
         assert KEPT_NF4 not in refused
     else:
@@ -110,5 +116,6 @@ def test_files_that_will_not_be_copied(tmp_path: Path) -> None:
     (tmp_path / "base" / "merges.txt").symlink_to(tmp_path / "merges")
     config = parse_config(tree)
     prepared = build_model(resolve_config(config))
-    refused = find_export_obstacles(config, prepared.skeleton, prepared.directory)
+    about = config, prepared.adapter, prepared.skeleton, prepared.directory
+    refused = find_export_obstacles(*about)
     assert "is a link to" in refused["hf-bf16"] and "peft" not in refused

@@ -1,6 +1,8 @@
 """What every codec promises, and raw rows."""
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,7 +260,63 @@ def test_a_codec_knows_its_facts(codec: Codec) -> None:
     statistics = codec.read_statistics(packed, 65)
     assert codec.is_quantized == (codec in QUANTIZING) == bool(statistics.shape[1])
     assert len(statistics) == 3 and bool(statistics.isfinite().all())
-    assert codec.has_zero_points == codec.name.startswith("int")
-    if isinstance(codec, AffineCodec):
-        parts = codec.split_packed_rows(packed, 65)
+    assert (codec.affine_rows is None) == (not codec.name.startswith("int"))
+    assert (codec.nf4_rows is None) == (codec.name != "nf4")
+    if codec.affine_rows is not None:
+        parts = codec.affine_rows.split_packed_rows(packed, 65)
         assert torch.equal(statistics, torch.cat((parts.scale, parts.zero), 1))
+        integers = bool((parts.zero == parts.zero.round()).all())
+        assert codec.affine_rows.has_integer_zeros == integers
+        assert codec.affine_rows.bits in (2, 3, 4, 8)
+    if codec.nf4_rows is not None:
+        payload, scales = codec.nf4_rows.split_packed_rows(packed, 65)
+        assert torch.equal(statistics, scales)
+        assert payload.shape[1] * 2 == scales.shape[1] * codec.nf4_rows.group_size
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Last parts of all names in an expression."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+
+
+def _find_codec_switch(node: ast.AST) -> str | None:
+    """What a node decides by the class or the name of a codec; None: nothing."""
+    if isinstance(node, ast.Call) and _names(node.func) & {"isinstance", "issubclass"}:
+        found = [name for name in _names(node.args[1]) if name.endswith("Codec")]
+        return f"isinstance of {found[0]}" if found else None
+    if isinstance(node, ast.MatchClass):
+        found = [name for name in _names(node.cls) if name.endswith("Codec")]
+        return f"case {found[0]}" if found else None
+    if isinstance(node, ast.Compare):
+        for side in (node.left, *node.comparators):
+            if not isinstance(side, ast.Attribute):
+                continue
+            owner = _names(side.value)
+            if side.attr == "kind" and owner & {"quant", "quant_config"}:
+                return "comparison of quant.kind"
+            if side.attr == "name" and any(name.endswith("codec") for name in owner):
+                return "comparison of codec.name"
+    return None
+
+
+def test_nothing_is_decided_by_the_class_or_name_of_a_codec() -> None:
+    """A new codec would be forgotten there: ask it for its facts."""
+    samples = (
+        "isinstance(x.codec, AffineCodec)",
+        "isinstance(x, (int, quant.Nf4Codec))",
+        "base.quant.kind in ('nf4', 'int')",
+        "'nf4' == quant.kind",
+        "module.codec.name == 'raw'",
+        "match codec:\n    case RawCodec():\n        pass",
+    )
+    for sample in samples:
+        assert any(_find_codec_switch(node) for node in ast.walk(ast.parse(sample))), sample
+    package = Path(__file__).parents[2] / "dist_peft"
+    found = [
+        f"{path.relative_to(package)}:{getattr(node, 'lineno', 0)}: {switch}"
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (switch := _find_codec_switch(node))
+    ]
+    assert not found

@@ -102,3 +102,42 @@ def _child(
     buffer = io.BytesIO()  # by value: a tensor sent as a handle would die with this process
     torch.save(answer, buffer)
     pipe.send_bytes(buffer.getvalue())
+
+
+def call_in_process(function: Callable[..., Any], *args: Any, timeout: float = 180) -> Any:
+    """Call ``function(*args)`` in a forked process of its own, which joins no group.
+
+    Its error is raised here with its traceback.
+    """
+    here, there = _context().Pipe(duplex=False)
+    process = _context().Process(
+        target=_call_alone, args=(dict(os.environ), there, function, args), daemon=True
+    )
+    process.start()
+    there.close()
+    try:
+        if not here.poll(timeout):
+            raise TimeoutError(f"no answer in {timeout:g} s")
+        good, value = torch.load(io.BytesIO(here.recv_bytes()), weights_only=False)
+    finally:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    if not good:
+        raise AssertionError(value)
+    return value
+
+
+def _call_alone(
+    environment: dict[str, str], pipe: Connection, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    pipe.send_bytes(buffer.getvalue())

@@ -1,6 +1,6 @@
 """Finished runs without training: a small Llama, a random adapter, and the trained model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.formats.export_spec import ExportSpec
-from dist_peft.export.verify import Probe
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.formats.registry import FORMATS
+from dist_peft.export.verify import Comparison, Probe
+from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
 from tests.support.tiny_models import save_model
@@ -80,7 +82,18 @@ class FakeRun:
     trained: dict[str, Tensor]
 
     def job(self, out: Path, **settings: Any) -> ExportSpec:
-        return ExportSpec(self.base, self.directory, self.adapter_dir, out, **settings)
+        """Fields of ``ExportSpec``, and options of the format by key."""
+        known = {field.name for field in fields(ExportSpec)}
+        options = {key: settings.pop(key) for key in settings.keys() - known}
+        return ExportSpec(
+            self.base, self.directory, self.adapter_dir, out, **settings, options=options
+        )
+
+    def verify(self, name: str, exported: ExportResult, **settings: Any) -> tuple[str, Comparison]:
+        """Load an export with its library and compare it with the trained model."""
+        job = self.job(exported.path, **settings)
+        request = ConsumerRequest(exported.path, self.probe, job.compute_dtype)
+        return FORMATS[name].verify_export(job, request)
 
 
 def make_run(

@@ -28,6 +28,7 @@ from dist_peft.adapters.bottleneck.format import (
     to_public_bottleneck,
 )
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec, TrainableNorm
+from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.adapters.protocol import (
     AdapterDefaults,
     AdapterReader,
@@ -137,6 +138,9 @@ class BottleneckAdapter(AdapterDefaults):
         self.position.begin_micro_batch(step, sample_ids)
 
     # -- saving --------------------------------------------------------------------------------
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return NONLINEAR_LIMITS
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """AdapterHub's form. See ``Adapter`` and ``adapters.bottleneck.format``."""

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.protocol import (
     Adapter,
     PublicAdapter,
@@ -145,6 +146,9 @@ class HeadedAdapter:
 
     def input_fingerprint(self) -> str:
         return self.trunk.input_fingerprint()
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return self.trunk.get_export_limits(tied)
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The method's form with the head in it. See ``Adapter``."""

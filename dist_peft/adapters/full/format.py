@@ -31,7 +31,7 @@ from dist_peft.adapters.tensor_checks import (
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.full.master_weights import (
     MasterWeightLinear,
     StepCounter,
@@ -110,6 +111,10 @@ class PartialAdapter(AdapterDefaults):
 
     def list_source_tensors(self) -> Mapping[str, str]:
         return self._sources
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        reason = f"adapter.kind {self.config.kind} trains weights, no adapter"
+        return ExportLimits(separate=reason, adapter=reason)
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         raise RuntimeError("trained weights are written one by one (adapters.weights_format)")

@@ -35,6 +35,7 @@ from dist_peft.adapters.bottleneck.method import (
     insert_adapter_layer,
     match_adapter_paths,
 )
+from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.format import (
     CONFIG,
@@ -182,6 +183,9 @@ class FusionAdapter(AdapterDefaults):
         return " ".join(source.index.compute_fingerprint() for source in self.sources)
 
     # -- saving --------------------------------------------------------------------------------
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return NONLINEAR_LIMITS
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """AdapterHub's form. See ``Adapter`` and ``adapters.fusion.format``."""

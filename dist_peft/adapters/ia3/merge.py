@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = ["Ia3Merger", "Rescaling"]
 

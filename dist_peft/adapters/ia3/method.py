@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.ia3.format import public_ia3
 from dist_peft.adapters.ia3.layer import Ia3Linear
 from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
@@ -70,6 +71,11 @@ class Ia3Adapter(AdapterDefaults):
 
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         pass  # nothing is random
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return ExportLimits(
+            gptq_linears="PEFT does not support IA3 on GPTQ linears (or --merge --lossy)"
+        )
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``adapters.ia3.format``."""

@@ -26,7 +26,7 @@ from dist_peft.adapters.low_rank.zero_points import merge_into_zeros, unmerge_fr
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = ["LoraMerger", "sum_group_change"]
 

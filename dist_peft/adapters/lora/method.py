@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.lora.expert_format import (
     is_taken_for_experts,
     list_target_parameters,
@@ -137,6 +138,14 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             )
 
     # -- saving --------------------------------------------------------------------------------
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        if not (self.config.embeddings and tied):
+            return ExportLimits()
+        return ExportLimits(
+            merged="adapter.embeddings adapts an embedding that the base's output head shares: one "
+            "merged weight cannot be both; set adapter.embeddings: false to merge"
+        )
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """PEFT's form. See ``Adapter`` and ``adapters.directory``."""

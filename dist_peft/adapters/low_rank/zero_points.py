@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = ["measure_lost_share", "merge_into_zeros", "unmerge_from_zeros"]
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.adapters.low_rank.pooling import Pooling
@@ -15,7 +16,6 @@ from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.quant.affine import AffineCodec
 
 __all__ = ["QaLoraAdapter"]
 
@@ -55,11 +55,11 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
 
     def _resolve_pool_size(self, name: str, module: FrozenLinear) -> int:
         """The size of pool groups, which must be unions of the base's groups."""
-        codec = module.codec
-        if not isinstance(codec, AffineCodec):
+        rows = module.codec.affine_rows
+        if rows is None:
             raise UserError(
                 f"adapter.kind qalora merges into the zeros of an integer base, but {name} is "
-                f"stored as {codec.name}, which has none; "
+                f"stored as {module.codec.name}, which has none; "
                 + (
                     "set base.quant.kind to int"
                     if module.stored is None
@@ -68,11 +68,11 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
                 + f" or leave {'the output head' if module.is_head else 'it'} out of "
                 "adapter.target_modules, or adapter.kind to lora"
             )
-        size = self.config.pool_size or codec.group_size
-        if size % codec.group_size:
+        size = self.config.pool_size or rows.group_size
+        if size % rows.group_size:
             raise UserError(
                 f"adapter.pool_size {size} is no multiple of base.quant.group_size "
-                f"{codec.group_size}: a group of the base would lie in two pool groups and its one "
+                f"{rows.group_size}: a group of the base would lie in two pool groups and its one "
                 "zero could not hold both changes; leave adapter.pool_size out to pool by the "
                 "base's groups"
             )
@@ -86,6 +86,9 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
             f"{', '.join(misfits[:3])}{more} are not divisible by {key}; choose a size that "
             "divides them, or leave these modules out of adapter.target_modules"
         )
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        return ExportLimits(fits_zero_points=True)
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """Our form, with the sum convention (``adapters.qalora.format``)."""

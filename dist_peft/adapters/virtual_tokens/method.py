@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import PATH, PromptEncoder
@@ -109,6 +110,12 @@ class VirtualTokensAdapter(AdapterDefaults, ABC, Generic[Config]):
         self.position.begin_micro_batch(step, torch.zeros(1))  # one mask for all rows
 
     # -- saving --------------------------------------------------------------------------------
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        reason = "virtual tokens change no weight"
+        return ExportLimits(
+            merged=reason, separate=f"{reason}; peft writes them for any base that PEFT loads"
+        )
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The encoder's value in PEFT's form. See ``Adapter`` and

@@ -17,6 +17,7 @@ Nothing is inserted then, and positions, masks and packing are those of the data
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
@@ -148,6 +150,12 @@ class PTuningAdapter(InsertedTokensAdapter[PTuningConfig]):
         encoder = LstmEncoder if self.config.encoder == "lstm" else MlpEncoder
         base = cast(Any, model).get_input_embeddings()
         return encoder(base, width, self.config, self.position)
+
+    def get_export_limits(self, tied: bool) -> ExportLimits:
+        limits = super().get_export_limits(tied)
+        if self.config.pseudo_token is None:
+            return limits
+        return replace(limits, adapter="PEFT only prepends virtual tokens")
 
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         super().begin_micro_batch(step, sample_ids)

@@ -1,20 +1,17 @@
 """``dist-peft export``: write a finished run in a public format."""
 
 import argparse
-from pathlib import Path
 
 from dist_peft.app.checkpoint_adapter import open_trained_run
-from dist_peft.app.export_adapter import VerificationOptions, export_adapter
 from dist_peft.app.export_options import (
-    ADAPTERS,
     add_export_arguments,
     add_run_arguments,
+    collect_format_options,
     parse_verification_options,
     require_one_process,
     warn_unused_arguments,
 )
-from dist_peft.app.finished_run import load_finished_run
-from dist_peft.app.verified_export import export_finished_run, merge_finished_run
+from dist_peft.app.verified_export import export_finished_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 
@@ -41,38 +38,14 @@ def run(args: argparse.Namespace, world: World) -> int:
     with open_trained_run(
         args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
     ) as run_dir:
-        _export_run(args, run_dir, verify)
-    return 0
-
-
-def _export_run(
-    args: argparse.Namespace, run_dir: Path, verify: VerificationOptions | None
-) -> None:
-    trust, overwrite = args.trust_remote_code, args.overwrite
-    if args.format == "hf-bf16":
-        into = args.base or "original"
-        merge_finished_run(
+        export_finished_run(
             run_dir,
+            args.format,
             args.out,
-            into=into,
+            collect_format_options(args),
+            into=args.base or "original",
             verify=verify,
             trust_remote_code=trust,
-            overwrite=overwrite,
+            overwrite=args.overwrite,
         )
-    elif args.format in ADAPTERS:
-        config = load_finished_run(run_dir, trust_remote_code=trust)
-        export_adapter(config, run_dir, args.format, args.out, verify=verify, overwrite=overwrite)
-    else:
-        options = {
-            "overwrite": overwrite,
-            "into": args.base or "original",
-            "bits": args.bits,
-            "group_size": args.group_size,
-            "kind": args.type,
-            "merge": args.merge,
-            "lossy": args.lossy,
-            "keep_adapter": args.keep_adapter,
-        }
-        export_finished_run(
-            run_dir, args.format, args.out, options, verify=verify, trust_remote_code=trust
-        )
+    return 0

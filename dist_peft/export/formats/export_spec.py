@@ -1,22 +1,21 @@
 """The arguments and the result of a format's writer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.merged_weights import CHUNK_BYTES, MergedWeights, State, open_merged_weights
-from dist_peft.export.model_directory import (
-    WriteResult,
-)
+from dist_peft.export.model_directory import WriteResult
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.codec import make_codec
 from dist_peft.store.publish import check_output_free
 
 __all__ = ["ExportResult", "ExportSpec"]
@@ -33,12 +32,8 @@ class ExportSpec:
         out: output directory, or file of a gguf.
         pooled: the adapter is a QA-LoRA adapter and fits into the zeros of the base.
         into: rows that plain LoRA is merged into before quantization.
-        bits: bits of re-quantization; default: the base's, or 4.
-        group_size: group size of re-quantization; default: the base's, or 64.
-        kind: type of a gguf file; default: q4_1 for QA-LoRA of up to 4 bits, else q8_0.
-        merge: merge into integer zeros; requires ``lossy``.
-        lossy: accept that a merge into integer zeros loses the adapter.
-        keep_adapter: for bnb-nf4, keep the codes of the base and save the adapter separately.
+        options: values of the format's options (``ExportFormat.options``) by ``ExportOption.key``;
+            an absent one is not set.
         chunk_bytes: size of a chunk of rows in float32.
         overwrite: replace an export that is in ``out``.
     """
@@ -49,12 +44,7 @@ class ExportSpec:
     out: Path
     pooled: bool = False
     into: Literal["original", "decoded"] = "original"
-    bits: int | None = None
-    group_size: int | None = None
-    kind: str | None = None
-    merge: bool = False
-    lossy: bool = False
-    keep_adapter: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     chunk_bytes: int = CHUNK_BYTES
     overwrite: bool = False
 
@@ -69,11 +59,10 @@ class ExportSpec:
 
     @property
     def integer_codec(self) -> AffineCodec | None:
-        """Codec of an integer base; None for another base."""
-        quant = self.base.quant
-        if quant is None or quant.kind != "int":
-            return None
-        return AffineCodec(quant.bits, quant.group_size)
+        """Codec that re-quantizes with the bits and groups of an integer base; None for another
+        base."""
+        rows = make_codec(self.base.quant, self.compute_dtype).affine_rows
+        return None if rows is None else AffineCodec(rows.bits, rows.group_size)
 
     @property
     def merge_state(self) -> State:
@@ -83,12 +72,11 @@ class ExportSpec:
     @contextmanager
     def open_weights(self, state: State | None = None) -> Iterator[MergedWeights]:
         """Open the base and the adapter with ``open_merged_weights``; ``state`` defaults to
-        ``self.state``.
+        ``merge_state``.
 
         Raises:
             UserError: an error of ``open_merged_weights``, or the base is a mixture of experts,
-            which was
-                not tested with the consumers of these formats.
+                which was not tested with the consumers of these formats.
         """
         state = state or self.merge_state
         with open_merged_weights(
@@ -102,13 +90,17 @@ class ExportSpec:
             yield walk
 
     def make_target_codec(self, group_size: int) -> AffineCodec:
-        """Return the codec of the output: the requested, the base's, or 4 bits in ``group_size``.
+        """Return the codec of the output: that of the options ``bits`` and ``group_size``, the
+        base's, or 4 bits in ``group_size``.
 
         Raises:
             UserError: the requested bits or group size differ from those of kept codes.
         """
         own = self.integer_codec or AffineCodec(4, group_size)
-        asked = (self.bits or own.bits, self.group_size or own.group_size)
+        asked = (
+            self.options.get("bits") or own.bits,
+            self.options.get("group_size") or own.group_size,
+        )
         if self.pooled and asked != (own.bits, own.group_size):
             raise UserError(
                 f"a QA-LoRA run keeps the codes of its base, {own.bits} bits in groups of "

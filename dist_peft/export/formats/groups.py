@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_peft.quant.affine import AffineParts
+from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.packed_rows import divide_exactly
 

@@ -16,22 +16,43 @@ one linear are assembled in memory (``bits / 16`` of its bf16 size).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_peft.adapters.adapter_format import find_format
+from dist_peft.adapters.directory import read_adapter_directory
+from dist_peft.adapters.export_limits import ExportContent
+from dist_peft.adapters.low_rank.zero_points import measure_lost_share
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.export_format import (
+    BITS,
+    GROUP_SIZE,
+    ExportOption,
+    PackedExport,
+    PlannedExport,
+)
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.groups import pack_code_words
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
+from dist_peft.export.verify_consumer import run_plain_transformers
+from dist_peft.export.verify_formats import ProcessConsumer, TransformersConsumer
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["CompressedTensorsPacker", "GptqPacker", "quantize_integer_zeros"]
+__all__ = [
+    "CompressedTensorsExport",
+    "CompressedTensorsPacker",
+    "GptqExport",
+    "GptqPacker",
+    "quantize_integer_zeros",
+]
 
 
 def quantize_integer_zeros(
@@ -205,3 +226,134 @@ def _strip_block_prefix(path: str) -> str:
     names = path.split(".")
     last = max(i for i, name in enumerate(names) if name.isdigit())
     return ".".join(names[last + 1 :])
+
+
+MERGE = ExportOption(
+    "merge", "one merged model instead of base and adapter", {"action": "store_true"}
+)
+LOSSY = ExportOption(
+    "lossy", "allow --merge, which rounds most of the adapter away", {"action": "store_true"}
+)
+
+
+class _IntegerZeroExport(PackedExport):
+    """An integer base unchanged, with a separate adapter; ``--merge --lossy`` re-quantizes."""
+
+    options = (BITS, GROUP_SIZE, MERGE, LOSSY)
+    packer: ClassVar[type[GptqPacker] | type[CompressedTensorsPacker]]
+
+    def get_content(self, options: Mapping[str, Any]) -> ExportContent:
+        return "merged" if options.get(MERGE.key) else "separate"
+
+    def find_idle_options(self, options: Mapping[str, Any]) -> list[str]:
+        idle = options.get(LOSSY.key) and not options.get(MERGE.key)
+        return ["--lossy has no effect without --merge"] if idle else []
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        rows = run.codec.affine_rows
+        if rows is None:
+            return "needs an integer base with a separate adapter (or --merge --lossy)"
+        return None if rows.has_integer_zeros else "hqq produces zeros that are not integers"
+
+    def explain_no_adapter(self) -> str:
+        return f"{super().explain_no_adapter()}, another format, or --merge --lossy"
+
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        merge = bool(job.options.get(MERGE.key))
+        if merge and not job.options.get(LOSSY.key):
+            raise UserError(
+                f"this format has integer zeros: {_describe_merge_loss(job)}. Leave out --merge to "
+                "get base and separate adapter, which loses nothing; or add --lossy to merge "
+                "nevertheless"
+            )
+        codec = job.make_target_codec(64)
+        # codes were chosen with fp16 scales; products are exact in float32
+        exact_dtype = job.compute_dtype == torch.float32
+        packer = self.packer(codec, torch.float32 if exact_dtype else torch.float16)
+        size = f"{codec.bits} bits in groups of {codec.group_size}"
+        if merge:
+            how = f"merged with integer zeros: {size}"
+            return self.write_directory(job, job.merge_state, packer, how)
+        self._check_base_kept(job, codec)
+        how = f"base as trained, {size}; separate adapter"
+        return self.write_directory(job, "base", packer, how, exact=True)
+
+    def _check_base_kept(self, job: ExportSpec, codec: AffineCodec) -> None:
+        """Check that there is an integer base, which ``codec`` describes.
+
+        Raises:
+            UserError: there is none, or options ask for another codec.
+        """
+        if job.integer_codec is None:
+            with job.open_weights("original"):
+                pass  # raises first for a base that no quantized format supports
+            raise UserError(
+                "this format keeps an integer base (base.quant.kind: int) with a separate adapter, "
+                "and this run has none. Choose bnb-nf4 or another format, or add --merge --lossy "
+                "to quantize the merged model to integers"
+            )
+        if codec != job.integer_codec:
+            raise UserError(
+                f"the base is kept unchanged, {job.integer_codec.bits} bits in groups of "
+                f"{job.integer_codec.group_size}; leave out --bits and --group-size"
+            )
+
+
+class GptqExport(_IntegerZeroExport):
+    """GPTQ, in the layout gptq_v2."""
+
+    name = "gptq"
+    keeps = "the integer base unchanged; separate adapter"
+    loads_with = "transformers with gptqmodel"
+    packer = GptqPacker
+    consumer = ProcessConsumer(
+        "gptq",
+        run_plain_transformers,
+        "gptqmodel",
+        "DIST_PEFT_GPTQ_PYTHON",
+        "pip install gptqmodel optimum",
+        note="; it may compile kernels first",
+        options=("float32", "gptqmodel"),
+    )
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        return super().find_packing_obstacle(run, options) or run.limits.gptq_linears
+
+    def _check_base_kept(self, job: ExportSpec, codec: AffineCodec) -> None:
+        if job.integer_codec is not None and not _is_loaded_on_gptq_linears(job.adapter_dir):
+            raise UserError(
+                "this format keeps the adapter separate from GPTQ linears, on which PEFT does not "
+                "support this method; choose compressed-tensors or hf-bf16"
+            )
+        super()._check_base_kept(job, codec)
+
+
+class CompressedTensorsExport(_IntegerZeroExport):
+    """``pack-quantized`` of compressed-tensors."""
+
+    name = "compressed-tensors"
+    keeps = "the integer base unchanged; separate adapter"
+    loads_with = "transformers with compressed-tensors"
+    packer = CompressedTensorsPacker
+    consumer = TransformersConsumer(
+        needs=("compressed_tensors", "peft"),
+        reports=("compressed-tensors",),
+        quantization=("CompressedTensorsConfig", {"dequantize": True}),
+    )
+
+
+def _is_loaded_on_gptq_linears(adapter_dir: Path) -> bool:
+    known = find_format(read_adapter_directory(adapter_dir, values=False).config)
+    return known is not None and known.on_gptq_linears
+
+
+def _describe_merge_loss(job: ExportSpec) -> str:
+    """Describe the loss of a merge into integer zeros."""
+    if not job.pooled or job.integer_codec is None:
+        return (
+            "merged weights are re-quantized, and changes by less than half a quantization step "
+            "are rounded away"
+        )
+    with job.open_weights("base") as walk:
+        share = measure_lost_share(walk.iterate_group_changes(), job.integer_codec.bits)
+    return f"rounding its merged zeros loses {share:.1%} of this run's adapter (measured)"

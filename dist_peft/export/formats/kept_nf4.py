@@ -28,7 +28,7 @@ from torch import nn
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.formats.bnb_nf4 import (
+from dist_peft.export.formats.bnb_packer import (
     encode_quant_state,
     make_bnb_settings,
     make_quant_state_name,
@@ -36,7 +36,7 @@ from dist_peft.export.formats.bnb_nf4 import (
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.quant.nf4 import NF4_LEVELS, Nf4Codec
+from dist_peft.quant.nf4 import NF4_LEVELS
 from dist_peft.store.writer import TensorSpec
 
 __all__ = ["KeptNf4Packer"]
@@ -70,7 +70,8 @@ class KeptNf4Packer:
 
     def can_pack(self, weight: BaseWeight) -> bool:
         """Return whether blocks of bitsandbytes divide the rows of this NF4 weight."""
-        return isinstance(weight.codec, Nf4Codec) and weight.num_columns % self.block == 0
+        has_codes = weight.codec is not None and weight.codec.nf4_rows is not None
+        return has_codes and weight.num_columns % self.block == 0
 
     def check_packable(self, walk: MergedWeights) -> None:
         """Check, before anything is written, that the codes of every linear can be kept.
@@ -89,7 +90,7 @@ class KeptNf4Packer:
             UserError: blocks of bitsandbytes do not divide the ``in_features`` of a linear.
         """
         for linear in model.modules():
-            if not isinstance(linear, FrozenLinear) or not isinstance(linear.codec, Nf4Codec):
+            if not isinstance(linear, FrozenLinear) or linear.codec.nf4_rows is None:
                 continue
             if linear.in_features % self.block:
                 raise self._make_block_size_error(linear.source, linear.in_features)
@@ -114,8 +115,8 @@ class KeptNf4Packer:
     def pack_rows(
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
-        assert isinstance(weight.codec, Nf4Codec)
-        payload, scales = weight.codec.split_packed_rows(
+        assert weight.codec is not None and weight.codec.nf4_rows is not None
+        payload, scales = weight.codec.nf4_rows.split_packed_rows(
             walk.read_packed_rows(weight, span), weight.num_columns
         )
         # the payload of a row's last group may include padding

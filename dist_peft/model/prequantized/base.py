@@ -34,7 +34,7 @@ from dist_peft.model.prequantized.linear import (
     Settings,
     require_tensor,
 )
-from dist_peft.quant.codec import make_codec
+from dist_peft.quant.codec import describe_quant, list_quant_keys, make_codec
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
 
@@ -59,8 +59,7 @@ class _PackedRowsFormat(PackedFormat):
     @classmethod
     def from_settings(cls, settings: Settings, index: SafetensorsIndex) -> Self:
         # options without effect for a kind keep their default, so that a run does not warn of them
-        idle = "double_quant" if settings.get("kind") == "int" else "solver"
-        known = {"kind", "bits", "group_size", "double_quant", "solver"} - {idle}
+        known = {"kind", *list_quant_keys(str(settings.get("kind")))}
         try:
             quant = QuantConfig(**{key: settings[key] for key in known & settings.keys()})
         except ValidationError as error:
@@ -70,6 +69,11 @@ class _PackedRowsFormat(PackedFormat):
                 f"{index.path / 'config.json'}: quantization_config {where}: {first['msg']}"
             ) from None
         return cls(OWN_METHOD, quant)
+
+    @property
+    def quant_keys(self) -> tuple[str, ...]:
+        """All keys of the kind."""
+        return list_quant_keys(self.quant.kind)
 
     def open_linear(
         self, index: SafetensorsIndex, stem: str, out_features: int, in_features: int
@@ -120,13 +124,7 @@ class PrequantizedBase:
             )
 
     def __str__(self) -> str:
-        quant = self.quant_config
-        shown = (
-            f"{self.format_label}: {quant.kind}, {quant.bits} bits, group_size {quant.group_size}"
-        )
-        if quant.kind == "nf4":
-            return shown + ", double_quant" * quant.double_quant
-        return shown + f", solver {quant.solver}" * (self.format_label == OWN_METHOD)
+        return f"{self.format_label}: {describe_quant(self.quant_config, self.format.quant_keys)}"
 
     @property
     def format_label(self) -> str:
@@ -193,12 +191,7 @@ def check_stated_quant(base: BaseConfig, found: PrequantizedBase, directory: Pat
     has = f"{directory} is quantized already ({found})"
     if base.quant is None:
         raise UserError(f"base.quant is null, but {has}; leave base.quant out")
-    keys = ["kind", "bits", "group_size"]
-    if found.quant_config.kind == "nf4":
-        keys.append("double_quant")
-    elif found.format_label == OWN_METHOD:  # other formats do not record the solver
-        keys.append("solver")
-    for key in keys:
+    for key in found.format.quant_keys:
         stated, own = getattr(base.quant, key), getattr(found.quant_config, key)
         if key in base.quant.model_fields_set and stated != own:
             raise UserError(

@@ -1,5 +1,5 @@
 """Linears stored by bitsandbytes in NF4 (see also ``quant.import_formats`` and
-``export.formats.bnb_nf4``).
+``export.formats.bnb_packer``).
 
 Blocks of 64 weights run along the flattened weight, so that one may cross from a row into the next
 where 64 does not divide ``in``. Our rows are self-contained: their groups are the largest that
@@ -38,10 +38,10 @@ _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float3
 
 @dataclass(frozen=True)
 class _BnbLinear(PackedLinear):
+    codec: Nf4Codec
     nested: bool
 
     def _read_packed(self, reader: RowReader, span: Span) -> Tensor:
-        assert isinstance(self.codec, Nf4Codec)
         name, size = (
             f"{self.stem}.weight",
             reader.index.find_tensor(f"{self.stem}.weight").row_bytes,

@@ -49,16 +49,15 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class _IntegerLinear(PackedLinear):
+    codec: AffineCodec
     rounding: ScaleRounding
 
     @property
     def _num_bits(self) -> int:
-        assert isinstance(self.codec, AffineCodec)
         return self.codec.bits
 
     def _repeat_over_groups(self, numbers: Tensor) -> Tensor:
         """Repeat ``[n, groups of the file]`` to ``[n, groups of the codec]``."""
-        assert isinstance(self.codec, AffineCodec)
         groups = self.in_features // self.codec.group_size
         return numbers.repeat_interleave(groups // numbers.shape[1], 1)
 

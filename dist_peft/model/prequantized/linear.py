@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec import Codec
+from dist_peft.quant.codec import Codec, list_quant_keys
 from dist_peft.quant.import_formats import check_packed_statistics, to_half
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
@@ -113,6 +113,11 @@ class PackedFormat(ABC):
 
     OTHERS: ClassVar[tuple[str, ...]]
     """Endings of the other tensors that it may have; its bias is none of them."""
+
+    @property
+    def quant_keys(self) -> tuple[str, ...]:
+        """Keys of ``base.quant`` that the directory decides; other libraries record no solver."""
+        return tuple(key for key in list_quant_keys(self.quant.kind) if key != "solver")
 
     @classmethod
     @abstractmethod

@@ -8,7 +8,7 @@ import pytest
 
 from dist_peft.app import cli
 from dist_peft.app.commands import merge
-from dist_peft.app.export_adapter import VerificationOptions
+from dist_peft.app.verified_export import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 
@@ -28,6 +28,7 @@ def test_options_reach_the_merge() -> None:
         "dtype": "float32",
         "verify": VerificationOptions(None, 600.0),
         "trust_remote_code": False,
+        "overwrite": False,
     }
 
 

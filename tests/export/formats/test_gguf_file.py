@@ -99,7 +99,7 @@ def test_lora_merged(
     kind: str, dtype: str, stored: str, dense: str, rtol: float, atol: float, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=4, group_size=32), dtype=dtype)
-    job = run.job(tmp_path / "a.gguf", kind=kind, into="decoded", chunk_bytes=4096)
+    job = run.job(tmp_path / "a.gguf", type=kind, into="decoded", chunk_bytes=4096)
     assert export_model("gguf", job).path == tmp_path / "a.gguf"
     compare_all(tmp_path / "a.gguf", run, stored, dense, rtol, atol)
     assert not list(tmp_path.glob(".*"))
@@ -118,7 +118,7 @@ def test_blocks_equal_the_packages_own() -> None:
 def test_qalora_that_q4_1_cannot_hold(tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=8, group_size=32), group=32)
     with pytest.raises(UserError, match=r"not 8 bits in groups of 32; use --type q8_0 or f16"):
-        export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True, kind="q4_1"))
+        export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True, type="q4_1"))
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
     exported = export_model("gguf", run.job(tmp_path / "a.gguf", pooled=True))
     assert exported.how == "merged: Q8_0"

@@ -1,23 +1,24 @@
 """Every format written from a run and loaded by its own library."""
 
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.formats.registry import FORMATS, export_model, render_format_table
+from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison
-from dist_peft.export.verify_formats import VerificationSkipped, verify_with_consumer
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter
 from tests.support.export_runs import FakeRun, make_run
 
+ROOT = Path(__file__).parents[3]
 QUANTIZED = sorted(FORMATS.keys() - {"hf-bf16", "peft", "peft-expanded"})
 INT4 = QuantConfig(kind="int", bits=4, group_size=32)
 
@@ -47,7 +48,7 @@ def loaded(run: FakeRun, name: str, out: Path, **settings: Any) -> Comparison:
     """Export, and what the consumer makes of it; skips where it is not installed."""
     exported = export_model(name, run.job(out, **settings))
     try:
-        return verify_with_consumer(name, exported.path, run.probe, run.job(out).compute_dtype)[1]
+        return run.verify(name, exported, **settings)[1]
     except VerificationSkipped as error:
         pytest.skip(str(error))
 
@@ -101,8 +102,8 @@ def test_merge_into_integer_zeros_is_refused_and_loses_the_adapter(
         ("mlx", {"bits": 8, "into": "decoded"}, 0.05),
         ("hf-metal", {"bits": 8, "into": "decoded"}, 0.05),
         ("gguf", {"into": "decoded"}, 0.05),
-        ("gguf", {"kind": "f16", "into": "decoded"}, 0.02),
-        ("gguf", {"kind": "q4_1"}, 0.9),
+        ("gguf", {"type": "f16", "into": "decoded"}, 0.02),
+        ("gguf", {"type": "q4_1"}, 0.9),
     ],
     ids=str,
 )
@@ -173,7 +174,7 @@ def test_linears_that_groups_do_not_divide_stay_dense(name: str, tmp_path: Path)
     wanted = {f"model.layers.{i}.{own}" for i in range(2) for own in dense}
     assert set(exported.written.unpacked) == wanted
     try:
-        found = verify_with_consumer(name, exported.path, run.probe, torch.float32)[1]
+        found = run.verify(name, exported)[1]
     except VerificationSkipped as error:
         pytest.skip(str(error))
     assert found.relative < 0.9
@@ -201,5 +202,25 @@ def test_places_that_are_taken(lora: FakeRun, tmp_path: Path) -> None:
 
 
 def test_table_is_in_the_documentation() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "export.md").read_text()
-    assert render_format_table() in text
+    assert render_format_table() in (ROOT / "docs" / "export.md").read_text()
+
+
+def test_measured_errors_in_the_documentation_are_the_results(tmp_path: Path) -> None:
+    spec = spec_from_file_location("export_tables", ROOT / "benchmarks" / "export_tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = (ROOT / "docs" / "export.md").read_text()
+    assert tables.fill_tables(page) == page
+    (damaged := tmp_path / "export.md").write_text(page.replace("| 143.9 |", "| 14.39 |"))
+    assert tables.fill_tables(damaged.read_text()) == page != damaged.read_text()
+    forms = {row["form"].split()[0] for row in tables.read_measured("export_formats")}
+    assert forms <= FORMATS.keys()
+    with pytest.raises(ValueError, match="no place for table"):
+        tables.fill_tables("")
+
+
+def test_no_figure_is_in_the_source() -> None:
+    """They are generated from results; in a string they would stay when a result changes."""
+    for known in FORMATS.values():
+        assert "%" not in known.keeps + known.loads_with

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.verify_formats import patch_bitsandbytes_layers
+from dist_peft.export.verify_bitsandbytes import patch_bitsandbytes_layers
 from dist_peft.model.prequantized.bnb import BitsandbytesFormat
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.index import SafetensorsIndex

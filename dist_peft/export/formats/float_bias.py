@@ -15,13 +15,21 @@ and nothing is rounded; merged rows are rounded to nearest (``export.formats.gro
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.export_format import (
+    BITS,
+    GROUP_SIZE,
+    PackedExport,
+    PlannedExport,
+)
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.groups import (
     BiasGroups,
     convert_to_bias_groups,
@@ -30,9 +38,17 @@ from dist_peft.export.formats.groups import (
 )
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
+from dist_peft.export.verify_formats import ProcessConsumer, TransformersConsumer
 from dist_peft.store.writer import TensorSpec
 
-__all__ = ["FloatBiasPacker", "HfMetalPacker", "MlxPacker", "find_stored_group_size"]
+__all__ = [
+    "FloatBiasPacker",
+    "HfMetalExport",
+    "HfMetalPacker",
+    "MlxExport",
+    "MlxPacker",
+    "find_stored_group_size",
+]
 
 MLX_GROUPS = (128, 64, 32)
 
@@ -128,3 +144,68 @@ class HfMetalPacker(FloatBiasPacker):
                 "modules_to_not_convert": list_unpacked_linears(walk, unpacked),
             }
         }
+
+
+class _FloatBiasExport(PackedExport):
+    """Codes of a QA-LoRA run with the adapter in the biases; of other runs merged rows."""
+
+    options = (BITS, GROUP_SIZE)
+    packer: ClassVar[type[MlxPacker] | type[HfMetalPacker]]
+
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        # float32 scales require float32 elsewhere: transformers would fail on mixed types
+        codec, dtype = job.make_target_codec(64), torch.float32 if job.pooled else job.compute_dtype
+        packer = self.packer(codec.bits, codec.group_size, dtype)
+        done = "codes kept, adapter in the biases" if job.pooled else "merged, rounded to nearest"
+        how = f"{done}: {packer.bits} bits in groups of {packer.group_size}"
+        return self.write_directory(
+            job, job.merge_state, packer, how, dtype=dtype, exact=job.pooled
+        )
+
+
+def run_mlx(model: Path, ids: list[int]) -> tuple[str, Any]:
+    """Runs in the environment of mlx-lm (``export.verify_consumer``)."""
+    from importlib.metadata import version
+
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.utils import load_model
+
+    loaded = load_model(model)[0]
+    logits = loaded(mx.array([ids])).astype(mx.float32)
+    return f"mlx-lm {version('mlx-lm')}", np.array(logits)[0]
+
+
+class MlxExport(_FloatBiasExport):
+    """MLX's affine mode."""
+
+    name = "mlx"
+    keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/3/4/8 bits"
+    loads_with = "mlx-lm"
+    packer = MlxPacker
+    consumer = ProcessConsumer(
+        "mlx", run_mlx, "mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"
+    )
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        rows = run.codec.affine_rows
+        if rows is None or not run.limits.fits_zero_points:
+            return None
+        if not find_stored_group_size(rows.group_size, MLX_GROUPS):
+            return f"mlx does not support groups of {rows.group_size}"
+        return None
+
+
+class HfMetalExport(_FloatBiasExport):
+    """``quant_method: metal`` of ``transformers``."""
+
+    name = "hf-metal"
+    keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/4/8 bits"
+    loads_with = "transformers, CPU or Apple GPU"
+    packer = HfMetalPacker
+    consumer = TransformersConsumer(
+        needs=("accelerate",),
+        # its default device is an Apple GPU; linears take the type of their scales, which all
+        # else must match
+        settings={"device_map": "cpu", "dtype": "auto"},
+    )

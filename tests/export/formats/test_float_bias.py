@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_peft.core.config.run import QuantConfig
-from dist_peft.export.float_bias import find_stored_group_size
+from dist_peft.export.formats.float_bias import find_stored_group_size
 from dist_peft.export.formats.registry import export_model
 from tests.support.export_runs import make_run
 from tests.support.packed import unpack

@@ -1,0 +1,278 @@
+"""An export format: one class that has everything about it.
+
+A format is a module of this package with a subclass of ``ExportFormat``, or of ``PackedExport`` if
+it packs the weights of linears, and an instance in ``registry.FORMATS``. Its options on the command
+line, its row in ``export --list``, the refusals before training and before an export, the writer
+and the verification come with the class.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from dist_peft.adapters.export_limits import ExportContent, ExportLimits
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.adapter_copy import write_adapter_copy
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.merged_weights import State
+from dist_peft.export.model_directory import (
+    WeightPacker,
+    copy_tokenizer_files,
+    write_model_directory,
+)
+from dist_peft.export.stopping import add_stop_tokens
+from dist_peft.export.verify import Comparison, compare_logits
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.model_files import copy_model_files, list_model_files
+from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
+from dist_peft.quant.codec import Codec, make_codec
+from dist_peft.store.publish import publish_directory
+
+__all__ = [
+    "BITS",
+    "GROUP_SIZE",
+    "ExportForm",
+    "ExportFormat",
+    "ExportOption",
+    "PackedExport",
+    "PlannedExport",
+]
+
+Options = Mapping[str, Any]
+"""Values of a format's options by ``ExportOption.key``; an absent one is not set."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExportOption:
+    """An option of the command line. Formats with the same option share one object.
+
+    Attributes:
+        name: without dashes, such as ``group-size``.
+        help: its effect and default.
+        settings: further arguments of ``ArgumentParser.add_argument``.
+    """
+
+    name: str
+    help: str
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name in ``ExportSpec.options``, such as ``group_size``."""
+        return self.name.replace("-", "_")
+
+
+BITS = ExportOption(
+    "bits", "default: an integer base's own, else 4", {"type": int, "choices": (2, 3, 4, 8)}
+)
+GROUP_SIZE = ExportOption("group-size", "default: an integer base's own, else 64", {"type": int})
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """A format with options that have obstacles of their own.
+
+    Attributes:
+        label: as typed after ``--format``, such as ``bnb-nf4 --keep-adapter``.
+        options: the options of the label.
+    """
+
+    label: str
+    options: Options
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """A run that has not been trained, as formats see it.
+
+    Attributes:
+        config: the run; ``base.quant`` is resolved from the files of a prequantized base.
+        skeleton: the model without weights.
+        directory: directory of the base's files.
+        limits: those of the run's method.
+    """
+
+    config: RunConfig
+    skeleton: Skeleton
+    directory: Path
+    limits: ExportLimits
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return parse_torch_dtype(self.config.base.compute_dtype)
+
+    @property
+    def codec(self) -> Codec:
+        """Codec of the base's linears."""
+        return make_codec(self.config.base.quant, self.compute_dtype)
+
+    @cached_property
+    def files_obstacle(self) -> str | None:
+        """Why the base's files without weights cannot be copied; None: they can."""
+        try:
+            list_model_files(self.directory, code=self.config.base.trust_remote_code)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+class ExportFormat(ABC):
+    """A format of ``dist-peft export``."""
+
+    name: ClassVar[str]
+    """On the command line."""
+
+    keeps: ClassVar[str]
+    """The part of a run that it preserves, for the table of formats."""
+
+    loads_with: ClassVar[str]
+    """Libraries that load it, for the table of formats."""
+
+    options: ClassVar[tuple[ExportOption, ...]] = ()
+    """Its options on the command line."""
+
+    reads_base: ClassVar[bool] = True
+    """Whether the writer reads the base's files."""
+
+    writes_classifiers: ClassVar[bool] = True
+    """Whether it can hold a model with a classifier's head."""
+
+    # -- before the export -------------------------------------------------------------------------
+
+    @property
+    def forms(self) -> tuple[ExportForm, ...]:
+        """The format without options, and with those that have obstacles of their own."""
+        return (ExportForm(self.name, {}),)
+
+    def get_content(self, options: Options) -> ExportContent:
+        """Return the content of the output with these options."""
+        return "merged"
+
+    def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
+        """Return why the run, once trained, cannot be written; None: it can be tried."""
+        if reason := run.limits.get_reason(self.get_content(options)):
+            return reason
+        return run.files_obstacle if self.reads_base else None
+
+    def find_idle_options(self, options: Options) -> list[str]:
+        """Return a sentence for each option that has no effect together with the others."""
+        return []
+
+    def explain_no_adapter(self) -> str:
+        """Return the consequence and the fix for a run of trained weights, which has no adapter."""
+        return f"so there is no separate adapter for format {self.name}; use dist-peft merge"
+
+    # -- export ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        """Write the output.
+
+        Raises:
+            UserError: the format cannot hold the run, ``job.out`` is not empty, the disk is full.
+        """
+
+    @abstractmethod
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        """Load the output with its library and compare it with the trained model.
+
+        Returns:
+            Name and version of the library, and the comparison.
+
+        Raises:
+            VerificationSkipped: it is not installed, exceeded the time limit, or does not compute
+                with the stored weights on this machine.
+            VerificationError: it cannot load the output.
+        """
+
+    # -- messages ----------------------------------------------------------------------------------
+
+    def describe_result(self, result: ExportResult) -> str:
+        """Return the line that is logged after the export."""
+        written, size = result.written, result.written.bytes_written / 2**20
+        return f"{result.path}, {result.how}: {written.packed} weights packed, {size:.1f} MiB"
+
+    def list_report_rows(
+        self, job: ExportSpec, result: ExportResult, consumer: str
+    ) -> list[tuple[str, str]]:
+        """Return the rows of the run's report, before those of the comparison."""
+        return [("Written", result.how), ("Loaded by", consumer)]
+
+    @property
+    def report_title(self) -> str:
+        """Title of the section of the run's report."""
+        return f"Export {self.name}"
+
+    def suggest_better(self, job: ExportSpec, result: ExportResult, found: Comparison) -> str:
+        """Return options that lower the error; empty without any."""
+        return "" if result.exact else "--base decoded, or more bits, lose less"
+
+
+class PackedExport(ExportFormat):
+    """A format that packs the weights of the blocks' linears, for language models."""
+
+    writes_classifiers = False
+
+    consumer: ClassVar[Consumer]
+    """Library that loads the output, for the default ``verify_export``."""
+
+    def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
+        if reason := super().find_obstacle(run, options):
+            return reason
+        if any(isinstance(module, ExpertStack) for module in run.skeleton.model.modules()):
+            return "the base is a mixture of experts"
+        if run.config.base.head == "classifier":
+            return "the format is for language models"
+        return self.find_packing_obstacle(run, options)
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Options) -> str | None:
+        """Return why the weights of the run cannot be packed; None: they can."""
+        return None
+
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        consumer, logits = self.consumer.compute_logits(request)
+        return consumer, compare_logits(logits, request.probe)
+
+    def write_directory(
+        self,
+        job: ExportSpec,
+        state: State,
+        packer: WeightPacker,
+        how: str,
+        *,
+        dtype: torch.dtype | None = None,
+        exact: bool = False,
+    ) -> ExportResult:
+        """Write a directory that ``transformers`` or a library with its layout reads.
+
+        In the state ``base`` the adapter is written next to it.
+
+        Args:
+            job: inputs of the export.
+            state: state of the weights (``export.merged_weights``).
+            packer: packs linears.
+            how: see ``ExportResult``.
+            dtype: type of everything that is not packed; default: the run's compute type.
+            exact: see ``ExportResult``.
+        """
+        dtype, code = dtype or job.compute_dtype, job.base.trust_remote_code
+        job.check_output()
+        list_model_files(job.directory, code=code)  # fail before the export
+        with publish_directory(job.out) as out:
+            with job.open_weights(state) as walk:
+                written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)
+                packing = packer.make_config(walk, list(written.unpacked))
+                settings = {**walk.skeleton.settings, **packing}
+            copy_model_files(job.directory, out, dtype, settings, code=code)
+            copy_tokenizer_files(job.adapter_dir, out)
+            add_stop_tokens(job.adapter_dir, out)
+            if state == "base":
+                write_adapter_copy(job.adapter_dir, out, base=job.out)
+        return ExportResult(written, job.out, how, exact)

@@ -1,0 +1,110 @@
+"""``gguf``: the format's class; ``formats.gguf_file`` writes it with the optional package gguf."""
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.errors import UserError
+from dist_peft.export.formats.export_format import ExportOption, PackedExport, PlannedExport
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.model_directory import copy_tokenizer_files
+from dist_peft.export.verify import Comparison, compare_logits
+from dist_peft.export.verify_formats import (
+    Consumer,
+    ConsumerRequest,
+    ProcessConsumer,
+    TransformersConsumer,
+)
+from dist_peft.model.model_files import copy_model_files
+from dist_peft.store.fileio import remove_temporary_files
+from dist_peft.store.publish import publish_directory
+
+__all__ = ["LLAMA_CPP", "GgufExport"]
+
+TYPE = ExportOption(
+    "type",
+    "default: q4_1 where it keeps QA-LoRA's codes, else q8_0",
+    {"choices": ("q4_1", "q8_0", "f16")},
+)
+
+
+def run_llama_cpp(model: Path, ids: list[int]) -> tuple[str, Any]:
+    """Runs in the environment of llama-cpp-python (``export.verify_consumer``)."""
+    from importlib.metadata import version
+
+    from llama_cpp import Llama
+
+    context = max(len(ids), 32)
+    loaded = Llama(str(model), n_ctx=context, n_batch=context, logits_all=True, verbose=False)
+    loaded.eval(ids)
+    return f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})", loaded.scores[: len(ids)]
+
+
+LLAMA_CPP = ProcessConsumer(
+    "llama.cpp",
+    run_llama_cpp,
+    "llama_cpp",
+    "DIST_PEFT_LLAMACPP_PYTHON",
+    "pip install llama-cpp-python (needs a compiler)",
+)
+
+
+class GgufExport(PackedExport):
+    """A file of llama.cpp, in Q4_1, Q8_0 or F16."""
+
+    name = "gguf"
+    keeps = "QA-LoRA: codes, scales, fp16 biases (Q4_1). LoRA: merged, Q4_1/Q8_0/F16"
+    loads_with = "llama.cpp, transformers"
+    options = (TYPE,)
+    consumer = TransformersConsumer(needs=("gguf",), file_argument="gguf_file")
+    """Where llama.cpp is not installed."""
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        if find_spec("gguf") is None:
+            return None
+        from dist_peft.export.formats.gguf_model import GgufModelLayout  # needs an optional package
+
+        try:
+            GgufModelLayout(run.skeleton)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        if find_spec("gguf") is None:
+            raise UserError("format gguf needs the gguf package; pip install 'dist_peft[export]'")
+        from dist_peft.export.formats.gguf_file import write_gguf_file
+
+        codec = job.integer_codec
+        fits = job.pooled and codec is not None and codec.bits <= 4 and codec.group_size % 32 == 0
+        kind = job.options.get(TYPE.key) or ("q4_1" if fits else "q8_0")
+        file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
+        is_directory = file.parent == job.out
+        if is_directory:
+            job.check_output()
+        elif file.is_dir() or (file.exists() and not job.overwrite):
+            raise UserError(f"{file} exists; choose another file, or replace it with --overwrite")
+        with (
+            job.open_weights() as walk,
+            tempfile.TemporaryDirectory() as scratch,
+            publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
+        ):
+            remove_temporary_files(file)  # of a process that was killed
+            copy_model_files(job.directory, Path(scratch), job.compute_dtype, {})
+            copy_tokenizer_files(job.adapter_dir, Path(scratch))
+            written = write_gguf_file(
+                walk, kind, out / file.name, Path(scratch), job.directory.name, job.compute_dtype
+            )
+        kept = job.pooled and kind == "q4_1"
+        as_trained = job.pooled or job.into == "decoded" or job.base.quant is None
+        done = "codes kept, adapter in the biases" if kept else "merged"
+        exact = kept or (kind == "f16" and as_trained)
+        return ExportResult(written, file, f"{done}: {kind.upper()}", exact)
+
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        consumer: Consumer = LLAMA_CPP if LLAMA_CPP.find_python() else self.consumer
+        name, logits = consumer.compute_logits(request)
+        return name, compare_logits(logits, request.probe)

@@ -1,0 +1,86 @@
+"""``hf-bf16``: a plain Hugging Face directory of base and adapter, also written by ``merge``."""
+
+import logging
+from typing import Literal
+
+from dist_peft.export.formats.export_format import ExportFormat
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.merge_weights import merge_model
+from dist_peft.export.time_limit import enforce_time_limit
+from dist_peft.export.verify import Comparison, verify_directory
+from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.model.hub import read_json_object
+from dist_peft.model.skeleton import parse_torch_dtype
+
+__all__ = ["HfBf16Export"]
+
+log = logging.getLogger("dist_peft")
+
+
+class HfBf16Export(ExportFormat):
+    """Merged weights in one floating-point type: bf16, or with ``merge`` the option ``dtype``."""
+
+    name = "hf-bf16"
+    keeps = "merged weights, rounded to bf16"
+    loads_with = "transformers"
+
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        dtype = _get_dtype(job)
+        into: Literal["original", "decoded"] = job.into
+        written = merge_model(
+            job.base,
+            job.directory,
+            job.adapter_dir,
+            job.out,
+            into=into,
+            dtype=parse_torch_dtype(dtype),
+            chunk_bytes=job.chunk_bytes,
+            overwrite=job.overwrite,
+        )
+        as_trained = (
+            into == "decoded"
+            or job.base.quant is None
+            or "quantization_config" in read_json_object(job.directory / "config.json")
+        )
+        return ExportResult(written, job.out, f"merged into the {into} base, {dtype}", as_trained)
+
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        with enforce_time_limit("loading it with transformers", request.seconds):
+            found = verify_directory(
+                request.path,
+                request.probe,
+                request.dtype,
+                trust_remote_code=request.trust_remote_code,
+            )
+        return f"transformers, {job.base.compute_dtype}", found
+
+    @property
+    def report_title(self) -> str:
+        return "Merge"
+
+    def describe_result(self, result: ExportResult) -> str:
+        written, size = result.written, result.written.bytes_written / 2**20
+        return (
+            f"{result.path}, {result.how}: {written.tensors} tensors, {written.merged} of them "
+            f"merged, {size:.1f} MiB"
+        )
+
+    def list_report_rows(
+        self, job: ExportSpec, result: ExportResult, consumer: str
+    ) -> list[tuple[str, str]]:
+        return [
+            ("Merged into", f"{job.into} base"),
+            ("Type of the weights", _get_dtype(job)),
+            ("Reloaded by", consumer),
+        ]
+
+    def suggest_better(self, job: ExportSpec, result: ExportResult, found: Comparison) -> str:
+        if not result.exact:
+            return "--base decoded merges into the base as training saw it"
+        # NaN is not below either
+        may_be_rounding = _get_dtype(job) != "float32" and found.relative < 1
+        return "--dtype float32 rounds nothing" if may_be_rounding else ""
+
+
+def _get_dtype(job: ExportSpec) -> str:
+    return str(job.options.get("dtype") or "bfloat16")

@@ -1,0 +1,76 @@
+"""Views of packed rows as codes, scales and zeros, and defaults of a codec without such views.
+
+Exports keep the codes of a base where their format has the same layout. They ask the codec for a
+view of its rows instead of its class: a new codec with rows of scaled integers returns one from
+``affine_rows`` and can be written by every format for these.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+__all__ = ["AffineParts", "AffineRows", "CodecDefaults", "Nf4Rows"]
+
+
+class AffineParts(NamedTuple):
+    """A packed weight taken apart: ``w = (code - zero) * scale``.
+
+    Attributes:
+        codes: ``uint8 [rows, groups * group_size]``, padding of the row included.
+        scale: ``float16 [rows, groups]``.
+        zero: ``float16 [rows, groups]``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+class AffineRows(Protocol):
+    """Rows of unsigned integer codes in groups with a scale and a zero."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale and a zero."""
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """Whether all zeros are integers in the range of the codes."""
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> AffineParts:
+        """Return codes, scales and zeros of ``uint8 [rows, row_bytes]``."""
+
+
+class Nf4Rows(Protocol):
+    """Rows of NF4 codes (levels: ``quant.nf4.NF4_LEVELS``) in groups with a scale."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+
+    def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return two codes a byte, the even column high, ``uint8 [rows, groups * group_size / 2]``,
+        and scales ``float32 [rows, groups]`` of ``uint8 [rows, row_bytes]``."""
+
+
+class CodecDefaults:
+    """Facts of a quantizing codec whose rows no other library has."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def affine_rows(self) -> AffineRows | None:
+        """None: no integer codes with zeros."""
+        return None
+
+    @property
+    def nf4_rows(self) -> Nf4Rows | None:
+        """None: no NF4 codes."""
+        return None
