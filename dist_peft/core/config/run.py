@@ -174,7 +174,7 @@ class TrainConfig(ConfigSection):
     )
     steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
     epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
-    micro_batch: Int = Field(1, ge=1, description="Sequences a rank computes at a time.")
+    micro_batch: Int = Field(1, ge=1, description="Most sequences that a rank computes at a time.")
     global_batch: Int = Field(16, ge=1, description="Sequences an optimizer step, over all ranks.")
     lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
