@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_derived_configurations_are_found(line: str) -> None:
     assert find_derived_configs(f"def run(config: RunConfig) -> None:\n    {line}\n")
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Top-level names of the packages that a file imports, and ``torch.distributed``."""
     found = set()

@@ -28,7 +28,6 @@ def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tup
 @pytest.mark.parametrize(
     ("script", "tasks_per_node", "expected"),
     [
-        ("fsdp2_nodes.sbatch", 1, "on 2 ranks (fsdp2)"),
         ("fsdp2_nodes.sbatch", 2, "on 4 ranks (fsdp2)"),
         ("zero3_nodes.sbatch", 1, "on 2 ranks (zero)"),
     ],
@@ -43,7 +42,8 @@ def test_script_trains_as_one_process(
 
 
 def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
-    """Stopped twice, as ``--signal=B:USR1@N`` does it (to the script) and as ``USR1@N`` (tasks)."""
+    """As one process, though stopped twice: as ``--signal=B:USR1@N`` does it (to the script) and as
+    ``USR1@N`` (to its tasks)."""
     job, out = submit(slurm, long_run, "fsdp2_nodes.sbatch", 1)
     for stop, to in enumerate((["--batch"], []), 1):
         before = len(long_run.losses())
@@ -56,6 +56,7 @@ def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
         slurm.call("scontrol", "update", f"job={job}", "StartTime=now")  # else it waits 2 minutes
     assert slurm.wait(job) == "COMPLETED", out.read_text()
     assert out.read_text().count(f"resumed {long_run.directory}/checkpoints") == 2
+    assert "on 2 ranks (fsdp2)" in out.read_text()
     long_run.check()
 
 
