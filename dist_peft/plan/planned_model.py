@@ -34,12 +34,16 @@ class PlannedModel:
     source: str
 
 
-def build_planned_model(config: RunConfig, base_config: Path | None = None) -> PlannedModel:
+def build_planned_model(
+    config: RunConfig, base_config: Path | None = None, scratch: Path | None = None
+) -> PlannedModel:
     """Build the model of ``config`` without weights.
 
     Args:
         base_config: a ``config.json`` to take the shapes from instead of ``base.path``, as of an
             unquantized base.
+        scratch: where to leave the sparse files that are written for a ``config.json``; by default
+            they are removed.
 
     Raises:
         UserError: no such file, or a model or adapter that cannot be built.
@@ -48,19 +52,22 @@ def build_planned_model(config: RunConfig, base_config: Path | None = None) -> P
         file = base_config / "config.json" if base_config.is_dir() else base_config
         if not file.is_file():
             raise UserError(f"--base-config {base_config} does not exist; give a config.json")
-        return _build_from_config_file(config, file)
+        return _build_from_config_file(config, file, scratch)
     directory = resolve_base_directory(config.base, weights=False)
     if any(directory.glob("*.safetensors")):
         return _build_from_directory(config, directory, str(directory))
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
-    return _build_from_config_file(config, file)
+    return _build_from_config_file(config, file, scratch)
 
 
-def _build_from_config_file(config: RunConfig, file: Path) -> PlannedModel:
-    with tempfile.TemporaryDirectory(prefix="dist_peft_plan") as scratch:
-        directory = write_sparse_base(file, Path(scratch) / "base")
+def _build_from_config_file(config: RunConfig, file: Path, scratch: Path | None) -> PlannedModel:
+    if scratch is not None:
+        directory = write_sparse_base(file, scratch / "base")
+        return _build_from_directory(config, directory, str(file))
+    with tempfile.TemporaryDirectory(prefix="dist_peft_plan") as removed:
+        directory = write_sparse_base(file, Path(removed) / "base")
         return _build_from_directory(config, directory, str(file))
 
 

@@ -23,13 +23,20 @@ from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.engine_protocol import init_adam_state
 from dist_peft.engine.mesh import count_shards, list_end_modules
+from dist_peft.engine.zero_config import build_deepspeed_config
 from dist_peft.model.frozen_linear import FrozenWeight
 
-__all__ = ["RestingBytes", "count_resting_bytes", "count_shard_ranks", "optimizer_state_bytes"]
+__all__ = [
+    "RestingBytes",
+    "count_own_rows",
+    "count_resting_bytes",
+    "count_shard_ranks",
+    "optimizer_state_bytes",
+]
 
 PACKED, ENDS, OTHERS = "packed base", "embedding and head", "norms, biases, other frozen"
 BUFFERS, ADAPTER, OPTIMIZER = "buffers", "adapter", "optimizer state"
-PADDING = "padding of shards"
+PADDING, BUCKET = "padding of shards", "DeepSpeed's gradient bucket"
 _ALIGN = 16  # of engine.row_shards
 
 _PAGED_FROM = 100_000  # values of a parameter's shard, bitsandbytes
@@ -98,10 +105,8 @@ def count_resting_bytes(
     own = frozen = trainable = 0
     for part in _list_parts(model, blocks):
         learns = part.parameter.requires_grad
-        parts = shards if config.engine.shard_base or (learns and kind == "fsdp2") else 1
+        parts = _count_parts(part, config, kind, shards)
         rows = len(row_span(part.num_rows, parts, index if parts > 1 else 0))
-        if learns and kind == "zero":
-            rows, parts = part.num_rows, 1
         size = rows * part.row_bytes
         device[part.purpose] += size
         own += size
@@ -127,6 +132,30 @@ def count_resting_bytes(
         frozen,
         trainable,
     )
+
+
+def count_own_rows(
+    model: nn.Module, blocks: Sequence[nn.Module], config: RunConfig, world: World
+) -> tuple[int, ...]:
+    """Return the bytes of each rank's rows of all parameters, for the ranks of one shard group."""
+    kind, shards = resolve_engine_kind(config.engine, world), count_shard_ranks(config, world)
+    alike = Counter[tuple[int, int, int]]()  # rows, bytes of a row, ranks that share them
+    for part in _list_parts(model, blocks):
+        alike[part.num_rows, part.row_bytes, _count_parts(part, config, kind, shards)] += 1
+    return tuple(
+        sum(
+            count * size * len(row_span(rows, parts, rank if parts > 1 else 0))
+            for (rows, size, parts), count in alike.items()
+        )
+        for rank in range(shards)
+    )
+
+
+def _count_parts(part: _Part, config: RunConfig, kind: str, shards: int) -> int:
+    """Return over how many ranks the rows of a parameter are spread."""
+    if part.parameter.requires_grad:
+        return shards if kind == "fsdp2" else 1
+    return shards if config.engine.shard_base else 1
 
 
 def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part]:
@@ -205,3 +234,5 @@ def _add_deepspeed_shares(
     place[OPTIMIZER] += 3 * share
     if config.engine.stage >= 2:
         place["gradients, sharded"] += share
+    settings = build_deepspeed_config(config.engine, config.train, ranks)
+    device[BUCKET] = 4 * int(settings["zero_optimization"]["reduce_bucket_size"])

@@ -18,7 +18,12 @@ from dist_peft.plan.duration import Duration, plan_duration
 from dist_peft.plan.host import HostPeaks, plan_host_peaks
 from dist_peft.plan.memory import MemoryPlan, build_memory_plan, extrapolate_phases
 from dist_peft.plan.planned_model import PlannedModel
-from dist_peft.plan.resting import RestingBytes, count_resting_bytes, count_shard_ranks
+from dist_peft.plan.resting import (
+    RestingBytes,
+    count_own_rows,
+    count_resting_bytes,
+    count_shard_ranks,
+)
 from dist_peft.plan.step_trace import trace_step
 from dist_peft.plan.traffic import Traffic, count_micro_batches, plan_traffic
 
@@ -35,6 +40,7 @@ class RunPlan:
         source: files that the shapes are of.
         engine: kind of the engine.
         resting: of the fullest rank.
+        stored: bytes of all parameters, as stored.
         own_rows: bytes of rows, rank by rank (of one shard group); with ``single`` one number.
         attention: implementation of attention, and whether packed rows get a mask.
     """
@@ -43,6 +49,7 @@ class RunPlan:
     engine: str
     memory: MemoryPlan
     resting: RestingBytes
+    stored: int
     own_rows: tuple[int, ...]
     traffic: Traffic
     host: HostPeaks
@@ -70,6 +77,7 @@ class RunPlan:
             "attention": self.attention,
             "memory": memory,
             "resting": asdict(self.resting),
+            "stored": self.stored,
             "own_rows": list(self.own_rows),
             "traffic": asdict(self.traffic),
             "host": asdict(self.host),
@@ -124,7 +132,8 @@ def plan_run(
         kind,
         memory,
         resting,
-        _list_own_rows(model, blocks, config, cluster, shards),
+        sum(p.numel() * p.element_size() for p in model.parameters()),
+        count_own_rows(model, blocks, config, world),
         traffic,
         plan_host_peaks(skeleton, resting, shards),
         plan_duration(trace, len(blocks), weights, tokens, traffic, cluster),
@@ -152,17 +161,6 @@ def _check_global_batch(config: RunConfig, cluster: Cluster) -> None:
             f"train.global_batch is {config.train.global_batch} sequences for {cluster.ranks} "
             "ranks; every rank needs one: raise it, or plan fewer ranks"
         )
-
-
-def _list_own_rows(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    config: RunConfig,
-    cluster: Cluster,
-    shards: int,
-) -> tuple[int, ...]:
-    worlds = (cluster.make_world(config.engine, rank) for rank in range(shards))
-    return tuple(count_resting_bytes(model, blocks, config, w).own_rows for w in worlds)
 
 
 def _count_packed_weights(blocks: Sequence[nn.Module]) -> int:

@@ -8,6 +8,7 @@ nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on `
 from dataclasses import dataclass
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.engine import resolve_engine_kind
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.resting import count_shard_ranks
 from dist_peft.plan.step_trace import StepTrace
@@ -46,11 +47,17 @@ def plan_traffic(
     if cluster.ranks == 1:
         return Traffic(0, 0, 0, 0, micro_batches)
     gathered = sum(trace.gathered.values()) + (blocks - len(trace.blocks)) * trace.gathered_block
-    shards = count_shard_ranks(config, cluster.make_world(config.engine))
+    world = cluster.make_world(config.engine)
+    shards = count_shard_ranks(config, world)
+    adapters = 0
+    if resolve_engine_kind(config.engine, world) == "zero":
+        # stage 3 gathers adapters for each micro-batch, stages 1 and 2 after an update
+        adapters = 4 * trainable
+        gathered += adapters if config.engine.stage == 3 else 0
     nodes = max(1, shards // cluster.gpus_per_node)
     replicas = cluster.ranks // shards
     reduced = 4 * trainable
-    per_step = gathered * micro_batches
+    per_step = gathered * micro_batches + (adapters if config.engine.stage < 3 else 0)
     across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes
     if replicas > 1 and shards <= cluster.gpus_per_node:
         across += 2 * reduced * (cluster.nodes - 1) // cluster.nodes

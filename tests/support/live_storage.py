@@ -1,5 +1,6 @@
 """Live tensor storage of a real run, to compare a plan with."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
+from dist_peft.engine.zero import ZeroEngine
 from dist_peft.plan.storage_tracker import StorageTracker
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
@@ -107,7 +109,11 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
 
 
 def _list_resting(built: LoadedModel) -> list[Any]:
-    """Parameters (of DeepSpeed's and of row shards too), buffers and optimizer state."""
+    """Parameters, buffers and optimizer state; with DeepSpeed, which has many places: all tensors
+    of this process."""
+    if isinstance(built.engine, ZeroEngine):
+        gc.collect()
+        return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     tensors: list[Any] = [*built.model.parameters(), *built.model.buffers()]
     engine: Any = built.engine
     for state in engine.optimizer.optimizer.state.values():

@@ -10,9 +10,11 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.plan.cluster import GPUS, Cluster, parse_byte_count, parse_link_rate
+from dist_peft.plan.picture import draw_memory_bar
 from dist_peft.plan.plan_report import format_plan
 from dist_peft.plan.planned_model import build_planned_model
 from dist_peft.plan.run_plan import plan_run
+from dist_peft.plan.search import format_proposals, search_plans
 
 __all__ = ["DOES_NOT_FIT", "add_arguments", "run"]
 
@@ -33,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="config.json with the shapes, instead of that of base.path",
     )
+    parser.add_argument("--out", type=Path, help="picture of the memory: a .svg or .png file")
+    parser.add_argument("--search", action="store_true", help="also plan changes of the run")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -49,10 +53,17 @@ def run(args: argparse.Namespace, world: World) -> int:
         return 0
     planned = build_planned_model(config, args.base_config)
     plan = plan_run(planned, cluster)
+    if args.out is not None:
+        title = f"{Path(config.base.path).name} on {cluster.ranks} cards, {plan.engine}"
+        draw_memory_bar(plan.memory, title, args.out)
+    proposals = list(search_plans(planned, cluster, args.base_config)) if args.search else []
     if args.json:
-        print(json.dumps(plan.to_json(), indent=1))
+        found = {"search": [p.to_json() for p in proposals]} if args.search else {}
+        print(json.dumps(plan.to_json() | found, indent=1))
     else:
         print("\n".join(format_plan(plan, planned.config, cluster)))
+        if args.search:
+            print("\n".join(format_proposals(proposals)))
     return 0 if plan.memory.fits else DOES_NOT_FIT
 
 

@@ -1,0 +1,199 @@
+"""Large models on 2 to 512 ranks, in one process and without weights.
+
+    python benchmarks/fake_world.py [--cases NAME ...]
+
+Every case has a full-width model from ``configs/bases`` over sparse files (headers with holes), one
+rank of a process group that sends nothing, and the project's own skeleton, engine, loader and plan:
+
+* the rows of all ranks add up to the packed model;
+* a rank reads 1/N of the files: computed for every tensor, and where its share is below
+  ``--read-at-most`` really read, encoded and kept, with the files that are open meanwhile;
+* largest tensors of each phase of a step (traced on fake tensors), and bytes gathered.
+
+Values do not exist: zeros are read, nothing is sent, nothing is multiplied.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MIB, print_table, run_config, write_result
+
+from dist_peft.core.span import row_span
+from dist_peft.core.world import World
+from dist_peft.engine import make_engine
+from dist_peft.engine.fake_ranks import fake_process_group
+from dist_peft.model.load import load_model
+from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.planned_model import PlannedModel, build_planned_model
+from dist_peft.plan.run_plan import plan_run
+from dist_peft.store.reader import RowReader
+
+BASES = Path(__file__).parent.parent / "configs" / "bases"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on some nodes of eight cards (fewer where there are fewer ranks)."""
+
+    base: str
+    ranks: int
+    seq_len: int = 2048
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}@{self.ranks}"
+
+
+CASES = (
+    Case("llama-65b", 2, 1024),
+    Case("llama-3.1-70b", 32, 8192),
+    Case("llama-3.1-70b", 512, 8192),
+    Case("qwen2.5-72b", 8),
+    Case("mixtral-8x22b", 64),
+    Case("llama-3.1-405b", 64),
+    Case("llama-3.1-405b", 512, 8192),
+    Case("deepseek-v3-bf16", 512),
+)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """Of one case; bytes. ``read`` and ``open_files`` are None where the share was not read."""
+
+    name: str
+    parameters: int
+    stored: int
+    rows_least: int
+    rows_most: int
+    rows_sum: int
+    files: int
+    file_bytes: int
+    to_read: int
+    read: int | None
+    open_files: int | None
+    phases: dict[str, int]
+    resting: int
+    gathered: int
+    cpu_seconds: float
+
+    def row(self) -> list[object]:
+        phases = [self.phases.get(n, 0) / MIB for n in ("forward", "head", "backward", "step")]
+        whole = "yes" if self.rows_sum == self.stored else "NO"
+        return [
+            self.name,
+            self.stored / 2**30,
+            whole,
+            f"{self.rows_least / MIB:.1f}-{self.rows_most / MIB:.1f}",
+            self.file_bytes / self.to_read,
+            "-" if self.read is None else f"{self.read / MIB:.1f}",
+            "-" if self.open_files is None else self.open_files,
+            self.resting / MIB,
+            *phases,
+            self.gathered / 2**30,
+            self.cpu_seconds,
+        ]
+
+
+HEADER = (
+    "model@ranks",
+    "stored GiB",
+    "sum equal",
+    "rows of a rank MiB",
+    "files / to read",
+    "read MiB",
+    "open files",
+    "rest MiB",
+    "forward",
+    "head",
+    "backward",
+    "step MiB",
+    "gathered GiB",
+    "CPU s",
+)
+
+
+def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
+    """Run one case. Shares larger than ``read_at_most`` bytes are not read."""
+    start = time.process_time()
+    cards = min(8, case.ranks)
+    cluster = Cluster(case.ranks // cards, cards, 80 * 2**30)
+    config = run_config(
+        Path("not/downloaded"),
+        data={"train": ["unused.jsonl"], "seq_len": case.seq_len, "packing": True},
+        train={"global_batch": 2 * case.ranks},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        planned = build_planned_model(config, BASES / f"{case.base}.json", Path(scratch))
+        plan = plan_run(planned, cluster)
+        world = cluster.make_world(config.engine, rank=case.ranks // 2 + 1)
+        share = count_bytes_to_read(planned, world)
+        read, opened = None, None
+        if share <= read_at_most:
+            read, opened = load_share(planned, world)
+    index = planned.skeleton.index
+    parameters = list(planned.skeleton.tensors.values())
+    return CaseResult(
+        case.name,
+        sum(torch.Size(spec.shape).numel() for spec in parameters),
+        plan.stored,
+        min(plan.own_rows),
+        max(plan.own_rows),
+        sum(plan.own_rows),
+        len(index.files),
+        sum(info.stop - info.start for info in index.tensors.values()),
+        share,
+        read,
+        opened,
+        {phase.phase: phase.total for phase in plan.memory.phases},
+        plan.resting.device_total,
+        plan.traffic.gathered,
+        time.process_time() - start,
+    )
+
+
+def count_bytes_to_read(planned: PlannedModel, world: World) -> int:
+    """Return the bytes of a rank's rows in the files."""
+    return sum(
+        len(row_span(spec.num_rows, world.size, world.rank)) * spec.row_bytes
+        for spec in planned.skeleton.tensors.values()
+    )
+
+
+def load_share(planned: PlannedModel, world: World) -> tuple[int, int]:
+    """Load a rank's rows; return the bytes read and the number of files open at the end."""
+    skeleton, config = planned.skeleton, planned.config
+    with fake_process_group(world):
+        engine = make_engine(config.engine, config.train, world, CPU)
+        engine.shard_model(skeleton.model, skeleton.blocks)
+        with RowReader(skeleton.index) as reader:
+            load_model(skeleton.model, reader, engine, CPU)
+            files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+            names = [os.readlink(file) for file in files if os.path.exists(file)]
+            opened = sum(name.endswith(".safetensors") for name in names)
+            return reader.bytes_read, opened
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    known = {case.name: case for case in CASES}
+    parser.add_argument("--cases", nargs="+", choices=known, default=list(known))
+    args = parser.parse_args(arguments)
+    results = []
+    for name in args.cases:
+        results.append(run_case(known[name]))
+        print(f"{name}: {results[-1].cpu_seconds:.1f} CPU s", flush=True)
+    print_table(HEADER, [result.row() for result in results])
+    found: list[dict[str, Any]] = [asdict(result) for result in results]
+    write_result("fake_world", found)
+
+
+if __name__ == "__main__":
+    main()

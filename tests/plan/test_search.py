@@ -1,0 +1,61 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_peft.core.config.io import parse_config
+from dist_peft.plan import search
+from dist_peft.plan.cluster import GPUS, Cluster, FixedShares
+from dist_peft.plan.memory import PhasePeak, build_memory_plan
+from dist_peft.plan.planned_model import PlannedModel, build_planned_model
+from dist_peft.plan.resting import count_resting_bytes
+from dist_peft.plan.run_plan import RunPlan
+from dist_peft.plan.search import Proposal, format_proposals, search_plans
+from tests.support.live_storage import odd_tree, save_odd_base
+
+
+def test_changes_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "plan_run", plan_without_a_trace)
+    tree = odd_tree(
+        save_odd_base(tmp_path / "base"),
+        data={"seq_len": 16},
+        train={"micro_batch": 1, "global_batch": 8},
+        engine={"activation_checkpointing": False},
+    )
+    planned = build_planned_model(parse_config(tree))
+    found = {p.change: p for p in search_plans(planned, Cluster(2, 2, 2**40, GPUS["h100"]))}
+    assert list(found) == [
+        "train.micro_batch=2",
+        "engine.shard_group=node",
+        "engine.cpu_offload=params",
+        "--gpus-per-node 1",
+        "base.quant={kind: int, bits: 4, solver: hqq}",
+        "base.quant={kind: int, bits: 3, solver: hqq}",
+        "base.quant={kind: int, bits: 2, solver: hqq}",
+    ]
+    needed = [found[name].needed for name in list(found)[4:]]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == 3
+    assert found["--gpus-per-node 1"].ranks == 2
+    assert found["engine.cpu_offload=params"].needed < found["engine.shard_group=node"].needed
+
+
+def plan_without_a_trace(planned: PlannedModel, cluster: Cluster) -> RunPlan:
+    """Bytes at rest, and 1000 for each sequence of a micro-batch."""
+    config, skeleton = planned.config, planned.skeleton
+    world = cluster.make_world(config.engine)
+    resting = count_resting_bytes(skeleton.model, skeleton.blocks, config, world)
+    phases = [PhasePeak("backward", {"activations": 1000 * config.train.micro_batch})]
+    memory = build_memory_plan(resting, phases, cluster, 0, FixedShares())
+    nothing: Any = None
+    return RunPlan("", "", memory, resting, 0, (), nothing, nothing, None, "")
+
+
+def test_table() -> None:
+    proposals = [
+        Proposal("a", 2, 30 * 2**30, -(2**30), None),
+        Proposal("b", 2, 20 * 2**30, 4 * 2**30, None),
+        Proposal("c", 2, 10 * 2**30, 14 * 2**30, 1234.5),
+    ]
+    lines = format_proposals(proposals)[2:]
+    assert [line.split()[0] for line in lines] == ["c", "b", "a"]
+    assert "1,234 tokens/s" in lines[0] and "does not fit" in lines[2]
