@@ -20,7 +20,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,12 +32,14 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
+import psutil
 import xxhash
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.core.machine import identify_machine
 from dist_peft.data.files import RecordPlace
 
 __all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build_documents"]
@@ -43,6 +47,7 @@ __all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build
 _LOG = logging.getLogger("dist_peft")
 
 _ARRAYS = ("tokens", "mask", "offsets", "places", "classes")
+_ABANDONED_SECONDS = 24 * 3600.0
 _HASHED_BYTES = 4 * 2**20
 """Block size for reading files to hash, in bytes."""
 
@@ -125,9 +130,11 @@ def _explain_write_errors(directory: Path) -> Iterator[None]:
 
 
 def _build_documents(final: Path, build: Callable[["DocumentWriter"], None]) -> TokenDocuments:
-    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:12]}")
+    owner = f"{_hash_machine()}-{os.getpid()}"
+    temporary = final.with_name(f"{final.name}.tmp-{owner}-{uuid.uuid4().hex[:12]}")
     try:
         with _explain_write_errors(final.parent):
+            _remove_abandoned(final.parent)
             temporary.mkdir()
             writer = DocumentWriter(temporary)
         with writer:
@@ -140,6 +147,27 @@ def _build_documents(final: Path, build: Callable[["DocumentWriter"], None]) -> 
     if stored is None:
         raise RuntimeError(f"token cache {final} is not readable right after it was written")
     return stored
+
+
+def _hash_machine() -> str:
+    return xxhash.xxh3_64_hexdigest(identify_machine().encode())
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove temporary directories of processes that were killed.
+
+    Of this machine those whose process has ended; of others, and of unknown ones, those in which
+    nothing was created for a day.
+    """
+    for path in root.glob("*.tmp-*"):
+        found = re.search(r"\.tmp-([0-9a-f]*)-(\d+)-[0-9a-f]{12}(-damaged)?$", path.name)
+        with suppress(OSError):
+            if found is not None and found[1] == _hash_machine():
+                abandoned = not psutil.pid_exists(int(found[2]))
+            else:
+                abandoned = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+            if abandoned:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _publish_directory(temporary: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Self
 import psutil
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.machine import identify_machine
 
 __all__ = ["LOCK_NAME", "LockHolder", "RunLock", "raise_if_taken_over"]
 
@@ -61,7 +62,7 @@ class LockHolder:
     def describe_this_process(cls, job: str) -> Self:
         me = psutil.Process()
         token = secrets.token_hex(8)
-        return cls(socket.gethostname(), me.pid, _machine(), me.create_time(), job, token)
+        return cls(socket.gethostname(), me.pid, identify_machine(), me.create_time(), job, token)
 
     @classmethod
     def read_from(cls, file: Path) -> "LockHolder | None":
@@ -79,7 +80,7 @@ class LockHolder:
 
     def has_ended(self) -> bool | None:
         """Return whether the process has ended; None if it runs on another machine."""
-        if self.machine != _machine():
+        if self.machine != identify_machine():
             return None
         try:
             return abs(psutil.Process(self.pid).create_time() - float(self.started)) > 1
@@ -89,16 +90,6 @@ class LockHolder:
     def __str__(self) -> str:
         job = f", {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}"
-
-
-def _machine() -> str:
-    """Return an identifier of this boot of this machine and of the process namespace."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with suppress(OSError):
-        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return " ".join(parts)
 
 
 class RunLock:

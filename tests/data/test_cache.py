@@ -1,5 +1,8 @@
 import fcntl
 import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,6 +156,29 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad record"):
         load_or_build_documents(tmp_path, "key", fail)
     assert [p.name for p in tmp_path.iterdir()] == [".key.lock"]
+
+
+def test_leftovers_of_killed_builds_are_removed(tmp_path: Path) -> None:
+    def fail(writer: DocumentWriter) -> None:
+        (running,) = tmp_path.glob("key.tmp-*")
+        machine, pid = running.name.removeprefix("key.tmp-").split("-")[:2]
+        assert int(pid) == os.getpid()
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        for name in (f"{machine}-{dead.pid}", f"{machine}-{pid}", f"0f-{dead.pid}", "0f-1"):
+            (tmp_path / f"other.tmp-{name}-0123456789ab").mkdir()
+        (tmp_path / "old.tmp-0123456789ab").mkdir()
+        for name in ("old.tmp-0123456789ab", "other.tmp-0f-1-0123456789ab"):
+            os.utime(tmp_path / name, (1, 1))
+        raise UserError("stop")
+
+    with pytest.raises(UserError, match="stop"):
+        load_or_build_documents(tmp_path, "key", fail)
+    assert len(list(tmp_path.glob("*.tmp-*"))) == 5
+    load_or_build_documents(tmp_path, "key", Build())
+    left = "".join(path.name for path in tmp_path.glob("*.tmp-*"))
+    assert left.count(".tmp-") == 2  # of this process, and a young one of another machine
+    assert f"-{os.getpid()}-" in left and ".tmp-0f-" in left
 
 
 def test_waiting_instead_of_building_twice(tmp_path: Path) -> None:

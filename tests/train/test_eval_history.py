@@ -1,14 +1,13 @@
 """When training stops for want of a lower held-out loss."""
 
-import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dist_peft.core.world import World
 from dist_peft.train.eval_history import EvaluationHistory
-from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics
+from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, format_line
 
 
 def make_record(step: int, loss: float | None) -> StepMetrics:
@@ -37,6 +36,5 @@ def test_a_resumed_run_has_the_history_of_its_metrics(tmp_path: Path) -> None:
     history = EvaluationHistory.from_metrics(records, 1)
     assert (history.best_loss, history.num_since_best, history.should_stop) == (1.0, 1, True)
     assert EvaluationHistory.read_from_run(tmp_path, 1, World()) == EvaluationHistory(1)
-    lines = [json.dumps(asdict(record)) for record in records]
-    (tmp_path / METRICS_FILE).write_text("".join(line + "\n" for line in lines))
+    (tmp_path / METRICS_FILE).write_text("".join(map(format_line, records)))
     assert EvaluationHistory.read_from_run(tmp_path, 1, World()) == history
