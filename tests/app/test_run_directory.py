@@ -35,8 +35,8 @@ def test_directory_without_permission_is_refused(tmp_path: Path) -> None:
 
 
 def test_log_and_configuration(tmp_path: Path) -> None:
-    config = parse_config(tiny_tree(tmp_path))
     run_dir = tmp_path / "a" / "run"
+    config = parse_config(tiny_tree(tmp_path, save__dir=str(run_dir)))
     with RunDirectory(run_dir, World()) as directory:
         directory.open()
         logging.getLogger("dist_peft").warning("a line")
