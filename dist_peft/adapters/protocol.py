@@ -21,15 +21,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
+from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.core.span import Span
 from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = [
+    "NONLINEAR_LIMITS",
     "Adapter",
     "AdapterDefaults",
     "AdapterFormat",
     "AdapterReader",
+    "ExportLimits",
     "PeftFormat",
     "PublicAdapter",
     "PublicHead",

@@ -22,7 +22,7 @@ __all__ = ["main", "run_plain_transformers"]
 
 
 def main(argv: list[str]) -> None:
-    """Run the function; see the module docstring for the arguments."""
+    """Run a function of the file ``argv[0]`` on a model and save its logits."""
     file, function, model, out, ids, *options = argv
     namespace: dict[str, Any] = {"Path": Path, "Any": Any}
     exec(compile(Path(file).read_text(), file, "exec"), namespace)

@@ -28,10 +28,11 @@ from dist_peft.adapters.bottleneck.format import (
     to_public_bottleneck,
 )
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec, TrainableNorm
-from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.adapters.protocol import (
+    NONLINEAR_LIMITS,
     AdapterDefaults,
     AdapterReader,
+    ExportLimits,
     PublicAdapter,
     collect_gathered_parameters,
 )

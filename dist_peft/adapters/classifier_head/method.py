@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.protocol import (
     Adapter,
+    ExportLimits,
     PublicAdapter,
     PublicHead,
     TrainsBaseWeights,

@@ -16,14 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.full.master_weights import (
     MasterWeightLinear,
     StepCounter,
     TrainableSpec,
     use_master_weights,
 )
-from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter
+from dist_peft.adapters.protocol import AdapterDefaults, ExportLimits, PublicAdapter
 from dist_peft.core.config.adapter import Part
 from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError

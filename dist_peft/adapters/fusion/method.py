@@ -35,7 +35,6 @@ from dist_peft.adapters.bottleneck.method import (
     insert_adapter_layer,
     match_adapter_paths,
 )
-from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.format import (
     CONFIG,
@@ -46,8 +45,10 @@ from dist_peft.adapters.fusion.format import (
 )
 from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer
 from dist_peft.adapters.protocol import (
+    NONLINEAR_LIMITS,
     AdapterDefaults,
     AdapterReader,
+    ExportLimits,
     PublicAdapter,
     collect_gathered_parameters,
 )

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.ia3.format import public_ia3
 from dist_peft.adapters.ia3.layer import Ia3Linear
-from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.protocol import (
+    AdapterDefaults,
+    ExportLimits,
+    PublicAdapter,
+    collect_gathered_parameters,
+)
 from dist_peft.adapters.targets import list_adapter_targets
 from dist_peft.core.config.run import Ia3Config
 from dist_peft.core.errors import UserError

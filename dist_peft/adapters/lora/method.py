@@ -10,7 +10,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.lora.expert_format import (
     is_taken_for_experts,
     list_target_parameters,
@@ -20,7 +19,7 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.lora.format import build_public_lora
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.low_rank.method import LowRankAdapter
-from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError

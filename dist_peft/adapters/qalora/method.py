@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.adapters.low_rank.pooling import Pooling
-from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.qalora.format import to_public_qalora
 from dist_peft.adapters.qalora.layer import QaLoraLinear
 from dist_peft.adapters.sample_dropout import SampleDropout

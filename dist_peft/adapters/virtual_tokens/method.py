@@ -21,8 +21,12 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.export_limits import ExportLimits
-from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
+from dist_peft.adapters.protocol import (
+    AdapterDefaults,
+    ExportLimits,
+    PublicAdapter,
+    collect_gathered_parameters,
+)
 from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import PATH, PromptEncoder
 from dist_peft.adapters.virtual_tokens.format import TENSOR, build_prompt_config
