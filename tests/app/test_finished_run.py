@@ -21,6 +21,11 @@ from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.train.checkpoint_files import (
+    RECORD_NAME,
+    format_checksum_record,
+    hash_file,
+)
 from tests.support.tiny_runs import save_config, tiny_tree
 
 
@@ -229,6 +234,10 @@ def plant_bytes_entry(checkpoint: Path, ran: Path) -> None:
     place = _StorageInfo("planted.distcp", 0, len(buffer.getvalue()))
     metadata.storage_data[MetadataIndex(name)] = place
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    # checksums find damage, not forgery: a stranger computes them, too
+    files = [path for path in checkpoint.iterdir() if path.name != RECORD_NAME]
+    checksums = {path.name: hash_file(path) for path in files}
+    (checkpoint / RECORD_NAME).write_text(format_checksum_record(checksums))
 
 
 @pytest.mark.parametrize("way", ["resume path", "resume auto", "eval"])
