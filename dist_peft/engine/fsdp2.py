@@ -98,11 +98,14 @@ class Fsdp2Engine:
             unit = fully_shard(
                 module,
                 mesh=self.mesh,
+                # the root's rest is used at both ends of a step: gathered once for both
                 reshard_after_forward=True if module is not model else None,
                 offload_policy=offload,
                 ignored_params=whole,
             )
             unit.set_custom_all_gather(self._counter)
+            # the loss has the global token count: summed, not averaged, and by a plain sum, since a
+            # scaling reduction is NCCL's alone
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
@@ -110,6 +113,7 @@ class Fsdp2Engine:
             # looking up rows again is not needed: a frozen embedding has no gradient
             self._units[len(blocks)].set_unshard_in_backward(False)
         ahead = self._units[: len(blocks)]
+        # the next block's bytes travel while this one computes; backward does so by itself
         for block, following in itertools.pairwise(ahead):
             block.set_modules_to_forward_prefetch([following])
 
@@ -184,6 +188,7 @@ class Fsdp2Engine:
     # -- training ------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        # gradients of earlier micro-batches add up unreduced: one reduction a step
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
             unit.set_is_last_backward(last)

@@ -63,6 +63,7 @@ class _ShardedParameter:
 
     def scatter_chunks(self, chunks: Tensor) -> None:
         """``chunks`` [parts, part]: each rank's rows, the last ones padded."""
+        # the storage object stays: views that autograd saved in forward see the bytes again
         self.bytes.untyped_storage().resize_(self.nbytes)
         if not self.nbytes:
             return
@@ -113,7 +114,7 @@ class _GatherUnit:
 
     def free_full_tensors(self) -> None:
         if self.pending is not None:
-            self._copy_gathered_chunks()
+            self._copy_gathered_chunks()  # wait for it: the collective still writes its output
         if self.whole:
             for slot in self.slots:
                 slot.free_full_tensor()
@@ -230,13 +231,14 @@ class RowShardedParameters:
 
         def before_forward(module: nn.Module, inputs: Any) -> None:
             if is_root:
-                self.unshard_trainable()
+                self.unshard_trainable()  # an evaluation sets up no optimizer, which does it
             unit.wait_gathered()
             for other in following:
                 other.start_all_gather()
 
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
             grads = [t for t in _iterate_tensors(output) if t.requires_grad]
+            # without a gradient of its output, backward has no use for its bytes
             unit.has_backward = bool(grads) and unit.needed_in_backward
             if is_root and grads:
                 return  # whole until the end of backward, as it is used at both ends
@@ -247,7 +249,7 @@ class RowShardedParameters:
 
         def before_backward(grad: Tensor) -> None:
             if not self._ending:
-                self._ending = True
+                self._ending = True  # no hook fires after the first block's backward
                 Variable._execution_engine.queue_callback(self._finish_backward)
             for other in self._units[:-1]:
                 if other is not unit and other.whole:

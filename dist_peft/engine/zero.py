@@ -109,6 +109,7 @@ class ZeroEngine:
         first_step: Callable[[str], int] = from_step_zero,
     ) -> nn.Module:
         self.shards.unshard_trainable()
+        # DeepSpeed broadcasts and partitions each registered parameter, frozen ones too
         _hide_frozen_parameters(model)
         self._names = trainable_parameters(model)
         self._shapes = {id(p): p.shape for p in self._names.values()}
@@ -150,7 +151,7 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._ds.set_gradient_accumulation_boundary(last)
-        self._ds.backward(loss * self.world.size)
+        self._ds.backward(loss * self.world.size)  # it averages over ranks: here they are summed
 
     def step(self, lr: float, max_norm: float) -> float:
         optimizer = self._ds.optimizer
