@@ -1,13 +1,13 @@
 """Large models on 2 to 512 ranks, in one process and without weights.
 
-    python benchmarks/fake_world.py [--cases NAME ...]
+    python benchmarks/fake_world.py [--cases NAME ...] [--directory DIR]
 
 Every case has a full-width model from ``configs/bases`` over sparse files (headers with holes), one
 rank of a process group that sends nothing, and the project's own skeleton, engine, loader and plan:
 
 * the rows of all ranks add up to the packed model;
 * a rank reads 1/N of the files: computed for every tensor, and where its share is below
-  ``--read-at-most`` really read, encoded and kept, with the files that are open meanwhile;
+  300 MiB really read, encoded and kept, with the files that are open meanwhile;
 * largest tensors of each phase of a step (traced on fake tensors), and bytes gathered.
 
 Values do not exist: zeros are read, nothing is sent, nothing is multiplied.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, print_table, run_config, write_result
+from common import MIB, RESULTS, print_table, run_config, write_result
 
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
@@ -53,6 +53,7 @@ class Case:
 
 
 CASES = (
+    Case("llama-3.1-8b", 64),
     Case("llama-65b", 2, 1024),
     Case("llama-3.1-70b", 32, 8192),
     Case("llama-3.1-70b", 512, 8192),
@@ -125,8 +126,10 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
     start = time.process_time()
     cards = min(8, case.ranks)
     cluster = Cluster(case.ranks // cards, cards, 80 * 2**30)
+    experts = "mixtral" in case.base or "deepseek" in case.base  # have no dropout
     config = run_config(
         Path("not/downloaded"),
+        adapter={"dropout": 0.0 if experts else 0.05},
         data={"train": ["unused.jsonl"], "seq_len": case.seq_len, "packing": True},
         train={"global_batch": 2 * case.ranks},
     )
@@ -185,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     known = {case.name: case for case in CASES}
     parser.add_argument("--cases", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--directory", type=Path, default=RESULTS, help="of the result")
     args = parser.parse_args(arguments)
     results = []
     for name in args.cases:
@@ -192,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {results[-1].cpu_seconds:.1f} CPU s", flush=True)
     print_table(HEADER, [result.row() for result in results])
     found: list[dict[str, Any]] = [asdict(result) for result in results]
-    write_result("fake_world", found)
+    write_result("fake_world", found, args.directory)
 
 
 if __name__ == "__main__":

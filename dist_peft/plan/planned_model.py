@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.classifier_head.method import add_classifier_head
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.data.labels import list_class_names
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.model.sparse_base import write_sparse_base
@@ -48,6 +46,8 @@ def build_planned_model(
     Raises:
         UserError: no such file, or a model or adapter that cannot be built.
     """
+    if config.base.head == "classifier":
+        raise UserError("dist-peft plan is for language models; base.head is classifier")
     if base_config is not None:
         file = base_config / "config.json" if base_config.is_dir() else base_config
         if not file.is_file():
@@ -72,16 +72,13 @@ def _build_from_config_file(config: RunConfig, file: Path, scratch: Path | None)
 
 
 def _build_from_directory(config: RunConfig, directory: Path, source: str) -> PlannedModel:
-    skeleton = build_skeleton(config.base, directory, list_class_names(config.data))
+    skeleton = build_skeleton(config.base, directory)
     if skeleton.prequantized is not None:
         update = {"quant": skeleton.prequantized.quant_config}
         base = config.base.model_copy(update=update)
         config = config.model_copy(update={"base": base})
     compute = parse_torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
-    seed = config.train.seed
-    adapter = make_adapter(config.adapter, seed=seed, arithmetic=arithmetic)
-    if skeleton.head is not None:
-        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+    adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
     adapter.attach_to_model(skeleton.model)
     return PlannedModel(config, skeleton, adapter, source)

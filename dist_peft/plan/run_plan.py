@@ -25,7 +25,7 @@ from dist_peft.plan.resting import (
     count_shard_ranks,
 )
 from dist_peft.plan.step_trace import trace_step
-from dist_peft.plan.traffic import Traffic, count_micro_batches, plan_traffic
+from dist_peft.plan.traffic import Traffic, count_rank_micro_batches, plan_traffic
 
 __all__ = ["TRACED_BLOCKS", "RunPlan", "choose_traced_blocks", "plan_run"]
 
@@ -116,7 +116,7 @@ def plan_run(
         world,
         blocks=indices,
         device_type=device_type,
-        micro_batches=min(2, count_micro_batches(config, cluster)),
+        micro_batches=min(2, count_rank_micro_batches(config, cluster)),
     )
     phases = extrapolate_phases(
         trace, traced, len(blocks), (traced.trainable, resting.trainable), pads=kind == "fsdp2"

@@ -301,7 +301,8 @@ def _make_batch(model: nn.Module, config: RunConfig, sample_ids: Tensor, device_
     ids = torch.zeros(sequences, length, dtype=torch.long)
     labels = ids.clone()
     labels[:, -1] = -100
-    return Batch(ids, labels, places.expand(sequences, -1).contiguous(), sample_ids)
+    places = places.expand(sequences, -1).contiguous()
+    return Batch(ids, labels, places, sample_ids, is_packed=config.data.packing)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ _PURPOSES: tuple[tuple[str, str], ...] = (
     ("dist_peft/quant/affine.py", "dequantized"),
     ("dist_peft/quant/pack.py", "dequantized"),
     ("dist_peft/train/loss.py", "logits"),
+    ("dist_peft/train/head_loss.py", "logits"),
     ("torch/optim/", "optimizer"),
     ("dist_peft/engine/optimizer.py", "optimizer"),
     ("bitsandbytes/optim/", "optimizer"),

@@ -8,12 +8,13 @@ nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on `
 from dataclasses import dataclass
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.data.loader import count_micro_batches
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.resting import count_shard_ranks
 from dist_peft.plan.step_trace import StepTrace
 
-__all__ = ["Traffic", "plan_traffic"]
+__all__ = ["Traffic", "count_rank_micro_batches", "plan_traffic"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def plan_traffic(
     Args:
         trainable: values of the trainable parameters of the whole model.
     """
-    micro_batches = count_micro_batches(config, cluster)
+    micro_batches = count_rank_micro_batches(config, cluster)
     if cluster.ranks == 1:
         return Traffic(0, 0, 0, 0, micro_batches)
     gathered = sum(trace.gathered.values()) + (blocks - len(trace.blocks)) * trace.gathered_block
@@ -65,6 +66,7 @@ def plan_traffic(
     return Traffic(gathered, received, across, reduced, micro_batches)
 
 
-def count_micro_batches(config: RunConfig, cluster: Cluster) -> int:
+def count_rank_micro_batches(config: RunConfig, cluster: Cluster) -> int:
     """Return the micro-batches that a rank computes in a step."""
-    return -(-config.train.global_batch // (config.train.micro_batch * cluster.ranks))
+    whole = count_micro_batches(config.train.global_batch, config.train.micro_batch)
+    return -(-whole // cluster.ranks)

@@ -4,7 +4,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.step_trace import StepTrace
-from dist_peft.plan.traffic import count_micro_batches, plan_traffic
+from dist_peft.plan.traffic import count_rank_micro_batches, plan_traffic
 
 
 def make_config(**engine: object) -> RunConfig:
@@ -20,7 +20,7 @@ def test_blocks_are_gathered_twice_and_ends_as_traced() -> None:
     assert TRACE.gathered_block == 40
     traffic = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 4, 1))
     assert traffic.gathered == 380 + 8 * 40
-    assert traffic.micro_batches == count_micro_batches(make_config(), Cluster(1, 4, 1)) == 8
+    assert traffic.micro_batches == count_rank_micro_batches(make_config(), Cluster(1, 4, 1)) == 8
     assert traffic.card_bytes == (8 * 700 + 4000) * 3 // 4
     assert traffic.node_bytes == 0
 

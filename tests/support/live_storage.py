@@ -101,7 +101,7 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
         labels = ids.clone()
         labels[:, -1] = -100
         places = half.expand(sequences, -1).contiguous()
-        batch = Batch(ids, labels, places, torch.arange(sequences))
+        batch = Batch(ids, labels, places, torch.arange(sequences), is_packed=config.data.packing)
         built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
         loss = TokenObjective().compute_loss(built.model, batch, CPU, call)
         built.engine.backward(loss / 100, last=number == count - 1)

@@ -1,0 +1,40 @@
+"""Two cases of ``benchmarks/fake_world.py``, and what its committed result says of the others."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from fake_world import CASES, CaseResult, run_case  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "fake_world.json"
+
+
+def assert_case_holds(result: CaseResult, ranks: int) -> None:
+    assert result.rows_sum == result.stored
+    assert result.rows_most < 1.3 * result.stored / ranks + 2**20 * 40
+    assert result.to_read < 1.3 * result.file_bytes / ranks + 2**20
+    assert result.read is None or result.read == result.to_read
+    assert result.open_files is None or 0 < result.open_files <= min(result.files, 16)
+    assert set(result.phases) >= {"forward", "head", "backward", "step"}
+    assert result.gathered > 2 * 0.8 * result.stored
+
+
+def test_committed_cases() -> None:
+    found = {r["name"]: CaseResult(**r) for r in json.loads(RESULT.read_text())["result"]}
+    ranks = {case.name: case.ranks for case in CASES}
+    assert set(found) <= set(ranks) and len(found) >= 6
+    for name, result in found.items():
+        assert_case_holds(result, ranks[name])
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b@64", "llama-65b@2"])
+def test_case(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    result = run_case(case)
+    print(result)
+    assert_case_holds(result, case.ranks)
+    assert (result.read is None) == (name == "llama-65b@2")
