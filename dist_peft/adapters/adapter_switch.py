@@ -20,14 +20,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from dist_peft.core.errors import UserError
+from dist_peft.model.adapter_module import SwitchableLayer
 
-__all__ = ["SwitchableLayer", "can_disable_adapter", "disable_adapter"]
-
-
-class SwitchableLayer(nn.Module):
-    """A module of an adapter that computes the base's function while ``is_enabled`` is false."""
-
-    is_enabled: bool = True
+__all__ = ["can_disable_adapter", "disable_adapter"]
 
 
 def can_disable_adapter(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
-"""The interface between the loader of a model and the adapter layers attached to it.
+"""The interface between a model and the adapter layers attached to it.
 
 ``model.load`` fills parameters in the model's order, and those of an adapter layer right after the
 module that it adapts. Adapter methods implement these protocols; there is no other pair.
+``adapters.adapter_switch`` switches layers off and on again.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["AdapterModule", "InitializesFromBase", "Reduce"]
+__all__ = ["AdapterModule", "InitializesFromBase", "Reduce", "SwitchableLayer"]
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
@@ -47,3 +48,9 @@ class InitializesFromBase(AdapterModule, Protocol):
             reduce: sums over the ranks that share the weight.
         """
         ...
+
+
+class SwitchableLayer(nn.Module):
+    """A module of an adapter that computes the base's function while ``is_enabled`` is false."""
+
+    is_enabled: bool = True

@@ -12,8 +12,8 @@ float32 in the product, whose result is rounded once: near 1 the steps of bfloat
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.core.span import Span
+from dist_peft.model.adapter_module import SwitchableLayer
 from dist_peft.model.frozen_linear import FrozenLinear
 
 __all__ = ["Ia3Linear"]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.adapter_switch import SwitchableLayer
 from dist_peft.adapters.protocol import derive_seed
 from dist_peft.core.span import Span
+from dist_peft.model.adapter_module import SwitchableLayer
 
 __all__ = ["LowRankModule", "LowRankSpec"]
 
