@@ -33,7 +33,7 @@ from dist_peft.adapters.virtual_tokens.format import TENSOR, build_prompt_config
 from dist_peft.adapters.virtual_tokens.insertion import TokenInsertion
 from dist_peft.core.config.run import VirtualTokensConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.attention_mask import build_packing_mask
+from dist_peft.model.attention_mask import build_packing_mask, is_packed_sequence
 
 __all__ = [
     "InsertedTokensAdapter",
@@ -156,7 +156,9 @@ class InsertedTokensAdapter(VirtualTokensAdapter[Config]):
         positions = positions.expand(ids.shape[0], -1)
         if padding is None:
             insertion = TokenInsertion.insert_before_documents(positions, count)
-            mask = build_packing_mask(self.model, insertion.position_ids)
+            # without a restart of positions the model's own causal mask is right
+            packed = is_packed_sequence(insertion.position_ids)
+            mask = build_packing_mask(self.model, insertion.position_ids) if packed else None
         else:
             insertion = TokenInsertion.insert_before_sequences(positions, count)
             mask = insertion.widen_attention_mask(padding)
