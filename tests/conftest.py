@@ -15,13 +15,22 @@ hypothesis.settings.load_profile("unhurried")
 
 LONGEST_FIRST = (
     "app/test_matrix.py",
-    "app/test_equality_zero.py",
     "app/test_equality.py",
+    "launch/test_slurm.py",
+    "launch/test_deepspeed.py",
+    "launch/test_torchrun.py",
+    "app/test_resume.py",
     "app/test_qalora.py",
     "test_engineering.py",
     "app/commands/test_quickstart.py",
+    "app/test_quality.py",
+    "app/test_classification.py",
+    "app/test_full.py",
+    "app/test_experts.py",
+    "app/test_fusion.py",
+    "engine/test_every_row_learns.py",
 )
-"""Files of which each takes about a minute or more of one processor."""
+"""Files that take long, the longest first."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,8 @@
 """On real weights: neither losses nor adapter gradients depend on engine or number of ranks."""
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ SHORT = 4
 gradient is wrong from the second loss on; that rounding does not grow with steps is seen in "nf4",
 which runs 20."""
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "nf4": {"base__quant": NF4},
     "nf4 accumulating, no recomputation": {
         "base__quant": NF4,
@@ -47,7 +49,49 @@ CASES = {
 }
 
 
-UNEVEN = ("int3", "dora", "embedding")
+def integer(bits: int) -> dict[str, Any]:
+    return {"kind": "int", "bits": bits, "group_size": 32}
+
+
+ZERO_CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "nf4, stage 1": (1, {"base__quant": NF4, "train__steps": SHORT}),
+    "int3, stage 2": (2, {"base__quant": integer(3), "train__steps": SHORT}),
+    "int4, offload": (
+        2,
+        {"base__quant": integer(4), "engine__cpu_offload": "optimizer", "train__steps": SHORT},
+    ),
+    # at 3 ranks DeepSpeed wants a loss times 3, and the whole backward pass rounds otherwise: 1e-6
+    # of the first gradients, which a high rate makes more of
+    "nf4, embedding": (
+        2,
+        {"base__quant": NF4, "adapter__embeddings": True, "train__lr": 2e-3, "train__steps": SHORT},
+    ),
+    # stage 3 comes last: it replaces torch.nn.functional.linear in its process for good
+    "nf4, stage 3": (3, {"base__quant": NF4}),  # 20 steps, too
+    "int2, stage 3, no recomputation": (
+        3,
+        {
+            "base__quant": integer(2),
+            "train__global_batch": 6,
+            "engine__activation_checkpointing": False,
+            "train__steps": SHORT,
+        },
+    ),
+    "nf4, dora, stage 3": (
+        3,
+        {"base__quant": NF4, "adapter__use_dora": True, "train__steps": SHORT},
+    ),
+    "nf4, pissa, stage 3": (3, {"base__quant": NF4, "adapter__init": "pissa", "train__steps": 6}),
+    "lora+, stage 3": (
+        3,
+        {"base__quant": NF4, "adapter__lr_ratio": 2.0, "train__lr": 1e-3, "train__steps": SHORT},
+    ),
+}
+
+UNEVEN = (
+    *("int3", "dora", "embedding"),
+    *("nf4, stage 1", "nf4, embedding", "nf4, dora, stage 3"),
+)
 """Cases that run at 3 ranks too, which divide no row count of the model."""
 
 
@@ -55,17 +99,34 @@ UNEVEN = ("int3", "dora", "embedding")
 def outcomes(
     shared_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[dict[str, Outcome]]]:
-    """Number of ranks -> what each rank got in each case."""
+    """Number of ranks -> what each rank got in each case; one set of processes for each number."""
     directory = tmp_path_factory.mktemp("equality")
-    trees = {
-        case: run_config(shared_data, directory, **{"engine": {}, **changes})
-        for case, changes in CASES.items()
-    }
-    uneven = {case: trees[case] for case in UNEVEN}
+
+    def make_tree(changes: dict[str, Any], **engine: Any) -> dict[str, Any]:
+        return run_config(shared_data, directory, **{"engine": engine, **changes})
+
+    trees = {case: make_tree(changes) for case, changes in CASES.items()}
+    if find_spec("deepspeed"):
+        trees |= {
+            case: make_tree(changes, kind="zero", stage=stage)
+            for case, (stage, changes) in ZERO_CASES.items()
+        }
+    uneven = {case: tree for case, tree in trees.items() if case in UNEVEN}
+    singles = {case: run_alone(tree) for case, tree in trees.items()}
+    # cases that differ in their engine have one reference
+    different = {repr(tree): tree for tree in singles.values()}
+    alone = all_cases(World(), different)
     return {
-        ranks: run_ranks(all_cases, ranks, cases, timeout=400)
-        for ranks, cases in ((1, trees), (2, trees), (3, uneven))
+        1: [{case: alone[repr(tree)] for case, tree in singles.items()}],
+        2: run_ranks(all_cases, 2, trees, timeout=800),
+        3: run_ranks(all_cases, 3, uneven, timeout=800),
     }
+
+
+def run_alone(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same run in one process, of which recomputation is the only choice of the engine."""
+    engine = {k: v for k, v in tree["engine"].items() if k == "activation_checkpointing"}
+    return {**tree, "engine": engine}
 
 
 @pytest.mark.dist
@@ -73,6 +134,19 @@ def outcomes(
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp2_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
     """fp32 losses of all steps within 1e-6 of one process's, gradients after them likewise."""
+    check_case(outcomes, case)
+
+
+@pytest.mark.dist
+@pytest.mark.data
+@pytest.mark.parametrize("case", ZERO_CASES)
+def test_zero_equals_single(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
+    """Every stage, NF4 and INT4/3/2: as with fsdp2."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    check_case(outcomes, case)
+
+
+def check_case(outcomes: dict[int, list[dict[str, Outcome]]], case: str) -> None:
     for outcome in [*outcomes[2], *(outcomes[3] if case in UNEVEN else [])]:
         assert_same(outcome[case], outcomes[1][0][case])
 
