@@ -20,7 +20,7 @@ from dist_peft.store.writer import write_atomically
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.checkpoint_files import wait_for_files
 from dist_peft.train.run_lock import RunLock
-from dist_peft.train.run_state import set_run_state
+from dist_peft.train.run_state import read_state_file, restore_state_file, set_run_state
 
 __all__ = [
     "RunDirectory",
@@ -51,6 +51,7 @@ class RunDirectory:
         self._lock = RunLock(path, world.job)
         self._is_open = False
         self._ended = False
+        self._state_before: bytes | None = None
 
     def check_usable(self) -> None:
         """Check, on the first rank, that the directory can be written and belongs to no other run.
@@ -106,6 +107,7 @@ class RunDirectory:
             setup_log(self.path, self.world.rank, self.world.size)
             if self.world.is_first:
                 _remove_leftovers(self.path, self.world)
+                self._state_before = read_state_file(self.path)
                 set_run_state(self.path, "running")
 
     def record_exit_code(self, code: int) -> int:
@@ -115,6 +117,12 @@ class RunDirectory:
         else:
             self._record_end("finished", "")
         return code
+
+    def _record_refusal(self, reason: str) -> None:
+        """Record that the run was refused; one that was there before keeps its own state."""
+        if self._state_before is None or not restore_state_file(self.path, self._state_before):
+            self._record_end("refused", reason)
+        self._ended = True
 
     def _record_end(self, state: str, reason: str) -> None:
         if self._is_open and self.world.is_first and not self._ended:
@@ -131,7 +139,7 @@ class RunDirectory:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, UserError):
-            self._record_end("refused", str(error))
+            self._record_refusal(str(error))
         elif isinstance(error, KeyboardInterrupt):
             self._record_end("stopped", "interrupted in the middle of a step")
         elif error is not None:

@@ -17,7 +17,16 @@ from typing import Literal
 from dist_peft.core.errors import UserError
 from dist_peft.train.run_lock import LOCK_NAME, LockHolder
 
-__all__ = ["STATE_NAME", "RunState", "StateName", "note_step", "read_run_state", "set_run_state"]
+__all__ = [
+    "STATE_NAME",
+    "RunState",
+    "StateName",
+    "note_step",
+    "read_run_state",
+    "read_state_file",
+    "restore_state_file",
+    "set_run_state",
+]
 
 STATE_NAME = "run_state.json"
 
@@ -51,6 +60,8 @@ class _Current:
     run_dir: Path
     state: RunState
     written: float
+    first: int
+    """Steps done before."""
 
 
 _current: _Current | None = None
@@ -62,8 +73,9 @@ def set_run_state(run_dir: Path, state: StateName, reason: str = "") -> None:
     A run directory that cannot be written any more is no error: this is called when a run ends.
     """
     global _current
-    if _current is None or _current.run_dir != run_dir:
-        _current = _Current(run_dir, RunState(state, _read_step(run_dir), reason, ""), 0.0)
+    if _current is None or _current.run_dir != run_dir or state == "running":
+        first = _read_step(run_dir)
+        _current = _Current(run_dir, RunState(state, first, reason, ""), 0.0, first)
     _current.state = replace(_current.state, state=state, reason=reason)
     _write(_current)
 
@@ -77,15 +89,39 @@ def note_step(step: int) -> None:
         _write(_current)
 
 
+def read_state_file(run_dir: Path) -> bytes | None:
+    """Return the contents of ``run_state.json``; None if there is none."""
+    try:
+        return (run_dir / STATE_NAME).read_bytes()
+    except OSError:
+        return None
+
+
+def restore_state_file(run_dir: Path, before: bytes) -> bool:
+    """Write back what ``read_state_file`` returned, unless this process has done steps since.
+
+    Returns:
+        Whether it was restored.
+    """
+    if _current is None or _current.run_dir != run_dir or _current.state.step != _current.first:
+        return False
+    _replace_file(run_dir, before)
+    return True
+
+
 def _write(current: _Current) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     current.state = replace(current.state, time=now)
     current.written = time.monotonic()
-    temporary = current.run_dir / f".{STATE_NAME}.{os.getpid()}.tmp"
+    _replace_file(current.run_dir, f"{json.dumps(asdict(current.state), indent=1)}\n".encode())
+
+
+def _replace_file(run_dir: Path, contents: bytes) -> None:
+    temporary = run_dir / f".{STATE_NAME}.{os.getpid()}.tmp"
     with suppress(OSError):
         try:
-            temporary.write_text(json.dumps(asdict(current.state), indent=1) + "\n")
-            os.replace(temporary, current.run_dir / STATE_NAME)
+            temporary.write_bytes(contents)
+            os.replace(temporary, run_dir / STATE_NAME)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -70,10 +70,17 @@ def test_a_run_claims_its_directory_and_records_its_end(tmp_path: Path) -> None:
         assert directory.record_exit_code(75) == 75
     assert sorted(path.name for path in run.iterdir()) == ["log.txt", "run_state.json"]
     assert json.loads((run / "run_state.json").read_text())["state"] == "stopped"
-    for error, state in ((UserError("x"), "refused"), (OSError("y"), "failed")):
+    before = (run / "run_state.json").read_bytes()
+    with pytest.raises(UserError):
+        fail_in(RunDirectory(run, World()), UserError("x"))
+    assert (run / "run_state.json").read_bytes() == before  # the refused run is another one
+    for directory, error, state in (
+        (tmp_path / "new", UserError("x"), "refused"),
+        (run, OSError("y"), "failed"),
+    ):
         with pytest.raises(type(error)):
-            fail_in(RunDirectory(run, World()), error)
-        found = json.loads((run / "run_state.json").read_text())
+            fail_in(RunDirectory(directory, World()), error)
+        found = json.loads((directory / "run_state.json").read_text())
         assert found["state"] == state and found["reason"].endswith(str(error))
     close_log()
 
