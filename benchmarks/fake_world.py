@@ -136,7 +136,7 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
     with tempfile.TemporaryDirectory() as scratch:
         planned = build_planned_model(config, BASES / f"{case.base}.json", Path(scratch))
         plan = plan_run(planned, cluster)
-        world = cluster.make_world(config.engine, rank=case.ranks // 2 + 1)
+        world = cluster.make_world(config.engine, rank=case.ranks // 2)
         share = count_bytes_to_read(planned, world)
         read, opened = None, None
         if share <= read_at_most:
