@@ -65,6 +65,8 @@ class _Current:
 
 
 _current: _Current | None = None
+_noted_step = 0
+"""Of ``note_step``, also on ranks that write no state unless the first rank is killed."""
 
 
 def set_run_state(run_dir: Path, state: StateName, reason: str = "") -> None:
@@ -72,16 +74,21 @@ def set_run_state(run_dir: Path, state: StateName, reason: str = "") -> None:
 
     A run directory that cannot be written any more is no error: this is called when a run ends.
     """
-    global _current
+    global _current, _noted_step
     if _current is None or _current.run_dir != run_dir or state == "running":
         first = _read_step(run_dir)
-        _current = _Current(run_dir, RunState(state, first, reason, ""), 0.0, first)
+        if state == "running":
+            _noted_step = 0  # of an earlier run of this process
+        step = max(first, _noted_step)
+        _current = _Current(run_dir, RunState(state, step, reason, ""), 0.0, first)
     _current.state = replace(_current.state, state=state, reason=reason)
     _write(_current)
 
 
 def note_step(step: int) -> None:
     """Note the steps done by the run of this process; written every few seconds at most."""
+    global _noted_step
+    _noted_step = step
     if _current is None:
         return
     _current.state = replace(_current.state, step=step)
