@@ -13,7 +13,6 @@ Engines replace ``Parameter`` objects when they shard, so a module never keeps o
 ``self.lora_A`` again in each forward. The loader's side is ``model.adapter_module``.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,6 @@ __all__ = [
     "TrainsBaseWeights",
     "WeightMerger",
     "collect_gathered_parameters",
-    "derive_seed",
 ]
 
 
@@ -369,9 +367,3 @@ def collect_gathered_parameters(
                 )
             whole[path][name] = value
     return whole
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a 63-bit seed from printable parts: the same in every process, on every platform."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import SampleDropout
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
 from dist_peft.model.parameter_override import override_parameters
+from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = [
     "ACTIVATIONS",

@@ -36,9 +36,9 @@ from dist_peft.adapters.protocol import (
     PublicAdapter,
     collect_gathered_parameters,
 )
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.run import BottleneckConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 __all__ = [
     "BottleneckAdapter",

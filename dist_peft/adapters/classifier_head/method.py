@@ -27,8 +27,8 @@ from dist_peft.adapters.protocol import (
     PublicHead,
     TrainsBaseWeights,
     collect_gathered_parameters,
-    derive_seed,
 )
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.classifier import ClassifierHead
 from dist_peft.model.parameter_override import override_parameters

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, add_meta_parameters
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
-from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import SampleDropout
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
+from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["FusionLayer", "IdentityRegularizer", "init_near_identity"]
 

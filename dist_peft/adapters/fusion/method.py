@@ -52,10 +52,10 @@ from dist_peft.adapters.protocol import (
     PublicAdapter,
     collect_gathered_parameters,
 )
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.config.adapter import BottleneckConfig, FusedAdapter, FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 

@@ -33,8 +33,9 @@ from torch import Tensor
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.lora.tensors import LoraTensors, build_peft_key, parse_lora_tensors
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, compute_top_singular
-from dist_peft.adapters.protocol import PublicAdapter, derive_seed
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
+from dist_peft.core.seeds import derive_seed
 
 __all__ = ["CombineRecipe", "combine_adapters"]
 

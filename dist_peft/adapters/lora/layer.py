@@ -36,12 +36,12 @@ from dist_peft.adapters.lora.initialization import (
 )
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, add_factor_product
-from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.errors import UserError
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
 
 __all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]

@@ -20,11 +20,11 @@ from dist_peft.adapters.lora.format import build_public_lora
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
-from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["LoraAdapter"]
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule
 from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter, collect_gathered_parameters
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.targets import (
     check_pattern_keys,
     list_adapter_targets,
@@ -17,6 +16,7 @@ from dist_peft.adapters.targets import (
 )
 from dist_peft.core.config.run import LowRankConfig
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.sample_dropout import DropoutPosition
 
 __all__ = ["LowRankAdapter"]
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
-from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["QaLoraLinear", "pool_groups"]
 

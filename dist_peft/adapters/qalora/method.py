@@ -10,11 +10,11 @@ from dist_peft.adapters.low_rank.pooling import Pooling
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.qalora.format import to_public_qalora
 from dist_peft.adapters.qalora.layer import QaLoraLinear
-from dist_peft.adapters.sample_dropout import SampleDropout
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["QaLoraAdapter"]
 

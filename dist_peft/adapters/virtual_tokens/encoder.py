@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 __all__ = [
     "PATH",

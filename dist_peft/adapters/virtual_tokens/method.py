@@ -27,13 +27,13 @@ from dist_peft.adapters.protocol import (
     PublicAdapter,
     collect_gathered_parameters,
 )
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import PATH, PromptEncoder
 from dist_peft.adapters.virtual_tokens.format import TENSOR, build_prompt_config
 from dist_peft.adapters.virtual_tokens.insertion import TokenInsertion
 from dist_peft.core.config.run import VirtualTokensConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import build_packing_mask, is_packed_sequence
+from dist_peft.model.sample_dropout import DropoutPosition
 
 __all__ = [
     "InsertedTokensAdapter",

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import ExportLimits
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
     ParameterInit,
@@ -39,6 +38,7 @@ from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, read
 from dist_peft.core.config.run import PTuningConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.hub import load_tokenizer
+from dist_peft.model.sample_dropout import DropoutPosition
 
 __all__ = ["LstmEncoder", "MlpEncoder", "PTuningAdapter", "number_within_documents"]
 

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
     ParameterInit,
@@ -36,6 +35,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import build_prefix_mask, is_packed_sequence
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.prefix_cache import KeysValues, PrefixCache, fill_cache_with_prefix
+from dist_peft.model.sample_dropout import DropoutPosition
 
 __all__ = ["PrefixAdapter", "PrefixEncoder"]
 

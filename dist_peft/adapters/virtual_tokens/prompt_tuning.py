@@ -16,8 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import derive_seed
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     PATH,
     Drop,
@@ -28,8 +26,10 @@ from dist_peft.adapters.virtual_tokens.encoder import (
 from dist_peft.adapters.virtual_tokens.method import InsertedTokensAdapter, read_embedding_width
 from dist_peft.core.config.run import PromptConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.hub import load_tokenizer
+from dist_peft.model.sample_dropout import DropoutPosition
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 

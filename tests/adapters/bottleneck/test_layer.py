@@ -14,9 +14,9 @@ from dist_peft.adapters.bottleneck.layer import (
     BottleneckSpec,
     TrainableNorm,
 )
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.adapter_module import AdapterModule
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 D, M = 12, 3
 BASE = nn.Linear(1, 1)

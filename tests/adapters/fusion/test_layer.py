@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from dist_peft.adapters.bottleneck.layer import BottleneckLayer, BottleneckSpec
 from dist_peft.adapters.fusion.attention_meter import AttentionMeter
 from dist_peft.adapters.fusion.layer import FusionLayer, IdentityRegularizer, init_near_identity
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.adapter_module import AdapterModule
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 D, N = 12, 3
 BASE = nn.Linear(1, 1)

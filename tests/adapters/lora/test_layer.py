@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.codec import Codec
 from tests.support.adapters import RAW, freeze, int_codec
 from tests.support.thread_ranks import run_ranks

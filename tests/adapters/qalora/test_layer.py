@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.adapters.qalora.layer import QaLoraLinear, pool_groups
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.core.span import Span, row_span
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from tests.support.adapters import freeze, int_codec
 
 IN, OUT, SIZE, R, S = 48, 20, 16, 3, 0.5

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.encoder import (
     Drop,
     ParameterInit,
@@ -17,6 +16,7 @@ from dist_peft.adapters.virtual_tokens.encoder import (
 )
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import AdapterModule
+from dist_peft.model.sample_dropout import DropoutPosition
 
 STARTS = {"embedding": ParameterInit((5, 4)), **init_linear_parameters("output", 4, 6)}
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.p_tuning import (
     LstmEncoder,
     MlpEncoder,
@@ -18,6 +17,7 @@ from dist_peft.adapters.virtual_tokens.p_tuning import (
 )
 from dist_peft.core.config.run import PTuningConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.sample_dropout import DropoutPosition
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words
 from tests.support.virtual_tokens import attach, load, random_ids

@@ -8,10 +8,10 @@ import torch
 import transformers as tf
 from torch import nn
 
-from dist_peft.adapters.sample_dropout import DropoutPosition
 from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixEncoder
 from dist_peft.core.config.run import PrefixConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.sample_dropout import DropoutPosition
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.virtual_tokens import METHODS, attach, load, random_ids
 

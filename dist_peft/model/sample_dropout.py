@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.protocol import derive_seed
+from dist_peft.core.seeds import derive_seed
 
 __all__ = ["DropoutPosition", "SampleDropout"]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dist_peft.adapters.sample_dropout import DropoutPosition, SampleDropout
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 
 def dropout(p: float, path: str = "a.b", seed: int = 0) -> SampleDropout:
