@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_peft.app import run_directory
 from dist_peft.app.run_directory import RunDirectory, check_shared_directory, write_run_config
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
@@ -101,6 +102,7 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
 
 def probe_directories(world: World, directory: Path) -> list[str]:
     """A shared directory; one of each rank's own; one that rank 0 alone has."""
+    run_directory._SEEN_SECONDS = 0.5
     (directory / "shared").mkdir(exist_ok=True)
     check_shared_directory(directory / "shared", world)
     world.barrier()

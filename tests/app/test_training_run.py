@@ -14,6 +14,7 @@ import transformers as tf
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from dist_peft.app.commands import train as train_app
+from dist_peft.app.trainer import Trainer
 from dist_peft.app.training_run import RESUMABLE
 from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import load_config, parse_config
@@ -21,6 +22,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
+from dist_peft.train.evaluate import EvalResult
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.plots import draw_plot
 from dist_peft.train.step_metrics import read_metrics
@@ -169,3 +171,29 @@ def test_epochs_and_default_steps(tmp_path: Path) -> None:
         tree["save"] = {"dir": str(tmp_path / f"run{steps}")}
         assert train(tree) == 0
         assert len(read_metrics(tmp_path / f"run{steps}" / "metrics.jsonl")) == steps
+
+
+def test_early_stop_finishes_the_run_and_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = (5.0, 4.0, 3.0, 3.5, 3.2, 1.0, 0.5)
+    monkeypatch.setattr(
+        Trainer, "_evaluate_held_out", lambda self, step: EvalResult(losses[step], {})
+    )
+    tree = tiny_tree(tmp_path)
+    tree["train"] |= {"steps": 6, "eval_every": 1, "early_stop": 2}
+    tree["save"] |= {"every": 0, "keep": 1, "keep_best": True}
+    run = tmp_path / "run"
+    assert train(tree) == 0
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record.eval_loss for record in records] == [4.0, 3.0, 3.5, 3.2]
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == 2
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-000002", "step-000004"]
+    state = json.loads((run / "run_state.json").read_text())
+    assert (state["state"], state["step"]) == ("finished", 4)
+    assert "train.early_stop: 2 evaluations" in (run / "log.txt").read_text()
+    before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert train(tree) == 0
+    assert read_metrics(run / "metrics.jsonl") == records
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
