@@ -31,6 +31,7 @@ from dist_peft.engine import make_engine
 from dist_peft.engine.fake_ranks import fake_process_group
 from dist_peft.model.load import load_model
 from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.host import count_stack_rows
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
 from dist_peft.plan.run_plan import plan_run
 from dist_peft.store.reader import RowReader
@@ -165,8 +166,9 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
 def count_bytes_to_read(planned: PlannedModel, world: World) -> int:
     """Return the bytes of a rank's rows in the files."""
     return sum(
-        len(row_span(spec.num_rows, world.size, world.rank)) * spec.row_bytes
+        len(row_span(rows, world.size, world.rank)) * (spec.num_bytes // rows)
         for spec in planned.skeleton.tensors.values()
+        if (rows := count_stack_rows(spec.shape))
     )
 
 

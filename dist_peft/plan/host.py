@@ -12,7 +12,7 @@ from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.plan.resting import RestingBytes
 from dist_peft.quant.packed_rows import CHUNK_ELEMENTS
 
-__all__ = ["HostPeaks", "plan_host_peaks"]
+__all__ = ["HostPeaks", "count_stack_rows", "plan_host_peaks"]
 
 _ENCODER_TEMPORARIES = 7 * 4 * CHUNK_ELEMENTS
 """About seven float32 temporaries of a chunk are alive while rows are quantized."""
@@ -35,11 +35,17 @@ class HostPeaks:
     verify: int
 
 
+def count_stack_rows(shape: tuple[int, ...]) -> int:
+    """Return the rows of a tensor as engines share them: those of all experts of a stack."""
+    return prod(shape[:-1]) if len(shape) > 2 else prod(shape[:1])
+
+
 def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> HostPeaks:
     """Return the peaks; rows are spread over ``shards`` ranks."""
     sizes = [
-        len(row_span(spec.num_rows, shards, 0)) * spec.row_bytes
+        len(row_span(rows, shards, 0)) * (spec.num_bytes // rows)
         for spec in skeleton.tensors.values()
+        if (rows := count_stack_rows(spec.shape))
     ]
     dtype = parse_torch_dtype(str(skeleton.model_config.dtype).removeprefix("torch."))
     numbers = sum(prod(spec.shape) for spec in skeleton.tensors.values())

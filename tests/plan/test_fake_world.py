@@ -17,7 +17,8 @@ def assert_case_holds(result: CaseResult, ranks: int) -> None:
     assert result.rows_sum == result.stored
     assert result.rows_most < 1.3 * result.stored / ranks + 2**20 * 40
     assert result.to_read < 1.3 * result.file_bytes / ranks + 2**20
-    assert result.read is None or result.read == result.to_read
+    # buffers of the files (DeepSeek's routers have some) are read whole by each rank
+    assert result.read is None or 0 <= result.read - result.to_read < 2**16
     assert result.open_files is None or 0 < result.open_files <= min(result.files, 16)
     assert set(result.phases) >= {"forward", "head", "backward", "step"}
     assert result.gathered > 2 * 0.8 * result.stored
