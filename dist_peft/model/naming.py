@@ -115,7 +115,6 @@ def find_tensor_names(
         raise _absent_tensors_error(model, index, in_files, rules, absent)
     found = TensorNames(names, stacks, renamed)
     _warn_of_unused_tensors(model, index, tensors, set(found.found_names.values()))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, source in list(names.items()):
         info, shape = tensors[source], shapes[name]
         if info is not None and shape != info.shape:

@@ -104,11 +104,11 @@ def test_checkpoint_with_values_that_are_not_finite(
     """``eval --run`` of a state with a NaN names it, instead of printing a loss of NaN."""
     save = CheckpointManager.save_checkpoint
 
-    def save_damaged(self: CheckpointManager, state: Any, *rest: Any) -> Path:
+    def save_damaged(self: CheckpointManager, state: Any, *rest: Any, **options: Any) -> Path:
         name = next(n for n in state if n.startswith("param/") and n.endswith("lora_B"))
         damaged = state[name].clone()
         damaged.view(-1)[0] = float("nan")
-        return save(self, {**state, name: damaged}, *rest)
+        return save(self, {**state, name: damaged}, *rest, **options)
 
     monkeypatch.setattr(CheckpointManager, "save_checkpoint", save_damaged)
     tree = tiny_tree(tmp_path, train={"global_batch": 2, "steps": 1, "device": "cpu"})

@@ -99,7 +99,7 @@ def test_relative_save_dir_of_another_directory_differs(
 
 def test_values_of_a_run_are_json_and_whole(tmp_path: Path) -> None:
     config, built, loaders, _ = build(World(), tiny_tree(tmp_path))
-    values = describe_run_values(config, built, loaders, World())
+    values = describe_run_values(config, built.setup, loaders, World())
     assert json.loads(json.dumps(values)) == values
     assert values["adapter.r"] == 4 and values["train.betas"] == [0.9, 0.999]
     assert str(values["contents of data.train"]).startswith("8 rows, fingerprint ")

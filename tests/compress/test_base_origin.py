@@ -86,7 +86,7 @@ def test_rows_are_compared_where_files_are_new(
         os.utime(tmp_path / "base" / "model.safetensors", ns=(1, 1))
         check_origin_contents(out, index, World())
     assert "hashing" in caplog.text
-    save_origin(out, {**content, "content": "0"})
+    save_origin(out, {**content, "content": "2:0"})
     with pytest.raises(UserError, match=r"base\.path: tensors of .*base hold other values"):
         check_origin_contents(out, index, World())
     save_origin(out, {"files": []})  # of an earlier version, without a hash

@@ -69,6 +69,7 @@ def measure_steps(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, d
 
 
 def _measure_run(world: World, config: RunConfig) -> dict[str, int]:
+    earlier = _list_all_tensors()  # of the run before, which DeepSpeed keeps
     setup = build_model(ResolvedConfig(config, Path(config.base.path)))
     built = load_weights(setup, world, CPU)
     own = [getattr(p, "_local_tensor", p) for p in built.model.parameters()]
@@ -77,7 +78,8 @@ def _measure_run(world: World, config: RunConfig) -> dict[str, int]:
     call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
     count = -(-config.train.global_batch // (config.train.micro_batch * world.size))
     _run_step(built, call, config, 1)  # FSDP2 pads shards at the first forward
-    resting = _list_resting(built)
+    others = {id(tensor) for tensor in earlier}
+    resting = [tensor for tensor in _list_resting(built) if id(tensor) not in others]
     tracker = StorageTracker()
     tracker.add_tensors(resting, "resting")
     before, size = built.engine.bytes_gathered, tracker.total
@@ -112,10 +114,14 @@ def _list_resting(built: LoadedModel) -> list[Any]:
     """Parameters, buffers and optimizer state; with DeepSpeed, which has many places: all tensors
     of this process."""
     if isinstance(built.engine, ZeroEngine):
-        gc.collect()
-        return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        return _list_all_tensors()
     tensors: list[Any] = [*built.model.parameters(), *built.model.buffers()]
     engine: Any = built.engine
     for state in engine.optimizer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return tensors
+
+
+def _list_all_tensors() -> list[Any]:
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]

@@ -36,7 +36,8 @@ def test_base(tmp_path: Path) -> None:
 
 def test_run_with_its_checkpoints_and_adapter(run_dir: Path) -> None:
     text = "\n".join(describe_path(run_dir))
-    assert text.startswith(f"run {run_dir}\n  steps        3, last loss ")
+    assert text.startswith(f"run {run_dir}\n  state        finished at step 3, ")
+    assert "\n  steps        3, last loss " in text
     assert "step-000002" in text and "step-000003" in text
     assert "LORA r=4 alpha=8 rslora=False dora=False" in text
 
