@@ -49,6 +49,9 @@ DOCUMENT_ATTENTION = "document_sdpa"
 """Name of the attention function in ``transformers``' registry."""
 
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
 def build_document_boundaries(position_ids: Tensor, is_packed: bool = True) -> Tensor:
     """Return where documents begin in the flattened batch, and its end: int32 ``[1, 1, 1, D + 1]``.
 
@@ -178,7 +181,7 @@ def build_document_masks(
     types = set(getattr(config, "layer_types", None) or ())
     if not types or not _takes_mask_by_type(model):
         return boundaries if window is None else None
-    masks = dict.fromkeys(types, boundaries)
+    masks = dict.fromkeys(sorted(_LAYER_TYPES), boundaries)  # code may read both
     if window is not None and "sliding_attention" in types:
         masks["sliding_attention"] = _build_window_mask(position_ids, window)
     return masks
@@ -196,8 +199,8 @@ def _build_window_mask(position_ids: Tensor, window: int) -> Tensor:
 def select_document_attention(model: nn.Module) -> bool:
     """Make a language model use document attention where it can; return whether it does.
 
-    It can where its attention is ``sdpa``, every attention goes through ``transformers``' registry,
-    and its layers are of types whose masks are known.
+    It can where its attention is ``sdpa`` and causal, every attention goes through
+    ``transformers``' registry, and its layers are of types whose masks are known.
     """
     config: Any = model.config
     text = config.get_text_config()
@@ -206,7 +209,8 @@ def select_document_attention(model: nn.Module) -> bool:
     if (
         config._attn_implementation != "sdpa"
         or not getattr(model, "_supports_attention_backend", False)
-        or not types <= {"full_attention", "sliding_attention"}
+        or not types <= _LAYER_TYPES
+        or any(getattr(module, "is_causal", True) is False for module in model.modules())
         or (len(types) > 1 and not _takes_mask_by_type(model))
         or "ALL_ATTENTION_FUNCTIONS" not in source
         or "_attn_implementation ==" in source  # other code for sdpa

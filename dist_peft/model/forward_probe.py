@@ -31,16 +31,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
+from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["ON_ANY_DEVICE", "block_kind", "probe_forward", "restore_own_attributes"]
+__all__ = [
+    "ON_ANY_DEVICE",
+    "PROBE_TOKENS",
+    "block_kind",
+    "probe_forward",
+    "restore_own_attributes",
+    "runs_with_mask",
+]
 
 log = logging.getLogger(__name__)
 
-_TOKENS = 8
-ON_ANY_DEVICE = ("eager", "sdpa")
+PROBE_TOKENS = 8
+ON_ANY_DEVICE = ("eager", "sdpa", DOCUMENT_ATTENTION)
 """Implementations of attention that run on fake tensors of the CPU."""
 
 
@@ -159,10 +167,17 @@ def _mark_without_gradient(
     return True
 
 
+def runs_with_mask(model: PreTrainedModel, blocks: Sequence[nn.Module], mask: Any) -> bool:
+    """Return whether the forward of a row of ``PROBE_TOKENS`` tokens runs on fake tensors with
+    ``attention_mask`` given as ``mask``."""
+    return _run_forward(model, blocks, mask=mask) is None
+
+
 def _run_forward(
     model: PreTrainedModel,
     alike: Sequence[nn.Module],
     markers: dict[nn.Module, Tensor] | None = None,
+    mask: Any = None,
 ) -> Exception | None:
     """Return the error of the forward or None; of like blocks in ``alike`` one is run.
 
@@ -181,10 +196,12 @@ def _run_forward(
             _run_each_kind_once(alike)
             model.eval()
             with mode:
-                ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+                ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
                 inputs = {"input_ids": ids}
                 if model.get_output_embeddings() is not None:
-                    inputs["position_ids"] = torch.arange(_TOKENS)[None]
+                    inputs["position_ids"] = torch.arange(PROBE_TOKENS)[None]
+                if mask is not None:
+                    inputs["attention_mask"] = mask
                 logits, head_is_last = _run_and_watch_head(model, inputs)
                 if markers is not None:
                     logits.float().sum().backward()

@@ -35,7 +35,6 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.config_switches import list_switches, shorten_switches
-from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts, find_expert_modules
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -125,7 +124,7 @@ def is_isolated_in_float32(
     config = model.config
     attention, dtype = config._attn_implementation, config.dtype
     try:
-        if attention not in (*ON_ANY_DEVICE, DOCUMENT_ATTENTION):
+        if attention not in ON_ANY_DEVICE:
             config._attn_implementation = "sdpa"
         config.dtype = torch.float32
         with restore_own_attributes(model), torch.random.fork_rng(devices=[]):
@@ -161,7 +160,7 @@ def is_isolated_beyond_switches(model: PreTrainedModel, longest: int) -> bool | 
     config, lengths = shorten_switches(model.config, longest - _MARGIN)
     if not lengths:
         return True
-    if config._attn_implementation not in (*ON_ANY_DEVICE, DOCUMENT_ATTENTION):
+    if config._attn_implementation not in ON_ANY_DEVICE:
         config._attn_implementation = "sdpa"
     config.dtype = torch.float32
     try:

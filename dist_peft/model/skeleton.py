@@ -28,10 +28,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
-from dist_peft.model.document_attention import select_document_attention
+from dist_peft.model.document_attention import (
+    build_document_masks,
+    select_document_attention,
+)
 from dist_peft.model.experts import ExpertStack, find_expert_modules, find_router_linears
 from dist_peft.model.float32_tensors import find_wider_dtypes, set_parameter_dtypes
-from dist_peft.model.forward_probe import probe_forward
+from dist_peft.model.forward_probe import PROBE_TOKENS, probe_forward, runs_with_mask
 from dist_peft.model.freezing import check_base_is_packed, freeze_experts, freeze_linears
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
@@ -195,13 +198,22 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
         _refuse_unnamed_linears(model, base.path)
     set_rotary_by_document(model)
     if base.head == "lm" and base.attention == "auto":
-        select_document_attention(model)
+        _use_document_attention(model, blocks)
     model.requires_grad_(False)
     model.eval()  # the frozen base computes without dropout; adapters have their own
     settings = {} if tied else _untied_config_keys(model, directory)
     return Skeleton(
         model, blocks, index, tied, tensors, packed, head, wide, names.renamed, settings
     )
+
+
+def _use_document_attention(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """Let a model compute attention by document if its code passes boundaries through."""
+    before = model.config._attn_implementation
+    if select_document_attention(model):
+        mask = build_document_masks(model, torch.arange(PROBE_TOKENS)[None], is_packed=False)
+        if not runs_with_mask(model, blocks, mask):
+            model.config._attn_implementation = before
 
 
 def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:

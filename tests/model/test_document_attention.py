@@ -1,6 +1,7 @@
 """Attention within documents, compared with masks and with each document alone."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.model import document_attention
 from dist_peft.model.document_attention import (
     DOCUMENT_ATTENTION,
@@ -18,7 +20,8 @@ from dist_peft.model.document_attention import (
     document_attention_forward,
     select_document_attention,
 )
-from tests.support.tiny_models import CONFIGS, MIXTURES
+from dist_peft.model.skeleton import build_skeleton
+from tests.support.tiny_models import _COMMON, _GROUPED, CONFIGS, MIXTURES, save_model
 
 _USED = [name for name in {**CONFIGS, **MIXTURES} if name != "gemma2"]
 """Gemma 2 caps scores, which only its eager attention does."""
@@ -129,7 +132,8 @@ def test_no_mask_of_all_pairs_is_made() -> None:
     masks = build_document_masks(model, make_positions([30_000, 2_768]), is_packed=True)
     assert isinstance(masks, dict)
     assert {name: tuple(mask.shape) for name, mask in masks.items()} == {
-        "full_attention": (1, 1, 1, 3)
+        "full_attention": (1, 1, 1, 3),
+        "sliding_attention": (1, 1, 1, 3),
     }
 
 
@@ -140,6 +144,22 @@ def test_other_attention_is_left_as_it_is(family: str, attention: str) -> None:
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention)
     assert not select_document_attention(model)
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("family", ["doge", "llama"])
+def test_code_that_makes_another_use_of_the_mask_is_found(family: str, tmp_path: Path) -> None:
+    """Doge adds its own mask to the one it is given."""
+    config = tf.DogeConfig(**_GROUPED) if family == "doge" else CONFIGS[family]
+    save_model(config, tmp_path)
+    base = BaseConfig(path=str(tmp_path), quant=None, compute_dtype="float32")
+    model = build_skeleton(base, tmp_path).model
+    used = model.config._attn_implementation == DOCUMENT_ATTENTION
+    assert used == (family != "doge")
+
+
+def test_attention_in_both_directions_is_left_as_it_is() -> None:
+    model = tf.BertLMHeadModel(tf.BertConfig(**_COMMON))
+    assert not select_document_attention(model)
 
 
 def test_families_with_layers_of_other_kinds_are_left_as_they_are() -> None:
