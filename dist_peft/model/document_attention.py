@@ -214,6 +214,7 @@ def select_document_attention(model: nn.Module) -> bool:
         or (len(types) > 1 and not _takes_mask_by_type(model))
         or "ALL_ATTENTION_FUNCTIONS" not in source
         or "_attn_implementation ==" in source  # other code for sdpa
+        or "cross_attn" in source  # attention to something else than the sequence
     ):
         return False
     AttentionInterface.register(DOCUMENT_ATTENTION, document_attention_forward)
