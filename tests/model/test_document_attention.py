@@ -83,7 +83,8 @@ def test_boundaries_are_places_of_documents_in_the_flattened_batch() -> None:
 @pytest.mark.parametrize("family", _USED)
 def test_a_packed_row_has_the_logits_of_its_documents_alone(family: str) -> None:
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config({**CONFIGS, **MIXTURES}[family]).eval()
+    config = {**CONFIGS, **MIXTURES}[family]
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rows = [5, 7, 3, 9], [9, 11, 2, 2]  # longer and shorter than the windows of 8
     positions = make_positions(*rows)
     ids = torch.randint(3, 90, positions.shape)
@@ -117,7 +118,7 @@ def test_padding_alone_does_not_make_a_row_packed(monkeypatch: pytest.MonkeyPatc
         return product(query, *args, **kwargs)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", count_calls)
-    model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float32).eval()
     select_document_attention(model)
     positions = make_positions([6, 2], [8], [3, 5])  # the last 2 and 5 are padding
     ids = torch.randint(3, 90, positions.shape)
