@@ -20,7 +20,7 @@ from dist_peft.store.writer import write_atomically
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.checkpoint_files import wait_for_files
 from dist_peft.train.run_lock import RunLock
-from dist_peft.train.run_state import read_state_file, restore_state_file, set_run_state
+from dist_peft.train.run_state import read_ended_state, restore_state_file, set_run_state
 
 __all__ = [
     "RunDirectory",
@@ -107,7 +107,7 @@ class RunDirectory:
             setup_log(self.path, self.world.rank, self.world.size)
             if self.world.is_first:
                 _remove_leftovers(self.path, self.world)
-                self._state_before = read_state_file(self.path)
+                self._state_before = read_ended_state(self.path)
                 set_run_state(self.path, "running")
 
     def record_exit_code(self, code: int) -> int:
@@ -119,7 +119,7 @@ class RunDirectory:
         return code
 
     def _record_refusal(self, reason: str) -> None:
-        """Record that the run was refused; one that was there before keeps its own state."""
+        """Record that the run was refused; one that had ended before keeps its own state."""
         if self._state_before is None or not restore_state_file(self.path, self._state_before):
             self._record_end("refused", reason)
         self._ended = True

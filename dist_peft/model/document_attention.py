@@ -23,8 +23,10 @@ Layers with a sliding window get a mask as before where a document is longer tha
 none is, the window has no effect.
 """
 
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,9 @@ DOCUMENT_ATTENTION = "document_sdpa"
 
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_OTHER_OPTIONS = ("dropout", "softcap")
+_OTHER_TENSORS = ("position_bias", "s_aux")
+"""Arguments of attention functions that change the scores, which one plain product leaves out."""
 
 
 def build_document_boundaries(position_ids: Tensor, is_packed: bool = True) -> Tensor:
@@ -92,8 +97,12 @@ def document_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    if kwargs.get("position_bias") is not None or kwargs.get("dropout"):
-        raise NotImplementedError("attention within documents has neither bias nor dropout")
+    asked = [name for name in _OTHER_OPTIONS if kwargs.get(name)] + [
+        name for name in _OTHER_TENSORS if kwargs.get(name) is not None
+    ]
+    if asked or kwargs.get("is_causal") is False:
+        # found on fake tensors when the model is built, which then keeps transformers' masks
+        raise ValueError(f"attention within documents is causal and takes no {asked}")
     boundaries = attention_mask.flatten()
     if query.is_cuda and query.dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= 256:
         return _attend_varlen(query, key, value, boundaries, scaling), None
@@ -129,7 +138,7 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn  # CUDA only; heavy to import
 
     batch, heads, length, _ = query.shape
-    options = inspect.signature(varlen_attn).parameters
+    options = _list_varlen_options(varlen_attn)
     if key.shape[1] != heads and "enable_gqa" not in options:
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     causal: dict[str, Any] = {"is_causal": True}
@@ -156,6 +165,11 @@ def _attend_varlen(
     return result.view(batch, length, heads, -1)
 
 
+@functools.cache
+def _list_varlen_options(kernel: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel).parameters)
+
+
 def build_document_masks(
     model: nn.Module, position_ids: Tensor, is_packed: bool
 ) -> Tensor | dict[str, Tensor] | None:
@@ -179,7 +193,7 @@ def build_document_masks(
     if not window or longest <= window:
         window = None
     types = set(getattr(config, "layer_types", None) or ())
-    if not types or not _takes_mask_by_type(model):
+    if not types or not _takes_mask_by_type(type(model).__module__):
         return boundaries if window is None else None
     masks = dict.fromkeys(sorted(_LAYER_TYPES), boundaries)  # code may read both
     if window is not None and "sliding_attention" in types:
@@ -205,13 +219,13 @@ def select_document_attention(model: nn.Module) -> bool:
     config: Any = model.config
     text = config.get_text_config()
     types = set(getattr(text, "layer_types", None) or ())
-    source = _read_model_source(model)
+    source = _read_model_source(type(model).__module__)
     if (
         config._attn_implementation != "sdpa"
         or not getattr(model, "_supports_attention_backend", False)
         or not types <= _LAYER_TYPES
         or any(getattr(module, "is_causal", True) is False for module in model.modules())
-        or (len(types) > 1 and not _takes_mask_by_type(model))
+        or (len(types) > 1 and not _takes_mask_by_type(type(model).__module__))
         or "ALL_ATTENTION_FUNCTIONS" not in source
         or "_attn_implementation ==" in source  # other code for sdpa
         or "cross_attn" in source  # attention to something else than the sequence
@@ -223,10 +237,11 @@ def select_document_attention(model: nn.Module) -> bool:
     return True
 
 
-def _takes_mask_by_type(model: nn.Module) -> bool:
-    return "attention_mask, dict)" in _read_model_source(model)
+@functools.cache  # asked for every micro-batch
+def _takes_mask_by_type(module: str) -> bool:
+    return "attention_mask, dict)" in _read_model_source(module)
 
 
-def _read_model_source(model: nn.Module) -> str:
-    file = sys.modules[type(model).__module__].__file__
+def _read_model_source(module: str) -> str:
+    file = sys.modules[module].__file__
     return "" if file is None else Path(file).read_text(encoding="utf-8")

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.train.loss import IGNORE
 
 __all__ = ["compute_frozen_head_losses", "computes_losses_at_head", "replace_logits_by_losses"]
 
@@ -66,7 +67,7 @@ def replace_logits_by_losses(model: nn.Module, labels: Tensor) -> Iterator[None]
     """
     head = _find_head(model)
     assert head is not None
-    positions = (labels != -100).nonzero()
+    positions = (labels != IGNORE).nonzero()
     targets = labels[positions[:, 0], positions[:, 1]]
 
     def compute_losses(hidden: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ __all__ = [
     "RunState",
     "StateName",
     "note_step",
+    "read_ended_state",
     "read_run_state",
-    "read_state_file",
     "restore_state_file",
     "set_run_state",
 ]
@@ -96,16 +96,21 @@ def note_step(step: int) -> None:
         _write(_current)
 
 
-def read_state_file(run_dir: Path) -> bytes | None:
-    """Return the contents of ``run_state.json``; None if there is none."""
+def read_ended_state(run_dir: Path) -> bytes | None:
+    """Return the contents of ``run_state.json`` of a run that has ended; else None.
+
+    A run that was killed says ``running`` and is known to have ended by its stale lock only, which
+    the next run takes over: that state would be wrong afterwards.
+    """
     try:
-        return (run_dir / STATE_NAME).read_bytes()
-    except OSError:
+        contents = (run_dir / STATE_NAME).read_bytes()
+        return None if json.loads(contents)["state"] == "running" else contents
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def restore_state_file(run_dir: Path, before: bytes) -> bool:
-    """Write back what ``read_state_file`` returned, unless this process has done steps since.
+    """Write back what ``read_ended_state`` returned, unless this process has done steps since.
 
     Returns:
         Whether it was restored.

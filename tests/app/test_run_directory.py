@@ -2,8 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -28,11 +31,23 @@ def test_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_directory_without_permission_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="no permission to write"):
-        RunDirectory(tmp_path / "run", World()).check_usable()
+def refuse_without_permission(directory: str) -> str:
+    """Return the refusal as a user who may not write ``directory``; root may write everywhere."""
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    with pytest.raises(UserError) as refusal:
+        RunDirectory(Path(directory) / "run", World()).check_usable()
+    return str(refusal.value)
+
+
+def test_directory_without_permission_is_refused() -> None:
+    with TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        Path(directory).chmod(0o555)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            refusal = pool.submit(refuse_without_permission, directory).result()
+        Path(directory).chmod(0o700)
+    assert f"no permission to write {directory}" in refusal
 
 
 def test_log_and_configuration(tmp_path: Path) -> None:
@@ -75,6 +90,12 @@ def test_a_run_claims_its_directory_and_records_its_end(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         fail_in(RunDirectory(run, World()), UserError("x"))
     assert (run / "run_state.json").read_bytes() == before  # the refused run is another one
+    killed = before.replace(b'"stopped"', b'"running"')
+    assert killed != before
+    (run / "run_state.json").write_bytes(killed)
+    with pytest.raises(UserError):
+        fail_in(RunDirectory(run, World()), UserError("x"))
+    assert json.loads((run / "run_state.json").read_text())["state"] == "refused"
     for directory, error, state in (
         (tmp_path / "new", UserError("x"), "refused"),
         (run, OSError("y"), "failed"),

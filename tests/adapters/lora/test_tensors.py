@@ -1,4 +1,4 @@
-"""QA-LoRA's part of the checks; ``test_directory`` has LoRA's, beside what they protect."""
+"""QA-LoRA's part of the checks; LoRA's are in ``test_directory``."""
 
 from typing import Any
 
