@@ -77,6 +77,11 @@ REFUSED = {
 }
 """What has no meaning: QA-LoRA needs an integer base."""
 
+BF16_NOISE = {"ptuning": 0.5}
+"""Share of the change by training that rounding alone can move the logits by, where that is more
+than 20 %: gradients perturbed by 1e-6 of their largest element move P-tuning's by 16 to 25 %, at
+any learning rate, since one flipped bit of a virtual token reaches every logit."""
+
 NEXT = {"single": "fsdp2", "fsdp2": "zero", "zero": "single"}
 CELLS = [(method, base) for method in METHODS for base in BASES if (method, base) not in REFUSED]
 
@@ -164,7 +169,7 @@ def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str
     # bfloat16 turns a difference in the last bit of a sum into one of 0.4 %
     rtol = 1e-2 if base == "bf16" else 2e-6
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=rtol, atol=0)
-    same_probe(run, whole, 0.2 if base == "bf16" else 5e-3)
+    same_probe(run, whole, BF16_NOISE.get(method, 0.2) if base == "bf16" else 5e-3)
     reload(run, shared_data, method, base)
 
 
