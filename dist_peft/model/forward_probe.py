@@ -16,12 +16,16 @@ Of blocks that are built alike one is run; the others return its output.
 The run has a graph and a number added to the output of each packed linear. Linears whose
 numbers get no gradient (they only pick indices, as DSA indexers do, or are not run, as a decoder's
 attention to an absent encoder) cannot be trained, and ``all-linear`` leaves them out.
+
+A process that builds the same model again (an export, the next task) reuses a good outcome.
 """
 
+import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,26 +155,75 @@ def _mark_without_gradient(
     Returns:
         Whether the forward and the backward ran.
     """
-    markers: dict[nn.Module, Tensor] = {}
-    error = _run_forward(model, blocks, markers)
-    if error is not None or not markers:
-        log.debug("gradients cannot be tried without weights: %s", error and _describe_cause(error))
-        return error is None
-    reached = {
-        one.module_kind
-        for one in replaced
-        if (m := markers.get(one.frozen)) is not None and m.grad is not None
-    }
+    key = _describe_model(model), tuple((one.path, type(one.frozen)) for one in replaced)
+    if (outcome := _outcomes.get(key)) is None:
+        markers: dict[nn.Module, Tensor] = {}
+        error = _run_forward(model, blocks, markers)
+        if error is not None:
+            log.debug("gradients cannot be tried without weights: %s", _describe_cause(error))
+            return False
+        reached = {
+            one.module_kind
+            for one in replaced
+            if (m := markers.get(one.frozen)) is not None and m.grad is not None
+        }
+        outcome = _remember_outcome(key, model, reached)
+    vars(model)["head_output_is_logits"] = outcome.head_is_last
     for one in replaced:
         if isinstance(one.frozen, FrozenLinear):
-            one.frozen.without_gradient = one.module_kind not in reached
+            one.frozen.without_gradient = one.module_kind not in outcome.reached
     return True
 
 
 def runs_with_mask(model: PreTrainedModel, blocks: Sequence[nn.Module], mask: Any) -> bool:
     """Return whether the forward of a row of ``PROBE_TOKENS`` tokens runs on fake tensors with
     ``attention_mask`` given as ``mask``."""
-    return _run_forward(model, blocks, mask=mask) is None
+    masks = mask if isinstance(mask, dict) else {"": mask}
+    kinds = tuple((name, m.dtype, str(m.tolist())) for name, m in masks.items() if m is not None)
+    key = _describe_model(model), kinds
+    if (outcome := _outcomes.get(key)) is None:
+        if _run_forward(model, blocks, mask=mask) is not None:
+            return False
+        outcome = _remember_outcome(key, model, ())
+    vars(model)["head_output_is_logits"] = outcome.head_is_last
+    return True
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a forward that ran: kinds of linears with a gradient; logits are the head's output."""
+
+    reached: frozenset[str]
+    head_is_last: bool
+
+
+_outcomes: dict[object, _Outcome] = {}
+"""Of this process, by model and what it was given; a failure is diagnosed each time."""
+
+
+def _remember_outcome(key: object, model: PreTrainedModel, reached: Iterable[str]) -> _Outcome:
+    if len(_outcomes) >= 64:
+        _outcomes.clear()
+    _outcomes[key] = _Outcome(frozenset(reached), vars(model)["head_output_is_logits"])
+    return _outcomes[key]
+
+
+def _describe_model(model: PreTrainedModel) -> object:
+    """Return a key equal for models that compute alike: config, code, modules, shapes."""
+    return (
+        json.dumps({**model.config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str),
+        model.config._attn_implementation,
+        tuple(
+            (
+                getattr(type(module), "forward", None),
+                getattr(vars(module).get("forward"), "__code__", None),
+                vars(module).get("in_features"),
+                tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
+            )
+            for module in model.modules()
+        ),
+        block_kind(model),
+    )
 
 
 def _run_forward(
@@ -339,7 +392,7 @@ def block_kind(block: nn.Module) -> object:
                 sorted(
                     (key, str(value))
                     for key, value in module.__dict__.items()
-                    if isinstance(value, (bool, str, float))
+                    if isinstance(value, (bool, str, float)) and key != "name_or_path"
                 )
             ),
         )

@@ -12,7 +12,7 @@ which the source does not show, are found by a forward afterwards (``model.forwa
 import ast
 import functools
 import inspect
-import textwrap
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from typing import cast
 
@@ -79,13 +79,44 @@ def list_weights_read_by(kind: Hashable) -> frozenset[str]:
         if not issubclass(base, nn.Module) or base.__module__.startswith("torch."):
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # classes made at run time
+            source = inspect.getsource(sys.modules[base.__module__])
+            found |= _list_reads_by_class(source).get(base.__qualname__, frozenset())
+        except (KeyError, OSError, TypeError, SyntaxError):  # classes made at run time
             continue
-        for function in ast.walk(tree):
-            if isinstance(function, ast.FunctionDef) and function.name not in _OUTSIDE_OF_FORWARD:
-                found.update(_iterate_weight_paths(function))
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=32)
+def _list_reads_by_class(source: str) -> dict[str, frozenset[str]]:
+    """Return the paths by ``__qualname__`` of the class, for all classes of a module's source.
+
+    A module has many classes, and ``inspect.getsource`` would parse it for each of them.
+    """
+    found: dict[str, frozenset[str]] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, ast.ClassDef):
+                name = prefix + child.name
+                found[name] = found.get(name, frozenset()) | _list_reads_in(child)
+                inner = f"{name}."
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                inner = f"{prefix}{child.name}.<locals>."
+            if not isinstance(child, ast.expr):
+                visit(child, inner)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def _list_reads_in(kind: ast.ClassDef) -> frozenset[str]:
+    return frozenset(
+        path
+        for function in ast.walk(kind)
+        if isinstance(function, ast.FunctionDef) and function.name not in _OUTSIDE_OF_FORWARD
+        for path in _iterate_weight_paths(function)
+    )
 
 
 def _iterate_weight_paths(function: ast.FunctionDef) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """What a family's code does with packed linears is seen before anything is loaded."""
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import transformers as tf
@@ -13,7 +15,7 @@ from transformers.models.llama import modeling_llama as llama
 from dist_peft.adapters.targets import list_adapter_targets
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model import weight_probe
+from dist_peft.model import forward_probe, weight_probe
 from dist_peft.model.forward_probe import probe_forward
 from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -161,6 +163,30 @@ def test_nothing_is_left_behind(family: str, tmp_path: Path) -> None:
     probe_forward(model, skeleton.blocks, replaced, "base")
     assert state() == before
     assert all(type(b) is Tensor and b.device.type == "cpu" for b in model.buffers())
+
+
+def test_a_model_that_is_built_again_is_not_run_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere on the disk it is the same one; with other code or another config it is not."""
+    first = build(base).model
+    runs = mock.Mock(wraps=forward_probe._run_forward)
+    monkeypatch.setattr(forward_probe, "_run_forward", runs)
+    save_model(CONFIGS["llama"], tmp_path / "elsewhere")
+    again = build(tmp_path / "elsewhere").model
+    assert runs.call_count == 0
+    assert packed(again) == packed(first) == ALL
+    assert vars(again)["head_output_is_logits"] is vars(first)["head_output_is_logits"] is True
+    changed = copy.deepcopy(CONFIGS["llama"])
+    changed.rms_norm_eps = 0.5
+    save_model(changed, tmp_path / "changed")
+    build(tmp_path / "changed")
+    assert runs.call_count == 2  # with a graph, and with documents for a mask
+    monkeypatch.setattr(llama.LlamaMLP, "forward", only_picks)
+    assert any(
+        m.without_gradient for m in build(base).model.modules() if isinstance(m, FrozenLinear)
+    )
+    assert runs.call_count > 2
 
 
 def only_picks(self: Any, x: Tensor) -> Tensor:

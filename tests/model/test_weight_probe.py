@@ -65,7 +65,13 @@ class _Reader(nn.Module):
 
 def test_what_code_reads() -> None:
     module = _Reader()
+
+    class Local(_Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.inner.first.bias.sum()
+
     assert list_weights_read_by(_Reader) == {"a"}
+    assert list_weights_read_by(Local) == {"a", "inner.first"}
     assert find_externally_read_linears(nn.Sequential(module)) == {id(module.a)}
 
 
