@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_peft.app.cli import main
+from dist_peft.app.entry_point import main
 
 if __name__ == "__main__":
     sys.exit(main())

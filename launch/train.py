@@ -9,7 +9,7 @@ mpirun -n 8 python launch/train.py --config FILE
 
 import sys
 
-from dist_peft.app.cli import main
+from dist_peft.app.entry_point import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -364,6 +364,7 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
     assert sorted(calls) == [
         ("compress/gptq_driver.py", "factor.order"),
         ("compress/gptq_driver.py", "factor.upper"),
+        ("compress/solved_blocks.py", "whole"),  # before training, of a solve that was stopped
         ("core/world.py", "tensor"),
     ]
 
@@ -423,7 +424,7 @@ RANK_PLACES = (
 )
 
 # Called with the rank, which they need to name or silence their output.
-RANK_TAKERS = {"setup_log", "MetricsWriter", "ProgressDisplay"}
+RANK_TAKERS = {"setup_log", "MetricsWriter", "ProgressDisplay", "open_metrics"}
 
 # Function -> why it cannot be ``World.run_on_first``.
 RANK_FUNCTIONS = {
@@ -432,9 +433,11 @@ RANK_FUNCTIONS = {
     "_name_rank": "the rank is named in a message",
     "Trainer._restore_probe": "the file of the first rank decides",
     "EvaluationHistory.read_from_run": "the file of the first rank decides",
+    "_find_unevaluated_record": "the file of the first rank decides",
+    "SolvedBlocks.restore_block": "the first rank reads what all receive",
+    "SolvedBlocks.save_block": "the first rank keeps what it writes",
     "count_resting_bytes": "a plan is made for the rank that keeps most",
     "run": "a verb prints its result on one rank, without a process group",
-    "_load_through_cache": "one rank of each node fills the cache that its others read",
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_packed_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",

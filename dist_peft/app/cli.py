@@ -11,6 +11,12 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from dist_peft.core.stop_signals import (
+    catch_stop_signals,
+    get_interrupt_exit_code,
+    interrupt_on_stop_signals,
+)
+
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
@@ -27,14 +33,23 @@ COMMANDS = {
 }
 """Verb, also the name of its module in ``app.commands``, and its line in ``--help``."""
 
+RESUMABLE_VERBS = {"train", "eval", "quantize"}
+"""Verbs that stop on a signal at a safe point; the others end at once."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (``app.exit_codes``)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = build_verb_parser(argv).parse_args(argv)
-    from dist_peft.app.exit_codes import run_command  # after --help and errors of usage
-
-    return run_command(args)
+    with catch_stop_signals():
+        try:
+            if not argv or argv[0] not in RESUMABLE_VERBS:
+                interrupt_on_stop_signals()
+            args = build_verb_parser(argv).parse_args(argv)
+            from dist_peft.app.exit_codes import run_command  # after --help and errors of usage
+        except KeyboardInterrupt:
+            print("dist-peft: interrupted", file=sys.stderr)
+            return get_interrupt_exit_code()
+        return run_command(args)
 
 
 def build_verb_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,6 @@ PROBE_TOKENS = 64
 PROBE_ROWS = 8
 
 AnyRows = SequenceSet | LabelledSequences | SequenceMixture
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -220,8 +218,8 @@ def load_source_rows(
     Raises:
         UserError: on every rank: unreadable, empty or unfit data.
     """
-    return _load_through_cache(
-        lambda: load_sequence_set(config, sources, tokenizer, name=name), name, world
+    return world.run_node_first(
+        f"read data.{name}", lambda: load_sequence_set(config, sources, tokenizer, name=name)
     )
 
 
@@ -242,7 +240,9 @@ def _load_rows_by_task(
         read, apart = load_labelled_sequences, apart or len(sources) > 1
     elif not apart:
         return load_source_rows(config, sources, name, tokenizer, world)
-    parts = _load_through_cache(partial(read, config, sources, tokenizer, name=name), name, world)
+    parts = world.run_node_first(
+        f"read data.{name}", partial(read, config, sources, tokenizer, name=name)
+    )
     if not apart:
         return parts[0]
     names: list[str] = []
@@ -250,16 +250,6 @@ def _load_rows_by_task(
         same = sum(n == source.task_name or n.startswith(f"{source.task_name}-") for n in names)
         names.append(f"{source.task_name}-{same + 1}" if same else source.task_name)
     return SequenceMixture(parts, names)
-
-
-def _load_through_cache(read: Callable[[], T], name: str, world: World) -> T:
-    """Return ``read()``; the first rank of each node fills the cache before the others read."""
-    found: list[T] = []
-    for first in (True, False):
-        with world.raise_together(f"read data.{name}"):
-            if world.is_first_of_node == first:
-                found.append(read())
-    return found[0]
 
 
 def _make_mixed_order(config: RunConfig, rows: AnyRows) -> SequenceOrder | None:

@@ -18,7 +18,7 @@ from dist_peft.app.model_setup import (
     load_weights,
     replace_labels,
 )
-from dist_peft.app.rank_setup import join_ranks
+from dist_peft.app.rank_setup import download_base_once, join_ranks
 from dist_peft.app.resolved_config import ResolvedConfig, find_solved_base, resolve_config
 from dist_peft.app.resuming import check_trained_tokenizer, make_dated_loaders
 from dist_peft.app.run_identity import describe_rank_inputs
@@ -160,10 +160,10 @@ def _setup_evaluation(
     """
     device = join_ranks(config, world)
     setup_log(None, world.rank, world.size)
+    solved = None if run_dir is None else find_solved_base(config, run_dir)
+    download_base_once(config.base, world)
     with world.raise_together("prepare"):
-        resolved = resolve_config(
-            config, None if run_dir is None else find_solved_base(config, run_dir)
-        )
+        resolved = resolve_config(config, solved)
         configs = _select_task_configs(resolved, runs)
         packed_tokens = count_packed_tokens(config)
         setup = build_model(next(iter(configs.values())), packed_tokens=packed_tokens)

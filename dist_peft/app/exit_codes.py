@@ -2,7 +2,7 @@
 
 0 done; 2 the user's configuration or input is wrong (one message, from one rank); 1 a failure (one
 line, the traceback in ``log.rank-N.txt`` of the run directory); 3 a planned run does not fit its
-cards; 75 stopped on a signal after a checkpoint, can be resumed.
+cards; 75 stopped on a signal at a safe point, can be resumed; 128 + N ended at once by signal N.
 
 The line that says why a command ended is the last on stderr, and also in ``log.txt`` of the run.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, get_log_directory, write_traceback
+from dist_peft.core.stop_signals import RESUMABLE, StopRequested, get_interrupt_exit_code
 from dist_peft.core.world import RemoteError, RendezvousError, World
 from dist_peft.export.verdict import VerificationError
 from dist_peft.train.run_state import set_run_state
@@ -48,10 +49,14 @@ def run_command(args: argparse.Namespace) -> int:
     except RemoteError as error:
         _report_end(f"{_name_rank(world)}{error}")
         return _exit_process(world, 1)
+    except StopRequested as stop:
+        if world.is_first or stop.is_alone:
+            _report_end(f"{stop}; the same command resumes")
+        return _exit_process(world, RESUMABLE)
     except KeyboardInterrupt:
         if world.is_first:
             _report_end("interrupted")
-        return _exit_process(world, 130)
+        return _exit_process(world, get_interrupt_exit_code())
     except Exception as error:
         _report_failure(error, world)
         return _exit_process(world, 1)

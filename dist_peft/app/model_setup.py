@@ -191,7 +191,7 @@ def load_weights(
     engine.shard_model(model, skeleton.blocks)
     hashes = build_row_hashes(skeleton)
     with RowReader(skeleton.index, hashes) as reader:
-        with world.raise_together("load base"), return_freed_memory():
+        with world.raise_together("load base", is_slow=True), return_freed_memory():
             load_model(model, reader, engine, device)
         if (packed := skeleton.prequantized) and (note := packed.describe_scale_rounding()):
             log.warning("%s", note, extra=ONCE)

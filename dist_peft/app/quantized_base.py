@@ -6,15 +6,19 @@ quantized yet.
 """
 
 import gc
+import hashlib
+import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_peft.app.data_setup import check_token_range, load_source_rows
 from dist_peft.app.model_setup import ModelSetup, build_model, load_weights
+from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import SolvedBase, find_solved_base, resolve_quantization
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.compress.base_origin import (
@@ -25,6 +29,7 @@ from dist_peft.compress.base_origin import (
 )
 from dist_peft.compress.gptq_driver import make_calibration_sequences, solve_gptq_codes
 from dist_peft.compress.packed_base import open_packed_writer, write_packed_base
+from dist_peft.compress.solved_blocks import SolvedBlocks
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -60,7 +65,7 @@ def quantize_base(
         stop: polled during calibration.
 
     Raises:
-        CalibrationInterrupted: ``stop`` returned true; nothing is written.
+        StopRequested: ``stop`` returned true; the solved blocks are kept next to the output.
         UserError: on every rank: an unusable base or data, ``out`` is not empty, no space.
     """
     quant = config.base.quant
@@ -72,22 +77,42 @@ def quantize_base(
             "classification; use solver hqq, or as base.path the output of dist-peft quantize for "
             "this base with base.head: lm and text"
         )
-    with world.raise_together("read the base's configuration"):
+    with world.raise_together("look at the output's place"):
         check_output_free(out)
+    download_base_once(config.base, world)
+    with world.raise_together("read the base's configuration"):
         setup = _build_unquantized_model(config)
     warn_unused_options(setup.config, world, setup.model, device.type)
     built = load_weights(setup, world, device)
     skeleton, engine = setup.skeleton, built.engine
+    origin = describe_origin(setup.config, skeleton.index.compute_fingerprint())
+    solved = None
     with open_packed_writer(skeleton, out, world) as writer:  # first: a full disk fails early
         if quant.solver == "gptq":
             sequences = load_calibration_sequences(setup, world)
-            solve_gptq_codes(skeleton, engine, sequences, world, stop)
-        origin = {
-            **describe_origin(setup.config, skeleton.index.compute_fingerprint()),
-            **gather_base_content(skeleton.index, built.record.tensors, world),
-        }
+            solved = SolvedBlocks(out, _describe_solve(setup, origin, sequences, device), world)
+            solve_gptq_codes(skeleton, engine, sequences, world, stop, solved)
+        origin |= gather_base_content(skeleton.index, built.record.tensors, world)
         write_packed_base(setup.config.base, skeleton, engine, origin, out, world, writer)
+    if solved is not None:
+        solved.remove()
     log.info("wrote %s", out)
+
+
+def _describe_solve(
+    setup: ModelSetup, origin: Mapping[str, Any], sequences: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Return everything that the rows which GPTQ solves depend on."""
+    quant = setup.config.base.quant
+    assert quant is not None
+    return {
+        "origin": {key: value for key, value in origin.items() if key != "base"},
+        "quant": quant.model_dump(mode="json"),
+        "sequences": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
+        "attention": setup.config.base.attention,
+        "device": device.type,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _build_unquantized_model(config: RunConfig) -> ModelSetup:
@@ -147,7 +172,7 @@ def ensure_solved_base(
     to ``run_dir/base``, once.
 
     Raises:
-        CalibrationInterrupted: ``stop`` returned true; nothing is written.
+        StopRequested: ``stop`` returned true; the solved blocks are kept next to the output.
         UserError: on every rank: an unusable base or data, no space, or ``run_dir/base`` has
             another origin.
     """

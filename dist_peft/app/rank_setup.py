@@ -1,12 +1,13 @@
-"""Join the ranks of a command and check that they run the same configuration."""
+"""Start the ranks of a command: rendezvous, the same configuration, files of the base."""
 
 import torch
 
 from dist_peft.app.run_identity import flatten_rank_config
-from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.world import World
+from dist_peft.model.hub import download_base
 
-__all__ = ["join_ranks"]
+__all__ = ["download_base_once", "join_ranks"]
 
 
 def join_ranks(config: RunConfig, world: World) -> torch.device:
@@ -22,3 +23,17 @@ def join_ranks(config: RunConfig, world: World) -> torch.device:
     )
     world.check_agreement("configuration", flatten_rank_config(config, world))
     return device
+
+
+def download_base_once(base: BaseConfig, world: World) -> None:
+    """Download the base's missing files, on the first rank of each node alone. Collective.
+
+    The other ranks wait without a limit of time. Later calls of ``resolve_base_directory`` do not
+    ask the hub again.
+
+    Raises:
+        UserError: on every rank: neither a directory nor a hub id that is available.
+        StopRequested: on every rank, after a signal to any.
+    """
+    world.run_node_first("find or download base.path", lambda: download_base(base))
+    world.raise_if_stop_requested()

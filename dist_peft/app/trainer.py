@@ -24,6 +24,7 @@ from dist_peft.app.run_identity import count_total_steps, describe_run_values
 from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.log import FILE_ONLY, ONCE
+from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
 from dist_peft.data.turn_end import find_turn_end_ids
 from dist_peft.engine import resolve_engine_kind
@@ -33,7 +34,7 @@ from dist_peft.export.verify import Probe
 from dist_peft.model.hub import save_tokenizer
 from dist_peft.store.publish import publish_directory
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
-from dist_peft.train.eval_history import EvaluationHistory
+from dist_peft.train.eval_history import EvaluationHistory, open_metrics
 from dist_peft.train.evaluate import (
     EvalResult,
     add_evaluation,
@@ -78,6 +79,8 @@ class Trainer:
         self.loaders.train.check_steps(self.total_steps)
         self.stopped_early = False
         """Whether ``train.early_stop`` has ended the training."""
+        self.evaluation_stopped = False
+        """Whether a signal has ended the evaluation after the last step."""
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -160,8 +163,7 @@ class Trainer:
         if train.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
         training = self._make_training_step()
-        with self.world.raise_together("open metrics"):
-            metrics = MetricsWriter(self.run_dir, self.world.rank, first_step)
+        metrics = self._open_metrics(first_step)
         patience = self.config.train.early_stop
         history = EvaluationHistory.read_from_run(self.run_dir, patience, self.world)
         self.stopped_early = history.should_stop
@@ -215,6 +217,7 @@ class Trainer:
                     self._compare_replicas(replicas, done)
                 is_best = is_best and self.config.save.keep_best
                 self.stopped_early = history.should_stop
+                stopping = stopping or self.evaluation_stopped
                 ending = last or stopping or self.stopped_early
                 if ending or is_best or _is_due(done, self.config.save.every):
                     self._save_checkpoint(done, history.best_loss if is_best else None)
@@ -264,16 +267,24 @@ class Trainer:
             step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio
         )
 
+    def _open_metrics(self, first_step: int) -> MetricsWriter:
+        due = first_step == self.total_steps or _is_due(first_step, self.config.train.eval_every)
+        evaluate = partial(self._evaluate_held_out, first_step) if first_step and due else None
+        return open_metrics(self.run_dir, first_step, self.world, self.world.rank, evaluate)
+
     def _evaluate_held_out(self, step: int) -> EvalResult | None:
+        """Return the held-out loss; None without held-out data, or stopped by a signal."""
         if self.loaders.eval is None:
             return None
-        found = evaluate_model(
-            self.built.model,
-            self.built.engine,
-            self.loaders.objective,
-            self.loaders.eval,
-            self.world,
-        )
+        built, objective, rows = self.built, self.loaders.objective, self.loaders.eval
+        try:
+            found = evaluate_model(built.model, built.engine, objective, rows, self.world)
+        except StopRequested:
+            if step == 0:
+                raise  # there is nothing to save
+            log.warning("step %d: the evaluation was stopped; a resume repeats it", step)
+            self.evaluation_stopped = True
+            return None
         log.info("step %d: held-out loss %s", step, found)
         return found
 

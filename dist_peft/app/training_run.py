@@ -23,15 +23,16 @@ from dist_peft.app.model_setup import (
     replace_labels,
 )
 from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
+from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
 from dist_peft.app.resuming import read_run_inputs
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
 from dist_peft.app.tasks import TasksFile
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
-from dist_peft.compress.gptq_driver import CalibrationInterrupted
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.log import setup_log
+from dist_peft.core.stop_signals import RESUMABLE, StopRequested
 from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
 from dist_peft.export.outlook import log_export_outlook
@@ -41,9 +42,6 @@ from dist_peft.train.optimizers import make_optimizer_factory
 __all__ = ["RESUMABLE", "train_until_stopped"]
 
 log = logging.getLogger("dist_peft")
-
-RESUMABLE = 75
-"""Exit code after a stop on a signal: rerun the same command to resume from the checkpoint."""
 
 
 def train_until_stopped(
@@ -65,7 +63,11 @@ def train_until_stopped(
         UserError: on every rank, whichever rank found the error.
     """
     with RunDirectory(Path(config.save.dir), world) as directory:
-        code = _train_in_directory(config, directory, world, device, stop)
+        try:
+            code = _train_in_directory(config, directory, world, device, stop)
+        except StopRequested as request:
+            log.warning("%s before a step was done; rerun the same command to resume", request)
+            code = RESUMABLE
         return directory.record_exit_code(code)
 
 
@@ -78,19 +80,18 @@ def _train_in_directory(
 ) -> int:
     run_dir = directory.path
     setup_log(None, world.rank, world.size, hold=True)
+    world.raise_if_stop_requested()
     with world.raise_together("look at the run directory"):
         directory.check_usable()
+    download_base_once(config.base, world)
+    with world.raise_together("look for a solved base"):
         solving = must_solve_base(config, run_dir)
     if solving:
         with world.raise_together("read the base's configuration"):
             unsolved = resolve_unsolved_run(config)
         _prepare_adapter_jobs(unsolved, world, device)  # fail fast, before hours of GPTQ
         directory.open()
-    try:
-        solved = ensure_solved_base(config, run_dir, world, device, stop)
-    except CalibrationInterrupted:
-        log.warning("stopped on a signal during GPTQ calibration; rerunning restarts calibration")
-        return RESUMABLE
+    solved = ensure_solved_base(config, run_dir, world, device, stop)
     with world.raise_together("read the base's configuration"):
         resolved = resolve_config(config, solved)
     return _train_resolved(resolved, directory, world, device, stop)
@@ -106,6 +107,7 @@ def _train_resolved(
     """Check, load the base and train its adapters, one after another; return the exit code."""
     config, run_dir = resolved.run, directory.path
     setup, jobs = _prepare_adapter_jobs(resolved, world, device)
+    world.raise_if_stop_requested()
     trained_on = [base for job in jobs.values() for base in job.trained_on]
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
     directory.open()
@@ -206,7 +208,7 @@ def _run_trainer(
             done,
             trainer.config.train.early_stop,
         )
-    elif done < trainer.total_steps:
+    elif done < trainer.total_steps or trainer.evaluation_stopped:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
     trainer.finish_run()

@@ -12,6 +12,9 @@ block and each of its stages (linears of one input)::
 followed by a forward of the block for the inputs of the next one. A later stage sees the quantized
 weights of earlier ones ("true sequential"), the next block the outputs of this quantized one.
 
+A solved block is kept on disk (``solved_blocks``): a solve that was stopped fills the blocks before
+from there and runs only their forwards, with the same result.
+
 Memory holds the packed shards, the samples' hidden states, one linear's rows, and one Hessian.
 Base weights are unsharded only as packed bytes, a block at a time, as in training.
 """
@@ -30,10 +33,12 @@ from dist_peft.compress.calibration import (
     find_linear_stages,
     record_inputs,
 )
+from dist_peft.compress.solved_blocks import SolvedBlocks
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
+from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
 from dist_peft.data.documents import SequenceSet
 from dist_peft.engine import Engine
@@ -50,13 +55,9 @@ from dist_peft.quant.gptq import (
 )
 from dist_peft.store.reader import RowReader
 
-__all__ = ["CalibrationInterrupted", "make_calibration_sequences", "solve_gptq_codes"]
+__all__ = ["make_calibration_sequences", "solve_gptq_codes"]
 
 log = logging.getLogger("dist_peft")
-
-
-class CalibrationInterrupted(Exception):
-    """Calibration was stopped by a signal before its end; no result is kept."""
 
 
 def make_calibration_sequences(
@@ -109,6 +110,7 @@ def solve_gptq_codes(
     windows: Tensor,
     world: World,
     stop: Callable[[], bool] = lambda: False,
+    solved: SolvedBlocks | None = None,
 ) -> None:
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
@@ -118,13 +120,14 @@ def solve_gptq_codes(
         windows: calibration tokens ``[samples, tokens]``, equal on every rank.
         stop: polled after each sample of the first forward and before each stage; true on one rank
             stops all.
+        solved: keeps each block once it is solved, and has those of a solve that was stopped.
 
     Raises:
-        CalibrationInterrupted: ``stop`` returned true.
+        StopRequested: ``stop`` returned true.
         UserError: on every rank: non-finite activations or a Hessian that cannot be factored.
     """
     with RowReader(skeleton.index) as reader, return_freed_memory():
-        _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks()
+        _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks(solved)
 
 
 class _GptqSolver:
@@ -154,29 +157,39 @@ class _GptqSolver:
             self._raise_if_stopped()
         self.stages_done = 0
 
-    def solve_all_blocks(self) -> None:
+    def solve_all_blocks(self, solved: SolvedBlocks | None = None) -> None:
         log.info(
             "gptq: %d calibration sequences of %d tokens, %d blocks",
             self.count,
             self.samples[0].hidden.shape[1],
             len(self.blocks),
         )
+        restoring = solved is not None
         for number, block in enumerate(self.blocks):
-            for stage in find_linear_stages(
-                block, partial(self.samples[0].run_block, block, number)
-            ):
-                self._raise_if_stopped()
-                factor = self._broadcast_factor(block, number, stage[0])
-                for linear in stage:
-                    self._replace_codes(linear, factor)
+            self._raise_if_stopped()
+            if solved is not None and restoring:
+                restoring = solved.restore_block(number, block, self.engine)
+                if not restoring and number:
+                    log.info("gptq: %d blocks were solved before", number)
+            if not restoring:
+                self._solve_block(number, block)
+                if solved is not None:
+                    solved.save_block(number, block, self.engine)
             for sample in self.samples:
                 sample.hidden = sample.run_block(block, number)
             log.info("gptq: block %d of %d", number + 1, len(self.blocks))
 
+    def _solve_block(self, number: int, block: nn.Module) -> None:
+        for stage in find_linear_stages(block, partial(self.samples[0].run_block, block, number)):
+            self._raise_if_stopped()
+            factor = self._broadcast_factor(block, number, stage[0])
+            for linear in stage:
+                self._replace_codes(linear, factor)
+
     def _raise_if_stopped(self) -> None:
         (stopping,) = self.world.max_over_ranks(self.stop())
         if stopping:
-            raise CalibrationInterrupted
+            raise StopRequested
 
     def _broadcast_factor(
         self, block: nn.Module, number: int, linear: FrozenLinear

@@ -13,6 +13,8 @@ import time
 
 import psutil
 
+from dist_peft.core.stop_signals import StopRequested, is_stop_requested
+
 __all__ = [
     "AddressProbeServer",
     "find_interface",
@@ -49,7 +51,11 @@ def find_interface(address: str) -> str | None:
 
 
 def wait_for_port(address: str, port: int, seconds: float) -> str | None:
-    """Try to connect until a process listens; return the last error's text if none did."""
+    """Try to connect until a process listens; return the last error's text if none did.
+
+    Raises:
+        StopRequested: a signal has reached this process, and no process listens.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
@@ -62,6 +68,8 @@ def wait_for_port(address: str, port: int, seconds: float) -> str | None:
                 reason = "nothing listens there (connection refused)"
         if time.monotonic() >= end:
             return reason
+        if is_stop_requested():
+            raise StopRequested(is_alone=True)
         time.sleep(min(0.2, max(0.0, end - time.monotonic())))
 
 

@@ -10,7 +10,11 @@ Each rank also brings a token: the launcher's name of the run, the command and t
 of two runs that meet at one address differ in it, and are refused together.
 
 Later each rank counts up a number of its own in the store every few seconds. When a collective
-fails because a rank died, the numbers that stand still identify it.
+fails because a rank died, the numbers that stand still identify it. On the same occasion a signal
+that has reached one rank becomes known to all (``core.stop_signals``).
+
+Ranks that wait for one that downloads or tokenizes do so here, too (``wait_for_all``): a collective
+would end after its time limit, and does not know whether the others are alive.
 """
 
 import contextlib
@@ -19,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +38,13 @@ from dist_peft.core.network import (
     find_local_address_towards,
     is_loopback,
     wait_for_port,
+)
+from dist_peft.core.patient_wait import wait_for_all_ranks
+from dist_peft.core.stop_signals import (
+    StopRequested,
+    describe_stop_request,
+    is_stop_requested,
+    request_stop,
 )
 
 __all__ = ["Rendezvous", "RendezvousError", "join_rendezvous"]
@@ -66,6 +77,8 @@ class Rendezvous:
         self.hosts = hosts
         self._rank = place.rank
         self._topics = 0
+        self._waits = 0
+        self._has_told_stop = False
         self._own_store = own_store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
@@ -75,8 +88,29 @@ class Rendezvous:
         while not self._stop.wait(PULSE_SECONDS):
             try:
                 self._own_store.add(f"pulse/{self._rank}", 1)
+                self._spread_stop_request()
             except RuntimeError:  # rank 0 has left, or is no more
                 return
+
+    def _spread_stop_request(self) -> None:
+        """Tell the other ranks of a signal to this one, or learn of a signal to another."""
+        if self._has_told_stop:
+            return
+        if is_stop_requested():
+            self._own_store.set("stop", describe_stop_request())
+            self._has_told_stop = True
+        elif self._own_store.check(["stop"]):
+            self._has_told_stop = True
+            request_stop(f"{self._own_store.get('stop').decode()} on another rank")
+
+    def wait_for_all(self, phase: str, beat: Callable[[], object] = lambda: None) -> None:
+        """Wait until every rank has called this, as long as those that have not give signs of life.
+
+        See ``core.patient_wait``.
+        """
+        self._waits += 1
+        topic = f"wait/{self._waits}"
+        wait_for_all_ranks(self.store, self._rank, self.hosts, topic, phase, beat)
 
     def find_disagreement(self, values: Mapping[str, object], seconds: float) -> str:
         """Return the differences between the ranks' ``values`` as text; called by all ranks."""
@@ -108,19 +142,24 @@ class Rendezvous:
 
 
 def join_rendezvous(
-    place: LaunchInfo, seconds: float, token: Mapping[str, str] | None = None
+    place: LaunchInfo,
+    seconds: float,
+    token: Mapping[str, str] | None = None,
+    device_uuid: str = "",
 ) -> Rendezvous:
     """Wait for all ranks at the rendezvous address.
 
     Args:
         token: identifies this run; the same on each of its ranks.
+        device_uuid: identifies the accelerator of this rank; empty without one.
 
     Sets ``GLOO_SOCKET_IFNAME`` to the interface that leads to the other hosts, unless it is set:
     gloo would take the address that the host's own name resolves to, often 127.0.1.1.
 
     Raises:
-        MeetingError: a rank did not join within ``seconds``, the address is wrong, or ranks with
-            other tokens joined.
+        RendezvousError: a rank did not join within ``seconds``, the address is wrong, ranks with
+            other tokens joined, or two ranks have one accelerator.
+        StopRequested: a signal reached a rank before all had joined.
     """
     end = time.monotonic() + seconds
     if place.address is None:
@@ -131,6 +170,7 @@ def join_rendezvous(
     serves = place.rank == 0 and place.agent is None
     store = _open_rendezvous_store(place, address, port, end, seconds, serves)
     try:
+        store.set(f"device/{place.rank}", device_uuid)
         _register_rank(store, place, _find_outgoing_address(address, port), where, token or {})
         if place.rank == 0:
             _wait_for_all_ranks(store, place, where, end, seconds)
@@ -200,14 +240,18 @@ def _wait_for_all_ranks(
     """Wait, on rank 0, for the others and write the verdict."""
     others = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
     remind = time.monotonic() + REMIND_SECONDS
-    while others and time.monotonic() < end:
+    while others and time.monotonic() < end and not _is_stop_known(store):
         time.sleep(POLL_SECONDS)
         others = [r for r in others if not store.check([f"rank/{r}"])]
         if others and time.monotonic() > remind:
             log.warning("waiting at %s for %s", where, format_ranks(others))
             remind += REMIND_SECONDS
-    verdict: dict[str, Any] = {"error": "", "table": []}
-    if others:
+    verdict: dict[str, Any] = {"error": "", "stop": "", "table": []}
+    if others and _is_stop_known(store):
+        verdict["stop"] = (
+            f"stopped on {store.get('stop').decode()} while {format_ranks(others)} had not come"
+        )
+    elif others:
         verdict["error"] = _describe_absent_ranks(store, place, others, where, seconds)
     else:
         everyone = range(place.size)
@@ -222,9 +266,23 @@ def _wait_for_all_ranks(
         else:
             hosts = [entry[0] for entry in verdict["table"]]
             verdict["error"] = _describe_foreign_ranks(store, hosts, where)
+            verdict["error"] = verdict["error"] or _describe_shared_device(store, hosts)
     store.set("verdict", json.dumps(verdict))
-    if verdict["error"]:
+    if verdict["error"] or verdict["stop"]:
         _wait_until_verdict_read(store, place.size - len(others) - 1)
+
+
+def _is_stop_known(store: dist.Store) -> bool:
+    """Return whether a signal has reached any rank that has come; tell the others of one to this.
+
+    Later the heartbeats spread it.
+    """
+    if store.check(["stop"]):
+        return True
+    if is_stop_requested():
+        store.set("stop", describe_stop_request())
+        return True
+    return False
 
 
 def _describe_foreign_ranks(store: dist.Store, hosts: Sequence[str], where: str) -> str:
@@ -239,6 +297,21 @@ def _describe_foreign_ranks(store: dist.Store, hosts: Sequence[str], where: str)
         f"ranks of different runs met at {where}: {describe_differences(told, hosts)}. Give each "
         "run a MASTER_PORT of its own, and start all ranks of a run with one command and one "
         "installation"
+    )
+
+
+def _describe_shared_device(store: dist.Store, hosts: Sequence[str]) -> str:
+    """Return the message about ranks that have one accelerator; empty where each has its own."""
+    groups: dict[bytes, list[int]] = {}
+    for rank in range(len(hosts)):
+        if uuid := store.get(f"device/{rank}"):
+            groups.setdefault(uuid, []).append(rank)
+    shared = next((ranks for ranks in groups.values() if len(ranks) > 1), None)
+    if shared is None:
+        return ""
+    return (
+        f"{format_ranks(shared)} on {hosts[shared[0]]} have the same CUDA device; start one "
+        "process a device, or let the launcher show each process its own (srun --gpus-per-task=1)"
     )
 
 
@@ -263,14 +336,17 @@ def _read_verdict(
 ) -> list[tuple[str, str | None]]:
     end += GRACE_SECONDS  # rank 0 writes its verdict at the very end
     while not store.check(["verdict"]) and time.monotonic() < end:
+        _is_stop_known(store)
         time.sleep(POLL_SECONDS)
     if not store.check(["verdict"]):
         missing = [r for r in range(place.size) if not store.check([f"rank/{r}"])]
         raise RendezvousError(_describe_absent_ranks(store, place, missing or [0], where, seconds))
     verdict = json.loads(store.get("verdict"))
-    if verdict["error"]:
+    if verdict["error"] or verdict["stop"]:
         if place.rank != 0:
             store.add("told", 1)
+        if verdict["stop"]:
+            raise StopRequested(verdict["stop"])
         raise RendezvousError(verdict["error"])
     return [(host, address) for host, address in verdict["table"]]
 

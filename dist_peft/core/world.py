@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,12 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
+from dist_peft.core.stop_signals import StopRequested, is_stop_requested
 
 __all__ = ["RemoteError", "RendezvousError", "World"]
 
+
+T = TypeVar("T")
 
 _meeting: Rendezvous | None = None
 """The rendezvous of this process; one a process, as torch's process group."""
@@ -51,6 +55,10 @@ class World(LaunchInfo):
     def select_device(self, wanted: str) -> torch.device:
         """Return this rank's device for ``auto``, ``cpu`` or ``cuda``.
 
+        Where a launcher shows each task one device of its own (``srun --gpus-per-task=1``,
+        ``CUDA_VISIBLE_DEVICES`` set by a wrapper), that is ``cuda:0`` on every rank; ranks that
+        see the same device are refused at the rendezvous.
+
         Raises:
             UserError: there is no CUDA device, or this host has fewer than ranks.
         """
@@ -59,6 +67,8 @@ class World(LaunchInfo):
         if wanted == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         count = torch.cuda.device_count()
+        if count == 1:
+            return torch.device("cuda", 0)
         if self.local_rank >= count:
             raise UserError(
                 f"rank {self.rank} is number {self.local_rank} on host {socket.gethostname()}, "
@@ -80,7 +90,7 @@ class World(LaunchInfo):
             start_timeout_minutes: the longest wait for all ranks to come, now.
 
         Raises:
-            MeetingError: a rank is missing, the address is wrong, or ranks of another run or
+            RendezvousError: a rank is missing, the address is wrong, or ranks of another run or
                 another version joined.
             UserError: the launcher was not used: a batch script's own process.
         """
@@ -96,7 +106,12 @@ class World(LaunchInfo):
         if cuda:
             torch.cuda.set_device(device)
         global _meeting
-        _meeting = join_rendezvous(self, start_timeout_minutes * 60, self.build_run_token(device))
+        _meeting = join_rendezvous(
+            self,
+            start_timeout_minutes * 60,
+            self.build_run_token(device),
+            read_device_uuid(device) if cuda else "",
+        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_meeting.store,
@@ -233,12 +248,18 @@ class World(LaunchInfo):
             dist.broadcast(tensor, source)
 
     @contextmanager
-    def raise_together(self, phase: str) -> Iterator[None]:
+    def raise_together(self, phase: str, *, is_slow: bool = False) -> Iterator[None]:
         """Run a phase on every rank; if it fails on one, it fails on all, at its end.
+
+        Args:
+            phase: for messages.
+            is_slow: a rank may take hours longer than others (download, tokenization): they wait
+                without the time limit of a collective, as long as it gives signs of life.
 
         The body must hold no collective that a failing rank would leave others waiting in. Every
         rank raises the error of the lowest failing rank: that rank its own exception, the others a
         ``UserError`` with the same text, or ``RemoteError`` for an error that is not the user's.
+        ``StopRequested`` of any rank is raised on all, unless another rank has failed.
         """
         failure: Exception | None = None
         try:
@@ -249,18 +270,44 @@ class World(LaunchInfo):
             if failure is not None:
                 raise failure
             return
+        if is_slow and _meeting is not None:
+            _meeting.wait_for_all(phase)
         if not self.any_rank(failure is not None):
             return
-        mine = None if failure is None else (isinstance(failure, UserError), str(failure))
-        everyone: list[tuple[bool, str] | None] = [None] * self.size
+        mine = None if failure is None else (_classify_failure(failure), str(failure))
+        everyone: list[tuple[str, str] | None] = [None] * self.size
         dist.all_gather_object(everyone, mine)
-        if failure is not None and all(e is None for e in everyone[: self.rank]):
+        failed = {r: entry for r, entry in enumerate(everyone) if entry is not None}
+        first = min(failed, key=lambda r: (failed[r][0] == "stop", r))
+        if first == self.rank and failure is not None:
             raise failure
-        first = next(r for r, e in enumerate(everyone) if e is not None)
-        is_users, text = everyone[first] or (False, "")
-        if is_users:
+        kind, text = failed[first]
+        if kind == "user":
             raise UserError(text)
+        if kind == "stop":
+            raise StopRequested(text)
         raise RemoteError(f"rank {first} failed in phase {phase!r}: {text}")
+
+    def raise_if_stop_requested(self) -> None:
+        """Raise ``StopRequested`` on every rank if a signal has reached any. Collective.
+
+        A safe point of a phase that has no checkpoint to write.
+        """
+        if self.any_rank(is_stop_requested()):
+            raise StopRequested
+
+    def run_node_first(self, phase: str, action: Callable[[], T]) -> T:
+        """Return ``action()``; the first rank of each node calls it before the others there.
+
+        For downloads and caches, which the others of a node find complete. They wait without a
+        limit of time; an error of one rank is every rank's.
+        """
+        found: list[T] = []
+        for is_first in (True, False):
+            with self.raise_together(phase, is_slow=True):
+                if self.is_first_of_node == is_first:
+                    found.append(action())
+        return found[0]
 
     def run_on_first(self, phase: str, action: Callable[[], object]) -> None:
         """Call ``action`` on the first rank alone; its error is every rank's.
@@ -271,3 +318,14 @@ class World(LaunchInfo):
         with self.raise_together(phase):
             if self.is_first:
                 action()
+
+
+def read_device_uuid(device: torch.device) -> str:
+    """Return the UUID of a CUDA device, the same in every process; empty if unknown."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def _classify_failure(error: Exception) -> str:
+    if isinstance(error, StopRequested):
+        return "stop"
+    return "user" if isinstance(error, UserError) else "other"

@@ -11,11 +11,10 @@ A directory ``<root>/<key>/`` holds the documents of one source, concatenated in
                                 array file and of all the rest of meta.json
 
 A finished temporary directory is renamed into place, so an entry is complete or absent even when
-several processes build it at the same time. A lock makes the other processes on this host wait
-instead of repeating the work; on file systems without locks they repeat it, with the same result.
+several processes build it at the same time. A lock (``data.build_lock``) makes the others, also
+those of other hosts, wait instead of repeating the work.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -40,6 +39,8 @@ from numpy.typing import NDArray
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.machine import identify_machine
+from dist_peft.core.stop_signals import raise_if_stop_requested
+from dist_peft.data.build_lock import hold_build_lock
 from dist_peft.data.files import RecordPlace
 
 __all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build_documents"]
@@ -109,11 +110,7 @@ def load_or_build_documents(
         return stored
     with _explain_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f".{key}.lock").open("w")
-    with lock:
-        # without locks on this file system work may be done twice; the rename keeps it correct
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_build_lock(root / f".{key}.lease"):
         # another process may have built it while this one waited
         return _open_documents(final) or _build_documents(final, build)
 
@@ -276,7 +273,12 @@ class DocumentWriter:
         place: RecordPlace,
         label: int = -1,
     ) -> None:
-        """Append a document of at least one token; ``mask`` has its shape [T]."""
+        """Append a document of at least one token; ``mask`` has its shape [T].
+
+        Raises:
+            StopRequested: a signal has reached this process.
+        """
+        raise_if_stop_requested()
         assert len(tokens) == len(mask) > 0
         with _explain_write_errors(self._directory.parent):
             self._tokens.append_values(tokens)

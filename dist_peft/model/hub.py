@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -18,10 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.model.hub_download import download_snapshot
 
 __all__ = [
     "REFUSALS",
     "Tokenizer",
+    "download_base",
     "format_library_error",
     "load_tokenizer",
     "public_base_name",
@@ -56,8 +57,25 @@ _JSON_OBJECTS = (
     "special_tokens_map.json",
 )
 
-_DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-_WEIGHTS = ["*.safetensors"]
+_downloaded: dict[tuple[str, str | None], Path] = {}
+"""Snapshots with weights that ``download_base`` has found, by hub id and revision: later calls ask
+the hub for nothing, which refuses hundreds of ranks that ask at once."""
+
+
+def download_base(base: BaseConfig) -> Path:
+    """Return the base's directory; a hub id is looked up once in this process.
+
+    For runs of several ranks, in ``World.run_node_first``: the first rank of a node downloads, the
+    others find its files in the hub cache.
+
+    Raises:
+        UserError: neither a directory nor a hub id that is available.
+        StopRequested: a signal came; downloaded files stay in the hub cache.
+    """
+    directory = resolve_base_directory(base)
+    if not Path(base.path).expanduser().is_dir():
+        _downloaded[base.path, base.revision] = directory
+    return directory
 
 
 def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
@@ -68,7 +86,10 @@ def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
 
     Raises:
         UserError: neither a directory nor a hub id that is available.
+        StopRequested: a signal came; downloaded files stay in the hub cache.
     """
+    if (known := _downloaded.get((base.path, base.revision))) is not None:
+        return known
     path = Path(base.path).expanduser()
     if path.is_dir():
         return path
@@ -80,8 +101,7 @@ def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
             "of a model, or a hub id as org/name"
         )
     try:
-        wanted = [*_DESCRIPTION, *(_WEIGHTS if weights else [])]
-        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=wanted))
+        return download_snapshot(base.path, base.revision, weights=weights)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

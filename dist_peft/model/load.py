@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.core.stop_signals import StopRequested, raise_if_stop_requested
 from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
 from dist_peft.store.reader import RowReader
@@ -79,6 +80,7 @@ def load_model(
     Raises:
         UserError: a file was damaged or changed, a weight is not finite or out of range.
         OSError: the disk failed.
+        StopRequested: a signal has reached this rank.
     """
     wrappers = {id(m.base): m for m in model.modules() if isinstance(m, InitializesFromBase)}
     failure: Exception | None = None
@@ -88,8 +90,9 @@ def load_model(
         rows: Tensor | WeightRows = torch.empty(0)
         if failure is None:
             try:
+                raise_if_stop_requested()
                 rows = _read_local_rows(first, span, reader, device, encode=wrapper is None)
-            except (UserError, OSError) as error:
+            except (UserError, OSError, StopRequested) as error:
                 failure = error
         # a rank that failed reads nothing more but comes to the next agreement: others wait there
         if wrapper is not None and _failed_on_any_rank(failure, placement, device):

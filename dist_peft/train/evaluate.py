@@ -75,11 +75,16 @@ def evaluate_model(
     loader: Loader[BatchT],
     world: World,
 ) -> EvalResult:
-    """Evaluate the held-out loss; each rank computes the same number of batches of its share."""
+    """Evaluate the held-out loss; each rank computes the same number of batches of its share.
+
+    Raises:
+        StopRequested: on every rank, between two batches, after a signal to any.
+    """
     rows = loader.rows
     sums: Tensor | None = None  # [tasks, statistics]
     with inference_mode(model):
         for batch in loader.load_all_sequential():
+            world.raise_if_stop_requested()
             statistics = objective.compute_row_statistics(model, batch, engine.device)
             if sums is None:
                 sums = torch.zeros(len(rows.task_names), statistics.shape[1], dtype=torch.float64)

@@ -63,6 +63,7 @@ def _score_sequences(
     objective, scores = TokenObjective(), torch.zeros(len(loader.rows), dtype=torch.float64)
     with inference_mode(model):
         for batch in loader.load_all_sequential():
+            world.raise_if_stop_requested()
             losses = objective.compute_row_statistics(model, batch, engine.device)[:, 0]
             for b, sample in enumerate(batch.sample_ids.tolist()):
                 if sample >= 0:

@@ -10,6 +10,7 @@ import pytest
 
 from dist_peft.app import cli
 from dist_peft.app.commands.train import train_from_config
+from dist_peft.compress.gptq_driver import _GptqSolver
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
@@ -82,6 +83,9 @@ def short(directory: Path) -> str:
     return str(save_records(directory / "short.jsonl", 2, 3))
 
 
+SOLVE_BLOCK = _GptqSolver._solve_block
+
+
 def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
     """``train`` with a signal that rank 1 has seen when it is asked for the n-th time."""
     calls = iter(range(1, 1000))
@@ -95,12 +99,25 @@ def train_stopped(world: World, tree: dict[str, Any], asked: int) -> int:
 
 
 @pytest.mark.dist
-def test_a_signal_stops_solving_on_all_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
-    assert run_ranks(train_stopped, 2, tree, 4) == [75, 75]
-    told = (tmp_path / "run" / "log.txt").read_text()
-    assert "stopped on a signal during GPTQ calibration; rerunning restarts calibration" in told
-    assert "block 2" not in told
-    assert not (tmp_path / "run" / "base").exists() and not list(tmp_path.glob("run/.*"))
+def test_stopped_solve_resumes_after_its_last_block(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped on two ranks in the second block, resumed on one: the bytes of a whole solve."""
+    run = tmp_path / "run"
+    assert run_ranks(train_stopped, 2, tree, 9) == [75, 75]
+    told = (run / "log.txt").read_text()
+    assert "stopped on a signal before a step was done; rerun the same command to resume" in told
+    assert "block 1 of 2" in told and "block 2" not in told
+    assert not (run / "base").exists()
+    (kept,) = run.glob(".*")
+    assert [file.name for file in kept.iterdir()] == ["block-00000.safetensors"]
+    tree["train"]["steps"] = 1
+    with mock.patch.object(_GptqSolver, "_solve_block", autospec=True) as solve:
+        solve.side_effect = SOLVE_BLOCK
+        assert train_from_config(parse_config(tree), World()) == 0
+    assert [call.args[1] for call in solve.call_args_list] == [1]
+    assert not list(run.glob(".*"))
+    write(World(), tree, tmp_path / "whole")
+    names = [tmp_path / part / "model.safetensors" for part in ("run/base", "whole")]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 def on_the_base_of_a_run(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:

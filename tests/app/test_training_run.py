@@ -1,10 +1,11 @@
 """A whole run in this process: files of the run directory, signals, numbers that are not finite."""
 
+import itertools
 import json
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.data.cache import DocumentWriter
 from dist_peft.data.documents import load_sequence_set
 from dist_peft.export.verify import Probe
+from dist_peft.model import load
+from dist_peft.train.checkpoint_writer import _HashingWriter
 from dist_peft.train.evaluate import EvalResult
 from dist_peft.train.loop import TrainingStep
+from dist_peft.train.objective import TokenObjective
 from dist_peft.train.plots import draw_plot
+from dist_peft.train.run_state import read_run_state
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import tiny_tree
 
@@ -109,6 +115,68 @@ def test_signal_stops_after_the_step_and_the_same_command_goes_on(
     assert [r.loss for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == resumed
 
 
+def send_once(call: Callable[..., Any], number: signal.Signals, at: int = 1) -> Callable[..., Any]:
+    """Return ``call``, before whose ``at``-th call this process gets a signal."""
+    calls = itertools.count(1)
+
+    def wrapper(*args: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return call(*args, **options)
+
+    return wrapper
+
+
+EVALUATE = (TokenObjective, "compute_row_statistics")
+PHASES = {
+    "tokenizing": (DocumentWriter, "append_document", signal.SIGUSR1, 2, []),
+    "load": (load, "_read_local_rows", signal.SIGUSR2, 3, []),
+    "evaluation before": (*EVALUATE, signal.SIGHUP, 1, []),
+    "evaluation after step 2": (*EVALUATE, signal.SIGTERM, 8, [1, 2]),
+    "evaluation after the end": (*EVALUATE, signal.SIGTERM, 11, [2, 3]),
+    "checkpoint": (_HashingWriter, "write_data", signal.SIGUSR1, 1, [1, 2]),
+}
+"""Where a signal comes, at which call, and the steps of the checkpoints that are there then."""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_signal_in_any_phase_gives_75_and_nothing_is_lost(
+    phase: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, number, at, steps = PHASES[phase]
+    tree = {**phase_tree(uninterrupted), "save": {"dir": str(tmp_path / "run"), "every": 1}}
+    tree["data"] = {**tree["data"], "cache_dir": str(tmp_path / "cache")}
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, send_once(getattr(owner, name), number, at))
+        assert train(tree) == RESUMABLE
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.glob("checkpoints/step-*")) == [
+        f"step-{step:06d}" for step in steps
+    ]
+    assert not list((tmp_path / "cache").rglob("*.tmp-*"))
+    if run.exists():
+        state = read_run_state(run)
+        assert state is not None and state.state == "stopped"
+    assert train(tree) == 0
+    assert list_curve(run) == list_curve(uninterrupted / "run")
+
+
+def phase_tree(directory: Path) -> dict[str, Any]:
+    return tiny_tree(directory, train__eval_every=1)
+
+
+def list_curve(run: Path) -> list[tuple[int, float, float | None, float | None]]:
+    records = read_metrics(run / "metrics.jsonl")
+    return [(r.step, r.loss, r.eval_loss, r.eval_loss_before) for r in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    assert train(phase_tree(directory)) == 0
+    return directory
+
+
 def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +191,7 @@ def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
 
     monkeypatch.setattr(TrainingStep, "update_parameters", interrupted)
     assert train(tree) == RESUMABLE
-    assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+    assert "stopping at the next safe point; Ctrl-C again stops at once" in capfd.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "run.json").is_file()
     with pytest.raises(KeyboardInterrupt):
         train(tree)

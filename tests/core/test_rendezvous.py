@@ -10,19 +10,30 @@ import torch.distributed as dist
 from dist_peft.core import rendezvous as module
 from dist_peft.core.launchers import LaunchInfo
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
+from dist_peft.core.stop_signals import (
+    StopRequested,
+    catch_stop_signals,
+    describe_stop_request,
+    request_stop,
+)
 from tests.support.dist import free_port
 
 
 def come(
-    places: list[LaunchInfo], seconds: float = 20, tokens: list[dict[str, str]] | None = None
+    places: list[LaunchInfo],
+    seconds: float = 20,
+    tokens: list[dict[str, str]] | None = None,
+    devices: str = "",
 ) -> list[Any]:
     """What each place got out of ``meet``: a meeting, or the error's text."""
     results: list[Any] = [None] * len(places)
 
     def run(i: int) -> None:
         try:
-            results[i] = join_rendezvous(places[i], seconds, tokens and tokens[i])
-        except RendezvousError as error:
+            results[i] = join_rendezvous(
+                places[i], seconds, tokens and tokens[i], devices[i : i + 1]
+            )
+        except (RendezvousError, StopRequested) as error:
             results[i] = str(error)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(places))]
@@ -155,3 +166,37 @@ def test_interface_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert module.os.environ.pop("GLOO_SOCKET_IFNAME") == "ib1"
     module._choose_interface(place(0, 2, 9), [("a", "127.0.0.1")] * 2, 9)  # one host
     assert "GLOO_SOCKET_IFNAME" not in module.os.environ
+
+
+def test_ranks_with_one_device_are_refused() -> None:
+    port = free_port()
+    texts = come([place(r, 3, port) for r in range(3)], devices="ABA")
+    assert set(texts) == {texts[0]}
+    assert texts[0].startswith("ranks 0, 2 on host0 have the same CUDA device; start one process")
+
+
+def test_signal_ends_the_wait_for_missing_ranks() -> None:
+    port = free_port()
+    with catch_stop_signals():
+        threading.Timer(0.3, lambda: request_stop("SIGUSR1")).start()
+        start = time.monotonic()
+        texts = come([place(r, 3, port) for r in (0, 2)])
+        assert texts == ["stopped on SIGUSR1 while rank 1 had not come"] * 2
+        (alone,) = come([place(1, 3, port)])
+        assert alone == "stopped on SIGUSR1" and time.monotonic() - start < 10
+
+
+def test_signal_to_one_rank_becomes_known_to_all() -> None:
+    """Threads share the list of signals, so rank 1's is written to the store as its own would."""
+    port = free_port()
+    meetings: list[Rendezvous] = come([place(r, 2, port) for r in range(2)])
+    with catch_stop_signals() as stop:
+        time.sleep(0.5)
+        assert not stop()
+        meetings[1].store.set("stop", "SIGTERM")
+        end = time.monotonic() + 10
+        while not stop() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert describe_stop_request() == "SIGTERM on another rank"
+    for m in meetings:
+        m.close()

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.stop_signals import StopRequested, catch_stop_signals
 from dist_peft.core.world import RemoteError, RendezvousError, World
 from tests.support.dist import run_ranks
 
@@ -20,6 +23,23 @@ def test_device() -> None:
         assert World().select_device("auto") == torch.device("cpu")
         with pytest.raises(UserError, match=r"train\.device is cuda"):
             World().select_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "expected"), [(1, 0, 0), (1, 3, 0), (4, 3, 3), (2, 3, None)]
+)
+def test_device_of_the_local_rank_or_the_only_one(
+    visible: int, local_rank: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One visible device: the launcher shows each task its own (``--gpus-per-task=1``)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    world = World(local_rank, 4, local_rank, 4, "slurm", "127.0.0.1", 1)
+    if expected is None:
+        with pytest.raises(UserError, match="shows 2 CUDA devices; start at most 2 processes"):
+            world.select_device("auto")
+    else:
+        assert world.select_device("cuda") == torch.device("cuda", expected)
 
 
 def test_data_are_divided_by_data_parallel_ranks() -> None:
@@ -63,13 +83,43 @@ def _failure(world: World) -> None:
         _phase(world, 2, ZeroDivisionError("boom"))
 
 
+def _stop(world: World) -> None:
+    with catch_stop_signals():
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(StopRequested, match="stopped on SIGUSR1"):
+            _phase(world, 1, StopRequested())  # of rank 1 and, without a signal, rank 2
+        with pytest.raises(UserError, match="row 7"):
+            _phase(world, 1, UserError("row 7") if world.rank == 2 else StopRequested())
+        with pytest.raises(StopRequested):
+            world.raise_if_stop_requested()
+
+
+def _slow_first(world: World, directory: Path) -> str:
+    def read_or_make() -> str:
+        file = directory / "made"
+        if not file.exists():
+            time.sleep(2)
+            file.write_text(f"by rank {world.rank}")
+        return file.read_text()
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    return world.run_node_first("make it", read_or_make)
+
+
 @pytest.mark.dist
 def test_ranks_agree() -> None:
     run_ranks(_agree, 3)
 
 
 @pytest.mark.dist
+def test_first_rank_of_a_node_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    assert run_ranks(_slow_first, 3, tmp_path) == ["by rank 0"] * 3
+
+
+@pytest.mark.dist
 def test_error_of_one_is_error_of_all() -> None:
+    run_ranks(_stop, 3)
     run_ranks(_users_error, 3)
     run_ranks(_failure, 3)
 

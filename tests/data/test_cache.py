@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from dist_peft.core.errors import UserError
+from dist_peft.data import build_lock
 from dist_peft.data.cache import (
     DocumentWriter,
     TokenDocuments,
@@ -98,7 +98,7 @@ def test_damaged_array_is_built_again(tmp_path: Path, name: str, damage: str) ->
         np.save(file, np.arange(4))
     check(load_or_build_documents(tmp_path, "key", build))
     assert build.calls == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("name", ["tokens", "mask", "offsets", "places", "classes"])
@@ -155,7 +155,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="bad record"):
         load_or_build_documents(tmp_path, "key", fail)
-    assert [p.name for p in tmp_path.iterdir()] == [".key.lock"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_of_killed_builds_are_removed(tmp_path: Path) -> None:
@@ -190,16 +190,16 @@ def test_waiting_instead_of_building_twice(tmp_path: Path) -> None:
 
 
 def test_racing_without_locks_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(*_: object) -> None:
+    def no_locks(*_: object, **__: object) -> None:
         raise OSError("no locks on this file system")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(build_lock.SoftFileLease, "acquire", no_locks)
     build = Build(threading.Barrier(4))
     with ThreadPoolExecutor(4) as pool:
         for made in pool.map(lambda _: load_or_build_documents(tmp_path, "key", build), range(4)):
             check(made)
     assert build.calls == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """``dist-peft quantize``: write the base packed, as ``base.quant`` says."""
 
 import argparse
-import signal
 from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
@@ -10,6 +9,7 @@ from dist_peft.app.quantized_base import quantize_base
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.core.config.io import load_config
 from dist_peft.core.log import setup_log
+from dist_peft.core.stop_signals import is_stop_requested
 from dist_peft.core.world import World
 
 __all__ = ["add_arguments", "run"]
@@ -32,6 +32,5 @@ def run(args: argparse.Namespace, world: World) -> int:
     setup_log(None, world.rank, world.size)
     with world.raise_together("look at the output's place"):
         refuse_taken_place(args.out, "--out")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
-    quantize_base(config, args.out, world, device)
+    quantize_base(config, args.out, world, device, is_stop_requested)
     return 0

@@ -4,12 +4,12 @@ import argparse
 
 from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.rank_setup import join_ranks
-from dist_peft.app.stop_signals import catch_stop_signals
 from dist_peft.app.tasks import check_task_config
 from dist_peft.app.training_run import train_until_stopped
 from dist_peft.core.config.io import load_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.stop_signals import catch_stop_signals
 from dist_peft.core.world import World
 
 __all__ = ["add_arguments", "run", "train_from_config"]

@@ -1,0 +1,88 @@
+"""Wait for ranks that download or tokenize: without a limit of time, while they give signs of life.
+
+A collective ends after its time limit and does not know whether the ranks that it waits for are
+alive. Here a rank counts its arrival in the store of the rendezvous and looks now and then whether
+all have come. Rank 0 alone watches the heartbeats (``core.rendezvous``) of those that have not: N
+ranks make 2 N + 1 calls to come, 2 a second and rank while they wait, and rank 0 one for each rank
+that is missing every ``WATCH_SECONDS``.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from dist_peft.core.agreement import KeyValueStore, format_ranks
+
+__all__ = ["wait_for_all_ranks"]
+
+log = logging.getLogger("dist_peft")
+
+WATCH_SECONDS = 20.0
+"""A rank without a heartbeat for so long has died; also the time between two looks."""
+
+LONGEST_PAUSE = 0.5
+"""Between two looks at the store while a rank waits for others, in seconds."""
+
+
+def wait_for_all_ranks(
+    store: KeyValueStore,
+    rank: int,
+    hosts: Sequence[str],
+    topic: str,
+    phase: str,
+    beat: Callable[[], object] = lambda: None,
+) -> None:
+    """Wait until every rank has called this with the same ``topic``.
+
+    Args:
+        store: shared by all ranks, with their heartbeats under ``pulse/RANK``.
+        rank: of this process.
+        hosts: the host of each rank.
+        topic: prefix of the keys in the store, not used before.
+        phase: what the others are doing, for the log.
+        beat: called between two looks at the store, every ``LONGEST_PAUSE`` seconds or more often.
+
+    Raises:
+        RuntimeError: a rank died before it came; ``torch.distributed.DistError``, which is one,
+            where rank 0 did.
+    """
+    store.set(f"{topic}/{rank}", "")
+    if store.add(f"{topic}/count", 1) == len(hosts):
+        store.set(f"{topic}/end", "")
+    watch = _AbsenceWatch(store, topic, hosts) if rank == 0 else None
+    pause = 0.002
+    while not store.check([f"{topic}/end"]):
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+        beat()
+        if watch is not None:
+            watch.look_for_dead_ranks(phase)
+    if lost := store.get(f"{topic}/end").decode():
+        raise RuntimeError(f"{lost} died during the phase {phase!r}: no sign of life")
+
+
+class _AbsenceWatch:
+    """Rank 0's view of the ranks that have not come to a ``wait_for_all``."""
+
+    def __init__(self, store: KeyValueStore, topic: str, hosts: Sequence[str]) -> None:
+        self._store, self._topic, self._hosts = store, topic, hosts
+        self._absent = list(range(1, len(hosts)))
+        self._pulses: dict[int, int] = {}
+        self._start = self._last = time.monotonic()
+
+    def look_for_dead_ranks(self, phase: str) -> None:
+        """Every ``WATCH_SECONDS``: log who is missing; end the wait of all for a rank that died."""
+        now = time.monotonic()
+        if now - self._last < WATCH_SECONDS:
+            return
+        self._last = now
+        self._absent = [r for r in self._absent if not self._store.check([f"{self._topic}/{r}"])]
+        pulses = {r: self._store.add(f"pulse/{r}", 0) for r in self._absent}
+        dead = [r for r, pulse in pulses.items() if self._pulses.get(r) == pulse]
+        self._pulses = pulses
+        if dead:
+            names = ", ".join(f"rank {r} on {self._hosts[r]}" for r in dead)
+            self._store.set(f"{self._topic}/end", names)
+        elif self._absent:
+            ranks, seconds = format_ranks(self._absent), now - self._start
+            log.info("%s: waiting for %s since %.0f s", phase, ranks, seconds)

@@ -1,0 +1,70 @@
+"""Ranks (threads here) wait for a slow one, and end when it has died."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch.distributed as dist
+
+from dist_peft.core import patient_wait
+from dist_peft.core.patient_wait import wait_for_all_ranks
+
+HOSTS = ("node1", "node1", "node2")
+
+
+def wait_in_threads(
+    store: dist.Store, delays: Sequence[float | None], beats: list[int]
+) -> list[str]:
+    """Call it on each rank after its delay (None: never); give each rank's error, empty if none."""
+    results = ["never came"] * len(delays)
+
+    def come(rank: int, delay: float) -> None:
+        time.sleep(delay)
+        try:
+            wait_for_all_ranks(store, rank, HOSTS, "w", "read", lambda: beats.append(rank))
+            results[rank] = ""
+        except RuntimeError as error:
+            results[rank] = str(error)
+
+    threads = [
+        threading.Thread(target=come, args=(rank, delay))
+        for rank, delay in enumerate(delays)
+        if delay is not None
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+@pytest.mark.parametrize("delays", [(0, 0, 0.4), (0.4, 0, 0)])
+def test_all_wait_for_the_last(delays: Sequence[float]) -> None:
+    beats: list[int] = []
+    assert wait_in_threads(dist.HashStore(), delays, beats) == ["", "", ""]
+    assert len(set(beats)) == 2  # those who waited
+
+
+def test_rank_that_died_is_named_to_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(patient_wait, "WATCH_SECONDS", 0.3)
+    store = dist.HashStore()
+    lives = threading.Event()
+
+    def beat_for_a_while() -> None:
+        while not lives.wait(0.05):
+            store.add("pulse/2", 1)
+
+    thread = threading.Thread(target=beat_for_a_while)
+    thread.start()
+    threading.Timer(1.2, lives.set).start()
+    start = time.monotonic()
+    with caplog.at_level("INFO", "dist_peft"):
+        results = wait_in_threads(store, (0, 0, None), [])
+    assert time.monotonic() - start > 1.2
+    message = "rank 2 on node2 died during the phase 'read': no sign of life"
+    assert results == [message, message, "never came"]
+    assert "read: waiting for rank 2 since" in caplog.text
+    thread.join()
