@@ -7,6 +7,7 @@ import pytest
 
 from dist_peft.core.log import close_log
 from tests.support.curves import skip_curves
+from tests.support.small_disk import explain_no_disk, mount_small_disk
 
 # a busy machine is no defect
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -64,3 +65,14 @@ def shared_data() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no data directory {directory} (set DIST_PEFT_DATA)")
     return directory
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 256 KiB, to be filled; skips where none can be mounted."""
+    if (reason := explain_no_disk()) is not None:
+        pytest.skip(reason)
+    place = tmp_path / "disk"
+    place.mkdir()
+    with mount_small_disk(place, 2**18):
+        yield place

@@ -289,7 +289,7 @@ class Trainer:
         return found
 
     def _save_checkpoint(self, step: int, best: float | None) -> None:
-        state = self.built.engine.training_state_dict(self.built.model)
+        state = dict(self.built.engine.training_state_shards(self.built.model))
         for name in self.built.setup.adapter.list_init_factors():
             state[f"start/{name}"] = self.built.engine.gather_parameter(
                 self.built.get_parameter(name)

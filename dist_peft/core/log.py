@@ -15,6 +15,7 @@ file. Records with ``extra=ONCE`` are the same on every rank; only rank 0 shows 
 import logging
 import sys
 import traceback
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -133,7 +134,23 @@ class _TerminalHandler(logging.Handler):
 
 
 class _LogFileHandler(logging.FileHandler):
-    """``log.txt``; a class of its own so that ``close_log`` removes no handler but ours."""
+    """``log.txt``. A file that cannot be written any more, such as on a full disk, is named once on
+    stderr; the run continues, or ends with an error of its own."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            reason = error.strerror or error
+            tqdm.write(f"warning: cannot write {self.baseFilename}: {reason}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # the lines that did not fit
+            super().close()
 
 
 class _HeldRecordsHandler(logging.Handler):

@@ -14,6 +14,8 @@ Life of an engine::
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
 float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
 writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
+``training_state_shards`` is what a checkpoint is written from: ``FlatShard`` where an engine shards
+by elements.
 ``local_parameters`` of it, a rank's own part, can be loaded by the same engine in this process.
 
 The loss handed to ``backward`` is already divided by the *global* number of target tokens of the
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_peft.core.span import Span
+from dist_peft.engine.flat_shard import FlatShard
 
 __all__ = [
     "Engine",
@@ -128,6 +131,11 @@ class Engine(Protocol):
         ...
 
     def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]: ...
+
+    def training_state_shards(self, model: nn.Module) -> Mapping[str, Tensor | FlatShard]:
+        """Return the same state as this rank holds it, without communication: what it writes to a
+        checkpoint. Tensors that all ranks hold whole are written once."""
+        ...
 
     def load_training_state_dict(
         self, model: nn.Module, state: Mapping[str, Tensor], step: int

@@ -68,6 +68,9 @@ class SingleEngine:
     def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return self.optimizer.training_state_dict()
 
+    def training_state_shards(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.training_state_dict(model)
+
     def load_training_state_dict(
         self, model: nn.Module, state: Mapping[str, Tensor], step: int
     ) -> None:

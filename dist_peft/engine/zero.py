@@ -38,6 +38,7 @@ from dist_peft.engine.engine_protocol import (
     num_updates,
     trainable_parameters,
 )
+from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
 from dist_peft.engine.zero_config import build_deepspeed_config
@@ -174,6 +175,36 @@ class ZeroEngine:
                 state[f"{key}/{name}"] = self._check_gathered_shape(moment, parameter)
         return state
 
+    def training_state_shards(self, model: nn.Module) -> dict[str, FlatShard]:
+        state: dict[str, FlatShard] = {}
+        for name, parameter in self._names.items():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                values, start = self._get_local_elements(parameter, key)
+                state[f"{key}/{name}"] = FlatShard(self._shapes[id(parameter)], start, values)
+        return state
+
+    def _get_local_elements(self, parameter: nn.Parameter, key: str) -> tuple[Tensor, int]:
+        """Return this rank's share of a parameter or moment, flat, and where it begins."""
+        if self.config.stage == 3:
+            mine = self._get_padded_share(parameter, None if key == "param" else key)
+            start = min(mine.numel() * self.world.rank, self._shapes[id(parameter)].numel())
+            return mine[: self._shapes[id(parameter)].numel() - start], start
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # no element of it is in this rank's share of the group
+            return torch.empty(0), 0
+        values: Tensor = mapping.get_hp_fragment(None if key == "param" else key)
+        return values, mapping.lp_fragment_address.start
+
+    def _get_padded_share(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """Return this rank's share under stage 3: equally long on all ranks, padded at the end."""
+        utils = self.deepspeed.utils
+        share: Tensor = (
+            utils.safe_get_local_fp32_param(parameter)
+            if key is None
+            else utils.safe_get_local_optimizer_state(parameter, key)
+        )
+        return share
+
     @torch.no_grad()
     def load_training_state_dict(
         self, model: nn.Module, state: Mapping[str, Tensor], step: int
@@ -189,7 +220,9 @@ class ZeroEngine:
                 self._set_full_value(parameter, moment.to(self.device), key)
         self._set_num_updates(step)
 
-    def _set_full_value(self, parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    def _set_full_value(
+        self, parameter: nn.Parameter, value: Tensor, key: str | None = None
+    ) -> None:
         """Write the optimizer's copy of a parameter, or its moment ``key``."""
         utils = self.deepspeed.utils
         names = () if key is None else (key,)
@@ -198,10 +231,7 @@ class ZeroEngine:
             getattr(utils, f"safe_set_full_{what}")(parameter, value, *names)
             return
         # DeepSpeed 0.19's safe_set_full_* reads beyond the end where ranks have uneven shares
-        get = (
-            utils.safe_get_local_fp32_param if key is None else utils.safe_get_local_optimizer_state
-        )
-        mine = get(parameter, *names)
+        mine = self._get_padded_share(parameter, key)
         part = mine.numel()
         start = part * self.world.rank
         flat = functional.pad(value.flatten(), (0, part * self.world.size - value.numel()))

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
+from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.store.fileio import sync_directory
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.checkpoint_files import BestCheckpoint, parse_checkpoint_step
@@ -96,7 +97,7 @@ class CheckpointManager:
 
     def save_checkpoint(
         self,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Tensor | FlatShard],
         position: RunPosition,
         files: Mapping[str, str] = MappingProxyType({}),
         *,
@@ -361,7 +362,7 @@ def _cpu_process_group() -> dict[str, object]:
     return {} if dist.is_initialized() else {"no_dist": True}
 
 
-def _total_bytes(tensors: Iterable[Tensor]) -> int:
+def _total_bytes(tensors: Iterable[Tensor | FlatShard]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -10,23 +10,36 @@ its own file system, and all learn whether it did.
 
 import json
 import logging
+import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import RemoteError, World
+from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.store.fileio import sync_directory
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.checkpoint_files import (
@@ -62,11 +75,24 @@ class StagedState(dcp.DefaultSavePlanner):
     temporary tensors of a device are freed.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], is_coordinator: bool) -> None:
+    def __init__(self, state: Mapping[str, Tensor | FlatShard], is_coordinator: bool) -> None:
         super().__init__()
-        super().set_up_planner(dict(state), None, is_coordinator)
-        self._local_plan = super().create_local_plan()
-        self._copies = {name: _copy_local_tensor(tensor) for name, tensor in state.items()}
+        flat = {name: value for name, value in state.items() if isinstance(value, FlatShard)}
+        others = {name: value for name, value in state.items() if name not in flat}
+        super().set_up_planner(others, None, is_coordinator)
+        plan = super().create_local_plan()
+        items = [item for name, shard in flat.items() for item in _list_box_items(name, shard)]
+        self._local_plan = replace(
+            plan,
+            items=[*plan.items, *items],
+            planner_data={**plan.planner_data, **{name: (name,) for name in flat}},
+        )
+        self._copies = {name: _copy_local_tensor(value) for name, value in state.items()}
+        self._boxes = {
+            (name, offsets): values
+            for name, shard in flat.items()
+            for offsets, values in _view_boxes(shard, self._copies[name])
+        }
         self.state_dict = {}
 
     @property
@@ -85,10 +111,34 @@ class StagedState(dcp.DefaultSavePlanner):
         return self._local_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._copies[write_item.index.fqn]
+        name, offset = write_item.index.fqn, write_item.index.offset
+        box = None if offset is None else self._boxes.get((name, tuple(offset)))
+        return self._copies[name] if box is None else box
 
 
-def _copy_local_tensor(tensor: Tensor) -> Tensor:
+def _list_box_items(name: str, shard: FlatShard) -> Iterator[WriteItem]:
+    for offsets, sizes in shard.list_boxes():
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        properties = TensorProperties.create_from_tensor(shard.values)
+        yield WriteItem(
+            MetadataIndex(name, torch.Size(offsets)),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, properties, torch.Size(shard.shape)),
+        )
+
+
+def _view_boxes(shard: FlatShard, values: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Yield the offsets of each box and its part of ``values``, a copy of the shard's."""
+    start = 0
+    for offsets, sizes in shard.list_boxes():
+        stop = start + math.prod(sizes)
+        yield offsets, values[start:stop].view(sizes)
+        start = stop
+
+
+def _copy_local_tensor(tensor: Tensor | FlatShard) -> Tensor:
+    if isinstance(tensor, FlatShard):
+        return tensor.values.detach().to("cpu", copy=True)
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().to("cpu", copy=True)
 

@@ -5,6 +5,7 @@ configuration or input) or ``failed``. A process that was killed writes nothing:
 ``running``, and its lock (``train.run_lock``) is stale.
 """
 
+import errno
 import json
 import os
 import time
@@ -129,13 +130,29 @@ def _write(current: _Current) -> None:
 
 
 def _replace_file(run_dir: Path, contents: bytes) -> None:
-    temporary = run_dir / f".{STATE_NAME}.{os.getpid()}.tmp"
+    file, temporary = run_dir / STATE_NAME, run_dir / f".{STATE_NAME}.{os.getpid()}.tmp"
     with suppress(OSError):
         try:
             temporary.write_bytes(contents)
-            os.replace(temporary, run_dir / STATE_NAME)
+            os.replace(temporary, file)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _overwrite_file(file, contents)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _overwrite_file(file: Path, contents: bytes) -> None:
+    """Write over an existing file in place: on a full disk its own block is still there."""
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        old = os.fstat(descriptor).st_size
+        # never shorter on the way: a reader must not see the end of the old contents after ours
+        os.pwrite(descriptor, contents.ljust(old), 0)
+        os.ftruncate(descriptor, len(contents))
+    finally:
+        os.close(descriptor)
 
 
 def _read_step(run_dir: Path) -> int:
@@ -149,22 +166,34 @@ def read_run_state(run_dir: Path) -> RunState | None:
     """Return the state of a run; None if it was never written.
 
     ``running`` becomes ``failed`` if the process that holds the run's lock on this machine has
-    ended without a word.
+    ended without a word, or if the lock is gone: a run gives it back after its last record, which
+    did not fit on a full disk.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = run_dir / STATE_NAME
+    state = _parse_state_file(run_dir / STATE_NAME)
+    if state is None or state.state != "running":
+        return state
+    try:
+        holder = LockHolder.read_from(run_dir / LOCK_NAME)
+    except FileNotFoundError:
+        state = _parse_state_file(run_dir / STATE_NAME)  # the run may have ended in between
+        if state is None or state.state != "running":
+            return state
+        return replace(state, state="failed", reason="it ended and could not write its reason here")
+    except OSError:
+        return state
+    if holder is not None and holder.has_ended():
+        return replace(state, state="failed", reason=f"{holder} was killed")
+    return state
+
+
+def _parse_state_file(file: Path) -> RunState | None:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        state = RunState(tree["state"], int(tree["step"]), str(tree["reason"]), str(tree["time"]))
+        return RunState(tree["state"], int(tree["step"]), str(tree["reason"]), str(tree["time"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}; remove it") from None
-    if state.state == "running":
-        with suppress(OSError):
-            holder = LockHolder.read_from(run_dir / LOCK_NAME)
-            if holder is not None and holder.has_ended():
-                return replace(state, state="failed", reason=f"{holder} was killed")
-    return state

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from dist_peft.app import run_directory
+from dist_peft.app.cli import main
 from dist_peft.app.run_directory import RunDirectory, check_shared_directory, write_run_config
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
@@ -18,6 +19,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.run_lock import RunLock
 from tests.support.dist import run_ranks
+from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import tiny_tree
 
 
@@ -154,3 +156,32 @@ def test_a_directory_that_is_not_shared_is_found(
     assert "rank 0 on" in unseen and "does not see" in unseen and "rank 1 wrote" in unseen
     assert "rank 1 on" in absent and "does not see" in absent
     RunLock(tmp_path / "run" / "deep").check_free()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with its files", "alone"])
+def test_a_stopped_run_resumes_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """From another working directory, by its own config.yaml, bit for bit as if never moved."""
+    project = tmp_path / "project"
+    project.mkdir()
+    tree = tiny_tree(project, base__path="project/base", adapter={"r": 5, "dropout": 0.1})
+    tree["train"] |= {"steps": 4, "eval_every": 2}
+    monkeypatch.chdir(tmp_path)
+    whole = {**tree, "save": {**tree["save"], "dir": str(tmp_path / "whole")}}
+    assert train(World(), whole) == 0
+    tree["save"]["dir"] = "project/run"
+    assert train(World(), tree, stop_after=2) == 75
+    close_log()
+    moved = tmp_path / "elsewhere" / "deeper"
+    moved.mkdir(parents=True)
+    run = (project / "run" if alone else project).rename(moved / "moved")
+    run = run if alone else run / "run"
+    monkeypatch.chdir("/")
+    assert main(["train", "--config", str(run / "config.yaml")]) == 0
+    close_log()
+    assert losses(run) == losses(tmp_path / "whole") and len(losses(run)) == 4
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "project" / "run").exists()
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == "step-000004"

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import FILE_ONLY, ONCE, close_log, setup_log
+from tests.support.small_disk import fill_disk
 
 log = logging.getLogger("dist_peft")
 
@@ -131,3 +132,17 @@ def test_held_lines_are_written_once_the_directory_is_known(tmp_path: Path) -> N
     close_log()
     setup_log(run, 0, 1).info("of the next one")
     assert "refused" not in (run / "log.txt").read_text()
+
+
+def test_a_full_disk_is_named_once_and_without_traceback(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_log(small_disk, rank=0, world_size=1)
+    log.info("before")
+    fill_disk(small_disk)
+    for number in range(3000):
+        log.info("line %d of many", number)
+    close_log()
+    err = capsys.readouterr().err
+    assert err.count("cannot write") == 1 and "No space left on device" in err
+    assert "Traceback" not in err and "Logging error" not in err

@@ -152,7 +152,7 @@ def run(world: World, case: Case, directory: Path) -> list[dict[str, Tensor]]:
             engine.backward(loss, last=True)
             assert engine.step(lr=1e-3, max_norm=0.0) > 0
         checkpoints.save_checkpoint(
-            engine.training_state_dict(model), RunPosition(last, 0, 0, "", "", "")
+            engine.training_state_shards(model), RunPosition(last, 0, 0, "", "", "")
         )
         found.append(unsharded(model, engine, names))
     return found

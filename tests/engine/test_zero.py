@@ -137,6 +137,12 @@ def adam(world: World, config: EngineConfig, state: dict[str, Tensor] | None, st
         key: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu()
         for key, value in engine.training_state_dict(model).items()
     }
+    if isinstance(engine, ZeroEngine):
+        for key, shard in engine.training_state_shards(model).items():
+            end = shard.start + shard.values.numel()
+            assert shard.shape == after[key].shape
+            assert torch.equal(shard.values, after[key].flatten()[shard.start : end]), key
+            assert world.sum_over_ranks(shard.values.numel()) == [after[key].numel()], key
     for name, shape in names.items():
         for key in ("param", "exp_avg", "exp_avg_sq"):
             assert after[f"{key}/{name}"].shape == shape

@@ -1,6 +1,7 @@
 """A directory appears complete or not at all."""
 
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from dist_peft.core.errors import UserError
 from dist_peft.store.publish import check_output_free, publish_directory
 from dist_peft.store.writer import write_atomically
+from tests.support.small_disk import BALLAST, fill_disk
 
 
 def names(directory: Path) -> list[str]:
@@ -69,6 +71,31 @@ def test_nothing_is_left_of_a_full_disk(tmp_path: Path, at: int, target: str) ->
     assert next(calls) == at + 1
     assert names(tmp_path) == ["kept"]
     assert (tmp_path / "kept" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("target", ["kept", "new/out"])
+def test_a_disk_that_is_full_at_any_write(small_disk: Path, target: str) -> None:
+    """With one page more each time, until the output fits."""
+    publish(small_disk / "kept", "old" * 3000)
+
+    def publish_on_full_disk(pages: int) -> str:
+        fill_disk(small_disk, pages * mmap.PAGESIZE)
+        try:
+            publish(small_disk / target, "new" * 3000)
+        except (UserError, OSError) as error:
+            left = sorted(set(names(small_disk)) - {BALLAST, "kept"})
+            kept = (small_disk / "kept" / "config.json").read_text() == "old" * 3000
+            return f"{error}; kept {kept}, left {left}"
+        finally:
+            (small_disk / BALLAST).unlink()
+        return ""
+
+    errors = list(iter(map(publish_on_full_disk, range(32)).__next__, ""))
+    assert len(errors) >= 3
+    for text in errors:
+        assert ("disk full" in text or "No space" in text) and text.endswith("kept True, left []")
+    assert (small_disk / target / "config.json").read_text() == "new" * 3000
+    assert not list(small_disk.rglob(".*"))
 
 
 def test_messages_name_the_output(tmp_path: Path) -> None:

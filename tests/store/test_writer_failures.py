@@ -4,8 +4,6 @@ import errno
 import itertools
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +134,6 @@ def test_a_crash_between_two_renames_leaves_no_whole_looking_model(
     assert _names(tmp_path) == [file.name for file in writer.files]  # no index, no temporary files
     with pytest.raises(UserError, match=f"but no {INDEX}"):
         SafetensorsIndex.open(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(directory)]
-    if os.geteuid() or not shutil.which("mount"):
-        pytest.skip("mounting a small tmpfs needs root")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this system does not let us mount a tmpfs")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
 
 
 def test_a_full_disk_is_seen_before_the_first_byte(small_disk: Path) -> None:

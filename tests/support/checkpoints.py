@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
+from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.train.checkpoint import RunPosition
 
 NAMES = ("param/a", "exp_avg/a", "start/b")
@@ -26,6 +27,18 @@ def make_sharded_state(world: World, step: int) -> dict[str, Tensor]:
     """The same as DTensors along dimension 0, one of them (``start/b``) left whole."""
     tensors = make_whole_state(step)
     return shard_state(world, tensors)
+
+
+def make_flat_state(world: World, step: int) -> dict[str, Tensor | FlatShard]:
+    """The same in equal parts of elements, as DeepSpeed has them; ``start/b`` left whole."""
+    state: dict[str, Tensor | FlatShard] = {}
+    for name, tensor in make_whole_state(step).items():
+        part = -(-tensor.numel() // world.size)
+        start = part * world.rank
+        own = tensor.flatten()[start : start + part].clone()
+        state[name] = FlatShard(tuple(tensor.shape), start, own)
+    state["start/b"] = make_whole_state(step)["start/b"]
+    return state
 
 
 def shard_state(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

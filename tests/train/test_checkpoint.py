@@ -1,6 +1,7 @@
 """Checkpoints: written at one number of ranks, read at another, never half, never damaged."""
 
 import logging
+import mmap
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.support.checkpoints import (
     shard_state,
 )
 from tests.support.dist import run_ranks
+from tests.support.small_disk import BALLAST, fill_disk
 
 
 def save_one(world: World, directory: Path, step: int) -> Path:
@@ -232,6 +234,32 @@ def test_disk_that_fills_while_writing(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == ["step-000001"]  # what was half written takes no space
     assert single(tmp_path).select_checkpoint("auto") == old
     check(load_one(World(), tmp_path), 1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_is_full_at_any_write(small_disk: Path, asynchronous: bool) -> None:
+    """With one page more each time, until the checkpoint fits."""
+    old = save_one(World(), small_disk, 1)
+
+    def save_on_full_disk(pages: int) -> str:
+        fill_disk(small_disk, pages * mmap.PAGESIZE)
+        checkpoints = CheckpointManager(small_disk, 2, World(), asynchronous=asynchronous)
+        try:
+            with checkpoints.writes_finished():
+                checkpoints.save_checkpoint(make_whole_state(2), make_position(2))
+        except UserError as error:
+            assert single(small_disk).select_checkpoint("auto") == old
+            return f"{error}; left {names(small_disk)[1:]}"
+        finally:
+            (small_disk / BALLAST).unlink()
+        return ""
+
+    errors = list(iter(map(save_on_full_disk, range(64)).__next__, ""))
+    assert len(errors) >= 2
+    for text in errors:
+        assert "step-000002" in text and text.endswith("; left ['step-000001']"), text
+    assert names(small_disk) == ["step-000001", "step-000002"]
+    check(load_one(World(), small_disk), 2)
 
 
 def test_a_damaged_newest_one_is_passed_over(

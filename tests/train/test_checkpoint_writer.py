@@ -5,13 +5,21 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
+from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.train import checkpoint_writer
 from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.checkpoint_verify import find_checkpoint_damage
 from dist_peft.train.checkpoint_writer import BackgroundWrite, StagedState
-from tests.support.checkpoints import make_position, make_sharded_state, make_whole_state
+from tests.support.checkpoints import (
+    make_flat_state,
+    make_position,
+    make_sharded_state,
+    make_whole_state,
+)
 from tests.support.dist import run_ranks
 
 
@@ -24,6 +32,37 @@ def test_staged_values_are_those_of_the_call() -> None:
     for item in items:
         assert torch.equal(staged.resolve_data(item), make_whole_state(1)[item.index.fqn])
     assert staged.num_bytes == 3 * 7 * 5 * 4
+
+
+def save_parts_of_elements(world: World, directory: Path) -> int:
+    """Save what each rank holds of flat tensors, overwrite it, read the whole; bytes staged."""
+    checkpoints = CheckpointManager(directory, 2, world, asynchronous=True)
+    state = make_flat_state(world, 1)
+    path = checkpoints.save_checkpoint(state, make_position(1))
+    for value in state.values():
+        (value.values if isinstance(value, FlatShard) else value).zero_()
+    checkpoints.finish_writing()
+    expected = make_whole_state(1)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    assert find_checkpoint_damage(path, world) is None
+    checkpoints.load_checkpoint(path, loaded)
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
+    rows = make_sharded_state(world, 2)  # as another engine resumes
+    checkpoints.load_checkpoint(path, rows)
+    for name, tensor in rows.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(whole, expected[name]), name
+    return StagedState(make_flat_state(world, 1), world.is_first).num_bytes
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_parts_of_elements_are_one_tensor(tmp_path: Path, ranks: int) -> None:
+    staged = run_ranks(save_parts_of_elements, ranks, tmp_path)
+    whole = 7 * 5 * 4  # of each tensor; start/b is whole on every rank
+    assert sum(staged) == (2 + ranks) * whole
+    assert max(staged) <= whole + 2 * -(-35 // ranks) * 4
 
 
 def test_a_background_write_raises_where_it_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,137 @@
+"""The ranks of one command: forked after the imports, with the launcher's variables of torchrun."""
+
+import faulthandler
+import multiprocessing.process
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests.faults.injection import Fault, FaultInjector
+from tests.support.curves import skip_curves
+from tests.support.dist import _context, free_port
+
+__all__ = ["Ended", "run_command"]
+
+ROOT = Path(__file__).resolve().parents[2]
+_START = threading.Lock()
+"""``multiprocessing`` starts one process at a time."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        codes: exit code by rank, negative for a signal; None: it did not end in time.
+        seconds: from the fault to the last exit (from the start, where no fault struck).
+        struck: whether the fault came.
+        stderr: of all ranks.
+    """
+
+    codes: tuple[int | None, ...]
+    seconds: float
+    struck: bool
+    stderr: str
+
+
+def run_command(
+    argv: Sequence[str], ranks: int, notes: Path, fault: Fault, seconds: float, freeze: float = 0.0
+) -> Ended:
+    """Run ``dist-peft ARGV`` on ``ranks`` processes until all have ended.
+
+    Args:
+        notes: new directory for stderr, stacks and notes of the injection.
+        seconds: the limit, from the fault on.
+        freeze: a stopped rank continues after so many seconds; 0: when all others have ended.
+    """
+    notes.mkdir(parents=True)
+    port, processes = free_port(), []
+    for rank in range(ranks):
+        env = {} if ranks == 1 else _make_launcher_variables(rank, ranks, port)
+        with _START:
+            process = _context().Process(
+                target=_run_rank,
+                args=(list(argv), {**os.environ, **env}, rank, notes, fault, seconds),
+                daemon=True,
+            )
+            process.start()
+        processes.append(process)
+    began, struck = time.time(), notes / "struck"
+    sent = continued = False
+    while any(p.is_alive() for p in processes):
+        hit = _read_time(struck)
+        now = time.time()
+        if now - (hit or began) > (seconds if hit else 4 * seconds):
+            break
+        if hit and fault.everyone and not sent:
+            sent = True
+            for rank, process in enumerate(processes):
+                if rank != fault.rank:
+                    _send(process, signal.Signals[fault.signal])
+        others = [p for r, p in enumerate(processes) if r != fault.rank]
+        if hit and fault.kind == "stop" and not continued:
+            over = now - hit > freeze if freeze else not any(p.is_alive() for p in others)
+            if over:
+                continued = True
+                _send(processes[fault.rank], signal.SIGCONT)
+        time.sleep(0.02)
+    codes = []
+    for process in processes:
+        alive = process.is_alive()
+        codes.append(None if alive else process.exitcode)
+        if alive:
+            process.kill()
+        process.join()
+    hit = _read_time(struck)
+    text = (notes / "stderr").read_text(errors="replace") if (notes / "stderr").exists() else ""
+    return Ended(tuple(codes), time.time() - (hit or began), hit is not None, text)
+
+
+def _send(process: multiprocessing.process.BaseProcess, number: int) -> None:
+    if process.is_alive() and process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
+def _read_time(file: Path) -> float | None:
+    try:
+        return float(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _make_launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _run_rank(
+    argv: list[str], env: dict[str, str], rank: int, notes: Path, fault: Fault, seconds: float
+) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    output = os.open(notes / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    stacks = (notes / f"stacks-{rank}").open("w")
+    faulthandler.dump_traceback_later(max(1.0, seconds - 2), file=stacks)
+    FaultInjector(fault, rank, notes).arm(argv[0])
+    sys.argv = ["dist-peft", *argv]
+    with skip_curves():
+        runpy.run_module("dist_peft", run_name="__main__")
