@@ -443,6 +443,7 @@ RANK_FUNCTIONS = {
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",
     "_GptqSolver._broadcast_factor": "ranks take turns to factor a Hessian",
     "_GptqSolver._accumulate_local_hessian": "the first rank has the first sample",
+    "Trainer.finish_run": "the rank that writes the adapter alone keeps it gathered",
     "hash_unread_tensors": "chunks of the base's files are dealt to ranks",
 }
 

@@ -106,9 +106,21 @@ class LoadedModel:
             )
         return self.engine.setup_optimizer(self.model, factory, adapter.get_lr_scale)
 
-    def gather_adapter(self) -> dict[str, Tensor]:
-        """Return every adapter parameter, unsharded, on the CPU of each rank."""
-        return {n: self.engine.gather_parameter(self.get_parameter(n)) for n in self.adapter_names}
+    def gather_adapter(self, keep: bool = True) -> dict[str, Tensor]:
+        """Gather every adapter parameter, one after the other; a collective.
+
+        Args:
+            keep: whether this rank wants them. One that writes nothing need not hold them all.
+
+        Returns:
+            Unsharded parameters on the CPU, by full name; none where they are not kept.
+        """
+        whole: dict[str, Tensor] = {}
+        for name in self.adapter_names:
+            value = self.engine.gather_parameter(self.get_parameter(name))
+            if keep:
+                whole[name] = value
+        return whole
 
 
 def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSetup:

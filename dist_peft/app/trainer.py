@@ -317,7 +317,7 @@ class Trainer:
             about = {"kind": self.config.adapter.kind, **self._make_adapter_metadata()}
             write_trained_weights(self.built, self.world, directory, about)
         else:
-            tensors = self.built.gather_adapter()
+            tensors = self.built.gather_adapter(keep=self.world.is_first)
             write = partial(self._write_adapter, directory, tensors)
             self.world.run_on_first("write the adapter", write)
         logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()

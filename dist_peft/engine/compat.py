@@ -28,12 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 __all__ = [
     "all_gather",
     "allow_integer_parameters",
     "count_deepspeed_gathers",
+    "gather_from_computing_stream",
     "skip_deepspeed_compilation",
     "watch_storage_resizes",
 ]
@@ -63,6 +65,16 @@ def allow_integer_parameters() -> None:
             return getattr(nn, name)
 
     _fsdp_param.nn = Namespace("torch.nn for integer shards")
+
+
+def gather_from_computing_stream(root: FSDPModule) -> None:
+    """Let all units of ``root`` issue their all-gathers from the stream that computes.
+
+    FSDP2 issues them from a stream of its own otherwise, in whose memory pool each buffer stays
+    until the next unit is copied out. Forward then overlaps by explicit prefetching alone. The
+    method has no public name yet (torch 2.6 to 2.13).
+    """
+    root._set_unshard_async_op(True)
 
 
 def count_deepspeed_gathers(deepspeed: Any, add_bytes: Callable[[int], None]) -> None:

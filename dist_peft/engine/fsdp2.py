@@ -1,17 +1,24 @@
 """PyTorch FSDP2 over packed bytes: every parameter a row-sharded DTensor, gathered block by block.
 
-Sharded: all parameters along dimension 0, in their own types - the packed uint8 rows of the
-frozen linears (scales are inside them), the embeddings, norms and biases, the fp32 adapters. One
-block is one all-gather of bytes, so the wire carries packed rows. There is no
-``MixedPrecisionPolicy``: it would cast scales, and before torch 2.12 the bytes too.
+Sharded: all parameters, in their own types - the packed uint8 rows of the frozen linears (scales
+are inside them), the embeddings, norms and biases, the fp32 adapters - along rows, or along columns
+where that pads less (``engine.shard_placement``). One block is one all-gather of bytes, so the wire
+carries packed rows. There is no ``MixedPrecisionPolicy``: it would cast scales, and before torch
+2.12 the bytes too.
 
 Units: each decoder block; the input embedding; an untied output head; the root holds the rest
 (the final norm; with tied embeddings the shared weight). Blocks, embedding and head are released
-after use, so that two blocks (the current one and the prefetched one) are whole at any time.
+after use. Two blocks take memory at any time, in forward and in backward: the current one, whole,
+and the gather buffer of the next. FSDP2 would keep a third, the current one's buffer, until the
+next is copied out, as another stream wrote it; all-gathers are therefore issued asynchronously from
+the computing stream (``compat.gather_from_computing_stream``) and prefetched by name.
 
 HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each group of
 consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
 all-reduced across.
+
+Gradients of each micro-batch are reduce-scattered, so that between micro-batches a rank keeps its
+share of them, in float32 (``reduce_gradients: step`` keeps whole ones and reduces once a step).
 
 Gradients are summed, never averaged (see ``engine.engine_protocol``).
 """
@@ -24,12 +31,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from dist_peft.core.config.run import EngineConfig
-from dist_peft.core.span import Span, row_span
+from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.engine.compat import all_gather, allow_integer_parameters
+from dist_peft.engine.compat import (
+    all_gather,
+    allow_integer_parameters,
+    gather_from_computing_stream,
+)
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     from_step_zero,
@@ -37,6 +48,7 @@ from dist_peft.engine.engine_protocol import (
 )
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
+from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
 
 __all__ = ["Fsdp2Engine"]
 
@@ -73,9 +85,6 @@ class Fsdp2Engine:
         self.shard_group = self.mesh.get_group("shard")
         self.shards = self.mesh["shard"].size()
         self.shard_index = self.mesh["shard"].get_local_rank()
-        self.placements: list[Placement] = [
-            Shard(0) if name == "shard" else Replicate() for name in self.mesh.mesh_dim_names or ()
-        ]
         self._counter = _CountingAllGather()
         self._units: list[FSDPModule] = []
         self._optimizer: LocalOptimizer | None = None
@@ -102,6 +111,7 @@ class Fsdp2Engine:
                 reshard_after_forward=True if module is not model else None,
                 offload_policy=offload,
                 ignored_params=whole,
+                shard_placement_fn=self._choose_placement,
             )
             unit.set_custom_all_gather(self._counter)
             # the loss has the global token count: summed, not averaged, and by a plain sum, since a
@@ -116,11 +126,18 @@ class Fsdp2Engine:
         # the next block's bytes travel while this one computes; backward does so by itself
         for block, following in itertools.pairwise(ahead):
             block.set_modules_to_forward_prefetch([following])
+        gather_from_computing_stream(self._units[-1])
+
+    def _choose_placement(self, parameter: nn.Parameter) -> Shard:
+        return Shard(choose_shard_placement(parameter, self.shards).dimension)
+
+    def _find_placement(self, parameter: DTensor) -> ShardPlacement:
+        return choose_shard_placement(parameter, self.shards)
 
     def local_row_span(self, parameter: Tensor) -> Span:
         if not isinstance(parameter, DTensor):
             return Span(0, parameter.shape[0])
-        return row_span(parameter.shape[0], self.shards, self.shard_index)
+        return self._find_placement(parameter).wanted_rows(self.shard_index)
 
     def fill_local_rows(self, owner: nn.Module, name: str, rows: Tensor) -> None:
         self._reshard_modules()
@@ -129,6 +146,8 @@ class Fsdp2Engine:
         assert len(rows) == len(self.local_row_span(old)), (
             f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
         )
+        if isinstance(old, DTensor):
+            rows = self._find_placement(old).cut_columns(rows, self.shard_index)
         if isinstance(old, DTensor) and not old.is_meta:
             # FSDP2 keeps views of the shard from the first forward on, so the object stays
             with torch.no_grad():
@@ -151,11 +170,12 @@ class Fsdp2Engine:
             unit.reshard()
 
     def _wrap_as_dtensor(self, local: Tensor, like: Tensor) -> Tensor:
-        """A shard as DTensor with the global shape of ``like``."""
+        """A shard as DTensor with the global shape and the placement of ``like``."""
+        assert isinstance(like, DTensor)
         return DTensor.from_local(
             local,
             self.mesh,
-            self.placements,
+            like.placements,
             run_check=False,
             shape=like.shape,
             stride=like.stride(),
@@ -188,10 +208,12 @@ class Fsdp2Engine:
     # -- training ------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # gradients of earlier micro-batches add up unreduced: one reduction a step
+        reduces = last or self.config.reduce_gradients == "micro_batch"
         for unit in self._units:
-            unit.set_requires_gradient_sync(last, recurse=False)
-            unit.set_is_last_backward(last)
+            unit.set_requires_gradient_sync(reduces, recurse=False)
+            # HSDP: groups add up their own shares and exchange them once a step
+            unit.set_requires_all_reduce(last, recurse=False)
+            unit.set_is_last_backward(reduces)
         loss.backward()
 
     def step(self, lr: float, max_norm: float) -> float:

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dist_peft.core.agreement import format_ranks, hash_json_value
-from dist_peft.core.span import Span
+from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.engine_protocol import Engine
 
@@ -87,15 +87,26 @@ class ReplicaCheck:
             self._explain_difference(common, shard, own)
 
     def _iterate_checked_tensors(self, everything: bool) -> Iterator[tuple[str, Tensor, Span]]:
-        """Name, tensor (a DTensor, or this rank's own part) and this rank's rows of it."""
+        """Name, tensor (a DTensor, or this rank's own part) and this rank's rows of it, or columns
+        where it is sharded along these."""
         for name, parameter in self._model.named_parameters():
             if not (everything or parameter.requires_grad) or not parameter.dim():
                 continue
             if hasattr(parameter, "ds_id"):
                 continue  # ZeRO 3 spreads a trainable parameter over all ranks: no copies
-            yield name, parameter, self._engine.local_row_span(parameter)
+            yield name, parameter, self._find_local_span(parameter)
         for name, buffer in _iterate_buffers(self._model, everything):
             yield name, buffer, Span(0, buffer.shape[0] if buffer.dim() else 1)
+
+    def _find_local_span(self, parameter: Tensor) -> Span:
+        if isinstance(parameter, DTensor):
+            for axis, placement in enumerate(parameter.placements):
+                if isinstance(placement, Shard) and placement.dim:
+                    mesh = parameter.device_mesh
+                    return row_span(
+                        parameter.shape[placement.dim], mesh.size(axis), mesh.get_local_rank(axis)
+                    )
+        return self._engine.local_row_span(parameter)
 
     def _hash_tensor(self, tensor: Tensor) -> int:
         flat = _to_local_tensor(tensor).detach().contiguous().flatten()

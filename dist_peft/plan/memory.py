@@ -93,7 +93,6 @@ def build_memory_plan(
     resting: RestingBytes,
     phases: list[PhasePeak],
     cluster: Cluster,
-    stranded: int,
     shares: FixedShares,
 ) -> MemoryPlan:
     """Put the parts together.
@@ -101,7 +100,6 @@ def build_memory_plan(
     Args:
         resting: of the rank.
         phases: of ``extrapolate_phases``.
-        stranded: bytes of a gather buffer that stay in another stream's pool.
     """
     largest = max(phases, key=lambda phase: phase.total)
     items = [MemoryItem(name, size, "rest") for name, size in resting.device.items()]
@@ -110,7 +108,6 @@ def build_memory_plan(
     assumed = {
         "CUDA context": shares.context,
         "NCCL": shares.nccl if cluster.ranks > 1 else 0,
-        "stranded gather buffer": 0 if largest.phase == "forward" else stranded,
         "fragmentation": int(shares.fragmentation * tensors),
     }
     items += [MemoryItem(name, size, "assumed") for name, size in assumed.items() if size]
@@ -159,7 +156,7 @@ def extrapolate_phases(
     if traced > 1:
         # near the first block: inputs are gone, the gradients of all blocks above are there
         inputs = trace.peaks[last].by_purpose.get("block inputs", 0)
-        first = Counter({"gradients": kept + reduced * (blocks - 2), "block inputs": -inputs})
+        first = Counter({"gradients": max(kept, reduced * (blocks - 2)), "block inputs": -inputs})
         found.append(grow(last, "backward", first))
     found += [grow(f"backward {n}", "backward", {"gradients": kept}) for n in range(traced - 1)]
     found.append(grow("step", "step", {"gradients": reduced * more}))

@@ -1,7 +1,8 @@
 """Bytes that rest on each rank for the whole run, exactly, from shapes and spans.
 
-Of every parameter a rank keeps the rows of ``core.span.row_span``, which engines use. FSDP2 pads
-uneven shards to equal ones; ``engine.row_shards`` starts each at a multiple of 16 bytes. What
+Of every parameter a rank keeps the rows of ``core.span.row_span``, which engines use, or ``fsdp2``
+the columns (``engine.shard_placement``). FSDP2 pads uneven shards to equal ones;
+``engine.row_shards`` starts each at a multiple of 16 bytes. What
 DeepSpeed keeps in addition to the adapters (``zero``), read from its 0.19 and measured::
 
     stages 1, 2   adapters whole, a float32 copy of 1/N, two moments of 1/N, gradients 1/N (2)
@@ -18,11 +19,11 @@ import torch
 from torch import nn
 
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.engine_protocol import init_adam_state
 from dist_peft.engine.mesh import count_shards, list_end_modules
+from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
 from dist_peft.engine.zero_config import build_deepspeed_config
 from dist_peft.model.frozen_linear import FrozenWeight
 
@@ -71,15 +72,15 @@ class _Part:
     parameter: nn.Parameter
     purpose: str
 
-    @property
-    def row_bytes(self) -> int:
-        rows = self.parameter.shape[0] if self.parameter.dim() else 1
-        size = self.parameter.numel() * self.parameter.element_size()
-        return size // rows if rows else 0
+    def place_on(self, parts: int, kind: str) -> ShardPlacement:
+        """Return how the parameter lies on ``parts`` ranks of an engine of ``kind``."""
+        if kind == "fsdp2" and parts > 1:
+            return choose_shard_placement(self.parameter, parts)
+        return ShardPlacement(tuple(self.parameter.shape) or (1,), parts, 0)
 
     @property
-    def num_rows(self) -> int:
-        return self.parameter.shape[0] if self.parameter.dim() else 1
+    def element_size(self) -> int:
+        return self.parameter.element_size()
 
 
 def count_shard_ranks(config: RunConfig, world: World) -> int:
@@ -106,15 +107,15 @@ def count_resting_bytes(
     for part in _list_parts(model, blocks):
         learns = part.parameter.requires_grad
         parts = _count_parts(part, config, kind, shards)
-        rows = len(row_span(part.num_rows, parts, index if parts > 1 else 0))
-        size = rows * part.row_bytes
+        placement = part.place_on(parts, kind)
+        size = placement.count_local_elements(index if parts > 1 else 0) * part.element_size
         device[part.purpose] += size
         own += size
         frozen += 0 if learns else size
-        device[PADDING] += _count_padding(part, rows, parts, kind)
+        device[PADDING] += _count_padding(part, placement, size, kind)
         if learns:
             trainable += part.parameter.numel()
-            trained.append(rows * part.row_bytes // 4)
+            trained.append(size // 4)
     device[BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
     host = Counter[str]()
     if kind == "zero":
@@ -139,13 +140,14 @@ def count_own_rows(
 ) -> tuple[int, ...]:
     """Return the bytes of each rank's rows of all parameters, for the ranks of one shard group."""
     kind, shards = resolve_engine_kind(config.engine, world), count_shard_ranks(config, world)
-    alike = Counter[tuple[int, int, int]]()  # rows, bytes of a row, ranks that share them
+    alike = Counter[tuple[ShardPlacement, int]]()  # and bytes of an element
     for part in _list_parts(model, blocks):
-        alike[part.num_rows, part.row_bytes, _count_parts(part, config, kind, shards)] += 1
+        placement = part.place_on(_count_parts(part, config, kind, shards), kind)
+        alike[placement, part.element_size] += 1
     return tuple(
         sum(
-            count * size * len(row_span(rows, parts, rank if parts > 1 else 0))
-            for (rows, size, parts), count in alike.items()
+            count * size * placement.count_local_elements(rank if placement.shards > 1 else 0)
+            for (placement, size), count in alike.items()
         )
         for rank in range(shards)
     )
@@ -188,15 +190,16 @@ def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Ite
     return iter(())
 
 
-def _count_padding(part: _Part, rows: int, parts: int, kind: str) -> int:
-    if parts == 1 and kind != "zero":
+def _count_padding(part: _Part, placement: ShardPlacement, own: int, kind: str) -> int:
+    """Return the bytes of a rank's share beyond its ``own`` ones."""
+    if placement.shards == 1 and kind != "zero":
         return 0
-    whole = -(-part.num_rows // parts) * part.row_bytes
+    whole = placement.count_padded_elements() * part.element_size
     if kind == "zero":
         if part.parameter.requires_grad:
             return 0
         whole = -(-whole // _ALIGN) * _ALIGN
-    return whole - rows * part.row_bytes
+    return whole - own
 
 
 def optimizer_state_bytes(optimizer: str, shard_sizes: Sequence[int]) -> tuple[int, int]:

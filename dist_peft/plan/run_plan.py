@@ -121,8 +121,7 @@ def plan_run(
     phases = extrapolate_phases(
         trace, traced, len(blocks), (traced.trainable, resting.trainable), pads=kind == "fsdp2"
     )
-    stranded = trace.gathered_block // 2 if kind == "fsdp2" else 0
-    memory = build_memory_plan(resting, phases, cluster, stranded, shares or FixedShares())
+    memory = build_memory_plan(resting, phases, cluster, shares or FixedShares())
     shards = count_shard_ranks(config, world)
     traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
     tokens = config.train.micro_batch * config.data.seq_len

@@ -44,7 +44,7 @@ _PURPOSES: tuple[tuple[str, str], ...] = (
 """Part of a source file's path -> purpose of the tensors that it makes; the innermost call counts.
 Without one: that of the phase."""
 
-_GATHERING, _REDUCING = "allocate", {"foreach_reduce", "to_accumulated_grad_if_needed"}
+_ALLOCATING, _REDUCING = "allocate", {"foreach_reduce", "to_accumulated_grad_if_needed"}
 """Functions in which an engine or FSDP2 makes buffers of other kinds than their file's."""
 
 _DEEPEST = 60
@@ -203,8 +203,10 @@ def _find_purpose() -> str:
 def _find_code_purpose(file: str, function: str) -> str | None:
     if function in _REDUCING:
         return "gradients"
-    if function == _GATHERING and file.endswith("dist_peft/engine/fsdp2.py"):
-        return "gathered"
+    if (
+        function == _ALLOCATING and "fsdp" in file
+    ):  # ours for all-gathers, FSDP2's own for reduce-scatters
+        return "gathered" if file.endswith("dist_peft/engine/fsdp2.py") else "gradients"
     return next((purpose for part, purpose in _PURPOSES if part in file), None)
 
 

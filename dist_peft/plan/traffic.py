@@ -51,17 +51,20 @@ def plan_traffic(
     world = cluster.make_world(config.engine)
     shards = count_shard_ranks(config, world)
     adapters = 0
+    reduces_often = config.engine.reduce_gradients == "micro_batch"
     if resolve_engine_kind(config.engine, world) == "zero":
+        reduces_often = config.engine.stage > 1
         # stage 3 gathers adapters for each micro-batch, stages 1 and 2 after an update
         adapters = 4 * trainable
         gathered += adapters if config.engine.stage == 3 else 0
     nodes = max(1, shards // cluster.gpus_per_node)
     replicas = cluster.ranks // shards
-    reduced = 4 * trainable
+    reduced = 4 * trainable * (micro_batches if reduces_often else 1)
     per_step = gathered * micro_batches + (adapters if config.engine.stage < 3 else 0)
     across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes
     if replicas > 1 and shards <= cluster.gpus_per_node:
-        across += 2 * reduced * (cluster.nodes - 1) // cluster.nodes
+        # inside of a node every time, between nodes once a step
+        across += 2 * 4 * trainable * (cluster.nodes - 1) // cluster.nodes
     received = (per_step + reduced) * (shards - 1) // shards
     return Traffic(gathered, received, across, reduced, micro_batches)
 

@@ -1,4 +1,5 @@
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,26 @@ def test_a_language_model_has_no_classes_to_call(tmp_path: Path) -> None:
     config = parse_config(tiny_tree(tmp_path))
     built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
     assert replace_labels(built, []) is built
+
+
+def test_a_rank_that_writes_nothing_keeps_no_gathered_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(tiny_tree(tmp_path))
+    built = load_weights(build_model(resolve_config(config)), World(), torch.device("cpu"))
+    gathered = list[weakref.ref[torch.Tensor]]()
+    live = list[int]()
+
+    def gather(parameter: torch.Tensor) -> torch.Tensor:
+        live.append(sum(reference() is not None for reference in gathered))
+        whole = parameter.detach().clone()
+        gathered.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(built.engine, "gather_parameter", gather)
+    assert built.gather_adapter(keep=False) == {}
+    assert len(gathered) == len(built.adapter_names) > 2 and max(live) <= 1
+    assert set(built.gather_adapter()) == set(built.adapter_names)
 
 
 def test_checkpoint_with_values_that_are_not_finite(

@@ -5,8 +5,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
-from dist_peft.core.span import row_span
 from dist_peft.core.world import World
+from dist_peft.engine.shard_placement import choose_shard_placement
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
 from tests.support.tiny_engines import (
@@ -28,10 +28,18 @@ from tests.support.tiny_engines import (
         (2, {}, 6, False),
         (3, {}, 4, False),
         (3, {}, 2, True),
+        (3, {"reduce_gradients": "step"}, 2, False),
         (2, {"shard_base": False}, 3, False),
-        (4, {"shard_group": 2}, 3, False),
+        (4, {"shard_group": 2}, 1, False),
     ],
-    ids=["2", "3 uneven", "3 accumulating, recomputing", "unsharded base", "HSDP 2x2"],
+    ids=[
+        "2",
+        "3 uneven",
+        "3 accumulating, recomputing",
+        "3 accumulating whole gradients",
+        "unsharded base",
+        "HSDP 2x2, accumulating",
+    ],
 )
 def test_equals_single(ranks: int, changes: dict, micro: int, recompute: bool) -> None:
     config = EngineConfig(**changes)
@@ -66,10 +74,29 @@ def test_each_rank_rests_on_its_own_rows() -> None:
     ranks = 3
     for rank, local in enumerate(run_ranks(_local_bytes, ranks)):
         expected = sum(
-            len(row_span(p.shape[0], ranks, rank)) * p.shape[1:].numel() * p.element_size()
+            choose_shard_placement(p, ranks).count_local_elements(rank) * p.element_size()
             for p in Model().parameters()
         )
         assert local == expected
+
+
+def _reduced_gradients(world: World, how: str) -> list[int]:
+    """Values of reduced gradients after a micro-batch that is not the last, and after the last."""
+    model, engine = filled(world, EngineConfig(reduce_gradients=how))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for last in (False, True):
+        engine.backward(model(batch(0)).square().sum(), last=last)
+        found.append(sum(p.grad.to_local().numel() for p in learning if p.grad is not None))
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["micro_batch", "step"])
+def test_gradients_are_reduced_to_shares_after_each_micro_batch(how: str) -> None:
+    share = sum(p.numel() for p in Model().parameters() if p.requires_grad) // 2
+    expected = [share if how == "micro_batch" else 0, share]
+    assert run_ranks(_reduced_gradients, 2, how) == [expected] * 2
 
 
 def _refill(world: World) -> bool:

@@ -48,9 +48,9 @@ def test_padding_at_rest_is_not_counted_twice() -> None:
 def test_what_a_card_has_left() -> None:
     phases = [PhasePeak("forward", {"activations": 100}), PhasePeak("backward", {"gradients": 200})]
     shares = FixedShares(context=50, nccl=30, fragmentation=0.1)
-    plan = build_memory_plan(RESTING, phases, Cluster(1, 2, 1000), 11, shares)
+    plan = build_memory_plan(RESTING, phases, Cluster(1, 2, 1000), shares)
     assert plan.peak_phase == "backward" and plan.allocated == 607 + 200
-    assert plan.total == 807 + 50 + 30 + 11 + 80
-    assert plan.spare == 22 and plan.fits
-    alone = build_memory_plan(RESTING, phases, Cluster(1, 1, 900), 0, shares)
+    assert plan.total == 807 + 50 + 30 + 80
+    assert plan.spare == 33 and plan.fits
+    alone = build_memory_plan(RESTING, phases, Cluster(1, 1, 900), shares)
     assert alone.total == 807 + 50 + 80 and not alone.fits

@@ -21,13 +21,15 @@ def test_blocks_are_gathered_twice_and_ends_as_traced() -> None:
     traffic = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 4, 1))
     assert traffic.gathered == 380 + 8 * 40
     assert traffic.micro_batches == count_rank_micro_batches(make_config(), Cluster(1, 4, 1)) == 8
-    assert traffic.card_bytes == (8 * 700 + 4000) * 3 // 4
+    assert traffic.card_bytes == (8 * 700 + 8 * 4000) * 3 // 4
     assert traffic.node_bytes == 0
+    whole = make_config(reduce_gradients="step")  # gradients are sent once a step
+    assert plan_traffic(TRACE, 10, 1000, whole, Cluster(1, 4, 1)).reduced == 4000
 
 
 def test_what_crosses_nodes() -> None:
     spread = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(2, 4, 1))
-    assert spread.node_bytes == (4 * 700) // 2 + 2000
+    assert spread.node_bytes == (4 * 700) // 2 + 4 * 2000
     kept = plan_traffic(TRACE, 10, 1000, make_config(shard_group="node"), Cluster(2, 4, 1))
     assert kept.node_bytes == 2 * 4000 // 2
     alone = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 1, 1))

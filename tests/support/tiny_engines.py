@@ -9,16 +9,18 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.shard_placement import choose_shard_placement
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import RawCodec
 from dist_peft.quant.nf4 import Nf4Codec
 
 CPU = torch.device("cpu")
-WIDTH, HIDDEN, VOCAB, BLOCKS = 64, 101, 33, 3
+WIDTH, HIDDEN, VOCAB, BLOCKS, THIN = 64, 101, 33, 3, 63
 
 
 class Block(nn.Module):
-    """A frozen norm, two frozen linears (101 and 64 rows) and a small trainable change."""
+    """A frozen norm, two frozen linears (101 and 64 rows) and two small trainable changes, of which
+    one has two rows only: three ranks share out its columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +29,13 @@ class Block(nn.Module):
         self.up = FrozenLinear(WIDTH, HIDDEN, nf4, False, torch.float32, "", "meta")
         self.down = FrozenLinear(HIDDEN, WIDTH, raw, True, torch.float32, "", "meta")
         self.change = nn.Parameter(torch.empty(WIDTH, WIDTH, device="meta"))
+        self.thin = nn.Parameter(torch.empty(2, THIN, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         # autograd saves the norm's weight, whose storage comes and goes
         h = nn.functional.layer_norm(x, (WIDTH,)) * self.norm.weight + self.norm.bias
-        return x + self.down(torch.tanh(self.up(h))) + h @ self.change.T
+        thin = nn.functional.pad(h[..., :THIN] @ self.thin.T @ self.thin, (0, WIDTH - THIN))
+        return x + self.down(torch.tanh(self.up(h))) + h @ self.change.T + thin
 
 
 class Model(nn.Module):
@@ -123,7 +127,7 @@ def train(world: World, config: EngineConfig, micro: int, recompute: bool = Fals
     values = whole_values()
     after = {name: engine.gather_parameter(p) for name, p in parameters.items()}
     for name, parameter in after.items():
-        learns = name.endswith(".change")
+        learns = name.endswith((".change", ".thin"))
         assert torch.equal(parameter, values[name]) != learns, f"{name}: changed or not"
     return Outcome(losses, after, gathered)
 
@@ -134,14 +138,15 @@ def batch(step: int) -> Tensor:
 
 
 def padded_bytes(parts: int, prefix: str, learns: bool = True, align: int = 1) -> int:
-    """What one gather of the parameters under ``prefix`` brings, rows padded to equal shards.
+    """What one gather of the parameters under ``prefix`` brings, padded to equal shards.
 
     ``learns``: with those that train. ``align``: each parameter's share is padded to a multiple.
     """
     total = 0
     for name, p in Model().named_parameters():
         if name.startswith(prefix) and (learns or not p.requires_grad):
-            part = -(-p.shape[0] // parts) * p.shape[1:].numel() * p.element_size()
+            placement = choose_shard_placement(p, parts)
+            part = placement.count_padded_elements() * p.element_size()
             total += parts * -(-part // align) * align
     return total
 

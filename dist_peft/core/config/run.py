@@ -148,6 +148,12 @@ class EngineConfig(ConfigSection):
         description="all: shard over all ranks. node or a number of ranks: shard inside groups "
         "of that size and replicate across them (HSDP).",
     )
+    reduce_gradients: Literal["micro_batch", "step"] = Field(
+        "micro_batch",
+        description="fsdp2: micro_batch: sum the adapters' gradients over ranks after each "
+        "micro-batch; a rank keeps its share of them. step: once a step; every rank keeps whole "
+        "float32 gradients until then, and sends less.",
+    )
     activation_checkpointing: bool = Field(
         True,
         description="Activation checkpointing: keep each block's input, recompute the rest in "
