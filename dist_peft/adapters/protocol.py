@@ -228,7 +228,7 @@ class WeightMerger(Protocol):
 
         Args:
             weight: a name that ``changes_weight``.
-            rows: float32 ``[len(span), columns]``.
+            rows: floating point ``[len(span), columns]``, of the files' type perhaps.
             span: rows of the weight.
             in_base: original: rows of the base's files. decoded: rows as training saw them.
         """

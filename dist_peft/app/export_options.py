@@ -3,7 +3,7 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dist_peft.app.config_arguments import add_checkpoint_argument
 from dist_peft.app.verified_export import VerificationOptions
@@ -11,6 +11,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.export.formats.export_format import ExportOption
 from dist_peft.export.formats.registry import FORMATS, render_format_table
+from dist_peft.export.verification_choice import CONSUMER_SHARE, AskedVerification
 
 __all__ = [
     "add_export_arguments",
@@ -52,7 +53,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "saw it (decoded)",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not reload the result and compare logits"
+        "--no-verify", action="store_true", help="do not compute with the result and compare logits"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=get_args(AskedVerification),
+        default="auto",
+        dest="verify_method",
+        help="who computes with the result: its own library, which loads it whole (consumer), or "
+        "this program, which reads it block by block (blocks, of merged models); auto: the "
+        f"library up to {CONSUMER_SHARE:.0%} of the available memory",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -132,10 +142,12 @@ class _ListFormatsAction(argparse.Action):
 def parse_verification_options(args: argparse.Namespace) -> VerificationOptions | None:
     """Return the options of the comparison with the trained model; None with ``--no-verify``."""
     if args.no_verify:
-        if args.max_error is not None:
-            log.warning("--max-error has no effect with --no-verify")
+        for option in ("max-error",) * (args.max_error is not None) + ("verify",) * (
+            args.verify_method != "auto"
+        ):
+            log.warning("--%s has no effect with --no-verify", option)
         return None
-    return VerificationOptions(args.max_error, 60 * args.verify_minutes)
+    return VerificationOptions(args.max_error, 60 * args.verify_minutes, args.verify_method)
 
 
 def require_one_process(world: World) -> None:

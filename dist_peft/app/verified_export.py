@@ -1,4 +1,5 @@
-"""Merge or export a finished run, load the result with its consumer and compare logits."""
+"""Merge or export a finished run, compute with the result and compare logits: by its consumer, or
+block by block."""
 
 import logging
 from collections.abc import Mapping
@@ -16,12 +17,20 @@ from dist_peft.app.run_consistency import check_tokenizer_of_base
 from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.host_memory import read_available_memory
 from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verdict import judge_comparison
+from dist_peft.export.verification_choice import (
+    CONSUMER_SHARE,
+    AskedVerification,
+    Verification,
+    choose_verification,
+    count_loaded_bytes,
+)
 from dist_peft.export.verify import Probe
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.hub import resolve_base_directory
@@ -40,10 +49,12 @@ class VerificationOptions:
     Attributes:
         max_error: bound that replaces the form's, as a share of the change by training.
         seconds: time limit of the consumer.
+        method: who computes (``export.verification_choice``).
     """
 
     max_error: float | None = None
     seconds: float = 600.0
+    method: AskedVerification = "auto"
 
 
 VERIFY = VerificationOptions()
@@ -89,6 +100,7 @@ def export_finished_run(
     job = replace(job, overwrite=overwrite)
     if job.pooled and into == "decoded" and not known.writes_classifiers:
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
+    method = None if verify is None else _choose_verification(known, job, verify.method)
     result = known.write_export(job)
     log.info("wrote %s", known.describe_result(result))
     if result.written.unpacked:
@@ -98,8 +110,8 @@ def export_finished_run(
             config.base.compute_dtype,
             result.written.unpacked[0],
         )
-    if probe is not None and verify is not None:
-        _verify_export(known, job, result, run_dir, probe, verify)
+    if probe is not None and verify is not None and method is not None:
+        _verify_export(known, job, result, run_dir, probe, verify, method)
 
 
 def _make_export_spec(
@@ -118,6 +130,31 @@ def _make_export_spec(
     return ExportSpec(config.base, directory, run_dir / "adapter", out, pooled, into, options)
 
 
+def _choose_verification(
+    known: ExportFormat, job: ExportSpec, asked: AskedVerification
+) -> Verification:
+    """Return how the output will be compared; before it is written.
+
+    Raises:
+        UserError: the host's memory is too small for that.
+    """
+    needed = int(known.loaded_share * count_loaded_bytes(job.directory, job.compute_dtype))
+    available = read_available_memory()
+    chosen = choose_verification(
+        asked, needed, available, library=known.loads_with, has_blocks=known.has_blocks
+    )
+    if chosen == "blocks" and asked == "auto":
+        log.info(
+            "the result will be compared block by block: loaded whole with %s it takes about "
+            "%.1f GiB, more than %.0f %% of the %.1f GiB that are available",
+            known.loads_with,
+            needed / 2**30,
+            100 * CONSUMER_SHARE,
+            available / 2**30,
+        )
+    return chosen
+
+
 def _verify_export(
     known: ExportFormat,
     job: ExportSpec,
@@ -125,6 +162,7 @@ def _verify_export(
     run_dir: Path,
     probe: Probe,
     verify: VerificationOptions,
+    method: Verification,
 ) -> None:
     """Compare with the trained model, add the figures to the run's report, and judge.
 
@@ -134,7 +172,10 @@ def _verify_export(
     trust = job.base.trust_remote_code
     request = ConsumerRequest(result.path, probe, job.compute_dtype, verify.seconds, trust)
     try:
-        consumer, found = known.verify_export(job, request)
+        if method == "blocks":
+            consumer, found = known.verify_blocks(job, probe)
+        else:
+            consumer, found = known.verify_export(job, request)
     except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
         return

@@ -1,4 +1,4 @@
-"""Return freed host memory to the system while a model is loaded (``M_MMAP_THRESHOLD``).
+"""Host memory: how much is available, and whether freed blocks are returned to the system.
 
 glibc serves large blocks by ``mmap`` and returns them to the system when they are freed, but its
 threshold for "large" rises with the largest block freed so far, up to 32 MiB. While a model is
@@ -10,34 +10,103 @@ since a training step's temporaries are better reused than mapped again.
 A mapped block costs a page fault for every 4 KiB each time it is allocated: with temporaries of
 4 MiB above the threshold, two thirds of the time of encoding were faults. So the temporaries of
 codecs (``quant.packed_rows``) are below it, and the rows that are read above.
+
+A merge keeps nothing but allocates chunks of one size again and again: there the heap is not
+trimmed until the end.
 """
 
 import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-__all__ = ["return_freed_memory"]
+import psutil
 
+__all__ = ["keep_freed_memory", "read_available_memory", "return_freed_memory"]
+
+_M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LOADING, _OTHERWISE = 1024 * 1024, 32 * 1024 * 1024  # the latter is glibc's upper limit
+_TRIMMED_OTHERWISE, _NEVER_TRIMMED = 128 * 1024, 2**30  # the former is glibc's default
 
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
     """Return blocks from 1 MiB on to the system when they are freed; a no-op without glibc."""
-    _set_mmap_threshold(_LOADING)
+    _set_malloc_option(_M_MMAP_THRESHOLD, _LOADING)
     try:
         yield
     finally:
-        _set_mmap_threshold(_OTHERWISE)
+        _set_malloc_option(_M_MMAP_THRESHOLD, _OTHERWISE)
 
 
-def _set_mmap_threshold(size: int) -> None:
-    if sys.platform != "linux":
-        return
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Keep blocks of up to 32 MiB for the next allocation of their size; at the end, return all
+    free blocks to the system. A no-op without glibc.
+
+    Memory is not cleared and mapped for each chunk, which takes longer than to fill it.
+    """
+    _set_malloc_option(_M_MMAP_THRESHOLD, _OTHERWISE)
+    _set_malloc_option(_M_TRIM_THRESHOLD, _NEVER_TRIMMED)
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # another C library, such as musl
-        return
-    mallopt(_M_MMAP_THRESHOLD, size)
+        yield
+    finally:
+        _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_OTHERWISE)
+        if (trim := _find_function("malloc_trim")) is not None:
+            trim(0)
+
+
+def _set_malloc_option(option: int, value: int) -> None:
+    if (mallopt := _find_function("mallopt")) is not None:
+        mallopt(option, value)
+
+
+def _find_function(name: str) -> Any:
+    """Return a function of glibc; None with another C library, such as musl."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
+
+
+def read_available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that this process can still use: those that the system has, within the
+    limits of the control groups that a container or batch system put it in.
+
+    Args:
+        root: of the file system with ``proc`` and ``sys``.
+    """
+    available = int(psutil.virtual_memory().available)
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, own = line.split(":", 2)
+        if controllers == "":  # version 2
+            mount, limit, used, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mount, prefix = "sys/fs/cgroup/memory", "total_"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / mount / own.lstrip("/")
+        while group.is_relative_to(root / mount):
+            found = _read_text(group / limit).strip()
+            if found.isdigit():
+                taken = int(_read_text(group / used) or 0) - _count_file_pages(group, prefix)
+                available = min(available, max(0, int(found) - taken))
+            group = group.parent
+    return available
+
+
+def _count_file_pages(group: Path, prefix: str) -> int:
+    """Return the bytes of cached files, which count as used but make room."""
+    lines = (line.split() for line in _read_text(group / "memory.stat").splitlines())
+    stat = {line[0]: int(line[1]) for line in lines if len(line) == 2}
+    return stat.get(f"{prefix}inactive_file", 0) + stat.get(f"{prefix}active_file", 0)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

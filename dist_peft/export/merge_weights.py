@@ -1,16 +1,16 @@
 """Merge an adapter into its base by streaming and write a plain Hugging Face directory.
 
-Every tensor of the base is processed in row chunks. A chunk of an adapted weight is read, cast to
-float32, merged, cast to the output type and written at its offset; nothing else is in memory. Two
-bases can be merged into:
+Every tensor of the base is processed in row chunks. A chunk of an adapted weight is read, merged in
+float32, cast to the output type and written at its offset; nothing else is in memory. Threads share
+the tensors out. Two bases can be merged into:
 
 * ``original``: the rows as stored in the base's files. The usual choice for serving; differs from
   the trained function by the quantization error of the base.
 * ``decoded``: the rows as training saw them, ``decode(encode(rows))``. Reproduces the trained
   function up to the rounding of the output type.
 
-Peak memory is one chunk in float32 with its codes and product (about three times ``chunk_bytes``),
-independent of the size of the model.
+Peak memory is four times ``chunk_bytes`` for each thread, independent of the size of the model
+(``weight_threads``).
 """
 
 from pathlib import Path

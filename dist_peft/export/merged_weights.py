@@ -19,6 +19,8 @@ files: the adapter stores them in full.
 """
 
 import logging
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.directory import open_merger
+from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.protocol import WeightMerger
 from dist_peft.core.config.run import BaseConfig
@@ -41,6 +44,7 @@ from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.store.base_record import BaseRecord
+from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
 
 __all__ = [
@@ -58,19 +62,22 @@ State = Literal["original", "decoded", "codes", "base"]
 
 _GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
-CHUNK_BYTES = 64 * 2**20
-"""Default size of a chunk of rows in float32."""
+CHUNK_BYTES = 8 * 2**20
+"""Default size of a chunk of rows in float32: small enough for a processor's cache and for the
+allocator to use the memory again (``core.host_memory``), large enough to hide a call's cost."""
 
 
 class MergedWeights:
     """Read the weights of a base with an adapter chunk by chunk; created by
-    ``open_merged_weights``.
+    ``open_merged_weights``. Threads may read different weights at the same time
+    (``weight_threads``).
 
     Args:
         state: state of the returned rows: original, decoded, codes or base.
         record: content of the base that the adapter was trained on; None if unknown.
 
     Attributes:
+        chunk_bytes: size of a chunk of rows in float32.
         weights: every tensor of the base, in the order of its files.
 
     Raises:
@@ -89,7 +96,8 @@ class MergedWeights:
     ) -> None:
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._record = record
-        self._merger, self._reader, self._chunk_bytes = merger, reader, chunk_bytes
+        self._merger, self._reader, self.chunk_bytes = merger, reader, chunk_bytes
+        self._holding = threading.local()
         self.weights = list_base_weights(skeleton)
         self._new = frozenset(skeleton.head.new if skeleton.head else ())
         if absent := sorted(name for name in self._new if not merger.changes_weight(name)):
@@ -127,11 +135,23 @@ class MergedWeights:
         codec = weight.codec
         return weight.is_block_linear and codec is not None and codec.is_quantized
 
+    @property
+    def largest_held_bytes(self) -> int:
+        """Bytes of the largest packed weight, which may be kept while its rows are read."""
+        sizes = (
+            weight.num_rows * weight.linear.codec.num_row_bytes(weight.num_columns)
+            for weight in self.weights
+            if weight.linear is not None and weight.linear.stored is not None
+        )
+        return max(sizes, default=0)
+
     def iterate_spans(self, weight: BaseWeight, multiple: int = 1) -> Iterator[Span]:
         """Yield row spans of at most ``chunk_bytes``; all but the last have a multiple of
         ``multiple`` rows, and at least that many."""
         row = 4 * max(1, torch.Size(weight.info.shape[1:]).numel())
-        rows = max(1, self._chunk_bytes // row // multiple) * multiple
+        rows = max(1, self.chunk_bytes // row // multiple) * multiple
+        block = math.lcm(multiple, BLOCK_ROWS)
+        rows -= rows % block if rows > block else 0
         yield from Span(0, weight.num_rows).split_into_chunks(rows)
 
     def read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
@@ -154,7 +174,6 @@ class MergedWeights:
             rows = self._reader.read_rows(weight.name, span)
         if not adapted:
             return rows
-        rows = rows.float()
         into: Literal["original", "decoded"] = "decoded" if decoded else "original"
         if linear is None:
             return self._merger.merge_weight_rows(weight.path, rows, span, into)
@@ -184,8 +203,18 @@ class MergedWeights:
         and LoftQ those of the residual, without the product of the initial factors."""
         assert weight.linear is not None
         own = weight.span_in_linear(span)
-        read = WeightRows.read_weight_rows(weight.linear, self._reader, own)
+        read = WeightRows.read_weight_rows(weight.linear, self._choose_reader(weight), own)
         return read.to_packed(partial(self._merger.subtract_initial_delta, weight.path, span=own))
+
+    def _choose_reader(self, weight: BaseWeight) -> RowReader:
+        """Return the reader of a weight's rows; of a packed one, which the files may have
+        transposed, a reader that keeps it until this thread comes to the next."""
+        if weight.linear is None or weight.linear.stored is None:
+            return self._reader
+        if getattr(self._holding, "name", None) != weight.name:
+            self._holding.name, self._holding.reader = weight.name, HoldingReader(self._reader)
+        found: RowReader = self._holding.reader
+        return found
 
     def iterate_group_changes(self) -> Iterator[tuple[AffineParts, Tensor]]:
         """Yield affine parts and the change of each group by an adapter that fits into zeros, in
@@ -223,7 +252,7 @@ class MergedWeights:
                 for span in self.iterate_spans(weight):
                     if weight.linear is not None and weight.linear.stored is not None:
                         weight.linear.stored.read_packed_rows(
-                            self._reader, weight.span_in_linear(span)
+                            self._choose_reader(weight), weight.span_in_linear(span)
                         )
                     elif weight.path not in self._new:
                         self._reader.read_rows(weight.name, span)
@@ -278,6 +307,7 @@ def iterate_base_rows(
     with RowReader(skeleton.index) as reader:
         for weight in list_base_weights(skeleton):
             size = torch.Size(weight.info.shape[1:]).numel()
+            holding = HoldingReader(reader)
             if skeleton.head is not None and weight.path in skeleton.head.new:
                 continue
             for span in Span(0, weight.num_rows).split_into_chunks(
@@ -287,7 +317,7 @@ def iterate_base_rows(
                     yield weight.path, reader.read_rows(weight.name, span), span
                     continue
                 own = weight.span_in_linear(span)
-                packed = WeightRows.read_weight_rows(weight.linear, reader, own).to_packed(
+                packed = WeightRows.read_weight_rows(weight.linear, holding, own).to_packed(
                     lambda rows: rows
                 )
                 columns = weight.linear.in_features

@@ -5,7 +5,7 @@ chunks into rows of these tensors (``pack``). Everything else (embeddings, norms
 and linears that the format cannot pack) is written in one float type.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.host_memory import keep_freed_memory
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.weight_threads import count_merge_threads, process_weights
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.model_files import check_link_target, copy_file
 from dist_peft.store.publish import check_output_free
@@ -58,7 +60,8 @@ class WeightPacker(Protocol):
     def pack_rows(
         self, walk: MergedWeights, weight: BaseWeight, span: Span
     ) -> Iterable[TensorPiece]:
-        """Pack rows ``span`` of the weight; called for all spans of a weight in order."""
+        """Pack rows ``span`` of the weight; called for all spans of a weight in order. Weights are
+        packed by several threads."""
 
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         """Return keys of ``config.json``, given the paths of linears that stay unpacked."""
@@ -115,22 +118,29 @@ def write_model_directory(
             kind = (weight.wide or dtype) if info.dtype.is_floating_point else info.dtype
             plans[weight.name] = [TensorSpec(weight.written, kind, info.shape)]
     specs = [spec for plan in plans.values() for spec in plan]
-    merged = 0
-    with StreamWriter(out, specs, max_file_bytes) as writer:
-        for weight in walk.weights:
+    with StreamWriter(out, specs, max_file_bytes) as writer, keep_freed_memory():
+
+        def write_weight(weight: BaseWeight, stop: Callable[[], bool]) -> None:
             if packer is not None and weight.name in packed:
                 for span in walk.iterate_spans(weight, packer.row_multiple):
                     for piece in packer.pack_rows(walk, weight, span):
                         writer.write_rows(*piece)
-            else:
-                kind = plans[weight.name][0].dtype
-                for span in walk.iterate_spans(weight):
-                    rows = walk.read_merged_rows(weight, span)
-                    if compute is not None and rows.is_floating_point() and not weight.wide:
-                        rows = rows.to(compute)
-                    writer.write_rows(weight.written, rows.to(kind), span.start)
-            merged += walk.is_adapted(weight) and walk.state != "base"
+                    if stop():
+                        return
+                return
+            kind = plans[weight.name][0].dtype
+            for span in walk.iterate_spans(weight):
+                rows = walk.read_merged_rows(weight, span)
+                if compute is not None and rows.is_floating_point() and not weight.wide:
+                    rows = rows.to(compute)
+                writer.write_rows(weight.written, rows.to(kind), span.start)
+                if stop():
+                    return
+
+        threads = count_merge_threads(walk.chunk_bytes, walk.largest_held_bytes)
+        process_weights(walk.weights, write_weight, threads)
         walk.check_all_consumed()
+    merged = 0 if walk.state == "base" else sum(map(walk.is_adapted, walk.weights))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     left = tuple(
         w.name_stem for w in walk.weights if packer and w.is_block_linear and w.name not in packed

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from dist_peft.core.span import row_span
-from dist_peft.export.merged_weights import CHUNK_BYTES
+from dist_peft.export.verify_blocks import MAX_PROBE_TOKENS
+from dist_peft.export.weight_threads import MERGE_MEMORY
+from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
+from dist_peft.model.streamed_weights import PANEL_BYTES
 from dist_peft.plan.resting import RestingBytes
 from dist_peft.quant.packed_rows import CHUNK_ELEMENTS
 
@@ -18,6 +21,13 @@ _ENCODER_TEMPORARIES = 7 * 4 * CHUNK_ELEMENTS
 """About seven float32 temporaries of a chunk are alive while rows are quantized."""
 
 
+_PANELS_ALIVE = 4
+"""Rows of a matrix as read, packed, and in float32 while they are multiplied."""
+
+_LOGITS_ALIVE = 8
+"""Tensors of the probe's logits in float64 while they are compared."""
+
+
 @dataclass(frozen=True)
 class HostPeaks:
     """Bytes of host memory.
@@ -25,14 +35,16 @@ class HostPeaks:
     Attributes:
         load: of a rank, on CUDA: the largest slice that it reads and encodes.
         rest: of a rank during training: offloaded or paged state.
-        merge: of ``dist-peft merge`` without verification.
-        verify: of the verification, which loads the merged model.
+        merge: of ``dist-peft merge`` without verification, with as many threads as it uses at most.
+        verify: of a verification that loads the merged model with its library.
+        verify_blocks: of one that reads it block by block.
     """
 
     load: int
     rest: int
     merge: int
     verify: int
+    verify_blocks: int
 
 
 def count_stack_rows(shape: tuple[int, ...]) -> int:
@@ -52,6 +64,22 @@ def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> H
     return HostPeaks(
         load=max(sizes) + _ENCODER_TEMPORARIES + sum(resting.host.values()),
         rest=sum(resting.host.values()),
-        merge=3 * CHUNK_BYTES + 4 * resting.trainable,
+        merge=MERGE_MEMORY + 4 * resting.trainable,
         verify=numbers * dtype.itemsize,
+        verify_blocks=_count_streamed_bytes(skeleton),
     )
+
+
+def _count_streamed_bytes(skeleton: Skeleton) -> int:
+    """Return the peak of a forward pass on a probe whose weights are read on use."""
+    block = max(
+        sum(
+            parameter.numel() * parameter.element_size()
+            for module in block.modules()
+            if not isinstance(module, FrozenWeight)
+            for parameter in module.parameters(recurse=False)
+        )
+        for block in skeleton.blocks
+    )
+    logits = MAX_PROBE_TOKENS * skeleton.vocabulary_size
+    return _PANELS_ALIVE * PANEL_BYTES + block + _LOGITS_ALIVE * 8 * logits

@@ -76,7 +76,8 @@ def _format_host(plan: RunPlan) -> Iterator[str]:
     if host.rest:
         yield f"  training, a rank                          {format_byte_count(host.rest):>12}"
     yield f"  merge                                     {format_byte_count(host.merge):>12}"
-    yield f"  verification of a merge                   {format_byte_count(host.verify):>12}"
+    yield f"  verification of a merge, loaded whole     {format_byte_count(host.verify):>12}"
+    yield f"    or block by block (--verify blocks)     {format_byte_count(host.verify_blocks):>12}"
     yield ""
 
 

@@ -10,7 +10,8 @@ import errno
 import os
 import re
 import secrets
-from collections import OrderedDict
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "OpenFiles",
     "make_temporary_name",
     "read_exactly",
+    "read_strided",
     "remove_temporary_files",
     "sync_directory",
     "translate_read_errors",
@@ -28,31 +30,51 @@ __all__ = [
     "write_exactly",
 ]
 
+_MOST_PIECES_A_CALL = min(1024, os.sysconf("SC_IOV_MAX"))
+
 # One call moves at most 2 GiB on Linux and fails above it on macOS.
 _MOST_BYTES_A_CALL = 1 << 30
 
 
 class OpenFiles:
-    """File descriptors by path, opened when first needed, at most ``limit`` at a time."""
+    """File descriptors by path, opened when first needed, at most ``limit`` at a time; more only
+    where as many are held at once."""
 
     def __init__(self, flags: int, limit: int = 16) -> None:
         self._flags = flags
         self._limit = limit
         self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._held: Counter[Path] = Counter()
+        self._lock = threading.RLock()
 
     def get_descriptor(self, file: Path) -> int:
         """Return the descriptor of ``file``; valid until the next call."""
-        if file in self._descriptors:
-            self._descriptors.move_to_end(file)
+        with self._lock:
+            if file in self._descriptors:
+                self._descriptors.move_to_end(file)
+                return self._descriptors[file]
+            idle = [path for path in self._descriptors if not self._held[path]]
+            if len(self._descriptors) >= self._limit and idle:
+                os.close(self._descriptors.pop(idle[0]))
+            self._descriptors[file] = os.open(file, self._flags | os.O_CLOEXEC)
             return self._descriptors[file]
-        if len(self._descriptors) >= self._limit:
-            os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[file] = os.open(file, self._flags | os.O_CLOEXEC)
-        return self._descriptors[file]
+
+    @contextmanager
+    def hold_descriptor(self, file: Path) -> Iterator[int]:
+        """Yield the descriptor of ``file``; no call of another thread closes it in the body."""
+        with self._lock:
+            descriptor = self.get_descriptor(file)
+            self._held[file] += 1
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._held[file] -= 1
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
 
     def __len__(self) -> int:
         return len(self._descriptors)
@@ -74,6 +96,35 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> 
                 f"{offset + done:,} any more; restore it and start again"
             )
         done += count
+
+
+def read_strided(
+    descriptor: int, into: memoryview, offset: int, piece: int, stride: int, file: Path
+) -> None:
+    """Fill ``into`` with pieces of ``piece`` bytes that begin every ``stride`` bytes of ``file``.
+
+    The bytes in between are read too, into memory that is used again for each: a file is read in
+    large consecutive parts, and nothing but the pieces is kept (data sieving, Thakur, Gropp, Lusk
+    1999).
+
+    Args:
+        into: of a whole number of pieces.
+        offset: of the first piece.
+
+    Raises:
+        UserError: the file ends before ``into`` is full.
+    """
+    count, skipped = len(into) // piece, memoryview(bytearray(stride - piece))
+    step = min(max(1, _MOST_BYTES_A_CALL // stride), (_MOST_PIECES_A_CALL + 1) // 2)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        parts = [skipped] * (2 * (last - first) - 1)
+        parts[::2] = [into[i * piece : (i + 1) * piece] for i in range(first, last)]
+        start = offset + first * stride
+        if os.preadv(descriptor, parts, start) < (last - first) * stride - len(skipped):
+            for index in range(first, last):  # a short read: rare, or the end of the file
+                part = into[index * piece : (index + 1) * piece]
+                read_exactly(descriptor, part, offset + index * stride, file)
 
 
 def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:

@@ -66,6 +66,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 class StreamWriter:
     """Writer of ``model.safetensors``, or numbered shards and ``model.safetensors.index.json``.
 
+    Threads may write different tensors at the same time.
+
     A context manager: leaving it normally closes (checks and publishes), leaving it by an exception
     removes the files. They equal those of ``safetensors.torch.save_file``, byte for
     byte.
@@ -183,8 +185,11 @@ class StreamWriter:
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if data.numel():
             offset = info.start + span.start * info.row_bytes
-            with translate_write_errors(place.final, self._total_bytes):
-                write_exactly(self._open_files.get_descriptor(info.file), data.numpy().data, offset)
+            with (
+                translate_write_errors(place.final, self._total_bytes),
+                self._open_files.hold_descriptor(info.file) as descriptor,
+            ):
+                write_exactly(descriptor, data.numpy().data, offset)
 
     def close(self) -> None:
         """Check that every row was written, then publish the files. Idempotent.

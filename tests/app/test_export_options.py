@@ -9,8 +9,10 @@ from dist_peft.app.export_options import (
     add_export_arguments,
     add_merge_arguments,
     add_run_arguments,
+    parse_verification_options,
     warn_unused_arguments,
 )
+from dist_peft.app.verified_export import VerificationOptions
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -23,6 +25,7 @@ def parse(*argv: str) -> argparse.Namespace:
 def test_defaults() -> None:
     args = parse("--format", "mlx")
     assert (args.max_error, args.verify_minutes, args.bits) == (None, 10.0, None)
+    assert parse_verification_options(args) == VerificationOptions(None, 600.0, "auto")
     parser = argparse.ArgumentParser()
     add_merge_arguments(parser)
     assert parser.parse_args([]).dtype == "bfloat16"
@@ -59,3 +62,11 @@ def test_options_without_effect(
     caplog.set_level(logging.WARNING)
     warn_unused_arguments(parse(*argv))
     assert words in caplog.text and bool(caplog.text) == bool(words)
+
+
+def test_options_of_a_comparison_that_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    args = parse("--format", "mlx", "--no-verify", "--verify", "blocks", "--max-error", "1")
+    assert parse_verification_options(args) is None
+    assert "--max-error has no effect with --no-verify" in caplog.text
+    assert "--verify has no effect with --no-verify" in caplog.text

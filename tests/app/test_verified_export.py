@@ -12,7 +12,7 @@ import transformers as tf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from dist_peft.app import cli
+from dist_peft.app import cli, verified_export
 from dist_peft.app.commands.train import train_from_config
 from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.config.io import parse_config
@@ -21,6 +21,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export import verify_formats
 from dist_peft.export.verdict import VerificationError
+from dist_peft.export.verification_choice import count_loaded_bytes
 from dist_peft.export.verify import Probe
 from tests.support.tiny_runs import tiny_tree
 
@@ -62,6 +63,28 @@ def test_merge_writes_verifies_and_reports(
     assert error < 0.1 * change  # bf16 rounding of the weights
     report = (run_dir / "report.html").read_text()
     assert "Merged into" in report and "decoded base" in report
+
+
+def test_merge_compared_block_by_block(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["merge", "--run", str(run_dir), "--base", "decoded"]
+    size = count_loaded_bytes(run_dir.parent / "base", torch.float32)
+    monkeypatch.setattr(verified_export, "read_available_memory", lambda: size)
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # nothing is loaded whole
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    logged = capsys.readouterr().err
+    assert "will be compared block by block: loaded whole with transformers it takes" in logged
+    assert "loaded by dist_peft, block by block, float32: logits against the trained" in logged
+    assert "block by block" in (run_dir / "report.html").read_text()
+
+    monkeypatch.setattr(verified_export, "read_available_memory", lambda: size - 1)
+    assert cli.main([*argv, "--out", str(tmp_path / "other"), "--verify", "consumer"]) == 2
+    assert "pass --verify blocks" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
-"""Freed blocks leave the process although blocks that stay lie between them."""
+"""Freed blocks leave the process, or stay for the next of their size; limits of memory."""
 
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+
+from dist_peft.core.host_memory import read_available_memory
 
 SCRIPT = """
 import psutil, torch
@@ -31,3 +35,58 @@ def test_only_what_is_kept_rests() -> None:
     )
     grown = float(done.stdout)
     assert 50 <= grown + 2 <= 62, f"{grown:.1f} MiB rest for 50 MiB that are kept"
+
+
+KEEPING = """
+import resource, torch
+from dist_peft.core.host_memory import keep_freed_memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**20)
+with keep_freed_memory():
+    for round in range(21):
+        if round == 5:
+            before = faults()
+        rows = torch.ones(2**21)
+        more = rows + 1
+        del rows, more
+    print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_memory_of_chunks_is_used_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True
+    )
+    mapped_again = 16 * 2 * 2048
+    assert int(done.stdout) < mapped_again / 4
+
+
+GROUPS = {
+    # a batch system limits the job, a step of it is not limited
+    "0::/job/step": {
+        "sys/fs/cgroup/job/memory.max": "3000000",
+        "sys/fs/cgroup/job/memory.current": "2500000",
+        "sys/fs/cgroup/job/memory.stat": "anon 500000\ninactive_file 700000\nactive_file 300000\n",
+        "sys/fs/cgroup/job/step/memory.max": "max",
+    },
+    "5:cpu:/a\n4:memory,x:/a": {
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "3000000",
+        "sys/fs/cgroup/memory/a/memory.usage_in_bytes": "1500000",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+    },
+}
+
+
+@pytest.mark.parametrize("own", GROUPS, ids=["version 2", "version 1"])
+def test_limits_of_control_groups(tmp_path: Path, own: str) -> None:
+    for name, text in {"proc/self/cgroup": own, **GROUPS[own]}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert read_available_memory(tmp_path) == 1_500_000
+
+
+def test_without_control_groups_the_system_decides(tmp_path: Path) -> None:
+    total = psutil.virtual_memory().total
+    assert 0 < read_available_memory() <= total
+    assert 0.01 * total < read_available_memory(tmp_path) <= total

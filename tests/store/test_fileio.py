@@ -9,6 +9,7 @@ from dist_peft.store import fileio
 from dist_peft.store.fileio import (
     OpenFiles,
     read_exactly,
+    read_strided,
     translate_read_errors,
     translate_write_errors,
     write_exactly,
@@ -31,6 +32,39 @@ def test_open_files_are_bounded_and_the_oldest_goes_first(tmp_path: Path) -> Non
     assert len(files) == 0
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(first)
+
+
+def test_a_held_file_is_not_closed_for_another(tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]))
+    files = OpenFiles(os.O_RDONLY, limit=1)
+    with files.hold_descriptor(paths[0]) as first:
+        with files.hold_descriptor(paths[1]) as second:
+            assert len(files) == 2
+            assert (os.pread(first, 1, 0), os.pread(second, 1, 0)) == (b"\0", b"\1")
+        files.get_descriptor(paths[2])  # closes 1, which nothing holds any more
+        assert len(files) == 2 and os.pread(first, 1, 0) == b"\0"
+    files.close()
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 30, 40])
+def test_strided_pieces_in_few_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int
+) -> None:
+    monkeypatch.setattr(fileio, "_MOST_BYTES_A_CALL", most_bytes)
+    file, data = tmp_path / "f", os.urandom(5 + 2000 * 7 - 4)  # the last piece ends the file
+    file.write_bytes(data)
+    calls, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(a) or preadv(*a))
+    buffer = bytearray(2000 * 3)
+    with file.open("rb") as stream:
+        read_strided(stream.fileno(), memoryview(buffer), 5, 3, 7, file)
+        expected = b"".join(data[5 + 7 * i : 8 + 7 * i] for i in range(2000))
+        assert buffer == expected
+        assert len(calls) == (4 if most_bytes > 40 else 400)
+        with pytest.raises(UserError, match="changed or was truncated"):
+            read_strided(stream.fileno(), memoryview(buffer), 6, 3, 7, file)
 
 
 def test_reads_and_writes_go_on_after_a_short_one(

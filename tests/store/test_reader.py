@@ -165,7 +165,16 @@ def test_columns_are_the_pieces_of_rows(
         part = reader.read_rows("w", rows, columns)
         assert torch.equal(part, whole[rows.slice, columns.slice])
         assert reader.bytes_read == reader.largest_read == part.nbytes
+        gaps = max(0, len(rows) - 1) * (9 - len(columns)) * 4
+        assert reader.bytes_skipped == (gaps if 0 < len(columns) < 9 else 0)
         assert torch.equal(reader.read_rows("w", columns=columns), whole[:, columns.slice])
+
+
+def test_large_pieces_are_read_without_what_is_between(tmp_path: Path) -> None:
+    whole = torch.arange(3 * 40_000, dtype=torch.int32).reshape(3, 40_000)
+    with _reader(tmp_path, {"w": whole}) as reader:
+        assert torch.equal(reader.read_rows("w", columns=Span(5, 20_005)), whole[:, 5:20_005])
+        assert reader.bytes_skipped == 0
 
 
 def test_columns_that_are_not_there(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Ia3Merger:
 
         Args:
             weight: a name that ``changes_weight``.
-            rows: float32 ``[len(span), columns]``; of a bias ``[len(span)]``.
+            rows: floating point ``[len(span), columns]``; of a bias ``[len(span)]``.
             span: rows of the weight.
             in_base: of no effect: IA3 changes no row before it is encoded.
 
@@ -91,10 +91,10 @@ class Ia3Merger:
         """
         if weight in self._biases:
             vector = self._biases[weight].vector[span.slice].to(rows.device)
-            merged = rows * vector
+            merged = rows.float() * vector
         else:
             own = self._rescalings[weight]
-            vector = own.vector.to(rows.device)
+            rows, vector = rows.float(), own.vector.to(rows.device)
             if own.rescales_input:
                 self._check_size(weight, rows.shape[1])
                 merged = rows * vector

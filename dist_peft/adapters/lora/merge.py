@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
+from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.adapters.low_rank.zero_points import merge_into_zeros, unmerge_from_zeros
 from dist_peft.adapters.protocol import PublicAdapter
@@ -107,7 +108,7 @@ class LoraMerger:
 
         Args:
             weight: a name that ``changes_weight``.
-            rows: float32 [len(span), columns].
+            rows: floating point [len(span), columns].
             span: which rows these are.
             in_base: original: rows of the base's files. decoded: rows as training saw them.
 
@@ -122,9 +123,8 @@ class LoraMerger:
         merged = rows
         if in_base == "decoded" and self.has_initial_factors(weight):
             r = module.A.shape[0] // 2
-            merged = add_factor_product(
-                rows, module.B[span.slice, :r], module.A[:r], module.scaling
-            )
+            A = module.A[:r].to(rows.device) * module.scaling
+            merged = add_blocked_product(rows, module.B[:, :r], A, span)
         else:
             merged = _add_module_delta(rows, module, span)
         if module.magnitude is not None:
@@ -274,9 +274,10 @@ def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor
 def _add_module_delta(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
     if module.experts > 1:
         return _add_expert_deltas(rows, module, span)
+    left, right = module.B, module.expanded_lora_A()
     if module.is_embedding:
-        return add_factor_product(rows, module.A.T[span.slice], module.B.T, module.scaling)
-    return add_factor_product(rows, module.B[span.slice], module.expanded_lora_A(), module.scaling)
+        left, right = module.A.T, module.B.T
+    return add_blocked_product(rows, left, right.to(rows.device) * module.scaling, span)
 
 
 def _add_expert_deltas(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
@@ -284,8 +285,10 @@ def _add_expert_deltas(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
     out, r = module.shape[0] // module.experts, module.B.shape[1]
     parts = []
     for expert in range(span.start // out, -(-span.stop // out)):
-        own = Span(expert * out, (expert + 1) * out).intersect(span)
-        A = module.A[expert * r : (expert + 1) * r]
+        whole = Span(expert * out, (expert + 1) * out)
+        own = whole.intersect(span)
+        A = module.A[expert * r : (expert + 1) * r].to(rows.device) * module.scaling
         part = rows[own.shifted_by(-span.start).slice]
-        parts.append(add_factor_product(part, module.B[own.slice], A, module.scaling))
-    return torch.cat(parts) if parts else rows
+        inner = own.shifted_by(-whole.start)
+        parts.append(add_blocked_product(part, module.B[whole.slice], A, inner))
+    return torch.cat(parts) if parts else rows.float()

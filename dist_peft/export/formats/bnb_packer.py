@@ -55,7 +55,7 @@ class BnbNf4Packer:
 
     def __init__(self, double_quant: bool, dtype: torch.dtype) -> None:
         self.double_quant, self.dtype = double_quant, dtype
-        self._absmax: list[Tensor] = []
+        self._absmax: dict[str, list[Tensor]] = {}  # by weight: several are packed at a time
 
     def can_pack(self, weight: BaseWeight) -> bool:
         return True
@@ -85,15 +85,14 @@ class BnbNf4Packer:
         start, elements = span.start * weight.num_columns, flat.numel()
         blocks = functional.pad(flat, (0, -elements % BLOCK)).view(-1, BLOCK)
         payload, absmax = _CODEC.split_packed_rows(_CODEC.quantize_to_packed(blocks), BLOCK)
-        self._absmax.append(absmax.flatten())
+        self._absmax.setdefault(weight.name, []).append(absmax.flatten())
         codes = payload.reshape(-1, 1)[: -(-elements // 2)]
         yield TensorPiece(weight.name, codes, start // 2)
         if span.stop == weight.num_rows:
             yield from self._pack_collected_weight(weight)
 
     def _pack_collected_weight(self, weight: BaseWeight) -> Iterator[TensorPiece]:
-        absmax = torch.cat(self._absmax)
-        self._absmax.clear()
+        absmax = torch.cat(self._absmax.pop(weight.name))
         name, offset = weight.name, 0.0
         yield TensorPiece(f"{name}.quant_map", torch.tensor(NF4_LEVELS), 0)
         if self.double_quant:

@@ -27,7 +27,7 @@ from dist_peft.export.model_directory import (
     write_model_directory,
 )
 from dist_peft.export.stopping import add_stop_tokens
-from dist_peft.export.verify import Comparison, compare_logits
+from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.model_files import copy_model_files, list_model_files
@@ -144,6 +144,13 @@ class ExportFormat(ABC):
     writes_classifiers: ClassVar[bool] = True
     """Whether it can hold a model with a classifier's head."""
 
+    loaded_share: ClassVar[float] = 1.0
+    """Size of the output once its library has loaded it, relative to that of dense weights in the
+    run's compute type; at most."""
+
+    has_blocks: ClassVar[bool] = False
+    """Whether ``verify_blocks`` is there."""
+
     # -- before the export -------------------------------------------------------------------------
 
     @property
@@ -191,6 +198,18 @@ class ExportFormat(ABC):
                 with the stored weights on this machine.
             VerificationError: it cannot load the output.
         """
+
+    def verify_blocks(self, job: ExportSpec, probe: Probe) -> tuple[str, Comparison]:
+        """Compare the output with the trained model without loading it whole, where
+        ``has_blocks``.
+
+        Returns:
+            A description of the reader, and the comparison.
+
+        Raises:
+            VerificationError: the output cannot be read.
+        """
+        raise NotImplementedError(f"{self.name} is compared by its library only")
 
     # -- messages ----------------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 import logging
 from typing import Literal
 
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.time_limit import enforce_time_limit
-from dist_peft.export.verify import Comparison, verify_directory
+from dist_peft.export.verify import Comparison, Probe, verify_directory
+from dist_peft.export.verify_blocks import verify_by_blocks
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.skeleton import parse_torch_dtype
@@ -23,6 +25,7 @@ class HfBf16Export(ExportFormat):
     name = "hf-bf16"
     keeps = "merged weights, rounded to bf16"
     loads_with = "transformers"
+    has_blocks = True
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         dtype = _get_dtype(job)
@@ -53,6 +56,14 @@ class HfBf16Export(ExportFormat):
                 trust_remote_code=request.trust_remote_code,
             )
         return f"transformers, {job.base.compute_dtype}", found
+
+    def verify_blocks(self, job: ExportSpec, probe: Probe) -> tuple[str, Comparison]:
+        base = job.base.model_copy(
+            update={"path": str(job.out), "quant": None, "attention": "auto"}
+        )
+        labels = read_adapter_metadata(job.adapter_dir).get("labels", ())
+        found = verify_by_blocks(base, job.out, probe, labels)
+        return f"dist_peft, block by block, {job.base.compute_dtype}", found
 
     @property
     def report_title(self) -> str:

@@ -170,7 +170,7 @@ class GptqPacker(_IntegerZeroPacker):
 
     def __init__(self, codec: AffineCodec, dtype: torch.dtype) -> None:
         super().__init__(codec, dtype)
-        self._parts: list[AffineParts] = []
+        self._parts: dict[str, list[AffineParts]] = {}  # by weight: several are packed at a time
 
     def can_pack(self, weight: BaseWeight) -> bool:
         return self._fits_word_size(weight.num_columns) and weight.num_rows % 32 == 0
@@ -192,11 +192,12 @@ class GptqPacker(_IntegerZeroPacker):
         parts = quantize_integer_zeros(walk, weight, span, self.codec)
         words = pack_code_words(parts.codes, bits, torch.int32)
         zeros = _pack_along_rows(parts.zero, bits)
-        self._parts.append(AffineParts(words.T, parts.scale.half().T, zeros.T))
+        collected = self._parts.setdefault(weight.name, [])
+        collected.append(AffineParts(words.T, parts.scale.half().T, zeros.T))
         if span.stop < weight.num_rows:
             return
-        words, scale, zeros = (torch.cat(part, 1) for part in zip(*self._parts, strict=True))
-        self._parts.clear()
+        words, scale, zeros = (torch.cat(part, 1) for part in zip(*collected, strict=True))
+        del self._parts[weight.name]
         yield TensorPiece(f"{stem}.qweight", words, 0)
         yield TensorPiece(f"{stem}.scales", scale, 0)
         yield TensorPiece(f"{stem}.qzeros", zeros, 0)

@@ -5,6 +5,7 @@ A directory keeps the weight of a linear ``STEM.weight`` as several tensors ``ST
 belongs to some rows and returns these rows packed by a codec of this project.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class ScaleRounding:
     """Largest change of scales by rounding to float16, over all rows read so far."""
 
     worst: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def round_scale(self, scale: Tensor) -> Tensor:
         """Round scales to float16.
@@ -51,7 +53,8 @@ class ScaleRounding:
             ValueError: a scale is out of range.
         """
         half, change = to_half(scale)
-        self.worst = max(self.worst, change)
+        with self._lock:
+            self.worst = max(self.worst, change)
         return half
 
 
