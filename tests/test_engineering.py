@@ -21,6 +21,7 @@ def run_tool(*command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "command",
     [

@@ -188,6 +188,7 @@ def test_ctrl_c_is_no_traceback(
     assert capsys.readouterr().err == "dist-peft: interrupted\n"
 
 
+@pytest.mark.e2e
 def test_help_and_version_import_no_heavy_library() -> None:
     heavy = ("torch", "transformers", "numpy", "pydantic", "dist_peft.core.world")
     code = (

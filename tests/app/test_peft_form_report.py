@@ -14,7 +14,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from tests.support.dist import run_ranks
-from tests.support.export_runs import finished_run
+from tests.support.export_runs import finished_run, fork_consumers
 from tests.support.story_runs import train
 from tests.support.tiny_runs import tiny_tree
 
@@ -28,7 +28,11 @@ def stored(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_named_form_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.e2e
+def test_named_form_is_exact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_consumers(monkeypatch)
     run = finished_run(tmp_path, {"kind": "nf4"}, {"init": "loftq"})
     found, log = stored(run), (run / "log.txt").read_text()
     wanted = f"dist-peft export --run {run} --format bnb-nf4 --keep-adapter --out OUT"

@@ -39,6 +39,7 @@ def held_out_loss(shared_data: Path, tmp_path: Path, quant: dict[str, Any] | Non
     return after
 
 
+@pytest.mark.e2e
 @pytest.mark.data
 def test_qlora_is_within_two_percent_of_lora(shared_data: Path, tmp_path: Path) -> None:
     lora = held_out_loss(shared_data, tmp_path, None)

@@ -114,6 +114,7 @@ def test_resumed_in_another_engine(
         torch.testing.assert_close(adapters[1][key], want, rtol=1e-2, atol=1e-4, msg=key)
 
 
+@pytest.mark.e2e
 @pytest.mark.data
 def test_start_factors_are_read_and_not_computed_again(shared_data: Path, tmp_path: Path) -> None:
     """Else a change of the SVD (another torch, another number of ranks) would change the base."""
@@ -137,6 +138,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.data
 def test_resume_with_another_configuration_is_refused(shared_data: Path, tmp_path: Path) -> None:
     tree = short(shared_data, tmp_path, "cut", train__steps=2)

@@ -242,6 +242,7 @@ def test_qalora_is_exported_exactly(
     assert f"Export {name}" in (qalora_run / "report.html").read_text()
 
 
+@pytest.mark.e2e
 def test_nf4_run_as_bitsandbytes_model(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ with return_freed_memory() if sys.argv[1] == "on" else nullcontext():
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_only_what_is_kept_rests() -> None:
     done = subprocess.run(

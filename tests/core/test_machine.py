@@ -3,9 +3,12 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from dist_peft.core.machine import identify_machine
 
 
+@pytest.mark.e2e
 def test_processes_of_a_machine_agree() -> None:
     code = "from dist_peft.core.machine import identify_machine; print(identify_machine())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,7 +162,7 @@ def test_leftovers_of_killed_builds_are_removed(tmp_path: Path) -> None:
         (running,) = tmp_path.glob("key.tmp-*")
         machine, pid = running.name.removeprefix("key.tmp-").split("-")[:2]
         assert int(pid) == os.getpid()
-        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead = subprocess.Popen(["true"])
         dead.wait()
         for name in (f"{machine}-{dead.pid}", f"{machine}-{pid}", f"0f-{dead.pid}", "0f-1"):
             (tmp_path / f"other.tmp-{name}-0123456789ab").mkdir()

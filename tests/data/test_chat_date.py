@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -101,6 +101,7 @@ def test_template_that_fails_is_told_with_the_first_record(words: Tokenizer, bro
     assert freeze_template_date(words, DAY) == (words, None)
 
 
+@settings(max_examples=30)
 @given(
     st.dates(datetime.date(1970, 1, 1), datetime.date(2100, 12, 31)),
     st.lists(st.sampled_from(["%d", "%-d", "%b", "%B", "%Y", "%%", "%A", "%j", "d", " "])),

@@ -20,6 +20,7 @@ from dist_peft.export.verify_formats import ConsumerRequest, ProcessConsumer
 from tests.support.export_runs import make_run
 
 
+@pytest.mark.e2e
 def test_script_imports_nothing_of_the_package(tmp_path: Path) -> None:
     functions = [
         known.consumer.function
@@ -42,6 +43,7 @@ def test_script_imports_nothing_of_the_package(tmp_path: Path) -> None:
     assert "dist_peft" not in Path(verify_consumer.__file__).read_text().replace("dist_peft.", "")
 
 
+@pytest.mark.e2e
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_1"])
 def test_llama_cpp_runs_the_file(kind: str, tmp_path: Path) -> None:

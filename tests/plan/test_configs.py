@@ -34,6 +34,7 @@ def test_fits_its_cards_and_says_how(path: Path, planned: dict[str, Any]) -> Non
     assert stated is not None and float(stated[1]) == round(known["needed"] / 2**30, 1)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["llama3_8b_qlora_1x24gb"])
 def test_is_planned_as_committed(name: str, planned: dict[str, Any]) -> None:
     plan = plan_config(ROOT / "configs" / f"{name}.yaml")

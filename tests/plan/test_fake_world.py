@@ -32,6 +32,7 @@ def test_committed_cases() -> None:
         assert_case_holds(result, ranks[name])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["llama-3.1-8b@64", "llama-65b@2"])
 def test_case(name: str) -> None:
     case = next(case for case in CASES if case.name == name)

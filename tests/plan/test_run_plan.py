@@ -39,6 +39,7 @@ def assert_peak_holds(plan: RunPlan, measured: dict[str, int], name: str) -> Non
     assert abs(error) < 0.05
 
 
+@pytest.mark.e2e
 def test_one_process(base: Path) -> None:
     tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"})
     assert_plan_holds(plan_tree(tree, 1), [measure_steps(World(), {"a": tree})["a"]], "single")

@@ -54,6 +54,7 @@ def test_packed_bytes_are_those_of_every_machine(name: str, threads: int) -> Non
         torch.set_num_threads(before)
 
 
+@pytest.mark.e2e
 def test_packed_bytes_of_a_fresh_process_on_two_threads() -> None:
     """The first call of a maths library in a process may take another way than later ones."""
     code = (

@@ -114,6 +114,7 @@ def test_forcing_the_impossible_is_the_users_error(monkeypatch: pytest.MonkeyPat
         choose_nf4_kernel(64, torch.float32, CPU)
 
 
+@pytest.mark.e2e
 def test_works_without_bitsandbytes() -> None:
     program = """
 import os, sys

@@ -14,6 +14,9 @@ from dist_peft.quickstart.tiny_model import TinyBaseReport, pretrain_tiny_base
 
 Losses = list[float]
 
+SECONDS = 2
+"""Of pretraining: a few steps."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def little_text() -> Iterator[None]:
@@ -37,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyBaseReport
         losses.append(loss)
         shares.append(share)
 
-    return directory, pretrain_tiny_base(directory, seconds=5, on_step=note), losses, shares
+    return directory, pretrain_tiny_base(directory, seconds=SECONDS, on_step=note), losses, shares
 
 
 def test_learns(made: tuple[Path, TinyBaseReport, Losses, Losses]) -> None:
@@ -74,13 +77,13 @@ def test_is_a_hugging_face_directory(made: tuple[Path, TinyBaseReport, Losses, L
 
 def test_is_reused(made: tuple[Path, TinyBaseReport, Losses, Losses]) -> None:
     directory, report, _, _ = made
-    again = pretrain_tiny_base(directory, seconds=5)
+    again = pretrain_tiny_base(directory, seconds=SECONDS)
     assert again == TinyBaseReport(**{**vars(report), "reused": True})
     assert "made earlier" in str(again)
-    with pytest.raises(UserError, match=r"made with .*5.*; choose another directory"):
+    with pytest.raises(UserError, match=rf"made with .*{SECONDS}.*; choose another directory"):
         pretrain_tiny_base(directory, seconds=6)
     with pytest.raises(UserError, match="choose another directory"):
-        pretrain_tiny_base(directory, seconds=5, seed=1)
+        pretrain_tiny_base(directory, seconds=SECONDS, seed=1)
 
 
 def test_leaves_the_process_as_it_was(tmp_path: Path) -> None:

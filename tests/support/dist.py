@@ -18,6 +18,7 @@ import torch
 
 from dist_peft.core.world import World
 from tests.support.curves import skip_curves
+from tests.support.tiers import note_process
 
 
 def run_ranks(
@@ -30,6 +31,7 @@ def run_ranks(
     """
     if size == 1:
         return [function(World(), *args)]
+    note_process("ranks")
     context = _context()
     port = free_port()
     children = []
@@ -109,6 +111,7 @@ def call_in_process(function: Callable[..., Any], *args: Any, timeout: float = 1
 
     Its error is raised here with its traceback.
     """
+    note_process("a forked process")
     here, there = _context().Pipe(duplex=False)
     process = _context().Process(
         target=_call_alone, args=(dict(os.environ), there, function, args), daemon=True

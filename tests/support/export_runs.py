@@ -1,9 +1,15 @@
 """Finished runs without training: a small Llama, a random adapter, and the trained model."""
 
+import contextlib
+import io
+import subprocess
+import sys
+import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,12 +22,14 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.export import verify_consumer, verify_formats
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.registry import FORMATS
 from dist_peft.export.verify import Comparison, Probe
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
+from tests.support.dist import call_in_process
 from tests.support.tiny_models import save_model
 from tests.support.tiny_runs import save_records, tiny_tree
 
@@ -168,3 +176,34 @@ def finished_run(
     assert train_from_config(parse_config(tree), World()) == 0
     close_log()
     return directory / "run"
+
+
+def fork_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run consumers of this Python in forked processes, which have the libraries loaded.
+
+    Importing them takes longer than the rest; ``test_verified_export`` and a case of
+    ``test_kept_nf4`` start the process as users do.
+    """
+
+    def run_forked(
+        command: list[str], scratch: str, environment: dict[str, str], name: str, seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        python, script, *argv = command
+        if python != sys.executable:  # has a library that is not here
+            return start(command, scratch, environment, name, seconds)
+        assert script == verify_consumer.__file__
+        code, out, err = call_in_process(_consume, argv, timeout=seconds)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    start = verify_formats._run_with_timeout
+    monkeypatch.setattr(verify_formats, "_run_with_timeout", run_forked)
+
+
+def _consume(argv: list[str]) -> tuple[int, str, str]:
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            verify_consumer.main(argv)
+    except Exception:
+        return 1, out.getvalue(), traceback.format_exc()
+    return 0, out.getvalue(), ""

@@ -13,6 +13,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_config(directory, odd_tree(save_odd_base(directory / "base"))))
 
 
+@pytest.mark.e2e
 def test_a_plan_that_fits_and_one_that_does_not(
     config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -274,7 +274,7 @@ SECTIONS = {name: info.annotation for name, info in RunConfig.model_fields.items
 
 @pytest.mark.parametrize("section", sorted(SECTIONS))
 # fields are drawn alone, and few draws pass the rules between them
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_what_is_dumped_loads_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, section: str, data: st.DataObject

@@ -107,6 +107,7 @@ print(json.dumps([model.tokenize(t.encode(), add_bos=True) for t in json.loads(s
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.llama_cpp
 @pytest.mark.data
 @pytest.mark.parametrize("source", ["byte-level", "sentencepiece"])

@@ -21,12 +21,13 @@ from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.merged_weights import open_merged_weights
 from dist_peft.export.verify import Probe
 from dist_peft.quant.nf4 import Nf4Codec
-from tests.support.export_runs import finished_run
+from tests.support.export_runs import finished_run, fork_consumers
 from tests.support.tiny_runs import tiny_tree
 
 bnb = pytest.importorskip("bitsandbytes")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("quant", "adapter", "tied"),
     [
@@ -47,8 +48,15 @@ bnb = pytest.importorskip("bitsandbytes")
     ],
 )
 def test_consumer_computes_the_trained_function(
-    tmp_path: Path, quant: dict[str, Any], adapter: dict[str, Any], tied: bool, capsys: Any
+    tmp_path: Path,
+    quant: dict[str, Any],
+    adapter: dict[str, Any],
+    tied: bool,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if adapter:
+        fork_consumers(monkeypatch)
     run, out = finished_run(tmp_path, quant, adapter, tied=tied), tmp_path / "out"
     argv = ["export", "--run", str(run), "--format", "bnb-nf4", "--keep-adapter", "--out", str(out)]
     assert cli.main(argv) == 0, capsys.readouterr().err
@@ -99,9 +107,8 @@ def test_refused_before_anything_is_written(tmp_path: Path, capsys: Any) -> None
     ):
         directory = tmp_path / str(number)
         directory.mkdir()
-        assert (
-            train_from_config(parse_config(tiny_tree(directory, base__quant=quant)), World()) == 0
-        )
+        tree = tiny_tree(directory, base__quant=quant, train__steps=1, data__eval=[])
+        assert train_from_config(parse_config(tree), World()) == 0
         close_log()
         out = directory / "out"
         argv = ["export", "--run", str(directory / "run"), "--out", str(out)]

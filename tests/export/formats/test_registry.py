@@ -16,11 +16,13 @@ from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison
 from dist_peft.store.reader import RowReader
 from dist_peft.store.writer import StreamWriter
-from tests.support.export_runs import FakeRun, make_run
+from tests.support.export_runs import FakeRun, fork_consumers, make_run
 
 ROOT = Path(__file__).parents[3]
 QUANTIZED = sorted(FORMATS.keys() - {"hf-bf16", "peft", "peft-expanded"})
 INT4 = QuantConfig(kind="int", bits=4, group_size=32)
+MLX = pytest.param("mlx", marks=pytest.mark.e2e)
+"""Is loaded in a process of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,10 @@ def loaded(run: FakeRun, name: str, out: Path, **settings: Any) -> Comparison:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("name", "limit"), [("mlx", 1e-5), ("hf-metal", 1e-5), ("gguf", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [pytest.param("mlx", 1e-5, marks=pytest.mark.e2e), ("hf-metal", 1e-5), ("gguf", 0.02)],
+)
 def test_qalora_is_exact_where_biases_are_floats(
     name: str, limit: float, qalora: FakeRun, tmp_path: Path
 ) -> None:
@@ -61,13 +66,13 @@ def test_qalora_is_exact_where_biases_are_floats(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["mlx", "hf-metal"])
+@pytest.mark.parametrize("name", [MLX, "hf-metal"])
 def test_qalora_of_all_widths(bits: int, name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, QuantConfig(kind="int", bits=bits, group_size=32), group=32)
     assert loaded(run, name, tmp_path / "out", pooled=True).relative < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mlx", "hf-metal", "gguf", "compressed-tensors"])
+@pytest.mark.parametrize("name", [MLX, "hf-metal", "gguf", "compressed-tensors"])
 def test_qalora_on_a_bf16_run(name: str, tmp_path: Path) -> None:
     """Embeddings are bf16, scales and biases are not: loaders must take both."""
     run = make_run(tmp_path, INT4, group=32, dtype="bfloat16")
@@ -98,8 +103,8 @@ def test_merge_into_integer_zeros_is_refused_and_loses_the_adapter(
 @pytest.mark.parametrize(
     ("name", "settings", "limit"),
     [
-        ("bnb-nf4", {}, 0.9),
-        ("mlx", {"bits": 8, "into": "decoded"}, 0.05),
+        pytest.param("bnb-nf4", {}, 0.9, marks=pytest.mark.e2e),
+        pytest.param("mlx", {"bits": 8, "into": "decoded"}, 0.05, marks=pytest.mark.e2e),
         ("hf-metal", {"bits": 8, "into": "decoded"}, 0.05),
         ("gguf", {"into": "decoded"}, 0.05),
         ("gguf", {"type": "f16", "into": "decoded"}, 0.02),
@@ -108,13 +113,22 @@ def test_merge_into_integer_zeros_is_refused_and_loses_the_adapter(
     ids=str,
 )
 def test_lora_merged_and_quantized_anew(
-    name: str, settings: dict[str, Any], limit: float, lora: FakeRun, tmp_path: Path
+    name: str,
+    settings: dict[str, Any],
+    limit: float,
+    lora: FakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fork_consumers(monkeypatch)
     assert 0 < loaded(lora, name, tmp_path / "out", **settings).relative < limit
 
 
-@pytest.mark.parametrize("name", ["bnb-nf4", "mlx", "hf-metal", "gguf"])
-def test_nf4_base(name: str, nf4: FakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param("bnb-nf4", marks=pytest.mark.e2e), MLX, "hf-metal", "gguf"]
+)
+def test_nf4_base(name: str, nf4: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_consumers(monkeypatch)
     found = loaded(nf4, name, tmp_path / "out")
     assert 0 < found.relative < 1.5  # 4 bits for weights and changes of like size
     if name != "gguf":
@@ -165,7 +179,7 @@ def test_only_a_chunk_is_in_memory(
     assert sizes["write"] <= chunk
 
 
-@pytest.mark.parametrize("name", ["mlx", "hf-metal", "compressed-tensors", "gptq", "gguf"])
+@pytest.mark.parametrize("name", [MLX, "hf-metal", "compressed-tensors", "gptq", "gguf"])
 def test_linears_that_groups_do_not_divide_stay_dense(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, INT4, intermediate_size=104)
     job = run.job(tmp_path / "out")
