@@ -22,7 +22,7 @@ __all__ = ["find_unused_options", "warn_unused_options"]
 
 log = logging.getLogger("dist_peft")
 
-_NO_PEERS = ("shard_base", "shard_group", "reduce_gradients", "cpu_offload")
+_NO_PEERS = ("shard_base", "shard_group", "keep_gathered", "reduce_gradients", "cpu_offload")
 _DEEPSPEED = ("stage", "deepspeed_config")
 _IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ("reduce_gradients",)}
 """Engine -> options of section ``engine`` that it ignores."""

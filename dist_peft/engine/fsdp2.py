@@ -87,6 +87,7 @@ class Fsdp2Engine:
         self.shard_index = self.mesh["shard"].get_local_rank()
         self._counter = _CountingAllGather()
         self._units: list[FSDPModule] = []
+        self._kept: list[FSDPModule] = []
         self._optimizer: LocalOptimizer | None = None
 
     @property
@@ -122,6 +123,9 @@ class Fsdp2Engine:
         if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
             # looking up rows again is not needed: a frozen embedding has no gradient
             self._units[len(blocks)].set_unshard_in_backward(False)
+        self._kept = self._units[: min(self.config.keep_gathered, len(blocks))]
+        for unit in self._kept:
+            unit.set_reshard_after_forward(False, recurse=False)
         ahead = self._units[: len(blocks)]
         # the next block's bytes travel while this one computes; backward does so by itself
         for block, following in itertools.pairwise(ahead):
@@ -162,9 +166,9 @@ class Fsdp2Engine:
     def _reshard_modules(self) -> None:
         """Reshard the modules and free their gathered parameters.
 
-        After a forward without backward (an evaluation, the probe) the root's parameters stay
-        whole: the modules hold gathered copies, and the next forward computes with these copies,
-        whatever was written into the shards in between.
+        After a forward without backward (an evaluation, the probe) the parameters of the root and
+        of ``keep_gathered`` blocks stay whole: the modules hold gathered copies, and the next
+        forward computes with these copies, whatever was written into the shards in between.
         """
         for unit in self._units:
             unit.reshard()
@@ -214,6 +218,8 @@ class Fsdp2Engine:
             # HSDP: groups add up their own shares and exchange them once a step
             unit.set_requires_all_reduce(last, recurse=False)
             unit.set_is_last_backward(reduces)
+        for unit in self._kept:  # until the step changes the adapters among their parameters
+            unit.set_reshard_after_backward(last, recurse=False)
         loss.backward()
 
     def step(self, lr: float, max_norm: float) -> float:

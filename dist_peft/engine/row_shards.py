@@ -12,7 +12,8 @@ sees it::
 
 A unit is a decoder block, the embedding, the head, or (the root) the rest. Hooks gather a unit
 before its forward and, for backward, when the gradient of its output arrives; the neighbour that
-comes next is gathered meanwhile. At most two blocks are whole at any time. Between forward and
+comes next is gathered meanwhile. At most two blocks are whole at any time, and those that are kept
+for good (``keep_gathered``). Between forward and
 backward a block's bytes are freed, which autograd does not notice: the storage is resized, as FSDP2
 does it (torch/distributed/fsdp/_fully_shard), and written through an alias with a version counter
 of its own.
@@ -84,8 +85,10 @@ class _GatherUnit:
         slots: Sequence[_ShardedParameter],
         owner: "RowShardedParameters",
         needed_in_backward: bool,
+        kept: bool,
     ) -> None:
         self.slots, self.owner, self.needed_in_backward = slots, owner, needed_in_backward
+        self.kept = kept
         self.offsets, size = [], 0
         for slot in slots:
             self.offsets.append(size)
@@ -111,6 +114,11 @@ class _GatherUnit:
         for slot, offset in zip(self.slots, self.offsets, strict=True):
             slot.scatter_chunks(output[:, offset : offset + slot.part])
         self.whole = True
+
+    def release_full_tensors(self) -> None:
+        """Free them after use, unless they are kept."""
+        if not self.kept:
+            self.free_full_tensors()
 
     def free_full_tensors(self) -> None:
         if self.pending is not None:
@@ -139,10 +147,14 @@ class RowShardedParameters:
     Args:
         group: the ranks that together hold one copy.
         device: where rows rest and are gathered.
+        keep_gathered: number of blocks, from the first on, that stay whole once they have been
+            gathered: frozen rows do not change.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, keep_gathered: int = 0
+    ) -> None:
+        self.group, self.device, self.keep_gathered = group, device, keep_gathered
         self.parts, self.index = group.size(), group.rank()
         self.bytes_gathered = 0
         self._slots: dict[int, _ShardedParameter] = {}
@@ -171,8 +183,10 @@ class RowShardedParameters:
                 members[home[0] if len(home) == 1 else -1].append(slot)
         lookup = ends[:1]  # a frozen embedding needs no rows in backward
         self._units = [
-            _GatherUnit(slots, self, needed_in_backward=module not in lookup)
-            for slots, module in zip(members, modules, strict=True)
+            _GatherUnit(
+                slots, self, module not in lookup, kept=n < min(len(blocks), self.keep_gathered)
+            )
+            for n, (slots, module) in enumerate(zip(members, modules, strict=True))
         ]
         self._blocks = self._units[: len(blocks)]
         for number, (unit, module) in enumerate(zip(self._units, modules, strict=True)):
@@ -192,6 +206,9 @@ class RowShardedParameters:
             f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
         )
         slot = self._slots.pop(id(old))
+        for unit in self._units:
+            if unit.kept and unit.whole and slot in unit.slots:
+                unit.free_full_tensors()  # gathered again with the new rows
         new = slot.fill_local_rows(rows.to(self.device))
         self._slots[id(new)] = slot
         owner.register_parameter(name, new)
@@ -242,7 +259,7 @@ class RowShardedParameters:
             unit.has_backward = bool(grads) and unit.needed_in_backward
             if is_root and grads:
                 return  # whole until the end of backward, as it is used at both ends
-            unit.free_full_tensors()
+            unit.release_full_tensors()
             if unit.has_backward:
                 for tensor in grads:
                     tensor.register_hook(before_backward)
@@ -254,7 +271,7 @@ class RowShardedParameters:
             for other in self._units[:-1]:
                 if other is not unit and other.whole:
                     # its backward is over: otherwise the backward of this one would not run
-                    other.free_full_tensors()
+                    other.release_full_tensors()
             unit.wait_gathered()
             for other in previous:
                 if other.has_backward:
@@ -266,7 +283,7 @@ class RowShardedParameters:
     def _finish_backward(self) -> None:
         self._ending = False
         for unit in self._units:
-            unit.free_full_tensors()
+            unit.release_full_tensors()
 
 
 def _iterate_tensors(value: Any) -> Iterator[Tensor]:

@@ -69,7 +69,7 @@ class ZeroEngine:
         self.deepspeed = _import_deepspeed(device)
         self._settings = build_deepspeed_config(config, train, world.size)
         mesh = build_shard_mesh(config, world, device)
-        self.shards = RowShardedParameters(mesh.get_group("shard"), device)
+        self.shards = RowShardedParameters(mesh.get_group("shard"), device, config.keep_gathered)
         self._shapes: dict[int, torch.Size] = {}
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None

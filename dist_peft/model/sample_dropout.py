@@ -1,14 +1,23 @@
 """Dropout whose mask depends on the sample, not on a stream of random numbers.
 
-The mask of one row of the batch is drawn from a generator seeded by
+An element is dropped by a hash of where it is: feature ``j`` of position ``i`` of a sample, in one
+linear, in one optimizer step::
 
-    sha256(run seed, module path, optimizer step, global index of the sample)
+    h = (a b + d)^2 + c   mod 2^32        dropped where h, as a signed number, is below a threshold
+
+    a, c   int32, by (run seed, step, sample, i): drawn once a micro-batch, shared by all linears
+    b, d   int32, by (run seed, module path, j): drawn once a run; b is odd
 
 so that a sample is masked in the same way on one rank or on a hundred, in any micro-batch size, and
-when activation checkpointing computes it a second time. ``torch.nn.Dropout`` draws from the
+when activation checkpointing computes it a second time. Keys come from PyTorch's CPU generator,
+seeded by SHA-256, on every device: CPU and CUDA mask alike. All elements of a call are hashed
+together, by three operators, whatever the number of samples; ``torch.nn.Dropout`` draws from the
 device's global stream, whose position depends on everything computed before.
 
-On another kind of device (CPU, CUDA) the same seed gives other masks.
+Within a row, and within a column, ``a b + d`` are independent words for independent keys (``d`` by
+feature; an odd ``b`` maps ``a`` one to one); squaring keeps the corners of a rectangle from
+following each other, and ``c`` shifts each row by a word of its own. ``tests/model`` measures
+rates, correlations of rows, columns, samples, steps and modules, and rectangles.
 """
 
 from collections.abc import Sequence
@@ -20,6 +29,8 @@ from dist_peft.core.seeds import derive_seed
 
 __all__ = ["DropoutPosition", "SampleDropout"]
 
+_WORDS = 2**32
+
 
 class DropoutPosition:
     """Where the run is: shared by all dropouts of a model, moved before each micro-batch."""
@@ -28,7 +39,7 @@ class DropoutPosition:
         self.seed = seed
         self.step = 0
         self.sample_ids: Sequence[int] = ()
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._keys: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         """The next forward computes rows ``sample_ids`` [B] of optimizer step ``step``.
@@ -36,11 +47,20 @@ class DropoutPosition:
         Filler rows (-1) are masked too; nothing depends on how.
         """
         self.step, self.sample_ids = step, sample_ids.tolist()
+        self._keys.clear()
 
-    def make_generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        return self._generators[device]
+    def get_position_keys(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return ``a`` and ``c`` of the micro-batch, int32 ``[B * positions, 1]``.
+
+        Keys of a position do not depend on how many follow it.
+        """
+        found = self._keys.get((positions, device))
+        if found is None:
+            seeds = [derive_seed(self.seed, "dropout", self.step, s) for s in self.sample_ids]
+            drawn = torch.cat([_draw_words(seed, positions) for seed in seeds]).to(device)
+            found = drawn[:, :1].contiguous(), drawn[:, 1:].contiguous()
+            self._keys[positions, device] = found
+        return found
 
 
 class SampleDropout(nn.Module):
@@ -57,29 +77,46 @@ class SampleDropout(nn.Module):
     def __init__(self, p: float, path: str, position: DropoutPosition) -> None:
         super().__init__()
         self.p, self.path, self.position = p, path, position
+        self._keys: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [B, ...], or [B * S, ...] where a model has flattened its batch."""
+        """``x`` [B, ..., features], or [B * S, features] where a model has flattened its batch."""
         if self.p == 0 or not self.training:
             return x
         return x.masked_fill(self._drop_elements(x), 0.0) / (1 - self.p)
 
     def _drop_elements(self, x: Tensor) -> Tensor:
-        """True where ``x`` is zeroed; one draw per sample."""
+        """True where ``x`` is zeroed."""
         ids = self.position.sample_ids
         if not ids or x.shape[0] % len(ids):
             raise RuntimeError(
                 f"dropout of {self.path}: {x.shape[0]} rows but {len(ids)} sample ids; "
                 "begin() must be called with the ids of the micro-batch"
             )
-        mask = torch.empty(len(ids), x.numel() // len(ids), dtype=torch.bool, device=x.device)
-        generator = self.position.make_generator(x.device)
-        for row, sample in zip(mask, ids, strict=True):
-            generator.manual_seed(
-                derive_seed(self.position.seed, self.path, self.position.step, sample)
-            )
-            row.bernoulli_(self.p, generator=generator)
-        return mask.view(x.shape)
+        features = x.shape[-1] if x.dim() > 1 else 1
+        a, c = self.position.get_position_keys(x.numel() // features // len(ids), x.device)
+        b, d = self._get_feature_keys(features, x.device)
+        words = torch.addcmul(d, a, b)
+        torch.addcmul(c, words, words, out=words)
+        dropped = words < round(self.p * _WORDS) - _WORDS // 2
+        return dropped.view(x.shape)
+
+    def _get_feature_keys(self, features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return ``b`` and ``d``, int32 ``[features]``."""
+        found = self._keys.get((features, device))
+        if found is None:
+            seed = derive_seed(self.position.seed, "dropout", self.path)
+            drawn = _draw_words(seed, features).to(device)
+            found = drawn[:, 0] | 1, drawn[:, 1].contiguous()
+            self._keys[features, device] = found
+        return found
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def _draw_words(seed: int, count: int) -> Tensor:
+    """Two random words for each of ``count`` places, int32 ``[count, 2]``; a prefix of more."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.empty(count, 2, dtype=torch.int32)
+    return words.random_(-_WORDS // 2, _WORDS // 2, generator=generator)

@@ -120,6 +120,7 @@ def extrapolate_phases(
     blocks: int,
     trainable: tuple[int, int],
     pads: bool,
+    kept_blocks: int = 0,
 ) -> list[PhasePeak]:
     """Return the peaks of a model of ``blocks`` blocks, from a step of a few.
 
@@ -128,6 +129,7 @@ def extrapolate_phases(
         blocks: of the whole model.
         trainable: values of trainable parameters, of the traced blocks and of the whole model.
         pads: the engine pads shards at the first forward, inside of the trace.
+        kept_blocks: that stay gathered (``engine.keep_gathered``), beyond those of the trace.
     """
     traced = len(trace.blocks)
     more = blocks - traced
@@ -143,6 +145,8 @@ def extrapolate_phases(
                 items[_NAMES.get(purpose, purpose)] += size
         items["activations"] -= trace.resting.get("buffers", 0)
         items["gathered units"] -= padding
+        if phase != "step" or not pads:  # fsdp2 frees them with the last backward
+            items["gathered units"] += kept_blocks * trace.gathered_block
         items.update(extra)
         return PhasePeak(name, {k: v for k, v in items.items() if v})
 

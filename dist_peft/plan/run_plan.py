@@ -25,7 +25,12 @@ from dist_peft.plan.resting import (
     count_shard_ranks,
 )
 from dist_peft.plan.step_trace import trace_step
-from dist_peft.plan.traffic import Traffic, count_rank_micro_batches, plan_traffic
+from dist_peft.plan.traffic import (
+    Traffic,
+    count_kept_traced,
+    count_rank_micro_batches,
+    plan_traffic,
+)
 
 __all__ = ["TRACED_BLOCKS", "RunPlan", "choose_traced_blocks", "plan_run"]
 
@@ -43,6 +48,7 @@ class RunPlan:
         stored: bytes of all parameters, as stored.
         own_rows: bytes of rows, rank by rank (of one shard group); with ``single`` one number.
         attention: implementation of attention, and whether packed rows get a mask.
+        gathered_block: bytes of a block of the traced kind while it is gathered.
     """
 
     source: str
@@ -55,6 +61,7 @@ class RunPlan:
     host: HostPeaks
     duration: Duration | None
     attention: str
+    gathered_block: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values, totals included."""
@@ -79,6 +86,7 @@ class RunPlan:
             "resting": asdict(self.resting),
             "stored": self.stored,
             "own_rows": list(self.own_rows),
+            "gathered_block": self.gathered_block,
             "traffic": asdict(self.traffic),
             "host": asdict(self.host),
             "time": times,
@@ -109,17 +117,25 @@ def plan_run(
     resting = count_resting_bytes(model, blocks, config, world)
     indices = choose_traced_blocks(blocks)
     traced = count_resting_bytes(model, [blocks[i] for i in indices], config, world)
+    kept = min(config.engine.keep_gathered, len(blocks))
+    kept_traced = count_kept_traced(kept, len(blocks), len(indices))
+    engine = config.engine.model_copy(update={"keep_gathered": kept_traced})
     trace = trace_step(
         skeleton,
         planned.adapter,
-        config,
+        config.model_copy(update={"engine": engine}),
         world,
         blocks=indices,
         device_type=device_type,
         micro_batches=min(2, count_rank_micro_batches(config, cluster)),
     )
     phases = extrapolate_phases(
-        trace, traced, len(blocks), (traced.trainable, resting.trainable), pads=kind == "fsdp2"
+        trace,
+        traced,
+        len(blocks),
+        (traced.trainable, resting.trainable),
+        pads=kind == "fsdp2",
+        kept_blocks=(kept - kept_traced) if cluster.ranks > 1 else 0,
     )
     memory = build_memory_plan(resting, phases, cluster, shares or FixedShares())
     shards = count_shard_ranks(config, world)
@@ -137,6 +153,7 @@ def plan_run(
         plan_host_peaks(skeleton, resting, shards),
         plan_duration(trace, len(blocks), weights, tokens, traffic, cluster),
         _describe_attention(config, skeleton.model_config._attn_implementation),
+        trace.gathered_block,
     )
 
 

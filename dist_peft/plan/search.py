@@ -1,4 +1,5 @@
-"""Plans of changed runs: larger micro-batches, other shard groups, fewer cards, bits, offload.
+"""Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, fewer
+cards, bits, offload.
 
 Every proposal is planned in full (a few seconds each); only options that exist are tried, one at a
 time, micro-batches in steps of two as long as they fit.
@@ -11,11 +12,14 @@ from typing import Any
 
 from dist_peft.core.config.run import QuantConfig, RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.plan.cluster import Cluster
+from dist_peft.plan.cluster import Cluster, FixedShares
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
 from dist_peft.plan.run_plan import RunPlan, plan_run
 
 __all__ = ["Proposal", "format_proposals", "search_plans"]
+
+_SPARE = 2 * 2**30
+"""Bytes that stay free of a card whose memory is given to kept blocks."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def search_plans(
     for group in ("all", "node"):
         if cluster.nodes > 1 and config.engine.shard_group != group:
             yield from _propose_engine(planned, cluster, "shard_group", group)
+    if cluster.ranks > 1:
+        yield from _propose_kept_blocks(planned, cluster)
     if cluster.ranks > 1 and config.engine.kind != "zero" and config.engine.cpu_offload == "none":
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
     if cluster.gpus_per_node > 1 and cluster.gpus_per_node % 2 == 0:
@@ -83,11 +89,27 @@ def _propose(
 
 
 def _propose_engine(
-    planned: PlannedModel, cluster: Cluster, key: str, value: str
+    planned: PlannedModel, cluster: Cluster, key: str, value: str | int
 ) -> list[Proposal]:
     engine = planned.config.engine.model_copy(update={key: value})
     changed = replace(planned, config=planned.config.model_copy(update={"engine": engine}))
     return _propose(changed, cluster, f"engine.{key}={value}", {})
+
+
+def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
+    """Propose to keep as many blocks gathered as leave 2 GiB of a card."""
+    kept = planned.config.engine.keep_gathered
+    try:
+        plan = plan_run(planned, cluster)
+    except UserError:
+        return []
+    if not plan.gathered_block:
+        return []
+    more = int(
+        (plan.memory.spare - _SPARE) / (plan.gathered_block * (1 + FixedShares().fragmentation))
+    )
+    count = min(len(planned.skeleton.blocks), kept + more)
+    return [] if count <= kept else _propose_engine(planned, cluster, "keep_gathered", count)
 
 
 def _propose_bits(

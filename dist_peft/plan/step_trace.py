@@ -90,7 +90,8 @@ class StepTrace:
         input_bytes: what one more block keeps until its backward.
         kept_gradients: whole gradients that stay between micro-batches, of all traced blocks.
         reduced_gradients: gradients at the optimizer step, of all traced blocks.
-        gathered: phase -> bytes received in all-gathers, of one micro-batch.
+        gathered: phase -> bytes received in all-gathers, of the last micro-batch.
+        gathered_first: the same of the first one, in which blocks to be kept are gathered.
         flops: phase -> floating point operations of products and attention, of one micro-batch.
     """
 
@@ -101,12 +102,14 @@ class StepTrace:
     kept_gradients: int = 0
     reduced_gradients: int = 0
     gathered: Counter[str] = field(default_factory=Counter)
+    gathered_first: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
 
     @property
     def gathered_block(self) -> int:
-        """Bytes gathered for one block in a micro-batch: for forward, and again for backward."""
-        return 2 * self._sum_phases(self.gathered, "forward") // len(self.blocks)
+        """Bytes of a gathered block."""
+        first = self.gathered_first or self.gathered
+        return self._sum_phases(first, "forward") // len(self.blocks)
 
     @property
     def block_flops(self) -> int:
@@ -158,6 +161,8 @@ def trace_step(
                     if number:
                         tracker.relabel_phase("backward 0", "gradients", ("backward",))
                         trace.kept_gradients = tracker.live_by_purpose.get("gradients", 0)
+                        if number == 1:
+                            trace.gathered_first = trace.gathered.copy()
                         trace.gathered.clear()
                         trace.flops.clear()
                     loss = TokenObjective().compute_loss(model, batch, CPU, call)

@@ -43,7 +43,9 @@ class _RowShardEngine(SingleEngine):
         super().__init__(device)
         if config.engine.shard_base:
             mesh = build_shard_mesh(config.engine, world, device)
-            self._shards = RowShardedParameters(mesh.get_group("shard"), device)
+            self._shards = RowShardedParameters(
+                mesh.get_group("shard"), device, config.engine.keep_gathered
+            )
 
     @property
     def bytes_gathered(self) -> int:

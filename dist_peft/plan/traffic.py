@@ -8,13 +8,14 @@ nodes, each node must receive what its cards do not hold, ``B (m - 1) / m`` on `
 from dataclasses import dataclass
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.world import World
 from dist_peft.data.loader import count_micro_batches
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.resting import count_shard_ranks
 from dist_peft.plan.step_trace import StepTrace
 
-__all__ = ["Traffic", "count_rank_micro_batches", "plan_traffic"]
+__all__ = ["Traffic", "count_kept_traced", "count_rank_micro_batches", "plan_traffic"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Traffic:
     """Bytes of one optimizer step.
 
     Attributes:
-        gathered: all-gather output of a rank, in one micro-batch (padding included).
+        gathered: all-gather output of a rank (padding included), in one micro-batch: the mean over
+            those of a step, of which the first gathers what ``engine.keep_gathered`` keeps.
         card_bytes: received by a card from its neighbours and the network, in a step.
         node_bytes: received by a node from other nodes, in a step.
         reduced: gradients that a rank sends to be summed, in a step.
@@ -47,8 +49,9 @@ def plan_traffic(
     micro_batches = count_rank_micro_batches(config, cluster)
     if cluster.ranks == 1:
         return Traffic(0, 0, 0, 0, micro_batches)
-    gathered = sum(trace.gathered.values()) + (blocks - len(trace.blocks)) * trace.gathered_block
     world = cluster.make_world(config.engine)
+    first, later = _count_gathered(trace, blocks, config, world)
+    per_step = first + later * (micro_batches - 1)
     shards = count_shard_ranks(config, world)
     adapters = 0
     reduces_often = config.engine.reduce_gradients == "micro_batch"
@@ -56,17 +59,41 @@ def plan_traffic(
         reduces_often = config.engine.stage > 1
         # stage 3 gathers adapters for each micro-batch, stages 1 and 2 after an update
         adapters = 4 * trainable
-        gathered += adapters if config.engine.stage == 3 else 0
+        per_step += adapters * (micro_batches if config.engine.stage == 3 else 0)
     nodes = max(1, shards // cluster.gpus_per_node)
     replicas = cluster.ranks // shards
     reduced = 4 * trainable * (micro_batches if reduces_often else 1)
-    per_step = gathered * micro_batches + (adapters if config.engine.stage < 3 else 0)
+    gathered = per_step // micro_batches
+    per_step += adapters if config.engine.stage < 3 else 0
     across = per_step * (nodes - 1) // nodes + reduced * (nodes - 1) // nodes
     if replicas > 1 and shards <= cluster.gpus_per_node:
         # inside of a node every time, between nodes once a step
         across += 2 * 4 * trainable * (cluster.nodes - 1) // cluster.nodes
     received = (per_step + reduced) * (shards - 1) // shards
     return Traffic(gathered, received, across, reduced, micro_batches)
+
+
+def _count_gathered(
+    trace: StepTrace, blocks: int, config: RunConfig, world: World
+) -> tuple[int, int]:
+    """Return the bytes gathered in the first micro-batch of a step and in each later one."""
+    traced, block = len(trace.blocks), trace.gathered_block
+    kept = min(config.engine.keep_gathered, blocks)
+    kept_traced = count_kept_traced(kept, blocks, traced)
+    twice = 2 * block * (blocks - traced - (kept - kept_traced))  # neither kept nor traced
+    later = sum(trace.gathered.values()) + twice
+    if not trace.gathered_first:
+        first = later + block * (kept - kept_traced)
+    else:
+        first = sum(trace.gathered_first.values()) + twice + block * (kept - kept_traced)
+    if resolve_engine_kind(config.engine, world) == "zero":
+        first -= block * kept  # frozen rows are kept over steps too
+    return first, later
+
+
+def count_kept_traced(kept: int, blocks: int, traced: int) -> int:
+    """Return how many of the traced blocks, which stand for the last ones, are kept gathered."""
+    return max(0, kept - (blocks - traced))
 
 
 def count_rank_micro_batches(config: RunConfig, cluster: Cluster) -> int:

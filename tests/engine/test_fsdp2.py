@@ -29,6 +29,7 @@ from tests.support.tiny_engines import (
         (3, {}, 4, False),
         (3, {}, 2, True),
         (3, {"reduce_gradients": "step"}, 2, False),
+        (3, {"keep_gathered": 2}, 1, True),
         (2, {"shard_base": False}, 3, False),
         (4, {"shard_group": 2}, 1, False),
     ],
@@ -37,6 +38,7 @@ from tests.support.tiny_engines import (
         "3 uneven",
         "3 accumulating, recomputing",
         "3 accumulating whole gradients",
+        "3, two of three blocks kept",
         "unsharded base",
         "HSDP 2x2, accumulating",
     ],
@@ -61,6 +63,10 @@ def test_bytes_gathered_are_packed_bytes_times_passes() -> None:
     )
     for outcome in run_ranks(train, ranks, EngineConfig(), 2):
         assert outcome.gathered == [expected] * 3
+    kept = sum(padded_bytes(ranks, f"blocks.{n}.") for n in (0, 1))
+    once = expected - (2 * micro_steps - 1) * kept
+    for outcome in run_ranks(train, ranks, EngineConfig(keep_gathered=2), 2):
+        assert outcome.gathered == [once] * 3
 
 
 def _local_bytes(world: World) -> int:

@@ -56,11 +56,12 @@ class Tied(Model):
 
 
 def shard(
-    world: World, kind: type[Model], recompute: bool
+    world: World, kind: type[Model], recompute: bool, keep_gathered: int = 0
 ) -> tuple[Model, RowShardedParameters, dict[str, nn.Parameter]]:
     group = torch.distributed.group.WORLD
     assert group is not None
-    model, values, shards = kind(), whole_values(), RowShardedParameters(group, CPU)
+    model, values = kind(), whole_values()
+    shards = RowShardedParameters(group, CPU, keep_gathered)
     if recompute:
         checkpoint_block_activations(list(model.blocks))
     shards.shard_model(model, list(model.blocks))
@@ -127,6 +128,34 @@ def compute(world: World, kind: type[Model], recompute: bool) -> None:
 def test_same_numbers_as_the_whole_model(ranks: int, kind: type[Model], recompute: bool) -> None:
     """Losses and gradients bit for bit, and nothing whole at rest."""
     run_ranks(compute, ranks, kind, recompute)
+
+
+def keep_blocks(world: World) -> None:
+    """Two of three blocks stay whole and are gathered once; their rows can be replaced."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    model, shards, _ = shard(world, Model, False, keep_gathered=2)
+    gathered = []
+    for _ in range(3):
+        before = shards.bytes_gathered
+        model(batch(0)).square().mean().backward()
+        gathered.append(shards.bytes_gathered - before)
+        whole = [b.up.packed.untyped_storage().nbytes() > 0 for b in model.blocks]
+        assert whole == [True, True, False]
+    _, _, third_block, embedding, head, root = (unit.local.numel() for unit in shards._units)
+    later = world.size * (2 * third_block + embedding + 2 * head + root)
+    assert gathered[1:] == [later, later] and gathered[0] > later
+    want, _ = reference(Model)
+    assert torch.equal(model(batch(0)).square().mean().detach(), want)
+    packed = model.blocks[0].up.packed
+    zeros = torch.zeros_like(packed)[shards.local_row_span(packed).slice]
+    shards.fill_local_rows(model.blocks[0].up, "packed", zeros)
+    assert not torch.equal(model(batch(0)).square().mean().detach(), want)
+
+
+@pytest.mark.dist
+def test_kept_blocks_are_gathered_once() -> None:
+    run_ranks(keep_blocks, 2)
 
 
 def more_ranks_than_rows(world: World) -> None:

@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
@@ -48,6 +51,41 @@ def test_mask_depends_on_seed_path_step_and_sample() -> None:
     for i, a in enumerate(variants):
         for b in variants[i + 1 :]:
             assert not torch.equal(a, b)
+
+
+def test_a_longer_row_begins_with_the_same_mask() -> None:
+    long = masks(dropout(0.5), 0, [5, 6], length=50)
+    assert torch.equal(masks(dropout(0.5), 0, [5, 6], length=20), long[:, :20])
+
+
+def draw(p: float, path: str = "a.b", seed: int = 0, step: int = 0, sample: int = 0) -> Tensor:
+    """Dropped elements [512, 512] of a sample as numbers of mean 0 and variance 1."""
+    layer = dropout(p, path, seed)
+    layer.position.begin_micro_batch(step, torch.tensor([sample]))
+    dropped = layer(torch.ones(1, 512, 512))[0] == 0
+    return (dropped.double() - p) / math.sqrt(p * (1 - p))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_masks_are_like_independent_draws(p: float) -> None:
+    """Sums of independent draws have variance 1; bounds are five standard deviations or more."""
+    z, size = draw(p), 512
+    assert abs(z.sum() / size) < 5
+    assert abs(z.sum(0).square().mean() / size - 1) < 0.4  # columns; then rows
+    assert abs(z.sum(1).square().mean() / size - 1) < 0.4
+    # a structure of low rank would show as a singular value above 2, the edge of random matrices
+    assert torch.linalg.svdvals(z)[0] / math.sqrt(size) < 2.15
+    # a period or a lattice would show as a peak of the spectrum; its logarithm grows with the size
+    assert torch.fft.fft2(z).abs().square().max() / size**2 < 2.2 * math.log(size**2)
+    for down, right in ((1, 1), (1, 7), (13, 1), (64, 256)):  # corners of rectangles
+        top, bottom = z[:-down], z[down:]
+        corners = top[:, :-right] * top[:, right:] * bottom[:, :-right] * bottom[:, right:]
+        assert abs(corners.sum()) < 5 * math.sqrt(corners.numel())
+    others = [draw(p, path="a.c"), draw(p, seed=1), draw(p, step=1), draw(p, sample=1)]
+    for other in others:
+        assert abs((z * other).sum()) < 5 * size
+        for pairs in (z @ other.T, z.T @ other):  # any row with any, any column with any
+            assert abs((pairs / math.sqrt(size)).square().mean() - 1) < 0.05
 
 
 def test_the_global_stream_is_left_alone() -> None:

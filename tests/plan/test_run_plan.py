@@ -49,6 +49,7 @@ def test_one_process(base: Path) -> None:
 def test_three_ranks(base: Path) -> None:
     trees = {
         "checkpointing": odd_tree(base),
+        "three of four blocks kept": odd_tree(base, engine={"keep_gathered": 3}),
         "all activations": odd_tree(base, engine={"activation_checkpointing": False}),
     }
     measured = run_ranks(measure_steps, 3, trees)

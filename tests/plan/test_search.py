@@ -27,13 +27,14 @@ def test_changes_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(found) == [
         "train.micro_batch=2",
         "engine.shard_group=node",
+        "engine.keep_gathered=3",
         "engine.cpu_offload=params",
         "--gpus-per-node 1",
         "base.quant={kind: int, bits: 4, solver: hqq}",
         "base.quant={kind: int, bits: 3, solver: hqq}",
         "base.quant={kind: int, bits: 2, solver: hqq}",
     ]
-    needed = [found[name].needed for name in list(found)[4:]]
+    needed = [found[name].needed for name in list(found)[5:]]
     assert needed == sorted(needed, reverse=True) and len(set(needed)) == 3
     assert found["--gpus-per-node 1"].ranks == 2
     assert found["engine.cpu_offload=params"].needed < found["engine.shard_group=node"].needed
@@ -45,9 +46,9 @@ def plan_without_a_trace(planned: PlannedModel, cluster: Cluster) -> RunPlan:
     world = cluster.make_world(config.engine)
     resting = count_resting_bytes(skeleton.model, skeleton.blocks, config, world)
     phases = [PhasePeak("backward", {"activations": 1000 * config.train.micro_batch})]
-    memory = build_memory_plan(resting, phases, cluster, 0, FixedShares())
+    memory = build_memory_plan(resting, phases, cluster, FixedShares())
     nothing: Any = None
-    return RunPlan("", "", memory, resting, 0, (), nothing, nothing, None, "")
+    return RunPlan("", "", memory, resting, 0, (), nothing, nothing, None, "", 2**38)
 
 
 def test_table() -> None:

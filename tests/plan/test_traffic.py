@@ -17,7 +17,7 @@ TRACE = StepTrace((0, 1), {}, gathered=Counter({"embedding": 100, "forward 0": 4
 
 
 def test_blocks_are_gathered_twice_and_ends_as_traced() -> None:
-    assert TRACE.gathered_block == 40
+    assert TRACE.gathered_block == 20
     traffic = plan_traffic(TRACE, 10, 1000, make_config(), Cluster(1, 4, 1))
     assert traffic.gathered == 380 + 8 * 40
     assert traffic.micro_batches == count_rank_micro_batches(make_config(), Cluster(1, 4, 1)) == 8
@@ -25,6 +25,17 @@ def test_blocks_are_gathered_twice_and_ends_as_traced() -> None:
     assert traffic.node_bytes == 0
     whole = make_config(reduce_gradients="step")  # gradients are sent once a step
     assert plan_traffic(TRACE, 10, 1000, whole, Cluster(1, 4, 1)).reduced == 4000
+
+
+def test_kept_blocks_are_gathered_once_a_step() -> None:
+    """Of ten blocks eight are not traced: five, then all of them and a traced one are kept."""
+    five = plan_traffic(TRACE, 10, 1000, make_config(keep_gathered=5), Cluster(1, 4, 1))
+    later = 380 + 3 * 40
+    assert five.gathered == (8 * later + 5 * 20) // 8
+    first = Counter({"embedding": 100, "forward 0": 40, "head": 220})
+    trace = StepTrace((0, 1), {}, gathered=Counter({"head": 20}), gathered_first=first)
+    nine = plan_traffic(trace, 10, 1000, make_config(keep_gathered=9), Cluster(1, 4, 1))
+    assert nine.gathered == (360 + 8 * 20 + 7 * 20) // 8
 
 
 def test_what_crosses_nodes() -> None:

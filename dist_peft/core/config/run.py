@@ -148,6 +148,14 @@ class EngineConfig(ConfigSection):
         description="all: shard over all ranks. node or a number of ranks: shard inside groups "
         "of that size and replicate across them (HSDP).",
     )
+    keep_gathered: Int = Field(
+        0,
+        ge=0,
+        description="Number of blocks, from the first on, that stay gathered over the "
+        "micro-batches of a step (fsdp2) or for good (zero), instead of being gathered twice a "
+        "micro-batch; each takes a whole block of memory. dist-peft plan --search proposes how "
+        "many fit.",
+    )
     reduce_gradients: Literal["micro_batch", "step"] = Field(
         "micro_batch",
         description="fsdp2: micro_batch: sum the adapters' gradients over ranks after each "
