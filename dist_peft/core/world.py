@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
+from dist_peft.core.machine import raise_open_file_limit
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from dist_peft.core.stop_signals import StopRequested, is_stop_requested
 
@@ -102,6 +103,7 @@ class World(LaunchInfo):
             )
         if self.size == 1 or dist.is_initialized():
             return
+        raise_open_file_limit()
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)

@@ -5,6 +5,17 @@
 # Submit from the root of the repository (or set DIST_PEFT_ROOT). PYTHON names the interpreter
 # (default: python of the submitting shell's PATH). Options added by a script are in ENGINE.
 
+# -- signals --------------------------------------------------------------------------------------
+# SLURM signals this shell before the time limit (--signal=B:USR1@SECONDS), at once where --time is
+# shorter than SECONDS, and sends TERM to a job that is preempted or cancelled. Both are passed on to
+# srun and so to the ranks, which finish their step or their piece of the start-up, write a checkpoint
+# where there is progress, and exit with 75. --signal=USR1@SECONDS, without B:, goes to the ranks
+# directly. The traps come first: without them a signal would end the job for good.
+step= early=
+pass_on() { if [ -n "$step" ]; then kill -"$1" "$step" 2>/dev/null; else early=$1; fi; }
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
 CONFIG=${1:?usage: sbatch SCRIPT CONFIG [key.sub=value ...]}
 shift
 cd "${DIST_PEFT_ROOT:-$SLURM_SUBMIT_DIR}" || exit 1
@@ -32,27 +43,31 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # a container goes into this line (uncomment one):
 #   pyxis:     srun --container-image=IMAGE.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD" ...
 #   apptainer: srun ... apptainer exec --nv --bind "$PWD" IMAGE.sif python launch/train.py ...
-srun --kill-on-bad-exit=1 \
-    "${PYTHON:-python}" launch/train.py --config "$CONFIG" ${ENGINE:-} "$@" &
-step=$!
-
-# SLURM signals before the time limit (--signal=B:USR1@SECONDS: this shell). Pass it on: the ranks
-# finish their step, write a checkpoint and exit with 75. --signal=USR1@SECONDS, without B:, goes to
-# the ranks directly and needs no trap.
-trap 'kill -USR1 $step' USR1
-trap 'kill -TERM $step' TERM
-wait $step
-code=$?
-while kill -0 $step 2>/dev/null; do # a trapped signal ends "wait" early
+code=75
+if [ -z "$early" ]; then
+    srun --kill-on-bad-exit=1 \
+        "${PYTHON:-python}" launch/train.py --config "$CONFIG" ${ENGINE:-} "$@" &
+    step=$!
+    [ -z "$early" ] || kill -"$early" $step
     wait $step
     code=$?
-done
-
-# 75: stopped on the signal after a checkpoint. The same job goes back to the queue, and the same
-# command resumes from save.dir (resume: auto): no job array and no chain of dependent jobs. A job
-# that was cancelled ends in the same way, but is no longer RUNNING and stays cancelled.
-if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    echo "stopped with a checkpoint; requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+    while kill -0 $step 2>/dev/null; do # a trapped signal ends "wait" early
+        wait $step
+        code=$?
+    done
 fi
+
+# 75: stopped on the signal. The same job goes back to the queue, and the same command resumes from
+# save.dir (resume: auto): no job array and no chain of dependent jobs. 138 and 143 (128 + USR1, TERM)
+# mean the same: the signal came before srun or Python could note it. A job that was cancelled ends in
+# the same way, but is no longer RUNNING and stays cancelled. Where --time is too short for the start,
+# no restart would get further: there is a limit.
+case $code in 75 | 138 | 143) ;; *) exit "$code" ;; esac
+[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
+if [ "${SLURM_RESTART_COUNT:-0}" -ge "${DIST_PEFT_MAX_RESTARTS:-100}" ]; then
+    echo "stopped on a signal after $SLURM_RESTART_COUNT restarts (DIST_PEFT_MAX_RESTARTS): not requeued"
+    exit "$code"
+fi
+echo "stopped on a signal (exit code $code); requeueing job $SLURM_JOB_ID"
+scontrol requeue "$SLURM_JOB_ID"
 exit "$code"
