@@ -1,7 +1,7 @@
 """A fault in a command's own process, at a random moment of one of its phases.
 
 A moment is a number: the n-th call, within the phase, of a function of this package or of a file
-operation. An undisturbed run counts them (``Fault.kind`` "none"), so that a drawn number falls
+operation. An undisturbed run can count them (``Fault.kind`` "count"), so that a drawn number falls
 anywhere in the phase. A number that is not reached fires when the phase ends.
 """
 
@@ -50,7 +50,7 @@ class Fault:
     """A fault of one process.
 
     Attributes:
-        kind: none (count moments), kill, stop, signal or full.
+        kind: none, count (of moments), kill, stop, signal or full.
         phase: one of the phases above.
         rank: the process that is hit; the others run undisturbed.
         moment: number within the phase, from 0.
@@ -96,7 +96,8 @@ class FaultInjector:
 
     def arm(self, verb: str) -> None:
         """Watch this process from its first command on."""
-        if self.fault.kind != "none" and self.fault.rank != self.rank:
+        counts = self.fault.kind == "count"
+        if self.fault.kind == "none" or not (counts or self.fault.rank == self.rank):
             return
         self._watch(cli, "main", VERB_PHASES[verb])
         leave = os._exit
@@ -130,7 +131,7 @@ class FaultInjector:
 
     def _end_phase(self, phase: str) -> None:
         sys.setprofile(None)
-        if self.fault.kind == "none":
+        if self.fault.kind == "count":
             (self.notes / f"moments-{self.rank}.json").write_text(json.dumps(self.counts))
         elif phase == self.fault.phase and phase in LAST_CHANCE:
             self._strike()  # the moment was not reached
@@ -142,7 +143,7 @@ class FaultInjector:
 
     def _set_profile(self) -> None:
         stack = self._get_stack()
-        wanted = self.fault.kind == "none" or (stack and stack[-1] == self.fault.phase)
+        wanted = self.fault.kind == "count" or (stack and stack[-1] == self.fault.phase)
         sys.setprofile(self._note_call if stack and wanted and not self._struck else None)
 
     def _note_call(self, frame: FrameType, event: str, arg: Any) -> None:
@@ -159,7 +160,7 @@ class FaultInjector:
         if own:
             phase = self._get_stack()[-1]
             self.counts[phase] += 1
-            if self.fault.kind != "none" and self.counts[phase] > self.fault.moment:
+            if self.fault.kind != "count" and self.counts[phase] > self.fault.moment:
                 self._strike()
 
     def _strike(self) -> None:

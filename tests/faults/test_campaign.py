@@ -6,20 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import KINDS, PHASES, EndCheck, draw_trials, format_row, run_campaign
+from tests.faults.campaign import (
+    KINDS,
+    PHASES,
+    EndCheck,
+    draw_trials,
+    format_row,
+    measure_children_cpu,
+    run_campaign,
+)
 from tests.faults.injection import Fault
 from tests.faults.processes import Ended
 from tests.faults.workloads import Job, compare_results, find_leftovers
 
-TRIALS, SEED = 12, 3
+TRIALS, SEED = 12, 27
 
 
 @pytest.mark.dist
 def test_nothing_is_lost(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     trials = draw_trials(TRIALS, SEED, most_ranks=2)
-    outcomes = list(run_campaign(trials, tmp_path / "campaign", jobs=3))
-    print("\n".join(map(format_row, outcomes)))
+    outcomes = list(run_campaign(trials, tmp_path / "campaign", jobs=3, count=False))
+    print("\n".join(map(format_row, outcomes)), f"{measure_children_cpu():.0f} s CPU", sep="\n")
     assert {o.trial.faults[0].phase for o in outcomes} == set(PHASES)
     assert {o.trial.faults[0].kind for o in outcomes} == set(KINDS)
     problems = [f"{format_row(o)}\n{problem}" for o in outcomes for problem in o.problems]

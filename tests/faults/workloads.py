@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny_runs import GPTQ, save_base, save_config, save_records, tiny_tree
+from tests.support.export_runs import llama, save_tokenizer
+from tests.support.tiny_models import save_model
+from tests.support.tiny_runs import GPTQ, save_config, save_records, tiny_tree
 
 __all__ = ["STEPS", "Job", "Material", "find_leftovers", "read_result"]
 
-STEPS = 4
+STEPS = 3
 
 VARYING = {"tokens_per_s", "seconds", "mem_peak", "bytes_gathered"}
 """Metrics that equal runs need not have in common. DeepSpeed keeps gathered parameters for longer
@@ -57,6 +59,13 @@ class Job:
         return " ".join(part for part in parts if part)
 
 
+def _save_base(directory: Path) -> Path:
+    """A tiny Llama with a byte-level BPE tokenizer, which all formats know."""
+    save_model(llama(), directory)
+    save_tokenizer(directory)
+    return directory
+
+
 class Material:
     """Base, data and configurations, made once in ``directory``."""
 
@@ -71,13 +80,13 @@ class Material:
             train__eval_every=2,
             save__keep_best=True,
         )
+        tree["data"] |= {"seq_len": 48}
+        tree["base"]["path"] = str(_save_base(directory / "bpe"))
         self.train = save_config(directory, tree)
         solved = directory / "solved"
         solved.mkdir()
         tree["data"] |= {"train": [str(save_records(solved / "train.jsonl", 30, 10))]}
-        tree["data"] |= {"seq_len": 32}
         tree["base"] |= {"quant": GPTQ, "compute_dtype": "bfloat16"}
-        tree["base"]["path"] = str(save_base(solved / "base"))
         self.solve = save_config(solved, tree)
 
     def build_arguments(self, job: Job, place: Path, *, overwrite: bool = False) -> list[str]:
