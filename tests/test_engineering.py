@@ -131,6 +131,7 @@ ALLOWED = {
     "torch.distributed": (
         "core/world",
         "core/rendezvous",
+        "core/flight_recorder",
         "core/agreement",
         "engine/",
         "train/checkpoint",

@@ -12,15 +12,19 @@ import logging
 import os
 import re
 import sys
-from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
 
+from dist_peft.app.out_of_memory import describe_out_of_memory
+from dist_peft.app.stall_exit import allow_stall_exit
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import FILE_ONLY, get_log_directory, write_traceback
+from dist_peft.core.log import (
+    FILE_ONLY,
+    append_log_line,
+    get_log_directory,
+    write_traceback,
+)
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested, get_interrupt_exit_code
-from dist_peft.core.world import RemoteError, RendezvousError, World
+from dist_peft.core.world import RemoteError, RendezvousError, World, close_stall_watch
 from dist_peft.export.verdict import VerificationError
 from dist_peft.train.run_state import set_run_state
 
@@ -33,6 +37,14 @@ def run_command(args: argparse.Namespace) -> int:
     Args:
         args: of ``app.cli.build_verb_parser``: ``verb``, ``run`` and the verb's own options.
     """
+    with allow_stall_exit():
+        try:
+            return _run_until_exit(args)
+        finally:
+            close_stall_watch()
+
+
+def _run_until_exit(args: argparse.Namespace) -> int:
     world = World()
     try:
         world = replace(World.detect_world(), command=_describe_command(args))
@@ -66,16 +78,19 @@ def _report_failure(error: Exception, world: World) -> None:
     """Write the traceback of an unexpected error, then one line that says what failed."""
     run_dir = get_log_directory()
     file = write_traceback(error, world.rank)
-    explanation = world.explain_failure(error)
     first = next(iter(str(error).strip().splitlines()), "")
     cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    cause = describe_out_of_memory(error) or cause
+    explanation = world.explain_failure(error)
+    if explanation is None:
+        world.announce_failure(cause)
     line = explanation or f"{_name_rank(world)}failed: {cause}"
     if file is not None:
         line += f" (traceback: {file})"
     if run_dir is not None and (world.is_first or _names_first_rank(explanation)):
         set_run_state(run_dir, "failed", line)
         if not world.is_first:
-            _append_to_log(run_dir / "log.txt", line)
+            append_log_line(run_dir / "log.txt", line)
     _report_end(line)
 
 
@@ -83,12 +98,6 @@ def _names_first_rank(explanation: str | None) -> bool:
     """Return whether rank 0, which writes log.txt, is among the ranks that gave no sign of life."""
     silent = (explanation or "").rpartition(" from ")[2]
     return re.search(r"\brank 0\b|\branks 0\b", silent) is not None
-
-
-def _append_to_log(file: Path, line: str) -> None:
-    now = datetime.now()
-    with suppress(OSError), file.open("a", encoding="utf-8") as log_file:
-        log_file.write(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} ERROR {line}\n")
 
 
 def _name_rank(world: World) -> str:

@@ -25,6 +25,7 @@ from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.block_beats import mark_block_progress
 from dist_peft.engine.engine_protocol import OptimizerFactory, local_parameters
 from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.model.base_hashes import build_row_hashes
@@ -200,6 +201,7 @@ def load_weights(
     engine = make_engine(config.engine, config.train, world, device)
     if config.engine.activation_checkpointing:
         checkpoint_block_activations(skeleton.blocks)
+    mark_block_progress(skeleton.blocks)
     engine.shard_model(model, skeleton.blocks)
     hashes = build_row_hashes(skeleton)
     with RowReader(skeleton.index, hashes) as reader:

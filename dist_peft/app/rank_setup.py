@@ -2,7 +2,9 @@
 
 import torch
 
+from dist_peft.app.out_of_memory import remember_memory_options
 from dist_peft.app.run_identity import flatten_rank_config
+from dist_peft.app.stall_exit import get_stall_handler
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.world import World
 from dist_peft.model.hub import download_base
@@ -18,8 +20,13 @@ def join_ranks(config: RunConfig, world: World) -> torch.device:
             different configurations; names the keys.
     """
     device = world.select_device(config.train.device)
+    remember_memory_options(config)
     world.join_process_group(
-        device, config.engine.timeout_minutes, config.engine.start_timeout_minutes
+        device,
+        config.engine.timeout_minutes,
+        config.engine.start_timeout_minutes,
+        stall_seconds=config.engine.stall_seconds,
+        on_stall=get_stall_handler(world),
     )
     world.check_agreement("configuration", flatten_rank_config(config, world))
     return device

@@ -32,6 +32,7 @@ from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.log import setup_log
+from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested
 from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
@@ -211,7 +212,8 @@ def _run_trainer(
     elif done < trainer.total_steps or trainer.evaluation_stopped:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
         return True
-    trainer.finish_run()
+    with enter_phase("write the results", SETUP_PATIENCE):
+        trainer.finish_run()
     return False
 
 

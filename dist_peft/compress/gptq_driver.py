@@ -38,6 +38,7 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
+from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
 from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
 from dist_peft.data.documents import SequenceSet
@@ -126,7 +127,8 @@ def solve_gptq_codes(
         StopRequested: ``stop`` returned true.
         UserError: on every rank: non-finite activations or a Hessian that cannot be factored.
     """
-    with RowReader(skeleton.index) as reader, return_freed_memory():
+    patience = enter_phase("GPTQ", 2 * SETUP_PATIENCE)  # for one matrix, not for all of them
+    with RowReader(skeleton.index) as reader, return_freed_memory(), patience:
         _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks(solved)
 
 

@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["FILE_ONLY", "ONCE", "close_log", "get_log_directory", "setup_log", "write_traceback"]
+__all__ = [
+    "FILE_ONLY",
+    "ONCE",
+    "append_log_line",
+    "close_log",
+    "get_log_directory",
+    "setup_log",
+    "write_traceback",
+]
 
 FILE_ONLY = {"file_only": True}
 """Pass as ``extra`` to keep a record off the terminal."""
@@ -111,6 +119,13 @@ def write_traceback(error: BaseException, rank: int) -> Path | None:
             return file
     sys.stderr.write(text)
     return None
+
+
+def append_log_line(file: Path, line: str) -> None:
+    """Append an error to a ``log.txt`` that this process has not opened: its rank 0 has ended."""
+    now = datetime.now()
+    with suppress(OSError), file.open("a", encoding="utf-8") as log_file:
+        log_file.write(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} ERROR {line}\n")
 
 
 class _TerminalHandler(logging.Handler):

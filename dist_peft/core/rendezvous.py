@@ -118,27 +118,14 @@ class Rendezvous:
         topic = f"same/{self._topics}"
         return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
 
-    def name_silent_ranks(self) -> str:
-        """Return the ranks without a heartbeat for a few intervals as text; empty if there are
-        none."""
-        try:
-            before = self._read_heartbeats()
-            time.sleep(4 * PULSE_SECONDS)
-            still = [
-                r
-                for r, (a, b) in enumerate(zip(before, self._read_heartbeats(), strict=True))
-                if a == b
-            ]
-        except RuntimeError:  # the store is gone with rank 0
-            still = [0]
-        return ", ".join(f"rank {r} on {self.hosts[r]}" for r in still if r != self._rank)
-
-    def _read_heartbeats(self) -> list[int]:
-        return [self.store.add(f"pulse/{r}", 0) for r in range(len(self.hosts))]
+    @property
+    def background_store(self) -> dist.Store:
+        """Another connection to ``store``, for threads: a frozen server blocks its caller."""
+        return self._own_store
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(2.0)  # it may be blocked: a frozen server answers nothing
 
 
 def join_rendezvous(

@@ -19,17 +19,25 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
+<<<<<<< HEAD
 from dist_peft.core.machine import raise_open_file_limit
+=======
+from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, wait_for_ranks
+>>>>>>> stall
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
+from dist_peft.core.stall_watch import StallReport, StallWatch
 from dist_peft.core.stop_signals import StopRequested, is_stop_requested
 
-__all__ = ["RemoteError", "RendezvousError", "World"]
+__all__ = ["RemoteError", "RendezvousError", "StallReport", "World", "close_stall_watch"]
 
 
 T = TypeVar("T")
 
 _meeting: Rendezvous | None = None
 """The rendezvous of this process; one a process, as torch's process group."""
+
+_watch: StallWatch | None = None
+"""Watches the progress of this process and of the other ranks."""
 
 _VERSIONS = ("dist_peft", "torch", "transformers", "tokenizers")
 """Distributions that must be of one version on every rank."""
@@ -82,6 +90,9 @@ class World(LaunchInfo):
         device: torch.device,
         timeout_minutes: float = 30.0,
         start_timeout_minutes: float = 10.0,
+        *,
+        stall_seconds: float = 0.0,
+        on_stall: Callable[[StallReport], None] | None = None,
     ) -> None:
         """Meet the other ranks and join the process group (NCCL on CUDA with gloo for CPU
         tensors, gloo elsewhere).
@@ -89,6 +100,8 @@ class World(LaunchInfo):
         Args:
             timeout_minutes: the longest wait in one collective, later.
             start_timeout_minutes: the longest wait for all ranks to come, now.
+            stall_seconds: the longest time without progress (``core.progress_beat``); 0: no limit.
+            on_stall: called from a thread after it; ends the process. None: nothing is called.
 
         Raises:
             RendezvousError: a rank is missing, the address is wrong, or ranks of another run or
@@ -101,26 +114,33 @@ class World(LaunchInfo):
                 "an allocation of several tasks or nodes alone; start it with srun (srun -n 1 "
                 "for one process), torchrun or mpirun"
             )
-        if self.size == 1 or dist.is_initialized():
+        if dist.is_initialized():
+            return
+        global _meeting, _watch
+        if self.size == 1:
+            if on_stall is not None and stall_seconds:
+                close_stall_watch()
+                _watch = StallWatch(0, [self.host], None, stall_seconds, on_stall)
             return
         raise_open_file_limit()
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
-        global _meeting
-        _meeting = join_rendezvous(
-            self,
-            start_timeout_minutes * 60,
-            self.build_run_token(device),
-            read_device_uuid(device) if cuda else "",
-        )
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=_meeting.store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        uuid = read_device_uuid(device) if cuda else ""
+        token = self.build_run_token(device)
+        _meeting = join_rendezvous(self, start_timeout_minutes * 60, token, uuid)
+        store = _meeting.background_store
+        _watch = StallWatch(self.rank, _meeting.hosts, store, stall_seconds, on_stall)
+        with enter_phase("connect the ranks", SETUP_PATIENCE):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=_meeting.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(minutes=timeout_minutes),
+                # NCCL connects at once, and splits this communicator for groups of fewer ranks
+                device_id=device if cuda else None,
+            )
 
     def build_run_token(self, device: torch.device) -> dict[str, str]:
         """Return the facts that identify this run at the rendezvous, equal on every rank. The
@@ -131,6 +151,7 @@ class World(LaunchInfo):
 
     def leave_process_group(self) -> None:
         global _meeting
+        close_stall_watch()
         if dist.is_initialized():
             dist.destroy_process_group()
         if _meeting is not None:
@@ -140,15 +161,26 @@ class World(LaunchInfo):
     def explain_failure(self, error: Exception) -> str | None:
         """Identify the rank that failed; None if ``error`` is not a failed collective.
 
-        Takes some seconds to wait for heartbeats of the other ranks.
+        Takes some seconds, in which ranks that live give a sign of life.
         """
         broken = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if _meeting is None or not broken:
+        if _watch is None or _meeting is None or not broken:
             return None
-        silent = _meeting.name_silent_ranks()
-        if not silent:
-            return None
-        return f"rank {self.rank} on {self.host} lost its peers: no sign of life from {silent}"
+        with wait_for_ranks():
+            silent, other = _watch.explain_silence()
+        if silent:
+            return f"rank {self.rank} on {self.host} lost its peers: no sign of life from {silent}"
+        return f"rank {self.rank} on {self.host} stops: {other}" if other else None
+
+    def announce_failure(self, reason: str) -> None:
+        """Tell the other ranks why this one fails; it ends afterwards."""
+        if _watch is not None:
+            _watch.close(reason)
+
+    @property
+    def rank_hosts(self) -> Sequence[str]:
+        """The host of each rank, by the host's own name; empty before the rendezvous."""
+        return () if _meeting is None else _meeting.hosts
 
     # -- agreement -----------------------------------------------------------------------------
 
@@ -177,7 +209,7 @@ class World(LaunchInfo):
     def barrier(self) -> None:
         """Wait for all ranks: an all-reduce of a CPU byte works on every backend."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(1, dtype=torch.uint8))
+            _all_reduce(torch.zeros(1, dtype=torch.uint8))
 
     def check_agreement(
         self, subject: str, values: Mapping[str, object], timeout_minutes: float = 30.0
@@ -195,7 +227,8 @@ class World(LaunchInfo):
         if self.size == 1:
             return
         assert _meeting is not None, "connect() comes first"
-        difference = _meeting.find_disagreement(values, timeout_minutes * 60)
+        with enter_phase(f"compare the {subject}"), wait_for_ranks():
+            difference = _meeting.find_disagreement(values, timeout_minutes * 60)
         if difference:
             raise UserError(
                 f"the ranks of this run do not have the same {subject}: {difference}. Give every "
@@ -208,7 +241,8 @@ class World(LaunchInfo):
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        with wait_for_ranks():
+            dist.all_gather(parts, mine)
         return [part.tolist() for part in parts]
 
     def any_rank(self, flag: bool) -> bool:
@@ -216,7 +250,7 @@ class World(LaunchInfo):
         if self.size == 1:
             return flag
         value = torch.tensor([int(flag)])
-        dist.all_reduce(value, dist.ReduceOp.MAX)
+        _all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
     def sum_over_ranks(self, *values: float) -> list[float]:
@@ -224,7 +258,7 @@ class World(LaunchInfo):
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        _all_reduce(total)
         return [float(v) for v in total]
 
     def max_over_ranks(self, *values: float) -> list[float]:
@@ -232,7 +266,7 @@ class World(LaunchInfo):
         if self.size == 1:
             return list(values)
         most = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        _all_reduce(most, dist.ReduceOp.MAX)
         return [float(v) for v in most]
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
@@ -241,13 +275,14 @@ class World(LaunchInfo):
         A collective: all ranks come, with equal shapes and types.
         """
         if self.size > 1:
-            dist.all_reduce(tensor)
+            _all_reduce(tensor)
 
     def broadcast_tensor(self, tensor: Tensor, source: int) -> None:
         """Copy the tensor of rank ``source`` to every rank, in place."""
         assert tensor.is_contiguous()  # the received tensor is laid out so
         if self.size > 1:
-            dist.broadcast(tensor, source)
+            with wait_for_ranks():
+                dist.broadcast(tensor, source)
 
     @contextmanager
     def raise_together(self, phase: str, *, is_slow: bool = False) -> Iterator[None]:
@@ -265,7 +300,8 @@ class World(LaunchInfo):
         """
         failure: Exception | None = None
         try:
-            yield
+            with enter_phase(phase, 2 * SETUP_PATIENCE if is_slow else 1.0):
+                yield
         except Exception as error:
             failure = error
         if self.size == 1:
@@ -273,12 +309,14 @@ class World(LaunchInfo):
                 raise failure
             return
         if is_slow and _meeting is not None:
-            _meeting.wait_for_all(phase)
+            with wait_for_ranks():
+                _meeting.wait_for_all(phase)
         if not self.any_rank(failure is not None):
             return
         mine = None if failure is None else (_classify_failure(failure), str(failure))
         everyone: list[tuple[str, str] | None] = [None] * self.size
-        dist.all_gather_object(everyone, mine)
+        with wait_for_ranks():
+            dist.all_gather_object(everyone, mine)
         failed = {r: entry for r, entry in enumerate(everyone) if entry is not None}
         first = min(failed, key=lambda r: (failed[r][0] == "stop", r))
         if first == self.rank and failure is not None:
@@ -320,6 +358,19 @@ class World(LaunchInfo):
         with self.raise_together(phase):
             if self.is_first:
                 action()
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    with wait_for_ranks():
+        dist.all_reduce(tensor, operation)
+
+
+def close_stall_watch() -> None:
+    """Watch this process no longer."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
 
 
 def read_device_uuid(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from dist_peft.core.progress_beat import start_step_phase
 from dist_peft.data.order import PoolOrder, SequenceOrder
 from dist_peft.data.packing import IGNORE
 
@@ -187,6 +188,7 @@ class Loader(ABC, Generic[BatchT]):
         """
         if index < 0:
             raise IndexError(f"step {index}")
+        start_step_phase(index + 1, "read data")
         chosen = self.list_step_rows(index)
         return self._make_batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 

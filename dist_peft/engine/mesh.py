@@ -1,8 +1,12 @@
 """Which ranks share the rows, and which modules are gathered as units of their own."""
 
+import itertools
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
@@ -14,14 +18,71 @@ __all__ = ["build_shard_mesh", "count_shards", "list_end_modules"]
 def build_shard_mesh(config: EngineConfig, world: World, device: torch.device) -> DeviceMesh:
     """A mesh with dimension ``shard``, or ``replicate`` x ``shard`` (HSDP).
 
+    Its groups have the time limit of the default group, ``engine.timeout_minutes``: groups that
+    ``init_device_mesh`` makes have torch's own, 30 minutes with gloo and 10 with NCCL.
+
     Raises:
-        UserError: ``engine.shard_group`` does not divide the number of ranks.
+        UserError: ``engine.shard_group`` does not divide the number of ranks, or is ``node`` and
+            ranks that would share rows are on several hosts.
     """
+    if config.shard_group == "node":
+        _check_node_groups(world)
     size = count_shards(config, world)
+    default = dist.group.WORLD
+    assert default is not None, "the ranks have not joined"
     if size == world.size:
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    shape = (world.size // size, size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return DeviceMesh.from_group(default, device.type, mesh_dim_names=("shard",))
+    ranks = torch.arange(world.size, dtype=torch.int).view(-1, size)
+    limit = timedelta(minutes=config.timeout_minutes)
+    groups = [
+        _make_own_group(lines.tolist(), world.rank, limit, f"mesh_{name}")
+        for name, lines in (("replicate", ranks.T), ("shard", ranks))
+    ]
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
+
+
+def _make_own_group(
+    ranks_of_groups: list[list[int]], rank: int, limit: timedelta, name: str
+) -> dist.ProcessGroup:
+    """Make the groups of one dimension of the mesh, on every rank, and return that of ``rank``.
+
+    With NCCL each is split from the communicator that ``World.join_process_group`` has connected.
+    """
+    own: dist.ProcessGroup | None = None
+    for ranks in ranks_of_groups:
+        made = dist.new_group(ranks, timeout=limit, group_desc=name)
+        own = made if rank in ranks else own
+    assert own is not None
+    return own
+
+
+def _check_node_groups(world: World) -> None:
+    """Check that ``world.local_size`` consecutive ranks at a time are all ranks of a host.
+
+    Raises:
+        UserError: on every rank: they are not.
+    """
+    hosts = world.rank_hosts
+    runs = [(host, len(list(run))) for host, run in itertools.groupby(hosts)]
+    if len(runs) > len(set(hosts)):
+        places = ", ".join(f"rank {r} on {host}" for r, host in enumerate(hosts[:4]))
+        raise UserError(
+            "engine.shard_group: node shards over the ranks of a host, which must be consecutive; "
+            f"here the launcher has dealt ranks to hosts in turn ({places}, ...). Start them host "
+            "by host (srun --distribution=block, mpirun --map-by slot), or give a number"
+        )
+    if len({count for _, count in runs}) > 1:
+        counts = ", ".join(f"{count} on {host}" for host, count in runs[:4])
+        raise UserError(
+            "engine.shard_group: node needs equally many ranks on every host; here there are "
+            f"{counts}. Start as many on each, or use engine.shard_group: all"
+        )
+    if runs and runs[0][1] % world.local_size:
+        raise UserError(
+            f"engine.shard_group: node takes {world.local_size} ranks, which the launcher calls "
+            f"those of a host, and {hosts[0]} has {runs[0][1]}; give a number instead"
+        )
 
 
 def count_shards(config: EngineConfig, world: World) -> int:

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.core.progress_beat import enter_phase
 from dist_peft.model.hub_download import download_snapshot
 
 __all__ = [
@@ -101,7 +103,8 @@ def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
             "of a model, or a hub id as org/name"
         )
     try:
-        return download_snapshot(base.path, base.revision, weights=weights)
+        with enter_phase("download", math.inf):  # the hub's client has time limits of its own
+            return download_snapshot(base.path, base.revision, weights=weights)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.progress_beat import mark_progress
 from dist_peft.core.span import Span
 from dist_peft.core.stop_signals import StopRequested, raise_if_stop_requested
 from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
@@ -85,6 +86,7 @@ def load_model(
     wrappers = {id(m.base): m for m in model.modules() if isinstance(m, InitializesFromBase)}
     failure: Exception | None = None
     for done, (first, *others) in enumerate(_list_parameter_uses(model).values(), 1):
+        mark_progress()
         span = placement.local_row_span(first.parameter)
         wrapper = wrappers.get(id(first.owner)) if first.is_packed_weight else None
         rows: Tensor | WeightRows = torch.empty(0)

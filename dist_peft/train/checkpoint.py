@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
 from dist_peft.core.world import World
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.store.fileio import sync_directory
@@ -95,6 +96,7 @@ class CheckpointManager:
 
     # -- writing -------------------------------------------------------------------------------
 
+    @enter_phase("checkpoint", SETUP_PATIENCE)
     def save_checkpoint(
         self,
         state: Mapping[str, Tensor | FlatShard],
@@ -144,6 +146,7 @@ class CheckpointManager:
         """Whether the write in flight has ended with an error, which ``finish_writing`` raises."""
         return self._in_flight is not None and self._in_flight.has_failed
 
+    @enter_phase("checkpoint", SETUP_PATIENCE)
     def finish_writing(self) -> None:
         """Wait for the write in flight. All ranks call it, and all raise its error."""
         write, self._in_flight = self._in_flight, None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, mark_progress
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
@@ -82,8 +83,9 @@ def evaluate_model(
     """
     rows = loader.rows
     sums: Tensor | None = None  # [tasks, statistics]
-    with inference_mode(model):
+    with inference_mode(model), enter_phase("evaluation", SETUP_PATIENCE):
         for batch in loader.load_all_sequential():
+            mark_progress()
             world.raise_if_stop_requested()
             statistics = objective.compute_row_statistics(model, batch, engine.device)
             if sums is None:

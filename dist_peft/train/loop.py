@@ -19,6 +19,7 @@ from torch import nn
 
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.errors import UserError
+from dist_peft.core.progress_beat import mark_progress, start_step_phase
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
@@ -55,7 +56,9 @@ class TrainingStep:
             The mean loss over the step's targets in nats, the same on every rank.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        start_step_phase(step + 1, "forward and backward")
         for number, batch in enumerate(batches):
+            mark_progress()
             self.adapter.begin_micro_batch(step, batch.sample_ids)
             loss = self.objective.compute_loss(self.model, batch, self.engine.device, self.call)
             total += loss.detach().double()  # read once a step: no wait for the device here
@@ -75,6 +78,7 @@ class TrainingStep:
             UserError: on every rank: the loss or a gradient is not finite. The adapters are then
                 as the last good step left them.
         """
+        start_step_phase(step + 1, "update")
         norm = self.engine.step(lr, max_grad_norm) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(

@@ -66,16 +66,26 @@ class _Current:
 
 
 _current: _Current | None = None
+_is_sealed = False
 _noted_step = 0
 """Of ``note_step``, also on ranks that write no state unless the first rank is killed."""
 
 
-def set_run_state(run_dir: Path, state: StateName, reason: str = "") -> None:
+def set_run_state(
+    run_dir: Path, state: StateName, reason: str = "", *, is_last: bool = False
+) -> None:
     """Write the state of the run in ``run_dir``, from one rank, with the step noted last.
 
     A run directory that cannot be written any more is no error: this is called when a run ends.
+
+    Args:
+        is_last: the process is about to be ended from a thread: calls of the main thread change
+            nothing any more.
     """
-    global _current, _noted_step
+    global _current, _noted_step, _is_sealed
+    if _is_sealed:
+        return
+    _is_sealed = is_last
     if _current is None or _current.run_dir != run_dir or state == "running":
         first = _read_step(run_dir)
         if state == "running":

@@ -12,7 +12,7 @@ from tests.support.tiny_runs import tiny_tree
 
 
 def test_ranks_join_before_they_compare(tmp_path: Path) -> None:
-    engine = {"timeout_minutes": 3, "start_timeout_minutes": 2}
+    engine = {"timeout_minutes": 3, "start_timeout_minutes": 2, "stall_seconds": 7}
     config = parse_config(tiny_tree(tmp_path, engine=engine))
     calls = mock.Mock()
     with (
@@ -22,5 +22,6 @@ def test_ranks_join_before_they_compare(tmp_path: Path) -> None:
         assert join_ranks(config, World()) == torch.device("cpu")
     assert [name for name, _, _ in calls.mock_calls] == ["join", "agree"]
     assert calls.join.call_args.args == (torch.device("cpu"), 3, 2)
+    assert calls.join.call_args.kwargs == {"stall_seconds": 7, "on_stall": None}
     name, values = calls.agree.call_args.args
     assert name == "configuration" and values["engine.timeout_minutes"] == 3

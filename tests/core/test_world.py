@@ -6,11 +6,13 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dist_peft.core import world as world_module
 from dist_peft.core.errors import UserError
 from dist_peft.core.stop_signals import StopRequested, catch_stop_signals
 from dist_peft.core.world import RemoteError, RendezvousError, World
@@ -162,6 +164,28 @@ def test_unreachable_master_is_named() -> None:
 def test_batch_script_outside_of_srun_is_refused() -> None:
     with pytest.raises(UserError, match="outside of srun"):
         World(launcher="sbatch").join_process_group(torch.device("cpu"))
+
+
+def test_cuda_ranks_connect_at_once_to_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of fewer ranks are then split from the same communicator."""
+    calls = mock.Mock()
+    monkeypatch.setattr(world_module, "join_rendezvous", calls.meet)
+    monkeypatch.setattr(world_module, "StallWatch", calls.watch)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
+    monkeypatch.setattr(world_module, "read_device_uuid", calls.read_uuid)
+    monkeypatch.setattr(dist, "init_process_group", calls.init)
+    world, device = World(1, 2, 1, 2, "torchrun", "127.0.0.1", 9), torch.device("cuda", 1)
+    try:
+        world.join_process_group(device, timeout_minutes=3, stall_seconds=7, on_stall=print)
+        assert calls.init.call_args.args == ("cpu:gloo,cuda:nccl",)
+        given = calls.init.call_args.kwargs
+        assert given["device_id"] == device and given["timeout"] == timedelta(minutes=3)
+        background = calls.meet.return_value.background_store
+        hosts = calls.meet.return_value.hosts
+        calls.watch.assert_called_once_with(1, hosts, background, 7, print)
+    finally:
+        world.leave_process_group()
+    calls.watch.return_value.close.assert_called_once_with()
 
 
 def _die_or_explain(world: World) -> str | None:

@@ -32,7 +32,7 @@ def run_ranks(
     if size == 1:
         return [function(World(), *args)]
     note_process("ranks")
-    context = _context()
+    context = make_process_context()
     port = free_port()
     children = []
     for rank in range(size):
@@ -65,7 +65,8 @@ def run_ranks(
     return [value for _, value in results]
 
 
-def _context() -> BaseContext:
+def make_process_context() -> BaseContext:
+    """Return where ranks are forked from (spawned, with CUDA)."""
     if torch.cuda.is_available():  # CUDA, once asked for its devices, does not survive a fork
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
@@ -112,8 +113,8 @@ def call_in_process(function: Callable[..., Any], *args: Any, timeout: float = 1
     Its error is raised here with its traceback.
     """
     note_process("a forked process")
-    here, there = _context().Pipe(duplex=False)
-    process = _context().Process(
+    here, there = make_process_context().Pipe(duplex=False)
+    process = make_process_context().Process(
         target=_call_alone, args=(dict(os.environ), there, function, args), daemon=True
     )
     process.start()

@@ -56,6 +56,15 @@ def test_a_directory_that_is_gone_is_no_error(tmp_path: Path) -> None:
         read_run_state(tmp_path)
 
 
+def test_the_last_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread ends the process while the main thread notices it, too."""
+    monkeypatch.setattr(run_state, "_is_sealed", False)
+    set_run_state(tmp_path, "failed", "rank 1 has stood still", is_last=True)
+    set_run_state(tmp_path, "failed", "gloo: connection closed")
+    state = read_run_state(tmp_path)
+    assert state is not None and state.reason == "rank 1 has stood still"
+
+
 @pytest.mark.parametrize("reason", ["short", "long " * 100])
 def test_the_end_is_recorded_on_a_full_disk(small_disk: Path, reason: str) -> None:
     set_run_state(small_disk, "running")

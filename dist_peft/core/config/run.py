@@ -176,6 +176,13 @@ class EngineConfig(ConfigSection):
     timeout_minutes: Float = Field(
         30.0, gt=0, description="Timeout of a collective; the run ends after it."
     )
+    stall_seconds: Float = Field(
+        300.0,
+        ge=0,
+        description="The longest time without progress in a training step: then every rank names "
+        "the one that stands still, and exits. Loading, evaluation, GPTQ and checkpoints have "
+        "multiples of it for each of their pieces of work. 0: no limit.",
+    )
 
 
 class TrainConfig(ConfigSection):

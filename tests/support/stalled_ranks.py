@@ -1,0 +1,143 @@
+"""Ranks of ``dist-peft train`` that go wrong: forked from the server of ``tests.support.dist``."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dist_peft.app import cli
+from dist_peft.data.loader import Loader
+from dist_peft.engine import fsdp2
+from tests.support.curves import skip_curves
+from tests.support.dist import make_process_context
+
+SECOND_STEP = 3
+"""Which call of ``_make_batches`` it is; the first one is that of the evaluation before."""
+
+
+@dataclass(frozen=True)
+class EndedRank:
+    """How a rank ended: its exit code (None: it did not), and its last lines."""
+
+    code: int | None
+    seconds: float
+    text: str
+
+    @property
+    def last_line(self) -> str:
+        return self.text.rstrip("\n").rpartition("\n")[2]
+
+
+def stick_in_loader() -> None:
+    """Read the second step's data from a file system that answers no more."""
+    _replace(Loader, "_make_batches", lambda: time.sleep(600), SECOND_STEP)
+
+
+def freeze_in_loader() -> None:
+    """Freeze the process as it begins the second step."""
+    _replace(Loader, "_make_batches", lambda: os.kill(os.getpid(), signal.SIGSTOP), SECOND_STEP)
+
+
+def block_in_collective() -> None:
+    """Block in C, without the GIL, in the collectives of the second step, as NCCL's do."""
+    _replace(Loader, "_make_batches", _block_all_gathers, SECOND_STEP)
+
+
+def _block_all_gathers() -> None:
+    def block(*_: Any, **__: Any) -> None:
+        ctypes.CDLL(None).sleep(600)
+
+    mock.patch.object(fsdp2, "all_gather", block).start()
+
+
+def run_out_of_memory() -> None:
+    """Fail as torch does on a full GPU, in the second step."""
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 "
+            "GiB of which 1.20 GiB is free. Including non-PyTorch memory, this process has 77.9"
+        )
+
+    _replace(Loader, "_make_batches", fail, SECOND_STEP)
+
+
+def evaluate_slowly() -> None:
+    """Take longer for each evaluation than a step may."""
+    _replace(Loader, "load_all_sequential", lambda: time.sleep(2.5), call=2)
+
+
+def _replace(owner: type, name: str, action: Callable[[], object], call: int) -> None:
+    """Call ``action`` before call number ``call`` of a method."""
+    original, calls = getattr(owner, name), [0]
+
+    def method(self: Any, *args: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            action()
+        return original(self, *args, **keywords)
+
+    setattr(owner, name, method)
+
+
+def run_rank(
+    environment: Mapping[str, str], log: Path, config: Path, spoil: Callable[[], None] | None
+) -> None:
+    """Be one rank of ``dist-peft train --config config``, with stderr in ``log``."""
+    with log.open("ab") as out:
+        os.dup2(out.fileno(), 2)
+        os.dup2(out.fileno(), 1)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if spoil is not None:
+        spoil()
+    with skip_curves():
+        code = cli.main(["train", "--config", str(config)])
+    os._exit(code)
+
+
+def run_spoilt_ranks(
+    config: Path,
+    port: int,
+    size: int,
+    spoilt: Mapping[int, Callable[[], None]],
+    *,
+    seconds: float = 60,
+    survivors: int | None = None,
+) -> list[EndedRank]:
+    """Run ``size`` ranks, some of them spoilt; wait for ``survivors`` (all) and kill the rest."""
+    processes: list[BaseProcess] = []
+    logs = [config.parent / f"stderr-{rank}" for rank in range(size)]
+    try:
+        for rank, log in enumerate(logs):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, **{key: str(value) for key, value in names.items()}}
+            process = make_process_context().Process(
+                target=run_rank, args=(environment, log, config, spoilt.get(rank)), daemon=True
+            )
+            process.start()
+            processes.append(process)
+        start, ended = time.monotonic(), dict[int, float]()
+        while len(ended) < (survivors or size) and time.monotonic() < start + seconds:
+            time.sleep(0.05)
+            for rank, process in enumerate(processes):
+                if process.exitcode is not None:
+                    ended.setdefault(rank, time.monotonic() - start)
+        return [
+            EndedRank(process.exitcode, ended.get(rank, seconds), log.read_text())
+            for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(10)
