@@ -19,11 +19,8 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
-<<<<<<< HEAD
 from dist_peft.core.machine import raise_open_file_limit
-=======
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, wait_for_ranks
->>>>>>> stall
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from dist_peft.core.stall_watch import StallReport, StallWatch
 from dist_peft.core.stop_signals import StopRequested, is_stop_requested
