@@ -23,6 +23,7 @@ import re
 import shutil
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ _LOG = logging.getLogger("dist_peft")
 
 _ARRAYS = ("tokens", "mask", "offsets", "places", "classes")
 _ABANDONED_SECONDS = 24 * 3600.0
+_BUFFERED = 4 * 4096
+"""Integers about documents that wait to be written."""
 _HASHED_BYTES = 4 * 2**20
 """Block size for reading files to hash, in bytes."""
 
@@ -254,9 +257,13 @@ class DocumentWriter:
         self._directory = directory
         self._tokens = _NpyArrayWriter(directory / "tokens.npy", np.dtype(np.int32))
         self._mask = _NpyArrayWriter(directory / "mask.npy", np.dtype(np.uint8))
-        self._offsets = [0]
-        self._places: list[tuple[int, int]] = []
-        self._classes: list[int] = []
+        self._offsets = _NpyArrayWriter(directory / "offsets.npy", np.dtype(np.int64))
+        self._places = _NpyArrayWriter(directory / "places.npy", np.dtype(np.int64), width=2)
+        self._classes = _NpyArrayWriter(directory / "classes.npy", np.dtype(np.int64))
+        self._offsets.append_values(np.zeros(1, np.int64))
+        self._rows = array("q")  # (end, file, number, class) of the documents to be written next
+        self._count = self._end = 0
+        self._has_classes = False
         self._files: dict[str, int] = {}
         self._largest = 0
         self.is_text = False
@@ -264,7 +271,7 @@ class DocumentWriter:
         self.chat_template: str | None = None
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._count
 
     def append_document(
         self,
@@ -284,10 +291,21 @@ class DocumentWriter:
             self._tokens.append_values(tokens)
             self._mask.append_values(mask)
         self._largest = max(self._largest, int(tokens.max()))
-        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._count += 1
+        self._end += len(tokens)
+        self._has_classes |= label >= 0
         number = self._files.setdefault(place.file, len(self._files))
-        self._places.append((number, place.number))
-        self._classes.append(label)
+        self._rows.extend((self._end, number, place.number, label))
+        if len(self._rows) >= _BUFFERED:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        rows = np.array(self._rows, np.int64).reshape(-1, 4)
+        self._rows = array("q")
+        with _explain_write_errors(self._directory.parent):
+            self._offsets.append_values(rows[:, 0])
+            self._places.append_values(rows[:, 1:3])
+            self._classes.append_values(rows[:, 3])
 
     def __enter__(self) -> Self:
         return self
@@ -299,22 +317,18 @@ class DocumentWriter:
         traceback: TracebackType | None,
     ) -> None:
         with _explain_write_errors(self._directory.parent):
-            self._tokens.close_file()
-            self._mask.close_file()
             if kind is None:
-                self._finish_arrays()
+                self._write_rows()
+            for name in _ARRAYS:
+                getattr(self, f"_{name}").close_file()
+            if kind is None:
+                self._finish_entry()
 
-    def _finish_arrays(self) -> None:
-        lists = {"offsets": self._offsets, "places": self._places, "classes": self._classes}
-        arrays = {name: np.asarray(values, np.int64) for name, values in lists.items()}
-        for name, array in arrays.items():
-            with (self._directory / f"{name}.npy").open("wb") as file:
-                np.save(file, array)
-                _sync_file(file)
+    def _finish_entry(self) -> None:
         digest = hashlib.sha256(self._tokens.finish_digest() + self._mask.finish_digest())
-        digest.update(arrays["offsets"].tobytes())
-        if max(self._classes, default=-1) >= 0:
-            digest.update(arrays["classes"].tobytes())
+        for name in ("offsets", "classes") if self._has_classes else ("offsets",):
+            stored = np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            digest.update(stored)
         meta: dict[str, Any] = {
             "files": list(self._files),
             "is_text": self.is_text,
@@ -330,14 +344,15 @@ class DocumentWriter:
 
 
 class _NpyArrayWriter:
-    """A one-dimensional .npy file whose length is known only at the end.
+    """A .npy file whose length is known only at the end; with ``width`` [length, width].
 
     numpy pads the header so that the length can grow, so the header is overwritten in place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[Any], width: int | None = None) -> None:
         self._file = path.open("wb")
         self._dtype = dtype
+        self._rest = () if width is None else (width,)
         self._length = 0
         self._hash = hashlib.sha256()
         self._write_header()
@@ -345,12 +360,16 @@ class _NpyArrayWriter:
     def _write_header(self) -> None:
         npy.write_array_header_1_0(
             self._file,
-            {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)},
+            {
+                "descr": self._dtype.str,
+                "fortran_order": False,
+                "shape": (self._length, *self._rest),
+            },
         )
 
     def append_values(self, values: NDArray[Any]) -> None:
         assert values.dtype == self._dtype
-        assert values.ndim == 1
+        assert values.shape[1:] == self._rest
         data = values.tobytes()
         self._file.write(data)
         self._hash.update(data)

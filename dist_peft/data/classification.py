@@ -22,10 +22,11 @@ import torch
 
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.data.cache import TokenDocuments
-from dist_peft.data.documents import DocumentPieces, fit_documents, refuse_empty_set
+from dist_peft.data.documents import fit_documents, refuse_empty_set
 from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
 from dist_peft.data.loader import Batch, Loader, SingleTask
 from dist_peft.data.packing import IGNORE
+from dist_peft.data.pieces import DocumentPieces
 from dist_peft.data.tokens import Tokenizer, load_token_documents
 
 __all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelled_sequences"]

@@ -8,7 +8,7 @@ the documents alone, equally on every rank; memory holds a few integers per docu
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,16 @@ from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.loader import SingleTask
 from dist_peft.data.packing import IGNORE, concatenate_documents, pack_documents
+from dist_peft.data.pieces import (
+    PIECE_BLOCK,
+    DocumentPieces,
+    count_piece_targets,
+    split_into_windows,
+    take_whole_documents,
+)
 from dist_peft.data.tokens import Tokenizer, load_token_documents
 
 __all__ = [
-    "DocumentPieces",
     "SequenceSet",
     "fit_documents",
     "format_sequence",
@@ -36,21 +42,6 @@ __all__ = [
 _LOG = logging.getLogger("dist_peft")
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class DocumentPieces:
-    """Parts of documents, each isolated in its sequence: three int64 [P]."""
-
-    source: Ints
-    start: Ints  # offset in the tokens of the source
-    length: Ints
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def select_pieces(self, which: NDArray[np.bool_] | Ints) -> "DocumentPieces":
-        return DocumentPieces(self.source[which], self.start[which], self.length[which])
 
 
 class SequenceSet(SingleTask):
@@ -74,15 +65,17 @@ class SequenceSet(SingleTask):
         self.packed = packed
         self.seq_len = seq_len
         self._documents = documents
-        rows = (
-            pack_documents(pieces.length, seq_len) if packed else [[i] for i in range(len(pieces))]
-        )
-        order = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=len(pieces))
-        self._bounds = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-        self._pieces = pieces.select_pieces(order)
-        per_piece = _count_piece_targets(documents, self._pieces)
-        self._targets = np.add.reduceat(per_piece, self._bounds[:-1])
-        self._lengths = np.add.reduceat(self._pieces.length, self._bounds[:-1])
+        # in the order of the documents, in which they are neighbours on disk
+        per_piece = count_piece_targets(documents, pieces)
+        if packed:
+            order, self._bounds = pack_documents(pieces.length, seq_len)
+            pieces, per_piece = pieces.select_pieces(order), per_piece[order]
+            del order
+        else:
+            self._bounds = np.arange(len(pieces) + 1)
+        self._pieces = pieces
+        self._targets = np.add.reduceat(per_piece, self._bounds[:-1], dtype=np.int64)
+        self._lengths = np.add.reduceat(self._pieces.length, self._bounds[:-1], dtype=np.int64)
         self.fingerprint = self._compute_digest()
 
     def __len__(self) -> int:
@@ -146,7 +139,8 @@ class SequenceSet(SingleTask):
     def _compute_digest(self) -> str:
         digest = hashlib.sha256("".join(d.digest for d in self._documents).encode())
         for array in (self._bounds, self._pieces.source, self._pieces.start, self._pieces.length):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for block in range(0, len(array), PIECE_BLOCK):
+                digest.update(array[block : block + PIECE_BLOCK].astype(np.int64).data)
         return digest.hexdigest()
 
 
@@ -171,9 +165,10 @@ def load_sequence_set(
         _load_source(config, source, tokenizer, key)
         for key, source in _name_source_keys(name, sources)
     ]
-    numbers = np.repeat(np.arange(len(loaded)), [len(fit) for _, fit in loaded])
+    kind = np.min_scalar_type(len(loaded))
+    numbers = np.repeat(np.arange(len(loaded), dtype=kind), [len(fit) for _, fit in loaded])
     joined = DocumentPieces(
-        numbers, *(np.concatenate([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
+        numbers, *(_concatenate_arrays([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
     )
     return _make_sequence_set(
         config, [documents for documents, _ in loaded], joined, f"data.{name}"
@@ -192,6 +187,10 @@ def load_sequence_sets(
 
 
 _PLACE = ("start", "length")
+
+
+def _concatenate_arrays(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _name_source_keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
@@ -236,13 +235,6 @@ def refuse_empty_set(config: DataConfig, pieces: DocumentPieces, name: str) -> N
         )
 
 
-def _take_whole_documents(documents: TokenDocuments) -> DocumentPieces:
-    count = len(documents)
-    return DocumentPieces(
-        np.zeros(count, np.int64), documents.offsets[:-1].copy(), np.diff(documents.offsets)
-    )
-
-
 def _exclude_untrainable(
     documents: TokenDocuments, config: DataConfig, key: str
 ) -> NDArray[np.bool_]:
@@ -251,7 +243,7 @@ def _exclude_untrainable(
     Raises:
         UserError: no document has one.
     """
-    targets = _count_piece_targets([documents], _take_whole_documents(documents))
+    targets = count_piece_targets([documents], take_whole_documents(documents))
     empty = np.flatnonzero(targets == 0)
     if not len(empty):
         return targets > 0
@@ -291,12 +283,12 @@ def fit_documents(
         UserError: a document is too long, and ``too_long`` neither truncates nor drops it.
     """
     pieces = (
-        _take_whole_documents(documents)
-        if kept is None
-        else _take_whole_documents(documents).select_pieces(kept)
+        take_whole_documents(documents)
+        if kept is None or kept.all()
+        else take_whole_documents(documents).select_pieces(kept)
     )
     if documents.is_text:
-        windows = _split_into_windows(pieces, config.seq_len)
+        windows = split_into_windows(pieces, config.seq_len)
         # a last chunk of one token has no target
         return windows.select_pieces(windows.length > 1)
     long = np.flatnonzero(pieces.length > config.seq_len)
@@ -331,23 +323,11 @@ def _make_too_long_message(
     )
 
 
-def _split_into_windows(pieces: DocumentPieces, size: int) -> DocumentPieces:
-    """Split pieces into consecutive chunks of ``size`` tokens; the last is the remainder."""
-    counts = -(-pieces.length // size)
-    first = np.cumsum(counts) - counts
-    within = (np.arange(counts.sum()) - np.repeat(first, counts)) * size
-    return DocumentPieces(
-        np.repeat(pieces.source, counts),
-        np.repeat(pieces.start, counts) + within,
-        np.minimum(size, np.repeat(pieces.length, counts) - within),
-    )
-
-
 def _truncate_pieces(
     documents: TokenDocuments, pieces: DocumentPieces, size: int, key: str
 ) -> DocumentPieces:
     cut = DocumentPieces(pieces.source, pieces.start, np.minimum(pieces.length, size))
-    kept = _count_piece_targets([documents], cut) > 0
+    kept = count_piece_targets([documents], cut) > 0
     _LOG.warning(
         "%s: cut %d of %d records to data.seq_len %d tokens",
         key,
@@ -364,23 +344,6 @@ def _truncate_pieces(
             extra=ONCE,
         )
     return cut.select_pieces(kept)
-
-
-def _count_piece_targets(documents: Sequence[TokenDocuments], pieces: DocumentPieces) -> Ints:
-    """Return the number of target tokens of each piece [P]; its first token is never predicted."""
-    counts = np.zeros(len(pieces), dtype=np.int64)
-    for number, source in enumerate(documents):
-        mine = np.flatnonzero((pieces.source == number) & (pieces.length > 1))
-        if not len(mine):
-            continue
-        start, stop = pieces.start[mine] + 1, pieces.start[mine] + pieces.length[mine]
-        # reduceat over alternating bounds: even entries are the sums over [start, stop); a bound
-        # at the very end of the array is neither allowed nor needed
-        order = np.argsort(start, kind="stable")
-        bounds = np.stack([start[order], stop[order]], axis=1).ravel()
-        inside = bounds[:-1] if bounds[-1] == len(source.mask) else bounds
-        counts[mine[order]] = np.add.reduceat(source.mask, inside, dtype=np.int64)[::2]
-    return counts
 
 
 def format_sequence(rows: SequenceSet, index: int, tokenizer: Tokenizer) -> str:

@@ -15,13 +15,13 @@ from dist_peft.core.errors import UserError
 from dist_peft.data.chat import make_default_chat_template
 from dist_peft.data.documents import (
     SequenceSet,
-    _count_piece_targets,
     fit_documents,
     format_sequence,
     load_sequence_set,
     load_sequence_sets,
 )
 from dist_peft.data.packing import IGNORE
+from dist_peft.data.pieces import count_piece_targets
 from tests.support.data_files import byte_tokenizer, data_config, documents, write_jsonl
 
 
@@ -255,7 +255,7 @@ def test_windows_and_targets_against_slicing(
     ]
     assert list(zip(pieces.start, pieces.start + pieces.length, strict=True)) == expected
 
-    targets = _count_piece_targets([replace(made, mask=counted)], pieces)
+    targets = count_piece_targets([replace(made, mask=counted)], pieces)
     assert targets.tolist() == [int(counted[a + 1 : b].sum()) for a, b in expected]
 
 

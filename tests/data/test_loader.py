@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_peft.data.documents import SequenceSet, _take_whole_documents
+from dist_peft.data.documents import SequenceSet
 from dist_peft.data.loader import Batch, Loader, TokenLoader, count_micro_batches
 from dist_peft.data.packing import IGNORE
+from dist_peft.data.pieces import take_whole_documents
 from tests.support.data_files import documents
 
 PAD = 999_999
@@ -14,7 +15,7 @@ PAD = 999_999
 def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> SequenceSet:
     """Documents of 2..seq_len tokens; the first half of each is prompt."""
     made = documents([[int(2 * t >= n) for t in range(n)] for n in lengths])
-    return SequenceSet([made], _take_whole_documents(made), seq_len=seq_len, packed=packed)
+    return SequenceSet([made], take_whole_documents(made), seq_len=seq_len, packed=packed)
 
 
 def loader(

@@ -196,3 +196,44 @@ def test_more_records_than_a_batch_keep_their_places(loads: Loads) -> None:
         part = slice(int(documents.offsets[i]), int(documents.offsets[i + 1]))
         assert loads.tokenizer.decode(documents.tokens[part]) == f"<s>{i}</s>"
         assert documents.get_place(i) == RecordPlace(str(loads.file), i + 1)
+
+
+def test_tokenizer_whose_call_does_more_is_called(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library alone is used only where it gives the same tokens as the tokenizer's call."""
+    places = [RecordPlace("f", i) for i in range(2)]
+
+    def encode(*batches: list[str]) -> list[list[int]]:
+        encoder = ExampleEncoder(tokenizer, "all")
+        found = [
+            encoder.encode_examples([TextExample(t) for t in texts], places[: len(texts)])
+            for texts in batches
+        ]
+        return [tokens.tolist() for part in found for tokens, _ in part]
+
+    expected = encode(["abz"], ["abcz", "bz"])
+    call = type(tokenizer).__call__
+
+    def call_with_more(self: Any, texts: Any, **options: Any) -> Any:
+        return call(self, [t + "z" for t in texts] if isinstance(texts, list) else texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call_with_more)
+    assert encode(["ab"], ["abc", "b"]) == expected
+
+
+def test_truncation_of_the_tokenizers_file_does_not_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    try:
+        encoder = ExampleEncoder(tokenizer, "all")
+        for _ in range(2):  # by the call, then by the library
+            ((tokens, _),) = encoder.encode_examples(
+                [TextExample("xyzxyzxyzxyz")], [RecordPlace("f", 1)]
+            )
+            assert tokens.tolist()[-1] == tokenizer.eos_token_id and len(tokens) > 9
+            tokenizer.backend_tokenizer.enable_truncation(3)
+            tokenizer.backend_tokenizer.enable_padding(length=99)
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
