@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.machine import identify_machine
+from dist_peft.core.progress_beat import mark_progress
 from dist_peft.core.stop_signals import raise_if_stop_requested
 from dist_peft.data.build_lock import hold_build_lock
 from dist_peft.data.files import RecordPlace
@@ -113,7 +114,7 @@ def load_or_build_documents(
         return stored
     with _explain_write_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-    with hold_build_lock(root / f".{key}.lease"):
+    with hold_build_lock(root / f".{key}.lease", mark_progress):
         # another process may have built it while this one waited
         return _open_documents(final) or _build_documents(final, build)
 
@@ -286,6 +287,7 @@ class DocumentWriter:
             StopRequested: a signal has reached this process.
         """
         raise_if_stop_requested()
+        mark_progress()
         assert len(tokens) == len(mask) > 0
         with _explain_write_errors(self._directory.parent):
             self._tokens.append_values(tokens)

@@ -19,6 +19,7 @@ raise SystemExit("torch was imported to its end")
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "command",
     [

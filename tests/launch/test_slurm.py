@@ -42,12 +42,16 @@ def test_script_trains_as_one_process(
 
 
 def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
-    """As one process, though stopped twice: as ``--signal=B:USR1@N`` does it (to the script) and as
-    ``USR1@N`` (to its tasks)."""
+    """As one process, though stopped three times: while Python imports; as ``--signal=B:USR1@N``
+    does it (to the script); and as ``USR1@N`` (to its tasks)."""
     job, out = submit(slurm, long_run, "fsdp2_nodes.sbatch", 1)
-    for stop, to in enumerate((["--batch"], []), 1):
+    for stop, to in enumerate(([], ["--batch"], []), 1):
         before = len(long_run.losses())
-        wait_until(lambda n=before: len(long_run.losses()) >= n + 3, 90, "three more steps")
+        if stop == 1:
+            node = slurm.names[1]
+            wait_until(lambda n=node: slurm.has_process(n, "launch/train.py"), 60, "a task")
+        else:
+            wait_until(lambda n=before: len(long_run.losses()) >= n + 3, 90, "three more steps")
         slurm.call("scancel", "--signal=USR1", *to, job)
         wait_until(lambda n=stop: out.read_text().count("requeueing") == n, 30, "requeue")
         wait_until(lambda: slurm.state(job) == "PENDING", 30, "job in the queue again")

@@ -106,6 +106,14 @@ class Hosts:
         """Kill all that runs on a host, as a power cut would; was there anything?"""
         return _kill(name)
 
+    def has_process(self, name: str, word: str) -> bool:
+        """Does a process with ``word`` in its command line run on a host?"""
+        for pid in _list_pids(name):
+            with contextlib.suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_text():
+                    return True
+        return False
+
     def command(self, name: str, *command: str) -> list[str]:
         """``command``, to be run on a host: its network, its /etc/hosts, its host name."""
         rename = 'hostname "$0" && exec "$@"'
@@ -238,12 +246,16 @@ class Slurm(Hosts):
         return self.state(job)
 
 
-def _kill(name: str) -> bool:
-    """Kill the processes of a namespace; was there any?"""
+def _list_pids(name: str) -> list[int]:
     found = subprocess.run(
         ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
     )
-    pids = [int(pid) for pid in found.stdout.split()]
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def _kill(name: str) -> bool:
+    """Kill the processes of a namespace; was there any?"""
+    pids = _list_pids(name)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
