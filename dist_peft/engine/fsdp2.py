@@ -7,11 +7,12 @@ carries packed rows. There is no ``MixedPrecisionPolicy``: it would cast scales,
 2.12 the bytes too.
 
 Units: each decoder block; the input embedding; an untied output head; the root holds the rest
-(the final norm; with tied embeddings the shared weight). Blocks, embedding and head are released
-after use. Two blocks take memory at any time, in forward and in backward: the current one, whole,
-and the gather buffer of the next. FSDP2 would keep a third, the current one's buffer, until the
-next is copied out, as another stream wrote it; all-gathers are therefore issued asynchronously from
-the computing stream (``compat.gather_from_computing_stream``) and prefetched by name.
+(the final norm; with tied embeddings the shared weight). Blocks and embedding are released after
+use, the head after its backward. Two blocks take memory at any time, in forward and in backward:
+the current one, whole, and the gather buffer of the next. FSDP2 would keep a third, the current
+one's buffer, until the next is copied out, as another stream wrote it; all-gathers are therefore
+issued asynchronously from the computing stream (``compat.gather_from_computing_stream``) and
+prefetched by name.
 
 HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each group of
 consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
@@ -120,6 +121,10 @@ class Fsdp2Engine:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
+        # the head is used at the end of forward and at the start of backward: gathered once
+        for unit in self._units[len(blocks) + 1 : -1]:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.register_forward_hook(_reshard_after_evaluation)
         if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
             # looking up rows again is not needed: a frozen embedding has no gradient
             self._units[len(blocks)].set_unshard_in_backward(False)
@@ -255,6 +260,13 @@ class Fsdp2Engine:
         total = tensor.clone()
         dist.all_reduce(total, group=self.shard_group)
         return total
+
+
+def _reshard_after_evaluation(module: nn.Module, inputs: object, output: object) -> None:
+    """Reshard a head for which no backward will do it."""
+    if not torch.is_grad_enabled():
+        assert isinstance(module, FSDPModule)
+        module.reshard()
 
 
 def _to_local_tensor(tensor: Tensor) -> Tensor:

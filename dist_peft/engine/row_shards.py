@@ -86,9 +86,10 @@ class _GatherUnit:
         owner: "RowShardedParameters",
         needed_in_backward: bool,
         kept: bool,
+        used_at_turn: bool,
     ) -> None:
         self.slots, self.owner, self.needed_in_backward = slots, owner, needed_in_backward
-        self.kept = kept
+        self.kept, self.used_at_turn = kept, used_at_turn
         self.offsets, size = [], 0
         for slot in slots:
             self.offsets.append(size)
@@ -184,7 +185,11 @@ class RowShardedParameters:
         lookup = ends[:1]  # a frozen embedding needs no rows in backward
         self._units = [
             _GatherUnit(
-                slots, self, module not in lookup, kept=n < min(len(blocks), self.keep_gathered)
+                slots,
+                self,
+                module not in lookup,
+                kept=n < min(len(blocks), self.keep_gathered),
+                used_at_turn=module in ends[1:] or module is model,
             )
             for n, (slots, module) in enumerate(zip(members, modules, strict=True))
         ]
@@ -257,10 +262,10 @@ class RowShardedParameters:
             grads = [t for t in _iterate_tensors(output) if t.requires_grad]
             # without a gradient of its output, backward has no use for its bytes
             unit.has_backward = bool(grads) and unit.needed_in_backward
-            if is_root and grads:
-                return  # whole until the end of backward, as it is used at both ends
-            unit.release_full_tensors()
-            if unit.has_backward:
+            # the root is used at both ends of a step, the head where forward turns to backward
+            if not (grads and unit.used_at_turn):
+                unit.release_full_tensors()
+            if unit.has_backward and not is_root:
                 for tensor in grads:
                     tensor.register_hook(before_backward)
 

@@ -72,8 +72,14 @@ def draw_plot(plot: PlotSpec, records: Sequence[StepMetrics], theme: Theme = "li
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
     palette = _PALETTES[theme]
-    figure = _make_figure(plot.size, palette)
-    axes = figure.add_subplot()
+    figure = _make_figure(plot.size, palette, layout=None)
+    width, height = plot.size
+    left, right, bottom, top = 0.72 / width, 1 - 0.12 / width, 0.48 / height, 1 - 0.34 / height
+    axes = figure.add_axes((left, bottom, right - left, top - bottom))
+    # Places in inches instead of a layout engine's, which draws everything once more to find them;
+    # labels and title that follow the ticks are measured at each drawing.
+    axes.xaxis.set_label_coords(0.5, (0.14 / height - bottom) / (top - bottom))
+    axes.yaxis.set_label_coords((0.22 / width - left) / (right - left), 0.5)
     _prepare_axes(axes, plot, palette)
     plot.paint(axes, records, palette)
     # a single point or a constant would otherwise get ticks between steps
@@ -97,7 +103,7 @@ def draw_heat_maps(
     """
     palette = _PALETTES[theme]
     width, height = 1.6 + (0.5 + 0.75 * len(columns)) * len(panels), 1.4 + 0.26 * len(rows)
-    figure = _make_figure((max(width, 4.8), max(height, 2.4)), palette)
+    figure = _make_figure((max(width, 4.8), max(height, 2.4)), palette, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", color=palette.ink, fontsize=11, fontweight="bold")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (heading, table) in zip(all_axes, panels.items(), strict=True):
@@ -117,15 +123,17 @@ def draw_heat_maps(
     return _render_png(figure)
 
 
-def _make_figure(size: tuple[float, float], palette: _Palette) -> Figure:
-    figure = Figure(figsize=size, dpi=144, layout="constrained", facecolor=palette.background)
+def _make_figure(
+    size: tuple[float, float], palette: _Palette, layout: Literal["constrained"] | None
+) -> Figure:
+    figure = Figure(figsize=size, dpi=144, layout=layout, facecolor=palette.background)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _render_png(figure: Figure) -> bytes:
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    figure.savefig(image, format="png", pil_kwargs={"compress_level": 3})
     return image.getvalue()
 
 
@@ -155,7 +163,7 @@ def list_eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
 
 def _prepare_axes(axes: Axes, plot: PlotSpec, palette: _Palette) -> None:
     axes.set_facecolor(palette.background)
-    axes.set_title(plot.title, loc="left", color=palette.ink, fontsize=11, fontweight="bold")
+    axes.set_title(plot.title, loc="left", y=1.0, color=palette.ink, fontsize=11, fontweight="bold")
     axes.set_xlabel("optimizer step", color=palette.ink, fontsize=9)
     axes.set_ylabel(plot.unit, color=palette.ink, fontsize=9)
     axes.grid(color=palette.grid, linewidth=0.8)
@@ -212,6 +220,7 @@ def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -
 def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
     _draw_curve(axes, records, [r.lr for r in records], palette.second)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    axes.yaxis.set_offset_position("right")  # the title is on the left
 
 
 def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:

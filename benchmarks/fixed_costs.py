@@ -1,0 +1,169 @@
+"""CPU time that does not shrink with the model: Python of a layer, a dropout mask, the report.
+
+    python benchmarks/fixed_costs.py [--steps 9] [--directory DIR]
+
+``layer``   CPU milliseconds of a block and micro-batch: forward, recomputation and backward of 4
+            and of 16 blocks of hidden size 64 on 32 tokens, whose difference leaves embedding,
+            head, loss and optimizer out. PEFT's plain loop with bitsandbytes takes turns with it.
+``mask``    nanoseconds an element of a dropout mask [512, 4096], and of a generator's draw of it.
+``report``  CPU seconds that the plots of a report of 500 steps take, both themes.
+
+One thread; medians of ``--steps``. CPU seconds swell on a busy machine, so compare within a row.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, make_base, print_table, write_result
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import resolve_config
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.world import World
+from dist_peft.data.loader import Batch
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
+from dist_peft.train.loop import TrainingStep
+from dist_peft.train.objective import TokenObjective
+from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.plots import PLOTS, draw_plot
+from dist_peft.train.step_metrics import StepMetrics
+
+CPU = torch.device("cpu")
+TOKENS, FEW, MANY = 32, 4, 16
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def measure_cpu(action: Callable[[], Any]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def make_own_micro_batch(base: Path, dropout: float) -> Callable[[], Any]:
+    """Forward and backward of one micro-batch with this project's defaults."""
+    config = parse_config(
+        {
+            "base": {"path": str(base), "quant": {"kind": "nf4"}},
+            "adapter": {"kind": "lora", "r": 8, "dropout": dropout},
+            "data": {"train": ["unused.jsonl"]},
+            "train": {"device": "cpu", "steps": 1},
+        }
+    )
+    built = load_weights(build_model(resolve_config(config)), World(), CPU)
+    call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
+    adapter = built.setup.adapter
+    part = TrainingStep(built.model, call, built.engine, adapter, TokenObjective(), World())
+    ids = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.roll(ids, -1, 1), torch.arange(TOKENS)[None], torch.tensor([0]))
+    return lambda: part.accumulate_gradients(0, [batch], TOKENS)
+
+
+def make_peft_micro_batch(base: Path, dropout: float) -> Callable[[], Any]:
+    """The same of PEFT's layers on bitsandbytes' linears."""
+    quant = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=quant, device_map={"": "cpu"}
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = LoraConfig(r=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).train()
+    ids = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        logits = model(input_ids=ids, use_cache=False).logits
+        labels = torch.roll(ids, -1, 1).flatten()
+        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels).backward()
+
+    return run
+
+
+def measure_layer(directory: Path, steps: int) -> dict[str, float]:
+    """Return CPU milliseconds a block and micro-batch, side by side."""
+    bases = {n: make_base(directory / str(n), num_hidden_layers=n, **SIZES) for n in (FEW, MANY)}
+    sides = {
+        f"{name}, dropout {dropout:g}": {n: make(base, dropout) for n, base in bases.items()}
+        for name, make in (("dist_peft", make_own_micro_batch), ("peft", make_peft_micro_batch))
+        for dropout in (0.0, 0.05)
+    }
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(steps + 2):
+        for name, runs in sides.items():
+            few, many = measure_cpu(runs[FEW]), measure_cpu(runs[MANY])
+            if turn > 1:
+                found[name].append(1000 * (many - few) / (MANY - FEW))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def measure_mask(steps: int) -> dict[str, float]:
+    """Return nanoseconds an element."""
+    x = torch.ones(1, 512, 4096)
+    position = DropoutPosition(0)
+    layer = SampleDropout(0.05, "a", position)
+    position.begin_micro_batch(0, torch.tensor([0]))
+    generator = torch.Generator()
+    drawn = torch.empty(512, 4096, dtype=torch.bool)
+    sides = {
+        "hash": lambda: layer._drop_elements(x),
+        "generator": lambda: drawn.bernoulli_(0.05, generator=generator.manual_seed(0)),
+    }
+    pairs: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(steps):
+        for name, run in sides.items():
+            pairs[name].append(1e9 * measure_cpu(run) / drawn.numel())
+    return {name: statistics.median(times) for name, times in pairs.items()}
+
+
+def measure_report(steps: int) -> float:
+    """Return CPU seconds of all plots in both themes, after a first time (fonts)."""
+    records = [
+        StepMetrics(n, 2 - n / 500, 1e-4, 1 + n % 7 / 7, 1000, 5000 + n % 11, 2**30, 0)
+        for n in range(1, 501)
+    ]
+
+    def draw() -> None:
+        for plot in PLOTS:
+            draw_plot(plot, records, "light")
+            draw_plot(plot, records, "dark")
+
+    draw()
+    return statistics.median(measure_cpu(draw) for _ in range(steps))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--directory", type=Path, default=RESULTS, help="of the result")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        layer = measure_layer(Path(scratch), args.steps)
+    mask, report = measure_mask(args.steps), measure_report(min(3, args.steps))
+    rows = [[f"layer, {name}", f"{value:.2f} ms"] for name, value in layer.items()]
+    rows += [[f"mask, {name}", f"{value:.2f} ns an element"] for name, value in mask.items()]
+    rows.append(["report", f"{report:.2f} s"])
+    print_table(("what", "CPU"), rows)
+    found = {"layer_ms": layer, "mask_ns": mask, "report_s": report}
+    write_result("fixed_costs", found, args.directory)
+
+
+if __name__ == "__main__":
+    main()
