@@ -48,6 +48,7 @@ from dist_peft.adapters.metadata import (
 from dist_peft.adapters.protocol import AdapterFormat, PublicAdapter, WeightMerger
 from dist_peft.adapters.tensor_checks import check_tensor_names, check_tensor_values
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_files
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.writer import write_atomically
 
@@ -162,6 +163,7 @@ def read_adapter_directory(directory: Path, values: bool = True) -> PublicAdapte
             configuration changed after it was written, or tensors of a wrong type or with values
             that are not finite.
     """
+    refuse_special_files(directory)
     config_file = find_config_file(directory)
     config = read_optional_json(config_file)
     if config is None:

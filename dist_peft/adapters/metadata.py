@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file
 
 __all__ = [
     "METADATA_FILE",
@@ -62,12 +63,13 @@ def read_optional_json(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is damaged.
     """
+    refuse_special_file(path)
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; get the adapter again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it must hold a JSON object")
     return content

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from dist_peft.core.errors import UserError
+from dist_peft.data.render_bound import find_resource_excess
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenWeight
 
@@ -50,6 +51,7 @@ def list_adapter_targets(
         return chosen
     wanted: set[str] = set()
     for entry in targets:
+        _refuse_slow_pattern("target_modules", entry, [n for n, _ in model.named_modules()])
         found = [
             name for name, module in linears.items() if _matches_target_module(entry, name, module)
         ]
@@ -76,6 +78,7 @@ def check_pattern_keys(key: str, pattern: Iterable[str], names: Iterable[str]) -
     """
     names = list(names)
     for entry in pattern:
+        _refuse_slow_pattern(key, entry, names)
         try:
             used = any(_matches_name_ending(entry, name) for name in names)
         except re.error as error:
@@ -85,6 +88,22 @@ def check_pattern_keys(key: str, pattern: Iterable[str], names: Iterable[str]) -
                 f"adapter.{key}[{entry!r}] matches no adapted module; "
                 f"{_format_known_names(entry, names)}"
             )
+
+
+def _refuse_slow_pattern(key: str, entry: str, names: Sequence[str]) -> None:
+    """Refuse a regular expression whose matching backtracks without end.
+
+    Raises:
+        UserError: it takes more than two seconds on ``names``.
+    """
+    if len(re.findall(r"[*+{]", entry)) < 2:
+        return
+    if find_resource_excess(lambda: [_matches_name_ending(entry, n) for n in names], cpu_seconds=2):
+        raise UserError(
+            f"adapter.{key} entry {entry!r} is a regular expression that takes too long on names "
+            "such as "
+            f"{names[-1]}; write it with fewer repetitions, or name the modules"
+        )
 
 
 def _matches_name_ending(key: str, name: str) -> bool:

@@ -38,6 +38,7 @@ from dist_peft.app.tasks import refuse_separate_tasks
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_files
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe
 from dist_peft.model.hub import public_base_name, read_json_object, save_tokenizer
@@ -103,6 +104,7 @@ def open_trained_run(
     Raises:
         UserError: there is no such checkpoint, it is damaged, or its base is another one.
     """
+    refuse_special_files(run_dir)
     if checkpoint is None:
         yield run_dir
         return

@@ -3,12 +3,21 @@
 import argparse
 from pathlib import Path
 
-__all__ = ["add_checkpoint_argument", "add_config_arguments"]
+from dist_peft.core.input_paths import find_path_fault
+
+__all__ = ["add_checkpoint_argument", "add_config_arguments", "parse_path"]
+
+
+def parse_path(text: str) -> Path:
+    """Return the path of a command-line option; argparse reports text that can be none."""
+    if (fault := find_path_fault(text)) is not None:
+        raise argparse.ArgumentTypeError(fault)
+    return Path(text)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config FILE`` and the overrides ``key.sub=value``."""
-    parser.add_argument("--config", required=True, type=Path, help="YAML file")
+    parser.add_argument("--config", required=True, type=parse_path, help="YAML file")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # added by the deepspeed launcher; the environment says the same

@@ -2,10 +2,9 @@
 
 import argparse
 import logging
-from pathlib import Path
 from typing import Any, get_args
 
-from dist_peft.app.config_arguments import add_checkpoint_argument
+from dist_peft.app.config_arguments import add_checkpoint_argument, parse_path
 from dist_peft.app.verified_export import VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -40,8 +39,10 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run, the output and the comparison with the trained model, of both verbs."""
-    parser.add_argument("--run", type=Path, required=True, dest="run_dir", help="run directory")
-    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument(
+        "--run", type=parse_path, required=True, dest="run_dir", help="run directory"
+    )
+    parser.add_argument("--out", type=parse_path, required=True, help="new directory")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model or adapter that is in --out"
     )

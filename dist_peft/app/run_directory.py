@@ -14,6 +14,7 @@ from dist_peft.core.config.io import dump_config
 from dist_peft.core.config.moved_paths import PATHS_NAME, format_path_record
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_files
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.store.writer import write_atomically
@@ -21,6 +22,7 @@ from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.checkpoint_files import wait_for_files
 from dist_peft.train.run_lock import RunLock
 from dist_peft.train.run_state import read_ended_state, restore_state_file, set_run_state
+from dist_peft.train.step_metrics import read_metrics
 
 __all__ = [
     "RunDirectory",
@@ -69,6 +71,9 @@ class RunDirectory:
                     f"{file} is a link to {file.resolve()}, to which the run would write; replace "
                     "the link by the file, or choose another save.dir"
                 )
+        refuse_special_files(run_dir)
+        for file in (run_dir / "metrics.jsonl", *run_dir.glob("tasks/*/metrics.jsonl")):
+            read_metrics(file)  # else a resumed run would find the damage after its first writes
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"save.dir {run_dir} is a file; give a directory")
         nearest = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())

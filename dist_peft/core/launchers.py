@@ -35,6 +35,8 @@ DEFAULT_PORT = 29500
 PORTS = range(20000, 30000)
 """Where the port of a SLURM job lies: below Linux's ephemeral ports, which start at 32768."""
 
+_MOST_HOSTS = 1_000_000
+
 
 @dataclass(frozen=True)
 class LaunchInfo:
@@ -111,11 +113,12 @@ def _detect_from_variables(variables: "_LauncherVariables") -> LaunchInfo:
         return mpi
     if step is not None:
         return step
-    for name in ("PMIX_RANK", "MV2_COMM_WORLD_RANK"):
+    half = ("PMI_RANK" in variables) != ("PMI_SIZE" in variables)
+    for name in ("PMIX_RANK", "MV2_COMM_WORLD_RANK", *(("PMI_RANK", "PMI_SIZE") if half else ())):
         if name in variables:
             raise UserError(
-                f"{name} is set by an MPI launcher that does not say how many processes there "
-                "are; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+                f"{name} is set by an MPI launcher that does not say which process of how "
+                "many this is; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
             )
     if "SLURM_JOB_ID" in variables and "SLURM_STEP_ID" not in variables:
         tasks = variables.parse_number("SLURM_NTASKS", 1)
@@ -172,6 +175,8 @@ class _LauncherVariables:
         """Return ``place`` with ``MASTER_ADDR`` and ``MASTER_PORT``; default: the arguments."""
         address = self.get_text("MASTER_ADDR") or address
         found = replace(place, address=address, port=self.parse_number("MASTER_PORT", port))
+        if found.port is not None and not 0 < found.port < 2**16:
+            raise UserError(f"MASTER_PORT={found.port} is no port; choose one of 1 to 65535")
         elsewhere = place.local_size <= place.rank
         if elsewhere and address and re.match(r"localhost$|127\.|::1$", address):
             raise UserError(
@@ -284,6 +289,8 @@ def _expand_number_range(text: str) -> list[str]:
     last = last or first
     if not (first.isdecimal() and last.isdecimal()):
         raise UserError(f"cannot read {text!r} in a SLURM host list; export MASTER_ADDR")
+    if int(last) - int(first) >= _MOST_HOSTS:
+        raise UserError(f"cannot read {text!r} in a SLURM host list: too many; export MASTER_ADDR")
     return [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
 
 
@@ -292,7 +299,10 @@ def expand_task_counts(text: str) -> list[int]:
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise UserError(f"cannot read SLURM_STEP_TASKS_PER_NODE={text!r}")
+        if match is None or int(match[2] or 1) > _MOST_HOSTS:
+            raise UserError(
+                f"cannot read SLURM_STEP_TASKS_PER_NODE={text!r}; start the ranks with srun, or "
+                "export RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
+            )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.core.log import ONCE
 from dist_peft.data.arrow_nulls import convert_record_batch
 from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, find_data_ending, read_record_file
@@ -109,6 +110,8 @@ def open_source(source: DataSource, key: str) -> RecordSource:
 def _open_unchecked(source: DataSource, key: str) -> RecordSource:
     path = source.path
     place = Path(path).expanduser()
+    refuse_special_file(place)
+    refuse_special_files(place)
     hub = None if place.exists() else _HUB_ID.fullmatch(path)
     if hub and find_data_ending(place) is None and not place.parent.is_dir():
         return _open_hub_source(source, hub["name"], hub["config"], key)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file
 from dist_peft.data.loader import SingleTask
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.tokens import Tokenizer
@@ -47,6 +48,7 @@ def read_choice_questions(path: Path) -> list[ChoiceQuestion]:
     Raises:
         UserError: unreadable or empty file, or a line that is not a question.
     """
+    refuse_special_file(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,9 @@ _WALL_SECONDS = 120.0
 _OUT_OF_MEMORY = 3
 
 
-def find_resource_excess(action: Callable[[], object]) -> str | None:
+def find_resource_excess(
+    action: Callable[[], object], cpu_seconds: int = _CPU_SECONDS
+) -> str | None:
     """Return the limit that ``action`` exceeds, as text; None if it ends within the limits.
 
     ``action`` runs in a forked process, so it has no effect here; other exceptions of it are
@@ -32,7 +34,7 @@ def find_resource_excess(action: Callable[[], object]) -> str | None:
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        _run_bounded(action)
+        _run_bounded(action, cpu_seconds)
     deadline = time.monotonic() + _WALL_SECONDS
     pause = 0.0005
     while True:
@@ -47,19 +49,19 @@ def find_resource_excess(action: Callable[[], object]) -> str | None:
         pause = min(2 * pause, 0.05)
     code = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it does not end within {_CPU_SECONDS} seconds"
+        return f"it does not end within {cpu_seconds} seconds"
     if code == _OUT_OF_MEMORY:
         return f"it needs more than {_MEMORY >> 30} GiB of memory"
     return None
 
 
-def _run_bounded(action: Callable[[], object]) -> None:
+def _run_bounded(action: Callable[[], object], cpu_seconds: int) -> None:
     """Run ``action`` under limits and exit the process."""
     code = 0
     try:
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
         statm = Path("/proc/self/statm")
         if statm.exists():
             mapped = int(statm.read_text().split()[0]) * resource.getpagesize()

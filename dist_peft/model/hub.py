@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_files
 from dist_peft.core.log import ONCE
 from dist_peft.core.progress_beat import enter_phase
 from dist_peft.model.hub_download import download_snapshot
@@ -94,6 +95,7 @@ def resolve_base_directory(base: BaseConfig, *, weights: bool = True) -> Path:
         return known
     path = Path(base.path).expanduser()
     if path.is_dir():
+        refuse_special_files(path)
         return path
     if path.exists():
         raise UserError(f"base.path {path} is a file; give the directory that holds config.json")
@@ -137,9 +139,12 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenize
             read_json_object(directory / name)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except REFUSALS as error:
+    except Exception as error:  # the class that tokenizers raise for contents that they cannot use
+        if type(error) is not Exception and not isinstance(error, (*REFUSALS, RuntimeError)):
+            raise
         raise UserError(
-            f"cannot load the tokenizer of {directory}: {format_library_error(error)}"
+            f"cannot load the tokenizer of {directory}: {format_library_error(error)}; get its "
+            "tokenizer files again"
         ) from None
 
 

@@ -228,10 +228,29 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
         raise UserError(
             f"cannot use {directory / 'config.json'}: {format_library_error(error)}"
         ) from None
+    _refuse_impossible_sizes(config, directory / "config.json")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers must not apply it
     config.use_cache = False
     return config
+
+
+_LIMITS = {
+    **dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "head_dim"), 2**31),
+    **dict.fromkeys(("num_key_value_heads", "intermediate_size"), 2**31),
+    **dict.fromkeys(("num_hidden_layers", "num_local_experts", "num_experts"), 10_000),
+    "n_routed_experts": 10_000,
+}
+"""Sizes of a model by key of its configuration, and the first that no model has."""
+
+
+def _refuse_impossible_sizes(config: PretrainedConfig, file: Path) -> None:
+    """Refuse sizes with which building the model fails obscurely, or does not end."""
+    for key, limit in _LIMITS.items():
+        size = getattr(config.get_text_config(), key, None)
+        least = 0 if "experts" in key else 1
+        if type(size) is int and not least <= size < limit:
+            raise UserError(f"{file} says {key} {size}, which no model has; get the base again")
 
 
 def _build_on_meta(
@@ -245,7 +264,7 @@ def _build_on_meta(
                 attn_implementation=None if base.attention == "auto" else base.attention,
                 trust_remote_code=base.trust_remote_code,
             )
-    except REFUSALS as error:
+    except (*REFUSALS, RuntimeError) as error:
         raise UserError(
             f"transformers cannot build a {classifier.KINDS[base.head]} of type "
             f"{config.model_type!r} "

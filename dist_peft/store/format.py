@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file
 from dist_peft.store.fileio import read_exactly, translate_read_errors
 
 __all__ = ["DTYPES", "TensorInfo", "TensorSpec", "build_header", "read_tensor_infos"]
@@ -97,6 +98,7 @@ def read_tensor_infos(file: Path) -> list[TensorInfo]:
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a type that torch does not have.
     """
+    refuse_special_file(file)
     with translate_read_errors(file):
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -135,7 +137,9 @@ def _read_header_json(descriptor: int, size: int, file: Path) -> tuple[dict[str,
         raise _corrupt_file_error(file, f"its header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise _corrupt_file_error(file, "its header is not a JSON object")
-    header.pop(_METADATA, None)
+    metadata = header.pop(_METADATA, None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _corrupt_file_error(file, f"its {_METADATA} is no object of texts")
     return header, 8 + length
 
 

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.store.fileio import translate_read_errors
 from dist_peft.store.fingerprint import (
     compute_edges_fingerprint,
@@ -57,6 +58,8 @@ class SafetensorsIndex:
             UserError: missing, pickle only, truncated or corrupt, an unsupported type, a name in
                 two files, or an index json that does not fit its files.
         """
+        refuse_special_file(path)
+        refuse_special_files(path)
         with translate_read_errors(path):
             if path.is_file():
                 if path.suffix in _PICKLE_ENDINGS:

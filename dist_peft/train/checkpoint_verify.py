@@ -25,7 +25,18 @@ __all__ = ["find_checkpoint_damage", "make_unreadable_error", "read_metadata"]
 
 log = logging.getLogger("dist_peft")
 
-_UNREADABLE = (OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError)
+_UNREADABLE = (
+    OSError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
 """Exceptions raised on reading a damaged ``.metadata``."""
 
 _FIRST_WITH_RECORD = 3

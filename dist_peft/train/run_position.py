@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file
 from dist_peft.train.checkpoint_files import DamagedCheckpointError
 
 __all__ = ["RunPosition", "read_position"]
@@ -71,7 +72,8 @@ def read_position(path: Path) -> RunPosition:
         UserError: it cannot be read, is of another format, or contradicts the directory's name.
     """
     try:
-        tree = json.loads((path / "run.json").read_text())
+        refuse_special_file(path / "run.json")
+        tree = json.loads((path / "run.json").read_text(encoding="utf-8"))
         found = tree.get("format") if isinstance(tree, dict) else None
         if type(found) is int and not 1 <= found <= RunPosition.format:
             raise UserError(

@@ -102,3 +102,14 @@ def test_pattern_that_matches_nothing() -> None:
 def test_broken_pattern() -> None:
     with pytest.raises(UserError, match=r"rank_pattern\['\('\] is no regular expression"):
         check_pattern_keys("rank_pattern", {"(": 4}, LINEARS)
+
+
+SLOW = "(.*.*.*.*.*.*.*.*.*.*.*.*)*x"
+
+
+def test_pattern_that_does_not_end_is_refused() -> None:
+    with pytest.raises(UserError, match=r"adapter.target_modules entry .* takes too long on names"):
+        list_adapter_targets([SLOW], frozen_model(tiny_llama()))
+    with pytest.raises(UserError, match=r"adapter.rank_pattern entry .* takes too long on names"):
+        check_pattern_keys("rank_pattern", [SLOW], LINEARS)
+    check_pattern_keys("rank_pattern", [r".*layers\.[01]\..*_proj"], LINEARS)

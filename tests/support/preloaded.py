@@ -6,6 +6,7 @@ Nothing here may leave a thread, which a forked process would lack.
 
 import contextlib
 import gc
+import importlib
 import os
 import random
 import tempfile
@@ -21,10 +22,14 @@ import tqdm
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import dist_peft.export.formats.gguf_model  # noqa: F401
+import tests.support.forked_commands  # noqa: F401
+from dist_peft.app.cli import COMMANDS
 from dist_peft.core.log import close_log
 from tests.support.curves import skip_curves
 from tests.support.tiny_runs import tiny_tree, train
 
+for name in COMMANDS:
+    importlib.import_module(f"dist_peft.app.commands.{name}")
 with contextlib.suppress(ImportError):
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401

@@ -9,6 +9,7 @@ from typing import Any
 from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
 from dist_peft.adapters.lora.combination import CombineRecipe, combine_adapters
 from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.app.config_arguments import parse_path
 from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -29,9 +30,9 @@ _OF_BASE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter or run directories"
+        "adapters", nargs="+", type=parse_path, metavar="ADAPTER", help="adapter or run directories"
     )
-    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--out", type=parse_path, required=True, help="new directory")
     parser.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="one an adapter; default: 1 / number"
     )

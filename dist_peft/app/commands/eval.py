@@ -2,9 +2,12 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from dist_peft.app.config_arguments import add_checkpoint_argument, add_config_arguments
+from dist_peft.app.config_arguments import (
+    add_checkpoint_argument,
+    add_config_arguments,
+    parse_path,
+)
 from dist_peft.app.evaluation import evaluate_run
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
@@ -16,11 +19,13 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft eval``."""
     add_config_arguments(parser)
-    parser.add_argument("--run", type=Path, dest="run_dir", help="use this run's newest state")
+    parser.add_argument(
+        "--run", type=parse_path, dest="run_dir", help="use this run's newest state"
+    )
     add_checkpoint_argument(parser, default="last")
     parser.add_argument(
         "--choices",
-        type=Path,
+        type=parse_path,
         action="append",
         metavar="FILE",
         help="also answer the multiple-choice questions of a JSON Lines file; may be repeated",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_peft.adapters.directory import find_config_file
 from dist_peft.adapters.full.format import contains_trained_weights
+from dist_peft.app.config_arguments import parse_path
 from dist_peft.app.inspect_adapter import (
     describe_adapter,
     describe_trained_weights,
@@ -14,6 +15,7 @@ from dist_peft.app.inspect_adapter import (
 )
 from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.errors import UserError
+from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.core.world import World
 from dist_peft.model.prequantized.base import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
@@ -26,7 +28,7 @@ __all__ = ["add_arguments", "describe_path", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft inspect``."""
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=parse_path)
 
 
 def run(args: argparse.Namespace, world: World) -> int:
@@ -45,6 +47,8 @@ def describe_path(path: Path) -> list[str]:
         path.stat()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    refuse_special_file(path)
+    refuse_special_files(path)
     if (path / "config.yaml").is_file():
         return _describe_run(path)
     if (path / "run.json").is_file():

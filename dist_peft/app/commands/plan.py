@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.config_arguments import add_config_arguments, parse_path
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", help="network of a node, for times, such as 400Gbit")
     parser.add_argument(
         "--base-config",
-        type=Path,
+        type=parse_path,
         help="config.json with the shapes, instead of that of base.path",
     )
-    parser.add_argument("--out", type=Path, help="picture of the memory: a .svg or .png file")
+    parser.add_argument("--out", type=parse_path, help="picture of the memory: a .svg or .png file")
     parser.add_argument("--search", action="store_true", help="also plan changes of the run")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 

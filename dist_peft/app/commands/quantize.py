@@ -1,9 +1,8 @@
 """``dist-peft quantize``: write the base packed, as ``base.quant`` says."""
 
 import argparse
-from pathlib import Path
 
-from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.config_arguments import add_config_arguments, parse_path
 from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.quantized_base import quantize_base
 from dist_peft.app.rank_setup import join_ranks
@@ -18,7 +17,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft quantize``."""
     add_config_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--out", type=parse_path, required=True, help="new directory")
 
 
 def run(args: argparse.Namespace, world: World) -> int:

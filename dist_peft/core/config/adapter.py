@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_peft.core.config.types import ConfigSection, Count, Float, Int, Names, Positive
+from dist_peft.core.config.types import (
+    ConfigSection,
+    Float,
+    Int,
+    Names,
+    PathText,
+    Positive,
+    Size,
+)
 
 __all__ = [
     "AdapterConfig",
@@ -33,7 +41,7 @@ class LowRankConfig(ConfigSection):
     """Options shared by LoRA and QA-LoRA."""
 
     kind: str
-    r: Int = Field(16, ge=1, description="Rank.")
+    r: Size = Field(16, description="Rank.")
     alpha: Float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: Literal["all-linear"] | Names = Field(
@@ -41,7 +49,7 @@ class LowRankConfig(ConfigSection):
         description="all-linear: every linear inside the blocks, and experts. Or a list: names, "
         "name endings or regular expressions, as in PEFT.",
     )
-    rank_pattern: dict[str, Count] = Field(
+    rank_pattern: dict[str, Size] = Field(
         default_factory=dict, description="Regular expression or name ending -> other rank."
     )
     alpha_pattern: dict[str, Positive] = Field(
@@ -99,7 +107,7 @@ class VirtualTokensConfig(ConfigSection):
     """Options shared by prompt tuning, P-tuning and prefix-tuning."""
 
     kind: str
-    num_virtual_tokens: Count = Field(20, description="Virtual tokens that are trained.")
+    num_virtual_tokens: Size = Field(20, description="Virtual tokens that are trained.")
 
 
 class PromptConfig(VirtualTokensConfig):
@@ -127,10 +135,10 @@ class PTuningConfig(VirtualTokensConfig):
     encoder: Literal["mlp", "lstm"] = Field(
         "mlp", description="mlp: two hidden layers. lstm: bidirectional LSTM and one hidden layer."
     )
-    encoder_hidden_size: Count | None = Field(
+    encoder_hidden_size: Size | None = Field(
         None, description="Width of the encoder (of each direction). Default: the base's."
     )
-    encoder_layers: Count = Field(2, description="lstm only: layers.")
+    encoder_layers: Int = Field(2, ge=1, le=100, description="lstm only: layers.")
     dropout: Float = Field(0.0, ge=0, lt=1, description="lstm only: dropout between its layers.")
     pseudo_token: str | None = Field(
         None,
@@ -159,7 +167,7 @@ class PrefixConfig(VirtualTokensConfig):
         True,
         description="Train the prefix through an MLP, as the paper does; false: train it directly.",
     )
-    encoder_hidden_size: Count | None = Field(
+    encoder_hidden_size: Size | None = Field(
         None, description="Width of the MLP. Default: that of a layer's keys."
     )
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix.")
@@ -188,8 +196,10 @@ class BottleneckConfig(ConfigSection):
         "and after the MLP, reads their outputs. parallel: parallel to the MLP, reads its input. "
         "AdapterHub's seq_bn, double_seq_bn and par_bn.",
     )
-    reduction_factor: Positive = Field(
-        16.0, description="The base's hidden size over the adapter's. Default for parallel: 2."
+    reduction_factor: Float = Field(
+        16.0,
+        ge=1e-3,
+        description="The base's hidden size over the adapter's. Default for parallel: 2.",
     )
     activation: Literal["relu", "gelu", "gelu_new", "swish", "tanh", "leakyrelu"] = Field(
         "relu", description="Between the two matrices. Default for houlsby: swish."
@@ -205,7 +215,7 @@ class BottleneckConfig(ConfigSection):
     train_layernorm: bool = Field(
         False, description="Train the base's layer norms too, as in the paper by Houlsby et al."
     )
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         None,
         description="Directory of a bottleneck adapter, ours or AdapterHub's, to initialize "
         "from instead of init.",
@@ -227,7 +237,7 @@ class BottleneckConfig(ConfigSection):
 class FusedAdapter(ConfigSection):
     """A trained bottleneck adapter that is fused with others."""
 
-    path: str = Field(description="Directory of the adapter, ours or AdapterHub's.")
+    path: PathText = Field(description="Directory of the adapter, ours or AdapterHub's.")
     name: str | None = Field(
         None, description="Default: the directory's; RUN/tasks/rte/adapter is called rte."
     )
@@ -269,7 +279,7 @@ class FusionConfig(ConfigSection):
         0.01, ge=0, description="The loss grows by this times the sum of |V - I|^2; 0: not at all."
     )
     dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the attention's scores.")
-    init_from: str | None = Field(
+    init_from: PathText | None = Field(
         None,
         description="Directory of a fusion of the same adapters, ours or AdapterHub's, to "
         "initialize from.",

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_peft.core.config.types import ConfigSection, Float, Int, Label
+from dist_peft.core.config.types import ConfigSection, Float, Int, Label, PathText, SourcePath
 
 __all__ = ["DataConfig", "DataSource"]
 
@@ -13,7 +13,7 @@ __all__ = ["DataConfig", "DataSource"]
 class DataSource(ConfigSection):
     """One file, glob, directory or hub data set, and the format of its records."""
 
-    path: str = Field(
+    path: SourcePath = Field(
         description="File (.jsonl .json .parquet .arrow .csv .tsv .txt; text also .gz .zst), glob, "
         "directory (also one of save_to_disk), or hub id."
     )
@@ -90,7 +90,7 @@ class DataConfig(ConfigSection):
         gt=0,
         description="With mixing sizes: 1: by the sources' sizes; large: equal shares.",
     )
-    seq_len: Int = Field(2048, ge=8, description="Tokens in a sequence.")
+    seq_len: Int = Field(2048, ge=8, le=2**26, description="Tokens in a sequence.")
     packing: bool = Field(
         True, description="Several documents a sequence, isolated from each other."
     )
@@ -106,7 +106,7 @@ class DataConfig(ConfigSection):
         description="An assistant turn without an end token, so that the model would not learn to "
         "stop: refuse, or train anyway.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: PathText | None = Field(
         None, description="Token cache; default ~/.cache/dist_peft or $DIST_PEFT_CACHE."
     )
 

@@ -64,9 +64,7 @@ def _load_config_file(
         what = "is no file" if file.exists() else "does not exist"
         raise UserError(f"config file {file} {what}; give --config a YAML file")
     try:
-        tree = OmegaConf.load(file)
-        if not OmegaConf.is_dict(tree):
-            raise UserError(f"config file {file} must hold sections such as base: and data:")
+        tree = _load_sections(file)
         if resolved and (key := _find_interpolation(tree)) is not None:
             raise UserError(
                 f"{file} has a ${{...}} reference in {key}; a run writes its configuration "
@@ -85,9 +83,26 @@ def _load_config_file(
             f"config file {file}, with its overrides, has a wrong ${{...}} reference: {error}; "
             "write \\${ for a literal ${"
         ) from None
-    except OSError as error:  # raised by OmegaConf for a lone number, and by the disk
+    except OSError as error:
         raise UserError(f"config file {file} cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(
+            f"config file {file} is nested too deeply, or refers to itself; no key of a run needs "
+            "more than a few levels"
+        ) from None
     return parse_config(plain, str(file))
+
+
+def _load_sections(file: Path) -> Any:
+    try:
+        tree = OmegaConf.load(file)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        tree = None  # OmegaConf's error for a lone number has no number of the system's
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"config file {file} must hold sections such as base: and data:")
+    return tree
 
 
 def _find_interpolation(node: Any, path: str = "") -> str | None:
@@ -130,6 +145,8 @@ def _apply_override(tree: Any, item: str, file: Path) -> Any:
         return OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {item!r} cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"override {item[:60]!r}... is nested too deeply") from None
     except TypeError:  # a number within the key, where the file has a list
         raise UserError(
             f"override {item!r} does not fit config file {file}: a list is replaced as a whole, "

@@ -27,7 +27,7 @@ from dist_peft.core.config.adapter import (
     VirtualTokensConfig,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
-from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int
+from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
 __all__ = [
     "AdapterConfig",
@@ -64,7 +64,7 @@ class QuantConfig(ConfigSection):
     )
     bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
     group_size: Int = Field(
-        64, ge=8, description="Weights that share one scale, along in_features."
+        64, ge=8, le=2**16, description="Weights that share one scale, along in_features."
     )
     double_quant: bool = Field(
         True, description="nf4 only: quantize the scales too, within each row."
@@ -96,7 +96,7 @@ class QuantConfig(ConfigSection):
 class BaseConfig(ConfigSection):
     """The frozen base model."""
 
-    path: str = Field(description="Hugging Face directory with safetensors, or a hub id.")
+    path: PathText = Field(description="Hugging Face directory with safetensors, or a hub id.")
     quant: QuantConfig | None = Field(
         default_factory=lambda: QuantConfig(),
         description="Storage of the frozen linears; null: no quantization. Leave it out where "
@@ -135,7 +135,7 @@ class EngineConfig(ConfigSection):
         description="zero: DeepSpeed's ZeRO stage for adapters. 1 shards their optimizer state, 2 "
         "gradients too, 3 the adapters too. The base is sharded in every stage (shard_base).",
     )
-    deepspeed_config: str | None = Field(
+    deepspeed_config: PathText | None = Field(
         None,
         description="zero: DeepSpeed JSON file to take further settings from (buckets, overlap, "
         "logging); settings that contradict this configuration are refused.",
@@ -172,9 +172,11 @@ class EngineConfig(ConfigSection):
         description="params (fsdp2): shards and optimizer state stay in host memory (CUDA only). "
         "optimizer (zero): optimizer state is kept and updated in host memory (ZeRO-Offload).",
     )
-    start_timeout_minutes: Float = Field(10.0, gt=0, description="Rendezvous timeout at the start.")
+    start_timeout_minutes: Float = Field(
+        10.0, gt=0, le=30_000, description="Rendezvous timeout at the start."
+    )
     timeout_minutes: Float = Field(
-        30.0, gt=0, description="Timeout of a collective; the run ends after it."
+        30.0, gt=0, le=30_000, description="Timeout of a collective; the run ends after it."
     )
     stall_seconds: Float = Field(
         300.0,
@@ -193,10 +195,12 @@ class TrainConfig(ConfigSection):
         description="mixed: one adapter is trained on all of data.train. separate: one after the "
         "other, each source trains an adapter of its own in save.dir/tasks/NAME.",
     )
-    steps: Int | None = Field(None, ge=1, description="Optimizer steps; default: one epoch.")
-    epochs: Float | None = Field(None, gt=0, description="Instead of steps.")
+    steps: Count | None = Field(None, description="Optimizer steps; default: one epoch.")
+    epochs: Float | None = Field(None, gt=0, le=1_000_000, description="Instead of steps.")
     micro_batch: Int = Field(1, ge=1, description="Most sequences that a rank computes at a time.")
-    global_batch: Int = Field(16, ge=1, description="Sequences an optimizer step, over all ranks.")
+    global_batch: Int = Field(
+        16, ge=1, le=2**20, description="Sequences an optimizer step, over all ranks."
+    )
     lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
@@ -244,7 +248,7 @@ class TrainConfig(ConfigSection):
 class SaveConfig(ConfigSection):
     """Run directory and checkpoints."""
 
-    dir: str = Field("runs/default", description="Run directory.")
+    dir: PathText = Field("runs/default", description="Run directory.")
     every: Int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_best: bool = Field(
@@ -268,7 +272,7 @@ class RunConfig(ConfigSection):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=lambda: SaveConfig())
-    resume: str = Field(
+    resume: PathText = Field(
         "auto", description="auto: newest checkpoint of save.dir if any; never; or a path."
     )
 

@@ -2,15 +2,39 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Beta", "ConfigSection", "Count", "Float", "Int", "Label", "Names", "Positive"]
+from dist_peft.core.input_paths import find_path_fault
+
+__all__ = [
+    "Beta",
+    "ConfigSection",
+    "Count",
+    "Float",
+    "Int",
+    "Label",
+    "Names",
+    "PathText",
+    "Positive",
+    "Size",
+    "SourcePath",
+]
 
 
 def _refuse_boolean(value: Any) -> Any:
     """Refuse booleans where a number is expected, since Python counts ``True`` as 1."""
     if isinstance(value, bool):
         raise ValueError("expected a number, got a boolean")
+    return value
+
+
+def _refuse_blank_path(value: str) -> str:
+    return value if value.strip() and "\0" not in value else _refuse_impossible_path(value)
+
+
+def _refuse_impossible_path(value: str) -> str:
+    if (fault := find_path_fault(value)) is not None:
+        raise ValueError(fault)
     return value
 
 
@@ -24,9 +48,13 @@ def _format_whole_number(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
-Int = Annotated[int, BeforeValidator(_refuse_boolean)]
+Int = Annotated[int, BeforeValidator(_refuse_boolean), Field(lt=2**63)]
 Float = Annotated[float, BeforeValidator(_refuse_boolean)]
-Count = Annotated[Int, Field(ge=1)]
+SourcePath = Annotated[str, AfterValidator(_refuse_blank_path)]
+Size = Annotated[Int, Field(ge=1, le=2**16)]
+"""A rank or a number of tokens: beyond the limit no machine could hold the parameters."""
+PathText = Annotated[str, AfterValidator(_refuse_impossible_path)]
+Count = Annotated[Int, Field(ge=1, lt=2**31)]
 Positive = Annotated[Float, Field(gt=0)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Label = Annotated[str, BeforeValidator(_format_whole_number)]

@@ -130,7 +130,8 @@ def test_no_such_file(tmp_path: Path) -> None:
         (b"a: \xff", "is not valid YAML"),
         (b"a: !!python/object/apply:os.system [ls]", "is not valid YAML"),
         (b"- a\n- b", "must hold sections such as base: and data:"),
-        (b"3", "cannot be read: Invalid loaded object type"),
+        (b"3", "must hold sections"),
+        (b"a: " + b"[" * 3000, "nested too deeply|not valid YAML"),
     ],
 )
 def test_files_that_are_no_configuration(file: Path, content: bytes, words: str) -> None:
