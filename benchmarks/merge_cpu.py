@@ -1,0 +1,187 @@
+"""CPU time of a merge and of its verification, against copying the files with ``cp``.
+
+    python benchmarks/merge_cpu.py [--base DIR] [--repeats 5] [--no-consumer]
+
+Sides take turns in one process with one thread; each round deletes what it wrote. CPU seconds,
+user and system. Imports are not counted: a first round that is not counted does them. Building the
+model from its configuration, which does not depend on the size of the weights, is counted, and
+shown apart. Private memory is the peak above that before the side ran.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MIB, PeakMemory, make_base, print_table, run_config, write_result
+from merge_memory import make_adapter
+
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.export.merge_weights import merge_model
+from dist_peft.export.verify import Probe, verify_directory
+from dist_peft.export.verify_blocks import verify_by_blocks
+from dist_peft.model.base_hashes import build_row_hashes
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.store.base_record import BaseRecord
+from dist_peft.store.reader import RowReader
+
+TOKENS = 64
+"""Tokens of a run's probe."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """CPU seconds, and the peak of private memory in bytes above that before."""
+
+    seconds: float
+    private: int
+
+
+def make_large_base(directory: Path) -> Path:
+    """A random Llama of 1.04 GiB in bf16 (556 M parameters)."""
+    return make_base(
+        directory,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=9,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+
+
+def record_base(base: Path, adapter: Path) -> None:
+    """Hashes of all tensors, as a run leaves them, so that the merge compares them."""
+    skeleton = build_skeleton(run_config(base).base, base)
+    hashes = build_row_hashes(skeleton)
+    with RowReader(skeleton.index, hashes) as reader:
+        for name in skeleton.tensors:
+            reader.read_rows(name)
+    found = {name: hashes.describe_tensor(name, known.total) for name, known in hashes.sums.items()}
+    record = BaseRecord(str(base), skeleton.index.compute_fingerprint(), tensors=found)
+    (adapter / "dist_peft.json").write_text(json.dumps(record.to_metadata()))
+
+
+def measure(run: Callable[[], Any]) -> Side:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    with PeakMemory() as memory:
+        run()
+    after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(
+        b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(usage, after, strict=True)
+    )
+    return Side(seconds, memory.anonymous - memory.before.anonymous)
+
+
+def make_sides(base: Path, scratch: Path, *, consumer: bool) -> dict[str, Callable[[], Any]]:
+    adapter, out, copy = scratch / "adapter", scratch / "merged", scratch / "copy"
+    make_adapter(base, adapter)
+    record_base(base, adapter)
+    config = run_config(base).base
+    merged: BaseConfig = config.model_copy(update={"path": str(out), "quant": None})
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 32000, (1, TOKENS), generator=generator)
+    logits = torch.randn(2, TOKENS, 32000, generator=generator)
+    probe = Probe(ids, logits[:1], logits[1:])
+
+    def merge() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        merge_model(config, base, adapter, out)
+
+    def run_cp() -> None:
+        subprocess.run(["cp", "-r", str(base), str(copy)], check=True)
+
+    sides: dict[str, Callable[[], Any]] = {
+        "cp": run_cp,
+        "building the model": lambda: build_skeleton(config, base),
+        "merge --no-verify": merge,
+        "--verify blocks": lambda: verify_by_blocks(merged, out, probe),
+    }
+    if consumer:
+        sides["--verify consumer"] = lambda: verify_directory(out, probe, torch.bfloat16)
+    return sides
+
+
+def summarize(rounds: list[dict[str, Side]]) -> dict[str, Any]:
+    """Medians of each side, and of its ratio to ``cp`` in the same round."""
+
+    def find_ratio(*names: str) -> float:
+        return statistics.median(
+            sum(found[name].seconds for name in names) / found["cp"].seconds for found in rounds
+        )
+
+    names = list(rounds[0])
+    summary: dict[str, Any] = {
+        "median_seconds": {n: statistics.median(r[n].seconds for r in rounds) for n in names},
+        "private_peak": {n: max(r[n].private for r in rounds) for n in names},
+        "merge_over_cp": find_ratio("merge --no-verify"),
+        "merge_without_building_over_cp": statistics.median(
+            (r["merge --no-verify"].seconds - r["building the model"].seconds) / r["cp"].seconds
+            for r in rounds
+        ),
+    }
+    for way in ("blocks", "consumer"):
+        if f"--verify {way}" in names:
+            summary[f"merge_verified_by_{way}_over_cp"] = find_ratio(
+                "merge --no-verify", f"--verify {way}"
+            )
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, help="default: made for this run")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-consumer", action="store_true", help="leave transformers out")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        base = args.base or make_large_base(scratch / "base")
+        sides = make_sides(base, scratch, consumer=not args.no_consumer)
+        rounds: list[dict[str, Side]] = []
+        for repeat in range(args.repeats + 1):
+            found = {}
+            for name, run in sides.items():
+                found[name] = measure(run)
+                shutil.rmtree(scratch / "copy", ignore_errors=True)
+            if repeat:
+                rounds.append(found)
+        size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    summary = summarize(rounds)
+    ratios = {
+        "merge --no-verify": summary["merge_over_cp"],
+        "--verify blocks": summary["merge_verified_by_blocks_over_cp"],
+        "--verify consumer": summary.get("merge_verified_by_consumer_over_cp"),
+    }
+    print(
+        f"{size / MIB:.0f} MiB; medians of {args.repeats}; ratios of a merge and this verification"
+    )
+    print_table(
+        ("side", "CPU s", "with the merge, over cp", "private peak +MiB"),
+        [
+            (
+                name,
+                f"{seconds:.2f}",
+                f"{ratios[name]:.1f}" if ratios.get(name) else "",
+                summary["private_peak"][name] / MIB,
+            )
+            for name, seconds in summary["median_seconds"].items()
+        ],
+    )
+    without = summary["merge_without_building_over_cp"]
+    print(f"\nthe merge without building the model: {without:.2f} times cp")
+    load = os.getloadavg()
+    write_result("merge_cpu", {"bytes": size, "load": load, **summary, "rounds": rounds})
+
+
+if __name__ == "__main__":
+    main()
