@@ -7,6 +7,7 @@ from typing import Any
 from dist_peft.adapters.full.format import WeightsWriter
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.app.model_setup import LoadedModel
+from dist_peft.core.progress_beat import mark_progress
 from dist_peft.core.world import World
 
 __all__ = ["write_trained_weights"]
@@ -33,6 +34,7 @@ def write_trained_weights(
         whole = built.engine.gather_parameter(built.get_parameter(name))
         if writer is not None:
             writer.write_parameter(source, whole)
+        mark_progress()
     with world.raise_together("write the trained weights"):
         if writer is not None:
             writer.close()

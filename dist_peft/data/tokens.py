@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.core.progress_beat import mark_progress
 from dist_peft.data.cache import (
     DocumentWriter,
     TokenDocuments,
@@ -81,6 +82,7 @@ def load_token_documents(
         _LOG.info("tokenizing %s", source.path)
         reading: list[str] = []
         for batch in _group_examples(read_examples(source, opened, key, reading)):
+            mark_progress()
             examples = [example for _, example in batch]
             writer.is_text = isinstance(examples[0], TextExample)
             places = [place for place, _ in batch]

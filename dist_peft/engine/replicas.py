@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from dist_peft.core.agreement import format_ranks, hash_json_value
+from dist_peft.core.progress_beat import mark_progress
 from dist_peft.core.span import Span, row_span
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.engine_protocol import Engine
@@ -112,6 +113,7 @@ class ReplicaCheck:
         flat = _to_local_tensor(tensor).detach().contiguous().flatten()
         digest = xxhash.xxh3_64()
         for part in flat.split(_CHUNK) if flat.numel() else ():
+            mark_progress()
             # a copy: memory that numpy has seen cannot be resized, which FSDP2 does
             digest.update(part.to("cpu", copy=True).view(torch.uint8).numpy())
         self.bytes_hashed += flat.numel() * flat.element_size()

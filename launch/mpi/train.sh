@@ -17,6 +17,9 @@ shift
 MPIRUN=${MPIRUN:-mpirun}
 options=(-n "${RANKS:-1}")
 pass=(OMP_NUM_THREADS MASTER_ADDR MASTER_PORT NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG)
+# flight recorder of collectives: see "When a run hangs" in docs/launchers.md
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+pass+=(TORCH_FR_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_FR_DUMP_TEMP_FILE)
 if "$MPIRUN" --version | grep -Eq "Open ?(MPI|RTE)"; then
     # ranks are threads of a training program: no binding to one core each
     options+=(--bind-to none --oversubscribe ${HOSTFILE:+--hostfile "$HOSTFILE"})

@@ -38,6 +38,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # export NCCL_IB_DISABLE=1            # no InfiniBand: plain sockets, to find out whether it is to blame
 # export NCCL_DEBUG=INFO              # which interface and adapter NCCL took; WARN in daily use
 
+# -- hangs --------------------------------------------------------------------------------------
+# A run without progress for engine.stall_seconds (300) ends by itself, writing stacks and torch's
+# flight recorder to the run directory (docs/launchers.md). torch writes the recorder itself when a
+# collective passes engine.timeout_minutes: to /tmp on each node, or where the last line says.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # collectives kept, a few hundred bytes each
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# export TORCH_FR_DUMP_TEMP_FILE=runs/NAME/nccl_trace_ # the rank is appended
+
 # -- run ----------------------------------------------------------------------------------------
 # srun starts the workers on each node, one task a rank. If one dies, all end (--kill-on-bad-exit);
 # a container goes into this line (uncomment one):

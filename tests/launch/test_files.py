@@ -43,6 +43,13 @@ def test_job_script_can_stop_and_resume(path: Path) -> None:
     assert not any(line.startswith("#SBATCH --array") for line in lines)
 
 
+@pytest.mark.parametrize("file", ["slurm/run.sh", "mpi/train.sh", "k8s/pytorchjob.yaml"])
+def test_flight_recorder_is_on(file: str) -> None:
+    text = (LAUNCH / file).read_text()
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        assert name in text and name in (ROOT / "docs" / "launchers.md").read_text()
+
+
 def test_kubernetes_manifest() -> None:
     job = yaml.safe_load((LAUNCH / "k8s" / "pytorchjob.yaml").read_text())
     replicas = job["spec"]["pytorchReplicaSpecs"]

@@ -10,7 +10,7 @@ from dist_peft.core.config.io import load_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.stop_signals import catch_stop_signals
-from dist_peft.core.world import World
+from dist_peft.core.world import World, close_stall_watch
 
 __all__ = ["add_arguments", "run", "train_from_config"]
 
@@ -36,5 +36,9 @@ def train_from_config(config: RunConfig, world: World) -> int:
     if config.train.tasks == "separate":
         check_task_config(config)  # fail fast, before the rendezvous
     device = join_ranks(config, world)
-    with catch_stop_signals() as stop:
-        return train_until_stopped(config, world, device, stop)
+    try:
+        with catch_stop_signals() as stop:
+            return train_until_stopped(config, world, device, stop)
+    finally:
+        if world.size == 1:  # ranks are watched until they leave the group
+            close_stall_watch()
