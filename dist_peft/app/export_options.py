@@ -63,7 +63,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         dest="verify_method",
         help="who computes with the result: its own library, which loads it whole (consumer), or "
         "this program, which reads it block by block (blocks, of merged models); auto: the "
-        f"library up to {CONSUMER_SHARE:.0%} of the available memory",
+        f"library up to {CONSUMER_SHARE:.0%}% of the available memory",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -129,6 +129,7 @@ model.save_adapter(f"{out}/pickle", "seq_bn", use_safetensors=False)
 """
 
 
+@pytest.mark.e2e
 def test_of_adapterhub(base: Path, tmp_path: Path) -> None:
     python = os.environ.get("DIST_PEFT_ADAPTERS_PYTHON")
     if python is None:

@@ -54,6 +54,7 @@ with keep_freed_memory():
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_of_chunks_is_used_again() -> None:
     done = subprocess.run(

@@ -118,6 +118,7 @@ with publish_directory(Path(sys.argv[1])) as partial:
 """
 
 
+@pytest.mark.e2e
 def test_a_killed_one_is_repeated_and_a_living_one_is_not_disturbed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(out)]

@@ -144,6 +144,7 @@ def test_eval_points_in_order() -> None:
     assert list_eval_points(records) == [(0, 3.0), (1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.e2e
 def test_pyplot_is_never_loaded() -> None:
     code = (
         "import sys; from dist_peft.train.plots import *; "

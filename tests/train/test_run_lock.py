@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = subprocess.Popen(["true"])
     child.wait()
     write_holder(tmp_path, pid=child.pid)
     assert can_take(tmp_path)

@@ -93,6 +93,7 @@ def test_zeros_of_rows_that_fill_no_word(tmp_path: Path) -> None:
         assert parts.zero[:, 1].tolist() == wanted
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "settings",
     [
