@@ -49,12 +49,12 @@ class VerificationOptions:
     Attributes:
         max_error: bound that replaces the form's, as a share of the change by training.
         seconds: time limit of the consumer.
-        method: who computes (``export.verification_choice``).
+        verifier: who computes (``export.verification_choice``).
     """
 
     max_error: float | None = None
     seconds: float = 600.0
-    method: AskedVerification = "auto"
+    verifier: AskedVerification = "auto"
 
 
 VERIFY = VerificationOptions()
@@ -100,7 +100,7 @@ def export_finished_run(
     job = replace(job, overwrite=overwrite)
     if job.pooled and into == "decoded" and not known.writes_classifiers:
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
-    method = None if verify is None else _choose_verification(known, job, verify.method)
+    verifier = None if verify is None else _choose_verification(known, job, verify.verifier)
     result = known.write_export(job)
     log.info("wrote %s", known.describe_result(result))
     if result.written.unpacked:
@@ -110,8 +110,8 @@ def export_finished_run(
             config.base.compute_dtype,
             result.written.unpacked[0],
         )
-    if probe is not None and verify is not None and method is not None:
-        _verify_export(known, job, result, run_dir, probe, verify, method)
+    if probe is not None and verify is not None and verifier is not None:
+        _verify_export(known, job, result, run_dir, probe, verify, verifier)
 
 
 def _make_export_spec(
@@ -162,7 +162,7 @@ def _verify_export(
     run_dir: Path,
     probe: Probe,
     verify: VerificationOptions,
-    method: Verification,
+    verifier: Verification,
 ) -> None:
     """Compare with the trained model, add the figures to the run's report, and judge.
 
@@ -172,7 +172,7 @@ def _verify_export(
     trust = job.base.trust_remote_code
     request = ConsumerRequest(result.path, probe, job.compute_dtype, verify.seconds, trust)
     try:
-        if method == "blocks":
+        if verifier == "blocks":
             consumer, found = known.verify_blocks(job, probe)
         else:
             consumer, found = known.verify_export(job, request)
