@@ -189,8 +189,8 @@ def check_shared_directory(directory: Path, world: World) -> None:
                 if missing is not None:
                     rank = missing.rpartition("-")[2]
                     raise UserError(
-                        f"rank 0 on {world.host} does not see in {directory} what rank {rank} "
-                        f"wrote to a directory of this name; {fix}"
+                        f"rank 0 on {world.host} does not see in {directory} the file that rank "
+                        f"{rank} wrote to a directory of this name; {fix}"
                     )
     finally:
         mine.unlink(missing_ok=True)

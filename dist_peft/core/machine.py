@@ -1,4 +1,4 @@
-"""This machine: what identifies it, and how many files a process may open."""
+"""This machine: its identity, and how many files a process may open."""
 
 import os
 import resource

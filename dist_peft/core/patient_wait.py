@@ -39,7 +39,7 @@ def wait_for_all_ranks(
         rank: of this process.
         hosts: the host of each rank.
         topic: prefix of the keys in the store, not used before.
-        phase: what the others are doing, for the log.
+        phase: the activity of the others, for the log.
         beat: called between two looks at the store, every ``LONGEST_PAUSE`` seconds or more often.
 
     Raises:

@@ -100,7 +100,7 @@ def _sum_mask(mask: NDArray[np.uint8], start: Ints, length: NDArray[np.integer[A
     order = np.argsort(start, kind="stable")
     bounds = np.stack([start[order], start[order] + length[order]], axis=1).ravel()
     sums = np.empty(len(start), np.int64)
-    # only what is summed: numpy makes an int64 copy of all that it is given
+    # only the part to be summed: numpy makes an int64 copy of its whole argument
     inside = mask[bounds[0] : bounds[-1]]
     sums[order] = np.add.reduceat(inside, bounds[:-1] - bounds[0], dtype=np.int64)[::2]
     return sums

@@ -122,9 +122,9 @@ class Fsdp2Engine:
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
         # the head is used at the end of forward and at the start of backward: gathered once
-        for unit in self._units[len(blocks) + 1 : -1]:
+        for module, unit in zip(ends[1:], self._units[len(blocks) + 1 : -1], strict=True):
             unit.set_reshard_after_forward(False, recurse=False)
-            unit.register_forward_hook(_reshard_after_evaluation)
+            module.register_forward_hook(_reshard_after_evaluation)
         if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
             # looking up rows again is not needed: a frozen embedding has no gradient
             self._units[len(blocks)].set_unshard_in_backward(False)

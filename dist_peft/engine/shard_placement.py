@@ -42,7 +42,7 @@ class ShardPlacement:
         return self.local_span(index) if self.dimension == 0 else Span(0, self.shape[0])
 
     def cut_columns(self, rows: Tensor, index: int) -> Tensor:
-        """Cut the rows of ``wanted_rows`` to what rank ``index`` holds."""
+        """Cut the rows of ``wanted_rows`` to the part that rank ``index`` holds."""
         return rows if self.dimension == 0 else rows[:, self.local_span(index).slice]
 
     def count_local_elements(self, index: int) -> int:

@@ -198,7 +198,7 @@ class _Outcome:
 
 
 _outcomes: dict[object, _Outcome] = {}
-"""Of this process, by model and what it was given; a failure is diagnosed each time."""
+"""Of this process, by model and inputs; a failure is diagnosed each time."""
 
 
 def _remember_outcome(key: object, model: PreTrainedModel, reached: Iterable[str]) -> _Outcome:
