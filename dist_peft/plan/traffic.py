@@ -24,7 +24,7 @@ class Traffic:
 
     Attributes:
         gathered: all-gather output of a rank (padding included), in one micro-batch: the mean over
-            those of a step, of which the first gathers the blocks that ``engine.keep_gathered`` keeps.
+            those of a step; the first alone gathers the blocks that ``engine.keep_gathered`` keeps.
         card_bytes: received by a card from its neighbours and the network, in a step.
         node_bytes: received by a node from other nodes, in a step.
         reduced: gradients that a rank sends to be summed, in a step.

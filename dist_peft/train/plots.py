@@ -4,7 +4,8 @@ matplotlib's object interface with the Agg canvas: no display, no global state. 
 a light and a dark theme. Colours are from Okabe & Ito's palette, which colour-blind readers can
 distinguish; curves that share axes also differ in width or marker.
 
-matplotlib is imported by the functions that draw: it takes most of a second, and ranks above 0 draw nothing.
+matplotlib is imported by the functions that draw: it takes most of a second, and ranks above 0 draw
+nothing.
 """
 
 from __future__ import annotations
