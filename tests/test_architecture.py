@@ -438,6 +438,7 @@ RANK_FUNCTIONS = {
     "SolvedBlocks.save_block": "the first rank keeps what it writes",
     "count_resting_bytes": "a plan is made for the rank that keeps most",
     "run": "a verb prints its result on one rank, without a process group",
+    "end_stalled_run": "each rank writes its stacks, and one the end of the log",
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_packed_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",

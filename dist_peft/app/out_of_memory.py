@@ -28,7 +28,7 @@ def describe_out_of_memory(error: BaseException) -> str | None:
     size = _find_sizes(text)
     return (
         f"out of {kind} memory {read_beat()[0].describe()}{size}: {_options}, "
-        "or use more ranks; dist-peft plan shows what fits"
+        "or use more ranks; dist-peft plan estimates it"
     )
 
 

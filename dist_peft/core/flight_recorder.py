@@ -2,7 +2,7 @@
 
 It keeps the last ``TORCH_FR_BUFFER_SIZE`` of them (2000; before torch 2.9
 ``TORCH_NCCL_TRACE_BUFFER_SIZE``, which still works). ``torchfrtrace DIR --prefix flight_recorder_``
-compares the files of all ranks.
+compares the files of all ranks where the backend is NCCL; gloo's lack the table of groups.
 """
 
 from pathlib import Path

@@ -31,7 +31,7 @@ def test_options_that_can_still_be_lowered_are_named(tmp_path: Path) -> None:
         "has a total capacity of 79.10 GiB of which 1.20 GiB is free): lower train.micro_batch "
         "(now 4) or data.seq_len (now 16) or adapter.r (now 4), set base.quant.kind: nf4 or "
         "engine.activation_checkpointing: true or train.optimizer: adamw8bit, or use more ranks; "
-        "dist-peft plan shows what fits"
+        "dist-peft plan estimates it"
     )
 
 
