@@ -80,7 +80,10 @@ class RandomReader(RowReader):
             generator = torch.Generator().manual_seed(0)
             self._numbers = (torch.randn(2**20, generator=generator) * 0.02).to(info.dtype)
         size = torch.Size(shape).numel()
-        return self._numbers.repeat(-(-size // len(self._numbers)))[:size].view(shape)
+        # each row where it is in the whole tensor: ranks hold parts of one model
+        start = span.start * torch.Size(info.shape[1:]).numel() % len(self._numbers)
+        copies = -(-(start + size) // len(self._numbers))
+        return self._numbers.repeat(copies)[start : start + size].view(shape)
 
 
 @dataclass
