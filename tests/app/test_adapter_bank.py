@@ -21,6 +21,8 @@ from tests.support.story_runs import train
 from tests.support.task_runs import ENGINES, list_tree
 from tests.support.tiny_runs import save_config
 
+pytestmark = pytest.mark.e2e
+
 
 def switched(world: World, trees: list[dict[str, Any]]) -> list[list[Tensor]]:
     """For each tree: logits of two adapters as they were kept, and after switching a, b, a."""

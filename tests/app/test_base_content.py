@@ -28,6 +28,8 @@ from tests.support.story_runs import train
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 from tests.support.tiny_runs import save_config, save_words, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 CPU = torch.device("cpu")
 MIDDLE = "model.layers.1.self_attn.q_proj.weight"
 

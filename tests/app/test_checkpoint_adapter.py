@@ -15,6 +15,8 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 def test_files_of_a_checkpoint() -> None:
     files = format_adapter_files({"kind": "lora", "turn_end": [2]}, None)

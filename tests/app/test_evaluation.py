@@ -16,6 +16,8 @@ from dist_peft.train.step_metrics import read_metrics
 from tests.support.classification_runs import classifying_tree, save_classifier_base
 from tests.support.tiny_runs import save_config, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:

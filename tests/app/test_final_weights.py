@@ -24,6 +24,8 @@ from tests.support.story_runs import NF4, losses, train
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 PARTIAL: dict[str, Any] = {
     "adapter": {"kind": "partial", "parts": ["norms", "embeddings", "head"], "last_blocks": 1},
     "base__quant": NF4,

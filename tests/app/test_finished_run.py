@@ -28,6 +28,8 @@ from dist_peft.train.checkpoint_files import (
 )
 from tests.support.tiny_runs import save_config, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:

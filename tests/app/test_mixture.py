@@ -14,6 +14,8 @@ from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import save_config, save_records, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 STOP = 3
 
 

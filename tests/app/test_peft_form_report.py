@@ -18,6 +18,8 @@ from tests.support.export_runs import finished_run, fork_consumers
 from tests.support.story_runs import train
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 NF4 = {"kind": "nf4", "group_size": 8}
 
 
@@ -28,7 +30,6 @@ def stored(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.e2e
 def test_named_form_is_exact(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 QALORA = {"kind": "qalora", "r": 4, "alpha": 8}
 INT4 = QuantConfig(kind="int", bits=4, group_size=packed.GROUP)
 

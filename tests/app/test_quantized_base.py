@@ -20,6 +20,8 @@ from tests.support.quantized_runs import GPTQ, make_gptq_tree
 from tests.support.quantized_runs import write_quantized as write
 from tests.support.tiny_runs import save_config, save_records
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from tests.support.rank_inputs import changed, other_inputs
 from tests.support.story_runs import train
 from tests.support.tiny_runs import save_words, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 Tree = dict[str, Any]
 
 

@@ -15,6 +15,8 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from tests.support.tiny_runs import save_config, tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,8 @@ from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 def test_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

@@ -27,6 +27,8 @@ from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, train
 from tests.support.task_runs import ENGINES, list_tree
 
+pytestmark = pytest.mark.e2e
+
 NAMES = ("long", "short", "other")
 
 

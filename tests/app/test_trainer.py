@@ -18,6 +18,8 @@ from dist_peft.train.step_metrics import read_metrics
 from tests.support.equality import build
 from tests.support.tiny_runs import tiny_tree, train
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:

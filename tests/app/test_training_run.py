@@ -34,6 +34,8 @@ from dist_peft.train.run_state import read_run_state
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:

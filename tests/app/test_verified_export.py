@@ -25,6 +25,8 @@ from dist_peft.export.verification_choice import count_loaded_bytes
 from dist_peft.export.verify import Probe
 from tests.support.tiny_runs import tiny_tree
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -242,7 +244,6 @@ def test_qalora_is_exported_exactly(
     assert f"Export {name}" in (qalora_run / "report.html").read_text()
 
 
-@pytest.mark.e2e
 def test_nf4_run_as_bitsandbytes_model(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from dist_peft.data import SequenceSet, format_sequence, load_sequence_set
 from dist_peft.data.packing import IGNORE
 from tests.support.data_files import data_config
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.e2e]
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

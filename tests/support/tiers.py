@@ -1,7 +1,7 @@
 """The unit tier: tests that look at one piece in the test's own process, within a few seconds.
 
-A test that starts ranks is marked ``dist``; one that starts another Python process, or that takes
-more than ``MOST_SECONDS`` of CPU time because it needs whole runs, ``e2e``; one that starts a real
+A test that starts ranks is marked ``dist``; one that starts another Python process, is about whole
+runs or data sets, or takes more than ``MOST_SECONDS`` of CPU time, ``e2e``; one that starts a real
 launcher, ``launcher``. A test without these marks that starts such a process fails; what takes
 longer is listed at the end of a run, since the time depends on the machine.
 
