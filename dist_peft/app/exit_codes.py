@@ -77,12 +77,14 @@ def _run_until_exit(args: argparse.Namespace) -> int:
 def _report_failure(error: Exception, world: World) -> None:
     """Write the traceback of an unexpected error, then one line that says what failed."""
     run_dir = get_log_directory()
-    file = write_traceback(error, world.rank)
+    file = None if run_dir is None else write_traceback(error, world.rank)
     first = next(iter(str(error).strip().splitlines()), "")
     cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
     cause = describe_out_of_memory(error) or cause
     explanation = world.explain_failure(error)
     if explanation is None:
+        if run_dir is None:
+            write_traceback(error, world.rank)  # on stderr, where that of a lost peer is noise
         world.announce_failure(cause)
     line = explanation or f"{_name_rank(world)}failed: {cause}"
     if file is not None:

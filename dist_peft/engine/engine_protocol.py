@@ -14,7 +14,7 @@ Life of an engine::
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
 float32; values are plain tensors or DTensors, both of which ``torch.distributed.checkpoint``
 writes by global position. So a checkpoint says nothing about the engine or the number of ranks.
-``training_state_shards`` is the source of a checkpoint: ``FlatShard`` where an engine shards
+Checkpoints are written from ``training_state_shards``: ``FlatShard`` where an engine shards
 by elements.
 ``local_parameters`` of it, a rank's own part, can be loaded by the same engine in this process.
 
@@ -133,8 +133,10 @@ class Engine(Protocol):
     def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]: ...
 
     def training_state_shards(self, model: nn.Module) -> Mapping[str, Tensor | FlatShard]:
-        """Return the same state as this rank holds it, without communication: its part of a
-        checkpoint. Tensors that all ranks hold whole are written once."""
+        """Return the same state as this rank holds it, without communication, for a checkpoint.
+
+        Tensors that all ranks hold whole are written once.
+        """
         ...
 
     def load_training_state_dict(

@@ -47,6 +47,16 @@ def test_a_failure_without_run_directory_prints_its_traceback_and_a_last_line(
     assert text.endswith("\ndist-peft: failed: ZeroDivisionError: steps\n")
 
 
+def test_a_lost_peer_is_one_line_before_there_is_a_run_directory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "rank 1 on a lost its peers: no sign of life from rank 0 on b"
+    monkeypatch.setattr(World, "explain_failure", lambda self, error: line)
+    args = argparse.Namespace(verb="train", run=_raise(RuntimeError("gloo\nframe #0: recvBytes")))
+    assert run_command(args) == 1
+    assert capsys.readouterr().err == f"dist-peft: {line}\n"
+
+
 def test_the_end_of_a_run_is_one_line_on_stderr_and_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

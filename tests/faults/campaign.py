@@ -220,7 +220,7 @@ class Campaign:
             freeze = 0.0
             if fault.kind == "stop":
                 watched = CAN_STALL and job.ranks > 1
-                argv += [f"engine.stall_seconds={STALL_SECONDS:g}"] if watched else []
+                argv[3:3] = [f"engine.stall_seconds={STALL_SECONDS:g}"] if watched else []
                 freeze = 0.0 if watched else FREEZE_SECONDS
             limit = STALL_LIMIT if fault.kind == "stop" and not freeze else LIMIT
             ended = run_command(argv, job.ranks, notes / str(number), fault, limit, freeze)
@@ -328,7 +328,9 @@ class EndCheck:
             yield f"codes {codes} after SIGSTOP of rank {fault.rank}"
 
     def _check_lines(self) -> Iterator[str]:
-        if "Traceback (most" in self.ended.stderr or "Logging error" in self.ended.stderr:
+        # stacks of a rank that stands still go to stderr as long as there is no run directory
+        stacks = self.fault.kind == "stop" and not (self.out / "log.txt").exists()
+        if re.search(r"Traceback \(most|Logging error", self.ended.stderr) and not stacks:
             yield f"traceback on stderr: {self.ended.stderr[-1500:]}"
         codes = {code for code in self.ended.codes if code is not None and code > 0}
         if codes & {1, 2} and not self.last_line.startswith("dist-peft: "):
@@ -409,6 +411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=3, help="the most processes of a training")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of trials to run")
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
+    parser.add_argument(
+        "--no-count", action="store_true", help="draw moments from typical numbers of them"
+    )
     parser.add_argument("--directory", type=Path, help="new; kept, with what failed")
     parser.add_argument("--json", type=Path, help="write every outcome to this file")
     args = parser.parse_args(argv)
@@ -418,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = args.directory or Path(tempfile.mkdtemp(prefix="faults-"))
     directory.mkdir(exist_ok=True)
     began, outcomes = time.time(), []
-    for outcome in run_campaign(trials, directory, args.jobs):
+    for outcome in run_campaign(trials, directory, args.jobs, count=not args.no_count):
         outcomes.append(outcome)
         print(format_row(outcome), flush=True)
         for problem in outcome.problems:

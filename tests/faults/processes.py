@@ -17,7 +17,7 @@ import torch
 
 from tests.faults.injection import Fault, FaultInjector
 from tests.support.curves import skip_curves
-from tests.support.dist import _context, free_port
+from tests.support.dist import free_port, make_process_context
 
 __all__ = ["Ended", "run_command"]
 
@@ -58,7 +58,7 @@ def run_command(
     for rank in range(ranks):
         env = {} if ranks == 1 else _make_launcher_variables(rank, ranks, port)
         with _START:
-            process = _context().Process(
+            process = make_process_context().Process(
                 target=_run_rank,
                 args=(list(argv), {**os.environ, **env}, rank, notes, fault, seconds),
                 daemon=True,
