@@ -428,7 +428,7 @@ RANK_TAKERS = {"setup_log", "MetricsWriter", "ProgressDisplay", "open_metrics"}
 
 # Function -> why it cannot be ``World.run_on_first``.
 RANK_FUNCTIONS = {
-    "run_command": "one rank prints the error that all ranks raise",
+    "_run_until_exit": "one rank prints the error that all ranks raise",
     "_report_failure": "every rank writes its traceback, one prints the message",
     "_name_rank": "the rank is named in a message",
     "Trainer._restore_probe": "the file of the first rank decides",

@@ -134,49 +134,39 @@ PHASES = {
     "tokenizing": (DocumentWriter, "append_document", signal.SIGUSR1, 2, []),
     "load": (load, "_read_local_rows", signal.SIGUSR2, 3, []),
     "evaluation before": (*EVALUATE, signal.SIGHUP, 1, []),
-    "evaluation after step 2": (*EVALUATE, signal.SIGTERM, 8, [1, 2]),
-    "evaluation after the end": (*EVALUATE, signal.SIGTERM, 11, [2, 3]),
-    "checkpoint": (_HashingWriter, "write_data", signal.SIGUSR1, 1, [1, 2]),
+    "evaluation after step 1": (*EVALUATE, signal.SIGTERM, 5, [1]),
+    "checkpoint of step 2": (_HashingWriter, "write_data", signal.SIGUSR1, 1, [2, 3]),
+    # that of step 3, which the signal before has left out, that of step 4, and this one
+    "evaluation after the end": (*EVALUATE, signal.SIGINT, 8, [4, 5]),
 }
 """Where a signal comes, at which call, and the steps of the checkpoints that are there then."""
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_signal_in_any_phase_gives_75_and_nothing_is_lost(
-    phase: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.e2e
+def test_signal_in_each_phase_gives_75_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name, number, at, steps = PHASES[phase]
-    tree = {**phase_tree(uninterrupted), "save": {"dir": str(tmp_path / "run"), "every": 1}}
-    tree["data"] = {**tree["data"], "cache_dir": str(tmp_path / "cache")}
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, send_once(getattr(owner, name), number, at))
-        assert train(tree) == RESUMABLE
-    run = tmp_path / "run"
-    assert sorted(p.name for p in run.glob("checkpoints/step-*")) == [
-        f"step-{step:06d}" for step in steps
-    ]
-    assert not list((tmp_path / "cache").rglob("*.tmp-*"))
-    if run.exists():
-        state = read_run_state(run)
-        assert state is not None and state.state == "stopped"
+    """One run, stopped in each phase, has the losses of a run that was never stopped."""
+    tree = tiny_tree(tmp_path, train__eval_every=1, train__steps=5, save__asynchronous=False)
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    for phase, (owner, name, number, at, steps) in PHASES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, send_once(getattr(owner, name), number, at))
+            assert train(tree) == RESUMABLE, phase
+        saved = sorted(p.name for p in run.glob("checkpoints/step-*"))
+        assert saved == [f"step-{step:06d}" for step in steps], phase
+        assert not list(cache.rglob("*.tmp-*")) and not list(cache.rglob("*.lease"))
+        if run.exists():
+            state = read_run_state(run)
+            assert state is not None and state.state == "stopped", phase
     assert train(tree) == 0
-    assert list_curve(run) == list_curve(uninterrupted / "run")
-
-
-def phase_tree(directory: Path) -> dict[str, Any]:
-    return tiny_tree(directory, train__eval_every=1)
+    assert train({**tree, "save": {"dir": str(tmp_path / "whole"), "every": 0}}) == 0
+    assert list_curve(run) == list_curve(tmp_path / "whole")
 
 
 def list_curve(run: Path) -> list[tuple[int, float, float | None, float | None]]:
     records = read_metrics(run / "metrics.jsonl")
     return [(r.step, r.loss, r.eval_loss, r.eval_loss_before) for r in records]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("uninterrupted")
-    assert train(phase_tree(directory)) == 0
-    return directory
 
 
 def test_ctrl_c_stops_after_the_step_and_a_second_at_once(
