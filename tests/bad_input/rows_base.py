@@ -67,10 +67,8 @@ ROWS = [
     _config("layers 10**9", "config.json", "num_hidden_layers", num_hidden_layers=10**9),
     _config("layers 0", "config.json", "num_hidden_layers", num_hidden_layers=0),
     _config("layers one more", "model.layers.2", num_hidden_layers=3),
-    _config("heads 0", "config.json", "num_attention_heads", num_attention_heads=0),
     _config("activation nonsense", "sigmoidish", hidden_act="sigmoidish"),
     _config("rope type nonsense", "spiral", rope_parameters={"rope_type": "spiral", "factor": 2.0}),
-    _config("auto_map without trust", "trust_remote_code", auto_map={"AutoConfig": "evil.Evil"}),
     _config("quantization nonsense", "quant_method", quantization_config={"quant_method": "magic"}),
     _config(
         "experts 10**9",
@@ -202,22 +200,10 @@ ROWS = [
         edit_json(TOKENIZER, normalizer={"type": "Nonsense"}),
     ),
     Row(
-        "tokenizer ids beyond the model",
-        "train",
-        ("vocab",),
-        edit_json(TOKENIZER, "model", "vocab", w30=5000),
-    ),
-    Row(
         "tokenizer without end token",
         "train",
         ("eos",),
         edit_json("base/tokenizer_config.json", eos_token=None),
-    ),
-    Row(
-        "tokenizer auto_map without trust",
-        "train",
-        ("trust_remote_code",),
-        edit_json("base/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
     ),
     # -- the same through other commands
     Row(

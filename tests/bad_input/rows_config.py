@@ -6,7 +6,7 @@ from tests.bad_input.case import Row, edit_yaml, fifo, remove, write
 def _value(name: str, setting: str, *words: str, command: str = "train") -> Row:
     """A row of one override that is refused by the name of its key."""
     key = setting.partition("=")[0]
-    return Row(name, command, (key.rpartition(".")[2], *words), args=(setting,))
+    return Row(name, command, (key, *words), args=(setting,))
 
 
 ROWS = [
@@ -193,10 +193,10 @@ ROWS = [
     _value(
         "fused adapters nowhere", "adapter.adapters=[nowhere, neither]", "nowhere", command="fuse"
     ),
-    _value(
+    Row(
         "fused adapters of one name",
-        "adapter.adapters=[run/adapter, run/adapter]",
-        "name",
-        command="fuse",
+        "fuse",
+        ("two of adapters are called run", "name them"),
+        args=("adapter.adapters=[run/adapter, run/adapter]",),
     ),
 ]

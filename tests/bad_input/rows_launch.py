@@ -12,7 +12,6 @@ ROWS = [
     Row("minutes infinite", "merge", ("number of minutes",), args=("--verify-minutes", "inf")),
     Row("format unknown", "mlx", ("--format", "gguf"), args=("--format", "onnx")),
     Row("rows negative", "validate", ("--rows -1", "give the number"), args=("--rows", "-1")),
-    Row("nodes 10**12", "plan", ("--nodes",), args=("--nodes", "1000000000000")),
     Row("memory negative", "plan", ("--gpu-memory",), args=("--gpu-memory", "-1GiB")),
     Row("card unknown", "plan", ("--gpu Z9000", "known"), args=("--gpu", "Z9000")),
     Row("inspect nothing", "inspect base", ("base",), remove("base")),
@@ -113,24 +112,6 @@ ROWS = [
         **TWO,
     ),
     Row(
-        "2 ranks: interface nonsense",
-        "train",
-        ("GLOO_SOCKET_IFNAME", "nonsense0"),
-        args=SHORT,
-        env={"GLOO_SOCKET_IFNAME": "nonsense0"},
-        **TWO,
-    ),
-    Row(
-        "2 ranks: another lr", "train", ("train.lr", "0.5"), rank_args={1: ("train.lr=0.5",)}, **TWO
-    ),
-    Row(
-        "2 ranks: data of one empty",
-        "train",
-        ("nowhere.jsonl",),
-        rank_args={1: ("data.train=[nowhere.jsonl]",)},
-        **TWO,
-    ),
-    Row(
         "2 ranks: hidden_size -64",
         "train",
         ("hidden_size",),
@@ -154,4 +135,22 @@ ROWS = [
         args=("engine.start_timeout_minutes=1.0e300",),
         **TWO,
     ),
+    Row(
+        "2 ranks: MASTER_PORT -1",
+        "train",
+        ("MASTER_PORT=-1 is no port", "1 to 65535"),
+        env={"MASTER_PORT": "-1"},
+        **TWO,
+    ),
+    Row(
+        "2 ranks: MASTER_PORT text",
+        "train",
+        ("MASTER_PORT='port' is not a number",),
+        env={"MASTER_PORT": "port"},
+        **TWO,
+    ),
+    Row("2 ranks: r 10**9", "train", ("adapter.r", "65536"), args=("adapter.r=1000000000",), **TWO),
+    Row("2 ranks: lr nan", "train", ("train.lr", "finite"), args=("train.lr=.nan",), **TWO),
+    Row("2 ranks: no key", "train", ("unknown key train.x",), args=("train.x=1",), **TWO),
+    Row("2 ranks: no path", "train", ("base.path", "empty path"), args=("base.path=''",), **TWO),
 ]

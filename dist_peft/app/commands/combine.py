@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace, world: World) -> int:
     setup_log(None, world.rank, world.size)
     directories = [_find_adapter_directory(path) for path in args.adapters]
     weights = args.weights or [1 / len(directories)] * len(directories)
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"--weights {weights}: give finite numbers")
     recipe = _parse_merge_recipe(args)
     if len(weights) != len(directories):
         raise UserError(f"--weights has {len(weights)} numbers for {len(directories)} adapters")

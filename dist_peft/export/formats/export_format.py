@@ -6,6 +6,8 @@ line, its row in ``export --list``, the refusals before training and before an e
 and the verification come with the class.
 """
 
+import argparse
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +74,17 @@ class ExportOption:
 BITS = ExportOption(
     "bits", "default: an integer base's own, else 4", {"type": int, "choices": (2, 3, 4, 8)}
 )
-GROUP_SIZE = ExportOption("group-size", "default: an integer base's own, else 64", {"type": int})
+
+
+def _parse_group_size(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) == 0 or int(text) % 8:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 8 above 0, such as 32 or 64")
+    return int(text)
+
+
+GROUP_SIZE = ExportOption(
+    "group-size", "default: an integer base's own, else 64", {"type": _parse_group_size}
+)
 
 
 @dataclass(frozen=True)
