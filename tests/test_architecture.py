@@ -354,6 +354,7 @@ def test_the_page_names_every_member_of_the_protocol() -> None:
 
 
 def test_only_a_hessian_factor_is_broadcast() -> None:
+    """And texts, with their lengths."""
     calls = [
         (place, ast.unparse(node.args[0]))
         for place, node in iterate_nodes()
@@ -365,6 +366,9 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
         ("compress/gptq_driver.py", "factor.order"),
         ("compress/gptq_driver.py", "factor.upper"),
         ("compress/solved_blocks.py", "whole"),  # before training, of a solve that was stopped
+        ("core/text_exchange.py", "data"),
+        ("core/text_exchange.py", "length"),
+        ("core/text_exchange.py", "lengths"),
         ("core/world.py", "tensor"),
     ]
 
@@ -429,16 +433,17 @@ RANK_TAKERS = {"setup_log", "MetricsWriter", "ProgressDisplay", "open_metrics"}
 # Function -> why it cannot be ``World.run_on_first``.
 RANK_FUNCTIONS = {
     "_run_until_exit": "one rank prints the error that all ranks raise",
+
+    "end_stalled_run": "each rank reports that it ends, and writes its traceback",
     "_report_failure": "every rank writes its traceback, one prints the message",
     "_name_rank": "the rank is named in a message",
-    "Trainer._restore_probe": "the file of the first rank decides",
+    "RunProbe.restore": "the file of the first rank decides",
     "EvaluationHistory.read_from_run": "the file of the first rank decides",
     "_find_unevaluated_record": "the file of the first rank decides",
     "SolvedBlocks.restore_block": "the first rank reads what all receive",
     "SolvedBlocks.save_block": "the first rank keeps what it writes",
     "count_resting_bytes": "a plan is made for the rank that keeps most",
     "run": "a verb prints its result on one rank, without a process group",
-    "end_stalled_run": "each rank writes its stacks, and one the end of the log",
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_packed_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",

@@ -131,8 +131,8 @@ ALLOWED = {
     "torch.distributed": (
         "core/world",
         "core/rendezvous",
+        "core/text_exchange",
         "core/flight_recorder",
-        "core/agreement",
         "engine/",
         "train/checkpoint",
     ),
@@ -149,6 +149,81 @@ def test_library_stays_in_its_place(library: str) -> None:
         relative = str(path.relative_to(PACKAGE))
         if library in imports(path):
             assert relative.startswith(ALLOWED[library]), f"{relative} imports {library}"
+
+
+PICKLING = {
+    "pickle": ("train/checkpoint_reader.py", "train/checkpoint_verify.py"),
+    "dill": (),
+    "cloudpickle": (),
+    "joblib": (),
+    "shelve": (),
+    "marshal": (),
+}
+"""Modules that read or write pickles -> files that may import them: the reader of ``.metadata``,
+whose unpickler knows the few names that it may contain, and a file that names its errors."""
+
+_OBJECT_COLLECTIVE = re.compile(
+    r"^(all_gather|gather|scatter|broadcast|send|recv|reduce_scatter)_object(_list)?$"
+)
+_MPI_PICKLES = {"bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce"}
+
+
+def find_unpickling(text: str) -> list[str]:
+    """Code that unpickles what a peer or a file says: collectives of objects, ``torch.load``
+    (unless ``weights_only=True``), ``numpy.load`` with pickles, modules of ``PICKLING`` but
+    ``pickle``, mpi4py's methods in lower case."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(a.name for a in node.names)]
+            found += [n for n in names if n.split(".")[0] in PICKLING and n != "pickle"]
+            found += [n for n in names if _OBJECT_COLLECTIVE.search(n)]
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        owner, _, name = called.rpartition(".")
+        options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if owner and _OBJECT_COLLECTIVE.search(name) and not owner.startswith("self"):
+            found.append(called)
+        if called == "torch.load" and options.get("weights_only") != "True":
+            found.append(called)
+        if options.get("allow_pickle", "False") != "False":
+            found.append(called)
+        if owner.rpartition(".")[2] in ("comm", "COMM_WORLD") and name in _MPI_PICKLES:
+            found.append(called)
+        if called in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
+            found.append(called)
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dist.all_gather_object(everyone, mine)",
+        "dist.broadcast_object_list(told, src=0, group=group)",
+        "torch.distributed.gather_object(mine)",
+        "from torch.distributed import scatter_object_list",
+        "dist.recv_object_list(found)",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "np.load(file, allow_pickle=True)",
+        "comm.bcast(offer, root=0)",
+        "pickle.loads(data)",
+        "pickle.load(file)",
+        "import cloudpickle",
+    ],
+)
+def test_unpickling_is_found(line: str) -> None:
+    assert find_unpickling(line)
+
+
+def test_nothing_is_unpickled() -> None:
+    """Neither from a peer nor from a file, but by the one reader that allows a few names."""
+    for path in SOURCES:
+        relative = path.relative_to(PACKAGE).as_posix()
+        assert find_unpickling(path.read_text()) == [], relative
+        if "pickle" in imports(path):
+            assert relative in PICKLING["pickle"], f"{relative} imports pickle"
 
 
 def test_launch_imports_app_only() -> None:

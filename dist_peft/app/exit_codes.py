@@ -16,13 +16,14 @@ from dataclasses import replace
 
 from dist_peft.app.out_of_memory import describe_out_of_memory
 from dist_peft.app.stall_exit import allow_stall_exit
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.log import (
     FILE_ONLY,
     append_log_line,
     get_log_directory,
     write_traceback,
 )
+from dist_peft.core.redaction import redact_text
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested, get_interrupt_exit_code
 from dist_peft.core.world import RemoteError, RendezvousError, World, close_stall_watch
 from dist_peft.export.verdict import VerificationError
@@ -55,6 +56,10 @@ def _run_until_exit(args: argparse.Namespace) -> int:
         if world.is_first or isinstance(error, RendezvousError):
             _report_end(str(error))
         return _exit_process(world, 2)
+    except RunFailure as error:
+        if world.is_first:
+            _report_end(str(error))
+        return _exit_process(world, 1)
     except VerificationError as error:
         _report_end(str(error))
         return _exit_process(world, 1)
@@ -108,6 +113,7 @@ def _name_rank(world: World) -> str:
 
 def _report_end(line: str) -> None:
     """Print the last line of a command, and write it to ``log.txt`` where there is one."""
+    line = redact_text(line)
     logger = logging.getLogger("dist_peft")
     if logger.handlers:  # else Python's last resort would print it a second time
         logger.error("%s", line, extra=FILE_ONLY)

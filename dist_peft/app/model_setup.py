@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -245,7 +245,11 @@ def load_init_factors(setup: ModelSetup, checkpoints: CheckpointManager, path: P
 
 
 def load_training_state(
-    built: LoadedModel, checkpoints: CheckpointManager, path: Path, step: int
+    built: LoadedModel,
+    checkpoints: CheckpointManager,
+    path: Path,
+    step: int,
+    skipped: Collection[int] = (),
 ) -> None:
     """Load adapters and optimizer moments of a checkpoint; call after ``setup_optimizer``.
 
@@ -257,4 +261,4 @@ def load_training_state(
     with checkpoints.world.raise_together("check the checkpoint's values"):
         for name, value in state.items():  # one by one: copies of all of them may not fit
             check_tensor_values(local_parameters({name: value}), path)
-    built.engine.load_training_state_dict(built.model, state, step)
+    built.engine.load_training_state_dict(built.model, state, step, skipped)

@@ -78,7 +78,10 @@ _MAY_CHANGE = (
     "train.min_lr_ratio",
     "train.weight_decay",
     "train.max_grad_norm",
+    "train.on_nonfinite",
+    "train.max_nonfinite",
     # outputs and their frequency
+    "train.spike_score",
     "train.eval_every",
     "train.early_stop",
     "train.log_every",

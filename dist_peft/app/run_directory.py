@@ -13,7 +13,7 @@ from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.core.config.io import dump_config
 from dist_peft.core.config.moved_paths import PATHS_NAME, format_path_record
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.input_paths import refuse_special_files
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -145,6 +145,8 @@ class RunDirectory:
     ) -> None:
         if isinstance(error, UserError):
             self._record_refusal(str(error))
+        elif isinstance(error, RunFailure):
+            self._record_end("failed", str(error))
         elif isinstance(error, KeyboardInterrupt):
             self._record_end("stopped", "interrupted in the middle of a step")
         elif error is not None:
@@ -228,7 +230,7 @@ def write_run_config(run_dir: Path, config: RunConfig) -> None:
         UserError: the disk is full or not writable.
     """
     try:
-        record = format_path_record(config.model_dump(mode="json"), run_dir)
+        record = format_path_record(config.dump_stored_tree(), run_dir)
         write_atomically(run_dir / PATHS_NAME, record)
         write_atomically(run_dir / "config.yaml", dump_config(config))
     except OSError as error:

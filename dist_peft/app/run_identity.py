@@ -21,6 +21,7 @@ from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.model_setup import ModelSetup
 from dist_peft.core.agreement import flatten_tree, hash_json_value
 from dist_peft.core.config.run import FusionConfig, RunConfig
+from dist_peft.core.redaction import redact_text
 from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
 from dist_peft.engine import resolve_engine_kind
@@ -46,10 +47,10 @@ def flatten_rank_config(config: RunConfig, world: World) -> dict[str, object]:
 
     Never raises: an unusable configuration has to be reported by all ranks together.
     """
-    flat = flatten_tree(config.model_dump(mode="json"))
+    flat = flatten_tree(config.dump_stored_tree(with_digests=True))
     values = {k: v for k, v in flat.items() if not _NODE_LOCAL.fullmatch(k)}
     # checkpoints are written by all ranks into one directory
-    values["save.dir"] = str(Path(config.save.dir).expanduser().absolute())
+    values["save.dir"] = redact_text(str(Path(config.save.dir).expanduser().absolute()))
     values["tasks of data.train"] = [source.task_name for source in config.data.train]
     values["tasks of data.eval"] = [source.task_name for source in config.data.eval]
     if isinstance(config.adapter, FusionConfig):
@@ -115,7 +116,8 @@ def describe_run_values(
 
     ``resume`` itself is excluded: it selects a checkpoint and does not describe the run.
     """
-    values = flatten_tree(config.model_dump(mode="json", exclude={"resume"}))
+    values = flatten_tree(config.dump_stored_tree(with_digests=True))
+    values.pop("resume", None)
     values |= _describe_inputs(config, setup, loaders)
     values |= {
         "number of steps": count_total_steps(config, loaders),

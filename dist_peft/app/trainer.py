@@ -1,16 +1,16 @@
 """Train a loaded model: start or resume, run the steps, write the results."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.adapter_switch import can_disable_adapter, disable_adapter
 from dist_peft.adapters.directory import write_adapter_directory
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.app.base_content import RECORD_FILE, format_base_record
@@ -21,8 +21,10 @@ from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
+from dist_peft.app.run_probe import RunProbe
 from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
@@ -30,7 +32,6 @@ from dist_peft.data.turn_end import find_turn_end_ids
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_missing_stop_token
-from dist_peft.export.verify import Probe
 from dist_peft.model.hub import save_tokenizer
 from dist_peft.store.publish import publish_directory
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
@@ -39,16 +40,18 @@ from dist_peft.train.evaluate import (
     EvalResult,
     add_evaluation,
     evaluate_model,
-    inference_mode,
 )
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
+from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.lr_schedule import compute_lr_factor
 from dist_peft.train.metrics import MetricsWriter, read_peak_memory_bytes
+from dist_peft.train.nonfinite import FailedStep, NonFiniteSteps, SequenceDescriber
 from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.report import RunSummary
 from dist_peft.train.run_lock import raise_if_taken_over
 from dist_peft.train.run_state import note_step
+from dist_peft.train.spikes import SpikeDetector
 from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["Trainer"]
@@ -79,6 +82,9 @@ class Trainer:
         self.loaders.train.check_steps(self.total_steps)
         self.stopped_early = False
         """Whether ``train.early_stop`` has ended the training."""
+        path = self.run_dir / "probe.safetensors"
+        self.probe = RunProbe(path, self.loaders.probe, self.built, self.world)
+        self.nonfinite = NonFiniteSteps.from_config(self.config.train)
         self.evaluation_stopped = False
         """Whether a signal has ended the evaluation after the last step."""
 
@@ -99,14 +105,8 @@ class Trainer:
         names = self.built.setup.tokenizer.convert_ids_to_tokens(ends)
         warn = partial(warn_missing_stop_token, self.built.setup.directory, ends, names)
         self.world.run_on_first("read the base's generation settings", warn)
-        self._save_untrained_probe()
+        self.probe.save_untrained()
         return 0
-
-    def _save_untrained_probe(self) -> None:
-        """Save the probe with the logits of the base, or of a model that is not trained yet."""
-        logits = self._compute_base_logits()
-        probe = Probe(self.loaders.probe, logits, logits)
-        self.world.run_on_first("write the probe", lambda: probe.save_probe(self._probe_path))
 
     def check_loaded_model(self) -> None:
         """Run the check that needs loaded weights; called before anything is written.
@@ -123,9 +123,11 @@ class Trainer:
     def resume_from_checkpoint(self, path: Path) -> int:
         """Load a checkpoint that ``app.resuming`` has accepted; return its number of steps."""
         position = self.checkpoints.read_position(path)
-        load_training_state(self.built, self.checkpoints, path, position.step)
+        skipped, halvings = position.nonfinite_steps, position.lr_halvings
+        load_training_state(self.built, self.checkpoints, path, position.step, skipped)
+        self.nonfinite = replace(self.nonfinite, steps=list(skipped), num_halvings=halvings)
         log.info("resumed %s at step %d", path, position.step)
-        self._restore_probe()
+        self.probe.restore()
         if position.step >= self.total_steps:
             log.warning(
                 "%s has %d steps and train.steps is %d: nothing is left to train",
@@ -135,23 +137,6 @@ class Trainer:
                 extra=ONCE,
             )
         return position.step
-
-    def _restore_probe(self) -> None:
-        """Check the probe that the run saved at its start; save it again if it is missing.
-
-        Raises:
-            UserError: on every rank: the probe is damaged.
-        """
-        missing = self.world.any_rank(self.world.is_first and not self._probe_path.is_file())
-        if not missing:
-            with self.world.raise_together("read the probe"):
-                if self.world.is_first:
-                    Probe.load_probe(self._probe_path)
-        elif can_disable_adapter(self.built.model):
-            log.info("%s is missing and is computed again", self._probe_path)
-            self._save_untrained_probe()
-        else:
-            log.warning("%s is missing: exports cannot be verified", self._probe_path, extra=ONCE)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -169,14 +154,18 @@ class Trainer:
         self.stopped_early = history.should_stop
         if self.stopped_early:
             return first_step
+        spikes = SpikeDetector.read_from_run(self.run_dir, train.spike_score, self.world)
         progress = self._make_progress_display(first_step)
-        with metrics, progress, self.checkpoints.writes_finished():
+        with metrics, progress, training, self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
                 start, gathered = time.perf_counter(), engine.bytes_gathered
                 batches, targets = loader.load_step(step)
                 loss = training.accumulate_gradients(step, batches, targets)
                 lr = self._compute_lr(step)
                 norm = training.update_parameters(step, loss, lr, train.max_grad_norm)
+                if not math.isfinite(norm):
+                    failure = training.describe_failure(step, batches, loss, norm, lr)
+                    self._handle_failed_step(failure, is_saved=step == first_step)
                 seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
 
                 done, last = step + 1, step + 1 == self.total_steps
@@ -199,6 +188,8 @@ class Trainer:
                     epoch=done * train.global_batch / len(loader.rows),
                     samples=done * train.global_batch,
                     seconds=seconds,
+                    nonfinite_steps=len(self.nonfinite.steps) or None,
+                    spike=spikes.log_loss(done, loss),
                 )
                 is_best = False
                 if last or _is_due(done, train.eval_every):
@@ -227,9 +218,26 @@ class Trainer:
 
     def _make_training_step(self) -> TrainingStep:
         built, objective = self.built, self.loaders.objective
+        watch = GradientWatch(built.setup.skeleton.blocks)
+        adapter = built.setup.adapter
         return TrainingStep(
-            built.model, self.call, built.engine, built.setup.adapter, objective, self.world
+            built.model, self.call, built.engine, adapter, objective, self.world, watch
         )
+
+    def _handle_failed_step(self, failed: FailedStep, *, is_saved: bool) -> None:
+        """Count a step that was not finite, or end the run with the steps before it saved.
+
+        Raises:
+            RunFailure: on every rank: the run ends.
+        """
+        decode = partial(self.built.setup.tokenizer.decode, skip_special_tokens=False)
+        describer = SequenceDescriber(self.loaders.train.rows, cast(Any, decode))
+        try:
+            self.nonfinite.handle_step(failed, self.world, self.run_dir, describer)
+        except RunFailure:
+            if not is_saved and not _is_due(failed.step - 1, self.config.save.every):
+                self._save_checkpoint(failed.step - 1, None)
+            raise
 
     def _make_progress_display(self, first_step: int) -> ProgressDisplay:
         return ProgressDisplay(
@@ -263,9 +271,8 @@ class Trainer:
 
     def _compute_lr(self, step: int) -> float:
         c = self.config.train
-        return c.lr * compute_lr_factor(
-            step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio
-        )
+        factor = compute_lr_factor(step, self.total_steps, c.warmup, c.schedule, c.min_lr_ratio)
+        return c.lr * factor * self.nonfinite.lr_factor
 
     def _open_metrics(self, first_step: int) -> MetricsWriter:
         due = first_step == self.total_steps or _is_due(first_step, self.config.train.eval_every)
@@ -306,6 +313,8 @@ class Trainer:
             seed=self.config.train.seed,
             base=self.built.setup.base_id,
             values=describe_run_values(self.config, self.built.setup, self.loaders, self.world),
+            nonfinite_steps=list(self.nonfinite.steps),
+            lr_halvings=self.nonfinite.num_halvings,
         )
 
     # -- end -----------------------------------------------------------------------------------
@@ -320,7 +329,7 @@ class Trainer:
             tensors = self.built.gather_adapter(keep=self.world.is_first)
             write = partial(self._write_adapter, directory, tensors)
             self.world.run_on_first("write the adapter", write)
-        logits, attention = self._compute_probe_logits(), self._measure_fusion_attention()
+        logits, attention = self.probe.compute_logits(), self._measure_fusion_attention()
 
         def write_after_adapter() -> None:
             if attention is not None:
@@ -354,9 +363,7 @@ class Trainer:
         """Write the chat template's tokenizer, the completed probe and the report."""
         if isinstance(self.built.setup.adapter, TrainsBaseWeights):
             self._save_chat_tokenizer(directory)
-        if self._probe_path.is_file():
-            before = Probe.load_probe(self._probe_path).before
-            Probe(self.loaders.probe, logits, before).save_probe(self._probe_path)
+        self.probe.add_trained_logits(logits)
         write_run_report(self.run_dir, self.make_report_summary())
 
     def _save_chat_tokenizer(self, directory: Path) -> None:
@@ -375,23 +382,6 @@ class Trainer:
     def make_report_summary(self) -> RunSummary:
         """Return the facts that the report shows in addition to the metrics."""
         return summarize_run(self.config, self.built, self.world)
-
-    @property
-    def _probe_path(self) -> Path:
-        return self.run_dir / "probe.safetensors"
-
-    def _compute_probe_logits(self) -> Tensor:
-        """Return logits of the probe tokens; every rank computes the same ones."""
-        ids = self.loaders.probe.to(self.built.engine.device)
-        with inference_mode(self.built.model):
-            return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
-
-    def _compute_base_logits(self) -> Tensor:
-        """Return the probe logits of the base; of the model as it is where none is left."""
-        if not can_disable_adapter(self.built.model):
-            return self._compute_probe_logits()
-        with disable_adapter(self.built.model):
-            return self._compute_probe_logits()
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -13,15 +13,18 @@ file. Records with ``extra=ONCE`` are the same on every rank; only rank 0 shows 
 """
 
 import logging
+import os
 import sys
 import traceback
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.redaction import redact_text
 
 __all__ = [
     "FILE_ONLY",
@@ -107,11 +110,13 @@ def write_traceback(error: BaseException, rank: int) -> Path | None:
         The file; None where there is no run directory or it cannot be written: the traceback is
         then on stderr.
     """
-    text = "".join(traceback.format_exception(error))
+    text = redact_text("".join(traceback.format_exception(error)))
     if _directory is not None:
         file = _directory / f"log.rank-{rank}.txt"
         try:
-            with file.open("a", encoding="utf-8") as log_file:
+            # messages of exceptions may quote data
+            opener = partial(os.open, mode=0o600)
+            with open(file, "a", encoding="utf-8", opener=opener) as log_file:
                 log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {rank}\n{text}\n")
         except OSError:
             pass
@@ -124,6 +129,7 @@ def write_traceback(error: BaseException, rank: int) -> Path | None:
 def append_log_line(file: Path, line: str) -> None:
     """Append an error to a ``log.txt`` that this process has not opened: its rank 0 has ended."""
     now = datetime.now()
+    line = redact_text(line)
     with suppress(OSError), file.open("a", encoding="utf-8") as log_file:
         log_file.write(f"{now:%Y-%m-%d %H:%M:%S},{now.microsecond // 1000:03d} ERROR {line}\n")
 
@@ -137,7 +143,7 @@ class _TerminalHandler(logging.Handler):
         self.addFilter(lambda record: not getattr(record, "file_only", False))
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = redact_text(super().format(record))
         if record.levelno < logging.WARNING:
             return text
         return f"{self.rank_prefix}{record.levelname.lower()}: {text}"
@@ -168,6 +174,11 @@ class _LogFileHandler(logging.FileHandler):
             super().close()
 
 
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
 class _HeldRecordsHandler(logging.Handler):
     """Records of a command that has no run directory yet."""
 
@@ -191,5 +202,5 @@ def _open_log_file(path: Path) -> _LogFileHandler:
         raise UserError(
             f"cannot write {path}: {error.strerror}; give save.dir a writable directory"
         ) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     return handler

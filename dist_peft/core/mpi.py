@@ -5,9 +5,12 @@ rank 0 broadcasts its addresses and a free port, every rank tries which address 
 finalized at once; all later traffic is torch's.
 """
 
+import json
 import os
 import sys
 from typing import Any
+
+import numpy as np
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo
@@ -58,10 +61,11 @@ def _exchange_over_mpi(place: LaunchInfo, comm: Any, library: str) -> tuple[str,
             f"this launcher's MPI; set MPI4PY_MPIABI or MPI4PY_LIBMPI, or {WAYS_OUT}"
         )
     greeter = AddressProbeServer() if place.rank == 0 else None
-    offer = (greeter.list_addresses(), greeter.port, greeter.word) if greeter else None
-    addresses, port, word = comm.bcast(offer, root=0)
+    offer = [greeter.list_addresses(), greeter.port, greeter.word.hex()] if greeter else None
+    addresses, port, word = _broadcast_json(comm, offer)
+    word = bytes.fromhex(word)
     mine = next((a for a in addresses if AddressProbeServer.is_reachable(a, port, word)), None)
-    answers: list[tuple[str, str | None]] = comm.allgather((place.host, mine))
+    answers: list[tuple[str, str | None]] = _all_gather_json(comm, (place.host, mine))
     if greeter is not None:
         greeter.close()
     lost = [f"rank {r} on {host}" for r, (host, found) in enumerate(answers) if found is None]
@@ -71,4 +75,31 @@ def _exchange_over_mpi(place: LaunchInfo, comm: Any, library: str) -> tuple[str,
             f"{', '.join(addresses)} (port {port}); check firewalls, or {WAYS_OUT}"
         )
     comm.Barrier()  # the port is free again before any rank continues
+    if place.rank == 0 and len({found for _, found in answers}) > 1:
+        mine = "0.0.0.0"  # ranks reach it under several addresses
     return mine, port
+
+
+# mpi4py's methods in lower case pickle; those with a capital send buffers
+
+
+def _broadcast_json(comm: Any, value: object) -> Any:
+    """Return rank 0's ``value`` on every rank."""
+    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    length = np.array([len(data)], dtype=np.int64)
+    comm.Bcast(length, root=0)
+    buffer = data.copy() if comm.rank == 0 else np.empty(int(length[0]), dtype=np.uint8)
+    comm.Bcast(buffer, root=0)
+    return json.loads(buffer.tobytes())
+
+
+def _all_gather_json(comm: Any, value: object) -> list[Any]:
+    """Return the values of all ranks, by rank."""
+    data = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    lengths = np.empty(comm.size, dtype=np.int64)
+    comm.Allgather(np.array([len(data)], dtype=np.int64), lengths)
+    padded = np.zeros(int(lengths.max()), dtype=np.uint8)
+    padded[: len(data)] = data
+    parts = np.empty((comm.size, len(padded)), dtype=np.uint8)
+    comm.Allgather(padded, parts)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(parts, lengths, strict=True)]

@@ -20,6 +20,7 @@ __all__ = [
     "find_interface",
     "find_local_address_towards",
     "is_loopback",
+    "listen_at_address",
     "wait_for_port",
 ]
 
@@ -71,6 +72,55 @@ def wait_for_port(address: str, port: int, seconds: float) -> str | None:
         if is_stop_requested():
             raise StopRequested(is_alone=True)
         time.sleep(min(0.2, max(0.0, end - time.monotonic())))
+
+
+def listen_at_address(address: str, port: int, *, is_one_host: bool) -> tuple[socket.socket, str]:
+    """Listen on the interface that ``address`` leads to, and on no other.
+
+    On all interfaces where the address does not say which: it is none of this host's (a virtual
+    address of a service), or a name that leads to loopback here alone (as many hosts have their own
+    in ``/etc/hosts``), and ranks come from other hosts.
+
+    Args:
+        address: under which ranks look for this host: a name or an IP address.
+        is_one_host: whether all ranks run on this host.
+
+    Returns:
+        The listening socket, and a host under which this process reaches it.
+
+    Raises:
+        OSError: the port is taken or not permitted.
+    """
+    means_loopback = is_one_host or address == "localhost" or _is_loopback_literal(address)
+    for family, ip in _list_ip_addresses(address, port):
+        if is_loopback(ip) and not means_loopback:
+            continue
+        try:
+            return socket.create_server((ip, port), family=family, backlog=4096), ip
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    if socket.has_dualstack_ipv6():
+        everywhere = socket.create_server(
+            ("", port), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True
+        )
+        return everywhere, "localhost"
+    return socket.create_server(("", port), backlog=4096), "localhost"
+
+
+def _is_loopback_literal(address: str) -> bool:
+    try:
+        return is_loopback(address)
+    except ValueError:  # a name
+        return False
+
+
+def _list_ip_addresses(address: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [(family, str(target[0])) for family, _, _, _, target in found]
 
 
 class AddressProbeServer:

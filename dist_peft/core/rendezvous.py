@@ -18,6 +18,7 @@ would end after its time limit, and does not know whether the others are alive.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -37,6 +38,7 @@ from dist_peft.core.network import (
     find_interface,
     find_local_address_towards,
     is_loopback,
+    listen_at_address,
     wait_for_port,
 )
 from dist_peft.core.patient_wait import wait_for_all_ranks
@@ -168,15 +170,14 @@ def join_rendezvous(
             f"for the others: {_first_line_of_error(error)}"
         ) from None
     _choose_interface(place, table, port)
-    own_store = _open_rendezvous_store(
-        place, "localhost" if serves else address, port, end, seconds, False
-    )
+    own_host = cast(dist.TCPStore, store.underlying_store).host if serves else address
+    own_store = _open_rendezvous_store(place, own_host, port, end, seconds, False)
     return Rendezvous(place, store, own_store, [host for host, _ in table])
 
 
 def _open_rendezvous_store(
     place: LaunchInfo, address: str, port: int, end: float, seconds: float, serves: bool
-) -> dist.Store:
+) -> dist.PrefixStore:
     who, where = f"rank {place.rank} on {place.host}", f"{address}:{port}"
     if not serves:
         reason = wait_for_port(address, port, end - time.monotonic())
@@ -186,23 +187,33 @@ def _open_rendezvous_store(
                 "rank 0 has not started (see its own messages), or MASTER_ADDR is not its host, "
                 "or a firewall closes the port"
             )
+    host, options = address, dict[str, Any]()
+    if serves:
+        try:
+            is_one_host = place.local_size == place.size
+            listening, host = listen_at_address(address, port, is_one_host=is_one_host)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            fix = f"port {port} is taken there" if taken else error.strerror or str(error)
+            raise RendezvousError(
+                f"{who} cannot use {where}: {fix}; set MASTER_PORT to a free one"
+            ) from None
+        options = {"master_listen_fd": listening.detach()}
     try:
         store: dist.Store = dist.TCPStore(
             # rank 0 need not be reachable from its own host under the name that the others use
-            "localhost" if serves else address,
+            host,
             port,
             is_master=serves,
             timeout=timedelta(seconds=max(1.0, end - time.monotonic())),
             wait_for_workers=False,
+            **options,
         )
     except dist.DistError as error:
-        fix = (
-            f"port {port} is taken there; set MASTER_PORT to a free one"
-            if "EADDRINUSE" in str(error)
-            else "something else than this run's rank 0 answers there "
+        raise RendezvousError(
+            f"{who} cannot use {where}: something else than this run's rank 0 answers there "
             f"({_first_line_of_error(error)})"
-        )
-        raise RendezvousError(f"{who} cannot use {where}: {fix}") from None
+        ) from None
     # the restarts of torchrun share one store
     return dist.PrefixStore(f"dist_peft/{place.agent or 0}", store)
 

@@ -7,6 +7,7 @@ phase, then all exchange the outcome, so that no rank waits in a collective for 
 """
 
 import importlib.metadata
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, wait_for_r
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from dist_peft.core.stall_watch import StallReport, StallWatch
 from dist_peft.core.stop_signals import StopRequested, is_stop_requested
+from dist_peft.core.text_exchange import all_gather_texts
 
 __all__ = ["RemoteError", "RendezvousError", "StallReport", "World", "close_stall_watch"]
 
@@ -311,9 +313,8 @@ class World(LaunchInfo):
         if not self.any_rank(failure is not None):
             return
         mine = None if failure is None else (_classify_failure(failure), str(failure))
-        everyone: list[tuple[str, str] | None] = [None] * self.size
         with wait_for_ranks():
-            dist.all_gather_object(everyone, mine)
+            everyone = [json.loads(text) for text in all_gather_texts(json.dumps(mine))]
         failed = {r: entry for r, entry in enumerate(everyone) if entry is not None}
         first = min(failed, key=lambda r: (failed[r][0] == "stop", r))
         if first == self.rank and failure is not None:

@@ -89,6 +89,14 @@ class TokenDocuments:
         file, number = self.places[index].tolist()
         return RecordPlace(self.files[file], number)
 
+    def find_place(self, token: int) -> RecordPlace:
+        """Return the place of the record that token number ``token`` was made of."""
+        return self.get_place(int(np.searchsorted(self.offsets, token, side="right")) - 1)
+
+
+_DEFAULT_ROOT = Path("~/.cache/dist_peft/tokens")
+"""Of one user, whose data it holds: made with mode 0700."""
+
 
 def find_cache_root(configured: str | None) -> Path:
     """Return the directory of all entries: ``tokens`` in the configured cache directory.
@@ -96,8 +104,8 @@ def find_cache_root(configured: str | None) -> Path:
     The cache directory is ``data.cache_dir``, else ``$DIST_PEFT_CACHE``, else
     ``~/.cache/dist_peft``.
     """
-    root = configured or os.environ.get("DIST_PEFT_CACHE") or "~/.cache/dist_peft"
-    return Path(root).expanduser() / "tokens"
+    root = configured or os.environ.get("DIST_PEFT_CACHE")
+    return Path(root).expanduser() / "tokens" if root else _DEFAULT_ROOT.expanduser()
 
 
 def load_or_build_documents(
@@ -113,7 +121,7 @@ def load_or_build_documents(
     if stored is not None:
         return stored
     with _explain_write_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(0o700 if root == _DEFAULT_ROOT.expanduser() else 0o777, True, True)
     with hold_build_lock(root / f".{key}.lease", mark_progress):
         # another process may have built it while this one waited
         return _open_documents(final) or _build_documents(final, build)

@@ -23,6 +23,7 @@ import torch
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.documents import fit_documents, refuse_empty_set
+from dist_peft.data.files import RecordPlace
 from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
 from dist_peft.data.loader import Batch, Loader, SingleTask
 from dist_peft.data.packing import IGNORE
@@ -73,6 +74,10 @@ class LabelledSequences(SingleTask):
     @property
     def largest_token(self) -> int:
         return self._documents.largest_token
+
+    def list_records(self, index: int) -> list[tuple[int, RecordPlace]]:
+        """Return source 0 and the place of record ``index``."""
+        return [(0, self._documents.find_place(int(self._pieces.start[index])))]
 
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return tokens [T], target [3] (class id, its task's first and stop), token types [T]."""

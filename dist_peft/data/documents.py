@@ -136,6 +136,12 @@ class SequenceSet(SingleTask):
         tokens, labels, positions = (torch.from_numpy(a) for a in concatenate_documents(parts))
         return tokens, labels, positions
 
+    def list_records(self, index: int) -> list[tuple[int, RecordPlace]]:
+        """Return the number of the source and the place of each record in sequence ``index``."""
+        inside = slice(self._bounds[index], self._bounds[index + 1])
+        numbers, starts = self._pieces.source[inside].tolist(), self._pieces.start[inside].tolist()
+        return [(n, self._documents[n].find_place(s)) for n, s in zip(numbers, starts, strict=True)]
+
     def _compute_digest(self) -> str:
         digest = hashlib.sha256("".join(d.digest for d in self._documents).encode())
         for array in (self._bounds, self._pieces.source, self._pieces.start, self._pieces.length):

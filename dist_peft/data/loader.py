@@ -27,6 +27,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from dist_peft.core.progress_beat import start_step_phase
+from dist_peft.data.files import RecordPlace
 from dist_peft.data.order import PoolOrder, SequenceOrder
 from dist_peft.data.packing import IGNORE
 
@@ -100,6 +101,11 @@ class SequenceDataset(Protocol):
 
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
+    def list_records(self, index: int) -> list[tuple[int, RecordPlace]]:
+        """Return, for each record in sequence ``index``, the number of its source in the
+        configuration and its place; empty where sequences are not read from files."""
+        ...
+
 
 class SingleTask(ABC):
     """Base of data sets whose sequences belong to one unnamed task."""
@@ -115,6 +121,9 @@ class SingleTask(ABC):
 
     def find_task_index(self, index: int) -> int:
         return 0
+
+    def list_records(self, index: int) -> list[tuple[int, RecordPlace]]:
+        return []
 
 
 BatchT = TypeVar("BatchT", bound=Batch)

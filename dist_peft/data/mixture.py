@@ -12,6 +12,7 @@ import torch
 
 from dist_peft.data.classification import LabelledSequences
 from dist_peft.data.documents import SequenceSet
+from dist_peft.data.files import RecordPlace
 
 __all__ = ["SequenceMixture"]
 
@@ -74,3 +75,9 @@ class SequenceMixture:
         """Return the three tensors of sequence ``index``, in the form of its set."""
         part = self.find_task_index(index)
         return self._parts[part].get_sequence(index - int(self.starts[part]))
+
+    def list_records(self, index: int) -> list[tuple[int, RecordPlace]]:
+        """Return the number of the set and the place of each record in sequence ``index``."""
+        part = self.find_task_index(index)
+        found = self._parts[part].list_records(index - int(self.starts[part]))
+        return [(part, place) for _, place in found]

@@ -22,7 +22,7 @@ The loss handed to ``backward`` is already divided by the *global* number of tar
 step; engines therefore sum gradients over ranks and never average.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,10 +66,12 @@ class OptimizerFactory(Protocol):
         self, optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Mapping[str, Tensor]
     ) -> None: ...
 
-    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(
+        self, optimizer: torch.optim.Optimizer, step: int, skipped: Collection[int] = ()
+    ) -> None:
         """Set the number of optimizer steps done (Adam's bias correction).
 
-        A group of ``build_lr_groups`` has made ``updates(group, step)`` updates.
+        A group of ``build_lr_groups`` has made ``num_updates(group, step, skipped)`` updates.
         """
         ...
 
@@ -125,8 +127,9 @@ class Engine(Protocol):
     def step(self, lr: float, max_norm: float) -> float:
         """Update with learning rate ``lr`` (times each parameter's scale).
 
-        Returns the norm of the whole gradient before clipping. Where it is not finite, nothing is
-        updated: the caller decides.
+        Returns the norm of the whole gradient before clipping. Where it is not finite, no rank
+        updates anything: parameters, moments and their number of updates stay, gradients are
+        cleared, and the next step may follow.
         """
         ...
 
@@ -140,9 +143,14 @@ class Engine(Protocol):
         ...
 
     def load_training_state_dict(
-        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        step: int,
+        skipped: Collection[int] = (),
     ) -> None:
-        """Load a state returned by ``state`` after ``step`` steps.
+        """Load a state returned by ``state`` after ``step`` steps, ``skipped`` of them without an
+        update.
 
         Moments may be left out as a whole; they are then zero, as before the first step. A
         parameter may be this rank's part alone, on the CPU (``local_parameters``).
@@ -190,10 +198,14 @@ def build_lr_groups(
     return list(groups.values())
 
 
-def num_updates(group: Mapping[str, Any], step: int) -> int:
-    """Return the number of updates of a group after ``step`` steps."""
+def num_updates(group: Mapping[str, Any], step: int, skipped: Collection[int] = ()) -> int:
+    """Return the number of updates of a group after ``step`` steps.
+
+    Args:
+        skipped: numbers of the steps, from 1, whose update was left out.
+    """
     first: int = group.get("first_step", 0)
-    return max(0, step - first)
+    return max(0, step - first) - sum(first < number <= step for number in skipped)
 
 
 def move_buffers_to_device(model: nn.Module, device: torch.device) -> None:

@@ -25,7 +25,7 @@ Gradients are summed, never averaged (see ``engine.engine_protocol``).
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -240,10 +240,14 @@ class Fsdp2Engine:
         return self.training_state_dict(model)
 
     def load_training_state_dict(
-        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        step: int,
+        skipped: Collection[int] = (),
     ) -> None:
         self._reshard_modules()
-        self.optimizer.load_training_state_dict(state, step)
+        self.optimizer.load_training_state_dict(state, step, skipped)
 
     def gather_parameter(self, parameter: Tensor) -> Tensor:
         data = parameter.detach()

@@ -1,7 +1,7 @@
 """Shared by engines once each rank has plain local tensors: optimizer groups, moments, steps."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,9 @@ class LocalOptimizer:
         return state
 
     @torch.no_grad()
-    def load_training_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
+    def load_training_state_dict(
+        self, state: Mapping[str, Tensor], step: int, skipped: Collection[int] = ()
+    ) -> None:
         self._bind_plain_tensors()
         plain = self.factory.wants_plain
         for name, parameter in self.parameters.items():
@@ -120,4 +122,4 @@ class LocalOptimizer:
             if plain:
                 moments = {key: self.local(value) for key, value in moments.items()}
             self.factory.write_moments(self.optimizer, self.updated[name], moments)
-        self.factory.set_num_steps(self.optimizer, step)
+        self.factory.set_num_steps(self.optimizer, step, skipped)

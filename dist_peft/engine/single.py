@@ -1,6 +1,6 @@
 """One process, nothing sharded: the reference that the other engines are compared with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,13 @@ class SingleEngine:
         return self.training_state_dict(model)
 
     def load_training_state_dict(
-        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        step: int,
+        skipped: Collection[int] = (),
     ) -> None:
-        self.optimizer.load_training_state_dict(state, step)
+        self.optimizer.load_training_state_dict(state, step, skipped)
 
     def gather_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach().cpu()

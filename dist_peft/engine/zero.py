@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ class ZeroEngine:
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None
         self._done = 0
+        self._skipped = set[int]()
+        """Numbers of the steps, from 1, that have made no update."""
         self._adapter_bytes = 0
 
     @property
@@ -143,7 +145,8 @@ class ZeroEngine:
         """Tell Adam how many updates each share has had after ``step`` steps."""
         self._done = step
         for flat, group in self._list_flat_shards():
-            self._ds.optimizer.optimizer.state[flat]["step"].fill_(num_updates(group, step))
+            count = num_updates(group, step, self._skipped)
+            self._ds.optimizer.optimizer.state[flat]["step"].fill_(count)
 
     def _add_adapter_bytes(self, count: int) -> None:
         self._adapter_bytes += count
@@ -160,7 +163,9 @@ class ZeroEngine:
         for group in optimizer.param_groups:
             # where the stage has not come there is no gradient, but DeepSpeed updates all the same
             group["lr"] = lr * group["lr_scale"] if self._done >= group["first_step"] else 0.0
-        self._ds.step()
+        self._ds.step()  # on a norm that is not finite every rank clears its gradients instead
+        if optimizer.overflow:
+            self._skipped.add(self._done + 1)
         self._set_num_updates(self._done + 1)
         return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
 
@@ -207,7 +212,11 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_training_state_dict(
-        self, model: nn.Module, state: Mapping[str, Tensor], step: int
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        step: int,
+        skipped: Collection[int] = (),
     ) -> None:
         for name, parameter in self._names.items():
             value = state[f"param/{name}"].to(self.device)
@@ -218,6 +227,7 @@ class ZeroEngine:
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = state.get(f"{key}/{name}", torch.zeros_like(value))
                 self._set_full_value(parameter, moment.to(self.device), key)
+        self._skipped = set(skipped)
         self._set_num_updates(step)
 
     def _set_full_value(

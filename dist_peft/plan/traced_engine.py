@@ -5,7 +5,7 @@ DeepSpeed cannot run on fake tensors. What it keeps is counted in ``plan.resting
 adapters are whole, as they are when a block computes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,5 +101,5 @@ class StatelessFactory:
     ) -> None:
         pass
 
-    def set_num_steps(self, optimizer: Any, step: int) -> None:
+    def set_num_steps(self, optimizer: Any, step: int, skipped: Collection[int] = ()) -> None:
         pass

@@ -45,8 +45,11 @@ MAX_FILE_BYTES = 5 * 10**9
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str, *, private: bool = False) -> None:
     """Write a small file so that ``path`` has its old content or all of the new, never a part.
+
+    Args:
+        private: for texts of the data: mode 0600, else as the umask says.
 
     Raises:
         UserError: disk full, no permission, or no such directory.
@@ -55,7 +58,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     temporary = make_temporary_name(path)
     with translate_write_errors(path, len(content)):
         try:
-            _create_file(temporary, content, len(content))
+            _create_file(temporary, content, len(content), 0o600 if private else 0o666)
             _sync_file(temporary)
             os.replace(temporary, path)
             sync_directory(path.parent)
@@ -314,9 +317,9 @@ def _refuse_leftover_files(directory: Path, planned: Set[Path]) -> None:
         )
 
 
-def _create_file(file: Path, first: bytes, size: int) -> None:
-    """Create a file of ``size`` bytes that begins with ``first``, with the umask's permissions."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _create_file(file: Path, first: bytes, size: int, mode: int = 0o666) -> None:
+    """Create a file of ``size`` bytes that begins with ``first``; the umask narrows ``mode``."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.ftruncate(descriptor, size)
         write_exactly(descriptor, memoryview(first), 0)

@@ -17,6 +17,7 @@ A checkpoint is written under a temporary name and renamed when rank 0 has seen 
 ranks. A resume verifies the checksums; a damaged checkpoint is passed over for the one before.
 """
 
+import json
 import logging
 import shutil
 import time
@@ -28,14 +29,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
+from dist_peft.core.text_exchange import broadcast_text
 from dist_peft.core.world import World
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.store.fileio import sync_directory
@@ -62,9 +63,6 @@ log = logging.getLogger("dist_peft")
 
 _SHARED_ERROR_SECONDS = 600.0
 """The longest wait for a write in flight after an error that all ranks raise together."""
-
-_SINGLE_PROCESS = "torch.distributed is disabled"
-"""Beginning of torch's warning that the process group of a single process is not initialized."""
 
 
 class CheckpointManager:
@@ -130,13 +128,11 @@ class CheckpointManager:
         publish = bind(self._publish_checkpoint, partial, final, best)
         job = CheckpointJob(partial, final, staged, position, files, publish)
         if self.asynchronous:
-            warnings.filterwarnings("ignore", message=_SINGLE_PROCESS)  # seen by the thread
             group = get_writer_group()
             write = bind(write_staged_checkpoint, job, self.world, group)
             self._in_flight = BackgroundWrite(write)
         else:
-            with _silence_single_process_warning():
-                write_staged_checkpoint(job, self.world, None)
+            write_staged_checkpoint(job, self.world, None)
         self.seconds_blocked = time.perf_counter() - start
         log.info("step %d waited %.3f s for its checkpoint", position.step, self.seconds_blocked)
         return final
@@ -162,7 +158,8 @@ class CheckpointManager:
         except Exception as error:
             write, self._in_flight = self._in_flight, None
             if write is not None:
-                write.abandon(_SHARED_ERROR_SECONDS if isinstance(error, UserError) else 10.0)
+                is_shared = isinstance(error, UserError | RunFailure)
+                write.abandon(_SHARED_ERROR_SECONDS if is_shared else 10.0)
             raise
         self.finish_writing()
 
@@ -273,10 +270,8 @@ class CheckpointManager:
         with self.world.raise_together("look for checkpoints"):
             if self.world.is_first:
                 names = [path.name for path in reversed(self.list_complete())]
-        shared: list[list[str]] = [names]
-        if self.world.size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        return [self.directory / name for name in shared[0]]
+        shared: list[str] = json.loads(broadcast_text(json.dumps(names)))
+        return [self.directory / name for name in shared]
 
     def find_checkpoint(self, which: str) -> Path:
         """Return the verified checkpoint ``last``, ``best`` or that of a step number. Collective.
@@ -322,18 +317,21 @@ class CheckpointManager:
         """
         with self.world.raise_together("read a checkpoint's metadata"):
             read_metadata(path)  # before torch does, which would log its tracebacks
-        try:
-            with _silence_single_process_warning():
-                dcp.load(
-                    state,
-                    storage_reader=CheckpointReader(path),
-                    planner=TensorLoadPlanner(),
-                    **_cpu_process_group(),
-                )
-        except dcp.api.CheckpointException as error:
-            raise make_unreadable_error(path, next(iter(error.failures.values()))[0]) from None
-        except (OSError, RuntimeError, ValueError) as error:
-            raise make_unreadable_error(path, error) from None
+        with self.world.raise_together("read a checkpoint"):
+            try:
+                # each rank plans alone: nothing is exchanged, which torch would pickle
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                    dcp.load(
+                        state,
+                        storage_reader=CheckpointReader(path),
+                        planner=TensorLoadPlanner(),
+                        no_dist=True,
+                    )
+            except dcp.api.CheckpointException as error:
+                raise make_unreadable_error(path, next(iter(error.failures.values()))[0]) from None
+            except (OSError, RuntimeError, ValueError) as error:
+                raise make_unreadable_error(path, error) from None
 
     def read_whole_tensors(self, path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         """Return whole tensors by key, on every rank, without a model."""
@@ -351,18 +349,6 @@ class CheckpointManager:
             raise UserError(f"checkpoint {path} lacks {sorted(missing)[0]}")
         self.load_checkpoint(path, state)
         return state
-
-
-@contextmanager
-def _silence_single_process_warning() -> Iterator[None]:
-    """Suppress torch's warning that the process group of a single process is not initialized."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_SINGLE_PROCESS)
-        yield
-
-
-def _cpu_process_group() -> dict[str, object]:
-    return {} if dist.is_initialized() else {"no_dist": True}
 
 
 def _total_bytes(tensors: Iterable[Tensor | FlatShard]) -> int:

@@ -3,15 +3,16 @@
 Each rank reads and hashes a part of the files, so that a checkpoint is read once, not once a rank.
 """
 
+import json
 import logging
 import pickle
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.core.text_exchange import all_gather_texts
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint_files import (
     DamagedCheckpointError,
@@ -59,8 +60,7 @@ def find_checkpoint_damage(path: Path, world: World) -> str | None:
             damage = error.reason
     if world.size == 1:
         return damage
-    everyone: list[str | None] = [None] * world.size
-    dist.all_gather_object(everyone, damage)
+    everyone = [json.loads(text) for text in all_gather_texts(json.dumps(damage))]
     return next((found for found in everyone if found is not None), None)
 
 

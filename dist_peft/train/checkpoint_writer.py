@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.text_exchange import broadcast_text, gather_texts
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.store.fileio import sync_directory
@@ -49,6 +50,7 @@ from dist_peft.train.checkpoint_files import (
     hash_file,
     wait_for_files,
 )
+from dist_peft.train.checkpoint_plan import save_shards
 from dist_peft.train.run_position import RunPosition
 
 __all__ = [
@@ -208,19 +210,13 @@ def write_staged_checkpoint(
 def _write_shards(
     job: CheckpointJob, world: World, group: dist.ProcessGroup | None
 ) -> list[dict[str, FileChecksum]]:
-    """Write this rank's shard; return the files of every rank, by rank."""
+    """Write this rank's shard; return the files of every rank, by rank, on the first."""
     writer = _HashingWriter(job.partial)
-    options: dict[str, Any] = (
-        {"process_group": group} if dist.is_initialized() else {"no_dist": True}
-    )
     try:
-        dcp.save({}, storage_writer=writer, planner=job.staged, **options)
-    except dcp.api.CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        if isinstance(reason, OSError):
-            raise _make_write_error(job.final, reason) from None
-        raise
-    return _gather_checksums(writer.checksums, world, group)
+        save_shards(writer, job.staged, group)
+    except OSError as error:
+        raise _make_write_error(job.final, error) from None
+    return _gather_checksums(writer.checksums, group)
 
 
 def _complete_checkpoint(
@@ -253,29 +249,24 @@ def _make_write_error(path: Path, error: OSError) -> UserError:
 
 
 def _gather_checksums(
-    mine: dict[str, FileChecksum], world: World, group: dist.ProcessGroup | None
+    mine: dict[str, FileChecksum], group: dist.ProcessGroup | None
 ) -> list[dict[str, FileChecksum]]:
-    """Return each rank's files, by rank."""
-    if world.size == 1:
-        return [mine]
-    everyone: list[dict[str, FileChecksum]] = [{} for _ in range(world.size)]
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
+    """Return each rank's files, by rank, on the first rank; an empty list elsewhere."""
+    text = json.dumps({name: asdict(found) for name, found in mine.items()})
+    everyone = [json.loads(other) for other in gather_texts(text, group)]
+    return [{name: FileChecksum(**f) for name, f in files.items()} for files in everyone]
 
 
 def _share_failure(
     failure: Exception | None, world: World, group: dist.ProcessGroup | None
 ) -> None:
     """Raise the first rank's ``failure`` on every rank."""
-    told: list[tuple[bool, str] | None] = [None]
-    if failure is not None:
-        told = [(isinstance(failure, UserError), str(failure))]
-    if world.size > 1:
-        dist.broadcast_object_list(told, src=0, group=group)
+    mine = None if failure is None else [isinstance(failure, UserError), str(failure)]
+    told = json.loads(broadcast_text(json.dumps(mine), group))
     if failure is not None:
         raise failure
-    if told[0] is not None:
-        is_users, text = told[0]
+    if told is not None:
+        is_users, text = told
         raise UserError(text) if is_users else RemoteError(f"rank 0 failed to publish: {text}")
 
 

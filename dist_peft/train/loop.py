@@ -11,18 +11,21 @@ split of sequences into micro-batches changes the result.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_peft.adapters.protocol import Adapter
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure
 from dist_peft.core.progress_beat import mark_progress, start_step_phase
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
+from dist_peft.train.gradient_watch import GradientWatch
+from dist_peft.train.nonfinite import FailedStep
 from dist_peft.train.objective import Objective
 
 __all__ = ["TrainingStep"]
@@ -35,6 +38,8 @@ class TrainingStep:
     Attributes:
         call: module to call in training steps, as returned by ``engine.setup_optimizer``.
         objective: takes the batches that are passed.
+        watch: looks at the gradient of each micro-batch.
+        losses: summed losses of this rank's micro-batches in the step computed last.
     """
 
     model: nn.Module
@@ -43,6 +48,8 @@ class TrainingStep:
     adapter: Adapter
     objective: Objective[Any]
     world: World
+    watch: GradientWatch | None = None
+    losses: list[Tensor] = field(default_factory=list)
 
     def accumulate_gradients(self, step: int, batches: Sequence[Batch], targets: int) -> float:
         """Run forward and backward of this rank's micro-batches; gradients are summed over ranks.
@@ -52,38 +59,68 @@ class TrainingStep:
             batches: at least one, equally many on every rank.
             targets: number of targets of the step, over all ranks.
 
+        Where the loss of a micro-batch is not finite, so is its gradient: ``update_parameters``
+        then updates nothing on any rank.
+
         Returns:
             The mean loss over the step's targets in nats, the same on every rank.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        self.losses.clear()
+        if self.watch is not None:
+            self.watch.begin_step()
         start_step_phase(step + 1, "forward and backward")
         for number, batch in enumerate(batches):
             mark_progress()
             self.adapter.begin_micro_batch(step, batch.sample_ids)
+            if self.watch is not None:
+                self.watch.begin_micro_batch()
             loss = self.objective.compute_loss(self.model, batch, self.engine.device, self.call)
-            total += loss.detach().double()  # read once a step: no wait for the device here
-            mean_part = loss / targets
+            self.losses.append(loss.detach())  # read once a step: no wait for the device here
+            # a target with logit -inf has an infinite loss and a finite gradient
+            mean_part = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) / targets
             self.adapter.add_penalty_gradient(mean_part, len(batches) * self.world.data_size)
             self.engine.backward(mean_part, last=number == len(batches) - 1)
+        total = torch.stack(self.losses).double().sum()
         return self.world.sum_over_ranks(total.item())[0] / targets
 
     def update_parameters(self, step: int, loss: float, lr: float, max_grad_norm: float) -> float:
         """Clip the accumulated gradients and update; return their norm before clipping.
+
+        Where it is not finite, adapters and optimizer are on every rank as the step before has left
+        them, and the next step may follow.
 
         Args:
             step: number of steps done before.
             loss: as returned by ``accumulate_gradients``.
 
         Raises:
-            UserError: on every rank: the loss or a gradient is not finite. The adapters are then
-                as the last good step left them.
+            RunFailure: on every rank: the loss is not finite, and the gradient is.
         """
         start_step_phase(step + 1, "update")
-        norm = self.engine.step(lr, max_grad_norm) if math.isfinite(loss) else math.nan
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {step + 1}: loss {loss:g}, gradient norm {norm:g} is not finite; the "
-                "adapters are unchanged since the step before. Lower train.lr, raise "
-                "train.warmup, or use base.compute_dtype bfloat16 or float32 instead of float16"
+        norm = self.engine.step(lr, max_grad_norm)
+        if math.isfinite(norm) and not math.isfinite(loss):
+            raise RunFailure(
+                f"step {step + 1}: the loss is {loss:g} and its gradient, of norm {norm:g}, does "
+                "not show it: the update was made; resume from the last checkpoint"
             )
         return norm
+
+    def describe_failure(
+        self, step: int, batches: Sequence[Batch], loss: float, norm: float, lr: float
+    ) -> FailedStep:
+        """Describe step ``step`` (from 0), whose ``loss`` or ``norm`` is not finite."""
+        losses = [value.item() for value in self.losses]
+        seen = [] if self.watch is None else self.watch.list_not_finite()
+        return FailedStep(step + 1, loss, norm, lr, batches, losses, seen)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.watch is not None:
+            self.watch.close()

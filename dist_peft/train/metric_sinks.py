@@ -74,6 +74,10 @@ class TensorBoardSink:
         board.add_scalar("speed/tokens_per_s", record.tokens_per_s, step)
         board.add_scalar("memory/peak_GiB", record.mem_peak / 2**30, step)
         board.add_scalar("communication/gathered_MiB", record.bytes_gathered / 2**20, step)
+        if record.nonfinite_steps is not None:
+            board.add_scalar("train/nonfinite_steps", record.nonfinite_steps, step)
+        if record.spike is not None:
+            board.add_scalar("train/spike", record.spike, step)
         for after, when in (("_before", step - 1), ("", step)):
             for name in ("loss", "accuracy", "macro_f1"):
                 value = getattr(record, f"eval_{name}{after}")

@@ -7,7 +7,7 @@ load. So a checkpoint can be resumed with another number of ranks, or with anoth
 file; 8-bit moments are then rounded once more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -67,10 +67,12 @@ class _TorchAdamW:
             if optimizer.state[parameter][key] is not value:
                 optimizer.state[parameter][key].copy_(value)
 
-    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(
+        self, optimizer: torch.optim.Optimizer, step: int, skipped: Collection[int] = ()
+    ) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                optimizer.state[p]["step"].fill_(num_updates(group, step))
+                optimizer.state[p]["step"].fill_(num_updates(group, step, skipped))
 
 
 class _BitsAndBytesAdamW:
@@ -159,11 +161,13 @@ class _BitsAndBytesAdamW:
             blocksize=_BLOCK,
         )
 
-    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(
+        self, optimizer: torch.optim.Optimizer, step: int, skipped: Collection[int] = ()
+    ) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.numel():
-                    optimizer.state[p]["step"] = num_updates(group, step)
+                    optimizer.state[p]["step"] = num_updates(group, step, skipped)
 
 
 def _quantize_blocks(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ __all__ = [
     "draw_heat_maps",
     "draw_plot",
     "list_eval_points",
+    "list_nonfinite_steps",
     "smooth_values",
 ]
 
@@ -150,12 +151,14 @@ def smooth_values(values: Sequence[float], span: float) -> list[float]:
     """Return the exponential moving average over about ``span`` values, without start bias.
 
     ``y_t = sum_i a^(t-i) x_i / sum_i a^(t-i)`` with ``a = 1 - 2 / (span + 1)``, ``span >= 1``.
+    Values that are not finite are left out; the average stays where it was.
     """
     keep = 1 - 2 / (span + 1)
     total, weight, result = 0.0, 0.0, []
     for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        result.append(total / weight)
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight if weight else math.nan)
     return result
 
 
@@ -223,7 +226,39 @@ def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -
             ms=5,
             label="held out",
         )
+    _mark_steps(axes, records, palette)
     axes.legend(frameon=False, labelcolor=palette.ink, fontsize=9)
+
+
+def _mark_steps(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+    """Mark spikes of the loss, and at the upper edge the steps without an update."""
+    spikes = [r for r in records if r.spike is not None]
+    if spikes:
+        axes.plot(
+            [r.step for r in spikes],
+            [r.loss for r in spikes],
+            color=palette.accent,
+            ls="",
+            marker="^",
+            ms=7,
+            label="spike",
+        )
+    if failed := list_nonfinite_steps(records):
+        axes.plot(
+            failed,
+            [0.97] * len(failed),
+            color=palette.accent,
+            ls="",
+            marker="x",
+            ms=7,
+            transform=axes.get_xaxis_transform(),
+            label="not finite, no update",
+        )
+
+
+def list_nonfinite_steps(records: Sequence[StepMetrics]) -> list[int]:
+    """Return the steps that made no update because the loss or the gradient was not finite."""
+    return [r.step for r in records if not math.isfinite(r.grad_norm)]
 
 
 def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
@@ -237,6 +272,7 @@ def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palet
 
     norms = [r.grad_norm for r in records]
     _draw_curve(axes, records, norms, palette.second)
+    norms = [norm for norm in norms if math.isfinite(norm)] or [0.0]
     if min(norms) > 0 and max(norms) > 10 * statistics.median(norms):
         axes.set_yscale("log")  # one outburst would flatten everything else
         axes.set_ylim(min(norms) / 1.3, max(norms) * 1.3)

@@ -17,6 +17,7 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.redaction import redact_text
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.codec import make_codec
 from dist_peft.store.writer import write_atomically
@@ -29,6 +30,7 @@ from dist_peft.train.plots import (
     draw_heat_maps,
     draw_plot,
     list_eval_points,
+    list_nonfinite_steps,
 )
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
@@ -71,8 +73,8 @@ class RunSummary:
         )
         codec = make_codec(base.quant, parse_torch_dtype(base.compute_dtype))
         return cls(
-            model=base.path,
-            adapter=f"{adapter.kind} ({settings})" if settings else adapter.kind,
+            model=redact_text(base.path),
+            adapter=redact_text(f"{adapter.kind} ({settings})" if settings else adapter.kind),
             base_storage=codec.describe_storage(),
             engine=engine,
             ranks=ranks,
@@ -187,6 +189,12 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     ]
     if len(records) > 1:
         rows.append(("Training loss, last step", f"{last.loss:.4f}"))
+    for title, steps in (
+        ("Loss spikes", [r.step for r in records if r.spike is not None]),
+        ("Steps not finite, without update", list_nonfinite_steps(records)),
+    ):
+        if steps:
+            rows.append((title, f"{len(steps)} (step{_format_some_steps(steps)})"))
     if points:
         rows.append((f"Held-out loss at step {points[0][0]:,}", f"{points[0][1]:.4f}"))
     if len(points) > 1:
@@ -207,6 +215,12 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
         ("Peak memory (fullest rank)", format_byte_count(max(r.mem_peak for r in records))),
         ("Gathered per step and rank", format_byte_count(gathered)),
     ]
+
+
+def _format_some_steps(steps: Sequence[int]) -> str:
+    """Return `` 12`` or ``s 12, 57, ...``, to be put after the word step."""
+    shown = ", ".join(f"{step:,}" for step in steps[:8])
+    return f"{'' if len(steps) == 1 else 's'} {shown}{', ...' if len(steps) > 8 else ''}"
 
 
 def _training_seconds(record: StepMetrics) -> float:

@@ -1,7 +1,7 @@
 """``run.json`` of a checkpoint: position of the run and, by key, its identity."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,10 @@ class RunPosition:
         base: fingerprint of the base's files and of how they are stored.
         values: every key of the configuration and a fingerprint of each thing that was read, by
             key (``app.run_identity``); empty in a checkpoint of format 1, which had digests only.
-        format: 3; checkpoints of formats 1 and 2 have no ``files.json``.
+        nonfinite_steps: numbers of the steps, from 1, without an update because a number was not
+            finite (``train.nonfinite``).
+        lr_halvings: how often the learning rate was halved because of them.
+        format: 4; checkpoints up to 3 do not have the two above, up to 2 no ``files.json``.
     """
 
     step: int
@@ -31,7 +34,9 @@ class RunPosition:
     seed: int
     base: str
     values: dict[str, Any]
-    format: int = 3
+    nonfinite_steps: list[int] = field(default_factory=list)
+    lr_halvings: int = 0
+    format: int = 4
 
     @classmethod
     def from_json(cls, tree: Any) -> Self:
@@ -45,6 +50,8 @@ class RunPosition:
         tree = dict(tree)
         if tree.get("format") == 1:
             tree = {k: v for k, v in tree.items() if k not in ("adapter", "data")} | {"values": {}}
+        if type(tree.get("format")) is int and tree["format"] < _FIRST_WITH_NONFINITE:
+            tree = {"nonfinite_steps": [], "lr_halvings": 0} | tree
         for name, kind in _POSITION_TYPES.items():
             if type(tree.get(name)) is not kind:
                 raise ValueError(f"{name} is {tree.get(name)!r}")
@@ -52,8 +59,13 @@ class RunPosition:
             raise ValueError(f"{unknown[0]} is not known")
         if tree["step"] < 0 or tree["samples"] < 0:
             raise ValueError(f"step is {tree['step']}, samples {tree['samples']}")
+        steps = tree["nonfinite_steps"]
+        if tree["lr_halvings"] < 0 or any(type(n) is not int or n < 1 for n in steps):
+            raise ValueError(f"lr_halvings is {tree['lr_halvings']}, nonfinite_steps {steps!r}")
         return cls(**tree)
 
+
+_FIRST_WITH_NONFINITE = 4
 
 _POSITION_TYPES = {
     "step": int,
@@ -61,6 +73,8 @@ _POSITION_TYPES = {
     "seed": int,
     "base": str,
     "values": dict,
+    "nonfinite_steps": list,
+    "lr_halvings": int,
     "format": int,
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.redaction import redact_text
 from dist_peft.train.run_lock import LOCK_NAME, LockHolder
 
 __all__ = [
@@ -92,7 +93,7 @@ def set_run_state(
             _noted_step = 0  # of an earlier run of this process
         step = max(first, _noted_step)
         _current = _Current(run_dir, RunState(state, step, reason, ""), 0.0, first)
-    _current.state = replace(_current.state, state=state, reason=reason)
+    _current.state = replace(_current.state, state=state, reason=redact_text(reason))
     _write(_current)
 
 

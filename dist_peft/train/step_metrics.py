@@ -45,6 +45,9 @@ class StepMetrics:
         losses. epoch: passes over the training data so far.
         samples: sequences seen so far.
         seconds: wall time of the step.
+        nonfinite_steps: steps so far, this one included, without an update because a number was not
+            finite; left out where there is none.
+        spike: robust z-score of the loss, where it is a spike (``train.spikes``).
     """
 
     step: int
@@ -70,6 +73,8 @@ class StepMetrics:
     epoch: float | None = None
     samples: int | None = None
     seconds: float | None = None
+    nonfinite_steps: int | None = None
+    spike: float | None = None
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

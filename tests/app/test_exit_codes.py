@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_peft.app.exit_codes import _report_failure, run_command
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.log import close_log, setup_log
 from dist_peft.core.world import World
 from dist_peft.export.verdict import VerificationError
@@ -25,6 +25,7 @@ def _raise(error: BaseException) -> Callable[[argparse.Namespace, World], int]:
     ("error", "code", "message"),
     [
         (UserError("data.train is empty"), 2, "dist-peft: data.train is empty\n"),
+        (RunFailure("step 7: not finite"), 1, "dist-peft: step 7: not finite\n"),
         (VerificationError("28 % off"), 1, "dist-peft: 28 % off\n"),
         (KeyboardInterrupt(), 130, "dist-peft: interrupted\n"),
     ],

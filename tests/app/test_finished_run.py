@@ -141,7 +141,7 @@ def test_reference_in_a_runs_configuration_is_refused(
     assert "secret" not in str(refused.value)
     change_config(run_dir, "base.path", "x")
     change_config(run_dir, "data.train", [{"path": "${oc.env:HF_TOKEN}"}])
-    with pytest.raises(UserError, match=r"reference in data.train.0.path"):
+    with pytest.raises(UserError, match=r"reference in data\.train\[0\]\.path"):
         load_finished_run(run_dir)
 
 

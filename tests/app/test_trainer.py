@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from dist_peft.app.trainer import Trainer
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.export.verify import Probe
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.step_metrics import read_metrics
@@ -40,7 +39,7 @@ def test_loss_that_is_not_finite_ends_the_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenObjective, "compute_loss", poisoned)
-        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.lr"):
+        with pytest.raises(RunFailure, match=r"step 2: loss nan.*train\.lr"):
             train(tree)
     run = tmp_path / "run"
     assert [r.step for r in read_metrics(run / "metrics.jsonl")] == [1]
@@ -58,36 +57,6 @@ def test_finished_run_started_again_changes_nothing(
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
     assert "has 3 steps and train.steps is 3: nothing is left to train" in capsys.readouterr().err
-
-
-def test_damaged_probe_is_told_before_training_goes_on(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path)
-    assert train(tree) == 0
-    (tmp_path / "run" / "probe.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"probe\.safetensors is damaged"):
-        train({**tree, "train": {**tree["train"], "steps": 5}})
-
-
-def test_missing_probe_is_computed_again_with_the_adapter_off(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path)
-    assert train(tree) == 0
-    path = tmp_path / "run" / "probe.safetensors"
-    first = Probe.load_probe(path)
-    path.unlink()
-    assert train({**tree, "train": {**tree["train"], "steps": 5}}) == 0
-    again = Probe.load_probe(path)
-    assert torch.equal(again.before, first.before)
-    assert not torch.equal(again.trained, first.trained)
-
-
-def test_missing_probe_of_a_base_that_is_gone_is_announced(tmp_path: Path) -> None:
-    """Full fine-tuning keeps no base to compute it with."""
-    tree = tiny_tree(tmp_path, adapter={"kind": "full"})
-    assert train(tree) == 0
-    (tmp_path / "run" / "probe.safetensors").unlink()
-    assert train({**tree, "train": {**tree["train"], "steps": 4}}) == 0
-    assert "exports cannot be verified" in (tmp_path / "run" / "log.txt").read_text()
-    assert not (tmp_path / "run" / "probe.safetensors").exists()
 
 
 @pytest.mark.parametrize(("settings", "steps"), [({"epochs": 2.5}, 10), ({"steps": 3}, 3)])

@@ -14,7 +14,9 @@ import torch
 import transformers as tf
 from peft import AutoPeftModelForCausalLM, PeftModel
 
+from dist_peft.app import cli
 from dist_peft.app.commands import train as train_app
+from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.training_run import RESUMABLE
 from dist_peft.app.verified_export import merge_finished_run
@@ -32,7 +34,7 @@ from dist_peft.train.objective import TokenObjective
 from dist_peft.train.plots import draw_plot
 from dist_peft.train.run_state import read_run_state
 from dist_peft.train.step_metrics import read_metrics
-from tests.support.tiny_runs import tiny_tree
+from tests.support.tiny_runs import save_config, tiny_tree
 
 pytestmark = pytest.mark.e2e
 
@@ -257,3 +259,33 @@ def test_early_stop_finishes_the_run_and_is_remembered(
     assert train(tree) == 0
     assert read_metrics(run / "metrics.jsonl") == records
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_secret_of_the_environment_is_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor on the terminal; the same command resumes, and the finished run can be read."""
+    tree = tiny_tree(tmp_path)
+    secret = "w51 w52 w53"  # known words: it is trained on
+    tree["data"]["train"] = [
+        {"path": str(tmp_path / "train.jsonl"), "template": "${oc.env:MY_TOKEN} {prompt}"}
+    ]
+    monkeypatch.setenv("MY_TOKEN", secret)
+    file = save_config(tmp_path, tree)
+    argv = ["train", "--config", str(file)]
+    assert cli.main(argv) == 0
+    assert cli.main([*argv, "train.steps=4"]) == 0
+    again = ["train", "--config", str(tmp_path / "run" / "config.yaml"), "train.steps=5"]
+    assert cli.main(again) == 0
+    run = tmp_path / "run"
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {"config.yaml", "report.html", "log.txt", "run.json"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert "template: ${oc.env:MY_TOKEN} {prompt}" in (run / "config.yaml").read_text()
+    assert "${oc.env:MY_TOKEN}" in (run / "report.html").read_text()
+    monkeypatch.setenv("MY_TOKEN", "w60 w61 w62")
+    assert cli.main([*argv, "train.steps=6"]) == 2  # other rows
+    monkeypatch.delenv("MY_TOKEN")
+    assert load_finished_run(run).data.train[0].template == "${oc.env:MY_TOKEN} {prompt}"
+    shown = capfd.readouterr()
+    assert secret not in shown.out + shown.err

@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import FILE_ONLY, ONCE, close_log, setup_log
+from dist_peft.core.log import FILE_ONLY, ONCE, close_log, setup_log, write_traceback
 from tests.support.small_disk import fill_disk
 
 log = logging.getLogger("dist_peft")
@@ -146,3 +146,17 @@ def test_a_full_disk_is_named_once_and_without_traceback(
     err = capsys.readouterr().err
     assert err.count("cannot write") == 1 and "No space left on device" in err
     assert "Traceback" not in err and "Logging error" not in err
+
+
+def test_secrets_are_masked_and_tracebacks_are_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t-value")
+    log = setup_log(tmp_path, 0, 1)
+    log.info("reading %s", "https://me:pw@host/s3cr3t-value")
+    file = write_traceback(ValueError("wrong: s3cr3t-value"), 0)
+    assert file is not None and file.stat().st_mode & 0o777 == 0o600
+    texts = [file.read_text(), (tmp_path / "log.txt").read_text(), capsys.readouterr().err]
+    assert not any("s3cr3t" in text or "me:pw" in text for text in texts)
+    assert "wrong: ***" in texts[0]
+    assert all("reading https://***@host/***" in text for text in texts[1:])

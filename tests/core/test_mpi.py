@@ -22,10 +22,14 @@ class Threads:
     def __init__(self, rank: int, size: int, shared: dict[Any, Any], barrier: Any) -> None:
         self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
 
-    def bcast(self, value: Any, root: int) -> Any:
-        return self.allgather(value)[root]
+    def Bcast(self, buffer: Any, root: int) -> None:
+        buffer[:] = self._exchange(buffer)[root]
 
-    def allgather(self, value: Any) -> list[Any]:
+    def Allgather(self, mine: Any, all_: Any) -> None:
+        all_.reshape(self.size, -1)[:] = self._exchange(mine)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        value = value.copy()
         self._shared[self.rank] = value
         self._barrier.wait(30)
         values = [self._shared[r] for r in range(self.size)]

@@ -3,11 +3,13 @@ import time
 
 import pytest
 
+from dist_peft.core import network
 from dist_peft.core.network import (
     AddressProbeServer,
     find_interface,
     find_local_address_towards,
     is_loopback,
+    listen_at_address,
     wait_for_port,
 )
 from tests.support.dist import free_port
@@ -48,3 +50,32 @@ def test_only_the_greeter_is_recognized() -> None:
         greeter.close()
     assert not AddressProbeServer.is_reachable("127.0.0.1", greeter.port, greeter.word)
     socket.create_server(("127.0.0.1", greeter.port)).close()  # the port is free again
+
+
+def listen(address: str, **options: bool) -> str:
+    listening, own = listen_at_address(address, 0, **options)
+    with listening:
+        host, port = listening.getsockname()[:2]
+        assert wait_for_port(own, port, 2) is None
+        return str(host)
+
+
+def test_listens_on_the_interface_that_the_address_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listen("127.0.0.1", is_one_host=False) == "127.0.0.1"
+    assert is_loopback(listen("localhost", is_one_host=False))
+    everywhere = ("::", "0.0.0.0")
+    assert listen("192.0.2.1", is_one_host=False) in everywhere  # no address of this host
+    assert listen("no-such-host.invalid", is_one_host=False) in everywhere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "_list_ip_addresses", lambda *_: [(socket.AF_INET, "127.0.1.1")])
+        assert listen("node1", is_one_host=True) == "127.0.1.1"
+        assert listen("node1", is_one_host=False) in everywhere  # others see another address
+
+
+def test_taken_port_is_an_error() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(OSError, match="in use"),
+    ):
+        listen_at_address("127.0.0.1", other.getsockname()[1], is_one_host=True)

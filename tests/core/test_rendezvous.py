@@ -4,6 +4,7 @@ import threading
 import time
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -16,7 +17,8 @@ from dist_peft.core.stop_signals import (
     describe_stop_request,
     request_stop,
 )
-from tests.support.dist import free_port
+from dist_peft.core.world import World
+from tests.support.dist import free_port, run_ranks
 
 
 def come(
@@ -165,6 +167,17 @@ def test_interface_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert module.os.environ.pop("GLOO_SOCKET_IFNAME") == "ib1"
     module._choose_interface(place(0, 2, 9), [("a", "127.0.0.1")] * 2, 9)  # one host
     assert "GLOO_SOCKET_IFNAME" not in module.os.environ
+
+
+def list_listening_hosts(world: World) -> list[str]:
+    found = psutil.Process().net_connections("tcp")
+    return sorted({c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN})
+
+
+@pytest.mark.dist
+def test_ranks_of_one_host_listen_on_its_loopback_interface_alone() -> None:
+    """The store, and gloo on each rank."""
+    assert run_ranks(list_listening_hosts, 2) == [["127.0.0.1"]] * 2
 
 
 def test_ranks_with_one_device_are_refused() -> None:

@@ -221,3 +221,21 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_cache_root(None) == Path("/from/env/tokens")
     monkeypatch.delenv("DIST_PEFT_CACHE")
     assert find_cache_root(None) == Path.home() / ".cache" / "dist_peft" / "tokens"
+
+
+def test_default_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DIST_PEFT_CACHE", raising=False)
+    modes = []
+    for configured in (None, str(tmp_path / "shared")):
+        root = find_cache_root(configured)
+        with pytest.raises(UserError, match="stop"):
+            load_or_build_documents(root, "key", stop_building)
+        modes.append(root.stat().st_mode & 0o777)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == [0o700, 0o777 & ~umask]
+
+
+def stop_building(writer: DocumentWriter) -> None:
+    raise UserError("stop")

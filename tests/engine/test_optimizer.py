@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytest
@@ -63,7 +63,9 @@ class Factory:
     ) -> None:
         self.kept[id(parameter)] = {key: value.clone() for key, value in moments.items()}
 
-    def set_num_steps(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def set_num_steps(
+        self, optimizer: torch.optim.Optimizer, step: int, skipped: Collection[int] = ()
+    ) -> None:
         self.steps.append(step)
 
 

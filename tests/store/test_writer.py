@@ -220,3 +220,14 @@ def test_plans_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="safetensors has no type for"):
         StreamWriter(tmp_path, [TensorSpec("w", torch.complex128, (1,))])
     assert _names(tmp_path) == []
+
+
+def test_private_files_and_others(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        for name, private in (("a", True), ("b", False)):
+            write_atomically(tmp_path / name, "text", private=private)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o640

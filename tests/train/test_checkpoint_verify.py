@@ -102,12 +102,12 @@ def test_a_later_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     checkpoints.save_checkpoint(make_whole_state(1), make_position(1))
     path = checkpoints.save_checkpoint(make_whole_state(2), make_position(2))
     tree = json.loads((path / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps({**tree, "format": 4}))
+    (path / "run.json").write_text(json.dumps({**tree, "format": 5}))
     record = read_checksum_record(path)
     assert record is not None
     record["run.json"] = hash_file(path / "run.json")
     (path / "files.json").write_text(format_checksum_record(record))
-    with pytest.raises(UserError, match="has format 4"):
+    with pytest.raises(UserError, match="has format 5"):
         checkpoints.select_checkpoint("auto")
     shutil.rmtree(path)
     assert find_checkpoint_damage(path, World()) == "rank 0 does not see it"

@@ -13,7 +13,7 @@ from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.adapters.method_table import NoAdapter
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import BaseConfig, LoraConfig, TrainConfig
-from dist_peft.core.errors import UserError
+from dist_peft.core.errors import RunFailure
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch, Loader
 from dist_peft.engine.single import SingleEngine
@@ -132,11 +132,24 @@ def test_step_that_is_not_finite_is_not_made(
         return loss.detach() + (loss - loss.detach()).abs().sqrt()  # slope at 0: infinite
 
     monkeypatch.setattr(TokenObjective, "compute_loss", broken)
-    with pytest.raises(UserError, match=r"step 2: loss .* is not finite; .*Lower train\.lr"):
-        run.fit(loader, 1, 2)
+    run.fit(loader, 1, 2)
     after = run.engine.training_state_dict(run.model)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert [r.step for r in run.results] == [1]
+    assert [math.isfinite(r.grad_norm) for r in run.results] == [True, False]
+    assert math.isfinite(run.results[1].loss) == (where == "gradient")
+    monkeypatch.undo()
+    run.fit(loader, 2, 3)  # no gradient of the step before is left
+    assert math.isfinite(run.results[2].grad_norm)
+
+
+def test_update_that_the_loss_contradicts_ends_the_run(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(llama)
+    monkeypatch.setattr(run.engine, "step", lambda lr, max_norm: 1.0)
+    part = TrainingStep(run.model, run.model, run.engine, run.adapter, TokenObjective(), World())
+    with pytest.raises(RunFailure, match=r"step 3: the loss is inf .* does not show it"):
+        part.update_parameters(2, math.inf, 1e-3, 1.0)
 
 
 def test_adapter_hears_of_every_micro_batch(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

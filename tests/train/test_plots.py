@@ -153,3 +153,19 @@ def test_pyplot_is_never_loaded() -> None:
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_marks_of_spikes_and_failed_steps() -> None:
+    """A step without numbers leaves a gap and no other trace in the curves."""
+    records = run(30)
+    records[9] = replace(records[9], loss=math.nan, grad_norm=math.nan, nonfinite_steps=1)
+    records[19] = replace(records[19], loss=9.0, spike=12.5)
+    figure = Figure()
+    axes = figure.add_subplot()
+    BY_NAME["loss"].paint(axes, records, _PALETTES["light"])
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    assert np.asarray(lines["spike"].get_xydata()).tolist() == [[20, 9.0]]
+    assert np.asarray(lines["not finite, no update"].get_xdata()).tolist() == [10]
+    average = np.asarray(lines["train, moving average"].get_ydata(), dtype=float)
+    assert np.isfinite(average).all() and average[9] == average[8]
+    assert draw_plot(BY_NAME["grad_norm"], records).startswith(b"\x89PNG")

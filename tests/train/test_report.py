@@ -1,6 +1,7 @@
 """The report: complete, self-contained, safe, and writable for the smallest run."""
 
 import base64
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -247,3 +248,15 @@ def test_settings_that_are_lists_of_sections() -> None:
     assert RunSummary.from_config(config, engine="single", ranks=1).adapter == (
         "fusion (adapters x/rte mrpc)"
     )
+
+
+def test_spikes_and_failed_steps_are_counted(tmp_path: Path) -> None:
+    steps = [replace(record(1, 2.0)), replace(record(2, 9.0), spike=8.0)]
+    steps += [replace(record(n, math.nan), grad_norm=math.nan) for n in range(3, 13)]
+    with MetricsWriter(tmp_path, 0) as metrics:
+        for step in steps:
+            metrics.write_step(step)
+    table = Page(write_report(tmp_path, SUMMARY)).table
+    assert table["Loss spikes"] == "1 (step 2)"
+    shown = "3, 4, 5, 6, 7, 8, 9, 10, ..."
+    assert table["Steps not finite, without update"] == f"10 (steps {shown})"

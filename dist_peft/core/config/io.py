@@ -17,6 +17,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
+from dist_peft.core.config.environment import (
+    Reference,
+    find_references,
+    has_other_reference,
+    locate_references,
+    resolve_stored_references,
+)
 from dist_peft.core.config.moved_paths import resolve_moved_paths
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -43,15 +50,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
     """Read the ``config.yaml`` that a run has written.
 
-    A run directory may be a stranger's. ``config.yaml`` is written resolved, so a ``${...}`` in it
-    (which could carry a variable of the caller's environment to the Hub, as part of a model id)
-    is refused instead of resolved.
+    A run directory may be a stranger's. ``config.yaml`` refers to the environment at most, and such
+    a reference is resolved only where its value stays on this machine
+    (``core.config.environment``): in a model id it would go to the Hub.
 
     Args:
         trust_remote_code: whether the caller's command line allows the base's code to run.
 
     Raises:
-        UserError: the conditions of ``load_config``, or a ``${...}`` reference.
+        UserError: the conditions of ``load_config``; another ``${...}`` reference; or one in a path
+            that does not exist here.
     """
     trust = ["base.trust_remote_code=true"] if trust_remote_code else []
     return _load_config_file(path, trust, resolved=True)
@@ -72,7 +80,17 @@ def _load_config_file(
             )
         for item in overrides:
             tree = _apply_override(tree, item, file)
-        plain = OmegaConf.to_container(tree, resolve=True)
+        if resolved:
+            references, (plain, refused) = {}, resolve_stored_references(tree)
+            if refused is not None:
+                raise UserError(
+                    f"{file} has a ${{...}} reference in {refused} that leads to nothing on this "
+                    "machine. Set its variable to an existing path, or write the value itself: a "
+                    "value of the environment is not sent to the Hub"
+                )
+        else:
+            references = find_references(tree)
+            plain = OmegaConf.to_container(tree, resolve=True)
         _refuse_trust_in_file(plain, overrides, file)
         if file.name == "config.yaml":
             resolve_moved_paths(plain, file.parent)
@@ -90,7 +108,8 @@ def _load_config_file(
             f"config file {file} is nested too deeply, or refers to itself; no key of a run needs "
             "more than a few levels"
         ) from None
-    return parse_config(plain, str(file))
+    config = parse_config(plain, str(file))
+    return config.with_references(locate_references(references, config.model_dump(mode="json")))
 
 
 def _load_sections(file: Path) -> Any:
@@ -106,12 +125,15 @@ def _load_sections(file: Path) -> Any:
 
 
 def _find_interpolation(node: Any, path: str = "") -> str | None:
-    """Return the first key below ``node`` whose value is a ``${...}`` reference."""
+    """Return the first key below ``node`` that refers to more than the environment."""
     keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
     for key in keys:
         name = f"{path}.{key}" if path else str(key)
         if OmegaConf.is_interpolation(node, key):
-            return name
+            texts: Any = OmegaConf.to_container(node, resolve=False)
+            if has_other_reference(str(texts[key])):
+                return name
+            continue
         if OmegaConf.is_missing(node, key):
             continue
         if OmegaConf.is_config(node[key]) and (found := _find_interpolation(node[key], name)):
@@ -168,9 +190,11 @@ def parse_config(tree: Any, where: str = "config") -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """Return the resolved description as YAML; ``load_config`` reads it back to an equal tree.
 
+    References to the environment stay references, and plain secrets of known forms are masked.
     ``base.trust_remote_code`` is left out: a command line grants that permission for itself alone.
     """
-    tree = config.model_dump(mode="json", exclude={"base": {"trust_remote_code"}})
+    tree = config.dump_stored_tree()
+    tree["base"].pop("trust_remote_code", None)
     return OmegaConf.to_yaml(OmegaConf.create(_escape_interpolations(tree)))
 
 
@@ -180,6 +204,8 @@ def _escape_interpolations(value: Any) -> Any:
         return {key: _escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_escape_interpolations(inner) for inner in value]
+    if isinstance(value, Reference):
+        return str(value)
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -7,7 +7,7 @@ of the adapters are in ``adapter_config``. Reading files, overrides and error me
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from dist_peft.core.config.adapter import (
     AdapterConfig,
@@ -27,6 +27,7 @@ from dist_peft.core.config.adapter import (
     VirtualTokensConfig,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
+from dist_peft.core.config.environment import Reference, store_references
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
 __all__ = [
@@ -218,6 +219,21 @@ class TrainConfig(ConfigSection):
     eps: Float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay.")
     max_grad_norm: Float = Field(1.0, ge=0, description="Clip the global norm; 0: no clipping.")
+    on_nonfinite: Literal["stop", "skip", "halve"] = Field(
+        "stop",
+        description="A step whose loss or gradient is not finite makes no update. stop: the run "
+        "ends with exit code 1. skip: the next step follows. halve: the same, with half the "
+        "learning rate from then on.",
+    )
+    max_nonfinite: Int = Field(
+        10, ge=1, description="skip, halve: most such steps of a run; at one more it ends."
+    )
+    spike_score: Float = Field(
+        6.0,
+        ge=0,
+        description="Mark a step whose loss is so many robust standard deviations (from median and "
+        "MAD of the 64 steps before) above their median; 0: none.",
+    )
     seed: Int = Field(0, ge=0, lt=2**63, description="Adapter initialization, data order, dropout.")
     shuffle: bool = Field(True, description="false: sequences in file order.")
     precision: Literal["bf16", "fp32"] = Field(
@@ -275,6 +291,27 @@ class RunConfig(ConfigSection):
     resume: PathText = Field(
         "auto", description="auto: newest checkpoint of save.dir if any; never; or a path."
     )
+
+    _references: dict[str, tuple[Reference, object]] = PrivateAttr(default_factory=dict)
+    """By key, the text of each value that comes from the environment, and the value."""
+
+    def with_references(self, located: dict[str, tuple[Reference, object]]) -> Self:
+        """Return this configuration, to be stored with references (``core.config.environment``)."""
+        copied = self.model_copy()
+        copied._references = located
+        return copied
+
+    def dump_stored_tree(self, *, with_digests: bool = False) -> dict[str, Any]:
+        """Return the configuration as plain JSON to be stored or sent: with references in the place
+        of values of the environment, and known secrets masked.
+
+        Args:
+            with_digests: for comparisons; see ``environment.store_references``.
+        """
+        tree: dict[str, Any] = store_references(
+            self.model_dump(mode="json"), self._references, with_digests=with_digests
+        )
+        return tree
 
     @model_validator(mode="before")
     @classmethod
