@@ -29,7 +29,7 @@ def test_starts_python(): start()
 def test_needs_what_starts_python(made): pass
 
 def test_forks(monkeypatch):
-    monkeypatch.delattr(dist, "_context")  # a server of forks takes seconds to start
+    monkeypatch.delattr(dist, "make_process_context")  # a server of forks takes seconds to start
     with pytest.raises(NameError):
         dist.run_ranks(os.getpid, 2)
 

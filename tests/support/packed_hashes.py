@@ -1,5 +1,6 @@
 """Hashes of packed bytes that hold on every machine."""
 
+import functools
 import hashlib
 
 import torch
@@ -16,6 +17,11 @@ def fixed_weight(rows: int, columns: int) -> Tensor:
 
     Sums of four 16-bit numbers of a linear congruential sequence, scaled by powers of two.
     """
+    return _make_fixed_weight(rows, columns).clone()
+
+
+@functools.cache
+def _make_fixed_weight(rows: int, columns: int) -> Tensor:
     number = torch.arange(rows * columns * 4, dtype=torch.int64)
     for _ in range(3):
         number = (number * 1103515245 + 12345) % 2**31
