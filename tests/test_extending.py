@@ -175,6 +175,7 @@ def test_data_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+@pytest.mark.e2e
 def test_export_format_is_one_file_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +213,7 @@ def change_lines(root: Path, file: str, line: str, new: str) -> int:
     return len(new.splitlines()) - (line in new)
 
 
+@pytest.mark.e2e
 def test_codec_trains_merges_and_reads_its_own_packed_base(tmp_path: Path) -> None:
     root = tmp_path / "tree"
     ignored = shutil.ignore_patterns("__pycache__")

@@ -238,8 +238,8 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
 _LIMITS = {
     **dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "head_dim"), 2**31),
     **dict.fromkeys(("num_key_value_heads", "intermediate_size"), 2**31),
-    **dict.fromkeys(("num_hidden_layers", "num_local_experts", "num_experts"), 10_000),
-    "n_routed_experts": 10_000,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 2**20),
+    "num_hidden_layers": 10_000,
 }
 """Sizes of a model by key of its configuration, and the first that no model has."""
 

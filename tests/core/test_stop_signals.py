@@ -1,6 +1,5 @@
 """Signals are noted from the first line on (whole runs: ``test_training_run``)."""
 
-import os
 import signal
 from collections.abc import Iterator
 
@@ -24,7 +23,7 @@ def test_signal_asks_for_a_stop(number: signal.Signals) -> None:
     with catch_stop_signals() as stop:
         assert not stop()
         raise_if_stop_requested()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop()
         with pytest.raises(StopRequested, match=f"stopped on {number.name}"):
             raise_if_stop_requested()
@@ -36,7 +35,7 @@ def test_signal_asks_for_a_stop(number: signal.Signals) -> None:
 def test_inner_command_sees_what_the_outer_noted() -> None:
     """An entry point notes signals before the command that answers them is imported."""
     with catch_stop_signals():
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         with catch_stop_signals() as stop:
             assert stop()
         assert is_stop_requested()
@@ -47,7 +46,7 @@ def test_hangup_stays_ignored_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catch_stop_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not stop()
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -55,9 +54,9 @@ def test_hangup_stays_ignored_under_nohup() -> None:
 
 def interrupt_twice() -> None:
     with catch_stop_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_second_interrupt_stops_at_once() -> None:
@@ -69,9 +68,9 @@ def be_interrupted(number: signal.Signals, early: bool) -> Iterator[int]:
     with catch_stop_signals():
         try:
             if early:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             interrupt_on_stop_signals()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             yield get_interrupt_exit_code()
 

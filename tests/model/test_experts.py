@@ -139,7 +139,7 @@ def test_rows_of_a_stack_are_read_across_tensors(tmp_path: Path) -> None:
     original = save_model(MIXTURES["mixtral"], tmp_path / "split")
     original.save_pretrained(tmp_path / "fused", save_original_format=False)
     for directory, pieces in (("split", 8), ("fused", 1)):
-        base = BaseConfig(path="", quant=None, compute_dtype="float32")
+        base = BaseConfig(path="unused", quant=None, compute_dtype="float32")
         skeleton = build_skeleton(base, tmp_path / directory)
         stack = skeleton.model.get_submodule("model.layers.1.mlp.experts.gate_up_proj")
         assert isinstance(stack, ExpertStack) and len(stack.pieces) == pieces
@@ -161,7 +161,7 @@ def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
 
 def test_routers_stay_unquantized(tmp_path: Path) -> None:
     save_model(MIXTURES["qwen2_moe"], tmp_path)
-    model = build_skeleton(BaseConfig(path=""), tmp_path).model
+    model = build_skeleton(BaseConfig(path="unused"), tmp_path).model
     block = model.model.layers[0].mlp
     assert block.gate.weight.dtype == torch.bfloat16
     assert type(block.shared_expert_gate) is nn.Linear

@@ -110,4 +110,4 @@ def test_refuses_quantized_experts(tmp_path: Path) -> None:
     settings = '"quantization_config": {"quant_method": "dist_peft", "kind": "nf4"},'
     (tmp_path / "config.json").write_text(config.replace("{", "{" + settings, 1))
     with pytest.raises(UserError, match=rf"has {EXPERT} quantized: of mixture-of-experts models"):
-        build_skeleton(BaseConfig(path=""), tmp_path)
+        build_skeleton(BaseConfig(path="unused"), tmp_path)
