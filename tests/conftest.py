@@ -15,6 +15,9 @@ from tests.support.tiers import (  # noqa: F401
     pytest_terminal_summary,
 )
 
+# as an entry point does, for forked processes, which find torch loaded
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # a busy machine is no defect
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")

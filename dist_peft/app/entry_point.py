@@ -4,9 +4,15 @@
 Importing this module installs the handlers of ``core.stop_signals``; nothing else imports it.
 """
 
+import os
+
 from dist_peft.core.stop_signals import note_stop_signals
 
 note_stop_signals()
+
+# read when torch is loaded: at "warning" a rank whose peer has left prints 20 lines of C++ frames,
+# also after the last line of a run that was stopped
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from dist_peft.app.cli import main  # noqa: E402
 

@@ -127,6 +127,7 @@ class Trainer:
         load_training_state(self.built, self.checkpoints, path, position.step, skipped)
         self.nonfinite = replace(self.nonfinite, steps=list(skipped), num_halvings=halvings)
         log.info("resumed %s at step %d", path, position.step)
+        note_step(position.step)  # a killed run may not have recorded its last ones
         self.probe.restore()
         if position.step >= self.total_steps:
             log.warning(

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 SLOW_TORCH = """
 import os, time
+assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
 open(os.environ["MARK"], "w").close()
 time.sleep(1)
 raise SystemExit("torch was imported to its end")
@@ -29,12 +30,15 @@ raise SystemExit("torch was imported to its end")
     ],
     ids=["launch/train.py", "python -m", "console script"],
 )
-def test_signal_while_torch_is_imported(command: list[str], tmp_path: Path) -> None:
+def test_signal_while_torch_is_imported(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A torch whose import takes a second stands in for a cold shared file system."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(SLOW_TORCH)
     mark = tmp_path / "mark"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
     process = subprocess.Popen(
         [sys.executable, *command, "--config", "none.yaml"],
         env={**os.environ, "PYTHONPATH": path, "MARK": str(mark)},

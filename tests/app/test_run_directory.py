@@ -18,6 +18,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.run_lock import RunLock
+from dist_peft.train.run_state import read_run_state
 from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import tiny_tree
@@ -187,3 +188,10 @@ def test_a_stopped_run_resumes_after_a_move(
     assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "project" / "run").exists()
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == "step-000004"
+    # killed after its last step, of which it had recorded none
+    file = run / "run_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "running", "step": 0}))
+    assert main(["train", "--config", str(run / "config.yaml")]) == 0
+    close_log()
+    state = read_run_state(run)
+    assert state is not None and (state.state, state.step) == ("finished", 4)

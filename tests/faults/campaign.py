@@ -18,6 +18,7 @@ root, else such trials are skipped). Then it checks that
 import argparse
 import json
 import multiprocessing.forkserver
+import os
 import random
 import re
 import shutil
@@ -34,8 +35,10 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as an entry point does, before torch
 
 from dist_peft.core.config.run import EngineConfig
+from dist_peft.core.patient_wait import WATCH_SECONDS
 from dist_peft.train.run_state import read_run_state
 from tests.faults.injection import SIGNALS, Fault
 from tests.faults.processes import Ended, run_command
@@ -57,6 +60,8 @@ KINDS = ("kill", "signal", "full", "stop")
 ENGINES = {"single": (1,), "fsdp2": (2, 3), "zero": (2, 3)}
 LIMIT = 30.0
 """Seconds from the fault to the end of every process."""
+SLOW_LIMIT = LIMIT + 2 * WATCH_SECONDS
+"""The same for a killed rank where others may wait for it in a slow phase of the start."""
 STALL_SECONDS = 3.0
 STALL_LIMIT = 12 * STALL_SECONDS + 30.0
 """The same for a rank that stands still: set-up and GPTQ have multiples of the limit of a step."""
@@ -223,6 +228,8 @@ class Campaign:
                 argv[3:3] = [f"engine.stall_seconds={STALL_SECONDS:g}"] if watched else []
                 freeze = 0.0 if watched else FREEZE_SECONDS
             limit = STALL_LIMIT if fault.kind == "stop" and not freeze else LIMIT
+            if fault.kind == "kill" and fault.phase in ("load", "solve"):
+                limit = SLOW_LIMIT
             ended = run_command(argv, job.ranks, notes / str(number), fault, limit, freeze)
             outcome.codes.append(ended.codes)
             outcome.seconds.append(round(ended.seconds, 1))
@@ -333,7 +340,8 @@ class EndCheck:
         if re.search(r"Traceback \(most|Logging error", self.ended.stderr) and not stacks:
             yield f"traceback on stderr: {self.ended.stderr[-1500:]}"
         codes = {code for code in self.ended.codes if code is not None and code > 0}
-        if codes & {1, 2} and not self.last_line.startswith("dist-peft: "):
+        last = self.ended.stderr if stacks else self.last_line
+        if codes & {1, 2} and not re.search("^dist-peft: ", last, re.MULTILINE):
             yield f"the last line is {self.last_line!r}"
         if 75 in codes and not re.search("signal|stopped on", self.last_line):
             yield f"the last line after a signal is {self.last_line!r}"
@@ -344,7 +352,7 @@ class EndCheck:
         reasons = [
             line.partition("dist-peft: ")[2] or line.partition(": ")[2]
             for line in re.split(r"[\r\n]+", self.ended.stderr)
-            if line.startswith("dist-peft: ") or "signal" in line
+            if line.startswith("dist-peft: ") or re.search("signal|stopped on", line)
         ]
         if not any(reason and reason in line for reason in reasons for line in told):
             yield f"log.txt ends with {told}, stderr with {self.last_line!r}"
@@ -366,6 +374,8 @@ class EndCheck:
             # where not a byte is left the state stays "running", of a process that has ended
             "full": {"refused", "failed", "finished"},
         }[self.fault.kind]
+        if self.again and self.fault.phase == "load":
+            allowed |= {"failed"}  # until the run directory is opened it tells of the fault before
         if state.state not in allowed:
             yield f"run_state.json says {state}"
         if state.state in ("failed", "refused", "stopped") and not state.reason:
