@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from dist_peft.core.agreement import KeyValueStore, format_ranks
 
-__all__ = ["wait_for_all_ranks"]
+__all__ = ["LostRankError", "wait_for_all_ranks"]
 
 log = logging.getLogger("dist_peft")
 
@@ -22,6 +22,10 @@ WATCH_SECONDS = 20.0
 
 LONGEST_PAUSE = 0.5
 """Between two looks at the store while a rank waits for others, in seconds."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank has died; the message names it."""
 
 
 def wait_for_all_ranks(
@@ -43,8 +47,8 @@ def wait_for_all_ranks(
         beat: called between two looks at the store, every ``LONGEST_PAUSE`` seconds or more often.
 
     Raises:
-        RuntimeError: a rank died before it came; ``torch.distributed.DistError``, which is one,
-            where rank 0 did.
+        LostRankError: a rank died before it came.
+        torch.distributed.DistError: rank 0 did.
     """
     store.set(f"{topic}/{rank}", "")
     if store.add(f"{topic}/count", 1) == len(hosts):
@@ -58,7 +62,7 @@ def wait_for_all_ranks(
         if watch is not None:
             watch.look_for_dead_ranks(phase)
     if lost := store.get(f"{topic}/end").decode():
-        raise RuntimeError(f"{lost} died during the phase {phase!r}: no sign of life")
+        raise LostRankError(f"{lost} died during the phase {phase!r}: no sign of life")
 
 
 class _AbsenceWatch:

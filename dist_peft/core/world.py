@@ -21,6 +21,7 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
 from dist_peft.core.machine import raise_open_file_limit
+from dist_peft.core.patient_wait import LostRankError
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, wait_for_ranks
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from dist_peft.core.stall_watch import StallReport, StallWatch
@@ -162,6 +163,8 @@ class World(LaunchInfo):
 
         Takes some seconds, in which ranks that live give a sign of life.
         """
+        if isinstance(error, LostRankError):
+            return f"rank {self.rank} on {self.host} stops: {error}"
         broken = isinstance(error, dist.DistError) or "gloo" in str(error)
         if _watch is None or _meeting is None or not broken:
             return None

@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from dist_peft.core import patient_wait
-from dist_peft.core.patient_wait import wait_for_all_ranks
+from dist_peft.core.patient_wait import LostRankError, wait_for_all_ranks
+from dist_peft.core.world import World
 
 HOSTS = ("node1", "node1", "node2")
 
@@ -68,3 +69,9 @@ def test_rank_that_died_is_named_to_all(
     assert results == [message, message, "never came"]
     assert "read: waiting for rank 2 since" in caplog.text
     thread.join()
+
+
+def test_the_last_line_of_a_survivor_names_the_dead_rank() -> None:
+    error = LostRankError("rank 1 on b died during the phase 'load base': no sign of life")
+    line = World(0, 2, 0, 2, "a").explain_failure(error)
+    assert line == f"rank 0 on a stops: {error}"

@@ -44,6 +44,7 @@ from tests.faults.injection import SIGNALS, Fault
 from tests.faults.processes import Ended, run_command
 from tests.faults.workloads import (
     EXPORTS,
+    START_SECONDS,
     STEPS,
     Job,
     Material,
@@ -60,8 +61,8 @@ KINDS = ("kill", "signal", "full", "stop")
 ENGINES = {"single": (1,), "fsdp2": (2, 3), "zero": (2, 3)}
 LIMIT = 30.0
 """Seconds from the fault to the end of every process."""
-SLOW_LIMIT = LIMIT + 2 * WATCH_SECONDS
-"""The same for a killed rank where others may wait for it in a slow phase of the start."""
+SLOW_LIMIT = LIMIT + max(2 * WATCH_SECONDS, START_SECONDS)
+"""The same for a killed rank where others may wait for it at the rendezvous, or while it loads."""
 STALL_SECONDS = 3.0
 STALL_LIMIT = 12 * STALL_SECONDS + 30.0
 """The same for a rank that stands still: set-up and GPTQ have multiples of the limit of a step."""
@@ -346,7 +347,8 @@ class EndCheck:
         if 75 in codes and not re.search("signal|stopped on", self.last_line):
             yield f"the last line after a signal is {self.last_line!r}"
         log = self.out / "log.txt"
-        if not codes or self.job.verb != "train" or not log.exists() or self.fault.kind == "full":
+        untold = self.fault.kind == "full" or (self.again and self.fault.phase == "load")
+        if not codes or self.job.verb != "train" or not log.exists() or untold:
             return
         told = log.read_text(errors="replace").strip().splitlines()[-1:]
         reasons = [

@@ -19,6 +19,9 @@ __all__ = ["STEPS", "Job", "Material", "find_leftovers", "read_result"]
 
 STEPS = 3
 
+START_SECONDS = 45.0
+"""The longest wait for all ranks at the rendezvous."""
+
 VARYING = {"tokens_per_s", "seconds", "mem_peak", "bytes_gathered"}
 """Metrics that equal runs need not have in common. DeepSpeed keeps gathered parameters for longer
 once it has seen a whole step: it gathers other amounts of bytes after a restart."""
@@ -82,6 +85,7 @@ class Material:
         )
         tree["data"] |= {"seq_len": 48}
         tree["base"]["path"] = str(_save_base(directory / "bpe"))
+        tree["engine"] = {"start_timeout_minutes": START_SECONDS / 60}
         self.train = save_config(directory, tree)
         solved = directory / "solved"
         solved.mkdir()
