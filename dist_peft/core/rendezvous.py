@@ -115,7 +115,12 @@ class Rendezvous:
         wait_for_all_ranks(self.store, self._rank, self.hosts, topic, phase, beat)
 
     def find_disagreement(self, values: Mapping[str, object], seconds: float) -> str:
-        """Return the differences between the ranks' ``values`` as text; called by all ranks."""
+        """Return the differences between the ranks' ``values`` as text; called by all ranks.
+
+        Raises:
+            LostRankError: a rank died before it came.
+        """
+        self.wait_for_all("compare configurations")  # else for ``seconds``, also for a dead rank
         self._topics += 1
         topic = f"same/{self._topics}"
         return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)

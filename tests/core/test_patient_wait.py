@@ -74,4 +74,4 @@ def test_rank_that_died_is_named_to_all(
 def test_the_last_line_of_a_survivor_names_the_dead_rank() -> None:
     error = LostRankError("rank 1 on b died during the phase 'load base': no sign of life")
     line = World(0, 2, 0, 2, "a").explain_failure(error)
-    assert line == f"rank 0 on a stops: {error}"
+    assert line is not None and line.startswith("rank 0 on ") and line.endswith(f" stops: {error}")
