@@ -32,7 +32,6 @@ when ``in % group_size == 0`` (bitsandbytes 0.50 on CPU).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Self
 
 import torch
@@ -51,6 +50,7 @@ from dist_peft.quant.packed_rows import (
     quantize_in_groups,
     read_packed_field,
 )
+from dist_peft.quant.table_cache import cache_tables
 
 __all__ = ["NF4_LEVELS", "Nf4Codec"]
 
@@ -192,7 +192,7 @@ def _find_nearest_level(scaled: Tensor) -> Tensor:
     return torch.add(first_code.index_select(0, cell), above).view(scaled.shape)
 
 
-@cache
+@cache_tables
 def _build_level_cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell, the code at its left edge ``uint8 [33]`` and the next border ``[33]``."""
     edges = torch.arange(-_CELLS, _CELLS + 1, device="cpu") / _CELLS

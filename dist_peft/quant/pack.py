@@ -18,10 +18,10 @@ Packing joins eight codes in a 64-bit integer. Unpacking is a table look-up: a b
 per code, so that ``lookup`` turns packed bytes directly into numbers.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from dist_peft.quant.table_cache import cache_tables
 
 __all__ = ["lookup_packed_values", "pack_bits", "unpack_bits"]
 
@@ -90,7 +90,7 @@ def _split_into_twelve_bits(packed: Tensor) -> Tensor:
     return torch.stack((first | (middle & 15) << 8, middle >> 4 | last << 4), dim=-1)
 
 
-@cache
+@cache_tables
 def _build_lookup_table(
     bits: int, values: tuple[float, ...], dtype: torch.dtype, high_first: bool, device: torch.device
 ) -> Tensor:
