@@ -85,7 +85,9 @@ def _count_gathered(
     if not trace.gathered_first:
         first = later + block * (kept - kept_traced)
     else:
-        first = sum(trace.gathered_first.values()) + twice + block * (kept - kept_traced)
+        # adapters that are gathered before the first forward of a run stay whole
+        in_step = sum(n for phase, n in trace.gathered_first.items() if phase != "start")
+        first = in_step + twice + block * (kept - kept_traced)
     if resolve_engine_kind(config.engine, world) == "zero":
         first -= block * kept  # frozen rows are kept over steps too
     return first, later
