@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -157,7 +158,7 @@ class Trainer:
             return first_step
         spikes = SpikeDetector.read_from_run(self.run_dir, train.spike_score, self.world)
         progress = self._make_progress_display(first_step)
-        with metrics, progress, training, self.checkpoints.writes_finished():
+        with metrics, progress, closing(training), self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
                 start, gathered = time.perf_counter(), engine.bytes_gathered
                 batches, targets = loader.load_step(step)

@@ -7,8 +7,7 @@ sees the error of any later block.
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ __all__ = ["GradientWatch"]
 
 
 class GradientWatch:
-    """Hooks on the outputs of decoder blocks; a context manager.
+    """Hooks on the outputs of decoder blocks; ``close`` removes them.
 
     Args:
         blocks: decoder blocks, first to last.
@@ -57,14 +56,3 @@ class GradientWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -12,8 +12,7 @@ split of sequences into micro-batches changes the result.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,14 +112,7 @@ class TrainingStep:
         seen = [] if self.watch is None else self.watch.list_not_finite()
         return FailedStep(step + 1, loss, norm, lr, batches, losses, seen)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Remove the hooks of ``watch``."""
         if self.watch is not None:
             self.watch.close()

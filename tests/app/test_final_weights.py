@@ -80,7 +80,9 @@ def test_partial_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = verb(["eval", "--config", str(run / "config.yaml"), "--run", str(run)], capsys)
     held_out = json.loads(printed.splitlines()[-1])
     recorded = read_metrics(run / "metrics.jsonl")[-1].eval_loss
-    assert held_out == {"eval_loss": pytest.approx(recorded, rel=1e-5), "step": 4}
+    # a rounding to bfloat16 that falls otherwise in another process moves the mean by some 1e-5
+    assert held_out == {"eval_loss": pytest.approx(recorded, rel=2e-4), "step": 4}
+    assert abs(recorded - found[0]) > 0.01 * found[0]
     for path in (run, run / "adapter"):
         described = verb(["inspect", str(path)], capsys)
         assert "partial fine-tuning" in described and f"in {len(trained)} tensors" in described

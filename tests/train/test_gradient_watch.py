@@ -1,6 +1,7 @@
 """The watch sees a gradient that is not finite, in its micro-batch, and leaves no hook behind."""
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def test_micro_batch_with_a_broken_gradient_is_found(recompute: bool) -> None:
     blocks: list[nn.Module] = [frozen, Scale(2.0), SquareRoot()]
     if recompute:
         checkpoint_block_activations(blocks)
-    with GradientWatch(blocks) as watch:
-        for _ in range(2):  # a step begins anew
+    with closing(GradientWatch(blocks)) as watch:
+        for _ in range(2):  # a step forgets the one before
             watch.begin_step()
             for value in (4.0, 0.0, 1.0):
                 watch.begin_micro_batch()
@@ -46,6 +47,6 @@ def test_micro_batch_with_a_broken_gradient_is_found(recompute: bool) -> None:
 
 def test_forward_passes_outside_of_a_step_are_left_alone() -> None:
     block = Scale(math.nan)
-    with GradientWatch([block]) as watch:
+    with closing(GradientWatch([block])) as watch:
         block(torch.ones(1, requires_grad=True))[0].sum().backward()
         assert watch.list_not_finite() == []
