@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def _log_is_closed() -> Iterator[None]:
     """A test that sets the log up leaves it as it was, or the next one captures nothing."""
     yield
     close_log()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hangup_is_not_ignored() -> None:
+    """Under ``nohup`` it is, and the program leaves it so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

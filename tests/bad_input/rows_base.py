@@ -55,9 +55,14 @@ def _prefix(length: int) -> Any:
 
 ROWS = [
     # -- config.json
-    Row("config missing", "train", ("config.json",), remove(CONFIG)),
-    Row("config deep nesting", "train", ("config.json",), write(CONFIG, "[" * 100_000)),
-    Row("config a FIFO", "train", ("config.json",), fifo(CONFIG)),
+    Row("config missing", "train", ("no config.json", "base.path"), remove(CONFIG)),
+    Row(
+        "config deep nesting",
+        "train",
+        ("config.json is damaged", "recursion"),
+        write(CONFIG, "[" * 100_000),
+    ),
+    Row("config a FIFO", "train", ("config.json", "named pipe"), fifo(CONFIG)),
     _config("model_type missing", "model_type", model_type=...),
     _config("model_type nonsense", "nonsense", model_type="nonsense"),
     _config("hidden_size -64", "config.json", "hidden_size", hidden_size=-64),
@@ -72,13 +77,13 @@ ROWS = [
     _config("quantization nonsense", "quant_method", quantization_config={"quant_method": "magic"}),
     _config(
         "experts 10**9",
-        "config.json",
+        "num_local_experts",
         model_type="mixtral",
         architectures=["MixtralForCausalLM"],
         num_local_experts=10**9,
     ),
     # -- weights
-    Row("weights missing", "train", ("safetensors",), remove(WEIGHTS)),
+    Row("weights missing", "train", ("no *.safetensors file",), remove(WEIGHTS)),
     Row(
         "weights a pickle alone",
         "train",
@@ -128,7 +133,12 @@ ROWS = [
         ("lacks dtype, shape",),
         edit_header(WEIGHTS, lambda h: h.update(x=5)),
     ),
-    Row("tensor missing", "train", (NORM,), edit_tensors(WEIGHTS, lambda t: t.pop(NORM))),
+    Row(
+        "tensor missing",
+        "train",
+        ("lacks 1 tensors", "model.norm.weight"),
+        edit_tensors(WEIGHTS, lambda t: t.pop(NORM)),
+    ),
     Row(
         "tensor of another shape",
         "train",
@@ -176,7 +186,7 @@ ROWS = [
     Row(
         "tokenizer missing",
         "train",
-        ("tokenizer",),
+        ("tokenizer of base", "instantiate"),
         remove(TOKENIZER, "base/tokenizer_config.json"),
     ),
     Row("tokenizer a FIFO", "train", ("tokenizer.json", "regular file"), fifo(TOKENIZER)),
@@ -184,25 +194,25 @@ ROWS = [
     Row(
         "tokenizer model nonsense",
         "train",
-        ("tokenizer",),
+        ("tokenizer of base", "ModelUntagged"),
         edit_json(TOKENIZER, "model", type="Nonsense"),
     ),
     Row(
         "tokenizer vocabulary a list",
         "train",
-        ("tokenizer",),
+        ("tokenizer of base", "invalid type: sequence"),
         edit_json(TOKENIZER, "model", vocab=["w0"]),
     ),
     Row(
         "tokenizer normalizer nonsense",
         "train",
-        ("tokenizer",),
+        ("tokenizer of base", "NormalizerUntagged"),
         edit_json(TOKENIZER, normalizer={"type": "Nonsense"}),
     ),
     Row(
         "tokenizer without end token",
         "train",
-        ("eos",),
+        ("eos_token", "stop"),
         edit_json("base/tokenizer_config.json", eos_token=None),
     ),
     # -- the same through other commands

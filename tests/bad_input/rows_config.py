@@ -53,7 +53,7 @@ ROWS = [
     Row(
         "yaml alias bomb",
         "train",
-        ("config.yaml",),
+        ("config.yaml is not valid YAML", "expansion"),
         write(
             "config.yaml",
             "\n".join(
@@ -77,7 +77,7 @@ ROWS = [
     Row(
         "yaml a recursive alias",
         "train",
-        ("config.yaml",),
+        ("config.yaml is not valid YAML", "recursive"),
         write("config.yaml", "base: &b\n  path: *b\n"),
     ),
     Row(
@@ -174,9 +174,9 @@ ROWS = [
         "adapter.rank_pattern={'(a*)*(.*.*.*.*.*.*.*.*.*.*.*)*x': 3}",
         "rank_pattern",
     ),
-    _value("train a number", "data.train=5", "data.train"),
+    _value("train a number", "data.train=5", "valid list"),
     _value("eval a number", "data.eval=5", "data.eval"),
-    _value("train of none", "data.train=[]", "data.train"),
+    _value("train of none", "data.train=[]", "at least 1 item"),
     _value("save.dir empty", "save.dir=''", "save.dir", "an empty path"),
     _value("save.dir a file", "save.dir=train.jsonl", "train.jsonl is a file"),
     _value("save.dir too long", f"save.dir={'x' * 300}", "save.dir", "too long"),

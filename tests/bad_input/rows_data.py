@@ -68,7 +68,7 @@ ROWS = [
     Row(
         "data path with NUL", "train", ("data.train", "null"), args=('data.train=["a\\0b.jsonl"]',)
     ),
-    Row("data path empty", "train", ("data.train",), args=("data.train=['']",)),
+    Row("data path empty", "train", ("data.train.0", "an empty path"), args=("data.train=['']",)),
     Row("data a FIFO", "train", ("train.jsonl", "regular file"), fifo("train.jsonl")),
     Row(
         "data a device", "train", ("train.jsonl", "regular file"), link("train.jsonl", "/dev/zero")
@@ -129,7 +129,7 @@ ROWS = [
         "train.jsonl",
         "completion",
     ),
-    _records("records of empty text", [{"text": ""}] * 3, "train.jsonl"),
+    _records("records of empty text", [{"text": ""}] * 3, "train.jsonl", "have an empty"),
     _records("records with a label", [{**GOOD, "label": False}], "label", "ignore"),
     Row(
         "column nowhere",
@@ -148,13 +148,13 @@ ROWS = [
     Row(
         "template of an open brace",
         "train",
-        ("template",),
+        ("data.train[0].template", "brace"),
         args=("data.train=[{path: train.jsonl, template: 'Q: {prompt'}]",),
     ),
     Row(
         "split of a local file",
         "train",
-        ("split",),
+        ("has no split", "data.train[0].split"),
         lambda r: (
             (r / "d").mkdir() or (r / "d/dataset_dict.json").write_text('{"splits": ["test"]}')
         ),

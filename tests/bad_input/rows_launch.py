@@ -14,11 +14,11 @@ ROWS = [
     Row("rows negative", "validate", ("--rows -1", "give the number"), args=("--rows", "-1")),
     Row("memory negative", "plan", ("--gpu-memory",), args=("--gpu-memory", "-1GiB")),
     Row("card unknown", "plan", ("--gpu Z9000", "known"), args=("--gpu", "Z9000")),
-    Row("inspect nothing", "inspect base", ("base",), remove("base")),
+    Row("inspect nothing", "inspect base", ("base cannot", "No such"), remove("base")),
     Row(
         "inspect a FIFO",
         "inspect base",
-        ("base",),
+        ("base is a named pipe",),
         lambda root: (remove("base")(root), fifo("base")(root)),
     ),
     # -- environments of one process
@@ -38,7 +38,12 @@ ROWS = [
     ),
     Row("PMI_RANK alone", "train", ("PMI_RANK", "WORLD_SIZE"), env={"PMI_RANK": "0"}),
     Row("PMI_SIZE alone", "train", ("PMI_SIZE", "WORLD_SIZE"), env={"PMI_SIZE": "2"}),
-    Row("SLURM batch script", "train", ("srun",), env={"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}),
+    Row(
+        "SLURM batch script",
+        "train",
+        ("batch script", "srun -n 1"),
+        env={"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"},
+    ),
     Row(
         "SLURM host list huge",
         "train",

@@ -1,6 +1,6 @@
 """How long fuzz tests run, and the limits under which each input is tried.
 
-Each test tries ``EXAMPLES`` inputs. With ``DIST_PEFT_FUZZ_MINUTES`` set, it goes on with other ones
+Each test tries ``EXAMPLES`` inputs. With ``DIST_PEFT_FUZZ_MINUTES`` set, it tries others
 for so many minutes: 60 minutes over all tests are an hour by command.
 """
 

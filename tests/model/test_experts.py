@@ -128,10 +128,17 @@ def test_each_rank_reads_its_own_rows(family: str, ranks: int, tmp_path: Path) -
     save_model(MIXTURES[family], tmp_path)
     (whole,) = run_ranks(load, 1, tmp_path, NF4)
     parts = run_ranks(load, ranks, tmp_path, NF4)
+    read_again = 0
     for name, packed in whole.local.items():
-        assert torch.equal(torch.cat([part.local[name] for part in parts]), packed), name
+        pieces = [part.local[name] for part in parts]
+        # a router has so few rows that it may be sharded by columns: each rank reads whole rows
+        by_columns = pieces[0].shape[0] == packed.shape[0]
+        assert not by_columns or name.endswith("gate.weight")
+        read_again += by_columns * (ranks - 1) * packed.nbytes
+        assert torch.equal(torch.cat(pieces, int(by_columns)), packed), name
     total = sum(share(tmp_path, 1, 0))
-    assert whole.bytes_read == total == sum(part.bytes_read for part in parts)
+    assert whole.bytes_read == total
+    assert sum(part.bytes_read for part in parts) == total + read_again
     assert max(part.bytes_read for part in parts) < 1.1 * total / ranks
 
 
