@@ -6,13 +6,17 @@ and FP16, AMX, Arm's BF16) that is two to three times faster than float32; witho
 Sums are accumulated in float32 either way.
 
 The choice is made once, by a trial of both; the processor's flags would name fewer processors. The
-environment variable ``DIST_PEFT_CPU_PRODUCTS`` (``native``, ``float32`` or ``auto``) sets it.
+first product of a process is often one of a dry run on fake tensors (``FakeTensorMode``), whose
+time says nothing about the processor: the trial runs in a thread of its own, where no mode is
+active. The environment variable ``DIST_PEFT_CPU_PRODUCTS`` (``native``, ``float32`` or ``auto``)
+sets it.
 """
 
 import functools
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -46,7 +50,16 @@ def _is_native_product_fast(dtype: torch.dtype) -> bool:
         )
     if choice != "auto":
         return choice == "native"
-    x, weight = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+    with ThreadPoolExecutor(
+        1
+    ) as thread:  # modes of torch (fake tensors, devices) are a thread's own
+        return thread.submit(_try_native_product, dtype).result()
+
+
+@torch.no_grad()
+def _try_native_product(dtype: torch.dtype) -> bool:
+    x = torch.ones(64, 256, dtype=dtype, device="cpu")
+    weight = torch.ones(256, 256, dtype=dtype, device="cpu")
 
     def multiply_natively() -> Tensor:
         return (x @ weight.T) @ weight

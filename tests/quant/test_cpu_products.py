@@ -1,9 +1,10 @@
 """The choice between 16-bit products and float32 ones on a CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_peft.core.errors import UserError
 from dist_peft.quant import cpu_products
@@ -54,3 +55,20 @@ def test_the_trial_agrees_with_the_processor() -> None:
         assert has_fast_product(CPU, torch.bfloat16)
     else:
         assert not has_fast_product(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("native", [0.4, 40.0])
+def test_the_trial_sees_no_mode_of_its_caller(
+    native: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run on fake tensors comes first in a training run; its operators take no time."""
+    seconds = iter([native, 1.0])
+
+    def time_plain_tensors(compute: Callable[[], torch.Tensor]) -> float:
+        assert type(compute()) is torch.Tensor and compute().device == CPU
+        return next(seconds)
+
+    monkeypatch.setattr(cpu_products, "_time_best", time_plain_tensors)
+    with FakeTensorMode(), torch.device("meta"):
+        assert has_fast_product(CPU, torch.float16) is (native < 1)
+    assert has_fast_product(CPU, torch.float16) is (native < 1)
