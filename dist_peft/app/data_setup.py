@@ -16,6 +16,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledLoader, LabelledSequences, load_labelled_sequences
 from dist_peft.data.documents import SequenceSet, load_sequence_set, load_sequence_sets
+from dist_peft.data.labels import list_class_tasks
 from dist_peft.data.loader import (
     Batch,
     Loader,
@@ -98,7 +99,9 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
         "chat template of data.train": train.chat_template
         and hash_json_value(train.chat_template)[:32],
     }
-    objective = ClassificationObjective() if data.is_classification else TokenObjective()
+    objective: Objective[Any] = TokenObjective()
+    if data.is_classification:
+        objective = ClassificationObjective(list_class_tasks(data))
     return DataLoaders(objective, train_loader, eval_loader, probe, train.chat_template, inputs)
 
 

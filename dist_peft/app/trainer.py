@@ -151,8 +151,8 @@ class Trainer:
             self._compare_replicas(replicas, first_step, everything=True)
         training = self._make_training_step()
         metrics = self._open_metrics(first_step)
-        patience = self.config.train.early_stop
-        history = EvaluationHistory.read_from_run(self.run_dir, patience, self.world)
+        history = EvaluationHistory(train.early_stop, train.metric_for_best)
+        history.read_from_run(self.run_dir, self.world)
         self.stopped_early = history.should_stop
         if self.stopped_early:
             return first_step
@@ -197,7 +197,7 @@ class Trainer:
                 if last or _is_due(done, train.eval_every):
                     found = self._evaluate_held_out(done)
                     record = add_evaluation(record, found)
-                    is_best = found is not None and history.add_loss(found.loss)
+                    is_best = found is not None and history.add_evaluation(found)
                 if step == 0:
                     record = add_evaluation(record, before, "_before")
                 with self.world.raise_together("write metrics"):
@@ -213,7 +213,7 @@ class Trainer:
                 stopping = stopping or self.evaluation_stopped
                 ending = last or stopping or self.stopped_early
                 if ending or is_best or _is_due(done, self.config.save.every):
-                    self._save_checkpoint(done, history.best_loss if is_best else None)
+                    self._save_checkpoint(done, history.best if is_best else None)
                 if ending:
                     return done
         return first_step
@@ -297,7 +297,7 @@ class Trainer:
         log.info("step %d: held-out loss %s", step, found)
         return found
 
-    def _save_checkpoint(self, step: int, best: float | None) -> None:
+    def _save_checkpoint(self, step: int, best: tuple[str, float] | None) -> None:
         state = dict(self.built.engine.training_state_shards(self.built.model))
         for name in self.built.setup.adapter.list_init_factors():
             state[f"start/{name}"] = self.built.engine.gather_parameter(

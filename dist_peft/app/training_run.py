@@ -205,9 +205,10 @@ def _run_trainer(
     done = trainer.run_training_loop(first_step, stop)
     if trainer.stopped_early:
         log.info(
-            "step %d: train.early_stop: %d evaluations without a lower held-out loss",
+            "step %d: train.early_stop: %d evaluations without a better held-out %s",
             done,
             trainer.config.train.early_stop,
+            trainer.config.train.metric_for_best,
         )
     elif done < trainer.total_steps or trainer.evaluation_stopped:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)

@@ -1,8 +1,17 @@
 """Suggested settings of a source whose records match no format by their column names."""
 
+from pathlib import Path
 from typing import Any
 
-__all__ = ["list_nested_columns", "suggest_chosen_columns", "suggest_columns"]
+from dist_peft.core.config.run import DataSource
+from dist_peft.data.readers import is_table
+
+__all__ = [
+    "list_nested_columns",
+    "suggest_chosen_columns",
+    "suggest_column_names",
+    "suggest_columns",
+]
 
 _PROMPTS = (
     "prompt",
@@ -26,6 +35,13 @@ _ANSWERS = (
 )
 _TEXTS = ("content", "story", "document", "article", "body", "page", "raw_content")
 _LABELS = ("label", "labels", "class", "category")
+
+
+def suggest_column_names(file: str, source: DataSource, key: str) -> str:
+    """Return a suggestion for a table that may lack a header line; empty for other files."""
+    if source.column_names or not is_table(Path(file)):
+        return ""
+    return f"; if the file has no header line, name its columns by {key}.column_names"
 
 
 def suggest_columns(record: dict[str, Any], key: str) -> str:

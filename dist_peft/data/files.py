@@ -15,7 +15,14 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.core.log import ONCE
 from dist_peft.data.arrow_nulls import convert_record_batch
-from dist_peft.data.readers import COMPRESSIONS, ENDINGS, Record, find_data_ending, read_record_file
+from dist_peft.data.readers import (
+    COMPRESSIONS,
+    ENDINGS,
+    Record,
+    find_data_ending,
+    is_table,
+    read_record_file,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -58,16 +65,21 @@ class RecordSource(Protocol):
 
 @dataclass(frozen=True)
 class LocalFileSource:
-    """Local files with known extensions, sorted."""
+    """Local files with known extensions, sorted.
+
+    Attributes:
+        column_names: of tables without a header line; empty: they have one.
+    """
 
     files: tuple[Path, ...]
+    column_names: tuple[str, ...] = ()
 
     def list_fingerprints(self) -> list[list[str | int]]:
         return _fingerprint_files(self.files)
 
     def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
         for file in self.files:
-            yield str(file), read_record_file(file)
+            yield str(file), read_record_file(file, self.column_names)
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,7 @@ def _open_unchecked(source: DataSource, key: str) -> RecordSource:
     refuse_special_files(place)
     hub = None if place.exists() else _HUB_ID.fullmatch(path)
     if hub and find_data_ending(place) is None and not place.parent.is_dir():
+        _refuse_column_names(source, source.path, key)
         return _open_hub_source(source, hub["name"], hub["config"], key)
     splits = _list_saved_splits(place, key)
     if splits is not None:
@@ -128,7 +141,18 @@ def _open_unchecked(source: DataSource, key: str) -> RecordSource:
             "%s.split has no effect: %s is local, not a Hub data set", key, path, extra=ONCE
         )
     saved = _list_saved_files(place, key)
-    return LocalFileSource(_locate_files(path, place, key) if saved is None else saved)
+    files = _locate_files(path, place, key) if saved is None else saved
+    if other := next((file for file in files if not is_table(file)), None):
+        _refuse_column_names(source, str(other), key)
+    return LocalFileSource(files, tuple(source.column_names))
+
+
+def _refuse_column_names(source: DataSource, other: str, key: str) -> None:
+    if source.column_names:
+        raise UserError(
+            f"{key}.column_names is for .csv and .tsv files without a header line, and {other} is "
+            "no such file; leave it out"
+        )
 
 
 def _locate_files(path: str, place: Path, key: str) -> tuple[Path, ...]:

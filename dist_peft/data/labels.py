@@ -28,16 +28,25 @@ class ClassTask:
         name: name of the training source.
         labels: values of the label column, in the order of their ids.
         start: its first class id.
+        positive_label: the label whose F1 is reported, if any.
     """
 
     name: str
     labels: tuple[str, ...]
     start: int
+    positive_label: str | None = None
 
     @property
     def stop(self) -> int:
         """One after its last class id."""
         return self.start + len(self.labels)
+
+    @property
+    def positive_class(self) -> int | None:
+        """Class id of ``positive_label``."""
+        if self.positive_label is None:
+            return None
+        return self.start + self.labels.index(self.positive_label)
 
     def make_target(self, label: int) -> torch.Tensor:
         """Return class id and range as LongTensor [3]; ``label`` is an index into ``labels``."""
@@ -60,9 +69,9 @@ def list_class_tasks(config: DataConfig) -> list[ClassTask]:
                 "each source a "
                 "name, or name the files of one task by a pattern in one path"
             )
-        tasks.append(
-            ClassTask(source.task_name, tuple(source.labels), tasks[-1].stop if tasks else 0)
-        )
+        start = tasks[-1].stop if tasks else 0
+        labels = tuple(source.labels)
+        tasks.append(ClassTask(source.task_name, labels, start, source.positive_label))
     return tasks
 
 
@@ -93,5 +102,10 @@ def find_source_task(source: DataSource, tasks: Sequence[ClassTask], key: str) -
         raise UserError(
             f"{key}.labels are {source.labels}, but those of task {task.name} are "
             f"{list(task.labels)}; leave {key}.labels out"
+        )
+    if source.positive_label not in (None, task.positive_label):
+        raise UserError(
+            f"{key}.positive_label is {source.positive_label}, but that of task {task.name} is "
+            f"{task.positive_label or 'not set'}; set it in the training source"
         )
     return task

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from dist_peft.core.errors import UserError
 from dist_peft.data.arrow_nulls import convert_record_batch
 
-__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "find_data_ending", "read_record_file"]
+__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "find_data_ending", "is_table", "read_record_file"]
 
 Record = dict[str, Any]
 
@@ -46,21 +46,27 @@ def find_data_ending(file: Path) -> str | None:
     return endings[-1] if endings and endings[-1] in ENDINGS else None
 
 
-def read_record_file(file: Path) -> Iterator[Record]:
+def is_table(file: Path) -> bool:
+    """Return whether ``file`` is a text table, which may lack a header line."""
+    return _split_ending(file)[0] in _TABLE_DIALECTS
+
+
+def read_record_file(file: Path, column_names: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a file that has a ``find_data_ending``.
+
+    Args:
+        column_names: of a table without a header line; empty: the first line names them.
 
     Raises:
         UserError: the file cannot be read, naming it and the line or record.
     """
-    ending = find_data_ending(file)
-    assert ending is not None
-    kind, compression = ending, ""
-    for suffix in COMPRESSIONS:
-        if ending.endswith(suffix):
-            kind, compression = ending.removesuffix(suffix), suffix
+    kind, compression = _split_ending(file)
     binary = _BINARY_READERS.get(kind)
     try:
-        yield from _read_record_batches(file, binary) if binary else _TEXT_READERS[kind](file)
+        if column_names:
+            yield from _read_table(file, _TABLE_DIALECTS[kind], column_names)
+        else:
+            yield from _read_record_batches(file, binary) if binary else _TEXT_READERS[kind](file)
     except UnicodeDecodeError as error:
         raise UserError(f"file {file} is not UTF-8 text: {error}; convert it to UTF-8") from None
     except csv.Error as error:
@@ -74,6 +80,15 @@ def read_record_file(file: Path) -> Iterator[Record]:
             ) from None
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"file {file} cannot be read: {reason}") from None
+
+
+def _split_ending(file: Path) -> tuple[str, str]:
+    """Return the extension that selects a reader, and that of the compression or ``""``."""
+    ending = find_data_ending(file) or ""
+    for suffix in COMPRESSIONS:
+        if ending.endswith(suffix):
+            return ending.removesuffix(suffix), suffix
+    return ending, ""
 
 
 @contextmanager
@@ -144,28 +159,38 @@ def _convert_to_record(item: Any, where: str) -> Record:
     return item
 
 
+_TABLE_DIALECTS: dict[str, dict[str, Any]] = {
+    # quotes as in RFC 4180
+    ".csv": {"delimiter": ",", "strict": True},
+    # quotes are plain characters (IANA)
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
 def _read_csv(file: Path) -> Iterator[Record]:
-    """Read comma-separated values with a header line and quotes as in RFC 4180."""
-    yield from _read_delimited_table(file, delimiter=",", strict=True)
+    yield from _read_table(file, _TABLE_DIALECTS[".csv"])
 
 
 def _read_tsv(file: Path) -> Iterator[Record]:
-    """Read tab-separated values with a header line; quotes are plain characters (IANA)."""
-    yield from _read_delimited_table(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    yield from _read_table(file, _TABLE_DIALECTS[".tsv"])
 
 
-def _read_delimited_table(file: Path, **dialect: Any) -> Iterator[Record]:
+def _read_table(
+    file: Path, dialect: dict[str, Any], column_names: Sequence[str] = ()
+) -> Iterator[Record]:
+    """Read a table whose first line names the columns, unless ``column_names`` does."""
     csv.field_size_limit(2**31 - 1)  # documents may exceed the default of 128 KiB
     with _open_text_file(file, newline="") as lines:
         rows = csv.reader(lines, **dialect)
-        header = next(rows, [])
+        header = list(column_names) or next(rows, [])
         if twice := sorted(name for name, count in Counter(header).items() if count > 1):
             raise UserError(f"file {file} has more than one column {twice[0]}; rename one")
         for number, row in enumerate((row for row in rows if row), start=1):
             if len(row) != len(header):
                 raise UserError(
                     f"{file}, record {number} (line {rows.line_num}) has {len(row)} fields, "
-                    f"the header {len(header)}: {', '.join(header)}"
+                    f"{'column_names' if column_names else 'the header'} {len(header)}: "
+                    f"{', '.join(header)}"
                 )
             yield dict(zip(header, row, strict=True))
 

@@ -27,7 +27,11 @@ from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import ALPACA_OPTIONAL, build_alpaca_turns
 from dist_peft.data.blank_turns import BlankTurnFilter, exclude_turn, is_blank_turn
-from dist_peft.data.column_hints import list_nested_columns, suggest_columns
+from dist_peft.data.column_hints import (
+    list_nested_columns,
+    suggest_column_names,
+    suggest_columns,
+)
 from dist_peft.data.examples import ChatExample, CompletionExample, LabelledExample, TextExample
 from dist_peft.data.files import Record, RecordPlace, RecordSource, read_records
 from dist_peft.data.left_out import BLANK, ExcludedRecords, find_excluding_column
@@ -354,6 +358,7 @@ def _refuse_record_columns(
         f"{wanted.describe_columns()}. "
         + (f"Did you mean {near[0]}? " if near else "")
         + f"Set {key}.columns: {{{role}: {near[0] if near else 'a_column'}}}"
+        + suggest_column_names(file, source, key)
     )
 
 

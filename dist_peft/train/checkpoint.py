@@ -71,7 +71,7 @@ class CheckpointManager:
     Args:
         keep: number of newest checkpoints that stay.
         asynchronous: write in a thread; a step then waits for the copy to CPU memory only.
-        keep_best: also keep the checkpoint with the least held-out loss.
+        keep_best: also keep the checkpoint of the best evaluation.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CheckpointManager:
         position: RunPosition,
         files: Mapping[str, str] = MappingProxyType({}),
         *,
-        best: float | None = None,
+        best: tuple[str, float] | None = None,
     ) -> Path:
         """Write ``state``, then remove all but the newest ``keep`` checkpoints. Collective.
 
@@ -110,7 +110,7 @@ class CheckpointManager:
 
         Args:
             files: name -> contents of small files that belong to it.
-            best: its held-out loss, if that is the least so far.
+            best: metric and its held-out value, if that is the best so far.
 
         Raises:
             UserError: the disk is full or not writable (on every rank); for an asynchronous
@@ -163,7 +163,9 @@ class CheckpointManager:
             raise
         self.finish_writing()
 
-    def _publish_checkpoint(self, partial: Path, final: Path, best: float | None) -> None:
+    def _publish_checkpoint(
+        self, partial: Path, final: Path, best: tuple[str, float] | None
+    ) -> None:
         step = parse_checkpoint_step(final)
         replaced = final.with_name(f".replaced-{final.name}")
         if final.exists():
@@ -173,7 +175,7 @@ class CheckpointManager:
         _remove_checkpoint(replaced)
         if best is not None:
             path = BestCheckpoint.get_path(self.directory)
-            write_atomically(path, BestCheckpoint(step, best).to_json())
+            write_atomically(path, BestCheckpoint(step, *best).to_json())
         sync_directory(self.directory)
         self._set_later_aside(step)
         self._remove_older(newest=final)

@@ -177,10 +177,16 @@ def parse_checkpoint_step(path: Path) -> int:
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """``best.json`` of a directory of checkpoints: the one with the least held-out loss."""
+    """``best.json`` of a directory of checkpoints: the one of the best evaluation.
+
+    Attributes:
+        metric: that was compared (``train.metric_for_best``).
+        value: its value after the step.
+    """
 
     step: int
-    eval_loss: float
+    metric: str
+    value: float
 
     @classmethod
     def read_from(cls, directory: Path) -> "BestCheckpoint | None":
@@ -192,7 +198,7 @@ class BestCheckpoint:
         file = directory / _BEST_NAME
         try:
             tree: Any = json.loads(file.read_text(encoding="utf-8"))
-            return cls(int(tree["step"]), float(tree["eval_loss"]))
+            return cls(int(tree["step"]), str(tree["metric"]), float(tree["value"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

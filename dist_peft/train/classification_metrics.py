@@ -6,7 +6,17 @@ One matrix of logits serves several tasks; of a row only the classes of its task
 
 Accuracy is the share of rows whose largest logit is the right one. Macro F1 is the plain mean of
 each class's ``F1 = 2 right / (predicted + actual)`` over the classes that occur, among the labels
-or the predictions (as scikit-learn's ``f1_score(average="macro")``).
+or the predictions (as scikit-learn's ``f1_score(average="macro")``). F1 of one class, that of
+``data.train[].positive_label``, is GLUE's score of MRPC and QQP; 0 where the class occurs nowhere.
+
+The Matthews correlation, GLUE's score of CoLA, is the correlation of labels and predictions
+(Matthews 1975; for K classes R_K of Gorodkin 2004). With ``s`` rows, ``c`` of them right, and
+``p_k`` predicted and ``t_k`` actual rows of class k::
+
+    mcc = (c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2))
+
+It is 1 if all are right, about 0 for guesses whatever the shares of the classes, and 0 by
+convention where one class is always predicted or always right (0 / 0).
 """
 
 from dataclasses import dataclass
@@ -17,6 +27,7 @@ from torch.nn import functional
 
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.train.loss import IGNORE
+from dist_peft.train.step_metrics import SCORE_TITLES
 
 __all__ = [
     "ClassScores",
@@ -59,13 +70,22 @@ def batch_class_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Accuracy and macro F1, between 0 and 1."""
+    """Scores of classes.
+
+    Attributes:
+        accuracy, macro_f1: between 0 and 1.
+        matthews: Matthews correlation, between -1 and 1.
+        f1: of the positive class, between 0 and 1; None if none is named.
+    """
 
     accuracy: float
     macro_f1: float
+    matthews: float
+    f1: float | None = None
 
     def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f}"
+        values = {SCORE_TITLES[name]: getattr(self, name) for name in SCORE_TITLES}
+        return ", ".join(f"{t} {value:.4f}" for t, value in values.items() if value is not None)
 
 
 def count_predictions(logits: Tensor, batch: LabelledBatch) -> Tensor:
@@ -82,9 +102,26 @@ def count_predictions(logits: Tensor, batch: LabelledBatch) -> Tensor:
     return counts.double() * (labels != IGNORE)[:, None, None]
 
 
-def compute_class_scores(counts: Tensor) -> ClassScores:
-    """Compute accuracy and macro F1 from counts ``[3, C]`` summed over at least one row."""
+def compute_class_scores(counts: Tensor, positive: int | None = None) -> ClassScores:
+    """Compute scores from counts ``[3, C]`` summed over at least one row.
+
+    Args:
+        positive: class id whose F1 is computed too.
+    """
     right, predicted, actual = counts
-    occurs = (predicted + actual) > 0
-    f1 = 2 * right[occurs] / (predicted + actual)[occurs]
-    return ClassScores(float(right.sum() / actual.sum()), float(f1.mean()))
+    either = predicted + actual
+    f1 = 2 * right / either.clamp_min(1)
+    return ClassScores(
+        accuracy=float(right.sum() / actual.sum()),
+        macro_f1=float(f1[either > 0].mean()),
+        matthews=_compute_matthews(right, predicted, actual),
+        f1=None if positive is None else float(f1[positive]),
+    )
+
+
+def _compute_matthews(right: Tensor, predicted: Tensor, actual: Tensor) -> float:
+    rows = actual.sum()
+    covariance = right.sum() * rows - (predicted * actual).sum()
+    variances = [rows**2 - counts.square().sum() for counts in (predicted, actual)]
+    spread = float((variances[0] * variances[1]).sqrt())
+    return float(covariance) / spread if spread else 0.0

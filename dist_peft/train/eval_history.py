@@ -1,10 +1,9 @@
-"""The held-out losses of a run: the best, when to stop, and one that a signal has left out."""
+"""The evaluations of a run: the best, when to stop, and one that a signal has left out."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import EvalResult, add_evaluation
@@ -16,57 +15,70 @@ __all__ = ["EvaluationHistory", "open_metrics"]
 
 @dataclass
 class EvaluationHistory:
-    """Held-out losses in the order of their steps.
+    """Held-out values of one metric in the order of their steps.
 
     Attributes:
-        patience: evaluations in a row without a lower loss after which to stop; 0: never.
-        best_loss: least loss so far, in nats; infinite before the first evaluation.
+        patience: evaluations in a row without a better value after which to stop; 0: never.
+        metric: ``loss``, of which less is better, or a score of classes.
+        best_value: best value so far; None before the first evaluation.
         num_since_best: evaluations since then.
     """
 
     patience: int = 0
-    best_loss: float = math.inf
+    metric: str = "loss"
+    best_value: float | None = None
     num_since_best: int = 0
 
-    @classmethod
-    def from_metrics(cls, records: Iterable[StepMetrics], patience: int) -> Self:
-        """Return the history of the steps in ``records``, in their order."""
-        history = cls(patience)
-        for record in records:
-            if record.eval_loss is not None:
-                history.add_loss(record.eval_loss)
-        return history
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """Metric and best value; None before the first evaluation."""
+        return None if self.best_value is None else (self.metric, self.best_value)
 
-    def add_loss(self, loss: float) -> bool:
-        """Add the loss of an evaluation; return whether it is lower than all before."""
-        is_best = loss < self.best_loss
+    def add_value(self, value: float) -> bool:
+        """Add the value of an evaluation; return whether it is better than all before."""
+        sign = self._sign
+        # a value that is not a number is never better
+        is_best = sign * value > (-math.inf if self.best_value is None else sign * self.best_value)
         if is_best:
-            self.best_loss = loss
+            self.best_value = value
         self.num_since_best = 0 if is_best else self.num_since_best + 1
         return is_best
+
+    def add_evaluation(self, found: EvalResult) -> bool:
+        """Add an evaluation; return whether it is better than all before."""
+        return self.add_value(found.to_metric_fields()[f"eval_{self.metric}"])
 
     @property
     def should_stop(self) -> bool:
         return 0 < self.patience <= self.num_since_best
 
-    @classmethod
-    def read_from_run(cls, run_dir: Path, patience: int, world: World) -> Self:
-        """Return the history of the steps done so far in ``run_dir``. Collective.
+    def add_records(self, records: Iterable[StepMetrics]) -> None:
+        """Add the evaluations among ``records``, in their order."""
+        for record in records:
+            if (value := getattr(record, f"eval_{self.metric}")) is not None:
+                self.add_value(value)
+
+    def read_from_run(self, run_dir: Path, world: World) -> None:
+        """Add the evaluations of the steps done so far in ``run_dir``. Collective.
 
         The metrics are read by the first rank, which writes them.
 
         Raises:
             UserError: on every rank: they are damaged.
         """
-        history = cls(patience)
         with world.raise_together("read the evaluations so far"):
             if world.is_first:
-                history = cls.from_metrics(read_metrics(run_dir / METRICS_FILE), patience)
-        nothing = -math.inf
-        mine = (-history.best_loss, float(history.num_since_best))
-        loss, count = world.max_over_ranks(*(mine if world.is_first else (nothing, nothing)))
-        history.best_loss, history.num_since_best = -loss, int(count)
-        return history
+                self.add_records(read_metrics(run_dir / METRICS_FILE))
+        nothing, sign = -math.inf, self._sign
+        best = nothing if self.best_value is None else sign * self.best_value
+        mine = (best, float(self.num_since_best)) if world.is_first else (nothing, nothing)
+        best, count = world.max_over_ranks(*mine)
+        self.best_value = None if best == nothing else sign * best
+        self.num_since_best = int(count)
+
+    @property
+    def _sign(self) -> int:
+        return -1 if self.metric == "loss" else 1
 
 
 def open_metrics(

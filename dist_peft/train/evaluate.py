@@ -14,7 +14,7 @@ from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
 from dist_peft.train.classification_metrics import ClassScores
 from dist_peft.train.objective import Objective
-from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.step_metrics import SCORE_TITLES, StepMetrics
 
 __all__ = ["EvalResult", "add_evaluation", "evaluate_model", "inference_mode"]
 
@@ -61,10 +61,11 @@ class EvalResult:
         found: dict[str, Any] = {"eval_loss": self.loss}
         if self.by_task:
             found["eval_by_task"] = self.by_task
-        for name in () if self.scores is None else ("accuracy", "macro_f1"):
-            found[f"eval_{name}"] = getattr(self.scores, name)
-            if self.scores_by_task:
-                own = {task: getattr(s, name) for task, s in self.scores_by_task.items()}
+        for name in () if self.scores is None else SCORE_TITLES:
+            if (score := getattr(self.scores, name)) is not None:
+                found[f"eval_{name}"] = score
+            own = {task: getattr(s, name) for task, s in self.scores_by_task.items()}
+            if own := {task: value for task, value in own.items() if value is not None}:
                 found[f"eval_{name}_by_task"] = own
         return {f"{name}{after}": value for name, value in found.items()}
 
@@ -95,7 +96,7 @@ def evaluate_model(
     sums = _sum_over_ranks(sums, world)
     total = sums.sum(0)
     by_task = dict(zip(rows.task_names, sums, strict=True)) if rows.task_names != ("",) else {}
-    scores = {name: objective.compute_scores(own[2:]) for name, own in by_task.items()}
+    scores = {name: objective.compute_scores(own[2:], name) for name, own in by_task.items()}
     return EvalResult(
         _divide_by_targets(total),
         {name: _divide_by_targets(own) for name, own in by_task.items()},

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from dist_peft.store.writer import write_atomically
-from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, format_line, read_metrics
+from dist_peft.train.step_metrics import (
+    METRICS_FILE,
+    SCORE_TITLES,
+    StepMetrics,
+    format_line,
+    read_metrics,
+)
 
 __all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink"]
 
@@ -79,7 +85,7 @@ class TensorBoardSink:
         if record.spike is not None:
             board.add_scalar("train/spike", record.spike, step)
         for after, when in (("_before", step - 1), ("", step)):
-            for name in ("loss", "accuracy", "macro_f1"):
+            for name in ("loss", *SCORE_TITLES):
                 value = getattr(record, f"eval_{name}{after}")
                 if value is not None:
                     board.add_scalar(f"eval/{name}", value, when)

@@ -13,16 +13,18 @@ evaluation and measurements call it and do not know the kind of a batch::
 objective                    batch              targets of a sequence    K, scores
 ===========================  =================  =======================  ======================
 ``TokenObjective``           ``Batch``          its labelled tokens      0, none
-``ClassificationObjective``  ``LabelledBatch``  its class, of ``C``      3 C, accuracy and F1
+``ClassificationObjective``  ``LabelledBatch``  its class, of ``C``      3 C, ``ClassScores``
 ===========================  =================  =======================  ======================
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.data.classification import LabelledBatch
+from dist_peft.data.labels import ClassTask
 from dist_peft.data.loader import Batch
 from dist_peft.model.attention_mask import build_model_inputs
 from dist_peft.model.classifier import reads_token_types
@@ -77,8 +79,12 @@ class Objective(Protocol[BatchT]):
         """
         ...
 
-    def compute_scores(self, sums: Tensor) -> ClassScores | None:
-        """Return the scores of sequences from the sum of their last ``K`` statistics, ``[K]``."""
+    def compute_scores(self, sums: Tensor, task: str | None = None) -> ClassScores | None:
+        """Return the scores of sequences from the sum of their last ``K`` statistics, ``[K]``.
+
+        Args:
+            task: name of the sequences' task; None: those of all tasks.
+        """
         ...
 
     def mark_measured_tokens(self, batch: BatchT) -> Tensor:
@@ -133,7 +139,7 @@ class TokenObjective:
             rows = torch.stack(sums).double().cpu()
         return torch.stack([rows, targets.sum(1).double()], 1)
 
-    def compute_scores(self, sums: Tensor) -> None:
+    def compute_scores(self, sums: Tensor, task: str | None = None) -> None:
         """Return None: the mean loss is all that is reported."""
 
     def mark_measured_tokens(self, batch: Batch) -> Tensor:
@@ -141,10 +147,17 @@ class TokenObjective:
 
 
 class ClassificationObjective:
-    """Cross entropy of each sequence's class among those of its task. See ``Objective``."""
+    """Cross entropy of each sequence's class among those of its task. See ``Objective``.
+
+    Args:
+        tasks: tasks of the training sources.
+    """
 
     target_unit = "rows"
     measured_tokens = "tokens"
+
+    def __init__(self, tasks: Sequence[ClassTask] = ()) -> None:
+        self._tasks = {task.name: task for task in tasks}
 
     def compute_logits(
         self,
@@ -185,8 +198,15 @@ class ClassificationObjective:
         counts = count_predictions(logits, batch).flatten(1)
         return torch.cat([losses[:, None], targets[:, None], counts], 1)
 
-    def compute_scores(self, sums: Tensor) -> ClassScores:
-        return compute_class_scores(sums.view(3, -1))
+    def compute_scores(self, sums: Tensor, task: str | None = None) -> ClassScores:
+        return compute_class_scores(sums.view(3, -1), self._find_positive_class(task))
+
+    def _find_positive_class(self, task: str | None) -> int | None:
+        """Return its class id; None if the task has none, or of several tasks none is meant."""
+        found = self._tasks.get(task or "")
+        if found is None and len(self._tasks) == 1:
+            (found,) = self._tasks.values()  # held-out sources of other names belong to it
+        return None if found is None else found.positive_class
 
     def mark_measured_tokens(self, batch: LabelledBatch) -> Tensor:
         return batch.attention_mask.bool()

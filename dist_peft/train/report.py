@@ -32,7 +32,7 @@ from dist_peft.train.plots import (
     list_eval_points,
     list_nonfinite_steps,
 )
-from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
+from dist_peft.train.step_metrics import METRICS_FILE, SCORE_TITLES, StepMetrics, read_metrics
 
 __all__ = ["ReportSection", "RunSummary", "write_report", "write_task_report"]
 
@@ -202,7 +202,7 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
         best = min(points, key=lambda point: point[1])
         if best not in (points[0], points[-1]):
             rows.append(("Best held-out loss", f"{best[1]:.4f} at step {best[0]:,}"))
-    for name, title in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+    for name, title in SCORE_TITLES.items():
         ends = (getattr(first, f"eval_{name}_before"), getattr(last, f"eval_{name}"))
         for share, step in zip(ends, (first.step - 1, last.step), strict=True):
             if share is not None:

@@ -14,13 +14,21 @@ from typing import Any
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["METRICS_FILE", "StepMetrics", "format_line", "read_metrics"]
+__all__ = ["METRICS_FILE", "SCORE_TITLES", "StepMetrics", "format_line", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 
+SCORE_TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "matthews": "Matthews correlation",
+    "f1": "F1",
+}
+"""Scores of classes (``train.classification_metrics``): name -> in messages and reports."""
+
 _BY_TASK = tuple(
     f"eval_{score}by_task{when}"
-    for score in ("", "accuracy_", "macro_f1_")
+    for score in ("", *(f"{name}_" for name in SCORE_TITLES))
     for when in ("", "_before")
 )
 
@@ -41,8 +49,9 @@ class StepMetrics:
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
         eval_by_task, eval_by_task_before: the same for each of several held-out sources, by name.
-        eval_accuracy, eval_macro_f1, ...: of classes, see ``train.classification_metrics``; as the
-        losses. epoch: passes over the training data so far.
+        eval_accuracy, eval_macro_f1, eval_matthews, eval_f1, ...: of classes, see
+            ``train.classification_metrics``; as the losses.
+        epoch: passes over the training data so far.
         samples: sequences seen so far.
         seconds: wall time of the step.
         nonfinite_steps: steps so far, this one included, without an update because a number was not
@@ -70,6 +79,14 @@ class StepMetrics:
     eval_macro_f1_before: float | None = None
     eval_macro_f1_by_task: dict[str, float] | None = None
     eval_macro_f1_by_task_before: dict[str, float] | None = None
+    eval_matthews: float | None = None
+    eval_matthews_before: float | None = None
+    eval_matthews_by_task: dict[str, float] | None = None
+    eval_matthews_by_task_before: dict[str, float] | None = None
+    eval_f1: float | None = None
+    eval_f1_before: float | None = None
+    eval_f1_by_task: dict[str, float] | None = None
+    eval_f1_by_task_before: dict[str, float] | None = None
     epoch: float | None = None
     samples: int | None = None
     seconds: float | None = None

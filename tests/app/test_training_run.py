@@ -249,7 +249,8 @@ def test_early_stop_finishes_the_run_and_is_remembered(
     assert train(tree) == 0
     records = read_metrics(run / "metrics.jsonl")
     assert [record.eval_loss for record in records] == [4.0, 3.0, 3.5, 3.2]
-    assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == 2
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best == {"step": 2, "metric": "loss", "value": 3.0}
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert kept == ["step-000002", "step-000004"]
     state = json.loads((run / "run_state.json").read_text())

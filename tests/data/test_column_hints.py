@@ -2,7 +2,12 @@ from typing import Any
 
 import pytest
 
-from dist_peft.data.column_hints import suggest_chosen_columns, suggest_columns
+from dist_peft.core.config.run import DataSource
+from dist_peft.data.column_hints import (
+    suggest_chosen_columns,
+    suggest_column_names,
+    suggest_columns,
+)
 
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
@@ -45,3 +50,11 @@ def test_hint_names_the_columns_of_the_record(record: dict[str, Any], hint: str)
 )
 def test_columns_of_the_chosen_answers(record: dict[str, Any], columns: str) -> None:
     assert suggest_chosen_columns(record) == columns
+
+
+def test_a_table_may_lack_its_header_line() -> None:
+    source = DataSource(path="a")
+    assert "by k.column_names" in suggest_column_names("d/train.tsv", source, "k")
+    assert not suggest_column_names("d/train.jsonl", source, "k")
+    named = DataSource(path="a", column_names=["p"])
+    assert not suggest_column_names("d/train.tsv", named, "k")

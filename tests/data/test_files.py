@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,22 @@ def test_csv_fields_are_text_with_quotes_and_line_breaks(tmp_path: Path) -> None
 def test_csv_field_longer_than_the_limit_of_the_csv_module(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert len(read(tmp_path / "a.csv")[0]["text"]) == 200_000
+
+
+def test_tables_without_a_header_line(tmp_path: Path) -> None:
+    """CoLA's layout: four columns, of which the second is the label."""
+    (tmp_path / "train.tsv").write_text('gj04\t1\t\tShe "left.\ngj04\t0\t*\tLeft she.\n')
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b'p,"q\nr"\n'))
+    cola = ["source", "label", "mark", "sentence"]
+    first, second = read(tmp_path / "train.tsv", column_names=cola)
+    assert first == {"source": "gj04", "label": "1", "mark": "", "sentence": 'She "left.'}
+    assert second["mark"] == "*" and list(second) == cola
+    assert read(tmp_path / "a.csv.gz", column_names=["x", "y"]) == [{"x": "p", "y": "q\nr"}]
+    with pytest.raises(UserError, match=r"train.tsv, record 1 .* has 4 fields, column_names 2: a"):
+        read(tmp_path / "train.tsv", column_names=["a", "b"])
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"0\].column_names is for .csv and .tsv .*b.jsonl"):
+        read(tmp_path / "b.jsonl", column_names=cola)
 
 
 def test_tsv_quotes_are_ordinary_characters(tmp_path: Path) -> None:

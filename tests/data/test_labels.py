@@ -39,6 +39,17 @@ def test_held_out_sources_find_their_task() -> None:
         find_source_task(swapped, [rte], "data.eval[0]")
 
 
+def test_a_positive_label_is_that_of_its_task() -> None:
+    nli = source("d/nli.tsv", "a", "b", "c", positive_label="b")
+    first, second = list_class_tasks(config(TWO[0], nli))
+    assert (first.positive_class, second.positive_class) == (None, 3)
+    held = DataSource.model_validate(source("dev.tsv", name="nli", positive_label="c"))
+    with pytest.raises(
+        UserError, match=r"data.eval\[0\].positive_label is c, but that of task nli"
+    ):
+        find_source_task(held, [first, second], "data.eval[0]")
+
+
 def test_two_tasks_of_one_name() -> None:
     with pytest.raises(UserError, match=r"data.train\[1\]: task rte is already defined"):
         list_class_tasks(config(TWO[0], source("e/rte.tsv", "a", "b")))

@@ -285,7 +285,7 @@ def test_a_damaged_newest_one_is_passed_over(
 def test_named_checkpoints(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path, 1, World(), keep_best=True)
     for step, loss in enumerate((3.0, 2.0, 2.5, 2.7), 1):
-        best = loss if loss in (3.0, 2.0) else None
+        best = ("loss", loss) if loss in (3.0, 2.0) else None
         checkpoints.save_checkpoint(make_whole_state(step), make_position(step), best=best)
     assert names(tmp_path) == ["best.json", "step-000002", "step-000004"]
     found = [checkpoints.find_checkpoint(which).name for which in ("best", "last", "4", "2")]

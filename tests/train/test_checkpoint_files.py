@@ -92,9 +92,9 @@ def test_waiting_for_files(tmp_path: Path, record: dict[str, FileChecksum]) -> N
 def test_best(tmp_path: Path) -> None:
     assert BestCheckpoint.read_from(tmp_path) is None
     path = BestCheckpoint.get_path(tmp_path)
-    path.write_text(BestCheckpoint(7, 1.5).to_json())
-    assert BestCheckpoint.read_from(tmp_path) == BestCheckpoint(7, 1.5)
-    for text in ("", "[]", "{}", '{"step": "x", "eval_loss": 1}'):
+    path.write_text(BestCheckpoint(7, "f1", 0.5).to_json())
+    assert BestCheckpoint.read_from(tmp_path) == BestCheckpoint(7, "f1", 0.5)
+    for text in ("", "[]", "{}", '{"step": "x", "metric": "loss", "value": 1}'):
         path.write_text(text)
         with pytest.raises(UserError, match=r"best\.json is damaged"):
             BestCheckpoint.read_from(tmp_path)

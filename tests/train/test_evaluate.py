@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledLoader
+from dist_peft.data.labels import ClassTask
 from dist_peft.data.mixture import SequenceMixture
 from dist_peft.engine.single import SingleEngine
 from dist_peft.train.evaluate import EvalResult, evaluate_model, inference_mode
@@ -83,6 +84,12 @@ def labelled() -> SequenceMixture:
     return mixture
 
 
+TASKS = (
+    ClassTask("two", ("no", "yes"), 0, "yes"),
+    ClassTask("three", ("a", "b", "c"), 2),
+)
+
+
 def _scores(world: World, micro: int) -> EvalResult:
     torch.manual_seed(0)
     config = tf.BertConfig(**{**ENCODERS["bert"].to_dict(), "num_labels": 5})
@@ -99,7 +106,7 @@ def _scores(world: World, micro: int) -> EvalResult:
         seq_len=4,
         pad_id=0,
     )
-    found = evaluate_model(model, SingleEngine(CPU), ClassificationObjective(), loader, world)
+    found = evaluate_model(model, SingleEngine(CPU), ClassificationObjective(TASKS), loader, world)
     if world.size == 1:
         _check_scores(model.eval(), found)
     return found
@@ -107,17 +114,22 @@ def _scores(world: World, micro: int) -> EvalResult:
 
 def _check_scores(model: nn.Module, found: EvalResult) -> None:
     """Row by row, by the definition."""
-    rows, losses, right = LabelledEight(), [], []
+    rows, losses, right, pairs = LabelledEight(), [], [], []
     for index in range(8):
         tokens, (label, start, stop), _ = rows.get_sequence(index)
         with torch.no_grad():
             logits = model(input_ids=tokens[None]).logits[0, start:stop]
         losses.append(functional.cross_entropy(logits, label - start).item())
         right.append(int(logits.argmax()) == int(label - start))
+        pairs.append((int(logits.argmax()), int(label - start)))
     assert found.loss == pytest.approx(sum(losses) / 8, rel=1e-5)
     assert found.by_task["three"] == pytest.approx(sum(losses[6:]) / 2, rel=1e-5)
     assert found.scores is not None and found.scores.accuracy == sum(right) / 8
     assert found.scores_by_task["two"].accuracy == sum(right[:6]) / 6
+    hits = pairs[:6].count((1, 1))
+    f1 = 2 * hits / (2 * hits + pairs[:6].count((0, 1)) + pairs[:6].count((1, 0)))
+    assert found.scores_by_task["two"].f1 == pytest.approx(f1)
+    assert found.scores_by_task["three"].f1 is None and found.scores.f1 is None
 
 
 @pytest.mark.dist
@@ -137,6 +149,9 @@ def test_scores_of_classes() -> None:
             "accuracy_by_task",
             "macro_f1",
             "macro_f1_by_task",
+            "matthews",
+            "matthews_by_task",
+            "f1_by_task",
         )
     }
     assert "accuracy" in str(found) and "macro F1" in str(found)

@@ -54,6 +54,9 @@ def test_scores_of_classes(tmp_path: Path) -> None:
         eval_accuracy_before=0.5,
         eval_accuracy=0.75,
         eval_macro_f1=0.7,
+        eval_matthews_before=-0.25,
+        eval_matthews=0.25,
+        eval_f1_by_task={"mrpc": 0.6},
         eval_accuracy_by_task={"rte": 0.8, "mrpc": 0.7},
     )
     with MetricsWriter(tmp_path, rank=0) as metrics:
@@ -63,6 +66,8 @@ def test_scores_of_classes(tmp_path: Path) -> None:
     board.Reload()
     points = [(e.step, e.value) for e in board.Scalars("eval/accuracy")]
     assert points == [(0, 0.5), (1, 0.75)]
+    assert [e.value for e in board.Scalars("eval/matthews")] == [-0.25, 0.25]
+    assert board.Scalars("eval/f1/mrpc")[0].value == pytest.approx(0.6)
     assert board.Scalars("eval/accuracy/rte")[0].value == pytest.approx(0.8)
 
 

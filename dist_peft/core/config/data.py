@@ -39,6 +39,16 @@ class DataSource(ConfigSection):
         description="Classification: values of the label column, in the order of their class ids; "
         "of a held-out source by default those of its task.",
     )
+    positive_label: Label | None = Field(
+        None,
+        description="Classification: the label, one of labels, whose F1 is reported (GLUE's MRPC "
+        "and QQP: 1).",
+    )
+    column_names: list[str] = Field(
+        default_factory=list,
+        description="Names of the columns of .csv and .tsv files without a header line (CoLA of "
+        "GLUE: [source, label, mark, sentence]).",
+    )
     split: str = Field("train", description="Split of a hub or saved data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
     name: str | None = Field(
@@ -65,6 +75,14 @@ class DataSource(ConfigSection):
             raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
         if self.labels and self.format != "classification":
             raise ValueError(f"labels are for format: classification, not {self.format}")
+        if self.positive_label is not None and self.format != "classification":
+            raise ValueError("positive_label is for format: classification")
+        if self.labels and self.positive_label not in (None, *self.labels):
+            raise ValueError(
+                f"positive_label {self.positive_label} is not one of labels {self.labels}"
+            )
+        if len(set(self.column_names)) < len(self.column_names):
+            raise ValueError(f"column_names {self.column_names} has a name twice")
         if len(set(self.labels)) < len(self.labels) or len(self.labels) == 1:
             raise ValueError(f"labels must be at least two different values, not {self.labels}")
         return self

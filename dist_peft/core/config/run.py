@@ -245,8 +245,14 @@ class TrainConfig(ConfigSection):
     early_stop: Int = Field(
         0,
         ge=0,
-        description="Stop after this many evaluations in a row without a lower held-out loss; 0: "
-        "train all steps.",
+        description="Stop after this many evaluations in a row without a better "
+        "metric_for_best; 0: train all steps.",
+    )
+    metric_for_best: Literal["loss", "accuracy", "macro_f1", "matthews", "f1"] = Field(
+        "loss",
+        description="Held-out metric that early_stop and save.keep_best compare: the loss (lower "
+        "is better), or with base.head classifier a score (higher is better; f1: of the only "
+        "task's data.train[].positive_label).",
     )
     check_every: Int = Field(
         100, ge=0, description="Steps between checks that ranks hold equal copies; 0: no checks."
@@ -269,8 +275,8 @@ class SaveConfig(ConfigSection):
     keep: Int = Field(2, ge=1, description="Newest checkpoints kept.")
     keep_best: bool = Field(
         False,
-        description="Also save and keep the checkpoint with the least held-out loss, whenever an "
-        "evaluation (train.eval_every) finds one.",
+        description="Also save and keep the checkpoint of the best evaluation "
+        "(train.metric_for_best), whenever an evaluation (train.eval_every) finds one.",
     )
     asynchronous: bool = Field(
         True,
@@ -329,9 +335,22 @@ class RunConfig(ConfigSection):
         }
         for key, is_set in keys.items():
             if is_set and not (self.data.eval and self.train.eval_every):
-                raise ValueError(
-                    f"{key} compares held-out losses; give data.eval and train.eval_every"
-                )
+                raise ValueError(f"{key} compares evaluations; give data.eval and train.eval_every")
+        metric = self.train.metric_for_best
+        if metric != "loss" and self.base.head != "classifier":
+            raise ValueError(
+                f"train.metric_for_best: {metric} is a score of base.head classifier; use loss"
+            )
+        if metric == "f1" and [s.positive_label is None for s in self.data.train] != [False]:
+            raise ValueError(
+                "train.metric_for_best: f1 is that of one task and label: give one training "
+                "source with positive_label, or use macro_f1"
+            )
+        if metric != "loss" and not any(keys.values()):
+            raise ValueError(
+                f"train.metric_for_best: {metric} has no effect without train.early_stop or "
+                "save.keep_best"
+            )
         return self
 
     @model_validator(mode="after")

@@ -204,6 +204,18 @@ def test_classification_has_rows_of_one_record() -> None:
     assert not RunConfig.model_validate({"base": {"path": "m"}, "data": {"train": ["a"]}}).data.eval
 
 
+_PLAIN = {"train": ["a.jsonl"], "eval": ["b.jsonl"]}
+_BEST = {"data__eval": [_labelled("a", "b")], "train__eval_every": 1, "train__early_stop": 1}
+
+
+def test_metrics_for_the_best_checkpoint() -> None:
+    for metric in ("accuracy", "macro_f1", "matthews", "f1"):
+        train = [_labelled("a", "b", positive_label="b")]
+        changes = {**_BEST, "data__train": train, "train__metric_for_best": metric}
+        config = RunConfig.model_validate(_classifying(**changes))
+        assert config.train.metric_for_best == metric
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -217,6 +229,11 @@ def test_classification_has_rows_of_one_record() -> None:
         ({"data__train": [_labelled("a", "b", format="text")]}, "labels are for format: class"),
         ({"data__train": [_labelled(True, False)]}, "in quotes, as the table has it"),
         ({"adapter": {"kind": "prefix"}}, "adapter.kind prefix puts virtual tokens"),
+        ({"data__train": [_labelled("a", "b", positive_label="c")]}, "c is not one of labels"),
+        ({"data__train": [_labelled(column_names=["x", "x"])]}, "has a name twice"),
+        ({**_BEST, "train__metric_for_best": "f1"}, "one training source with positive_label"),
+        ({**_BEST, "base__head": "lm", "data": _PLAIN, "train__metric_for_best": "f1"}, "use loss"),
+        ({"train__metric_for_best": "matthews"}, "has no effect without"),
     ],
 )
 def test_wrong_classification(changes: dict[str, Any], words: str) -> None:
