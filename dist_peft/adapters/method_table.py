@@ -76,5 +76,5 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
             config, seed=seed, arithmetic=arithmetic, read_adapter=read_adapter_directory
         )
     if isinstance(config, FullConfig | PartialConfig):
-        return PartialAdapter(config, arithmetic=arithmetic)
+        return PartialAdapter(config, arithmetic=arithmetic, seed=seed)
     return NoAdapter()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = [
@@ -185,8 +186,8 @@ class TrainsBaseWeights(Protocol):
         """Map the full name of each trainable parameter to its tensor in the base's files."""
         ...
 
-    def get_first_step(self, name: str) -> int:
-        """Optimizer steps before the first update of the parameter with this full name."""
+    def get_trainable_steps(self, name: str) -> TrainableSteps:
+        """Return the steps in which the parameter with this full name is updated."""
         ...
 
 

@@ -33,6 +33,7 @@ from dist_peft.model.classifier import set_pad_token
 from dist_peft.model.freezing import compute_packed_share
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from dist_peft.model.isolation_probe import refuse_leaks
+from dist_peft.model.layer_decay import LayerDecay
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.store.base_record import BaseRecord
@@ -100,12 +101,17 @@ class LoadedModel:
 
     def setup_optimizer(self, factory: OptimizerFactory) -> nn.Module:
         """Set up the optimizer of the trainable parameters and return the module to call."""
-        adapter = self.setup.adapter
+        adapter, train = self.setup.adapter, self.setup.config.train
+        lr_scale = adapter.get_lr_scale
+        if train.layer_decay != 1:
+            lr_scale = LayerDecay(
+                self.model, self.setup.skeleton.blocks, train.layer_decay, lr_scale
+            )
         if isinstance(adapter, TrainsBaseWeights):
             return self.engine.setup_optimizer(
-                self.model, factory, adapter.get_lr_scale, adapter.get_first_step
+                self.model, factory, lr_scale, adapter.get_trainable_steps
             )
-        return self.engine.setup_optimizer(self.model, factory, adapter.get_lr_scale)
+        return self.engine.setup_optimizer(self.model, factory, lr_scale)
 
     def gather_adapter(self, keep: bool = True) -> dict[str, Tensor]:
         """Gather every adapter parameter, one after the other; a collective.

@@ -30,17 +30,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.engine.flat_shard import FlatShard
 
 __all__ = [
     "Engine",
     "OptimizerFactory",
     "build_lr_groups",
-    "from_step_zero",
     "init_adam_state",
     "local_parameters",
     "move_buffers_to_device",
     "num_updates",
+    "train_always",
     "trainable_parameters",
 ]
 
@@ -76,9 +77,9 @@ class OptimizerFactory(Protocol):
         ...
 
 
-def from_step_zero(name: str) -> int:
-    """Return 0: the ``first_step`` of parameters trained from step 0."""
-    return 0
+def train_always(name: str) -> TrainableSteps:
+    """Return the ``trainable_steps`` of parameters that are trained in every step."""
+    return ALWAYS
 
 
 class Engine(Protocol):
@@ -109,15 +110,14 @@ class Engine(Protocol):
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> nn.Module:
         """Build the optimizer state of the trainable parameters.
 
         Args:
             lr_scale: learning-rate factor by parameter name (LoRA+).
-            first_step: steps that are done before a parameter's first update, by name. Until then
-                the model computes no gradient for it; the engine leaves it and its optimizer state
-                alone.
+            trainable_steps: steps in which a parameter is updated, by name. In others the model
+                computes no gradient for it; the engine leaves it and its optimizer state alone.
 
         Returns the module to call in training steps: the model, or the engine's wrapper of it."""
         ...
@@ -186,14 +186,14 @@ def init_adam_state(parameter: Tensor) -> dict[str, Tensor]:
 def build_lr_groups(
     parameters: Mapping[str, nn.Parameter],
     lr_scale: Callable[[str], float],
-    first_step: Callable[[str], int] = from_step_zero,
+    trainable_steps: Callable[[str], TrainableSteps] = train_always,
 ) -> list[dict[str, Any]]:
     """Optimizer groups: parameters of the same learning-rate factor, kept as ``get_lr_scale``, and
-    of the same ``first_step``."""
-    groups: dict[tuple[float, int], dict[str, Any]] = {}
+    of the same ``trainable_steps``."""
+    groups: dict[tuple[float, TrainableSteps], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        scale, first = key = lr_scale(name), first_step(name)
-        group = groups.setdefault(key, {"params": [], "lr_scale": scale, "first_step": first})
+        scale, steps = key = lr_scale(name), trainable_steps(name)
+        group = groups.setdefault(key, {"params": [], "lr_scale": scale, "trainable_steps": steps})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -204,8 +204,9 @@ def num_updates(group: Mapping[str, Any], step: int, skipped: Collection[int] = 
     Args:
         skipped: numbers of the steps, from 1, whose update was left out.
     """
-    first: int = group.get("first_step", 0)
-    return max(0, step - first) - sum(first < number <= step for number in skipped)
+    steps: TrainableSteps = group.get("trainable_steps", ALWAYS)
+    left_out = sum(number <= step and steps.includes(number - 1) for number in skipped)
+    return steps.count_until(step) - left_out
 
 
 def move_buffers_to_device(model: nn.Module, device: torch.device) -> None:

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
 from dist_peft.engine.compat import (
     all_gather,
@@ -44,8 +45,8 @@ from dist_peft.engine.compat import (
 )
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
-    from_step_zero,
     move_buffers_to_device,
+    train_always,
 )
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
@@ -195,7 +196,7 @@ class Fsdp2Engine:
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> nn.Module:
         self._reshard_modules()
         self._optimizer = LocalOptimizer(
@@ -205,7 +206,7 @@ class Fsdp2Engine:
             local=_to_local_tensor,
             wrap=self._wrap_as_dtensor,
             total=self._sum_over_mesh,
-            first_step=first_step,
+            trainable_steps=trainable_steps,
         )
         return model
 

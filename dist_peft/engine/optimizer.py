@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
-    from_step_zero,
+    train_always,
     trainable_parameters,
 )
 
@@ -27,8 +28,8 @@ class LocalOptimizer:
         wrap: turns a plain local tensor shaped like the shard back into the engine's kind of
             tensor (a DTensor), given the parameter it belongs to.
         total: sums a scalar over the ranks that share the parameters.
-        first_step: see ``Engine.setup_optimizer``. Parameters without a gradient are left alone by
-            torch's and bitsandbytes' optimizers anyway; only a resume has to know.
+        trainable_steps: see ``Engine.setup_optimizer``. Parameters without a gradient are left
+            alone by torch's and bitsandbytes' optimizers anyway; only a resume has to know.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class LocalOptimizer:
         local: Callable[[Tensor], Tensor],
         wrap: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor], Tensor],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> None:
         self.factory = factory
         self.local, self.wrap, self.total = local, wrap, total
@@ -48,7 +49,7 @@ class LocalOptimizer:
         if factory.wants_plain:
             self.updated = {n: nn.Parameter(local(p.detach())) for n, p in self.parameters.items()}
         self.optimizer = factory.build_optimizer(
-            build_lr_groups(self.updated, lr_scale, first_step)
+            build_lr_groups(self.updated, lr_scale, trainable_steps)
         )
 
     def step(self, lr: float, max_norm: float) -> float:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
-    from_step_zero,
     move_buffers_to_device,
+    train_always,
 )
 from dist_peft.engine.optimizer import LocalOptimizer
 
@@ -41,7 +42,7 @@ class SingleEngine:
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> nn.Module:
         self._optimizer = LocalOptimizer(
             model,
@@ -50,7 +51,7 @@ class SingleEngine:
             local=_same,
             wrap=lambda t, like: t,
             total=_same,
-            first_step=first_step,
+            trainable_steps=trainable_steps,
         )
         return model
 

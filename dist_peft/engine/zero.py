@@ -16,7 +16,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,15 +28,16 @@ from torch.nn import functional
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
 from dist_peft.engine.compat import count_deepspeed_gathers, skip_deepspeed_compilation
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
-    from_step_zero,
     init_adam_state,
     move_buffers_to_device,
     num_updates,
+    train_always,
     trainable_parameters,
 )
 from dist_peft.engine.flat_shard import FlatShard
@@ -75,6 +77,7 @@ class ZeroEngine:
         self._ds: Any = None
         self._done = 0
         self._skipped = set[int]()
+        self._updates: dict[int, int] = {}  # id of a flat share -> its updates so far
         """Numbers of the steps, from 1, that have made no update."""
         self._adapter_bytes = 0
 
@@ -109,14 +112,14 @@ class ZeroEngine:
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> nn.Module:
         self.shards.unshard_trainable()
         # DeepSpeed broadcasts and partitions each registered parameter, frozen ones too
         _hide_frozen_parameters(model)
         self._names = trainable_parameters(model)
         self._shapes = {id(p): p.shape for p in self._names.values()}
-        optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, first_step))
+        optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, trainable_steps))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
         self._ds, *_ = self.deepspeed.initialize(
@@ -124,6 +127,7 @@ class ZeroEngine:
         )
         for flat, _ in self._list_flat_shards():
             optimizer.state[flat] = init_adam_state(flat)
+            self._updates[id(flat)] = 0
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
         # adapters are gathered before use (stage 3) or after an update
@@ -145,8 +149,15 @@ class ZeroEngine:
         """Tell Adam how many updates each share has had after ``step`` steps."""
         self._done = step
         for flat, group in self._list_flat_shards():
-            count = num_updates(group, step, self._skipped)
-            self._ds.optimizer.optimizer.state[flat]["step"].fill_(count)
+            self._updates[id(flat)] = num_updates(group, step, self._skipped)
+            self._ds.optimizer.optimizer.state[flat]["step"].fill_(self._updates[id(flat)])
+
+    def _count_update(self, is_skipped: bool) -> None:
+        """The same after one more step, without counting all before."""
+        for flat, group in self._list_flat_shards():
+            self._updates[id(flat)] += self._is_trained(group) and not is_skipped
+            self._ds.optimizer.optimizer.state[flat]["step"].fill_(self._updates[id(flat)])
+        self._done += 1
 
     def _add_adapter_bytes(self, count: int) -> None:
         self._adapter_bytes += count
@@ -161,13 +172,41 @@ class ZeroEngine:
         optimizer = self._ds.optimizer
         optimizer.clip_grad = max_norm
         for group in optimizer.param_groups:
-            # where the stage has not come there is no gradient, but DeepSpeed updates all the same
-            group["lr"] = lr * group["lr_scale"] if self._done >= group["first_step"] else 0.0
-        self._ds.step()  # on a norm that is not finite every rank clears its gradients instead
+            # a frozen parameter has no gradient, but DeepSpeed updates it all the same
+            group["lr"] = lr * group["lr_scale"] if self._is_trained(group) else 0.0
+        with self._moments_of_frozen_kept():
+            self._ds.step()  # on a norm that is not finite every rank clears its gradients instead
+        if self.config.stage == 3:
+            self._clear_gradient_partitions()
         if optimizer.overflow:
             self._skipped.add(self._done + 1)
-        self._set_num_updates(self._done + 1)
+        self._count_update(optimizer.overflow)
         return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
+
+    def _clear_gradient_partitions(self) -> None:
+        """Else a parameter without a gradient in the next step would get that of this step."""
+        self._ds.optimizer.grad_partitions_flat_buffer.zero_()
+        for flat, _ in self._list_flat_shards():
+            if flat.grad is not None:  # with cpu_offload
+                flat.grad.zero_()
+
+    def _is_trained(self, group: Mapping[str, Any]) -> bool:
+        steps: TrainableSteps = group["trainable_steps"]
+        return steps.includes(self._done)
+
+    @contextmanager
+    def _moments_of_frozen_kept(self) -> Iterator[None]:
+        """Undo what an update without gradient does to moments, where there has been one with."""
+        state = self._ds.optimizer.optimizer.state
+        kept = [
+            (state[flat][key], state[flat][key].clone())
+            for flat, group in self._list_flat_shards()
+            if not self._is_trained(group) and self._updates[id(flat)]
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+        yield
+        for moment, before in kept:
+            moment.copy_(before)
 
     # -- state ---------------------------------------------------------------------------------
 

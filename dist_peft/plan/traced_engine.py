@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
 from dist_peft.engine import Engine, make_engine, resolve_engine_kind
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
-    from_step_zero,
     move_buffers_to_device,
+    train_always,
 )
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
@@ -78,11 +79,11 @@ class _RowShardEngine(SingleEngine):
         model: nn.Module,
         factory: OptimizerFactory,
         lr_scale: Callable[[str], float],
-        first_step: Callable[[str], int] = from_step_zero,
+        trainable_steps: Callable[[str], TrainableSteps] = train_always,
     ) -> nn.Module:
         if self._shards is not None:
             self._shards.unshard_trainable()
-        return super().setup_optimizer(model, factory, lr_scale, first_step)
+        return super().setup_optimizer(model, factory, lr_scale, trainable_steps)
 
 
 class StatelessFactory:

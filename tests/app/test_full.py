@@ -92,20 +92,42 @@ def waiting(world: World, tree: dict[str, Any]) -> Waiting:
     found: Waiting = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for key, value in built.engine.training_state_dict(built.model).items():
         kind, _, name = key.partition("/")
-        if built.setup.adapter.get_first_step(name):
+        if not built.setup.adapter.get_trainable_steps(name).includes(0):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             found[kind][name] = whole.clone()
     return found
 
 
+TURNS: dict[str, Any] = {
+    "kind": "partial",
+    "parts": ["head"],
+    "unfreeze": [
+        {"step": 0, "until": 1, "parts": ["embeddings"]},
+        {"step": 2, "until": 4, "parts": ["norms"]},
+    ],
+    "sample_blocks": {"count": 1, "every": 2},
+}
+"""What is trained in some steps is frozen in later ones, with layer decay."""
+
+
+def train_in_turns(world: World, tree: dict[str, Any]) -> dict[str, Tensor]:
+    """Parameters and moments after five steps."""
+    (built, _), _ = run_steps(world, tree)
+    state = built.engine.training_state_dict(built.model)
+    return {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for key, value in state.items()
+    }
+
+
 def everything(
-    world: World, trees: dict[str, dict[str, Any]], late: dict[str, Any]
-) -> tuple[dict[str, Outcome], Waiting]:
+    world: World, trees: dict[str, dict[str, Any]], late: dict[str, Any], turns: dict[str, Any]
+) -> tuple[dict[str, Outcome], Waiting, dict[str, Tensor]]:
     """All of a run's cases in one set of processes."""
-    return all_cases(world, trees), waiting(world, late)
+    return all_cases(world, trees), waiting(world, late), train_in_turns(world, turns)
 
 
-Outcomes = dict[str, list[tuple[dict[str, Outcome], Waiting]]]
+Outcomes = dict[str, list[tuple[dict[str, Outcome], Waiting, dict[str, Tensor]]]]
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +141,16 @@ def outcomes(directory: Path) -> Outcomes:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     singles = {case: tree(directory / case, case) for case in CASES}
     late = tree(directory / "late", "late", adapter=LATE)
-    found = {"single": [everything(World(), singles, late)]}
+    steps = {"train__steps": 5, "train__layer_decay": 0.5}
+    turns = tree(directory / "turns", "turns", adapter=TURNS, **steps)
+    found = {"single": [everything(World(), singles, late, turns)]}
     for run, (ranks, engine, cases) in RUNS.items():
         trees = {
             case: {**singles[case], "engine": {**singles[case]["engine"], **engine}}
             for case in cases
         }
-        found[run] = run_ranks(everything, ranks, trees, {**late, "engine": engine}, timeout=400)
+        others = [{**made, "engine": engine} for made in (late, turns)]
+        found[run] = run_ranks(everything, ranks, trees, *others, timeout=400)
     return found
 
 
@@ -135,7 +160,7 @@ def outcomes(directory: Path) -> Outcomes:
 def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
     """fp32 losses within 1e-6 of one process's, gradients likewise."""
     expected = outcomes["single"][0][0][case]
-    for outcome, _ in outcomes[run]:
+    for outcome, _, _ in outcomes[run]:
         assert_same(outcome[case], expected)
     print(f"{case}, {run}: loss {expected[0][0]:.4f} -> {expected[0][-1]:.4f}")
 
@@ -144,11 +169,22 @@ def test_equals_single(outcomes: Outcomes, run: str, case: str) -> None:
 def test_what_waits_is_untouched(outcomes: Outcomes, run: str, directory: Path) -> None:
     """Bit for bit the base's, although all else decays; Adam has seen nothing."""
     base = tf.AutoModelForCausalLM.from_pretrained(directory / "late" / "base").state_dict()
-    for _, found in outcomes[run]:
+    for _, found, _ in outcomes[run]:
         assert len(found["param"]) == 7  # the last block's linears; its norms learn
         for name, value in found["param"].items():
             assert torch.equal(value, base[name]), name
             assert not found["exp_avg"][name].any() and not found["exp_avg_sq"][name].any()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_is_frozen_again_keeps_its_moments(outcomes: Outcomes, run: str) -> None:
+    """Parameters and moments, of which DeepSpeed would change those without a gradient."""
+    expected = outcomes["single"][0][2]
+    for _, _, found in outcomes[run]:
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            error = (value - expected[name]).norm() / expected[name].norm()
+            assert error < 2e-4, (name, error)
 
 
 # -- against a loop without this project -----------------------------------------------------------
@@ -160,9 +196,13 @@ def plain_loop(
     """transformers' model and torch's AdamW on the same rows: losses, weights."""
     model = tf.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     settings = tree["train"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"]
-    )
+    decay = settings.get("layer_decay", 1.0)
+    depths = {"embed_tokens": 0, "layers.0.": 1, "layers.1.": 2}
+    groups = []
+    for name, parameter in model.named_parameters():
+        depth = next((depth for part, depth in depths.items() if part in name), 3)
+        groups.append({"params": [parameter], "lr": settings["lr"] * decay ** (3 - depth)})
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings["weight_decay"])
     losses = []
     for step in range(settings["steps"]):
         batches, targets = loader.load_step(step)
@@ -181,8 +221,11 @@ def plain_loop(
     return losses, dict(model.named_parameters())
 
 
-def test_full_equals_a_plain_loop(tmp_path: Path) -> None:
-    made = tree(tmp_path, "full", data__packing=False, data__seq_len=16, train__steps=5)
+@pytest.mark.parametrize("decay", [1.0, 0.4])
+def test_full_equals_a_plain_loop(decay: float, tmp_path: Path) -> None:
+    """Discriminative rates, too."""
+    changes = {"data__packing": False, "data__seq_len": 16, "train__layer_decay": decay}
+    made = tree(tmp_path, "full", train__steps=5, **changes)
     (built, loaders), results = run_steps(World(), made)
     expected, weights = plain_loop(tmp_path, made, loaders.train)
     found = [result.loss for result in results]

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.engine.engine_protocol import (
     build_lr_groups,
     init_adam_state,
@@ -30,16 +31,19 @@ def test_a_shared_parameter_is_listed_once() -> None:
 def test_groups_hold_parameters_of_one_learning_rate() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b", "c")}
     first, second = build_lr_groups(parameters, lambda name: 2.0 if name == "b" else 1.0)
-    assert first == {"params": [parameters["a"], parameters["c"]], "lr_scale": 1.0, "first_step": 0}
-    assert second == {"params": [parameters["b"]], "lr_scale": 2.0, "first_step": 0}
+    common = {"trainable_steps": ALWAYS}
+    assert first == {"params": [parameters["a"], parameters["c"]], **common, "lr_scale": 1.0}
+    assert second == {"params": [parameters["b"]], **common, "lr_scale": 2.0}
 
 
 def test_groups_of_one_learning_rate_part_where_they_start() -> None:
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("a", "b")}
-    groups = build_lr_groups(parameters, lambda name: 1.0, lambda name: 7 if name == "b" else 0)
-    assert [group["first_step"] for group in groups] == [0, 7]
-    assert [num_updates(group, 9) for group in groups] == [9, 2]
-    assert [num_updates(group, 5) for group in groups] == [5, 0]
+    steps = {"a": ALWAYS, "b": TrainableSteps(((2, 4), (7, None)))}
+    groups = build_lr_groups(parameters, lambda name: 1.0, steps.__getitem__)
+    assert [group["trainable_steps"] for group in groups] == [steps["a"], steps["b"]]
+    assert [num_updates(group, 9) for group in groups] == [9, 4]
+    assert [num_updates(group, 3) for group in groups] == [3, 1]
+    assert [num_updates(group, 9, skipped=(3, 5, 12)) for group in groups] == [7, 3]
 
 
 def test_adam_starts_with_nothing() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.core.world import World
 from dist_peft.engine.engine_protocol import local_parameters
 from dist_peft.engine.fsdp2 import Fsdp2Engine
@@ -177,7 +178,7 @@ def test_what_learns_late_is_left_alone_and_resumes_there(name: Any) -> None:
 
     def fresh() -> tuple[Model, LocalOptimizer]:
         model = Model()
-        first_step = {"a": 0, "b": 2}.__getitem__
+        steps = {"a": ALWAYS, "b": TrainableSteps(((2, None),))}.__getitem__
         optimizer = LocalOptimizer(
             model,
             factory,
@@ -185,7 +186,7 @@ def test_what_learns_late_is_left_alone_and_resumes_there(name: Any) -> None:
             local=same,
             wrap=lambda t, like: t,
             total=same,
-            first_step=first_step,
+            trainable_steps=steps,
         )
         return model, optimizer
 

@@ -30,6 +30,7 @@ from dist_peft.adapters.protocol import (
 )
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.model.classifier import ClassifierHead
 from dist_peft.model.parameter_override import override_parameters
 
@@ -181,12 +182,10 @@ class HeadedBaseWeights(HeadedAdapter):
                 found[full] = part.checkpoint_names.get(name, full)
         return found
 
-    def get_first_step(self, name: str) -> int:
-        return (
-            0
-            if self._is_head_parameter(name)
-            else cast(TrainsBaseWeights, self.trunk).get_first_step(name)
-        )
+    def get_trainable_steps(self, name: str) -> TrainableSteps:
+        if self._is_head_parameter(name):
+            return ALWAYS
+        return cast(TrainsBaseWeights, self.trunk).get_trainable_steps(name)
 
 
 def add_classifier_head(

@@ -14,8 +14,8 @@ A linear keeps its master, not the copy, for backward, where it casts once more:
 parameters that exist anyway are kept between the two (the idea of ``quant.frozen_matmul``, with a
 gradient for ``W``).
 
-Until its stage comes (``StepCounter``) a parameter computes without a gradient, so that no
-optimizer touches it, and nothing below it is computed in backward for its sake.
+In the steps in which it is frozen (``TrainableSteps``) a parameter computes without a gradient, so
+that no optimizer touches it, and nothing below it is computed in backward for its sake.
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.model.parameter_override import override_parameters
 from dist_peft.quant.frozen_matmul import matmul_fp32_accumulate
 
@@ -52,20 +53,20 @@ class TrainableSpec:
     """How a module's own parameters are trained.
 
     Attributes:
-        first_steps: name of each trainable one -> optimizer steps before its first update.
+        steps: name of each trainable one -> steps in which it is updated.
         arithmetic: the type to compute in.
         clock: tells the step.
     """
 
-    first_steps: Mapping[str, int]
+    steps: Mapping[str, TrainableSteps]
     arithmetic: torch.dtype
     clock: StepCounter = field(default_factory=StepCounter)
 
     def cast_when_trainable(self, module: nn.Module, name: str) -> Tensor:
-        """The parameter, detached before its stage."""
+        """The parameter, detached in the steps in which it is frozen."""
         parameter: Tensor = getattr(module, name)
-        learns = self.clock.step >= self.first_steps.get(name, 0)
-        return parameter if learns else parameter.detach()
+        is_trained = self.steps.get(name, ALWAYS).includes(self.clock.step)
+        return parameter if is_trained else parameter.detach()
 
 
 class MasterWeightLinear(nn.Module):

@@ -6,11 +6,13 @@ whichever of its uses is named. A chosen parameter becomes a float32 master
 initialized from the rows of the base's files; a chosen weight of a linear is not quantized. All
 else stays as it was: frozen, and quantized as ``base.quant`` says.
 
-BitFit (Ben Zaken et al. 2021) is ``parts: [biases]``. Stages (``unfreeze``) let more parameters
-become trainable later, as in gradual unfreezing (Howard & Ruder 2018).
+BitFit (Ben Zaken et al. 2021) is ``parts: [biases]``. Stages (``unfreeze``) train parameters in
+some steps only: from the last blocks down, as in gradual unfreezing (Howard & Ruder 2018), or one
+block after the other from the first on (greedy layer-wise training, Bengio et al. 2006). LISA (Pan
+et al. 2024) is ``sample_blocks`` with ``parts: [embeddings, head]``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,24 +28,27 @@ from dist_peft.adapters.protocol import AdapterDefaults, ExportLimits, PublicAda
 from dist_peft.core.config.adapter import Part
 from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.trainable_steps import BlockSampling, SampledBlock, TrainableSteps
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = ["PartialAdapter"]
 
-Chosen = dict[int, int]
-"""``id`` of a parameter -> optimizer steps before its first update."""
+Chosen = dict[int, TrainableSteps]
+"""``id`` of a parameter -> steps in which it is updated."""
 
 
 class PartialAdapter(AdapterDefaults):
     """Trains weights of the base itself, all of them or those that the configuration names."""
 
-    def __init__(self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype) -> None:
-        self.config, self.arithmetic = config, arithmetic
+    def __init__(
+        self, config: FullConfig | PartialConfig, *, arithmetic: torch.dtype, seed: int = 0
+    ) -> None:
+        self.config, self.arithmetic, self.seed = config, arithmetic, seed
         self.clock = StepCounter()
         self._sources: dict[str, str] = {}
-        self._first_steps: dict[str, int] = {}
+        self._steps: dict[str, TrainableSteps] = {}
 
     # -- building ------------------------------------------------------------------------------
 
@@ -53,27 +58,29 @@ class PartialAdapter(AdapterDefaults):
         Raises:
             UserError: the model lacks a named parameter, or has it quantized.
         """
-        chosen = _choose_parameters(model, self.config.unfreeze_stages)
+        chosen = _choose_parameters(model, self.config, self.seed)
         keep = list(model.parameters())  # alive while their ids are in use
         masters: dict[int, nn.Parameter] = {}
         for path, module in list(model.named_modules()):
             own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in chosen}
             if not own:
                 continue
-            first_steps = {_to_base_name(name): chosen[id(p)] for name, p in own.items()}
+            steps = {_to_base_name(name): chosen[id(p)] for name, p in own.items()}
             new = {}
             for name, parameter in own.items():
                 if id(parameter) not in masters:
                     masters[id(parameter)] = _make_master_parameter(path, module, name)
                     self._record_trainable(path, module, name, chosen[id(parameter)])
                 new[_to_base_name(name)] = masters[id(parameter)]
-            self._replace_with_masters(model, path, module, new, first_steps)
+            self._replace_with_masters(model, path, module, new, steps)
         del keep
 
-    def _record_trainable(self, path: str, module: nn.Module, name: str, first_step: int) -> None:
+    def _record_trainable(
+        self, path: str, module: nn.Module, name: str, steps: TrainableSteps
+    ) -> None:
         full = f"{path}.{_to_base_name(name)}"
         self._sources[full] = cast(dict[str, str], module.checkpoint_names)[name]
-        self._first_steps[full] = first_step
+        self._steps[full] = steps
 
     def _replace_with_masters(
         self,
@@ -81,9 +88,9 @@ class PartialAdapter(AdapterDefaults):
         path: str,
         module: nn.Module,
         masters: dict[str, nn.Parameter],
-        first_steps: dict[str, int],
+        steps: dict[str, TrainableSteps],
     ) -> None:
-        learning = TrainableSpec(first_steps, self.arithmetic, self.clock)
+        learning = TrainableSpec(steps, self.arithmetic, self.clock)
         is_linear = isinstance(module, FrozenLinear | nn.Linear)
         if is_linear and "weight" in masters:
             bias = cast(nn.Parameter | None, masters.get("bias", module.bias))
@@ -95,7 +102,7 @@ class PartialAdapter(AdapterDefaults):
             return
         if isinstance(module, FrozenLinear):  # only its bias: the product is the base's affair
             assert module.bias is not None
-            learning = TrainableSpec(first_steps, module.bias.dtype, self.clock)
+            learning = TrainableSpec(steps, module.bias.dtype, self.clock)
         use_master_weights(module, masters, learning)
 
     # -- training ------------------------------------------------------------------------------
@@ -103,8 +110,8 @@ class PartialAdapter(AdapterDefaults):
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         self.clock.step = step
 
-    def get_first_step(self, name: str) -> int:
-        return self._first_steps[name]
+    def get_trainable_steps(self, name: str) -> TrainableSteps:
+        return self._steps[name]
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -146,27 +153,47 @@ def _make_master_parameter(path: str, module: nn.Module, name: str) -> nn.Parame
 # -- choosing ----------------------------------------------------------------------------------
 
 
-def _choose_parameters(model: nn.Module, stages: list[UnfreezeConfig]) -> Chosen:
-    """The earliest stage of each parameter that is in one.
+def _choose_parameters(model: nn.Module, config: FullConfig | PartialConfig, seed: int) -> Chosen:
+    """Return the steps of each parameter that a stage names or a sampled block has.
 
     Raises:
-        UserError: a stage names a part that the model lacks.
+        UserError: a stage names a part or block that the model lacks.
     """
     chosen: Chosen = {}
     blocks = find_decoder_blocks(model)
-    for stage in stages:
-        found = [p for part in stage.parts for p in _list_part_parameters(model, part)]
-        if stage.last_blocks > len(blocks):
+
+    def choose(parameters: Iterable[nn.Parameter], steps: TrainableSteps) -> None:
+        for parameter in parameters:
+            known = chosen.get(id(parameter))
+            chosen[id(parameter)] = steps if known is None else known.join(steps)
+
+    for stage in config.unfreeze_stages:
+        steps = TrainableSteps(((stage.step, stage.until),))
+        for part in stage.parts:
+            choose(_list_part_parameters(model, part), steps)
+        for number in _list_stage_blocks(stage, len(blocks)):
+            choose(blocks[number].parameters(), steps)
+    sample = config.sample_blocks if isinstance(config, PartialConfig) else None
+    if sample is not None:
+        if sample.count > len(blocks):
             raise UserError(
-                f"adapter.last_blocks is {stage.last_blocks}, but the model has {len(blocks)} "
+                f"adapter.sample_blocks.count is {sample.count}, but the model has {len(blocks)} "
                 "decoder blocks"
             )
-        for block in blocks[len(blocks) - stage.last_blocks :]:
-            found += block.parameters()
-        for parameter in found:
-            first = min(stage.step, chosen.get(id(parameter), stage.step))
-            chosen[id(parameter)] = first
+        sampling = BlockSampling(seed, len(blocks), sample.count, sample.every)
+        for number, block in enumerate(blocks):
+            choose(block.parameters(), TrainableSteps((), SampledBlock(sampling, number)))
     return chosen
+
+
+def _list_stage_blocks(stage: UnfreezeConfig, count: int) -> list[int]:
+    """Return the numbers of the blocks of ``stage`` among ``count``."""
+    key, most = "adapter.last_blocks", stage.last_blocks
+    if stage.blocks and max(stage.blocks) >= count:
+        key, most = "adapter.blocks", max(stage.blocks)
+    elif most <= count:
+        return sorted({*stage.blocks, *range(count - most, count)})
+    raise UserError(f"{key}: {most}, but the model has {count} decoder blocks")
 
 
 def _list_part_parameters(model: nn.Module, part: Part) -> list[nn.Parameter]:

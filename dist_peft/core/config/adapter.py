@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dist_peft.core.config.base_weights import FullConfig, Part, PartialConfig, UnfreezeConfig
 from dist_peft.core.config.types import (
     ConfigSection,
     Float,
@@ -291,75 +292,6 @@ class FusionConfig(ConfigSection):
         if double := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"two of adapters are called {double[0]}; name them: {{name: NAME, path: DIR}}"
-            )
-        return self
-
-
-Part = Literal["all", "norms", "biases", "embeddings", "head"]
-
-
-class UnfreezeConfig(ConfigSection):
-    """Parameters that are trainable from a given step on."""
-
-    step: Int = Field(ge=0, description="Optimizer steps completed before.")
-    parts: list[Part] = Field(default_factory=list, description="See adapter.parts.")
-    last_blocks: Int = Field(0, ge=0, description="See adapter.last_blocks.")
-
-    @model_validator(mode="after")
-    def _check_unfreeze_stage(self) -> Self:
-        if not self.parts and not self.last_blocks:
-            raise ValueError("names nothing to train; give parts or last_blocks")
-        return self
-
-
-class FullConfig(ConfigSection):
-    """Full fine-tuning: every parameter of the base is trainable and unquantized."""
-
-    kind: Literal["full"] = "full"
-
-    @property
-    def unfreeze_stages(self) -> list[UnfreezeConfig]:
-        """One stage from step 0 with all parameters, in the form of ``PartialConfig``."""
-        return [UnfreezeConfig(step=0, parts=["all"])]
-
-
-class PartialConfig(ConfigSection):
-    """Partial fine-tuning: some parameters of the base are trainable, the rest is frozen and
-    quantized."""
-
-    kind: Literal["partial"] = "partial"
-    parts: list[Part] = Field(
-        default_factory=list,
-        description="norms; biases (BitFit); embeddings: of tokens, and learned "
-        "position embeddings; head: the output head (tied to the embedding: the same parameter); "
-        "all.",
-    )
-    last_blocks: Int = Field(
-        0, ge=0, description="Decoder blocks trained as a whole, counted from the last."
-    )
-    unfreeze: list[UnfreezeConfig] = Field(
-        default_factory=list,
-        description="Parameters trained from later steps on, besides parts and last_blocks: a list "
-        "of {step, parts, last_blocks}. Until then they are not updated.",
-    )
-
-    @property
-    def unfreeze_stages(self) -> list[UnfreezeConfig]:
-        """All trainable parts as stages, the first of which starts at step 0."""
-        first = []
-        if self.parts or self.last_blocks:
-            first = [UnfreezeConfig(step=0, parts=self.parts, last_blocks=self.last_blocks)]
-        return sorted([*first, *self.unfreeze], key=lambda stage: stage.step)
-
-    @model_validator(mode="after")
-    def _check_trainable_parameters(self) -> Self:
-        stages = self.unfreeze_stages
-        if not stages:
-            raise ValueError("nothing would be trained; give parts, last_blocks or unfreeze")
-        if stages[0].step:
-            raise ValueError(
-                f"nothing is trained before step {stages[0].step}; give parts or last_blocks, or "
-                "let a stage of unfreeze have step: 0"
             )
         return self
 

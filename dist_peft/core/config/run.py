@@ -203,6 +203,13 @@ class TrainConfig(ConfigSection):
         16, ge=1, le=2**20, description="Sequences an optimizer step, over all ranks."
     )
     lr: Float = Field(2e-4, gt=0, description="Peak learning rate.")
+    layer_decay: Float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Discriminative rates: a block's rate is that of the block above times this; "
+        "norm and head after the last block have lr (ULMFiT: 0.385).",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
     )
@@ -360,6 +367,11 @@ class RunConfig(ConfigSection):
             raise ValueError(
                 "base.head classifier goes with data of format: classification, and "
                 f"{'the sources have another' if classifies else 'base.head is lm'}"
+            )
+        if self.train.layer_decay != 1 and isinstance(self.adapter, VirtualTokensConfig):
+            raise ValueError(
+                f"train.layer_decay: adapter.kind {self.adapter.kind} has no parameters in the "
+                "blocks; leave it out"
             )
         if classifies and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(

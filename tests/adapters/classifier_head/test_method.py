@@ -18,6 +18,7 @@ from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.span import Span, row_span
+from dist_peft.core.trainable_steps import ALWAYS
 from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.load import load_model
@@ -141,6 +142,6 @@ def test_trained_weights_have_names(tmp_path: Path) -> None:
     assert isinstance(adapter, TrainsBaseWeights)
     own = {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"}
     assert adapter.list_source_tensors() == {name: name for name in own}
-    assert adapter.get_first_step("classifier.weight") == 0
+    assert adapter.get_trainable_steps("classifier.weight") == ALWAYS
     stored = load_file(tmp_path / "model.safetensors")
     assert "head.dense.weight" in stored and "classifier.weight" not in stored

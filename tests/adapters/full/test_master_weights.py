@@ -11,6 +11,7 @@ from dist_peft.adapters.full.master_weights import (
     TrainableSpec,
     use_master_weights,
 )
+from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 
 BF16 = torch.bfloat16
 
@@ -20,9 +21,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def linear(
-    arithmetic: torch.dtype, first_steps: dict[str, int] | None = None
+    arithmetic: torch.dtype, steps: dict[str, TrainableSteps] | None = None
 ) -> MasterWeightLinear:
-    steps = {"weight": 0, "bias": 0} if first_steps is None else first_steps
+    steps = {"weight": ALWAYS, "bias": ALWAYS} if steps is None else steps
     weight, bias = nn.Parameter(random(5, 4)), nn.Parameter(random(5, seed=1))
     return MasterWeightLinear(weight, bias, TrainableSpec(steps, arithmetic), {})
 
@@ -72,7 +73,9 @@ def test_linear_waits_with_the_master_and_not_with_a_copy() -> None:
 def test_before_its_stage_nothing_has_a_gradient() -> None:
     clock = StepCounter()
     weight, bias = nn.Parameter(random(5, 4)), nn.Parameter(random(5))
-    learning = TrainableSpec({"weight": 2, "bias": 0}, torch.float32, clock)
+    learning = TrainableSpec(
+        {"weight": TrainableSteps(((2, None),)), "bias": ALWAYS}, torch.float32, clock
+    )
     module = MasterWeightLinear(weight, bias, learning, {})
     for step, has in ((0, False), (1, False), (2, True)):
         clock.step, weight.grad, bias.grad = step, None, None
@@ -95,7 +98,7 @@ def test_module_computes_in_its_type(
     module = make().to(BF16)
     kind = type(module)
     masters = {n: nn.Parameter(random(*p.shape)) for n, p in module.named_parameters()}
-    use_master_weights(module, masters, TrainableSpec(dict.fromkeys(masters, 0), BF16))
+    use_master_weights(module, masters, TrainableSpec(dict.fromkeys(masters, ALWAYS), BF16))
     assert isinstance(module, kind) and dict(module.named_parameters()) == masters
     plain = make().to(BF16)
     plain.load_state_dict({n: p.detach().to(BF16) for n, p in masters.items()})
@@ -109,7 +112,7 @@ def test_gradients_of_looked_up_rows_add_up_in_float32() -> None:
     """257 ones: bfloat16 has no 257."""
     module = nn.Embedding(3, 2, dtype=BF16)
     master = nn.Parameter(random(3, 2))
-    use_master_weights(module, {"weight": master}, TrainableSpec({"weight": 0}, BF16))
+    use_master_weights(module, {"weight": master}, TrainableSpec({"weight": ALWAYS}, BF16))
     module(torch.ones(257, dtype=torch.long)).sum().backward()
     assert master.grad is not None and torch.equal(master.grad[1], torch.full((2,), 257.0))
 
@@ -118,7 +121,9 @@ def test_float32_arithmetic_on_a_bfloat16_base() -> None:
     """``train.precision: fp32``: nothing is rounded but what comes out."""
     module: Any = nn.LayerNorm(4, dtype=BF16)
     masters = {"weight": nn.Parameter(random(4)), "bias": nn.Parameter(random(4, seed=1))}
-    use_master_weights(module, masters, TrainableSpec({"weight": 0, "bias": 0}, torch.float32))
+    use_master_weights(
+        module, masters, TrainableSpec({"weight": ALWAYS, "bias": ALWAYS}, torch.float32)
+    )
     x = random(3, 4, seed=2).to(BF16)
     exact = nn.functional.layer_norm(x.float(), (4,), masters["weight"], masters["bias"])
     assert torch.equal(module(x), exact.to(BF16))
@@ -126,7 +131,9 @@ def test_float32_arithmetic_on_a_bfloat16_base() -> None:
 
 def test_a_frozen_neighbour_stays_frozen() -> None:
     module = nn.LayerNorm(4, dtype=BF16).requires_grad_(False)
-    use_master_weights(module, {"bias": nn.Parameter(random(4))}, TrainableSpec({"bias": 0}, BF16))
+    use_master_weights(
+        module, {"bias": nn.Parameter(random(4))}, TrainableSpec({"bias": ALWAYS}, BF16)
+    )
     module(random(3, 4).to(BF16)).sum().backward()
     assert module.weight.dtype == BF16 and module.weight.grad is None
     assert module.bias.grad is not None

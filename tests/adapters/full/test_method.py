@@ -12,6 +12,7 @@ from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.protocol import TrainsBaseWeights
 from dist_peft.core.config.run import BaseConfig, FullConfig, PartialConfig, QuantConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.trainable_steps import ALWAYS
 from dist_peft.engine.engine_protocol import trainable_parameters
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -61,7 +62,7 @@ def test_full_has_the_gradients_of_the_model_itself(family: str, tmp_path: Path)
     for name, parameter in mine.items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, its[name]), name
-        assert adapter.get_first_step(name) == 0
+        assert adapter.get_trainable_steps(name) == ALWAYS
     loss, expected = loss_of(model), loss_of(original)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
@@ -148,19 +149,48 @@ def test_the_earliest_stage_counts(tmp_path: Path) -> None:
         {"step": 5, "last_blocks": 1},
     ]
     model, adapter = load(tmp_path, PartialConfig(parts=["norms"], unfreeze=stages))
-    assert adapter.get_first_step("model.layers.1.input_layernorm.weight") == 0
-    assert adapter.get_first_step("model.layers.1.mlp.up_proj.weight") == 5
-    assert adapter.get_first_step("model.layers.0.mlp.up_proj.weight") == 9
+    steps = adapter.get_trainable_steps
+    assert steps("model.layers.1.input_layernorm.weight") == ALWAYS
+    assert steps("model.layers.1.mlp.up_proj.weight").ranges == ((5, None),)
+    assert steps("model.layers.0.mlp.up_proj.weight").ranges == ((9, None),)
     seen = {}
     for step in (0, 5, 9):
         model.zero_grad()
         adapter.begin_micro_batch(step, torch.zeros(2))
         loss_of(model).backward()
         seen[step] = {n for n, p in trainable_parameters(model).items() if p.grad is not None}
-        assert seen[step] == {
-            n for n in trainable_parameters(model) if adapter.get_first_step(n) <= step
-        }
+        assert seen[step] == {n for n in trainable_parameters(model) if steps(n).includes(step)}
     assert len(seen[0]) < len(seen[5]) < len(seen[9]) == len(trainable_parameters(model))
+
+
+def test_one_block_after_the_other_and_sampled_blocks(tmp_path: Path) -> None:
+    """Greedy layer-wise training from the first block on, and LISA."""
+    save_model(CONFIGS["llama"], tmp_path)
+    turns: Any = [{"step": 0, "until": 3, "blocks": [0]}, {"step": 3, "until": 6, "blocks": [1]}]
+    sample: Any = {"count": 1, "every": 4}
+    for config in (
+        PartialConfig(unfreeze=turns),
+        PartialConfig(parts=["embeddings", "head"], sample_blocks=sample),
+    ):
+        model, adapter = load(tmp_path, config)
+        trained = []
+        for step in range(8):
+            model.zero_grad()
+            adapter.begin_micro_batch(step, torch.zeros(2))
+            loss = loss_of(model)
+            if loss.requires_grad:
+                loss.backward()
+            with_gradient = {
+                n.rpartition(".mlp.")[0]
+                for n, p in trainable_parameters(model).items()
+                if p.grad is not None
+            }
+            trained.append([i for i in (0, 1) if f"model.layers.{i}" in with_gradient])
+        if config.sample_blocks is None:
+            assert trained == [[0]] * 3 + [[1]] * 3 + [[]] * 2
+        else:
+            assert trained[0] == trained[3] and trained[4] == trained[7]
+            assert all(len(blocks) == 1 for blocks in trained)
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -170,7 +200,9 @@ def test_refused(tmp_path: Path) -> None:
             {"parts": ["biases"]},
             r"no biases; it has all, norms, embeddings, head",
         ),
-        ({"last_blocks": 3}, r"last_blocks is 3, but the model has 2 decoder blocks"),
+        ({"last_blocks": 3}, r"last_blocks: 3, but the model has 2 decoder blocks"),
+        ({"blocks": [0, 2]}, r"adapter.blocks: 2, but the model has 2 decoder blocks"),
+        ({"sample_blocks": {"count": 3}}, r"sample_blocks.count is 3, but the model has 2"),
     ):
         with pytest.raises(UserError, match=message):
             PartialAdapter(PartialConfig(**fields), arithmetic=torch.float32).attach_to_model(
