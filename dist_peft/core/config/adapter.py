@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_peft.core.config.base_weights import FullConfig, Part, PartialConfig, UnfreezeConfig
+from dist_peft.core.config.fine_tuning import FullConfig, Part, PartialConfig, UnfreezeConfig
 from dist_peft.core.config.types import (
     ConfigSection,
     Float,

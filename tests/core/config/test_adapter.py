@@ -48,20 +48,6 @@ def test_kind_chooses_the_method() -> None:
             {"kind": "prefix", "projection": False, "encoder_hidden_size": 8},
             "encoder_hidden_size is for projection: true",
         ),
-        ({"kind": "partial"}, "nothing would be trained; give parts, blocks"),
-        (
-            {"kind": "partial", "unfreeze": [{"step": 3, "until": 3, "blocks": [0]}]},
-            "until 3 is not after step 3",
-        ),
-        ({"kind": "partial", "blocks": [-1]}, "greater than or equal to 0"),
-        (
-            {"kind": "partial", "unfreeze": [{"step": 3, "last_blocks": 1}]},
-            "nothing is trained before step 3",
-        ),
-        (
-            {"kind": "partial", "last_blocks": 1, "unfreeze": [{"step": 3}]},
-            "names nothing to train",
-        ),
         ({"kind": "full", "parts": ["all"]}, "Extra inputs are not permitted"),
         ({"kind": "prefix", "r": 8}, "Extra inputs are not permitted"),
     ],
