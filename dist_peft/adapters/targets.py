@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+_MATCHING_CPU_SECONDS = 2  # a pattern takes a millisecond on the names of a large model
+
 
 def list_adapter_targets(
     targets: Literal["all-linear"] | Sequence[str], model: nn.Module
@@ -94,11 +96,13 @@ def _refuse_slow_pattern(key: str, entry: str, names: Sequence[str]) -> None:
     """Refuse a regular expression whose matching backtracks without end.
 
     Raises:
-        UserError: it takes more than two seconds on ``names``.
+        UserError: it takes more than ``_MATCHING_CPU_SECONDS`` on ``names``.
     """
     if len(re.findall(r"[*+{]", entry)) < 2:
         return
-    if find_resource_excess(lambda: [_matches_name_ending(entry, n) for n in names], cpu_seconds=2):
+    if find_resource_excess(
+        lambda: [_matches_name_ending(entry, n) for n in names], _MATCHING_CPU_SECONDS
+    ):
         raise UserError(
             f"adapter.{key} entry {entry!r} is a regular expression that takes too long on names "
             "such as "

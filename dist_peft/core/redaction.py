@@ -8,6 +8,7 @@ replaces each by ``***``.
 
 import os
 import re
+from functools import lru_cache
 
 __all__ = ["is_secret_name", "redact_text", "register_secret"]
 
@@ -34,6 +35,7 @@ _SECRET_FORMS = re.compile(
 _registered: set[str] = set()
 
 
+@lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Return whether a variable of this name holds a secret, such as ``HF_TOKEN``."""
     return _SECRET_NAME.search(name) is not None
@@ -48,9 +50,11 @@ def register_secret(value: str) -> None:
 
 def redact_text(text: str) -> str:
     """Return ``text`` with every known secret replaced."""
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and value in text and is_secret_name(name):
-            register_secret(value)
+    for name in os.environ:  # few are secret, and only the values of those are read
+        if is_secret_name(name):
+            value = os.environ.get(name, "")
+            if len(value) >= SHORTEST and value in text:
+                register_secret(value)
     for value in sorted(_registered, key=len, reverse=True):
         text = text.replace(value, MASK)
     return _SECRET_FORMS.sub(MASK, text)

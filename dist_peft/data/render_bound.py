@@ -22,13 +22,18 @@ _OUT_OF_MEMORY = 3
 
 
 def find_resource_excess(
-    action: Callable[[], object], cpu_seconds: int = _CPU_SECONDS
+    action: Callable[[], object], cpu_seconds: int | None = None
 ) -> str | None:
     """Return the limit that ``action`` exceeds, as text; None if it ends within the limits.
 
     ``action`` runs in a forked process, so it has no effect here; other exceptions of it are
     ignored. A process that is starved of CPU time until the timeout counts as within the limits.
+
+    Args:
+        action: any function of this process's state.
+        cpu_seconds: the limit of CPU time; five seconds without it.
     """
+    cpu_seconds = cpu_seconds or _CPU_SECONDS
     with warnings.catch_warnings():
         # forking with threads is safe here: the child only renders and calls _exit
         warnings.simplefilter("ignore", DeprecationWarning)

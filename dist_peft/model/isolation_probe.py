@@ -38,8 +38,9 @@ from dist_peft.model.config_switches import list_switches, shorten_switches
 from dist_peft.model.experts import FrozenExperts, find_expert_modules
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document
-from dist_peft.model.skeleton import EmptyOnMeta, find_decoder_blocks
+from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = [
     "is_isolated_beyond_switches",

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -38,6 +37,7 @@ from dist_peft.model.forward_probe import PROBE_TOKENS, probe_forward, runs_with
 from dist_peft.model.freezing import check_base_is_packed, freeze_experts, freeze_linears
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
+from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.naming import find_tensor_names
 from dist_peft.model.prequantized.base import (
     PrequantizedBase,
@@ -52,7 +52,6 @@ from dist_peft.store.format import TensorSpec
 from dist_peft.store.index import SafetensorsIndex
 
 __all__ = [
-    "EmptyOnMeta",
     "Skeleton",
     "build_skeleton",
     "find_decoder_blocks",
@@ -113,18 +112,6 @@ class Skeleton:
         """Whether positions beyond ``positions`` have no embedding; rotary ones extrapolate."""
         rotary = getattr(self.model_config.get_text_config(), "rope_parameters", None)
         return self.max_positions is not None and not rotary
-
-
-class EmptyOnMeta(TorchFunctionMode):
-    """Redirects allocations of uninitialized memory to ``meta``; everything else runs as is."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def parse_torch_dtype(name: str) -> torch.dtype:

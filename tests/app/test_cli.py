@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dist_peft.app import cli
 from dist_peft.app.commands import inspect
 from dist_peft.core.log import close_log
+from tests.support.forked_commands import run_forked
 from tests.support.tiny_runs import save_config, tiny_tree
 
 
@@ -158,23 +159,30 @@ def _torchrun(file: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
+def _check_told_once(errors: str, words: str) -> None:
+    messages = [line for line in errors.splitlines() if "dist-peft: " in line]
+    assert len(messages) == 1 and words in messages[0], errors
+    assert "/dist_peft/" not in errors  # no traceback of ours
+
+
 @pytest.mark.e2e
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["train.global_batch=1"], "2 ranks but only 1 train.global_batch"),
-        (["data.train=[/nowhere/a.jsonl]"], "/nowhere/a.jsonl"),
-    ],
-    ids=["more ranks than rows", "missing data"],
-)
-def test_two_ranks_tell_a_mistake_once(tmp_path: Path, more: list[str], words: str) -> None:
-    done = _torchrun(save_config(tmp_path, tiny_tree(tmp_path)), *more)
+def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
+    done = _torchrun(save_config(tmp_path, tiny_tree(tmp_path)), "data.train=[/nowhere/a.jsonl]")
     assert done.returncode != 0
-    messages = [line for line in done.stderr.splitlines() if "dist-peft: " in line]
-    assert len(messages) == 1 and words in messages[0], done.stderr
+    _check_told_once(done.stderr, "/nowhere/a.jsonl")
     assert "exitcode  : 2" in done.stderr  # torchrun's own summary of its processes
-    assert "/dist_peft/" not in done.stderr  # no traceback of ours
+
+
+@pytest.mark.e2e
+@pytest.mark.dist
+def test_more_ranks_than_rows_are_told_once(tmp_path: Path) -> None:
+    file = save_config(tmp_path, tiny_tree(tmp_path))
+    command = ["train", "--config", str(file), "train.global_batch=1"]
+    ended = run_forked(command, tmp_path, ranks=2)
+    assert [rank.code for rank in ended] == [2, 2]
+    errors = "".join(rank.stderr for rank in ended)
+    _check_told_once(errors, "2 ranks but only 1 train.global_batch")
 
 
 def test_ctrl_c_is_no_traceback(

@@ -101,7 +101,7 @@ def test_template_that_fails_is_told_with_the_first_record(words: Tokenizer, bro
     assert freeze_template_date(words, DAY) == (words, None)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     st.dates(datetime.date(1970, 1, 1), datetime.date(2100, 12, 31)),
     st.lists(st.sampled_from(["%d", "%-d", "%b", "%B", "%Y", "%%", "%A", "%j", "d", " "])),

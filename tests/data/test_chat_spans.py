@@ -44,7 +44,7 @@ AROUND: dict[str, tuple[str, str] | tuple[str, str, str, str]] = {
     "zephyr": ("", "</s>"),
 }
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 TEXTS = st.text("bcde \n<é🙂?", min_size=1, max_size=8).map(str.strip).filter(bool)
 
 

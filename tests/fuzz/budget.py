@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from dist_peft.core.errors import UserError
 
-EXAMPLES = 60
+EXAMPLES = 30
 MEMORY_BYTES = 1 << 30
 CPU_SECONDS = 5
 

@@ -24,8 +24,9 @@ from dist_peft.model.isolation_probe import (
     layers_to_run,
     refuse_leaks,
 )
+from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document
-from dist_peft.model.skeleton import EmptyOnMeta, Skeleton, build_skeleton, find_decoder_blocks
+from dist_peft.model.skeleton import Skeleton, build_skeleton, find_decoder_blocks
 from tests.support.tiny_models import _GROUPED, CONFIGS, CONVOLUTIONS, MIXTURES, save_model
 
 CPU = torch.device("cpu")

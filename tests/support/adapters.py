@@ -94,7 +94,7 @@ def fill(model: nn.Module, original: nn.Module, ranks: int = 1) -> None:
             template: Any = template,
             weight: Tensor = weight,
         ) -> dict[str, Tensor]:
-            own = copy.deepcopy(template)
+            own = copy.deepcopy(template) if ranks > 1 else template
             result = {}
             if isinstance(own, InitializesFromBase):
                 span = row_span(weight.shape[0], ranks, rank)

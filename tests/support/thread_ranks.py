@@ -10,7 +10,12 @@ __all__ = ["run_ranks"]
 
 
 def run_ranks(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
-    """Run ``work(rank, reduce)`` in one thread a rank; ``reduce`` sums in the ranks' order."""
+    """Run ``work(rank, reduce)`` in one thread a rank; ``reduce`` sums in the ranks' order.
+
+    One rank runs in the caller's thread.
+    """
+    if ranks == 1:
+        return [work(0, lambda tensor: tensor.clone())]
     barrier = threading.Barrier(ranks, timeout=60)
     board: list[Tensor | None] = [None] * ranks
     results: list[Any] = [None] * ranks

@@ -1,10 +1,13 @@
 """Tiny randomly initialized models of every supported family, saved as real directories."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+
+from tests.support.saved_files import SavedFiles
 
 _COMMON = {
     "hidden_size": 64,
@@ -85,15 +88,39 @@ def save_model(
 ) -> tf.PreTrainedModel:
     """Save a random model whose norms and biases are random too, and return it in eval mode.
 
+    The same model is made once in a process: later calls copy it and its files.
+
     ``auto``: the kind of model, by its head.
     """
+    settings = (type(config), config.to_json_string(), config._attn_implementation)
+    key = (*settings, seed, dtype, max_shard_size, auto)
+    if (saved := _saved.get(key)) is not None:
+        files, model, random_state = saved
+        files.write(directory)
+        torch.set_rng_state(random_state)
+        return copy.deepcopy(model)
+    model = _make_model(copy.deepcopy(config), seed, dtype, auto)
+    there = set(directory.iterdir()) if directory.is_dir() else set()
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    if not there and model.num_parameters() < 500_000:
+        files = SavedFiles.read(directory)
+        _saved[key] = files, copy.deepcopy(model), torch.get_rng_state()
+    return model
+
+
+_saved: dict[object, tuple[SavedFiles, tf.PreTrainedModel, torch.Tensor]] = {}
+"""What ``save_model`` wrote and returned, and the state of random numbers after it."""
+
+
+def _make_model(
+    config: tf.PretrainedConfig, seed: int, dtype: torch.dtype, auto: Any
+) -> tf.PreTrainedModel:
     torch.manual_seed(seed)
     model = auto.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
 
 

@@ -1,6 +1,8 @@
 """A run small enough for every test: a random Llama of two layers and eight short records."""
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,25 @@ from transformers import PreTrainedTokenizerFast
 from dist_peft.app.commands import train as train_app
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
+from tests.support.saved_files import SavedFiles
 from tests.support.tiny_models import CONFIGS, save_model
 
 
 def save_words(directory: Path) -> None:
     """A tokenizer of 97 words, ``w0`` to ``w96``; w2 ends a text."""
+    _word_files().write(directory)
+
+
+@cache
+def _word_files() -> SavedFiles:
     inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
+    words = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="w2", bos_token="w1", pad_token="w0", unk_token="w3"
-    ).save_pretrained(directory)
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        words.save_pretrained(directory)
+        return SavedFiles.read(Path(directory))
 
 
 def save_base(directory: Path) -> Path:

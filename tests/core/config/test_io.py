@@ -1,4 +1,5 @@
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,13 @@ def _trees(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+@cache
+def _sections(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Trees of a whole run whose section ``name`` is drawn; made once, not for each example."""
+    least: dict[str, Any] = {"base": {"path": "m"}, "data": {"train": ["a"]}}
+    return _values(SECTIONS[name]).map(lambda value: {**least, name: value}).filter(_is_valid)
+
+
 def _is_valid(tree: dict[str, Any]) -> bool:
     try:
         parse_config(tree)
@@ -275,21 +283,17 @@ SECTIONS = {name: info.annotation for name, info in RunConfig.model_fields.items
 
 @pytest.mark.parametrize("section", sorted(SECTIONS))
 # fields are drawn alone, and few draws pass the rules between them
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
 def test_what_is_dumped_loads_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, section: str, data: st.DataObject
 ) -> None:
-    least: dict[str, Any] = {"base": {"path": "m"}, "data": {"train": ["a"]}}
-    tree = data.draw(
-        _values(SECTIONS[section]).map(lambda value: {**least, section: value}).filter(_is_valid)
-    )
-    config = parse_config(tree)
+    config = parse_config(data.draw(_sections(section)))
     file = tmp_path_factory.getbasetemp() / f"{section}.yaml"
-    file.write_text(dump_config(config), newline="")
+    dumped = dump_config(config)
+    file.write_text(dumped, newline="")
     again = load_config(file)
     # a written configuration gives no permission to run code
     trust = {"base": config.base.model_copy(update={"trust_remote_code": False})}
-    config = config.model_copy(update=trust)
-    assert again == config
-    assert dump_config(again) == dump_config(config)
+    assert again == config.model_copy(update=trust)
+    assert dump_config(again) == dumped
