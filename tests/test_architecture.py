@@ -433,6 +433,7 @@ RANK_TAKERS = {"setup_log", "MetricsWriter", "ProgressDisplay", "open_metrics"}
 # Function -> why it cannot be ``World.run_on_first``.
 RANK_FUNCTIONS = {
     "_run_until_exit": "one rank prints the error that all ranks raise",
+    "name_run_directory": "one rank writes log.txt, also where another has failed",
     "end_stalled_run": "each rank reports that it ends, and writes its traceback",
     "_report_failure": "every rank writes its traceback, one prints the message",
     "_name_rank": "the rank is named in a message",

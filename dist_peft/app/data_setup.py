@@ -80,17 +80,13 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
     if data.eval:
         held_out = _load_rows_by_task(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
     train = _load_rows_by_task(data, data.train, "train", data.mixing != "joined", tokenizer, world)
-    batch = config.train.global_batch
-    for count, unit in ((batch, "train.global_batch"), (len(train), "rows in data.train")):
-        if count < world.data_size:
-            raise UserError(
-                f"{world.data_size} ranks but only {count} {unit}: some ranks would receive no "
-                f"data; start at most {count} processes or enlarge {unit.rpartition(' ')[2]}"
-            )
+    with world.raise_together("make the data loaders"):  # ranks may have read different files
+        _refuse_idle_ranks(config.train.global_batch, len(train), world.data_size)
+        probe = _select_probe_tokens(held_out or train, data.is_classification)
+        eval_loader = None if held_out is None else _make_loader(config, held_out, tokenizer, world)
+        order = _make_mixed_order(config, train)
+        train_loader = _make_loader(config, train, tokenizer, world, order)
     _warn_of_idle_ranks(config, world.data_size)
-    probe = _select_probe_tokens(held_out or train, data.is_classification)
-    eval_loader = None if held_out is None else _make_loader(config, held_out, tokenizer, world)
-    train_loader = _make_loader(config, train, tokenizer, world, _make_mixed_order(config, train))
     inputs = {
         "contents of data.train": _fingerprint_rows(train),
         "contents of data.eval": None if held_out is None else _fingerprint_rows(held_out),
@@ -103,6 +99,15 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
     if data.is_classification:
         objective = ClassificationObjective(list_class_tasks(data))
     return DataLoaders(objective, train_loader, eval_loader, probe, train.chat_template, inputs)
+
+
+def _refuse_idle_ranks(batch: int, rows: int, ranks: int) -> None:
+    for count, unit in ((batch, "train.global_batch"), (rows, "rows in data.train")):
+        if count < ranks:
+            raise UserError(
+                f"{ranks} ranks but only {count} {unit}: some ranks would receive no "
+                f"data; start at most {count} processes or enlarge {unit.rpartition(' ')[2]}"
+            )
 
 
 def _warn_of_idle_ranks(config: RunConfig, ranks: int) -> None:
@@ -159,7 +164,7 @@ def make_choice_loader(
     loader = _make_loader(
         config, ChoiceSequences(questions, tokenizer, config.data.seq_len), tokenizer, world
     )
-    _check_rows_fit_model("the questions", loader.rows, skeleton, extra)
+    _check_rows_fit_model("the questions", loader, skeleton, extra)
     return loader
 
 
@@ -174,11 +179,20 @@ def check_loaders_fit_model(loaders: DataLoaders, skeleton: Skeleton, extra: int
     """
     for name, loader in (("data.train", loaders.train), ("data.eval", loaders.eval)):
         if loader is not None:
-            _check_rows_fit_model(name, loader.rows, skeleton, extra)
+            _check_rows_fit_model(name, loader, skeleton, extra)
 
 
-def _check_rows_fit_model(name: str, rows: SequenceDataset, skeleton: Skeleton, extra: int) -> None:
+def _check_rows_fit_model(name: str, loader: Loader[Any], skeleton: Skeleton, extra: int) -> None:
+    rows = loader.rows
     check_token_range(name, rows, skeleton)
+    if loader.pad_id >= skeleton.vocabulary_size:
+        if skeleton.head is not None:  # it finds the last token of a text by the padding
+            raise UserError(
+                f"the padding token of base.path has id {loader.pad_id}, and the base has "
+                f"embeddings for {skeleton.vocabulary_size} tokens; set pad_token in "
+                "tokenizer_config.json to one of these, such as the eos_token"
+            )
+        loader.pad_id = 0  # any token with an embedding: padding is never attended to
     known = skeleton.max_positions
     # the padding of a packed sequence has positions too
     needed = rows.seq_len if rows.packed and skeleton.has_learned_positions else rows.longest
@@ -209,7 +223,9 @@ def check_token_range(name: str, rows: SequenceDataset, skeleton: Skeleton) -> N
     if rows.largest_token >= skeleton.vocabulary_size:
         raise UserError(
             f"{name} has token {rows.largest_token} but the base has embeddings for "
-            f"{skeleton.vocabulary_size} tokens: the tokenizer in base.path is another model's"
+            f"{skeleton.vocabulary_size} tokens: the tokenizer in base.path is another model's, or "
+            "has an added token that the model was never resized for; keep that token out of the "
+            "data, or resize the base's embeddings (transformers: resize_token_embeddings)"
         )
 
 

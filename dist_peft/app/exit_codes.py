@@ -14,6 +14,7 @@ import re
 import sys
 from dataclasses import replace
 
+from dist_peft.app.earlier_log import append_to_earlier_log, name_run_directory
 from dist_peft.app.out_of_memory import describe_out_of_memory
 from dist_peft.app.stall_exit import allow_stall_exit
 from dist_peft.core.errors import RunFailure, UserError
@@ -47,6 +48,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _run_until_exit(args: argparse.Namespace) -> int:
     world = World()
+    name_run_directory(None, world)
     try:
         world = replace(World.detect_world(), command=_describe_command(args))
         code: int = args.run(args, world)
@@ -114,6 +116,7 @@ def _name_rank(world: World) -> str:
 def _report_end(line: str) -> None:
     """Print the last line of a command, and write it to ``log.txt`` where there is one."""
     line = redact_text(line)
+    append_to_earlier_log(line)
     logger = logging.getLogger("dist_peft")
     if logger.handlers:  # else Python's last resort would print it a second time
         logger.error("%s", line, extra=FILE_ONLY)

@@ -30,6 +30,7 @@ from dist_peft.engine.engine_protocol import OptimizerFactory, local_parameters
 from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.classifier import set_pad_token
+from dist_peft.model.config_sizes import refuse_foreign_tokenizer
 from dist_peft.model.freezing import compute_packed_share
 from dist_peft.model.hub import Tokenizer, load_tokenizer
 from dist_peft.model.isolation_probe import refuse_leaks
@@ -149,6 +150,7 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
     if packed_tokens:
         refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
+    refuse_foreign_tokenizer(tokenizer, skeleton.vocabulary_size, directory)
     compute = parse_torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)

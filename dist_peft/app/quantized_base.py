@@ -93,7 +93,7 @@ def quantize_base(
             solved = SolvedBlocks(out, _describe_solve(setup, origin, sequences, device), world)
             solve_gptq_codes(skeleton, engine, sequences, world, stop, solved)
         origin |= gather_base_content(skeleton.index, built.record.tensors, world)
-        write_packed_base(setup.config.base, skeleton, engine, origin, out, world, writer)
+        write_packed_base(setup.config.base, skeleton, engine, origin, world, writer)
     if solved is not None:
         solved.remove()
     log.info("wrote %s", out)

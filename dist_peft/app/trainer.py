@@ -326,7 +326,8 @@ class Trainer:
         directory = self.run_dir / "adapter"
         if isinstance(self.built.setup.adapter, TrainsBaseWeights):
             about = {"kind": self.config.adapter.kind, **self._make_adapter_metadata()}
-            write_trained_weights(self.built, self.world, directory, about)
+            add_files = self._save_chat_tokenizer
+            write_trained_weights(self.built, self.world, directory, about, add_files)
         else:
             tensors = self.built.gather_adapter(keep=self.world.is_first)
             write = partial(self._write_adapter, directory, tensors)
@@ -336,10 +337,10 @@ class Trainer:
         def write_after_adapter() -> None:
             if attention is not None:
                 attention.write_json(self.run_dir)
-            self._write_adapter_extras(directory, logits)
+            self._complete_probe_and_report(logits)
             report_peft_form(self.config, self.built, self.run_dir)
 
-        self.world.run_on_first("write tokenizer, probe and report", write_after_adapter)
+        self.world.run_on_first("write probe and report", write_after_adapter)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
     def _write_adapter(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -361,10 +362,7 @@ class Trainer:
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         return find_turn_end_ids(cast(Any, rows), special)
 
-    def _write_adapter_extras(self, directory: Path, logits: Tensor) -> None:
-        """Write the chat template's tokenizer, the completed probe and the report."""
-        if isinstance(self.built.setup.adapter, TrainsBaseWeights):
-            self._save_chat_tokenizer(directory)
+    def _complete_probe_and_report(self, logits: Tensor) -> None:
         self.probe.add_trained_logits(logits)
         write_run_report(self.run_dir, self.make_report_summary())
 

@@ -14,6 +14,7 @@ from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
 from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
 from dist_peft.app.document_isolation import count_packed_tokens
+from dist_peft.app.earlier_log import append_to_earlier_log
 from dist_peft.app.model_setup import (
     LoadedModel,
     ModelSetup,
@@ -67,7 +68,9 @@ def train_until_stopped(
         try:
             code = _train_in_directory(config, directory, world, device, stop)
         except StopRequested as request:
-            log.warning("%s before a step was done; rerun the same command to resume", request)
+            text = f"{request} before a step was done; rerun the same command to resume"
+            log.warning("%s", text)
+            append_to_earlier_log(text)
             code = RESUMABLE
         return directory.record_exit_code(code)
 

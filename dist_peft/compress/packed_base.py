@@ -9,13 +9,11 @@ Each linear weight of the blocks becomes packed rows::
                         everything else as in the base
     tokenizer, generation settings, licence: copies
 
-The directory is renamed to its final name when it is complete.
+``store.publish`` lets the directory appear as a whole.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,8 @@ from dist_peft.model.prequantized.base import OWN_METHOD
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.quant.codec import list_quant_keys
 from dist_peft.store.reader import RowReader
-from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
+from dist_peft.store.staged_model import StagedModel
+from dist_peft.store.writer import TensorSpec
 
 __all__ = ["open_packed_writer", "write_packed_base"]
 
@@ -41,32 +40,22 @@ _COPIED_BYTES = 64 * 2**20
 
 
 @contextmanager
-def open_packed_writer(
-    skeleton: Skeleton, out: Path, world: World
-) -> Iterator[StreamWriter | None]:
-    """Yield the writer on rank 0, None on others; remove the partial directory on exit.
+def open_packed_writer(skeleton: Skeleton, out: Path, world: World) -> Iterator[StagedModel | None]:
+    """Yield the writer on rank 0, None on others; after an error nothing is left.
 
     Args:
         skeleton: the model with its frozen linears, whose sizes the files get.
-        out: final directory; nothing is written there before ``write_packed_base`` has ended.
+        out: final directory; it appears when ``write_packed_base`` has ended.
 
     Raises:
         UserError: on every rank: no space or no permission.
     """
-    partial, writer = _get_partial_path(out), None
-    try:
+    with ExitStack() as stack:
+        staged: StagedModel | None = None
         with world.raise_together("start to write"):
             if world.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-                writer = StreamWriter(partial, _list_tensor_specs(skeleton), MAX_FILE_BYTES)
-        if writer is None:
-            yield None
-        else:
-            with writer:
-                yield writer
-    finally:
-        if world.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+                staged = stack.enter_context(StagedModel(out, _list_tensor_specs(skeleton)))
+        yield staged
 
 
 def write_packed_base(
@@ -74,24 +63,22 @@ def write_packed_base(
     skeleton: Skeleton,
     engine: Engine,
     origin: Mapping[str, Any],
-    out: Path,
     world: World,
-    writer: StreamWriter | None,
+    writer: StagedModel | None,
 ) -> None:
-    """Gather one linear at a time and write it from rank 0, then rename the directory to ``out``.
+    """Gather one linear at a time and write it from rank 0, then publish the directory.
 
     Args:
         base: the unquantized base, and the quantization of the loaded model.
         skeleton: the loaded model.
         engine: shards the packed rows of ``skeleton``.
         origin: ``made_from`` in ``config.json``.
-        out: absent or an empty directory.
         writer: of ``open_packed_writer``.
 
     Raises:
         UserError: on every rank: no space or no permission.
     """
-    linears, partial = _map_packed_linears(skeleton), _get_partial_path(out)
+    linears = _map_packed_linears(skeleton)
     for source, linear in linears.items():
         packed = engine.gather_parameter(linear.packed)
         with world.raise_together(f"write {source}"):
@@ -100,15 +87,8 @@ def write_packed_base(
     with world.raise_together("write the rest"):
         if writer is not None:
             _copy_unpacked_tensors(skeleton, set(linears), writer)
-            writer.close()
-            _copy_configuration(base, skeleton.index.path, partial, origin)
-            if out.is_dir():
-                out.rmdir()  # empty, as was checked
-            os.replace(partial, out)
-
-
-def _get_partial_path(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
+            _copy_configuration(base, skeleton.index.path, writer.directory, origin)
+            writer.publish()
 
 
 def _map_packed_linears(skeleton: Skeleton) -> dict[str, FrozenLinear]:
@@ -132,7 +112,7 @@ def _list_tensor_specs(skeleton: Skeleton) -> list[TensorSpec]:
     return specs
 
 
-def _copy_unpacked_tensors(skeleton: Skeleton, packed: set[str], writer: StreamWriter) -> None:
+def _copy_unpacked_tensors(skeleton: Skeleton, packed: set[str], writer: StagedModel) -> None:
     with RowReader(skeleton.index) as reader:
         for name, info in skeleton.index.tensors.items():
             if name in packed:

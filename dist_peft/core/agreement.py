@@ -66,7 +66,7 @@ def exchange_values(
 
     Returns:
         The differences with ranks, hosts and values; empty where all values are equal. The same
-        text on every rank.
+        text on every rank; other ranks may not have read it yet.
 
     Raises:
         UserError: a rank did not come within ``seconds``.
@@ -87,9 +87,7 @@ def exchange_values(
         message = describe_differences(list(zip(groups, told, strict=True)), hosts)
         store.set(f"{topic}/message", message)
     _wait_for_keys(store, [f"{topic}/message"], seconds + GRACE_SECONDS, "rank 0")
-    text = store.get(f"{topic}/message").decode()
-    _wait_until_all_read(store, len(hosts), topic)
-    return text
+    return store.get(f"{topic}/message").decode()
 
 
 def _write_comparison_verdict(store: KeyValueStore, size: int, topic: str, seconds: float) -> None:
@@ -123,14 +121,6 @@ def _wait_for_keys(store: KeyValueStore, keys: list[str], seconds: float, whom: 
             )
         time.sleep(pause)
         pause = min(2 * pause, longest)
-
-
-def _wait_until_all_read(store: KeyValueStore, size: int, topic: str) -> None:
-    """Wait until all ranks have read the message, before any leaves or closes the store."""
-    store.add(f"{topic}/read", 1)
-    end = time.monotonic() + GRACE_SECONDS
-    while store.add(f"{topic}/read", 0) < size and time.monotonic() < end:
-        time.sleep(POLL_SECONDS[1])
 
 
 def describe_differences(

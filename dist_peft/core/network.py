@@ -6,6 +6,7 @@ system lists is often the wrong one. The kernel's routing table knows which one 
 
 import errno
 import ipaddress
+import os
 import secrets
 import socket
 import threading
@@ -17,6 +18,7 @@ from dist_peft.core.stop_signals import StopRequested, is_stop_requested
 
 __all__ = [
     "AddressProbeServer",
+    "explain_absent_interface",
     "find_interface",
     "find_local_address_towards",
     "is_loopback",
@@ -49,6 +51,29 @@ def find_interface(address: str) -> str | None:
         if any(entry.address == address for entry in entries):
             return str(name)
     return None
+
+
+def explain_absent_interface(variable: str) -> str:
+    """Return why the interfaces that an environment variable names cannot be used here.
+
+    Args:
+        variable: holds names separated by commas, as gloo reads them.
+
+    Returns:
+        A message; empty where they can be used, or the variable is unset or empty.
+    """
+    found = {
+        name
+        for name, entries in psutil.net_if_addrs().items()
+        if any(entry.family in (socket.AF_INET, socket.AF_INET6) for entry in entries)
+    }
+    absent = [name for name in os.environ.get(variable, "").split(",") if name not in {*found, ""}]
+    if not absent:
+        return ""
+    return (
+        f"{variable} names the interface {absent[0]!r}, and this host has no such interface with "
+        f"an IP address; set it to one of {', '.join(sorted(found))}, or unset it"
+    )
 
 
 def wait_for_port(address: str, port: int, seconds: float) -> str | None:

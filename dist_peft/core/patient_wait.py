@@ -10,10 +10,11 @@ that is missing every ``WATCH_SECONDS``.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from dist_peft.core.agreement import KeyValueStore, format_ranks
 
-__all__ = ["LostRankError", "wait_for_all_ranks"]
+__all__ = ["LostRankError", "confirm_answer_read", "wait_for_all_ranks"]
 
 log = logging.getLogger("dist_peft")
 
@@ -65,8 +66,30 @@ def wait_for_all_ranks(
         raise LostRankError(f"{lost} died during the phase {phase!r}: no sign of life")
 
 
+def confirm_answer_read(store: KeyValueStore, rank: int, hosts: Sequence[str], topic: str) -> None:
+    """Tell rank 0 that this rank has read an answer after which all end; rank 0 waits for it.
+
+    Rank 0 may serve the store. If it ended first, a rank that is slow would find a broken
+    connection in the place of the answer. Ranks that have died are not waited for.
+
+    Args:
+        topic: prefix of the keys in the store, not used before.
+    """
+    if rank != 0:
+        with suppress(RuntimeError):  # the store is gone, and the answer is here
+            store.set(f"{topic}/{rank}", "")
+        return
+    watch = _AbsenceWatch(store, topic, hosts)
+    readers = [f"{topic}/{r}" for r in range(1, len(hosts))]
+    pause = 0.002
+    while not store.check(readers) and not store.check([f"{topic}/end"]):
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+        watch.look_for_dead_ranks("read the answer")
+
+
 class _AbsenceWatch:
-    """Rank 0's view of the ranks that have not come to a ``wait_for_all``."""
+    """Rank 0's view of the ranks that have not come yet."""
 
     def __init__(self, store: KeyValueStore, topic: str, hosts: Sequence[str]) -> None:
         self._store, self._topic, self._hosts = store, topic, hosts

@@ -35,13 +35,14 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo
 from dist_peft.core.mpi import exchange_master_address
 from dist_peft.core.network import (
+    explain_absent_interface,
     find_interface,
     find_local_address_towards,
     is_loopback,
     listen_at_address,
     wait_for_port,
 )
-from dist_peft.core.patient_wait import wait_for_all_ranks
+from dist_peft.core.patient_wait import confirm_answer_read, wait_for_all_ranks
 from dist_peft.core.stop_signals import (
     StopRequested,
     describe_stop_request,
@@ -123,7 +124,10 @@ class Rendezvous:
         self.wait_for_all("compare configurations")  # else for ``seconds``, also for a dead rank
         self._topics += 1
         topic = f"same/{self._topics}"
-        return exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
+        text = exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
+        if text:  # all end
+            confirm_answer_read(self.store, self._rank, self.hosts, f"{topic}/read")
+        return text
 
     @property
     def background_store(self) -> dist.Store:
@@ -165,6 +169,7 @@ def join_rendezvous(
     store = _open_rendezvous_store(place, address, port, end, seconds, serves)
     try:
         store.set(f"device/{place.rank}", device_uuid)
+        store.set(f"fault/{place.rank}", explain_absent_interface("GLOO_SOCKET_IFNAME"))
         _register_rank(store, place, _find_outgoing_address(address, port), where, token or {})
         if place.rank == 0:
             _wait_for_all_ranks(store, place, where, end, seconds)
@@ -268,8 +273,8 @@ def _wait_for_all_ranks(
             )
         else:
             hosts = [entry[0] for entry in verdict["table"]]
-            verdict["error"] = _describe_foreign_ranks(store, hosts, where)
-            verdict["error"] = verdict["error"] or _describe_shared_device(store, hosts)
+            error = _describe_foreign_ranks(store, hosts, where) or _find_fault(store, hosts)
+            verdict["error"] = error or _describe_shared_device(store, hosts)
     store.set("verdict", json.dumps(verdict))
     if verdict["error"] or verdict["stop"]:
         _wait_until_verdict_read(store, place.size - len(others) - 1)
@@ -316,6 +321,14 @@ def _describe_shared_device(store: dist.Store, hosts: Sequence[str]) -> str:
         f"{format_ranks(shared)} on {hosts[shared[0]]} have the same CUDA device; start one "
         "process a device, or let the launcher show each process its own (srun --gpus-per-task=1)"
     )
+
+
+def _find_fault(store: dist.Store, hosts: Sequence[str]) -> str:
+    """Return the first fault that a rank has found on its own host; empty if there is none."""
+    for rank, host in enumerate(hosts):
+        if fault := store.get(f"fault/{rank}").decode():
+            return f"rank {rank} on {host}: {fault}"
+    return ""
 
 
 def _describe_absent_ranks(

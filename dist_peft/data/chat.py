@@ -44,6 +44,9 @@ Tools = list[dict[str, Any]] | None
 
 _MADE_UP = "unheardof"
 
+_USUAL_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Those that this project's template writes, and that need no word in others."""
+
 
 @dataclass(frozen=True)
 class RenderedChat:
@@ -199,6 +202,13 @@ class ChatRenderer:
             role = message["role"]
             if role in self._known_roles:
                 continue
+            place = f"{where}, message {index + 1}"
+            if self._chat.is_default and role not in _USUAL_ROLES:
+                raise UserError(
+                    f"{place}: the role {role} is unknown; known are {', '.join(_USUAL_ROLES)}. "
+                    "Rename the role, remove such messages, or give the tokenizer a chat template "
+                    "that has it"
+                )
             said = [p for p in finder.pieces if p.message == index and p.key == "content"]
             if not said:
                 continue
@@ -206,16 +216,22 @@ class ChatRenderer:
             if dropped if role == "system" else not (dropped and role == "developer"):
                 if self._is_unknown_role(role, messages, tools, text):
                     raise UserError(
-                        f"{where}, message {index + 1}: {self._chat} does not know the role "
+                        f"{place}: {self._chat} does not know the role "
                         f"{role}, and {'leaves it out' if dropped else 'writes it as another'}; "
                         "rename the role, or remove such messages"
                     )
-                if not dropped:
+                if not dropped and role in _USUAL_ROLES:
                     self._known_roles.add(role)
+                elif not dropped and not self._chat.names_role(role, tools):
+                    self._count_note(
+                        f"messages have the role {role}, which the chat template writes like any "
+                        "name and which is not trained on",
+                        place,
+                    )
 
     def _is_unknown_role(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
         """Return whether the template treats ``role`` like a made-up role."""
-        if re.search(f"['\"]{re.escape(role)}['\"]", self._chat.get_jinja_source(tools)):
+        if self._chat.names_role(role, tools):
             return False
         other = [{**m, "role": _MADE_UP} if m["role"] == role else m for m in messages]
         try:

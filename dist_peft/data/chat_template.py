@@ -122,6 +122,10 @@ class ChatTemplate:
         """Return whether the template itself marks the assistant's text."""
         return _GENERATION.search(self.get_jinja_source(tools)) is not None
 
+    def names_role(self, role: str, tools: Tools | None = None) -> bool:
+        """Return whether the template itself has the name of ``role`` in quotes."""
+        return re.search(f"['\"]{re.escape(role)}['\"]", self.get_jinja_source(tools)) is not None
+
     def render_text(
         self, messages: Messages, tools: Tools | None = None, *, prompt: bool = False
     ) -> str:

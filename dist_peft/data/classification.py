@@ -142,7 +142,7 @@ class LabelledLoader(Loader[LabelledBatch]):
     def _collate_rows(self, numbers: Sequence[int]) -> LabelledBatch:
         made = [self._load_row(number) for number in numbers]
         width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
-        input_ids = torch.full((len(made), width), self._pad_id)
+        input_ids = torch.full((len(made), width), self.pad_id)
         mask, types = (torch.zeros(len(made), width, dtype=torch.long) for _ in range(2))
         for b, (tokens, _, own_types) in enumerate(made):
             input_ids[b, : len(tokens)] = tokens

@@ -141,6 +141,9 @@ class Loader(ABC, Generic[BatchT]):
         seq_len: padded length of packed sequences; at least that of the data set.
         pad_id: padding token; any valid one, it is never attended to or predicted.
         order: sequences of each step; default: all in one pool.
+
+    Attributes:
+        rows, pad_id: as given.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class Loader(ABC, Generic[BatchT]):
         self._data_rank = data_rank
         self._data_size = data_size
         self._seq_len = seq_len
-        self._pad_id = pad_id
+        self.pad_id = pad_id
         self._order = order or PoolOrder(len(rows), seed, shuffle)
 
     def check_steps(self, steps: int) -> None:
@@ -239,7 +242,7 @@ class TokenLoader(Loader[Batch]):
         empty = torch.zeros(0, dtype=torch.long)
         made = [(empty,) * 3 if n == _FILLER else self.rows.get_sequence(n) for n in numbers]
         width = self._pad_width(max(len(tokens) for tokens, _, _ in made))
-        input_ids = torch.full((len(made), width), self._pad_id)
+        input_ids = torch.full((len(made), width), self.pad_id)
         labels = torch.full((len(made), width), IGNORE)
         position_ids = torch.zeros((len(made), width), dtype=torch.long)
         for b, (tokens, targets, positions) in enumerate(made):

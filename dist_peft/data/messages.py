@@ -54,7 +54,7 @@ def normalize_message(message: Any, where: str) -> dict[str, Any]:
                 f"{where} is from {speaker!r}; known are {', '.join(sorted(_SHAREGPT_ROLES))}"
             )
         given = {"role": _SHAREGPT_ROLES[speaker], "content": given.pop("value", None), **given}
-    if not isinstance(given.get("role"), str):
+    if not isinstance(given.get("role"), str) or not given["role"].strip():
         raise UserError(f"{where} has no role; its keys are {', '.join(message)}")
     if given.get("content") is None and given.get("tool_calls"):
         given.pop("content", None)

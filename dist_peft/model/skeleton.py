@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model import classifier
+from dist_peft.model.config_sizes import refuse_impossible_sizes
 from dist_peft.model.document_attention import (
     build_document_masks,
     select_document_attention,
@@ -209,35 +210,18 @@ def _read_model_config(base: BaseConfig, directory: Path) -> PretrainedConfig:
     described = read_json_object(directory / "config.json")
     if not base.trust_remote_code:
         refuse_hub_kernels(described, directory / "config.json")
+    refuse_impossible_sizes(described, directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code)
     except REFUSALS as error:
         raise UserError(
             f"cannot use {directory / 'config.json'}: {format_library_error(error)}"
         ) from None
-    _refuse_impossible_sizes(config, directory / "config.json")
+    refuse_impossible_sizes(config, directory / "config.json")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers must not apply it
     config.use_cache = False
     return config
-
-
-_LIMITS = {
-    **dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "head_dim"), 2**31),
-    **dict.fromkeys(("num_key_value_heads", "intermediate_size"), 2**31),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 2**20),
-    "num_hidden_layers": 10_000,
-}
-"""Sizes of a model by key of its configuration, and the first that no model has."""
-
-
-def _refuse_impossible_sizes(config: PretrainedConfig, file: Path) -> None:
-    """Refuse sizes with which building the model fails obscurely, or does not end."""
-    for key, limit in _LIMITS.items():
-        size = getattr(config.get_text_config(), key, None)
-        least = 0 if "experts" in key else 1
-        if type(size) is int and not least <= size < limit:
-            raise UserError(f"{file} says {key} {size}, which no model has; get the base again")
 
 
 def _build_on_meta(

@@ -34,6 +34,9 @@ def check_output_free(out: Path, *, overwrite: bool = False, inputs: Sequence[Pa
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a new directory")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"cannot write {out}: {parent} is a file; choose another place")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:

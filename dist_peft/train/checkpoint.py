@@ -183,7 +183,7 @@ class CheckpointManager:
 
     def _set_later_aside(self, step: int) -> None:
         """Move later checkpoints of an older run away, so that this run cannot resume from them."""
-        for path in self.list_complete():
+        for path in self.list_published():
             if parse_checkpoint_step(path) > step:
                 kept = self.directory / "superseded" / path.name
                 kept.parent.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ class CheckpointManager:
 
     def _remove_older(self, newest: Path) -> None:
         best = BestCheckpoint.read_from(self.directory) if self.keep_best else None
-        for old in self.list_complete()[: -self.keep]:
+        for old in self.list_published()[: -self.keep]:
             if old != newest and (best is None or parse_checkpoint_step(old) != best.step):
                 _remove_checkpoint(old)
 
@@ -211,17 +211,21 @@ class CheckpointManager:
 
     # -- reading -------------------------------------------------------------------------------
 
-    def list_complete(self) -> list[Path]:
-        """Return complete checkpoints, oldest first; log incomplete ones."""
-        complete = []
+    def list_published(self) -> list[Path]:
+        """Return published checkpoints, oldest first; log those that never were.
+
+        One rename publishes a checkpoint as a whole. So one that lacks files is damaged, and counts
+        here: a run whose only checkpoint it is must not start over without a word.
+        """
+        published = []
         for path in sorted(
             self.directory.glob("*step-*"), key=lambda p: (parse_checkpoint_step(p), p.name)
         ):
-            if path.name.startswith("step-") and (path / "run.json").is_file():
-                complete.append(path)
+            if path.name.startswith("step-"):
+                published.append(path)
             else:
                 log.warning("skipping incomplete checkpoint %s", path, extra=ONCE)
-        return complete
+        return published
 
     def select_checkpoint(self, resume: str) -> Path | None:
         """Return the checkpoint to resume from, verified. Collective.
@@ -267,11 +271,11 @@ class CheckpointManager:
         return None
 
     def _share_newest_first(self) -> list[Path]:
-        """Return the first rank's complete checkpoints on every rank, newest first."""
+        """Return the first rank's published checkpoints on every rank, newest first."""
         names: list[str] = []
         with self.world.raise_together("look for checkpoints"):
             if self.world.is_first:
-                names = [path.name for path in reversed(self.list_complete())]
+                names = [path.name for path in reversed(self.list_published())]
         shared: list[str] = json.loads(broadcast_text(json.dumps(names)))
         return [self.directory / name for name in shared]
 
@@ -295,8 +299,8 @@ class CheckpointManager:
                 )
             step = int(which) if best is None else best.step
             path = self.directory / f"step-{step:06d}"
-            if not (path / "run.json").is_file():
-                steps = [str(parse_checkpoint_step(p)) for p in self.list_complete()]
+            if not path.exists():
+                steps = [str(parse_checkpoint_step(p)) for p in self.list_published()]
                 raise UserError(
                     f"there is no complete checkpoint {path}; there are steps "
                     f"{', '.join(steps) or 'none'}"

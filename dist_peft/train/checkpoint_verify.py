@@ -67,7 +67,7 @@ def find_checkpoint_damage(path: Path, world: World) -> str | None:
 def _find_damage_of_share(path: Path, rank: int, size: int) -> str | None:
     """Check the position, the record and every ``size``-th file, beginning with number ``rank``."""
     if not path.is_dir():
-        return f"rank {rank} does not see it"
+        return "it is no directory" if path.exists() else f"rank {rank} does not see it"
     files = read_checksum_record(path)
     if files is not None:
         if absent := {"run.json", ".metadata"} - files.keys():

@@ -193,12 +193,19 @@ def test_configuration_that_contradicts_the_adapter_is_refused(
         "base.path=absent",
     ],
 )
-def test_refused_override_changes_nothing(trained: Path, override: str) -> None:
-    """On a finished run: a later merge would believe the configuration that was refused."""
+def test_refused_override_changes_nothing(
+    trained: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a finished run: a later merge would believe the configuration that was refused. Only its
+    log says that there was one."""
     run, config = trained / "run", str(trained / "config.yaml")
     before = snapshot(run)
     assert cli.main(["train", "--config", config, override]) == 2
-    assert snapshot(run) == before
+    after = snapshot(run)
+    added = after.pop("log.txt").removeprefix(before.pop("log.txt")).decode()
+    assert after == before
+    message = capsys.readouterr().err.rpartition("dist-peft: ")[2]
+    assert added.count(" ERROR ") == 1 and added.endswith(f" ERROR {message}") and message
     if override.startswith(("adapter", "base.quant")):
         return  # right for a new run
     new = trained / "new"

@@ -40,7 +40,11 @@ def check_row(row: Row, workspace: Path, place: Path) -> str:
     for message in told:
         missing = [w for w in row.words if w.lower() not in message.lower()]
         assert not missing, f"{missing} not in the message\n{printed}"
-    check_unchanged(before, list_contents(place), told)
+    after = list_contents(place)
+    check_unchanged(before, after, told)
+    log = before.get("run/log.txt", b"(special)")
+    if row.command == "resume" and not log.startswith((b"(special)", b"link to ")):
+        assert after["run/log.txt"] != log, "the log of the earlier run does not say it"
     return told[0]
 
 

@@ -16,6 +16,7 @@ from tests.bad_input.case import (
     edit_tensors,
     fifo,
     link,
+    records,
     remove,
     write,
 )
@@ -25,6 +26,17 @@ WEIGHTS = "base/model.safetensors"
 INDEX = "base/model.safetensors.index.json"
 TOKENIZER = "base/tokenizer.json"
 NORM = "model.norm.weight"
+ADDED_TOKEN = edit_json(
+    TOKENIZER,
+    added_tokens=[
+        {
+            "id": 97,
+            "content": "[added]",
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+            "special": True,
+        }
+    ],
+)
 
 
 def _config(name: str, *words: str, **values: Any) -> Row:
@@ -67,6 +79,9 @@ ROWS = [
     _config("model_type nonsense", "nonsense", model_type="nonsense"),
     _config("hidden_size -64", "config.json", "hidden_size", hidden_size=-64),
     _config("hidden_size 0", "config.json", "hidden_size", hidden_size=0),
+    _config("heads 0", "config.json", "num_attention_heads 0", num_attention_heads=0),
+    _config("heads -4", "config.json", "num_attention_heads -4", num_attention_heads=-4),
+    _config("key heads 0", "config.json", "num_key_value_heads 0", num_key_value_heads=0),
     _config("hidden_size another", "config.json", "shape", hidden_size=32),
     _config("vocab_size -1", "config.json", "vocab_size", vocab_size=-1),
     _config("layers 10**9", "config.json", "num_hidden_layers", num_hidden_layers=10**9),
@@ -214,6 +229,24 @@ ROWS = [
         "train",
         ("eos_token", "stop"),
         edit_json("base/tokenizer_config.json", eos_token=None),
+    ),
+    Row(
+        "tokenizer of a larger model",
+        "train",
+        ("98 tokens with ids up to 97", "embeddings for 97", "vocab_size"),
+        edit_json(TOKENIZER, "model", "vocab", w97=97),
+    ),
+    Row(
+        "tokenizer with an id far beyond",
+        "train",
+        ("ids up to 1,000,000", "embeddings for 97"),
+        edit_json(TOKENIZER, "model", "vocab", w50=1_000_000),
+    ),
+    Row(
+        "tokenizer with an added token in the data",
+        "train",
+        ("data.train has token 97", "resize_token_embeddings"),
+        both(ADDED_TOKEN, records("train.jsonl", {"prompt": "w9 ", "completion": "[added]"})),
     ),
     # -- the same through other commands
     Row(

@@ -216,6 +216,20 @@ ROWS = [
         [USER, {"role": "assistant", "tool_calls": [{"function": {}}]}],
         "name",
     ),
+    _chat(
+        "chat role wizard",
+        [USER, {"role": "wizard", "content": "w7"}, {"role": "assistant", "content": "w5"}],
+        "record 1, message 2",
+        "role wizard",
+        "system, developer, user",
+    ),
+    _chat(
+        "chat role misspelt",
+        [USER, {"role": "asistant", "content": "w7"}, {"role": "assistant", "content": "w5"}],
+        "role asistant",
+        "assistant, tool",
+    ),
+    _chat("chat role empty", [{"role": "", "content": "w7"}, USER], "no role", "message 1"),
     Row(
         "chat preferences",
         "chat",

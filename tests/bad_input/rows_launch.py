@@ -1,6 +1,6 @@
 """Bad command lines and environments; several ranks."""
 
-from tests.bad_input.case import Row, edit_json, edit_tensors, fifo, remove
+from tests.bad_input.case import Row, edit_json, edit_tensors, fifo, records, remove
 
 TWO = {"ranks": 2}
 SHORT = ("engine.start_timeout_minutes=0.08",)
@@ -152,6 +152,43 @@ ROWS = [
         "train",
         ("MASTER_PORT='port' is not a number",),
         env={"MASTER_PORT": "port"},
+        **TWO,
+    ),
+    Row(
+        "2 ranks: GLOO_SOCKET_IFNAME nonsense",
+        "train",
+        ("GLOO_SOCKET_IFNAME", "'nonsense0'", "set it to one of", "lo", "or unset it"),
+        env={"GLOO_SOCKET_IFNAME": "nonsense0"},
+        **TWO,
+    ),
+    Row(
+        "2 ranks: GLOO_SOCKET_IFNAME of one rank with a second name",
+        "train",
+        ("rank 1 on", "GLOO_SOCKET_IFNAME", "'eth99'"),
+        rank_env={1: {"GLOO_SOCKET_IFNAME": "lo,eth99"}},
+        **TWO,
+    ),
+    Row(
+        "2 ranks: another lr",
+        "train",
+        ("train.lr is 0.01 on rank 0", "and 0.02 on rank 1"),
+        rank_args={1: ("train.lr=0.02",)},
+        **TWO,
+    ),
+    Row(
+        "2 ranks: other data",
+        "train",
+        ("the same inputs", "contents of data.train"),
+        rank_args={1: ("data.train=[other/train.jsonl]",)},
+        damage=records("other/train.jsonl", *[{"prompt": "w9 ", "completion": "w5 w6"}] * 4),
+        **TWO,
+    ),
+    Row(
+        "2 ranks: one with too few records",
+        "train",
+        ("2 ranks but only 1 rows in data.train", "start at most 1 processes"),
+        rank_args={1: ("data.train=[other/train.jsonl]",)},
+        damage=records("other/train.jsonl", {"prompt": "w9 ", "completion": "w5 w6"}),
         **TWO,
     ),
     Row("2 ranks: r 10**9", "train", ("adapter.r", "65536"), args=("adapter.r=1000000000",), **TWO),

@@ -11,6 +11,7 @@ from tests.bad_input.case import (
     both,
     copy,
     cut,
+    directory,
     edit_json,
     edit_tensors,
     edit_yaml,
@@ -51,6 +52,10 @@ def _fill(tensors: dict[str, Any], value: float) -> None:
     tensors[A].fill_(value)
 
 
+def _fill_one(tensors: dict[str, Any], value: float) -> None:
+    next(t for name, t in sorted(tensors.items()) if "down.0.weight" in name)[-1, -1] = value
+
+
 class _Evil:
     def __reduce__(self) -> Any:
         return print, ("code ran",)
@@ -66,6 +71,16 @@ ROWS = [
     _checkpoint("run.json deep nesting", write(f"{LAST}/run.json", "[" * 100_000), "run.json"),
     _checkpoint("run.json step -1", edit_json(f"{LAST}/run.json", step=-1), "run.json"),
     _checkpoint("run.json step 20", edit_json(f"{LAST}/run.json", step=20), "run.json"),
+    _checkpoint("run.json missing", _drop("run.json"), "run.json: No such file"),
+    _checkpoint("run.json a FIFO", fifo(f"{LAST}/run.json"), "run.json", "regular file"),
+    _checkpoint("run.json a directory", directory(f"{LAST}/run.json"), "run.json", "regular file"),
+    _checkpoint(
+        "without any file",
+        both(remove(LAST), directory(LAST)),
+        "every checkpoint",
+        "unreadable run.json",
+    ),
+    _checkpoint("a file", both(remove(LAST), write(LAST, "x")), "it is no directory"),
     _checkpoint("files.json empty", write(f"{LAST}/files.json", ""), "files.json"),
     _checkpoint("files.json a FIFO", fifo(f"{LAST}/files.json"), "files.json", "regular file"),
     _checkpoint("metadata cut", cut(f"{LAST}/.metadata", 40), ".metadata"),
@@ -210,6 +225,18 @@ ROWS = [
         "fuse",
         ("bottleneck_b", "truncated"),
         cut("bottleneck_b/adapter.safetensors", -50),
+    ),
+    Row(
+        "fused adapter NaN",
+        "fuse",
+        ("adapter.adapters: bottleneck_b", "adapter_down.0.weight", "holds nan"),
+        edit_tensors("bottleneck_b/adapter.safetensors", lambda t: _fill_one(t, float("nan"))),
+    ),
+    Row(
+        "fused adapter infinite",
+        "fuse",
+        ("adapter.adapters: bottleneck_a", "holds inf"),
+        edit_tensors("bottleneck_a/adapter.safetensors", lambda t: _fill_one(t, float("inf"))),
     ),
     Row(
         "fused adapter a LoRA",

@@ -5,13 +5,12 @@ runs as a user runs it, in forked processes.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bad_input import rows_base, rows_config, rows_data, rows_launch, rows_runs
-from tests.bad_input.case import COMMANDS, Row, make_workspace
+from tests.bad_input.case import COMMANDS, Row
 from tests.bad_input.checks import check_row, check_unchanged, find_message
 from tests.support.forked_commands import Ended, run_forked
 
@@ -28,17 +27,6 @@ MOST_OTHERS = 6
 """Messages of other rows that the words of a row may fit."""
 
 messages: dict[str, str] = {}
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("bad_input") / "workspace")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "w"
-    shutil.rmtree(tmp_path / "w", ignore_errors=True)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)

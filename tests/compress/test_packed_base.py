@@ -73,7 +73,7 @@ def test_an_unusable_directory_is_told_before_solving(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
-    message = "Not a directory"
+    message = "file is a file"
     if place == "full/out":
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10, free=9))
         message = r"needs [\d,]+ bytes in all, 9 are free"

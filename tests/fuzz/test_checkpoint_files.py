@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fuzz")
     manager = CheckpointManager(directory, 1, World(), asynchronous=False)
     manager.save_checkpoint(make_whole_state(2), make_position(2))
-    (path,) = manager.list_complete()
+    (path,) = manager.list_published()
     return path
 
 

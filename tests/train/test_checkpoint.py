@@ -138,7 +138,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert torch.equal(read["param/a"], make_whole_state(9)["param/a"])
 
 
-def test_half_written_is_skipped_and_named(
+def test_half_written_and_incomplete_ones_are_passed_over_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = save_one(World(), tmp_path, 3)
@@ -147,10 +147,17 @@ def test_half_written_is_skipped_and_named(
     shutil.copytree(good, without)
     (without / "run.json").unlink()
     with caplog.at_level(logging.WARNING, "dist_peft"):
-        assert single(tmp_path).list_complete() == [good]
+        assert single(tmp_path).list_published() == [good, without]
         assert single(tmp_path).select_checkpoint("auto") == good
-    assert str(partial) in caplog.text
-    assert str(without) in caplog.text
+    assert f"skipping incomplete checkpoint {partial}" in caplog.text
+    assert f"passing over damaged checkpoint {without}: run.json" in caplog.text
+    shutil.rmtree(good)  # the only one is never silently started over
+    with pytest.raises(UserError, match=r"every checkpoint .* damaged \(step-000004: run\.json"):
+        single(tmp_path).select_checkpoint("auto")
+    (tmp_path / "step-000007").touch()
+    with pytest.raises(UserError, match=r"step-000007: it is no directory; step-000004"):
+        single(tmp_path).find_checkpoint("last")
+    (tmp_path / "step-000007").unlink()
     save_one(World(), tmp_path, 5)  # the leftover does not stop the next attempt
     assert not partial.exists()
 

@@ -10,15 +10,16 @@
 PEFT has no such format: its ``modules_to_save`` holds whole modules along with an adapter. So there
 is no ``adapter_config.json`` here; ``dist-peft merge`` makes a model of it.
 
-Weights are written one by one, so that no rank holds all of them, to ``adapter.partial`` first.
+Weights are written one by one, so that no rank holds all of them; ``store.publish`` lets the
+directory appear as a whole.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ from dist_peft.core.span import Span
 from dist_peft.quant.codec_defaults import AffineParts
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
-from dist_peft.store.writer import StreamWriter, TensorSpec, write_atomically
+from dist_peft.store.staged_model import StagedModel
+from dist_peft.store.writer import TensorSpec, write_atomically
 
 __all__ = ["TrainedWeightsMerger", "WeightsWriter", "contains_trained_weights"]
 
@@ -50,6 +52,8 @@ def contains_trained_weights(adapter_dir: Path) -> bool:
 class WeightsWriter:
     """Writes ``directory`` tensor by tensor; it appears when it is complete.
 
+    A context manager: leaving it by an exception leaves nothing, not even of a killed process.
+
     Args:
         directory: an older one is replaced.
         shapes: name in the base's files -> shape, of everything that will be written.
@@ -63,20 +67,22 @@ class WeightsWriter:
         self, directory: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]
     ) -> None:
         assert metadata["kind"] in WEIGHT_KINDS
-        self.directory, self.metadata = directory, {**metadata, "tensors": sorted(shapes)}
-        self._partial = directory.with_name(f"{directory.name}.partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed here
+        self.metadata = {**metadata, "tensors": sorted(shapes)}
         specs = [TensorSpec(n, torch.float32, tuple(shape)) for n, shape in shapes.items()]
-        self._stack = ExitStack()
-        self._writer = self._stack.enter_context(StreamWriter(self._partial, specs))
+        self._staged = StagedModel(directory, specs)
         self._failure: UserError | None = None
+
+    @property
+    def staged_directory(self) -> Path:
+        """The hidden directory that will be published; for further files."""
+        return self._staged.directory
 
     def write_parameter(self, name: str, whole: Tensor) -> None:
         """Write one tensor. ``close`` raises disk-full errors: ranks must keep gathering."""
         if self._failure is not None:
             return
         try:
-            self._writer.write_rows(name, whole.float())
+            self._staged.write_rows(name, whole.float())
         except UserError as error:
             self._failure = error
 
@@ -86,18 +92,22 @@ class WeightsWriter:
         Raises:
             UserError: the disk is full.
         """
-        try:
-            with self._stack:
-                if self._failure is not None:
-                    raise self._failure
+        with self:
+            if self._failure is not None:
+                raise self._failure
             text = json.dumps(self.metadata, indent=2) + "\n"
-            write_atomically(self._partial / "dist_peft.json", text)
-            if self.directory.exists():
-                shutil.rmtree(self.directory)
-            self._partial.rename(self.directory)
-        except BaseException:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise
+            write_atomically(self._staged.directory / "dist_peft.json", text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._staged.__exit__(kind, error, trace)
 
 
 class TrainedWeightsMerger:

@@ -52,6 +52,7 @@ from dist_peft.adapters.protocol import (
     PublicAdapter,
     collect_gathered_parameters,
 )
+from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.core.config.adapter import BottleneckConfig, FusedAdapter, FusionConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -282,9 +283,15 @@ class _FusedAdapterSource:
     def read_layer_rows(self, path: str, names: Mapping[str, Any]) -> dict[str, Rows]:
         """Return readers of the parameters of the adapter at ``path``, by own name."""
         keys = {name: build_adapterhub_key(self.found[path], self.own, name) for name in names}
-        return {name: partial(_read_tensor_rows, self.index, key) for name, key in keys.items()}
+        return {name: partial(self._read_tensor_rows, key) for name, key in keys.items()}
 
+    def _read_tensor_rows(self, key: str, span: Span) -> Tensor:
+        """Read rows of a tensor.
 
-def _read_tensor_rows(index: SafetensorsIndex, key: str, span: Span) -> Tensor:
-    with RowReader(index) as reader:
-        return reader.read_rows(key, span)
+        Raises:
+            UserError: a value is NaN or infinite.
+        """
+        with RowReader(self.index) as reader:
+            rows = reader.read_rows(key, span)
+        check_tensor_values({key: rows}, self.what)
+        return rows

@@ -1,12 +1,14 @@
 """``dist-peft train``: fine-tune an adapter."""
 
 import argparse
+from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.earlier_log import name_run_directory
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.tasks import check_task_config
 from dist_peft.app.training_run import train_until_stopped
-from dist_peft.core.config.io import load_config
+from dist_peft.core.config.io import find_save_directory, load_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.stop_signals import catch_stop_signals
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, world: World) -> int:
     """Train the configuration of ``--config`` and its overrides; return the exit code."""
+    name_run_directory(find_save_directory(args.config, args.overrides), world)
     return train_from_config(load_config(args.config, args.overrides), world)
 
 
@@ -31,6 +34,7 @@ def train_from_config(config: RunConfig, world: World) -> int:
     Raises:
         UserError: on every rank, whichever rank found the error.
     """
+    name_run_directory(Path(config.save.dir), world)
     if config.adapter.kind == "none":
         raise UserError("adapter.kind is none: nothing would be trained; choose lora")
     if config.train.tasks == "separate":

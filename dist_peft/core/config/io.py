@@ -8,6 +8,7 @@ import difflib
 import re
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from dist_peft.core.config.environment import (
     resolve_stored_references,
 )
 from dist_peft.core.config.moved_paths import resolve_moved_paths
-from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.run import RunConfig, SaveConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["dump_config", "load_config", "load_run_config", "parse_config"]
+__all__ = ["dump_config", "find_save_directory", "load_config", "load_run_config", "parse_config"]
 
 _NO_SECTION = ("model_type", "model_attributes_type")
 """pydantic's error types for a value that is not a section."""
@@ -45,6 +46,23 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
             asks for code of the base to be run.
     """
     return _load_config_file(Path(path), overrides)
+
+
+def find_save_directory(path: str | Path, overrides: typing.Sequence[str] = ()) -> Path | None:
+    """Return ``save.dir`` of a configuration that may be wrong in other keys; None if unknown."""
+    file = Path(path)
+    with suppress(
+        UserError, YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError
+    ):
+        if file.is_file():
+            tree = _load_sections(file)
+            for item in overrides:
+                if item.startswith("save.dir="):
+                    tree = _apply_override(tree, item, file)
+            found = OmegaConf.select(tree, "save.dir", default=SaveConfig().dir)
+            if isinstance(found, str) and found and "\0" not in found:
+                return Path(found)
+    return None
 
 
 def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:

@@ -15,7 +15,7 @@ from dist_peft.adapters.full.format import (
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.store.writer import StreamWriter
+from dist_peft.store.staged_model import StagedModel
 
 TENSORS = {"a.weight": torch.arange(12.0).view(4, 3), "b.bias": torch.ones(5)}
 
@@ -54,7 +54,7 @@ def test_is_no_adapter(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_at_the_end(tmp_path: Path) -> None:
     """Until then the other ranks gather with this one."""
     with (
-        mock.patch.object(StreamWriter, "write_rows", side_effect=UserError("disk is full")),
+        mock.patch.object(StagedModel, "write_rows", side_effect=UserError("disk is full")),
         pytest.raises(UserError, match="disk is full"),
     ):
         write(tmp_path / "adapter")
@@ -62,7 +62,7 @@ def test_a_full_disk_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / "adapter.partial"
+    left = tmp_path / ".adapter.partial"
     left.mkdir()
     (left / "model-00001-of-00002.safetensors").write_bytes(b"")
     write(tmp_path / "adapter")
