@@ -3,8 +3,9 @@
     python benchmarks/startup_calls.py [--ranks N ...] [--directory DIR]
 
 The project's own rendezvous, agreement and wait run as N ranks, a thread each, on one store in
-memory that counts their calls: register, read the verdict, compare the configuration, and wait
-``--seconds`` for one rank that downloads. Then N ranks hold their two connections (the store's and
+memory that counts their calls: register and read the verdict, wait for all before they connect,
+compare the configuration (which begins with such a wait), and wait ``--seconds`` for one rank that
+downloads. Then N ranks hold their two connections (the store's and
 the heartbeat's) to a TCPStore in a process of its own, whose descriptors are counted. The mesh of a
 gloo group, which needs a process a rank, is counted on two and four ranks.
 """
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -126,15 +128,24 @@ def count_store_calls(ranks: int, seconds: float) -> list[PhaseCalls]:
             rendezvous._wait_for_all_ranks(store, place, "node0:1", end, 60)  # type: ignore[arg-type]
         rendezvous._read_verdict(store, place, "node0:1", end, 60)  # type: ignore[arg-type]
 
+    def connect(rank: int, store: CountingStore) -> None:
+        wait_for_all_ranks(store, rank, hosts, "wait/0", "connect the ranks")
+
     def compare(rank: int, store: CountingStore) -> None:
-        assert exchange_values(store, rank, hosts, "same/1", CONFIG, 60) == ""
+        come = partial(wait_for_all_ranks, store, rank, hosts, "wait/1", "compare")
+        assert exchange_values(store, rank, hosts, "same/1", CONFIG, 60, come) == ""
 
     def wait(rank: int, store: CountingStore) -> None:
         if rank == ranks // 2:
             time.sleep(seconds)
-        wait_for_all_ranks(store, rank, hosts, "wait/1", "download")
+        wait_for_all_ranks(store, rank, hosts, "wait/2", "download")
 
-    phases = {"rendezvous": meet, "compare": compare, f"wait {seconds:g} s": wait}
+    phases = {
+        "rendezvous": meet,
+        "connect": connect,
+        "compare": compare,
+        f"wait {seconds:g} s": wait,
+    }
     return [count_phase(ranks, name, run, calls) for name, run in phases.items()]
 
 

@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 
 from dist_peft.app.earlier_log import append_to_earlier_log, name_run_directory
+from dist_peft.app.last_line import claim_last_line, wait_for_exit
 from dist_peft.app.out_of_memory import describe_out_of_memory
 from dist_peft.app.stall_exit import allow_stall_exit
 from dist_peft.core.errors import RunFailure, UserError
@@ -83,12 +84,13 @@ def _run_until_exit(args: argparse.Namespace) -> int:
 
 def _report_failure(error: Exception, world: World) -> None:
     """Write the traceback of an unexpected error, then one line that says what failed."""
+    explanation = world.explain_failure(error)
+    _claim_last_line_or_wait()
     run_dir = get_log_directory()
     file = None if run_dir is None else write_traceback(error, world.rank)
     first = next(iter(str(error).strip().splitlines()), "")
     cause = f"{type(error).__name__}: {first}" if first else type(error).__name__
     cause = describe_out_of_memory(error) or cause
-    explanation = world.explain_failure(error)
     if explanation is None:
         if run_dir is None:
             write_traceback(error, world.rank)  # on stderr, where that of a lost peer is noise
@@ -113,8 +115,14 @@ def _name_rank(world: World) -> str:
     return "" if world.size == 1 else f"rank {world.rank} on {world.host}: "
 
 
+def _claim_last_line_or_wait() -> None:
+    if not claim_last_line():
+        wait_for_exit()
+
+
 def _report_end(line: str) -> None:
     """Print the last line of a command, and write it to ``log.txt`` where there is one."""
+    _claim_last_line_or_wait()
     line = redact_text(line)
     append_to_earlier_log(line)
     logger = logging.getLogger("dist_peft")

@@ -15,6 +15,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+from dist_peft.app.last_line import claim_last_line, reset_last_line
 from dist_peft.core.flight_recorder import dump_flight_recorder
 from dist_peft.core.log import FILE_ONLY, append_log_line, get_log_directory
 from dist_peft.core.world import StallReport, World
@@ -35,6 +36,7 @@ _is_allowed = False
 def allow_stall_exit() -> Iterator[None]:
     """Let a stall end this process, inside: it is a command's and not a caller's of the library."""
     global _is_allowed
+    reset_last_line()
     _is_allowed = True
     try:
         yield
@@ -50,11 +52,15 @@ def get_stall_handler(world: World) -> Callable[[StallReport], None] | None:
 def end_stalled_run(world: World, report: StallReport) -> None:
     """Write stacks, flight recorder, log and ``run_state.json``, print one line, and exit with 1.
 
+    Returns only where the main thread is about to end the process for a reason of its own.
+
     Args:
         report: of ``core.stall_watch``.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=nowhere)
+    if not claim_last_line():
+        return  # the main thread is at the same; the timer ends it if that does not end
     run_dir = get_log_directory()
     prefix = "" if world.size == 1 else f"rank {world.rank} on {world.host} stops: "
     line = f"{prefix}{report.text}"
@@ -71,6 +77,8 @@ def end_stalled_run(world: World, report: StallReport) -> None:
     with suppress(OSError):  # not through sys.stderr, whose lock the main thread may hold
         start = "\n" if os.isatty(2) else ""  # a progress bar may have left its line unfinished
         os.write(2, f"{start}dist-peft: {line}\n".encode())
+        os.dup2(nowhere, 1)  # the line stays the last: the main thread may be at work
+        os.dup2(nowhere, 2)
     report.wait_until_read()
     os._exit(1)
 

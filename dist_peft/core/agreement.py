@@ -9,7 +9,7 @@ equal digests writes its values, and rank 0 writes the message that all raise.
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dist_peft.core.errors import UserError
@@ -54,6 +54,7 @@ def exchange_values(
     topic: str,
     values: Mapping[str, object],
     seconds: float,
+    wait_for_all: Callable[[], object] = lambda: None,
 ) -> str:
     """Compare ``values`` over all ranks; every rank calls it with the same ``topic``.
 
@@ -63,6 +64,8 @@ def exchange_values(
         topic: prefix of the keys in the store, not used before.
         values: the values that must be equal, by key; anything that JSON can represent.
         seconds: the longest wait for the others.
+        wait_for_all: waits until every rank has called it, after this one has sent its digest; may
+            notice earlier that a rank does not come.
 
     Returns:
         The differences with ranks, hosts and values; empty where all values are equal. The same
@@ -72,6 +75,7 @@ def exchange_values(
         UserError: a rank did not come within ``seconds``.
     """
     store.set(f"{topic}/digest/{rank}", hash_json_value(values))
+    wait_for_all()
     if rank == 0:
         _write_comparison_verdict(store, len(hosts), topic, seconds)
     _wait_for_keys(store, [f"{topic}/verdict"], seconds + GRACE_SECONDS, "rank 0")

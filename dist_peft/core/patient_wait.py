@@ -3,8 +3,8 @@
 A collective ends after its time limit and does not know whether the ranks that it waits for are
 alive. Here a rank counts its arrival in the store of the rendezvous and looks now and then whether
 all have come. Rank 0 alone watches the heartbeats (``core.rendezvous``) of those that have not: N
-ranks make 2 N + 1 calls to come, 2 a second and rank while they wait, and rank 0 one for each rank
-that is missing every ``WATCH_SECONDS``.
+ranks make 2 N + 1 calls to come, 2 a second and rank while they wait, and rank 0 two for each rank
+that is missing every ``LOOK_SECONDS``.
 """
 
 import logging
@@ -19,7 +19,10 @@ __all__ = ["LostRankError", "confirm_answer_read", "wait_for_all_ranks"]
 log = logging.getLogger("dist_peft")
 
 WATCH_SECONDS = 20.0
-"""A rank without a heartbeat for so long has died; also the time between two looks."""
+"""A rank without a heartbeat for so long has died; also the time between two lines of the log."""
+
+LOOK_SECONDS = 2.0
+"""Between two looks of rank 0 at the heartbeats, which come as often."""
 
 LONGEST_PAUSE = 0.5
 """Between two looks at the store while a rank waits for others, in seconds."""
@@ -94,22 +97,30 @@ class _AbsenceWatch:
     def __init__(self, store: KeyValueStore, topic: str, hosts: Sequence[str]) -> None:
         self._store, self._topic, self._hosts = store, topic, hosts
         self._absent = list(range(1, len(hosts)))
-        self._pulses: dict[int, int] = {}
-        self._start = self._last = time.monotonic()
+        self._pulses: dict[int, tuple[int, float]] = {}
+        """The last heartbeat of each, and when it was first seen."""
+        self._last = time.monotonic()
+        self._clock = 0.0
+        """Seconds that this process was not stopped: a run suspended as a whole continues."""
+        self._told = 0.0
 
     def look_for_dead_ranks(self, phase: str) -> None:
-        """Every ``WATCH_SECONDS``: log who is missing; end the wait of all for a rank that died."""
+        """End the wait of all for a rank that died; log now and then who is missing."""
         now = time.monotonic()
-        if now - self._last < WATCH_SECONDS:
+        if now - self._last < LOOK_SECONDS:
             return
+        self._clock += min(now - self._last, 2 * LOOK_SECONDS)
         self._last = now
         self._absent = [r for r in self._absent if not self._store.check([f"{self._topic}/{r}"])]
-        pulses = {r: self._store.add(f"pulse/{r}", 0) for r in self._absent}
-        dead = [r for r, pulse in pulses.items() if self._pulses.get(r) == pulse]
-        self._pulses = pulses
+        for rank in self._absent:
+            pulse = self._store.add(f"pulse/{rank}", 0)
+            if self._pulses.get(rank, (None, 0.0))[0] != pulse:
+                self._pulses[rank] = pulse, self._clock
+        dead = [r for r in self._absent if self._clock - self._pulses[r][1] >= WATCH_SECONDS]
         if dead:
             names = ", ".join(f"rank {r} on {self._hosts[r]}" for r in dead)
             self._store.set(f"{self._topic}/end", names)
-        elif self._absent:
-            ranks, seconds = format_ranks(self._absent), now - self._start
-            log.info("%s: waiting for %s since %.0f s", phase, ranks, seconds)
+        elif self._absent and self._clock - self._told >= WATCH_SECONDS:
+            self._told = self._clock
+            ranks = format_ranks(self._absent)
+            log.info("%s: waiting for %s since %.0f s", phase, ranks, self._clock)

@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -121,10 +122,11 @@ class Rendezvous:
         Raises:
             LostRankError: a rank died before it came.
         """
-        self.wait_for_all("compare configurations")  # else for ``seconds``, also for a dead rank
         self._topics += 1
         topic = f"same/{self._topics}"
-        text = exchange_values(self.store, self._rank, self.hosts, topic, values, seconds)
+        # a rank that died is found by its heartbeats, not after ``seconds``
+        wait = partial(self.wait_for_all, "compare configurations")
+        text = exchange_values(self.store, self._rank, self.hosts, topic, values, seconds, wait)
         if text:  # all end
             confirm_answer_read(self.store, self._rank, self.hosts, f"{topic}/read")
         return text

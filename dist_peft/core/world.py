@@ -106,6 +106,7 @@ class World(LaunchInfo):
         Raises:
             RendezvousError: a rank is missing, the address is wrong, or ranks of another run or
                 another version joined.
+            LostRankError: a rank died after it had come.
             UserError: the launcher was not used: a batch script's own process.
         """
         if self.launcher == "sbatch":
@@ -132,6 +133,8 @@ class World(LaunchInfo):
         store = _meeting.background_store
         _watch = StallWatch(self.rank, _meeting.hosts, store, stall_seconds, on_stall)
         with enter_phase("connect the ranks", SETUP_PATIENCE):
+            with wait_for_ranks():  # a rank that died since: gloo would wait ``timeout_minutes``
+                _meeting.wait_for_all("connect the ranks")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 store=_meeting.store,

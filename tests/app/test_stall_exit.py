@@ -116,6 +116,16 @@ def test_one_process_watches_itself(tmp_path: Path) -> None:
     assert re.match(expected, ended.last_line), ended.text
 
 
+def test_a_rank_that_dies_before_the_ranks_are_connected_is_named(tmp_path: Path) -> None:
+    """Not after the time limit of gloo, which looks for its address."""
+    config = make_config(tmp_path, stall_seconds=100)
+    spoilt = {0: spoil.find_dead_ranks_early, 1: spoil.die_before_the_group}
+    ranks = spoil.run_spoilt_ranks(config, free_port(), 2, spoilt)
+    assert [ended.code for ended in ranks] == [1, 9]
+    line = f"dist-peft: rank 0 on {HOST} stops: rank 1 on {HOST} died during the phase 'connect"
+    assert ranks[0].text.strip().startswith(line), ranks[0].text
+
+
 def test_a_rank_out_of_memory_says_what_to_lower_and_the_others_say_it_too(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     ranks = spoil.run_spoilt_ranks(config, free_port(), 2, {1: spoil.run_out_of_memory})

@@ -62,6 +62,18 @@ def exchange(values: list[dict[str, object] | None], seconds: float = 20) -> lis
     return [*got, store]
 
 
+def test_digests_are_there_before_the_ranks_wait_for_each_other() -> None:
+    """After that none waits for a rank that has died."""
+    store, seen = MemoryStore(), list[bool]()
+    assert (
+        exchange_values(
+            store, 0, ["h"], "t", {"a": 1}, 5, lambda: seen.append(store.check(["t/digest/0"]))
+        )
+        == ""
+    )
+    assert seen == [True]
+
+
 def test_equal_values_cost_one_digest_a_rank() -> None:
     *got, store = exchange([{"a": 1, "b": [2]}, {"b": [2], "a": 1}, {"a": 1, "b": [2]}])
     assert got == ["", "", ""]

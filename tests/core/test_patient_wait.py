@@ -51,6 +51,7 @@ def test_rank_that_died_is_named_to_all(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(patient_wait, "WATCH_SECONDS", 0.3)
+    monkeypatch.setattr(patient_wait, "LOOK_SECONDS", 0.1)
     store = dist.HashStore()
     lives = threading.Event()
 
@@ -69,6 +70,27 @@ def test_rank_that_died_is_named_to_all(
     assert results == [message, message, "never came"]
     assert "read: waiting for rank 2 since" in caplog.text
     thread.join()
+
+
+def test_a_rank_is_dead_once_its_heartbeat_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one look later; and a run that was suspended as a whole has lost nobody."""
+    store, now = dist.HashStore(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch = patient_wait._AbsenceWatch(store, "w", HOSTS)
+
+    def look_after(seconds: float) -> bool:
+        now[0] += seconds
+        watch.look_for_dead_ranks("read")
+        return store.check(["w/end"])
+
+    store.set("w/1", "")  # it has come
+    found = [look_after(2) for _ in range(3)]
+    store.add("pulse/2", 1)
+    found += [look_after(2), look_after(3600)]
+    assert not any(found)
+    looks = next(n for n in range(1, 20) if look_after(2))
+    assert 2 * looks + 4 == patient_wait.WATCH_SECONDS
+    assert store.get("w/end") == b"rank 2 on node2"
 
 
 def test_the_last_line_of_a_survivor_names_the_dead_rank() -> None:

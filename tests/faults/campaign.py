@@ -7,8 +7,8 @@ a random moment of a phase (load, step, checkpoint, gather, solve, merge, export
 stops one (SIGSTOP), sends a signal that asks to stop, or fills the disk (a tmpfs of its own; needs
 root, else such trials are skipped). Then it checks that
 
-- every process ended within the limit, with the exit code of its fault;
-- stderr and log.txt end with one line that says why, and no traceback is on stderr;
+- every process ended within the limit that the product declares, with the exit code of its fault;
+- stderr of each rank and log.txt end with one line that says why, and no traceback is on stderr;
 - run_state.json says how the run ended;
 - the same command again ends with 0 (some trials disturb it a second time, or move the run first);
 - losses, held-out losses, adapter, probe and exports are equal bit for bit to those of an
@@ -37,11 +37,11 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as an entry point does, before torch
 
-from dist_peft.core.config.run import EngineConfig
-from dist_peft.core.patient_wait import WATCH_SECONDS
+from dist_peft.core.patient_wait import LOOK_SECONDS, WATCH_SECONDS
+from dist_peft.core.rendezvous import GRACE_SECONDS, PULSE_SECONDS
 from dist_peft.train.run_state import read_run_state
 from tests.faults.injection import SIGNALS, Fault
-from tests.faults.processes import Ended, run_command
+from tests.faults.processes import Ended, Limits, run_command
 from tests.faults.workloads import (
     EXPORTS,
     START_SECONDS,
@@ -59,13 +59,21 @@ __all__ = ["Campaign", "Trial", "draw_trials"]
 PHASES = ("load", "step", "checkpoint", "gather", "solve", "merge", "export")
 KINDS = ("kill", "signal", "full", "stop")
 ENGINES = {"single": (1,), "fsdp2": (2, 3), "zero": (2, 3)}
-LIMIT = 30.0
-"""Seconds from the fault to the end of every process."""
-SLOW_LIMIT = LIMIT + max(2 * WATCH_SECONDS, START_SECONDS)
-"""The same for a killed rank where others may wait for it at the rendezvous, or while it loads."""
+EXIT_SECONDS = 6.0
+"""Given to processes to find their next safe point, write their last files and exit."""
+LIMIT = WATCH_SECONDS + PULSE_SECONDS + LOOK_SECONDS + EXIT_SECONDS
+"""Seconds from the fault to the end of every process: 30. A rank that died while others wait for
+it is found by its heartbeats; one that died in a collective earlier."""
+START_LIMIT = START_SECONDS + GRACE_SECONDS + EXIT_SECONDS
+"""The same where the rank that was hit had not come: ``engine.start_timeout_minutes``."""
 STALL_SECONDS = 3.0
-STALL_LIMIT = 12 * STALL_SECONDS + 30.0
-"""The same for a rank that stands still: set-up and GPTQ have multiples of the limit of a step."""
+STALL_EXIT_SECONDS = 15.0
+"""The survivors' time to name a rank that stands still, after ``engine.stall_seconds``."""
+STALL_LIMIT = STALL_SECONDS + 2 * STALL_EXIT_SECONDS
+"""Seconds from SIGSTOP to the end of every process: the stopped one continues when the others have
+ended, and notices that in as long."""
+LATE_SECONDS = 3.0
+"""A solve, merge or export that ends well so soon after a signal had no safe point left."""
 FREEZE_SECONDS = 1.0
 """How long a process is stopped where nothing watches it."""
 
@@ -80,7 +88,10 @@ TYPICAL_MOMENTS = {
 }
 """About as many moments as the first rank has in each phase, where they are not counted."""
 
-CAN_STALL = "stall_seconds" in EngineConfig.model_fields
+SOLVER_SHARE = 0.15
+"""Of trainings, those on a base that GPTQ quantizes first; 0.5 where the fault is in the solve."""
+VERIFIED_SHARE = 0.4
+"""Of merges and exports."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +131,18 @@ def draw_trials(
 
 
 def _draw_job(rng: random.Random, phase: str, engines: Sequence[str], most_ranks: int) -> Job:
+    verified = rng.random() < VERIFIED_SHARE
     if phase == "merge":
-        return Job("merge")
+        return Job("merge", verified=verified)
     if phase == "export":
-        return Job("export", form=rng.choice(sorted(EXPORTS)))
+        return Job("export", form=rng.choice(sorted(EXPORTS)), verified=verified)
     engine = rng.choice(list(engines))
     ranks = rng.choice([n for n in ENGINES[engine] if n <= most_ranks])
-    if phase == "solve":
-        if engine == "zero":
-            engine = "fsdp2"
+    asynchronous = rng.random() < 0.7
+    solver = rng.random() < (0.5 if phase == "solve" else SOLVER_SHARE)
+    if phase == "solve" and not solver:
         return Job("quantize", engine, ranks)
-    return Job("train", engine, ranks, asynchronous=rng.random() < 0.7)
+    return Job("train", engine, ranks, asynchronous=asynchronous, solver=solver)
 
 
 def _draw_fault(rng: random.Random, phase: str, kind: str, job: Job) -> Fault:
@@ -190,7 +202,7 @@ class Campaign:
         place.mkdir(parents=True)
         argv = self.material.build_arguments(job, place)
         fault = Fault("count" if self.count else "none")
-        ended = run_command(argv, job.ranks, notes, fault, 120)
+        ended = run_command(argv, job.ranks, notes, fault, Limits(120, 120))
         assert ended.codes == (0,) * job.ranks, f"{job.name}: {ended.codes}\n{ended.stderr}"
         counts = dict.fromkeys(range(job.ranks), TYPICAL_MOMENTS)
         if self.count:
@@ -225,22 +237,25 @@ class Campaign:
             argv = self.material.build_arguments(job, place)
             freeze = 0.0
             if fault.kind == "stop":
-                watched = CAN_STALL and job.ranks > 1
+                watched = job.ranks > 1
                 argv[3:3] = [f"engine.stall_seconds={STALL_SECONDS:g}"] if watched else []
                 freeze = 0.0 if watched else FREEZE_SECONDS
             limit = STALL_LIMIT if fault.kind == "stop" and not freeze else LIMIT
-            if fault.kind == "kill" and fault.phase in ("load", "solve"):
-                limit = SLOW_LIMIT
-            ended = run_command(argv, job.ranks, notes / str(number), fault, limit, freeze)
+            limits = Limits(limit, START_LIMIT)
+            out = Material.get_output(job, place)
+            before = read_records(out) if number else None
+            ended = run_command(argv, job.ranks, notes / str(number), fault, limits, freeze)
             outcome.codes.append(ended.codes)
             outcome.seconds.append(round(ended.seconds, 1))
             (place / BALLAST).unlink(missing_ok=True)
-            outcome.faults.append(fault.describe())
-            check = EndCheck(
-                job, fault, ended, Material.get_output(job, place), bool(freeze), number > 0
-            )
+            alone = job.ranks > 1 and ended.struck and not ended.connected
+            outcome.faults.append(fault.describe() + ", before the ranks were connected" * alone)
+            check = EndCheck(job, fault, ended, out, bool(freeze), before)
             outcome.lines.append(check.last_line)
-            outcome.problems += [f"fault {number + 1}: {p}" for p in check.find_problems()]
+            problems = check.find_problems()
+            if ended.codes[0] == 0:
+                problems += compare_results(_read_result_if_any(job, place), expected)
+            outcome.problems += [f"fault {number + 1}: {p}" for p in problems]
         if trial.moves:
             place = self._move(place)
         self._finish(trial, place, notes / "end", expected, outcome)
@@ -264,7 +279,7 @@ class Campaign:
         argv = self.material.build_arguments(job, place, overwrite=written)
         if trial.moves and (out / "config.yaml").exists():
             argv[argv.index("--config") + 1] = str(out / "config.yaml")
-        ended = run_command(argv, job.ranks, notes, Fault(), 4 * LIMIT)
+        ended = run_command(argv, job.ranks, notes, Fault(), Limits(4 * LIMIT, 4 * LIMIT))
         outcome.codes.append(ended.codes)
         if ended.codes != (0,) * job.ranks:
             outcome.problems.append(f"the restart ended with {ended.codes}: {ended.stderr[-600:]}")
@@ -277,13 +292,34 @@ class Campaign:
                 outcome.problems.append(f"after the restart run_state.json says {state}")
 
 
+def _read_result_if_any(job: Job, place: Path) -> dict[str, Any]:
+    try:
+        return read_result(job, place)
+    except FileNotFoundError as error:
+        return {"missing": str(error)}
+
+
+def read_records(out: Path) -> tuple[str, str]:
+    """Return what ``log.txt`` and ``run_state.json`` of a run tell; empty where there is none."""
+    files = (out / "log.txt", out / "run_state.json")
+    found = [file.read_text(errors="replace") if file.exists() else "" for file in files]
+    return found[0], found[1]
+
+
+def find_last_line(text: str) -> str:
+    """Return the last line that is not empty."""
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
 @dataclass(frozen=True)
 class EndCheck:
     """Checks of the end of a disturbed command.
 
     Attributes:
         thawed: a stopped process continued before anything watched it.
-        again: of a command that was disturbed before; it may have little left to do.
+        before: ``read_records`` before the command, for one that was disturbed before; it may have
+            little left to do, and changes neither file until it has claimed its run directory.
     """
 
     job: Job
@@ -291,73 +327,96 @@ class EndCheck:
     ended: Ended
     out: Path
     thawed: bool
-    again: bool
+    before: tuple[str, str] | None = None
 
     def find_problems(self) -> list[str]:
         found = list(self._check_codes())
         if None not in self.ended.codes:
-            found += self._check_lines()
-            if self.job.verb == "train":
-                found += self._check_state()
+            found += [*self._check_seconds(), *self._check_lines()]
+            if self.job.verb == "train" and not self._left_no_trace:
+                found += [*self._check_log(), *self._check_state()]
         return found
 
     @property
     def last_line(self) -> str:
-        lines = [line for line in re.split(r"[\r\n]+", self.ended.stderr) if line.strip()]
-        return lines[-1].strip() if lines else ""
+        return find_last_line(self.ended.stderr)
+
+    @property
+    def _left_no_trace(self) -> bool:
+        """Whether a repeated command ended before it claimed the run directory."""
+        early = self.fault.phase in ("load", "solve")
+        return early and self.before is not None and read_records(self.out) == self.before
+
+    @property
+    def _came_late(self) -> bool:
+        """Whether the command had nothing left that a signal stops."""
+        if self.job.verb == "train":
+            return self.before is not None or self.ended.step >= STEPS - 1
+        return self.ended.seconds < LATE_SECONDS
 
     def _check_codes(self) -> Iterator[str]:
         fault, codes = self.fault, self.ended.codes
         if not self.ended.struck:
             # a delay may be longer than the rest of the command
-            if set(codes) != {0} or not (self.again or fault.delay):
+            if set(codes) != {0} or not (self.before is not None or fault.delay):
                 yield f"the fault did not strike; codes {codes}"
             return
         if None in codes:
             yield f"no end within {self.ended.seconds:.0f} s: {codes}"
             return
-        others = [code for rank, code in enumerate(codes) if rank != fault.rank]
+        others = {code for rank, code in enumerate(codes) if rank != fault.rank}
         mine = codes[fault.rank]
+        # a rank that does not come is the same error as one that was never started
+        lost = {0, 1} if self.ended.connected else {1, 2}
         if fault.kind == "kill":
-            allowed = {0, 1, 2} if fault.phase in ("load", "solve") else {0, 1}
-            if mine != -9 or not set(others) <= allowed:
+            if mine != -9 or not others <= lost:
                 yield f"codes {codes} after kill -9 of rank {fault.rank}"
         elif fault.kind == "signal":
             number = signal.Signals[fault.signal]
             stopped = 128 + number if self.job.verb in ("merge", "export") else 75
-            if len(set(codes)) > 1 or mine not in (0, stopped):
+            if len(set(codes)) > 1 or mine not in {stopped, *({0} if self._came_late else ())}:
                 yield f"codes {codes} after {fault.signal}"
         elif fault.kind == "full":
             if len(set(codes)) > 1 or mine not in (0, 2):
                 yield f"codes {codes} on a full disk"
         elif self.thawed and set(codes) != {0}:
             yield f"codes {codes} though the process stood still for {FREEZE_SECONDS:g} s only"
-        elif not self.thawed and not ({*others} <= {0, 1} and mine in (0, 1)):
+        elif not self.thawed and not {*others, mine} <= lost:
             yield f"codes {codes} after SIGSTOP of rank {fault.rank}"
 
+    def _check_seconds(self) -> Iterator[str]:
+        waits = self.fault.kind == "stop" and not self.thawed and self.ended.connected
+        limit, seconds = STALL_SECONDS + STALL_EXIT_SECONDS, self.ended.seconds_of_others
+        if waits and seconds > limit:
+            yield f"the others ended {seconds:.1f} s after SIGSTOP, limit {limit:g} s"
+
     def _check_lines(self) -> Iterator[str]:
-        # stacks of a rank that stands still go to stderr as long as there is no run directory
-        stacks = self.fault.kind == "stop" and not (self.out / "log.txt").exists()
-        if re.search(r"Traceback \(most|Logging error", self.ended.stderr) and not stacks:
-            yield f"traceback on stderr: {self.ended.stderr[-1500:]}"
-        codes = {code for code in self.ended.codes if code is not None and code > 0}
-        last = self.ended.stderr if stacks else self.last_line
-        if codes & {1, 2} and not re.search("^dist-peft: ", last, re.MULTILINE):
-            yield f"the last line is {self.last_line!r}"
+        codes = self.ended.codes
+        for rank, text in enumerate(self.ended.outputs):
+            if re.search(r"Traceback \(most|Logging error", text):
+                yield f"traceback on stderr of rank {rank}: {text[-1500:]}"
+            told = re.search("^dist-peft: ", text, re.MULTILINE)
+            last = find_last_line(text)
+            if (codes[rank] == 1 or told) and not last.startswith("dist-peft: "):
+                yield f"rank {rank} ended with {codes[rank]}, its last line is {last!r}"
+        if {1, 2} & set(codes) and not self.last_line.startswith("dist-peft: "):
+            yield f"the last line of all is {self.last_line!r}"
         if 75 in codes and not re.search("signal|stopped on", self.last_line):
             yield f"the last line after a signal is {self.last_line!r}"
+
+    def _check_log(self) -> Iterator[str]:
+        codes = {code for code in self.ended.codes if code is not None and code > 0}
         log = self.out / "log.txt"
-        untold = self.fault.kind == "full" or (self.again and self.fault.phase == "load")
-        if not codes or self.job.verb != "train" or not log.exists() or untold:
+        if not codes or not log.exists() or self.fault.kind == "full":
             return
-        told = log.read_text(errors="replace").strip().splitlines()[-1:]
+        told = find_last_line(log.read_text(errors="replace"))
         reasons = [
             line.partition("dist-peft: ")[2] or line.partition(": ")[2]
             for line in re.split(r"[\r\n]+", self.ended.stderr)
             if line.startswith("dist-peft: ") or re.search("signal|stopped on", line)
         ]
-        if not any(reason and reason in line for reason in reasons for line in told):
-            yield f"log.txt ends with {told}, stderr with {self.last_line!r}"
+        if not any(reason and reason in told for reason in reasons):
+            yield f"log.txt ends with {told!r}, stderr with {self.last_line!r}"
 
     def _check_state(self) -> Iterator[str]:
         try:
@@ -366,7 +425,7 @@ class EndCheck:
             yield f"run_state.json: {error}"
             return
         if state is None:
-            if self.fault.phase != "load" and not self.job.solver:
+            if self.fault.phase != "load":
                 yield "there is no run_state.json"
             return
         allowed = {
@@ -376,8 +435,6 @@ class EndCheck:
             # where not a byte is left the state stays "running", of a process that has ended
             "full": {"refused", "failed", "finished"},
         }[self.fault.kind]
-        if self.again and self.fault.phase == "load":
-            allowed |= {"failed"}  # until the run directory is opened it tells of the fault before
         if state.state not in allowed:
             yield f"run_state.json says {state}"
         if state.state in ("failed", "refused", "stopped") and not state.reason:

@@ -19,9 +19,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 import dist_peft
-from dist_peft.app import cli, trainer
-from dist_peft.train import checkpoint
+from dist_peft.app import cli, trainer, training_run
+from dist_peft.train import checkpoint, run_state
 from tests.support.small_disk import fill_disk
 
 __all__ = ["SIGNALS", "Fault", "FaultInjector"]
@@ -32,6 +34,7 @@ VERB_PHASES = {"train": "load", "quantize": "solve", "merge": "merge", "export":
 """Verb -> the phase that a command is in outside of the inner phases below."""
 
 INNER_PHASES: tuple[tuple[Any, str, str], ...] = (
+    (training_run, "ensure_solved_base", "solve"),
     (trainer.Trainer, "run_training_loop", "step"),
     (trainer.Trainer, "finish_run", "gather"),
     (checkpoint.CheckpointManager, "save_checkpoint", "checkpoint"),
@@ -83,7 +86,8 @@ class FaultInjector:
 
     Args:
         fault: of this process or of another rank.
-        notes: directory for ``moments-RANK.json`` (counts by phase) and ``struck``.
+        notes: directory for ``moments-RANK.json`` (counts by phase) and ``struck`` (when, whether
+            the process was in the group of ranks, and the steps done).
     """
 
     fault: Fault
@@ -175,7 +179,9 @@ class FaultInjector:
 
     def _act(self) -> None:
         time.sleep(self.fault.delay)
-        (self.notes / "struck").write_text(str(time.time()))
+        struck = {"time": time.time(), "connected": dist.is_initialized()}
+        struck |= {"step": run_state._noted_step}
+        (self.notes / "struck").write_text(json.dumps(struck))
         if self.fault.kind == "full":
             fill_disk(Path(self.fault.disk), self.fault.spare)
         else:

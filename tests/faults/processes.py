@@ -1,6 +1,7 @@
 """The ranks of one command: forked after the imports, with the launcher's variables of torchrun."""
 
 import faulthandler
+import json
 import multiprocessing.process
 import os
 import runpy
@@ -15,15 +16,28 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.injection import Fault, FaultInjector
+from tests.faults.injection import SIGNALS, Fault, FaultInjector
 from tests.support.curves import skip_curves
 from tests.support.dist import free_port, make_process_context
 
-__all__ = ["Ended", "run_command"]
+__all__ = ["Ended", "Limits", "run_command"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _START = threading.Lock()
 """``multiprocessing`` starts one process at a time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds from the fault to the end of every process.
+
+    Attributes:
+        connected: where the rank that was hit was in the group of ranks; also of one process.
+        alone: where it was not: the others may wait for it to come.
+    """
+
+    connected: float
+    alone: float
 
 
 @dataclass(frozen=True)
@@ -34,23 +48,36 @@ class Ended:
         codes: exit code by rank, negative for a signal; None: it did not end in time.
         seconds: from the fault to the last exit (from the start, where no fault struck).
         struck: whether the fault came.
-        stderr: of all ranks.
+        outputs: stderr of each rank.
+        last_writer: the rank that wrote to stderr last.
+        connected: whether the rank that was hit was in the group of ranks.
+        step: the steps that it had done.
+        seconds_of_others: from the fault to the last exit of a rank that was not hit.
     """
 
     codes: tuple[int | None, ...]
     seconds: float
     struck: bool
-    stderr: str
+    outputs: tuple[str, ...]
+    last_writer: int = 0
+    connected: bool = True
+    step: int = 0
+    seconds_of_others: float = 0.0
+
+    @property
+    def stderr(self) -> str:
+        """Of all ranks; the one that wrote last comes last."""
+        last = self.last_writer
+        return "".join([*self.outputs[:last], *self.outputs[last + 1 :], self.outputs[last]])
 
 
 def run_command(
-    argv: Sequence[str], ranks: int, notes: Path, fault: Fault, seconds: float, freeze: float = 0.0
+    argv: Sequence[str], ranks: int, notes: Path, fault: Fault, limits: Limits, freeze: float = 0.0
 ) -> Ended:
     """Run ``dist-peft ARGV`` on ``ranks`` processes until all have ended.
 
     Args:
         notes: new directory for stderr, stacks and notes of the injection.
-        seconds: the limit, from the fault on.
         freeze: a stopped rank continues after so many seconds; 0: when all others have ended.
     """
     notes.mkdir(parents=True)
@@ -60,16 +87,17 @@ def run_command(
         with _START:
             process = make_process_context().Process(
                 target=_run_rank,
-                args=(list(argv), {**os.environ, **env}, rank, notes, fault, seconds),
+                args=(list(argv), {**os.environ, **env}, rank, notes, fault, limits),
                 daemon=True,
             )
             process.start()
         processes.append(process)
-    began, struck = time.time(), notes / "struck"
+    began, others_ended = time.time(), 0.0
     sent = continued = False
     while any(p.is_alive() for p in processes):
-        hit = _read_time(struck)
+        hit, connected, _ = _read_strike(notes)
         now = time.time()
+        seconds = limits.connected if connected or ranks == 1 else limits.alone
         if now - (hit or began) > (seconds if hit else 4 * seconds):
             break
         if hit and fault.everyone and not sent:
@@ -78,6 +106,8 @@ def run_command(
                 if rank != fault.rank:
                     _send(process, signal.Signals[fault.signal])
         others = [p for r, p in enumerate(processes) if r != fault.rank]
+        if hit and any(p.is_alive() for p in others):
+            others_ended = now - hit
         if hit and fault.kind == "stop" and not continued:
             over = now - hit > freeze if freeze else not any(p.is_alive() for p in others)
             if over:
@@ -91,9 +121,19 @@ def run_command(
         if alive:
             process.kill()
         process.join()
-    hit = _read_time(struck)
-    text = (notes / "stderr").read_text(errors="replace") if (notes / "stderr").exists() else ""
-    return Ended(tuple(codes), time.time() - (hit or began), hit is not None, text)
+    hit, connected, step = _read_strike(notes)
+    seconds = time.time() - (hit or began)
+    files = [notes / f"stderr-{rank}" for rank in range(ranks)]
+    return Ended(
+        tuple(codes),
+        seconds,
+        hit is not None,
+        tuple(file.read_text(errors="replace") if file.exists() else "" for file in files),
+        max(range(ranks), key=lambda r: files[r].stat().st_mtime_ns if files[r].exists() else 0),
+        connected,
+        step,
+        others_ended,
+    )
 
 
 def _send(process: multiprocessing.process.BaseProcess, number: int) -> None:
@@ -102,11 +142,13 @@ def _send(process: multiprocessing.process.BaseProcess, number: int) -> None:
             os.kill(process.pid, number)
 
 
-def _read_time(file: Path) -> float | None:
+def _read_strike(notes: Path) -> tuple[float | None, bool, int]:
+    """Return when the fault struck, whether the process was in the group of ranks, steps done."""
     try:
-        return float(file.read_text())
+        told = json.loads((notes / "struck").read_text())
+        return told["time"], told["connected"], told["step"]
     except (FileNotFoundError, ValueError):
-        return None
+        return None, False, 0
 
 
 def _make_launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -121,16 +163,19 @@ def _make_launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]
 
 
 def _run_rank(
-    argv: list[str], env: dict[str, str], rank: int, notes: Path, fault: Fault, seconds: float
+    argv: list[str], env: dict[str, str], rank: int, notes: Path, fault: Fault, limits: Limits
 ) -> None:
+    for name in SIGNALS:  # nohup ignores SIGHUP, and a process inherits that
+        default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(signal.Signals[name], default)
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
-    output = os.open(notes / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(notes / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     stacks = (notes / f"stacks-{rank}").open("w")
-    faulthandler.dump_traceback_later(max(1.0, seconds - 2), file=stacks)
+    faulthandler.dump_traceback_later(max(1.0, limits.connected - 2), file=stacks)
     FaultInjector(fault, rank, notes).arm(argv[0])
     sys.argv = ["dist-peft", *argv]
     with skip_curves():

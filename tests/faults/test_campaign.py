@@ -19,7 +19,7 @@ from tests.faults.injection import Fault
 from tests.faults.processes import Ended
 from tests.faults.workloads import Job, compare_results, find_leftovers
 
-TRIALS, SEED = 12, 27
+TRIALS, SEED = 12, 1220
 
 
 @pytest.mark.dist
@@ -48,7 +48,8 @@ def test_every_fault_comes_in_every_phase() -> None:
     assert max(t.job.ranks for t in draw_trials(28, 5, most_ranks=2)) == 2
 
 
-GOOD = Ended((1, -9), 8.0, True, "step 1/4\ndist-peft: rank 0 on h lost its peers: rank 1\n")
+LINE = "dist-peft: rank 0 on h lost its peers: rank 1\n"
+GOOD = Ended((1, -9), 8.0, True, (f"step 1/4\n{LINE}", ""))
 KILL = Fault("kill", "step", rank=1)
 
 
@@ -60,7 +61,7 @@ def _write_run(run: Path) -> None:
 
 
 def _find(run: Path, ended: Ended, fault: Fault = KILL) -> str:
-    found = EndCheck(Job("train", "fsdp2", 2), fault, ended, run, thawed=False, again=False)
+    found = EndCheck(Job("train", "fsdp2", 2), fault, ended, run, thawed=False)
     return "\n".join(found.find_problems())
 
 
@@ -84,8 +85,9 @@ def _keep_running(run: Path) -> None:
         (replace(GOOD, codes=(None, -9)), None, "no end within"),
         (replace(GOOD, codes=(-11, -9)), None, "codes"),
         (replace(GOOD, struck=False), None, "did not strike"),
-        (replace(GOOD, stderr=f"Traceback (most recent call last)\n{GOOD.stderr}"), None, "trace"),
-        (replace(GOOD, stderr=f"{GOOD.stderr}RuntimeError: gloo\n"), None, "last line"),
+        (replace(GOOD, outputs=(f"Traceback (most recent call last)\n{LINE}", "")), None, "trace"),
+        (replace(GOOD, outputs=(f"{LINE}RuntimeError: gloo\n", "")), None, "last line"),
+        (replace(GOOD, outputs=(LINE, "frames\n"), last_writer=1), None, "last line of all"),
         (GOOD, _forget_reason, "log.txt ends"),
         (GOOD, _keep_running, "run_state.json says"),
     ],

@@ -6,6 +6,8 @@ step, the adapter and the probe of a training; all files of an export.
 
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ class Job:
         form: of export.
         asynchronous: checkpoints are written behind the step.
         solver: train on a base that GPTQ quantizes first.
+        verified: the merge or export is loaded by its library and compared.
     """
 
     verb: str
@@ -48,6 +51,7 @@ class Job:
     form: str = ""
     asynchronous: bool = True
     solver: bool = False
+    verified: bool = False
 
     @property
     def reference(self) -> "Job":
@@ -56,7 +60,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        parts = [self.verb, self.form, "gptq" * self.solver]
+        parts = [self.verb, self.form, "gptq" * self.solver, "verified" * self.verified]
         if self.verb in ("train", "quantize"):
             parts += [f"{self.engine} {self.ranks}"]
         return " ".join(part for part in parts if part)
@@ -107,9 +111,14 @@ class Material:
                 f"save.asynchronous={str(job.asynchronous).lower()}",
             ]
         run = self.directory / "finished"
+        if job.verified:  # whose figures go into the run's report
+            run = place / "finished"
+            if not run.exists():
+                shutil.copytree(self.directory / "finished", run)
         argv = [job.verb, "--run", str(run), "--out", str(self.get_output(job, place))]
         argv += ["--format", job.form] if job.form else []
-        return [*argv, "--no-verify", *(["--overwrite"] if overwrite else [])]
+        argv += [] if job.verified else ["--no-verify"]
+        return [*argv, *(["--overwrite"] if overwrite else [])]
 
     @staticmethod
     def get_output(job: Job, place: Path) -> Path:
@@ -129,16 +138,23 @@ def read_result(job: Job, place: Path) -> dict[str, Any]:
     }
     result |= {f"adapter/{name}": digest for name, digest in hash_files(out / "adapter").items()}
     result |= {f"base/{name}": digest for name, digest in hash_files(out / "base").items()}
-    result["probe"] = hashlib.sha256((out / "probe.safetensors").read_bytes()).hexdigest()
+    result["probe"] = hash_bytes((out / "probe.safetensors").read_bytes())
     return result
 
 
 def hash_files(path: Path) -> dict[str, str]:
     """Return the SHA-256 of a file, or of every file of a directory, by relative name."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {
-        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
-    }
+    return {str(f.relative_to(path)): hash_bytes(_forget_place(f.read_bytes())) for f in files}
+
+
+def hash_bytes(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
+def _forget_place(contents: bytes) -> bytes:
+    """Shorten the path of a base in a run directory, which an adapter's description has."""
+    return re.sub(rb'("base": ")[^"\n]*(/run/base")', rb"\1\2", contents)
 
 
 def compare_results(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

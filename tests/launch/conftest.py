@@ -1,7 +1,8 @@
 """One small run that every launcher repeats, and its outcome with one process."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def small_tree(directory: Path, steps: int) -> dict[str, Any]:
         save__every=0,
         engine={"start_timeout_minutes": 1.5, "timeout_minutes": 1.5},
     )
+
+
+def submit_script(
+    slurm: Slurm,
+    run: SmallRun,
+    script: str,
+    tasks_per_node: int,
+    *,
+    options: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> tuple[str, Path]:
+    """Submit a shipped script with small numbers; gives the job and its output file."""
+    out = run.directory.parent / "job.out"
+    size = [f"--ntasks-per-node={tasks_per_node}", f"--gpus-per-node={tasks_per_node}"]
+    job = slurm.call(
+        *("sbatch", "--parsable", *size, "--cpus-per-task=1", f"--chdir={ROOT}", *options),
+        *(f"--output={out}", str(ROOT / "launch" / "slurm" / script), str(run.config), *overrides),
+        env={"PYTHON": sys.executable, "DIST_PEFT_ROOT": str(ROOT)},
+    )
+    return job.strip(), out
 
 
 @pytest.fixture(scope="session")

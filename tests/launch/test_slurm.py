@@ -2,27 +2,13 @@
 
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, TRAIN, SmallRun
+from tests.launch.conftest import TRAIN, SmallRun, submit_script
 from tests.support.cluster import Slurm, wait_until
 
 pytestmark = pytest.mark.launcher
-
-
-def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tuple[str, Path]:
-    """Submit a shipped script with small numbers; gives the job and its output file."""
-    out = run.directory.parent / "job.out"
-    size = [f"--ntasks-per-node={tasks_per_node}", f"--gpus-per-node={tasks_per_node}"]
-    job = slurm.call(
-        *("sbatch", "--parsable", *size, "--cpus-per-task=1", f"--chdir={ROOT}"),
-        *(f"--output={out}", str(ROOT / "launch" / "slurm" / script), str(run.config)),
-        env={"PYTHON": sys.executable, "DIST_PEFT_ROOT": str(ROOT)},
-    )
-    return job.strip(), out
 
 
 @pytest.mark.parametrize(
@@ -35,7 +21,7 @@ def submit(slurm: Slurm, run: SmallRun, script: str, tasks_per_node: int) -> tup
 def test_script_trains_as_one_process(
     slurm: Slurm, small_run: SmallRun, script: str, tasks_per_node: int, expected: str
 ) -> None:
-    job, out = submit(slurm, small_run, script, tasks_per_node)
+    job, out = submit_script(slurm, small_run, script, tasks_per_node)
     assert slurm.wait(job) == "COMPLETED", out.read_text()
     assert expected in out.read_text()
     small_run.check()
@@ -44,7 +30,7 @@ def test_script_trains_as_one_process(
 def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
     """As one process, though stopped three times: while Python imports; as ``--signal=B:USR1@N``
     does it (to the script); and as ``USR1@N`` (to its tasks)."""
-    job, out = submit(slurm, long_run, "fsdp2_nodes.sbatch", 1)
+    job, out = submit_script(slurm, long_run, "fsdp2_nodes.sbatch", 1)
     for stop, to in enumerate(([], ["--batch"], []), 1):
         before = len(long_run.losses())
         if stop == 1:
@@ -56,8 +42,7 @@ def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
         wait_until(lambda n=stop: out.read_text().count("requeueing") == n, 30, "requeue")
         wait_until(lambda: slurm.state(job) == "PENDING", 30, "job in the queue again")
         assert len(long_run.losses()) < len(long_run.expected)
-        time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
-        slurm.call("scontrol", "update", f"job={job}", "StartTime=now")  # else it waits 2 minutes
+        slurm.start_requeued(job)
     assert slurm.wait(job) == "COMPLETED", out.read_text()
     assert out.read_text().count(f"resumed {long_run.directory}/checkpoints") == 2
     assert "on 2 ranks (fsdp2)" in out.read_text()

@@ -108,11 +108,17 @@ class Hosts:
 
     def has_process(self, name: str, word: str) -> bool:
         """Does a process with ``word`` in its command line run on a host?"""
+        return bool(self.find_processes(name, word))
+
+    def find_processes(self, name: str, word: str, program: str = "") -> list[int]:
+        """The processes of ``program`` on a host that have ``word`` in their command line."""
+        found = []
         for pid in _list_pids(name):
             with contextlib.suppress(OSError):
-                if word in Path(f"/proc/{pid}/cmdline").read_text():
-                    return True
-        return False
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if program in words[0] and any(word in w for w in words):
+                    found.append(pid)
+        return found
 
     def command(self, name: str, *command: str) -> list[str]:
         """``command``, to be run on a host: its network, its /etc/hosts, its host name."""
@@ -238,6 +244,11 @@ class Slurm(Hosts):
         """JobState of a job, such as RUNNING or COMPLETED."""
         words = self.call("scontrol", "show", "job", job).split()
         return next(w.partition("=")[2] for w in words if w.startswith("JobState="))
+
+    def start_requeued(self, job: str) -> None:
+        """Start a job that was requeued, which would wait two minutes."""
+        time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
+        self.call("scontrol", "update", f"job={job}", "StartTime=now")
 
     def wait(self, job: str, seconds: float = 120) -> str:
         """Wait for a job's end; gives its state."""

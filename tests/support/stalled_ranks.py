@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from dist_peft.app import cli
+from dist_peft.core import patient_wait, world
 from dist_peft.data.loader import Loader
 from dist_peft.engine import fsdp2
 from tests.support.curves import skip_curves
@@ -68,6 +69,17 @@ def run_out_of_memory() -> None:
         )
 
     _replace(Loader, "_make_batches", fail, SECOND_STEP)
+
+
+def die_before_the_group() -> None:
+    """Die after all ranks have met, before they are connected."""
+    mock.patch.object(world, "StallWatch", side_effect=lambda *_: os._exit(9)).start()
+
+
+def find_dead_ranks_early() -> None:
+    """Take a rank for dead after a second without a heartbeat."""
+    mock.patch.object(patient_wait, "WATCH_SECONDS", 1.0).start()
+    mock.patch.object(patient_wait, "LOOK_SECONDS", 0.5).start()
 
 
 def evaluate_slowly() -> None:
