@@ -106,7 +106,7 @@ def build_ours(base: Path, world: World, settings: Settings) -> tuple[Any, StepR
             "kind": "fsdp2" if world.size > 1 else "single",
             "activation_checkpointing": settings.checkpointing,
         },
-        train={"lr": LR, "precision": "fp32"},
+        train={"lr": LR, "precision": "fp32" if settings.dtype == "float32" else "bf16"},
     )
     built = load_weights(build_model(resolve_config(config)), world, DEVICE)
     adapter = built.setup.adapter

@@ -1,7 +1,8 @@
 """A training step here, in PEFT + bitsandbytes' plain loop, in Trainer and in TRL: CPU seconds.
 
     python benchmarks/step_vs_peft.py [--ranks 1 2] [--dtype float32|bfloat16] [--rounds 3]
-        [--steps 3] [--rows 4] [--tokens 512] [--no-double-quant] [--no-checkpointing] [--memory]
+        [--steps 3] [--rows 4] [--tokens 512] [--hidden 1024] [--blocks 8]
+        [--no-double-quant] [--no-checkpointing] [--memory]
 
 The defaults are the product's: bfloat16, double quantization, blocks recomputed, packed rows. Every
 side has the same base, adapter (LoRA, r = 16, all linears, without dropout), rows and optimizer. A
@@ -130,6 +131,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="of each step, on all ranks together")
     parser.add_argument("--tokens", type=int, default=512, help="of a row")
     parser.add_argument("--documents", type=int, default=4, help="packed into a row")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the base")
+    parser.add_argument("--blocks", type=int, default=8, help="of the base")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="of the base")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
@@ -144,12 +148,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    base = make_base(args.base)
+    sizes = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 11 // 4,
+        "num_hidden_layers": args.blocks,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": max(1, args.hidden // 128),
+        "vocab_size": args.vocabulary,
+    }
+    name = f"{args.base.name}_{args.hidden}_{args.blocks}_{args.vocabulary}"
+    base = make_base(args.base.with_name(name), **sizes)
     settings = Settings(
         args.dtype, args.double_quant, args.checkpointing, args.rows, args.tokens, args.documents
     )
     print(f"{settings} on {DEVICE}\n")
-    result: dict[str, Any] = {"settings": settings, "ranks": {}}
+    result: dict[str, Any] = {"settings": settings, "base": sizes, "ranks": {}}
     for ranks in args.ranks:
         found = result["ranks"][ranks] = compare_sides(base, ranks, settings, args)
         rows = [

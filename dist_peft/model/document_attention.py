@@ -93,10 +93,16 @@ def document_attention_forward(
     Returns:
         ``[B, S, heads, D]`` and no weights.
     """
+    dtype = query.dtype
+    if not has_fast_product(query.device, dtype):
+        query, key, value = query.float(), key.float(), value.float()
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        return sdpa_attention_forward(
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(query.dtype)
+        attended, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+        return attended.to(dtype), None
     asked = [name for name in _OTHER_OPTIONS if kwargs.get(name)] + [
         name for name in _OTHER_TENSORS if kwargs.get(name) is not None
     ]
@@ -106,9 +112,6 @@ def document_attention_forward(
     boundaries = attention_mask.flatten()
     if query.is_cuda and query.dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= 256:
         return _attend_varlen(query, key, value, boundaries, scaling), None
-    dtype = query.dtype
-    if not has_fast_product(query.device, dtype):
-        query, key, value = query.float(), key.float(), value.float()
     batch, heads, length, _ = query.shape
     pieces = [(slice(None), slice(None))]  # one document a sequence: all at once
     if len(boundaries) != batch + 1:

@@ -21,9 +21,11 @@ rates, correlations of rows, columns, samples, steps and modules, and rectangles
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_peft.core.seeds import derive_seed
 
@@ -83,10 +85,11 @@ class SampleDropout(nn.Module):
         """``x`` [B, ..., features], or [B * S, features] where a model has flattened its batch."""
         if self.p == 0 or not self.training:
             return x
-        return x.masked_fill(self._drop_elements(x), 0.0) / (1 - self.p)
+        dropped: Tensor = _KeepElements.apply(x, self._keep_elements(x), 1 - self.p)
+        return dropped
 
-    def _drop_elements(self, x: Tensor) -> Tensor:
-        """True where ``x`` is zeroed."""
+    def _keep_elements(self, x: Tensor) -> Tensor:
+        """Return 0 where ``x`` is zeroed and 1 elsewhere, uint8."""
         ids = self.position.sample_ids
         if not ids or x.shape[0] % len(ids):
             raise RuntimeError(
@@ -98,8 +101,9 @@ class SampleDropout(nn.Module):
         b, d = self._get_feature_keys(features, x.device)
         words = torch.addcmul(d, a, b)
         torch.addcmul(c, words, words, out=words)
-        dropped = words < round(self.p * _WORDS) - _WORDS // 2
-        return dropped.view(x.shape)
+        # in place: a CPU compares integers into booleans several times slower
+        kept = words.ge_(round(self.p * _WORDS) - _WORDS // 2)
+        return kept.to(torch.uint8).view(x.shape)
 
     def _get_feature_keys(self, features: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``b`` and ``d``, int32 ``[features]``."""
@@ -113,6 +117,22 @@ class SampleDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class _KeepElements(torch.autograd.Function):
+    """``x * kept / probability``. On a CPU the product is faster than a masked fill."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, probability: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.probability = probability
+        return (x * kept).div_(probability)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (grads[0] * kept).div_(ctx.probability), None, None
 
 
 def _draw_words(seed: int, count: int) -> Tensor:

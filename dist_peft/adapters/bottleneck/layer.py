@@ -43,6 +43,7 @@ from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
 from dist_peft.model.parameter_override import override_parameters
 from dist_peft.model.sample_dropout import SampleDropout
+from dist_peft.quant.trainable_products import apply_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -178,10 +179,9 @@ class BottleneckLayer(SwitchableLayer):
 
     def compute_residual(self, h: Tensor) -> Tensor:
         """``h`` [..., d] -> ``adapter(h)`` [..., d], before dropout, in the arithmetic type."""
-        dtype = self.spec.arithmetic
-        down = F.linear(h, self.down_weight.to(dtype), self.down_bias.to(dtype))
+        down = apply_linear(h, self.down_weight, self.down_bias)
         inner = ACTIVATIONS[self.spec.activation](down)
-        up = F.linear(inner, self.up_weight.to(dtype), self.up_bias.to(dtype))
+        up = apply_linear(inner, self.up_weight, self.up_bias)
         return up * self.spec.scaling
 
     def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:

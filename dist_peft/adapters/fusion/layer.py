@@ -45,6 +45,8 @@ from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
 from dist_peft.model.sample_dropout import SampleDropout
+from dist_peft.quant.frozen_matmul import matmul_fp32_accumulate
+from dist_peft.quant.trainable_products import apply_linear, multiply_batched
 
 __all__ = ["FusionLayer", "IdentityRegularizer", "init_near_identity"]
 
@@ -90,15 +92,16 @@ class _RegularizedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, pull: IdentityRegularizer) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.pull = weight, pull
-        return F.linear(x, weight.to(x.dtype))
+        return matmul_fp32_accumulate(F.linear, x, weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         (x,) = ctx.saved_tensors
         weight = ctx.weight.detach()
-        grad_x = grad @ weight.to(grad.dtype)
-        grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        grad_x = matmul_fp32_accumulate(torch.matmul, grad, weight.to(grad.dtype))
+        flat = grad.flatten(0, -2).T
+        grad_weight = matmul_fp32_accumulate(torch.matmul, flat, x.flatten(0, -2)).to(weight.dtype)
         return grad_x, grad_weight.add_(weight, alpha=ctx.pull.strength), None
 
 
@@ -179,18 +182,17 @@ class FusionLayer(SwitchableLayer):
         attention = self._compute_attention(h, outputs)
         if self.meter.is_counting:
             self.meter.add_attention(self.path, attention)
-        mixed = (attention.to(outputs.dtype).unsqueeze(-2) @ outputs).squeeze(-2)
+        mixed = multiply_batched(attention.to(outputs.dtype).unsqueeze(-2), outputs).squeeze(-2)
         change = _RegularizedLinear.apply(mixed, self.value_change, self.pull)
         return (output.to(self.arithmetic) + mixed + change).to(output.dtype)
 
     def _compute_attention(self, h: Tensor, outputs: Tensor) -> Tensor:
         """``a`` [B, S, N], float32."""
-        dtype = self.arithmetic
-        query = F.linear(h, self.query_weight.to(dtype), self.query_bias.to(dtype))
-        key = query @ self.key_weight.to(dtype)  # K^T q
-        scores = (outputs @ key.unsqueeze(-1)).squeeze(-1).float()
+        query = apply_linear(h, self.query_weight, self.query_bias)
+        key = apply_linear(query, self.key_weight.T)  # K^T q
+        scores = multiply_batched(outputs, key.unsqueeze(-1)).squeeze(-1).float()
         if self.key_bias.requires_grad:
-            scores = scores + (query @ self.key_bias.to(dtype)).unsqueeze(-1).float()
+            scores = scores + apply_linear(query, self.key_bias.unsqueeze(0)).float()
         return self.dropout(scores).softmax(-1)
 
     def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:

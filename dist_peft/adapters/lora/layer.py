@@ -43,6 +43,7 @@ from dist_peft.model.adapter_module import Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
+from dist_peft.quant.trainable_products import apply_linear
 
 __all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]
 
@@ -300,7 +301,7 @@ class LoraEmbedding(LowRankModule):
         dtype = self.spec.arithmetic
         columns = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx)
         inner = columns.to(dtype) * self.spec.scaling
-        change = F.linear(inner, self.lora_embedding_B.to(dtype))
+        change = apply_linear(inner, self.lora_embedding_B)
         scale = getattr(self.base, "embed_scale", None)  # Gemma scales its embeddings
         if scale is not None:
             change = change * scale

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
+from dist_peft.quant.trainable_products import apply_low_rank
 
 __all__ = ["LowRankModule", "LowRankSpec"]
 
@@ -81,9 +81,7 @@ class LowRankModule(SwitchableLayer, ABC):
 
     def _multiply_factors(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """``s B A x`` in the arithmetic type: ``x`` [..., columns of A] -> [..., rows of B]."""
-        dtype = self.spec.arithmetic
-        inner = F.linear(x.to(dtype), A.to(dtype)) * self.spec.scaling
-        return F.linear(inner, B.to(dtype))
+        return apply_low_rank(x, A, B, self.spec.scaling, self.spec.arithmetic)
 
     def extra_repr(self) -> str:
         return f"r={self.spec.r}, scaling={self.spec.scaling:g}"
