@@ -36,6 +36,7 @@ from dist_peft.model.hub import Tokenizer, load_tokenizer
 from dist_peft.model.isolation_probe import refuse_leaks
 from dist_peft.model.layer_decay import LayerDecay
 from dist_peft.model.load import load_model
+from dist_peft.model.panel_encoding import count_load_threads
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
@@ -214,7 +215,8 @@ def load_weights(
     hashes = build_row_hashes(skeleton)
     with RowReader(skeleton.index, hashes) as reader:
         with world.raise_together("load base", is_slow=True), return_freed_memory():
-            load_model(model, reader, engine, device)
+            threads = count_load_threads(world.local_size, device)
+            load_model(model, reader, engine, device, threads=threads)
         if (packed := skeleton.prequantized) and (note := packed.describe_scale_rounding()):
             log.warning("%s", note, extra=ONCE)
         log.info("loaded %s: this rank read %.1f MiB", setup.directory, reader.bytes_read / 2**20)

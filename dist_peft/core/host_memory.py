@@ -9,7 +9,9 @@ since a training step's temporaries are better reused than mapped again.
 
 A mapped block costs a page fault for every 4 KiB each time it is allocated: with temporaries of
 4 MiB above the threshold, two thirds of the time of encoding were faults. So the temporaries of
-codecs (``quant.packed_rows``) are below it, and the rows that are read above.
+codecs (``quant.packed_rows``) and the panels of rows that they quantize are below it, and rows that
+stay as they are read above. For the same reason the top of the heap is not trimmed after each of
+them.
 
 A merge keeps nothing but allocates chunks of one size again and again: there the heap is not
 trimmed until the end.
@@ -29,17 +31,22 @@ __all__ = ["keep_freed_memory", "read_available_memory", "return_freed_memory"]
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LOADING, _OTHERWISE = 1024 * 1024, 32 * 1024 * 1024  # the latter is glibc's upper limit
+_TRIMMED_LOADING = 16 * 1024 * 1024  # more than the temporaries of the threads that quantize
 _TRIMMED_OTHERWISE, _NEVER_TRIMMED = 128 * 1024, 2**30  # the former is glibc's default
 
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """Return blocks from 1 MiB on to the system when they are freed; a no-op without glibc."""
+    """Return blocks from 1 MiB on to the system when they are freed, and keep up to 16 MiB of
+    smaller ones for the next allocations; at the end, return all free blocks. A no-op without
+    glibc."""
     _set_malloc_option(_M_MMAP_THRESHOLD, _LOADING)
+    _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_LOADING)
     try:
         yield
     finally:
         _set_malloc_option(_M_MMAP_THRESHOLD, _OTHERWISE)
+        _return_free_blocks()
 
 
 @contextmanager
@@ -54,9 +61,13 @@ def keep_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_OTHERWISE)
-        if (trim := _find_function("malloc_trim")) is not None:
-            trim(0)
+        _return_free_blocks()
+
+
+def _return_free_blocks() -> None:
+    _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_OTHERWISE)
+    if (trim := _find_function("malloc_trim")) is not None:
+        trim(0)
 
 
 def _set_malloc_option(option: int, value: int) -> None:

@@ -37,7 +37,12 @@ class AdapterModule(Protocol):
 
 @runtime_checkable
 class InitializesFromBase(AdapterModule, Protocol):
-    """An adapter module around a ``FrozenLinear`` whose initialization depends on its rows."""
+    """An adapter module around a ``FrozenLinear`` whose initialization can depend on its rows."""
+
+    @property
+    def needs_base_rows(self) -> bool:
+        """Whether it does depend on them, with the settings of this run; the same on all ranks."""
+        ...
 
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Return the rows to quantize; called once and before ``init_rows``.

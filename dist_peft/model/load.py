@@ -3,8 +3,9 @@
 For every parameter the engine says which rows are wanted (``span``); exactly these rows are read,
 converted to the parameter's storage (packed bytes for ``FrozenWeight``, by ``WeightRows``; the
 parameter's own type for all others: ``compute_dtype``, or float32 for trainable ones) and passed to
-the engine (``fill``). One tensor is in memory at a time, and of it only this rank's rows. The
-functions are injected, so that this file knows neither engines nor adapters.
+the engine (``fill``). One tensor is in memory at a time, of it only this rank's rows, and of those
+that are quantized only a panel (``panel_encoding``). The functions are injected, so that this file
+knows neither engines nor adapters.
 
 At the end ``_check_filled`` fails if a parameter still is on ``meta``.
 """
@@ -23,6 +24,7 @@ from dist_peft.core.span import Span
 from dist_peft.core.stop_signals import StopRequested, raise_if_stop_requested
 from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
+from dist_peft.model.panel_encoding import PanelEncoder
 from dist_peft.store.reader import RowReader
 
 __all__ = ["Placement", "load_model"]
@@ -63,6 +65,7 @@ def load_model(
     placement: Placement,
     device: torch.device,
     progress: Callable[[int], Any] = lambda done: None,
+    threads: int = 1,
 ) -> None:
     """Fill every parameter and persistent buffer of ``model``.
 
@@ -77,57 +80,67 @@ def load_model(
         placement: the engine.
         device: device on which rows are encoded.
         progress: called with the number of parameters filled so far.
+        threads: that read and quantize the rows of a weight (``panel_encoding``).
 
     Raises:
         UserError: a file was damaged or changed, a weight is not finite or out of range.
         OSError: the disk failed.
         StopRequested: a signal has reached this rank.
     """
-    wrappers = {id(m.base): m for m in model.modules() if isinstance(m, InitializesFromBase)}
+    wrappers = {
+        id(m.base): m
+        for m in model.modules()
+        if isinstance(m, InitializesFromBase) and m.needs_base_rows
+    }
     failure: Exception | None = None
-    for done, (first, *others) in enumerate(_list_parameter_uses(model).values(), 1):
-        mark_progress()
-        span = placement.local_row_span(first.parameter)
-        wrapper = wrappers.get(id(first.owner)) if first.is_packed_weight else None
-        rows: Tensor | WeightRows = torch.empty(0)
-        if failure is None:
-            try:
-                raise_if_stop_requested()
-                rows = _read_local_rows(first, span, reader, device, encode=wrapper is None)
-            except (UserError, OSError, StopRequested) as error:
-                failure = error
-        # a rank that failed reads nothing more but comes to the next agreement: others wait there
-        if wrapper is not None and _failed_on_any_rank(failure, placement, device):
-            break
-        if failure is not None:
-            continue
-        if wrapper is not None:
-            assert isinstance(rows, WeightRows)
-            reduce = placement.sum_over_shards
-            rows = rows.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
-        assert isinstance(rows, Tensor)
-        placement.fill_local_rows(first.owner, first.name, rows)
-        for other in others:  # tied: all of them hold the object that the engine has just filled
-            other.owner.register_parameter(other.name, first.owner._parameters[first.name])
-        progress(done)
-    else:
-        if failure is None:
-            _fill_buffers(model, reader)
-            _check_filled(model)
+    with PanelEncoder(reader, device, threads) as encoder:
+        for done, (first, *others) in enumerate(_list_parameter_uses(model).values(), 1):
+            mark_progress()
+            span = placement.local_row_span(first.parameter)
+            wrapper = wrappers.get(id(first.owner)) if first.is_packed_weight else None
+            rows: Tensor | WeightRows = torch.empty(0)
+            if failure is None:
+                try:
+                    raise_if_stop_requested()
+                    if wrapper is None:
+                        rows = _read_local_rows(first, span, reader, encoder)
+                    else:
+                        assert isinstance(first.owner, FrozenWeight)
+                        rows = WeightRows.read_weight_rows(first.owner, reader, span, device)
+                except (UserError, OSError, StopRequested) as error:
+                    failure = error
+            # a rank that failed reads no more but comes to the next agreement: others wait there
+            if wrapper is not None and _failed_on_any_rank(failure, placement, device):
+                break
+            if failure is not None:
+                continue
+            if wrapper is not None:
+                assert isinstance(rows, WeightRows)
+                reduce = placement.sum_over_shards
+                rows = rows.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
+            assert isinstance(rows, Tensor)
+            placement.fill_local_rows(first.owner, first.name, rows)
+            for (
+                other
+            ) in others:  # tied: all of them hold the object that the engine has just filled
+                other.owner.register_parameter(other.name, first.owner._parameters[first.name])
+            progress(done)
+        else:
+            if failure is None:
+                _fill_buffers(model, reader)
+                _check_filled(model)
     if failure is not None:
         raise failure
 
 
 def _read_local_rows(
-    use: _ParameterUse, span: Span, reader: RowReader, device: torch.device, *, encode: bool
-) -> Tensor | WeightRows:
-    """Return rows ``span`` of a parameter as it stores them; of a packed weight that is not to be
-    encoded yet, as they were read."""
+    use: _ParameterUse, span: Span, reader: RowReader, encoder: PanelEncoder
+) -> Tensor:
+    """Return rows ``span`` of a parameter as it stores them."""
     if not use.is_packed_weight:
         return _init_or_read_rows(use, span, reader)
     assert isinstance(use.owner, FrozenWeight)
-    rows = WeightRows.read_weight_rows(use.owner, reader, span, device)
-    return rows.to_packed() if encode else rows
+    return encoder.encode_rows(use.owner, span)
 
 
 def _failed_on_any_rank(

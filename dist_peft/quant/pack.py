@@ -13,9 +13,10 @@ compressed-tensors ``pack-quantized`` and, transposed, of GPTQ ``qweight``.
 ``high_first`` swaps the two codes of a byte (4 bits only): the even code lies in the high nibble.
 This is the order of bitsandbytes.
 
-Packing joins eight codes in a 64-bit integer. Unpacking is a table look-up: a byte is two codes of
-4 bits or four of 2, a 12-bit piece of the stream is four codes of 3. The table can hold any value
-per code, so that ``lookup`` turns packed bytes directly into numbers.
+Packing reads neighbouring codes as one wider integer and shifts them together. Unpacking is a table
+look-up: a byte is two codes of 4 bits or four of 2, a 12-bit piece of the stream is four codes of
+3. The table can hold any value per code, so that ``lookup`` turns packed bytes directly into
+numbers.
 """
 
 import torch
@@ -42,12 +43,34 @@ def pack_bits(codes: Tensor, bits: int, high_first: bool = False) -> Tensor:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
     if bits == 8:
         return codes.clone()
-    eights = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 8, 8)
-    words = torch.zeros(eights.shape[:-1], dtype=torch.int64, device=codes.device)
-    for lane in range(8):
-        place = lane ^ 1 if high_first else lane
-        words |= eights[..., lane].long() << (bits * place)
-    return words.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    flat = codes.reshape(-1)
+    if flat.storage_offset() % 8:  # of a view as wider numbers
+        flat = flat.clone()
+    packed = _join_neighbours(flat, bits, high_first)
+    return packed.view(*codes.shape[:-1], codes.shape[-1] * bits // 8)
+
+
+def _join_neighbours(codes: Tensor, bits: int, high_first: bool) -> Tensor:
+    """The stream of ``uint8 [8 k]`` codes. Two neighbours, read as one wider number, are moved
+    together by one shift::
+
+        . . . b  . . . a     int16 of two bytes, here of 4 bits
+        . . . .  . . . b     shifted to the right by 8 - 4, whose low byte is ``b a`` with ``a``
+
+    Results of 4 bits are joined again, of 6 bits twice.
+    """
+    pairs = codes.view(torch.int16)
+    shifted = pairs << bits if high_first else pairs >> 8 - bits
+    joined = shifted.add_(pairs >> 8) if high_first else shifted.bitwise_or_(pairs)
+    narrow = joined.to(torch.uint8)
+    if bits == 4:
+        return narrow
+    if bits == 2:
+        return _join_neighbours(narrow, 4, high_first=False)
+    sixes = narrow.view(torch.int16)
+    twelves = ((sixes & 0x3F) | (sixes >> 2 & 0xFC0)).view(torch.int32)
+    words = (twelves & 0xFFF) | (twelves >> 4 & 0xFFF000)
+    return words.unsqueeze(1).view(torch.uint8)[:, :3].reshape(-1)
 
 
 def unpack_bits(packed: Tensor, bits: int, high_first: bool = False) -> Tensor:

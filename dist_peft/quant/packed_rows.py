@@ -27,6 +27,7 @@ __all__ = [
     "check_finite_statistics",
     "check_float_weight",
     "check_packed_rows",
+    "count_chunk_rows",
     "divide_exactly",
     "list_row_chunks",
     "quantize_in_groups",
@@ -57,10 +58,15 @@ def view_as_bytes(numbers: Tensor) -> Tensor:
     return numbers.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def list_row_chunks(rows: int, in_features: int, device: torch.device) -> list[Span]:
-    """Spans of rows with at most 2^17 weights each, 2^22 on a GPU (but at least one row)."""
+def count_chunk_rows(in_features: int, device: torch.device) -> int:
+    """Rows with at most 2^17 weights, 2^22 on a GPU; at least one."""
     elements = CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
-    return list(Span(0, rows).split_into_chunks(max(1, elements // max(1, in_features))))
+    return max(1, elements // max(1, in_features))
+
+
+def list_row_chunks(rows: int, in_features: int, device: torch.device) -> list[Span]:
+    """Spans of ``count_chunk_rows`` rows each."""
+    return list(Span(0, rows).split_into_chunks(count_chunk_rows(in_features, device)))
 
 
 def check_float_weight(weight: Tensor) -> None:

@@ -24,6 +24,7 @@ This finds other weights, damaged files and mistaken directories; it is no prote
 adversary, who can construct another base of the same hash.
 """
 
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -159,11 +160,13 @@ class TensorHashSum:
         layout: of the whole tensor.
         total: the sum of the hashes of the rows in ``spans``.
         spans: disjoint and sorted.
+        lock: of both, as threads read different rows.
     """
 
     layout: RowLayout
     total: int = 0
     spans: list[Span] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def list_missing_spans(self, span: Span) -> list[Span]:
         """Return the parts of ``span`` that were not hashed yet."""
@@ -257,10 +260,11 @@ class RowsBeingRead:
             blocks.append(self._hash_shared_block(self._done))
         digests = np.array(blocks, np.uint64).repeat(layout.block_rows)
         digests = digests[rows.start % layout.block_rows :]
-        for gap in self._known.list_missing_spans(rows):
-            part = _sum_row_hashes(digests[gap.shifted_by(-rows.start).slice], gap.start)
-            self._known.total = (self._known.total + part) & _MASK
-            self._known.mark_hashed(gap)
+        with self._known.lock:
+            for gap in self._known.list_missing_spans(rows):
+                part = _sum_row_hashes(digests[gap.shifted_by(-rows.start).slice], gap.start)
+                self._known.total = (self._known.total + part) & _MASK
+                self._known.mark_hashed(gap)
 
     def _hash_shared_block(self, row: int) -> int:
         assert self._read_block is not None
@@ -330,7 +334,11 @@ class RowHashes:
             return None
         layout = self._layouts[name]
         known = self.sums.setdefault(name, TensorHashSum(layout))
-        if not known.list_missing_spans(Span(first, first + data.numel() // layout.row_bytes)):
+        with known.lock:
+            missing = known.list_missing_spans(
+                Span(first, first + data.numel() // layout.row_bytes)
+            )
+        if not missing:
             return None
         return RowsBeingRead(known, first, data, read_block)
 

@@ -12,6 +12,7 @@ from dist_peft.quant.exact_math import exact_sqrt
 from dist_peft.quant.nf4 import (
     NF4_LEVELS,
     Nf4Codec,
+    _build_fine_cells,
     _build_level_cells,
     _find_nearest_level,
     list_nf4_borders,
@@ -81,6 +82,8 @@ def test_each_cell_holds_at_most_one_border() -> None:
     assert counts.max() == 1
     first_code, border = _build_level_cells(torch.device("cpu"))
     assert first_code.shape == border.shape == (33,)
+    fine = _build_fine_cells()
+    assert int((fine & 0x80).count_nonzero()) == 15  # each border in a fine cell of its own
 
 
 def test_ties_and_neighbours_of_every_border_cell_and_level() -> None:
@@ -99,9 +102,9 @@ def test_ties_and_neighbours_of_every_border_cell_and_level() -> None:
 @given(st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=50))
 def test_nearest_level_is_the_number_of_borders_below(values: list[float]) -> None:
     borders = list_nf4_borders()
-    assert _find_nearest_level(torch.tensor(values)).tolist() == [
-        bisect_left(borders, v) for v in values
-    ]
+    wanted = [bisect_left(borders, v) for v in values]
+    assert _find_nearest_level(torch.tensor(values)).tolist() == wanted
+    assert _find_nearest_level(torch.tensor(values * 8)).tolist() == wanted * 8  # by the table
 
 
 def test_borders_split_blocks_as_in_bitsandbytes() -> None:

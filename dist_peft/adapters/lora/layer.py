@@ -174,6 +174,11 @@ class LoraLinear(LowRankModule):
         them."""
         self._given = {name: tensors[name] for name in self.start_names}
 
+    @property
+    def needs_base_rows(self) -> bool:
+        """Whether the start depends on the weight: PiSSA, LoftQ and DoRA."""
+        return self.spec.init != "default" or self.spec.dora
+
     @torch.no_grad()
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Compute the initial factors and return the rows to quantize."""
