@@ -18,7 +18,7 @@ from dist_peft.app import cli
 from dist_peft.core.config.run import DataSource, EngineConfig, TrainConfig
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
-from dist_peft.data import sources
+from dist_peft.data import record_formats
 from dist_peft.data.examples import CompletionExample
 from dist_peft.data.files import open_source
 from dist_peft.data.sources import read_examples
@@ -163,7 +163,9 @@ def test_codec_encodes_and_decodes() -> None:
 
 def test_data_format_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     question = run_recipe("data_format").QUESTION
-    monkeypatch.setattr(sources, "_FORMATS", (*sources._FORMATS, question))
+    monkeypatch.setattr(
+        record_formats, "RECORD_FORMATS", (*record_formats.RECORD_FORMATS, question)
+    )
     records = [{"question": "1 + 1?", "answer": "2"}, {"question": "1 + 2?", "answer": "3"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -62,6 +62,7 @@ _MAY_CHANGE = (
     "contents of data.eval",
     # other ways to compute the same function
     "base.attention",
+    "data.workers",
     "engine.*",
     "engine in use",
     "number of ranks",

@@ -4,6 +4,7 @@ from typing import Any
 
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.message_weights import WEIGHT_KEYS
+from dist_peft.data.tally import Tally
 
 __all__ = ["BlankTurnFilter", "exclude_turn", "is_blank_turn"]
 
@@ -23,11 +24,14 @@ def exclude_turn(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class BlankTurnFilter:
-    """Exclude blank assistant turns from the loss and count them."""
+    """Exclude blank assistant turns from the loss and count them.
+
+    Attributes:
+        turns: number of these turns.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
-        self._first: RecordPlace | None = None
+        self.turns = Tally()
 
     def exclude_blank_turns(
         self, messages: list[dict[str, Any]], place: RecordPlace
@@ -35,8 +39,7 @@ class BlankTurnFilter:
         """Return ``messages`` with the blank assistant turns excluded from the loss."""
         blank = [is_blank_turn(message) for message in messages]
         if any(blank):
-            self._count += sum(blank)
-            self._first = self._first or place
+            self.turns.count("", place, sum(blank))
         return [
             exclude_turn(message) if empty else message
             for message, empty in zip(messages, blank, strict=True)
@@ -45,9 +48,8 @@ class BlankTurnFilter:
     @property
     def user_notes(self) -> list[str]:
         """One-time warnings for the user."""
-        if not self._count:
-            return []
         return [
-            f"{self._count} assistant turns are empty and do not contribute to the loss; the "
-            f"first is in {self._first}"
+            f"{count} assistant turns are empty and do not contribute to the loss; the "
+            f"first is in {first}"
+            for _, count, first in self.turns.list_entries()
         ]

@@ -15,7 +15,6 @@ several processes build it at the same time. A lock (``data.build_lock``) makes 
 those of other hosts, wait instead of repeating the work.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -23,38 +22,33 @@ import re
 import shutil
 import time
 import uuid
-from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
 
 import numpy as np
 import psutil
 import xxhash
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.machine import identify_machine
 from dist_peft.core.progress_beat import mark_progress
-from dist_peft.core.stop_signals import raise_if_stop_requested
 from dist_peft.data.build_lock import hold_build_lock
+from dist_peft.data.document_writer import (
+    ENTRY_ARRAYS,
+    DocumentWriter,
+    explain_write_errors,
+    hash_entry_files,
+)
 from dist_peft.data.files import RecordPlace
 
 __all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build_documents"]
 
 _LOG = logging.getLogger("dist_peft")
 
-_ARRAYS = ("tokens", "mask", "offsets", "places", "classes")
 _ABANDONED_SECONDS = 24 * 3600.0
-_BUFFERED = 4 * 4096
-"""Integers about documents that wait to be written."""
-_HASHED_BYTES = 4 * 2**20
-"""Block size for reading files to hash, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def find_cache_root(configured: str | None) -> Path:
 
 
 def load_or_build_documents(
-    root: Path, key: str, build: Callable[["DocumentWriter"], None]
+    root: Path, key: str, build: Callable[[DocumentWriter], None]
 ) -> TokenDocuments:
     """Return the documents stored under ``key``; call ``build`` if they are absent or damaged.
 
@@ -120,35 +114,24 @@ def load_or_build_documents(
     stored = _open_documents(final, warn=True)
     if stored is not None:
         return stored
-    with _explain_write_errors(root):
+    with explain_write_errors(root):
         root.mkdir(0o700 if root == _DEFAULT_ROOT.expanduser() else 0o777, True, True)
     with hold_build_lock(root / f".{key}.lease", mark_progress):
         # another process may have built it while this one waited
         return _open_documents(final) or _build_documents(final, build)
 
 
-@contextmanager
-def _explain_write_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"token cache {directory} cannot be written: {error.strerror or error}; set "
-            "data.cache_dir (or DIST_PEFT_CACHE) to a directory with space that you may write"
-        ) from error
-
-
-def _build_documents(final: Path, build: Callable[["DocumentWriter"], None]) -> TokenDocuments:
+def _build_documents(final: Path, build: Callable[[DocumentWriter], None]) -> TokenDocuments:
     owner = f"{_hash_machine()}-{os.getpid()}"
     temporary = final.with_name(f"{final.name}.tmp-{owner}-{uuid.uuid4().hex[:12]}")
     try:
-        with _explain_write_errors(final.parent):
+        with explain_write_errors(final.parent):
             _remove_abandoned(final.parent)
             temporary.mkdir()
             writer = DocumentWriter(temporary)
         with writer:
             build(writer)
-        with _explain_write_errors(final.parent):
+        with explain_write_errors(final.parent):
             _publish_directory(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -206,7 +189,7 @@ def _open_documents(directory: Path, *, warn: bool = False) -> TokenDocuments | 
     """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        stored, found = meta.pop("hashes"), _hash_files(directory, meta)
+        stored, found = meta.pop("hashes"), hash_entry_files(directory, meta)
         if altered := sorted(name for name in found if found[name] != stored.get(name)):
             if warn:
                 _LOG.warning(
@@ -219,7 +202,7 @@ def _open_documents(directory: Path, *, warn: bool = False) -> TokenDocuments | 
         documents = TokenDocuments(
             **{
                 name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in _ARRAYS
+                for name in ENTRY_ARRAYS
             },
             files=tuple(meta["files"]),
             is_text=meta["is_text"],
@@ -231,18 +214,6 @@ def _open_documents(directory: Path, *, warn: bool = False) -> TokenDocuments | 
         return documents if _is_consistent(documents) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError):
         return None
-
-
-def _hash_files(directory: Path, meta: dict[str, Any]) -> dict[str, str]:
-    """Return the xxh3 hash (128 bits) of each array file, and of ``meta``."""
-    found = {"meta.json": xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())}
-    for name in _ARRAYS:
-        digest = xxhash.xxh3_128()
-        with (directory / f"{name}.npy").open("rb") as file:
-            while block := file.read(_HASHED_BYTES):
-                digest.update(block)
-        found[f"{name}.npy"] = digest.hexdigest()
-    return found
 
 
 def _is_consistent(d: TokenDocuments) -> bool:
@@ -257,144 +228,3 @@ def _is_consistent(d: TokenDocuments) -> bool:
         and d.classes.shape == (len(d),)
         and int(d.places[:, 0].max()) < len(d.files)
     )
-
-
-class DocumentWriter:
-    """Write the documents of one source as they arrive (context manager)."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._tokens = _NpyArrayWriter(directory / "tokens.npy", np.dtype(np.int32))
-        self._mask = _NpyArrayWriter(directory / "mask.npy", np.dtype(np.uint8))
-        self._offsets = _NpyArrayWriter(directory / "offsets.npy", np.dtype(np.int64))
-        self._places = _NpyArrayWriter(directory / "places.npy", np.dtype(np.int64), width=2)
-        self._classes = _NpyArrayWriter(directory / "classes.npy", np.dtype(np.int64))
-        self._offsets.append_values(np.zeros(1, np.int64))
-        self._rows = array("q")  # (end, file, number, class) of the documents to be written next
-        self._count = self._end = 0
-        self._has_classes = False
-        self._files: dict[str, int] = {}
-        self._largest = 0
-        self.is_text = False
-        self.notes: list[str] = []
-        self.chat_template: str | None = None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def append_document(
-        self,
-        tokens: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-        place: RecordPlace,
-        label: int = -1,
-    ) -> None:
-        """Append a document of at least one token; ``mask`` has its shape [T].
-
-        Raises:
-            StopRequested: a signal has reached this process.
-        """
-        raise_if_stop_requested()
-        mark_progress()
-        assert len(tokens) == len(mask) > 0
-        with _explain_write_errors(self._directory.parent):
-            self._tokens.append_values(tokens)
-            self._mask.append_values(mask)
-        self._largest = max(self._largest, int(tokens.max()))
-        self._count += 1
-        self._end += len(tokens)
-        self._has_classes |= label >= 0
-        number = self._files.setdefault(place.file, len(self._files))
-        self._rows.extend((self._end, number, place.number, label))
-        if len(self._rows) >= _BUFFERED:
-            self._write_rows()
-
-    def _write_rows(self) -> None:
-        rows = np.array(self._rows, np.int64).reshape(-1, 4)
-        self._rows = array("q")
-        with _explain_write_errors(self._directory.parent):
-            self._offsets.append_values(rows[:, 0])
-            self._places.append_values(rows[:, 1:3])
-            self._classes.append_values(rows[:, 3])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with _explain_write_errors(self._directory.parent):
-            if kind is None:
-                self._write_rows()
-            for name in _ARRAYS:
-                getattr(self, f"_{name}").close_file()
-            if kind is None:
-                self._finish_entry()
-
-    def _finish_entry(self) -> None:
-        digest = hashlib.sha256(self._tokens.finish_digest() + self._mask.finish_digest())
-        for name in ("offsets", "classes") if self._has_classes else ("offsets",):
-            stored = np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            digest.update(stored)
-        meta: dict[str, Any] = {
-            "files": list(self._files),
-            "is_text": self.is_text,
-            "notes": self.notes,
-            "digest": digest.hexdigest(),
-            "largest_token": self._largest,
-            "chat_template": self.chat_template,
-        }
-        meta["hashes"] = _hash_files(self._directory, meta)
-        with (self._directory / "meta.json").open("w", encoding="utf-8") as text:
-            json.dump(meta, text, indent=1)
-            _sync_file(text)
-
-
-class _NpyArrayWriter:
-    """A .npy file whose length is known only at the end; with ``width`` [length, width].
-
-    numpy pads the header so that the length can grow, so the header is overwritten in place.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], width: int | None = None) -> None:
-        self._file = path.open("wb")
-        self._dtype = dtype
-        self._rest = () if width is None else (width,)
-        self._length = 0
-        self._hash = hashlib.sha256()
-        self._write_header()
-
-    def _write_header(self) -> None:
-        npy.write_array_header_1_0(
-            self._file,
-            {
-                "descr": self._dtype.str,
-                "fortran_order": False,
-                "shape": (self._length, *self._rest),
-            },
-        )
-
-    def append_values(self, values: NDArray[Any]) -> None:
-        assert values.dtype == self._dtype
-        assert values.shape[1:] == self._rest
-        data = values.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self._length += len(values)
-
-    def finish_digest(self) -> bytes:
-        return self._hash.digest()
-
-    def close_file(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        _sync_file(self._file)
-        self._file.close()
-
-
-def _sync_file(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

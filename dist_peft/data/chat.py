@@ -13,7 +13,6 @@ and roles that the template does not know.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +34,7 @@ from dist_peft.data.message_weights import (
     is_excluded_from_loss,
     strip_weight_keys,
 )
+from dist_peft.data.tally import Tally
 from dist_peft.data.tool_calls import check_tool_calls, render_tool_calls
 
 __all__ = ["ChatRenderer", "RenderedChat", "Tokenizer", "make_default_chat_template"]
@@ -71,7 +71,7 @@ class ChatRenderer:
         turn_end: handling of a turn that no token ends: ``error`` or ``warn``.
 
     Attributes:
-        notes: one-time warnings for the user.
+        user_notes: one-time warnings for the user.
         default_template: this project's template, if the tokenizer has none.
 
     Raises:
@@ -89,29 +89,29 @@ class ChatRenderer:
         self.mark_assistant = mark_assistant
         self._turn_end = turn_end
         self._chat = ChatTemplate(tokenizer, starts_with_bos=starts_with_bos)
-        self._notes: dict[str, None] = {}
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self._known_roles = {"user", "assistant"}
+        self._notes, self._counts = Tally(), Tally()
+        self.begin_chunk()
         self.default_template: str | None = None
         if self._chat.is_default:
             self.default_template = self._chat.get_jinja_source()
-            self._notes[
+            self._notes.count(
                 "the tokenizer has no chat template: conversations are written as "
                 "'<|role|>\\ncontent' with the eos token after assistant turns"
-            ] = None
+            )
+
+    def begin_chunk(self) -> None:
+        """Forget the roles seen so far: a check must not depend on where chunks are rendered."""
+        self._known_roles = {"user", "assistant"}
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        return (self._notes, self._counts)
 
     @property
     def user_notes(self) -> list[str]:
-        counts = self._counts.items()
-        return [
-            *self._notes,
-            *(f"{n} {what}; the first is {self._first[what]}" for what, n in counts),
-        ]
-
-    def _count_note(self, what: str, where: str) -> None:
-        self._counts[what] += 1
-        self._first.setdefault(what, where)
+        notes = [note for note, *_ in self._notes.list_entries()]
+        counts = self._counts.list_entries()
+        return [*notes, *(f"{n} {what}; the first is {first}" for what, n, first in counts)]
 
     @cached_property
     def _turn_ends(self) -> TurnEnds:
@@ -167,9 +167,9 @@ class ChatRenderer:
         try:
             marks = self._chat.marks_assistant_text(tools) and self.mark_assistant
             if tools and "tools" not in self._chat.get_jinja_source(tools):
-                self._notes[
+                self._notes.count(
                     "the chat template does not write tools: the records' tools are left out"
-                ] = None
+                )
             chosen, tools, text = render_tool_calls(self._chat, messages, tools)
             generated = self._chat.render_marked(chosen, tools)[1] if marks else None
             text.encode()
@@ -259,7 +259,7 @@ class ChatRenderer:
                     f"({piece.text!r:.60}), so that it would not be trained on; give the tokenizer "
                     "a template that writes it, or remove it from the records"
                 )
-            self._count_note(f"texts ({what}) are left out by the chat template", place)
+            self._counts.count(f"texts ({what}) are left out by the chat template", place)
 
     def _report_missing_end(self, turn: str, index: int, where: str) -> None:
         if self._turn_end == "error":
@@ -269,7 +269,7 @@ class ChatRenderer:
                 "a chat template that closes turns with its eos token or another token of its own, "
                 "or train anyway with data.turn_end: warn"
             )
-        self._count_note(
+        self._counts.count(
             "assistant turns end with no token that ends generation",
             f"{where}, message {index + 1}",
         )
@@ -306,7 +306,7 @@ class ChatRenderer:
             own = [piece for piece in finder.pieces if piece.message == index]
             if not any(finder.is_piece_written(piece) for piece in own):
                 # the message is empty, or the template drops all of it
-                self._count_note("assistant messages are empty", f"{where}, message {index + 1}")
+                self._counts.count("assistant messages are empty", f"{where}, message {index + 1}")
                 continue
             turn = finder.find_turn(index)
             if turn is None or (spans and turn.start < spans[-1][1]):

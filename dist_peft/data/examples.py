@@ -5,7 +5,7 @@ from typing import Any
 
 from dist_peft.data.alpaca import Turn
 
-__all__ = ["ChatExample", "CompletionExample", "LabelledExample", "TextExample"]
+__all__ = ["ChatExample", "CompletionExample", "Example", "LabelledExample", "TextExample"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,6 @@ class LabelledExample:
     text: str
     text_pair: str | None
     label: int
+
+
+Example = CompletionExample | ChatExample | TextExample | LabelledExample

@@ -1,33 +1,41 @@
 """Resolve the path of a source to files or a Hub data set; ``readers`` reads each file."""
 
 import glob
-import itertools
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.core.log import ONCE
-from dist_peft.data.arrow_nulls import convert_record_batch
 from dist_peft.data.readers import (
     COMPRESSIONS,
     ENDINGS,
-    Record,
     find_data_ending,
     is_table,
-    read_record_file,
+    read_file_blocks,
 )
+from dist_peft.data.record_blocks import ArrowRecords, Record, RecordBlock, split_arrow_batch
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["ENDINGS", "Record", "RecordPlace", "RecordSource", "open_source", "read_records"]
+__all__ = [
+    "ENDINGS",
+    "Record",
+    "RecordChunk",
+    "RecordPlace",
+    "RecordSource",
+    "open_source",
+    "read_chunks",
+    "read_records",
+]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -36,11 +44,13 @@ _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _ABOUT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """Metadata files that ``datasets`` writes next to the data."""
 
+_ROWS = 1024
+"""Rows of a Hub data set in a slice of its memory-mapped files."""
+
 _READABLE = f"{', '.join(ENDINGS)}; text formats also as {' and '.join(COMPRESSIONS)}"
 
 
-@dataclass(frozen=True)
-class RecordPlace:
+class RecordPlace(NamedTuple):
     """Position of a record: ``file`` as the user wrote it, ``number`` counted from 1."""
 
     file: str
@@ -48,6 +58,32 @@ class RecordPlace:
 
     def __str__(self) -> str:
         return f"{self.file}, record {self.number}"
+
+
+@dataclass(frozen=True)
+class RecordChunk:
+    """Consecutive records of one file, not parsed yet; it can be sent to another process.
+
+    Attributes:
+        file: name for messages. first: number of the first record in it, from 1.
+        count: of the records to read; the block may hold more.
+    """
+
+    file: str
+    first: int
+    count: int
+    block: RecordBlock
+
+    def read_records(self) -> Iterator[tuple[RecordPlace, Record]]:
+        """Yield each record with its place.
+
+        Raises:
+            UserError: invalid contents, naming file and line or record.
+        """
+        numbers = range(self.first, self.first + self.count)
+        # the numbers first: zip must not parse a record beyond them
+        for number, record in zip(numbers, self.block.parse_records(), strict=False):
+            yield RecordPlace(self.file, number), record
 
 
 class RecordSource(Protocol):
@@ -59,7 +95,7 @@ class RecordSource(Protocol):
         A file replaced by another of the same size and the same time is not noticed.
         """
 
-    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_files(self) -> Iterator[tuple[str, Iterator[RecordBlock]]]:
         """Yield, for each file, its name for messages and its records."""
 
 
@@ -77,9 +113,9 @@ class LocalFileSource:
     def list_fingerprints(self) -> list[list[str | int]]:
         return _fingerprint_files(self.files)
 
-    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_files(self) -> Iterator[tuple[str, Iterator[RecordBlock]]]:
         for file in self.files:
-            yield str(file), read_record_file(file, self.column_names)
+            yield str(file), read_file_blocks(file, self.column_names)
 
 
 @dataclass(frozen=True)
@@ -92,10 +128,15 @@ class HubSource:
     def list_fingerprints(self) -> list[list[str | int]]:
         return _fingerprint_files(tuple(Path(file["filename"]) for file in self.data.cache_files))
 
-    def iterate_parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def iterate_files(self) -> Iterator[tuple[str, Iterator[RecordBlock]]]:
+        yield self.name, self._iterate_blocks()
+
+    def _iterate_blocks(self) -> Iterator[RecordBlock]:
         # as plain values: images and audio are not decoded
-        batches = self.data.with_format("arrow").iter(batch_size=1024)
-        yield self.name, (record for batch in batches for record in convert_record_batch(batch))
+        for table in self.data.with_format("arrow").iter(batch_size=_ROWS):
+            for batch in table.to_batches():
+                for part in split_arrow_batch(batch):
+                    yield ArrowRecords(None, part)
 
 
 def open_source(source: DataSource, key: str) -> RecordSource:
@@ -268,17 +309,29 @@ def _fingerprint_files(files: tuple[Path, ...]) -> list[list[str | int]]:
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
+def read_chunks(opened: RecordSource, limit: int | None) -> Iterator[RecordChunk]:
+    """Yield the first ``limit`` records (None: all) in file order, in chunks.
+
+    Raises:
+        UserError: unreadable file, naming it.
+    """
+    remaining = math.inf if limit is None else limit
+    for file, blocks in opened.iterate_files():
+        first = 1
+        for block in blocks:
+            count = int(min(len(block), remaining))
+            yield RecordChunk(file, first, count, block)
+            first += count
+            remaining -= count
+            if not remaining:
+                return
+
+
 def read_records(opened: RecordSource, limit: int | None) -> Iterator[tuple[RecordPlace, Record]]:
-    """Yield every record in file order with its place, at most ``limit`` of them.
+    """Yield the first ``limit`` records (None: all) in file order, each with its place.
 
     Raises:
         UserError: unreadable file, naming it and the line or record.
     """
-    return itertools.islice(
-        (
-            (RecordPlace(label, number), record)
-            for label, records in opened.iterate_parts()
-            for number, record in enumerate(records, start=1)
-        ),
-        limit,
-    )
+    for chunk in read_chunks(opened, limit):
+        yield from chunk.read_records()

@@ -12,7 +12,8 @@ from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.column_hints import suggest_chosen_columns
 from dist_peft.data.left_out import WEIGHT_COLUMNS
-from dist_peft.data.readers import Record
+from dist_peft.data.record_blocks import Record
+from dist_peft.data.tally import Tally
 
 __all__ = ["UnusedColumnCheck"]
 
@@ -32,6 +33,7 @@ class UnusedColumnCheck:
 
     Attributes:
         taken: columns that roles of the format read, and ignored ones.
+        seen: the other columns.
     """
 
     def __init__(self, source: DataSource, reads: set[str], format_name: str, key: str) -> None:
@@ -41,17 +43,22 @@ class UnusedColumnCheck:
         self._chosen = bool({"chosen"} & self._reads)
         self.taken = self._reads | {*source.ignore}
         self._format, self._key = format_name, key
-        self._seen: dict[str, None] = {}
+        self.seen = Tally()
         self._path = source.path
 
     @property
     def user_notes(self) -> list[str]:
         """One-time warnings for the user."""
-        names = ", ".join(name for name in self._seen if name not in WEIGHT_COLUMNS)
+        names = ", ".join(
+            name for name, *_ in self.seen.list_entries() if name not in WEIGHT_COLUMNS
+        )
         return [f"columns of {self._path} that are not used: {names}"] if names else []
 
-    def check_record(self, record: Record, where: str) -> None:
+    def check_record(self, record: Record, where: object) -> None:
         """Check the unread columns of ``record`` and remember their names.
+
+        Args:
+            where: its text names the record in messages.
 
         Raises:
             UserError: the meaning of a column would be lost.
@@ -66,7 +73,7 @@ class UnusedColumnCheck:
                         f"{where}: column {name} {lost}; or leave the column out with "
                         f"{self._key}.ignore: [{name}]{self._make_warning(name)}"
                     )
-            self._seen.setdefault(name)
+            self.seen.count(name)
 
     def _make_warning(self, name: str) -> str:
         """Return the consequence of ignoring column ``name``, as the end of a message."""

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import Tokenizer
-from dist_peft.data.examples import LabelledExample
+from dist_peft.data.document_batch import EncodedDocuments
+from dist_peft.data.examples import Example, LabelledExample
 from dist_peft.data.files import RecordPlace
-from dist_peft.data.sources import Example
+from dist_peft.data.tally import Tally
 
 __all__ = ["PairEncoder"]
-
-Document = tuple[NDArray[np.int32], NDArray[np.uint8]]
 
 
 class PairEncoder:
@@ -33,7 +31,8 @@ class PairEncoder:
             ``transformers``); None: do not truncate.
 
     Attributes:
-        notes: one-time warnings for the user.
+        user_notes: one-time warnings for the user.
+        counts: records, and those that were truncated.
         default_template: always None, as no chat template is used.
     """
 
@@ -46,18 +45,28 @@ class PairEncoder:
                 "tokenizer.json; convert it to a fast tokenizer of transformers"
             )
         self._tokenizer, self._window = tokenizer, window
-        self._seen = self._cut = 0
+        self.counts = Tally()
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        return (self.counts,)
+
+    def begin_chunk(self) -> None:
+        """Do nothing: no example depends on earlier ones."""
 
     @property
     def user_notes(self) -> list[str]:
-        if not self._cut:
-            return []
-        return [f"cut {self._cut} of {self._seen} records to data.seq_len {self._window} tokens"]
+        cut, seen = (self.counts.get_count(name) for name in ("cut", "seen"))
+        return (
+            []
+            if not cut
+            else [f"cut {cut} of {seen} records to data.seq_len {self._window} tokens"]
+        )
 
     def encode_examples(
         self, examples: Sequence[Example], places: Sequence[RecordPlace]
-    ) -> list[Document]:
-        """Return tokens int32 [T] and token types uint8 [T] of each example.
+    ) -> EncodedDocuments:
+        """Return tokens and token types (in place of the mask) of each example.
 
         Raises:
             UserError: an example without a token.
@@ -69,15 +78,19 @@ class PairEncoder:
             # a text of special tokens alone is empty
             if not ids or not f"{example.text}{example.text_pair or ''}".strip():
                 raise UserError(f"{place} has no token: its text is empty; remove or fix it")
-            documents.append((np.asarray(ids, np.int32), np.asarray(types, np.uint8)))
-        return documents
+            documents.append((ids, types))
+        return EncodedDocuments(
+            np.array([i for ids, _ in documents for i in ids], np.int32),
+            np.array([t for _, types in documents for t in types], np.uint8),
+            np.array([len(ids) for ids, _ in documents], np.int64),
+        )
 
     def _tokenize_example(self, example: LabelledExample) -> tuple[list[int], list[int]]:
         texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
         encoded: Any = self._tokenizer(*texts, return_token_type_ids=True, verbose=False)
-        self._seen += 1
+        self.counts.count("seen")
         if self._window is not None and len(encoded["input_ids"]) > self._window:
-            self._cut += 1
+            self.counts.count("cut")
             encoded = self._tokenizer(
                 *texts,
                 return_token_type_ids=True,

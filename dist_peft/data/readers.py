@@ -7,6 +7,9 @@ CSV field is text, and an error can name the record. Parquet and Arrow files, wh
 columns, are read with ``pyarrow``, as plain values: images and audio are not decoded, and keys
 missing in a nested record do not appear. Their batches are fully validated, so that altered bytes
 cannot cause reads beyond an array.
+
+A ``.json`` list and a Parquet row group are read piece by piece, too: no file needs the memory that
+it takes on disk, except ``.txt``, which is one document.
 """
 
 import csv
@@ -15,23 +18,44 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_peft.core.errors import UserError
-from dist_peft.data.arrow_nulls import convert_record_batch
+from dist_peft.data.json_list import iterate_json_list
+from dist_peft.data.record_blocks import (
+    NOT_JSON,
+    ArrowRecords,
+    Record,
+    RecordBlock,
+    convert_to_record,
+    explain_arrow_errors,
+    group_lines,
+    group_records,
+    split_arrow_batch,
+)
 
-__all__ = ["COMPRESSIONS", "ENDINGS", "Record", "find_data_ending", "is_table", "read_record_file"]
-
-Record = dict[str, Any]
+__all__ = [
+    "COMPRESSIONS",
+    "ENDINGS",
+    "Record",
+    "find_data_ending",
+    "is_table",
+    "read_file_blocks",
+    "read_record_file",
+]
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Extension of a compressed text file -> name of the codec in ``pyarrow``."""
 
-_NOT_JSON = (ValueError, RecursionError)
-"""Exceptions of ``json``: invalid text, numbers of thousands of digits, too deep nesting."""
+_BATCH = 1024  # rows of a Parquet file decoded at a time
 
-_BATCH = 1024  # records of an Arrow or Parquet file held in memory at a time
+_PEEKED = 2**20
+"""Characters of a JSON file read at a time."""
+
+SizedRecord = tuple[Record, int]
+"""A record, and its size in characters."""
 
 
 def find_data_ending(file: Path) -> str | None:
@@ -51,8 +75,13 @@ def is_table(file: Path) -> bool:
     return _split_ending(file)[0] in _TABLE_DIALECTS
 
 
-def read_record_file(file: Path, column_names: Sequence[str] = ()) -> Iterator[Record]:
-    """Yield the records of a file that has a ``find_data_ending``.
+def read_record_file(file: Path) -> Iterator[Record]:
+    """Yield the records of a file; see ``read_file_blocks``."""
+    return (record for block in read_file_blocks(file) for record in block.parse_records())
+
+
+def read_file_blocks(file: Path, column_names: Sequence[str] = ()) -> Iterator[RecordBlock]:
+    """Yield the records of a file that has a ``find_data_ending``, in blocks not parsed yet.
 
     Args:
         column_names: of a table without a header line; empty: the first line names them.
@@ -66,7 +95,7 @@ def read_record_file(file: Path, column_names: Sequence[str] = ()) -> Iterator[R
         if column_names:
             yield from _read_table(file, _TABLE_DIALECTS[kind], column_names)
         else:
-            yield from _read_record_batches(file, binary) if binary else _TEXT_READERS[kind](file)
+            yield from _read_arrow_blocks(file, binary) if binary else _TEXT_READERS[kind](file)
     except UnicodeDecodeError as error:
         raise UserError(f"file {file} is not UTF-8 text: {error}; convert it to UTF-8") from None
     except csv.Error as error:
@@ -112,51 +141,48 @@ def _open_text_file(file: Path, newline: str | None = None) -> Iterator[io.TextI
 # -- text ----------------------------------------------------------------------------------------
 
 
-def _read_json(file: Path) -> Iterator[Record]:
+def _read_json(file: Path) -> Iterator[RecordBlock]:
     """Read a list of records or strings, one record, or (despite the extension) JSON lines."""
     with _open_text_file(file) as lines:
-        text = lines.read()
-    if not text.strip():
-        return
-    try:
-        tree = json.loads(text)
-    except _NOT_JSON as error:
-        first, _, rest = text.lstrip().partition("\n")
-        if rest.strip() and _is_json_text(first):
-            yield from _read_jsonl(file)
+        text = lines.read(_PEEKED)
+        if text.lstrip().startswith("["):
+            items = iterate_json_list(text, partial(lines.read, _PEEKED))
+            yield from group_records(_number_items(items, file))
             return
+        first, _, rest = text.lstrip().partition("\n")
+        if not (rest.strip() and _is_json_text(first)):
+            text += lines.read()
+            if text.strip():
+                yield from group_records(_number_items(_parse_whole(text), file))
+            return
+    yield from _read_jsonl(file)
+
+
+def _parse_whole(text: str) -> Iterator[tuple[Any, int]]:
+    yield json.loads(text), len(text)
+
+
+def _number_items(items: Iterator[tuple[Any, int]], file: Path) -> Iterator[SizedRecord]:
+    try:
+        for number, (item, size) in enumerate(items, start=1):
+            yield convert_to_record(item, f"{file}, record {number}"), size
+    except UserError:
+        raise
+    except NOT_JSON as error:
         raise UserError(f"file {file} is not valid JSON: {error}") from None
-    for number, item in enumerate(tree if isinstance(tree, list) else [tree], start=1):
-        yield _convert_to_record(item, f"{file}, record {number}")
 
 
 def _is_json_text(text: str) -> bool:
     try:
         json.loads(text)
-    except _NOT_JSON:
+    except NOT_JSON:
         return False
     return True
 
 
-def _read_jsonl(file: Path) -> Iterator[Record]:
+def _read_jsonl(file: Path) -> Iterator[RecordBlock]:
     with _open_text_file(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except _NOT_JSON as error:
-                raise UserError(f"file {file}, line {number} is not valid JSON: {error}") from None
-            yield _convert_to_record(item, f"{file}, line {number}")
-
-
-def _convert_to_record(item: Any, where: str) -> Record:
-    """Return ``item`` as a record; a string becomes ``{"text": string}``."""
-    if isinstance(item, str):
-        return {"text": item}
-    if not isinstance(item, dict):
-        raise UserError(f"{where} is {type(item).__name__}, not an object or a string")
-    return item
+        yield from group_lines(file, lines)
 
 
 _TABLE_DIALECTS: dict[str, dict[str, Any]] = {
@@ -167,18 +193,24 @@ _TABLE_DIALECTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _read_csv(file: Path) -> Iterator[Record]:
-    yield from _read_table(file, _TABLE_DIALECTS[".csv"])
+def _read_csv(file: Path) -> Iterator[RecordBlock]:
+    return _read_table(file, _TABLE_DIALECTS[".csv"])
 
 
-def _read_tsv(file: Path) -> Iterator[Record]:
-    yield from _read_table(file, _TABLE_DIALECTS[".tsv"])
+def _read_tsv(file: Path) -> Iterator[RecordBlock]:
+    return _read_table(file, _TABLE_DIALECTS[".tsv"])
 
 
 def _read_table(
     file: Path, dialect: dict[str, Any], column_names: Sequence[str] = ()
-) -> Iterator[Record]:
+) -> Iterator[RecordBlock]:
     """Read a table whose first line names the columns, unless ``column_names`` does."""
+    return group_records(_read_table_rows(file, dialect, column_names))
+
+
+def _read_table_rows(
+    file: Path, dialect: dict[str, Any], column_names: Sequence[str]
+) -> Iterator[SizedRecord]:
     csv.field_size_limit(2**31 - 1)  # documents may exceed the default of 128 KiB
     with _open_text_file(file, newline="") as lines:
         rows = csv.reader(lines, **dialect)
@@ -192,41 +224,37 @@ def _read_table(
                     f"{'column_names' if column_names else 'the header'} {len(header)}: "
                     f"{', '.join(header)}"
                 )
-            yield dict(zip(header, row, strict=True))
+            yield dict(zip(header, row, strict=True)), sum(map(len, row))
 
 
-def _read_text_document(file: Path) -> Iterator[Record]:
+def _read_text_document(file: Path) -> Iterator[RecordBlock]:
     """Read the whole file as one document."""
     with _open_text_file(file) as lines:
         text = lines.read()
     if text:
-        yield {"text": text}
+        yield from group_records([({"text": text}, len(text))])
 
 
 # -- typed columns -------------------------------------------------------------------------------
 
 
-def _read_record_batches(file: Path, batches: Callable[[Path], Iterator[Any]]) -> Iterator[Record]:
-    """Yield the records of the Arrow record batches that ``batches`` yields for ``file``."""
-    from pyarrow import ArrowException
-
+def _read_arrow_blocks(
+    file: Path, read_batches: Callable[[Path], Iterator[Any]]
+) -> Iterator[RecordBlock]:
+    """Yield the record batches that ``read_batches`` yields for ``file``, in blocks."""
     file.open("rb").close()  # so that a missing read permission is reported as such
-    try:
-        for batch in batches(file):
-            batch.validate(full=True)
-            yield from convert_record_batch(batch)
-    # pyarrow raises either class for damaged files, and Python's own for impossible values
-    except (ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(
-            f"file {file} is not valid {file.suffix[1:]}: {reason}; download or write it again"
-        ) from None
+    with explain_arrow_errors(file):
+        for batch in read_batches(file):
+            for part in split_arrow_batch(batch):
+                part.validate(full=True)
+                yield ArrowRecords(file, part)
 
 
 def _iterate_parquet_batches(file: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file, page_checksum_verification=True) as table:
+    # mapped: else a whole column of a row group, which may be the whole file, is read into memory
+    with parquet.ParquetFile(file, page_checksum_verification=True, memory_map=True) as table:
         yield from table.iter_batches(batch_size=_BATCH)
 
 
@@ -238,20 +266,14 @@ def _iterate_arrow_batches(file: Path) -> Iterator[Any]:
         if stored.read(6) == b"ARROW1":
             with pyarrow.ipc.open_file(stored) as table:
                 for number in range(table.num_record_batches):
-                    yield from _slice_batch(table.get_batch(number))
+                    yield table.get_batch(number)
             return
         stored.seek(0)
         with pyarrow.ipc.open_stream(stored) as stream:
-            for batch in stream:
-                yield from _slice_batch(batch)
+            yield from stream
 
 
-def _slice_batch(batch: Any) -> Iterator[Any]:
-    for start in range(0, batch.num_rows, _BATCH):
-        yield batch.slice(start, _BATCH)
-
-
-_TEXT_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[RecordBlock]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

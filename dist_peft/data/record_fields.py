@@ -69,7 +69,8 @@ class RecordFields:
         if not isinstance(value, str):
             kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
             raise UserError(f"{self.place}: column {column} must be text but is {kind}")
-        return check_unicode(value, f"{self.place}: column {column}")
+        # most texts are ASCII, and the name of the place is only needed for the others
+        return value if value.isascii() else check_unicode(value, f"{self.place}: column {column}")
 
 
 def get_column_value(record: Any, path: str) -> Any:

@@ -1,56 +1,113 @@
-"""Build examples from records: formats and their detection, columns and templates.
+"""Build examples from the records of a source; ``record_formats`` builds each."""
 
-============== ========================================== ====================================
-format         roles                                      example
-============== ========================================== ====================================
-chat           messages (or conversations), tools?        [{role, content}] or [{from, value}]
-completion     prompt, completion, tools?, system?        context and target text; or messages
-alpaca         instruction, input?, output, system?,      put into the Alpaca prompt
-               history?
-text           text                                       a document, loss on every token
-classification text, text_pair?, label                    one or two texts and their class
-============== ========================================== ====================================
-
-A role reads the column of the same name unless ``columns`` names another; a name with dots
-(``instances.0.output``) indexes nested records. ``auto`` selects the first format of the table
-whose required roles are all present; ``classification`` has to be named.
-"""
-
-import difflib
-import json
-import string
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data.alpaca import ALPACA_OPTIONAL, build_alpaca_turns
-from dist_peft.data.blank_turns import BlankTurnFilter, exclude_turn, is_blank_turn
-from dist_peft.data.column_hints import (
-    list_nested_columns,
-    suggest_column_names,
-    suggest_columns,
-)
-from dist_peft.data.examples import ChatExample, CompletionExample, LabelledExample, TextExample
-from dist_peft.data.files import Record, RecordPlace, RecordSource, read_records
+from dist_peft.data.blank_turns import BlankTurnFilter, is_blank_turn
+from dist_peft.data.examples import ChatExample, CompletionExample, Example, TextExample
+from dist_peft.data.files import RecordPlace, RecordSource, read_records
 from dist_peft.data.left_out import BLANK, ExcludedRecords, find_excluding_column
 from dist_peft.data.meanings import UnusedColumnCheck
-from dist_peft.data.messages import normalize_message
-from dist_peft.data.record_fields import (
-    MISSING,
-    RecordFields,
-    get_column_value,
-    parse_template_fields,
-)
+from dist_peft.data.record_blocks import Record
+from dist_peft.data.record_fields import RecordFields
+from dist_peft.data.record_formats import RecordFormat, choose_record_format
+from dist_peft.data.tally import Tally
 
-__all__ = [
-    "Example",
-    "read_examples",
-]
+__all__ = ["Example", "ExampleReader", "read_examples"]
 
 
-Example = CompletionExample | ChatExample | TextExample | LabelledExample
+class ExampleReader:
+    """Build the examples of one source, and count what is left out and why.
+
+    The first record determines the format of the source, and the first one that is not left out
+    the class of its examples. From then on a record does not depend on earlier ones, so that a copy
+    in another process may build later examples; the counts of its ``tallies`` are added here.
+
+    Args:
+        key: configuration key of the source for messages, such as ``data.train[0]``.
+    """
+
+    def __init__(self, source: DataSource, key: str) -> None:
+        self._source, self._key = source, key
+        self._format: RecordFormat | None = None
+        self._required: list[str] = []
+        self._unused: UnusedColumnCheck | None = None
+        self._kind: type[Example] | None = None
+        self._left_out = ExcludedRecords(source.path, key)
+        self._blank_turns = BlankTurnFilter()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are plain text."""
+        return self._kind is TextExample
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        left_out = self._left_out
+        unused = () if self._unused is None else (self._unused.seen,)
+        return (left_out.all_records, left_out.excluded, self._blank_turns.turns, *unused)
+
+    def build_examples(
+        self, records: Iterable[tuple[RecordPlace, Record]]
+    ) -> Iterator[tuple[RecordPlace, Example]]:
+        """Yield the example of each record that is not left out.
+
+        Raises:
+            UserError: unknown format; a record that does not fit, named by file and number.
+        """
+        for place, record in records:
+            if self._format is None or self._unused is None:
+                self._choose_format(record, place)
+                assert self._format is not None
+                assert self._unused is not None
+            self._left_out.count_record()
+            if column := find_excluding_column(record, self._unused.taken):
+                self._left_out.count_excluded(
+                    f"say not to train on them ({column}: {record[column]})", place
+                )
+                continue
+            self._unused.check_record(record, place)
+            if lacking := self._format.list_missing_columns(self._required, record):
+                raise UserError(
+                    f"{place} has no column {lacking[0]} (has {', '.join(record)}), but the first "
+                    f"record of the source is of format {self._format.name}; fix the record, or "
+                    "give records of another form a source of their own"
+                )
+            example = self._format.build(RecordFields(self._source, record, place))
+            self._kind = self._kind or type(example)
+            if not isinstance(example, self._kind):
+                raise UserError(
+                    f"{place} holds {'messages' if isinstance(example, ChatExample) else 'text'} "
+                    "where earlier records do not; give each kind a file of its own"
+                )
+            if isinstance(example, ChatExample):
+                example = ChatExample(
+                    self._blank_turns.exclude_blank_turns(example.messages, place), example.tools
+                )
+            if _is_blank_example(example):
+                self._left_out.count_excluded(BLANK, place)
+                continue
+            yield place, example
+
+    def _choose_format(self, record: Record, place: RecordPlace) -> None:
+        source = self._source
+        self._format = choose_record_format(source, record, place.file, self._key)
+        self._required = self._format.list_required_columns(source)
+        reads = {r for r in self._format.list_roles() if r not in source.columns} | {
+            *self._format.aliases.values()
+        }
+        self._unused = UnusedColumnCheck(source, reads, self._format.name, self._key)
+
+    def finish_source(self) -> list[str]:
+        """Return one-time warnings for the user, after all records.
+
+        Raises:
+            UserError: no record was left.
+        """
+        self._left_out.refuse_if_all()
+        unused = [] if self._unused is None else self._unused.user_notes
+        return [*self._left_out.user_notes, *self._blank_turns.user_notes, *unused]
 
 
 def read_examples(
@@ -66,315 +123,21 @@ def read_examples(
     Raises:
         UserError: no records; unknown format; a record that does not fit, named by file and number.
     """
-    chosen: _RecordFormat | None = None
-    unused: UnusedColumnCheck | None = None
-    kind: type[Example] | None = None
-    left_out = ExcludedRecords(source.path, key)
-    blank_turns = BlankTurnFilter()
-    for place, record in read_records(opened, source.limit):
-        if chosen is None:
-            chosen = _choose_format(source, record, place.file, key)
-            reads = {r for r in chosen.list_roles() if r not in source.columns} | {
-                *chosen.aliases.values()
-            }
-            unused = UnusedColumnCheck(source, reads, chosen.name, key)
-        assert unused is not None
-        left_out.records += 1
-        if column := find_excluding_column(record, unused.taken):
-            left_out.count_excluded(f"say not to train on them ({column}: {record[column]})", place)
-            continue
-        unused.check_record(record, str(place))
-        if lacking := chosen.list_missing_columns(source, record):
-            raise UserError(
-                f"{place} has no column {lacking[0]} (has {', '.join(record)}), but the first "
-                f"record of the source is of format {chosen.name}; fix the record, or give records "
-                "of another form a source of their own"
-            )
-        example = chosen.build(RecordFields(source, record, place))
-        kind = kind or type(example)
-        if not isinstance(example, kind):
-            raise UserError(
-                f"{place} holds {'messages' if isinstance(example, ChatExample) else 'text'} where "
-                "earlier records do not; give each kind a file of its own"
-            )
-        if isinstance(example, ChatExample):
-            example = ChatExample(
-                blank_turns.exclude_blank_turns(example.messages, place), example.tools
-            )
-        if _is_blank_example(example):
-            left_out.count_excluded(BLANK, place)
-            continue
-        yield place, example
-    left_out.refuse_if_all()
-    if unused is not None and notes is not None:
-        notes += [*left_out.user_notes, *blank_turns.user_notes, *unused.user_notes]
+    reader = ExampleReader(source, key)
+    yield from reader.build_examples(read_records(opened, source.limit))
+    found = reader.finish_source()
+    if notes is not None:
+        notes += found
 
 
 def _is_blank_example(example: Example) -> bool:
     """Return whether the target text of ``example`` is empty or white space."""
+    if isinstance(example, TextExample):
+        return not example.text.strip()
     if isinstance(example, CompletionExample):
         return not example.completion.strip()
     if isinstance(example, ChatExample):
         turns = [m for m in example.messages if m["role"] == "assistant"]
         remaining = [m for m in turns if m.get("train") is not False]
         return not remaining and any(is_blank_turn(m) for m in turns)
-    return isinstance(example, TextExample) and not example.text.strip()
-
-
-# -- one record ----------------------------------------------------------------------------------
-
-
-def _parse_completion(fields: RecordFields) -> Example:
-    template = fields.source.template
-    prompt_value, answer = fields.get_raw_value("prompt"), fields.get_raw_value("completion")
-    if template is None and isinstance(prompt_value, list) and isinstance(answer, list | dict):
-        answer = answer if isinstance(answer, list) else [answer]
-        where = f"{fields.place}, message"
-        before = [
-            normalize_message(m, f"{where} {i} of prompt") for i, m in enumerate(prompt_value, 1)
-        ]
-        after = [
-            normalize_message(m, f"{where} {i} of completion") for i, m in enumerate(answer, 1)
-        ]
-        # only the completion contributes to the loss
-        before = [exclude_turn(m) if m["role"] == "assistant" else m for m in before]
-        return ChatExample(_prepend_system_message(before + after, fields), _parse_tools(fields))
-    if (fields.get_raw_value("tools") or "[]") not in (MISSING, "[]"):
-        raise UserError(
-            f"{fields.place}: column tools is for conversations, and prompt is text; write the "
-            "record as messages, or leave the column out with ignore: "
-            f"[{fields.column_of_role('tools')}]"
-        )
-    named = parse_template_fields(template)
-    if (
-        fields.get_optional_text("system")
-        and not {"system", fields.column_of_role("system")} & named
-    ):
-        raise UserError(
-            f"{fields.place}: column {fields.column_of_role('system')} would be missing from "
-            "the prompt; "
-            f"write it with the source's template, such as "
-            f'"{{{fields.column_of_role("system")}}}\\n{{...}}", or leave the column out '
-            "with ignore: "
-            f"[{fields.column_of_role('system')}]"
-        )
-    prompt = fields.fill_template(template) if template is not None else fields.get_text("prompt")
-    return CompletionExample(prompt, fields.get_text("completion"))
-
-
-def _parse_alpaca(fields: RecordFields) -> CompletionExample:
-    *earlier, (prompt, output) = build_alpaca_turns(fields)
-    return CompletionExample(prompt, output, tuple(earlier))
-
-
-def _parse_text(fields: RecordFields) -> TextExample:
-    return TextExample(fields.get_text("text"))
-
-
-def _parse_labelled(fields: RecordFields) -> LabelledExample:
-    columns, labels = fields.source.columns, fields.source.labels
-    value = fields.get_raw_value("label")
-    # JSON has numbers and booleans where tables have text
-    plain = value is MISSING or isinstance(value, str)
-    label = fields.get_text("label") if plain else json.dumps(value, default=str)
-    if label not in labels:
-        raise UserError(
-            f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
-            f"of the labels {', '.join(labels)}; add it to the source's labels, or fix the record"
-        )
-    paired = "text_pair" in columns or fields.get_raw_value("text_pair") is not MISSING
-    pair = fields.get_text("text_pair") if paired else None
-    return LabelledExample(fields.get_text("text"), pair, labels.index(label))
-
-
-def _parse_chat(fields: RecordFields) -> ChatExample:
-    messages = fields.get_raw_value("messages")
-    if messages is MISSING and "messages" not in fields.source.columns:
-        messages = fields.get_raw_value("conversations")
-    if isinstance(messages, str) and messages.lstrip().startswith("["):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{fields.place}: messages is not valid JSON: {error}") from None
-    if not isinstance(messages, list) or not messages:
-        column = fields.source.columns.get("messages")
-        raise UserError(
-            f"{fields.place}: {f'column {column} as ' if column else ''}messages must be a list of "
-            f"at least one message but is {type(messages).__name__} {messages!r:.40}"
-        )
-    where = f"{fields.place}, message"
-    normal = [
-        normalize_message(message, f"{where} {i}") for i, message in enumerate(messages, start=1)
-    ]
-    return ChatExample(_prepend_system_message(normal, fields), _parse_tools(fields))
-
-
-def _prepend_system_message(
-    messages: list[dict[str, Any]], fields: RecordFields
-) -> list[dict[str, Any]]:
-    """Return ``messages`` with the text of column ``system`` in front, if there is one.
-
-    Raises:
-        UserError: they begin with another system message.
-    """
-    system = fields.get_optional_text("system")
-    if not system.strip():
-        return messages
-    if messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    if messages[0]["content"] != system:
-        raise UserError(
-            f"{fields.place}: column system and the system message differ; remove one of them"
-        )
-    return messages
-
-
-def _parse_tools(fields: RecordFields) -> list[dict[str, Any]] | None:
-    """Return the tool descriptions: a list of JSON schemas, or parsed from its JSON text."""
-    tools = fields.get_raw_value("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{fields.place}: column tools is not valid JSON: {error}") from None
-    if tools in (None, MISSING) or not tools or not str(tools).strip():
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{fields.place}: column tools must be a list of objects")
-    return tools
-
-
-# -- formats -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _RecordFormat:
-    name: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    build: Callable[[RecordFields], Example]
-    # the role whose text source.template replaces, if the format accepts a template
-    templated: str | None = None
-    aliases: dict[str, str] = field(default_factory=dict)
-
-    def list_roles(self) -> set[str]:
-        return {*self.required, *self.optional}
-
-    def list_required_roles(self, source: DataSource) -> list[str]:
-        """Return the roles that must be in every record."""
-        return [r for r in self.required if source.template is None or r != self.templated]
-
-    def list_missing_columns(self, source: DataSource, record: Record) -> list[str]:
-        """Return the required columns that ``record`` does not have."""
-        wanted = [source.columns.get(role, role) for role in self.list_required_roles(source)]
-        return [
-            column
-            for column in wanted
-            if get_column_value(record, column) is MISSING
-            and self.aliases.get(column) not in record
-        ]
-
-    def describe_columns(self) -> str:
-        names = [f"{r} or {self.aliases[r]}" if r in self.aliases else r for r in self.required]
-        return f"{self.name} needs {', '.join(names + [f'{o}?' for o in self.optional])}"
-
-
-_FORMATS = (
-    _RecordFormat(
-        "chat",
-        ("messages",),
-        ("tools", "system"),
-        _parse_chat,
-        aliases={"messages": "conversations"},
-    ),
-    _RecordFormat(
-        "completion",
-        ("prompt", "completion"),
-        ("tools", "system"),
-        _parse_completion,
-        templated="prompt",
-    ),
-    _RecordFormat(
-        "alpaca", ("instruction", "output"), ALPACA_OPTIONAL, _parse_alpaca, templated="instruction"
-    ),
-    _RecordFormat("text", ("text",), (), _parse_text),
-)
-_CLASSIFICATION = _RecordFormat(
-    "classification", ("text", "label"), ("text_pair",), _parse_labelled
-)
-
-
-def _choose_format(source: DataSource, record: Record, file: str, key: str) -> _RecordFormat:
-    """Select the format of a source from its settings and its first record.
-
-    Raises:
-        UserError: settings that fit no format, or a record whose format is not recognized.
-    """
-    formats = [f for f in _FORMATS if source.format in ("auto", f.name)] or [_CLASSIFICATION]
-    roles = set().union(*(f.list_roles() for f in formats))
-    for role in source.columns:
-        if role not in roles:
-            if role in _CLASSIFICATION.list_roles():
-                raise UserError(
-                    f"{key}.columns: {role} is a role of classification; set {key}.format: "
-                    "classification, with labels and base.head: classifier"
-                )
-            near = difflib.get_close_matches(role, sorted(roles), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(sorted(roles))}"
-            raise UserError(
-                f"{key}.columns: {role} is not a role of format {source.format}; {hint}"
-            )
-    formats = [f for f in formats if set(source.columns) <= f.list_roles()]
-    if source.template is not None:
-        formats = [f for f in formats if f.templated]
-        if not formats:
-            raise UserError(f"{key}.template is for completion and alpaca only; remove it")
-        _check_template_fields(source, record, file, key)
-    for candidate in formats:
-        if not candidate.list_missing_columns(source, record):
-            return candidate
-    if len(formats) == 1:
-        _refuse_record_columns(formats[0], source, record, file, key)
-    raise UserError(
-        f"{key}: cannot tell the format of {file}: its columns are {', '.join(record)}; "
-        + "; ".join(f.describe_columns() for f in formats or _FORMATS)
-        + (
-            f"; {_CLASSIFICATION.describe_columns()} (to be named)"
-            if source.format == "auto"
-            else ""
-        )
-        + f". {suggest_columns(record, key)}"
-    )
-
-
-def _refuse_record_columns(
-    wanted: _RecordFormat, source: DataSource, record: Record, file: str, key: str
-) -> NoReturn:
-    column = wanted.list_missing_columns(source, record)[0]
-    role = next((r for r, c in source.columns.items() if c == column), column)
-    near = difflib.get_close_matches(column, [*record, *list_nested_columns(record)], n=1)
-    raise UserError(
-        f"{key}: {file} has no column {column}; its columns are {', '.join(record)}; "
-        f"{wanted.describe_columns()}. "
-        + (f"Did you mean {near[0]}? " if near else "")
-        + f"Set {key}.columns: {{{role}: {near[0] if near else 'a_column'}}}"
-        + suggest_column_names(file, source, key)
-    )
-
-
-def _check_template_fields(source: DataSource, record: Record, file: str, key: str) -> None:
-    assert source.template is not None
-    try:
-        fields = list(string.Formatter().parse(source.template))
-    except ValueError as error:
-        raise UserError(f"{key}.template: {error}; write a literal brace as {{{{ or }}}}") from None
-    for _, name, spec, conversion in fields:
-        if name is None:
-            continue
-        if spec or conversion or not name:
-            raise UserError(f"{key}.template: a field is {{column}}, without format or number")
-        known = get_column_value(record, name) is not MISSING or name in (*source.columns, "input")
-        if not known:
-            raise UserError(
-                f"{key}.template: {file} has no column {name}; its columns are {', '.join(record)}"
-            )
+    return False

@@ -19,8 +19,9 @@ are applied later, so changing these does not tokenize again.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,6 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.core.progress_beat import mark_progress
 from dist_peft.data.cache import (
     DocumentWriter,
     TokenDocuments,
@@ -39,21 +39,22 @@ from dist_peft.data.cache import (
     load_or_build_documents,
 )
 from dist_peft.data.chat import ChatRenderer, Tokenizer
-from dist_peft.data.examples import ChatExample, CompletionExample, LabelledExample, TextExample
-from dist_peft.data.files import RecordPlace, open_source
+from dist_peft.data.document_batch import EncodedDocuments
+from dist_peft.data.examples import ChatExample, CompletionExample, Example, TextExample
+from dist_peft.data.files import RecordPlace, open_source, read_chunks
 from dist_peft.data.pairs import PairEncoder
-from dist_peft.data.sources import Example, read_examples
+from dist_peft.data.sources import ExampleReader
+from dist_peft.data.tally import Tally
+from dist_peft.data.tokenizing import SourceTokenizer
 
 __all__ = ["ExampleEncoder", "Tokenizer", "load_token_documents"]
 
 Mask = NDArray[np.uint8]
-Document = tuple[NDArray[np.int32], Mask]
 LossOn = Literal["completion", "all"]
 TurnEnd = Literal["error", "warn"]
 
 _LOG = logging.getLogger("dist_peft")
 _FORMAT_VERSION = 6  # of the cache; raise it when the documents of the same input change
-_BATCH = 512  # records tokenized in one call, which the tokenizer spreads over its threads
 
 
 def load_token_documents(
@@ -62,8 +63,8 @@ def load_token_documents(
     """Return the token documents of one source, from the cache or tokenized now.
 
     Args:
-        config: ``loss_on``, ``turn_end`` and ``cache_dir`` are used; with labels also ``seq_len``
-            and ``too_long``.
+        config: ``loss_on``, ``turn_end``, ``workers`` and ``cache_dir`` are used; with labels also
+            ``seq_len`` and ``too_long``.
         key: configuration key of the source for messages, such as ``data.train[0]``.
 
     Raises:
@@ -80,17 +81,13 @@ def load_token_documents(
 
     def write_documents(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
-        reading: list[str] = []
-        for batch in _group_examples(read_examples(source, opened, key, reading)):
-            mark_progress()
-            examples = [example for _, example in batch]
-            writer.is_text = isinstance(examples[0], TextExample)
-            places = [place for place, _ in batch]
-            encoded = encoder.encode_examples(examples, places)
-            for place, example, document in zip(places, examples, encoded, strict=True):
-                label = example.label if isinstance(example, LabelledExample) else -1
-                writer.append_document(*document, place, label)
-        writer.notes = [*reading, *encoder.user_notes]
+        tokenizing = SourceTokenizer(ExampleReader(source, key), encoder)
+        chunks = read_chunks(opened, source.limit)
+        with closing(tokenizing.tokenize_chunks(chunks, config.workers)) as batches:
+            for batch in batches:
+                writer.append_documents(batch)
+        writer.is_text = tokenizing.reader.is_text
+        writer.notes = [*tokenizing.reader.finish_source(), *encoder.user_notes]
         writer.chat_template = encoder.default_template
 
     identity = {
@@ -119,19 +116,11 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> list[object]:
     return [state, tokenizer.chat_template, tokenizer.special_tokens_map]
 
 
-def _group_examples(
-    items: Iterable[tuple[RecordPlace, Example]],
-) -> Iterator[list[tuple[RecordPlace, Example]]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch
-
-
 class ExampleEncoder:
     """Tokenize examples and mask the tokens that contribute to the loss.
 
     Attributes:
-        notes: one-time warnings for the user.
+        user_notes: one-time warnings for the user.
     """
 
     def __init__(self, tokenizer: Tokenizer, loss_on: LossOn, turn_end: TurnEnd = "error") -> None:
@@ -159,14 +148,23 @@ class ExampleEncoder:
         return [] if self._chats is None else self._chats.user_notes
 
     @property
+    def tallies(self) -> tuple[Tally, ...]:
+        return () if self._chats is None else self._chats.tallies
+
+    def begin_chunk(self) -> None:
+        """Forget what depends on where earlier examples were encoded."""
+        if self._chats is not None:
+            self._chats.begin_chunk()
+
+    @property
     def default_template(self) -> str | None:
         """This project's chat template, if conversations used it because the tokenizer has none."""
         return None if self._chats is None else self._chats.default_template
 
     def encode_examples(
         self, examples: Sequence[Example], places: Sequence[RecordPlace]
-    ) -> list[Document]:
-        """Return tokens int32 [T] and mask uint8 [T] of each example; all are of one class."""
+    ) -> EncodedDocuments:
+        """Return the documents of the examples, which are all of one class."""
         if isinstance(examples[0], CompletionExample):
             return self._encode_completions(
                 [e for e in examples if isinstance(e, CompletionExample)]
@@ -177,28 +175,37 @@ class ExampleEncoder:
             )
         return self._encode_texts([e for e in examples if isinstance(e, TextExample)])
 
-    def _encode_completions(self, examples: list[CompletionExample]) -> list[Document]:
+    def _encode_completions(self, examples: list[CompletionExample]) -> EncodedDocuments:
         turns = [(*e.earlier, (e.prompt, e.completion)) for e in examples]
         ids = iter(self._tokenize_plain([text for turn in turns for pair in turn for text in pair]))
-        documents = []
+        tokens: list[int] = []
+        parts: list[int] = []  # lengths of context, target, context, target, ...
+        ends = [0]
         for turn in turns:
-            pairs = [(next(ids), self._append_eos(next(ids))) for _ in turn]
-            pairs[0] = (self._prepend_bos(pairs[0][0]), pairs[0][1])
-            parts = [self._make_document(*pair) for pair in pairs]
-            documents.append(
-                (np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
-            )
-        return documents
+            for number in range(len(turn)):
+                context, target = next(ids), self._append_eos(next(ids))
+                if number == 0:
+                    context = self._prepend_bos(context)
+                tokens += context
+                tokens += target
+                parts += (len(context), len(target))
+            ends.append(len(tokens))
+        context_bit = int(self._loss_on == "all")
+        mask = np.repeat(np.tile(np.array([context_bit, 1], np.uint8), len(parts) // 2), parts)
+        return EncodedDocuments(np.array(tokens, np.int32), mask, np.diff(ends).astype(np.int64))
 
-    def _encode_texts(self, examples: list[TextExample]) -> list[Document]:
-        texts = self._tokenize_plain([e.text for e in examples])
-        return [
-            self._make_document([], self._append_eos(self._prepend_bos(text))) for text in texts
-        ]
+    def _encode_texts(self, examples: list[TextExample]) -> EncodedDocuments:
+        tokens: list[int] = []
+        ends = [0]
+        for text in self._tokenize_plain([e.text for e in examples]):
+            tokens += self._append_eos(self._prepend_bos(text))
+            ends.append(len(tokens))
+        mask = np.ones(len(tokens), np.uint8)
+        return EncodedDocuments(np.array(tokens, np.int32), mask, np.diff(ends).astype(np.int64))
 
     def _encode_conversations(
         self, examples: list[ChatExample], places: Sequence[RecordPlace]
-    ) -> list[Document]:
+    ) -> EncodedDocuments:
         if self._chats is None:
             self._chats = ChatRenderer(
                 self._tokenizer,
@@ -216,12 +223,16 @@ class ExampleEncoder:
             return_offsets_mapping=True,
             verbose=False,
         )
-        return [
-            (np.asarray(ids, np.int32), _mask_tokens_in_spans(np.asarray(characters), chat.spans))
-            for ids, characters, chat in zip(
-                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
-            )
+        ids = encoded["input_ids"]
+        masks = [
+            _mask_tokens_in_spans(np.asarray(characters), chat.spans)
+            for characters, chat in zip(encoded["offset_mapping"], rendered, strict=True)
         ]
+        return EncodedDocuments(
+            np.fromiter(chain.from_iterable(ids), np.int32),
+            np.concatenate(masks),
+            np.array([len(each) for each in ids], np.int64),
+        )
 
     def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of each text, without special tokens.
@@ -251,13 +262,6 @@ class ExampleEncoder:
 
     def _append_eos(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == self._eos else ids + self._eos
-
-    def _make_document(self, context: list[int], target: list[int]) -> Document:
-        tokens = np.asarray(context + target, dtype=np.int32)
-        mask = np.ones(len(tokens), dtype=np.uint8)
-        if self._loss_on == "completion":
-            mask[: len(context)] = 0
-        return tokens, mask
 
 
 def _find_front_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -133,7 +133,7 @@ def send_once(call: Callable[..., Any], number: signal.Signals, at: int = 1) -> 
 
 EVALUATE = (TokenObjective, "compute_row_statistics")
 PHASES = {
-    "tokenizing": (DocumentWriter, "append_document", signal.SIGUSR1, 2, []),
+    "tokenizing": (DocumentWriter, "append_documents", signal.SIGUSR1, 1, []),
     "load": (load, "_read_local_rows", signal.SIGUSR2, 3, []),
     "evaluation before": (*EVALUATE, signal.SIGHUP, 1, []),
     "evaluation after step 1": (*EVALUATE, signal.SIGTERM, 5, [1]),

@@ -52,8 +52,8 @@ def test_hub_data() -> None:
     import datasets
 
     data = HubSource("a/b", datasets.Dataset.from_list(RECORDS))
-    ((_, records),) = data.iterate_parts()
-    assert list(records) == RECORDS
+    ((_, blocks),) = data.iterate_files()
+    assert [record for block in blocks for record in block.parse_records()] == RECORDS
 
 
 def test_lists_of_lists_and_nulls_in_lists_stay() -> None:

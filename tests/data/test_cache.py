@@ -17,6 +17,7 @@ from dist_peft.data.cache import (
     load_or_build_documents,
 )
 from dist_peft.data.files import RecordPlace
+from tests.support.data_files import append_document
 
 LENGTHS = (3, 1, 5)
 
@@ -34,9 +35,7 @@ class Build:
             self.barrier.wait()
         for i, length in enumerate(LENGTHS):
             tokens = np.arange(length, dtype=np.int32) + 10 * i
-            writer.append_document(
-                tokens, (tokens % 2).astype(np.uint8), RecordPlace("ab"[i // 2], i + 1)
-            )
+            append_document(writer, tokens, tokens % 2, RecordPlace("ab"[i // 2], i + 1))
         writer.notes = ["hear this"]
         writer.is_text = True
         writer.chat_template = "{{ template }}"
@@ -73,7 +72,7 @@ def test_built_once_and_mapped_after(tmp_path: Path) -> None:
 def test_digest_is_of_the_contents(tmp_path: Path) -> None:
     def other(writer: DocumentWriter) -> None:
         Build()(writer)
-        writer.append_document(np.zeros(1, np.int32), np.ones(1, np.uint8), RecordPlace("a", 9))
+        append_document(writer, np.zeros(1), np.ones(1), RecordPlace("a", 9))
 
     one = load_or_build_documents(tmp_path, "one", Build())
     same = load_or_build_documents(tmp_path, "same", Build())

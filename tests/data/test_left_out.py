@@ -21,7 +21,8 @@ def test_other_weights(value: Any) -> None:
 
 def test_reasons_are_counted_and_the_first_place_is_named() -> None:
     left_out = ExcludedRecords("a.jsonl", "data.train[0]")
-    left_out.records = 4
+    for _ in range(4):
+        left_out.count_record()
     for number, reason in ((1, "are red"), (3, "are blue"), (4, "are red")):
         left_out.count_excluded(reason, RecordPlace("a.jsonl", number))
     left_out.refuse_if_all()
@@ -29,7 +30,8 @@ def test_reasons_are_counted_and_the_first_place_is_named() -> None:
         "left out 2 of 4 records, which are red; the first is a.jsonl, record 1",
         "left out 1 of 4 records, which are blue; the first is a.jsonl, record 3",
     ]
-    left_out.records = 3
+    left_out.all_records.clear()
+    left_out.all_records.count("", number=3)
     with pytest.raises(
         UserError,
         match=r"of the 3 records of a.jsonl 2 are red \(the first .*, record 1\), 1 are blue",

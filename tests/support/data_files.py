@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dist_peft.core.config.run import DataConfig
-from dist_peft.data.cache import TokenDocuments
+from dist_peft.core.config.run import DataConfig, DataSource
+from dist_peft.data.cache import DocumentWriter, TokenDocuments
+from dist_peft.data.document_batch import DocumentBatch, EncodedDocuments
+from dist_peft.data.examples import Example
+from dist_peft.data.files import RecordPlace, open_source
+from dist_peft.data.sources import read_examples
 
 
 def byte_tokenizer(*, bos: bool = True, specials: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -58,3 +63,19 @@ def documents(
         notes=(),
         digest=str(hash(tuple(map(tuple, masks)))),
     )
+
+
+def append_document(
+    writer: DocumentWriter, tokens: NDArray[Any], mask: NDArray[Any], place: RecordPlace
+) -> None:
+    """Append one document without a label."""
+    lengths, numbers, classes = (np.array([n]) for n in (len(tokens), place.number, -1))
+    encoded = EncodedDocuments(tokens.astype(np.int32), mask.astype(np.uint8), lengths)
+    writer.append_documents(DocumentBatch(encoded, place.file, numbers, classes))
+
+
+def build_examples(directory: Path, records: Sequence[Any], **source: Any) -> list[Example]:
+    """Return the examples of ``records`` written to a.jsonl; ``source`` are further settings."""
+    found = DataSource(path=str(write_jsonl(directory / "a.jsonl", records)), **source)
+    key = "data.train[0]"
+    return [example for _, example in read_examples(found, open_source(found, key), key)]

@@ -127,6 +127,13 @@ class DataConfig(ConfigSection):
     cache_dir: PathText | None = Field(
         None, description="Token cache; default ~/.cache/dist_peft or $DIST_PEFT_CACHE."
     )
+    workers: Int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Processes that tokenize a large source; 1: none but the run's own. Default: "
+        "the cores that the run may use, at most 16.",
+    )
 
     @model_validator(mode="before")
     @classmethod
