@@ -27,6 +27,7 @@ from common import (
     run_processes,
     write_result,
 )
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
@@ -102,9 +103,7 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
     with PeakMemory() as memory:
         built = load_weights(prepared, world, CPU)
     world.barrier()
-    locals_ = [
-        p.to_local() if isinstance(p, DTensor) else p.detach() for p in built.model.parameters()
-    ]
+    own = sum(_count_own_bytes(built, p) for p in built.model.parameters())
     world.leave_process_group()
     return RankMemory(
         size,
@@ -115,9 +114,16 @@ def measure(base: Path, rank: int, size: int, port: int) -> RankMemory:
         memory.resident,
         memory.anonymous,
         built.bytes_read,
-        sum(t.numel() * t.element_size() for t in locals_),
+        own,
         _largest_slice(built),
     )
+
+
+def _count_own_bytes(built: LoadedModel, parameter: Tensor) -> int:
+    own = built.engine.get_local_bytes(parameter)
+    if own is None:
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return own.numel() * own.element_size()
 
 
 def _largest_slice(built: LoadedModel) -> int:

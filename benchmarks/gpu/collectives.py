@@ -19,6 +19,8 @@ from common import free_port, run_config
 from gpu_common import finish, parse_arguments, pick_device
 from random_base import TINY, build_random_model, make_packed_batch, shrink_base
 
+from dist_peft.engine.compat import all_gather
+
 SIZES = (1, 7, 4096, 1_000_003)
 
 
@@ -35,7 +37,7 @@ def try_collectives(device: torch.device, world: int, rank: int) -> dict[str, st
     def gather(size: int) -> bool:
         own = (torch.arange(size, device=device) * 31 + rank).to(torch.uint8)
         whole = torch.empty(world * size, dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(whole, own)
+        all_gather(whole, own)
         parts = [(torch.arange(size, device=device) * 31 + r).to(torch.uint8) for r in range(world)]
         return bool(torch.equal(whole, torch.cat(parts)))
 

@@ -24,6 +24,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
 from dist_peft.engine import Engine
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.quantization_origin import read_quantization_origin
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.store.base_record import BaseRecord
@@ -140,10 +141,15 @@ def _exchange_hash_values(
 
 
 def _list_used_tensors(skeleton: Skeleton) -> set[str]:
-    """Return the names of the checkpoint tensors that the model uses, without empty tensors."""
+    """Return the names of the checkpoint tensors that are loaded, without empty tensors."""
     names: set[str] = set()
     for module in skeleton.model.modules():
-        names |= set(_map_checkpoint_names(module).values())
+        stored = _map_checkpoint_names(module).items()
+        names |= {
+            source
+            for name, source in stored
+            if name in module._buffers or not is_never_read(module, name)
+        }
         if isinstance(module, ExpertStack):
             names |= {piece.name for piece in module.pieces}
     return {name for name in names if skeleton.tensors[name].num_bytes}

@@ -231,7 +231,9 @@ def load_weights(
             setup,
             engine,
             bytes_read=reader.bytes_read,
-            stored_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            stored_bytes=sum(
+                p.numel() * p.element_size() for p in parameters.values() if not p.is_meta
+            ),
             trained=sum(p.numel() for p in parameters.values() if p.requires_grad),
             adapter_names=list_adapter_parameters(model),
             record=record,

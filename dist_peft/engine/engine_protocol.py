@@ -159,6 +159,13 @@ class Engine(Protocol):
 
     def gather_parameter(self, parameter: Tensor) -> Tensor: ...
 
+    def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
+        """Return this rank's rows of a parameter that has no storage of its own, as bytes.
+
+        None for all others: a DTensor, or whole.
+        """
+        ...
+
     def sum_over_shards(self, tensor: Tensor) -> Tensor: ...
 
 

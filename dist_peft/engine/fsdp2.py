@@ -6,13 +6,15 @@ where that pads less (``engine.shard_placement``). One block is one all-gather o
 carries packed rows. There is no ``MixedPrecisionPolicy``: it would cast scales, and before torch
 2.12 the bytes too.
 
-Units: each decoder block; the input embedding; an untied output head; the root holds the rest
-(the final norm; with tied embeddings the shared weight). Blocks and embedding are released after
-use, the head after its backward. Two blocks take memory at any time, in forward and in backward:
-the current one, whole, and the gather buffer of the next. FSDP2 would keep a third, the current
-one's buffer, until the next is copied out, as another stream wrote it; all-gathers are therefore
-issued asynchronously from the computing stream (``compat.gather_from_computing_stream``) and
-prefetched by name.
+Units: each decoder block; a trainable embedding or head; the root holds the rest (the final norm).
+Frozen embeddings, heads and other large parameters outside of the blocks belong to
+``engine.row_shards``, which gathers them in place: FSDP2 would have a buffer next to a whole head,
+and keep a tied embedding or per-layer embeddings, which are the root's, whole for the step.
+
+Two blocks take memory at any time, in forward and in backward: the current one, whole, and the
+gather buffer of the next. FSDP2 would keep a third, the current one's buffer, until the next is
+copied out, as another stream wrote it; all-gathers are therefore issued asynchronously from the
+computing stream (``compat.gather_from_computing_stream``) and prefetched by name.
 
 HSDP: with ``shard_group`` smaller than the world, rows are sharded inside each group of
 consecutive ranks and the groups replicate; adapter gradients are reduce-scattered inside and
@@ -50,7 +52,9 @@ from dist_peft.engine.engine_protocol import (
 )
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
+from dist_peft.engine.row_shards import RowShardedParameters
 from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
+from dist_peft.model.parameter_readers import list_unread_parameters
 
 __all__ = ["Fsdp2Engine"]
 
@@ -87,6 +91,12 @@ class Fsdp2Engine:
         self.shard_group = self.mesh.get_group("shard")
         self.shards = self.mesh["shard"].size()
         self.shard_index = self.mesh["shard"].get_local_rank()
+        self.outer = RowShardedParameters(
+            self.shard_group,
+            device,
+            resting_device=torch.device("cpu") if config.cpu_offload == "params" else device,
+        )
+        """Frozen parameters outside of the blocks."""
         self._counter = _CountingAllGather()
         self._units: list[FSDPModule] = []
         self._kept: list[FSDPModule] = []
@@ -94,17 +104,19 @@ class Fsdp2Engine:
 
     @property
     def bytes_gathered(self) -> int:
-        return self._counter.bytes
+        return self._counter.bytes + self.outer.bytes_gathered
 
     # -- before training -----------------------------------------------------------------------
 
     def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         allow_integer_parameters()
         move_buffers_to_device(model, self.device)
-        whole = set[nn.Parameter]()
-        if not self.config.shard_base:
-            whole = {p for p in model.parameters() if not p.requires_grad}
-        ends = [m for m in list_end_modules(model) if any(p not in whole for p in m.parameters())]
+        ignored = set(list_unread_parameters(model).values())
+        if self.config.shard_base:
+            ignored |= set(self.outer.shard_outer_units(model))
+        else:
+            ignored |= {p for p in model.parameters() if not p.requires_grad}
+        ends = _list_own_ends(model, ignored)
         offload = CPUOffloadPolicy() if self.config.cpu_offload == "params" else OffloadPolicy()
         for module in [*blocks, *ends, model]:
             unit = fully_shard(
@@ -113,7 +125,7 @@ class Fsdp2Engine:
                 # the root's rest is used at both ends of a step: gathered once for both
                 reshard_after_forward=True if module is not model else None,
                 offload_policy=offload,
-                ignored_params=whole,
+                ignored_params=ignored,
                 shard_placement_fn=self._choose_placement,
             )
             unit.set_custom_all_gather(self._counter)
@@ -122,13 +134,13 @@ class Fsdp2Engine:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
-        # the head is used at the end of forward and at the start of backward: gathered once
-        for module, unit in zip(ends[1:], self._units[len(blocks) + 1 : -1], strict=True):
-            unit.set_reshard_after_forward(False, recurse=False)
-            module.register_forward_hook(_reshard_after_evaluation)
-        if len(ends) and not any(p.requires_grad for p in ends[0].parameters()):
-            # looking up rows again is not needed: a frozen embedding has no gradient
-            self._units[len(blocks)].set_unshard_in_backward(False)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        for module, unit in zip(ends, self._units[len(blocks) : -1], strict=True):
+            if (
+                module is head
+            ):  # used at the end of forward and the start of backward: gathered once
+                unit.set_reshard_after_forward(False, recurse=False)
+                module.register_forward_hook(_reshard_after_evaluation)
         self._kept = self._units[: min(self.config.keep_gathered, len(blocks))]
         for unit in self._kept:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -145,6 +157,8 @@ class Fsdp2Engine:
         return choose_shard_placement(parameter, self.shards)
 
     def local_row_span(self, parameter: Tensor) -> Span:
+        if self.outer.is_row_sharded(parameter):
+            return self.outer.local_row_span(parameter)
         if not isinstance(parameter, DTensor):
             return Span(0, parameter.shape[0])
         return self._find_placement(parameter).wanted_rows(self.shard_index)
@@ -153,6 +167,9 @@ class Fsdp2Engine:
         self._reshard_modules()
         old = owner._parameters[name]
         assert old is not None and rows.dtype == old.dtype and rows.shape[1:] == old.shape[1:]
+        if self.outer.is_row_sharded(old):
+            self.outer.fill_local_rows(owner, name, rows)
+            return
         assert len(rows) == len(self.local_row_span(old)), (
             f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
         )
@@ -251,10 +268,16 @@ class Fsdp2Engine:
         self.optimizer.load_training_state_dict(state, step, skipped)
 
     def gather_parameter(self, parameter: Tensor) -> Tensor:
+        if self.outer.is_row_sharded(parameter):
+            return self.outer.gather_parameter(parameter).cpu()
         data = parameter.detach()
         whole = data.full_tensor() if isinstance(data, DTensor) else data
         assert whole.shape == parameter.shape, f"gathered {whole.shape} for {parameter.shape}"
         return whole.cpu()
+
+    def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
+        known = self.outer.is_row_sharded(parameter)
+        return self.outer.get_local_bytes(parameter) if known else None
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         if not self.config.shard_base:
@@ -265,6 +288,13 @@ class Fsdp2Engine:
         total = tensor.clone()
         dist.all_reduce(total, group=self.shard_group)
         return total
+
+
+def _list_own_ends(model: nn.Module, ignored: Collection[nn.Parameter]) -> list[nn.Module]:
+    """Return embedding and head where these have parameters to shard; tied ones are the root's."""
+    own = {m: {p for p in m.parameters() if p not in ignored} for m in list_end_modules(model)}
+    shared = set.intersection(*own.values()) if len(own) > 1 else set()
+    return [module for module, parameters in own.items() if parameters and not shared]
 
 
 def _reshard_after_evaluation(module: nn.Module, inputs: object, output: object) -> None:

@@ -104,12 +104,9 @@ def count_shards(config: EngineConfig, world: World) -> int:
 
 
 def list_end_modules(model: nn.Module) -> list[nn.Module]:
-    """Input embedding and output head as units of their own, unless they share a weight.
+    """Return the input embedding and the output head, which may share a weight.
 
     A classifier's head is none: it is small, trainable, and stays with the root.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return [embedding]
-    shared = {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}
-    return [] if shared else [embedding, head]
+    return [embedding] if head is None or head is embedding else [embedding, head]

@@ -63,8 +63,8 @@ class ReplicaCheck:
         start = time.perf_counter()
         self.bytes_hashed = 0
         whole, rows = dict[str, Tensor](), dict[str, tuple[Span, Tensor]]()
-        for name, tensor, span in self._iterate_checked_tensors(everything):
-            if _is_row_sharded(tensor):
+        for name, tensor, span, is_sharded in self._iterate_checked_tensors(everything):
+            if is_sharded:
                 rows[name] = (span, tensor)
             else:
                 whole[name] = tensor
@@ -87,17 +87,26 @@ class ReplicaCheck:
         if not equal:
             self._explain_difference(common, shard, own)
 
-    def _iterate_checked_tensors(self, everything: bool) -> Iterator[tuple[str, Tensor, Span]]:
-        """Name, tensor (a DTensor, or this rank's own part) and this rank's rows of it, or columns
-        where it is sharded along these."""
+    def _iterate_checked_tensors(
+        self, everything: bool
+    ) -> Iterator[tuple[str, Tensor, Span, bool]]:
+        """Name, tensor (a DTensor, or this rank's own part), this rank's rows of it, or columns
+        where it is sharded along these, and whether ranks hold different parts."""
         for name, parameter in self._model.named_parameters():
             if not (everything or parameter.requires_grad) or not parameter.dim():
                 continue
             if hasattr(parameter, "ds_id"):
                 continue  # ZeRO 3 spreads a trainable parameter over all ranks: no copies
-            yield name, parameter, self._find_local_span(parameter)
+            if parameter.is_meta:
+                continue  # not loaded
+            span = self._find_local_span(parameter)
+            own = self._engine.get_local_bytes(parameter)
+            if own is not None:
+                yield name, own, span, True
+            else:
+                yield name, parameter, span, _is_row_sharded(parameter)
         for name, buffer in _iterate_buffers(self._model, everything):
-            yield name, buffer, Span(0, buffer.shape[0] if buffer.dim() else 1)
+            yield name, buffer, Span(0, buffer.shape[0] if buffer.dim() else 1), False
 
     def _find_local_span(self, parameter: Tensor) -> Span:
         if isinstance(parameter, DTensor):

@@ -10,18 +10,21 @@ sees it::
     gather     one all-gather of that buffer a unit; rows are copied to each parameter's place
     release    the parameter's storage is resized to nothing; object, shape and views stay
 
-A unit is a decoder block, the embedding, the head, or (the root) the rest. Hooks gather a unit
-before its forward and, for backward, when the gradient of its output arrives; the neighbour that
-comes next is gathered meanwhile. At most two blocks are whole at any time, and those that are kept
-for good (``keep_gathered``). Between forward and
-backward a block's bytes are freed, which autograd does not notice: the storage is resized, as FSDP2
-does it (torch/distributed/fsdp/_fully_shard), and written through an alias with a version counter
-of its own.
+A unit is a decoder block, one of ``engine.outer_units`` (embedding, head, ...), or (the root) the
+rest. Hooks gather a unit before its forward and, for backward, when the gradient of its output
+arrives; the block that comes next is gathered meanwhile. At most two blocks are whole at any time,
+and those that are kept for good (``keep_gathered``). Between forward and backward a unit's bytes
+are freed, which autograd does not notice: the storage is resized, as FSDP2 does it
+(torch/distributed/fsdp/_fully_shard), and written through an alias with a version counter of its
+own.
+
+Large parameters outside of the blocks are gathered in place (``engine.gather_unit``), so that there
+is never a buffer next to a whole embedding.
 
 Packed rows are gathered as stored: scales inside, nothing dequantized, any dtype, uneven rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,111 +34,11 @@ from torch.autograd import Variable
 
 from dist_peft.core.span import Span, row_span
 from dist_peft.engine.compat import all_gather
-from dist_peft.engine.mesh import list_end_modules
+from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
+from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
+from dist_peft.model.parameter_readers import list_unread_parameters
 
 __all__ = ["RowShardedParameters"]
-
-_ALIGN = 16
-"""Bytes: every parameter starts at a multiple, so that its rows can be viewed in its own type."""
-
-
-class _ShardedParameter:
-    """One parameter: this rank's rows as bytes, and the place where it becomes whole."""
-
-    def __init__(self, meta: nn.Parameter, parts: int) -> None:
-        self.parameter = meta
-        self.shape, self.dtype, self.requires_grad = meta.shape, meta.dtype, meta.requires_grad
-        self.nbytes = meta.numel() * meta.element_size()
-        rows = -(-meta.shape[0] // parts)
-        self.part = self.nbytes // meta.shape[0] * rows if meta.shape[0] else 0
-        self.local = torch.empty(0, dtype=torch.uint8)
-        self.bytes = self.local
-
-    def fill_local_rows(self, rows: Tensor) -> nn.Parameter:
-        """Store ``rows`` and return the parameter, whole in shape and empty in storage."""
-        data = rows.contiguous().view(-1).view(torch.uint8)
-        self.local[: data.numel()].copy_(data)
-        flat = torch.empty(self.nbytes, dtype=torch.uint8, device=self.local.device)
-        whole = flat.view(self.dtype).view(self.shape)
-        self.bytes = flat.data  # writing through it does not count as a change of the parameter
-        self.parameter = nn.Parameter(whole, requires_grad=self.requires_grad)
-        self.free_full_tensor()
-        return self.parameter
-
-    def scatter_chunks(self, chunks: Tensor) -> None:
-        """``chunks`` [parts, part]: each rank's rows, the last ones padded."""
-        # the storage object stays: views that autograd saved in forward see the bytes again
-        self.bytes.untyped_storage().resize_(self.nbytes)
-        if not self.nbytes:
-            return
-        full, rest = divmod(self.nbytes, self.part)
-        self.bytes[: full * self.part].view(full, self.part).copy_(chunks[:full])
-        if rest:
-            self.bytes[full * self.part :].copy_(chunks[full, :rest])
-
-    def free_full_tensor(self) -> None:
-        self.bytes.untyped_storage().resize_(0)
-
-
-class _GatherUnit:
-    """Slots that travel in one all-gather."""
-
-    def __init__(
-        self,
-        slots: Sequence[_ShardedParameter],
-        owner: "RowShardedParameters",
-        needed_in_backward: bool,
-        kept: bool,
-        used_at_turn: bool,
-    ) -> None:
-        self.slots, self.owner, self.needed_in_backward = slots, owner, needed_in_backward
-        self.kept, self.used_at_turn = kept, used_at_turn
-        self.offsets, size = [], 0
-        for slot in slots:
-            self.offsets.append(size)
-            size += -(-slot.part // _ALIGN) * _ALIGN
-        self.local = torch.zeros(size, dtype=torch.uint8, device=owner.device)
-        for slot, offset in zip(slots, self.offsets, strict=True):
-            slot.local = self.local[offset : offset + slot.part]
-        self.whole = False
-        self.has_backward = False
-        self.pending: tuple[Tensor, dist.Work | None] | None = None
-
-    def start_all_gather(self) -> None:
-        """Begin to gather, unless that is done or under way."""
-        if not self.whole and self.pending is None and self.slots:
-            self.pending = self.owner.all_gather_chunks(self.local)
-
-    def wait_gathered(self) -> None:
-        """Wait for the all-gather and set the full parameters."""
-        self.start_all_gather()
-        if self.pending is None:
-            return
-        output = self._copy_gathered_chunks()
-        for slot, offset in zip(self.slots, self.offsets, strict=True):
-            slot.scatter_chunks(output[:, offset : offset + slot.part])
-        self.whole = True
-
-    def release_full_tensors(self) -> None:
-        """Free them after use, unless they are kept."""
-        if not self.kept:
-            self.free_full_tensors()
-
-    def free_full_tensors(self) -> None:
-        if self.pending is not None:
-            self._copy_gathered_chunks()  # wait for it: the collective still writes its output
-        if self.whole:
-            for slot in self.slots:
-                slot.free_full_tensor()
-        self.whole = False
-
-    def _copy_gathered_chunks(self) -> Tensor:
-        assert self.pending is not None
-        output, work = self.pending
-        self.pending = None
-        if work is not None:
-            work.wait()
-        return output.view(self.owner.parts, -1)
 
 
 class RowShardedParameters:
@@ -143,59 +46,104 @@ class RowShardedParameters:
 
     Frozen parameters live in units. Trainable ones are only loaded this way, each rank its own
     rows; before the first forward they become whole (``unshard_trainable``) and the caller's
-    business.
+    business. What nothing reads (``model.parameter_readers``) is left out.
 
     Args:
         group: the ranks that together hold one copy.
-        device: where rows rest and are gathered.
+        device: where rows are gathered.
         keep_gathered: number of blocks, from the first on, that stay whole once they have been
             gathered: frozen rows do not change.
+        resting_device: where rows rest, by default ``device``.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, keep_gathered: int = 0
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        keep_gathered: int = 0,
+        resting_device: torch.device | None = None,
     ) -> None:
         self.group, self.device, self.keep_gathered = group, device, keep_gathered
+        self.resting_device = resting_device or device
         self.parts, self.index = group.size(), group.rank()
         self.bytes_gathered = 0
-        self._slots: dict[int, _ShardedParameter] = {}
-        self._units: list[_GatherUnit] = []
-        self._blocks: list[_GatherUnit] = []
+        self._slots: dict[int, ShardedParameter] = {}
+        self._outer: list[GatherUnit] = []
+        self._blocks: list[GatherUnit] = []
+        self._root: list[GatherUnit] = []
         self._ending = False
 
     # -- filling -------------------------------------------------------------------------------
 
     def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Plan the shards of ``model`` (parameters on meta) and hook its modules."""
-        ends = list_end_modules(model)
-        modules = [*blocks, *ends, model]
+        self.shard_outer_units(model)
+        unread = list_unread_parameters(model)
         homes: dict[int, list[int]] = {}
-        parameters = {id(p): p for p in model.parameters()}
-        for number, module in enumerate(modules[:-1]):
-            for parameter in set(module.parameters()):
+        for number, block in enumerate(blocks):
+            for parameter in set(block.parameters()):
                 homes.setdefault(id(parameter), []).append(number)
-        members: list[list[_ShardedParameter]] = [[] for _ in modules]
-        for key, parameter in parameters.items():
-            slot = self._slots[key] = _ShardedParameter(parameter, self.parts)
+        members: list[list[ShardedParameter]] = [[] for _ in [*blocks, model]]
+        for parameter in model.parameters():
+            key = id(parameter)
+            if key in self._slots or key in unread:
+                continue
+            slot = self._slots[key] = ShardedParameter(parameter, self.parts)
             if slot.requires_grad:
-                slot.local = torch.zeros(slot.part, dtype=torch.uint8, device=self.device)
-            else:  # a parameter shared by units stays whole with the root
+                slot.local = self.allocate_resting(slot.part)
+            else:  # a parameter shared by blocks stays whole with the root
                 home = homes.get(key, [])
                 members[home[0] if len(home) == 1 else -1].append(slot)
-        lookup = ends[:1]  # a frozen embedding needs no rows in backward
-        self._units = [
-            _GatherUnit(
-                slots,
-                self,
-                module not in lookup,
-                kept=n < min(len(blocks), self.keep_gathered),
-                used_at_turn=module in ends[1:] or module is model,
-            )
-            for n, (slots, module) in enumerate(zip(members, modules, strict=True))
+        *block_members, rest = members
+        self._blocks = [
+            GatherUnit(slots, self, kept=number < self.keep_gathered)
+            for number, slots in enumerate(block_members)
         ]
-        self._blocks = self._units[: len(blocks)]
-        for number, (unit, module) in enumerate(zip(self._units, modules, strict=True)):
-            self._register_hooks(module, unit, number, is_root=module is model)
+        self._root = [GatherUnit(rest, self)]
+        for number, (unit, block) in enumerate(zip(self._blocks, blocks, strict=True)):
+            self._register_block_hooks(block, unit, number)
+        self._register_block_hooks(model, self._root[0], None)
+
+    def shard_outer_units(self, model: nn.Module) -> list[nn.Parameter]:
+        """Plan the shards of the units outside of the blocks alone; return their parameters."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        units = list_outer_units(model)
+        for unit in units:
+            self._shard_outer_unit(unit, head)
+        return [parameter for unit in units for parameter in unit.parameters]
+
+    def _shard_outer_unit(self, unit: OuterUnit, head: nn.Module | None) -> None:
+        slots, in_place = [], []
+        for parameter in unit.parameters:
+            size = parameter.numel() * parameter.element_size()
+            alone = len(unit.parameters) == 1 or size >= MIN_UNIT_BYTES
+            slot = ShardedParameter(parameter, self.parts, in_place=alone)
+            self._slots[id(parameter)] = slot
+            slots.append(slot)
+            in_place += [slot] if alone else []
+        gathered = GatherUnit(slots, self, in_place)
+        self._outer.append(gathered)
+        for module in unit.modules:
+            self._register_outer_hooks(module, gathered, is_head=module is head)
+
+    def allocate_resting(self, size: int) -> Tensor:
+        """Return bytes where rows rest; what is not filled is padding, never read."""
+        pins = self.resting_device.type == "cpu" and self.device.type == "cuda"
+        return torch.empty(size, dtype=torch.uint8, device=self.resting_device, pin_memory=pins)
+
+    @property
+    def _units(self) -> list[GatherUnit]:
+        return [*self._blocks, *self._outer, *self._root]
+
+    @property
+    def resting_tensors(self) -> list[Tensor]:
+        """The rows of this rank, as bytes, unit by unit, padding included."""
+        return [unit.local for unit in self._units]
+
+    def get_local_bytes(self, parameter: Tensor) -> Tensor:
+        """Return this rank's rows of a parameter, as bytes."""
+        slot = self._slots[id(parameter)]
+        return slot.local[: len(self.local_row_span(parameter)) * slot.row_bytes]
 
     def is_row_sharded(self, parameter: Tensor) -> bool:
         return id(parameter) in self._slots
@@ -212,9 +160,9 @@ class RowShardedParameters:
         )
         slot = self._slots.pop(id(old))
         for unit in self._units:
-            if unit.kept and unit.whole and slot in unit.slots:
+            if unit.whole and slot in unit.slots:
                 unit.free_full_tensors()  # gathered again with the new rows
-        new = slot.fill_local_rows(rows.to(self.device))
+        new = slot.fill_local_rows(rows.to(self.resting_device), self.device)
         self._slots[id(new)] = slot
         owner.register_parameter(name, new)
 
@@ -231,25 +179,32 @@ class RowShardedParameters:
         flat = self._padded_chunks(slot).flatten()[: slot.nbytes]
         return flat.view(slot.dtype).view(slot.shape)
 
-    def _padded_chunks(self, slot: _ShardedParameter) -> Tensor:
+    def _padded_chunks(self, slot: ShardedParameter) -> Tensor:
         output, work = self.all_gather_chunks(slot.local)
         if work is not None:
             work.wait()
         return output.view(self.parts, -1)
 
-    def all_gather_chunks(self, local: Tensor) -> tuple[Tensor, "dist.Work | None"]:
-        """Begin an all-gather of ``local`` [n] -> [parts * n], and count it."""
-        output = torch.empty(self.parts * local.numel(), dtype=local.dtype, device=local.device)
+    def all_gather_chunks(
+        self, local: Tensor, output: Tensor | None = None
+    ) -> tuple[Tensor, "dist.Work | None"]:
+        """Begin an all-gather of ``local`` [n] -> ``output`` [parts * n], and count it."""
+        local = local.to(self.device, non_blocking=True)
+        if output is None:
+            size = self.parts * local.numel()
+            output = torch.empty(size, dtype=local.dtype, device=self.device)
         self.bytes_gathered += output.numel()
         return output, all_gather(output, local, group=self.group, async_op=True)
 
     # -- computing -----------------------------------------------------------------------------
 
-    def _register_hooks(
-        self, module: nn.Module, unit: _GatherUnit, number: int, is_root: bool
+    def _register_block_hooks(
+        self, module: nn.Module, unit: GatherUnit, number: int | None
     ) -> None:
-        following = self._blocks[number + 1 : number + 2] if number < len(self._blocks) else []
-        previous = self._blocks[number - 1 : number] if number < len(self._blocks) else []
+        """Hook a block, or the root, which has no number."""
+        is_root = number is None
+        following = [] if number is None else self._blocks[number + 1 : number + 2]
+        previous = [] if number is None else self._blocks[max(0, number - 1) : number]
 
         def before_forward(module: nn.Module, inputs: Any) -> None:
             if is_root:
@@ -261,19 +216,17 @@ class RowShardedParameters:
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
             grads = [t for t in _iterate_tensors(output) if t.requires_grad]
             # without a gradient of its output, backward has no use for its bytes
-            unit.has_backward = bool(grads) and unit.needed_in_backward
-            # the root is used at both ends of a step, the head where forward turns to backward
-            if not (grads and unit.used_at_turn):
+            unit.has_backward = bool(grads)
+            # the root is used at both ends of a step
+            if not (grads and is_root):
                 unit.release_full_tensors()
-            if unit.has_backward and not is_root:
+            if grads and not is_root:
                 for tensor in grads:
                     tensor.register_hook(before_backward)
 
         def before_backward(grad: Tensor) -> None:
-            if not self._ending:
-                self._ending = True  # no hook fires after the first block's backward
-                Variable._execution_engine.queue_callback(self._finish_backward)
-            for other in self._units[:-1]:
+            self._finish_after_backward()
+            for other in self._blocks:
                 if other is not unit and other.whole:
                     # its backward is over: otherwise the backward of this one would not run
                     other.release_full_tensors()
@@ -284,6 +237,53 @@ class RowShardedParameters:
 
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
+
+    def _register_outer_hooks(self, module: nn.Module, unit: GatherUnit, is_head: bool) -> None:
+        """Hook a module of a unit outside of the blocks; others may share it or contain it."""
+
+        def before_forward(module: nn.Module, inputs: Any) -> None:
+            unit.calls += 1
+            unit.wait_gathered()
+
+        def after_forward(
+            module: nn.Module, inputs: Any, keywords: Mapping[str, Any], output: Any
+        ) -> None:
+            unit.calls -= 1
+            grads = [t for t in _iterate_tensors(output) if t.requires_grad]
+            # forward turns to backward at the head: it is gathered once for both
+            if not unit.calls and not (grads and is_head):
+                unit.free_full_tensors()
+            for tensor in grads:
+                tensor.register_hook(before_backward)
+            if grads:
+                found = _iterate_tensors((inputs, dict(keywords)))
+                release_after_backward([t for t in found if t.requires_grad])
+
+        def before_backward(grad: Tensor) -> None:
+            self._finish_after_backward()
+            unit.wait_gathered()
+
+        def release_after_backward(inputs: list[Tensor]) -> None:
+            """The module's backward is over when all its inputs have their gradients."""
+            missing = len(inputs)
+
+            def note_gradient(grad: Tensor) -> None:
+                nonlocal missing
+                missing -= 1
+                if not missing:
+                    unit.free_full_tensors()
+
+            for tensor in inputs:
+                tensor.register_hook(note_gradient)
+
+        module.register_forward_pre_hook(before_forward)
+        module.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
+
+    def _finish_after_backward(self) -> None:
+        """Let the end of this backward free what no hook does, such as the first block."""
+        if not self._ending:
+            self._ending = True
+            Variable._execution_engine.queue_callback(self._finish_backward)
 
     def _finish_backward(self) -> None:
         self._ending = False

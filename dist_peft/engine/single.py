@@ -84,6 +84,9 @@ class SingleEngine:
     def gather_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach().cpu()
 
+    def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
+        return None
+
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         return tensor
 

@@ -303,6 +303,10 @@ class ZeroEngine:
         )
         return whole.cpu()
 
+    def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
+        known = self.shards.is_row_sharded(parameter)
+        return self.shards.get_local_bytes(parameter) if known else None
+
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         if not self.config.shard_base:
             return tensor  # every rank has all rows and computed the whole sum itself

@@ -15,7 +15,8 @@ Of blocks that are built alike one is run; the others return its output.
 
 The run has a graph and a number added to the output of each packed linear. Linears whose
 numbers get no gradient (they only pick indices, as DSA indexers do, or are not run, as a decoder's
-attention to an absent encoder) cannot be trained, and ``all-linear`` leaves them out.
+attention to an absent encoder) cannot be trained, and ``all-linear`` leaves them out. It also tells
+which modules read the parameters outside of the blocks (``model.parameter_readers``).
 
 A process that builds the same model again (an export, the next task) reuses a good outcome.
 """
@@ -24,7 +25,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
+from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.parameter_readers import FoundReaders, ReaderWatch, mark_readers
 
 __all__ = [
     "ON_ANY_DEVICE",
     "PROBE_TOKENS",
-    "block_kind",
     "probe_forward",
     "restore_own_attributes",
     "runs_with_mask",
@@ -72,7 +74,8 @@ def probe_forward(
         path: ``base.path``, for messages.
 
     Sets ``without_gradient`` of packed linears, and ``head_output_is_logits`` of the model: whether
-    its logits are the output of its head, neither scaled nor capped afterwards.
+    its logits are the output of its head, neither scaled nor capped afterwards. Marks the readers
+    of parameters outside of the blocks.
 
     Raises:
         UserError: the forward fails with packed linears and not with the original ones, or it
@@ -158,7 +161,8 @@ def _mark_without_gradient(
     key = _describe_model(model), tuple((one.path, type(one.frozen)) for one in replaced)
     if (outcome := _outcomes.get(key)) is None:
         markers: dict[nn.Module, Tensor] = {}
-        error = _run_forward(model, blocks, markers)
+        watch = ReaderWatch(blocks)
+        error = _run_forward(model, blocks, markers, watch)
         if error is not None:
             log.debug("gradients cannot be tried without weights: %s", _describe_cause(error))
             return False
@@ -167,8 +171,11 @@ def _mark_without_gradient(
             for one in replaced
             if (m := markers.get(one.frozen)) is not None and m.grad is not None
         }
-        outcome = _remember_outcome(key, model, reached)
+        if () in watch.found.values():  # perhaps read by a block that was left out
+            _run_forward(model, (), watch=watch)
+        outcome = _remember_outcome(key, model, reached, watch.found)
     vars(model)["head_output_is_logits"] = outcome.head_is_last
+    mark_readers(model, outcome.readers)
     for one in replaced:
         if isinstance(one.frozen, FrozenLinear):
             one.frozen.without_gradient = one.module_kind not in outcome.reached
@@ -184,27 +191,31 @@ def runs_with_mask(model: PreTrainedModel, blocks: Sequence[nn.Module], mask: An
     if (outcome := _outcomes.get(key)) is None:
         if _run_forward(model, blocks, mask=mask) is not None:
             return False
-        outcome = _remember_outcome(key, model, ())
+        outcome = _remember_outcome(key, model, (), {})
     vars(model)["head_output_is_logits"] = outcome.head_is_last
     return True
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of a forward that ran: kinds of linears with a gradient; logits are the head's output."""
+    """Of a forward that ran: kinds of linears with a gradient; logits are the head's output;
+    readers of parameters outside of the blocks."""
 
     reached: frozenset[str]
     head_is_last: bool
+    readers: FoundReaders
 
 
 _outcomes: dict[object, _Outcome] = {}
 """Of this process, by model and inputs; a failure is diagnosed each time."""
 
 
-def _remember_outcome(key: object, model: PreTrainedModel, reached: Iterable[str]) -> _Outcome:
+def _remember_outcome(
+    key: object, model: PreTrainedModel, reached: Iterable[str], readers: FoundReaders
+) -> _Outcome:
     if len(_outcomes) >= 64:
         _outcomes.clear()
-    _outcomes[key] = _Outcome(frozenset(reached), vars(model)["head_output_is_logits"])
+    _outcomes[key] = _Outcome(frozenset(reached), vars(model)["head_output_is_logits"], readers)
     return _outcomes[key]
 
 
@@ -230,6 +241,7 @@ def _run_forward(
     model: PreTrainedModel,
     alike: Sequence[nn.Module],
     markers: dict[nn.Module, Tensor] | None = None,
+    watch: ReaderWatch | None = None,
     mask: Any = None,
 ) -> Exception | None:
     """Return the error of the forward or None; of like blocks in ``alike`` one is run.
@@ -237,6 +249,7 @@ def _run_forward(
     Args:
         markers: if not None, run the backward too and store the numbers added to the outputs of
             linears here.
+        watch: of the forward.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     attention = model.config._attn_implementation
@@ -255,7 +268,8 @@ def _run_forward(
                     inputs["position_ids"] = torch.arange(PROBE_TOKENS)[None]
                 if mask is not None:
                     inputs["attention_mask"] = mask
-                logits, head_is_last = _run_and_watch_head(model, inputs)
+                with nullcontext() if watch is None else watch.watch_forward(model):
+                    logits, head_is_last = _run_and_watch_head(model, inputs)
                 if markers is not None:
                     logits.float().sum().backward()
             changed = sum(p._version > 0 for p in parameters)
@@ -379,22 +393,3 @@ def _run_first_of_kind(
         return outputs[kind]
 
     return run_or_reuse
-
-
-def block_kind(block: nn.Module) -> object:
-    """Return a key equal for blocks that compute alike: classes, shapes, plain settings."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
-            tuple(
-                sorted(
-                    (key, str(value))
-                    for key, value in module.__dict__.items()
-                    if isinstance(value, (bool, str, float)) and key != "name_or_path"
-                )
-            ),
-        )
-        for name, module in block.named_modules()
-    )

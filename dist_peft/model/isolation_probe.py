@@ -34,9 +34,10 @@ from transformers import PreTrainedModel
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
+from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.config_switches import list_switches, shorten_switches
 from dist_peft.model.experts import FrozenExperts, find_expert_modules
-from dist_peft.model.forward_probe import ON_ANY_DEVICE, block_kind, restore_own_attributes
+from dist_peft.model.forward_probe import ON_ANY_DEVICE, restore_own_attributes
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document

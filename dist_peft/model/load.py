@@ -7,7 +7,8 @@ the engine (``fill``). One tensor is in memory at a time, of it only this rank's
 that are quantized only a panel (``panel_encoding``). The functions are injected, so that this file
 knows neither engines nor adapters.
 
-At the end ``_check_filled`` fails if a parameter still is on ``meta``.
+Parameters that nothing reads (vision towers, for tokens) stay on ``meta``, and a call of their
+module fails. At the end ``_check_filled`` fails if another parameter still is there.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,11 @@ from dist_peft.core.stop_signals import StopRequested, raise_if_stop_requested
 from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
 from dist_peft.model.panel_encoding import PanelEncoder
+from dist_peft.model.parameter_readers import (
+    is_never_read,
+    list_unread_parameters,
+    refuse_forward,
+)
 from dist_peft.store.reader import RowReader
 
 __all__ = ["Placement", "load_model"]
@@ -128,6 +134,9 @@ def load_model(
         else:
             if failure is None:
                 _fill_buffers(model, reader)
+                for path, module in model.named_modules():
+                    if any(is_never_read(module, name) for name in module._parameters):
+                        refuse_forward(module, path)
                 _check_filled(model)
     if failure is not None:
         raise failure
@@ -168,7 +177,7 @@ def _list_parameter_uses(model: nn.Module) -> dict[int, list[_ParameterUse]]:
     uses: dict[int, list[_ParameterUse]] = {}
     for module in order:
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not is_never_read(module, name):
                 uses.setdefault(id(parameter), []).append(_ParameterUse(module, name))
     return uses
 
@@ -201,5 +210,7 @@ def _fill_buffers(model: nn.Module, reader: RowReader) -> None:
 
 
 def _check_filled(model: nn.Module) -> None:
-    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    unread = list_unread_parameters(model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = [n for n, t in tensors if t.is_meta and id(t) not in unread]
     assert not empty, f"never filled: {empty[:5]}"

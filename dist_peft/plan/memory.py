@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dist_peft.plan.cluster import Cluster, FixedShares
-from dist_peft.plan.resting import PADDING, RestingBytes
+from dist_peft.plan.resting import RestingBytes
 from dist_peft.plan.step_trace import StepTrace
 
 __all__ = ["MemoryItem", "MemoryPlan", "PhasePeak", "build_memory_plan", "extrapolate_phases"]
@@ -119,7 +119,7 @@ def extrapolate_phases(
     resting: RestingBytes,
     blocks: int,
     trainable: tuple[int, int],
-    pads: bool,
+    frees_kept: bool,
     kept_blocks: int = 0,
 ) -> list[PhasePeak]:
     """Return the peaks of a model of ``blocks`` blocks, from a step of a few.
@@ -128,7 +128,7 @@ def extrapolate_phases(
         resting: of the traced blocks alone.
         blocks: of the whole model.
         trainable: values of trainable parameters, of the traced blocks and of the whole model.
-        pads: the engine pads shards at the first forward, inside of the trace.
+        frees_kept: the engine frees kept blocks with the last backward of a step.
         kept_blocks: that stay gathered (``engine.keep_gathered``), beyond those of the trace.
     """
     traced = len(trace.blocks)
@@ -136,7 +136,6 @@ def extrapolate_phases(
     kept = trace.kept_gradients * (trainable[1] - trainable[0]) // max(1, trainable[0])
     reduced = trace.reduced_gradients // traced
     growth = Counter({"block inputs": more * trace.input_bytes, "gradients": kept})
-    padding = resting.device.get(PADDING, 0) if pads else 0
 
     def grow(phase: str, name: str, extra: Mapping[str, int]) -> PhasePeak:
         items = Counter[str]()
@@ -144,8 +143,8 @@ def extrapolate_phases(
             if purpose not in ("adapter", "base"):
                 items[_NAMES.get(purpose, purpose)] += size
         items["activations"] -= trace.resting.get("buffers", 0)
-        items["gathered units"] -= padding
-        if phase != "step" or not pads:  # fsdp2 frees them with the last backward
+        items["gathered units"] -= resting.late_padding
+        if phase != "step" or not frees_kept:  # fsdp2 frees them with the last backward
             items["gathered units"] += kept_blocks * trace.gathered_block
         items.update(extra)
         return PhasePeak(name, {k: v for k, v in items.items() if v})

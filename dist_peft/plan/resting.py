@@ -2,8 +2,9 @@
 
 Of every parameter a rank keeps the rows of ``core.span.row_span``, which engines use, or ``fsdp2``
 the columns (``engine.shard_placement``). FSDP2 pads uneven shards to equal ones;
-``engine.row_shards`` starts each at a multiple of 16 bytes. What
-DeepSpeed keeps in addition to the adapters (``zero``), read from its 0.19 and measured::
+``engine.row_shards`` starts each at a multiple of 16 bytes. What nothing reads
+(``model.parameter_readers``) is not loaded. What DeepSpeed keeps in addition to the adapters
+(``zero``), read from its 0.19 and measured::
 
     stages 1, 2   adapters whole, a float32 copy of 1/N, two moments of 1/N, gradients 1/N (2)
     stage 3       adapters 1/N, a float32 copy of 1/N, two moments of 1/N, gradients 1/N
@@ -22,10 +23,13 @@ from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.engine_protocol import init_adam_state
+from dist_peft.engine.gather_unit import ALIGN_BYTES
 from dist_peft.engine.mesh import count_shards, list_end_modules
+from dist_peft.engine.outer_units import list_outer_units
 from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
 from dist_peft.engine.zero_config import build_deepspeed_config
 from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.model.parameter_readers import list_unread_parameters
 
 __all__ = [
     "RestingBytes",
@@ -38,7 +42,6 @@ __all__ = [
 PACKED, ENDS, OTHERS = "packed base", "embedding and head", "norms, biases, other frozen"
 BUFFERS, ADAPTER, OPTIMIZER = "buffers", "adapter", "optimizer state"
 PADDING, BUCKET = "padding of shards", "DeepSpeed's gradient bucket"
-_ALIGN = 16  # of engine.row_shards
 
 _PAGED_FROM = 100_000  # values of a parameter's shard, bitsandbytes
 _MIN_8BIT, _BLOCK = 4096, 256
@@ -54,6 +57,7 @@ class RestingBytes:
         own_rows: bytes of this rank's rows of all parameters, without padding.
         frozen_rows: the frozen part of these.
         trainable: values of the trainable parameters, of the whole model.
+        late_padding: of ``device``: what FSDP2 adds at the first forward.
     """
 
     device: dict[str, int]
@@ -61,6 +65,7 @@ class RestingBytes:
     own_rows: int
     frozen_rows: int
     trainable: int
+    late_padding: int
 
     @property
     def device_total(self) -> int:
@@ -69,12 +74,15 @@ class RestingBytes:
 
 @dataclass(frozen=True)
 class _Part:
+    """A parameter; ``is_outer``: one of ``engine.outer_units``."""
+
     parameter: nn.Parameter
     purpose: str
+    is_outer: bool
 
     def place_on(self, parts: int, kind: str) -> ShardPlacement:
         """Return how the parameter lies on ``parts`` ranks of an engine of ``kind``."""
-        if kind == "fsdp2" and parts > 1:
+        if kind == "fsdp2" and parts > 1 and not self.is_outer:
             return choose_shard_placement(self.parameter, parts)
         return ShardPlacement(tuple(self.parameter.shape) or (1,), parts, 0)
 
@@ -103,7 +111,7 @@ def count_resting_bytes(
     shards = count_shard_ranks(config, world)
     index = world.rank % shards
     device, trained = Counter[str](), list[int]()
-    own = frozen = trainable = 0
+    own = frozen = trainable = late = 0
     for part in _list_parts(model, blocks):
         learns = part.parameter.requires_grad
         parts = _count_parts(part, config, kind, shards)
@@ -112,7 +120,10 @@ def count_resting_bytes(
         device[part.purpose] += size
         own += size
         frozen += 0 if learns else size
-        device[PADDING] += _count_padding(part, placement, size, kind)
+        by_rows = kind == "zero" or part.is_outer
+        padding = _count_padding(part, placement, size, kind, by_rows)
+        device[PADDING] += padding
+        late += 0 if by_rows else padding
         if learns:
             trainable += part.parameter.numel()
             trained.append(size // 4)
@@ -132,6 +143,7 @@ def count_resting_bytes(
         own,
         frozen,
         trainable,
+        late,
     )
 
 
@@ -163,11 +175,11 @@ def _count_parts(part: _Part, config: RunConfig, kind: str, shards: int) -> int:
 def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part]:
     """Yield each parameter once with its purpose; of blocks only those in ``blocks``."""
     ends = {id(p) for m in list_end_modules(model) for p in m.parameters()}
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    ends |= {id(p) for p in embedding.parameters()}
     packed = {id(m.packed) for m in model.modules() if isinstance(m, FrozenWeight)}
     counted = {id(p) for block in blocks for p in block.parameters()}
     skipped = {id(p) for p in _list_block_parameters(model, blocks)} - counted
+    skipped |= list_unread_parameters(model).keys()
+    outer = {id(p) for unit in list_outer_units(model) for p in unit.parameters}
     for parameter in model.parameters():
         key = id(parameter)
         if key in skipped:
@@ -179,7 +191,7 @@ def _list_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[_Part
             purpose = ENDS
         elif key in packed:
             purpose = PACKED
-        yield _Part(parameter, purpose)
+        yield _Part(parameter, purpose, key in outer)
 
 
 def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
@@ -190,16 +202,18 @@ def _list_block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> Ite
     return iter(())
 
 
-def _count_padding(part: _Part, placement: ShardPlacement, own: int, kind: str) -> int:
-    """Return the bytes of a rank's share beyond its ``own`` ones."""
-    if placement.shards == 1 and kind != "zero":
+def _count_padding(
+    part: _Part, placement: ShardPlacement, own: int, kind: str, by_rows: bool
+) -> int:
+    """Return the bytes of a rank's share beyond its ``own`` ones.
+
+    Args:
+        by_rows: ``engine.row_shards`` keeps it.
+    """
+    if (placement.shards == 1 and kind != "zero") or (by_rows and part.parameter.requires_grad):
         return 0
     whole = placement.count_padded_elements() * part.element_size
-    if kind == "zero":
-        if part.parameter.requires_grad:
-            return 0
-        whole = -(-whole // _ALIGN) * _ALIGN
-    return whole - own
+    return (-(-whole // ALIGN_BYTES) * ALIGN_BYTES if by_rows else whole) - own
 
 
 def optimizer_state_bytes(optimizer: str, shard_sizes: Sequence[int]) -> tuple[int, int]:

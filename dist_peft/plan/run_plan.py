@@ -10,9 +10,10 @@ from torch import nn
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine import resolve_engine_kind
+from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
-from dist_peft.model.forward_probe import block_kind
 from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.model.parameter_readers import list_unread_parameters
 from dist_peft.plan.cluster import Cluster, FixedShares
 from dist_peft.plan.duration import Duration, plan_duration
 from dist_peft.plan.host import HostPeaks, plan_host_peaks
@@ -45,7 +46,7 @@ class RunPlan:
         source: files that the shapes are of.
         engine: kind of the engine.
         resting: of the fullest rank.
-        stored: bytes of all parameters, as stored.
+        stored: bytes of all parameters that are loaded, as stored.
         own_rows: bytes of rows, rank by rank (of one shard group); with ``single`` one number.
         attention: implementation of attention, and whether packed rows get a mask.
         gathered_block: bytes of a block of the traced kind while it is gathered.
@@ -134,7 +135,7 @@ def plan_run(
         traced,
         len(blocks),
         (traced.trainable, resting.trainable),
-        pads=kind == "fsdp2",
+        frees_kept=kind == "fsdp2",
         kept_blocks=(kept - kept_traced) if cluster.ranks > 1 else 0,
     )
     memory = build_memory_plan(resting, phases, cluster, shares or FixedShares())
@@ -147,7 +148,7 @@ def plan_run(
         kind,
         memory,
         resting,
-        sum(p.numel() * p.element_size() for p in model.parameters()),
+        _count_stored_bytes(model),
         count_own_rows(model, blocks, config, world),
         traffic,
         plan_host_peaks(skeleton, resting, shards),
@@ -169,6 +170,13 @@ def choose_traced_blocks(blocks: Sequence[nn.Module]) -> list[int]:
         return found[:TRACED_BLOCKS]
     others = [i for i in range(len(blocks)) if i not in found]
     return sorted([*found, *others[: TRACED_BLOCKS - len(found)]])
+
+
+def _count_stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters that are loaded."""
+    unread = list_unread_parameters(model)
+    loaded = (p for p in model.parameters() if id(p) not in unread)
+    return sum(p.numel() * p.element_size() for p in loaded)
 
 
 def _check_global_batch(config: RunConfig, cluster: Cluster) -> None:

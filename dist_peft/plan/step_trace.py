@@ -47,6 +47,7 @@ from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fake_ranks import fake_process_group
 from dist_peft.model import experts
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
+from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.plan.storage_tracker import Peak, StorageTracker
 from dist_peft.plan.traced_engine import StatelessFactory, make_traced_engine
@@ -204,7 +205,7 @@ def _fill_with_fake_rows(model: nn.Module, engine: Engine) -> None:
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not is_never_read(module, name):
                 uses.setdefault(id(parameter), []).append((module, name))
     for (owner, name), *others in uses.values():
         parameter = owner._parameters[name]
@@ -230,10 +231,12 @@ class _StepTracker(StorageTracker):
 
     def add_resting_tensors(self, model: nn.Module) -> dict[str, int]:
         """Count parameters and buffers as they rest; return bytes by purpose."""
-        parameters = list(model.parameters())
         hidden = (t for m in model.modules() for t in vars(m).values())
-        self.add_tensors([p for p in parameters if p.requires_grad], "adapter")
-        self.add_tensors([*parameters, *(t for t in hidden if isinstance(t, nn.Parameter))], "base")
+        parameters = [*model.parameters(), *(t for t in hidden if isinstance(t, nn.Parameter))]
+        resting = [p for p in parameters if not p.is_meta and p.untyped_storage().nbytes()]
+        self.add_tensors([p for p in resting if p.requires_grad], "adapter")
+        self.add_tensors(resting, "base")
+        self.add_tensors([p for p in parameters if not p.is_meta], "gathered")  # empty until then
         self.add_tensors(model.buffers(), "buffers")
         return self.live_by_purpose
 

@@ -70,9 +70,16 @@ def test_bytes_gathered_are_packed_bytes_times_passes() -> None:
 
 
 def _local_bytes(world: World) -> int:
-    model, _ = filled(world, EngineConfig())
-    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return sum(p.numel() * p.element_size() for p in parameters)
+    model, engine = filled(world, EngineConfig())
+    total = 0
+    for parameter in model.parameters():
+        own = engine.get_local_bytes(parameter)
+        if own is None:
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        else:
+            assert parameter.untyped_storage().nbytes() == 0
+        total += own.numel() * own.element_size()
+    return total
 
 
 @pytest.mark.dist

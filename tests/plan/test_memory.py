@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 from dist_peft.plan.cluster import Cluster, FixedShares
 from dist_peft.plan.memory import PhasePeak, build_memory_plan, extrapolate_phases
 from dist_peft.plan.resting import RestingBytes
 from dist_peft.plan.step_trace import StepTrace
 from dist_peft.plan.storage_tracker import Peak
 
-RESTING = RestingBytes({"packed base": 600, "padding of shards": 7}, {}, 600, 500, 25)
+RESTING = RestingBytes({"packed base": 600, "padding of shards": 7}, {}, 600, 500, 25, 0)
 
 
 def make_trace() -> StepTrace:
@@ -26,7 +28,8 @@ def make_trace() -> StepTrace:
 
 def test_further_blocks_add_inputs_and_kept_gradients() -> None:
     phases = {
-        p.phase: p for p in extrapolate_phases(make_trace(), RESTING, 10, (25, 125), pads=False)
+        p.phase: p
+        for p in extrapolate_phases(make_trace(), RESTING, 10, (25, 125), frees_kept=False)
     }
     assert phases["forward"].total == 40 + 30 + 8 * 10 + 4 * 8
     assert phases["head"].items["block inputs"] == 10 + 8 * 10
@@ -40,8 +43,9 @@ def test_further_blocks_add_inputs_and_kept_gradients() -> None:
 
 
 def test_padding_at_rest_is_not_counted_twice() -> None:
-    once = extrapolate_phases(make_trace(), RESTING, 10, (25, 125), pads=False)
-    padded = extrapolate_phases(make_trace(), RESTING, 10, (25, 125), pads=True)
+    once = extrapolate_phases(make_trace(), RESTING, 10, (25, 125), frees_kept=False)
+    resting = replace(RESTING, late_padding=7)
+    padded = extrapolate_phases(make_trace(), resting, 10, (25, 125), frees_kept=True)
     assert max(p.total for p in padded) == max(p.total for p in once) - 7
 
 

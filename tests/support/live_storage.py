@@ -13,6 +13,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
+from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.zero import ZeroEngine
 from dist_peft.plan.storage_tracker import StorageTracker
 from dist_peft.train.objective import TokenObjective
@@ -72,9 +73,7 @@ def _measure_run(world: World, config: RunConfig) -> dict[str, int]:
     earlier = _list_all_tensors()  # of the run before, which DeepSpeed keeps
     setup = build_model(ResolvedConfig(config, Path(config.base.path)))
     built = load_weights(setup, world, CPU)
-    own = [getattr(p, "_local_tensor", p) for p in built.model.parameters()]
-    rows = sum(t.numel() * t.element_size() for t in own)
-    del own
+    rows = sum(_count_own_bytes(built, p) for p in built.model.parameters())
     call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
     count = -(-config.train.global_batch // (config.train.micro_batch * world.size))
     _run_step(built, call, config, 1)  # FSDP2 pads shards at the first forward
@@ -93,6 +92,13 @@ def _measure_run(world: World, config: RunConfig) -> dict[str, int]:
         "peak": tracker.peaks["start"].total,
         "gathered": gathered,
     }
+
+
+def _count_own_bytes(built: LoadedModel, parameter: torch.nn.Parameter) -> int:
+    own = built.engine.get_local_bytes(parameter)
+    if own is None:
+        own = getattr(parameter, "_local_tensor", parameter)
+    return own.numel() * own.element_size()
 
 
 def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, count: int) -> None:
@@ -117,6 +123,8 @@ def _list_resting(built: LoadedModel) -> list[Any]:
         return _list_all_tensors()
     tensors: list[Any] = [*built.model.parameters(), *built.model.buffers()]
     engine: Any = built.engine
+    if isinstance(engine, Fsdp2Engine):
+        tensors += engine.outer.resting_tensors
     for state in engine.optimizer.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return tensors

@@ -12,6 +12,7 @@ from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.core.config.run import BaseConfig, EngineConfig, LoraConfig, QuantConfig
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
+from dist_peft.engine import Engine
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -45,12 +46,17 @@ def load(
     progress: list[int] = []
     with RowReader(skeleton.index) as reader, world.raise_together("load base"):
         load_model(model, reader, engine, CPU, progress.append)
-    local = {
-        name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+    local = {name: copy_own_rows(engine, p) for name, p in model.named_parameters()}
     packed = {f"{n}.packed" for n, m in model.named_modules() if isinstance(m, FrozenLinear)}
     return Loaded(reader.bytes_read, reader.largest_read, local, packed, progress)
+
+
+def copy_own_rows(engine: Engine, parameter: Tensor) -> Tensor:
+    """This rank's rows of a parameter; the storage of a row-sharded one is empty."""
+    own = engine.get_local_bytes(parameter)
+    if own is not None:
+        return own.clone().view(parameter.dtype).view(-1, *parameter.shape[1:])
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
 def share(directory: Path, ranks: int, rank: int) -> list[int]:

@@ -45,6 +45,33 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
 }
 """One configuration a family; sliding windows are short enough to matter."""
 
+OUTER: dict[str, tf.PretrainedConfig] = {
+    "gemma3": tf.Gemma3Config(
+        text_config={**_GROUPED, "sliding_window": 8},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
+    "gemma3n": tf.Gemma3nTextConfig(
+        **{**_GROUPED, "head_dim": 16},
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        layer_types=["full_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0, 0.0],
+        sliding_window=8,
+    ),
+}
+"""Tied models with more outside of their blocks: a vision tower, per-layer embeddings."""
+
 _TWO_MORE = {**_COMMON, "max_position_embeddings": 66}
 ENCODERS: dict[str, tf.PretrainedConfig] = {
     "bert": tf.BertConfig(**_COMMON),
