@@ -365,6 +365,8 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
     assert sorted(calls) == [
         ("compress/gptq_driver.py", "factor.order"),
         ("compress/gptq_driver.py", "factor.upper"),
+        ("compress/prune_driver.py", "factor.diagonal"),
+        ("compress/prune_driver.py", "factor.upper"),
         ("compress/solved_blocks.py", "whole"),  # before training, of a solve that was stopped
         ("core/text_exchange.py", "data"),
         ("core/text_exchange.py", "length"),
@@ -445,10 +447,10 @@ RANK_FUNCTIONS = {
     "count_resting_bytes": "a plan is made for the rank that keeps most",
     "run": "a verb prints its result on one rank, without a process group",
     "write_trained_weights": "the first rank keeps a file open between collectives",
-    "open_packed_writer": "the first rank keeps a file open between collectives",
+    "open_base_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",
-    "_GptqSolver._broadcast_factor": "ranks take turns to factor a Hessian",
-    "_GptqSolver._accumulate_local_hessian": "the first rank has the first sample",
+    "BlockLoop._factorize_on_one_rank": "ranks take turns to factor a Hessian",
+    "BlockLoop._accumulate_local_hessian": "the first rank has the first sample",
     "Trainer.finish_run": "the rank that writes the adapter alone keeps it gathered",
     "hash_unread_tensors": "chunks of the base's files are dealt to ranks",
 }

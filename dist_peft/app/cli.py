@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "memory, traffic and time of a run, before it starts",
     "eval": "held-out loss of a base, or of a run's adapter",
     "quantize": "write the base packed, according to base.quant",
+    "prune": "write the base with part of its weights zero, or without some blocks",
     "merge": "write base + adapter as a Hugging Face directory",
     "export": "write a run in a public format",
     "combine": "combine several LoRA adapters of one base into one",
@@ -33,7 +34,7 @@ COMMANDS = {
 }
 """Verb, also the name of its module in ``app.commands``, and its line in ``--help``."""
 
-RESUMABLE_VERBS = {"train", "eval", "quantize"}
+RESUMABLE_VERBS = {"train", "eval", "quantize", "prune"}
 """Verbs that stop on a signal at a safe point; the others end at once."""
 
 

@@ -35,6 +35,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="type of the merged weights; default bfloat16",
     )
+    parser.add_argument(
+        "--keep-zeros",
+        action="store_true",
+        help="weights of the blocks that are exactly 0 in the base stay 0: a pruned base stays "
+        "sparse, without the adapter's change of these weights",
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ from dist_peft.compress.base_origin import (
     describe_origin,
     gather_base_content,
 )
-from dist_peft.compress.gptq_driver import make_calibration_sequences, solve_gptq_codes
+from dist_peft.compress.calibration import CalibrationSize, make_calibration_sequences
+from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.compress.packed_base import open_packed_writer, write_packed_base
 from dist_peft.compress.solved_blocks import SolvedBlocks
 from dist_peft.core.config.run import RunConfig
@@ -139,17 +140,23 @@ def _build_unquantized_model(config: RunConfig) -> ModelSetup:
     return setup
 
 
-def load_calibration_sequences(setup: ModelSetup, world: World) -> Tensor:
+def load_calibration_sequences(
+    setup: ModelSetup, world: World, size: CalibrationSize | None = None
+) -> Tensor:
     """Return token sequences of ``data.train``: long ``[samples, tokens]``, equal on every rank.
 
     Args:
-        setup: of ``resolve_quantization``.
+        setup: of ``resolve_quantization`` or ``resolve_pruning``.
+        size: None: that of ``base.quant``.
 
     Raises:
         UserError: on every rank: unreadable data, or less than one sequence of text.
     """
     data, quant = setup.config.data, setup.config.base.quant
-    assert quant is not None and not data.packing
+    if size is None:
+        assert quant is not None
+        size = CalibrationSize(quant.calibration_samples, quant.calibration_tokens)
+    assert not data.packing
     documents = load_source_rows(data, data.train, "train", setup.tokenizer, world)
     check_token_range("data.train", documents, setup.skeleton)
     base = setup.skeleton.index.compute_fingerprint()
@@ -157,7 +164,7 @@ def load_calibration_sequences(setup: ModelSetup, world: World) -> Tensor:
     world.check_agreement("calibration data", inputs)
     return make_calibration_sequences(
         documents,
-        quant,
+        size,
         max_positions=setup.skeleton.max_positions,
         seed=setup.config.train.seed,
     )

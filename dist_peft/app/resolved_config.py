@@ -33,6 +33,7 @@ __all__ = [
     "resolve_config",
     "resolve_finished_run",
     "resolve_one_process",
+    "resolve_pruning",
     "resolve_quantization",
     "resolve_unsolved_run",
     "split_task_configs",
@@ -112,10 +113,31 @@ def resolve_quantization(config: RunConfig) -> ResolvedConfig:
     Raises:
         UserError: unusable files.
     """
+    return _resolve_base(_prepare_calibration(config))
+
+
+def resolve_pruning(config: RunConfig) -> ResolvedConfig:
+    """Return ``config`` for pruning its base, which is read unquantized whatever ``base.quant``.
+
+    Raises:
+        UserError: unusable files, or a quantized base.
+    """
+    directory = resolve_base_directory(config.base)
+    found = open_prequantized(directory, SafetensorsIndex.open(directory))
+    if found is not None:
+        raise UserError(
+            f"base.path {config.base.path} is quantized already ({found.format_label}), and "
+            "weights are pruned before they are quantized; give the unquantized base"
+        )
+    base = config.base.model_copy(update={"quant": None})
+    return _resolve_base(_prepare_calibration(config.model_copy(update={"base": base})))
+
+
+def _prepare_calibration(config: RunConfig) -> RunConfig:
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     data = config.data.model_copy(update={"packing": False, "too_long": "truncate"})
     update = {"adapter": NoAdapterConfig(), "engine": engine, "data": data}
-    return _resolve_base(config.model_copy(update=update))
+    return config.model_copy(update=update)
 
 
 def resolve_finished_run(config: RunConfig, run_dir: Path) -> RunConfig:

@@ -219,6 +219,7 @@ def merge_finished_run(
     *,
     into: Literal["original", "decoded"] = "original",
     dtype: str = "bfloat16",
+    keep_zeros: bool = False,
     verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -227,6 +228,7 @@ def merge_finished_run(
 
     Args:
         dtype: type of the merged weights.
+        keep_zeros: block weights that are exactly 0 in the base stay 0.
         run_dir, out, into, verify, trust_remote_code, overwrite: see ``export_finished_run``.
 
     Raises:
@@ -237,7 +239,7 @@ def merge_finished_run(
         run_dir,
         HfBf16Export.name,
         out,
-        {"dtype": dtype},
+        {"dtype": dtype, "keep_zeros": keep_zeros},
         into=into,
         verify=verify,
         trust_remote_code=trust_remote_code,

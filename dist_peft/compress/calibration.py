@@ -12,6 +12,7 @@ Linears that read the same tensor (q, k and v; gate and up) form a *stage*: they
 Stages are in execution order: when one is solved, all before it have been.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,77 @@ import torch
 from torch import Tensor, nn
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.data.documents import SequenceSet
 from dist_peft.model.frozen_linear import FrozenLinear
 
-__all__ = ["CalibrationSample", "capture_block_inputs", "find_linear_stages", "record_inputs"]
+__all__ = [
+    "CalibrationSample",
+    "CalibrationSize",
+    "capture_block_inputs",
+    "find_linear_stages",
+    "make_calibration_sequences",
+    "record_inputs",
+]
+
+log = logging.getLogger("dist_peft")
+
+_USE_HQQ = "use base.quant.solver: hqq, which needs no calibration"
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """Number of calibration sequences and of their tokens.
+
+    ``option``: names the setting of either in messages, followed by ``samples`` or ``tokens``.
+    """
+
+    samples: int
+    tokens: int
+    option: str = "base.quant.calibration_"
+
+
+def make_calibration_sequences(
+    documents: SequenceSet, size: CalibrationSize, *, max_positions: int | None, seed: int
+) -> Tensor:
+    """Return token sequences of ``data.train``: long ``[samples, tokens]``.
+
+    Documents are concatenated in an order drawn from ``seed`` and cut into full sequences.
+
+    Args:
+        documents: the calibration text, unpacked.
+        size: number of sequences and of their tokens.
+        max_positions: longest sequence that the base supports; None: no limit.
+
+    Raises:
+        UserError: less than one sequence of text.
+    """
+    tokens = min(size.tokens, max_positions or size.tokens)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    parts: list[Tensor] = []
+    missing = size.samples * tokens
+    for index in order.tolist():
+        if missing <= 0:
+            break
+        parts.append(documents.get_sequence(index)[0])
+        missing -= len(parts[-1])
+    text = torch.cat(parts)
+    count = min(len(text) // tokens, size.samples)
+    if not count:
+        raise UserError(
+            f"data.train has {len(text)} tokens, less than a calibration sequence of {tokens}; "
+            f"add text or lower {size.option}tokens"
+        )
+    if count < size.samples:
+        log.warning(
+            "data.train has text for %d calibration sequences of %d tokens, not for %d (%ssamples)",
+            count,
+            tokens,
+            size.samples,
+            size.option,
+            extra=ONCE,
+        )
+    return text[: count * tokens].long().view(count, tokens)
 
 
 @dataclass
@@ -53,12 +122,14 @@ def capture_block_inputs(
     blocks: Sequence[nn.Module],
     ids: Tensor,
     like: CalibrationSample | None = None,
+    advice: str = _USE_HQQ,
 ) -> CalibrationSample:
     """Run the whole model once and record the inputs of its blocks.
 
     Args:
         ids: long ``[1, tokens]``.
         like: an earlier sample of as many tokens; equal tensors are shared with it.
+        advice: the fix in the message of an error.
 
     Raises:
         UserError: a block's first argument is not the hidden states.
@@ -78,7 +149,7 @@ def capture_block_inputs(
     if not in_turn or not all(args and isinstance(args[0], Tensor) for args, _ in calls):
         raise UserError(
             f"{type(model).__name__} does not call its blocks one after the other with hidden "
-            "states first; use base.quant.solver: hqq, which needs no calibration"
+            f"states first; {advice}"
         )
     block_inputs = [(args[1:], kwargs) for args, kwargs in calls]
     if like is not None:
@@ -99,11 +170,14 @@ def _share_equal_tensors(value: Any, like: Any) -> Any:
 
 
 @torch.no_grad()
-def find_linear_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[FrozenLinear]]:
+def find_linear_stages(
+    block: nn.Module, run: Callable[[], Any], advice: str = _USE_HQQ
+) -> list[list[FrozenLinear]]:
     """Return the linears of a block grouped by input, in the order of their first use.
 
     Args:
         run: calls the block.
+        advice: the fix in the message of an error.
 
     Raises:
         UserError: a linear was never called, so it has no calibration input.
@@ -128,10 +202,7 @@ def find_linear_stages(block: nn.Module, run: Callable[[], Any]) -> list[list[Fr
             hook.remove()
     idle = [linear.source for linear in linears if id(linear) not in seen]
     if idle:
-        raise UserError(
-            f"calibration never reached {idle[0]}; use base.quant.solver: hqq, which needs no "
-            "calibration"
-        )
+        raise UserError(f"calibration never reached {idle[0]}; {advice}")
     return list(stages.values())
 
 

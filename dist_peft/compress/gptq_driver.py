@@ -19,89 +19,27 @@ Memory holds the packed shards, the samples' hidden states, one linear's rows, a
 Base weights are unsharded only as packed bytes, a block at a time, as in training.
 """
 
-import logging
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from dist_peft.compress.calibration import (
-    CalibrationSample,
-    capture_block_inputs,
-    find_linear_stages,
-    record_inputs,
-)
+from dist_peft.compress.block_loop import BlockLoop
+from dist_peft.compress.calibration import find_linear_stages
 from dist_peft.compress.solved_blocks import SolvedBlocks
-from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import return_freed_memory
-from dist_peft.core.log import ONCE
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
-from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
-from dist_peft.data.documents import SequenceSet
 from dist_peft.engine import Engine
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.gptq import (
-    HessianFactor,
-    HessianSum,
-    compute_gram,
-    factorize_hessian,
-    find_largest_entry,
-    solve_weight_rows,
-)
+from dist_peft.quant.gptq import HessianFactor, factorize_hessian, solve_weight_rows
 from dist_peft.store.reader import RowReader
 
-__all__ = ["make_calibration_sequences", "solve_gptq_codes"]
-
-log = logging.getLogger("dist_peft")
-
-
-def make_calibration_sequences(
-    documents: SequenceSet, quant: QuantConfig, *, max_positions: int | None, seed: int
-) -> Tensor:
-    """Return token sequences of ``data.train``: long ``[samples, tokens]``.
-
-    Documents are concatenated in an order drawn from ``seed`` and cut into full sequences.
-
-    Args:
-        documents: the calibration text, unpacked.
-        quant: sets the number of sequences and of their tokens.
-        max_positions: longest sequence that the base supports; None: no limit.
-
-    Raises:
-        UserError: less than one sequence of text.
-    """
-    tokens = min(quant.calibration_tokens, max_positions or quant.calibration_tokens)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-    parts: list[Tensor] = []
-    missing = quant.calibration_samples * tokens
-    for index in order.tolist():
-        if missing <= 0:
-            break
-        parts.append(documents.get_sequence(index)[0])
-        missing -= len(parts[-1])
-    text = torch.cat(parts)
-    count = min(len(text) // tokens, quant.calibration_samples)
-    if not count:
-        raise UserError(
-            f"data.train has {len(text)} tokens, less than a calibration sequence of {tokens}; "
-            "add text or lower base.quant.calibration_tokens"
-        )
-    if count < quant.calibration_samples:
-        log.warning(
-            "data.train has text for %d calibration sequences of %d tokens, not for %d "
-            "(base.quant.calibration_samples)",
-            count,
-            tokens,
-            quant.calibration_samples,
-            extra=ONCE,
-        )
-    return text[: count * tokens].long().view(count, tokens)
+__all__ = ["solve_gptq_codes"]
 
 
 @torch.no_grad()
@@ -132,66 +70,20 @@ def solve_gptq_codes(
         _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks(solved)
 
 
-class _GptqSolver:
+class _GptqSolver(BlockLoop):
     """Pass calibration samples through the blocks and quantize each block's linears."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        engine: Engine,
-        windows: Tensor,
-        world: World,
-        reader: RowReader,
-        stop: Callable[[], bool],
-    ) -> None:
-        self.engine, self.world, self.reader, self.stop = engine, world, reader, stop
-        self.blocks, self.device = skeleton.blocks, engine.device
-        self.count = len(windows)
-        self.samples: list[CalibrationSample] = []
-        # blocks contain collectives, so all ranks run them equally often; surplus runs of sample 0
-        # are left out of the Hessian
-        self.mine = range(world.data_rank, self.count, world.data_size)
-        for number in range(-(-self.count // world.data_size)):
-            index = self.mine[number] if number < len(self.mine) else 0
-            ids = windows[index : index + 1].to(self.device)
-            like = self.samples[0] if self.samples else None
-            self.samples.append(capture_block_inputs(skeleton.model, self.blocks, ids, like))
-            self._raise_if_stopped()
-        self.stages_done = 0
-
-    def solve_all_blocks(self, solved: SolvedBlocks | None = None) -> None:
-        log.info(
-            "gptq: %d calibration sequences of %d tokens, %d blocks",
-            self.count,
-            self.samples[0].hidden.shape[1],
-            len(self.blocks),
-        )
-        restoring = solved is not None
-        for number, block in enumerate(self.blocks):
-            self._raise_if_stopped()
-            if solved is not None and restoring:
-                restoring = solved.restore_block(number, block, self.engine)
-                if not restoring and number:
-                    log.info("gptq: %d blocks were solved before", number)
-            if not restoring:
-                self._solve_block(number, block)
-                if solved is not None:
-                    solved.save_block(number, block, self.engine)
-            for sample in self.samples:
-                sample.hidden = sample.run_block(block, number)
-            log.info("gptq: block %d of %d", number + 1, len(self.blocks))
+    label = "gptq"
+    advice = "use base.quant.solver: hqq, which needs no calibration"
+    factor_advice = "raise base.quant.calibration_samples or use base.quant.solver: hqq"
 
     def _solve_block(self, number: int, block: nn.Module) -> None:
-        for stage in find_linear_stages(block, partial(self.samples[0].run_block, block, number)):
+        run = partial(self.samples[0].run_block, block, number)
+        for stage in find_linear_stages(block, run, self.advice):
             self._raise_if_stopped()
             factor = self._broadcast_factor(block, number, stage[0])
             for linear in stage:
                 self._replace_codes(linear, factor)
-
-    def _raise_if_stopped(self) -> None:
-        (stopping,) = self.world.max_over_ranks(self.stop())
-        if stopping:
-            raise StopRequested
 
     def _broadcast_factor(
         self, block: nn.Module, number: int, linear: FrozenLinear
@@ -199,18 +91,9 @@ class _GptqSolver:
         """Factor the Hessian of the inputs of ``linear`` on one rank and broadcast the factor."""
         hessian = self._compute_hessian(block, number, linear)
         size = _get_affine_codec(linear).group_size
-        factor: HessianFactor | None = None
-        owner = self.stages_done % self.world.size
-        self.stages_done += 1
-        with self.world.raise_together(f"factor the Hessian of {linear.source}"):
-            if self.world.rank == owner:
-                try:
-                    factor = factorize_hessian(hessian.mean_hessian(), size)
-                except ValueError as error:
-                    raise UserError(
-                        f"tensor {linear.source}: {error}; raise base.quant.calibration_samples "
-                        "or use base.quant.solver: hqq"
-                    ) from None
+        factor, owner = self._factorize_on_one_rank(
+            linear, lambda: factorize_hessian(hessian.mean_hessian(), size)
+        )
         if factor is None:
             factor = HessianFactor.allocate_empty(
                 -(-linear.in_features // size) * size, self.device
@@ -218,45 +101,6 @@ class _GptqSolver:
         self.world.broadcast_tensor(factor.order, owner)
         self.world.broadcast_tensor(factor.upper, owner)
         return factor
-
-    def _compute_hessian(self, block: nn.Module, number: int, linear: FrozenLinear) -> HessianSum:
-        """Return the Hessian of the inputs of ``linear``, summed over the samples of all ranks."""
-        hessian = self._accumulate_local_hessian(block, number, linear, None)
-        (most,) = self.world.max_over_ranks(hessian.largest)
-        if math.isinf(most):
-            raise UserError(
-                f"calibration produced infinite or NaN inputs for {linear.source}; set "
-                "base.compute_dtype to bfloat16 or float32"
-            )
-        if most > hessian.limit:
-            hessian = self._accumulate_local_hessian(block, number, linear, most)
-        self.world.all_reduce_sum(hessian.total)
-        return hessian
-
-    def _accumulate_local_hessian(
-        self, block: nn.Module, number: int, linear: FrozenLinear, top: float | None
-    ) -> HessianSum:
-        """Sum the Gram matrices of this rank's samples as integers.
-
-        Args:
-            top: largest entry, which sets the unit of the integers; None: that of sample 0.
-        """
-        hessian: HessianSum | None = None
-        with record_inputs(linear) as inputs:
-            for position, sample in enumerate(self.samples):
-                sample.run_block(block, number)
-                own = compute_gram(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]))
-                inputs.clear()
-                if top is None:
-                    (top,) = self.world.max_over_ranks(
-                        find_largest_entry(own) if self.world.is_first else 0.0
-                    )
-                if hessian is None:
-                    hessian = HessianSum(linear.in_features, top, self.count, self.device)
-                if position < len(self.mine):
-                    hessian.add_sample(own)
-        assert hessian is not None
-        return hessian
 
     def _replace_codes(self, linear: FrozenLinear, factor: HessianFactor) -> None:
         span = self.engine.local_row_span(linear.packed)

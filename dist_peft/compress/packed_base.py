@@ -12,15 +12,15 @@ Each linear weight of the blocks becomes packed rows::
 ``store.publish`` lets the directory appear as a whole.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_peft.compress.base_writer import copy_base_tensors, open_base_writer
 from dist_peft.core.config.run import BaseConfig
-from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.engine import Engine
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -29,33 +29,25 @@ from dist_peft.model.model_files import copy_model_files
 from dist_peft.model.prequantized.base import OWN_METHOD
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.quant.codec import list_quant_keys
-from dist_peft.store.reader import RowReader
 from dist_peft.store.staged_model import StagedModel
 from dist_peft.store.writer import TensorSpec
 
 __all__ = ["open_packed_writer", "write_packed_base"]
 
-_COPIED_BYTES = 64 * 2**20
-"""Chunk size for copying tensors that stay unquantized."""
 
-
-@contextmanager
-def open_packed_writer(skeleton: Skeleton, out: Path, world: World) -> Iterator[StagedModel | None]:
-    """Yield the writer on rank 0, None on others; after an error nothing is left.
+def open_packed_writer(
+    skeleton: Skeleton, out: Path, world: World
+) -> AbstractContextManager[StagedModel | None]:
+    """Open the writer of a packed base (``base_writer.open_base_writer``).
 
     Args:
         skeleton: the model with its frozen linears, whose sizes the files get.
-        out: final directory; it appears when ``write_packed_base`` has ended.
+        out: final directory; nothing is written there before ``write_packed_base`` has ended.
 
     Raises:
         UserError: on every rank: no space or no permission.
     """
-    with ExitStack() as stack:
-        staged: StagedModel | None = None
-        with world.raise_together("start to write"):
-            if world.is_first:
-                staged = stack.enter_context(StagedModel(out, _list_tensor_specs(skeleton)))
-        yield staged
+    return open_base_writer(_list_tensor_specs(skeleton), out, world)
 
 
 def write_packed_base(
@@ -86,7 +78,7 @@ def write_packed_base(
                 writer.write_rows(_make_packed_name(source), packed)
     with world.raise_together("write the rest"):
         if writer is not None:
-            _copy_unpacked_tensors(skeleton, set(linears), writer)
+            copy_base_tensors(skeleton.index, set(linears), writer)
             _copy_configuration(base, skeleton.index.path, writer.directory, origin)
             writer.publish()
 
@@ -110,16 +102,6 @@ def _list_tensor_specs(skeleton: Skeleton) -> list[TensorSpec]:
         else:
             specs.append(TensorSpec(name, info.dtype, info.shape))
     return specs
-
-
-def _copy_unpacked_tensors(skeleton: Skeleton, packed: set[str], writer: StagedModel) -> None:
-    with RowReader(skeleton.index) as reader:
-        for name, info in skeleton.index.tensors.items():
-            if name in packed:
-                continue
-            rows = max(1, _COPIED_BYTES // max(1, info.row_bytes))
-            for span in Span(0, info.num_rows).split_into_chunks(rows):
-                writer.write_rows(name, reader.read_rows(name, span), span.start)
 
 
 def _copy_configuration(

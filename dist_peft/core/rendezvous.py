@@ -10,11 +10,11 @@ Each rank also brings a token: the launcher's name of the run, the command and t
 of two runs that meet at one address differ in it, and are refused together.
 
 Later each rank counts up a number of its own in the store every few seconds. When a collective
-fails because a rank died, the numbers that stand still identify it. On the same occasion a signal
-that has reached one rank becomes known to all (``core.stop_signals``).
+fails because a rank died, the numbers that stand still identify it. With them a signal to one rank
+becomes known to all (``core.stop_signals``).
 
-Ranks that wait for one that downloads or tokenizes do so here, too (``wait_for_all``): a collective
-would end after its time limit, and does not know whether the others are alive.
+Ranks wait here for one that downloads or tokenizes (``wait_for_all``): a collective would end after
+its time limit, and does not know whether the others are alive.
 """
 
 import contextlib
@@ -80,8 +80,7 @@ class Rendezvous:
         self.store = store
         self.hosts = hosts
         self._rank = place.rank
-        self._topics = 0
-        self._waits = 0
+        self._topics = self._waits = 0
         self._has_told_stop = False
         self._own_store = own_store
         self._stop = threading.Event()
@@ -113,8 +112,8 @@ class Rendezvous:
         See ``core.patient_wait``.
         """
         self._waits += 1
-        topic = f"wait/{self._waits}"
-        wait_for_all_ranks(self.store, self._rank, self.hosts, topic, phase, beat)
+        names = self._rank, self.hosts, f"wait/{self._waits}"
+        wait_for_all_ranks(self.store, *names, phase, beat)
 
     def find_disagreement(self, values: Mapping[str, object], seconds: float) -> str:
         """Return the differences between the ranks' ``values`` as text; called by all ranks.
@@ -124,8 +123,7 @@ class Rendezvous:
         """
         self._topics += 1
         topic = f"same/{self._topics}"
-        # a rank that died is found by its heartbeats, not after ``seconds``
-        wait = partial(self.wait_for_all, "compare configurations")
+        wait = partial(self.wait_for_all, "compare configurations")  # finds a rank that died
         text = exchange_values(self.store, self._rank, self.hosts, topic, values, seconds, wait)
         if text:  # all end
             confirm_answer_read(self.store, self._rank, self.hosts, f"{topic}/read")

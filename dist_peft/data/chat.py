@@ -223,7 +223,7 @@ class ChatRenderer:
                 if not dropped and role in _USUAL_ROLES:
                     self._known_roles.add(role)
                 elif not dropped and not self._chat.names_role(role, tools):
-                    self._count_note(
+                    self._notes.count(
                         f"messages have the role {role}, which the chat template writes like any "
                         "name and which is not trained on",
                         place,

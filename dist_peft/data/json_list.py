@@ -8,7 +8,7 @@ __all__ = ["JsonListError", "iterate_json_list"]
 
 _SPACE = " \t\n\r"
 _AT_END = 16
-"""An error this close to the end of what was read may be due to the end, such as half an escape."""
+"""An error so close to the end of the text may be due to the end, such as half an escape."""
 
 _NUMBER_TAIL = 3
 

@@ -1,6 +1,6 @@
 """Blocks of consecutive records of a file, as cheap as reading them can be.
 
-A block holds what was read of a file, not parsed yet: lines of JSON, or an Arrow batch. It can be
+A block is read from a file and not parsed yet: lines of JSON, or an Arrow batch. It can be
 sent to another process, which parses it, so that the process that reads the file does little more
 than that. A block has at most ``BLOCK_RECORDS`` records and, unless one record alone is larger,
 ``BLOCK_BYTES``: the blocks in flight bound the memory, whatever the size of a file or a record.

@@ -18,7 +18,7 @@ __all__ = ["Example", "ExampleReader", "read_examples"]
 
 
 class ExampleReader:
-    """Build the examples of one source, and count what is left out and why.
+    """Build the examples of one source, and count records that are left out, by reason.
 
     The first record determines the format of the source, and the first one that is not left out
     the class of its examples. From then on a record does not depend on earlier ones, so that a copy

@@ -1,4 +1,4 @@
-"""Counts of what happens to the records of a source, each with the place of the first.
+"""Counts of notes about the records of a source, each with the place of the first.
 
 Records may be counted in several processes: each counts for a chunk of records, and the counts are
 added in the order of the chunks, which gives the same as one process that counts all.

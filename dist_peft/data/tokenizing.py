@@ -37,7 +37,7 @@ class Encoder(Protocol):
         """Counts over the examples so far."""
 
     def begin_chunk(self) -> None:
-        """Forget what depends on where earlier examples were encoded."""
+        """Forget state that depends on the process in which earlier examples were encoded."""
 
     def encode_examples(
         self, examples: Sequence[Example], places: Sequence[RecordPlace]

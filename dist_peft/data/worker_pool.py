@@ -48,7 +48,7 @@ def map_in_processes(
     """Yield ``function(item)`` of each item, in the order of the items.
 
     Args:
-        function: called in a forked process; what it changes is not seen here.
+        function: called in a forked process; its changes are not seen here.
         items: iterated here, at most a few for each process ahead of the results; they and the
             results are pickled. An error of the iterator is raised behind the results before it.
         processes: at least 1.

@@ -46,7 +46,7 @@ class RowShardedParameters:
 
     Frozen parameters live in units. Trainable ones are only loaded this way, each rank its own
     rows; before the first forward they become whole (``unshard_trainable``) and the caller's
-    business. What nothing reads (``model.parameter_readers``) is left out.
+    business. Parameters that nothing reads (``model.parameter_readers``) is left out.
 
     Args:
         group: the ranks that together hold one copy.
@@ -127,7 +127,7 @@ class RowShardedParameters:
             self._register_outer_hooks(module, gathered, is_head=module is head)
 
     def allocate_resting(self, size: int) -> Tensor:
-        """Return bytes where rows rest; what is not filled is padding, never read."""
+        """Return bytes where rows rest; bytes not filled are padding, never read."""
         pins = self.resting_device.type == "cpu" and self.device.type == "cuda"
         return torch.empty(size, dtype=torch.uint8, device=self.resting_device, pin_memory=pins)
 

@@ -196,7 +196,7 @@ class ZeroEngine:
 
     @contextmanager
     def _moments_of_frozen_kept(self) -> Iterator[None]:
-        """Undo what an update without gradient does to moments, where there has been one with."""
+        """Restore moments that an update without a gradient changes, where there were others."""
         state = self._ds.optimizer.optimizer.state
         kept = [
             (state[flat][key], state[flat][key].clone())

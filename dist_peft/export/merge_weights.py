@@ -46,6 +46,7 @@ def merge_model(
     chunk_bytes: int = CHUNK_BYTES,
     max_file_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
+    keep_zeros: bool = False,
 ) -> WriteResult:
     """Merge the adapter into the base and write the Hugging Face directory ``out`` in ``dtype``.
 
@@ -59,6 +60,7 @@ def merge_model(
         chunk_bytes: size of a chunk of rows in float32.
         max_file_bytes: maximum size of an output file.
         overwrite: replace an export that is in ``out``.
+        keep_zeros: block weights that are exactly 0 in the base stay 0.
 
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
@@ -67,7 +69,9 @@ def merge_model(
     # fail before the merge if a file cannot be copied
     list_model_files(directory, code=base.trust_remote_code)
     with publish_directory(out) as partial:
-        with open_merged_weights(base, directory, adapter_dir, into, chunk_bytes) as walk:
+        with open_merged_weights(
+            base, directory, adapter_dir, into, chunk_bytes, keep_zeros=keep_zeros
+        ) as walk:
             written = write_model_directory(walk, None, partial, dtype, max_file_bytes)
             changes: dict[str, Any] = dict(walk.skeleton.settings)
             if walk.skeleton.head is not None:

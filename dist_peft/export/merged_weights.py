@@ -75,6 +75,7 @@ class MergedWeights:
     Args:
         state: state of the returned rows: original, decoded, codes or base.
         record: content of the base that the adapter was trained on; None if unknown.
+        keep_zeros: block weights that are exactly 0 in the base stay 0 (pruned bases).
 
     Attributes:
         chunk_bytes: size of a chunk of rows in float32.
@@ -93,7 +94,9 @@ class MergedWeights:
         state: State,
         chunk_bytes: int = CHUNK_BYTES,
         record: BaseRecord | None = None,
+        keep_zeros: bool = False,
     ) -> None:
+        self._keep_zeros = keep_zeros
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._record = record
         self._merger, self._reader, self.chunk_bytes = merger, reader, chunk_bytes
@@ -181,6 +184,8 @@ class MergedWeights:
         merged = self._merger.merge_weight_rows(
             weight.path, flat, weight.span_in_linear(span), into
         )
+        if self._keep_zeros and weight.is_block_linear:
+            merged = merged.masked_fill(flat == 0, 0)
         return merged.view(rows.shape)
 
     def read_affine_parts(self, weight: BaseWeight, span: Span) -> AffineParts:
@@ -272,8 +277,12 @@ def open_merged_weights(
     adapter_dir: Path,
     state: State,
     chunk_bytes: int = CHUNK_BYTES,
+    *,
+    keep_zeros: bool = False,
 ) -> Iterator[MergedWeights]:
     """Open the base's files in ``directory`` and the adapter, and yield the weights in ``state``.
+
+    ``keep_zeros``: of ``MergedWeights``.
 
     Raises:
         UserError: damaged files, or an adapter that was trained on another base.
@@ -295,7 +304,9 @@ def open_merged_weights(
         merger = open_merger(adapter_dir, _base_names(skeleton), stack, tied=tied)
         hashes = build_row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
-        yield MergedWeights(skeleton, merger, reader, adapter_dir, state, chunk_bytes, record)
+        yield MergedWeights(
+            skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, keep_zeros
+        )
 
 
 def iterate_base_rows(

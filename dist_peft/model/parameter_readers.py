@@ -10,7 +10,7 @@ read their own parameters; with tied embeddings two modules read one; some code 
     gate.weight                read in the code of the model itself, or in a block: no reader
 
 A reader is the outermost module in whose forward the parameter is read, among those that neither
-contain a block nor are in one. What no module reads is not loaded.
+contain a block nor are in one. Parameters that no module reads are not loaded.
 """
 
 import functools

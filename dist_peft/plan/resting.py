@@ -2,8 +2,8 @@
 
 Of every parameter a rank keeps the rows of ``core.span.row_span``, which engines use, or ``fsdp2``
 the columns (``engine.shard_placement``). FSDP2 pads uneven shards to equal ones;
-``engine.row_shards`` starts each at a multiple of 16 bytes. What nothing reads
-(``model.parameter_readers``) is not loaded. What DeepSpeed keeps in addition to the adapters
+``engine.row_shards`` starts each at a multiple of 16 bytes. Parameters that nothing reads
+(``model.parameter_readers``) are not loaded. What DeepSpeed keeps in addition to the adapters
 (``zero``), read from its 0.19 and measured::
 
     stages 1, 2   adapters whole, a float32 copy of 1/N, two moments of 1/N, gradients 1/N (2)

@@ -56,8 +56,11 @@ __all__ = [
     "HessianFactor",
     "HessianSum",
     "compute_gram",
+    "compute_square_sums",
     "factorize_hessian",
     "find_largest_entry",
+    "invert_to_upper",
+    "iterate_row_chunks",
     "solve_weight_rows",
 ]
 
@@ -83,9 +86,17 @@ def compute_gram(inputs: Tensor) -> Tensor:
     return rows.T @ rows
 
 
+def compute_square_sums(inputs: Tensor) -> Tensor:
+    """Diagonal of ``X^T X``: ``[..., in]`` of any float type -> float32 ``[in]``."""
+    return inputs.reshape(-1, inputs.shape[-1]).float().square().sum(0)
+
+
 def find_largest_entry(sample: Tensor) -> float:
-    """Of a Gram matrix; it is on the diagonal. Infinite where an input was NaN or infinite."""
-    largest = float(sample.diagonal().max())
+    """Return the largest entry of a Gram matrix, which is on its diagonal, or of that diagonal.
+
+    Infinite where an input was NaN or infinite.
+    """
+    largest = float((sample.diagonal() if sample.dim() == 2 else sample).max())
     return largest if math.isfinite(largest) else math.inf
 
 
@@ -97,14 +108,24 @@ class HessianSum:
         first: largest entry of the first sample's Gram matrix; it sets the unit, so it must be the
             same on all ranks, whose sums are added up.
         samples: most samples over all ranks.
+        diagonal: the samples are the diagonals of Gram matrices, ``[in]``.
 
     Attributes:
-        total: int64 ``[in, in]``; sums of several ranks are added up by the caller.
+        total: int64 ``[in, in]`` or ``[in]``; sums of several ranks are added up by the caller.
         largest: largest entry added here.
     """
 
-    def __init__(self, columns: int, first: float, samples: int, device: torch.device) -> None:
-        self.total = torch.zeros(columns, columns, dtype=torch.int64, device=device)
+    def __init__(
+        self,
+        columns: int,
+        first: float,
+        samples: int,
+        device: torch.device,
+        *,
+        diagonal: bool = False,
+    ) -> None:
+        shape = (columns,) if diagonal else (columns, columns)
+        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
         self.largest = 0.0
         top = math.frexp(first)[1] + _HEADROOM_BITS
         self.limit = math.ldexp(1.0, top)
@@ -157,29 +178,42 @@ def factorize_hessian(hessian: Tensor, group_size: int) -> HessianFactor:
     order = _order_groups(hessian.diagonal(), group_size)
     padding = len(order) - len(hessian)
     mean = float(hessian.diagonal().mean()) or 1.0
-    # H = R R^T with R upper triangular (Cholesky from the last column on), so H^-1 = U^T U with
-    # U = R^-1: one factorization and one triangular inverse, no inverse of H
     backwards = order.flip(0)
     if padding:
         hessian = functional.pad(hessian, (0, padding, 0, padding))
     ordered = hessian[backwards.unsqueeze(1), backwards]
     del hessian
+    upper = invert_to_upper(ordered, mean)
+    del ordered
+    upper /= upper.diagonal().clone().unsqueeze(1)
+    return HessianFactor(order, upper.float().contiguous())
+
+
+def invert_to_upper(backwards: Tensor, mean: float) -> Tensor:
+    """Return ``U`` of ``H^-1 = U^T U``, upper triangular, with as little damping as it takes.
+
+    Args:
+        backwards: ``H``, float64 ``[n, n]``, rows and columns in reverse order; overwritten.
+        mean: of its diagonal, the unit of the damping.
+
+    Raises:
+        ValueError: no Cholesky factor, even with the strongest damping.
+    """
+    # H = R R^T with R upper triangular (Cholesky from the last column on), so H^-1 = U^T U with
+    # U = R^-1: one factorization and one triangular inverse, no inverse of H
     damping = 0.0
     for wanted in DAMPINGS:
-        ordered.diagonal().add_((wanted - damping) * mean)
+        backwards.diagonal().add_((wanted - damping) * mean)
         damping = wanted
-        lower, failed = torch.linalg.cholesky_ex(ordered)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
         if not int(failed):
             break
     else:
         raise ValueError(f"the Hessian has no Cholesky factor, even with damping {damping:g}")
-    del ordered
-    eye = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    del lower, eye
-    upper = inverse.flip(0, 1)
-    upper /= upper.diagonal().clone().unsqueeze(1)
-    return HessianFactor(order, upper.float().contiguous())
+    backwards.zero_().diagonal().fill_(1)  # the identity, in memory that is there
+    inverse: Tensor = torch.linalg.solve_triangular(lower, backwards, upper=False)
+    del lower
+    return inverse.flip(0, 1)
 
 
 def _order_groups(diagonal: Tensor, group_size: int) -> Tensor:
@@ -216,7 +250,7 @@ def solve_weight_rows(weight: Tensor, factor: HessianFactor, codec: AffineCodec)
     padded = len(factor.order)
     assert padded == -(-columns // codec.group_size) * codec.group_size, (padded, columns)
     packed = weight.new_empty(rows, codec.num_row_bytes(columns), dtype=torch.uint8)
-    for span in _iterate_row_chunks(rows, padded, weight.device):
+    for span in iterate_row_chunks(rows, padded, weight.device):
         chunk = functional.pad(weight[span.slice].float(), (0, padded - columns))
         # column i of the weight is row i here: columns updated together are contiguous
         parts = _solve_chunk(chunk.T[factor.order], factor, codec, span.start)
@@ -224,7 +258,8 @@ def solve_weight_rows(weight: Tensor, factor: HessianFactor, codec: AffineCodec)
     return packed
 
 
-def _iterate_row_chunks(rows: int, padded: int, device: torch.device) -> Iterator[Span]:
+def iterate_row_chunks(rows: int, padded: int, device: torch.device) -> Iterator[Span]:
+    """Yield spans of rows that are solved together."""
     elements = CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
     return Span(0, rows).split_into_chunks(max(1, elements // padded))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.app.quantized_base import load_calibration_sequences
 from dist_peft.app.resolved_config import resolve_quantization
-from dist_peft.compress import gptq_driver
+from dist_peft.compress import block_loop
 from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
@@ -80,7 +80,7 @@ def test_a_sample_far_above_the_first_changes_the_unit_only(
     solve_gptq_codes(built.setup.skeleton, built.engine, windows, World())
     expected = {n: p.clone() for n, p in built.model.named_parameters() if n.endswith(".packed")}
     # as if the first sample had been very small: its sum is void, and taken again
-    monkeypatch.setattr(gptq_driver, "find_largest_entry", lambda own: 1e-9)
+    monkeypatch.setattr(block_loop, "find_largest_entry", lambda own: 1e-9)
     again = built_of(tmp_path)
     solve_gptq_codes(again.setup.skeleton, again.engine, windows, World())
     for name, packed in expected.items():

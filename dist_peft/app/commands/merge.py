@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, world: World) -> int:
             args.out,
             into=args.base or "original",
             dtype=args.dtype,
+            keep_zeros=args.keep_zeros,
             verify=verify,
             trust_remote_code=trust,
             overwrite=args.overwrite,

@@ -4,6 +4,7 @@ import logging
 from typing import Literal
 
 from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.core.errors import UserError
 from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merge_weights import merge_model
@@ -28,8 +29,13 @@ class HfBf16Export(ExportFormat):
     has_blocks = True
 
     def write_export(self, job: ExportSpec) -> ExportResult:
-        dtype = _get_dtype(job)
+        dtype, keep_zeros = _get_dtype(job), _keeps_zeros(job)
         into: Literal["original", "decoded"] = job.into
+        if keep_zeros and into == "decoded":
+            raise UserError(
+                "--keep-zeros takes zeros from the base's files, and --base decoded merges into "
+                "rows that may be rounded to further zeros; leave out --base decoded"
+            )
         written = merge_model(
             job.base,
             job.directory,
@@ -39,13 +45,15 @@ class HfBf16Export(ExportFormat):
             dtype=parse_torch_dtype(dtype),
             chunk_bytes=job.chunk_bytes,
             overwrite=job.overwrite,
+            keep_zeros=keep_zeros,
         )
-        as_trained = (
+        as_trained = not keep_zeros and (
             into == "decoded"
             or job.base.quant is None
             or "quantization_config" in read_json_object(job.directory / "config.json")
         )
-        return ExportResult(written, job.out, f"merged into the {into} base, {dtype}", as_trained)
+        how = f"merged into the {into} base, {dtype}" + ", zeros kept" * keep_zeros
+        return ExportResult(written, job.out, how, as_trained)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         with enforce_time_limit("loading it with transformers", request.seconds):
@@ -82,15 +90,22 @@ class HfBf16Export(ExportFormat):
         return [
             ("Merged into", f"{job.into} base"),
             ("Type of the weights", _get_dtype(job)),
+            *([("Zeros of the base", "kept")] if _keeps_zeros(job) else []),
             ("Reloaded by", consumer),
         ]
 
     def suggest_better(self, job: ExportSpec, result: ExportResult, found: Comparison) -> str:
+        if _keeps_zeros(job):
+            return "--keep-zeros leaves out the change of weights that are zero in the base"
         if not result.exact:
             return "--base decoded merges into the base as training saw it"
         # NaN is not below either
         may_be_rounding = _get_dtype(job) != "float32" and found.relative < 1
         return "--dtype float32 rounds nothing" if may_be_rounding else ""
+
+
+def _keeps_zeros(job: ExportSpec) -> bool:
+    return bool(job.options.get("keep_zeros"))
 
 
 def _get_dtype(job: ExportSpec) -> str:

@@ -26,6 +26,7 @@ def test_options_reach_the_merge() -> None:
     assert called.call_args.kwargs == {
         "into": "decoded",
         "dtype": "float32",
+        "keep_zeros": False,
         "verify": VerificationOptions(None, 600.0),
         "trust_remote_code": False,
         "overwrite": False,
