@@ -18,6 +18,7 @@ from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
 from dist_peft.app.resolved_config import ResolvedConfig
+from dist_peft.compress.base_origin import hash_unread_tensors
 from dist_peft.core.config.run import FusionConfig, RunConfig
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
@@ -224,8 +225,15 @@ def load_weights(
             BaseRecord.from_index(setup.config.base.path, skeleton.index),
             tensors=gather_tensor_hashes(hashes, skeleton, engine, world),
         )
-        for user in (*setup.fused, *trained_on):
-            user.check_tensor_hashes(record.tensors, str(setup.directory))
+        users = (*setup.fused, *trained_on)
+        recorded = {name for user in users for name in user.record.tensors}
+        # earlier versions loaded, and recorded, tensors that the model does not read
+        unread = (recorded - record.tensors.keys()) & skeleton.index.tensors.keys()
+        found = dict(record.tensors)
+        if unread:
+            found |= hash_unread_tensors(skeleton.index, unread, world)
+        for user in users:
+            user.check_tensor_hashes(found, str(setup.directory))
         parameters = dict(model.named_parameters())
         return LoadedModel(
             setup,

@@ -46,7 +46,8 @@ class RowShardedParameters:
 
     Frozen parameters live in units. Trainable ones are only loaded this way, each rank its own
     rows; before the first forward they become whole (``unshard_trainable``) and the caller's
-    business. Parameters that nothing reads (``model.parameter_readers``) is left out.
+    business. Parameters that nothing reads
+    (``model.parameter_readers``) are left out.
 
     Args:
         group: the ranks that together hold one copy.

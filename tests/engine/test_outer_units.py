@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from dist_peft.app.base_content import BaseRequirement
 from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import ResolvedConfig
+from dist_peft.compress.base_origin import hash_unread_tensors
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import outer_units
 from dist_peft.engine.outer_units import list_outer_units
 from dist_peft.engine.replicas import ReplicaCheck
+from dist_peft.store.base_record import BaseRecord
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.dist import run_ranks
@@ -60,7 +63,11 @@ def train_steps(world: World, base: str, kind: str) -> dict:
         }
     )
     setup = build_model(ResolvedConfig(config, Path(base)))
-    built = load_weights(setup, world, CPU)
+    index = setup.skeleton.index
+    towers = [n for n in index.tensors if "vision_tower.embeddings" in n]
+    record = BaseRecord(base, tensors=hash_unread_tensors(index, towers, world))
+    # a checkpoint of a version that loaded towers too
+    built = load_weights(setup, world, CPU, [BaseRequirement("a checkpoint", record, "")])
     model, engine = built.model, built.engine
     inside = {id(p) for block in setup.skeleton.blocks for p in block.parameters()}
     watched = {n: p for n, p in model.named_parameters() if id(p) not in inside}
