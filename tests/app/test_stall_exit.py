@@ -14,6 +14,8 @@ from tests.support.dist import free_port
 from tests.support.tiny_runs import save_config, tiny_tree
 
 HOST = socket.gethostname()
+EXIT_SECONDS = 15
+"""Granted after ``engine.stall_seconds``."""
 TIME = r"\(since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
 
 pytestmark = pytest.mark.dist
@@ -34,6 +36,7 @@ def check_end(ranks: list[spoil.EndedRank], run_dir: Path, expected: str) -> Non
     """Every rank exits with 1 and one last line of the same text; log and state have it too."""
     for rank, ended in enumerate(ranks):
         assert ended.code == 1, ended
+        assert 3 <= ended.seconds < 3 + EXIT_SECONDS
         pattern = rf"dist-peft: rank {rank} on {HOST} stops: {expected} \(stacks: .*-{rank}\.txt\)"
         assert re.fullmatch(pattern, ended.last_line), ended.text
         assert "Traceback" not in ended.text
@@ -86,6 +89,7 @@ def test_a_frozen_first_rank_is_named_by_the_others(tmp_path: Path) -> None:
     assert ranks[0].code is None
     for ended in ranks[1:]:
         assert ended.code == 1
+        assert 3 <= ended.seconds < 3 + EXIT_SECONDS
         assert re.search(expected, ended.last_line), ended.text
         assert "Traceback" not in ended.text
     assert re.search(expected, read_last_line(tmp_path / "run"))
@@ -112,6 +116,7 @@ def test_one_process_watches_itself(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     (ended,) = spoil.run_spoilt_ranks(config, free_port(), 1, {0: spoil.stick_in_loader})
     assert ended.code == 1
+    assert 3 <= ended.seconds < 3 + EXIT_SECONDS
     expected = rf"dist-peft: rank 0 on {HOST} has stood still for [3-9] s {TIME}, in 'read data' of"
     assert re.match(expected, ended.last_line), ended.text
 

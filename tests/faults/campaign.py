@@ -232,6 +232,7 @@ class Campaign:
         job, notes = trial.job, self.directory / f"trial {trial.number} notes"
         expected, counts = self._expected[job.reference]
         for number, (drawn, share) in enumerate(zip(trial.faults, trial.shares, strict=True)):
+            self._check_published(job, place, expected, outcome)
             total = counts[drawn.rank].get(drawn.phase, 1)
             fault = replace(drawn, moment=int(share * total), disk=str(place))
             argv = self.material.build_arguments(job, place)
@@ -265,17 +266,24 @@ class Campaign:
         place.rename(moved)
         return moved
 
+    def _check_published(
+        self, job: Job, place: Path, expected: dict[str, Any], outcome: Outcome
+    ) -> bool:
+        """Compare what a command published before it was hit, and return whether there is any."""
+        out = Material.get_output(job, place)
+        written = out.exists() and (out.is_file() or any(out.iterdir()))
+        if written and job.verb != "train":
+            outcome.problems += compare_results(read_result(job, place), expected)
+            if job.verb == "quantize":
+                shutil.rmtree(out)  # there is no --overwrite
+        return written
+
     def _finish(
         self, trial: Trial, place: Path, notes: Path, expected: dict[str, Any], outcome: Outcome
     ) -> None:
         """Run the command undisturbed and compare its result."""
         job, out = trial.job, Material.get_output(trial.job, place)
-        written = out.exists() and (out.is_file() or any(out.iterdir()))
-        if job.verb != "train" and written:
-            # the fault came after the result was published: it must be whole
-            outcome.problems += compare_results(read_result(job, place), expected)
-            if job.verb == "quantize":
-                shutil.rmtree(out)  # there is no --overwrite
+        written = self._check_published(job, place, expected, outcome)
         argv = self.material.build_arguments(job, place, overwrite=written)
         if trial.moves and (out / "config.yaml").exists():
             argv[argv.index("--config") + 1] = str(out / "config.yaml")

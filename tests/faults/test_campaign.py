@@ -19,7 +19,7 @@ from tests.faults.injection import Fault
 from tests.faults.processes import Ended
 from tests.faults.workloads import Job, compare_results, find_leftovers
 
-TRIALS, SEED = 12, 1220
+TRIALS, SEED = 12, 3286
 
 
 @pytest.mark.dist

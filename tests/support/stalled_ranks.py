@@ -24,9 +24,19 @@ SECOND_STEP = 3
 """Which call of ``_make_batches`` it is; the first one is that of the evaluation before."""
 
 
+_notes: Path | None = None
+"""Where this process notes that it goes wrong."""
+
+
 @dataclass(frozen=True)
 class EndedRank:
-    """How a rank ended: its exit code (None: it did not), and its last lines."""
+    """How a rank ended.
+
+    Attributes:
+        code: exit code; None: it did not end.
+        seconds: from the first moment that a rank went wrong; from the start, where none did.
+        text: its stderr.
+    """
 
     code: int | None
     seconds: float
@@ -94,6 +104,8 @@ def _replace(owner: type, name: str, action: Callable[[], object], call: int) ->
     def method(self: Any, *args: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
+            assert _notes is not None
+            (_notes / f"wrong-{os.getpid()}").write_text(str(time.monotonic()))
             action()
         return original(self, *args, **keywords)
 
@@ -104,6 +116,8 @@ def run_rank(
     environment: Mapping[str, str], log: Path, config: Path, spoil: Callable[[], None] | None
 ) -> None:
     """Be one rank of ``dist-peft train --config config``, with stderr in ``log``."""
+    global _notes
+    _notes = log.parent
     with log.open("ab") as out:
         os.dup2(out.fileno(), 2)
         os.dup2(out.fileno(), 1)
@@ -144,9 +158,11 @@ def run_spoilt_ranks(
             time.sleep(0.05)
             for rank, process in enumerate(processes):
                 if process.exitcode is not None:
-                    ended.setdefault(rank, time.monotonic() - start)
+                    ended.setdefault(rank, time.monotonic())
+        wrong = [float(file.read_text()) for file in config.parent.glob("wrong-*")]
+        start, end = min(wrong, default=start), time.monotonic()
         return [
-            EndedRank(process.exitcode, ended.get(rank, seconds), log.read_text())
+            EndedRank(process.exitcode, ended.get(rank, end) - start, log.read_text())
             for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
         ]
     finally:
