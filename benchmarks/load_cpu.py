@@ -2,18 +2,22 @@
 
     python benchmarks/load_cpu.py [--base DIR] [--repeats 5]
 
-Each load runs in a fresh process with one thread; the two sides take turns. Seconds are the
-process's own, user and system apart, from before the model is built until it is loaded; imports are
-not counted. Storage is no part of it: the files are in the page cache after a first load that is
-not counted. The projection scales this program's seconds a parameter to 65 B parameters on ``N``
-ranks, each of which reads, quantizes and keeps its rows.
+Each load runs in a fresh process; the sides take turns. Seconds are the process's own, user and
+system apart, from before the model is built until it is loaded. A load of a tiny model comes first,
+on every side, so that imports and whatever else happens once a process are not counted. Storage is
+no part of it: the files are read into the page cache before. The projection scales this program's
+seconds a parameter to 65 B parameters on ``N`` ranks, each of which reads, quantizes and keeps its
+rows.
 """
 
 import argparse
+import os
 import resource
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from common import (
@@ -54,23 +58,31 @@ def measure(load: Callable[[], object]) -> Measured:
     )
 
 
-def load_here(base: Path) -> Measured:
-    config = run_config(base, adapter={"r": 1})
-    return measure(lambda: load_weights(build_model(resolve_config(config)), World(), CPU))
+def load_here(base: Path, tiny: Path, threads: int) -> Measured:
+    def load(directory: Path) -> object:
+        config = run_config(directory, adapter={"r": 1})
+        return load_weights(build_model(resolve_config(config)), World(), CPU)
+
+    with mock.patch("dist_peft.app.model_setup.count_load_threads", return_value=threads):
+        load(tiny)
+        return measure(lambda: load(base))
 
 
-def load_by_bitsandbytes(base: Path) -> Measured:
+def load_by_bitsandbytes(base: Path, tiny: Path) -> Measured:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return measure(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            base, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
+
+    def load(directory: Path) -> object:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
         )
-    )
+
+    load(tiny)
+    return measure(lambda: load(base))
 
 
 def main() -> None:
@@ -78,21 +90,28 @@ def main() -> None:
     base_argument(parser)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    base = make_base(args.base)
-    parameters = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2
-    sides = {"dist_peft": load_here, "bitsandbytes": load_by_bitsandbytes}
-    measured: dict[str, list[Measured]] = {name: [] for name in sides}
-    for repeat in range(args.repeats + 1):
-        for name, load in sides.items():
-            (found,) = run_processes(load, [(base,)])
-            if repeat:
+    with tempfile.TemporaryDirectory() as directory:
+        tiny = make_base(Path(directory), hidden_size=256, intermediate_size=256)
+        base = make_base(args.base)
+        parameters = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2
+        sides: dict[str, tuple[Callable[..., Measured], tuple[object, ...]]] = {
+            "dist_peft": (load_here, (base, tiny, 1)),
+            "dist_peft, 2 threads": (load_here, (base, tiny, 2)),
+            "bitsandbytes": (load_by_bitsandbytes, (base, tiny)),
+        }
+        measured: dict[str, list[Measured]] = {name: [] for name in sides}
+        for _ in range(args.repeats):
+            for file in base.glob("*.safetensors"):
+                file.read_bytes()
+            for name, (load, arguments) in sides.items():
+                (found,) = run_processes(load, [arguments])
                 measured[name].append(found)
     rows = []
     for name, found in measured.items():
         user, system, peak = (statistics.median(column) for column in zip(*found, strict=True))
         rows.append([name, f"{user:.2f}", f"{system:.2f}", f"{user + system:.2f}", peak / MIB])
     print_table(["loader", "user s", "system s", "CPU s", "private peak +MiB"], rows)
-    pairs = zip(*measured.values(), strict=True)
+    pairs = zip(measured["dist_peft"], measured["bitsandbytes"], strict=True)
     ratio = statistics.median(sum(one[:2]) / sum(other[:2]) for one, other in pairs)
     per_parameter = (
         statistics.median(sum(found[:2]) for found in measured["dist_peft"]) / parameters
@@ -102,6 +121,7 @@ def main() -> None:
     print(f"{per_parameter * 1e9:.1f} ns a parameter; projected for 65 B parameters, CPU s a rank:")
     print(", ".join(f"{ranks} ranks: {seconds:.0f}" for ranks, seconds in projected.items()))
     result = {
+        "load": os.getloadavg(),
         "parameters": parameters,
         "user_system_peak": measured,
         "ratio_of_cpu_seconds": ratio,

@@ -7,6 +7,7 @@ have a small absolute error too.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.store.writer import write_atomically
 
 __all__ = [
+    "COMPARED_ELEMENTS",
     "Comparison",
     "Probe",
     "check_generation",
@@ -116,12 +119,16 @@ class Comparison:
         )
 
 
+COMPARED_ELEMENTS = 2**18
+"""Logits compared at a time, or those of one position: 2 MiB in float64, about eight tensors of
+which are alive."""
+
 _UNCHANGED = 1e-6
 """A change below this share of the logits' standard deviation counts as none."""
 
 
 def compare_logits(logits: Tensor, probe: Probe) -> Comparison:
-    """Compare ``logits`` [B, S, V] with the probe's.
+    """Compare ``logits`` [B, S, V] with the probe's, in float64, a few positions at a time.
 
     Raises:
         UserError: the shapes differ.
@@ -131,20 +138,62 @@ def compare_logits(logits: Tensor, probe: Probe) -> Comparison:
             f"the export returns logits of shape {list(logits.shape)}, "
             f"the trained model returned {list(probe.trained.shape)}"
         )
-    got, want, before = logits.double(), probe.trained.double(), probe.before.double()
-    error, change = _compute_difference(got, want), _compute_difference(want, before)
-    size, spread = change.square().mean(), want[want.isfinite()].var(correction=0)
+    got, want, before = (
+        each.reshape(-1, each.shape[-1]) for each in (logits, probe.trained, probe.before)
+    )
+    chunks = list(Span(0, len(want)).split_into_chunks(_count_chunk_positions(want)))
+    parts = [_compare_positions(got[c.slice], want[c.slice], before[c.slice]) for c in chunks]
+    largest = torch.stack([part[0] for part in parts]).max()
+    sums = torch.stack([part[1] for part in parts]).sum(0)
+    absolute, squared, change, kl, kl_before, same = (sums / len(want)).unbind()
+    size, spread = change / want.shape[1], _compute_finite_variance(want, chunks)
     changed = bool(size > _UNCHANGED**2 * spread) or not bool(size.isfinite())
     reference = size if changed else spread
     return Comparison(
-        max_error=error.abs().max().item(),
-        mean_error=error.abs().mean().item(),
-        relative=(error.square().mean() / reference.clamp_min(1e-30)).sqrt().item(),
-        kl=_compute_kl_divergence(want, got),
-        top1=(got.argmax(-1) == want.argmax(-1)).double().mean().item(),
-        kl_before=_compute_kl_divergence(want, before),
+        max_error=largest.item(),
+        mean_error=absolute.item() / want.shape[1],
+        relative=(squared / want.shape[1] / reference.clamp_min(1e-30)).sqrt().item(),
+        kl=kl.item(),
+        top1=same.item(),
+        kl_before=kl_before.item(),
         changed=changed,
     )
+
+
+def _count_chunk_positions(logits: Tensor) -> int:
+    return max(1, COMPARED_ELEMENTS // max(1, logits.shape[-1]))
+
+
+def _compare_positions(got: Tensor, want: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, of some positions ``[n, V]`` in float64, the largest error and six sums: over all
+    logits of the error, of its square and of that of the change; over the positions of both
+    divergences and of equal top tokens."""
+    got, want, before = got.double(), want.double(), before.double()
+    error, change = _compute_difference(got, want), _compute_difference(want, before)
+    absolute = error.abs()
+    sums = (
+        absolute.sum(),
+        error.square().sum(),
+        change.square().sum(),
+        _sum_kl_divergences(want, got),
+        _sum_kl_divergences(want, before),
+        (got.argmax(-1) == want.argmax(-1)).double().sum(),
+    )
+    return absolute.max(), torch.stack(sums)
+
+
+def _compute_finite_variance(logits: Tensor, chunks: Sequence[Span]) -> Tensor:
+    """Return the variance of the finite values of ``[n, V]``, float64."""
+    total = count = torch.zeros((), dtype=torch.float64)
+    for chunk in chunks:
+        finite = logits[chunk.slice].isfinite()
+        total = total + torch.where(finite, logits[chunk.slice], 0.0).double().sum()
+        count = count + finite.sum()
+    squares = torch.zeros((), dtype=torch.float64)
+    for chunk in chunks:
+        centred = logits[chunk.slice].double() - total / count
+        squares += torch.where(centred.isfinite(), centred, 0.0).square().sum()
+    return squares / count
 
 
 def _compute_difference(got: Tensor, want: Tensor) -> Tensor:
@@ -152,11 +201,10 @@ def _compute_difference(got: Tensor, want: Tensor) -> Tensor:
     return torch.where(got == want, 0.0, got - want)
 
 
-def _compute_kl_divergence(want: Tensor, got: Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence over positions, in nats."""
+def _sum_kl_divergences(want: Tensor, got: Tensor) -> Tensor:
+    """Return the sum of the Kullback-Leibler divergences of the positions, in nats."""
     log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
-    terms = log_want.exp() * _compute_difference(log_want, log_got)
-    return float(terms.sum(-1).mean())
+    return (log_want.exp() * _compute_difference(log_want, log_got)).sum()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from dist_peft.core.span import row_span
+from dist_peft.export.verify import COMPARED_ELEMENTS
 from dist_peft.export.verify_blocks import MAX_PROBE_TOKENS
 from dist_peft.export.weight_threads import MERGE_MEMORY
 from dist_peft.model.frozen_linear import FrozenWeight
@@ -24,8 +25,12 @@ _ENCODER_TEMPORARIES = 7 * 4 * CHUNK_ELEMENTS
 _PANELS_ALIVE = 4
 """Rows of a matrix as read, packed, and in float32 while they are multiplied."""
 
-_LOGITS_ALIVE = 8
-"""Tensors of the probe's logits in float64 while they are compared."""
+_LOGITS_ALIVE = 4
+"""Tensors of the probe's logits in float32 while they are compared: two of the probe, those of the
+export, and these in its type."""
+
+_COMPARED_BYTES = 8 * 8 * COMPARED_ELEMENTS
+"""About eight float64 temporaries of the logits that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,4 +87,4 @@ def _count_streamed_bytes(skeleton: Skeleton) -> int:
         for block in skeleton.blocks
     )
     logits = MAX_PROBE_TOKENS * skeleton.vocabulary_size
-    return _PANELS_ALIVE * PANEL_BYTES + block + _LOGITS_ALIVE * 8 * logits
+    return _PANELS_ALIVE * PANEL_BYTES + block + _LOGITS_ALIVE * 4 * logits + _COMPARED_BYTES

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
+from dist_peft.export import verify
 from dist_peft.export.verify import Probe, compare_logits, generate_greedy, verify_directory
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -68,6 +70,33 @@ def test_divergence_of_the_base_before_training() -> None:
     found = compare_logits(probe().before, probe())
     assert found.kl == found.kl_before > 0
     assert compare_logits(probe().trained, probe()).kl_before == found.kl
+
+
+def test_few_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures, and no float64 copy of all logits."""
+
+    class Largest(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+                self.num_bytes = max(self.num_bytes, out.nbytes)
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    got, trained, before = torch.randn(3, 2, 17, 40, generator=generator).mul(3).unbind()
+    trained[0, 3, 7] = got[0, 3, 7] = before[0, 3, 7] = -math.inf
+    whole = compare_logits(got, Probe(IDS, trained, before))
+    monkeypatch.setattr(verify, "COMPARED_ELEMENTS", 3 * 40)
+    with Largest() as largest:
+        found = compare_logits(got, Probe(IDS, trained, before))
+    assert vars(found) == pytest.approx(vars(whole), rel=1e-12)
+    assert largest.num_bytes == 8 * 3 * 40
+    finite = trained.double()[trained.isfinite()]
+    same = compare_logits(got, Probe(IDS, trained, trained))
+    error = torch.where(got == trained, 0.0, got - trained).double().square().mean()
+    assert same.relative == pytest.approx((error / finite.var(correction=0)).sqrt().item())
 
 
 def test_other_vocabulary_is_refused() -> None:
