@@ -292,7 +292,9 @@ def _open_hub_source(source: DataSource, name: str, config: str | None, key: str
     import datasets  # here: its import takes a second, and most runs do not need it
 
     try:
-        data = datasets.load_dataset(name, config, split=source.split)
+        # mapped into memory, whatever the user's settings of datasets are: a set may be larger than
+        # that, and the files are part of the key of the token cache
+        data = datasets.load_dataset(name, config, split=source.split, keep_in_memory=False)
     # datasets has no common error class; these mean: no network, not found, unknown split or config
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")

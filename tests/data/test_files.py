@@ -257,7 +257,8 @@ def test_home_of_an_unknown_user() -> None:
 def test_hub_id(monkeypatch: pytest.MonkeyPatch, path: str, asked: tuple[str, str | None]) -> None:
     calls = []
 
-    def load(name: str, config: str | None, *, split: str) -> Any:
+    def load(name: str, config: str | None, *, split: str, keep_in_memory: bool) -> Any:
+        assert not keep_in_memory
         calls.append((name, config, split))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 

@@ -16,9 +16,11 @@ from pyarrow import parquet
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
-from dist_peft.data import readers, record_blocks
+from dist_peft.data import files, readers, record_blocks
+from dist_peft.data.documents import load_sequence_set
 from dist_peft.data.files import open_source, read_chunks, read_records
 from dist_peft.data.record_blocks import ArrowRecords, JsonLines, PlainRecords, group_lines
+from tests.support.data_files import byte_tokenizer, data_config
 
 KEY = "data.train[0]"
 
@@ -100,21 +102,35 @@ def write_source(directory: Path, kind: str, count: int) -> Path:
     return file
 
 
-def measure_peak(path: Path) -> int:
+def use_local_hub(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let the set ``org/NAME`` be NAME.parquet in ``directory``, read by ``datasets`` itself."""
+    load = datasets.load_dataset
+
+    def load_local(name: str, config: None, **options: Any) -> Any:
+        file = directory / f"{name.removeprefix('org/')}.parquet"
+        cache = str(directory / "hub cache")
+        return load("parquet", data_files=str(file), cache_dir=cache, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+
+
+def measure_peak(path: Path | str) -> int:
     """Peak of Python's and Arrow's memory while all records are read."""
-    source = DataSource(path=str(path))
+    opened = open_source(DataSource(path=str(path)), KEY)
     gc.collect()
     arrow = before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        for _ in read_records(open_source(source, KEY), None):
+        for _ in read_records(opened, None):
             arrow = max(arrow, pa.total_allocated_bytes())
         return tracemalloc.get_traced_memory()[1] + arrow - before
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "arrow", "saved"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet", "arrow", "saved", "hub"]
+)
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -122,8 +138,34 @@ def test_memory_does_not_grow_with_the_file(
     monkeypatch.setattr(record_blocks, "BLOCK_BYTES", 2**15)
     for name, value in (("_PEEKED", 2**15), ("_BATCH", 64)):
         monkeypatch.setattr(readers, name, value)
-    few, many = (measure_peak(write_source(tmp_path, kind, n)) for n in (400, 2000))
+    monkeypatch.setattr(files, "_ROWS", 64)
+    sources: list[Path | str]
+    if kind == "hub":
+        use_local_hub(monkeypatch, tmp_path)
+        sources = [f"org/{write_source(tmp_path, 'parquet', n).stem}" for n in (400, 2000)]
+    else:
+        sources = [write_source(tmp_path, kind, n) for n in (400, 2000)]
+    few, many = map(measure_peak, sources)
     assert many < few + 2**17  # the file has 1.1 MB more
+
+
+def test_sequences_of_a_hub_set_are_those_of_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So their order does not depend on the ranks, and any step is found at once, as for files."""
+    write_source(tmp_path, "parquet", 300)
+    write_source(tmp_path, "jsonl", 300)
+    use_local_hub(monkeypatch, tmp_path)
+    found = []
+    for path in ("org/300", str(tmp_path / "300.jsonl")):
+        config = data_config(tmp_path / "cache", seq_len=2048)
+        rows = load_sequence_set(config, [DataSource(path=path)], byte_tokenizer(), name="train")
+        found.append((rows.fingerprint, len(rows)))
+        again = load_sequence_set(config, [DataSource(path=path)], byte_tokenizer(), name="train")
+        assert again.fingerprint == rows.fingerprint
+    assert found[0] == found[1]
+    assert found[0][1] > 50
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
 
 
 def test_limit_reads_no_more(tmp_path: Path, small_blocks: None) -> None:
