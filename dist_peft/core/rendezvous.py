@@ -325,10 +325,9 @@ def _describe_shared_device(store: dist.Store, hosts: Sequence[str]) -> str:
 
 def _find_fault(store: dist.Store, hosts: Sequence[str]) -> str:
     """Return the first fault that a rank has found on its own host; empty if there is none."""
-    for rank, host in enumerate(hosts):
-        if fault := store.get(f"fault/{rank}").decode():
-            return f"rank {rank} on {host}: {fault}"
-    return ""
+    faults = [store.get(f"fault/{rank}").decode() for rank in range(len(hosts))]
+    found = (f"rank {r} on {hosts[r]}: {fault}" for r, fault in enumerate(faults) if fault)
+    return next(found, "")
 
 
 def _describe_absent_ranks(

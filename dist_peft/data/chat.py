@@ -102,6 +102,7 @@ class ChatRenderer:
     def begin_chunk(self) -> None:
         """Forget the roles seen so far: a check must not depend on where chunks are rendered."""
         self._known_roles = {"user", "assistant"}
+        self._custom_roles: set[str] = set()
 
     @property
     def tallies(self) -> tuple[Tally, ...]:
@@ -199,10 +200,10 @@ class ChatRenderer:
         self, messages: Messages, tools: Tools, text: str, finder: TurnFinder, where: str
     ) -> None:
         for index, message in enumerate(messages):
-            role = message["role"]
+            role, place = message["role"], f"{where}, message {index + 1}"
             if role in self._known_roles:
+                self._count_custom_role(role, place)
                 continue
-            place = f"{where}, message {index + 1}"
             if self._chat.is_default and role not in _USUAL_ROLES:
                 raise UserError(
                     f"{place}: the role {role} is unknown; known are {', '.join(_USUAL_ROLES)}. "
@@ -220,14 +221,20 @@ class ChatRenderer:
                         f"{role}, and {'leaves it out' if dropped else 'writes it as another'}; "
                         "rename the role, or remove such messages"
                     )
-                if not dropped and role in _USUAL_ROLES:
+                if not dropped:
                     self._known_roles.add(role)
-                elif not dropped and not self._chat.names_role(role, tools):
-                    self._notes.count(
-                        f"messages have the role {role}, which the chat template writes like any "
-                        "name and which is not trained on",
-                        place,
-                    )
+                    if role not in _USUAL_ROLES and not self._chat.names_role(role, tools):
+                        self._custom_roles.add(role)
+            self._count_custom_role(role, place)
+
+    def _count_custom_role(self, role: str, place: str) -> None:
+        """Count a message whose role may be misspelt: the template writes any."""
+        if role in self._custom_roles:
+            self._counts.count(
+                f"messages have the role {role}, which the chat template writes like any name and "
+                "which is not trained on",
+                place,
+            )
 
     def _is_unknown_role(self, role: str, messages: Messages, tools: Tools, text: str) -> bool:
         """Return whether the template treats ``role`` like a made-up role."""

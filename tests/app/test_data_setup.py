@@ -2,6 +2,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -144,3 +145,19 @@ class TestFit:
             words = f"needs {needed} positions but the base has learned {needed - 1}"
             with pytest.raises(UserError, match=words):
                 check_loaders_fit_model(found, skeleton, extra)
+
+
+def test_padding_token_without_an_embedding(tmp_path: Path) -> None:
+    """Added to the tokenizer alone, as often; padding is never attended to."""
+    tree = tiny_tree(tmp_path)
+    tokenizer = load_tokenizer(Path(tree["base"]["path"]))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    config = parse_config(tree)
+    found = make_data_loaders(config, tokenizer, World())
+    skeleton = build_skeleton(config.base, Path(tree["base"]["path"]))
+    assert tokenizer.pad_token_id == found.train.pad_id == skeleton.vocabulary_size
+    check_loaders_fit_model(found, skeleton, 0)
+    assert found.train.pad_id == 0
+    found.train.pad_id = skeleton.vocabulary_size
+    with pytest.raises(UserError, match=r"padding token .* has id 97, .* for 97 tokens"):
+        check_loaders_fit_model(found, replace(skeleton, head=mock.Mock()), 0)

@@ -6,6 +6,7 @@ import pytest
 from dist_peft.core import network
 from dist_peft.core.network import (
     AddressProbeServer,
+    explain_absent_interface,
     find_interface,
     find_local_address_towards,
     is_loopback,
@@ -23,6 +24,22 @@ def test_route_and_interface() -> None:
     assert not is_loopback("203.0.113.1") and is_loopback("::1")
     with pytest.raises(OSError, match=r"[Nn]ame|known|resolution"):
         find_local_address_towards("no-such-host.invalid", 9)
+
+
+@pytest.mark.parametrize(
+    ("value", "absent"),
+    [("", ""), ("lo", ""), ("lo,", ""), ("eth99", "eth99"), ("lo,eth99,x", "eth99"), ("LO", "LO")],
+)
+def test_absent_interface_is_explained(
+    value: str, absent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAMES", value)
+    text = explain_absent_interface("NAMES")
+    if not absent:
+        assert text == ""
+        return
+    assert text.startswith(f"NAMES names the interface {absent!r}, and this host has no such ")
+    assert "set it to one of " in text and " lo" in text and text.endswith(", or unset it")
 
 
 def test_wait_for_port_says_why() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_peft.core import patient_wait
-from dist_peft.core.patient_wait import LostRankError, wait_for_all_ranks
+from dist_peft.core.patient_wait import LostRankError, confirm_answer_read, wait_for_all_ranks
 from dist_peft.core.world import World
 
 HOSTS = ("node1", "node1", "node2")
@@ -97,3 +97,26 @@ def test_the_last_line_of_a_survivor_names_the_dead_rank() -> None:
     error = LostRankError("rank 1 on b died during the phase 'load base': no sign of life")
     line = World(0, 2, 0, 2, "a").explain_failure(error)
     assert line is not None and line.startswith("rank 0 on ") and line.endswith(f" stops: {error}")
+
+
+def test_rank_0_stays_until_the_slowest_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end closes the store. A rank that has died is not waited for."""
+    store = dist.HashStore()
+    confirm_answer_read(store, 1, HOSTS, "r")  # at once
+    slow = threading.Timer(0.6, confirm_answer_read, (store, 2, HOSTS, "r"))
+    start = time.monotonic()
+    slow.start()
+    confirm_answer_read(store, 0, HOSTS, "r")
+    assert time.monotonic() - start > 0.5
+    monkeypatch.setattr(patient_wait, "WATCH_SECONDS", 0.2)
+    start = time.monotonic()
+    confirm_answer_read(store, 0, HOSTS, "dead")
+    assert 0.3 < time.monotonic() - start < 10
+
+
+def test_an_answer_that_was_read_needs_no_store() -> None:
+    class GoneStore(dist.HashStore):
+        def set(self, *arguments: object) -> None:
+            raise dist.DistNetworkError("Broken pipe")
+
+    confirm_answer_read(GoneStore(), 1, HOSTS, "r")

@@ -227,9 +227,27 @@ def test_system_message_that_is_left_out() -> None:
 
 @pytest.mark.parametrize(("name", "role"), [("chatml", "narrator"), ("qwen25", "tool")])
 def test_roles_that_are_written(name: str, role: str) -> None:
-    trained, notes = family_render(name, [ASKED, {"role": role, "content": "so"}, ANSWERED])
+    messages = [ASKED, {"role": role, "content": "so"}, {"role": role, "content": "yes"}, ANSWERED]
+    trained, notes = family_render(name, messages)
     assert trained == ["answer<|im_end|>"]
-    assert notes == []
+    assert notes == (
+        []
+        if role == "tool"
+        else [
+            "2 messages have the role narrator, which the chat template writes like any name and "
+            "which is not trained on; the first is f, record 1, message 2"
+        ]
+    )
+
+
+@pytest.mark.parametrize("role", ["wizard", "asistant", "Assistant", "ipython"])
+def test_unknown_role_without_a_template(role: str) -> None:
+    renderer = ChatRenderer(byte_tokenizer(), mark_assistant=True, starts_with_bos=True)
+    messages = [ASKED, {"role": role, "content": "so"}, ANSWERED]
+    with pytest.raises(
+        UserError, match=rf"record 1, message 2: the role {role} is unknown; .*, tool, function"
+    ):
+        renderer.render_conversation(messages, None, "f, record 1")
 
 
 def test_developer_message_that_is_left_out_is_counted() -> None:
