@@ -136,6 +136,7 @@ def write_fewer_blocks(
     with open_base_writer(specs, out, world) as writer, world.raise_together("write the blocks"):
         if writer is not None:
             copy_base_tensors(skeleton.index, dropped, writer, renamed)
+            writer.close_files()
             changes = _cut_layer_settings(skeleton, kept)
             _copy_configuration(
                 base, skeleton, writer.directory, {**changes, "pruning": dict(pruning)}

@@ -46,6 +46,15 @@ class StagedModel:
         """Write rows ``[start, start + len(rows))`` of a tensor; see ``StreamWriter``."""
         self._writer.write_rows(name, rows, start)
 
+    def close_files(self) -> None:
+        """Check that every row was written, so that ``directory`` can be read. Idempotent.
+
+        Raises:
+            ValueError: rows are missing.
+            UserError: the disk is full.
+        """
+        self._writer.close()
+
     def publish(self) -> None:
         """Check that every row was written, and let the directory appear. Idempotent.
 
