@@ -9,6 +9,7 @@ import pytest
 
 from dist_peft.core.log import close_log
 from tests.support.curves import skip_curves
+from tests.support.shared_files import locate_shared_data
 from tests.support.small_disk import explain_no_disk, mount_small_disk
 from tests.support.tiers import (  # noqa: F401
     pytest_runtest_makereport,
@@ -82,8 +83,7 @@ def _no_curves() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The directory of real data and the stories260K model; set DIST_PEFT_DATA to move it."""
-    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-    directory = Path(os.environ.get("DIST_PEFT_DATA", default))
+    directory = locate_shared_data()
     if not directory.is_dir():
         pytest.skip(f"no data directory {directory} (set DIST_PEFT_DATA)")
     return directory

@@ -24,8 +24,11 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import dist_peft.export.formats.gguf_model  # noqa: F401
 import tests.support.forked_commands  # noqa: F401
 from dist_peft.app.cli import COMMANDS
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.log import close_log
+from dist_peft.model.skeleton import build_skeleton
 from tests.support.curves import skip_curves
+from tests.support.shared_files import locate_shared_data
 from tests.support.tiny_runs import tiny_tree, train
 
 for name in COMMANDS:
@@ -59,9 +62,19 @@ def train_tiny_runs() -> None:
     np.random.set_state(numpy_state)
 
 
+def build_story_skeletons() -> None:
+    """Most ranks train stories260K: its forward is tried once here, not in each of them."""
+    directory = locate_shared_data() / "stories260K-hf"
+    if directory.is_dir():
+        for quant in (QuantConfig(kind="nf4"), None):
+            base = BaseConfig(path=str(directory), quant=quant, compute_dtype="float32")
+            build_skeleton(base, directory)
+
+
 torch.set_num_threads(1)
 tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 train_tiny_runs()
+build_story_skeletons()
 assert threading.active_count() == 1, threading.enumerate()
 gc.collect()
 gc.freeze()  # a collection in a forked process would copy every page that holds an object
