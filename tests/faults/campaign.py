@@ -66,7 +66,8 @@ LIMIT = WATCH_SECONDS + PULSE_SECONDS + LOOK_SECONDS + EXIT_SECONDS
 it is found by its heartbeats; one that died in a collective earlier."""
 START_LIMIT = START_SECONDS + GRACE_SECONDS + EXIT_SECONDS
 """The same where the rank that was hit had not come: ``engine.start_timeout_minutes``."""
-STALL_SECONDS = 3.0
+STALL_SECONDS = 5.0
+"""Of ``engine.stall_seconds``: more than a step takes here, also on a busy machine."""
 STALL_EXIT_SECONDS = 15.0
 """The survivors' time to name a rank that stands still, after ``engine.stall_seconds``."""
 STALL_LIMIT = STALL_SECONDS + 2 * STALL_EXIT_SECONDS
@@ -76,6 +77,8 @@ LATE_SECONDS = 3.0
 """A solve, merge or export that ends well so soon after a signal had no safe point left."""
 FREEZE_SECONDS = 1.0
 """How long a process is stopped where nothing watches it."""
+RUN_LIMIT = 120.0
+"""Seconds of a whole command that nothing disturbs, or that continues after such a stop."""
 
 TYPICAL_MOMENTS = {
     "load": 10_000,
@@ -202,7 +205,7 @@ class Campaign:
         place.mkdir(parents=True)
         argv = self.material.build_arguments(job, place)
         fault = Fault("count" if self.count else "none")
-        ended = run_command(argv, job.ranks, notes, fault, Limits(120, 120))
+        ended = run_command(argv, job.ranks, notes, fault, Limits(RUN_LIMIT, RUN_LIMIT))
         assert ended.codes == (0,) * job.ranks, f"{job.name}: {ended.codes}\n{ended.stderr}"
         counts = dict.fromkeys(range(job.ranks), TYPICAL_MOMENTS)
         if self.count:
@@ -241,7 +244,9 @@ class Campaign:
                 watched = job.ranks > 1
                 argv[3:3] = [f"engine.stall_seconds={STALL_SECONDS:g}"] if watched else []
                 freeze = 0.0 if watched else FREEZE_SECONDS
-            limit = STALL_LIMIT if fault.kind == "stop" and not freeze else LIMIT
+            limit = LIMIT
+            if fault.kind == "stop":
+                limit = RUN_LIMIT if freeze else STALL_LIMIT
             limits = Limits(limit, START_LIMIT)
             out = Material.get_output(job, place)
             before = read_records(out) if number else None
@@ -287,7 +292,8 @@ class Campaign:
         argv = self.material.build_arguments(job, place, overwrite=written)
         if trial.moves and (out / "config.yaml").exists():
             argv[argv.index("--config") + 1] = str(out / "config.yaml")
-        ended = run_command(argv, job.ranks, notes, Fault(), Limits(4 * LIMIT, 4 * LIMIT))
+            argv[3:3] = ["engine.stall_seconds=300"]  # not that of the stopped run
+        ended = run_command(argv, job.ranks, notes, Fault(), Limits(RUN_LIMIT, RUN_LIMIT))
         outcome.codes.append(ended.codes)
         if ended.codes != (0,) * job.ranks:
             outcome.problems.append(f"the restart ended with {ended.codes}: {ended.stderr[-600:]}")
