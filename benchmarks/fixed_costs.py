@@ -33,7 +33,7 @@ from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
-from dist_peft.train.plots import PLOTS, draw_plot
+from dist_peft.train.plots import PLOTS, draw_plot_in_themes
 from dist_peft.train.step_metrics import StepMetrics
 
 CPU = torch.device("cpu")
@@ -141,8 +141,7 @@ def measure_report(steps: int) -> float:
 
     def draw() -> None:
         for plot in PLOTS:
-            draw_plot(plot, records, "light")
-            draw_plot(plot, records, "dark")
+            draw_plot_in_themes(plot, records)
 
     draw()
     return statistics.median(measure_cpu(draw) for _ in range(steps))

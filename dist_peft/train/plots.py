@@ -13,8 +13,8 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dist_peft.train.step_metrics import StepMetrics
@@ -29,6 +29,7 @@ __all__ = [
     "Theme",
     "draw_heat_maps",
     "draw_plot",
+    "draw_plot_in_themes",
     "list_eval_points",
     "list_nonfinite_steps",
     "smooth_values",
@@ -53,6 +54,10 @@ _PALETTES: dict[str, _Palette] = {
 }
 
 
+_COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+"""Properties of artists that hold a colour of the palette."""
+
+
 @dataclass(frozen=True)
 class PlotSpec:
     """A kind of plot.
@@ -74,11 +79,49 @@ class PlotSpec:
 
 def draw_plot(plot: PlotSpec, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
     """Return a PNG of ``plot``; ``records`` (at least one) sorted by step."""
+    return _render_png(_paint_figure(plot, records, _PALETTES[theme]))
+
+
+def draw_plot_in_themes(plot: PlotSpec, records: Sequence[StepMetrics]) -> dict[Theme, bytes]:
+    """Return what ``draw_plot`` returns, for both themes.
+
+    The second one is the same figure in other colours: making its ticks and texts takes longer than
+    drawing them again.
+    """
+    figure = _paint_figure(plot, records, _PALETTES["light"])
+    light = _render_png(figure)
+    _change_palette(figure, _PALETTES["light"], _PALETTES["dark"])
+    return {"light": light, "dark": _render_png(figure)}
+
+
+def _change_palette(figure: Figure, before: _Palette, after: _Palette) -> None:
+    from matplotlib.colors import to_rgb
+
+    new = {to_rgb(colour): after_colour for colour, after_colour in _pair_colours(before, after)}
+    for artist in figure.findobj():
+        changes = {}
+        for name in _COLOURS:
+            read = getattr(artist, f"get_{name}", None)
+            colour = read() if read is not None else None
+            # "auto", "none" and the colours of collections stay
+            if isinstance(colour, str | tuple) and colour not in ("auto", "none"):
+                found = new.get(to_rgb(colour))
+                if found is not None:
+                    alpha = colour[3] if isinstance(colour, tuple) and len(colour) == 4 else None
+                    changes[name] = found if alpha in (None, 1.0) else (found, alpha)
+        if changes:
+            artist.set(**changes)
+
+
+def _pair_colours(before: _Palette, after: _Palette) -> Iterable[tuple[str, str]]:
+    return zip(astuple(before), astuple(after), strict=True)
+
+
+def _paint_figure(plot: PlotSpec, records: Sequence[StepMetrics], palette: _Palette) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
-    palette = _PALETTES[theme]
     figure = _make_figure(plot.size, palette, layout=None)
     width, height = plot.size
     left, right, bottom, top = 0.72 / width, 1 - 0.12 / width, 0.48 / height, 1 - 0.34 / height
@@ -91,7 +134,7 @@ def draw_plot(plot: PlotSpec, records: Sequence[StepMetrics], theme: Theme = "li
     plot.paint(axes, records, palette)
     # a single point or a constant would otherwise get ticks between steps
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    return _render_png(figure)
+    return figure
 
 
 def draw_heat_maps(
@@ -263,7 +306,7 @@ def list_nonfinite_steps(records: Sequence[StepMetrics]) -> list[int]:
 
 def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
     _draw_curve(axes, records, [r.lr for r in records], palette.second)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))  # 1e-4, as it is configured
     axes.yaxis.set_offset_position("right")  # the title is on the left
 
 

@@ -7,7 +7,7 @@ or dark setting. Numbers come from ``metrics.jsonl``, the description of the run
 
 import base64
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -28,7 +28,7 @@ from dist_peft.train.plots import (
     PlotSpec,
     Theme,
     draw_heat_maps,
-    draw_plot,
+    draw_plot_in_themes,
     list_eval_points,
     list_nonfinite_steps,
 )
@@ -251,7 +251,7 @@ def _format_list_item(value: object) -> str:
 
 def _inline_plot(plot: PlotSpec, records: Sequence[StepMetrics]) -> dict[str, str]:
     """Draw the plot in both themes as data URIs."""
-    inline = _draw_both_themes(partial(draw_plot, plot, records))
+    inline = _encode_images(draw_plot_in_themes(plot, records))
     return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
 
 
@@ -260,13 +260,13 @@ def _inline_attention_maps(found: FusionAttention) -> dict[str, str]:
     title = "Attention to the fused adapters, by layer"
     panels = found.by_task or {"held-out rows": found.attention}
     paint = partial(draw_heat_maps, title, found.format_layer_labels(), found.adapters, panels)
-    return {"title": title, "name": "fusion_attention", **_draw_both_themes(paint)}
+    inline = _encode_images({"light": paint("light"), "dark": paint("dark")})
+    return {"title": title, "name": "fusion_attention", **inline}
 
 
-def _draw_both_themes(paint: Callable[[Theme], bytes]) -> dict[str, str]:
-    themes: tuple[Theme, ...] = ("light", "dark")
+def _encode_images(images: Mapping[Theme, bytes]) -> dict[str, str]:
     prefix = "data:image/png;base64,"
-    return {theme: prefix + base64.b64encode(paint(theme)).decode() for theme in themes}
+    return {theme: prefix + base64.b64encode(image).decode() for theme, image in images.items()}
 
 
 _TEMPLATE = Environment(

@@ -34,7 +34,9 @@ NAMES = ("long", "short", "other")
 
 def not_drawing() -> Any:
     """Without the reports' images, which take seconds and are tested elsewhere."""
-    return mock.patch.object(report, "draw_plot", return_value=b"")
+    return mock.patch.object(
+        report, "draw_plot_in_themes", return_value={"light": b"", "dark": b""}
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.train import report
 from dist_peft.train.fusion_attention import FusionAttention
 from dist_peft.train.metrics import MetricsWriter
-from dist_peft.train.plots import PLOTS, draw_plot
+from dist_peft.train.plots import PLOTS, draw_plot_in_themes
 from dist_peft.train.report import ReportSection, RunSummary, write_report, write_task_report
 from dist_peft.train.step_metrics import StepMetrics
 
@@ -24,7 +24,8 @@ SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable"
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds, and only one test here looks at the images."""
-    monkeypatch.setattr(report, "draw_plot", lambda plot, records, theme: b"\x89PNG")
+    images = {"light": b"\x89PNG", "dark": b"\x89PNG"}
+    monkeypatch.setattr(report, "draw_plot_in_themes", lambda plot, records: images)
 
 
 class Page(HTMLParser):
@@ -104,7 +105,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_images_are_inline_in_both_themes_and_nothing_else_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw_plot", draw_plot)
+    monkeypatch.setattr(report, "draw_plot_in_themes", draw_plot_in_themes)
     write(tmp_path, record(1, 2.0), record(2, 1.0))
     page = Page(write_report(tmp_path, SUMMARY))
     sources = [a.get("src") or a.get("srcset") for t, a in page.tags if t in ("img", "source")]
