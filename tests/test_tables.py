@@ -1,4 +1,8 @@
-"""The table of the code and the list of removed tests count what they say."""
+"""Tables say what was counted or measured: of the code, of removed tests, of a docs page."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 from benchmarks.code_table import SourceTable
 from tests.support.removed_tests import TestFunction, find_removed_tests, iterate_tests
@@ -58,3 +62,31 @@ def test_removed_tests_are_those_of_which_there_are_fewer() -> None:
     assert removed.old.path == "b" and removed.likeness == 1
     assert removed.new is not None and removed.new.name == "test_missing_file_is_refused"
     assert not find_removed_tests(old, old)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_result(name: str) -> list[dict[str, Any]]:
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    rows: list[dict[str, Any]] = found["result"]["rows"]
+    return rows
+
+
+def test_tables_of_pruning_are_the_results() -> None:
+    page = (ROOT / "docs" / "pruning.md").read_text().replace("**", "")
+    measured = {
+        (row["method"], row["sparsity"]): row["perplexity"]
+        for row in read_result("prune_stories260K-hf")
+    }
+    assert f"Dense: {measured['dense', '0']:.3f}." in page
+    sparsities = [sparsity for method, sparsity in measured if method == "wanda"]
+    assert len(sparsities) == 4
+    for sparsity in sparsities:
+        shown = [
+            f"{measured[method, sparsity]:.3f}" for method in ("magnitude", "wanda", "sparsegpt")
+        ]
+        assert f"| {sparsity} | {' | '.join(shown)} |" in page
+    for row in read_result("prune_recovery_stories260K-hf"):
+        shown = [f"{row[key]:.3f}" for key in ("pruned", "merged", "kept")]
+        assert f"| {row['sparsity']} | {' | '.join(shown)} | {row['kept_zeros']:.1%}" in page
