@@ -49,6 +49,7 @@ _MAY_CHANGE = (
     "data.train<>.path",
     "data.train<>.format",
     "data.train<>.columns.*",
+    "data.train<>.column_names*",
     "data.train<>.ignore*",
     "data.train<>.template",
     "data.train<>.labels",
