@@ -182,7 +182,8 @@ def load_share(planned: PlannedModel, world: World) -> tuple[int, int]:
             load_model(skeleton.model, reader, engine, CPU)
             files = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
             names = [os.readlink(file) for file in files if os.path.exists(file)]
-            opened = sum(name.endswith(".safetensors") for name in names)
+            own = {str(file.resolve()) for file in skeleton.index.path.glob("*.safetensors")}
+            opened = sum(name in own for name in names)
             return reader.bytes_read, opened
 
 

@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 from dist_peft.core.log import close_log
+from dist_peft.quant import cpu_products
 from tests.support.curves import skip_curves
 from tests.support.shared_files import locate_shared_data
 from tests.support.small_disk import explain_no_disk, mount_small_disk
@@ -87,6 +88,12 @@ def shared_data() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no data directory {directory} (set DIST_PEFT_DATA)")
     return directory
+
+
+@pytest.fixture
+def native_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit products as ``transformers`` computes them, on processors without instructions too."""
+    monkeypatch.setattr(cpu_products, "_is_native_product_fast", lambda dtype: True)
 
 
 @pytest.fixture

@@ -108,6 +108,8 @@ def read_checksum_record(path: Path) -> dict[str, FileChecksum] | None:
         check_regular_file(file)
         text = file.read_text(encoding="utf-8")
         files = {n: FileChecksum(**f) for n, f in json.loads(text)["files"].items()}
+        if not all(type(own.bytes) is int for own in files.values()):
+            raise ValueError("a size is no whole number")
         is_canonical = format_checksum_record(files) == text
     except FileNotFoundError:
         return None

@@ -98,5 +98,6 @@ def test_eval_gives_each_adapter_on_each_source(
     assert one["own"]["short"] == one["adapters"]["short"]["eval_loss"]
     (run / "tasks" / "other" / "checkpoints" / "step-000003" / "run.json").unlink()
     assert cli.main(["eval", "--config", str(config), "--run", str(run)]) == 2
-    assert "tasks/other/checkpoints has no complete checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "tasks/other/checkpoints is damaged (step-000003: run.json" in said
     close_log()

@@ -18,6 +18,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.export.verify import Comparison, Probe, verify_directory
 from dist_peft.model.skeleton import parse_torch_dtype
+from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.dist import run_ranks
 from tests.support.story_runs import NF4, losses, train
@@ -70,7 +71,10 @@ def test_partial_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     exact = merged(run, tmp_path / "decoded", capsys, "decoded")
     near = merged(run, tmp_path / "original", capsys)
     print(f"loss {found[0]:.4f} -> {found[-1]:.4f}; decoded: {exact}; original: {near}")
-    assert exact.max_error == 0
+    # transformers multiplies natively: the same bits where this processor does so, too
+    if has_fast_product(torch.device("cpu"), torch.bfloat16):
+        assert exact.max_error == 0
+    assert exact.relative < 0.01
     assert 0 < near.relative < 0.1  # the frozen block is not quantized there
     out = load_file(tmp_path / "original" / "model.safetensors")
     assert out.keys() == base.keys()

@@ -204,6 +204,7 @@ def test_classifiers_have_a_head_for_each_task(
         "eval_loss": pytest.approx(last.eval_loss, rel=1e-6),
         "eval_accuracy": last.eval_accuracy,
         "eval_macro_f1": last.eval_macro_f1,
+        "eval_matthews": last.eval_matthews,
         "step": 3,
     }
     assert list(found["own"]) == ["mrpc"]

@@ -129,6 +129,7 @@ def evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("native_products")
 @pytest.mark.parametrize("case", ["prompt", "ptuning", "prefix"])
 def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a base in bfloat16: the loss falls, PEFT computes the same, every verb works."""

@@ -92,6 +92,7 @@ def chosen(model: Any) -> list[Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("native_products")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_types_and_routed_experts(family: str, tmp_path: Path) -> None:
     """DeepSeek-V3 and dots1 sent 12 to 19 % of their tokens to other experts when the bias was

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.train.optimizers import make_optimizer_factory
 
 CPU = torch.device("cpu")
@@ -100,7 +101,10 @@ def test_moments_go_out_and_in_bit_for_bit(name: str) -> None:
 def test_steps_of_a_late_group(name: str) -> None:
     factory = build(name)[0]
     early, late = (nn.Parameter(torch.zeros(8)) for _ in range(2))
-    groups = [{"params": [early]}, {"params": [late], "first_step": 7}]
+    groups = [
+        {"params": [early]},
+        {"params": [late], "trainable_steps": TrainableSteps(((7, None),))},
+    ]
     optimizer = factory.build_optimizer(groups)
     factory.set_num_steps(optimizer, 10)
     assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [10, 3]
