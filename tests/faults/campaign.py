@@ -333,7 +333,8 @@ class EndCheck:
     Attributes:
         thawed: a stopped process continued before anything watched it.
         before: ``read_records`` before the command, for one that was disturbed before; it may have
-            little left to do, and changes neither file until it has claimed its run directory.
+            little left to do, and until it has claimed its run directory it changes neither file
+            but for the line that says why it ended.
     """
 
     job: Job
@@ -359,7 +360,12 @@ class EndCheck:
     def _left_no_trace(self) -> bool:
         """Whether a repeated command ended before it claimed the run directory."""
         early = self.fault.phase in ("load", "solve")
-        return early and self.before is not None and read_records(self.out) == self.before
+        if not early or self.before is None:
+            return False
+        (log, state), (earlier_log, earlier_state) = read_records(self.out), self.before
+        # it adds the line with its reason to the log, and leaves the state to the earlier run
+        is_longer = log.startswith(earlier_log) and log.count("\n") <= earlier_log.count("\n") + 1
+        return is_longer and state == earlier_state
 
     @property
     def _came_late(self) -> bool:
