@@ -1,6 +1,7 @@
 """Tiny randomly initialized models of every supported family, saved as real directories."""
 
 import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,85 +23,118 @@ _COMMON = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 16}
 
-CONFIGS: dict[str, tf.PretrainedConfig] = {
-    "llama": tf.LlamaConfig(**_GROUPED, rope_scaling={"rope_type": "linear", "factor": 2.0}),
-    "llama-tied-bias": tf.LlamaConfig(
-        **_GROUPED, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
-    ),
-    "mistral": tf.MistralConfig(**_GROUPED, sliding_window=8),
-    "qwen2": tf.Qwen2Config(**_COMMON, num_key_value_heads=2),
-    "qwen3": tf.Qwen3Config(**_GROUPED, tie_word_embeddings=True),
-    "gemma": tf.GemmaConfig(**_GROUPED),
-    "gemma2": tf.Gemma2Config(**_GROUPED, sliding_window=8),
-    "gemma3": tf.Gemma3TextConfig(**_GROUPED, sliding_window=8),
-    "phi": tf.PhiConfig(**_COMMON),
-    "phi3": tf.Phi3Config(**_COMMON, num_key_value_heads=2),
-    "gpt_neox": tf.GPTNeoXConfig(**_COMMON),
-    "opt": tf.OPTConfig(
-        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
-        ffn_dim=104,
-        word_embed_proj_dim=64,
-        dropout=0.1,
-    ),
-}
+
+class Configurations(Mapping[str, tf.PretrainedConfig]):
+    """Configurations by name; each access copies, since ``transformers`` writes into the one it is
+    given (its type, its attention)."""
+
+    def __init__(self, known: dict[str, tf.PretrainedConfig]) -> None:
+        self._known = known
+
+    def __getitem__(self, name: str) -> tf.PretrainedConfig:
+        return copy.deepcopy(self._known[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __or__(self, other: Mapping[str, tf.PretrainedConfig]) -> dict[str, tf.PretrainedConfig]:
+        return {**self, **other}
+
+
+CONFIGS = Configurations(
+    {
+        "llama": tf.LlamaConfig(**_GROUPED, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        "llama-tied-bias": tf.LlamaConfig(
+            **_GROUPED, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+        ),
+        "mistral": tf.MistralConfig(**_GROUPED, sliding_window=8),
+        "qwen2": tf.Qwen2Config(**_COMMON, num_key_value_heads=2),
+        "qwen3": tf.Qwen3Config(**_GROUPED, tie_word_embeddings=True),
+        "gemma": tf.GemmaConfig(**_GROUPED),
+        "gemma2": tf.Gemma2Config(**_GROUPED, sliding_window=8),
+        "gemma3": tf.Gemma3TextConfig(**_GROUPED, sliding_window=8),
+        "phi": tf.PhiConfig(**_COMMON),
+        "phi3": tf.Phi3Config(**_COMMON, num_key_value_heads=2),
+        "gpt_neox": tf.GPTNeoXConfig(**_COMMON),
+        "opt": tf.OPTConfig(
+            **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+            ffn_dim=104,
+            word_embed_proj_dim=64,
+            dropout=0.1,
+        ),
+    }
+)
 """One configuration a family; sliding windows are short enough to matter."""
 
-OUTER: dict[str, tf.PretrainedConfig] = {
-    "gemma3": tf.Gemma3Config(
-        text_config={**_GROUPED, "sliding_window": 8},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        mm_tokens_per_image=4,
-    ),
-    "gemma3n": tf.Gemma3nTextConfig(
-        **{**_GROUPED, "head_dim": 16},
-        vocab_size_per_layer_input=97,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=0,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        layer_types=["full_attention", "full_attention"],
-        activation_sparsity_pattern=[0.0, 0.0],
-        sliding_window=8,
-    ),
-}
+OUTER = Configurations(
+    {
+        "gemma3": tf.Gemma3Config(
+            text_config={**_GROUPED, "sliding_window": 8},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+        ),
+        "gemma3n": tf.Gemma3nTextConfig(
+            **{**_GROUPED, "head_dim": 16},
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            layer_types=["full_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+            sliding_window=8,
+        ),
+    }
+)
 """Tied models with more outside of their blocks: a vision tower, per-layer embeddings."""
 
 _TWO_MORE = {**_COMMON, "max_position_embeddings": 66}
-ENCODERS: dict[str, tf.PretrainedConfig] = {
-    "bert": tf.BertConfig(**_COMMON),
-    # positions are counted from the padding token's id on, which takes two places
-    "roberta": tf.RobertaConfig(
-        **{**_TWO_MORE, "pad_token_id": 1, "bos_token_id": 0}, type_vocab_size=1
-    ),
-    "modernbert": tf.ModernBertConfig(
-        **_COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
-    ),
-}
+ENCODERS = Configurations(
+    {
+        "bert": tf.BertConfig(**_COMMON),
+        # positions are counted from the padding token's id on, which takes two places
+        "roberta": tf.RobertaConfig(
+            **{**_TWO_MORE, "pad_token_id": 1, "bos_token_id": 0}, type_vocab_size=1
+        ),
+        "modernbert": tf.ModernBertConfig(
+            **_COMMON,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+    }
+)
 """Encoders, for classification."""
 
 _EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
-MIXTURES: dict[str, tf.PretrainedConfig] = {
-    "mixtral": tf.MixtralConfig(**_GROUPED, **_EXPERTS, num_local_experts=4),
-    "qwen2_moe": tf.Qwen2MoeConfig(
-        **_COMMON,
-        **_EXPERTS,
-        num_key_value_heads=2,
-        num_experts=5,
-        moe_intermediate_size=40,
-        shared_expert_intermediate_size=72,
-    ),
-    # its first layer is dense
-    "qwen3_moe": tf.Qwen3MoeConfig(
-        **_GROUPED, **_EXPERTS, num_experts=3, moe_intermediate_size=40, mlp_only_layers=[0]
-    ),
-}
+MIXTURES = Configurations(
+    {
+        "mixtral": tf.MixtralConfig(**_GROUPED, **_EXPERTS, num_local_experts=4),
+        "qwen2_moe": tf.Qwen2MoeConfig(
+            **_COMMON,
+            **_EXPERTS,
+            num_key_value_heads=2,
+            num_experts=5,
+            moe_intermediate_size=40,
+            shared_expert_intermediate_size=72,
+        ),
+        # its first layer is dense
+        "qwen3_moe": tf.Qwen3MoeConfig(
+            **_GROUPED, **_EXPERTS, num_experts=3, moe_intermediate_size=40, mlp_only_layers=[0]
+        ),
+    }
+)
 """Mixtures of experts; numbers of rows that ranks do not share evenly."""
 
 
