@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, scratch: Path, sparsity: str) -> Recovered
     found = [math.exp(evaluate_base(make_config(args, scratch, base))[0])]
     for keep_zeros in (False, True):
         out = scratch / f"merged-{name}-{keep_zeros}"
-        verify = VerificationOptions(max_error=10.0)  # the error is told, whatever it is
+        verify = VerificationOptions(max_error=10.0)  # the error is reported, whatever it is
         merge_finished_run(run, out, dtype="float32", keep_zeros=keep_zeros, verify=verify)
         loss, zeros = evaluate_base(make_config(args, scratch, out))
         found += [math.exp(loss), zeros]

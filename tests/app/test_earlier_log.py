@@ -47,7 +47,7 @@ def test_other_directories_are_left_alone(run_dir: Path) -> None:
     append_to_earlier_log("of a run that has a log")
     close_log()
     os.mkfifo(run_dir / "run.lock")  # blocks whoever opens it
-    append_to_earlier_log("beside a FIFO")
+    append_to_earlier_log("next to a FIFO")
     (run_dir / "run.lock").unlink()
     (run_dir / "run_state.json").unlink()
     append_to_earlier_log("in a directory of something else")

@@ -40,7 +40,7 @@ def test_a_stall_adds_nothing_to_a_command_that_fails_already(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert claim_last_line()
-    report = StallReport("stands still", False, lambda: pytest.fail("it goes on"))
+    report = StallReport("stands still", False, lambda: pytest.fail("it continued"))
     try:
         call_in_thread(lambda: end_stalled_run(World(), report))  # else it ends this process
     finally:

@@ -73,7 +73,7 @@ def test_rank_that_died_is_named_to_all(
 
 
 def test_a_rank_is_dead_once_its_heartbeat_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one look later; and a run that was suspended as a whole has lost nobody."""
+    """Not one look later; and a run that was suspended as a whole has lost no rank."""
     store, now = dist.HashStore(), [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     watch = patient_wait._AbsenceWatch(store, "w", HOSTS)

@@ -91,7 +91,7 @@ def prune_sparsegpt_slowly(
     """Algorithm 1 of Frantar & Alistarh 2023, with an inverse Hessian of the columns left.
 
     The paper's Cholesky factor is a fast way to the same numbers: here the inverse of the damped
-    Hessian of the columns from ``j`` on is computed anew for each column.
+    Hessian of the columns from ``j`` on is computed again for each column.
     """
     new, columns = weight.clone(), weight.shape[1]
     hessian = inputs.T @ inputs
