@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 __all__ = [
     "SETUP_PATIENCE",
     "BeatState",
+    "connect_to_ranks",
     "enter_phase",
     "mark_progress",
     "read_beat",
@@ -39,6 +40,8 @@ class BeatState:
         phase: a few words.
         patience: the longest time without progress in this phase, in ``engine.stall_seconds``.
         waits: whether it is in a collective that does nothing but wait for the other ranks.
+        connects: whether it makes a process group: a rank that has died refuses no connection there
+            and breaks none, so that the others would wait for it.
     """
 
     turn: int = 0
@@ -46,6 +49,7 @@ class BeatState:
     phase: str = "start"
     patience: float = SETUP_PATIENCE
     waits: bool = False
+    connects: bool = False
 
     def describe(self) -> str:
         """Return such as ``in 'checkpoint' of step 12``."""
@@ -118,6 +122,13 @@ def enter_phase(phase: str, patience: float = 1.0) -> Iterator[None]:
 def wait_for_ranks() -> Iterator[None]:
     """Wait for other ranks inside: this rank is not the one that they wait for."""
     with _be_in_state(replace(_beat.state, waits=True)):
+        yield
+
+
+@contextmanager
+def connect_to_ranks() -> Iterator[None]:
+    """Make process groups inside: a rank that falls silent meanwhile is named soon."""
+    with _be_in_state(replace(_beat.state, waits=True, connects=True)):
         yield
 
 

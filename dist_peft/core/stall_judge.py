@@ -3,8 +3,8 @@
 One rank judges for all, so that N ranks make 2 N calls to the store for each look and not N * N,
 and every survivor prints the same line. The run has stalled when
 
-- a rank has sent nothing for ``stall_seconds``: its process is frozen or dead, or the network to it
-  is cut; or
+- a rank has sent nothing for ``stall_seconds`` (``CONNECT_SECONDS``, if that is less, while another
+  makes a process group): its process is frozen or dead, or the network to it is cut; or
 - every rank has stood still for longer than its phase allows. As long as one rank gets on, the
   others may be waiting for it: ranks that evaluate, write or solve alone raise no false alarm.
 
@@ -20,16 +20,22 @@ from datetime import datetime, timedelta
 from dist_peft.core.progress_beat import BeatState
 
 __all__ = [
+    "CONNECT_SECONDS",
     "QUIET_SECONDS",
     "RankBeat",
     "StallJudge",
     "Verdict",
     "describe_silence",
     "describe_standing",
+    "limit_silence",
 ]
 
 QUIET_SECONDS = 6.0
 """A rank that has sent nothing for so long is named when a collective fails."""
+
+CONNECT_SECONDS = 20.0
+"""The longest silence of a rank while others connect to it, which gloo does without noticing that
+it has died; as long as for ranks that are waited for without a collective."""
 
 _MOST_NAMED = 4
 """Ranks that one line names."""
@@ -156,11 +162,16 @@ class StallJudge:
         """Return the ranks to blame for a stall; empty if there is none."""
         if not self._stall_seconds:
             return []
-        if silent := [r for r, seconds in silence.items() if seconds >= self._stall_seconds]:
+        limit = self._limit_silence(running)
+        if silent := [r for r, seconds in silence.items() if seconds >= limit]:
             return silent
         if all(v.get_age(clock) > v.beat.limit for v in running.values()):
             return behind or list(running)
         return []
+
+    def _limit_silence(self, running: dict[int, _RankView]) -> float:
+        connects = any(view.beat.state.connects for view in running.values())
+        return limit_silence(self._stall_seconds, connects=connects)
 
     def _find_behind(self, running: dict[int, _RankView]) -> list[int]:
         """Return the ranks that the others wait for; empty where none is behind the others."""
@@ -178,7 +189,7 @@ class StallJudge:
         if not named:
             return ""
         first = named[0]
-        if silence.get(first, 0.0) < self._stall_seconds:
+        if silence.get(first, 0.0) < self._limit_silence(running):
             return self._describe_standing(named, running, clock)
         state = running[first].beat.state
         return describe_silence(self._name(*named), silence[first], state.describe())
@@ -197,6 +208,11 @@ class StallJudge:
         names = ", ".join(f"rank {r} on {self._hosts[r]}" for r in ranks[:_MOST_NAMED])
         more = len(ranks) - _MOST_NAMED
         return f"{names} and {more} more" if more > 0 else names
+
+
+def limit_silence(stall_seconds: float, *, connects: bool) -> float:
+    """Return the longest silence of a rank, in seconds; ``connects``: others connect to it."""
+    return min(stall_seconds, CONNECT_SECONDS) if connects else stall_seconds
 
 
 def describe_silence(who: str, seconds: float, doing: str) -> str:

@@ -31,6 +31,7 @@ from dist_peft.core.stall_judge import (
     Verdict,
     describe_silence,
     describe_standing,
+    limit_silence,
 )
 
 __all__ = ["BeatStore", "StallReport", "StallWatch"]
@@ -177,7 +178,8 @@ class StallWatch:
             text = self._find_own_stall(verdict.judge_has_left)
             return StallReport(text, self._rank != 0, _do_nothing) if text else None
         waited = self._clock - self._heard_since
-        if waited < self._stall_seconds:
+        connects = self._own_beat[0].connects
+        if waited < limit_silence(self._stall_seconds, connects=connects):
             return None
         who = f"rank 0 on {self._hosts[0]}" if self._rank else "the launcher's agent"
         doing = verdict.judge or "before the first beat"
@@ -187,7 +189,10 @@ class StallWatch:
     def _find_own_stall(self, judge_has_left: bool) -> str:
         """Return the line about this rank where there is no judge any more."""
         beat = self._make_beat()
-        if beat.age <= beat.limit:
+        limit = beat.limit
+        if beat.state.connects and not judge_has_left:  # to rank 0, among others
+            limit = limit_silence(limit, connects=True)
+        if beat.age <= limit:
             return ""
         who = f"rank {self._rank} on {self._hosts[self._rank]}"
         text = describe_standing(who, beat.age, beat.state.describe())

@@ -22,7 +22,12 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
 from dist_peft.core.machine import raise_open_file_limit
 from dist_peft.core.patient_wait import LostRankError
-from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, wait_for_ranks
+from dist_peft.core.progress_beat import (
+    SETUP_PATIENCE,
+    connect_to_ranks,
+    enter_phase,
+    wait_for_ranks,
+)
 from dist_peft.core.rendezvous import Rendezvous, RendezvousError, join_rendezvous
 from dist_peft.core.stall_watch import StallReport, StallWatch
 from dist_peft.core.stop_signals import StopRequested, is_stop_requested
@@ -135,15 +140,16 @@ class World(LaunchInfo):
         with enter_phase("connect the ranks", SETUP_PATIENCE):
             with wait_for_ranks():  # a rank that died since: gloo would wait ``timeout_minutes``
                 _meeting.wait_for_all("connect the ranks")
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=_meeting.store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(minutes=timeout_minutes),
-                # NCCL connects at once, and splits this communicator for groups of fewer ranks
-                device_id=device if cuda else None,
-            )
+            with connect_to_ranks():
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                    store=_meeting.store,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=timedelta(minutes=timeout_minutes),
+                    # NCCL connects at once, and splits this communicator for groups of fewer ranks
+                    device_id=device if cuda else None,
+                )
 
     def build_run_token(self, device: torch.device) -> dict[str, str]:
         """Return the facts that identify this run at the rendezvous, equal on every rank. The

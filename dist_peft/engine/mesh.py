@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.progress_beat import connect_to_ranks
 from dist_peft.core.world import World
 
 __all__ = ["build_shard_mesh", "count_shards", "list_end_modules"]
@@ -51,7 +52,8 @@ def _make_own_group(
     """
     own: dist.ProcessGroup | None = None
     for ranks in ranks_of_groups:
-        made = dist.new_group(ranks, timeout=limit, group_desc=name)
+        with connect_to_ranks():
+            made = dist.new_group(ranks, timeout=limit, group_desc=name)
         own = made if rank in ranks else own
     assert own is not None
     return own

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.progress_beat import connect_to_ranks
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
@@ -122,9 +123,10 @@ class ZeroEngine:
         optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, trainable_steps))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
-        self._ds, *_ = self.deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
-        )
+        with connect_to_ranks():  # DeepSpeed makes process groups of its own
+            self._ds, *_ = self.deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
+            )
         for flat, _ in self._list_flat_shards():
             optimizer.state[flat] = init_adam_state(flat)
             self._updates[id(flat)] = 0

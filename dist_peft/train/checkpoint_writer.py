@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from dist_peft.core.errors import UserError
+from dist_peft.core.progress_beat import connect_to_ranks
 from dist_peft.core.text_exchange import broadcast_text, gather_texts
 from dist_peft.core.world import RemoteError, World
 from dist_peft.engine.flat_shard import FlatShard
@@ -281,7 +282,8 @@ def get_writer_group() -> dist.ProcessGroup | None:
     default = dist.group.WORLD
     assert default is not None
     if _group is None or _group[0] is not default:
-        _group = (default, dist.new_group(backend="gloo"))
+        with connect_to_ranks():
+            _group = (default, dist.new_group(backend="gloo"))
     return _group[1]
 
 

@@ -131,6 +131,26 @@ def test_a_rank_that_dies_before_the_ranks_are_connected_is_named(tmp_path: Path
     assert ranks[0].text.strip().startswith(line), ranks[0].text
 
 
+@pytest.mark.parametrize("dead", [1, 0])
+def test_a_rank_that_dies_while_others_connect_to_it_is_named(tmp_path: Path, dead: int) -> None:
+    """At the first checkpoint its writers get a process group: gloo waits for the dead rank."""
+    config = make_config(tmp_path, stall_seconds=300, start_timeout_minutes=1.5)
+    text = config.read_text()
+    assert "every: 0" in text
+    config.write_text(text.replace("every: 0", "every: 1"))
+    spoilt = dict.fromkeys(range(3), spoil.name_unconnected_ranks_early)
+    ranks = spoil.run_spoilt_ranks(
+        config, free_port(), 3, {**spoilt, dead: spoil.die_while_others_connect}
+    )
+    assert ranks[dead].code == -9
+    for rank, ended in enumerate(ranks):
+        if rank != dead:
+            assert ended.code == 1 and f"rank {dead} on {HOST}" in ended.last_line, ended.text
+            assert ended.last_line.startswith(f"dist-peft: rank {rank} on {HOST}")
+    state = read_run_state(tmp_path / "run")
+    assert state is not None and state.state == "failed"
+
+
 def test_a_rank_out_of_memory_says_what_to_lower_and_the_others_say_it_too(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     ranks = spoil.run_spoilt_ranks(config, free_port(), 2, {1: spoil.run_out_of_memory})

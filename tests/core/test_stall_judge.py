@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from dist_peft.core.progress_beat import BeatState
-from dist_peft.core.stall_judge import RankBeat, StallJudge, Verdict
+from dist_peft.core.stall_judge import (
+    CONNECT_SECONDS,
+    RankBeat,
+    StallJudge,
+    Verdict,
+    limit_silence,
+)
 
 HOSTS = ["a", "a", "b"]
 READING = BeatState(7, 3, "read data", 1.0)
@@ -45,6 +51,28 @@ def test_the_rank_that_is_behind_is_named() -> None:
         "rank 1 on a has stood still for 11 s, in 'read data' of step 3; the other ranks wait for "
         "it"
     )
+
+
+def test_silence_is_short_while_ranks_connect() -> None:
+    connecting = replace(COMPUTING, waits=True, connects=True)
+    limit = 10 * CONNECT_SECONDS  # of a run
+    for state, expected in ((connecting, CONNECT_SECONDS), (COMPUTING, limit)):
+        judge = StallJudge(HOSTS, limit)
+        judge.judge_beats(0.0, [beat(1, state)] * 3)
+
+        def judge_alive(clock: float, judge: StallJudge = judge, state: BeatState = state) -> str:
+            alive = [beat(2 + int(clock), state)] * 2
+            return judge.judge_beats(clock, [alive[0], beat(1, state), alive[1]]).alarm
+
+        assert judge_alive(expected - 1.5) == ""
+        text = without_times(judge_alive(expected + 0.5))
+        assert text.startswith("rank 1 on a has given no sign of life for 2")
+
+
+def test_a_short_limit_of_the_run_stays_while_ranks_connect() -> None:
+    assert limit_silence(3.0, connects=True) == 3.0
+    assert limit_silence(300.0, connects=True) == CONNECT_SECONDS
+    assert limit_silence(300.0, connects=False) == 300.0
 
 
 def test_a_rank_that_waits_is_not_the_one() -> None:

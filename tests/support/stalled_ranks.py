@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 
 from dist_peft.app import cli
-from dist_peft.core import patient_wait, world
+from dist_peft.core import patient_wait, stall_judge, world
 from dist_peft.data.loader import Loader
 from dist_peft.engine import fsdp2
+from dist_peft.train import checkpoint_writer
 from tests.support.curves import skip_curves
 from tests.support.dist import make_process_context
 
@@ -84,6 +85,21 @@ def run_out_of_memory() -> None:
 def die_before_the_group() -> None:
     """Die after all ranks have met, before they are connected."""
     mock.patch.object(world, "StallWatch", side_effect=lambda *_: os._exit(9)).start()
+
+
+def die_while_others_connect() -> None:
+    """Die as the ranks make the process group of the checkpoint writers."""
+    die = mock.patch.object(checkpoint_writer.dist, "new_group", side_effect=lambda **_: _die())
+    die.start()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_unconnected_ranks_early() -> None:
+    """Take a rank for dead after three seconds of silence while this one connects to it."""
+    mock.patch.object(stall_judge, "CONNECT_SECONDS", 3.0).start()
 
 
 def find_dead_ranks_early() -> None:
