@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dist_peft.core.errors import UserError
+from dist_peft.model.classifier import MODELS
 from dist_peft.model.hub import REFUSALS, format_library_error
 from dist_peft.store.format import TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME
@@ -22,26 +22,33 @@ from dist_peft.store.index import INDEX_NAME
 __all__ = ["list_base_tensors", "write_sparse_base"]
 
 
-def list_base_tensors(config_file: Path, dtype: torch.dtype = torch.bfloat16) -> list[TensorSpec]:
-    """Return the tensors of the causal LM that ``config_file`` describes, by its own names.
+def list_base_tensors(
+    config_file: Path, dtype: torch.dtype = torch.bfloat16, head: str = "lm"
+) -> list[TensorSpec]:
+    """Return the tensors of the model that ``config_file`` describes, by its own names.
 
     Tied weights are listed once, stacked experts as ``transformers`` stacks them.
 
+    Args:
+        head: ``base.head``. Of a classifier the trunk's tensors: files of a base have no others
+            that it reads.
+
     Raises:
-        UserError: ``transformers`` cannot build a causal LM from the file.
+        UserError: ``transformers`` cannot build such a model from the file.
     """
     try:
         config: Any = AutoConfig.from_pretrained(config_file)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = MODELS[head].from_config(config, dtype=dtype)
     except REFUSALS as error:
         raise UserError(f"cannot use {config_file}: {format_library_error(error)}") from None
     seen: set[int] = set()
     specs = []
+    prefix = f"{model.base_model_prefix}." if head == "classifier" else ""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and name.startswith(prefix):
             seen.add(id(tensor))
             kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
             specs.append(TensorSpec(name, kept, tuple(tensor.shape)))
@@ -54,11 +61,13 @@ def write_sparse_base(
     *,
     shard_bytes: int = 5 * 2**30,
     dtype: torch.dtype = torch.bfloat16,
+    head: str = "lm",
 ) -> Path:
     """Write ``directory`` with a copy of ``config_file`` and sparse safetensors files.
 
     Args:
         shard_bytes: a file holds at least one tensor, and no second one beyond this size.
+        head: see ``list_base_tensors``.
 
     Raises:
         UserError: see ``list_base_tensors``.
@@ -66,7 +75,7 @@ def write_sparse_base(
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(config_file, directory / "config.json")
     shards: list[list[TensorSpec]] = [[]]
-    for spec in list_base_tensors(config_file, dtype):
+    for spec in list_base_tensors(config_file, dtype, head):
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(spec)

@@ -3,13 +3,17 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from dist_peft.adapters.classifier_head.method import add_classifier_head
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.data.labels import list_class_names
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.model.sparse_base import write_sparse_base
@@ -46,8 +50,6 @@ def build_planned_model(
     Raises:
         UserError: no such file, or a model or adapter that cannot be built.
     """
-    if config.base.head == "classifier":
-        raise UserError("dist-peft plan is for language models; base.head is classifier")
     if base_config is not None:
         file = base_config / "config.json" if base_config.is_dir() else base_config
         if not file.is_file():
@@ -64,15 +66,15 @@ def build_planned_model(
 
 def _build_from_config_file(config: RunConfig, file: Path, scratch: Path | None) -> PlannedModel:
     if scratch is not None:
-        directory = write_sparse_base(file, scratch / "base")
+        directory = write_sparse_base(file, scratch / "base", head=config.base.head)
         return _build_from_directory(config, directory, str(file))
     with tempfile.TemporaryDirectory(prefix="dist_peft_plan") as removed:
-        directory = write_sparse_base(file, Path(removed) / "base")
+        directory = write_sparse_base(file, Path(removed) / "base", head=config.base.head)
         return _build_from_directory(config, directory, str(file))
 
 
 def _build_from_directory(config: RunConfig, directory: Path, source: str) -> PlannedModel:
-    skeleton = build_skeleton(config.base, directory)
+    skeleton = build_skeleton(config.base, directory, list_class_names(config.data))
     if skeleton.prequantized is not None:
         update = {"quant": skeleton.prequantized.quant_config}
         base = config.base.model_copy(update=update)
@@ -80,5 +82,16 @@ def _build_from_directory(config: RunConfig, directory: Path, source: str) -> Pl
     compute = parse_torch_dtype(config.base.compute_dtype)
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
+    if skeleton.head is not None:
+        seed = config.train.seed
+        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+        _set_any_pad_token(skeleton.model)
     adapter.attach_to_model(skeleton.model)
     return PlannedModel(config, skeleton, adapter, source)
+
+
+def _set_any_pad_token(model: nn.Module) -> None:
+    """Give the model a padding token, which a run takes from the tokenizer; shapes have none."""
+    text: Any = cast(Any, model).config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = 0

@@ -18,10 +18,9 @@ hold as for packed rows, all tokens are targets, experts get equal shares.
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +38,17 @@ from torch.utils.flop_counter import (
 
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.span import Span
 from dist_peft.core.world import World
-from dist_peft.data.loader import Batch
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
 from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fake_ranks import fake_process_group
-from dist_peft.model import experts
-from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.parameter_readers import is_never_read
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.plan.storage_tracker import Peak, StorageTracker
+from dist_peft.plan.traced_batch import build_traced_batch
 from dist_peft.plan.traced_engine import StatelessFactory, make_traced_engine
-from dist_peft.quant import cpu_products, kernels
+from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.cpu_products import has_fast_product
-from dist_peft.train import head_loss
-from dist_peft.train.objective import TokenObjective
 
 __all__ = ["StepTrace", "trace_step"]
 
@@ -148,7 +142,7 @@ def trace_step(
             checkpoint_block_activations(kept)
         engine.shard_model(model, kept)
         adapter.begin_micro_batch(0, sample_ids)
-        batch = _make_batch(model, config, sample_ids, device_type)
+        objective, batch = build_traced_batch(model, config, sample_ids, device_type)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _fill_with_fake_rows(model, engine)
             call = engine.setup_optimizer(model, StatelessFactory(), lambda name: 1.0)
@@ -166,7 +160,7 @@ def trace_step(
                             trace.gathered_first = trace.gathered.copy()
                         trace.gathered.clear()
                         trace.flops.clear()
-                    loss = TokenObjective().compute_loss(model, batch, CPU, call)
+                    loss = objective.compute_loss(model, batch, CPU, call)
                     engine.backward(loss / 3, last=number == micro_batches - 1)
                     del loss
                 tracker.relabel_phase("backward 0", "gradients", ("backward",))
@@ -295,54 +289,10 @@ class _StepTracker(StorageTracker):
         block.register_forward_hook(after_forward)
 
 
-def _make_batch(model: nn.Module, config: RunConfig, sample_ids: Tensor, device_type: str) -> Batch:
-    """Return a batch of whole sequences, of which every token but the last is a target.
-
-    Sequences hold two documents, which a mask separates; or one, where a GPU's attention takes any
-    number of documents at once: on the CPU, where this runs, it takes one after the other.
-    """
-    sequences, length = len(sample_ids), config.data.seq_len
-    whole: Any = model.config
-    at_once = device_type != "cpu" and whole._attn_implementation == DOCUMENT_ATTENTION
-    half = length if at_once else length // 2
-    places = torch.cat([torch.arange(half), torch.arange(length - half)])
-    ids = torch.zeros(sequences, length, dtype=torch.long)
-    labels = ids.clone()
-    labels[:, -1] = -100
-    places = places.expand(sequences, -1).contiguous()
-    return Batch(ids, labels, places, sample_ids, is_packed=config.data.packing)
-
-
 @contextmanager
 def _take_way_of(device_type: str) -> Iterator[None]:
-    """Let the kernels, on fake CPU tensors, do as on ``device_type``, each loop once.
-
-    A loop over chunks of rows needs as much memory in its first turn as in any later one.
-    """
-    whole = kernels.list_row_chunks
-    device = torch.device(device_type)
+    """Let the kernels, on fake CPU tensors, do as on ``device_type``, each loop once."""
     for dtype in (torch.bfloat16, torch.float16):
         has_fast_product(CPU, dtype)  # a trial, whose result is kept: not on fake tensors
-
-    def list_first_chunk(rows: int, in_features: int, _: torch.device) -> list[Span]:
-        return whole(rows, in_features, device)[:1]
-
-    def share_equally(chosen: Tensor, count: int) -> list[int]:
-        used, total = min(count, 4), chosen.numel()
-        shares = [total * (i + 1) // used - total * i // used for i in range(used)]
-        return shares + [0] * (count - used)
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(kernels, "list_row_chunks", list_first_chunk))
-        stack.enter_context(mock.patch.object(experts, "count_expert_tokens", share_equally))
-        if device_type != "cpu":
-            stack.enter_context(
-                mock.patch.object(cpu_products, "_is_native_product_fast", return_value=True)
-            )
-            chunks = head_loss._CHUNK_ELEMENTS
-            stack.enter_context(mock.patch.dict(chunks, cpu=chunks[device_type]))
-            if kernels._import_bitsandbytes() is not None:
-                stack.enter_context(
-                    mock.patch.object(kernels, "choose_nf4_kernel", return_value="bnb")
-                )
+    with assume_device(torch.device(device_type)):
         yield

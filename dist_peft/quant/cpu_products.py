@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
+from dist_peft.quant.assumed_device import get_assumed_device
 
 __all__ = ["has_fast_product"]
 
@@ -38,6 +39,7 @@ def has_fast_product(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         UserError: ``DIST_PEFT_CPU_PRODUCTS`` has another value.
     """
+    device = get_assumed_device() or device
     return device.type != "cpu" or dtype.itemsize != 2 or _is_native_product_fast(dtype)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
+from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.pack import lookup_packed_values
 from dist_peft.quant.packed_rows import list_row_chunks
 
@@ -131,13 +132,16 @@ def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device)
     wanted = os.environ.get(KERNELS_VARIABLE, "auto")
     if wanted not in ("auto", "torch", "bnb"):
         raise UserError(f"{KERNELS_VARIABLE}={wanted!r} is not one of auto, torch, bnb")
+    assumed = get_assumed_device()
+    device = assumed or device
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return "torch"
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
     if wanted == "auto":
         # without its compiled CUDA library the operator would run a slow Python fallback
         module = _import_bitsandbytes() if possible else None
-        return "bnb" if module and module.lib.compiled_with_cuda else "torch"
+        works = module is not None and (assumed is not None or module.lib.compiled_with_cuda)
+        return "bnb" if works else "torch"
     if not possible:
         raise UserError(
             f"{KERNELS_VARIABLE}=bnb cannot decode group_size {group_size} to {dtype}, only "

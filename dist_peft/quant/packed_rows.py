@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_peft.core.span import Span
+from dist_peft.quant.assumed_device import get_assumed_device
 
 __all__ = [
     "align_to_4_bytes",
@@ -65,8 +66,11 @@ def count_chunk_rows(in_features: int, device: torch.device) -> int:
 
 
 def list_row_chunks(rows: int, in_features: int, device: torch.device) -> list[Span]:
-    """Spans of ``count_chunk_rows`` rows each."""
-    return list(Span(0, rows).split_into_chunks(count_chunk_rows(in_features, device)))
+    """Spans of ``count_chunk_rows`` rows each; the first alone where a device is assumed."""
+    assumed = get_assumed_device()
+    chunk_rows = count_chunk_rows(in_features, assumed or device)
+    spans = list(Span(0, rows).split_into_chunks(chunk_rows))
+    return spans if assumed is None else spans[:1]
 
 
 def check_float_weight(weight: Tensor) -> None:

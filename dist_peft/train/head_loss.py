@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.train.loss import IGNORE
 
@@ -177,7 +178,8 @@ def _split_weight(weight: Tensor, upcast: bool) -> Iterator[slice]:
 
 
 def _split_into_chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
-    elements = _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
+    device = get_assumed_device() or hidden.device
+    elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
     size = max(1, elements // vocabulary)
     for first in range(0, len(hidden), size):
         yield slice(first, first + size)

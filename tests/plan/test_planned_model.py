@@ -2,11 +2,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.plan.planned_model import build_planned_model
-from tests.support.live_storage import odd_tree, save_odd_base
+from tests.support.live_storage import (
+    odd_classifier_tree,
+    odd_tree,
+    save_odd_base,
+    save_odd_bert,
+)
 
 
 def test_config_json_alone_gives_the_same_shapes(tmp_path: Path) -> None:
@@ -24,6 +30,22 @@ def test_config_json_alone_gives_the_same_shapes(tmp_path: Path) -> None:
     ):
         assert {n: p.shape for n, p in planned.skeleton.model.named_parameters()} == shapes
         assert planned.source == str(bare / "config.json")
+
+
+def test_config_json_of_a_classifier(tmp_path: Path) -> None:
+    """Its trunk's shapes; the head is new, in float32, whatever the file says of classes."""
+    for base in (save_odd_base(tmp_path / "llama"), save_odd_bert(tmp_path / "bert")):
+        real = build_planned_model(parse_config(odd_classifier_tree(base)))
+        bare = tmp_path / f"bare {base.name}"
+        bare.mkdir()
+        shutil.copy(base / "config.json", bare)
+        planned = build_planned_model(parse_config(odd_classifier_tree(bare)))
+        shapes, expected = (
+            {n: (p.shape, p.dtype, p.requires_grad) for n, p in m.skeleton.model.named_parameters()}
+            for m in (planned, real)
+        )
+        assert shapes == expected
+        assert any(shape[0] == 3 and dtype == torch.float32 for shape, dtype, _ in shapes.values())
 
 
 def test_no_description_of_the_base(tmp_path: Path) -> None:

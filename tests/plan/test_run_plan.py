@@ -12,7 +12,13 @@ from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.planned_model import build_planned_model
 from dist_peft.plan.run_plan import RunPlan, choose_traced_blocks, plan_run
 from tests.support.dist import run_ranks
-from tests.support.live_storage import measure_steps, odd_tree, save_odd_base
+from tests.support.live_storage import (
+    measure_steps,
+    odd_classifier_tree,
+    odd_tree,
+    save_odd_base,
+    save_odd_bert,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,15 @@ def assert_peak_holds(plan: RunPlan, measured: dict[str, int], name: str) -> Non
 def test_one_process(base: Path) -> None:
     tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"})
     assert_plan_holds(plan_tree(tree, 1), [measure_steps(World(), {"a": tree})["a"]], "single")
+
+
+@pytest.mark.dist
+def test_classifiers_on_two_ranks(base: Path, tmp_path: Path) -> None:
+    bert = save_odd_bert(tmp_path / "bert")
+    trees = {"decoder": odd_classifier_tree(base), "encoder": odd_classifier_tree(bert)}
+    measured = run_ranks(measure_steps, 2, trees)
+    for name, tree in trees.items():
+        assert_plan_holds(plan_tree(tree, 2), [rank[name] for rank in measured], name)
 
 
 @pytest.mark.dist

@@ -12,11 +12,12 @@ from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
+from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.zero import ZeroEngine
 from dist_peft.plan.storage_tracker import StorageTracker
-from dist_peft.train.objective import TokenObjective
+from dist_peft.train.objective import ClassificationObjective, Objective, TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 from tests.support.tiny_models import save_model
 from tests.support.tiny_runs import save_words
@@ -45,6 +46,22 @@ def save_odd_base(directory: Path) -> Path:
     return directory
 
 
+ODD_BERT = tf.BertConfig(
+    hidden_size=120,
+    intermediate_size=200,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    vocab_size=211,
+    max_position_embeddings=128,
+)
+
+
+def save_odd_bert(directory: Path) -> Path:
+    save_model(ODD_BERT, directory, dtype=torch.bfloat16, auto=tf.AutoModel)
+    save_words(directory)
+    return directory
+
+
 def odd_tree(base: Path, **sections: Any) -> dict[str, Any]:
     """A run on ``base``: NF4, LoRA of rank 5 with dropout, two micro-batches a rank of three."""
     tree: dict[str, Any] = {
@@ -55,6 +72,14 @@ def odd_tree(base: Path, **sections: Any) -> dict[str, Any]:
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
+    return tree
+
+
+def odd_classifier_tree(base: Path, **sections: Any) -> dict[str, Any]:
+    """The same run with three classes."""
+    source = {"path": "unused.tsv", "format": "classification", "labels": ["a", "b", "c"]}
+    tree = odd_tree(base, data={"packing": False, "train": [source]}, **sections)
+    tree["base"]["head"] = "classifier"
     return tree
 
 
@@ -101,6 +126,22 @@ def _count_own_bytes(built: LoadedModel, parameter: torch.nn.Parameter) -> int:
     return own.numel() * own.element_size()
 
 
+def _make_labelled_batch(config: RunConfig, classes: int) -> LabelledBatch:
+    """Sequences of which one is whole and one has a token of padding."""
+    sequences, length = config.train.micro_batch, config.data.seq_len
+    mask = torch.ones(sequences, length, dtype=torch.long)
+    mask[1, -1] = 0
+    return LabelledBatch(
+        torch.full((sequences, length), 5),
+        torch.ones(sequences, 1, dtype=torch.long),
+        torch.arange(length).expand(sequences, -1),
+        torch.arange(sequences),
+        attention_mask=mask,
+        token_types=torch.zeros_like(mask),
+        ranges=torch.tensor([0, classes]).expand(sequences, -1),
+    )
+
+
 def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, count: int) -> None:
     length, sequences = config.data.seq_len, config.train.micro_batch
     half = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])
@@ -110,8 +151,12 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
         labels[:, -1] = -100
         places = half.expand(sequences, -1).contiguous()
         batch = Batch(ids, labels, places, torch.arange(sequences), is_packed=config.data.packing)
+        objective: Objective[Any] = TokenObjective()
+        if built.setup.skeleton.head is not None:
+            objective = ClassificationObjective()
+            batch = _make_labelled_batch(config, len(built.setup.skeleton.head.labels))
         built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
-        loss = TokenObjective().compute_loss(built.model, batch, CPU, call)
+        loss = objective.compute_loss(built.model, batch, CPU, call)
         built.engine.backward(loss / 100, last=number == count - 1)
     built.engine.step(1e-3, 1.0)
 
