@@ -28,6 +28,7 @@ COMMANDS = {
     "prune": "write the base with part of its weights zero, or without some blocks",
     "merge": "write base + adapter as a Hugging Face directory",
     "export": "write a run in a public format",
+    "switch": "give a merged model the adapter of another run",
     "combine": "combine several LoRA adapters of one base into one",
     "inspect": "describe a base, adapter, run or checkpoint",
     "quickstart": "run the main job on a small base pretrained for it",

@@ -15,7 +15,9 @@ from dist_peft.export.verification_choice import CONSUMER_SHARE, AskedVerificati
 __all__ = [
     "add_export_arguments",
     "add_merge_arguments",
+    "add_output_arguments",
     "add_run_arguments",
+    "add_verification_arguments",
     "collect_format_options",
     "parse_verification_options",
     "require_one_process",
@@ -48,10 +50,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=parse_path, required=True, dest="run_dir", help="run directory"
     )
-    parser.add_argument("--out", type=parse_path, required=True, help="new directory")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model or adapter that is in --out"
-    )
+    add_output_arguments(parser)
     add_checkpoint_argument(parser, default=None)
     parser.add_argument(
         "--base",
@@ -59,6 +58,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge into the base's files (original, the default), or into the base as training "
         "saw it (decoded)",
     )
+    add_verification_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the directory to write."""
+    parser.add_argument("--out", type=parse_path, required=True, help="new directory")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model or adapter that is in --out"
+    )
+
+
+def add_verification_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the comparison with the trained model."""
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compute with the result and compare logits"
     )

@@ -37,7 +37,13 @@ from dist_peft.model.hub import resolve_base_directory
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.train.report import ReportSection
 
-__all__ = ["VERIFY", "VerificationOptions", "export_finished_run", "merge_finished_run"]
+__all__ = [
+    "VERIFY",
+    "VerificationOptions",
+    "choose_export_verification",
+    "export_finished_run",
+    "merge_finished_run",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -100,7 +106,10 @@ def export_finished_run(
     job = replace(job, overwrite=overwrite)
     if job.pooled and into == "decoded" and not known.writes_classifiers:
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
-    verifier = None if verify is None else _choose_verification(known, job, verify.verifier)
+    verifier: Verification | None = None
+    if verify is not None:
+        needed = int(known.loaded_share * count_loaded_bytes(job.directory, job.compute_dtype))
+        verifier = choose_export_verification(known, needed, verify.verifier)
     result = known.write_export(job)
     log.info("wrote %s", known.describe_result(result))
     if result.written.unpacked:
@@ -130,15 +139,17 @@ def _make_export_spec(
     return ExportSpec(config.base, directory, run_dir / "adapter", out, pooled, into, options)
 
 
-def _choose_verification(
-    known: ExportFormat, job: ExportSpec, asked: AskedVerification
+def choose_export_verification(
+    known: ExportFormat, needed: int, asked: AskedVerification
 ) -> Verification:
-    """Return how the output will be compared; before it is written.
+    """Return how the output of a format will be compared; before it is written.
+
+    Args:
+        needed: bytes of the output once its library has loaded it.
 
     Raises:
         UserError: the host's memory is too small for that.
     """
-    needed = int(known.loaded_share * count_loaded_bytes(job.directory, job.compute_dtype))
     available = read_available_memory()
     chosen = choose_verification(
         asked, needed, available, library=known.loads_with, has_blocks=known.has_blocks

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from dist_peft.core.config.run import BaseConfig
+from dist_peft.export.merge_record import MergeRecord
 from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
 from dist_peft.export.model_directory import (
     WriteResult,
@@ -79,5 +80,13 @@ def merge_model(
                 changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
         copy_model_files(directory, partial, dtype, changes, code=base.trust_remote_code)
         copy_tokenizer_files(adapter_dir, partial)
-        add_stop_tokens(adapter_dir, partial)
+        record = MergeRecord.of_adapter(
+            adapter_dir,
+            format="hf-bf16",
+            state=into,
+            dtype=str(dtype).removeprefix("torch."),
+            keeps_zeros=keep_zeros,
+            stop_tokens=add_stop_tokens(adapter_dir, partial),
+        )
+        record.write_to_directory(partial)
     return written

@@ -16,7 +16,13 @@ from dist_peft.core.errors import UserError
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 
-__all__ = ["add_stop_tokens", "read_stop_tokens", "read_turn_end_ids", "warn_missing_stop_token"]
+__all__ = [
+    "add_stop_tokens",
+    "read_stop_tokens",
+    "read_turn_end_ids",
+    "remove_stop_tokens",
+    "warn_missing_stop_token",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -77,10 +83,13 @@ def warn_missing_stop_token(directory: Path, turn_end: Sequence[int], names: Seq
         )
 
 
-def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
+def add_stop_tokens(adapter_dir: Path, out: Path) -> list[int]:
     """Add the run's turn-end tokens to ``eos_token_id`` of the model in ``out``.
 
     Its configuration must have been written before.
+
+    Returns:
+        The ids that were not there.
 
     Raises:
         UserError: a file is damaged, or cannot be written.
@@ -88,7 +97,7 @@ def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
     stops = read_stop_tokens(out)
     missing = [token for token in read_turn_end_ids(adapter_dir) if token not in stops]
     if not missing:
-        return
+        return []
     file = out / _GENERATION
     if file.is_file():
         settings = read_json_object(file)
@@ -98,3 +107,13 @@ def add_stop_tokens(adapter_dir: Path, out: Path) -> None:
     settings["eos_token_id"] = [*stops, *missing]
     write_atomically(file, json.dumps(settings, indent=2) + "\n")
     log.info("%s also stops at token ids %s, which end the turns in training", file, missing)
+    return missing
+
+
+def remove_stop_tokens(out: Path, tokens: Sequence[int]) -> None:
+    """Remove ids that ``add_stop_tokens`` added to the model in ``out``."""
+    file = out / _GENERATION
+    if tokens and file.is_file():
+        settings = read_json_object(file)
+        settings["eos_token_id"] = [t for t in read_stop_tokens(out) if t not in tokens]
+        write_atomically(file, json.dumps(settings, indent=2) + "\n")

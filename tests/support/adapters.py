@@ -160,3 +160,19 @@ def ids(batch: int = 2, length: int = 9) -> Tensor:
 
 def whole(tensor: Tensor) -> Span:
     return Span(0, tensor.shape[0])
+
+
+class AdditiveChange:
+    """A merger that adds given rows to weights, by name."""
+
+    def __init__(self, changes: dict[str, Tensor]) -> None:
+        self.changes = changes
+
+    def changes_weight(self, weight: str) -> bool:
+        return weight in self.changes
+
+    def check_weight_shapes(self, shapes: object) -> None:
+        pass
+
+    def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
+        return self.changes[weight][span.slice]

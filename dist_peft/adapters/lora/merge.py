@@ -216,6 +216,11 @@ class LoraMerger:
         module = self._modules.get(weight)
         return self._init is not None and module is not None and not module.is_embedding
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether factors hold the change since an initialization from the base's weights."""
+        return self._init is not None
+
     def compute_initial_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """What the first step of training computed with, where ``has_initial_factors``: ``rows``,
         decoded as training saw them, with the start added; float32."""

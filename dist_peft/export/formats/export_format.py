@@ -22,6 +22,7 @@ from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.adapter_copy import write_adapter_copy
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.merge_record import MergeRecord
 from dist_peft.export.merged_weights import State
 from dist_peft.export.model_directory import (
     WeightPacker,
@@ -303,7 +304,16 @@ class PackedExport(ExportFormat):
                 settings = {**walk.skeleton.settings, **packing}
             copy_model_files(job.directory, out, dtype, settings, code=code)
             copy_tokenizer_files(job.adapter_dir, out)
-            add_stop_tokens(job.adapter_dir, out)
-            if state == "base":
+            stop_tokens = add_stop_tokens(job.adapter_dir, out)
+            if state != "base":
+                record = MergeRecord.of_adapter(
+                    job.adapter_dir,
+                    format=self.name,
+                    state=state,
+                    dtype=str(dtype).removeprefix("torch."),
+                    stop_tokens=stop_tokens,
+                )
+                record.write_to_directory(out)
+            else:
                 write_adapter_copy(job.adapter_dir, out, base=job.out)
         return ExportResult(written, job.out, how, exact)

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.metadata import read_adapter_metadata
@@ -46,6 +49,31 @@ def test_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = ["--method", "ties", "--density", 0.3, "--rank", 4]
     assert combine(*runs, "--out", tmp_path / "ties", *argv) == 0
     assert read_adapter_directory(tmp_path / "ties").config["r"] == 4
+
+
+def _compute_changes(directory: Path) -> dict[str, Tensor]:
+    """Dense changes ``alpha / r B A`` of a plain LoRA adapter, by module."""
+    about = json.loads((directory / "adapter_config.json").read_text())
+    tensors = load_file(directory / "adapter_model.safetensors")
+    scale = about["lora_alpha"] / about["r"]
+    return {
+        name: scale * tensors[name.replace("lora_A", "lora_B")] @ value
+        for name, value in tensors.items()
+        if "lora_A" in name
+    }
+
+
+def test_negative_weights_take_a_task_away(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Task arithmetic (Ilharco et al. 2022): negation, and a task less another one."""
+    first, second = (_compute_changes(run / "adapter") for run in runs)
+    assert combine(runs[0], "--out", tmp_path / "negated", "--weights", -1) == 0
+    assert combine(*runs, "--out", tmp_path / "less", "--weights", 1, -0.25) == 0
+    negated, less = (_compute_changes(tmp_path / name) for name in ("negated", "less"))
+    assert negated.keys() == less.keys() == first.keys()
+    for name, change in first.items():
+        assert change.any()
+        torch.testing.assert_close(negated[name], -change)
+        torch.testing.assert_close(less[name], change - 0.25 * second[name])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""Switch a merged directory from one run's adapter to another's, and compare with that run."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.app.finished_run import load_finished_run
+from dist_peft.app.output_places import refuse_taken_place
+from dist_peft.app.verified_export import VerificationOptions, choose_export_verification
+from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
+from dist_peft.export.formats.export_format import ExportFormat
+from dist_peft.export.formats.export_spec import ExportSpec
+from dist_peft.export.formats.registry import FORMATS
+from dist_peft.export.merge_record import MergeRecord
+from dist_peft.export.task_switch import SwitchJob, SwitchResult, switch_merged_directory
+from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.export.verdict import judge_comparison
+from dist_peft.export.verify import Comparison, Probe
+from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.model.skeleton import parse_torch_dtype
+from dist_peft.store.base_record import BaseRecord
+
+__all__ = ["switch_tasks"]
+
+log = logging.getLogger("dist_peft")
+
+
+@dataclass(frozen=True)
+class _TrainedRun:
+    """A finished run."""
+
+    directory: Path
+    config: RunConfig
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.directory / "adapter"
+
+
+@torch.no_grad()
+def switch_tasks(
+    merged: Path,
+    removed: Path | None,
+    added: Path | None,
+    out: Path,
+    *,
+    verify: VerificationOptions | None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> SwitchResult:
+    """Write ``out``, the merged directory with the adapter of another run; compare its logits.
+
+    Args:
+        removed: run whose adapter ``merged`` holds; None: it holds none.
+        added: run to switch to; None: to the base.
+        verify: options of the comparison with ``added``'s probe; None: no comparison.
+
+    Raises:
+        UserError: the directory or a run cannot be switched, or ``out`` cannot be written.
+        VerificationError: the written model is not that of the run.
+    """
+    refuse_taken_place(out, "--out")
+    if not merged.is_dir():
+        raise UserError(f"--merged {merged} is no directory")
+    runs = {
+        option: _TrainedRun(path, load_finished_run(path, trust_remote_code=trust_remote_code))
+        for option, path in (("--from", removed), ("--to", added))
+        if path is not None
+    }
+    for option, run in runs.items():
+        if run.config.base.head == "classifier":
+            raise UserError(
+                f"{option} {run.directory} trained a classifier, whose head is trained whole: a "
+                "merge of it cannot be taken back"
+            )
+    _check_same_base(list(runs.values()), MergeRecord.read_from_directory(merged).state)
+    probe = None
+    if verify is not None and added is not None:
+        probe = Probe.load_probe(added / "probe.safetensors")
+    base = next(iter(runs.values())).config.base
+    source, target = runs.get("--from"), runs.get("--to")
+    job = SwitchJob(
+        merged,
+        out,
+        None if source is None else source.adapter_dir,
+        None if target is None else target.adapter_dir,
+        base,
+        overwrite,
+    )
+    result = switch_merged_directory(job)
+    error = "bit for bit as an export of that run" if result.exact else ""
+    error = error or f"rounded twice: {result.rounding:.2g} of the change of the weights (rms)"
+    log.info("wrote %s: %d weights switched, %s", out, result.changed, error)
+    if probe is not None and verify is not None and target is not None:
+        _verify(target, out, result, probe, verify)
+    elif target is None:
+        log.info("not compared: a run's probe has the logits of its trained model only")
+    return result
+
+
+def _check_same_base(runs: list[_TrainedRun], state: str) -> None:
+    """Compare the records of the base that both adapters keep.
+
+    Raises:
+        UserError: they were trained on different bases, or with codes of different kinds.
+    """
+    if len(runs) < 2:
+        return
+    about = [read_adapter_metadata(run.adapter_dir) for run in runs]
+    records = [
+        BaseRecord.from_metadata(found, run.adapter_dir / "dist_peft.json")
+        for found, run in zip(about, runs, strict=True)
+    ]
+    first, second = (str(run.directory) for run in runs)
+    if why := records[0].describe_difference(records[1]):
+        raise UserError(f"{second} and {first} were trained on different bases: {why}")
+    quants = [found.get("quant") for found in about]
+    if state == "codes" and quants[0] != quants[1]:
+        raise UserError(
+            f"{second} was trained on another quantization of the base (base.quant {quants[1]}) "
+            f"than {first} ({quants[0]}), so that its codes are others; export that run instead"
+        )
+
+
+def _verify(
+    run: _TrainedRun, out: Path, result: SwitchResult, probe: Probe, verify: VerificationOptions
+) -> None:
+    """Load the directory with its consumer and compare; raises VerificationError."""
+    known = FORMATS[result.format]
+    dtype = parse_torch_dtype(run.config.base.compute_dtype)
+    request = ConsumerRequest(out, probe, dtype, verify.seconds, run.config.base.trust_remote_code)
+    spec = ExportSpec(run.config.base, out, run.adapter_dir, out, pooled=result.format != "hf-bf16")
+    compare = _choose_comparison(known, spec, request, verify)
+    try:
+        consumer, found = compare()
+    except VerificationSkipped as error:
+        log.warning("NOT VERIFIED: %s", error)
+        return
+    log.info("loaded by %s: %s", consumer, found)
+    judge_comparison(found, out, exact=result.exact, max_error=verify.max_error)
+
+
+def _choose_comparison(
+    known: ExportFormat, spec: ExportSpec, request: ConsumerRequest, verify: VerificationOptions
+) -> Callable[[], tuple[str, Comparison]]:
+    needed = sum(file.stat().st_size for file in spec.out.glob("*.safetensors"))
+    if choose_export_verification(known, needed, verify.verifier) == "blocks":
+        return lambda: known.verify_blocks(spec, request.probe)
+    return lambda: known.verify_export(spec, request)
