@@ -24,6 +24,7 @@ from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
 from dist_peft.app.run_probe import RunProbe
 from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
+from dist_peft.app.step_setup import make_training_step
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import FILE_ONLY, ONCE
@@ -43,8 +44,6 @@ from dist_peft.train.evaluate import (
     evaluate_model,
 )
 from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
-from dist_peft.train.gradient_watch import GradientWatch
-from dist_peft.train.loop import TrainingStep
 from dist_peft.train.lr_schedule import compute_lr_factor
 from dist_peft.train.metrics import MetricsWriter, read_peak_memory_bytes
 from dist_peft.train.nonfinite import FailedStep, NonFiniteSteps, SequenceDescriber
@@ -149,7 +148,8 @@ class Trainer:
         replicas = ReplicaCheck(self.built.model, engine, self.world)
         if train.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
-        training = self._make_training_step()
+        objective = self.loaders.objective
+        training = make_training_step(train, self.built, self.call, objective, self.world)
         metrics = self._open_metrics(first_step)
         history = EvaluationHistory(train.early_stop, train.metric_for_best)
         history.read_from_run(self.run_dir, self.world)
@@ -192,6 +192,7 @@ class Trainer:
                     seconds=seconds,
                     nonfinite_steps=len(self.nonfinite.steps) or None,
                     spike=spikes.log_loss(done, loss),
+                    **training.sampling_metrics,
                 )
                 is_best = False
                 if last or _is_due(done, train.eval_every):
@@ -217,14 +218,6 @@ class Trainer:
                 if ending:
                     return done
         return first_step
-
-    def _make_training_step(self) -> TrainingStep:
-        built, objective = self.built, self.loaders.objective
-        watch = GradientWatch(built.setup.skeleton.blocks)
-        adapter = built.setup.adapter
-        return TrainingStep(
-            built.model, self.call, built.engine, adapter, objective, self.world, watch
-        )
 
     def _handle_failed_step(self, failed: FailedStep, *, is_saved: bool) -> None:
         """Count a step that was not finite, or end the run with the steps before it saved.

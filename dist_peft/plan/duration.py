@@ -18,9 +18,9 @@ EFFICIENCY = 0.45
 LINK_EFFICIENCY = 0.8
 """Share of a link's rate that collectives reach; an assumption."""
 
-_DECODES, _BYTES_PER_WEIGHT = 3, 3.0
-"""A weight is dequantized in forward, recompute and backward; bytes moved for each: packed, written
-and read again. An assumption."""
+_DECODES, _BYTES_PER_WEIGHT = 2, 3.0
+"""A weight is dequantized in each forward pass, in recompute and backward; bytes moved for each:
+packed, written and read again. An assumption."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan_duration(
     flops = float(sum(trace.flops.values()) + (blocks - len(trace.blocks)) * trace.block_flops)
     count = traffic.micro_batches
     products = count * flops / (gpu.flops * EFFICIENCY)
-    dequantizing = count * _DECODES * _BYTES_PER_WEIGHT * weights / gpu.memory
+    dequantizing = count * (trace.passes + _DECODES) * _BYTES_PER_WEIGHT * weights / gpu.memory
     neighbours = traffic.card_bytes / (gpu.neighbours * LINK_EFFICIENCY)
     network = 0.0 if cluster.link is None else traffic.node_bytes / (cluster.link * LINK_EFFICIENCY)
     duration = Duration(flops * count, products, dequantizing, neighbours, network, 0.0)

@@ -11,6 +11,8 @@ two such steps, with ``k`` and ``k + 1`` blocks, tell how each phase grows with 
     backward    blocks, last to first: recompute, gradients
     step        clipping and optimizer
 
+With scheduled sampling a micro-batch has a forward pass more, whose phases have the same names.
+
 What fake tensors have not, values, is answered as follows: numbers that are read are 1, conditions
 hold as for packed rows, all tokens are targets, experts get equal shares.
 """
@@ -39,6 +41,7 @@ from torch.utils.flop_counter import (
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
+from dist_peft.data.loader import Batch
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
 from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fake_ranks import fake_process_group
@@ -49,8 +52,10 @@ from dist_peft.plan.traced_batch import build_traced_batch
 from dist_peft.plan.traced_engine import StatelessFactory, make_traced_engine
 from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.train.objective import TokenObjective
+from dist_peft.train.predicted_inputs import find_replaceable_inputs, predict_next_tokens
 
-__all__ = ["StepTrace", "trace_step"]
+__all__ = ["StepTrace", "count_forward_passes", "trace_step"]
 
 CPU = torch.device("cpu")
 _aten = torch.ops.aten
@@ -88,6 +93,8 @@ class StepTrace:
         gathered: phase -> bytes received in all-gathers, of the last micro-batch.
         gathered_first: the same of the first one, in which blocks to be kept are gathered.
         flops: phase -> floating point operations of products and attention, of one micro-batch.
+        passes: forward passes of a micro-batch, without recomputation.
+        kept_blocks: traced blocks that stay gathered over the passes of a step.
     """
 
     blocks: tuple[int, ...]
@@ -99,12 +106,15 @@ class StepTrace:
     gathered: Counter[str] = field(default_factory=Counter)
     gathered_first: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
+    passes: int = 1
+    kept_blocks: int = 0
 
     @property
     def gathered_block(self) -> int:
         """Bytes of a gathered block."""
         first = self.gathered_first or self.gathered
-        return self._sum_phases(first, "forward") // len(self.blocks)
+        times = self.kept_blocks + self.passes * (len(self.blocks) - self.kept_blocks)
+        return self._sum_phases(first, "forward") // times
 
     @property
     def block_flops(self) -> int:
@@ -146,7 +156,12 @@ def trace_step(
         with FakeTensorMode(allow_non_fake_inputs=True):
             _fill_with_fake_rows(model, engine)
             call = engine.setup_optimizer(model, StatelessFactory(), lambda name: 1.0)
-            trace = StepTrace(tuple(blocks), {})
+            trace = StepTrace(
+                tuple(blocks),
+                {},
+                passes=count_forward_passes(config),
+                kept_blocks=min(config.engine.keep_gathered, len(blocks)),
+            )
             tracker = _StepTracker(trace, engine, packed=config.data.packing)
             trace.resting = tracker.add_resting_tensors(model)
             with tracker:
@@ -160,6 +175,8 @@ def trace_step(
                             trace.gathered_first = trace.gathered.copy()
                         trace.gathered.clear()
                         trace.flops.clear()
+                    if trace.passes > 1:
+                        _predict_inputs(model, batch, config)
                     loss = objective.compute_loss(model, batch, CPU, call)
                     engine.backward(loss / 3, last=number == micro_batches - 1)
                     del loss
@@ -169,6 +186,20 @@ def trace_step(
                 engine.step(1e-4, config.train.max_grad_norm)
     trace.peaks = tracker.peaks
     return trace
+
+
+def count_forward_passes(config: RunConfig) -> int:
+    """Return the forward passes of a micro-batch: one more for scheduled sampling."""
+    return 1 if config.train.scheduled_sampling is None else 2
+
+
+def _predict_inputs(model: nn.Module, batch: Batch, config: RunConfig) -> None:
+    """Run the pass of scheduled sampling as if every input were replaced."""
+    section = config.train.scheduled_sampling
+    assert section is not None
+    places = find_replaceable_inputs(batch).nonzero() - torch.tensor([0, 1])
+    uniforms = torch.zeros(len(places), dtype=torch.float64)
+    predict_next_tokens(model, TokenObjective(), batch, CPU, places, uniforms, section.temperature)
 
 
 def _copy_with_blocks(

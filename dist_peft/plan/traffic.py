@@ -59,7 +59,10 @@ def plan_traffic(
         reduces_often = config.engine.stage > 1
         # stage 3 gathers adapters for each micro-batch, stages 1 and 2 after an update
         adapters = 4 * trainable
-        per_step += adapters * (micro_batches if config.engine.stage == 3 else 0)
+        # DeepSpeed keeps them from forward to backward by the order of modules that it has seen,
+        # which two passes in turn break: then they are gathered for every use, recompute too
+        uses = 1 if trace.passes == 1 else trace.passes + 2
+        per_step += adapters * (micro_batches * uses if config.engine.stage == 3 else 0)
     nodes = max(1, shards // cluster.gpus_per_node)
     replicas = cluster.ranks // shards
     reduced = 4 * trainable * (micro_batches if reduces_often else 1)
@@ -80,14 +83,15 @@ def _count_gathered(
     traced, block = len(trace.blocks), trace.gathered_block
     kept = min(config.engine.keep_gathered, blocks)
     kept_traced = count_kept_traced(kept, blocks, traced)
-    twice = 2 * block * (blocks - traced - (kept - kept_traced))  # neither kept nor traced
-    later = sum(trace.gathered.values()) + twice
+    # neither kept nor traced: in each forward pass and in backward
+    others = (trace.passes + 1) * block * (blocks - traced - (kept - kept_traced))
+    later = sum(trace.gathered.values()) + others
     if not trace.gathered_first:
         first = later + block * (kept - kept_traced)
     else:
         # adapters that are gathered before the first forward of a run stay whole
         in_step = sum(n for phase, n in trace.gathered_first.items() if phase != "start")
-        first = in_step + twice + block * (kept - kept_traced)
+        first = in_step + others + block * (kept - kept_traced)
     if resolve_engine_kind(config.engine, world) == "zero":
         first -= block * kept  # frozen rows are kept over steps too
     return first, later

@@ -26,7 +26,7 @@ logits afterwards (Gemma 2's soft cap, Cohere's and Granite's scale) and trainab
 whole logits (``train.loss``); ``model.forward_probe`` finds out which families do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,13 @@ from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.train.loss import IGNORE
 
-__all__ = ["compute_frozen_head_losses", "computes_losses_at_head", "replace_logits_by_losses"]
+__all__ = [
+    "compute_frozen_head_losses",
+    "computes_losses_at_head",
+    "iterate_frozen_head_logits",
+    "replace_head_output",
+    "replace_logits_by_losses",
+]
 
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits at a time in float32: 16 MiB on a CPU, where products of few rows are efficient too."""
@@ -66,22 +72,55 @@ def replace_logits_by_losses(model: nn.Module, labels: Tensor) -> Iterator[None]
         labels: int64 ``[B, S]`` on the CPU: the token predicted *at* each position (already
             shifted), or -100. ``N`` of them are targets; losses are in their row-major order.
     """
-    head = _find_head(model)
-    assert head is not None
     positions = (labels != IGNORE).nonzero()
     targets = labels[positions[:, 0], positions[:, 1]]
 
-    def compute_losses(hidden: Tensor) -> Tensor:
+    def compute_losses(hidden: Tensor, head: nn.Module) -> Tensor:
+        return compute_frozen_head_losses(hidden, targets.to(hidden.device), head)
+
+    with replace_head_output(model, positions, compute_losses):
+        yield
+
+
+@contextmanager
+def replace_head_output(
+    model: nn.Module, positions: Tensor, compute: Callable[[Tensor, nn.Module], Tensor]
+) -> Iterator[None]:
+    """Within the context, a forward of ``model`` returns a result of ``compute`` for its logits.
+
+    Only for models of which ``computes_losses_at_head`` is true.
+
+    Args:
+        positions: int64 ``[N, 2]``: rows and columns of the batch; there may be none.
+        compute: gets the head's inputs ``[N, H]`` at these positions, and the head.
+    """
+    head = _find_head(model)
+    assert head is not None
+
+    def compute_chosen(hidden: Tensor) -> Tensor:
         rows, columns = positions.to(hidden.device).unbind(1)
-        return compute_frozen_head_losses(hidden[rows, columns], targets.to(hidden.device), head)
+        return compute(hidden[rows, columns], head)
 
     own = vars(head)
     assert "forward" not in own
-    own["forward"] = compute_losses  # the instance's, so that the engine's hooks still run
+    own["forward"] = compute_chosen  # the instance's, so that the engine's hooks still run
     try:
         yield
     finally:
         del own["forward"]
+
+
+def iterate_frozen_head_logits(hidden: Tensor, head: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits of a chunk of rows at a time, float32 ``[rows, V]`` (float64 for float64).
+
+    Args:
+        hidden: ``[N, H]``, the head's input.
+        head: as in ``compute_frozen_head_losses``.
+    """
+    weight, bias = _get_head_weight(head, hidden.dtype)
+    arithmetic = torch.promote_types(hidden.dtype, torch.float32)
+    for part in _split_into_chunks(hidden, len(weight)):
+        yield part, _compute_logits(hidden[part], weight, bias, arithmetic)
 
 
 def compute_frozen_head_losses(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:

@@ -25,7 +25,8 @@ from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.nonfinite import FailedStep
-from dist_peft.train.objective import Objective
+from dist_peft.train.objective import Objective, TokenObjective
+from dist_peft.train.predicted_inputs import ScheduledSampling
 
 __all__ = ["TrainingStep"]
 
@@ -39,6 +40,8 @@ class TrainingStep:
         objective: takes the batches that are passed.
         watch: looks at the gradient of each micro-batch.
         losses: summed losses of this rank's micro-batches in the step computed last.
+        sampling: replaces inputs before each loss; None: inputs are the gold tokens.
+        sampling_metrics: of the step computed last, fields of ``StepMetrics``.
     """
 
     model: nn.Module
@@ -49,6 +52,8 @@ class TrainingStep:
     world: World
     watch: GradientWatch | None = None
     losses: list[Tensor] = field(default_factory=list)
+    sampling: ScheduledSampling | None = None
+    sampling_metrics: dict[str, Any] = field(default_factory=dict)
 
     def accumulate_gradients(self, step: int, batches: Sequence[Batch], targets: int) -> float:
         """Run forward and backward of this rank's micro-batches; gradients are summed over ranks.
@@ -67,20 +72,36 @@ class TrainingStep:
         self.losses.clear()
         if self.watch is not None:
             self.watch.begin_step()
+        if self.sampling is not None:
+            self.sampling.begin_step(step)
         start_step_phase(step + 1, "forward and backward")
         for number, batch in enumerate(batches):
             mark_progress()
             self.adapter.begin_micro_batch(step, batch.sample_ids)
             if self.watch is not None:
                 self.watch.begin_micro_batch()
-            loss = self.objective.compute_loss(self.model, batch, self.engine.device, self.call)
+            inputs = self._mix_inputs(batch)
+            loss = self.objective.compute_loss(self.model, inputs, self.engine.device, self.call)
             self.losses.append(loss.detach())  # read once a step: no wait for the device here
             # a target with logit -inf has an infinite loss and a finite gradient
             mean_part = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) / targets
             self.adapter.add_penalty_gradient(mean_part, len(batches) * self.world.data_size)
             self.engine.backward(mean_part, last=number == len(batches) - 1)
         total = torch.stack(self.losses).double().sum()
-        return self.world.sum_over_ranks(total.item())[0] / targets
+        counts = [] if self.sampling is None else self.sampling.counts
+        whole, *counted = self.world.sum_over_ranks(total.item(), *counts)
+        if self.sampling is not None:
+            replaced, replaceable = counted
+            self.sampling_metrics["sampling_eps"] = self.sampling.eps
+            self.sampling_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
+        return whole / targets
+
+    def _mix_inputs(self, batch: Batch) -> Batch:
+        """Return the micro-batch whose loss is computed."""
+        if self.sampling is None:
+            return batch
+        assert isinstance(self.objective, TokenObjective)
+        return self.sampling.mix_inputs(self.model, self.objective, batch, self.engine.device)
 
     def update_parameters(self, step: int, loss: float, lr: float, max_grad_norm: float) -> float:
         """Clip the accumulated gradients and update; return their norm before clipping.

@@ -84,6 +84,9 @@ class TensorBoardSink:
             board.add_scalar("train/nonfinite_steps", record.nonfinite_steps, step)
         if record.spike is not None:
             board.add_scalar("train/spike", record.spike, step)
+        for name in ("sampling_eps", "sampling_replaced"):
+            if (share := getattr(record, name)) is not None:
+                board.add_scalar(f"train/{name}", share, step)
         for after, when in (("_before", step - 1), ("", step)):
             for name in ("loss", *SCORE_TITLES):
                 value = getattr(record, f"eval_{name}{after}")

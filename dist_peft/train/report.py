@@ -195,6 +195,14 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     ):
         if steps:
             rows.append((title, f"{len(steps)} (step{_format_some_steps(steps)})"))
+    if last.sampling_eps is not None:
+        shares = [r.sampling_replaced or 0.0 for r in records]
+        rows.append(
+            (
+                "Inputs replaced by predictions",
+                f"{statistics.fmean(shares):.1%} on average, {shares[-1]:.1%} in the last step",
+            )
+        )
     if points:
         rows.append((f"Held-out loss at step {points[0][0]:,}", f"{points[0][1]:.4f}"))
     if len(points) > 1:

@@ -57,6 +57,8 @@ class StepMetrics:
         nonfinite_steps: steps so far, this one included, without an update because a number was not
             finite; left out where there is none.
         spike: robust z-score of the loss, where it is a spike (``train.spikes``).
+        sampling_eps, sampling_replaced: with scheduled sampling, the probability of gold inputs,
+            and the share of the completion's inputs that were drawn to be replaced.
     """
 
     step: int
@@ -92,6 +94,8 @@ class StepMetrics:
     seconds: float | None = None
     nonfinite_steps: int | None = None
     spike: float | None = None
+    sampling_eps: float | None = None
+    sampling_replaced: float | None = None
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

@@ -82,6 +82,9 @@ BF16_NOISE = {"ptuning": 0.5}
 than 20 %: gradients perturbed by 1e-6 of their largest element move P-tuning's by 16 to 25 %, at
 any learning rate, since one flipped bit of a virtual token reaches every logit."""
 
+SAMPLED = ("prompt", "nf4")
+"""The cell with scheduled sampling: on every engine the same half of the inputs is predicted."""
+
 NEXT = {"single": "fsdp2", "fsdp2": "zero", "zero": "single"}
 CELLS = [(method, base) for method in METHODS for base in BASES if (method, base) not in REFUSED]
 
@@ -108,6 +111,7 @@ def tree(data: Path, directory: Path, method: str, base: str, run: str) -> dict[
             "train__lr": lr,
             "train__warmup": 0,
             "train__schedule": "constant",
+            "train__scheduled_sampling": {"c": 0, "k": 0.5} if (method, base) == SAMPLED else None,
             "save": {"dir": str(directory / f"{method}-{base}-{run}"), "every": 0},
         },
     )

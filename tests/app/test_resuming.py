@@ -145,6 +145,7 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         *(f"data.train[0].{k}" for k in ("from_step", "to_step", "weight", "positive_label")),
         *(f"train.{k}" for k in ("betas", "eps", "global_batch", "optimizer", "precision")),
         *(f"train.{k}" for k in ("seed", "shuffle", "tasks", "layer_decay", "metric_for_best")),
+        "train.scheduled_sampling",
     }
     assert not may_change_on_resume("train.unknown") and not may_change_on_resume(
         "adapter.adapters[0].name"

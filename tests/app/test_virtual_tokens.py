@@ -48,11 +48,16 @@ CASES: dict[str, dict[str, Any]] = {
         "adapter": {"kind": "ptuning", "num_virtual_tokens": 3, "pseudo_token": "<p>"},
         "base__quant": NF4,
     },
+    "predicted inputs": {
+        "adapter": {"kind": "prefix", "num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        "train__scheduled_sampling": {"c": 0.1, "k": 0.6, "temperature": 0.8},
+        "engine__reduce_gradients": "step",
+    },
 }
 RUNS: Runs = {
     "fsdp2, 2 ranks": (2, {"kind": "fsdp2"}, tuple(CASES)),
     "zero 2": (2, {"kind": "zero", "stage": 2}, ("ptuning", "prefix")),
-    "zero 3": (3, {"kind": "zero", "stage": 3}, ("ptuning",)),
+    "zero 3": (3, {"kind": "zero", "stage": 3}, ("ptuning", "predicted inputs")),
 }
 """Ranks, engine, cases: what ``test_matrix`` has not."""
 

@@ -20,6 +20,8 @@ from tests.support.live_storage import (
     save_odd_bert,
 )
 
+SAMPLED = {"scheduled_sampling": {"c": 0, "k": 0, "temperature": 1}}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,6 +68,7 @@ def test_three_ranks(base: Path) -> None:
         "checkpointing": odd_tree(base),
         "three of four blocks kept": odd_tree(base, engine={"keep_gathered": 3}),
         "all activations": odd_tree(base, engine={"activation_checkpointing": False}),
+        "a pass more": odd_tree(base, engine={"keep_gathered": 3}, train=SAMPLED),
     }
     measured = run_ranks(measure_steps, 3, trees)
     for name, tree in trees.items():

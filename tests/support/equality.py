@@ -1,5 +1,6 @@
 """Losses and adapter gradients of a run, to compare engines and numbers of ranks."""
 
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from dist_peft.app.data_setup import DataLoaders, make_data_loaders
 from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
+from dist_peft.app.step_setup import make_training_step
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
@@ -41,15 +43,15 @@ def train_steps(
     steps: range,
 ) -> list[StepResult]:
     """Train as ``train`` does, at a constant rate."""
-    part, c = make_step(world, built, loaders, call), config.train
-    return run_training_steps(part, loaders.train, steps, lambda step: c.lr, c.max_grad_norm)
+    c = config.train
+    with closing(make_step(world, config, built, loaders, call)) as part:
+        return run_training_steps(part, loaders.train, steps, lambda step: c.lr, c.max_grad_norm)
 
 
 def make_step(
-    world: World, built: LoadedModel, loaders: DataLoaders, call: nn.Module
+    world: World, config: RunConfig, built: LoadedModel, loaders: DataLoaders, call: nn.Module
 ) -> TrainingStep:
-    adapter = built.setup.adapter
-    return TrainingStep(built.model, call, built.engine, adapter, loaders.objective, world)
+    return make_training_step(config.train, built, call, loaders.objective, world)
 
 
 def losses_and_gradients(
@@ -60,7 +62,8 @@ def losses_and_gradients(
     steps = config.train.steps or 0
     results = train_steps(world, config, built, loaders, call, range(steps))
     batches, targets = loaders.train.load_step(steps)
-    make_step(world, built, loaders, call).accumulate_gradients(steps, batches, targets)
+    with closing(make_step(world, config, built, loaders, call)) as part:
+        part.accumulate_gradients(steps, batches, targets)
     parameters = trainable_parameters(built.model)
     return [r.loss for r in results], {n: whole_gradient(p) for n, p in parameters.items()}
 

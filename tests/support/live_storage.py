@@ -19,6 +19,7 @@ from dist_peft.engine.zero import ZeroEngine
 from dist_peft.plan.storage_tracker import StorageTracker
 from dist_peft.train.objective import ClassificationObjective, Objective, TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.predicted_inputs import ScheduledSampling
 from tests.support.tiny_models import save_model
 from tests.support.tiny_runs import save_words
 
@@ -156,6 +157,10 @@ def _run_step(built: LoadedModel, call: torch.nn.Module, config: RunConfig, coun
             objective = ClassificationObjective()
             batch = _make_labelled_batch(config, len(built.setup.skeleton.head.labels))
         built.setup.adapter.begin_micro_batch(0, batch.sample_ids)
+        if (section := config.train.scheduled_sampling) is not None:
+            sampling = ScheduledSampling(section, config.train.seed)
+            sampling.begin_step(0)
+            batch = sampling.mix_inputs(built.model, TokenObjective(), batch, CPU)
         loss = objective.compute_loss(built.model, batch, CPU, call)
         built.engine.backward(loss / 100, last=number == count - 1)
     built.engine.step(1e-3, 1.0)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.adapters.method_table import NoAdapter
 from dist_peft.adapters.protocol import Adapter
-from dist_peft.core.config.run import BaseConfig, LoraConfig, TrainConfig
+from dist_peft.core.config.run import BaseConfig, LoraConfig, ScheduledSamplingConfig, TrainConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch, Loader
@@ -23,6 +23,7 @@ from dist_peft.store.reader import RowReader
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.predicted_inputs import ScheduledSampling
 from tests.support.row_sets import UnevenRows, make_loader
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.training_steps import StepResult, run_training_steps
@@ -54,10 +55,17 @@ class Run:
         factory = make_optimizer_factory(TrainConfig(), CPU)
         self.engine.setup_optimizer(self.model, factory, self.adapter.get_lr_scale)
         self.results: list[StepResult] = []
+        self.sampling: ScheduledSampling | None = None
 
     def fit(self, loader: Loader[Batch], first: int = 0, last: int = 2) -> None:
         part = TrainingStep(
-            self.model, self.model, self.engine, self.adapter, TokenObjective(), World()
+            self.model,
+            self.model,
+            self.engine,
+            self.adapter,
+            TokenObjective(),
+            World(),
+            sampling=self.sampling,
         )
         self.results += run_training_steps(
             part, loader, range(first, last), lambda step: 0.01 / (step + 1)
@@ -98,6 +106,20 @@ def test_loss_is_the_mean_over_all_targets(llama: Path) -> None:
     (result,) = run.results
     assert result.loss == pytest.approx(total / count, rel=1e-6)
     assert (result.step, result.tokens) == (1, count)
+
+
+def test_gold_inputs_give_the_same_bits(llama: Path) -> None:
+    """Scheduled sampling with eps = 1; below, the gradient is another."""
+    runs = [Run(llama) for _ in range(3)]
+    runs[1].sampling = ScheduledSampling(ScheduledSamplingConfig(c=0), seed=0)
+    runs[2].sampling = ScheduledSampling(ScheduledSamplingConfig(c=0, k=0), seed=0)
+    for run in runs:
+        run.fit(make_loader(ROWS, 4, micro=2))
+    without, gold, predicted = runs
+    assert gold.results == without.results
+    for name, value in without.learned().items():
+        assert torch.equal(gold.learned()[name], value), name
+    assert predicted.results[0].loss != gold.results[0].loss
 
 
 def test_steps_do_not_depend_on_where_training_stopped(llama: Path) -> None:

@@ -45,6 +45,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("data", config.DataConfig),
     ("data.train[] and data.eval[]", config.DataSource),
     ("train", config.TrainConfig),
+    ("train.scheduled_sampling", config.ScheduledSamplingConfig),
     ("save", config.SaveConfig),
 ]
 

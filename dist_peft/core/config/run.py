@@ -28,6 +28,7 @@ from dist_peft.core.config.adapter import (
 )
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.environment import Reference, store_references
+from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "QuantConfig",
     "RunConfig",
     "SaveConfig",
+    "ScheduledSamplingConfig",
     "TrainConfig",
     "UnfreezeConfig",
     "VirtualTokensConfig",
@@ -248,6 +250,9 @@ class TrainConfig(ConfigSection):
         description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
         "Adapter weights and optimizer state are always float32.",
     )
+    scheduled_sampling: ScheduledSamplingConfig | None = Field(
+        None, description="Scheduled sampling; null: inputs are the gold tokens."
+    )
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
     early_stop: Int = Field(
         0,
@@ -368,6 +373,8 @@ class RunConfig(ConfigSection):
                 "base.head classifier goes with data of format: classification, and "
                 f"{'the sources have another' if classifies else 'base.head is lm'}"
             )
+        if self.train.scheduled_sampling is not None:
+            check_sampled_data(self.data)
         if self.train.layer_decay != 1 and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(
                 f"train.layer_decay: adapter.kind {self.adapter.kind} has no parameters in the "

@@ -1,0 +1,40 @@
+"""Put together what computes a run's optimizer steps."""
+
+from typing import Any
+
+from torch import nn
+
+from dist_peft.app.model_setup import LoadedModel
+from dist_peft.core.config.run import TrainConfig
+from dist_peft.core.world import World
+from dist_peft.train.gradient_watch import GradientWatch
+from dist_peft.train.loop import TrainingStep
+from dist_peft.train.objective import Objective
+from dist_peft.train.predicted_inputs import ScheduledSampling
+
+__all__ = ["make_training_step"]
+
+
+def make_training_step(
+    train: TrainConfig,
+    built: LoadedModel,
+    call: nn.Module,
+    objective: Objective[Any],
+    world: World,
+) -> TrainingStep:
+    """Return the step of a loaded model, with a watch over its gradients: close it at the end.
+
+    Args:
+        call: module returned by ``LoadedModel.setup_optimizer``.
+        objective: of the run's loaders.
+    """
+    return TrainingStep(
+        built.model,
+        call,
+        built.engine,
+        built.setup.adapter,
+        objective,
+        world,
+        GradientWatch(built.setup.skeleton.blocks),
+        sampling=ScheduledSampling.from_config(train.scheduled_sampling, train.seed),
+    )
