@@ -363,6 +363,7 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
         and node.func.attr in ("broadcast", "broadcast_tensor")
     ]
     assert sorted(calls) == [
+        ("app/calibration_sums.py", "result"),  # of an adapter's initialization
         ("compress/gptq_driver.py", "factor.order"),
         ("compress/gptq_driver.py", "factor.upper"),
         ("compress/prune_driver.py", "factor.diagonal"),
@@ -449,6 +450,8 @@ RANK_FUNCTIONS = {
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_base_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",
+    "CalibrationSums.map_sums": "ranks take turns to decompose a sum",
+    "CalibrationSums._sum_local_batches": "the first rank has the first sample",
     "BlockLoop._factorize_on_one_rank": "ranks take turns to factor a Hessian",
     "BlockLoop._accumulate_local_hessian": "the first rank has the first sample",
     "Trainer.finish_run": "the rank that writes the adapter alone keeps it gathered",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_peft.core.config.io import load_run_config
-from dist_peft.core.config.run import FullConfig, PartialConfig, RunConfig
+from dist_peft.core.config.run import FullConfig, LoraConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.report import RunSummary, write_task_report
@@ -62,6 +62,11 @@ def check_task_config(config: RunConfig) -> None:
         raise_user_error(
             f"tasks have different numbers of labels ({numbers}), so their heads differ in shape; "
             "train tasks of one number together"
+        )
+    if isinstance(config.adapter, LoraConfig) and config.adapter.uses_training_data:
+        raise_user_error(
+            f"adapter.init {config.adapter.init} reads the training data, and all tasks start from "
+            "one initialization; set another adapter.init, or run the tasks one by one"
         )
     if isinstance(config.adapter, FullConfig | PartialConfig):
         raise_user_error(

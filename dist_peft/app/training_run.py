@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
+from dist_peft.app.data_initialization import initialize_from_data
 from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
 from dist_peft.app.document_isolation import count_packed_tokens
 from dist_peft.app.earlier_log import append_to_earlier_log
@@ -118,6 +119,8 @@ def _train_resolved(
     if begun is not None and begun.resume_from is not None:
         load_init_factors(setup, begun.checkpoints, begun.resume_from)
     built = load_weights(setup, world, device, trained_on)
+    if begun is None:
+        initialize_from_data(built, next(iter(jobs.values())).loaders, world)
     call = built.setup_optimizer(make_optimizer_factory(config.train, device))
     trainers = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
     next(iter(trainers.values())).check_loaded_model()

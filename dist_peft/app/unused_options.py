@@ -26,6 +26,13 @@ _NO_PEERS = ("shard_base", "shard_group", "keep_gathered", "reduce_gradients", "
 _DEEPSPEED = ("stage", "deepspeed_config")
 _IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ("reduce_gradients",)}
 """Engine -> options of section ``engine`` that it ignores."""
+_INIT_OPTIONS = {
+    "init_iterations": ("pissa", "loftq", "lora_ga"),
+    "init_samples": ("eva", "lora_ga"),
+    "init_rho": ("eva",),
+    "init_gamma": ("lora_ga",),
+}
+"""Option of LoRA -> values of ``adapter.init`` that use it."""
 
 
 def warn_unused_options(config: RunConfig, world: World, model: nn.Module, device: str) -> None:
@@ -93,11 +100,12 @@ def _find_unused_adapter_options(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if not isinstance(adapter, LoraConfig):
         return
-    if adapter.init == "default" and not _is_default_value(adapter, "init_iterations"):
-        yield (
-            f"adapter.init_iterations {adapter.init_iterations} has no effect with adapter.init "
-            "default: it is for pissa and loftq"
-        )
+    for name, users in _INIT_OPTIONS.items():
+        if adapter.init not in users and not _is_default_value(adapter, name):
+            yield (
+                f"adapter.{name} {getattr(adapter, name)} has no effect with adapter.init "
+                f"{adapter.init}: it is for {' and '.join(users)}"
+            )
 
 
 def _find_unused_unfreezing_options(config: RunConfig) -> Iterator[str]:

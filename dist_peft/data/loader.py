@@ -211,6 +211,13 @@ class Loader(ABC, Generic[BatchT]):
         """
         return self._make_batches(range(len(self.rows)))
 
+    def load_first_sequences(self, count: int) -> list[BatchT]:
+        """Return this rank's micro-batches of the first ``count`` sequences of the run's order.
+
+        Every rank gets the same number of batches.
+        """
+        return self._make_batches(self._order.list_rows(0, count))
+
     def list_step_rows(self, index: int) -> list[int]:
         """Return the indices of the sequences, over all ranks, of optimizer step ``index``."""
         first = index * self._global_batch

@@ -50,6 +50,7 @@ from torch.nn import functional
 
 from dist_peft.core.span import Span
 from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.quant.fixed_point import FixedPointSum
 from dist_peft.quant.packed_rows import check_float_weight
 
 __all__ = [
@@ -66,9 +67,6 @@ __all__ = [
 
 DAMPINGS = (0.01, 0.1, 1.0)
 """Added to the diagonal, in units of its mean, until there is a Cholesky factor."""
-
-_HEADROOM_BITS = 16
-"""A sample may have entries this many powers of two above the first one's."""
 
 CHUNK_ELEMENTS = 2**20
 """Weights solved at a time on a CPU: a float32 temporary has 4 MiB."""
@@ -100,20 +98,16 @@ def find_largest_entry(sample: Tensor) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-class HessianSum:
+class HessianSum(FixedPointSum):
     """A sum of Gram matrices in 64-bit fixed point, independent of the order of addition.
 
     Args:
         columns: in_features.
-        first: largest entry of the first sample's Gram matrix; it sets the unit, so it must be the
-            same on all ranks, whose sums are added up.
-        samples: most samples over all ranks.
+        first, samples: see ``FixedPointSum``.
         diagonal: the samples are the diagonals of Gram matrices, ``[in]``.
-
-    Attributes:
-        total: int64 ``[in, in]`` or ``[in]``; sums of several ranks are added up by the caller.
-        largest: largest entry added here.
     """
+
+    find_largest = staticmethod(find_largest_entry)
 
     def __init__(
         self,
@@ -125,17 +119,7 @@ class HessianSum:
         diagonal: bool = False,
     ) -> None:
         shape = (columns,) if diagonal else (columns, columns)
-        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.largest = 0.0
-        top = math.frexp(first)[1] + _HEADROOM_BITS
-        self.limit = math.ldexp(1.0, top)
-        self._shift = 62 - (samples - 1).bit_length() - top
-
-    def add_sample(self, sample: Tensor) -> None:
-        """Add ``compute_gram`` of a sample. Beyond ``limit`` the sum is void; ``largest`` tells."""
-        self.largest = max(self.largest, find_largest_entry(sample))
-        if self.largest <= self.limit:  # else the integers would overflow
-            self.total += sample.double().mul_(math.ldexp(1.0, self._shift)).round_().long()
+        super().__init__(shape, first, samples, device)
 
     def mean_hessian(self) -> Tensor:
         """The sum as float64, up to a factor that GPTQ does not depend on."""

@@ -45,7 +45,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]
 
 STEPS, CUT = 3, 1
-PEFT = ("lora", "qalora", "ia3", "prompt", "ptuning", "prefix")
+PEFT = ("lora", "qalora", "ia3", "prompt", "ptuning", "prefix", "eva", "lora_ga")
 BASES: dict[str, dict[str, Any]] = {
     # one row at a time: a gradient of two rows is rounded to bfloat16 once, that of each row twice
     "bf16": {
@@ -68,8 +68,13 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "prompt": (1.5e-2, {"num_virtual_tokens": 5}),
     "full": (1e-3, {}),
     "partial": (1e-3, {"parts": ["norms"], "last_blocks": 1}),
+    "eva": (3e-3, {"kind": "lora", "init": "eva", "init_rho": 1.5, "r": 3, "alpha": 6}),
+    "lora_ga": (1e-3, {"kind": "lora", "init": "lora_ga", "r": 3, "alpha": 6, "dropout": 0.1}),
 }
 """Method -> learning rate, adapter section."""
+
+ONE_BASE = {"eva": "nf4", "lora_ga": "int4"}
+"""Initializations of LoRA, which differ from it in the first step and in what is written."""
 
 REFUSED = {
     ("qalora", "bf16"): "qalora",
@@ -86,7 +91,12 @@ SAMPLED = ("prompt", "nf4")
 """The cell with scheduled sampling: on every engine the same half of the inputs is predicted."""
 
 NEXT = {"single": "fsdp2", "fsdp2": "zero", "zero": "single"}
-CELLS = [(method, base) for method in METHODS for base in BASES if (method, base) not in REFUSED]
+CELLS = [
+    (method, base)
+    for method in METHODS
+    for base in BASES
+    if (method, base) not in REFUSED and base == ONE_BASE.get(method, base)
+]
 
 Job = tuple[dict[str, Any], int | None]
 """A configuration, and the step at which a signal comes."""

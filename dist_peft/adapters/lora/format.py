@@ -14,6 +14,9 @@ rank ``2 r``::
 
     [B, -B0] [A; A0]        with alpha' such that s stays: 2 alpha, or sqrt(2) alpha with rsLoRA
 
+LoRA-GA has the same form and nothing else: it trains that change on the unchanged base. EVA with
+other ranks (``init_rho``) has them in ``rank_pattern`` and ``alpha_pattern``, linear by linear.
+
 A merge into the base *as training saw it* needs the two halves apart. The fact ``start: pissa`` (or
 loftq) says that the first half of each linear's factors is the trained one; what was removed from
 the weight before it was encoded is the second half for PiSSA, and for LoftQ an extra product, or
@@ -26,13 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
 from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
 
-__all__ = ["LoraFormat", "build_common_config", "build_public_lora"]
+__all__ = ["LoraFormat", "build_common_config", "build_public_lora", "drop_unused_ranks"]
 
 _FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
 
@@ -72,6 +76,7 @@ def build_public_lora(
     target_names: Sequence[str],
     base: str,
     target_parameters: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
 ) -> PublicAdapter:
     """Trained parameters -> public form.
 
@@ -81,6 +86,7 @@ def build_public_lora(
         target_names: PEFT's ``target_modules``.
         base: path or hub id of the base.
         target_parameters: PEFT's (see ``adapters.lora.expert_format``).
+        ranks: rank by module path where the data have decided on it (``drop_unused_ranks``).
     """
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Tensor] = {}
@@ -94,12 +100,50 @@ def build_public_lora(
             own["lora_B"] = torch.cat([own["lora_B"], -own.pop("start_B")], 1)
         for name, value in own.items():
             tensors[build_peft_key(path, name)] = value.contiguous()
-    facts = {"start": config.init} if config.init != "default" else {}
+    facts = {"start": config.init} if config.init in RESIDUAL_INITS else {}
     plain = [path for path, own in modules.items() if "start_A" not in own]
     public = _build_peft_config(config, plain, target_names, base)
+    if ranks:
+        _set_module_ranks(public, config, ranks)
     if target_parameters:
         public |= _add_target_parameters(public, target_parameters)
     return PublicAdapter(public, tensors, facts, extra)
+
+
+def drop_unused_ranks(
+    modules: Mapping[str, Mapping[str, Tensor]],
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, int]]:
+    """Cut the factors of linears to the ranks that EVA has given them.
+
+    Rows of ``A`` beyond them are zero, as are the columns of ``B``: their gradient is zero too.
+
+    Returns:
+        The modules without those of rank 0, and the rank of each linear.
+    """
+    kept: dict[str, Mapping[str, Tensor]] = {}
+    ranks: dict[str, int] = {}
+    for path, own in modules.items():
+        kept[path] = own
+        if "lora_A" not in own:
+            continue
+        ranks[path] = int(own["lora_A"].any(1).sum())
+        A, B = own["lora_A"][: ranks[path]], own["lora_B"][:, : ranks[path]]
+        kept[path] = {**own, "lora_A": A, "lora_B": B}
+        if not ranks[path]:
+            del kept[path]
+    return kept, ranks
+
+
+def _set_module_ranks(public: dict[str, Any], config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    """Give each module its rank, and the alpha with which its scaling stays."""
+    alphas = {}
+    for path, rank in ranks.items():
+        alpha = resolve_pattern_value(config.alpha_pattern, path, config.alpha)
+        share = rank / resolve_pattern_value(config.rank_pattern, path, config.r)
+        alphas[path] = _to_json_number(alpha * (share**0.5 if config.use_rslora else share))
+    # first in the dict: PEFT takes the first key that matches
+    public["rank_pattern"] = {**ranks, **public["rank_pattern"]}
+    public["alpha_pattern"] = {**alphas, **public["alpha_pattern"]}
 
 
 def _add_target_parameters(public: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
@@ -116,7 +160,7 @@ def _build_peft_config(
     config: LoraConfig, plain: Sequence[str], target_names: Sequence[str], base: str
 ) -> dict[str, Any]:
     """``plain``: modules whose rank is not doubled although others' is."""
-    doubled = config.init != "default"
+    doubled = config.init in (*RESIDUAL_INITS, "lora_ga")
     rank_factor = 2 if doubled else 1
     alpha_factor = (2**0.5 if config.use_rslora else 2) if doubled else 1
     ranks: dict[str, int] = {}

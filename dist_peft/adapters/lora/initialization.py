@@ -32,7 +32,10 @@ from dist_peft.adapters.low_rank.row_sharded import (
 from dist_peft.model.adapter_module import Reduce
 from dist_peft.quant.codec import Codec
 
-__all__ = ["InitialFactors", "init_loftq_factors", "init_pissa_factors"]
+__all__ = ["RESIDUAL_INITS", "InitialFactors", "init_loftq_factors", "init_pissa_factors"]
+
+RESIDUAL_INITS = ("pissa", "loftq")
+"""Values of ``adapter.init`` that train on a changed base."""
 
 _LOFTQ_POWER_ITERATIONS = 4
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_peft.adapters.lora.initialization import (
+    RESIDUAL_INITS,
     InitialFactors,
     init_loftq_factors,
     init_pissa_factors,
@@ -56,12 +57,12 @@ class LoraSpec(LowRankSpec):
 
     Attributes:
         dora: train the rows' lengths too.
-        init: default (B = 0), pissa or loftq.
+        init: default (B = 0), pissa, loftq, eva or lora_ga.
         iterations: pissa: power iterations; loftq: alternations.
     """
 
     dora: bool = False
-    init: Literal["default", "pissa", "loftq"] = "default"
+    init: Literal["default", "pissa", "loftq", "eva", "lora_ga"] = "default"
     iterations: int = 4
 
 
@@ -78,8 +79,9 @@ class LoraLinear(LowRankModule):
     Attributes:
         lora_A, lora_B: ``[r, in]``, ``[out, r]``.
         magnitude, base_norm2: ``[out]``, DoRA only; the latter is frozen.
-        start_A, start_B: frozen initial factors, PiSSA and LoftQ only. A merge into the original
-            weight subtracts them.
+        start_A, start_B: frozen initial factors, PiSSA, LoftQ and LoRA-GA only. A merge into the
+            original weight subtracts them. With LoRA-GA the forward does so too, since its base is
+            unchanged.
         removed_A, removed_B: frozen, LoftQ with several alternations only. The part subtracted
             from the weight before it was quantized (for PiSSA that is the start).
     """
@@ -110,7 +112,7 @@ class LoraLinear(LowRankModule):
         if spec.dora:
             self._add_meta_parameter("magnitude", (base.out_features,), device, train=True)
             self._add_meta_parameter("base_norm2", (base.out_features,), device, train=False)
-        frozen = [] if spec.init == "default" else ["start"]
+        frozen = ["start"] if spec.init in (*RESIDUAL_INITS, "lora_ga") else []
         if spec.init == "loftq" and spec.iterations > 1:
             frozen.append("removed")
         for prefix in frozen:
@@ -131,12 +133,14 @@ class LoraLinear(LowRankModule):
         # The change comes first: recomputation under activation checkpointing stops at the last
         # tensor that backward needs, and the frozen product keeps none.
         change = self._compute_update(dropped)
+        if self.spec.init == "lora_ga":
+            change = change - self._multiply_factors(x, self.start_A, self.start_B)
         y: Tensor = self.base(x)
         return (y + change).to(y.dtype)
 
     def _forward_disabled(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.spec.init == "default":
+        if self.spec.init not in RESIDUAL_INITS:
             return y
         # the stored base is the residual of these factors
         return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
@@ -170,14 +174,18 @@ class LoraLinear(LowRankModule):
     # -- initialization ------------------------------------------------------------------------
 
     def load_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start factors of an earlier run (whole, by own name); ``prepare_base_rows`` then uses
-        them."""
-        self._given = {name: tensors[name] for name in self.start_names}
+        """Start factors of an earlier run (whole, by own name), which ``prepare_base_rows`` or,
+        with LoRA-GA, ``init_rows`` then uses."""
+        given = {name: tensors[name] for name in self.start_names}
+        if self.spec.init in RESIDUAL_INITS:
+            self._given = given
+        else:
+            self._starts |= {name: (Span(0, len(value)), value) for name, value in given.items()}
 
     @property
     def needs_base_rows(self) -> bool:
         """Whether the start depends on the weight: PiSSA, LoftQ and DoRA."""
-        return self.spec.init != "default" or self.spec.dora
+        return self.spec.init in RESIDUAL_INITS or self.spec.dora
 
     @torch.no_grad()
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
@@ -250,7 +258,12 @@ class LoraLinear(LowRankModule):
         self._starts["magnitude"] = (span, _exact_row_norm(norm2))
 
     def _draw_initial_values(self, name: str) -> Tensor:
-        """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in)."""
+        """``A`` as PEFT starts it: Kaiming uniform with a = sqrt(5), in [-1, 1] / sqrt(in).
+
+        Where training data give the start, it is zero until these have been read.
+        """
+        if self.spec.init in ("eva", "lora_ga") and name.endswith(("_A", "_B")):
+            return torch.zeros(self.shapes[name])
         if name != "lora_A" or self.spec.init != "default":
             raise RuntimeError(f"{self.path}.{name} has no initial values before prepare_base_rows")
         value = torch.empty(self.shapes[name])

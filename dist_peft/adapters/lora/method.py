@@ -1,4 +1,4 @@
-"""The adapter method ``lora``: LoRA, rsLoRA, DoRA, LoRA+, PiSSA and LoftQ on any base.
+"""The adapter method ``lora``: LoRA, rsLoRA, DoRA, LoRA+ and its initializations on any base.
 
 LoRA+ (Hayou, Ghosh, Yu 2024): ``B`` has ``lr_ratio`` times the learning rate of ``A``; magnitudes
 and embeddings have the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / sqrt(r)``.
@@ -16,7 +16,8 @@ from dist_peft.adapters.lora.expert_format import (
     to_public_expert_path,
 )
 from dist_peft.adapters.lora.expert_layer import LoraExperts
-from dist_peft.adapters.lora.format import build_public_lora
+from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
+from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
@@ -49,8 +50,9 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     ) -> LoraLinear | LoraEmbedding | LoraExperts:
         config = self.config
         r, alpha = self._resolve_rank_and_alpha(name)
+        most_rank = round(r * config.init_rho) if config.init == "eva" else r
         spec = LoraSpec(
-            r=r,
+            r=most_rank,
             scaling=alpha / (math.sqrt(r) if config.use_rslora else r),
             arithmetic=self.arithmetic,
             seed=self.seed,
@@ -70,20 +72,27 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                 "set base.quant, take the module out of adapter.target_modules, or use another "
                 "adapter.init"
             )
-        if config.init != "default" and module.stored is not None:
+        if config.init in RESIDUAL_INITS and module.stored is not None:
             raise UserError(
                 f"adapter.init {config.init} changes the base's weights before they are quantized, "
                 f"but {name} comes quantized from base.path; set adapter.init: default, or give "
                 "the unquantized base"
             )
-        most = min(module.in_features, module.out_features)
-        if config.init != "default" and r > most:
-            raise UserError(
-                f"adapter.init {config.init} needs a rank of at most {most} in {name} "
-                f"[{module.out_features}, {module.in_features}], not {r}; lower adapter.r or "
-                "adapter.rank_pattern"
-            )
+        self._check_rank(name, module, 2 * r if config.init == "lora_ga" else most_rank)
         return LoraLinear(module, name, spec, SampleDropout(config.dropout, name, self.position))
+
+    def _check_rank(self, name: str, module: FrozenLinear, wanted: int) -> None:
+        """Check that the initialization has ``wanted`` directions in a linear."""
+        config = self.config
+        most = min(module.in_features, module.out_features)
+        if config.init == "default" or wanted <= most:
+            return
+        needs = {"lora_ga": f"twice adapter.r, {wanted}", "eva": f"adapter.r * init_rho, {wanted}"}
+        raise UserError(
+            f"adapter.init {config.init} needs a rank of at most {most} in {name} "
+            f"[{module.out_features}, {module.in_features}], not "
+            f"{needs.get(config.init, wanted)}; lower adapter.r or adapter.rank_pattern"
+        )
 
     def _check_expert_stack(self, name: str) -> None:
         config = self.config
@@ -96,7 +105,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             if is_set:
                 raise UserError(
                     f"adapter.{key} is not for experts such as {name}: their adapters have PEFT's "
-                    "form (target_parameters), which has none of dropout, DoRA, PiSSA and LoftQ; "
+                    "form (target_parameters), without dropout, DoRA and other initializations; "
                     "leave it out, or list adapter.target_modules without experts, such as "
                     "[q_proj, k_proj, v_proj, o_proj]"
                 )
@@ -150,18 +159,23 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         """PEFT's form. See ``Adapter`` and ``adapters.directory``."""
         whole = self._collect_gathered(tensors, leave_out=("base_norm2",))
         stacks = [name for name, layer in self.layers.items() if isinstance(layer, LoraExperts)]
-        modules = {
+        modules: dict[str, Mapping[str, Tensor]] = {
             to_public_expert_path(n, stacks) if n in stacks else n: own for n, own in whole.items()
         }
         weights = self._list_weight_initialized()
         parameters = [*stacks, *(f"{name}.weight" for name in weights)]
         others = [*self._all_stacks, *(f"{name}.weight" for name in self._all_names)]
+        ranks: dict[str, int] = {}
+        if self.config.init == "eva" and self.config.init_rho > 1:
+            modules, ranks = drop_unused_ranks(modules)
+        unused = [name for name, rank in ranks.items() if not rank]
         return build_public_lora(
             self.config,
             modules,
-            self._list_adapted_names(leave_out=[*stacks, *weights]),
+            self._list_adapted_names(leave_out=[*stacks, *weights, *unused]),
             base,
             list_target_parameters(parameters, others),
+            {name: rank for name, rank in ranks.items() if rank},
         )
 
     def _list_weight_initialized(self) -> list[str]:

@@ -66,14 +66,41 @@ class LoraConfig(LowRankConfig):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rsLoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
     lr_ratio: Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
-    init: Literal["default", "pissa", "loftq"] = Field(
+    init: Literal["default", "pissa", "loftq", "eva", "lora_ga"] = Field(
         "default",
         description="default: A Kaiming-uniform, B zero. pissa: principal singular vectors. "
-        "loftq: best low-rank fit of the quantization error.",
+        "loftq: best low-rank fit of the quantization error. eva: directions in which inputs vary "
+        "most. lora_ga: singular vectors of the gradient.",
     )
     init_iterations: Int = Field(
-        4, ge=1, description="pissa: power iterations of the SVD; loftq: alternations."
+        4, ge=1, description="pissa, lora_ga: power iterations of the SVD; loftq: alternations."
     )
+    init_samples: Size = Field(
+        32, description="eva, lora_ga: the first sequences of the training order that are used."
+    )
+    init_rho: Float = Field(
+        1.0,
+        ge=1,
+        description="eva: a linear gets up to r times this, where inputs vary in more directions, "
+        "and others less; the parameters take that much more memory. 1: r each.",
+    )
+    init_gamma: Positive = Field(
+        16.0, description="lora_ga: both factors start at out_features^(1/4) / sqrt(this)."
+    )
+
+    @model_validator(mode="after")
+    def _check_lora_init(self) -> Self:
+        if self.init == "lora_ga" and self.use_dora:
+            raise ValueError(
+                "use_dora scales the rows of weight and change together, from which init: lora_ga "
+                "cannot take its start away; set one of them to its default"
+            )
+        return self
+
+    @property
+    def uses_training_data(self) -> bool:
+        """Whether the initialization runs the model on training data."""
+        return self.init in ("eva", "lora_ga")
 
 
 class QaLoraConfig(LowRankConfig):

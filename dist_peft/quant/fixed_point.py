@@ -1,0 +1,62 @@
+"""Sums in 64-bit fixed point, whose bits do not depend on the order of addition.
+
+Samples of a sum lie on several ranks. Added up as floats, they would give other last bits with each
+number of ranks; as integers of one unit they give the same::
+
+    unit    2^-k, so that ``samples`` tensors with entries up to ``limit`` cannot overflow
+    limit   2^16 times the largest entry of the first sample (rounded up to a power of two)
+
+An entry keeps at least 40 bits below the largest one where samples are few.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["FixedPointSum"]
+
+_HEADROOM_BITS = 16
+"""A sample may have entries this many powers of two above the first one's."""
+
+
+class FixedPointSum:
+    """A sum of tensors of one shape.
+
+    Args:
+        shape: of the samples.
+        first: largest magnitude in the first sample; it sets the unit, so it must be the same on
+            all ranks, whose sums are added up.
+        samples: most samples over all ranks.
+
+    Attributes:
+        total: int64; sums of several ranks are added up by the caller.
+        largest: largest magnitude added here; infinite where a sample was not finite.
+        limit: beyond it the sum is void: begin again, with ``largest`` as ``first``.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], first: float, samples: int, device: torch.device
+    ) -> None:
+        self.total = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.largest = 0.0
+        top = math.frexp(first)[1] + _HEADROOM_BITS
+        self.limit = math.ldexp(1.0, top)
+        self._shift = 62 - (samples - 1).bit_length() - top
+
+    @staticmethod
+    def find_largest(sample: Tensor) -> float:
+        """Return the largest magnitude of a sample; infinite where a value is not finite."""
+        largest = max((abs(float(end)) for end in sample.aminmax()), default=0.0)
+        return largest if math.isfinite(largest) else math.inf
+
+    def add_sample(self, sample: Tensor) -> None:
+        """Add a float tensor. Beyond ``limit`` the sum is void; ``largest`` tells."""
+        self.largest = max(self.largest, self.find_largest(sample))
+        if self.largest <= self.limit:  # else the integers would overflow
+            scaled = sample.to(torch.float64, copy=True).mul_(math.ldexp(1.0, self._shift))
+            self.total += scaled.round_().long()
+
+    def to_float(self) -> Tensor:
+        """The sum as float64."""
+        return self.total.double().mul_(math.ldexp(1.0, -self._shift))

@@ -1,0 +1,44 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_peft.quant.fixed_point import FixedPointSum
+
+CPU = torch.device("cpu")
+
+
+def samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(5, 3, generator=generator) * 10.0**power for power in (0, -6, 3)]
+
+
+def test_bits_do_not_depend_on_the_order() -> None:
+    first = FixedPointSum.find_largest(samples()[0])
+    totals = []
+    for order in itertools.permutations(samples()):
+        found = FixedPointSum((5, 3), first, 3, CPU)
+        for sample in order:
+            found.add_sample(sample)
+        totals.append(found.to_float())
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    exact = torch.stack([s.double() for s in samples()]).sum(0)
+    torch.testing.assert_close(totals[0], exact, rtol=0, atol=1e-11)
+
+
+def test_sums_of_ranks_are_added_as_integers() -> None:
+    whole, left, right = (FixedPointSum((5, 3), 4.0, 3, CPU) for _ in range(3))
+    for number, sample in enumerate(samples()):
+        whole.add_sample(sample)
+        (left if number == 1 else right).add_sample(sample)
+    assert torch.equal(left.total + right.total, whole.total)
+
+
+@pytest.mark.parametrize("value", [1.0e6, math.nan, math.inf, -math.inf])
+def test_what_does_not_fit_is_told(value: float) -> None:
+    found = FixedPointSum((2,), 1.0, 2, CPU)
+    found.add_sample(torch.tensor([1.0, value]))
+    assert found.largest > found.limit
+    assert math.isinf(found.largest) is not math.isfinite(value)
