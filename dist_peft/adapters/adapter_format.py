@@ -11,8 +11,11 @@ from typing import Any
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
 from dist_peft.adapters.ia3.format import Ia3Format
+from dist_peft.adapters.loha.format import LohaFormat
+from dist_peft.adapters.lokr.format import LokrFormat
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.protocol import AdapterFormat
+from dist_peft.adapters.vera.format import VeraFormat
 from dist_peft.adapters.virtual_tokens.format import VirtualTokensFormat
 
 __all__ = ["ADAPTER_FORMATS", "PEFT_TYPES", "find_format"]
@@ -20,6 +23,9 @@ __all__ = ["ADAPTER_FORMATS", "PEFT_TYPES", "find_format"]
 
 ADAPTER_FORMATS: tuple[AdapterFormat, ...] = (
     LoraFormat(),
+    VeraFormat(),
+    LohaFormat(),
+    LokrFormat(),
     Ia3Format(),
     VirtualTokensFormat(),
     FusionFormat(),

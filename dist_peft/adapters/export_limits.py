@@ -17,6 +17,7 @@ class ExportLimits:
     Attributes:
         merged, separate, adapter: against each ``ExportContent``.
         gptq_linears: against a separate adapter on linears of GPTQ.
+        bnb_linears: against a separate adapter on linears of bitsandbytes.
         fits_zero_points: a merge into an integer base keeps its codes and changes its zeros only.
     """
 
@@ -24,6 +25,7 @@ class ExportLimits:
     separate: str | None = None
     adapter: str | None = None
     gptq_linears: str | None = None
+    bnb_linears: str | None = None
     fits_zero_points: bool = False
 
     def get_reason(self, content: ExportContent) -> str | None:

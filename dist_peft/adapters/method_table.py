@@ -1,6 +1,7 @@
 """Configuration section -> adapter method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,13 @@ from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.adapters.ia3.method import Ia3Adapter
+from dist_peft.adapters.loha.method import LohaAdapter
+from dist_peft.adapters.lokr.method import LokrAdapter
 from dist_peft.adapters.lora.method import LoraAdapter
+from dist_peft.adapters.low_rank.method import LinearsAdapter
 from dist_peft.adapters.protocol import Adapter, AdapterDefaults, PublicAdapter
 from dist_peft.adapters.qalora.method import QaLoraAdapter
+from dist_peft.adapters.vera.method import VeraAdapter
 from dist_peft.adapters.virtual_tokens.p_tuning import PTuningAdapter
 from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixAdapter
 from dist_peft.adapters.virtual_tokens.prompt_tuning import PromptTuningAdapter
@@ -22,15 +27,28 @@ from dist_peft.core.config.run import (
     FullConfig,
     FusionConfig,
     Ia3Config,
+    LinearsConfig,
+    LohaConfig,
+    LokrConfig,
     LoraConfig,
     PartialConfig,
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
     QaLoraConfig,
+    VeraConfig,
 )
 
 __all__ = ["NoAdapter", "make_adapter"]
+
+_ON_LINEARS: dict[type[LinearsConfig], Callable[..., LinearsAdapter[Any, Any]]] = {
+    LoraConfig: LoraAdapter,
+    QaLoraConfig: QaLoraAdapter,
+    VeraConfig: VeraAdapter,
+    LohaConfig: LohaAdapter,
+    LokrConfig: LokrAdapter,
+}
+"""Methods that are built alike."""
 
 
 class NoAdapter(AdapterDefaults):
@@ -55,10 +73,9 @@ def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -
         arithmetic: type in which adapters compute; their parameters are always float32, and so is
             the arithmetic of IA3 and of those with virtual tokens.
     """
-    if isinstance(config, LoraConfig):
-        return LoraAdapter(config, seed=seed, arithmetic=arithmetic)
-    if isinstance(config, QaLoraConfig):
-        return QaLoraAdapter(config, seed=seed, arithmetic=arithmetic)
+    if isinstance(config, LinearsConfig):
+        method = _ON_LINEARS[type(config)]
+        return method(config, seed=seed, arithmetic=arithmetic)
     if isinstance(config, Ia3Config):
         return Ia3Adapter(config)
     if isinstance(config, PromptConfig):

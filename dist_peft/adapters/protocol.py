@@ -290,6 +290,11 @@ class AdapterFormat(Protocol):
         """Whether the ecosystem's library applies the method to GPTQ linears."""
         ...
 
+    @property
+    def on_bnb_linears(self) -> bool:
+        """Whether it applies the method to linears of bitsandbytes."""
+        ...
+
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether these contents of a configuration are of this method."""
         ...
@@ -333,6 +338,7 @@ class PeftFormat:
     safe_saving = "PEFT: save_pretrained(..., safe_serialization=True)"
     joins_head = True
     on_gptq_linears = True
+    on_bnb_linears = True
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether ``peft_type`` is one of ``peft_types``."""

@@ -1,6 +1,6 @@
 """What limits a planned run, and options that change it."""
 
-from dist_peft.core.config.run import LowRankConfig, RunConfig
+from dist_peft.core.config.run import LokrConfig, LowRankConfig, RunConfig
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.run_plan import RunPlan
 
@@ -28,8 +28,9 @@ def list_changes(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str
         options.append((tokens // 2, "engine.activation_checkpointing=true"))
     learning = sizes.get("adapter", 0) + sizes.get("optimizer state", 0)
     gradients = sizes.get("gradients", 0)
-    if isinstance(config.adapter, LowRankConfig) and config.adapter.r > 4:
-        options.append(((learning + gradients) // 2, f"adapter.r={config.adapter.r // 2}"))
+    adapter = config.adapter
+    if isinstance(adapter, LowRankConfig) and not isinstance(adapter, LokrConfig) and adapter.r > 4:
+        options.append(((learning + gradients) // 2, f"adapter.r={adapter.r // 2}"))
     if config.train.optimizer == "adamw" and plan.engine != "zero":
         options.append((sizes.get("optimizer state", 0) * 3 // 4, "train.optimizer=adamw8bit"))
     packed = sizes.get("packed base", 0)

@@ -9,7 +9,7 @@ is depends on the processor (``quant.cpu_products``)::
 forward and backward alike. Activations are kept for backward in their own type in both ways, so
 that the second one needs no more memory between the two.
 
-The low-rank product keeps its factors as objects, not by ``save_for_backward``: engines free them
+The low-rank products keep their factors as objects, not by ``save_for_backward``: engines free them
 after forward and fill them again before backward (see ``quant.frozen_matmul``).
 """
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dist_peft.quant.cpu_products import has_fast_product
 
-__all__ = ["apply_linear", "apply_low_rank", "multiply_batched"]
+__all__ = ["apply_linear", "apply_low_rank", "apply_scaled_projections", "multiply_batched"]
 
 
 def apply_low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -70,6 +70,63 @@ class _LowRankProduct(torch.autograd.Function):
             if need_x:
                 dx = (inner_grad @ ctx.A.to(dtype)).view(x.shape).to(x.dtype)
         return dx, dA, dB, None, None
+
+
+def apply_scaled_projections(
+    x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``b * (B (d * (A x)))``: frozen projections, of which two vectors scale the outputs.
+
+    Backward needs ``A x`` only, ``r`` numbers a token, and neither ``x`` nor the output.
+
+    Args:
+        x: ``[..., in]``, any float type.
+        A, B: ``[r, in]``, ``[out, r]``, frozen.
+        d, b: ``[r]``, ``[out]``, float32.
+        dtype: arithmetic type.
+
+    Returns:
+        ``[..., out]`` in ``dtype``.
+    """
+    change: Tensor = _ScaledProjections.apply(x, A, d, B, b, dtype)
+    return change
+
+
+class _ScaledProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.A, ctx.d, ctx.B, ctx.b = A, d, B, b
+        work = dtype if has_fast_product(x.device, dtype) else torch.float32
+        inner = functional.linear(x.to(work), A.to(work))
+        ctx.x_like = (x.shape, x.dtype)
+        ctx.save_for_backward(inner)
+        outer = functional.linear(inner * d.to(work), B.to(work))
+        return outer.mul_(b.to(work)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inner,) = ctx.saved_tensors
+        dtype = inner.dtype
+        need_x, _, need_d, _, need_b = ctx.needs_input_grad[:5]
+        inner = inner.flatten(0, -2)
+        grad = grads[0].to(dtype).flatten(0, -2)
+        B, d = ctx.B.to(dtype), ctx.d.to(dtype)
+        dx = dd = db = None
+        if need_b:
+            # sum over tokens of the outputs times their gradients, without the outputs
+            products = (inner.T @ grad).T.float()
+            db = (products * (ctx.B.float() * ctx.d.float())).sum(1).to(ctx.b.dtype)
+        if need_x or need_d:
+            rank_grad = (grad * ctx.b.to(dtype)) @ B
+            if need_d:
+                dd = (rank_grad.float() * inner.float()).sum(0).to(ctx.d.dtype)
+            if need_x:
+                shape, x_dtype = ctx.x_like
+                dx = ((rank_grad * d) @ ctx.A.to(dtype)).view(shape).to(x_dtype)
+        return dx, None, dd, None, db, None
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

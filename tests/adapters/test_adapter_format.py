@@ -8,8 +8,11 @@ from dist_peft.adapters.adapter_format import ADAPTER_FORMATS, PEFT_TYPES, find_
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
 from dist_peft.adapters.ia3.format import Ia3Format
+from dist_peft.adapters.loha.format import LohaFormat
+from dist_peft.adapters.lokr.format import LokrFormat
 from dist_peft.adapters.lora.format import LoraFormat
 from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.adapters.vera.format import VeraFormat
 from dist_peft.adapters.virtual_tokens.format import VirtualTokensFormat
 from dist_peft.core.errors import UserError
 
@@ -22,6 +25,9 @@ FUSION: dict[str, Any] = {"config": {"query_before_ln": False}, "name": "a,b"}
     [
         ({"peft_type": "LORA"}, LoraFormat),
         ({"peft_type": "QALORA"}, LoraFormat),
+        ({"peft_type": "VERA"}, VeraFormat),
+        ({"peft_type": "LOHA"}, LohaFormat),
+        ({"peft_type": "LOKR"}, LokrFormat),
         ({"peft_type": "IA3"}, Ia3Format),
         ({"peft_type": "P_TUNING"}, VirtualTokensFormat),
         ({"peft_type": "P_TUNING_PLACED"}, VirtualTokensFormat),

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "adapter": {"kind": "qalora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
         "quant": INT4,
     },
+    "vera": {"adapter": {"kind": "vera", "r": 5}},
     "ia3": {"adapter": {"kind": "ia3"}},
     "bottleneck": {"adapter": {"kind": "bottleneck", "train_layernorm": True}},
     "prompt": {"adapter": {"kind": "prompt", "num_virtual_tokens": 3, "init": "random"}},

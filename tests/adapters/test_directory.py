@@ -237,7 +237,9 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold a JSON object"):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps({"peft_type": "BONE"}))
-    with pytest.raises(UserError, match="peft_type is 'BONE'; only LORA, QALORA, IA3, PROMPT"):
+    with pytest.raises(
+        UserError, match="peft_type is 'BONE'; only LORA, QALORA, VERA, LOHA, LOKR, IA3"
+    ):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps(public().config))
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):

@@ -9,10 +9,13 @@ from dist_peft.core.config.adapter import (
     BottleneckConfig,
     FullConfig,
     Ia3Config,
+    LohaConfig,
+    LokrConfig,
     LoraConfig,
     PrefixConfig,
     PTuningConfig,
     QaLoraConfig,
+    VeraConfig,
 )
 from dist_peft.core.config.types import ConfigSection
 
@@ -27,6 +30,9 @@ def limits(config: ConfigSection, *, tied: bool = False) -> ExportLimits:
     [
         (LoraConfig(), set()),
         (QaLoraConfig(), set()),
+        (VeraConfig(), set()),
+        (LohaConfig(), set()),
+        (LokrConfig(), set()),
         (Ia3Config(), set()),
         (PrefixConfig(), {"merged", "separate"}),
         (PTuningConfig(), {"merged", "separate"}),
@@ -41,7 +47,9 @@ def test_contents_that_a_method_cannot_have(config: ConfigSection, refused: set[
     contents = ("merged", "separate", "adapter")
     assert {content for content in contents if found.get_reason(content)} == refused
     assert found.fits_zero_points == isinstance(config, QaLoraConfig)
-    assert (found.gptq_linears is not None) == isinstance(config, Ia3Config)
+    without = (Ia3Config, VeraConfig, LohaConfig, LokrConfig)
+    assert (found.gptq_linears is not None) == isinstance(config, without)
+    assert (found.bnb_linears is not None) == isinstance(config, LohaConfig | LokrConfig)
 
 
 def test_adapted_embedding_of_a_tied_base_is_not_merged() -> None:

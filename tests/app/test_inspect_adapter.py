@@ -88,7 +88,15 @@ PEFTS: dict[str, tuple[Callable[[], peft.PeftConfig], tuple[str, ...]]] = {
     ),
     "loha": (
         lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=["q_proj"]),
-        ("method       LOHA r=2 alpha=4\n", "not read     "),
+        ("method       LOHA r=2 alpha=4\n", "targets      q_proj\n"),
+    ),
+    "vera": (
+        lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
+        ("method       VERA r=2 projections=saved\n", "targets      q_proj\n"),
+    ),
+    "boft": (
+        lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+        ("method       BOFT", "not read     "),
     ),
     "lora with biases": (
         lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all"),
@@ -113,7 +121,7 @@ def test_of_peft(case: str, base: Path, tmp_path: Path) -> None:
     assert all(part in text for part in wanted), text
     assert counted(tmp_path / "adapter_model.safetensors") in text
     assert f"base         {base}\n" in text
-    if case in ("lora, many targets", "prompt", "ia3"):
+    if case in ("lora, many targets", "prompt", "ia3", "loha", "vera"):
         assert "not read" not in text
 
 

@@ -10,10 +10,11 @@ from its checkpoint on the next engine::
 Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
 The losses must be those of one process that was never cut, they must fall, and what the run leaves
-must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded), IA3
-and virtual tokens, ``transformers`` for merged weights of the base. Bottleneck adapters and
-AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``, ``test_fusion.py``), which
-wants another environment; here a fresh run starts from their files instead.
+must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded),
+VeRA, LoHa, LoKr, IA3, virtual tokens; ``transformers`` for merged weights of the base. Bottleneck
+adapters and AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``,
+``test_fusion.py``), which wants another environment; here a fresh run starts from their files
+instead.
 """
 
 import json
@@ -45,7 +46,10 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]
 
 STEPS, CUT = 3, 1
-PEFT = ("lora", "qalora", "ia3", "prompt", "ptuning", "prefix", "eva", "lora_ga")
+PEFT = (
+    *("lora", "qalora", "vera", "loha", "lokr", "ia3", "prompt", "ptuning", "prefix"),
+    *("eva", "lora_ga"),
+)
 BASES: dict[str, dict[str, Any]] = {
     # one row at a time: a gradient of two rows is rounded to bfloat16 once, that of each row twice
     "bf16": {
@@ -60,6 +64,9 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "lora": (3e-3, {"r": 3, "alpha": 6, "dropout": 0.1}),
     # not down_proj: its 172 inputs are no whole number of groups
     "qalora": (3e-3, {"r": 3, "alpha": 6, "target_modules": [r".*self_attn\..*", "gate_proj"]}),
+    "vera": (1e-1, {"r": 27, "dropout": 0.1}),
+    "loha": (1e-2, {"r": 3, "alpha": 12, "dropout": 0.1}),
+    "lokr": (1e-2, {"r": 3, "alpha": 12, "dropout": 0.1}),
     "ia3": (3e-2, {}),
     "bottleneck": (3e-3, {"reduction_factor": 9, "dropout": 0.1}),
     "fusion": (1e-2, {}),
@@ -73,8 +80,9 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 """Method -> learning rate, adapter section."""
 
-ONE_BASE = {"eva": "nf4", "lora_ga": "int4"}
-"""Initializations of LoRA, which differ from it in the first step and in what is written."""
+ONE_BASE = {"eva": "nf4", "lora_ga": "int4", "vera": "bf16", "loha": "nf4", "lokr": "int4"}
+"""Initializations of LoRA, which differ from it in the first step and in what is written, and
+layers that share their code with LoRA's are tried on one kind of base each."""
 
 REFUSED = {
     ("qalora", "bf16"): "qalora",

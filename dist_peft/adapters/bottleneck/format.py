@@ -193,6 +193,7 @@ class BottleneckFormat:
     safe_saving = "adapters: save_adapter(..., use_safetensors=True)"
     joins_head = False
     on_gptq_linears = False
+    on_bnb_linears = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is AdapterHub's."""

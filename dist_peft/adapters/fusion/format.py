@@ -166,6 +166,7 @@ class FusionFormat:
     safe_saving = "adapters: save_adapter_fusion(..., use_safetensors=True)"
     joins_head = False
     on_gptq_linears = False
+    on_bnb_linears = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration is a fusion's."""

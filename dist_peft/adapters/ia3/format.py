@@ -15,13 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from dist_peft.adapters.ia3.merge import Ia3Merger, Rescaling
+from dist_peft.adapters.peft_tensors import (
+    MODULE_PREFIX,
+    build_linears_config,
+    group_peft_tensors,
+)
 from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.core.errors import UserError
 
 __all__ = ["Ia3Format", "public_ia3", "read_rescalings"]
-
-_PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
-_UNSUPPORTED = ("fan_in_fan_out", "modules_to_save")
 
 
 class Ia3Format(PeftFormat):
@@ -70,18 +72,13 @@ def public_ia3(
     """
     targets, inputs = _shortest_names(set(vectors), set(feedforward), all_names)
     config = {
-        "peft_type": "IA3",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "target_modules": targets,
+        **build_linears_config("IA3", targets, base),
         "feedforward_modules": inputs,
         "fan_in_fan_out": False,
-        "modules_to_save": None,
         "init_ia3_weights": True,
     }
     tensors = {
-        f"{_PREFIX}{path}{_SUFFIX}": vector.reshape((1, -1) if path in feedforward else (-1, 1))
+        f"{MODULE_PREFIX}{path}.ia3_l": vector.reshape((1, -1) if path in feedforward else (-1, 1))
         for path, vector in vectors.items()
     }
     return PublicAdapter(config, tensors)
@@ -108,26 +105,11 @@ def read_rescalings(public: PublicAdapter) -> dict[str, Rescaling]:
         UserError: a tensor is empty, of another method or shape, or the adapter holds more than
             rescaling vectors of linears.
     """
-    if used := [key for key in _UNSUPPORTED if public.config.get(key)]:
-        raise UserError(
-            f"the IA3 adapter was trained with {used[0]}, which is not read here and would be "
-            "lost; merge it with PEFT itself"
-        )
-    found: dict[str, Rescaling] = {}
-    for key, value in public.tensors.items():
-        if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX)):
-            raise UserError(
-                f"adapter tensor {key} is no IA3 tensor; merge this adapter with PEFT itself"
-            )
-        path = key[len(_PREFIX) : -len(_SUFFIX)]
-        if value.numel() == 0:
-            raise UserError(
-                f"adapter tensor {key} is empty: the adapter was saved without its data"
-            )
-        found[path] = _read_rescaling(key, path, value, public.config)
-    if not found:
-        raise UserError("the adapter has no tensors: it was saved without its data")
-    return found
+    modules = group_peft_tensors(public, ("ia3_l",), "IA3", unsupported=("fan_in_fan_out",))
+    return {
+        path: _read_rescaling(f"{MODULE_PREFIX}{path}.ia3_l", path, own["ia3_l"], public.config)
+        for path, own in modules.items()
+    }
 
 
 def _read_rescaling(key: str, path: str, value: Tensor, config: Mapping[str, Any]) -> Rescaling:

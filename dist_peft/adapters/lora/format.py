@@ -32,6 +32,7 @@ from torch import Tensor
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
+from dist_peft.adapters.peft_tensors import to_json_number
 from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.config.run import LoraConfig, LowRankConfig
@@ -168,15 +169,15 @@ def _build_peft_config(
     if doubled:  # first in the dict: PEFT takes the first key that matches
         for path in plain:
             ranks[path] = resolve_pattern_value(config.rank_pattern, path, config.r)
-            alphas[path] = _to_json_number(
+            alphas[path] = to_json_number(
                 resolve_pattern_value(config.alpha_pattern, path, config.alpha)
             )
     ranks |= {key: r * rank_factor for key, r in config.rank_pattern.items()}
-    alphas |= {key: _to_json_number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
+    alphas |= {key: to_json_number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
     return {
         **build_common_config(config, target_names, base),
         "r": config.r * rank_factor,
-        "lora_alpha": _to_json_number(config.alpha * alpha_factor),
+        "lora_alpha": to_json_number(config.alpha * alpha_factor),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
@@ -194,11 +195,11 @@ def build_common_config(
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": _to_json_number(config.alpha),
+        "lora_alpha": to_json_number(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": list(target_names),
         "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": {key: _to_json_number(a) for key, a in config.alpha_pattern.items()},
+        "alpha_pattern": {key: to_json_number(a) for key, a in config.alpha_pattern.items()},
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
@@ -206,8 +207,3 @@ def build_common_config(
         "modules_to_save": None,
         "init_lora_weights": True,
     }
-
-
-def _to_json_number(value: float) -> float:
-    """Whole numbers as ``int``: some readers of ``lora_alpha`` take nothing else."""
-    return int(value) if float(value).is_integer() else value

@@ -1,7 +1,8 @@
-"""Shared by the low-rank methods: match targets, wrap them, gather the trained parameters."""
+"""Shared by the methods that add a change to linears: match targets, wrap them, gather the trained
+parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -14,18 +15,21 @@ from dist_peft.adapters.targets import (
     list_adapter_targets,
     resolve_pattern_value,
 )
-from dist_peft.core.config.run import LowRankConfig
+from dist_peft.core.config.run import LinearsConfig, LowRankConfig
+from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.sample_dropout import DropoutPosition
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
-__all__ = ["LowRankAdapter"]
+__all__ = ["LinearsAdapter", "LowRankAdapter"]
 
-Config = TypeVar("Config", bound=LowRankConfig)
+Config = TypeVar("Config", bound=LinearsConfig)
+RankConfig = TypeVar("RankConfig", bound=LowRankConfig)
 Layer = TypeVar("Layer", bound=LowRankModule)
 
 
-class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
-    """What LoRA and QA-LoRA share: targets, ranks, dropout position and gathered factors.
+class LinearsAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
+    """Targets, dropout position and gathered parameters.
 
     Attributes:
         layers: the wrappers by path, once attached.
@@ -47,8 +51,7 @@ class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
             UserError: targets or patterns match nothing, or settings that exclude each other.
         """
         names = self._list_target_names(model)
-        check_pattern_keys("rank_pattern", self.config.rank_pattern, names)
-        check_pattern_keys("alpha_pattern", self.config.alpha_pattern, names)
+        self._prepare_targets(names, model)
         # of the modules that transformers has, too
         modules = list(model.named_modules())
         self._all_names = [name for name, m in modules if not isinstance(m, ExpertStack)]
@@ -61,15 +64,26 @@ class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
         return list_adapter_targets(self.config.target_modules, model)
 
     @abstractmethod
+    def _prepare_targets(self, names: Sequence[str], model: nn.Module) -> None:
+        """Check settings against all targets before the first is wrapped."""
+
+    @abstractmethod
     def _build_layer(self, name: str, module: nn.Module) -> Layer:
         """The wrapper of one target."""
 
-    def _resolve_rank_and_alpha(self, name: str) -> tuple[int, float]:
-        config = self.config
-        return (
-            resolve_pattern_value(config.rank_pattern, name, config.r),
-            resolve_pattern_value(config.alpha_pattern, name, config.alpha),
-        )
+    def _require_linear(self, name: str, module: nn.Module) -> FrozenLinear:
+        """Return ``module``, which is no experts of a mixture."""
+        if isinstance(module, ExpertStack):
+            raise UserError(
+                f"adapter.kind {self.config.kind} is not for experts such as {name}; list "
+                "adapter.target_modules without experts, such as [q_proj, k_proj, v_proj, o_proj], "
+                "or use adapter.kind lora"
+            )
+        assert isinstance(module, FrozenLinear)
+        return module
+
+    def _build_dropout(self, name: str) -> SampleDropout:
+        return SampleDropout(self.config.dropout, name, self.position)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -102,3 +116,18 @@ class LowRankAdapter(AdapterDefaults, ABC, Generic[Config, Layer]):
         last = sorted({name.rpartition(".")[2] for name in layers})
         meant = [name for name in self._all_names if name.rpartition(".")[2] in last]
         return last if set(meant) == layers else sorted(layers)
+
+
+class LowRankAdapter(LinearsAdapter[RankConfig, Layer]):
+    """Methods with a rank and an alpha for each target."""
+
+    def _prepare_targets(self, names: Sequence[str], model: nn.Module) -> None:
+        check_pattern_keys("rank_pattern", self.config.rank_pattern, names)
+        check_pattern_keys("alpha_pattern", self.config.alpha_pattern, names)
+
+    def _resolve_rank_and_alpha(self, name: str) -> tuple[int, float]:
+        config = self.config
+        return (
+            resolve_pattern_value(config.rank_pattern, name, config.r),
+            resolve_pattern_value(config.alpha_pattern, name, config.alpha),
+        )

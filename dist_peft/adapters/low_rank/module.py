@@ -5,7 +5,6 @@ Parameters are float32 and cast to the arithmetic type in forward; no engine nee
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class LowRankSpec:
 
 
 class LowRankModule(SwitchableLayer, ABC):
-    """A wrapper with two factors and maybe more.
+    """A wrapper with factors, whose product starts at zero.
 
     Attributes:
         path: the wrapped module's name in the model.
@@ -44,7 +43,7 @@ class LowRankModule(SwitchableLayer, ABC):
         starts_at_zero: the parameter whose zeros make the start the base's own function.
     """
 
-    starts_at_zero: ClassVar[str]
+    starts_at_zero: str
 
     def __init__(self, path: str, spec: LowRankSpec) -> None:
         super().__init__()

@@ -27,7 +27,8 @@ Differences: the authors' repository and PEFT scale the sum (``adapters.low_rank
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
+from dist_peft.adapters.low_rank.linear_layer import LowRankLinear
+from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 
@@ -39,7 +40,7 @@ def pool_groups(x: Tensor, size: int) -> Tensor:
     return x.unflatten(-1, (-1, size)).sum(-1)
 
 
-class QaLoraLinear(LowRankModule):
+class QaLoraLinear(LowRankLinear):
     """A ``FrozenLinear`` with factors on the sums of groups of inputs.
 
     Args:
@@ -67,25 +68,16 @@ class QaLoraLinear(LowRankModule):
         dropout: SampleDropout,
         device: torch.device | str = "meta",
     ) -> None:
-        super().__init__(path, spec)
-        self.base = base
+        super().__init__(base, path, spec, dropout)
         self.pool_size = pool_size
-        self.dropout = dropout
         self._add_meta_parameter(
             "lora_A", (spec.r, base.in_features // pool_size), device, train=True
         )
         self._add_meta_parameter("lora_B", (base.out_features, spec.r), device, train=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of the base's output."""
-        if not self.is_enabled:
-            disabled: Tensor = self.base(x)
-            return disabled
+    def _compute_update(self, x: Tensor) -> Tensor:
         pooled = self.dropout(pool_groups(x.to(self.spec.arithmetic), self.pool_size))
-        # before the frozen product, which recomputation may then leave out (lora.layer)
-        change = self._multiply_factors(pooled, self.lora_A, self.lora_B)
-        y: Tensor = self.base(x)
-        return (y + change).to(y.dtype)
+        return self._multiply_factors(pooled, self.lora_A, self.lora_B)
 
     def _draw_initial_values(self, name: str) -> Tensor:
         bound = self.base.in_features**-0.5

@@ -12,9 +12,7 @@ from dist_peft.adapters.qalora.format import to_public_qalora
 from dist_peft.adapters.qalora.layer import QaLoraLinear
 from dist_peft.core.config.run import QaLoraConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear
-from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["QaLoraAdapter"]
 
@@ -40,17 +38,11 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
         super().attach_to_model(model)
 
     def _build_layer(self, name: str, module: nn.Module) -> QaLoraLinear:
-        if isinstance(module, ExpertStack):
-            raise UserError(
-                f"adapter.kind qalora is not for experts such as {name}; list "
-                "adapter.target_modules without experts, such as [q_proj, k_proj, v_proj, o_proj], "
-                "or use adapter.kind lora"
-            )
-        assert isinstance(module, FrozenLinear)
+        linear = self._require_linear(name, module)
         r, alpha = self._resolve_rank_and_alpha(name)
         spec = LowRankSpec(r, alpha / r, self.arithmetic, self.seed)
-        dropout = SampleDropout(self.config.dropout, name, self.position)
-        return QaLoraLinear(module, name, spec, self._resolve_pool_size(name, module), dropout)
+        pool_size = self._resolve_pool_size(name, linear)
+        return QaLoraLinear(linear, name, spec, pool_size, self._build_dropout(name))
 
     def _resolve_pool_size(self, name: str, module: FrozenLinear) -> int:
         """The size of pool groups, which must be unions of the base's groups."""

@@ -7,6 +7,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dist_peft.core.config.fine_tuning import FullConfig, Part, PartialConfig, UnfreezeConfig
+from dist_peft.core.config.low_rank import (
+    LinearsConfig,
+    LohaConfig,
+    LokrConfig,
+    LowRankConfig,
+    VeraConfig,
+)
 from dist_peft.core.config.types import (
     ConfigSection,
     Float,
@@ -24,6 +31,9 @@ __all__ = [
     "FusedAdapter",
     "FusionConfig",
     "Ia3Config",
+    "LinearsConfig",
+    "LohaConfig",
+    "LokrConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -34,28 +44,9 @@ __all__ = [
     "PromptConfig",
     "QaLoraConfig",
     "UnfreezeConfig",
+    "VeraConfig",
     "VirtualTokensConfig",
 ]
-
-
-class LowRankConfig(ConfigSection):
-    """Options shared by LoRA and QA-LoRA."""
-
-    kind: str
-    r: Size = Field(16, description="Rank.")
-    alpha: Float = Field(32.0, gt=0, description="Scaling is alpha / r (rslora: alpha / sqrt(r)).")
-    dropout: Float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | Names = Field(
-        "all-linear",
-        description="all-linear: every linear inside the blocks, and experts. Or a list: names, "
-        "name endings or regular expressions, as in PEFT.",
-    )
-    rank_pattern: dict[str, Size] = Field(
-        default_factory=dict, description="Regular expression or name ending -> other rank."
-    )
-    alpha_pattern: dict[str, Positive] = Field(
-        default_factory=dict, description="Regular expression or name ending -> other alpha."
-    )
 
 
 class LoraConfig(LowRankConfig):
@@ -332,6 +323,9 @@ class NoAdapterConfig(ConfigSection):
 AdapterConfig = Annotated[
     LoraConfig
     | QaLoraConfig
+    | VeraConfig
+    | LohaConfig
+    | LokrConfig
     | Ia3Config
     | PromptConfig
     | PTuningConfig

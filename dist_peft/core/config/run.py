@@ -15,6 +15,9 @@ from dist_peft.core.config.adapter import (
     FullConfig,
     FusionConfig,
     Ia3Config,
+    LinearsConfig,
+    LohaConfig,
+    LokrConfig,
     LoraConfig,
     LowRankConfig,
     NoAdapterConfig,
@@ -24,6 +27,7 @@ from dist_peft.core.config.adapter import (
     PTuningConfig,
     QaLoraConfig,
     UnfreezeConfig,
+    VeraConfig,
     VirtualTokensConfig,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
@@ -41,6 +45,9 @@ __all__ = [
     "FullConfig",
     "FusionConfig",
     "Ia3Config",
+    "LinearsConfig",
+    "LohaConfig",
+    "LokrConfig",
     "LoraConfig",
     "LowRankConfig",
     "NoAdapterConfig",
@@ -55,6 +62,7 @@ __all__ = [
     "ScheduledSamplingConfig",
     "TrainConfig",
     "UnfreezeConfig",
+    "VeraConfig",
     "VirtualTokensConfig",
 ]
 

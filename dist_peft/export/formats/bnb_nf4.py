@@ -6,6 +6,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dist_peft.adapters.adapter_format import find_format
+from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.bnb_packer import BnbNf4Packer
@@ -59,7 +61,7 @@ class BnbNf4Export(PackedExport):
             packer.check_model_linears(run.skeleton.model)
         except UserError as error:
             return str(error)
-        return None
+        return run.limits.bnb_linears
 
     def explain_no_adapter(self) -> str:
         return "so there is no adapter to keep; leave out --keep-adapter"
@@ -84,6 +86,12 @@ class BnbNf4Export(PackedExport):
                 )
             )
         packer = KeptNf4Packer(rows.group_size, job.compute_dtype)
+        known = find_format(read_adapter_directory(job.adapter_dir, values=False).config)
+        if known is not None and not known.on_bnb_linears:
+            raise UserError(
+                "--keep-adapter keeps the adapter separate from linears of bitsandbytes, on which "
+                "PEFT does not support this method; leave it out to merge, or choose hf-bf16"
+            )
         job.check_output()
         with job.open_weights("base") as walk:
             packer.check_packable(walk)

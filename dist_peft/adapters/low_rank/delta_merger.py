@@ -1,0 +1,137 @@
+"""Merging a change that does not depend on the weight: ``W' = W + D``, row by row.
+
+What a method has to give is ``WeightDelta``: rows of ``D``. A merge writes the same bytes whatever
+its chunks if a row of ``D`` does not depend on which rows are computed with it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Never, Protocol
+
+from torch import Tensor
+
+from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.quant.codec_defaults import AffineParts
+
+__all__ = ["DeltaMerger", "ProductDelta", "WeightDelta"]
+
+
+class WeightDelta(Protocol):
+    """The change of one weight."""
+
+    @property
+    def shape(self) -> tuple[int, int | None]:
+        """Of the weight, ``[out, in]``; ``None``: as many columns as the weight has."""
+        ...
+
+    def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
+        """Return ``rows`` with rows ``span`` of the change added, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProductDelta:
+    """``B A``: ``B`` [out, r], ``A`` [r, in], scaled, float32."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
+        """See ``WeightDelta``."""
+        return add_blocked_product(rows, self.B, self.A.to(rows.device), span)
+
+
+class DeltaMerger:
+    """The ``WeightMerger`` of changes.
+
+    Args:
+        method: name of the method, for messages.
+        deltas: module path -> its change.
+    """
+
+    def __init__(self, method: str, deltas: Mapping[str, WeightDelta]) -> None:
+        self._method = method
+        self._deltas = {f"{path}.weight": delta for path, delta in deltas.items()}
+        self._rows_left = {name: delta.shape[0] for name, delta in self._deltas.items()}
+
+    def changes_weight(self, weight: str) -> bool:
+        """Return whether the adapter changes this weight."""
+        return weight in self._deltas
+
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Compare the adapter with the base's shapes. See ``WeightMerger``.
+
+        Raises:
+            UserError: the base has no such weight, or of another shape.
+        """
+        for weight in self._deltas:
+            if weight not in shapes:
+                raise UserError(
+                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
+                    "have: it belongs to another base"
+                )
+            self._check_shape(weight, *shapes[weight], is_whole=True)
+
+    def merge_weight_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """Return rows ``span`` of a weight with the adapter in them, float32.
+
+        Args:
+            weight: a name that ``changes_weight``.
+            rows: floating point ``[len(span), in]``.
+            span: rows of the weight.
+            in_base: of no effect: nothing was taken from a row before it was encoded.
+
+        Raises:
+            UserError: the shapes show that the adapter belongs to another base.
+        """
+        delta = self._deltas[weight]
+        self._check_shape(weight, span.stop, rows.shape[1])
+        merged = delta.add_to_rows(rows, span)
+        self._rows_left[weight] -= len(span)
+        return merged
+
+    def _check_shape(self, weight: str, rows: int, columns: int, *, is_whole: bool = False) -> None:
+        out, inputs = self._deltas[weight].shape
+        fits = rows == out if is_whole else rows <= out
+        if not fits or inputs not in (None, columns):
+            raise UserError(
+                f"{weight}: the adapter is for a weight of {out} rows"
+                f"{'' if inputs is None else f' and {inputs} columns'}, but the base's has "
+                f"{rows}{'' if is_whole else ' or more'} rows of {columns}; it belongs to another "
+                "base"
+            )
+
+    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """Return the rows that were quantized: ``rows`` themselves."""
+        return rows
+
+    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
+        """Refuse: zeros cannot hold the change.
+
+        Raises:
+            UserError: always.
+        """
+        self.compute_group_change(weight, parts, span)
+
+    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
+        """Refuse: the weights of a group change differently.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{weight}: {self._method} changes the weights of a group differently, which the "
+            "zeros of an integer base cannot hold; only adapter.kind qalora merges into zeros"
+        )
+
+    def list_unused_tensors(self) -> list[str]:
+        """Return adapted weights of which not every row was merged."""
+        return [name for name, rows in self._rows_left.items() if rows > 0]
