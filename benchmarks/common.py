@@ -122,7 +122,8 @@ class Memory:
 class PeakMemory:
     """Context manager: the largest resident set (exact) and private memory (sampled) inside it.
 
-    The kernel's high-water mark is reset on entry where the kernel permits it.
+    The kernel's high-water mark is reset on entry where the kernel permits it. Sampling takes CPU
+    time, its own and that of whoever waits for the interpreter: measure seconds in another run.
     """
 
     def __enter__(self) -> Self:

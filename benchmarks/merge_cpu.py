@@ -2,16 +2,17 @@
 
     python benchmarks/merge_cpu.py [--base DIR] [--repeats 5] [--no-consumer]
 
-Sides take turns in one process with one thread; each round deletes what it wrote. CPU seconds,
-user and system. Imports are not counted: a first round that is not counted does them. Building the
-model from its configuration, which does not depend on the size of the weights, is counted, and
-shown apart. Private memory is the peak above that before the side ran.
+Sides take turns in one process with one thread, every other round in reverse order as far as a
+merge precedes its verification; each round deletes what it wrote. CPU seconds, user and system.
+Imports are not counted: a first round that is not counted does them. Building the model from its
+configuration, which does not depend on the size of the weights, is counted, and shown apart.
+Private memory is the peak above that before the side ran, measured in a second round of its own,
+because sampling takes CPU time.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -40,10 +41,14 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Side:
-    """CPU seconds, and the peak of private memory in bytes above that before."""
+    """CPU seconds, user and system."""
 
-    seconds: float
-    private: int
+    user: float
+    system: float
+
+    @property
+    def seconds(self) -> float:
+        return self.user + self.system
 
 
 def make_large_base(directory: Path) -> Path:
@@ -70,15 +75,20 @@ def record_base(base: Path, adapter: Path) -> None:
     (adapter / "dist_peft.json").write_text(json.dumps(record.to_metadata()))
 
 
-def measure(run: Callable[[], Any]) -> Side:
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+def measure_memory(run: Callable[[], Any]) -> int:
+    """Peak of private memory in bytes above that before."""
     with PeakMemory() as memory:
         run()
-    after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    seconds = sum(
-        b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(usage, after, strict=True)
-    )
-    return Side(seconds, memory.anonymous - memory.before.anonymous)
+    return memory.anonymous - memory.before.anonymous
+
+
+def measure_time(run: Callable[[], Any]) -> Side:
+    before = os.times()
+    run()
+    after = os.times()
+    user = after.user + after.children_user - before.user - before.children_user
+    system = after.system + after.children_system - before.system - before.children_system
+    return Side(user, system)
 
 
 def make_sides(base: Path, scratch: Path, *, consumer: bool) -> dict[str, Callable[[], Any]]:
@@ -121,7 +131,7 @@ def summarize(rounds: list[dict[str, Side]]) -> dict[str, Any]:
     names = list(rounds[0])
     summary: dict[str, Any] = {
         "median_seconds": {n: statistics.median(r[n].seconds for r in rounds) for n in names},
-        "private_peak": {n: max(r[n].private for r in rounds) for n in names},
+        "median_system_seconds": {n: statistics.median(r[n].system for r in rounds) for n in names},
         "merge_over_cp": find_ratio("merge --no-verify"),
         "merge_without_building_over_cp": statistics.median(
             (r["merge --no-verify"].seconds - r["building the model"].seconds) / r["cp"].seconds
@@ -147,14 +157,20 @@ def main() -> None:
         scratch = Path(directory)
         base = args.base or make_large_base(scratch / "base")
         sides = make_sides(base, scratch, consumer=not args.no_consumer)
+        verified = [name for name in sides if name.startswith("--verify")]
+        merged = [name for name in sides if name not in verified]
         rounds: list[dict[str, Side]] = []
-        for repeat in range(args.repeats + 1):
+        peaks: dict[str, int] = {}
+        for repeat in range(args.repeats + 2):
             found = {}
-            for name, run in sides.items():
-                found[name] = measure(run)
+            for name in [*merged, *verified] if repeat % 2 else [*merged[::-1], *verified[::-1]]:
+                if repeat < 2:
+                    peaks[name] = measure_memory(sides[name])
+                else:
+                    found[name] = measure_time(sides[name])
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-            if repeat:
-                rounds.append(found)
+            if repeat >= 2:
+                rounds.append({name: found[name] for name in sides})
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     summary = summarize(rounds)
     ratios = {
@@ -172,7 +188,7 @@ def main() -> None:
                 name,
                 f"{seconds:.2f}",
                 f"{ratios[name]:.1f}" if ratios.get(name) else "",
-                summary["private_peak"][name] / MIB,
+                peaks[name] / MIB,
             )
             for name, seconds in summary["median_seconds"].items()
         ],
@@ -180,7 +196,8 @@ def main() -> None:
     without = summary["merge_without_building_over_cp"]
     print(f"\nthe merge without building the model: {without:.2f} times cp")
     load = os.getloadavg()
-    write_result("merge_cpu", {"bytes": size, "load": load, **summary, "rounds": rounds})
+    result = {"bytes": size, "tokens": TOKENS, "load": load, "private_peak": peaks}
+    write_result("merge_cpu", {**result, **summary, "rounds": rounds})
 
 
 if __name__ == "__main__":

@@ -63,8 +63,12 @@ State = Literal["original", "decoded", "codes", "base"]
 _GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
 CHUNK_BYTES = 8 * 2**20
-"""Default size of a chunk of rows in float32: small enough for a processor's cache and for the
-allocator to use the memory again (``core.host_memory``), large enough to hide a call's cost."""
+"""Most bytes of a chunk of rows in float32, by default: the allocator uses such memory again
+(``core.host_memory``)."""
+
+_CACHED_BYTES = 4 * 2**20
+"""Bytes of a chunk where that is ``BLOCK_ROWS`` rows or more: small enough for a processor's cache
+from reading to writing, large enough to hide a call's cost."""
 
 
 class MergedWeights:
@@ -78,7 +82,7 @@ class MergedWeights:
         keep_zeros: block weights that are exactly 0 in the base stay 0 (pruned bases).
 
     Attributes:
-        chunk_bytes: size of a chunk of rows in float32.
+        chunk_bytes: most bytes of a chunk of rows in float32.
         weights: every tensor of the base, in the order of its files.
 
     Raises:
@@ -152,7 +156,8 @@ class MergedWeights:
         """Yield row spans of at most ``chunk_bytes``; all but the last have a multiple of
         ``multiple`` rows, and at least that many."""
         row = 4 * max(1, torch.Size(weight.info.shape[1:]).numel())
-        rows = max(1, self.chunk_bytes // row // multiple) * multiple
+        wanted = min(self.chunk_bytes // row, max(BLOCK_ROWS, _CACHED_BYTES // row))
+        rows = max(1, wanted // multiple) * multiple
         block = math.lcm(multiple, BLOCK_ROWS)
         rows -= rows % block if rows > block else 0
         yield from Span(0, weight.num_rows).split_into_chunks(rows)

@@ -18,7 +18,7 @@ rows at once. Every byte counts; a change is missed with a chance of 2^-64.
 Where the time of it goes (``benchmarks/hash_cost.py``): a call for each row of 8 KB takes as long
 as XXH3 itself, hence blocks; XXH3 needs them in the processor's cache, so they are hashed panel by
 panel between the reads of a file (``RowsBeingRead``); arithmetic on arrays costs by the call at
-that size, so numbers of rows are mixed in once a read, not once a panel.
+that size, so numbers of rows are mixed in once for all consecutive rows that were read.
 
 This finds other weights, damaged files and mistaken directories; it is no protection against an
 adversary, who can construct another base of the same hash.
@@ -158,15 +158,48 @@ class TensorHashSum:
 
     Attributes:
         layout: of the whole tensor.
-        total: the sum of the hashes of the rows in ``spans``.
         spans: disjoint and sorted.
-        lock: of both, as threads read different rows.
+        lock: of all, as threads read different rows.
     """
 
     layout: RowLayout
-    total: int = 0
     spans: list[Span] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _mixed: int = 0
+    # digests of the blocks of consecutive rows, by the number of the first row: mixed in together
+    _pending: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """The sum of the hashes of the rows in ``spans``."""
+        with self.lock:
+            for first, blocks in self._pending:
+                digests = np.array(blocks, np.uint64).repeat(self.layout.block_rows)
+                part = _sum_row_hashes(digests[: self.layout.rows - first], first)
+                self._mixed = (self._mixed + part) & _MASK
+            self._pending.clear()
+            return self._mixed
+
+    def add_blocks(self, first: int, blocks: list[int]) -> None:
+        """Add whole blocks by their digests; the lock is held, and the rows are marked already.
+
+        Args:
+            first: number of the first row of the first block.
+        """
+        if self._pending:
+            start, known = self._pending[-1]
+            if start + len(known) * self.layout.block_rows == first:
+                known.extend(blocks)
+                return
+        self._pending.append((first, blocks))
+
+    def add_rows(self, first: int, digests: NDArray[np.uint64]) -> None:
+        """Add rows by the digest of each one's block; the lock is held.
+
+        Args:
+            first: number of the first row.
+        """
+        self._mixed = (self._mixed + _sum_row_hashes(digests, first)) & _MASK
 
     def list_missing_spans(self, span: Span) -> list[Span]:
         """Return the parts of ``span`` that were not hashed yet."""
@@ -184,6 +217,9 @@ class TensorHashSum:
         return gaps
 
     def mark_hashed(self, span: Span) -> None:
+        if self.spans and self.spans[-1].stop == span.start:  # the usual case
+            self.spans[-1] = Span(self.spans[-1].start, span.stop)
+            return
         joined: list[Span] = []
         for known in sorted([*self.spans, span], key=lambda s: s.start):
             if joined and known.start <= joined[-1].stop:
@@ -258,13 +294,18 @@ class RowsBeingRead:
             blocks.insert(0, self._hash_shared_block(rows.start))
         if self._begun <= self._done < rows.stop:
             blocks.append(self._hash_shared_block(self._done))
-        digests = np.array(blocks, np.uint64).repeat(layout.block_rows)
-        digests = digests[rows.start % layout.block_rows :]
-        with self._known.lock:
-            for gap in self._known.list_missing_spans(rows):
-                part = _sum_row_hashes(digests[gap.shifted_by(-rows.start).slice], gap.start)
-                self._known.total = (self._known.total + part) & _MASK
-                self._known.mark_hashed(gap)
+        known, aligned = self._known, rows.start == self._begun and rows.stop == self._done
+        with known.lock:
+            gaps = known.list_missing_spans(rows)
+            if aligned and gaps == [rows]:
+                known.add_blocks(rows.start, blocks)
+            elif gaps:
+                digests = np.array(blocks, np.uint64).repeat(layout.block_rows)
+                digests = digests[rows.start % layout.block_rows :]
+                for gap in gaps:
+                    known.add_rows(gap.start, digests[gap.shifted_by(-rows.start).slice])
+            for gap in gaps:
+                known.mark_hashed(gap)
 
     def _hash_shared_block(self, row: int) -> int:
         assert self._read_block is not None

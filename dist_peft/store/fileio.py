@@ -35,6 +35,10 @@ _MOST_PIECES_A_CALL = min(1024, os.sysconf("SC_IOV_MAX"))
 # One call moves at most 2 GiB on Linux and fails above it on macOS.
 _MOST_BYTES_A_CALL = 1 << 30
 
+# For larger writes Linux takes pages of 2 MiB for its cache, and where memory is fragmented it
+# moves other pages to make room for them: up to ten times the time of the copy.
+_MOST_BYTES_A_WRITE = 1 << 19
+
 
 class OpenFiles:
     """File descriptors by path, opened when first needed, at most ``limit`` at a time; more only
@@ -131,7 +135,7 @@ def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``."""
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done : done + _MOST_BYTES_A_CALL], offset + done)
+        done += os.pwrite(descriptor, data[done : done + _MOST_BYTES_A_WRITE], offset + done)
 
 
 def make_temporary_name(file: Path) -> Path:

@@ -70,7 +70,8 @@ def test_strided_pieces_in_few_calls(
 def test_reads_and_writes_go_on_after_a_short_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fileio, "_MOST_BYTES_A_CALL", 3)
+    for name in ("_MOST_BYTES_A_CALL", "_MOST_BYTES_A_WRITE"):
+        monkeypatch.setattr(fileio, name, 3)
     file = tmp_path / "f"
     data = bytes(range(20))
     with file.open("wb") as stream:

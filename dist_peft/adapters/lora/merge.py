@@ -14,6 +14,7 @@ needed by the *original* base. The base *decoded* as training saw it,
 ``decode(encode(subtract_initial_delta))``, needs the trained factors alone.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -51,6 +52,7 @@ class LoraMerger:
             path, _, own = name.rpartition(".")
             self._removed.setdefault(f"{path}.weight", {})[own] = value
         self._rows_left = {name: module.shape[0] for name, module in self._modules.items()}
+        self._scaled = _ScaledFactors()
 
     @classmethod
     def from_public_adapter(cls, public: PublicAdapter, *, tied: bool = False) -> Self:
@@ -126,7 +128,7 @@ class LoraMerger:
             A = module.A[:r].to(rows.device) * module.scaling
             merged = add_blocked_product(rows, module.B[:, :r], A, span)
         else:
-            merged = _add_module_delta(rows, module, span)
+            merged = self._scaled.add_module_delta(rows, module, span)
         if module.magnitude is not None:
             norm = merged.double().square().sum(1).sqrt().float()
             norm = norm.clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
@@ -144,7 +146,8 @@ class LoraMerger:
         module = self._modules[weight]
         if module.magnitude is not None:
             raise UserError(f"{weight} is adapted by DoRA, whose change depends on the base's rows")
-        return _add_module_delta(torch.zeros(len(span), module.shape[1]), module, span)
+        zeros = torch.zeros(len(span), module.shape[1])
+        return self._scaled.add_module_delta(zeros, module, span)
 
     def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Tensor:
         """Return the adapter's change to all weights of a group, float32 ``[len(span), groups]``.
@@ -276,13 +279,22 @@ def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor
     return add_factor_product(change, module.B[span.slice], first, module.scaling)
 
 
-def _add_module_delta(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
-    if module.experts > 1:
-        return _add_expert_deltas(rows, module, span)
-    left, right = module.B, module.expanded_lora_A()
-    if module.is_embedding:
-        left, right = module.A.T, module.B.T
-    return add_blocked_product(rows, left, right.to(rows.device) * module.scaling, span)
+class _ScaledFactors(threading.local):
+    """Keeps ``s A`` of the weight that each thread is at, for all its chunks."""
+
+    def __init__(self) -> None:
+        self._module: LoraTensors | None = None
+        self._right = torch.empty(0)
+
+    def add_module_delta(self, rows: Tensor, module: LoraTensors, span: Span) -> Tensor:
+        """Return ``rows + s B A`` for rows ``span`` of a weight, float32."""
+        if module.experts > 1:
+            return _add_expert_deltas(rows, module, span)
+        left = module.A.T if module.is_embedding else module.B
+        if self._module is not module or self._right.device != rows.device:
+            right = module.B.T if module.is_embedding else module.expanded_lora_A()
+            self._module, self._right = module, right.to(rows.device) * module.scaling
+        return add_blocked_product(rows, left, self._right, span)
 
 
 def _add_expert_deltas(rows: Tensor, module: LoraTensors, span: Span) -> Tensor:

@@ -32,17 +32,28 @@ def add_blocked_product(rows: Tensor, B: Tensor, A: Tensor, span: Span) -> Tenso
         float32 ``[len(span), in]``, new memory.
     """
     result = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    for start in range(span.start - span.start % BLOCK_ROWS, span.stop, BLOCK_ROWS):
-        block = Span(start, min(start + BLOCK_ROWS, B.shape[0]))
-        own = block.intersect(span)
-        left = B[block.slice].to(rows.device, torch.float32)
-        part = result[own.shifted_by(-span.start).slice]
-        if own == block:
-            part.copy_(rows[own.shifted_by(-span.start).slice])
-            part.addmm_(left, A)
-        else:
-            whole = torch.zeros(len(block), A.shape[1], dtype=torch.float32, device=rows.device)
-            inner = own.shifted_by(-start).slice
-            whole[inner] = rows[own.shifted_by(-span.start).slice].float()
-            part.copy_(whole.addmm_(left, A)[inner])
+    begin = min(-(-span.start // BLOCK_ROWS) * BLOCK_ROWS, span.stop)
+    end = max(begin, span.stop if span.stop == B.shape[0] else span.stop // BLOCK_ROWS * BLOCK_ROWS)
+    left = B[begin:end].to(rows.device, torch.float32)
+    inner = slice(begin - span.start, end - span.start)
+    if end > begin:
+        # a block is converted and multiplied while it is in the processor's cache
+        for given, block, factor in zip(
+            *(whole.split(BLOCK_ROWS) for whole in (rows[inner], result[inner], left)), strict=True
+        ):
+            block.copy_(given).addmm_(factor, A)
+    for part in (Span(span.start, begin), Span(end, span.stop)):
+        if len(part):
+            own = part.shifted_by(-span.start).slice
+            result[own] = _multiply_whole_block(rows[own], B, A, part)
     return result
+
+
+def _multiply_whole_block(rows: Tensor, B: Tensor, A: Tensor, span: Span) -> Tensor:
+    """``rows + B[span] A`` for a part ``span`` of one block, the rest of which is zeros."""
+    start = span.start // BLOCK_ROWS * BLOCK_ROWS
+    left = B[start : start + BLOCK_ROWS].to(rows.device, torch.float32)
+    whole = torch.zeros(len(left), A.shape[1], dtype=torch.float32, device=rows.device)
+    own = span.shifted_by(-start).slice
+    whole[own] = rows.float()
+    return whole.addmm_(left, A)[own]
