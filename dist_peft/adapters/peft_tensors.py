@@ -74,7 +74,7 @@ def name_module_tensors(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str
 def group_peft_tensors(
     public: PublicAdapter,
     names: Collection[str],
-    method: str,
+    method_name: str,
     *,
     unsupported: Collection[str] = (),
     whole_adapter: Collection[str] = (),
@@ -84,7 +84,7 @@ def group_peft_tensors(
 
     Args:
         names: what a module may have, such as ``hada_w1_a``.
-        method: its name, for messages.
+        method_name: its name, for messages.
         unsupported: keys of the configuration that must not be set.
         whole_adapter: names of tensors of the whole adapter, which are left out.
         may_be_empty: whether tensors without elements are allowed.
@@ -95,8 +95,8 @@ def group_peft_tensors(
     for key in ("modules_to_save", *unsupported):
         if public.config.get(key):
             raise UserError(
-                f"the {method} adapter was trained with {key}, which is not read here and would be "
-                "lost; merge it with PEFT itself"
+                f"the {method_name} adapter was trained with {key}, which is not read here and "
+                "would be lost; merge it with PEFT itself"
             )
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in public.tensors.items():
@@ -105,7 +105,8 @@ def group_peft_tensors(
         path, _, name = key.removeprefix(MODULE_PREFIX).rpartition(".")
         if name not in names or not path or not key.startswith(MODULE_PREFIX):
             raise UserError(
-                f"adapter tensor {key} is no {method} tensor; merge this adapter with PEFT itself"
+                f"adapter tensor {key} is no {method_name} tensor; merge this adapter with PEFT "
+                "itself"
             )
         if value.numel() == 0 and not may_be_empty:
             raise UserError(

@@ -128,8 +128,8 @@ def test_gradient_of_the_dense_weights(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_engines_start_with_the_same_bits(tmp_path: Path) -> None:
-    """On three ranks, of which two have fewer micro-batches, as in one process that takes one linear
-    at a time."""
+    """On three ranks, of which two have fewer micro-batches, as in one process that takes one
+    linear at a time."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     made = [
         tree(tmp_path, {**section, "init_samples": 7}, base__quant=NF4, base__compute_dtype=dtype)

@@ -78,7 +78,7 @@ class LohaDelta:
         return self.first.shape
 
     def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
-        """See ``WeightDelta``."""
+        """Return ``rows`` with rows ``span`` of the change added, float32."""
         zeros = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         change = self.first.add_to_rows(zeros, span)
         change *= self.second.add_to_rows(zeros, span)

@@ -77,7 +77,10 @@ class LokrDelta:
         return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
 
     def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
-        """See ``WeightDelta``; each element of the change is a product of two numbers."""
+        """Return ``rows`` with rows ``span`` of the change added, float32.
+
+        Each element of the change is a product of two numbers.
+        """
         numbers = torch.arange(span.start, span.stop)
         left = self.w1[numbers // self.w2.shape[0]].to(rows.device)
         right = self.w2[numbers % self.w2.shape[0]].to(rows.device)

@@ -141,7 +141,7 @@ def _set_module_ranks(public: dict[str, Any], config: LoraConfig, ranks: Mapping
     for path, rank in ranks.items():
         alpha = resolve_pattern_value(config.alpha_pattern, path, config.alpha)
         share = rank / resolve_pattern_value(config.rank_pattern, path, config.r)
-        alphas[path] = _to_json_number(alpha * (share**0.5 if config.use_rslora else share))
+        alphas[path] = to_json_number(alpha * (share**0.5 if config.use_rslora else share))
     # first in the dict: PEFT takes the first key that matches
     public["rank_pattern"] = {**ranks, **public["rank_pattern"]}
     public["alpha_pattern"] = {**alphas, **public["alpha_pattern"]}

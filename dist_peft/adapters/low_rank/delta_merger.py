@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Never, Protocol
 
+import torch
 from torch import Tensor
 
 from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
@@ -43,7 +44,7 @@ class ProductDelta:
         return self.B.shape[0], self.A.shape[1]
 
     def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
-        """See ``WeightDelta``."""
+        """Return ``rows`` with rows ``span`` of ``B A`` added, float32."""
         return add_blocked_product(rows, self.B, self.A.to(rows.device), span)
 
 
@@ -51,14 +52,15 @@ class DeltaMerger:
     """The ``WeightMerger`` of changes.
 
     Args:
-        method: name of the method, for messages.
+        method_name: for messages.
         deltas: module path -> its change.
     """
 
-    def __init__(self, method: str, deltas: Mapping[str, WeightDelta]) -> None:
-        self._method = method
+    def __init__(self, method_name: str, deltas: Mapping[str, WeightDelta]) -> None:
+        self._method_name = method_name
         self._deltas = {f"{path}.weight": delta for path, delta in deltas.items()}
         self._rows_left = {name: delta.shape[0] for name, delta in self._deltas.items()}
+        self._columns: dict[str, int] = {}
 
     def changes_weight(self, weight: str) -> bool:
         """Return whether the adapter changes this weight."""
@@ -77,6 +79,7 @@ class DeltaMerger:
                     "have: it belongs to another base"
                 )
             self._check_shape(weight, *shapes[weight], is_whole=True)
+            self._columns[weight] = shapes[weight][1]
 
     def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
@@ -97,6 +100,11 @@ class DeltaMerger:
         merged = delta.add_to_rows(rows, span)
         self._rows_left[weight] -= len(span)
         return merged
+
+    def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
+        """Return the change of rows ``span``, float32; after ``check_weight_shapes``."""
+        zeros = torch.zeros(len(span), self._columns[weight])
+        return self._deltas[weight].add_to_rows(zeros, span)
 
     def _check_shape(self, weight: str, rows: int, columns: int, *, is_whole: bool = False) -> None:
         out, inputs = self._deltas[weight].shape
@@ -128,7 +136,7 @@ class DeltaMerger:
             UserError: always.
         """
         raise UserError(
-            f"{weight}: {self._method} changes the weights of a group differently, which the "
+            f"{weight}: {self._method_name} changes the weights of a group differently, which the "
             "zeros of an integer base cannot hold; only adapter.kind qalora merges into zeros"
         )
 

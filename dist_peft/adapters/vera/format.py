@@ -77,7 +77,7 @@ class _VeraDelta:
         return len(self.b), None
 
     def add_to_rows(self, rows: Tensor, span: Span) -> Tensor:
-        """See ``WeightDelta``."""
+        """Return ``rows`` with rows ``span`` of the change added, float32."""
         left = self.b[:, None] * self.pair["vera_B"][: len(self.b)]
         right = self.d[:, None] * self.pair["vera_A"][:, : rows.shape[1]]
         return ProductDelta(left, right).add_to_rows(rows, span)

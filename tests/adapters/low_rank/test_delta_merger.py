@@ -50,3 +50,13 @@ def test_zeros_cannot_hold_it() -> None:
     parts = AffineParts(*(torch.ones(70, 1) for _ in AffineParts._fields))
     with pytest.raises(UserError, match=r"LoHa .* only adapter\.kind qalora merges into zeros"):
         merger().merge_affine_parts("m.weight", parts, Span(0, 70))
+
+
+def test_rows_of_the_change_alone() -> None:
+    """As many columns as the base has, also where the change has no width of its own."""
+    torch.manual_seed(0)
+    delta = ProductDelta(torch.randn(7, 2), torch.randn(2, 5))
+    merger = DeltaMerger("LoRA", {"m": delta})
+    merger.check_weight_shapes({"m.weight": (7, 5)})
+    rows = merger.compute_delta_rows("m.weight", Span(2, 6))
+    assert torch.equal(rows, delta.add_to_rows(torch.zeros(4, 5), Span(2, 6)))
