@@ -8,7 +8,8 @@ al. 2020 (ELECTRA) and the fine-tuning of vision transformers use 0.65 to 0.9. W
     norm, head     1
 
 These are the factors of timm's ``param_groups_layer_decay``, for an adapter's parameters as for the
-weights of a layer.
+weights of a layer, where the last norm goes with the head (BEiT; timm's own vision transformers
+count it to the last block).
 """
 
 from collections.abc import Callable, Sequence

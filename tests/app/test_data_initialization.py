@@ -186,6 +186,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             initialize(World(), tree(tmp_path, section, **changes))
 
     refused({**GRADIENT, "use_dora": True}, "use_dora .* init: lora_ga")
+    refused({**EVA, "init_rho": 2.0, "use_dora": True}, "init_rho gives some linears rank 0")
     refused({**GRADIENT, "r": 17}, r"rank of at most 32 in .*, not twice adapter.r, 34")
     refused({**EVA, "init_samples": 1, "r": 8}, "inputs are too few .* raise adapter.init_samples")
     refused({**EVA, "init_rho": 0.5}, "init_rho")

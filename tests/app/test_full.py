@@ -1,5 +1,6 @@
 """Full and partial fine-tuning: every engine, a plain training loop, stages, resuming."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,15 @@ def test_what_is_frozen_again_keeps_its_moments(outcomes: Outcomes, run: str) ->
 
 
 def plain_loop(
-    directory: Path, tree: dict[str, Any], loader: Any
+    directory: Path,
+    tree: dict[str, Any],
+    loader: Any,
+    trains: Callable[[str, int], bool] = lambda name, step: True,
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """transformers' model and torch's AdamW on the same rows: losses, weights."""
+    """transformers' model and torch's AdamW on the same rows: losses, weights.
+
+    ``trains``: whether a parameter has a gradient in a step.
+    """
     model = tf.AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     settings = tree["train"]
     decay = settings.get("layer_decay", 1.0)
@@ -205,6 +212,8 @@ def plain_loop(
     optimizer = torch.optim.AdamW(groups, weight_decay=settings["weight_decay"])
     losses = []
     for step in range(settings["steps"]):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains(name, step))
         batches, targets = loader.load_step(step)
         total = 0.0
         for batch in batches:
@@ -236,6 +245,34 @@ def test_full_equals_a_plain_loop(decay: float, tmp_path: Path) -> None:
         torch.testing.assert_close(mine, weights[name].detach(), rtol=1e-4, atol=1e-5, msg=name)
         worst = max(worst, (mine - weights[name]).abs().max().item())
     print(f"losses {expected[0]:.4f} -> {expected[-1]:.4f}; largest difference {worst:.1e}")
+
+
+def test_stages_and_sampled_blocks_equal_a_plain_loop(tmp_path: Path) -> None:
+    """``unfreeze`` with ``until``, LISA and discriminative rates together, over five steps."""
+    changes = {"data__packing": False, "data__seq_len": 16, "train__layer_decay": 0.5}
+    made = tree(tmp_path, "turns", adapter=TURNS, train__steps=5, **changes)
+    (built, loaders), results = run_steps(World(), made)
+    names = [f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1)]
+    drawn = [built.setup.adapter.get_trainable_steps(name) for name in names]
+    turns = [[steps.includes(step) for step in range(5)] for steps in drawn]
+    assert all(sum(pair) == 1 for pair in zip(*turns, strict=True)), "one of two blocks at a time"
+
+    def trains(name: str, step: int) -> bool:
+        if "lm_head" in name:
+            return True
+        if "embed_tokens" in name:
+            return step < 1
+        in_turn = any(f"layers.{number}." in name and turns[number][step] for number in (0, 1))
+        return in_turn or ("norm" in name and 2 <= step < 4)
+
+    expected, weights = plain_loop(tmp_path, made, loaders.train, trains)
+    found = [result.loss for result in results]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    sources = built.setup.adapter.list_source_tensors()
+    assert set(sources.values()) == set(weights)
+    for name, source in sources.items():
+        mine = built.get_parameter(name).detach()
+        torch.testing.assert_close(mine, weights[source].detach(), rtol=1e-4, atol=1e-5, msg=name)
 
 
 # -- resuming --------------------------------------------------------------------------------------

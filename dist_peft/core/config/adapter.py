@@ -86,6 +86,11 @@ class LoraConfig(LowRankConfig):
                 "use_dora scales the rows of weight and change together, from which init: lora_ga "
                 "cannot take its start away; set one of them to its default"
             )
+        if self.init == "eva" and self.init_rho > 1 and self.use_dora:
+            raise ValueError(
+                "init_rho gives some linears rank 0, where use_dora still trains a magnitude that "
+                "PEFT's format cannot hold; set init_rho to 1 or use_dora to false"
+            )
         return self
 
     @property
