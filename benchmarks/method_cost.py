@@ -53,6 +53,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora, r 16": {"kind": "lora", "r": 16},
     "lora, r 16, dora": {"kind": "lora", "r": 16, "use_dora": True},
     "qalora, r 16": {"kind": "qalora", "r": 16},
+    "adalora, 12 to 8": {"kind": "adalora"},
+    "vera, r 256": {"kind": "vera"},
+    "loha, r 8": {"kind": "loha"},
+    "lokr, r 8": {"kind": "lokr"},
     "bottleneck, pfeiffer": {"kind": "bottleneck"},
     "bottleneck, houlsby": {"kind": "bottleneck", "placement": "houlsby"},
     "bottleneck, parallel": {"kind": "bottleneck", "placement": "parallel"},
@@ -132,7 +136,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, tokens: int) -> None:
         world = World()
-        built = load_weights(build_model(resolve_config(config)), world, CPU)
+        self.built = built = load_weights(build_model(resolve_config(config)), world, CPU)
         call = built.setup_optimizer(make_optimizer_factory(config.train, CPU))
         self.part = TrainingStep(
             built.model, call, built.engine, built.setup.adapter, TokenObjective(), world

@@ -8,6 +8,7 @@ class to its own ``format`` module and a row to ``ADAPTER_FORMATS``, nothing els
 from collections.abc import Mapping
 from typing import Any
 
+from dist_peft.adapters.adalora.format import AdaLoraFormat
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
 from dist_peft.adapters.ia3.format import Ia3Format
@@ -26,6 +27,7 @@ ADAPTER_FORMATS: tuple[AdapterFormat, ...] = (
     VeraFormat(),
     LohaFormat(),
     LokrFormat(),
+    AdaLoraFormat(),
     Ia3Format(),
     VirtualTokensFormat(),
     FusionFormat(),

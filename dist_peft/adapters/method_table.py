@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.adalora.method import AdaLoraAdapter
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
 from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
@@ -22,6 +23,7 @@ from dist_peft.adapters.virtual_tokens.p_tuning import PTuningAdapter
 from dist_peft.adapters.virtual_tokens.prefix_tuning import PrefixAdapter
 from dist_peft.adapters.virtual_tokens.prompt_tuning import PromptTuningAdapter
 from dist_peft.core.config.run import (
+    AdaLoraConfig,
     AdapterConfig,
     BottleneckConfig,
     FullConfig,
@@ -47,6 +49,7 @@ _ON_LINEARS: dict[type[LinearsConfig], Callable[..., LinearsAdapter[Any, Any]]] 
     VeraConfig: VeraAdapter,
     LohaConfig: LohaAdapter,
     LokrConfig: LokrAdapter,
+    AdaLoraConfig: AdaLoraAdapter,
 }
 """Methods that are built alike."""
 

@@ -83,7 +83,7 @@ def group_peft_tensors(
     """Return module path -> own name -> tensor, as stored.
 
     Args:
-        names: what a module may have, such as ``hada_w1_a``.
+        names: of the tensors that a module may have, such as ``hada_w1_a``.
         method_name: its name, for messages.
         unsupported: keys of the configuration that must not be set.
         whole_adapter: names of tensors of the whole adapter, which are left out.

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dist_peft.adapters.export_limits import NONLINEAR_LIMITS, ExportLimits
+from dist_peft.adapters.step_hooks import NoStepHooks, StepHooks
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.quant.codec_defaults import AffineParts
@@ -77,7 +78,7 @@ class PublicAdapter:
     parts: dict[str, "PublicAdapter"] = field(default_factory=dict)
 
 
-class Adapter(Protocol):
+class Adapter(StepHooks, Protocol):
     """An adapter method, made from its section of the configuration."""
 
     @property
@@ -147,7 +148,7 @@ class Adapter(Protocol):
         ...
 
 
-class AdapterDefaults:
+class AdapterDefaults(NoStepHooks):
     """Default hooks of most methods: no extra positions, no penalty, one learning rate, no initial
     factors, no files that are read again, no limits of exports."""
 

@@ -42,6 +42,7 @@ from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.importance import ImportanceFactory
 
 __all__ = [
     "LoadedModel",
@@ -106,6 +107,8 @@ class LoadedModel:
         """Set up the optimizer of the trainable parameters and return the module to call."""
         adapter, train = self.setup.adapter, self.setup.config.train
         lr_scale = adapter.get_lr_scale
+        if (rule := adapter.get_importance_rule()) is not None:
+            factory = ImportanceFactory(factory, rule)
         if train.layer_decay != 1:
             lr_scale = LayerDecay(
                 self.model, self.setup.skeleton.blocks, train.layer_decay, lr_scale

@@ -80,6 +80,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.total_steps = count_total_steps(self.config, self.loaders)
         self.loaders.train.check_steps(self.total_steps)
+        self.built.setup.adapter.plan_steps(self.total_steps)
         self.stopped_early = False
         """Whether ``train.early_stop`` has ended the training."""
         path = self.run_dir / "probe.safetensors"
@@ -168,6 +169,7 @@ class Trainer:
                 if not math.isfinite(norm):
                     failure = training.describe_failure(step, batches, loss, norm, lr)
                     self._handle_failed_step(failure, is_saved=step == first_step)
+                training.finish_step(step + 1)
                 seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
 
                 done, last = step + 1, step + 1 == self.total_steps

@@ -9,6 +9,7 @@ Life of an engine::
     step(lr, max_norm)         clip, update, clear gradients
     state(), load_state()      live training state, in a form no engine owns (below)
     gather(p)                  a whole parameter on the CPU of every rank, checked for its shape
+    gather_moment(n, key), overwrite_parameter(n, value)    for methods that act between steps
     sum_over_shards(t)         sum over the ranks that together hold one copy of the base
 
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
@@ -54,13 +55,15 @@ class OptimizerFactory(Protocol):
     """
 
     wants_plain: bool
+    moment_names: tuple[str, ...]
+    """Keys of the moments that ``read_moments`` returns."""
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer: ...
 
     def read_moments(
         self, optimizer: torch.optim.Optimizer, parameter: Tensor
     ) -> dict[str, Tensor]:
-        """``exp_avg`` and ``exp_avg_sq`` in float32, shaped like ``parameter``."""
+        """``exp_avg``, ``exp_avg_sq`` and maybe more in float32, shaped like ``parameter``."""
         ...
 
     def write_moments(
@@ -158,6 +161,19 @@ class Engine(Protocol):
         ...
 
     def gather_parameter(self, parameter: Tensor) -> Tensor: ...
+
+    def gather_moment(self, name: str, key: str) -> Tensor:
+        """Return the whole moment ``key`` of the trainable parameter with this full name, on the
+        CPU of every rank."""
+        ...
+
+    def overwrite_parameter(self, name: str, value: Tensor) -> None:
+        """Replace a trainable parameter between two steps.
+
+        Args:
+            value: whole, the same on every rank.
+        """
+        ...
 
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         """Return this rank's rows of a parameter that has no storage of its own, as bytes.

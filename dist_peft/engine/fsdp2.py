@@ -275,6 +275,19 @@ class Fsdp2Engine:
         assert whole.shape == parameter.shape, f"gathered {whole.shape} for {parameter.shape}"
         return whole.cpu()
 
+    def gather_moment(self, name: str, key: str) -> Tensor:
+        moment = self.optimizer.get_moment(name, key)
+        return (moment.full_tensor() if isinstance(moment, DTensor) else moment).cpu()
+
+    @torch.no_grad()
+    def overwrite_parameter(self, name: str, value: Tensor) -> None:
+        self._reshard_modules()
+        parameter = self.optimizer.parameters[name]
+        if isinstance(parameter, DTensor):
+            rows = value[self.local_row_span(parameter).slice]
+            value = self._find_placement(parameter).cut_columns(rows, self.shard_index)
+        _to_local_tensor(parameter).copy_(value)
+
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         known = self.outer.is_row_sharded(parameter)
         return self.outer.get_local_bytes(parameter) if known else None

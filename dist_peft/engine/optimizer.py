@@ -106,6 +106,11 @@ class LocalOptimizer:
                 state[f"{key}/{name}"] = self.wrap(value, parameter) if plain else value
         return state
 
+    def get_moment(self, name: str, key: str) -> Tensor:
+        """Return this rank's part of a moment, of the engine's kind of tensor."""
+        value = self.factory.read_moments(self.optimizer, self.updated[name])[key]
+        return self.wrap(value, self.parameters[name]) if self.factory.wants_plain else value
+
     @torch.no_grad()
     def load_training_state_dict(
         self, state: Mapping[str, Tensor], step: int, skipped: Collection[int] = ()
@@ -118,7 +123,7 @@ class LocalOptimizer:
                 mine.copy_(value)
             moments = {
                 key: state.get(f"{key}/{name}", torch.zeros_like(parameter))
-                for key in ("exp_avg", "exp_avg_sq")
+                for key in self.factory.moment_names
             }
             if plain:
                 moments = {key: self.local(value) for key, value in moments.items()}

@@ -84,6 +84,13 @@ class SingleEngine:
     def gather_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach().cpu()
 
+    def gather_moment(self, name: str, key: str) -> Tensor:
+        return self.optimizer.get_moment(name, key).cpu()
+
+    @torch.no_grad()
+    def overwrite_parameter(self, name: str, value: Tensor) -> None:
+        self.optimizer.parameters[name].copy_(value)
+
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         return None
 

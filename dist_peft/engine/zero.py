@@ -78,6 +78,7 @@ class ZeroEngine:
         self._ds: Any = None
         self._done = 0
         self._skipped = set[int]()
+        self._moment_names: tuple[str, ...] = ()
         self._updates: dict[int, int] = {}  # id of a flat share -> its updates so far
         """Numbers of the steps, from 1, that have made no update."""
         self._adapter_bytes = 0
@@ -119,6 +120,7 @@ class ZeroEngine:
         # DeepSpeed broadcasts and partitions each registered parameter, frozen ones too
         _hide_frozen_parameters(model)
         self._names = trainable_parameters(model)
+        self._moment_names = factory.moment_names
         self._shapes = {id(p): p.shape for p in self._names.values()}
         optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, trainable_steps))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
@@ -128,7 +130,8 @@ class ZeroEngine:
                 model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
             )
         for flat, _ in self._list_flat_shards():
-            optimizer.state[flat] = init_adam_state(flat)
+            zeros = {key: torch.zeros_like(flat) for key in self._moment_names}
+            optimizer.state[flat] = {**init_adam_state(flat), **zeros}
             self._updates[id(flat)] = 0
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
@@ -204,7 +207,7 @@ class ZeroEngine:
             (state[flat][key], state[flat][key].clone())
             for flat, group in self._list_flat_shards()
             if not self._is_trained(group) and self._updates[id(flat)]
-            for key in ("exp_avg", "exp_avg_sq")
+            for key in self._moment_names
         ]
         yield
         for moment, before in kept:
@@ -216,15 +219,14 @@ class ZeroEngine:
         state: dict[str, Tensor] = {}
         for name, parameter in self._names.items():
             state[f"param/{name}"] = self.gather_parameter(parameter)
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-                state[f"{key}/{name}"] = self._check_gathered_shape(moment, parameter)
+            for key in self._moment_names:
+                state[f"{key}/{name}"] = self.gather_moment(name, key)
         return state
 
     def training_state_shards(self, model: nn.Module) -> dict[str, FlatShard]:
         state: dict[str, FlatShard] = {}
         for name, parameter in self._names.items():
-            for key in ("param", "exp_avg", "exp_avg_sq"):
+            for key in ("param", *self._moment_names):
                 values, start = self._get_local_elements(parameter, key)
                 state[f"{key}/{name}"] = FlatShard(self._shapes[id(parameter)], start, values)
         return state
@@ -260,16 +262,26 @@ class ZeroEngine:
         skipped: Collection[int] = (),
     ) -> None:
         for name, parameter in self._names.items():
-            value = state[f"param/{name}"].to(self.device)
-            gathered = [parameter] if self.config.stage == 3 else []
-            with self.deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
-                parameter.data.copy_(value)
-            self._set_full_value(parameter, value)
-            for key in ("exp_avg", "exp_avg_sq"):
+            value = state[f"param/{name}"]
+            self.overwrite_parameter(name, value)
+            for key in self._moment_names:
                 moment = state.get(f"{key}/{name}", torch.zeros_like(value))
                 self._set_full_value(parameter, moment.to(self.device), key)
         self._skipped = set(skipped)
         self._set_num_updates(step)
+
+    @torch.no_grad()
+    def overwrite_parameter(self, name: str, value: Tensor) -> None:
+        parameter, value = self._names[name], value.to(self.device)
+        gathered = [parameter] if self.config.stage == 3 else []
+        with self.deepspeed.zero.GatheredParameters(gathered, modifier_rank=0):
+            parameter.data.copy_(value)
+        self._set_full_value(parameter, value)
+
+    def gather_moment(self, name: str, key: str) -> Tensor:
+        parameter = self._names[name]
+        moment = self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        return self._check_gathered_shape(moment, parameter)
 
     def _set_full_value(
         self, parameter: nn.Parameter, value: Tensor, key: str | None = None

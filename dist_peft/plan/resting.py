@@ -8,6 +8,7 @@ the columns (``engine.shard_placement``). FSDP2 pads uneven shards to equal ones
 
     stages 1, 2   adapters whole, a float32 copy of 1/N, two moments of 1/N, gradients 1/N (2)
     stage 3       adapters 1/N, a float32 copy of 1/N, two moments of 1/N, gradients 1/N
+    AdaLoRA       two more moments of 1/N
     every stage   a bucket of ``reduce_bucket_size`` float32 gradients
 """
 
@@ -19,7 +20,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.run import AdaLoraConfig, RunConfig
 from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.engine_protocol import init_adam_state
@@ -57,7 +58,7 @@ class RestingBytes:
         own_rows: bytes of this rank's rows of all parameters, without padding.
         frozen_rows: the frozen part of these.
         trainable: values of the trainable parameters, of the whole model.
-        late_padding: of ``device``: what FSDP2 adds at the first forward.
+        late_padding: of ``device``: added by FSDP2 at the first forward.
     """
 
     device: dict[str, int]
@@ -129,10 +130,12 @@ def count_resting_bytes(
             trained.append(size // 4)
     device[BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
     host = Counter[str]()
+    moments = 2 if isinstance(config.adapter, AdaLoraConfig) else 0
     if kind == "zero":
-        _add_deepspeed_shares(device, host, config, trainable, world.size)
+        _add_deepspeed_shares(device, host, config, trainable, world.size, moments)
     else:
         on_device, paged = optimizer_state_bytes(config.train.optimizer, trained)
+        on_device += 4 * moments * sum(trained)
         device[OPTIMIZER], host[OPTIMIZER] = on_device, paged
         if config.engine.cpu_offload == "params":
             for purpose in (PACKED, ENDS, OTHERS, ADAPTER, OPTIMIZER, PADDING):
@@ -241,14 +244,23 @@ def optimizer_state_bytes(optimizer: str, shard_sizes: Sequence[int]) -> tuple[i
 
 
 def _add_deepspeed_shares(
-    device: Counter[str], host: Counter[str], config: RunConfig, trainable: int, ranks: int
+    device: Counter[str],
+    host: Counter[str],
+    config: RunConfig,
+    trainable: int,
+    ranks: int,
+    more_moments: int,
 ) -> None:
-    """Add DeepSpeed's copies, moments and gradients; see the module."""
+    """Add DeepSpeed's copies, moments and gradients; see the module.
+
+    Args:
+        more_moments: besides Adam's two.
+    """
     share = 4 * -(-trainable // ranks)
     if config.engine.stage == 3:
         device[ADAPTER] = share
     place = host if config.engine.cpu_offload == "optimizer" else device
-    place[OPTIMIZER] += 3 * share
+    place[OPTIMIZER] += (3 + more_moments) * share
     if config.engine.stage >= 2:
         place["gradients, sharded"] += share
     settings = build_deepspeed_config(config.engine, config.train, ranks)

@@ -90,6 +90,7 @@ class StatelessFactory:
     """An optimizer without state: its bytes are counted exactly elsewhere."""
 
     wants_plain = False
+    moment_names: tuple[str, ...] = ()
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1e-4, foreach=True)

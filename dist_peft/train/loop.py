@@ -24,6 +24,7 @@ from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.train.gradient_watch import GradientWatch
+from dist_peft.train.importance import EngineParameters
 from dist_peft.train.nonfinite import FailedStep
 from dist_peft.train.objective import Objective, TokenObjective
 from dist_peft.train.predicted_inputs import ScheduledSampling
@@ -124,6 +125,10 @@ class TrainingStep:
                 "not show it: the update was made; resume from the last checkpoint"
             )
         return norm
+
+    def finish_step(self, done: int) -> None:
+        """Let the adapter act after the update that made it ``done`` steps."""
+        self.adapter.finish_step(done, EngineParameters(self.model, self.engine))
 
     def describe_failure(
         self, step: int, batches: Sequence[Batch], loss: float, norm: float, lr: float

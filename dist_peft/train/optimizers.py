@@ -40,6 +40,7 @@ class _TorchAdamW:
     """Fused AdamW; takes DTensors. Moments are allocated at construction, not at the first step."""
 
     wants_plain = False
+    moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -86,6 +87,7 @@ class _BitsAndBytesAdamW:
     """
 
     wants_plain = True
+    moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     _keys = (("exp_avg", "state1", "1"), ("exp_avg_sq", "state2", "2"))
 
     def __init__(self, config: TrainConfig) -> None:

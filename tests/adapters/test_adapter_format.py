@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dist_peft.adapters.adalora.format import AdaLoraFormat
 from dist_peft.adapters.adapter_format import ADAPTER_FORMATS, PEFT_TYPES, find_format
 from dist_peft.adapters.bottleneck.format import BottleneckFormat
 from dist_peft.adapters.fusion.format import FusionFormat
@@ -25,6 +26,7 @@ FUSION: dict[str, Any] = {"config": {"query_before_ln": False}, "name": "a,b"}
     [
         ({"peft_type": "LORA"}, LoraFormat),
         ({"peft_type": "QALORA"}, LoraFormat),
+        ({"peft_type": "ADALORA"}, AdaLoraFormat),
         ({"peft_type": "VERA"}, VeraFormat),
         ({"peft_type": "LOHA"}, LohaFormat),
         ({"peft_type": "LOKR"}, LokrFormat),

@@ -238,7 +238,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps({"peft_type": "BONE"}))
     with pytest.raises(
-        UserError, match="peft_type is 'BONE'; only LORA, QALORA, VERA, LOHA, LOKR, IA3"
+        UserError, match="peft_type is 'BONE'; only LORA, QALORA, VERA, LOHA, LOKR, ADALORA"
     ):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps(public().config))

@@ -6,6 +6,7 @@ import torch
 from dist_peft.adapters.export_limits import ExportLimits
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.core.config.adapter import (
+    AdaLoraConfig,
     BottleneckConfig,
     FullConfig,
     Ia3Config,
@@ -30,6 +31,7 @@ def limits(config: ConfigSection, *, tied: bool = False) -> ExportLimits:
     [
         (LoraConfig(), set()),
         (QaLoraConfig(), set()),
+        (AdaLoraConfig(), set()),
         (VeraConfig(), set()),
         (LohaConfig(), set()),
         (LokrConfig(), set()),

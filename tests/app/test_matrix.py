@@ -10,11 +10,10 @@ from its checkpoint on the next engine::
 Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
 The losses must be those of one process that was never cut, they must fall, and what the run leaves
-must be the same adapter, loaded by whoever reads its format: PEFT for LoRA, QA-LoRA (expanded),
-VeRA, LoHa, LoKr, IA3, virtual tokens; ``transformers`` for merged weights of the base. Bottleneck
-adapters and AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``,
-``test_fusion.py``), which wants another environment; here a fresh run starts from their files
-instead.
+must be the same adapter, loaded by whoever reads its format: PEFT for the methods in its files
+(QA-LoRA expanded), ``transformers`` for merged weights of the base. Bottleneck adapters and
+AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``, ``test_fusion.py``), which
+wants another environment; here a fresh run starts from their files instead.
 """
 
 import json
@@ -47,7 +46,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.data]
 
 STEPS, CUT = 3, 1
 PEFT = (
-    *("lora", "qalora", "vera", "loha", "lokr", "ia3", "prompt", "ptuning", "prefix"),
+    *("lora", "qalora", "adalora", "vera", "loha", "lokr", "ia3", "prompt", "ptuning", "prefix"),
     *("eva", "lora_ga"),
 )
 BASES: dict[str, dict[str, Any]] = {
@@ -67,6 +66,8 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "vera": (1e-1, {"r": 27, "dropout": 0.1}),
     "loha": (1e-2, {"r": 3, "alpha": 12, "dropout": 0.1}),
     "lokr": (1e-2, {"r": 3, "alpha": 12, "dropout": 0.1}),
+    # one triplet in five goes before the cut, the last ones after it
+    "adalora": (3e-2, {"init_r": 5, "target_r": 3, "tfinal": 1, "dropout": 0.1}),
     "ia3": (3e-2, {}),
     "bottleneck": (3e-3, {"reduction_factor": 9, "dropout": 0.1}),
     "fusion": (1e-2, {}),
@@ -80,7 +81,10 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 """Method -> learning rate, adapter section."""
 
-ONE_BASE = {"eva": "nf4", "lora_ga": "int4", "vera": "bf16", "loha": "nf4", "lokr": "int4"}
+ONE_BASE = {
+    **{"eva": "nf4", "lora_ga": "int4"},
+    **{"adalora": "nf4", "vera": "bf16", "loha": "nf4", "lokr": "int4"},
+}
 """Initializations of LoRA, which differ from it in the first step and in what is written, and
 layers that share their code with LoRA's are tried on one kind of base each."""
 

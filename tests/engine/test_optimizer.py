@@ -43,6 +43,8 @@ class Model(nn.Module):
 class Factory:
     """SGD whose moments are two tensors it never uses; counts what it was asked."""
 
+    moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+
     def __init__(self, wants_plain: bool = False) -> None:
         self.wants_plain = wants_plain
         self.kept: dict[int, dict[str, Tensor]] = {}

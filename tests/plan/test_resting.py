@@ -44,6 +44,20 @@ def test_a_whole_base_on_each_rank_and_offloaded_shards(planned: PlannedModel) -
     assert sum(offloaded.host.values()) + offloaded.device_total == spread.device_total
 
 
+@pytest.mark.parametrize("engine", [{"kind": "fsdp2"}, {"kind": "zero", "stage": 2}], ids=str)
+def test_importances_are_two_more_moments(planned: PlannedModel, engine: dict[str, object]) -> None:
+    tree = odd_tree(Path(planned.source), engine=engine)
+    states = []
+    for section in (tree["adapter"], {"kind": "adalora"}):
+        config = parse_config({**tree, "adapter": section})
+        world = Cluster(1, 3, 1).make_world(config.engine, 0)
+        model = planned.skeleton.model
+        found = count_resting_bytes(model, planned.skeleton.blocks, config, world)
+        states.append(found.device["optimizer state"])
+    share = -(-found.trainable // 3)
+    assert states[1] - states[0] == pytest.approx(8 * share, rel=0.1)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_state_of_optimizers(optimizer: str) -> None:
     sizes = [4095, 4096, 99_999, 100_000]

@@ -80,6 +80,7 @@ def whole_values() -> dict[str, Tensor]:
 
 class Sgd:
     wants_plain = False
+    moment_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def build_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1.0)

@@ -28,6 +28,7 @@ from dist_peft.adapters.protocol import (
     TrainsBaseWeights,
     collect_gathered_parameters,
 )
+from dist_peft.adapters.step_hooks import ImportanceRule, ParameterAccess
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
@@ -135,6 +136,15 @@ class HeadedAdapter:
 
     def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
         self.trunk.add_penalty_gradient(loss, parts)
+
+    def plan_steps(self, total_steps: int) -> None:
+        self.trunk.plan_steps(total_steps)
+
+    def get_importance_rule(self) -> ImportanceRule | None:
+        return self.trunk.get_importance_rule()
+
+    def finish_step(self, done: int, access: ParameterAccess) -> None:
+        self.trunk.finish_step(done, access)
 
     def get_lr_scale(self, name: str) -> float:
         return 1.0 if self._is_head_parameter(name) else self.trunk.get_lr_scale(name)

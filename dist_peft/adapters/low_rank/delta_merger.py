@@ -1,6 +1,6 @@
 """Merging a change that does not depend on the weight: ``W' = W + D``, row by row.
 
-What a method has to give is ``WeightDelta``: rows of ``D``. A merge writes the same bytes whatever
+A method gives a ``WeightDelta``: rows of ``D``. A merge writes the same bytes whatever
 its chunks if a row of ``D`` does not depend on which rows are computed with it.
 """
 

@@ -1,4 +1,4 @@
-"""VeRA's layer: frozen random projections, and two trained vectors that scale what comes out.
+"""VeRA's layer: frozen random projections, and two trained vectors that scale their outputs.
 
 VeRA (Kopiczko, Blankevoort, Asano 2024, equation 2)::
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dist_peft.core.config.fine_tuning import FullConfig, Part, PartialConfig, UnfreezeConfig
 from dist_peft.core.config.low_rank import (
+    AdaLoraConfig,
     LinearsConfig,
     LohaConfig,
     LokrConfig,
@@ -25,6 +26,7 @@ from dist_peft.core.config.types import (
 )
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "BottleneckConfig",
     "FullConfig",
@@ -331,6 +333,7 @@ AdapterConfig = Annotated[
     | VeraConfig
     | LohaConfig
     | LokrConfig
+    | AdaLoraConfig
     | Ia3Config
     | PromptConfig
     | PTuningConfig

@@ -33,6 +33,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("adapter (kind: vera)", config.VeraConfig),
     ("adapter (kind: loha)", config.LohaConfig),
     ("adapter (kind: lokr)", config.LokrConfig),
+    ("adapter (kind: adalora)", config.AdaLoraConfig),
     ("adapter (kind: ia3)", config.Ia3Config),
     ("adapter (kind: prompt)", config.PromptConfig),
     ("adapter (kind: ptuning)", config.PTuningConfig),

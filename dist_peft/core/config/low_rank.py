@@ -1,12 +1,19 @@
 """``adapter`` sections of methods that add a change of few parameters to linears."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dist_peft.core.config.types import ConfigSection, Float, Int, Names, Positive, Size
 
-__all__ = ["LinearsConfig", "LohaConfig", "LokrConfig", "LowRankConfig", "VeraConfig"]
+__all__ = [
+    "AdaLoraConfig",
+    "LinearsConfig",
+    "LohaConfig",
+    "LokrConfig",
+    "LowRankConfig",
+    "VeraConfig",
+]
 
 
 class LinearsConfig(ConfigSection):
@@ -78,3 +85,30 @@ class LokrConfig(LowRankConfig):
     decompose_both: bool = Field(
         False, description="The first matrix has rank r too, where that makes it smaller."
     )
+
+
+class AdaLoraConfig(LinearsConfig):
+    """AdaLoRA (Zhang et al. 2023): LoRA as a singular value decomposition, whose ranks are lowered
+    where they matter least."""
+
+    kind: Literal["adalora"] = "adalora"
+    init_r: Size = Field(12, description="Rank of each linear at the start.")
+    target_r: Size = Field(8, description="Mean rank of the linears at the end.")
+    alpha: Float = Field(32.0, gt=0, description="Scaling is alpha / init_r.")
+    tinit: Int = Field(0, ge=0, description="Steps before ranks are lowered.")
+    tfinal: Int = Field(0, ge=0, description="Last steps, in which the ranks stay.")
+    delta_t: Int = Field(1, ge=1, description="Ranks are lowered every so many steps.")
+    beta1: Float = Field(0.85, gt=0, lt=1, description="Smoothing of the sensitivity.")
+    beta2: Float = Field(0.85, gt=0, lt=1, description="Smoothing of its uncertainty.")
+    orth_reg_weight: Float = Field(
+        0.5, ge=0, description="Weight of the orthogonality penalty; 0: none."
+    )
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.target_r > self.init_r:
+            raise ValueError(
+                f"target_r {self.target_r} is more than init_r {self.init_r}; ranks only become "
+                "smaller"
+            )
+        return self

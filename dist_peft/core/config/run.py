@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from dist_peft.core.config.adapter import (
+    AdaLoraConfig,
     AdapterConfig,
     BottleneckConfig,
     FullConfig,
@@ -36,6 +37,7 @@ from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, ch
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "BaseConfig",
     "BottleneckConfig",

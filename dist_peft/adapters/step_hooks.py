@@ -1,0 +1,84 @@
+"""Hooks of a method around an optimizer step: it may look at gradients and change parameters.
+
+Most methods do neither (``NoStepHooks``). AdaLoRA keeps an importance of every element of its
+parameters and sets some parameters to zero, at steps that depend on the length of the run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["ImportanceRule", "NoStepHooks", "ParameterAccess", "StepHooks"]
+
+
+@dataclass(frozen=True)
+class ImportanceRule:
+    """Running importances of all elements of the trainable parameters.
+
+    Zhang et al. 2023, equations 8 to 10::
+
+        I_t = |w g|                                       after the update, with its gradient
+        sensitivity_t = beta1 sensitivity_(t-1) + (1 - beta1) I_t
+        uncertainty_t = beta2 uncertainty_(t-1) + (1 - beta2) |I_t - sensitivity_t|
+
+    They are sharded, saved and resumed as Adam's moments are.
+
+    Attributes:
+        beta1, beta2: of the two means.
+        is_active: returns whether the step that is being made is counted.
+    """
+
+    beta1: float
+    beta2: float
+    is_active: Callable[[], bool]
+
+
+class ParameterAccess(Protocol):
+    """Whole parameters between two steps; all ranks call it in the same order."""
+
+    def gather_moment(self, name: str, key: str) -> Tensor:
+        """Return the whole ``sensitivity`` or ``uncertainty`` of a parameter, on the CPU."""
+        ...
+
+    def gather_parameter(self, name: str) -> Tensor:
+        """Return the whole parameter, on the CPU."""
+        ...
+
+    def overwrite_parameter(self, name: str, value: Tensor) -> None:
+        """Replace the values of a parameter on every rank."""
+        ...
+
+
+class StepHooks(Protocol):
+    """Hooks of an ``Adapter`` around optimizer steps."""
+
+    def plan_steps(self, total_steps: int) -> None:
+        """Learn the length of the run, before its first step.
+
+        Raises:
+            UserError: the method's schedule does not fit into it.
+        """
+        ...
+
+    def get_importance_rule(self) -> ImportanceRule | None:
+        """Return how importances are kept; None: they are not."""
+        ...
+
+    def finish_step(self, done: int, access: ParameterAccess) -> None:
+        """Act after the update that made it ``done`` steps; called on every rank."""
+        ...
+
+
+class NoStepHooks:
+    """Hooks of methods that are parameters and a forward pass."""
+
+    def plan_steps(self, total_steps: int) -> None:
+        pass
+
+    def get_importance_rule(self) -> ImportanceRule | None:
+        return None
+
+    def finish_step(self, done: int, access: ParameterAccess) -> None:
+        pass
