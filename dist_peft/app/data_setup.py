@@ -274,8 +274,9 @@ def _load_rows_by_task(
 def _make_mixed_order(config: RunConfig, rows: AnyRows) -> SequenceOrder | None:
     if config.data.mixing == "joined":
         return None
+    assert isinstance(rows, SequenceMixture)
     return MixtureOrder(
-        make_mixture_shares(config.data, rows.sequence_counts),
+        make_mixture_shares(config.data, rows.sequence_counts, rows.part_epochs),
         global_batch=config.train.global_batch,
         seed=config.train.seed,
         shuffle=config.train.shuffle,

@@ -157,7 +157,8 @@ def load_calibration_sequences(
         assert quant is not None
         size = CalibrationSize(quant.calibration_samples, quant.calibration_tokens)
     assert not data.packing
-    documents = load_source_rows(data, data.train, "train", setup.tokenizer, world)
+    plain = [source.without_variants() for source in data.train]
+    documents = load_source_rows(data, plain, "train", setup.tokenizer, world)
     check_token_range("data.train", documents, setup.skeleton)
     base = setup.skeleton.index.compute_fingerprint()
     inputs = {"contents of base.path": base, "contents of data.train": documents.fingerprint}

@@ -56,6 +56,8 @@ _MAY_CHANGE = (
     "data.train<>.split",
     "data.train<>.limit",
     "data.train<>.name",
+    "data.train<>.augment.synonyms",
+    "data.allow_code",
     "data.too_long",
     "data.turn_end",
     # held-out data do not change the trained parameters

@@ -76,8 +76,9 @@ def _read_json_contents(path: Path) -> object:
 def count_total_steps(config: RunConfig, loaders: DataLoaders) -> int:
     """Return the number of optimizer steps of the run, rounded up at the end of the last epoch."""
     c = config.train
-    per_epoch = len(loaders.train.rows) / c.global_batch
-    return c.steps or math.ceil(per_epoch * (c.epochs or 1.0))
+    per_epoch = loaders.train.rows_per_epoch / c.global_batch
+    # rounded: an average over variants of records is no whole number
+    return c.steps or math.ceil(round(per_epoch * (c.epochs or 1.0), 9))
 
 
 def describe_rank_inputs(

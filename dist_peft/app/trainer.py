@@ -189,7 +189,7 @@ class Trainer:
                     tokens_per_s=targets / seconds,
                     mem_peak=int(most_memory),
                     bytes_gathered=gathered,
-                    epoch=done * train.global_batch / len(loader.rows),
+                    epoch=done * train.global_batch / loader.rows_per_epoch,
                     samples=done * train.global_batch,
                     seconds=seconds,
                     nonfinite_steps=len(self.nonfinite.steps) or None,

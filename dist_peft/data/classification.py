@@ -16,6 +16,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from dist_peft.data.documents import fit_documents, refuse_empty_set
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
 from dist_peft.data.loader import Batch, Loader, SingleTask
+from dist_peft.data.order import Ranges, describe_epochs
 from dist_peft.data.packing import IGNORE
-from dist_peft.data.pieces import DocumentPieces
+from dist_peft.data.pieces import DocumentPieces, split_by_epoch
 from dist_peft.data.tokens import Tokenizer, load_token_documents
 
 __all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelled_sequences"]
@@ -47,9 +49,23 @@ class LabelledSequences(SingleTask):
     chat_template = None
 
     def __init__(
-        self, documents: TokenDocuments, pieces: DocumentPieces, task: ClassTask, *, seq_len: int
+        self,
+        documents: TokenDocuments,
+        pieces: DocumentPieces,
+        task: ClassTask,
+        *,
+        seq_len: int,
+        num_variants: int = 1,
     ) -> None:
         self.seq_len, self.task = seq_len, task
+        epochs = split_by_epoch([documents], pieces, [num_variants])
+        self._epoch_ends = np.cumsum([len(each) for each in epochs]).tolist()
+        if num_variants > 1:
+            start, length = (
+                np.concatenate([getattr(each, name) for each in epochs])
+                for name in ("start", "length")
+            )
+            pieces = DocumentPieces(np.zeros(len(start), np.uint8), start, length)
         self._documents, self._pieces = documents, pieces
         self._numbers = np.searchsorted(documents.offsets, pieces.start)
         digest = hashlib.sha256(documents.digest.encode())
@@ -61,6 +77,10 @@ class LabelledSequences(SingleTask):
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    @property
+    def epoch_ranges(self) -> list[Ranges]:
+        return [[each] for each in pairwise([0, *self._epoch_ends])]
 
     def num_targets(self, index: int) -> int:
         """Return 1: a sequence has one class."""
@@ -112,10 +132,19 @@ def load_labelled_sequences(
         documents = load_token_documents(config, source, tokenizer, key)
         pieces = fit_documents(documents, config, key)
         refuse_empty_set(config, pieces, key)
-        rows = LabelledSequences(documents, pieces, task, seq_len=config.seq_len)
+        rows = LabelledSequences(
+            documents, pieces, task, seq_len=config.seq_len, num_variants=source.num_variants
+        )
         counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
         shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
-        _LOG.info("%s: %d sequences of up to %d tokens (%s)", key, len(rows), rows.longest, shares)
+        _LOG.info(
+            "%s: %d sequences%s of up to %d tokens (%s)",
+            key,
+            len(rows),
+            describe_epochs(rows.epoch_ranges),
+            rows.longest,
+            shares,
+        )
         found.append(rows)
     return found
 
@@ -134,6 +163,10 @@ class LabelledBatch(Batch):
     attention_mask: torch.Tensor
     token_types: torch.Tensor
     ranges: torch.Tensor
+
+    def measure_documents(self) -> torch.Tensor:
+        """Return the tokens of the sequence at its positions, 0 at padding, long [B, S]."""
+        return self.attention_mask * self.attention_mask.sum(1, keepdim=True)
 
 
 class LabelledLoader(Loader[LabelledBatch]):

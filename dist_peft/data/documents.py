@@ -8,7 +8,8 @@ the documents alone, equally on every rank; memory holds a few integers per docu
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,11 +21,15 @@ from dist_peft.core.log import ONCE
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.loader import SingleTask
-from dist_peft.data.packing import IGNORE, concatenate_documents, pack_documents
+from dist_peft.data.order import Ranges, describe_epochs
+from dist_peft.data.packing import IGNORE, concatenate_documents
 from dist_peft.data.pieces import (
     PIECE_BLOCK,
     DocumentPieces,
+    arrange_pieces,
+    concatenate_pieces,
     count_piece_targets,
+    split_by_epoch,
     split_into_windows,
     take_whole_documents,
 )
@@ -52,12 +57,15 @@ class SequenceSet(SingleTask):
         seq_len: maximum number of tokens of a sequence.
         fingerprint: sha256 of all sequences' contents and order; equal exactly when numbers mean
             the same sequences. Resuming, and ranks that read their own copies, rely on that.
+
+    Args:
+        epochs: pieces of each epoch, in turn; one without variants of records.
     """
 
     def __init__(
         self,
         documents: Sequence[TokenDocuments],
-        pieces: DocumentPieces,
+        epochs: Sequence[DocumentPieces],
         *,
         seq_len: int,
         packed: bool,
@@ -65,21 +73,27 @@ class SequenceSet(SingleTask):
         self.packed = packed
         self.seq_len = seq_len
         self._documents = documents
-        # in the order of the documents, in which they are neighbours on disk
-        per_piece = count_piece_targets(documents, pieces)
-        if packed:
-            order, self._bounds = pack_documents(pieces.length, seq_len)
-            pieces, per_piece = pieces.select_pieces(order), per_piece[order]
-            del order
-        else:
-            self._bounds = np.arange(len(pieces) + 1)
-        self._pieces = pieces
+        built = [
+            arrange_pieces(documents, pieces, seq_len if packed else None) for pieces in epochs
+        ]
+        self._pieces = concatenate_pieces([pieces for pieces, _, _ in built])
+        per_piece = np.concatenate([counts for _, counts, _ in built])
+        sizes = [len(bounds) - 1 for _, _, bounds in built]
+        self._epoch_ends = np.cumsum(sizes).tolist()
+        self._bounds = built[0][2]
+        for _, _, bounds in built[1:]:
+            self._bounds = np.concatenate([self._bounds, self._bounds[-1] + bounds[1:]])
+        del built
         self._targets = np.add.reduceat(per_piece, self._bounds[:-1], dtype=np.int64)
         self._lengths = np.add.reduceat(self._pieces.length, self._bounds[:-1], dtype=np.int64)
         self.fingerprint = self._compute_digest()
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    @property
+    def epoch_ranges(self) -> list[Ranges]:
+        return [[each] for each in pairwise([0, *self._epoch_ends])]
 
     def num_targets(self, index: int) -> int:
         """Return the number of tokens of sequence ``index`` in the loss; at least 1."""
@@ -173,11 +187,9 @@ def load_sequence_set(
     ]
     kind = np.min_scalar_type(len(loaded))
     numbers = np.repeat(np.arange(len(loaded), dtype=kind), [len(fit) for _, fit in loaded])
-    joined = DocumentPieces(
-        numbers, *(_concatenate_arrays([getattr(fit, f) for _, fit in loaded]) for f in _PLACE)
-    )
+    joined = replace(concatenate_pieces([fit for _, fit in loaded]), source=numbers)
     return _make_sequence_set(
-        config, [documents for documents, _ in loaded], joined, f"data.{name}"
+        config, sources, [documents for documents, _ in loaded], joined, f"data.{name}"
     )
 
 
@@ -188,15 +200,8 @@ def load_sequence_sets(
     found = []
     for key, source in _name_source_keys(name, sources):
         documents, fit = _load_source(config, source, tokenizer, key)
-        found.append(_make_sequence_set(config, [documents], fit, key))
+        found.append(_make_sequence_set(config, [source], [documents], fit, key))
     return found
-
-
-_PLACE = ("start", "length")
-
-
-def _concatenate_arrays(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _name_source_keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
@@ -212,15 +217,23 @@ def _load_source(
 
 
 def _make_sequence_set(
-    config: DataConfig, documents: list[TokenDocuments], pieces: DocumentPieces, name: str
+    config: DataConfig,
+    sources: list[DataSource],
+    documents: list[TokenDocuments],
+    pieces: DocumentPieces,
+    name: str,
 ) -> SequenceSet:
-    refuse_empty_set(config, pieces, name)
-    rows = SequenceSet(documents, pieces, seq_len=config.seq_len, packed=config.packing)
+    epochs = split_by_epoch(documents, pieces, [source.num_variants for source in sources])
+    for each in epochs:
+        refuse_empty_set(config, each, name)
+    rows = SequenceSet(documents, epochs, seq_len=config.seq_len, packed=config.packing)
     _LOG.info(
-        "%s: %d documents in %d sequences, %d tokens (%d in the loss), packing efficiency %.1f %%",
+        "%s: %d documents in %d sequences%s, %d tokens (%d in the loss), packing efficiency "
+        "%.1f %%",
         name,
         rows.num_documents,
         len(rows),
+        describe_epochs(rows.epoch_ranges),
         rows.total_tokens,
         rows.total_targets,
         100 * rows.total_tokens / (len(rows) * config.seq_len),

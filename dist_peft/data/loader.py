@@ -18,6 +18,7 @@ ranks (padding and rounding of a sequence depend on its neighbours), any step ca
 communication.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch
 
 from dist_peft.core.progress_beat import start_step_phase
 from dist_peft.data.files import RecordPlace
-from dist_peft.data.order import PoolOrder, SequenceOrder
+from dist_peft.data.order import PoolOrder, Ranges, SequenceOrder
 from dist_peft.data.packing import IGNORE
 
 __all__ = [
@@ -64,6 +65,17 @@ class Batch:
     sample_ids: torch.Tensor
     is_packed: bool = field(default=True, kw_only=True)
 
+    def measure_documents(self) -> torch.Tensor:
+        """Return the tokens of the document that each position belongs to, long [B, S].
+
+        Padding is a document of its own.
+        """
+        starts = self.position_ids == 0
+        starts[:, 0] = True
+        number = starts.cumsum(1) - 1
+        counts = torch.zeros_like(number).scatter_add_(1, number, torch.ones_like(number))
+        return counts.gather(1, number)
+
 
 class SequenceDataset(Protocol):
     """A data set of indexed sequences that a loader reads; ``documents.SequenceSet`` is the main
@@ -89,6 +101,12 @@ class SequenceDataset(Protocol):
     @property
     def sequence_counts(self) -> list[int]:
         """Number of sequences of each task."""
+        ...
+
+    @property
+    def epoch_ranges(self) -> list[Ranges]:
+        """Sequence indices [first, stop) of each epoch, in turn: an epoch has one variant of each
+        record (``data.augmenting``); one entry without variants."""
         ...
 
     def find_task_index(self, index: int) -> int:
@@ -118,6 +136,10 @@ class SingleTask(ABC):
     @property
     def sequence_counts(self) -> list[int]:
         return [len(self)]
+
+    @property
+    def epoch_ranges(self) -> list[Ranges]:
+        return [[(0, len(self))]]
 
     def find_task_index(self, index: int) -> int:
         return 0
@@ -171,7 +193,7 @@ class Loader(ABC, Generic[BatchT]):
         self._data_size = data_size
         self._seq_len = seq_len
         self.pad_id = pad_id
-        self._order = order or PoolOrder(len(rows), seed, shuffle)
+        self._order = order or PoolOrder(len(rows), seed, shuffle, rows.epoch_ranges)
 
     def check_steps(self, steps: int) -> None:
         """Check that each of the first ``steps`` steps has sequences.
@@ -182,9 +204,15 @@ class Loader(ABC, Generic[BatchT]):
         self._order.check_steps(steps)
 
     @property
+    def rows_per_epoch(self) -> float:
+        """Sequences of an epoch, on average: with variants of records, packed ones differ."""
+        epochs = self.rows.epoch_ranges
+        return sum(stop - first for own in epochs for first, stop in own) / len(epochs)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Number of steps to load every sequence once; the last may start the next epoch."""
-        return -(-len(self.rows) // self._global_batch)
+        return math.ceil(self.rows_per_epoch / self._global_batch)
 
     def load_step(self, index: int) -> tuple[list[BatchT], int]:
         """Return this rank's micro-batches of optimizer step ``index`` (from 0) and its targets.

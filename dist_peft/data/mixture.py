@@ -13,6 +13,7 @@ import torch
 from dist_peft.data.classification import LabelledSequences
 from dist_peft.data.documents import SequenceSet
 from dist_peft.data.files import RecordPlace
+from dist_peft.data.order import Ranges
 
 __all__ = ["SequenceMixture"]
 
@@ -59,6 +60,22 @@ class SequenceMixture:
     def sequence_counts(self) -> list[int]:
         """Number of sequences of each set."""
         return [len(part) for part in self._parts]
+
+    @property
+    def part_epochs(self) -> list[list[Ranges]]:
+        """Of each set, the sequence indices of each epoch, in turn."""
+        return [
+            [[(start + first, start + stop) for first, stop in own] for own in part.epoch_ranges]
+            for part, start in zip(self._parts, self.starts.tolist(), strict=False)
+        ]
+
+    @property
+    def epoch_ranges(self) -> list[Ranges]:
+        parts = self.part_epochs
+        return [
+            [each for own in parts for each in own[epoch % len(own)]]
+            for epoch in range(max(map(len, parts)))
+        ]
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -17,6 +17,9 @@ Shares of the active sources of a step, normalized (``data.mixing``)::
 
 A source is active at the steps ``[from_step, to_step)``: a curriculum.
 
+Where records have variants (``data.augmenting``), an epoch has one of each record: the sequences of
+epoch ``k`` are the ranges ``epochs[k % len(epochs)]``.
+
 Samples are a function of seed and position, so a step holds the same sequences at any world size,
 and any step can be built directly: the number of sequences a source has yielded before a block of
 positions is counted once, block by block. Shares are of sequences; packed ones all have about
@@ -33,7 +36,15 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["MixtureOrder", "MixtureShare", "PoolOrder", "SequenceOrder", "make_mixture_shares"]
+__all__ = [
+    "MixtureOrder",
+    "MixtureShare",
+    "PoolOrder",
+    "Ranges",
+    "SequenceOrder",
+    "describe_epochs",
+    "make_mixture_shares",
+]
 
 _BLOCK = 2**14
 """Number of positions whose sources are sampled at a time."""
@@ -42,6 +53,14 @@ _DRAWS = 2**63
 """Offset of block numbers in the random key: mixing and permutations share no random numbers."""
 
 Ints = NDArray[np.int64]
+
+Ranges = Sequence[tuple[int, int]]
+"""Sequence indices ``[first, stop)`` of each part."""
+
+
+def describe_epochs(epochs: list[Ranges]) -> str:
+    """Return where the variants of records go, for messages; empty without variants."""
+    return f" of {len(epochs)} epochs with a variant of each record" if len(epochs) > 1 else ""
 
 
 class SequenceOrder(Protocol):
@@ -59,10 +78,17 @@ class SequenceOrder(Protocol):
 
 
 class PoolOrder:
-    """All sequences in one pool, reshuffled in each epoch."""
+    """All sequences in one pool, reshuffled in each epoch.
 
-    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        self._pool = _ShuffledEpochs(size, seed, 0, shuffle)
+    Args:
+        size: number of sequences.
+        epochs: those of each epoch, in turn; None: all in each.
+    """
+
+    def __init__(
+        self, size: int, seed: int, shuffle: bool, epochs: Sequence[Ranges] | None = None
+    ) -> None:
+        self._pool = _ShuffledEpochs(epochs or [[(0, size)]], seed, 0, shuffle)
 
     def list_rows(self, first: int, count: int) -> list[int]:
         return [self._pool.get_row(place) for place in range(first, first + count)]
@@ -79,6 +105,7 @@ class MixtureShare:
         start, size: its sequence indices are ``[start, start + size)``.
         weight: unnormalized share of the sequences while it is active.
         from_step, to_step: active at the steps ``[from_step, to_step)``; None: to the end.
+        epochs: its sequence indices in each epoch, in turn; empty: all in each.
     """
 
     start: int
@@ -86,6 +113,12 @@ class MixtureShare:
     weight: float
     from_step: int = 0
     to_step: int | None = None
+    epochs: Sequence[Ranges] = ()
+
+    @property
+    def epoch_ranges(self) -> Sequence[Ranges]:
+        """Return the sequence indices of each epoch."""
+        return self.epochs or [[(self.start, self.start + self.size)]]
 
     def compute_weight(self, step: int) -> float:
         """Return the weight at ``step``; 0 where the source is not active."""
@@ -107,7 +140,9 @@ class MixtureOrder:
         self, shares: Sequence[MixtureShare], *, global_batch: int, seed: int, shuffle: bool
     ) -> None:
         self._shares, self._global_batch, self._seed = tuple(shares), global_batch, seed
-        self._epochs = [_ShuffledEpochs(s.size, seed, 1 + i, shuffle) for i, s in enumerate(shares)]
+        self._epochs = [
+            _ShuffledEpochs(s.epoch_ranges, seed, 1 + i, shuffle) for i, s in enumerate(shares)
+        ]
         ends = {s.from_step for s in shares} | {s.to_step for s in shares if s.to_step is not None}
         self._phases = np.array(sorted({0, *ends}), dtype=np.int64)
         weights = [[s.compute_weight(int(step)) for s in shares] for step in self._phases]
@@ -121,7 +156,7 @@ class MixtureOrder:
             begin = block * _BLOCK
             low, high = max(first - begin, 0), min(first + count - begin, _BLOCK)
             for source, turn in zip(sources[low:high], turns[low:high], strict=True):
-                found.append(self._shares[source].start + self._epochs[source].get_row(int(turn)))
+                found.append(self._epochs[source].get_row(int(turn)))
         return found
 
     def check_steps(self, steps: int) -> None:
@@ -158,44 +193,55 @@ class MixtureOrder:
         return (cumulated <= drawn[:, None]).sum(axis=1).clip(max=len(self._shares) - 1)
 
 
-def make_mixture_shares(config: DataConfig, sizes: Sequence[int]) -> list[MixtureShare]:
+def make_mixture_shares(
+    config: DataConfig,
+    sizes: Sequence[int],
+    epochs: Sequence[Sequence[Ranges]] | None = None,
+) -> list[MixtureShare]:
     """Return the shares of the sources of ``config.train``, whose sequences are concatenated.
 
     Args:
         config: ``mixing`` is weights or sizes.
         sizes: number of sequences of each source.
+        epochs: of each source, the sequence indices of each epoch; None: all in each.
     """
-    shares, start, largest = [], 0, max(sizes)
-    for source, size in zip(config.train, sizes, strict=True):
-        by_size = (size / largest) ** (1 / config.temperature)
+    epochs = epochs or [() for _ in sizes]
+    per_epoch = [size / max(1, len(own)) for size, own in zip(sizes, epochs, strict=True)]
+    shares, start, largest = [], 0, max(per_epoch)
+    for source, size, served, own in zip(config.train, sizes, per_epoch, epochs, strict=True):
+        by_size = (served / largest) ** (1 / config.temperature)
         weight = source.weight if config.mixing == "weights" else by_size
-        shares.append(MixtureShare(start, size, weight, source.from_step, source.to_step))
+        shares.append(MixtureShare(start, size, weight, source.from_step, source.to_step, own))
         start += size
     return shares
 
 
 class _ShuffledEpochs:
-    """Indices ``[0, size)`` repeated for each epoch, in a different order each time."""
+    """Sequence indices, epoch after epoch, in a different order each time."""
 
-    def __init__(self, size: int, seed: int, stream: int, shuffle: bool) -> None:
-        self._size, self._seed, self._stream, self._shuffle = size, seed, stream, shuffle
+    def __init__(self, epochs: Sequence[Ranges], seed: int, stream: int, shuffle: bool) -> None:
+        self._epochs, self._seed, self._stream, self._shuffle = epochs, seed, stream, shuffle
+        self._ends = np.cumsum([sum(stop - first for first, stop in own) for own in epochs])
         self._known: dict[int, Ints] = {}
 
     def get_row(self, turn: int) -> int:
-        epoch, place = divmod(turn, self._size)
+        cycle, turn = divmod(turn, int(self._ends[-1]))
+        part = int(np.searchsorted(self._ends, turn, side="right"))
+        epoch, place = cycle * len(self._ends) + part, turn - int(self._ends[part - 1]) * (part > 0)
         if epoch not in self._known:
             # a step may straddle two epochs
             self._known = {e: o for e, o in self._known.items() if e >= epoch - 1}
-            self._known[epoch] = self._permute_epoch(epoch)
+            rows = np.concatenate([np.arange(*each) for each in self._epochs[part]])
+            self._known[epoch] = rows[self._permute_epoch(epoch, len(rows))]
         return int(self._known[epoch][place])
 
-    def _permute_epoch(self, epoch: int) -> Ints:
+    def _permute_epoch(self, epoch: int, size: int) -> Ints:
         """Return the permutation of an epoch: indices sorted by random 64-bit numbers.
 
         Raw Philox output is the one random stream that numpy guarantees to keep (NEP 19), so a run
         resumed under another version keeps the same order.
         """
         if not self._shuffle:
-            return np.arange(self._size)
+            return np.arange(size)
         key = np.array([self._seed, (self._stream << 40) + epoch], dtype=np.uint64)
-        return np.argsort(np.random.Philox(key=key).random_raw(self._size), kind="stable")
+        return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")

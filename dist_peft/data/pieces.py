@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_peft.data.cache import TokenDocuments
+from dist_peft.data.packing import pack_documents
 
 __all__ = [
     "PIECE_BLOCK",
     "DocumentPieces",
+    "arrange_pieces",
+    "concatenate_pieces",
     "count_piece_targets",
+    "split_by_epoch",
     "split_into_windows",
     "take_whole_documents",
 ]
@@ -68,6 +72,54 @@ def split_into_windows(pieces: DocumentPieces, size: int) -> DocumentPieces:
         np.repeat(pieces.start, counts) + within,
         np.minimum(size, np.repeat(pieces.length, counts) - within),
     )
+
+
+def split_by_epoch(
+    documents: Sequence[TokenDocuments], pieces: DocumentPieces, variants: Sequence[int]
+) -> list[DocumentPieces]:
+    """Return the pieces of each epoch, of which there are as many as variants of a record.
+
+    Epoch ``k`` has variant ``k % variants`` of each record.
+
+    Args:
+        variants: by source, the number of documents of each record, which are consecutive.
+    """
+    epochs = max(variants)
+    if epochs == 1:
+        return [pieces]
+    chosen = np.zeros((epochs, len(pieces)), np.bool_)
+    for source, (own, count) in enumerate(zip(documents, variants, strict=True)):
+        mine = np.flatnonzero(pieces.source == source)
+        number = np.searchsorted(own.offsets, pieces.start[mine], side="right") - 1
+        for epoch in range(epochs):
+            chosen[epoch, mine] = number % count == epoch % count
+    return [pieces.select_pieces(which) for which in chosen]
+
+
+def arrange_pieces(
+    documents: Sequence[TokenDocuments], pieces: DocumentPieces, capacity: int | None
+) -> tuple[DocumentPieces, NDArray[np.int32], Ints]:
+    """Return pieces in the order of their sequences, their target tokens, and the bounds [S + 1] of
+    sequences of at most ``capacity`` tokens; None: each piece is a sequence."""
+    # in the order of the documents, in which they are neighbours on disk
+    per_piece = count_piece_targets(documents, pieces)
+    if capacity is None:
+        return pieces, per_piece, np.arange(len(pieces) + 1)
+    order, bounds = pack_documents(pieces.length, capacity)
+    return pieces.select_pieces(order), per_piece[order], bounds
+
+
+def concatenate_pieces(parts: list[DocumentPieces]) -> DocumentPieces:
+    return DocumentPieces(
+        *(
+            _concatenate_arrays([getattr(p, f) for p in parts])
+            for f in ("source", "start", "length")
+        )
+    )
+
+
+def _concatenate_arrays(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def count_piece_targets(

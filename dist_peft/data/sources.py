@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
+from dist_peft.data.augmenting import RecordAugmenter
 from dist_peft.data.blank_turns import BlankTurnFilter, is_blank_turn
 from dist_peft.data.examples import ChatExample, CompletionExample, Example, TextExample
 from dist_peft.data.files import RecordPlace, RecordSource, read_records
@@ -26,10 +27,13 @@ class ExampleReader:
 
     Args:
         key: configuration key of the source for messages, such as ``data.train[0]``.
+        augmenter: makes the variants of each record.
     """
 
-    def __init__(self, source: DataSource, key: str) -> None:
-        self._source, self._key = source, key
+    def __init__(
+        self, source: DataSource, key: str, augmenter: RecordAugmenter | None = None
+    ) -> None:
+        self._source, self._key, self._augmenter = source, key, augmenter
         self._format: RecordFormat | None = None
         self._required: list[str] = []
         self._unused: UnusedColumnCheck | None = None
@@ -46,12 +50,13 @@ class ExampleReader:
     def tallies(self) -> tuple[Tally, ...]:
         left_out = self._left_out
         unused = () if self._unused is None else (self._unused.seen,)
-        return (left_out.all_records, left_out.excluded, self._blank_turns.turns, *unused)
+        changed = () if self._augmenter is None else (self._augmenter.counts,)
+        return (left_out.all_records, left_out.excluded, self._blank_turns.turns, *unused, *changed)
 
     def build_examples(
         self, records: Iterable[tuple[RecordPlace, Record]]
     ) -> Iterator[tuple[RecordPlace, Example]]:
-        """Yield the example of each record that is not left out.
+        """Yield the example of each record that is not left out, then its variants.
 
         Raises:
             UserError: unknown format; a record that does not fit, named by file and number.
@@ -74,7 +79,8 @@ class ExampleReader:
                     f"record of the source is of format {self._format.name}; fix the record, or "
                     "give records of another form a source of their own"
                 )
-            example = self._format.build(RecordFields(self._source, record, place))
+            fields = RecordFields(self._source, record, place)
+            example = self._format.build(fields)
             self._kind = self._kind or type(example)
             if not isinstance(example, self._kind):
                 raise UserError(
@@ -89,10 +95,15 @@ class ExampleReader:
                 self._left_out.count_excluded(BLANK, place)
                 continue
             yield place, example
+            if self._augmenter is not None:
+                for variant in self._augmenter.list_variants(fields, self._format, example):
+                    yield place, variant
 
     def _choose_format(self, record: Record, place: RecordPlace) -> None:
         source = self._source
         self._format = choose_record_format(source, record, place.file, self._key)
+        if self._augmenter is not None:
+            self._augmenter.check_fields(self._format)
         self._required = self._format.list_required_columns(source)
         reads = {r for r in self._format.list_roles() if r not in source.columns} | {
             *self._format.aliases.values()
@@ -107,7 +118,8 @@ class ExampleReader:
         """
         self._left_out.refuse_if_all()
         unused = [] if self._unused is None else self._unused.user_notes
-        return [*self._left_out.user_notes, *self._blank_turns.user_notes, *unused]
+        changed = [] if self._augmenter is None else self._augmenter.user_notes
+        return [*self._left_out.user_notes, *self._blank_turns.user_notes, *unused, *changed]
 
 
 def read_examples(

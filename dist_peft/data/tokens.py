@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
+from dist_peft.data.augmenting import make_record_augmenter
 from dist_peft.data.cache import (
     DocumentWriter,
     TokenDocuments,
@@ -78,10 +79,11 @@ def load_token_documents(
         encoder = PairEncoder(tokenizer, window)
     else:
         encoder = ExampleEncoder(tokenizer, config.loss_on, config.turn_end)
+    augmenter = make_record_augmenter(config, source, tokenizer, key)
 
     def write_documents(writer: DocumentWriter) -> None:
         _LOG.info("tokenizing %s", source.path)
-        tokenizing = SourceTokenizer(ExampleReader(source, key), encoder)
+        tokenizing = SourceTokenizer(ExampleReader(source, key, augmenter), encoder)
         chunks = read_chunks(opened, source.limit)
         with closing(tokenizing.tokenize_chunks(chunks, config.workers)) as batches:
             for batch in batches:
@@ -94,13 +96,15 @@ def load_token_documents(
         "version": _FORMAT_VERSION,
         "libraries": [transformers.__version__, tokenizers.__version__],
         "tokenizer": _describe_tokenizer(tokenizer),
-        "source": source.model_dump(mode="json"),
+        "source": source.model_dump(mode="json", exclude={"augment"}),
         "files": opened.list_fingerprints(),
         "loss_on": config.loss_on,
         "turn_end": config.turn_end,
         # the tokenizer itself truncates a pair, so its documents depend on the length
         "window": window if source.format == "classification" else None,
     }
+    if augmenter is not None:
+        identity["augment"] = augmenter.identity
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     documents = load_or_build_documents(find_cache_root(config.cache_dir), name, write_documents)
     for note in documents.notes:

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_peft.core.seeds import derive_seed
 
-__all__ = ["DropoutPosition", "SampleDropout"]
+__all__ = ["DropoutPosition", "SampleDropout", "draw_words"]
 
 _WORDS = 2**32
 
@@ -59,7 +59,7 @@ class DropoutPosition:
         found = self._keys.get((positions, device))
         if found is None:
             seeds = [derive_seed(self.seed, "dropout", self.step, s) for s in self.sample_ids]
-            drawn = torch.cat([_draw_words(seed, positions) for seed in seeds]).to(device)
+            drawn = torch.cat([draw_words(seed, positions) for seed in seeds]).to(device)
             found = drawn[:, :1].contiguous(), drawn[:, 1:].contiguous()
             self._keys[positions, device] = found
         return found
@@ -110,7 +110,7 @@ class SampleDropout(nn.Module):
         found = self._keys.get((features, device))
         if found is None:
             seed = derive_seed(self.position.seed, "dropout", self.path)
-            drawn = _draw_words(seed, features).to(device)
+            drawn = draw_words(seed, features).to(device)
             found = drawn[:, 0] | 1, drawn[:, 1].contiguous()
             self._keys[features, device] = found
         return found
@@ -135,7 +135,7 @@ class _KeepElements(torch.autograd.Function):
         return (grads[0] * kept).div_(ctx.probability), None, None
 
 
-def _draw_words(seed: int, count: int) -> Tensor:
+def draw_words(seed: int, count: int) -> Tensor:
     """Two random words for each of ``count`` places, int32 ``[count, 2]``; a prefix of more."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.empty(count, 2, dtype=torch.int32)

@@ -23,6 +23,7 @@ from dist_peft.core.progress_beat import mark_progress, start_step_phase
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
+from dist_peft.model.embedding_noise import EmbeddingNoise
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.importance import EngineParameters
 from dist_peft.train.nonfinite import FailedStep
@@ -40,6 +41,7 @@ class TrainingStep:
         call: module to call in training steps, as returned by ``engine.setup_optimizer``.
         objective: takes the batches that are passed.
         watch: looks at the gradient of each micro-batch.
+        noise: of the embeddings (``train.neftune_alpha``).
         losses: summed losses of this rank's micro-batches in the step computed last.
         sampling: replaces inputs before each loss; None: inputs are the gold tokens.
         sampling_metrics: of the step computed last, fields of ``StepMetrics``.
@@ -52,6 +54,7 @@ class TrainingStep:
     objective: Objective[Any]
     world: World
     watch: GradientWatch | None = None
+    noise: EmbeddingNoise | None = None
     losses: list[Tensor] = field(default_factory=list)
     sampling: ScheduledSampling | None = None
     sampling_metrics: dict[str, Any] = field(default_factory=dict)
@@ -82,12 +85,16 @@ class TrainingStep:
             if self.watch is not None:
                 self.watch.begin_micro_batch()
             inputs = self._mix_inputs(batch)
+            if self.noise is not None:
+                self.noise.begin_micro_batch(step, batch.input_ids, batch.measure_documents())
             loss = self.objective.compute_loss(self.model, inputs, self.engine.device, self.call)
             self.losses.append(loss.detach())  # read once a step: no wait for the device here
             # a target with logit -inf has an infinite loss and a finite gradient
             mean_part = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) / targets
             self.adapter.add_penalty_gradient(mean_part, len(batches) * self.world.data_size)
             self.engine.backward(mean_part, last=number == len(batches) - 1)
+            if self.noise is not None:
+                self.noise.end_micro_batch()
         total = torch.stack(self.losses).double().sum()
         counts = [] if self.sampling is None else self.sampling.counts
         whole, *counted = self.world.sum_over_ranks(total.item(), *counts)
@@ -139,6 +146,7 @@ class TrainingStep:
         return FailedStep(step + 1, loss, norm, lr, batches, losses, seen)
 
     def close(self) -> None:
-        """Remove the hooks of ``watch``."""
-        if self.watch is not None:
-            self.watch.close()
+        """Remove the hooks of ``watch`` and ``noise``."""
+        for hooked in (self.watch, self.noise):
+            if hooked is not None:
+                hooked.close()

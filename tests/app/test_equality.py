@@ -30,9 +30,11 @@ CASES: dict[str, dict[str, Any]] = {
         "engine__activation_checkpointing": False,
         "train__steps": SHORT,
     },
+    # the noise of embeddings too, at 2 and 3 ranks
     "int3": {
         "base__quant": {"kind": "int", "bits": 3, "group_size": 32},
         "train__steps": SHORT,
+        "train__neftune_alpha": 5,
     },
     "unquantized": {"base__quant": None, "train__steps": SHORT},
     "dora": {"base__quant": NF4, "adapter__use_dora": True, "train__steps": SHORT},
@@ -54,7 +56,10 @@ def integer(bits: int) -> dict[str, Any]:
 
 
 ZERO_CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "nf4, stage 1": (1, {"base__quant": NF4, "train__steps": SHORT}),
+    "nf4, stage 1": (
+        1,
+        {"base__quant": NF4, "train__steps": SHORT, "train__neftune_alpha": 5},
+    ),
     "int3, stage 2": (2, {"base__quant": integer(3), "train__steps": SHORT}),
     "int4, offload": (
         2,

@@ -21,7 +21,7 @@ from dist_peft.core.world import World
 from dist_peft.train.checkpoint import RunPosition
 from tests.support.dist import run_ranks
 from tests.support.rank_inputs import changed, other_inputs
-from tests.support.story_runs import train
+from tests.support.story_runs import losses, train
 from tests.support.tiny_runs import save_words, tiny_tree
 
 pytestmark = pytest.mark.e2e
@@ -89,6 +89,35 @@ def test_records_changed_in_place_are_refused(stopped: Tree) -> None:
         train(World(), stopped)
 
 
+def test_augmented_run_resumes_exactly_and_not_with_other_variants(tmp_path: Path) -> None:
+    """Steps of two epochs, with noise; the synonyms are changed in place, or the number."""
+    synonyms = tmp_path / "synonyms.txt"
+    synonyms.write_text("w4: w50, w51\nw11: w52\n")
+    augment = {"kind": "eda", "num_aug": 2, "synonyms": str(synonyms), "fields": ["completion"]}
+    source = {"path": str(tmp_path / "train.jsonl"), "augment": augment}
+    tree = tiny_tree(tmp_path, data__eval=[], train__neftune_alpha=5)
+    tree = changed(tree, "data.train", [source])
+    tree = changed(tree, "train.steps", 6)
+    whole = changed(tree, "save.dir", str(tmp_path / "whole"))
+    assert train(World(), whole) == 0
+    assert train(World(), tree, 3) == 75
+    moved = tmp_path / "moved.txt"
+    synonyms.rename(moved)
+    augment["synonyms"] = str(moved)
+    other = changed(tree, "data.train", [{**source, "augment": {**augment, "num_aug": 3}}])
+    other = changed(other, "train.neftune_alpha", 1)
+    with pytest.raises(UserError, match=r"augment\.num_aug is 3, there 2") as caught:
+        train(World(), other)
+    assert "train.neftune_alpha is 1.0, there 5.0" in str(caught.value)
+    text = moved.read_text()
+    moved.write_text(text.replace("w50, w51", "w60, w61"))
+    with pytest.raises(UserError, match=r"contents of data\.train is"):
+        train(World(), tree)
+    moved.write_text(text)
+    assert train(World(), tree) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 def test_tokenizer_changed_in_place_is_refused(stopped: Tree) -> None:
     file = Path(stopped["base"]["path"]) / "tokenizer.json"
     tree = json.loads(file.read_text())
@@ -143,8 +172,10 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         *(k for k in keys if k.startswith(("base.quant.", "adapter."))),
         *(f"data.{k}" for k in ("loss_on", "mixing", "packing", "seq_len", "temperature")),
         *(f"data.train[0].{k}" for k in ("from_step", "to_step", "weight", "positive_label")),
+        "data.train[0].augment",
         *(f"train.{k}" for k in ("betas", "eps", "global_batch", "optimizer", "precision")),
         *(f"train.{k}" for k in ("seed", "shuffle", "tasks", "layer_decay", "metric_for_best")),
+        "train.neftune_alpha",
         "train.scheduled_sampling",
     }
     assert not may_change_on_resume("train.unknown") and not may_change_on_resume(

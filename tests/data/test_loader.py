@@ -15,7 +15,7 @@ PAD = 999_999
 def row_set(lengths: list[int], *, seq_len: int = 16, packed: bool = False) -> SequenceSet:
     """Documents of 2..seq_len tokens; the first half of each is prompt."""
     made = documents([[int(2 * t >= n) for t in range(n)] for n in lengths])
-    return SequenceSet([made], take_whole_documents(made), seq_len=seq_len, packed=packed)
+    return SequenceSet([made], [take_whole_documents(made)], seq_len=seq_len, packed=packed)
 
 
 def loader(

@@ -11,7 +11,7 @@ from tests.support.data_files import documents
 
 def row_set(*lengths: int) -> SequenceSet:
     made = documents([[1] * n for n in lengths])
-    return SequenceSet([made], take_whole_documents(made), seq_len=16, packed=False)
+    return SequenceSet([made], [take_whole_documents(made)], seq_len=16, packed=False)
 
 
 A, B = row_set(4, 6), row_set(5, 9, 3)

@@ -100,3 +100,27 @@ def test_shares_by_weight_and_by_size() -> None:
     assert [share.weight for share in by_size] == [0.25, 1.0]
     tempered = make_mixture_shares(config(train=plain, mixing="sizes", temperature=2.0), [10, 40])
     assert [share.weight for share in tempered] == [0.5, 1.0]
+
+
+def test_an_epoch_has_one_variant_of_each_record() -> None:
+    """Three epochs of 4, 5 and 4 sequences, again and again, each in an order of its own."""
+    epochs = [[(0, 4)], [(4, 6), (6, 9)], [(9, 13)]]
+    order = PoolOrder(13, 3, True, epochs)
+    rows = order.list_rows(0, 26)
+    parts = [rows[a:b] for a, b in ((0, 4), (4, 9), (9, 13), (13, 17), (17, 22), (22, 26))]
+    for number, part in enumerate(parts):
+        assert sorted(part) == [i for first, stop in epochs[number % 3] for i in range(first, stop)]
+    assert parts[0] != parts[3] and parts[1] != parts[4]
+    assert order.list_rows(7, 12) == rows[7:19]
+    assert PoolOrder(13, 3, False, epochs).list_rows(2, 4) == [2, 3, 4, 5]
+
+
+def test_mixture_of_a_source_with_variants() -> None:
+    config = DataConfig.model_validate({"train": ["a", "b"], "mixing": "sizes"})
+    epochs = [[[(0, 4)], [(4, 8)]], [[(8, 12)]]]
+    shares = make_mixture_shares(config, [8, 4], epochs)
+    assert [share.weight for share in shares] == [1, 1]  # of an epoch, not of all variants
+    rows = mixed(shares).list_rows(0, 200)
+    own = [row for row in rows if row < 8]
+    assert [sorted(own[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    assert {row for row in rows if row >= 8} == {8, 9, 10, 11}

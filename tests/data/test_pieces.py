@@ -7,6 +7,7 @@ from dist_peft.data import pieces as module
 from dist_peft.data.pieces import (
     DocumentPieces,
     count_piece_targets,
+    split_by_epoch,
     split_into_windows,
     take_whole_documents,
 )
@@ -52,3 +53,21 @@ def test_windows_of_a_document_longer_than_32_bits() -> None:
     windows = split_into_windows(long, 2**30)
     assert windows.start.tolist() == [5, 5 + 2**30, 5 + 2**31]
     assert windows.length.tolist() == [2**30, 2**30, 3]
+
+
+def test_epochs_of_sources_with_different_numbers_of_variants() -> None:
+    """Source 0 has three documents a record, cut into windows of 2; source 1 has one."""
+    sources = [documents([[1] * 3] * 6), documents([[1] * 2] * 2)]
+    cut = split_into_windows(take_whole_documents(sources[0]), 2)
+    plain = take_whole_documents(sources[1])
+    joined = DocumentPieces(
+        np.repeat(np.array([0, 1], np.uint8), [len(cut), len(plain)]),
+        np.concatenate([cut.start, plain.start]),
+        np.concatenate([cut.length, plain.length]),
+    )
+    epochs = split_by_epoch(sources, joined, [3, 1])
+    for number, pieces in enumerate(epochs):
+        starts = [3 * number, 3 * number + 2, 9 + 3 * number, 9 + 3 * number + 2]
+        assert pieces.start.tolist() == [*starts, 0, 2]
+        assert pieces.source.tolist() == [0, 0, 0, 0, 1, 1]
+    assert split_by_epoch(sources, joined, [1, 1]) == [joined]

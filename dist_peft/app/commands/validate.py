@@ -11,8 +11,9 @@ from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.data.classification import load_labelled_sequences
-from dist_peft.data.documents import format_sequence, load_sequence_sets
+from dist_peft.data.classification import LabelledSequences, load_labelled_sequences
+from dist_peft.data.documents import SequenceSet, format_sequence, load_sequence_sets
+from dist_peft.data.order import describe_epochs
 from dist_peft.model.hub import (
     Tokenizer,
     load_tokenizer,
@@ -77,11 +78,11 @@ def preview_rows(
     for number, rows in enumerate(load_sequence_sets(config, sources, tokenizer, name=name)):
         lines.append(
             f"data.{name}[{number}] {sources[number].path}: {rows.num_documents} documents in "
-            f"{len(rows)} rows, {rows.total_tokens} tokens, of which {rows.total_targets} "
-            "contribute to the loss, marked [[...]]"
+            f"{len(rows)} rows{describe_epochs(rows.epoch_ranges)}, {rows.total_tokens} tokens, of "
+            f"which {rows.total_targets} contribute to the loss, marked [[...]]"
         )
-        for index in range(min(count, len(rows))):
-            lines.append(f"--- row {index}: {rows.num_tokens(index)} tokens")
+        for index, where in _list_first_rows(rows, count):
+            lines.append(f"--- row {index}{where}: {rows.num_tokens(index)} tokens")
             lines.append(format_sequence(rows, index, tokenizer))
     return lines
 
@@ -98,12 +99,28 @@ def preview_labelled_rows(
     for number, rows in enumerate(load_labelled_sequences(config, sources, tokenizer, name=name)):
         labels = rows.task.labels
         lines.append(
-            f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows of task "
-            f"{rows.task.name}, labels {', '.join(labels)}"
+            f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows"
+            f"{describe_epochs(rows.epoch_ranges)} of task {rows.task.name}, labels "
+            f"{', '.join(labels)}"
         )
-        for index in range(min(count, len(rows))):
+        for index, where in _list_first_rows(rows, count):
             tokens, target, _ = rows.get_sequence(index)
             label = labels[int(target[0]) - rows.task.start]
-            lines.append(f"--- row {index}: {len(tokens)} tokens, label {label}")
+            lines.append(f"--- row {index}{where}: {len(tokens)} tokens, label {label}")
             lines.append(str(tokenizer.decode(tokens.tolist())))
     return lines
+
+
+def _list_first_rows(rows: SequenceSet | LabelledSequences, count: int) -> list[tuple[int, str]]:
+    """Return the first ``count`` rows: index, and the epoch if records have variants.
+
+    The variants of a row follow it; packed ones need not hold the same records.
+    """
+    epochs = rows.epoch_ranges
+    found = []
+    for place in range(count):
+        for epoch, ((first, stop),) in enumerate(epochs):
+            if first + place < stop:
+                where = "" if len(epochs) == 1 else f" (epoch {epoch})"
+                found.append((first + place, where))
+    return found

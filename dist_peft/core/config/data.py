@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dist_peft.core.config.augment import AugmentConfig
 from dist_peft.core.config.types import ConfigSection, Float, Int, Label, PathText, SourcePath
 
 __all__ = ["DataConfig", "DataSource"]
@@ -63,6 +64,19 @@ class DataSource(ConfigSection):
     to_step: Int | None = Field(
         None, ge=1, description="With data.mixing: the step before which it ends; default: never."
     )
+
+    augment: AugmentConfig | None = Field(
+        None, description="Variants of each record (eda, token_dropout, function); train only."
+    )
+
+    @property
+    def num_variants(self) -> int:
+        """Return the number of documents of a record: 1, and those of ``augment``."""
+        return 1 if self.augment is None else 1 + self.augment.num_aug
+
+    def without_variants(self) -> Self:
+        """Return this source with its records as they are."""
+        return self.model_copy(update={"augment": None})
 
     @property
     def task_name(self) -> str:
@@ -127,6 +141,11 @@ class DataConfig(ConfigSection):
     cache_dir: PathText | None = Field(
         None, description="Token cache; default ~/.cache/dist_peft or $DIST_PEFT_CACHE."
     )
+    allow_code: bool = Field(
+        False,
+        description="Run the functions that train[].augment names; only as an override on the "
+        "command line.",
+    )
     workers: Int | None = Field(
         None,
         ge=1,
@@ -174,6 +193,16 @@ class DataConfig(ConfigSection):
                 raise ValueError(
                     f"train[{number}].labels is missing: give the values of the label column, such "
                     "as [negative, positive]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_augmentation(self) -> Self:
+        for number, source in enumerate(self.eval):
+            if source.augment is not None:
+                raise ValueError(
+                    f"eval[{number}].augment: held-out records are measured as they are; leave it "
+                    "out (data.train[].augment is for training sources)"
                 )
         return self
 

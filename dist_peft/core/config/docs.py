@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from dist_peft.core.config import run as config
 from dist_peft.core.config.adapter import FusedAdapter
+from dist_peft.core.config.augment import EdaConfig, FunctionAugmentConfig, TokenDropoutConfig
 
 __all__ = ["build_configuration_page"]
 
@@ -48,6 +49,9 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("engine", config.EngineConfig),
     ("data", config.DataConfig),
     ("data.train[] and data.eval[]", config.DataSource),
+    ("data.train[].augment (kind: eda)", EdaConfig),
+    ("data.train[].augment (kind: token_dropout)", TokenDropoutConfig),
+    ("data.train[].augment (kind: function)", FunctionAugmentConfig),
     ("train", config.TrainConfig),
     ("train.scheduled_sampling", config.ScheduledSamplingConfig),
     ("save", config.SaveConfig),

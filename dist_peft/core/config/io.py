@@ -38,8 +38,8 @@ _NO_SECTION = ("model_type", "model_attributes_type")
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read ``path``, apply ``key.sub=value`` overrides, check everything.
 
-    ``base.trust_remote_code`` counts only among the overrides, which the caller wrote; a file may
-    come from a stranger.
+    ``base.trust_remote_code`` and ``data.allow_code`` count only among the overrides, which the
+    caller wrote; a file may come from a stranger.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value is wrong, or the file
@@ -160,21 +160,34 @@ def _find_interpolation(node: Any, path: str = "") -> str | None:
 
 
 def _refuse_trust_in_file(plain: Any, overrides: typing.Sequence[str], file: Path) -> None:
-    """Refuse ``base.trust_remote_code`` from the file.
+    """Refuse ``base.trust_remote_code`` and ``data.allow_code`` from the file.
 
     Raises:
-        UserError: it is on, and no override sets it.
+        UserError: one is on, and no override sets it.
     """
-    base = plain.get("base")
-    if not isinstance(base, dict) or not base.get("trust_remote_code"):
-        return
     given = OmegaConf.from_dotlist(list(overrides))
-    if OmegaConf.select(given, "base.trust_remote_code") is None:
-        raise UserError(
-            f"config file {file} sets base.trust_remote_code, which runs code that comes with the "
-            "base; a file cannot grant that permission. If you trust the base, say so on the "
-            "command line: base.trust_remote_code=true (merge, export: --trust-remote-code)"
-        )
+    for section, name, what, whom, verbs in _PERMISSIONS:
+        values, key = plain.get(section), f"{section}.{name}"
+        if not isinstance(values, dict) or not values.get(name):
+            continue
+        if OmegaConf.select(given, key) is None:
+            raise UserError(
+                f"config file {file} sets {key}, which runs {what}; a file cannot grant that "
+                f"permission. If you trust {whom}, say so on the command line: {key}=true{verbs}"
+            )
+
+
+_PERMISSIONS = (
+    (
+        "base",
+        "trust_remote_code",
+        "code that comes with the base",
+        "the base",
+        " (merge, export: --trust-remote-code)",
+    ),
+    ("data", "allow_code", "the functions of data.train[].augment", "them", ""),
+)
+"""Keys that let code run: section, name, which code, whom it takes trust in, options of verbs."""
 
 
 def _apply_override(tree: Any, item: str, file: Path) -> Any:
@@ -209,10 +222,12 @@ def dump_config(config: RunConfig) -> str:
     """Return the resolved description as YAML; ``load_config`` reads it back to an equal tree.
 
     References to the environment stay references, and plain secrets of known forms are masked.
-    ``base.trust_remote_code`` is left out: a command line grants that permission for itself alone.
+    ``base.trust_remote_code`` and ``data.allow_code`` are left out: a command line grants these
+    permissions for itself alone.
     """
     tree = config.dump_stored_tree()
-    tree["base"].pop("trust_remote_code", None)
+    for section, name, *_ in _PERMISSIONS:
+        tree[section].pop(name, None)
     return OmegaConf.to_yaml(OmegaConf.create(_escape_interpolations(tree)))
 
 

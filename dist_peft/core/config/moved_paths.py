@@ -91,3 +91,6 @@ def _iterate_path_keys(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, An
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                 yield f"{section_name}.{name}[{number}].path", entry, "path"
+                augment = entry.get("augment")
+                if isinstance(augment, dict) and isinstance(augment.get("synonyms"), str):
+                    yield f"{section_name}.{name}[{number}].augment.synonyms", augment, "synonyms"

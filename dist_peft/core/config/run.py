@@ -222,6 +222,9 @@ class TrainConfig(ConfigSection):
         description="Discriminative rates: a block's rate is that of the block above times this; "
         "norm and head after the last block have lr (ULMFiT: 0.385).",
     )
+    neftune_alpha: Float = Field(
+        0.0, ge=0, description="NEFTune: noise on embeddings in training, such as 5; 0: none."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="After warm-up."
     )

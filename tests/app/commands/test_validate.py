@@ -30,6 +30,37 @@ def test_rows_with_their_loss_mask_and_without_weights(
     assert "a.jsonl, record 1: column label is False" in capsys.readouterr().err
 
 
+def test_variants_of_a_record_are_shown_under_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "synonyms.txt").write_text("good: fine\n")
+    augment = {"kind": "eda", "synonyms": str(tmp_path / "synonyms.txt"), "num_aug": 2}
+    augment |= {"alpha_ri": 0, "alpha_rs": 0, "p_rd": 0}
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "good ", "completion": "good"}] * 2)
+    data = {"packing": False, "cache_dir": str(tmp_path / "cache")}
+    data |= {"train": [{"path": str(file), "augment": augment}]}
+    config = tmp_path / "run.yaml"
+    base = {"path": str(tmp_path / "base")}
+    config.write_text(yaml.safe_dump({"base": base, "data": data}))
+    assert main(["validate", "--config", str(config), "--rows", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 documents in 6 rows of 3 epochs with a variant of each record, " in printed
+    shown = [line for line in printed.splitlines() if not line.startswith("data.")]
+    assert shown == [
+        "--- row 0 (epoch 0): 11 tokens",
+        "<s>good [[good</s>]]",
+        "--- row 2 (epoch 1): 11 tokens",
+        "<s>fine [[good</s>]]",
+        "--- row 4 (epoch 2): 11 tokens",
+        "<s>fine [[good</s>]]",
+    ]
+    data["eval"] = data["train"]
+    config.write_text(yaml.safe_dump({"base": base, "data": data}))
+    assert main(["validate", "--config", str(config)]) == 2
+    assert "eval[0].augment: held-out records are measured as they are" in capsys.readouterr().err
+
+
 def test_preview_of_no_row(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}])
     config = data_config(tmp_path / "cache")

@@ -294,6 +294,9 @@ def test_what_is_dumped_loads_as_it_was(
     file.write_text(dumped, newline="")
     again = load_config(file)
     # a written configuration gives no permission to run code
-    trust = {"base": config.base.model_copy(update={"trust_remote_code": False})}
+    trust = {
+        "base": config.base.model_copy(update={"trust_remote_code": False}),
+        "data": config.data.model_copy(update={"allow_code": False}),
+    }
     assert again == config.model_copy(update=trust)
     assert dump_config(again) == dumped
