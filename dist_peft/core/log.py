@@ -93,7 +93,8 @@ def close_log() -> logging.Logger:
         if isinstance(handler, _TerminalHandler | _LogFileHandler | _HeldRecordsHandler):
             logger.removeHandler(handler)
             handler.close()
-    logger.setLevel(logging.NOTSET)
+    if logger.level != logging.NOTSET:  # setting it empties the caches of all loggers
+        logger.setLevel(logging.NOTSET)
     logger.propagate = True
     return logger
 

@@ -1,11 +1,26 @@
 """Which blocks of a model compute alike."""
 
+import torch
 from torch import nn
 
-__all__ = ["block_kind"]
+__all__ = ["BlockKind", "block_kind"]
+
+BlockKind = tuple[
+    tuple[
+        str,
+        type[nn.Module],
+        tuple[tuple[str, torch.Size, torch.dtype], ...],
+        tuple[tuple[str, str], ...],
+    ],
+    ...,
+]
+"""Of each module: its name, class, parameters and settings."""
+
+_NAMES = ("name_or_path", "source")
+"""Settings that name files or their tensors and compute nothing."""
 
 
-def block_kind(block: nn.Module) -> object:
+def block_kind(block: nn.Module) -> BlockKind:
     """Return a key equal for blocks that compute alike: classes, shapes, plain settings."""
     return tuple(
         (
@@ -16,7 +31,7 @@ def block_kind(block: nn.Module) -> object:
                 sorted(
                     (key, str(value))
                     for key, value in module.__dict__.items()
-                    if isinstance(value, (bool, str, float)) and key != "name_or_path"
+                    if isinstance(value, (bool, str, float)) and key not in _NAMES
                 )
             ),
         )

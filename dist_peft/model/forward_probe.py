@@ -40,7 +40,7 @@ from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.parameter_readers import FoundReaders, ReaderWatch, mark_readers
 
 __all__ = [
@@ -213,14 +213,17 @@ _outcomes: dict[object, _Outcome] = {}
 def _remember_outcome(
     key: object, model: PreTrainedModel, reached: Iterable[str], readers: FoundReaders
 ) -> _Outcome:
-    if len(_outcomes) >= 64:
+    if len(_outcomes) >= 256:
         _outcomes.clear()
     _outcomes[key] = _Outcome(frozenset(reached), vars(model)["head_output_is_logits"], readers)
     return _outcomes[key]
 
 
 def _describe_model(model: PreTrainedModel) -> object:
-    """Return a key equal for models that compute alike: config, code, modules, shapes."""
+    """Return a key equal for models that compute alike: config, code, modules, shapes.
+
+    How weights are packed is no part of it: the probe asks for the shape of a product only.
+    """
     return (
         json.dumps({**model.config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str),
         model.config._attn_implementation,
@@ -229,11 +232,20 @@ def _describe_model(model: PreTrainedModel) -> object:
                 getattr(type(module), "forward", None),
                 getattr(vars(module).get("forward"), "__code__", None),
                 vars(module).get("in_features"),
+                vars(module).get("out_features"),
                 tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
             )
             for module in model.modules()
         ),
-        block_kind(model),
+        tuple(
+            (
+                name,
+                kind,
+                tuple(p for p in shapes if p[0] != "packed" or not issubclass(kind, FrozenWeight)),
+                settings,
+            )
+            for name, kind, shapes, settings in block_kind(model)
+        ),
     )
 
 

@@ -10,6 +10,7 @@ installation always yields the same text:
 """
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -92,13 +93,17 @@ def read_stdlib_files(root: Path | None = None, max_chars: int = 6_000_000) -> l
 
 
 def _walk_source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _SKIPPED_PARTS.isdisjoint(relative.parts):
-            continue
-        if any(part.startswith(_SKIPPED_STARTS) for part in relative.parts):
-            continue
-        yield relative.as_posix(), path
+    """Yield name below ``root`` and path; directories that are skipped are not entered."""
+    for directory, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not _is_skipped(name)]
+        for name in names:
+            if name.endswith(".py") and not _is_skipped(name):
+                path = Path(directory, name)
+                yield path.relative_to(root).as_posix(), path
+
+
+def _is_skipped(part: str) -> bool:
+    return part in _SKIPPED_PARTS or part.startswith(_SKIPPED_STARTS)
 
 
 def _hash_file_name(name: str) -> tuple[bytes, bool]:

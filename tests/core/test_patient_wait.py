@@ -52,6 +52,7 @@ def test_rank_that_died_is_named_to_all(
 ) -> None:
     monkeypatch.setattr(patient_wait, "WATCH_SECONDS", 0.3)
     monkeypatch.setattr(patient_wait, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(patient_wait, "LONGEST_PAUSE", 0.1)
     store = dist.HashStore()
     lives = threading.Event()
 
@@ -109,6 +110,7 @@ def test_rank_0_stays_until_the_slowest_has_read(monkeypatch: pytest.MonkeyPatch
     confirm_answer_read(store, 0, HOSTS, "r")
     assert time.monotonic() - start > 0.5
     monkeypatch.setattr(patient_wait, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(patient_wait, "LOOK_SECONDS", 0.1)
     start = time.monotonic()
     confirm_answer_read(store, 0, HOSTS, "dead")
     assert 0.3 < time.monotonic() - start < 10

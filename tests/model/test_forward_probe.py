@@ -23,8 +23,8 @@ from dist_peft.model.skeleton import Skeleton, build_skeleton
 from tests.support.tiny_models import _COMMON, CONFIGS, MIXTURES, save_model
 
 
-def build(directory: Path) -> Skeleton:
-    base = BaseConfig(path=str(directory), quant=QuantConfig(), compute_dtype="float32")
+def build(directory: Path, **quant: Any) -> Skeleton:
+    base = BaseConfig(path=str(directory), quant=QuantConfig(**quant), compute_dtype="float32")
     return build_skeleton(base, directory)
 
 
@@ -168,12 +168,15 @@ def test_nothing_is_left_behind(family: str, tmp_path: Path) -> None:
 def test_a_model_that_is_built_again_is_not_run_again(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Elsewhere on the disk it is the same one; with other code or another config it is not."""
+    """Elsewhere on the disk or packed otherwise it is the same one; with other code or another
+    config it is not."""
     first = build(base).model
     runs = mock.Mock(wraps=forward_probe._run_forward)
     monkeypatch.setattr(forward_probe, "_run_forward", runs)
     save_model(CONFIGS["llama"], tmp_path / "elsewhere")
     again = build(tmp_path / "elsewhere").model
+    assert runs.call_count == 0
+    build(base, kind="int", bits=3, group_size=16)
     assert runs.call_count == 0
     assert packed(again) == packed(first) == ALL
     assert vars(again)["head_output_is_logits"] is vars(first)["head_output_is_logits"] is True
@@ -187,6 +190,19 @@ def test_a_model_that_is_built_again_is_not_run_again(
         m.without_gradient for m in build(base).model.modules() if isinstance(m, FrozenLinear)
     )
     assert runs.call_count > 2
+
+
+def test_of_blocks_that_are_alike_one_is_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, ran = llama.LlamaMLP.forward, list[nn.Module]()
+
+    def note_and_forward(self: Any, x: Tensor) -> Tensor:
+        ran.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(llama.LlamaMLP, "forward", note_and_forward)
+    blocks = build(base).blocks
+    assert len(blocks) == 2
+    assert ran == [blocks[0].mlp] * 2  # with a graph, and with documents for a mask
 
 
 def only_picks(self: Any, x: Tensor) -> Tensor:
