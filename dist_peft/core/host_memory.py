@@ -30,14 +30,14 @@ __all__ = ["keep_freed_memory", "read_available_memory", "return_freed_memory"]
 
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_LOADING, _OTHERWISE = 1024 * 1024, 32 * 1024 * 1024  # the latter is glibc's upper limit
+_LOADING, _OTHERWISE = 2 * 1024 * 1024, 32 * 1024 * 1024  # the latter is glibc's upper limit
 _TRIMMED_LOADING = 16 * 1024 * 1024  # more than the temporaries of the threads that quantize
 _TRIMMED_OTHERWISE, _NEVER_TRIMMED = 128 * 1024, 2**30  # the former is glibc's default
 
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """Return blocks from 1 MiB on to the system when they are freed, and keep up to 16 MiB of
+    """Return blocks from 2 MiB on to the system when they are freed, and keep up to 16 MiB of
     smaller ones for the next allocations; at the end, return all free blocks. A no-op without
     glibc."""
     _set_malloc_option(_M_MMAP_THRESHOLD, _LOADING)

@@ -27,7 +27,7 @@ from dist_peft.store.reader import RowReader
 
 __all__ = ["LOAD_MEMORY", "PanelEncoder", "count_load_threads"]
 
-LOAD_MEMORY = 32 * 2**20
+LOAD_MEMORY = 64 * 2**20
 """Most host memory of the temporaries of all threads of a rank together."""
 
 _THREAD_MEMORY = 8 * 4 * CHUNK_ELEMENTS

@@ -7,17 +7,19 @@ then products in place, a chunk of rows at a time, on any device. ``bnb``: the o
 Both multiply in float32 and round once to the wanted type, so bf16 output is the float32 output
 rounded. ``DIST_PEFT_KERNELS`` chooses:
 
-    auto    bnb on CUDA where bitsandbytes is installed and knows the block size; else torch
+    auto    bnb on CUDA where bitsandbytes is installed and knows the block size, and on a CPU
+            where a trial (``quant.decode_trial``) finds it equal and faster; else torch
     torch   always torch
     bnb     always bnb; a UserError where that is impossible
 
-On CPU ``auto`` is ``torch``: it is as fast there, for bf16 faster (``docs/numerics.md`` has the
-times), and importing bitsandbytes takes seconds.
+Importing bitsandbytes takes seconds, so that on a CPU the trial waits until as much has been spent
+on decoding: short runs never import it. As the bits are the same, nothing else changes then.
 """
 
 import importlib
+import logging
 import os
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.quant.assumed_device import get_assumed_device
+from dist_peft.quant.decode_trial import is_equal_and_faster
 from dist_peft.quant.pack import lookup_packed_values
 from dist_peft.quant.packed_rows import list_row_chunks
 
@@ -50,11 +53,26 @@ NF4_LEVELS = (
 )
 """Levels of the 16 codes (QLoRA, appendix E), as float32 prints them."""
 
+log = logging.getLogger("dist_peft")
+
 KERNELS_VARIABLE = "DIST_PEFT_KERNELS"
 
 # bitsandbytes also takes 2048 and 4096, but compiles a fallback for them on AVX512 hosts
 _BNB_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 _BNB_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+TRIAL_WEIGHTS = 2**32
+"""Weights that a process decodes on the CPU by torch, in about ten seconds, before the trial."""
+
+
+class _DecodedWeights:
+    """How many weights this process has decoded by torch on a CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+_decoded = _DecodedWeights()
 
 
 def dequantize_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -74,13 +92,28 @@ def dequantize_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: tor
     """
     rows, blocks = absmax.shape
     group_size = payload.shape[1] * 2 // max(1, blocks)
-    if choose_nf4_kernel(group_size, dtype, payload.device) == "torch" or not absmax.numel():
+    # a fake tensor, of a subclass, takes the path that a plan counts
+    is_planned = payload.device.type == "cpu" and type(payload) is not Tensor
+    kernel = choose_nf4_kernel(group_size, dtype, payload.device)
+    if kernel == "torch" or is_planned or not absmax.numel():
+        if payload.device.type == "cpu" and not is_planned:
+            _decoded.count += rows * in_features
         return _run_dequantize_kernel(payload, 4, NF4_LEVELS, absmax, None, in_features, dtype)
-    padded = blocks * group_size
+    return _dequantize_by_bnb(payload, absmax, dtype)[:, :in_features].contiguous()
+
+
+def _dequantize_by_bnb(payload: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dtype [rows, blocks * group_size]``."""
+    rows, padded = len(payload), 2 * payload.shape[1]
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        payload.reshape(-1, 1), absmax.flatten(), group_size, "nf4", [rows, padded], dtype
+        payload.reshape(-1, 1),
+        absmax.flatten(),
+        padded // absmax.shape[1],
+        "nf4",
+        [rows, padded],
+        dtype,
     )
-    return weight[:, :in_features].contiguous()
+    return weight
 
 
 def dequantize_affine(
@@ -134,9 +167,12 @@ def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device)
         raise UserError(f"{KERNELS_VARIABLE}={wanted!r} is not one of auto, torch, bnb")
     assumed = get_assumed_device()
     device = assumed or device
-    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
+    if wanted == "torch" or (wanted == "auto" and device.type not in ("cuda", "cpu")):
         return "torch"
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
+    if wanted == "auto" and device.type == "cpu":
+        due = possible and assumed is None and _decoded.count >= TRIAL_WEIGHTS
+        return "bnb" if due and _is_bnb_faster(group_size, dtype) else "torch"
     if wanted == "auto":
         # without its compiled CUDA library the operator would run a slow Python fallback
         module = _import_bitsandbytes() if possible else None
@@ -153,6 +189,22 @@ def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device)
             f"pip install bitsandbytes, or use {KERNELS_VARIABLE}=auto"
         )
     return "bnb"
+
+
+@cache
+def _is_bnb_faster(group_size: int, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes' operator is installed, and equal and faster on this processor."""
+    if _import_bitsandbytes() is None:
+        return False
+
+    def by_torch(payload: Tensor, absmax: Tensor) -> Tensor:
+        columns = 2 * payload.shape[1]
+        return _run_dequantize_kernel(payload, 4, NF4_LEVELS, absmax, None, columns, dtype)
+
+    by_bnb = partial(_dequantize_by_bnb, dtype=dtype)
+    faster = is_equal_and_faster(by_bnb, by_torch, group_size)
+    log.info("NF4 is decoded to %s by %s", dtype, "bitsandbytes" if faster else "torch")
+    return faster
 
 
 @cache

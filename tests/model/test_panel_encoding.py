@@ -103,11 +103,11 @@ def test_no_hashed_block_is_in_two_panels(columns: int) -> None:
         assert panels[0].start == 1001 and panels[-1].stop == 3001
         for one, other in pairwise(panels):
             assert one.stop == other.start and one.stop % block == 0
-        assert max(map(len, panels)) * columns <= max(2**17, columns)
+        assert max(map(len, panels)) * columns <= max(2**18, columns)
 
 
 def test_threads_are_this_ranks_share_of_the_cores() -> None:
     with mock.patch("os.sched_getaffinity", return_value=set(range(12)), create=True):
         assert [count_load_threads(n, CPU) for n in (1, 3, 8, 64)] == [8, 4, 1, 1]
         assert count_load_threads(1, torch.device("cuda", 0)) == 2
-        assert LOAD_MEMORY == 32 * 2**20
+        assert LOAD_MEMORY == 64 * 2**20

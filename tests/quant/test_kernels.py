@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_peft.core.errors import UserError
 from dist_peft.quant import kernels
@@ -99,6 +100,33 @@ def test_auto_takes_bnb_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "torch"
     pretend_bitsandbytes(monkeypatch, with_cuda=None)
     assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "torch"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_tries_bnb_on_a_cpu_after_many_weights(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "_decoded", kernels._DecodedWeights())
+    monkeypatch.setattr(kernels, "TRIAL_WEIGHTS", 2 * 40 * 250)
+    pretend_bitsandbytes(monkeypatch, with_cuda=False if installed else None)
+    trials, used = [], []
+    monkeypatch.setattr(kernels, "is_equal_and_faster", lambda *a: trials.append(a[2]) or True)
+    monkeypatch.setattr(
+        kernels, "_dequantize_by_bnb", lambda payload, absmax, dtype: used.append(1) or expected
+    )
+    kernels._is_bnb_faster.cache_clear()
+    payload, absmax = every_byte_with_many_scales(64, 256)
+    expected = dequantize_nf4(payload, absmax, 256, torch.float64)  # a type bitsandbytes lacks
+    kernels._decoded.count = 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        dequantize_nf4(mode.from_tensor(payload), mode.from_tensor(absmax), 250, torch.float32)
+    assert kernels._decoded.count == 0
+    for times in range(4):
+        assert (len(used), len(trials)) == ((max(0, times - 2), times > 2) if installed else (0, 0))
+        dequantize_nf4(payload, absmax, 250, torch.float32)
+    assert trials == [64] * installed
+    kernels._is_bnb_faster.cache_clear()
 
 
 def test_forcing_the_impossible_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
