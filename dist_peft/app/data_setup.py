@@ -31,6 +31,7 @@ from dist_peft.data.tokenizer_digest import compute_template_digest, compute_tok
 from dist_peft.model.classifier import choose_pad_token_id
 from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
+from dist_peft.train.domain_objective import DomainObjective
 from dist_peft.train.objective import ClassificationObjective, Objective, TokenObjective
 
 __all__ = [
@@ -98,6 +99,8 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
     objective: Objective[Any] = TokenObjective()
     if data.is_classification:
         objective = ClassificationObjective(list_class_tasks(data))
+        if (section := config.train.domain_adversarial) is not None:
+            objective = DomainObjective(list_class_tasks(data), section)
     return DataLoaders(objective, train_loader, eval_loader, probe, train.chat_template, inputs)
 
 

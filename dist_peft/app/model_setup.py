@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.classifier_head.method import HeadedAdapter, add_classifier_head
+from dist_peft.adapters.classifier_head.method import (
+    HeadedAdapter,
+    add_classifier_head,
+    choose_discriminator_size,
+)
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.tensor_checks import check_tensor_values
@@ -161,7 +165,13 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
     if skeleton.head is not None:
         seed = config.train.seed
-        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+        adapter = add_classifier_head(
+            adapter,
+            skeleton.head,
+            seed=seed,
+            arithmetic=arithmetic,
+            discriminator=choose_discriminator_size(config),
+        )
         set_pad_token(skeleton.model, tokenizer)
     adapter.attach_to_model(skeleton.model)
     fused: list[BaseRequirement] = []

@@ -6,6 +6,7 @@
     attention_mask    1   1 1   1   1   1    0   0      padding is masked
     token_types       0   0 0   0   1   1    0   0
     labels          [class id]                          one target a sequence: mean over sequences
+    domains         [domain id]                         of data.train[].domain
     ranges          [first, stop)                       class ids of the sequence's task
 
 A filler sequence (see ``loader``) attends to its first padding token, since a softmax over no
@@ -25,7 +26,7 @@ from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.documents import fit_documents, refuse_empty_set
 from dist_peft.data.files import RecordPlace
-from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks
+from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks, list_domains
 from dist_peft.data.loader import Batch, Loader, SingleTask
 from dist_peft.data.order import Ranges, describe_epochs
 from dist_peft.data.packing import IGNORE
@@ -36,13 +37,17 @@ __all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelle
 
 _LOG = logging.getLogger("dist_peft")
 
+_NO_TARGET = (IGNORE, 0, 1)
+"""Class id and range of a sequence without a label."""
+
 
 class LabelledSequences(SingleTask):
     """The records of one source; implements ``data.loader.SequenceDataset``.
 
     Attributes:
-        task: task with the classes of the labels.
-        fingerprint: sha256 of all records, their order and the task's labels.
+        task: task with the classes of the labels; None: the records have no labels.
+        domain: id of the domain of the texts (``labels.list_domains``); -1: none.
+        fingerprint: sha256 of all records, their order, the task's labels and the domain.
     """
 
     packed = False
@@ -52,12 +57,13 @@ class LabelledSequences(SingleTask):
         self,
         documents: TokenDocuments,
         pieces: DocumentPieces,
-        task: ClassTask,
+        task: ClassTask | None,
         *,
         seq_len: int,
         num_variants: int = 1,
+        domain: int = -1,
     ) -> None:
-        self.seq_len, self.task = seq_len, task
+        self.seq_len, self.task, self.domain = seq_len, task, domain
         epochs = split_by_epoch([documents], pieces, [num_variants])
         self._epoch_ends = np.cumsum([len(each) for each in epochs]).tolist()
         if num_variants > 1:
@@ -72,7 +78,8 @@ class LabelledSequences(SingleTask):
         digest.update(pieces.start.tobytes())
         digest.update(pieces.length.tobytes())
         # without the task's name, which may be that of a file: the records may be moved
-        digest.update(repr((task.labels, task.start)).encode())
+        labels = ((), 0) if task is None else (task.labels, task.start)
+        digest.update(repr(labels if domain < 0 else (*labels, domain)).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -83,8 +90,8 @@ class LabelledSequences(SingleTask):
         return [[each] for each in pairwise([0, *self._epoch_ends])]
 
     def num_targets(self, index: int) -> int:
-        """Return 1: a sequence has one class."""
-        return 1
+        """Return 1: a sequence has one class; 0 without labels."""
+        return int(self.task is not None)
 
     @property
     def longest(self) -> int:
@@ -100,15 +107,21 @@ class LabelledSequences(SingleTask):
         return [(0, self._documents.find_place(int(self._pieces.start[index])))]
 
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return tokens [T], target [3] (class id, its task's first and stop), token types [T]."""
+        """Return tokens [T], target [4], token types [T].
+
+        The target is class id, its task's first and stop, domain id.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         start, length = int(self._pieces.start[index]), int(self._pieces.length[index])
         span = slice(start, start + length)
         tokens = torch.from_numpy(self._documents.tokens[span].astype(np.int64))
         types = torch.from_numpy(self._documents.mask[span].astype(np.int64))
-        label = int(self._documents.classes[self._numbers[index]])
-        return tokens, self.task.make_target(label), types
+        target = torch.tensor(_NO_TARGET)
+        if self.task is not None:
+            label = int(self._documents.classes[self._numbers[index]])
+            target = self.task.make_target(label)
+        return tokens, torch.cat([target, torch.tensor([self.domain])]), types
 
 
 def load_labelled_sequences(
@@ -123,20 +136,31 @@ def load_labelled_sequences(
     Raises:
         UserError: unreadable data, an unknown label, a record that is too long.
     """
-    tasks = list_class_tasks(config)
+    tasks, domains = list_class_tasks(config), list_domains(config)
     found = []
     for number, source in enumerate(sources):
         key = f"data.{name}[{number}]"
-        task = find_source_task(source, tasks, key)
-        source = source.model_copy(update={"labels": list(task.labels)})
+        task: ClassTask | None = None
+        if source.labels or source.domain is None:
+            task = find_source_task(source, tasks, key)
+            source = source.model_copy(update={"labels": list(task.labels)})
         documents = load_token_documents(config, source, tokenizer, key)
         pieces = fit_documents(documents, config, key)
         refuse_empty_set(config, pieces, key)
+        domain = -1 if source.domain is None else domains.index(source.domain)
         rows = LabelledSequences(
-            documents, pieces, task, seq_len=config.seq_len, num_variants=source.num_variants
+            documents,
+            pieces,
+            task,
+            seq_len=config.seq_len,
+            num_variants=source.num_variants,
+            domain=domain,
         )
-        counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
-        shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
+        shares = "no labels"
+        if task is not None:
+            counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
+            shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
+        shares += "" if source.domain is None else f"; domain {source.domain}"
         _LOG.info(
             "%s: %d sequences%s of up to %d tokens (%s)",
             key,
@@ -158,11 +182,13 @@ class LabelledBatch(Batch):
         attention_mask: long [B, S], 1 where there is a token.
         token_types: long [B, S].
         ranges: long [B, 2], class ids [first, stop) of each sequence's task.
+        domains: long [B], id of each sequence's domain, -1 for one without; None: there are none.
     """
 
     attention_mask: torch.Tensor
     token_types: torch.Tensor
     ranges: torch.Tensor
+    domains: torch.Tensor | None = None
 
     def measure_documents(self) -> torch.Tensor:
         """Return the tokens of the sequence at its positions, 0 at padding, long [B, S]."""
@@ -189,11 +215,12 @@ class LabelledLoader(Loader[LabelledBatch]):
             sample_ids=torch.tensor(numbers),
             attention_mask=mask,
             token_types=types,
-            ranges=targets[:, 1:],
+            ranges=targets[:, 1:3],
+            domains=targets[:, 3],
         )
 
     def _load_row(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if number >= 0:
             return self.rows.get_sequence(number)
         empty = torch.zeros(0, dtype=torch.long)
-        return empty, torch.tensor([IGNORE, 0, 1]), empty
+        return empty, torch.tensor([*_NO_TARGET, -1]), empty

@@ -38,7 +38,8 @@ class TextExample:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """One or two texts with a class: ``label`` is an index into the labels of the source."""
+    """One or two texts with a class: ``label`` is an index into the labels of the source, or
+    -1 without one."""
 
     text: str
     text_pair: str | None

@@ -17,7 +17,13 @@ import torch
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 
-__all__ = ["ClassTask", "find_source_task", "list_class_names", "list_class_tasks"]
+__all__ = [
+    "ClassTask",
+    "find_source_task",
+    "list_class_names",
+    "list_class_tasks",
+    "list_domains",
+]
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,14 @@ class ClassTask:
 
 
 def list_class_tasks(config: DataConfig) -> list[ClassTask]:
-    """Return the tasks of the training sources, in their order; none without classification.
+    """Return the tasks of the labelled training sources, in their order.
 
     Raises:
         UserError: two of them have the same name.
     """
     tasks: list[ClassTask] = []
     for number, source in enumerate(config.train):
-        if source.format != "classification":
+        if source.format != "classification" or not source.labels:
             continue
         if source.task_name in [task.name for task in tasks]:
             raise UserError(
@@ -73,6 +79,11 @@ def list_class_tasks(config: DataConfig) -> list[ClassTask]:
         labels = tuple(source.labels)
         tasks.append(ClassTask(source.task_name, labels, start, source.positive_label))
     return tasks
+
+
+def list_domains(config: DataConfig) -> list[str]:
+    """Return the domains of the training sources, by id, in the order of the sources."""
+    return list(dict.fromkeys(s.domain for s in config.train if s.domain is not None))
 
 
 def list_class_names(config: DataConfig) -> list[str]:

@@ -103,6 +103,10 @@ def _parse_text(fields: RecordFields) -> TextExample:
 
 def _parse_labelled(fields: RecordFields) -> LabelledExample:
     columns, labels = fields.source.columns, fields.source.labels
+    paired = "text_pair" in columns or fields.get_raw_value("text_pair") is not MISSING
+    if not labels:  # a source of a domain
+        pair = fields.get_text("text_pair") if paired else None
+        return LabelledExample(fields.get_text("text"), pair, -1)
     value = fields.get_raw_value("label")
     # JSON has numbers and booleans where tables have text
     plain = value is MISSING or isinstance(value, str)
@@ -112,7 +116,6 @@ def _parse_labelled(fields: RecordFields) -> LabelledExample:
             f"{fields.place}: column {columns.get('label', 'label')} is {label!r}, which is none "
             f"of the labels {', '.join(labels)}; add it to the source's labels, or fix the record"
         )
-    paired = "text_pair" in columns or fields.get_raw_value("text_pair") is not MISSING
     pair = fields.get_text("text_pair") if paired else None
     return LabelledExample(fields.get_text("text"), pair, labels.index(label))
 
@@ -233,6 +236,7 @@ RECORD_FORMATS = (
     RecordFormat("text", ("text",), (), _parse_text),
 )
 _CLASSIFICATION = RecordFormat("classification", ("text", "label"), ("text_pair",), _parse_labelled)
+_UNLABELLED = RecordFormat("classification", ("text",), ("text_pair",), _parse_labelled)
 
 
 def choose_record_format(source: DataSource, record: Record, file: str, key: str) -> RecordFormat:
@@ -241,7 +245,8 @@ def choose_record_format(source: DataSource, record: Record, file: str, key: str
     Raises:
         UserError: settings that fit no format, or a record whose format is not recognized.
     """
-    formats = [f for f in RECORD_FORMATS if source.format in ("auto", f.name)] or [_CLASSIFICATION]
+    classes = _CLASSIFICATION if source.labels else _UNLABELLED
+    formats = [f for f in RECORD_FORMATS if source.format in ("auto", f.name)] or [classes]
     roles = set().union(*(f.list_roles() for f in formats))
     for role in source.columns:
         if role not in roles:

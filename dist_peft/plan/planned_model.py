@@ -8,7 +8,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dist_peft.adapters.classifier_head.method import add_classifier_head
+from dist_peft.adapters.classifier_head.method import (
+    add_classifier_head,
+    choose_discriminator_size,
+)
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
@@ -84,7 +87,13 @@ def _build_from_directory(config: RunConfig, directory: Path, source: str) -> Pl
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
     if skeleton.head is not None:
         seed = config.train.seed
-        adapter = add_classifier_head(adapter, skeleton.head, seed=seed, arithmetic=arithmetic)
+        adapter = add_classifier_head(
+            adapter,
+            skeleton.head,
+            seed=seed,
+            arithmetic=arithmetic,
+            discriminator=choose_discriminator_size(config),
+        )
         _set_any_pad_token(skeleton.model)
     adapter.attach_to_model(skeleton.model)
     return PlannedModel(config, skeleton, adapter, source)

@@ -12,7 +12,7 @@ split of sequences into micro-batches changes the result.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.model.embedding_noise import EmbeddingNoise
+from dist_peft.train.domain_objective import DomainObjective
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.importance import EngineParameters
 from dist_peft.train.nonfinite import FailedStep
@@ -79,6 +80,9 @@ class TrainingStep:
         if self.sampling is not None:
             self.sampling.begin_step(step)
         start_step_phase(step + 1, "forward and backward")
+        targets = max(1, targets)  # a step may have unlabelled rows alone
+        if isinstance(self.objective, DomainObjective):
+            self.objective.begin_step(step, cast(Any, batches), targets, self.world)
         for number, batch in enumerate(batches):
             mark_progress()
             self.adapter.begin_micro_batch(step, batch.sample_ids)
@@ -102,6 +106,8 @@ class TrainingStep:
             replaced, replaceable = counted
             self.sampling_metrics["sampling_eps"] = self.sampling.eps
             self.sampling_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
+        if isinstance(self.objective, DomainObjective):
+            self.sampling_metrics.update(self.objective.collect_metrics(self.world))
         return whole / targets
 
     def _mix_inputs(self, batch: Batch) -> Batch:

@@ -23,6 +23,13 @@ from dist_peft.train.step_metrics import (
 __all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink"]
 
 
+_SHARES = (
+    *("sampling_eps", "sampling_replaced"),
+    *("domain_loss", "domain_accuracy", "reversal_strength"),
+)
+"""Fields of ``StepMetrics`` that some methods have."""
+
+
 class MetricSink(Protocol):
     """Receives the metrics of each optimizer step."""
 
@@ -84,7 +91,7 @@ class TensorBoardSink:
             board.add_scalar("train/nonfinite_steps", record.nonfinite_steps, step)
         if record.spike is not None:
             board.add_scalar("train/spike", record.spike, step)
-        for name in ("sampling_eps", "sampling_replaced"):
+        for name in _SHARES:
             if (share := getattr(record, name)) is not None:
                 board.add_scalar(f"train/{name}", share, step)
         for after, when in (("_before", step - 1), ("", step)):

@@ -195,6 +195,14 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     ):
         if steps:
             rows.append((title, f"{len(steps)} (step{_format_some_steps(steps)})"))
+    if last.domain_loss is not None:
+        rows.append(
+            (
+                "Domains",
+                f"loss {last.domain_loss:.4f}, accuracy {last.domain_accuracy:.1%} in the last "
+                f"step; factor of the reversed gradient {last.reversal_strength:.2f}",
+            )
+        )
     if last.sampling_eps is not None:
         shares = [r.sampling_replaced or 0.0 for r in records]
         rows.append(

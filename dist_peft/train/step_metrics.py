@@ -59,6 +59,9 @@ class StepMetrics:
         spike: robust z-score of the loss, where it is a spike (``train.spikes``).
         sampling_eps, sampling_replaced: with scheduled sampling, the probability of gold inputs,
             and the share of the completion's inputs that were drawn to be replaced.
+        domain_loss, domain_accuracy, reversal_strength: with domain-adversarial training, of the
+            step's rows with a domain, and the factor of the reversed gradient. ``loss`` is that of
+            classes and domains together.
     """
 
     step: int
@@ -96,6 +99,9 @@ class StepMetrics:
     spike: float | None = None
     sampling_eps: float | None = None
     sampling_replaced: float | None = None
+    domain_loss: float | None = None
+    domain_accuracy: float | None = None
+    reversal_strength: float | None = None
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

@@ -177,6 +177,7 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         *(f"train.{k}" for k in ("seed", "shuffle", "tasks", "layer_decay", "metric_for_best")),
         "train.neftune_alpha",
         "train.scheduled_sampling",
+        "train.domain_adversarial",
     }
     assert not may_change_on_resume("train.unknown") and not may_change_on_resume(
         "adapter.adapters[0].name"

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.classifier_head.discriminator import DomainDiscriminator
 from dist_peft.adapters.protocol import (
     Adapter,
     ExportLimits,
@@ -29,13 +30,22 @@ from dist_peft.adapters.protocol import (
     collect_gathered_parameters,
 )
 from dist_peft.adapters.step_hooks import ImportanceRule, ParameterAccess
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.model.classifier import ClassifierHead
 from dist_peft.model.parameter_override import override_parameters
 
-__all__ = ["HeadPart", "HeadSpec", "HeadedAdapter", "HeadedBaseWeights", "add_classifier_head"]
+__all__ = [
+    "DiscriminatorSize",
+    "HeadPart",
+    "HeadSpec",
+    "HeadedAdapter",
+    "HeadedBaseWeights",
+    "add_classifier_head",
+    "choose_discriminator_size",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,14 @@ class HeadSpec:
     seed: int
 
 
+@dataclass(frozen=True)
+class DiscriminatorSize:
+    """Size of a ``DomainDiscriminator``: units of its hidden layer, number of domains."""
+
+    hidden_size: int
+    num_domains: int
+
+
 class HeadPart(nn.Module):
     """A module of the head whose own parameters are trainable float32 masters.
 
@@ -67,11 +85,15 @@ class HeadPart(nn.Module):
     Attributes:
         shapes: of the parameters, by own name.
         checkpoint_names: own name -> tensor of the base's files, for those that are there.
+        discriminator: sees the input too; None: there is none.
     """
+
+    discriminator: DomainDiscriminator | None
 
     def __init__(self, base: nn.Module, path: str, spec: HeadSpec) -> None:
         super().__init__()
         self.base, self.path, self.spec = base, path, spec
+        self.discriminator = None
         self.checkpoint_names = cast(dict[str, str], base.checkpoint_names)
         cast(Any, base).checkpoint_names = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -83,6 +105,9 @@ class HeadPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of ``base`` in the type of ``x``."""
+        if self.discriminator is not None:
+            # of the call, not in it: ZeRO-3 gathers before the gradient of what a call returns
+            self.discriminator.logits = self.discriminator(x)
         dtype = self.spec.arithmetic
         copies = {name: getattr(self, name).to(dtype) for name in self.shapes}
         with override_parameters(self.base, copies):
@@ -108,10 +133,17 @@ class HeadedAdapter:
     """
 
     def __init__(
-        self, trunk: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+        self,
+        trunk: Adapter,
+        head: ClassifierHead,
+        *,
+        seed: int,
+        arithmetic: torch.dtype,
+        discriminator: DiscriminatorSize | None = None,
     ) -> None:
         self.trunk, self.head, self.seed, self.arithmetic = trunk, head, seed, arithmetic
         self.parts: dict[str, HeadPart] = {}
+        self._discriminator = discriminator
         self._model_class = ""
 
     @property
@@ -127,9 +159,23 @@ class HeadedAdapter:
         for path in self.head.modules:
             self.parts[path] = HeadPart(model.get_submodule(path), path, spec)
         self.trunk.attach_to_model(model)
+        if self._discriminator is not None:
+            self._add_discriminator(list(self.parts.values())[-1], self._discriminator)
         for path, part in self.parts.items():
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, part)
+
+    def _add_discriminator(self, part: HeadPart, size: DiscriminatorSize) -> None:
+        columns = next(shape[1] for shape in part.shapes.values() if len(shape) == 2)
+        path = f"{part.path}.discriminator"
+        part.discriminator = DomainDiscriminator(
+            path, columns, size.hidden_size, size.num_domains, seed=self.seed
+        )
+
+    def _is_discriminator_parameter(self, name: str) -> bool:
+        return name.rpartition(".")[0].endswith(".discriminator") and self._is_head_parameter(
+            name.rpartition(".")[0]
+        )
 
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         self.trunk.begin_micro_batch(step, sample_ids)
@@ -147,7 +193,9 @@ class HeadedAdapter:
         self.trunk.finish_step(done, access)
 
     def get_lr_scale(self, name: str) -> float:
-        return 1.0 if self._is_head_parameter(name) else self.trunk.get_lr_scale(name)
+        if self._is_head_parameter(name) or self._is_discriminator_parameter(name):
+            return 1.0
+        return self.trunk.get_lr_scale(name)
 
     def list_init_factors(self) -> tuple[str, ...]:
         return self.trunk.list_init_factors()
@@ -164,7 +212,9 @@ class HeadedAdapter:
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The method's form with the head in it. See ``Adapter``."""
         others = {
-            name: value for name, value in tensors.items() if not self._is_head_parameter(name)
+            name: value
+            for name, value in tensors.items()
+            if not (self._is_head_parameter(name) or self._is_discriminator_parameter(name))
         }
         whole = collect_gathered_parameters(
             tensors, {path: p.shapes for path, p in self.parts.items()}
@@ -193,19 +243,34 @@ class HeadedBaseWeights(HeadedAdapter):
         return found
 
     def get_trainable_steps(self, name: str) -> TrainableSteps:
-        if self._is_head_parameter(name):
+        if self._is_head_parameter(name) or self._is_discriminator_parameter(name):
             return ALWAYS
         return cast(TrainsBaseWeights, self.trunk).get_trainable_steps(name)
 
 
 def add_classifier_head(
-    trunk: Adapter, head: ClassifierHead, *, seed: int, arithmetic: torch.dtype
+    trunk: Adapter,
+    head: ClassifierHead,
+    *,
+    seed: int,
+    arithmetic: torch.dtype,
+    discriminator: DiscriminatorSize | None = None,
 ) -> HeadedAdapter:
     """Return ``trunk`` combined with ``head``.
 
     Args:
         seed: ``train.seed``.
         arithmetic: type in which adapters, and so the head, compute.
+        discriminator: of domain-adversarial training; None: there is none.
     """
     kind = HeadedBaseWeights if isinstance(trunk, TrainsBaseWeights) else HeadedAdapter
-    return kind(trunk, head, seed=seed, arithmetic=arithmetic)
+    return kind(trunk, head, seed=seed, arithmetic=arithmetic, discriminator=discriminator)
+
+
+def choose_discriminator_size(config: RunConfig) -> DiscriminatorSize | None:
+    """Return the size of a run's discriminator; None where it trains none."""
+    section = config.train.domain_adversarial
+    if section is None:
+        return None
+    domains = {source.domain for source in config.data.train if source.domain is not None}
+    return DiscriminatorSize(section.hidden_size, len(domains))

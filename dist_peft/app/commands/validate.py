@@ -97,15 +97,18 @@ def preview_labelled_rows(
     """
     lines = []
     for number, rows in enumerate(load_labelled_sequences(config, sources, tokenizer, name=name)):
-        labels = rows.task.labels
+        task, domain = rows.task, sources[number].domain
+        kind = "without labels"
+        if task is not None:
+            kind = f"of task {task.name}, labels {', '.join(task.labels)}"
+        domain_text = "" if domain is None else f", domain {domain}"
         lines.append(
             f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows"
-            f"{describe_epochs(rows.epoch_ranges)} of task {rows.task.name}, labels "
-            f"{', '.join(labels)}"
+            f"{describe_epochs(rows.epoch_ranges)} {kind}{domain_text}"
         )
         for index, where in _list_first_rows(rows, count):
             tokens, target, _ = rows.get_sequence(index)
-            label = labels[int(target[0]) - rows.task.start]
+            label = "none" if task is None else task.labels[int(target[0]) - task.start]
             lines.append(f"--- row {index}{where}: {len(tokens)} tokens, label {label}")
             lines.append(str(tokenizer.decode(tokens.tolist())))
     return lines

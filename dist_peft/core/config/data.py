@@ -50,6 +50,11 @@ class DataSource(ConfigSection):
         description="Names of the columns of .csv and .tsv files without a header line (CoLA of "
         "GLUE: [source, label, mark, sentence]).",
     )
+    domain: Label | None = Field(
+        None,
+        description="Training, with train.domain_adversarial: the domain of the texts. A source "
+        "with a domain and without labels has no label column, and trains the discriminator only.",
+    )
     split: str = Field("train", description="Split of a hub or saved data set.")
     limit: Int | None = Field(None, ge=1, description="Use only the first N records.")
     name: str | None = Field(
@@ -174,6 +179,11 @@ class DataConfig(ConfigSection):
         return value
 
     @property
+    def labelled(self) -> list[DataSource]:
+        """Training sources with labels."""
+        return [source for source in self.train if source.labels]
+
+    @property
     def is_classification(self) -> bool:
         """Whether records are classified instead of predicted token by token."""
         return self.train[0].format == "classification"
@@ -189,7 +199,7 @@ class DataConfig(ConfigSection):
                 "it out"
             )
         for number, source in enumerate(self.train):
-            if self.is_classification and not source.labels:
+            if self.is_classification and not source.labels and source.domain is None:
                 raise ValueError(
                     f"train[{number}].labels is missing: give the values of the label column, such "
                     "as [negative, positive]"

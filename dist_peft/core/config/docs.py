@@ -54,6 +54,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("data.train[].augment (kind: function)", FunctionAugmentConfig),
     ("train", config.TrainConfig),
     ("train.scheduled_sampling", config.ScheduledSamplingConfig),
+    ("train.domain_adversarial", config.DomainAdversarialConfig),
     ("save", config.SaveConfig),
 ]
 

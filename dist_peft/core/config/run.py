@@ -32,6 +32,7 @@ from dist_peft.core.config.adapter import (
     VirtualTokensConfig,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
+from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.environment import Reference, store_references
 from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
@@ -43,6 +44,7 @@ __all__ = [
     "BottleneckConfig",
     "DataConfig",
     "DataSource",
+    "DomainAdversarialConfig",
     "EngineConfig",
     "FullConfig",
     "FusionConfig",
@@ -266,6 +268,7 @@ class TrainConfig(ConfigSection):
     scheduled_sampling: ScheduledSamplingConfig | None = Field(
         None, description="Scheduled sampling; null: inputs are the gold tokens."
     )
+    domain_adversarial: DomainAdversarialConfig | None = Field(None, description="null: none.")
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
     early_stop: Int = Field(
         0,
@@ -354,10 +357,7 @@ class RunConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_evaluations(self) -> Self:
-        keys = {
-            "save.keep_best": self.save.keep_best,
-            "train.early_stop": self.train.early_stop,
-        }
+        keys = {"save.keep_best": self.save.keep_best, "train.early_stop": self.train.early_stop}
         for key, is_set in keys.items():
             if is_set and not (self.data.eval and self.train.eval_every):
                 raise ValueError(f"{key} compares evaluations; give data.eval and train.eval_every")
@@ -366,7 +366,7 @@ class RunConfig(ConfigSection):
             raise ValueError(
                 f"train.metric_for_best: {metric} is a score of base.head classifier; use loss"
             )
-        if metric == "f1" and [s.positive_label is None for s in self.data.train] != [False]:
+        if metric == "f1" and [s.positive_label is None for s in self.data.labelled] != [False]:
             raise ValueError(
                 "train.metric_for_best: f1 is that of one task and label: give one training "
                 "source with positive_label, or use macro_f1"
@@ -386,6 +386,7 @@ class RunConfig(ConfigSection):
                 "base.head classifier goes with data of format: classification, and "
                 f"{'the sources have another' if classifies else 'base.head is lm'}"
             )
+        check_domains(self.data, self.train.domain_adversarial)
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if self.train.layer_decay != 1 and isinstance(self.adapter, VirtualTokensConfig):

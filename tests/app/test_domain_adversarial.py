@@ -1,0 +1,204 @@
+"""Domain-adversarial training: against a plain loop, on every engine, through a stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_peft.adapters.classifier_head.discriminator import DomainDiscriminator
+from dist_peft.app import cli
+from dist_peft.app.data_setup import make_data_loaders
+from dist_peft.app.model_setup import build_model, load_weights
+from dist_peft.app.resolved_config import ResolvedConfig
+from dist_peft.app.step_setup import make_training_step
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.errors import UserError
+from dist_peft.core.world import World
+from dist_peft.train.domain_objective import DomainObjective, compute_reversal_strength
+from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.step_metrics import read_metrics
+from tests.support.classification_runs import (
+    LABELS,
+    classifying_tree,
+    save_classifier_base,
+    save_pairs,
+)
+from tests.support.dist import run_ranks
+from tests.support.story_runs import train
+
+SECTION = {"weight": 0.7, "gamma": 4.0, "hidden_size": 5}
+
+
+def domain_tree(directory: Path, base: Path, **changes: Any) -> dict[str, Any]:
+    """Twelve labelled rows of one domain, seven rows of another without labels."""
+    tree = classifying_tree(directory, base)
+    (labelled,) = tree["data"]["train"]
+    other = save_pairs(directory / "target.tsv", 7)
+    text = [line.split("\t")[1:3] for line in other.read_text().splitlines()]
+    other.write_text("\n".join("\t".join(row) for row in text) + "\n")  # no label column
+    columns = {k: v for k, v in labelled["columns"].items() if k != "label"}
+    target = {"path": str(other), "format": "classification", "columns": columns, "domain": "b"}
+    tree["data"]["train"] = [{**labelled, "domain": "a"}, target]
+    tree["train"] |= {"domain_adversarial": SECTION, "global_batch": 6, "steps": 3}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = {**tree.get(section, {}), name: value} if name else value
+    return tree
+
+
+def compute_step(world: World, tree: dict[str, Any], step: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gathered gradients of one step."""
+    config = parse_config(tree)
+    setup = build_model(ResolvedConfig(config, Path(config.base.path)))
+    built = load_weights(setup, world, torch.device("cpu"))
+    call = built.setup_optimizer(make_optimizer_factory(config.train, torch.device("cpu")))
+    loaders = make_data_loaders(config, setup.tokenizer, world)
+    assert isinstance(loaders.objective, DomainObjective)
+    loaders.objective.steps = 3
+    part = make_training_step(config.train, built, call, loaders.objective, world)
+    batches, targets = loaders.train.load_step(step)
+    loss = part.accumulate_gradients(step, batches, targets)
+    part.close()
+    gradients = {name: built.get_parameter(name).grad for name in built.adapter_names}
+    return loss, {name: g.clone() for name, g in gradients.items() if g is not None}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "roberta"])
+def test_gradients_are_those_of_a_plain_loop(tmp_path: Path, family: str) -> None:
+    """The reversed gradient is -strength times the plain one of the loss of domains."""
+    base = save_classifier_base(tmp_path / family, family)
+    changes: dict[str, Any] = {"base__compute_dtype": "float32", "base__quant": None}
+    tree = domain_tree(tmp_path, base, adapter={"kind": "lora", "r": 3, "alpha": 6}, **changes)
+    config, step = parse_config(tree), 1
+    strength = compute_reversal_strength(config.train.domain_adversarial, step, 3)
+    assert 0 < strength < 0.7
+    loss, found = compute_step(World(), tree, step)
+    # ten lines of torch: the same model without reversal, twice
+    setup = build_model(ResolvedConfig(config, Path(config.base.path)))
+    built = load_weights(setup, World(), torch.device("cpu"))
+    batches, targets = make_data_loaders(config, setup.tokenizer, World()).train.load_step(step)
+    discriminator = next(m for m in built.model.modules() if isinstance(m, DomainDiscriminator))
+    discriminator.strength = -1.0  # plain
+    names = {n: built.get_parameter(n) for n in built.adapter_names}
+    classes, domains, total, rows = [], [], 0, 0
+    for batch in batches:
+        setup.adapter.begin_micro_batch(step, batch.sample_ids)
+        discriminator.last_tokens = batch.attention_mask.sum(1) - 1
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if family == "bert":
+            inputs["token_type_ids"] = batch.token_types
+        logits = built.model(**inputs).logits
+        labels = batch.labels[:, 0]
+        classes.append(functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        known = batch.domains >= 0
+        domains.append(
+            functional.cross_entropy(
+                discriminator.logits[known], batch.domains[known], reduction="sum"
+            )
+        )
+        total, rows = total + int((labels >= 0).sum()), rows + int(known.sum())
+    assert total == targets < rows == 6
+    class_loss, domain_loss = sum(classes) / total, sum(domains) / rows
+    assert loss == pytest.approx((class_loss + domain_loss).item(), rel=1e-5)
+    plain = torch.autograd.grad(
+        class_loss, list(names.values()), retain_graph=True, allow_unused=True
+    )
+    adverse = torch.autograd.grad(domain_loss, list(names.values()), allow_unused=True)
+    reversed_ = 0
+    for (name, parameter), own, other in zip(names.items(), plain, adverse, strict=True):
+        own = torch.zeros_like(parameter) if own is None else own
+        other = torch.zeros_like(parameter) if other is None else other
+        factor = 1.0 if ".discriminator." in name else -strength
+        reversed_ += int(factor < 0 and bool(other.any()))
+        torch.testing.assert_close(
+            found.get(name, torch.zeros_like(parameter)), own + factor * other, rtol=2e-4, atol=1e-6
+        )
+    assert reversed_ and any(".discriminator." in name for name in names)
+
+
+def run_losses(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    found = {}
+    for name, tree in trees.items():
+        assert train(world, tree) == 0
+        found[name] = [r.loss for r in read_metrics(Path(tree["save"]["dir"]) / "metrics.jsonl")]
+    return found
+
+
+@pytest.mark.dist
+def test_engines_agree_and_a_stopped_run_continues(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    base = save_classifier_base(tmp_path / "bert", "bert")
+
+    def make(name: str, **changes: Any) -> dict[str, Any]:
+        tree = domain_tree(tmp_path, base, base__compute_dtype="float32", **changes)
+        tree["save"] = {"dir": str(tmp_path / name), "every": 0}
+        tree["train"]["eps"] = 1e-5
+        return tree
+
+    single = run_losses(World(), {"single": make("single")})["single"]
+    assert len(single) == 3
+    records = read_metrics(tmp_path / "single" / "metrics.jsonl")
+    assert records[0].reversal_strength == 0 < records[2].reversal_strength
+    assert all(0 <= r.domain_accuracy <= 1 and r.domain_loss > 0 for r in records)
+    trees = {
+        "fsdp2": make("fsdp2", engine={"kind": "fsdp2"}),
+        "zero": make("zero", engine={"kind": "zero", "stage": 3}),
+    }
+    for found in run_ranks(run_losses, 3, trees):
+        for name, losses in found.items():
+            assert losses == pytest.approx(single, rel=2e-5), name
+    tree = make("stopped")
+    assert train(World(), tree, stop_after=2) == 75
+    saved = {p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()}
+    assert saved
+    assert train(World(), tree) == 0
+    continued = [r.loss for r in read_metrics(tmp_path / "stopped" / "metrics.jsonl")]
+    assert continued == single
+    # the public adapter has the head and not the discriminator
+    public = load_file(tmp_path / "single" / "adapter" / "adapter_model.safetensors")
+    assert any("classifier" in name for name in public)
+    assert not any("discriminator" in name for name in public)
+    from peft import PeftModel
+
+    plain = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
+    assert isinstance(PeftModel.from_pretrained(plain, tmp_path / "single" / "adapter"), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train__domain_adversarial": None}, "needs the section train.domain_adversarial"),
+        ({"one domain": True}, "at least two values"),
+        ({"no labels": True}, "no source of data.train has labels"),
+        ({"eval domain": True}, "held-out sources are only evaluated"),
+        ({"train__domain_adversarial": {"gamma": 0}}, "gamma"),
+    ],
+)
+def test_senseless_domains_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    tree = domain_tree(tmp_path, tmp_path, **{k: v for k, v in change.items() if "__" in k})
+    first, second = tree["data"]["train"]
+    if "one domain" in change:
+        second["domain"] = "a"
+    if "no labels" in change:
+        del first["labels"]
+    if "eval domain" in change:
+        tree["data"]["eval"][0]["domain"] = "a"
+    with pytest.raises(UserError, match=words):
+        parse_config(tree)
+
+
+def test_validate_shows_rows_without_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_classifier_base(tmp_path / "bert", "bert")
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(domain_tree(tmp_path, base)))
+    assert cli.main(["validate", "--config", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "7 rows without labels, domain b" in told and "label none" in told
