@@ -21,7 +21,6 @@ which modules read the parameters outside of the blocks (``model.parameter_reade
 A process that builds the same model again (an export, the next task) reuses a good outcome.
 """
 
-import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,10 +36,11 @@ from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.block_kinds import block_kind
+from dist_peft.model.computation_key import describe_computation
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
-from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
+from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.parameter_readers import FoundReaders, ReaderWatch, mark_readers
 
 __all__ = [
@@ -158,7 +158,7 @@ def _mark_without_gradient(
     Returns:
         Whether the forward and the backward ran.
     """
-    key = _describe_model(model), tuple((one.path, type(one.frozen)) for one in replaced)
+    key = describe_computation(model), tuple((one.path, type(one.frozen)) for one in replaced)
     if (outcome := _outcomes.get(key)) is None:
         markers: dict[nn.Module, Tensor] = {}
         watch = ReaderWatch(blocks)
@@ -187,7 +187,7 @@ def runs_with_mask(model: PreTrainedModel, blocks: Sequence[nn.Module], mask: An
     ``attention_mask`` given as ``mask``."""
     masks = mask if isinstance(mask, dict) else {"": mask}
     kinds = tuple((name, m.dtype, str(m.tolist())) for name, m in masks.items() if m is not None)
-    key = _describe_model(model), kinds
+    key = describe_computation(model), kinds
     if (outcome := _outcomes.get(key)) is None:
         if _run_forward(model, blocks, mask=mask) is not None:
             return False
@@ -217,36 +217,6 @@ def _remember_outcome(
         _outcomes.clear()
     _outcomes[key] = _Outcome(frozenset(reached), vars(model)["head_output_is_logits"], readers)
     return _outcomes[key]
-
-
-def _describe_model(model: PreTrainedModel) -> object:
-    """Return a key equal for models that compute alike: config, code, modules, shapes.
-
-    How weights are packed is no part of it: the probe asks for the shape of a product only.
-    """
-    return (
-        json.dumps({**model.config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str),
-        model.config._attn_implementation,
-        tuple(
-            (
-                getattr(type(module), "forward", None),
-                getattr(vars(module).get("forward"), "__code__", None),
-                vars(module).get("in_features"),
-                vars(module).get("out_features"),
-                tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
-            )
-            for module in model.modules()
-        ),
-        tuple(
-            (
-                name,
-                kind,
-                tuple(p for p in shapes if p[0] != "packed" or not issubclass(kind, FrozenWeight)),
-                settings,
-            )
-            for name, kind, shapes, settings in block_kind(model)
-        ),
-    )
 
 
 def _run_forward(

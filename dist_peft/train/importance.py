@@ -84,7 +84,7 @@ class ImportanceFactory:
     def set_num_steps(
         self, optimizer: torch.optim.Optimizer, step: int, skipped: Collection[int] = ()
     ) -> None:
-        """See ``OptimizerFactory``."""
+        """Tell the wrapped factory's optimizer its number of updates."""
         self._factory.set_num_steps(optimizer, step, skipped)
 
 
@@ -95,13 +95,13 @@ class EngineParameters:
         self._model, self._engine = model, engine
 
     def gather_moment(self, name: str, key: str) -> Tensor:
-        """See ``ParameterAccess``."""
+        """Return a whole moment of the parameter with this full name. Collective."""
         return self._engine.gather_moment(name, key)
 
     def gather_parameter(self, name: str) -> Tensor:
-        """See ``ParameterAccess``."""
+        """Return the whole parameter with this full name. Collective."""
         return self._engine.gather_parameter(attrgetter(name)(self._model))
 
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
-        """See ``ParameterAccess``."""
+        """Set the whole parameter with this full name on every rank."""
         self._engine.overwrite_parameter(name, value)

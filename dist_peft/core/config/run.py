@@ -258,16 +258,14 @@ class TrainConfig(ConfigSection):
         description="Mark a step whose loss is so many robust standard deviations (from median and "
         "MAD of the 64 steps before) above their median; 0: none.",
     )
-    seed: Int = Field(0, ge=0, lt=2**63, description="Adapter initialization, data order, dropout.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Initialization, data order, dropout.")
     shuffle: bool = Field(True, description="false: sequences in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
         description="Adapter arithmetic: bf16 = in base.compute_dtype, fp32 = in float32. "
         "Adapter weights and optimizer state are always float32.",
     )
-    scheduled_sampling: ScheduledSamplingConfig | None = Field(
-        None, description="Scheduled sampling; null: inputs are the gold tokens."
-    )
+    scheduled_sampling: ScheduledSamplingConfig | None = Field(None, description="null: none.")
     domain_adversarial: DomainAdversarialConfig | None = Field(None, description="null: none.")
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
     early_stop: Int = Field(
@@ -322,9 +320,7 @@ class RunConfig(ConfigSection):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=lambda: SaveConfig())
-    resume: PathText = Field(
-        "auto", description="auto: newest checkpoint of save.dir if any; never; or a path."
-    )
+    resume: PathText = Field("auto", description="auto: newest in save.dir, if any; never; a path.")
 
     _references: dict[str, tuple[Reference, object]] = PrivateAttr(default_factory=dict)
     """By key, the text of each value that comes from the environment, and the value."""
