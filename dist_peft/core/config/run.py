@@ -224,12 +224,8 @@ class TrainConfig(ConfigSection):
         description="Discriminative rates: a block's rate is that of the block above times this; "
         "norm and head after the last block have lr (ULMFiT: 0.385).",
     )
-    neftune_alpha: Float = Field(
-        0.0, ge=0, description="NEFTune: noise on embeddings in training, such as 5; 0: none."
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="After warm-up."
-    )
+    neftune_alpha: Float = Field(0.0, ge=0, description="NEFTune noise on embeddings; 0: none.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After warmup.")
     warmup: Float = Field(
         0.03, ge=0, description="Warm-up: a share of the steps below 1, else a number of steps."
     )
