@@ -69,7 +69,7 @@ def _let_torch_loggers_propagate() -> None:
     """The loggers below ``torch`` (about 80) write through it, not each to stderr by itself.
 
     Thus ``caplog`` is attached to ``torch`` alone: pytest attaches two handlers to each logger that
-    does not propagate, three times a test, which took longer than most tests.
+    does not propagate, three times a test.
     """
     for name, logger in logging.Logger.manager.loggerDict.items():
         if name.startswith("torch.") and isinstance(logger, logging.Logger):
