@@ -5,6 +5,9 @@
 ``layer``   CPU milliseconds of a block and micro-batch: forward, recomputation and backward of 4
             and of 16 blocks of hidden size 64 on 32 tokens, whose difference leaves embedding,
             head, loss and optimizer out. PEFT's plain loop with bitsandbytes takes turns with it.
+``calls``   operators that a block and micro-batch dispatches, those among them that wait for a
+            device (``item``, ``nonzero``), and microseconds of one small operator: the product
+            is what the block costs if everything but the operators were free.
 ``mask``    nanoseconds an element of a dropout mask [512, 4096], and of a generator's draw of it.
 ``report``  CPU seconds that the plots of a report of 500 steps take, both themes.
 
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from common import RESULTS, make_base, print_table, write_result
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dist_peft.app.model_setup import build_model, load_weights
@@ -96,14 +100,65 @@ def make_peft_micro_batch(base: Path, dropout: float) -> Callable[[], Any]:
     return run
 
 
-def measure_layer(directory: Path, steps: int) -> dict[str, float]:
-    """Return CPU milliseconds a block and micro-batch, side by side."""
+Sides = dict[str, dict[int, Callable[[], Any]]]
+"""A micro-batch by side and number of blocks."""
+
+
+def make_sides(directory: Path) -> Sides:
     bases = {n: make_base(directory / str(n), num_hidden_layers=n, **SIZES) for n in (FEW, MANY)}
-    sides = {
+    return {
         f"{name}, dropout {dropout:g}": {n: make(base, dropout) for n, base in bases.items()}
         for name, make in (("dist_peft", make_own_micro_batch), ("peft", make_peft_micro_batch))
         for dropout in (0.0, 0.05)
     }
+
+
+class CallCounter(TorchDispatchMode):
+    """Counts operators; those that wait for a device apart."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        self.waits += func.overloadpacket.__name__ in self.waiting
+        return func(*args, **(kwargs or {}))
+
+
+def count_calls(sides: Sides) -> dict[str, dict[str, float]]:
+    """Return operators a block and micro-batch, and waits of a whole micro-batch."""
+    found = {}
+    for name, runs in sides.items():
+        counters = {n: CallCounter() for n in runs}
+        for n, run in runs.items():
+            with counters[n]:
+                run()
+        calls = (counters[MANY].calls - counters[FEW].calls) / (MANY - FEW)
+        waits = (counters[MANY].waits - counters[FEW].waits) / (MANY - FEW)
+        found[name] = {"calls": calls, "waits": waits, "waits_outside": counters[FEW].waits}
+    return found
+
+
+def measure_call(steps: int) -> dict[str, float]:
+    """Return microseconds of small operators on [32, 64], bfloat16, and of a view."""
+    x, square = torch.ones(TOKENS, 64).bfloat16(), torch.ones(64, 64)
+    sides: dict[str, Callable[[], Any]] = {
+        "mul": lambda: x.mul(x),
+        "mm": lambda: square.mm(square),
+        "view": lambda: x.view(64, 32),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(steps + 1):
+        for name, run in sides.items():
+            times[name].append(measure_cpu(lambda run=run: [run() for _ in range(2000)]) * 500)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def measure_layer(sides: Sides, steps: int) -> dict[str, float]:
+    """Return CPU milliseconds a block and micro-batch, side by side."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(steps + 2):
         for name, runs in sides.items():
@@ -154,13 +209,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        layer = measure_layer(Path(scratch), args.steps)
+        sides = make_sides(Path(scratch))
+        layer, calls = measure_layer(sides, args.steps), count_calls(sides)
+    call = measure_call(args.steps)
     mask, report = measure_mask(args.steps), measure_report(min(3, args.steps))
     rows = [[f"layer, {name}", f"{value:.2f} ms"] for name, value in layer.items()]
+    rows += [
+        [f"operators, {name}", f"{found['calls']:.0f}, {found['waits']:.0f} of them wait"]
+        for name, found in calls.items()
+    ]
+    rows += [[f"one operator, {name}", f"{value:.2f} µs"] for name, value in call.items()]
     rows += [[f"mask, {name}", f"{value:.2f} ns an element"] for name, value in mask.items()]
     rows.append(["report", f"{report:.2f} s"])
     print_table(("what", "CPU"), rows)
-    found = {"layer_ms": layer, "mask_ns": mask, "report_s": report}
+    found = {
+        "layer_ms": layer,
+        "calls": calls,
+        "call_us": call,
+        "mask_ns": mask,
+        "report_s": report,
+    }
     write_result("fixed_costs", found, args.directory)
 
 

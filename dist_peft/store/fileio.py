@@ -35,8 +35,8 @@ _MOST_PIECES_A_CALL = min(1024, os.sysconf("SC_IOV_MAX"))
 # One call moves at most 2 GiB on Linux and fails above it on macOS.
 _MOST_BYTES_A_CALL = 1 << 30
 
-# For larger writes Linux takes pages of 2 MiB for its cache, and where memory is fragmented it
-# moves other pages to make room for them: up to ten times the time of the copy.
+# Writes of 2 MiB and more were seen to take up to ten times the system time of smaller ones where
+# memory had been in use for long, probably to make room for pages of that size.
 _MOST_BYTES_A_WRITE = 1 << 19
 
 
