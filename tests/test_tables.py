@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.code_table import SourceTable
+from benchmarks.methods_table import RATES, SEEDS, Cell, find_missing, render, replace_table
 from tests.support.removed_tests import TestFunction, find_removed_tests, iterate_tests
 
 SOURCE = '''"""A module."""
@@ -90,3 +91,25 @@ def test_tables_of_pruning_are_the_results() -> None:
     for row in read_result("prune_recovery_stories260K-hf"):
         shown = [f"{row[key]:.3f}" for key in ("pruned", "merged", "kept")]
         assert f"| {row['sparsity']} | {' | '.join(shown)} | {row['kept_zeros']:.1%}" in page
+
+
+def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
+    def make_cell(method: str, rate: float, seed: int, loss: float) -> Cell:
+        return Cell(method, rate, seed, loss, 7.0, 1234, 2**20, 5.0)
+
+    full = [
+        make_cell("full", rate, SEEDS[0], loss)
+        for rate, loss in zip(RATES, (3, 2, 4, 5), strict=True)
+    ]
+    assert find_missing(full[:1], "full") == [(rate, SEEDS[0]) for rate in RATES[1:]]
+    assert find_missing(full, "full") == [(RATES[1], seed) for seed in SEEDS[1:]]
+    assert find_missing(full, "ia3") == [(rate, SEEDS[0]) for rate in RATES]
+    others = [make_cell("full", RATES[1], seed, 2.5) for seed in SEEDS[1:]]
+    prompt = [make_cell("prompt, 20", rate, SEEDS[0], 1.0) for rate in RATES]
+    assert not find_missing([*full, *others], "full")
+    text = render([*full, *others, *prompt])
+    assert "| full | 0.003 | 2.333 ± 0.289 | 1,234 | 1 | 5.0 |" in text
+    assert text.index("| prompt, 20 |") < text.index("| full |")
+    assert "here, by held-out loss: prompt, 20 > full" in text
+    page = "a\n<!-- methods_table: x -->\nold\n<!-- end -->\nb"
+    assert replace_table(page, "new") == "a\n<!-- methods_table: x -->\n\nnew\n\n<!-- end -->\nb"
