@@ -40,6 +40,7 @@ from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+EDGES = (min(RATES), max(RATES))
 SEEDS = (0, 1, 2)
 STEPS, BATCH, TOKENS = 30, 2, 320
 TRAIN_RECORDS, HELD_OUT = 120, 30
@@ -229,7 +230,6 @@ class Row:
 
     method: str
     rate: float
-    seeds: int
     loss: float
     spread: float
     parameters: int
@@ -238,10 +238,11 @@ class Row:
 
 
 def summarize(cells: Sequence[Cell]) -> list[Row]:
-    """Return a row for each method whose sweep is done, the lowest loss first."""
+    """Return a row for each method whose cells are all there, the lowest loss first."""
     rows = []
     for name in METHODS:
-        if (rate := choose_rate(cells, name)) is None:
+        rate = choose_rate(cells, name)
+        if rate is None or find_missing(cells, name):
             continue
         own = [c for c in cells if c.method == name and c.rate == rate]
         losses = [c.loss for c in own]
@@ -249,9 +250,8 @@ def summarize(cells: Sequence[Cell]) -> list[Row]:
             Row(
                 name,
                 rate,
-                len(own),
                 statistics.fmean(losses),
-                statistics.stdev(losses) if len(losses) > 1 else 0.0,
+                statistics.stdev(losses),
                 own[0].parameters,
                 statistics.median(c.memory for c in own) / MIB,
                 statistics.median(c.seconds for c in own),
@@ -268,15 +268,17 @@ def render(cells: Sequence[Cell]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r.method} | {r.rate:g} | {r.loss:.3f} ± {r.spread:.3f} | {r.parameters:,} "
-        f"| {r.memory:.0f} | {r.seconds:.1f} |"
+        f"| {r.method} | {r.rate:g}{'*' * (r.rate in EDGES)} | {r.loss:.3f} ± {r.spread:.3f} "
+        f"| {r.parameters:,} | {r.memory:.0f} | {r.seconds:.1f} |"
         for r in rows
     ]
-    before = statistics.fmean(cell.before for cell in cells)
+    # virtual tokens and PiSSA on a quantized base start elsewhere
+    before = next((c.before for c in cells if c.method == "full"), cells[0].before)
     mine = [row.method for row in rows if row.method in PUBLISHED_ORDER]
     lines += [
         "",
-        f"Untrained base: {before:.3f}. {len(SEEDS)} seeds, ± their standard deviation.",
+        f"Untrained base: {before:.3f}. {len(SEEDS)} seeds, ± their standard deviation. A rate "
+        "with a * is the lowest or the highest that was tried: a better one may lie beyond.",
         "",
         f"- PEFT's published order: {PUBLISHED}",
         f"- here, by held-out loss: {' > '.join(mine)}",
@@ -286,8 +288,8 @@ def render(cells: Sequence[Cell]) -> str:
 
 def replace_table(page: str, table: str) -> str:
     """Return the page with the table between its marks."""
-    pattern = rf"(<!-- {NAME}: [^>]*-->\n).*?(\n<!-- end -->)"
-    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{table}\n{m[2]}", page, flags=re.DOTALL)
+    pattern = rf"(<!-- {NAME}: [^>]*-->\n).*?(<!-- end -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page, flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"{PAGE} has no marks of {NAME}")
     return text

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.code_table import SourceTable
-from benchmarks.methods_table import RATES, SEEDS, Cell, find_missing, render, replace_table
+from benchmarks.methods_table import (
+    NAME,
+    PAGE,
+    RATES,
+    RESULTS,
+    SEEDS,
+    Cell,
+    find_missing,
+    read_cells,
+    render,
+    replace_table,
+)
 from tests.support.removed_tests import TestFunction, find_removed_tests, iterate_tests
 
 SOURCE = '''"""A module."""
@@ -106,6 +117,8 @@ def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
     assert find_missing(full, "ia3") == [(rate, SEEDS[0]) for rate in RATES]
     others = [make_cell("full", RATES[1], seed, 2.5) for seed in SEEDS[1:]]
     prompt = [make_cell("prompt, 20", rate, SEEDS[0], 1.0) for rate in RATES]
+    assert "| prompt, 20 |" not in render([*full, *others, *prompt])
+    prompt += [make_cell("prompt, 20", RATES[0], seed, 1.0) for seed in SEEDS[1:]]
     assert not find_missing([*full, *others], "full")
     text = render([*full, *others, *prompt])
     assert "| full | 0.003 | 2.333 ± 0.289 | 1,234 | 1 | 5.0 |" in text
@@ -113,3 +126,8 @@ def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
     assert "here, by held-out loss: prompt, 20 > full" in text
     page = "a\n<!-- methods_table: x -->\nold\n<!-- end -->\nb"
     assert replace_table(page, "new") == "a\n<!-- methods_table: x -->\n\nnew\n\n<!-- end -->\nb"
+
+
+def test_methods_table_of_the_page_is_that_of_the_result() -> None:
+    page, cells = PAGE.read_text(), read_cells(RESULTS / f"{NAME}.json")
+    assert replace_table(page, render(cells)) == page

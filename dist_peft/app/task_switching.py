@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.verified_export import VerificationOptions, choose_export_verification
@@ -16,7 +15,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportSpec
 from dist_peft.export.formats.registry import FORMATS
-from dist_peft.export.merge_record import MergeRecord
+from dist_peft.export.merge_record import RECORD_NAME, MergeRecord, select_base_entries
 from dist_peft.export.task_switch import SwitchJob, SwitchResult, switch_merged_directory
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verdict import judge_comparison
@@ -78,7 +77,9 @@ def switch_tasks(
                 f"{option} {run.directory} trained a classifier, whose head is trained whole: a "
                 "merge of it cannot be taken back"
             )
-    _check_same_base(list(runs.values()), MergeRecord.read_from_directory(merged).state)
+    record = MergeRecord.read_from_directory(merged)
+    for run in runs.values():
+        _check_base_of_run(run, record, merged)
     probe = None
     if verify is not None and added is not None:
         probe = Probe.load_probe(added / "probe.safetensors")
@@ -103,27 +104,23 @@ def switch_tasks(
     return result
 
 
-def _check_same_base(runs: list[_TrainedRun], state: str) -> None:
-    """Compare the records of the base that both adapters keep.
+def _check_base_of_run(run: _TrainedRun, record: MergeRecord, merged: Path) -> None:
+    """Compare the base of a run with that of the merged directory.
 
     Raises:
-        UserError: they were trained on different bases, or with codes of different kinds.
+        UserError: they differ, or the merged weights depend on another quantization.
     """
-    if len(runs) < 2:
-        return
-    about = [read_adapter_metadata(run.adapter_dir) for run in runs]
-    records = [
-        BaseRecord.from_metadata(found, run.adapter_dir / "dist_peft.json")
-        for found, run in zip(about, runs, strict=True)
-    ]
-    first, second = (str(run.directory) for run in runs)
-    if why := records[0].describe_difference(records[1]):
-        raise UserError(f"{second} and {first} were trained on different bases: {why}")
-    quants = [found.get("quant") for found in about]
-    if state == "codes" and quants[0] != quants[1]:
+    file = run.adapter_dir / "dist_peft.json"
+    own = select_base_entries(run.adapter_dir)
+    held = BaseRecord.from_metadata(record.base, merged / RECORD_NAME)
+    if why := held.describe_difference(BaseRecord.from_metadata(own, file)):
+        raise UserError(f"{run.directory} was trained on another base than {merged} has: {why}")
+    quants = record.base.get("quant"), own.get("quant")
+    if record.state != "original" and quants[0] != quants[1]:
         raise UserError(
-            f"{second} was trained on another quantization of the base (base.quant {quants[1]}) "
-            f"than {first} ({quants[0]}), so that its codes are others; export that run instead"
+            f"{run.directory} was trained on another quantization of the base (base.quant "
+            f"{quants[1]}) than the weights of {merged} are of ({quants[0]}); merge or export that "
+            "run instead"
         )
 
 

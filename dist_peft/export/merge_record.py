@@ -6,20 +6,23 @@ loader reads it.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dist_peft.adapters.full.format import contains_trained_weights
+from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.errors import UserError
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 
-__all__ = ["RECORD_NAME", "MergeRecord", "hash_adapter"]
+__all__ = ["RECORD_NAME", "MergeRecord", "hash_adapter", "select_base_entries"]
 
 RECORD_NAME = "merge_record.json"
 
 _VERSION = 1
+_OF_BASE = ("base", "base_fingerprint", "base_content", "quant")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class MergeRecord:
         adapter: ``hash_adapter`` of the adapter in it; None: it holds none.
         keeps_zeros: weights that are zero in the base stayed zero.
         stop_tokens: token ids that the adapter's run added to ``generation_config.json``.
+        base: the entries of ``dist_peft.json`` of that run's adapter that describe its base and
+            quantization (``select_base_entries``).
     """
 
     format: str
@@ -41,6 +46,7 @@ class MergeRecord:
     adapter: str | None
     keeps_zeros: bool = False
     stop_tokens: tuple[int, ...] = ()
+    base: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_adapter(
@@ -54,8 +60,8 @@ class MergeRecord:
         stop_tokens: Sequence[int] = (),
     ) -> "MergeRecord":
         """Return the record of a merge of the adapter in ``adapter_dir``."""
-        adapter = hash_adapter(adapter_dir)
-        return cls(format, state, dtype, adapter, keeps_zeros, tuple(stop_tokens))
+        adapter, base = hash_adapter(adapter_dir), select_base_entries(adapter_dir)
+        return cls(format, state, dtype, adapter, keeps_zeros, tuple(stop_tokens), base)
 
     def write_to_directory(self, directory: Path) -> None:
         """Write ``merge_record.json``; raises UserError if the disk is full."""
@@ -85,9 +91,16 @@ class MergeRecord:
             raise UserError(f"{file} is damaged: {error}; merge the run again") from None
         texts = (record.format, record.state, record.dtype, record.adapter or "")
         ids = all(isinstance(token, int) for token in record.stop_tokens)
-        if not all(isinstance(text, str) for text in texts) or not ids:
+        well = ids and isinstance(record.base, dict)
+        if not well or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{file} is damaged: a value has another type; merge the run again")
         return record
+
+
+def select_base_entries(adapter_dir: Path) -> dict[str, Any]:
+    """Return the entries of an adapter's ``dist_peft.json`` that describe its base."""
+    about = read_adapter_metadata(adapter_dir)
+    return {key: about[key] for key in _OF_BASE if key in about}
 
 
 def hash_adapter(adapter_dir: Path) -> str:

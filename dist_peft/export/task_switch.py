@@ -22,7 +22,7 @@ Memory: a chunk of rows a thread.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -115,9 +115,7 @@ def switch_merged_directory(job: SwitchJob) -> SwitchResult:
         if job.added is not None:
             copy_tokenizer_files(job.added, partial)
             stop_tokens = add_stop_tokens(job.added, partial)
-        made = MergeRecord(
-            record.format, record.state, record.dtype, added, stop_tokens=tuple(stop_tokens)
-        )
+        made = replace(record, adapter=added, stop_tokens=tuple(stop_tokens))
         made.write_to_directory(partial)
     return result
 

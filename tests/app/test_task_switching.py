@@ -162,6 +162,10 @@ def test_what_cannot_switch_is_refused(
     zeros = tmp_path / "zeros"
     shutil.copytree(merged, zeros)
     record = json.loads((zeros / "merge_record.json").read_text())
+    content = record["base"]["base_content"]
+    others = {name: value[:-4] + "0000" for name, value in content["tensors"].items()}
+    other = {**record["base"], "base_content": {**content, "tensors": others}}
+    decoded = {"state": "decoded", "base": {**record["base"], "quant": {"kind": "nf4"}}}
     for change, text in (
         ({"keeps_zeros": True}, "--keep-zeros"),
         ({"format": "gptq"}, "rounded after the merge"),
@@ -169,6 +173,9 @@ def test_what_cannot_switch_is_refused(
         ({"version": 9}, "has version 9"),
         ({"stop_tokens": ["x"]}, "is damaged"),
         ({"more": 1}, "is damaged"),
+        ({"base": 5}, "is damaged"),
+        ({"base": other}, "was trained on another base than"),
+        (decoded, "another quantization of the base"),
     ):
         (zeros / "merge_record.json").write_text(json.dumps({**record, **change}))
         refuse(text, "--from", a, "--to", b, directory=zeros)
