@@ -46,9 +46,9 @@ def test_rows_of_two_tasks(load: Load, tmp_path: Path) -> None:
     one, two = load.rows(first, second)
     assert (len(one), len(two), one.longest, one.num_targets(2)) == (3, 5, 11, 1)
     tokens, target, types = one.get_sequence(0)
-    assert tokens.tolist() == [1, 10, 11, 2, 9, 11, 2] and target.tolist() == [0, 0, 2]
+    assert tokens.tolist() == [1, 10, 11, 2, 9, 11, 2] and target.tolist() == [0, 0, 2, -1]
     assert types.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert two.get_sequence(1)[1].tolist() == [3, 2, 4]
+    assert two.get_sequence(1)[1].tolist() == [3, 2, 4, -1]
     with pytest.raises(IndexError):
         one.get_sequence(3)
     assert one.fingerprint != load.rows(source(save_pairs(tmp_path / "one.tsv", 2)))[0].fingerprint

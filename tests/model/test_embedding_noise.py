@@ -1,14 +1,20 @@
 """NEFTune: the size of the noise, and what it does and does not depend on."""
 
 import math
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_peft.app.step_setup import make_training_step
+from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.loader import Batch
 from dist_peft.model.embedding_noise import EmbeddingNoise
+from tests.support.equality import build
+from tests.support.tiny_runs import tiny_tree
 
 WIDTH = 24
 
@@ -94,3 +100,29 @@ def test_embeddings_of_another_shape_are_an_error() -> None:
     noise.begin_micro_batch(0, batch.input_ids, batch.measure_documents())
     with pytest.raises(RuntimeError, match="neftune_alpha"):
         model.embedding(torch.zeros(2, 4, dtype=torch.long))
+
+
+def test_virtual_tokens_have_no_noise(tmp_path: Path) -> None:
+    """Inputs of the first block: noisy embeddings behind virtual tokens without noise."""
+    adapter = {"kind": "prompt", "num_virtual_tokens": 3}
+    tree = tiny_tree(tmp_path, adapter=adapter, data__eval=[], train__neftune_alpha=5)
+    config, built, loaders, call = build(World(), tree)
+    seen: list[Tensor] = []
+
+    model = cast(Any, built.model)
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0].detach()), with_kwargs=True
+    )
+    batches, targets = loaders.train.load_step(0)
+    for alpha in (5.0, 0.0):
+        train = config.train.model_copy(update={"neftune_alpha": alpha})
+        step = make_training_step(train, built, call, loaders.objective, World())
+        step.accumulate_gradients(0, batches[:1], targets)
+        step.close()
+    noisy, plain = seen[0], seen[-1]
+    length = batches[0].position_ids.shape[1]
+    assert noisy.shape[1] >= length + 3
+    assert noisy[:, :3].equal(plain[:, :3])
+    difference = (noisy - plain)[0, 3:8].abs()
+    assert 0 < difference.max() <= 1.000001 * 5 / math.sqrt(6 * noisy.shape[-1])
+    assert difference.amax(1).min() > 0
