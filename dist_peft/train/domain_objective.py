@@ -86,6 +86,7 @@ class DomainObjective(ClassificationObjective):
         discriminator.last_tokens = batch.attention_mask.sum(1) - 1
         classes = super().compute_loss(model, batch, device, call)
         logits, discriminator.logits = discriminator.logits, None
+        discriminator.last_tokens = None  # those of this batch: evaluation has others
         assert logits is not None
         domains = _get_domains(batch).to(logits.device)
         loss = functional.cross_entropy(logits, domains, ignore_index=-1, reduction="sum")

@@ -63,7 +63,7 @@ def build_configuration_page() -> str:
     """Return the whole page as Markdown."""
     parts = [_HEAD]
     for title, model in _SECTIONS:
-        about = (model.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        about = " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
         rows = [_format_table_row(name, field) for name, field in model.model_fields.items()]
         head = "| key | type | default | meaning |\n|---|---|---|---|"
         parts.append(f"## {title}\n\n{about}\n\n{head}\n" + "\n".join(rows) + "\n")

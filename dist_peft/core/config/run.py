@@ -262,7 +262,9 @@ class TrainConfig(ConfigSection):
         "Adapter weights and optimizer state are always float32.",
     )
     scheduled_sampling: ScheduledSamplingConfig | None = Field(None, description="null: none.")
-    domain_adversarial: DomainAdversarialConfig | None = Field(None, description="null: none.")
+    domain_adversarial: DomainAdversarialConfig | None = Field(
+        None, description="Domain-adversarial training; null: domains are not compared."
+    )
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
     early_stop: Int = Field(
         0,
