@@ -17,6 +17,6 @@ def test_slices_and_the_merged_model(tmp_path: Path) -> None:
     host = plan_host_peaks(skeleton, resting, 3)
     assert host.rest == sum(resting.host.values()) > 0
     largest = 71 * 120 * 2  # a third of the embedding
-    assert host.load == largest + 28 * 2**17 + host.rest
+    assert host.load == largest + 28 * 2**18 + host.rest
     file = tmp_path / "base/model.safetensors"
     assert 0 <= file.stat().st_size - host.verify < 20_000  # the header

@@ -29,7 +29,7 @@ def _fail_on(device: torch.device) -> None:
 
 def test_the_way_of_the_assumed_device() -> None:
     own = list_row_chunks(1000, 2**16, CPU)
-    assert len(own) == 500
+    assert len(own) == 250
     chosen = torch.tensor([2, 2, 2, 0])
     with assume_device(CUDA):
         assert list_row_chunks(1000, 2**16, CPU) == [Span(0, 64)]
