@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -277,9 +277,9 @@ def _load_rows_by_task(
 def _make_mixed_order(config: RunConfig, rows: AnyRows) -> SequenceOrder | None:
     if config.data.mixing == "joined":
         return None
-    assert isinstance(rows, SequenceMixture)
+    mixture = cast(SequenceMixture, rows)  # sources that are mixed are read apart
     return MixtureOrder(
-        make_mixture_shares(config.data, rows.sequence_counts, rows.part_epochs),
+        make_mixture_shares(config.data, mixture.sequence_counts, mixture.part_epochs),
         global_batch=config.train.global_batch,
         seed=config.train.seed,
         shuffle=config.train.shuffle,

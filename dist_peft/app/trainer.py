@@ -37,7 +37,6 @@ from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.model.hub import save_tokenizer
 from dist_peft.store.publish import publish_directory
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
-from dist_peft.train.domain_objective import DomainObjective
 from dist_peft.train.eval_history import EvaluationHistory, open_metrics
 from dist_peft.train.evaluate import (
     EvalResult,
@@ -82,8 +81,7 @@ class Trainer:
         self.total_steps = count_total_steps(self.config, self.loaders)
         self.loaders.train.check_steps(self.total_steps)
         self.built.setup.adapter.plan_steps(self.total_steps)
-        if isinstance(self.loaders.objective, DomainObjective):
-            self.loaders.objective.steps = self.total_steps
+        self.loaders.objective.begin_run(self.total_steps)
         self.stopped_early = False
         """Whether ``train.early_stop`` has ended the training."""
         path = self.run_dir / "probe.safetensors"
@@ -197,7 +195,7 @@ class Trainer:
                     seconds=seconds,
                     nonfinite_steps=len(self.nonfinite.steps) or None,
                     spike=spikes.log_loss(done, loss),
-                    **training.sampling_metrics,
+                    **training.method_metrics,
                 )
                 is_best = False
                 if last or _is_due(done, train.eval_every):

@@ -61,6 +61,10 @@ class DomainObjective(ClassificationObjective):
         self._strength = 0.0
         self._sums: list[Tensor] = []
 
+    def begin_run(self, total_steps: int) -> None:
+        """Tell the number of steps, which the schedule depends on."""
+        self.steps = total_steps
+
     def begin_step(
         self, step: int, batches: Sequence[LabelledBatch], targets: int, world: World
     ) -> None:

@@ -24,7 +24,6 @@ from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.model.embedding_noise import EmbeddingNoise
-from dist_peft.train.domain_objective import DomainObjective
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.importance import EngineParameters
 from dist_peft.train.nonfinite import FailedStep
@@ -45,7 +44,7 @@ class TrainingStep:
         noise: of the embeddings (``train.neftune_alpha``).
         losses: summed losses of this rank's micro-batches in the step computed last.
         sampling: replaces inputs before each loss; None: inputs are the gold tokens.
-        sampling_metrics: of the step computed last, fields of ``StepMetrics``.
+        method_metrics: of the step computed last, fields of ``StepMetrics``.
     """
 
     model: nn.Module
@@ -58,7 +57,7 @@ class TrainingStep:
     noise: EmbeddingNoise | None = None
     losses: list[Tensor] = field(default_factory=list)
     sampling: ScheduledSampling | None = None
-    sampling_metrics: dict[str, Any] = field(default_factory=dict)
+    method_metrics: dict[str, Any] = field(default_factory=dict)
 
     def accumulate_gradients(self, step: int, batches: Sequence[Batch], targets: int) -> float:
         """Run forward and backward of this rank's micro-batches; gradients are summed over ranks.
@@ -81,8 +80,7 @@ class TrainingStep:
             self.sampling.begin_step(step)
         start_step_phase(step + 1, "forward and backward")
         targets = max(1, targets)  # a step may have unlabelled rows alone
-        if isinstance(self.objective, DomainObjective):
-            self.objective.begin_step(step, cast(Any, batches), targets, self.world)
+        self.objective.begin_step(step, batches, targets, self.world)
         for number, batch in enumerate(batches):
             mark_progress()
             self.adapter.begin_micro_batch(step, batch.sample_ids)
@@ -104,18 +102,17 @@ class TrainingStep:
         whole, *counted = self.world.sum_over_ranks(total.item(), *counts)
         if self.sampling is not None:
             replaced, replaceable = counted
-            self.sampling_metrics["sampling_eps"] = self.sampling.eps
-            self.sampling_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
-        if isinstance(self.objective, DomainObjective):
-            self.sampling_metrics.update(self.objective.collect_metrics(self.world))
+            self.method_metrics["sampling_eps"] = self.sampling.eps
+            self.method_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
+        self.method_metrics.update(self.objective.collect_metrics(self.world))
         return whole / targets
 
     def _mix_inputs(self, batch: Batch) -> Batch:
         """Return the micro-batch whose loss is computed."""
         if self.sampling is None:
             return batch
-        assert isinstance(self.objective, TokenObjective)
-        return self.sampling.mix_inputs(self.model, self.objective, batch, self.engine.device)
+        objective = cast(TokenObjective, self.objective)  # configurations with another are refused
+        return self.sampling.mix_inputs(self.model, objective, batch, self.engine.device)
 
     def update_parameters(self, step: int, loss: float, lr: float, max_grad_norm: float) -> float:
         """Clip the accumulated gradients and update; return their norm before clipping.

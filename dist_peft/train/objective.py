@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.labels import ClassTask
 from dist_peft.data.loader import Batch
@@ -52,6 +53,23 @@ class Objective(Protocol[BatchT]):
 
     target_unit: str
     measured_tokens: str
+
+    def begin_run(self, total_steps: int) -> None:
+        """Tell the number of steps of the run, before its first one in this process."""
+        ...
+
+    def begin_step(self, step: int, batches: Sequence[BatchT], targets: int, world: World) -> None:
+        """Begin the micro-batches of a step; may be collective.
+
+        Args:
+            step: number of steps done before.
+            targets: of the step, over all ranks; at least 1.
+        """
+        ...
+
+    def collect_metrics(self, world: World) -> dict[str, Any]:
+        """Return further fields of ``StepMetrics`` of the step begun last; may be collective."""
+        ...
 
     def compute_logits(
         self, model: nn.Module, batch: BatchT, device: torch.device, call: nn.Module | None = None
@@ -92,7 +110,20 @@ class Objective(Protocol[BatchT]):
         ...
 
 
-class TokenObjective:
+class _PlainSteps:
+    """Hooks of objectives whose loss depends on a micro-batch alone."""
+
+    def begin_run(self, total_steps: int) -> None:
+        pass
+
+    def begin_step(self, step: int, batches: Sequence[Any], targets: int, world: World) -> None:
+        pass
+
+    def collect_metrics(self, world: World) -> dict[str, Any]:
+        return {}
+
+
+class TokenObjective(_PlainSteps):
     """Cross entropy of next tokens. See ``Objective``."""
 
     target_unit = "tok"
@@ -146,7 +177,7 @@ class TokenObjective:
         return batch.labels != IGNORE
 
 
-class ClassificationObjective:
+class ClassificationObjective(_PlainSteps):
     """Cross entropy of each sequence's class among those of its task. See ``Objective``.
 
     Args:

@@ -60,7 +60,7 @@ def compute_step(world: World, tree: dict[str, Any], step: int) -> tuple[float, 
     call = built.setup_optimizer(make_optimizer_factory(config.train, torch.device("cpu")))
     loaders = make_data_loaders(config, setup.tokenizer, world)
     assert isinstance(loaders.objective, DomainObjective)
-    loaders.objective.steps = 3
+    loaders.objective.begin_run(3)
     part = make_training_step(config.train, built, call, loaders.objective, world)
     batches, targets = loaders.train.load_step(step)
     loss = part.accumulate_gradients(step, batches, targets)

@@ -66,6 +66,9 @@ class LabelledEight:
 
     packed, seq_len, longest, largest_token = False, 4, 4, 96
 
+    def __init__(self, rows: int = 8) -> None:
+        self.epoch_ranges = [[(0, rows)]]
+
     def __len__(self) -> int:
         return 8
 
@@ -73,7 +76,7 @@ class LabelledEight:
         return 1
 
     def get_sequence(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        target = [index % 2, 0, 2] if index < 6 else [2 + index % 3, 2, 5]
+        target = [index % 2, 0, 2, -1] if index < 6 else [2 + index % 3, 2, 5, -1]
         return torch.arange(4) + 5 * index + 3, torch.tensor(target), torch.zeros(4).long()
 
 
@@ -81,7 +84,8 @@ def labelled() -> SequenceMixture:
     """As a mixture of six rows and two."""
     mixture = SequenceMixture.__new__(SequenceMixture)
     whole: Any = LabelledEight()
-    mixture.task_names, mixture._parts = ("two", "three"), (whole, whole)
+    parts: Any = (LabelledEight(6), LabelledEight(2))
+    mixture.task_names, mixture._parts = ("two", "three"), parts
     mixture.starts = np.array([0, 6, 8])
     mixture.get_sequence = whole.get_sequence  # type: ignore[method-assign]
     return mixture
@@ -119,7 +123,7 @@ def _check_scores(model: nn.Module, found: EvalResult) -> None:
     """Row by row, by the definition."""
     rows, losses, right, pairs = LabelledEight(), [], [], []
     for index in range(8):
-        tokens, (label, start, stop), _ = rows.get_sequence(index)
+        tokens, (label, start, stop, _), _ = rows.get_sequence(index)
         with torch.no_grad():
             logits = model(input_ids=tokens[None]).logits[0, start:stop]
         losses.append(functional.cross_entropy(logits, label - start).item())

@@ -94,7 +94,7 @@ CHECKS = ("isinstance", "issubclass")
 KINDS = {
     *("Batch", "LabelledBatch", "Loader", "TokenLoader", "LabelledLoader", "SequenceSet"),
     *("LabelledSequences", "ChoiceSequences", "SequenceMixture", "SingleTask"),
-    *("TokenObjective", "ClassificationObjective"),
+    *("TokenObjective", "ClassificationObjective", "DomainObjective"),
 }
 
 
