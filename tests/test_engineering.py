@@ -267,6 +267,43 @@ def test_no_import_between_test_files() -> None:
             assert not list_test_module_imports(path.read_text()), path
 
 
+def list_module_assignments(source: str) -> list[str]:
+    """Assignments of ``source`` to attributes of modules that it imports from this package."""
+    tree = ast.parse(source)
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dist_peft"):
+            modules |= {alias.asname or alias.name for alias in node.names}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            owners = [target.value for target in targets if isinstance(target, ast.Attribute)]
+            if any(isinstance(owner, ast.Name) and owner.id in modules for owner in owners):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("outer_units.MIN_UNIT_BYTES = 1024", 1),
+        ("outer_units.MIN_UNIT_BYTES += 1", 1),
+        ("unit.parameters = []", 0),
+        ("with mock.patch.object(outer_units, 'MIN_UNIT_BYTES', 1024): pass", 0),
+    ],
+)
+def test_assignments_to_modules_are_found(line: str, count: int) -> None:
+    source = f"from dist_peft.engine import outer_units\n{line}"
+    assert len(list_module_assignments(source)) == count
+
+
+def test_no_test_changes_a_module_for_good() -> None:
+    """One that does changes the results of the tests that its process runs later: patch instead."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not list_module_assignments(path.read_text()), path
+
+
 def test_no_conflict_marker_is_left() -> None:
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     for name in filter(None, files.stdout.split("\0")):

@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
 
@@ -126,9 +127,9 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     close_log()
 
 
+@mock.patch.object(run_directory, "_SEEN_SECONDS", 0.5)
 def probe_directories(world: World, directory: Path) -> list[str]:
     """A shared directory; one of each rank's own; one that rank 0 alone has."""
-    run_directory._SEEN_SECONDS = 0.5
     (directory / "shared").mkdir(exist_ok=True)
     check_shared_directory(directory / "shared", world)
     world.barrier()

@@ -1,6 +1,7 @@
 """Units outside of the blocks; what they do to memory and losses on real ranks."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,9 +51,9 @@ def test_large_ones_are_units_of_their_readers(monkeypatch: pytest.MonkeyPatch) 
     assert len(list_outer_units(model)) == 2
 
 
+@mock.patch.object(outer_units, "MIN_UNIT_BYTES", 1024)
 def train_steps(world: World, base: str, kind: str) -> dict:
     """Losses of two steps of two micro-batches a rank of three, and what was whole when."""
-    outer_units.MIN_UNIT_BYTES = 1024
     config = parse_config(
         {
             "base": {"path": base, "quant": {"kind": "nf4"}, "compute_dtype": "float32"},

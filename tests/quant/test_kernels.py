@@ -118,7 +118,7 @@ def test_auto_tries_bnb_on_a_cpu_after_many_weights(
     kernels._is_bnb_faster.cache_clear()
     payload, absmax = every_byte_with_many_scales(64, 256)
     expected = dequantize_nf4(payload, absmax, 256, torch.float64)  # a type bitsandbytes lacks
-    kernels._decoded.count = 0
+    monkeypatch.setattr(kernels._decoded, "count", 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         dequantize_nf4(mode.from_tensor(payload), mode.from_tensor(absmax), 250, torch.float32)
     assert kernels._decoded.count == 0

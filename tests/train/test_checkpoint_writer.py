@@ -76,9 +76,9 @@ def test_a_background_write_raises_where_it_is_waited_for(caplog: pytest.LogCapt
         write.finish()
 
 
+@mock.patch.object(checkpoint_writer, "SEEN_SECONDS", 0.2)
 def save_to_own_directories(world: World, directory: Path) -> list[str]:
     """Every rank has another directory; and one in which rank 1 cannot write."""
-    checkpoint_writer.SEEN_SECONDS = 0.2
     texts = []
     for asynchronous in (False, True):
         own = directory / str(world.rank)
