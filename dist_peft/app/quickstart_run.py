@@ -10,15 +10,29 @@ from pathlib import Path
 import torch
 
 from dist_peft.app.run_report import add_report_section
-from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.export.merge_record import RECORD_NAME
 from dist_peft.export.verify import generate_greedy
 from dist_peft.model.hub import resolve_base_directory
+from dist_peft.quickstart.task import has_right_fields
 from dist_peft.train.report import ReportSection
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
-__all__ = ["build_quickstart_config", "launch_training", "show_generations"]
+__all__ = [
+    "CONFIG_NAME",
+    "build_quickstart_config",
+    "check_earlier_results",
+    "launch_training",
+    "remove_earlier_results",
+    "show_generations",
+]
+
+CONFIG_NAME = "quickstart.yaml"
+
+_GENERATED, _PRINTED = 10, 3
+"""Held-out records that are answered, and shown."""
 
 
 def build_quickstart_config(
@@ -64,14 +78,44 @@ def build_quickstart_config(
     )
 
 
-def launch_training(config_file: Path, ranks: int, run_dir: Path) -> None:
+def check_earlier_results(out: Path) -> None:
+    """Check that a ``run`` and a ``merged`` in ``out`` are an earlier quickstart's, which the next
+    one replaces.
+
+    Raises:
+        UserError: they may be something else.
+    """
+    ours = _is_earlier_run(out)
+    for part in (out / "run", out / "merged"):
+        if part.exists() and not (ours and (part.name == "run" or (part / RECORD_NAME).is_file())):
+            raise UserError(
+                f"{part} exists and was not made by the quickstart of {out}; "
+                "choose another directory with --out, or remove it yourself"
+            )
+
+
+def _is_earlier_run(out: Path) -> bool:
+    """Return whether ``out/run`` is a run of the configuration that the quickstart wrote."""
+    try:
+        written, used = load_config(out / CONFIG_NAME), load_config(out / "run" / "config.yaml")
+    except UserError:
+        return False
+    return Path(written.save.dir).resolve() == Path(used.save.dir).resolve()
+
+
+def remove_earlier_results(out: Path) -> None:
+    """Remove what ``check_earlier_results`` allows to be replaced."""
+    for part in (out / "merged", out / "run"):  # the run last: it shows whose the other is
+        if part.exists():
+            shutil.rmtree(part)
+
+
+def launch_training(config_file: Path, ranks: int) -> None:
     """Run ``dist-peft train`` in subprocesses, with the command line that a user would type.
 
     Raises:
         UserError: it ended with another exit code than 0.
     """
-    if run_dir.exists():
-        shutil.rmtree(run_dir)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
     command += ["-m", "dist_peft", "train", "--config", str(config_file)]
@@ -93,8 +137,8 @@ def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
     records = read_metrics(out / "run" / METRICS_FILE)
     before, after = records[0].eval_loss_before, records[-1].eval_loss
     assert before is not None and after is not None
-    print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
-    examples = [json.loads(line) for line in held_out.read_text().splitlines()[:3]]
+    lines = held_out.read_text().splitlines()[:_GENERATED]
+    examples = [json.loads(line) for line in lines]
     prompts = [e["prompt"] for e in examples]
     base = generate_greedy(resolve_base_directory(config.base), prompts)
     tuned = generate_greedy(out / "merged", prompts)
@@ -102,5 +146,15 @@ def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
     for example, was, now in zip(examples, base, tuned, strict=True):
         text = f"reference: {example['completion']}\nbase: {was}\nfine-tuned: {now}"
         samples.append((example["prompt"], text))
-        print(f"\n{example['prompt']}{text}")
+    for prompt, text in samples[:_PRINTED]:
+        print(f"\n{prompt}{text}")
+    right_before, right_after = (
+        sum(has_right_fields(a, e["completion"]) for a, e in zip(answers, examples, strict=True))
+        for answers in (base, tuned)
+    )
+    of = f"of {len(examples)} functions that neither model has seen"
+    print(
+        f"\ncards with the right kind and arguments: {right_before} before, {right_after} after, {of}"
+    )
+    print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
     add_report_section(out / "run", ReportSection("Samples", texts=tuple(samples)))

@@ -28,7 +28,7 @@ from pathlib import Path
 from dist_peft.core.errors import UserError
 from dist_peft.quickstart.corpus import SourceFile, read_stdlib_files
 
-__all__ = ["write_stdlib_task"]
+__all__ = ["has_right_fields", "write_stdlib_task"]
 
 _MOST_TRAIN, _MOST_EVAL = 2400, 160
 _LONGEST = 160  # characters of a signature and of a summary
@@ -57,6 +57,11 @@ def write_stdlib_task(out: Path, seed: int = 0) -> tuple[Path, Path]:
             _write_records(out / "train.jsonl", known[:_MOST_TRAIN]),
             _write_records(out / "eval.jsonl", unseen[:_MOST_EVAL]),
         )
+
+
+def has_right_fields(answer: str, completion: str) -> bool:
+    """Return whether kind and arguments, which the prompt tells, are those of ``completion``."""
+    return answer.strip().split("\n")[:2] == completion.strip().split("\n")[:2]
 
 
 def _split_task_records() -> tuple[list[Record], list[Record]]:

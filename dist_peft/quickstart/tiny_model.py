@@ -6,15 +6,13 @@ comes as a Hugging Face directory that any tool loads: safetensors, configuratio
 tokenizer with chat template. It generates text that looks like Python and serves to try every
 method for larger bases on a laptop's CPU.
 
-The budget is time: the learning rate follows a cosine over the *time* allowed, so a slow
-machine makes fewer steps but still ends with a small learning rate. Two runs with one seed
-therefore see the same sequences in the same order, but not the same number of them.
+The budget is a number of steps: a slow or busy machine takes longer and makes the same base. A base
+that is hardly better than guessing among the tokens of the vocabulary is not kept: everything that
+is tried on it would look broken.
 """
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,20 +28,23 @@ from dist_peft.core.errors import UserError
 from dist_peft.data.chat import make_default_chat_template
 from dist_peft.quickstart.corpus import SourceFile, read_stdlib_files
 from dist_peft.quickstart.muon import Muon
-from dist_peft.store.fileio import make_temporary_name, sync_directory, translate_write_errors
+from dist_peft.store.fileio import translate_write_errors
+from dist_peft.store.publish import publish_directory
 from dist_peft.store.writer import write_atomically
 
-__all__ = ["TinyBaseReport", "pretrain_tiny_base"]
+__all__ = ["PRETRAINING_STEPS", "TinyBaseReport", "pretrain_tiny_base"]
 
-OnStep = Callable[[int, float, float], None]
+OnStep = Callable[[int, float], None]
 
 CONTEXT = 256
+PRETRAINING_STEPS = 300
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _VOCABULARY = 2048
 _BATCH = 8
 _MUON_LR, _ADAMW_LR, _MIN_LR_RATIO, _WARMUP_STEPS = 0.02, 1e-2, 0.03, 20
 _WEIGHT_DECAY, _MAX_GRAD_NORM = 0.1, 1.0
 _EVAL_WINDOWS = 32
+_MIN_GAIN = 0.5  # nats a token below a uniform distribution over the vocabulary
 _AVERAGED_STEPS = 50  # for the reported training loss
 _REPORT_FILE = "tiny_base.json"
 
@@ -68,6 +69,11 @@ class TinyBaseReport:
     parameters: int
     reused: bool = False
 
+    @property
+    def beats_uniform(self) -> bool:
+        """Whether the held-out loss is clearly below that of guessing."""
+        return self.held_out_loss < math.log(_VOCABULARY) - _MIN_GAIN
+
     def __str__(self) -> str:
         made = "found, made earlier" if self.reused else "pretrained"
         return (
@@ -78,27 +84,27 @@ class TinyBaseReport:
 
 
 def pretrain_tiny_base(
-    out: Path, *, seconds: float = 75.0, seed: int = 0, on_step: OnStep | None = None
+    out: Path, *, steps: int = PRETRAINING_STEPS, seed: int = 0, on_step: OnStep | None = None
 ) -> TinyBaseReport:
     """Pretrain the model and save it to ``out``, unless it exists already.
 
-    ``out`` appears under its name only when it is complete.
+    ``out`` appears under its name only when it is complete. A tiny base in ``out`` that does not
+    beat a uniform distribution is replaced.
 
     Args:
-        seconds: time for reading, tokenizer and training together; training gets at least half.
+        steps: optimizer steps of 8 sequences of 256 tokens.
         seed: of the weights and the data order.
-        on_step: called after each step with its number (from 1), its loss and the share of the
-            time that is gone (0 to 1).
+        on_step: called after each step with its number (from 1) and its loss.
 
     Raises:
         UserError: ``out`` is not a tiny base, or one made with other arguments; no standard library
-            to read; disk full.
+            to read; disk full; the new model does not beat a uniform distribution.
     """
-    if seconds <= 0:
-        raise UserError(f"a tiny base needs some time to train, not {seconds:g} seconds")
-    request = {"seconds": seconds, "seed": seed}
+    if steps < 1:
+        raise UserError(f"a tiny base needs some steps to train, not {steps}")
+    request = {"steps": steps, "seed": seed}
     finished = _find_finished(out, request)
-    if finished is not None:
+    if finished is not None and finished.beats_uniform:
         return finished
     start = time.perf_counter()
     files = read_stdlib_files()
@@ -108,8 +114,7 @@ def pretrain_tiny_base(
     with _fork_random_state(seed), _restore_num_threads():
         model = _build_untrained_model(tokenizer)
         _use_fastest_threads(model, train[: _BATCH // 2])
-        left = seconds - (time.perf_counter() - start)
-        losses = _pretrain_model(model, train, max(left, seconds / 2), on_step)
+        losses = _pretrain_model(model, train, steps, on_step)
         held_out_loss = _evaluate_loss(model, held_out)
     recent = losses[-_AVERAGED_STEPS:]
     report = TinyBaseReport(
@@ -120,7 +125,14 @@ def pretrain_tiny_base(
         seconds=time.perf_counter() - start,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    _save_model(out, model, tokenizer, {"request": request, "report": asdict(report)})
+    if not report.beats_uniform:
+        raise UserError(
+            f"after {steps} steps the small base is hardly better than guessing (held-out loss "
+            f"{held_out_loss:.3f}, uniform {math.log(_VOCABULARY):.2f}) and is not kept; give it "
+            f"more steps, {PRETRAINING_STEPS} for example"
+        )
+    record = {"request": request, "report": asdict(report)}
+    _save_model(out, model, tokenizer, record)
     return report
 
 
@@ -183,18 +195,14 @@ def _build_untrained_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def _pretrain_model(
-    model: nn.Module, rows: Tensor, seconds: float, on_step: OnStep | None
+    model: nn.Module, rows: Tensor, steps: int, on_step: OnStep | None
 ) -> list[float]:
-    """Train until the time is over (at least one step); return the loss of each step."""
+    """Train for ``steps`` steps; return the loss of each."""
     optimizers = _build_optimizers(model)
     model.train()
     losses: list[float] = []
-    start = time.perf_counter()
-    for batch in _iterate_batches(len(rows)):
-        share = (time.perf_counter() - start) / seconds
-        if losses and share >= 1:
-            break
-        scale = _lr_factor(len(losses), share)
+    for step, batch in zip(range(steps), _iterate_batches(len(rows)), strict=False):
+        scale = _lr_factor(step, steps)
         loss = _next_token_loss(model, rows[batch])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
@@ -205,7 +213,7 @@ def _pretrain_model(
             optimizer.zero_grad()
         losses.append(loss.item())
         if on_step is not None:
-            on_step(len(losses), losses[-1], min(1.0, (time.perf_counter() - start) / seconds))
+            on_step(len(losses), losses[-1])
     return losses
 
 
@@ -231,10 +239,10 @@ def _iterate_batches(num_rows: int) -> Iterator[Tensor]:
         waiting = waiting[_BATCH:]
 
 
-def _lr_factor(step: int, share: float) -> float:
-    """Return the factor of the peak rate: warm-up over steps, cosine over the elapsed ``share``."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-    warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
+def _lr_factor(step: int, steps: int) -> float:
+    """Return the factor of the peak rate at ``step`` (from 0): warm-up, and a cosine over all."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    warmup = min(1.0, (step + 1) / min(_WARMUP_STEPS, steps))
     return warmup * (_MIN_LR_RATIO + (1 - _MIN_LR_RATIO) * cosine)
 
 
@@ -289,24 +297,27 @@ def _use_fastest_threads(model: nn.Module, rows: Tensor) -> None:
 # -- the directory -------------------------------------------------------------------------------
 
 
-def _find_finished(out: Path, request: dict[str, float]) -> TinyBaseReport | None:
-    """Return the report of a directory made by the same request; ``None`` if ``out`` is free."""
+def _find_finished(out: Path, request: dict[str, int]) -> TinyBaseReport | None:
+    """Return the report of a directory made by the same request; ``None`` if ``out`` is free.
+
+    A request that led to a base no better than guessing does not count.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     report = out / _REPORT_FILE
     if not report.is_file():
         raise UserError(f"{out} exists and is no tiny base; choose another directory or delete it")
     record = json.loads(report.read_text())
-    if record["request"] != request:
+    found = TinyBaseReport(**{**record["report"], "reused": True})
+    if found.beats_uniform and record["request"] != request:
         raise UserError(
             f"{out} holds a tiny base made with {record['request']}, not {request}; "
             "choose another directory or delete it"
         )
-    return TinyBaseReport(**{**record["report"], "reused": True})
+    return found
 
 
 def _save_model(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: object) -> None:
-    """Write everything to a temporary directory, then rename it to ``out``."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_BOS,
@@ -316,15 +327,8 @@ def _save_model(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record
         clean_up_tokenization_spaces=False,
         chat_template=make_default_chat_template(starts_with_bos=True),
     )
-    temporary = make_temporary_name(out)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    try:
-        with translate_write_errors(out, size):
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
-            wrapped.save_pretrained(temporary)
-            write_atomically(temporary / _REPORT_FILE, json.dumps(record, indent=2) + "\n")
-            os.replace(temporary, out)
-            sync_directory(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with publish_directory(out) as partial, translate_write_errors(out, size):
+        model.save_pretrained(partial)
+        wrapped.save_pretrained(partial)
+        write_atomically(partial / _REPORT_FILE, json.dumps(record, indent=2) + "\n")

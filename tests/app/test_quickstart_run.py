@@ -7,7 +7,14 @@ from unittest import mock
 
 import pytest
 
-from dist_peft.app.quickstart_run import build_quickstart_config, launch_training
+from dist_peft.app.quickstart_run import (
+    CONFIG_NAME,
+    build_quickstart_config,
+    check_earlier_results,
+    launch_training,
+    remove_earlier_results,
+)
+from dist_peft.core.config.io import dump_config
 from dist_peft.core.errors import UserError
 
 
@@ -24,16 +31,41 @@ def test_configuration(tmp_path: Path) -> None:
 def test_training_is_launched_as_a_user_would(
     ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run").mkdir()
     done = subprocess.CompletedProcess([], 2)
     with (
         mock.patch.object(subprocess, "run", return_value=done) as run,
         pytest.raises(UserError, match="training ended with exit code 2"),
     ):
-        launch_training(tmp_path / "q.yaml", ranks, tmp_path / "run")
+        launch_training(tmp_path / "q.yaml", ranks)
     (command,) = run.call_args.args
     assert command[0] == sys.executable
     assert command[-5:] == ["-m", "dist_peft", "train", "--config", str(tmp_path / "q.yaml")]
     assert ("--nproc_per_node=3" in command) == (ranks == 3)
     assert " ".join(command[1:]) in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+
+
+def test_only_earlier_results_are_removed(tmp_path: Path) -> None:
+    check_earlier_results(tmp_path)  # nothing is there
+    run, merged, other = tmp_path / "run", tmp_path / "merged", tmp_path / "other"
+    files = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    config = build_quickstart_config("a/b", *files, run, steps=7)
+    run.mkdir()
+    refused = "run exists and was not made by the quickstart"
+    with pytest.raises(UserError, match=refused):
+        check_earlier_results(tmp_path)
+    (run / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(UserError, match=refused):  # a run of the user's
+        check_earlier_results(tmp_path)
+    elsewhere = build_quickstart_config("a/b", *files, other, steps=7)
+    (tmp_path / CONFIG_NAME).write_text(dump_config(elsewhere))
+    with pytest.raises(UserError, match=refused):
+        check_earlier_results(tmp_path)
+    (tmp_path / CONFIG_NAME).write_text(dump_config(config))
+    check_earlier_results(tmp_path)
+    merged.mkdir()
+    with pytest.raises(UserError, match="merged exists and was not made by the quickstart"):
+        check_earlier_results(tmp_path)
+    (merged / "merge_record.json").write_text("{}")
+    check_earlier_results(tmp_path)
+    remove_earlier_results(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME}

@@ -9,7 +9,7 @@ import pytest
 from dist_peft.core.errors import UserError
 from dist_peft.quickstart import task as stdlib_task
 from dist_peft.quickstart.corpus import read_stdlib_files
-from dist_peft.quickstart.task import write_stdlib_task
+from dist_peft.quickstart.task import has_right_fields, write_stdlib_task
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -50,3 +50,11 @@ def test_unwritable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the task into"):
         write_stdlib_task(tmp_path / "file")
+
+
+def test_right_fields() -> None:
+    card = "kind: method\narguments: self, x\nsummary: Return x."
+    assert has_right_fields(card, card)
+    assert has_right_fields("\nkind: method\narguments: self, x\nsummary: Other.\n", card)
+    assert not has_right_fields("kind: function\narguments: self, x\nsummary: Return x.", card)
+    assert not has_right_fields("kind: method", card) and not has_right_fields("", card)

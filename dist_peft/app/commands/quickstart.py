@@ -6,13 +6,15 @@ two processes, merge, reload. All printed figures are measured.
 """
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 
 from dist_peft.app.quickstart_run import (
+    CONFIG_NAME,
     build_quickstart_config,
+    check_earlier_results,
     launch_training,
+    remove_earlier_results,
     show_generations,
 )
 from dist_peft.app.verified_export import merge_finished_run
@@ -23,7 +25,7 @@ from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.quickstart.task import write_stdlib_task
-from dist_peft.quickstart.tiny_model import pretrain_tiny_base
+from dist_peft.quickstart.tiny_model import PRETRAINING_STEPS, pretrain_tiny_base
 from dist_peft.store.writer import write_atomically
 
 __all__ = ["add_arguments", "run"]
@@ -38,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=_parse_positive_int, default=2, help="processes")
     parser.add_argument("--steps", type=_parse_positive_int, default=120, help="optimizer steps")
     parser.add_argument(
-        "--pretrain-seconds", type=float, default=75.0, help="time for the small base"
+        "--pretrain-steps",
+        type=_parse_positive_int,
+        default=PRETRAINING_STEPS,
+        help="optimizer steps for the small base",
     )
 
 
@@ -60,20 +65,20 @@ def run(args: argparse.Namespace, world: World) -> int:
     start = time.perf_counter()
     out: Path = args.out
     setup_log(None, 0, 1)
+    check_earlier_results(out)
     if args.base:
         resolve_base_directory(BaseConfig(path=args.base))  # fail fast
     _print_stage("1/5 base model")
-    base = args.base or str(_make_base_directory(out / "base", args.pretrain_seconds))
+    base = args.base or str(_make_base_directory(out / "base", args.pretrain_steps))
     _print_stage("2/5 task: fill in a card about a function, held-out files for evaluation")
     train, held_out = write_stdlib_task(out / "data")
     config = build_quickstart_config(base, train, held_out, out / "run", args.steps)
-    config_file = out / "quickstart.yaml"
+    config_file = out / CONFIG_NAME
+    remove_earlier_results(out)
     write_atomically(config_file, dump_config(config))
     _print_stage(f"3/5 QLoRA on {args.ranks} processes: NF4 base, sharded")
-    launch_training(config_file, args.ranks, out / "run")
+    launch_training(config_file, args.ranks)
     _print_stage("4/5 merge into a plain Hugging Face directory, reload in transformers")
-    if (out / "merged").exists():
-        shutil.rmtree(out / "merged")
     merge_finished_run(out / "run", out / "merged")
     _print_stage("5/5 before and after")
     show_generations(config, held_out, out)
@@ -85,7 +90,13 @@ def _print_stage(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _make_base_directory(directory: Path, seconds: float) -> Path:
-    report = pretrain_tiny_base(directory, seconds=seconds)
-    print(report)
+def _make_base_directory(directory: Path, steps: int) -> Path:
+    start = time.perf_counter()
+
+    def print_progress(step: int, loss: float) -> None:
+        if step * 5 // steps > (step - 1) * 5 // steps:
+            left = (time.perf_counter() - start) * (steps - step) / step
+            print(f"  step {step} of {steps}, loss {loss:.2f}, {left:.0f} s left", flush=True)
+
+    print(pretrain_tiny_base(directory, steps=steps, on_step=print_progress))
     return directory

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_peft.app.commands import quickstart
+from dist_peft.app.quickstart_run import check_earlier_results
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -22,11 +23,11 @@ def parse(*argv: str) -> argparse.Namespace:
 def test_arguments() -> None:
     args = parse()
     assert (args.base, args.out, args.ranks) == (None, Path("runs/quickstart"), 2)
-    args = parse("--base", "a/b", "--steps", "7", "--ranks", "1", "--pretrain-seconds", "2.5")
-    assert (args.base, args.steps, args.ranks, args.pretrain_seconds) == ("a/b", 7, 1, 2.5)
+    args = parse("--base", "a/b", "--steps", "7", "--ranks", "1", "--pretrain-steps", "25")
+    assert (args.base, args.steps, args.ranks, args.pretrain_steps) == ("a/b", 7, 1, 25)
 
 
-@pytest.mark.parametrize("option", ["--ranks", "--steps"])
+@pytest.mark.parametrize("option", ["--ranks", "--steps", "--pretrain-steps"])
 def test_counts_below_one_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(option, "0")
@@ -45,10 +46,11 @@ def test_missing_base_is_told_before_anything_is_made(tmp_path: Path) -> None:
 def test_whole_job(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "dist_peft", "quickstart", "--out", str(tmp_path)]
-    command += ["--pretrain-seconds", "4", "--steps", "6"]
+    command += ["--pretrain-steps", "20", "--steps", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 12 of 20, loss " in done.stdout
     assert "held-out loss: " in done.stdout and "fine-tuned: " not in done.stderr
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 6
@@ -59,3 +61,5 @@ def test_whole_job(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Samples" in report and "Merged into" in report
+    assert "cards with the right kind and arguments: 0 before, " in done.stdout
+    check_earlier_results(tmp_path)  # the next quickstart may replace them
