@@ -148,13 +148,11 @@ def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
         samples.append((example["prompt"], text))
     for prompt, text in samples[:_PRINTED]:
         print(f"\n{prompt}{text}")
-    right_before, right_after = (
+    right = [
         sum(has_right_fields(a, e["completion"]) for a, e in zip(answers, examples, strict=True))
         for answers in (base, tuned)
-    )
+    ]
     of = f"of {len(examples)} functions that neither model has seen"
-    print(
-        f"\ncards with the right kind and arguments: {right_before} before, {right_after} after, {of}"
-    )
+    print(f"\ncards with the right kind and arguments: {right[0]} before, {right[1]} after, {of}")
     print(f"held-out loss: {before:.3f} before, {after:.3f} after ({1 - after / before:.0%} less)")
     add_report_section(out / "run", ReportSection("Samples", texts=tuple(samples)))

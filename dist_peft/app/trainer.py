@@ -53,6 +53,7 @@ from dist_peft.train.run_lock import raise_if_taken_over
 from dist_peft.train.run_state import note_step
 from dist_peft.train.spikes import SpikeDetector
 from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.trackers import list_tracker_sinks
 
 __all__ = ["Trainer"]
 
@@ -275,7 +276,11 @@ class Trainer:
     def _open_metrics(self, first_step: int) -> MetricsWriter:
         due = first_step == self.total_steps or _is_due(first_step, self.config.train.eval_every)
         evaluate = partial(self._evaluate_held_out, first_step) if first_step and due else None
-        return open_metrics(self.run_dir, first_step, self.world, self.world.rank, evaluate)
+        described = self.config.dump_stored_tree()
+        trackers = list_tracker_sinks(self.config.save.track, self.run_dir, described)
+        return open_metrics(
+            self.run_dir, first_step, self.world, self.world.rank, evaluate, trackers
+        )
 
     def _evaluate_held_out(self, step: int) -> EvalResult | None:
         """Return the held-out loss; None without held-out data, or stopped by a signal."""

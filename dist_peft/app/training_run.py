@@ -41,6 +41,7 @@ from dist_peft.data.labels import list_class_names
 from dist_peft.export.outlook import log_export_outlook
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.trackers import check_trackers_installed
 
 __all__ = ["RESUMABLE", "train_until_stopped"]
 
@@ -88,6 +89,7 @@ def _train_in_directory(
     world.raise_if_stop_requested()
     with world.raise_together("look at the run directory"):
         directory.check_usable()
+    world.run_on_first("look for trackers", partial(check_trackers_installed, config.save.track))
     download_base_once(config.base, world)
     with world.raise_together("look for a solved base"):
         solving = must_solve_base(config, run_dir)

@@ -1,13 +1,13 @@
 """The evaluations of a run: the best, when to stop, and one that a signal has left out."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_peft.core.world import World
 from dist_peft.train.evaluate import EvalResult, add_evaluation
-from dist_peft.train.metrics import MetricsWriter
+from dist_peft.train.metrics import MakeSink, MetricsWriter
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["EvaluationHistory", "open_metrics"]
@@ -87,6 +87,7 @@ def open_metrics(
     world: World,
     rank: int,
     evaluate: Callable[[], EvalResult | None] | None = None,
+    trackers: Sequence[MakeSink] = (),
 ) -> MetricsWriter:
     """Open the metrics of a run that has done ``first_step`` steps. Collective.
 
@@ -94,6 +95,7 @@ def open_metrics(
         rank: of this process; the first writes.
         evaluate: where an evaluation is due after the last of them; called if a signal has stopped
             it, and its result is added to the record of that step.
+        trackers: more sinks.
 
     Raises:
         UserError: on every rank: the metrics are damaged or cannot be written.
@@ -103,7 +105,7 @@ def open_metrics(
         record = add_evaluation(record, evaluate())
     known = first_step if record is None else first_step - 1
     with world.raise_together("open metrics"):
-        metrics = MetricsWriter(run_dir, rank, known)
+        metrics = MetricsWriter(run_dir, rank, known, trackers)
         if record is not None:
             metrics.write_step(record)
     return metrics

@@ -1,5 +1,7 @@
 """Where metrics of a step are written: ``metrics.jsonl`` and TensorBoard.
 
+More of them, on request: ``train.trackers``.
+
 A sink is a class with ``__init__(run_dir, first_step)``, ``write_step`` and ``close``, and a row in
 ``METRIC_SINKS``. It runs on rank 0 only and may raise ``OSError``, which the caller reports.
 
@@ -20,7 +22,7 @@ from dist_peft.train.step_metrics import (
     read_metrics,
 )
 
-__all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink"]
+__all__ = ["METRIC_SINKS", "JsonLinesSink", "MetricSink", "TensorBoardSink", "list_scalars"]
 
 
 _SHARES = (
@@ -80,34 +82,41 @@ class TensorBoardSink:
 
     def write_step(self, record: StepMetrics) -> None:
         """Add the scalars of a step; those before training under the step before."""
-        board, step = self._board, record.step
-        board.add_scalar("train/loss", record.loss, step)
-        board.add_scalar("train/lr", record.lr, step)
-        board.add_scalar("train/grad_norm", record.grad_norm, step)
-        board.add_scalar("speed/tokens_per_s", record.tokens_per_s, step)
-        board.add_scalar("memory/peak_GiB", record.mem_peak / 2**30, step)
-        board.add_scalar("communication/gathered_MiB", record.bytes_gathered / 2**20, step)
-        if record.nonfinite_steps is not None:
-            board.add_scalar("train/nonfinite_steps", record.nonfinite_steps, step)
-        if record.spike is not None:
-            board.add_scalar("train/spike", record.spike, step)
-        for name in _SHARES:
-            if (share := getattr(record, name)) is not None:
-                board.add_scalar(f"train/{name}", share, step)
-        for after, when in (("_before", step - 1), ("", step)):
-            for name in ("loss", *SCORE_TITLES):
-                value = getattr(record, f"eval_{name}{after}")
-                if value is not None:
-                    board.add_scalar(f"eval/{name}", value, when)
-                prefix = "" if name == "loss" else f"{name}_"
-                by_task = getattr(record, f"eval_{prefix}by_task{after}")
-                for task, own in (by_task or {}).items():
-                    board.add_scalar(f"eval/{name}/{task}", own, when)
+        for name, value, step in list_scalars(record):
+            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write the last events."""
         self._board.close()
 
 
+def list_scalars(record: StepMetrics) -> list[tuple[str, float, int]]:
+    """Return name, value and step of the numbers of a record, under the names of TensorBoard.
+
+    Losses and scores before training belong to the step before.
+    """
+    step = record.step
+    scalars: list[tuple[str, float, int]] = [
+        ("train/loss", record.loss, step),
+        ("train/lr", record.lr, step),
+        ("train/grad_norm", record.grad_norm, step),
+        ("speed/tokens_per_s", record.tokens_per_s, step),
+        ("memory/peak_GiB", record.mem_peak / 2**30, step),
+        ("communication/gathered_MiB", record.bytes_gathered / 2**20, step),
+    ]
+    for name in ("nonfinite_steps", "spike", *_SHARES):
+        if (found := getattr(record, name)) is not None:
+            scalars.append((f"train/{name}", found, step))
+    for after, when in (("_before", step - 1), ("", step)):
+        for name in ("loss", *SCORE_TITLES):
+            value = getattr(record, f"eval_{name}{after}")
+            if value is not None:
+                scalars.append((f"eval/{name}", value, when))
+            prefix = "" if name == "loss" else f"{name}_"
+            by_task = getattr(record, f"eval_{prefix}by_task{after}")
+            scalars += [(f"eval/{name}/{task}", own, when) for task, own in (by_task or {}).items()]
+    return scalars
+
+
 METRIC_SINKS: tuple[Callable[[Path, int], MetricSink], ...] = (JsonLinesSink, TensorBoardSink)
-"""Every run writes to each of them."""
+"""Every run writes to each of them; those of ``save.track`` come after."""

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,10 @@ from dist_peft.core.errors import UserError
 from dist_peft.train.metric_sinks import METRIC_SINKS, MetricSink
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics
 
-__all__ = ["MetricsWriter", "format_byte_count", "read_peak_memory_bytes"]
+__all__ = ["MakeSink", "MetricsWriter", "format_byte_count", "read_peak_memory_bytes"]
+
+MakeSink = Callable[[Path, int], MetricSink]
+"""Run directory and number of steps done -> sink."""
 
 
 class MetricsWriter:
@@ -22,13 +26,16 @@ class MetricsWriter:
     On other ranks every method does nothing. A sink is a class of ``train.metric_sinks``.
     """
 
-    def __init__(self, run_dir: Path, rank: int, first_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, first_step: int = 0, trackers: Sequence[MakeSink] = ()
+    ) -> None:
         """Open the sinks.
 
         Args:
             run_dir: made if it does not exist.
             rank: of this process.
             first_step: steps already done; records of later steps are dropped.
+            trackers: more sinks (``train.trackers``).
 
         Raises:
             UserError: the files cannot be written.
@@ -39,7 +46,7 @@ class MetricsWriter:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            for make_sink in METRIC_SINKS:
+            for make_sink in (*METRIC_SINKS, *trackers):
                 self._sinks.append(make_sink(run_dir, first_step))
         except OSError as error:
             raise _write_error(self.path, error) from None

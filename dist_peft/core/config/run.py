@@ -307,6 +307,9 @@ class SaveConfig(ConfigSection):
         description="Write checkpoints in a thread: a step waits for the copy of the rank's own "
         "shard to CPU memory only. false: it waits until the checkpoint is on the disk.",
     )
+    track: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        [], description="Experiment trackers that get each step's metrics; see train/trackers.py."
+    )
 
 
 class RunConfig(ConfigSection):
