@@ -321,6 +321,10 @@ td { text-align: right; overflow-wrap: anywhere; }
          gap: .5rem; }
 .plots picture:first-child { grid-column: 1 / -1; }
 img { display: block; width: 100%; height: auto; }
+@media (max-width: 600px) {
+  .plots picture:first-child { overflow-x: auto; }
+  .plots picture:first-child img { width: 700px; max-width: none; }
+}
 pre { margin: 0; padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
       background: var(--page); border-radius: 6px; font: .85rem/1.5 ui-monospace, monospace; }
 summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; }
