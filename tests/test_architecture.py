@@ -133,6 +133,11 @@ CLAIMS: dict[str, dict[str, list[str]]] = {
             "tests/adapters/test_adapter_switch.py::test_initial_factors_stay",
             "tests/adapters/test_adapter_switch.py::test_refused_where_the_base_is_gone",
         ],
+        "takes it out again where the merger also has": [
+            "tests/export/test_task_change.py::test_one_change_goes_and_another_comes",
+            "tests/export/test_task_change.py::test_factors_are_divided_out",
+            "tests/export/test_task_change.py::test_dora_is_put_in_and_not_taken_out",
+        ],
         "keeps as two more moments of the optimizer": [
             "tests/train/test_importance.py::test_equal_to_the_formula_and_after_a_resume",
             "tests/app/test_adalora.py::test_cut_in_the_middle_phase_and_in_the_last",

@@ -100,8 +100,11 @@ def test_tables_of_pruning_are_the_results() -> None:
         ]
         assert f"| {sparsity} | {' | '.join(shown)} |" in page
     for row in read_result("prune_recovery_stories260K-hf"):
-        shown = [f"{row[key]:.3f}" for key in ("pruned", "merged", "kept")]
-        assert f"| {row['sparsity']} | {' | '.join(shown)} | {row['kept_zeros']:.1%}" in page
+        shown = [f"{row[key]:.3f}" for key in ("pruned", "merged", "kept", "trained")]
+        time = row["sparse_seconds"] / row["plain_seconds"]
+        assert row["kept_zeros"] == row["trained_zeros"]
+        ends = f"{row['trained_zeros']:.1%} | {time:.2f}"
+        assert f"| {row['sparsity']} | {' | '.join(shown)} | {ends} |" in page
 
 
 def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:

@@ -36,6 +36,7 @@ from dist_peft.adapters.classifier_head.format import (
 from dist_peft.adapters.classifier_head.merge import HeadMerger
 from dist_peft.adapters.full.format import TrainedWeightsMerger, contains_trained_weights
 from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
+from dist_peft.adapters.lora.tensors import MASKED_TYPE
 from dist_peft.adapters.metadata import (
     METADATA_FILE,
     WEIGHT_KINDS,
@@ -56,6 +57,7 @@ __all__ = [
     "check_public_adapter",
     "choose_tensors_file",
     "find_config_file",
+    "keeps_zeros_of_base",
     "open_adapter_merger",
     "open_merger",
     "read_adapter_directory",
@@ -94,6 +96,13 @@ def find_config_file(directory: Path) -> Path:
     names = dict.fromkeys(known.config_file for known in ADAPTER_FORMATS)
     present = [directory / name for name in names if (directory / name).is_file()]
     return present[0] if present else directory / _CONFIG
+
+
+def keeps_zeros_of_base(directory: Path) -> bool:
+    """Return whether an adapter's change is cut off where the base, as training saw it, is zero
+    (``adapter.keep_zeros``)."""
+    config = read_optional_json(find_config_file(directory)) or {}
+    return config.get("peft_type") == MASKED_TYPE
 
 
 def choose_tensors_file(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Configuration section -> adapter method."""
+"""Configuration section -> adapter method, and around it the head of a classifier."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from dist_peft.adapters.adalora.method import AdaLoraAdapter
 from dist_peft.adapters.bottleneck.method import BottleneckAdapter
+from dist_peft.adapters.classifier_head.method import (
+    add_classifier_head,
+    choose_discriminator_size,
+)
 from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
@@ -38,10 +42,12 @@ from dist_peft.core.config.run import (
     PromptConfig,
     PTuningConfig,
     QaLoraConfig,
+    RunConfig,
     VeraConfig,
 )
+from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 
-__all__ = ["NoAdapter", "make_adapter"]
+__all__ = ["NoAdapter", "assemble_adapter", "make_adapter"]
 
 _ON_LINEARS: dict[type[LinearsConfig], Callable[..., LinearsAdapter[Any, Any]]] = {
     LoraConfig: LoraAdapter,
@@ -65,6 +71,29 @@ class NoAdapter(AdapterDefaults):
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         raise RuntimeError("adapter.kind none has nothing to save")
+
+
+def assemble_adapter(config: RunConfig, skeleton: Skeleton) -> Adapter:
+    """Return the adapter of ``config`` for the model ``skeleton``, which it is not attached to.
+
+    It computes in ``base.compute_dtype``, or with ``train.precision: fp32`` in float32.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
+    compute = parse_torch_dtype(config.base.compute_dtype)
+    arithmetic = compute if config.train.precision == "bf16" else torch.float32
+    seed = config.train.seed
+    adapter = make_adapter(config.adapter, seed=seed, arithmetic=arithmetic)
+    if skeleton.head is None:
+        return adapter
+    return add_classifier_head(
+        adapter,
+        skeleton.head,
+        seed=seed,
+        arithmetic=arithmetic,
+        discriminator=choose_discriminator_size(config),
+    )
 
 
 def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -> Adapter:

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "check_tensor_shape",
     "describe_rank_config",
     "group_peft_tensors",
+    "iterate_ranked_modules",
     "name_module_tensors",
     "read_rank_and_alpha",
     "to_json_number",
@@ -163,6 +164,22 @@ def read_rank_and_alpha(path: str, config: Mapping[str, Any]) -> tuple[int, floa
             f"adapter_config.json gives {path} no usable r and alpha "
             f"({type(error).__name__}: {error})"
         ) from None
+
+
+def iterate_ranked_modules(
+    public: PublicAdapter, names: Collection[str], method_name: str
+) -> Iterator[tuple[str, dict[str, Tensor], int, float]]:
+    """Yield path, tensors by own name, ``r`` and ``alpha / r`` of each module.
+
+    Args:
+        names, method_name: see ``group_peft_tensors``.
+
+    Raises:
+        UserError: see ``group_peft_tensors`` and ``read_rank_and_alpha``.
+    """
+    for path, own in group_peft_tensors(public, names, method_name).items():
+        r, alpha = read_rank_and_alpha(path, public.config)
+        yield path, own, r, alpha / r
 
 
 def to_json_number(value: float) -> float:

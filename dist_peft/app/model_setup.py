@@ -12,12 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_peft.adapters.classifier_head.method import (
-    HeadedAdapter,
-    add_classifier_head,
-    choose_discriminator_size,
-)
-from dist_peft.adapters.method_table import make_adapter
+from dist_peft.adapters.classifier_head.method import HeadedAdapter
+from dist_peft.adapters.method_table import assemble_adapter
 from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
@@ -42,7 +38,7 @@ from dist_peft.model.isolation_probe import refuse_leaks
 from dist_peft.model.layer_decay import LayerDecay
 from dist_peft.model.load import load_model
 from dist_peft.model.panel_encoding import count_load_threads
-from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
+from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import CheckpointManager
@@ -160,18 +156,8 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
         refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     refuse_foreign_tokenizer(tokenizer, skeleton.vocabulary_size, directory)
-    compute = parse_torch_dtype(config.base.compute_dtype)
-    arithmetic = compute if config.train.precision == "bf16" else torch.float32
-    adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
+    adapter = assemble_adapter(config, skeleton)
     if skeleton.head is not None:
-        seed = config.train.seed
-        adapter = add_classifier_head(
-            adapter,
-            skeleton.head,
-            seed=seed,
-            arithmetic=arithmetic,
-            discriminator=choose_discriminator_size(config),
-        )
         set_pad_token(skeleton.model, tokenizer)
     adapter.attach_to_model(skeleton.model)
     fused: list[BaseRequirement] = []

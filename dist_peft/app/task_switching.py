@@ -28,6 +28,16 @@ __all__ = ["switch_tasks"]
 
 log = logging.getLogger("dist_peft")
 
+_TRAINED = (
+    *("the trained model", "untrained base"),
+    "no closer to the trained model than the untrained base is: the adapter is lost",
+)
+_BASE = (
+    *("the untrained base", "trained model"),
+    "no closer to the untrained base than the trained model is: the adapter is still in it",
+)
+"""Names of the model to reach and of the other one, and words for an output that misses it."""
+
 
 @dataclass(frozen=True)
 class _TrainedRun:
@@ -57,7 +67,8 @@ def switch_tasks(
     Args:
         removed: run whose adapter ``merged`` holds; None: it holds none.
         added: run to switch to; None: to the base.
-        verify: options of the comparison with ``added``'s probe; None: no comparison.
+        verify: options of the comparison with the probe: the logits of ``added``'s trained model,
+            or of the base before ``removed`` was trained; None: no comparison.
 
     Raises:
         UserError: the directory or a run cannot be switched, or ``out`` cannot be written.
@@ -83,6 +94,8 @@ def switch_tasks(
     probe = None
     if verify is not None and added is not None:
         probe = Probe.load_probe(added / "probe.safetensors")
+    elif verify is not None and removed is not None:
+        probe = Probe.load_probe(removed / "probe.safetensors").swap_models()
     base = next(iter(runs.values())).config.base
     source, target = runs.get("--from"), runs.get("--to")
     job = SwitchJob(
@@ -97,10 +110,8 @@ def switch_tasks(
     error = "bit for bit as an export of that run" if result.exact else ""
     error = error or f"rounded twice: {result.rounding:.2g} of the change of the weights (rms)"
     log.info("wrote %s: %d weights switched, %s", out, result.changed, error)
-    if probe is not None and verify is not None and target is not None:
-        _verify(target, out, result, probe, verify)
-    elif target is None:
-        log.info("not compared: a run's probe has the logits of its trained model only")
+    if probe is not None and verify is not None:
+        _verify(target, source, out, result, probe, verify)
     return result
 
 
@@ -125,9 +136,20 @@ def _check_base_of_run(run: _TrainedRun, record: MergeRecord, merged: Path) -> N
 
 
 def _verify(
-    run: _TrainedRun, out: Path, result: SwitchResult, probe: Probe, verify: VerificationOptions
+    target: _TrainedRun | None,
+    source: _TrainedRun | None,
+    out: Path,
+    result: SwitchResult,
+    probe: Probe,
+    verify: VerificationOptions,
 ) -> None:
-    """Load the directory with its consumer and compare; raises VerificationError."""
+    """Load the directory with its consumer and compare; raises VerificationError.
+
+    Without a ``target`` the goal is the base, and the probe that of ``source``.
+    """
+    run = target or source
+    assert run is not None  # the command refuses a switch from none to none
+    goal, origin, lost = _TRAINED if target else _BASE
     known = FORMATS[result.format]
     dtype = parse_torch_dtype(run.config.base.compute_dtype)
     request = ConsumerRequest(out, probe, dtype, verify.seconds, run.config.base.trust_remote_code)
@@ -138,8 +160,8 @@ def _verify(
     except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
         return
-    log.info("loaded by %s: %s", consumer, found)
-    judge_comparison(found, out, exact=result.exact, max_error=verify.max_error)
+    log.info("loaded by %s: %s", consumer, found.describe_distance(goal, origin))
+    judge_comparison(found, out, exact=result.exact, max_error=verify.max_error, lost=lost)
 
 
 def _choose_comparison(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from dist_peft.adapters.directory import keeps_zeros_of_base
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.export.merge_record import MergeRecord
 from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
@@ -61,7 +62,8 @@ def merge_model(
         chunk_bytes: size of a chunk of rows in float32.
         max_file_bytes: maximum size of an output file.
         overwrite: replace an export that is in ``out``.
-        keep_zeros: block weights that are exactly 0 in the base stay 0.
+        keep_zeros: block weights that are exactly 0 in the base stay 0, also where the adapter
+            was not trained so.
 
     Raises:
         UserError: the adapter does not fit the base, ``out`` is not empty, the disk is full.
@@ -85,7 +87,7 @@ def merge_model(
             format="hf-bf16",
             state=into,
             dtype=str(dtype).removeprefix("torch."),
-            keeps_zeros=keep_zeros,
+            keeps_zeros=keep_zeros or keeps_zeros_of_base(adapter_dir),
             stop_tokens=add_stop_tokens(adapter_dir, partial),
         )
         record.write_to_directory(partial)

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import open_merger
+from dist_peft.adapters.directory import keeps_zeros_of_base, open_merger
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.adapters.protocol import WeightMerger
@@ -60,6 +60,9 @@ log = logging.getLogger("dist_peft")
 
 State = Literal["original", "decoded", "codes", "base"]
 
+KeptZeros = Literal["none", "files", "trained"]
+"""``zeros`` of ``MergedWeights``."""
+
 _GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
 CHUNK_BYTES = 8 * 2**20
@@ -79,7 +82,8 @@ class MergedWeights:
     Args:
         state: state of the returned rows: original, decoded, codes or base.
         record: content of the base that the adapter was trained on; None if unknown.
-        keep_zeros: block weights that are exactly 0 in the base stay 0 (pruned bases).
+        zeros: weights that the adapter does not change (pruned bases). files: those of the blocks
+            that are exactly 0 in the base's files. trained: those that are 0 as training saw them.
 
     Attributes:
         chunk_bytes: most bytes of a chunk of rows in float32.
@@ -98,9 +102,9 @@ class MergedWeights:
         state: State,
         chunk_bytes: int = CHUNK_BYTES,
         record: BaseRecord | None = None,
-        keep_zeros: bool = False,
+        zeros: KeptZeros = "none",
     ) -> None:
-        self._keep_zeros = keep_zeros
+        self._zeros = zeros
         self.skeleton, self.adapter_dir, self.state = skeleton, adapter_dir, state
         self._record = record
         self._merger, self._reader, self.chunk_bytes = merger, reader, chunk_bytes
@@ -189,9 +193,28 @@ class MergedWeights:
         merged = self._merger.merge_weight_rows(
             weight.path, flat, weight.span_in_linear(span), into
         )
-        if self._keep_zeros and weight.is_block_linear:
-            merged = merged.masked_fill(flat == 0, 0)
+        kept = self._find_kept_zeros(weight, flat, as_trained=decoded)
+        if kept is not None:
+            merged = torch.where(kept, flat.float(), merged)
         return merged.view(rows.shape)
+
+    def _find_kept_zeros(
+        self, weight: BaseWeight, rows: Tensor, *, as_trained: bool
+    ) -> Tensor | None:
+        """Return which weights of ``rows`` of the base stay, ``bool [n, in]``; None: none of them.
+
+        Args:
+            as_trained: whether ``rows`` are those that training saw, or those of the files.
+        """
+        linear = weight.linear
+        if self._zeros == "none" or linear is None:
+            return None
+        if self._zeros == "files":
+            return rows == 0 if weight.is_block_linear else None
+        if not as_trained:
+            packed = WeightRows(linear, rows).to_packed()
+            rows = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
+        return rows == 0
 
     def read_affine_parts(self, weight: BaseWeight, span: Span) -> AffineParts:
         """Return codes, scales and float32 zeros of a linear's rows on an integer base."""
@@ -287,7 +310,8 @@ def open_merged_weights(
 ) -> Iterator[MergedWeights]:
     """Open the base's files in ``directory`` and the adapter, and yield the weights in ``state``.
 
-    ``keep_zeros``: of ``MergedWeights``.
+    ``keep_zeros``: block weights that are 0 in the base's files stay 0. An adapter that was trained
+    with ``adapter.keep_zeros`` has its own zeros kept in any case.
 
     Raises:
         UserError: damaged files, or an adapter that was trained on another base.
@@ -309,8 +333,11 @@ def open_merged_weights(
         merger = open_merger(adapter_dir, _base_names(skeleton), stack, tied=tied)
         hashes = build_row_hashes(skeleton) if record.is_complete else None
         reader = stack.enter_context(RowReader(skeleton.index, hashes))
+        zeros: KeptZeros = "files" if keep_zeros else "none"
+        if keeps_zeros_of_base(adapter_dir):
+            zeros = "trained"
         yield MergedWeights(
-            skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, keep_zeros
+            skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, zeros
         )
 
 

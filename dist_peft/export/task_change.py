@@ -1,18 +1,23 @@
 """The change of merged weights from one adapter to another, as a merger.
 
-Of weights that were merged with an adapter, ``W + D``, and another adapter's change ``D'``::
+Of weights ``V`` that were merged with an adapter::
 
-    W + D  ->  (W + D) - D + D'        float64, rounded once to the output type
+    taken out   LoRA, VeRA, ...   W = V - D                IA3   W = V / l
+    put in      LoRA, VeRA, ...   W + D'                   IA3   W l'        DoRA   its merge of W
 
-Both changes must not depend on ``W``: LoRA and its relatives, not DoRA, IA3 or trained weights.
-The weights were rounded when ``D`` was merged and are rounded again, so that the result differs
-from a merge of ``D'`` into the base; ``RoundingError`` measures the second rounding.
+in float64, rounded once to the output type. ``D`` and ``l`` do not depend on ``W``. DoRA's change
+does: it divides a row by the norm of ``W + s B A``, which the merged row no longer has, so that
+DoRA can be put in and not taken out. Trained weights can be neither.
+
+The weights were rounded when the first adapter was merged and are rounded again, so that the result
+differs from a merge of the other into the base; ``RoundingError`` measures the second rounding. A
+merge that kept the base's zeros shows them: ``V`` is zero where ``W`` is, and stays so.
 """
 
 import math
 import threading
-from collections.abc import Mapping
-from typing import Literal, Protocol, cast, runtime_checkable
+from collections.abc import Collection, Mapping
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +27,14 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.codec_defaults import AffineParts
 
-__all__ = ["AdditiveMerger", "RoundingError", "TaskChange", "require_additive_merger"]
+__all__ = [
+    "AdditiveMerger",
+    "RoundingError",
+    "ScalingMerger",
+    "SwitchableMerger",
+    "TaskChange",
+    "require_switchable_merger",
+]
 
 
 @runtime_checkable
@@ -37,6 +49,16 @@ class AdditiveMerger(Protocol):
         """Raise UserError unless the adapter fits ``shapes``: weight -> rows and columns."""
         ...
 
+    def merge_weight_rows(
+        self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
+    ) -> Tensor:
+        """Return ``rows`` with the adapter in them, float32. See ``WeightMerger``."""
+        ...
+
+    def depends_on_base(self, weight: str) -> bool:
+        """Return whether the change of this weight does depend on the base (DoRA)."""
+        ...
+
     def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
         """Return the change that a merge into the original base adds to rows ``span``, float32.
 
@@ -46,18 +68,60 @@ class AdditiveMerger(Protocol):
         ...
 
 
-def require_additive_merger(merger: WeightMerger, subject: str) -> AdditiveMerger:
-    """Return ``merger`` as an ``AdditiveMerger``.
+@runtime_checkable
+class ScalingMerger(Protocol):
+    """A ``WeightMerger`` that multiplies whatever base it is merged into by the same."""
+
+    def changes_weight(self, weight: str) -> bool:
+        """Return whether the adapter changes this weight."""
+        ...
+
+    def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise UserError unless the adapter fits ``shapes``: weight -> rows and columns."""
+        ...
+
+    def compute_factor_rows(self, weight: str, span: Span) -> Tensor:
+        """Return the factors of rows ``span``, float32, which broadcast to these rows."""
+        ...
+
+
+SwitchableMerger = AdditiveMerger | ScalingMerger
+
+
+def require_switchable_merger(merger: WeightMerger, subject: str) -> SwitchableMerger:
+    """Return ``merger``, which adds to weights or scales them.
 
     Raises:
-        UserError: it is none; ``subject`` names the adapter.
+        UserError: it does neither; ``subject`` names the adapter.
     """
-    if not isinstance(merger, AdditiveMerger):
+    if isinstance(merger, AdditiveMerger | ScalingMerger):
+        return merger
+    raise UserError(
+        f"{subject} replaces weights instead of adding to them or scaling them, so a merge of it "
+        "cannot be taken back; merge the other run into the base"
+    )
+
+
+def _take_out(merger: SwitchableMerger, weight: str, rows: Tensor, span: Span) -> Tensor:
+    """Return the base's rows ``span`` of merged ``rows``, float64."""
+    if isinstance(merger, AdditiveMerger):
+        return rows - merger.compute_delta_rows(weight, span).to(rows.device)
+    factor = merger.compute_factor_rows(weight, span).to(rows.device)
+    if not factor.all():
         raise UserError(
-            f"{subject} replaces or scales weights instead of adding to them, so a merge of it "
-            "cannot be taken back; merge the other run into the base"
+            f"{weight}: the adapter multiplies weights by 0, and their values are lost; merge the "
+            "other run into the base"
         )
-    return cast(AdditiveMerger, merger)
+    return rows / factor
+
+
+def _put_in(merger: SwitchableMerger, weight: str, rows: Tensor, span: Span) -> Tensor:
+    """Return the merged rows ``span`` of the base's ``rows``, float64."""
+    if isinstance(merger, ScalingMerger):
+        return rows * merger.compute_factor_rows(weight, span).to(rows.device)
+    if merger.depends_on_base(weight):
+        return merger.merge_weight_rows(weight, rows, span, "original").double()
+    return rows + merger.compute_delta_rows(weight, span).to(rows.device)
 
 
 class RoundingError:
@@ -80,11 +144,13 @@ class RoundingError:
 
 
 class TaskChange:
-    """Takes the change of ``removed`` out of rows and adds that of ``added``; a ``WeightMerger``.
+    """Takes the change of ``removed`` out of rows and puts that of ``added`` in; a
+    ``WeightMerger``.
 
     Args:
         removed, added: None: no adapter.
         dtype: type that the rows will be rounded to.
+        with_zeros: weights whose zeros are the base's and stay.
 
     Attributes:
         rounding: of the changed weights, relative to the change by ``added`` (``removed``, if
@@ -92,18 +158,23 @@ class TaskChange:
     """
 
     def __init__(
-        self, removed: AdditiveMerger | None, added: AdditiveMerger | None, dtype: torch.dtype
+        self,
+        removed: SwitchableMerger | None,
+        added: SwitchableMerger | None,
+        dtype: torch.dtype,
+        with_zeros: Collection[str] = (),
     ) -> None:
-        self._signed = [(m, sign) for m, sign in ((removed, -1), (added, 1)) if m is not None]
-        self._dtype = dtype
+        steps = ((removed, _take_out), (added, _put_in))
+        self._steps = [(merger, apply) for merger, apply in steps if merger is not None]
+        self._dtype, self._with_zeros = dtype, frozenset(with_zeros)
         self._rows_left: dict[str, int] = {}
         self.rounding = RoundingError()
 
     def changes_weight(self, weight: str) -> bool:
-        return any(merger.changes_weight(weight) for merger, _ in self._signed)
+        return any(merger.changes_weight(weight) for merger, _ in self._steps)
 
     def check_weight_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        for merger, _ in self._signed:
+        for merger, _ in self._steps:
             merger.check_weight_shapes(shapes)
         self._rows_left = {
             name: rows for name, (rows, _) in shapes.items() if self.changes_weight(name)
@@ -115,12 +186,14 @@ class TaskChange:
         """Return rows with the other adapter in them, in the output type; ``in_base`` makes no
         difference."""
         changed, change = rows.double(), torch.zeros(())
-        for merger, sign in self._signed:
+        for merger, apply in self._steps:
             if merger.changes_weight(weight):
-                change = merger.compute_delta_rows(weight, span).to(rows.device)
-                changed.add_(change, alpha=sign)
+                before, changed = changed, apply(merger, weight, changed, span)
+                if weight in self._with_zeros:
+                    changed = changed.masked_fill(rows == 0, 0)
+                change = changed - before
         rounded = changed.to(self._dtype)
-        self.rounding.add_rows(rounded.double().sub_(changed), change)
+        self.rounding.add_rows(rounded.double() - changed, change)
         self._rows_left[weight] -= len(span)
         return rounded
 

@@ -2,7 +2,7 @@
 
 ``hf-bf16``
     every weight row by row, ``(W + D) - D + D'`` (``export.task_change``): a merge of the other
-    run up to two roundings to the type of the weights.
+    run up to two roundings to the type of the weights. Where the base's zeros were kept they stay.
 
 ``mlx`` and ``hf-metal`` of a QA-LoRA run
     the adapter is in the biases alone (``adapters.low_rank.zero_points``), which give the base's
@@ -29,16 +29,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.directory import open_adapter_merger
+from dist_peft.adapters.directory import keeps_zeros_of_base, open_adapter_merger
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.export.base_weights import list_base_weights
 from dist_peft.export.formats.float_bias import HfMetalPacker, MlxPacker
 from dist_peft.export.merge_record import RECORD_NAME, MergeRecord, hash_adapter
 from dist_peft.export.merged_weights import CHUNK_BYTES, MergedWeights
 from dist_peft.export.model_directory import copy_tokenizer_files, write_model_directory
 from dist_peft.export.stopping import add_stop_tokens, remove_stop_tokens
-from dist_peft.export.task_change import TaskChange, require_additive_merger
+from dist_peft.export.task_change import TaskChange, require_switchable_merger
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.model_files import check_link_target, copy_file
 from dist_peft.model.skeleton import build_skeleton, parse_torch_dtype
@@ -133,11 +134,7 @@ def _check_record(record: MergeRecord, job: SwitchJob) -> None:
             "after the merge: the adapter cannot be taken out; export the other run instead. "
             "Merged directories (dist-peft merge) and mlx and hf-metal of QA-LoRA runs can switch"
         )
-    if record.keeps_zeros:
-        raise UserError(
-            f"{job.merged} was merged with --keep-zeros: which weights were left out is not known "
-            "any more; merge the other run instead"
-        )
+    _check_zeros(record, job)
     if record.adapter == "":
         raise UserError(
             f"{job.merged} holds trained weights of the base, which replaced the base's; merge the "
@@ -154,10 +151,29 @@ def _check_record(record: MergeRecord, job: SwitchJob) -> None:
         )
 
 
-def _open_additive(directory: Path | None, record: MergeRecord) -> Any:
+def _check_zeros(record: MergeRecord, job: SwitchJob) -> None:
+    """Refuse runs that keep zeros which ``merged`` does not show.
+
+    Raises:
+        UserError: it was merged without them, or they are those of the quantized base.
+    """
+    masked = [d.parent for d in (job.removed, job.added) if d and keeps_zeros_of_base(d)]
+    if masked and not record.keeps_zeros:
+        raise UserError(
+            f"{masked[0]} was trained with adapter.keep_zeros, and {job.merged} was merged without "
+            "the base's zeros: which they are is not known any more; merge the run instead"
+        )
+    if masked and record.state == "original" and record.base.get("quant"):
+        raise UserError(
+            f"{masked[0]} was trained with adapter.keep_zeros on a quantized base, which has more "
+            f"zeros than the original one that {job.merged} was merged into; merge the run instead"
+        )
+
+
+def _open_switchable(directory: Path | None, record: MergeRecord) -> Any:
     if directory is None:
         return None
-    merger = require_additive_merger(open_adapter_merger(directory), f"adapter {directory}")
+    merger = require_switchable_merger(open_adapter_merger(directory), f"adapter {directory}")
     if record.state == "decoded" and getattr(merger, "starts_from_base", False):
         raise UserError(
             f"adapter {directory} began from the base's own factors (PiSSA, LoftQ), and the model "
@@ -171,8 +187,12 @@ def _switch_rows(job: SwitchJob, record: MergeRecord, out: Path) -> SwitchResult
     dtype = parse_torch_dtype(record.dtype)
     update = {"path": str(job.merged), "quant": None, "compute_dtype": record.dtype}
     skeleton = build_skeleton(job.base.model_copy(update=update), job.merged)
+    linears = {weight.path for weight in list_base_weights(skeleton) if weight.linear is not None}
     change = TaskChange(
-        _open_additive(job.removed, record), _open_additive(job.added, record), dtype
+        _open_switchable(job.removed, record),
+        _open_switchable(job.added, record),
+        dtype,
+        linears if record.keeps_zeros else (),
     )
     with ExitStack() as stack:
         reader = stack.enter_context(RowReader(skeleton.index))
@@ -197,8 +217,8 @@ class _GroupMerger(Protocol):
 
 
 def _switch_biases(job: SwitchJob, record: MergeRecord, out: Path) -> SwitchResult:
-    removed = cast(_GroupMerger | None, _open_additive(job.removed, record))
-    added = cast(_GroupMerger | None, _open_additive(job.added, record))
+    removed = cast(_GroupMerger | None, _open_switchable(job.removed, record))
+    added = cast(_GroupMerger | None, _open_switchable(job.added, record))
     index = SafetensorsIndex.open(job.merged)
     bits = _read_bits(job.merged, record.format)
     specs = [TensorSpec(i.name, i.dtype, i.shape) for i in index.tensors.values()]

@@ -27,7 +27,13 @@ class VerificationError(RuntimeError):
 
 
 def judge_comparison(
-    found: Comparison, path: Path, *, exact: bool, max_error: float | None = None, hint: str = ""
+    found: Comparison,
+    path: Path,
+    *,
+    exact: bool,
+    max_error: float | None = None,
+    hint: str = "",
+    lost: str = "no closer to the trained model than the untrained base is: the adapter is lost",
 ) -> None:
     """Accept an export, warn about its error, or reject it.
 
@@ -37,6 +43,7 @@ def judge_comparison(
         exact: the form keeps the trained function.
         max_error: a bound that replaces the form's, as a share of the change by training.
         hint: a remedy to mention along with an error.
+        lost: words for an output whose divergence is not below that of the other model.
 
     Raises:
         VerificationError: the error is above the bound or not finite, or the adapter is lost.
@@ -54,8 +61,7 @@ def judge_comparison(
         )
     if max_error is None and found.changed and found.kl >= found.kl_before:
         raise VerificationError(
-            f"{path} is no closer to the trained model than the untrained base is (KL "
-            f"{found.kl:.2e} nats against {found.kl_before:.2e}): the adapter is lost{tail}; "
+            f"{path} is {lost} (KL {found.kl:.2e} nats against {found.kl_before:.2e}){tail}; "
             "--max-error sets another bound"
         )
     if not found.changed:

@@ -56,6 +56,10 @@ class Probe:
     trained: Tensor
     before: Tensor
 
+    def swap_models(self) -> "Probe":
+        """Return the probe whose goal is the base: ``trained`` and ``before`` change places."""
+        return Probe(self.input_ids, self.before, self.trained)
+
     def save_probe(self, path: Path) -> None:
         """Write the probe as a safetensors file, atomically."""
         tensors = {k: v.contiguous().clone() for k, v in vars(self).items()}
@@ -111,10 +115,18 @@ class Comparison:
         ]
 
     def __str__(self) -> str:
+        return self.describe_distance("the trained model", "untrained base")
+
+    def describe_distance(self, goal: str, origin: str) -> str:
+        """Return the figures in one line.
+
+        Args:
+            goal, origin: names of the models whose logits the probe has as ``trained``, ``before``.
+        """
         return (
-            f"logits against the trained model: max error {self.max_error:.2e}, "
+            f"logits against {goal}: max error {self.max_error:.2e}, "
             f"mean {self.mean_error:.2e}, {self.relative:.2%} of the change by training; "
-            f"KL {self.kl:.2e} nats (untrained base {self.kl_before:.2e}); "
+            f"KL {self.kl:.2e} nats ({origin} {self.kl_before:.2e}); "
             f"same top token {self.top1:.1%}"
         )
 

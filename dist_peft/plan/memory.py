@@ -150,21 +150,22 @@ def extrapolate_phases(
         return PhasePeak(name, {k: v for k, v in items.items() if v})
 
     last = f"backward {traced - 1}"
-    found = [
-        grow("embedding", "embedding", {"gradients": kept}),
-        *(grow(f"forward {n}", "forward", growth) for n in range(traced)),
-        grow("head", "head", growth),
-        grow(last, "backward", growth),
+    wanted: list[tuple[str, str, Mapping[str, int]]] = [
+        ("embedding", "embedding", {"gradients": kept}),
+        *((f"forward {n}", "forward", growth) for n in range(traced)),
+        ("head", "head", growth),
+        (last, "backward", growth),
     ]
-    if traced > 1:
+    if traced > 1 and last in trace.peaks:
         # near the first block: inputs are gone, the gradients of all blocks above are there
         inputs = trace.peaks[last].by_purpose.get("block inputs", 0)
         first = Counter({"gradients": max(kept, reduced * (blocks - 2)), "block inputs": -inputs})
-        found.append(grow(last, "backward", first))
-    found += [grow(f"backward {n}", "backward", {"gradients": kept}) for n in range(traced - 1)]
-    found.append(grow("step", "step", {"gradients": reduced * more}))
+        wanted.append((last, "backward", first))
+    wanted += [(f"backward {n}", "backward", {"gradients": kept}) for n in range(traced - 1)]
+    wanted.append(("step", "step", {"gradients": reduced * more}))
     best: dict[str, PhasePeak] = {}
-    for peak in found:
+    # blocks below the first trained parameter have no backward pass
+    for peak in (grow(*each) for each in wanted if each[0] in trace.peaks):
         if peak.phase not in best or peak.total > best[peak.phase].total:
             best[peak.phase] = peak
     return list(best.values())

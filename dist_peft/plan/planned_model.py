@@ -5,20 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from dist_peft.adapters.classifier_head.method import (
-    add_classifier_head,
-    choose_discriminator_size,
-)
-from dist_peft.adapters.method_table import make_adapter
+from dist_peft.adapters.method_table import assemble_adapter
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.data.labels import list_class_names
 from dist_peft.model.hub import resolve_base_directory
-from dist_peft.model.skeleton import Skeleton, build_skeleton, parse_torch_dtype
+from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.model.sparse_base import write_sparse_base
 
 __all__ = ["PlannedModel", "build_planned_model"]
@@ -82,18 +77,8 @@ def _build_from_directory(config: RunConfig, directory: Path, source: str) -> Pl
         update = {"quant": skeleton.prequantized.quant_config}
         base = config.base.model_copy(update=update)
         config = config.model_copy(update={"base": base})
-    compute = parse_torch_dtype(config.base.compute_dtype)
-    arithmetic = compute if config.train.precision == "bf16" else torch.float32
-    adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=arithmetic)
+    adapter = assemble_adapter(config, skeleton)
     if skeleton.head is not None:
-        seed = config.train.seed
-        adapter = add_classifier_head(
-            adapter,
-            skeleton.head,
-            seed=seed,
-            arithmetic=arithmetic,
-            discriminator=choose_discriminator_size(config),
-        )
         _set_any_pad_token(skeleton.model)
     adapter.attach_to_model(skeleton.model)
     return PlannedModel(config, skeleton, adapter, source)

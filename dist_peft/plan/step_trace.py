@@ -87,7 +87,7 @@ class StepTrace:
         blocks: their indices in the whole model.
         resting: live before the step, by purpose: parameters as sharded, buffers.
         peaks: phase -> largest live storage.
-        input_bytes: what one more block keeps until its backward.
+        input_bytes: what one more block keeps until its backward; 0 where it has none.
         kept_gradients: whole gradients that stay between micro-batches, of all traced blocks.
         reduced_gradients: gradients at the optimizer step, of all traced blocks.
         gathered: phase -> bytes received in all-gathers, of the last micro-batch.
@@ -304,11 +304,12 @@ class _StepTracker(StorageTracker):
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
             before = self.live_by_purpose.get("block inputs", 0)
             self.relabel_phase(f"forward {number}", "block inputs", ("forward", "dequantized"))
-            self.trace.input_bytes = self.live_by_purpose.get("block inputs", 0) - before
+            inputs_now = self.live_by_purpose.get("block inputs", 0)
             if number == last:
                 self.enter_phase("head")
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
+                self.trace.input_bytes = inputs_now - before
                 hidden.register_hook(before_backward)
 
         def before_backward(gradient: Tensor) -> None:

@@ -34,7 +34,12 @@ from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.cpu_products import has_fast_product
 
-__all__ = ["frozen_grouped_matmul", "frozen_matmul", "matmul_fp32_accumulate"]
+__all__ = [
+    "check_packed_storage",
+    "frozen_grouped_matmul",
+    "frozen_matmul",
+    "matmul_fp32_accumulate",
+]
 
 
 def frozen_matmul(x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
@@ -138,7 +143,7 @@ def _iterate_expert_groups(
     packed: Tensor, codec: Codec, in_features: int, counts: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[Span, Tensor]]:
     """Yield each non-empty group of rows with its dequantized weight ``[out, in]``."""
-    _check_packed_storage(packed)
+    check_packed_storage(packed)
     out, start = packed.shape[0] // len(counts), 0
     for index, count in enumerate(counts):
         if count:
@@ -159,11 +164,16 @@ def matmul_fp32_accumulate(
 def _dequantize_weight(
     packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    _check_packed_storage(packed)
+    check_packed_storage(packed)
     return codec.dequantize_rows(packed, in_features, dtype)
 
 
-def _check_packed_storage(packed: Tensor) -> None:
+def check_packed_storage(packed: Tensor) -> None:
+    """Check that the bytes of a packed weight are there.
+
+    Raises:
+        RuntimeError: its engine has freed them.
+    """
     # reading a storage of size 0 would crash the process
     if packed.numel() and not packed.untyped_storage().nbytes():
         raise RuntimeError(

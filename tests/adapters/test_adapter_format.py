@@ -69,7 +69,9 @@ def test_methods_that_are_no_weight_refuse_the_merge(config: dict[str, Any], rea
 
 def test_only_formats_that_peft_lacks_have_a_reason() -> None:
     have = [name for name in PEFT_TYPES if _reason({"peft_type": name}) is None]
-    assert have == [name for name in PEFT_TYPES if name != "P_TUNING_PLACED"]
+    ours = ("P_TUNING_PLACED", "MASKED_LORA")
+    assert have == [name for name in PEFT_TYPES if name not in ours]
+    assert "PEFT would apply the whole of it" in str(_reason({"peft_type": "MASKED_LORA"}))
     assert "PEFT does not have" in str(_reason(BOTTLENECK))
 
 

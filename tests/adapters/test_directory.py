@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dist_peft.adapters.directory import (
+    keeps_zeros_of_base,
     open_adapter_merger,
     open_merger,
     read_adapter_directory,
@@ -113,6 +114,13 @@ def test_round_trip(tmp_path: Path) -> None:
         "dist_peft.json",
         "dist_peft.safetensors",
     ]
+
+
+def test_adapters_that_keep_zeros(tmp_path: Path) -> None:
+    assert not keeps_zeros_of_base(tmp_path)
+    for name, expected in (("LORA", False), ("MASKED_LORA", True)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": name}))
+        assert keeps_zeros_of_base(tmp_path) == expected
 
 
 def test_an_older_extra_file_does_not_stay(tmp_path: Path) -> None:
@@ -238,7 +246,8 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps({"peft_type": "BONE"}))
     with pytest.raises(
-        UserError, match="peft_type is 'BONE'; only LORA, QALORA, VERA, LOHA, LOKR, ADALORA"
+        UserError,
+        match="peft_type is 'BONE'; only LORA, QALORA, MASKED_LORA, VERA, LOHA, LOKR, ADALORA",
     ):
         read_adapter_directory(tmp_path)
     config.write_text(json.dumps(public().config))

@@ -14,9 +14,14 @@ must be the same adapter, loaded by whoever reads its format: PEFT for the metho
 (QA-LoRA expanded), ``transformers`` for merged weights of the base. Bottleneck adapters and
 AdapterFusion have AdapterHub's library for that (``test_bottleneck.py``, ``test_fusion.py``), which
 wants another environment; here a fresh run starts from their files instead.
+
+Methods that share their layers' code with LoRA, and its initializations, are in the cells of one
+base each. On the others they train in one process, PEFT reads the result, and one is merged, the
+other exported to a quantized format.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_peft.adapters.directory import read_adapter_directory, write_adapter_directory
@@ -78,15 +84,29 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "partial": (1e-3, {"parts": ["norms"], "last_blocks": 1}),
     "eva": (3e-3, {"kind": "lora", "init": "eva", "init_rho": 1.5, "r": 3, "alpha": 6}),
     "lora_ga": (1e-3, {"kind": "lora", "init": "lora_ga", "r": 3, "alpha": 6, "dropout": 0.1}),
+    # on a pruned base
+    "keep_zeros": (3e-3, {"kind": "lora", "keep_zeros": True, "r": 3, "alpha": 6}),
 }
 """Method -> learning rate, adapter section."""
 
 ONE_BASE = {
-    **{"eva": "nf4", "lora_ga": "int4"},
+    **{"eva": "nf4", "lora_ga": "int4", "keep_zeros": "nf4"},
     **{"adalora": "nf4", "vera": "bf16", "loha": "nf4", "lokr": "int4"},
 }
 """Initializations of LoRA, which differ from it in the first step and in what is written, and
-layers that share their code with LoRA's are tried on one kind of base each."""
+layers that share their code with LoRA's are tried with every engine on one kind of base each."""
+
+OTHER_BASES = [
+    (method, base, export)
+    for method, known in ONE_BASE.items()
+    if method in PEFT
+    for base, export in zip(sorted(BASES.keys() - {known}), ("merge", "int8"), strict=True)
+]
+"""The other kinds of base, with one process: method, base, and an export of the run.
+``keep_zeros`` has them in ``test_pruning.py``."""
+
+INT8 = ["export", "--format", "compressed-tensors", "--merge", "--lossy", "--bits", "8"]
+"""Weights are rounded to 8 bits after the merge."""
 
 REFUSED = {
     ("qalora", "bf16"): "qalora",
@@ -142,9 +162,24 @@ def tree(data: Path, directory: Path, method: str, base: str, run: str) -> dict[
     with stories.open() as lines:
         texts = [json.loads(line)["text"][:100] for line, _ in zip(lines, range(4), strict=False)]
     short.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if method == "keep_zeros":
+        made["base"] = {**made["base"], "path": str(prune_half(data, directory))}
     sources = {"train": [str(short)], "eval": [{"path": str(short), "limit": 1}]}
     made["data"] = {**made["data"], **sources}
     return made
+
+
+def prune_half(data: Path, directory: Path) -> Path:
+    """The base without the smaller half of the weights of each linear of its blocks."""
+    base, out = data / "stories260K-hf", directory / "sparse"
+    if not out.exists():
+        shutil.copytree(base, out)
+        tensors = load_file(base / "model.safetensors")
+        for name, weight in tensors.items():
+            if name.endswith("_proj.weight"):
+                weight[weight.abs() < weight.abs().median()] = 0
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def on(engine: str, tree: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +239,33 @@ def same_probe(run: Path, whole: Path, tolerance: float) -> None:
     probe = Probe.load_probe(whole / "probe.safetensors")
     difference = compare_logits(Probe.load_probe(run / "probe.safetensors").trained, probe)
     assert difference.relative < tolerance, f"the adapters differ: {difference}"
+
+
+@pytest.mark.parametrize(("method", "base", "export"), OTHER_BASES)
+def test_other_bases(
+    shared_data: Path, tmp_path: Path, method: str, base: str, export: str
+) -> None:
+    made = tree(shared_data, tmp_path, method, base, "alone")
+    assert work(World(), [(made, None)]) == [0]
+    run = Path(made["save"]["dir"])
+    found = losses(run)
+    assert found[-1] < found[0] - 0.01
+    reload(run, shared_data, method, base)
+    # both are compared with the trained model, by transformers
+    if export == "merge":
+        command = [
+            "merge",
+            "--dtype",
+            "float32",
+            "--max-error",
+            "0.3" if base == "bf16" else "1e-4",
+        ]
+    else:
+        command = [*INT8, "--max-error", "0.1"]
+    into = "original" if base == "bf16" else "decoded"
+    paths = ["--run", str(run), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, *paths, "--base", into]) == 0
+    close_log()
 
 
 # -- what is left is read by its consumer ----------------------------------------------------------

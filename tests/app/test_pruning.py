@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.quant.codec import make_codec
 from dist_peft.quant.sparsity import Sparsity
 from tests.support.dist import call_in_process, run_ranks
 from tests.support.pruning_runs import (
@@ -149,6 +151,115 @@ def test_zeros_kept_by_a_merge(
             assert (dense[name] != 0).float().mean() > 0.99
     assert cli.main([*merge, str(tmp_path / "o"), "--keep-zeros", "--base", "decoded"]) == 2
     assert "--keep-zeros takes zeros from the base's files" in capsys.readouterr().err
+    close_log()
+
+
+KEPT = {"kind": "lora", "r": 3, "alpha": 6, "dropout": 0.1, "keep_zeros": True}
+
+
+@pytest.fixture
+def sparse(tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A run that keeps the zeros of a 2:4 base."""
+    write_pruned(World(), tree, tmp_path / "sparse", "magnitude", "2:4")
+    tree["base"] |= {"path": str(tmp_path / "sparse")}
+    tree["train"] |= {"steps": 3, "lr": 3e-2, "warmup": 0}
+    return {**tree, "adapter": KEPT}
+
+
+def test_zeros_kept_in_training_are_those_of_the_merge(
+    sparse: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The merged model is the trained one and 2:4."""
+    assert train(sparse) == 0
+    assert "50.0 % of the weights of 14 linears are zero and stay zero" in capsys.readouterr().err
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    merge = ["merge", "--run", str(run), "--dtype", "float32", "--out", str(merged)]
+    assert cli.main([*merge, "--max-error", "1e-4"]) == 0  # of the change by training
+    base, kept = (load_file(path / "model.safetensors") for path in (tmp_path / "sparse", merged))
+    for name, weight in base.items():
+        if "_proj" in name:
+            assert torch.equal(kept[name] == 0, weight == 0), name
+            assert (kept[name] != weight)[weight != 0].float().mean() > 0.99
+        else:
+            assert torch.equal(kept[name], weight), name
+
+    adapter = run / "adapter"
+    with pytest.raises((KeyError, ValueError), match="MASKED_LORA"):
+        PeftConfig.from_pretrained(adapter)
+    export = ["export", "--run", str(run), "--format", "peft", "--out", str(tmp_path / "o")]
+    assert cli.main(export) == 2
+    assert "PEFT would apply the whole of it" in capsys.readouterr().err
+    close_log()
+
+
+@pytest.mark.parametrize("into", ["decoded", "original"])
+def test_zeros_kept_on_a_quantized_base(
+    into: str, sparse: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Zeros are those that training saw, which are more than those of the files."""
+    sparse["base"]["quant"] = {"kind": "int", "bits": 2, "group_size": 16}
+    assert train(sparse) == 0
+    merged = tmp_path / "merged"
+    merge = ["merge", "--run", str(tmp_path / "run"), "--dtype", "float32", "--out", str(merged)]
+    bound = ["--max-error", "1e-4"] if into == "decoded" else []
+    assert cli.main([*merge, "--base", into, *bound]) == 0
+    config, files = parse_config(sparse), load_file(tmp_path / "sparse" / "model.safetensors")
+    codec = make_codec(config.base.quant, torch.float32)
+    for name, found in load_file(merged / "model.safetensors").items():
+        if "_proj" not in name:
+            continue
+        weight = files[name]
+        seen = codec.dequantize_rows(
+            codec.quantize_to_packed(weight), weight.shape[1], torch.float32
+        )
+        assert (seen == 0)[weight == 0].all() and (seen == 0)[weight != 0].any()
+        kept = seen if into == "decoded" else weight
+        assert torch.equal(found[seen == 0], kept[seen == 0]), name
+        assert (found != kept)[seen != 0].float().mean() > 0.99
+    close_log()
+
+
+def test_a_model_with_zeros_switches_and_keeps_them(
+    sparse: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From one run to another, whose merge it is then, and back to the pruned base."""
+    runs = {}
+    for seed, name in enumerate("ab"):
+        runs[name] = {**sparse, "save": {"dir": str(tmp_path / name), "every": 0}}
+        runs[name]["train"] = {**sparse["train"], "seed": seed}
+        assert train(runs[name]) == 0
+        merge = ["merge", "--run", str(tmp_path / name), "--dtype", "float32", "--no-verify"]
+        assert cli.main([*merge, "--out", str(tmp_path / f"merged {name}")]) == 0
+    at = tmp_path / "merged a"
+    for source, target, expected in (("a", "b", "merged b"), ("b", "none", "sparse")):
+        out = tmp_path / f"to {target}"
+        names = [str(tmp_path / name) if name != "none" else name for name in (source, target)]
+        argv = ["switch", "--merged", str(at), "--from", names[0], "--to", names[1]]
+        assert cli.main([*argv, "--out", str(out), "--max-error", "1e-4"]) == 0
+        found, right = (load_file(p / "model.safetensors") for p in (out, tmp_path / expected))
+        for name, value in right.items():
+            assert torch.equal(found[name] == 0, value == 0), name
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        at = out
+    shown = capsys.readouterr().err
+    assert "logits against the untrained base" in shown
+    close_log()
+
+
+def test_where_no_zeros_can_be_kept(sparse: dict[str, Any], tmp_path: Path) -> None:
+    for changes, words in (
+        ({"use_dora": True}, "does not go with use_dora"),
+        ({"init": "pissa"}, "does not go with init: pissa"),
+        ({"init": "lora_ga"}, "does not go with init: lora_ga"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_config({**sparse, "adapter": {**KEPT, **changes}})
+    quant = {"kind": "int", "group_size": 16, "solver": "hqq"}
+    with pytest.raises(UserError, match="solver hqq need not store a zero as zero"):
+        parse_config({**sparse, "base": {**sparse["base"], "quant": quant}})
+    with pytest.raises(UserError, match="no weight of the 14 adapted linears is zero"):
+        train({**sparse, "base": {**sparse["base"], "path": str(tmp_path / "base")}})
+    assert not (tmp_path / "run" / "adapter").exists()
     close_log()
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_peft.app import cli
+from dist_peft.core.config.io import load_config
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from tests.support.story_runs import run_config, train
@@ -91,7 +92,7 @@ def test_exports_with_float_biases_switch_bit_for_bit(
 
 @pytest.fixture(scope="module")
 def lora_runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs ``a`` and ``b``, and ``dora``."""
+    """Runs ``a`` and ``b``, ``dora`` and ``ia3``."""
     directory = tmp_path_factory.mktemp("lora")
     quant = {"base__quant": None}
     runs = {
@@ -100,6 +101,7 @@ def lora_runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     }
     dora = {**LORA, "use_dora": True}
     runs["dora"] = train_run(shared_data, directory, "dora", adapter=dora, **quant)
+    runs["ia3"] = train_run(shared_data, directory, "ia3", adapter={"kind": "ia3"}, **quant)
     return runs
 
 
@@ -133,16 +135,40 @@ def test_merged_weights_switch_up_to_two_roundings(
     none = tmp_path / "none"
     argv = ("--from", b, "--to", "none", "--out", none)
     assert call("switch", "--merged", out, *argv) == 0
-    assert "not compared" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "logits against the untrained base: " in shown and "(trained model " in shown
     argv = ("--from", "none", "--to", a, "--out", back)
     assert call("switch", "--merged", none, *argv) == 0
     assert call("switch", "--merged", back, *argv, "--overwrite") == 2
 
 
+def test_dora_comes_and_ia3_comes_and_goes(
+    lora_runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Compared with each run's probe by transformers, and at the end with the base's weights."""
+    at = tmp_path / "a"
+    argv = ("--dtype", "float32", "--no-verify")
+    assert call("merge", "--run", lora_runs["a"], "--out", at, *argv) == 0
+    for source, target in (("a", "ia3"), ("ia3", "none"), ("none", "dora")):
+        options = ("--from", lora_runs.get(source, "none"), "--to", lora_runs.get(target, "none"))
+        out = tmp_path / target
+        assert call("switch", "--merged", at, *options, "--out", out, "--max-error", "1e-3") == 0
+        at = out
+    base = load_config(lora_runs["a"] / "config.yaml").base.path
+    original = load_file(Path(base) / "model.safetensors")
+    for name, value in read_tensors(tmp_path / "none").items():
+        torch.testing.assert_close(value, original[name].float(), rtol=1e-5, atol=1e-6)
+    capfd.readouterr()
+    options = ("--from", lora_runs["dora"], "--to", "none")
+    assert call("switch", "--merged", at, *options, "--out", tmp_path / "o") == 2
+    assert "it cannot be taken out again" in capfd.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_what_cannot_switch_is_refused(
     lora_runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    a, b, dora = (lora_runs[name] for name in ("a", "b", "dora"))
+    a, b = (lora_runs[name] for name in "ab")
     merged, out = tmp_path / "merged", tmp_path / "out"
     assert call("merge", "--run", a, "--out", merged, "--no-verify") == 0
 
@@ -156,7 +182,6 @@ def test_what_cannot_switch_is_refused(
     refuse("holds another adapter than --from", "--from", b, "--to", a)
     refuse("holds another adapter than --from none", "--from", "none", "--to", a)
     refuse("nothing to switch", "--from", "none", "--to", "none")
-    refuse("depends on the base's rows", "--from", a, "--to", dora)
     refuse("is no directory", "--from", a, "--to", b, directory=tmp_path / "absent")
     refuse("has no merge_record.json", "--from", a, "--to", b, directory=a / "adapter")
     zeros = tmp_path / "zeros"
@@ -167,7 +192,6 @@ def test_what_cannot_switch_is_refused(
     other = {**record["base"], "base_content": {**content, "tensors": others}}
     decoded = {"state": "decoded", "base": {**record["base"], "quant": {"kind": "nf4"}}}
     for change, text in (
-        ({"keeps_zeros": True}, "--keep-zeros"),
         ({"format": "gptq"}, "rounded after the merge"),
         ({"adapter": ""}, "trained weights of the base"),
         ({"version": 9}, "has version 9"),

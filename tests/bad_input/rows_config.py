@@ -162,6 +162,19 @@ ROWS = [
     _value("group size 10**12", "base.quant={kind: int, group_size: 1000000000000}", "group_size"),
     _value("attention nonsense", "base.attention=sparkling", "sparkling"),
     # -- names and paths
+    Row(
+        "zeros kept with DoRA",
+        "train",
+        ("keep_zeros does not go with use_dora",),
+        args=("adapter.keep_zeros=true", "adapter.use_dora=true"),
+    ),
+    Row(
+        "zeros kept of HQQ",
+        "train",
+        ("adapter.keep_zeros", "solver hqq", "solver: rtn"),
+        args=("adapter.keep_zeros=true", "base.quant={kind: int, solver: hqq}"),
+    ),
+    _value("zeros kept of a dense base", "adapter.keep_zeros=true", "prune"),
     _value("targets that match nothing", "adapter.target_modules=[zzz]", "zzz"),
     _value("targets a broken regex", "adapter.target_modules=['(']", "regular expression"),
     _value(

@@ -27,6 +27,28 @@ def test_zeros_are_found_again_from_biases(integer: bool) -> None:
         _switch_bias_rows("a.weight", bias * 1.0001, scale, 96, SPAN, None, None)
 
 
+@pytest.mark.parametrize(
+    ("keeps_zeros", "quant", "message"),
+    [
+        (False, None, "was merged without the base's zeros"),
+        (True, {"kind": "nf4"}, "on a quantized base, which has more zeros"),
+    ],
+)
+def test_zeros_that_the_directory_does_not_show(
+    keeps_zeros: bool, quant: dict[str, str] | None, message: str, tmp_path: Path
+) -> None:
+    merged, adapter = tmp_path / "merged", tmp_path / "run" / "adapter"
+    for directory in (merged, adapter):
+        directory.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "MASKED_LORA"}')
+    record = MergeRecord("hf-bf16", "original", "float32", None, keeps_zeros, base={"quant": quant})
+    record.write_to_directory(merged)
+    job = SwitchJob(merged, tmp_path / "out", None, adapter, BaseConfig(path="x"))
+    with pytest.raises(UserError, match=f"run was trained with adapter.keep_zeros.*{message}"):
+        switch_merged_directory(job)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_written_where_the_record_says_no(tmp_path: Path) -> None:
     merged, out = tmp_path / "merged", tmp_path / "out"
     merged.mkdir()
@@ -34,7 +56,6 @@ def test_nothing_is_written_where_the_record_says_no(tmp_path: Path) -> None:
     for record, words in (
         (MergeRecord("gguf", "original", "float16", None), "were rounded after the merge"),
         (MergeRecord("mlx", "original", "float16", None), "were rounded after the merge"),
-        (MergeRecord("hf-bf16", "original", "float32", None, keeps_zeros=True), "--keep-zeros"),
         (MergeRecord("hf-bf16", "original", "float32", "f00"), "holds another adapter"),
     ):
         record.write_to_directory(merged)

@@ -42,6 +42,17 @@ def test_further_blocks_add_inputs_and_kept_gradients() -> None:
     assert phases["step"].total == 8 + 8 * 1
 
 
+def test_blocks_below_the_first_trained_parameter_have_no_backward_pass() -> None:
+    trace = make_trace()
+    whole = extrapolate_phases(trace, RESTING, 10, (25, 125), frees_kept=False)
+    for number in (0, 1):
+        del trace.peaks[f"backward {number}"]
+        found = extrapolate_phases(trace, RESTING, 10, (25, 125), frees_kept=False)
+        left = [peak for peak in whole if peak.phase != "backward"]
+        assert [peak for peak in found if peak.phase != "backward"] == left
+        assert any(peak.phase == "backward" for peak in found) == (number == 0)
+
+
 def test_padding_at_rest_is_not_counted_twice() -> None:
     once = extrapolate_phases(make_trace(), RESTING, 10, (25, 125), frees_kept=False)
     resting = replace(RESTING, late_padding=7)

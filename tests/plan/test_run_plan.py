@@ -103,3 +103,14 @@ def test_two_blocks_of_the_largest_kind_are_traced(base: Path) -> None:
     blocks = build_planned_model(parse_config(odd_tree(base))).skeleton.blocks
     assert choose_traced_blocks(blocks) == [0, 1]
     assert choose_traced_blocks(blocks[:1]) == [0]
+
+
+@pytest.mark.e2e
+def test_blocks_without_a_backward_pass(tmp_path: Path) -> None:
+    """Nothing below the first trained parameter has one."""
+    tree = odd_classifier_tree(save_odd_bert(tmp_path / "bert"))
+    tree["adapter"] = {"kind": "partial", "parts": ["head"]}
+    plan = plan_tree(tree, 1)
+    phases = {phase.phase for phase in plan.memory.phases}
+    assert phases == {"embedding", "forward", "head", "step"}
+    assert_plan_holds(plan, [measure_steps(World(), {"a": tree})["a"]], "head alone")

@@ -174,5 +174,11 @@ class AdditiveChange:
     def check_weight_shapes(self, shapes: object) -> None:
         pass
 
+    def merge_weight_rows(self, weight: str, rows: Tensor, span: Span, in_base: str) -> Tensor:
+        return rows.float() + self.compute_delta_rows(weight, span)
+
+    def depends_on_base(self, weight: str) -> bool:
+        return False
+
     def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
         return self.changes[weight][span.slice]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.adalora.layer import RANK_EPSILON
-from dist_peft.adapters.low_rank.delta_merger import DeltaMerger, ProductDelta
+from dist_peft.adapters.low_rank.delta_format import DeltaFormat
+from dist_peft.adapters.low_rank.delta_merger import ProductDelta, WeightDelta
 from dist_peft.adapters.peft_tensors import (
     build_linears_config,
     check_tensor_shape,
@@ -26,38 +27,27 @@ from dist_peft.adapters.peft_tensors import (
     name_module_tensors,
     to_json_number,
 )
-from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import AdaLoraConfig
 from dist_peft.core.errors import UserError
 
 __all__ = ["AdaLoraFormat", "build_public_adalora", "parse_adalora_tensors"]
 
 
-class AdaLoraFormat(PeftFormat):
+class AdaLoraFormat(DeltaFormat):
     """AdaLoRA in PEFT's files: three tensors a module."""
 
     peft_types = ("ADALORA",)
+    method_name = "AdaLoRA"
 
-    def check(self, public: PublicAdapter) -> None:
-        """Check the tensors against the configuration.
-
-        Raises:
-            UserError: ``parse_adalora_tensors`` refuses them.
-        """
-        parse_adalora_tensors(public)
+    def parse_deltas(self, public: PublicAdapter) -> Mapping[str, WeightDelta]:
+        """Return module path -> its change. See ``parse_adalora_tensors``."""
+        return parse_adalora_tensors(public)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """Return type, ranks and alpha."""
         shown = f"ADALORA init_r={config.get('init_r')} target_r={config.get('target_r')} "
         return f"{shown}alpha={config.get('lora_alpha')}"
-
-    def open_merger(self, public: PublicAdapter, *, tied: bool) -> DeltaMerger:
-        """Return the merger.
-
-        Raises:
-            UserError: ``parse_adalora_tensors`` refuses the tensors.
-        """
-        return DeltaMerger("AdaLoRA", parse_adalora_tensors(public))
 
 
 def parse_adalora_tensors(public: PublicAdapter) -> dict[str, ProductDelta]:

@@ -10,13 +10,13 @@ Each merged number is one float32 product, rounded once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Never
+from typing import Literal
 
 from torch import Tensor
 
+from dist_peft.adapters.low_rank.float_rows_merger import FloatRowsMerger, find_weight_shape
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = ["Ia3Merger", "Rescaling"]
 
@@ -34,7 +34,7 @@ class Rescaling:
     rescales_input: bool
 
 
-class Ia3Merger:
+class Ia3Merger(FloatRowsMerger):
     """Multiplies rows or columns of the adapted weights by their rescaling vectors.
 
     Args:
@@ -42,10 +42,10 @@ class Ia3Merger:
     """
 
     def __init__(self, rescalings: Mapping[str, Rescaling]) -> None:
+        super().__init__("IA3 multiplies weights")
         self._rescalings = {f"{path}.weight": own for path, own in rescalings.items()}
         # biases are known once check_shapes has seen which linears of the base have one
         self._biases: dict[str, Rescaling] = {}
-        self._rows_left: dict[str, int] = {}
 
     def changes_weight(self, weight: str) -> bool:
         """Return whether the adapter changes this weight or, after ``check_weight_shapes``, this
@@ -62,18 +62,13 @@ class Ia3Merger:
             UserError: the base has no such weight, or of another shape.
         """
         for weight, own in self._rescalings.items():
-            if weight not in shapes:
-                raise UserError(
-                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
-                    "have: it belongs to another base"
-                )
-            rows, columns = shapes[weight]
+            rows, columns = find_weight_shape(weight, shapes)
             self._check_size(weight, columns if own.rescales_input else rows)
-            self._rows_left[weight] = rows
+            self.rows_left[weight] = rows
             bias = weight.removesuffix("weight") + "bias"
             if bias in shapes and not own.rescales_input:
                 self._biases[bias] = own
-                self._rows_left[bias] = rows
+                self.rows_left[bias] = rows
 
     def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
@@ -89,47 +84,24 @@ class Ia3Merger:
         Returns:
             float32, the shape of ``rows``.
         """
-        if weight in self._biases:
-            vector = self._biases[weight].vector[span.slice].to(rows.device)
-            merged = rows.float() * vector
-        else:
-            own = self._rescalings[weight]
-            rows, vector = rows.float(), own.vector.to(rows.device)
-            if own.rescales_input:
-                self._check_size(weight, rows.shape[1])
-                merged = rows * vector
-            else:
-                merged = rows * vector[span.slice, None]
-        self._rows_left[weight] -= len(span)
+        if weight not in self._biases and self._rescalings[weight].rescales_input:
+            self._check_size(weight, rows.shape[1])
+        merged = rows.float() * self.compute_factor_rows(weight, span).to(rows.device)
+        self.rows_left[weight] -= len(span)
         return merged
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """Return the rows that were quantized: ``rows`` themselves."""
-        return rows
-
-    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Refuse: zeros cannot hold a factor.
-
-        Raises:
-            UserError: always.
-        """
-        self.compute_group_change(weight, parts, span)
-
-    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Refuse: a factor changes the weights of a group differently.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"{weight}: IA3 multiplies weights, which the zeros of an integer base cannot hold; "
-            "only adapter.kind qalora merges into zeros"
-        )
+    def compute_factor_rows(self, weight: str, span: Span) -> Tensor:
+        """Return the factors of rows ``span`` of a weight, float32 ``[len(span), 1]`` or ``[in]``;
+        of a bias ``[len(span)]``."""
+        if weight in self._biases:
+            return self._biases[weight].vector[span.slice]
+        own = self._rescalings[weight]
+        return own.vector if own.rescales_input else own.vector[span.slice, None]
 
     def list_unused_tensors(self) -> list[str]:
         """Return adapted weights and biases of which not every row was merged."""
-        unseen = [name for name in self._rescalings if name not in self._rows_left]
-        return [*unseen, *(name for name, rows in self._rows_left.items() if rows > 0)]
+        unseen = [name for name in self._rescalings if name not in self.rows_left]
+        return [*unseen, *super().list_unused_tensors()]
 
     def _check_size(self, weight: str, size: int) -> None:
         own = self._rescalings[weight]

@@ -12,22 +12,20 @@ trained with here is on the input, of which its configuration has none. All act 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.low_rank.delta_merger import DeltaMerger, ProductDelta
+from dist_peft.adapters.low_rank.delta_format import DeltaFormat
+from dist_peft.adapters.low_rank.delta_merger import ProductDelta, WeightDelta
 from dist_peft.adapters.peft_tensors import (
     build_linears_config,
     build_rank_config,
     check_tensor_shape,
-    describe_rank_config,
-    group_peft_tensors,
+    iterate_ranked_modules,
     name_module_tensors,
-    read_rank_and_alpha,
 )
-from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import LohaConfig
 from dist_peft.core.span import Span
 
@@ -36,32 +34,17 @@ __all__ = ["LohaDelta", "LohaFormat", "build_public_loha", "parse_loha_tensors"]
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-class LohaFormat(PeftFormat):
+class LohaFormat(DeltaFormat):
     """LoHa in PEFT's files: four matrices a module."""
 
     peft_types = ("LOHA",)
+    method_name = "LoHa"
     on_gptq_linears = False
     on_bnb_linears = False
 
-    def check(self, public: PublicAdapter) -> None:
-        """Check the matrices against the configuration.
-
-        Raises:
-            UserError: ``parse_loha_tensors`` refuses them.
-        """
-        parse_loha_tensors(public)
-
-    def describe(self, config: Mapping[str, Any]) -> str:
-        """Return type, rank and alpha."""
-        return describe_rank_config(config)
-
-    def open_merger(self, public: PublicAdapter, *, tied: bool) -> DeltaMerger:
-        """Return the merger.
-
-        Raises:
-            UserError: ``parse_loha_tensors`` refuses the tensors.
-        """
-        return DeltaMerger("LoHa", parse_loha_tensors(public))
+    def parse_deltas(self, public: PublicAdapter) -> Mapping[str, WeightDelta]:
+        """Return module path -> its change. See ``parse_loha_tensors``."""
+        return parse_loha_tensors(public)
 
 
 @dataclass(frozen=True)
@@ -92,15 +75,14 @@ def parse_loha_tensors(public: PublicAdapter) -> dict[str, LohaDelta]:
         UserError: a tensor is empty, absent, of another method or shape.
     """
     found = {}
-    for path, own in group_peft_tensors(public, _NAMES, "LoHa").items():
-        r, alpha = read_rank_and_alpha(path, public.config)
+    for path, own, r, scaling in iterate_ranked_modules(public, _NAMES, "LoHa"):
         a = check_tensor_shape(path, own, "hada_w1_a", (None, r))
         b = check_tensor_shape(path, own, "hada_w1_b", (r, None))
         second = ProductDelta(
             check_tensor_shape(path, own, "hada_w2_a", (a.shape[0], r)),
             check_tensor_shape(path, own, "hada_w2_b", (r, b.shape[1])),
         )
-        found[path] = LohaDelta(ProductDelta(a, b), second, alpha / r)
+        found[path] = LohaDelta(ProductDelta(a, b), second, scaling)
     return found
 
 

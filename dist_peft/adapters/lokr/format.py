@@ -11,22 +11,20 @@ For dropout see ``adapters.loha.format``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_peft.adapters.low_rank.delta_merger import DeltaMerger
+from dist_peft.adapters.low_rank.delta_format import DeltaFormat
+from dist_peft.adapters.low_rank.delta_merger import WeightDelta
 from dist_peft.adapters.peft_tensors import (
     build_linears_config,
     build_rank_config,
     check_tensor_shape,
-    describe_rank_config,
-    group_peft_tensors,
+    iterate_ranked_modules,
     name_module_tensors,
-    read_rank_and_alpha,
 )
-from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
+from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.config.run import LokrConfig
 from dist_peft.core.span import Span
 
@@ -35,32 +33,17 @@ __all__ = ["LokrDelta", "LokrFormat", "build_public_lokr", "parse_lokr_tensors"]
 _NAMES = tuple(f"lokr_w{number}{part}" for number in (1, 2) for part in ("", "_a", "_b"))
 
 
-class LokrFormat(PeftFormat):
+class LokrFormat(DeltaFormat):
     """LoKr in PEFT's files: two to four matrices a module."""
 
     peft_types = ("LOKR",)
+    method_name = "LoKr"
     on_gptq_linears = False
     on_bnb_linears = False
 
-    def check(self, public: PublicAdapter) -> None:
-        """Check the matrices against the configuration.
-
-        Raises:
-            UserError: ``parse_lokr_tensors`` refuses them.
-        """
-        parse_lokr_tensors(public)
-
-    def describe(self, config: Mapping[str, Any]) -> str:
-        """Return type, rank and alpha."""
-        return describe_rank_config(config)
-
-    def open_merger(self, public: PublicAdapter, *, tied: bool) -> DeltaMerger:
-        """Return the merger.
-
-        Raises:
-            UserError: ``parse_lokr_tensors`` refuses the tensors.
-        """
-        return DeltaMerger("LoKr", parse_lokr_tensors(public))
+    def parse_deltas(self, public: PublicAdapter) -> Mapping[str, WeightDelta]:
+        """Return module path -> its change. See ``parse_lokr_tensors``."""
+        return parse_lokr_tensors(public)
 
 
 @dataclass(frozen=True)
@@ -95,10 +78,9 @@ def parse_lokr_tensors(public: PublicAdapter) -> dict[str, LokrDelta]:
         UserError: a tensor is empty, absent, of another method or shape.
     """
     found = {}
-    for path, own in group_peft_tensors(public, _NAMES, "LoKr").items():
-        r, alpha = read_rank_and_alpha(path, public.config)
+    for path, own, r, scaling in iterate_ranked_modules(public, _NAMES, "LoKr"):
         w1, w2 = (_read_matrix(path, own, f"lokr_w{number}", r) for number in (1, 2))
-        found[path] = LokrDelta(w1, w2, alpha / r)
+        found[path] = LokrDelta(w1, w2, scaling)
     return found
 
 

@@ -31,7 +31,12 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.lora.format import LoraFormat
-from dist_peft.adapters.lora.tensors import LoraTensors, build_peft_key, parse_lora_tensors
+from dist_peft.adapters.lora.tensors import (
+    MASKED_TYPE,
+    LoraTensors,
+    build_peft_key,
+    parse_lora_tensors,
+)
 from dist_peft.adapters.low_rank.row_sharded import LowRankFactors, compute_top_singular
 from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.core.errors import UserError
@@ -151,6 +156,11 @@ def _parse_plain_lora(name: str, public: PublicAdapter) -> dict[str, LoraTensors
         method = public.config.get("peft_type", "of AdapterHub's library")
         raise UserError(
             f"{name} is {method} and no LoRA; only LoRA adapters are combined: leave it out"
+        )
+    if public.config.get("peft_type") == MASKED_TYPE:
+        raise UserError(
+            f"{name} was trained with adapter.keep_zeros: its change depends on the base's zeros, "
+            "so it cannot be combined; merge it into the base instead"
         )
     found = parse_lora_tensors(public)
     for path, own in found.items():

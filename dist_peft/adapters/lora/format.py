@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.merge import LoraMerger
-from dist_peft.adapters.lora.tensors import build_peft_key, parse_lora_tensors
+from dist_peft.adapters.lora.tensors import MASKED_TYPE, build_peft_key, parse_lora_tensors
 from dist_peft.adapters.peft_tensors import to_json_number
 from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
 from dist_peft.adapters.targets import resolve_pattern_value
@@ -43,9 +43,10 @@ _FLAGS = {"use_rslora": "rslora", "use_dora": "dora"}
 
 
 class LoraFormat(PeftFormat):
-    """LoRA, rsLoRA, DoRA, and QA-LoRA in its three forms (``qalora.format``)."""
+    """LoRA, rsLoRA, DoRA, LoRA that keeps the base's zeros (``MASKED_TYPE``), and QA-LoRA in its
+    three forms (``qalora.format``)."""
 
-    peft_types = ("LORA", "QALORA")
+    peft_types = ("LORA", "QALORA", MASKED_TYPE)
 
     def check(self, public: PublicAdapter) -> None:
         """Check the factors against the configuration.
@@ -61,6 +62,15 @@ class LoraFormat(PeftFormat):
         shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
         shown += [f"{name}={config.get(key, False)}" for key, name in _FLAGS.items()]
         return " ".join([str(config["peft_type"]), *shown])
+
+    def explain_no_peft_form(self, config: Mapping[str, Any]) -> str | None:
+        """Return the reason for ``MASKED_TYPE``."""
+        if config["peft_type"] != MASKED_TYPE:
+            return None
+        return (
+            "was trained with adapter.keep_zeros: its change is cut off where the base is zero, "
+            "and PEFT would apply the whole of it. dist-peft merge writes the trained model"
+        )
 
     def open_merger(self, public: PublicAdapter, *, tied: bool) -> LoraMerger:
         """Return the merger of the factors.
@@ -176,6 +186,7 @@ def _build_peft_config(
     alphas |= {key: to_json_number(a * alpha_factor) for key, a in config.alpha_pattern.items()}
     return {
         **build_common_config(config, target_names, base),
+        **({"peft_type": MASKED_TYPE} if config.keep_zeros else {}),
         "r": config.r * rank_factor,
         "lora_alpha": to_json_number(config.alpha * alpha_factor),
         "rank_pattern": ranks,

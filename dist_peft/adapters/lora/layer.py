@@ -17,6 +17,10 @@ get ``n``; here the norm is expanded, so that only products of size ``r`` are ne
 ``||W_o||^2`` is computed when the base is loaded (``base_norm2``), ``W A^T`` is a frozen matmul of
 ``r`` vectors.
 
+On a pruned base the change can be cut off where the base is zero (``quant.masked_product``)::
+
+    y = W x + b + (M * s B A) drop(x)   M = (W != 0)
+
 The output has the type of the base's output.
 """
 
@@ -44,6 +48,7 @@ from dist_peft.model.adapter_module import Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
+from dist_peft.quant.masked_product import apply_masked_low_rank
 from dist_peft.quant.trainable_products import apply_linear
 
 __all__ = ["LoraEmbedding", "LoraLinear", "LoraSpec"]
@@ -59,11 +64,13 @@ class LoraSpec(LowRankSpec):
         dora: train the rows' lengths too.
         init: default (B = 0), pissa, loftq, eva or lora_ga.
         iterations: pissa: power iterations; loftq: alternations.
+        keep_zeros: weights that are zero in the base are not changed (``quant.masked_product``).
     """
 
     dora: bool = False
     init: Literal["default", "pissa", "loftq", "eva", "lora_ga"] = "default"
     iterations: int = 4
+    keep_zeros: bool = False
 
 
 class LoraLinear(LowRankModule):
@@ -84,6 +91,7 @@ class LoraLinear(LowRankModule):
             unchanged.
         removed_A, removed_B: frozen, LoftQ with several alternations only. The part subtracted
             from the weight before it was quantized (for PiSSA that is the start).
+        num_zeros: zeros of the whole weight; counted with ``keep_zeros`` only.
     """
 
     starts_at_zero = "lora_B"
@@ -120,6 +128,7 @@ class LoraLinear(LowRankModule):
             self._add_meta_parameter(f"{prefix}_B", shape_b, device, train=False)
         self.start_names = tuple(f"{prefix}_{factor}" for prefix in frozen for factor in "AB")
         self._given: dict[str, Tensor] = {}
+        self.num_zeros = 0
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -146,7 +155,12 @@ class LoraLinear(LowRankModule):
         return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
 
     def _compute_update(self, x: Tensor) -> Tensor:
-        return self._multiply_factors(x, self.lora_A, self.lora_B)
+        if not self.spec.keep_zeros:
+            return self._multiply_factors(x, self.lora_A, self.lora_B)
+        base, spec = self.base, self.spec
+        return apply_masked_low_rank(
+            x, self.lora_A, self.lora_B, base.packed, base.codec, spec.scaling, spec.arithmetic
+        )
 
     def _forward_dora(self, x: Tensor, dropped: Tensor) -> Tensor:
         base = self.base
@@ -184,12 +198,14 @@ class LoraLinear(LowRankModule):
 
     @property
     def needs_base_rows(self) -> bool:
-        """Whether the start depends on the weight: PiSSA, LoftQ and DoRA."""
-        return self.spec.init in RESIDUAL_INITS or self.spec.dora
+        """Whether the start depends on the weight: PiSSA, LoftQ and DoRA; or zeros are counted."""
+        return self.spec.init in RESIDUAL_INITS or self.spec.dora or self.spec.keep_zeros
 
     @torch.no_grad()
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Compute the initial factors and return the rows to quantize."""
+        if self.spec.keep_zeros:
+            self.num_zeros = int(reduce((rows == 0).sum()))
         initial = self._compute_initial_factors(rows, span, reduce)
         encoded = rows
         if initial is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
 from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
+from dist_peft.adapters.low_rank.float_rows_merger import find_weight_shape
 from dist_peft.adapters.low_rank.row_sharded import add_factor_product
 from dist_peft.adapters.low_rank.zero_points import merge_into_zeros, unmerge_from_zeros
 from dist_peft.adapters.protocol import PublicAdapter
@@ -90,12 +91,7 @@ class LoraMerger:
             UserError: the base has no such weight, or of another shape.
         """
         for weight, module in self._modules.items():
-            if weight not in shapes:
-                raise UserError(
-                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
-                    "have: it belongs to another base"
-                )
-            rows, columns = shapes[weight]
+            rows, columns = find_weight_shape(weight, shapes)
             self._check_weight_shape(weight, columns, Span(0, rows))
             if rows != module.shape[0]:
                 raise UserError(
@@ -137,6 +133,10 @@ class LoraMerger:
         self._rows_left[weight] -= len(span)
         return merged
 
+    def depends_on_base(self, weight: str) -> bool:
+        """Whether the change depends on the base's rows: DoRA."""
+        return self._modules[weight].magnitude is not None
+
     def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
         """Return the change that a merge into the original base adds to rows ``span``, float32.
 
@@ -144,8 +144,11 @@ class LoraMerger:
             UserError: with DoRA, where the change depends on the base.
         """
         module = self._modules[weight]
-        if module.magnitude is not None:
-            raise UserError(f"{weight} is adapted by DoRA, whose change depends on the base's rows")
+        if self.depends_on_base(weight):
+            raise UserError(
+                f"{weight} is adapted by DoRA, whose change depends on the base's rows, which a "
+                "merge scales: it cannot be taken out again; merge the other run into the base"
+            )
         zeros = torch.zeros(len(span), module.shape[1])
         return self._scaled.add_module_delta(zeros, module, span)
 

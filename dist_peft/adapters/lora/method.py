@@ -4,6 +4,7 @@ LoRA+ (Hayou, Ghosh, Yu 2024): ``B`` has ``lr_ratio`` times the learning rate of
 and embeddings have the plain rate. rsLoRA (Kalajdzievski 2023): ``s = alpha / sqrt(r)``.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -28,6 +29,13 @@ from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 
 __all__ = ["LoraAdapter"]
+
+log = logging.getLogger("dist_peft")
+
+_MASKED_APART = (
+    "with adapter.keep_zeros the change is cut off where the base is zero, and PEFT would apply "
+    "the whole of it; merge the run"
+)
 
 
 class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
@@ -59,6 +67,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             dora=config.use_dora,
             init=config.init,
             iterations=config.init_iterations,
+            keep_zeros=config.keep_zeros,
         )
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, name, spec)
@@ -99,18 +108,42 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         excluded = {
             "dropout": config.dropout > 0,
             "use_dora": config.use_dora,
+            "keep_zeros": config.keep_zeros,
             f"init {config.init}": config.init != "default",
         }
         for key, is_set in excluded.items():
             if is_set:
                 raise UserError(
                     f"adapter.{key} is not for experts such as {name}: their adapters have PEFT's "
-                    "form (target_parameters), without dropout, DoRA and other initializations; "
-                    "leave it out, or list adapter.target_modules without experts, such as "
-                    "[q_proj, k_proj, v_proj, o_proj]"
+                    "form (target_parameters), without dropout, DoRA, masks and other "
+                    "initializations; leave it out, or list adapter.target_modules without "
+                    "experts, such as [q_proj, k_proj, v_proj, o_proj]"
                 )
 
     # -- training ------------------------------------------------------------------------------
+
+    def plan_steps(self, total_steps: int) -> None:
+        """Report the zeros that stay, with ``adapter.keep_zeros``. See ``StepHooks``.
+
+        Raises:
+            UserError: the base has none.
+        """
+        if not self.config.keep_zeros:
+            return
+        linears = [layer for layer in self.layers.values() if isinstance(layer, LoraLinear)]
+        zeros = sum(layer.num_zeros for layer in linears)
+        if not zeros:
+            raise UserError(
+                "adapter.keep_zeros keeps the zeros of a pruned base, and no weight of the "
+                f"{len(linears)} adapted linears is zero; give the output of dist-peft prune as "
+                "base.path, or leave keep_zeros out"
+            )
+        share = zeros / sum(layer.base.in_features * layer.base.out_features for layer in linears)
+        log.info(
+            "adapter.keep_zeros: %.1f %% of the weights of %d linears are zero and stay zero",
+            100 * share,
+            len(linears),
+        )
 
     def get_lr_scale(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
@@ -148,11 +181,14 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     # -- saving --------------------------------------------------------------------------------
 
     def get_export_limits(self, tied: bool) -> ExportLimits:
+        apart = _MASKED_APART if self.config.keep_zeros else None
         if not (self.config.embeddings and tied):
-            return ExportLimits()
+            return ExportLimits(separate=apart, adapter=apart)
         return ExportLimits(
+            separate=apart,
+            adapter=apart,
             merged="adapter.embeddings adapts an embedding that the base's output head shares: one "
-            "merged weight cannot be both; set adapter.embeddings: false to merge"
+            "merged weight cannot be both; set adapter.embeddings: false to merge",
         )
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:

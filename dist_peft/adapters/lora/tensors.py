@@ -17,7 +17,11 @@ from dist_peft.adapters.protocol import PublicAdapter
 from dist_peft.adapters.targets import resolve_pattern_value
 from dist_peft.core.errors import UserError
 
-__all__ = ["LoraTensors", "build_peft_key", "parse_lora_tensors"]
+__all__ = ["MASKED_TYPE", "LoraTensors", "build_peft_key", "parse_lora_tensors"]
+
+MASKED_TYPE = "MASKED_LORA"
+"""``peft_type`` of a LoRA whose change is cut off where the base is zero. PEFT does not know it: as
+plain LoRA it would silently apply the whole change."""
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {

@@ -6,15 +6,15 @@ its chunks if a row of ``D`` does not depend on which rows are computed with it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Never, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dist_peft.adapters.low_rank.blocked_product import add_blocked_product
+from dist_peft.adapters.low_rank.float_rows_merger import FloatRowsMerger, find_weight_shape
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.quant.codec_defaults import AffineParts
 
 __all__ = ["DeltaMerger", "ProductDelta", "WeightDelta"]
 
@@ -48,7 +48,7 @@ class ProductDelta:
         return add_blocked_product(rows, self.B, self.A.to(rows.device), span)
 
 
-class DeltaMerger:
+class DeltaMerger(FloatRowsMerger):
     """The ``WeightMerger`` of changes.
 
     Args:
@@ -57,9 +57,9 @@ class DeltaMerger:
     """
 
     def __init__(self, method_name: str, deltas: Mapping[str, WeightDelta]) -> None:
-        self._method_name = method_name
+        super().__init__(f"{method_name} changes the weights of a group differently")
         self._deltas = {f"{path}.weight": delta for path, delta in deltas.items()}
-        self._rows_left = {name: delta.shape[0] for name, delta in self._deltas.items()}
+        self.rows_left = {name: delta.shape[0] for name, delta in self._deltas.items()}
         self._columns: dict[str, int] = {}
 
     def changes_weight(self, weight: str) -> bool:
@@ -73,13 +73,9 @@ class DeltaMerger:
             UserError: the base has no such weight, or of another shape.
         """
         for weight in self._deltas:
-            if weight not in shapes:
-                raise UserError(
-                    f"the adapter adapts {weight.removesuffix('.weight')}, which the base does not "
-                    "have: it belongs to another base"
-                )
-            self._check_shape(weight, *shapes[weight], is_whole=True)
-            self._columns[weight] = shapes[weight][1]
+            rows, columns = find_weight_shape(weight, shapes)
+            self._check_shape(weight, rows, columns, is_whole=True)
+            self._columns[weight] = columns
 
     def merge_weight_rows(
         self, weight: str, rows: Tensor, span: Span, in_base: Literal["original", "decoded"]
@@ -98,8 +94,12 @@ class DeltaMerger:
         delta = self._deltas[weight]
         self._check_shape(weight, span.stop, rows.shape[1])
         merged = delta.add_to_rows(rows, span)
-        self._rows_left[weight] -= len(span)
+        self.rows_left[weight] -= len(span)
         return merged
+
+    def depends_on_base(self, weight: str) -> bool:
+        """Return False: the same is added to any base."""
+        return False
 
     def compute_delta_rows(self, weight: str, span: Span) -> Tensor:
         """Return the change of rows ``span``, float32; after ``check_weight_shapes``."""
@@ -116,30 +116,3 @@ class DeltaMerger:
                 f"{rows}{'' if is_whole else ' or more'} rows of {columns}; it belongs to another "
                 "base"
             )
-
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """Return the rows that were quantized: ``rows`` themselves."""
-        return rows
-
-    def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Refuse: zeros cannot hold the change.
-
-        Raises:
-            UserError: always.
-        """
-        self.compute_group_change(weight, parts, span)
-
-    def compute_group_change(self, weight: str, parts: AffineParts, span: Span) -> Never:
-        """Refuse: the weights of a group change differently.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"{weight}: {self._method_name} changes the weights of a group differently, which the "
-            "zeros of an integer base cannot hold; only adapter.kind qalora merges into zeros"
-        )
-
-    def list_unused_tensors(self) -> list[str]:
-        """Return adapted weights of which not every row was merged."""
-        return [name for name, rows in self._rows_left.items() if rows > 0]

@@ -48,6 +48,7 @@ __all__ = [
     "UnfreezeConfig",
     "VeraConfig",
     "VirtualTokensConfig",
+    "check_adapter_options",
 ]
 
 
@@ -58,6 +59,11 @@ class LoraConfig(LowRankConfig):
     embeddings: bool = Field(False, description="Also adapt the input embedding.")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (rsLoRA).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
+    keep_zeros: bool = Field(
+        False,
+        description="Weights that are zero in the base stay zero, in training and in every merge "
+        "(pruned bases). Each linear takes a dense product of its own size.",
+    )
     lr_ratio: Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
     init: Literal["default", "pissa", "loftq", "eva", "lora_ga"] = Field(
         "default",
@@ -93,6 +99,18 @@ class LoraConfig(LowRankConfig):
                 "init_rho gives some linears rank 0, where use_dora still trains a magnitude that "
                 "PEFT's format cannot hold; set init_rho to 1 or use_dora to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_kept_zeros(self) -> Self:
+        reasons = {
+            "use_dora": self.use_dora and "scales whole rows by a norm of the unmasked change",
+            f"init: {self.init}": self.init in ("pissa", "loftq", "lora_ga")
+            and "starts from a dense product, which a mask would cut",
+        }
+        for key, reason in reasons.items():
+            if self.keep_zeros and reason:
+                raise ValueError(f"keep_zeros does not go with {key}, which {reason}")
         return self
 
     @property
@@ -345,3 +363,22 @@ AdapterConfig = Annotated[
     | NoAdapterConfig,
     Field(discriminator="kind"),
 ]
+
+
+def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: float) -> None:
+    """Compare the section with ``base.quant.solver`` and ``train.layer_decay``.
+
+    Raises:
+        ValueError: a base of that solver has other zeros than the pruned one, which are to be kept;
+            or there is nothing in the blocks that rates could be for.
+    """
+    if isinstance(adapter, LoraConfig) and adapter.keep_zeros and solver != "rtn":
+        raise ValueError(
+            f"adapter.keep_zeros: base.quant.solver {solver} need not store a zero as zero, so "
+            "that pruned weights would be trained; use solver: rtn, kind: nf4 or quant: null"
+        )
+    if layer_decay != 1 and isinstance(adapter, VirtualTokensConfig):
+        raise ValueError(
+            f"train.layer_decay: adapter.kind {adapter.kind} has no parameters in the blocks; "
+            "leave it out"
+        )

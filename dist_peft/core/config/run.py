@@ -30,6 +30,7 @@ from dist_peft.core.config.adapter import (
     UnfreezeConfig,
     VeraConfig,
     VirtualTokensConfig,
+    check_adapter_options,
 )
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
@@ -384,13 +385,10 @@ class RunConfig(ConfigSection):
                 f"{'the sources have another' if classifies else 'base.head is lm'}"
             )
         check_domains(self.data, self.train.domain_adversarial)
+        solver = "rtn" if self.base.quant is None else self.base.quant.solver
+        check_adapter_options(self.adapter, solver, self.train.layer_decay)
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
-        if self.train.layer_decay != 1 and isinstance(self.adapter, VirtualTokensConfig):
-            raise ValueError(
-                f"train.layer_decay: adapter.kind {self.adapter.kind} has no parameters in the "
-                "blocks; leave it out"
-            )
         if classifies and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(
                 f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "

@@ -88,4 +88,5 @@ def pack_code_words(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
     ``dtype`` is the 4-byte type of the words.
     """
-    return pack_bits(codes.contiguous(), bits).contiguous().view(dtype)
+    packed = pack_bits(codes.contiguous(), bits).reshape(-1)  # a single row may have any stride
+    return packed.view(dtype).view(len(codes), codes.shape[1] * bits // 32)

@@ -3,6 +3,7 @@
 import logging
 from typing import Literal
 
+from dist_peft.adapters.directory import keeps_zeros_of_base
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.export_format import ExportFormat
@@ -29,7 +30,8 @@ class HfBf16Export(ExportFormat):
     has_blocks = True
 
     def write_export(self, job: ExportSpec) -> ExportResult:
-        dtype, keep_zeros = _get_dtype(job), _keeps_zeros(job)
+        dtype, keep_zeros = _get_dtype(job), _cuts_zeros(job)
+        kept = keep_zeros or keeps_zeros_of_base(job.adapter_dir)
         into: Literal["original", "decoded"] = job.into
         if keep_zeros and into == "decoded":
             raise UserError(
@@ -52,7 +54,7 @@ class HfBf16Export(ExportFormat):
             or job.base.quant is None
             or "quantization_config" in read_json_object(job.directory / "config.json")
         )
-        how = f"merged into the {into} base, {dtype}" + ", zeros kept" * keep_zeros
+        how = f"merged into the {into} base, {dtype}" + ", zeros kept" * kept
         return ExportResult(written, job.out, how, as_trained)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
@@ -90,13 +92,16 @@ class HfBf16Export(ExportFormat):
         return [
             ("Merged into", f"{job.into} base"),
             ("Type of the weights", _get_dtype(job)),
-            *([("Zeros of the base", "kept")] if _keeps_zeros(job) else []),
+            *([("Zeros of the base", "kept")] if ", zeros kept" in result.how else []),
             ("Reloaded by", consumer),
         ]
 
     def suggest_better(self, job: ExportSpec, result: ExportResult, found: Comparison) -> str:
-        if _keeps_zeros(job):
-            return "--keep-zeros leaves out the change of weights that are zero in the base"
+        if _cuts_zeros(job):
+            return (
+                "--keep-zeros leaves out the change of weights that are zero in the base; a run "
+                "with adapter.keep_zeros trains without it"
+            )
         if not result.exact:
             return "--base decoded merges into the base as training saw it"
         # NaN is not below either
@@ -104,8 +109,9 @@ class HfBf16Export(ExportFormat):
         return "--dtype float32 rounds nothing" if may_be_rounding else ""
 
 
-def _keeps_zeros(job: ExportSpec) -> bool:
-    return bool(job.options.get("keep_zeros"))
+def _cuts_zeros(job: ExportSpec) -> bool:
+    """Return whether a part of the trained change is left out."""
+    return bool(job.options.get("keep_zeros")) and not keeps_zeros_of_base(job.adapter_dir)
 
 
 def _get_dtype(job: ExportSpec) -> str:

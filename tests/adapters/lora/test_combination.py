@@ -44,6 +44,12 @@ def test_linear_is_exact_whatever_the_ranks() -> None:
         torch.testing.assert_close(change(combined, path), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_change_that_depends_on_the_base_is_refused() -> None:
+    masked = lora(2, peft_type="MASKED_LORA")
+    with pytest.raises(UserError, match=r"b was trained with adapter\.keep_zeros"):
+        combine_adapters({"a": lora(1), "b": masked}, [0.7, -0.4], CombineRecipe())
+
+
 def test_modules_of_one_adapter_alone_keep_their_rank() -> None:
     a, b = lora(1), lora(2, paths=PATHS[:1])
     combined, _ = combine_adapters({"a": a, "b": b}, [1.0, 1.0], CombineRecipe())

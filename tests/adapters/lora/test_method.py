@@ -49,6 +49,39 @@ def test_only_the_adapter_learns() -> None:
         )
 
 
+def test_zeros_that_stay() -> None:
+    """The layer is the base where it is zero, and elsewhere LoRA; counted over all ranks."""
+    original = tiny_llama()
+    with torch.no_grad():
+        for layer in original.model.layers:
+            weight = layer.self_attn.q_proj.weight
+            weight[weight.abs() < weight.abs().median()] = 0
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "r": 4}
+    model, adapter = adapted(original, keep_zeros=True, **settings)
+    plain, _ = adapted(original, **settings)
+    for either in (model, plain):
+        disturb(either)
+    layer = adapter_modules(model)["model.layers.1.self_attn.q_proj"]
+    weight = original.model.layers[1].self_attn.q_proj.weight
+    unit = torch.eye(weight.shape[1])
+    change, dense = (
+        (adapter_modules(each)["model.layers.1.self_attn.q_proj"](unit).T - weight)
+        for each in (model, plain)
+    )
+    torch.testing.assert_close(change, dense.masked_fill(weight == 0, 0))
+    assert layer.num_zeros == int((weight == 0).sum()) == weight.numel() // 2
+    adapter.plan_steps(3)
+    for other in adapter.layers.values():
+        other.num_zeros = 0
+    with pytest.raises(UserError, match="no weight of the 2 adapted linears is zero"):
+        adapter.plan_steps(3)
+    limits = adapter.get_export_limits(tied=False)
+    assert limits.merged is None and "PEFT would apply the whole" in str(limits.separate)
+    assert limits.adapter == limits.separate
+    public = adapter.to_public_adapter(gathered(model), "tiny/base")
+    assert public.config["peft_type"] == "MASKED_LORA"
+
+
 def test_structure() -> None:
     model = frozen_model(tiny_llama())
     attach(model, target_modules=["q_proj"], embeddings=True)

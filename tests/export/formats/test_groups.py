@@ -60,6 +60,13 @@ def test_words_are_a_dense_bit_stream(bits: int, words: int, seed: int) -> None:
             assert word & 0xFFFFFFFF == stream >> (32 * i) & 0xFFFFFFFF
 
 
+def test_words_of_a_single_row_with_the_strides_of_a_column() -> None:
+    codes = torch.arange(64, dtype=torch.uint8)[:, None].T
+    assert codes.is_contiguous() and codes.stride() == (1, 1)
+    expected = pack_code_words(codes.repeat(2, 1), 8, torch.int32)[:1]
+    assert torch.equal(pack_code_words(codes, 8, torch.int32), expected)
+
+
 def test_decoded_by_hand() -> None:
     parts = AffineParts(torch.tensor([[0, 1, 2, 3]] * 1, dtype=torch.uint8), None, None)
     groups = BiasGroups(parts.codes, torch.tensor([[2.0, 3.0]]), torch.tensor([[-1.0, 1.0]]))
