@@ -21,7 +21,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "run a configuration",
-    "validate": "show sequences with the loss mask, without weights",
+    "init": "write a commented configuration and a job script for this cluster",
+    "validate": "check a configuration and its data, and show sequences, without weights",
     "plan": "memory, traffic and time of a run, before it starts",
     "eval": "held-out loss of a base, or of a run's adapter",
     "quantize": "write the base packed, according to base.quant",

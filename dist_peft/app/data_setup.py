@@ -57,7 +57,7 @@ class DataLoaders:
 
     Attributes:
         objective: takes the batches of both loaders.
-        chat_template: the default template, where the training conversations were rendered with it.
+        chat_template: that of the training conversations, if it is not the base's.
         inputs: fingerprints of all inputs, by key, for comparisons (``app.run_identity``).
     """
 
@@ -78,8 +78,8 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
     # fail fast: held-out data are small, so their errors are raised before the long tokenization
     data = config.data
     held_out: AnyRows | None = None
-    if data.eval:
-        held_out = _load_rows_by_task(data, data.eval, "eval", len(data.eval) > 1, tokenizer, world)
+    if sources := data.held_out:
+        held_out = _load_rows_by_task(data, sources, "eval", len(sources) > 1, tokenizer, world)
     train = _load_rows_by_task(data, data.train, "train", data.mixing != "joined", tokenizer, world)
     with world.raise_together("make the data loaders"):  # ranks may have read different files
         _refuse_idle_ranks(config.train.global_batch, len(train), world.data_size)
@@ -88,6 +88,10 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
         order = _make_mixed_order(config, train)
         train_loader = _make_loader(config, train, tokenizer, world, order)
     _warn_of_idle_ranks(config, world.data_size)
+    if data.chat_template is not None and train.chat_template is None:
+        log.warning(
+            "data.chat_template has no effect: data.train holds no conversations", extra=ONCE
+        )
     inputs = {
         "contents of data.train": _fingerprint_rows(train),
         "contents of data.eval": None if held_out is None else _fingerprint_rows(held_out),

@@ -109,7 +109,7 @@ def _evaluate_adapter(
 def _select_task_loss(config: RunConfig, name: str, found: dict[str, Any]) -> float | None:
     """Return the loss on the held-out source of task ``name``, if there is one."""
     loss: float | None = found.get("eval_by_task", {}).get(name)
-    if [source.task_name for source in config.data.eval] == [name]:
+    if [source.task_name for source in config.data.held_out] == [name]:
         loss = found["eval_loss"]
     return loss
 

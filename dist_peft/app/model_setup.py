@@ -23,6 +23,7 @@ from dist_peft.core.config.run import FusionConfig, RunConfig
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
+from dist_peft.data.chat_override import override_chat_template
 from dist_peft.data.labels import list_class_names
 from dist_peft.engine import Engine, make_engine
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
@@ -155,6 +156,7 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
     if packed_tokens:
         refuse_leaks(skeleton.model, skeleton.blocks, packed_tokens)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
+    tokenizer = override_chat_template(tokenizer, config.data.chat_template)
     refuse_foreign_tokenizer(tokenizer, skeleton.vocabulary_size, directory)
     adapter = assemble_adapter(config, skeleton)
     if skeleton.head is not None:

@@ -6,11 +6,12 @@ merged model in ``RUN/base`` is the base that GPTQ has solved for the run, one i
 in whose directory it was started.
 """
 
+import os
 from pathlib import Path
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["refuse_taken_place"]
+__all__ = ["refuse_taken_place", "refuse_unwritable_file"]
 
 _PARTS_OF_A_RUN = ("adapter", "base", "checkpoints", "tensorboard")
 
@@ -38,6 +39,28 @@ def refuse_taken_place(path: Path, option: str, *, new: bool = True) -> None:
                 "and the next run replaces; choose another place, such as "
                 f"{run / 'merged'}"
             )
+
+
+def refuse_unwritable_file(path: Path, option: str, *endings: str) -> None:
+    """Refuse a file to write, before long work, that could not be written or is of another kind.
+
+    Args:
+        option: its name for the message, such as ``--html``.
+        endings: that the file's name may have, such as ``.html``; none: any.
+
+    Raises:
+        UserError: no such directory, no permission, another ending, or a directory in its place.
+    """
+    if endings and path.suffix not in endings:
+        raise UserError(f"{option} {path}: give a file name that ends in {' or '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a directory; give the name of a file")
+    parent = path.expanduser().absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{option} {path}: there is no directory {parent}; make it first")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{option} {path}: {parent} cannot be written to; choose another place")
+    refuse_taken_place(path, option)
 
 
 def _describe_place(directory: Path) -> str | None:

@@ -6,6 +6,7 @@ A configuration file leaves open what the files of the base and of the run decid
         |
     resolve_config     base.path   the base that is loaded: of a run with solver gptq, RUN/base
         |              base.quant  of a prequantized base, as its files say
+        |              data.chat_template  the text of its file
         v
     ResolvedConfig     frozen; written to config.yaml; a directory of files for the base
         |
@@ -22,6 +23,7 @@ from pathlib import Path
 from dist_peft.app.tasks import check_task_config
 from dist_peft.core.config.run import DataSource, NoAdapterConfig, RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.data.chat_override import read_chat_template
 from dist_peft.model.hub import resolve_base_directory, warn_of_trusted_code
 from dist_peft.model.prequantized.base import check_stated_quant, open_prequantized
 from dist_peft.store.index import SafetensorsIndex
@@ -33,6 +35,8 @@ __all__ = [
     "resolve_config",
     "resolve_finished_run",
     "resolve_one_process",
+    "resolve_preview",
+    "resolve_preview_files",
     "resolve_pruning",
     "resolve_quantization",
     "resolve_unsolved_run",
@@ -103,6 +107,28 @@ def resolve_unsolved_run(config: RunConfig) -> ResolvedConfig:
         UserError: unusable files.
     """
     return _resolve_base(config.model_copy(update={"resume": "never"}))
+
+
+def resolve_preview(config: RunConfig) -> ResolvedConfig:
+    """Return ``config`` for checks before a run, without weights and their headers.
+
+    No checkpoint is resumed. Of a hub id only configuration and tokenizer are downloaded.
+
+    Raises:
+        UserError: no such base or chat template.
+    """
+    warn_of_trusted_code(config.base)
+    preview = _read_template(config.model_copy(update={"resume": "never"}))
+    return ResolvedConfig(preview, resolve_base_directory(config.base, weights=False))
+
+
+def resolve_preview_files(preview: ResolvedConfig) -> ResolvedConfig:
+    """Return ``preview`` of ``resolve_preview`` with the quantization of the base's files.
+
+    Raises:
+        UserError: unusable files.
+    """
+    return _resolve_base_files(preview.run, preview.directory)
 
 
 def resolve_quantization(config: RunConfig) -> ResolvedConfig:
@@ -176,9 +202,20 @@ def _use_solved_base(config: RunConfig, solved: SolvedBase) -> RunConfig:
 
 def _resolve_base(config: RunConfig) -> ResolvedConfig:
     """Locate the base and read the quantization of its files."""
+    warn_of_trusted_code(config.base)
+    return _resolve_base_files(_read_template(config), resolve_base_directory(config.base))
+
+
+def _read_template(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the text of its chat template: ``config.yaml`` needs no file."""
+    if config.data.chat_template is None:
+        return config
+    update = {"chat_template": read_chat_template(config.data.chat_template)}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def _resolve_base_files(config: RunConfig, directory: Path) -> ResolvedConfig:
     base = config.base
-    warn_of_trusted_code(base)
-    directory = resolve_base_directory(base)
     index = SafetensorsIndex.open(directory)
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")

@@ -36,7 +36,7 @@ __all__ = [
 
 _NODE_LOCAL = re.compile(
     r"base\.path|data\.(train|eval)\[\d+\]\.path|adapter\.adapters\[\d+\]\.path|data\.cache_dir"
-    r"|engine\.deepspeed_config"
+    r"|data\.chat_template|engine\.deepspeed_config"
 )
 """Keys that may differ between hosts: file contents are compared instead, except those of the token
 cache, which are derived."""

@@ -45,6 +45,11 @@ def check_task_config(config: RunConfig) -> None:
             f"data.mixing is {config.data.mixing}, which draws the rows of one run from several "
             "sources; leave it out, or set train.tasks: mixed"
         )
+    if config.data.val_split:
+        raise_user_error(
+            "data.val_split keeps equal records of all sources on one side, which tasks trained "
+            "one by one cannot; name held-out files in data.eval"
+        )
     for number, source in enumerate(sources):
         if not re.fullmatch(r"\w[\w.+-]*", source.task_name):
             raise_user_error(

@@ -154,7 +154,7 @@ def _find_unused_train_options(config: RunConfig) -> Iterator[str]:
         )
     if train.schedule == "constant" and train.min_lr_ratio:
         yield (f"train.min_lr_ratio {train.min_lr_ratio} has no effect: train.schedule is constant")
-    if train.eval_every and not config.data.eval:
+    if train.eval_every and not config.data.held_out:
         yield f"train.eval_every {train.eval_every} has no effect: data.eval names no source"
 
 

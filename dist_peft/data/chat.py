@@ -69,6 +69,7 @@ class ChatRenderer:
         starts_with_bos: whether documents of this tokenizer begin with bos; used only for a
             tokenizer without a template.
         turn_end: handling of a turn that no token ends: ``error`` or ``warn``.
+        template_name: of the template in messages; by default that of the tokenizer.
 
     Attributes:
         user_notes: one-time warnings for the user.
@@ -85,10 +86,11 @@ class ChatRenderer:
         mark_assistant: bool,
         starts_with_bos: bool,
         turn_end: Literal["error", "warn"] = "error",
+        template_name: str | None = None,
     ) -> None:
         self.mark_assistant = mark_assistant
         self._turn_end = turn_end
-        self._chat = ChatTemplate(tokenizer, starts_with_bos=starts_with_bos)
+        self._chat = ChatTemplate(tokenizer, starts_with_bos=starts_with_bos, name=template_name)
         self._notes, self._counts = Tally(), Tally()
         self.begin_chunk()
         self.default_template: str | None = None

@@ -78,6 +78,7 @@ class ChatTemplate:
         template: Jinja text; None: the tokenizer's own, else this project's.
         starts_with_bos: whether documents of this tokenizer begin with bos; used only by this
             project's template.
+        name: of the template in messages; by default that of the tokenizer.
 
     Attributes:
         is_default: the tokenizer has no template and this project's is used.
@@ -87,9 +88,14 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None = None, *, starts_with_bos: bool = True
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        starts_with_bos: bool = True,
+        name: str | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._name = tokenizer, name
         self.is_default = template is None and not tokenizer.chat_template
         self._fixed = make_default_chat_template(starts_with_bos) if self.is_default else template
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -102,6 +108,8 @@ class ChatTemplate:
                 )
 
     def __str__(self) -> str:
+        if self._name is not None:
+            return f"the chat template of {self._name}"
         name = self._tokenizer.name_or_path
         return f"the chat template of the tokenizer {name}" if name else "the chat template"
 

@@ -26,12 +26,13 @@ from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.documents import fit_documents, refuse_empty_set
 from dist_peft.data.files import RecordPlace
-from dist_peft.data.labels import ClassTask, find_source_task, list_class_tasks, list_domains
+from dist_peft.data.held_out_split import count_side_variants, load_split_documents
+from dist_peft.data.labels import ClassTask, apply_task_labels, list_class_tasks, list_domains
 from dist_peft.data.loader import Batch, Loader, SingleTask
 from dist_peft.data.order import Ranges, describe_epochs
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.pieces import DocumentPieces, split_by_epoch
-from dist_peft.data.tokens import Tokenizer, load_token_documents
+from dist_peft.data.tokens import Tokenizer
 
 __all__ = ["LabelledBatch", "LabelledLoader", "LabelledSequences", "load_labelled_sequences"]
 
@@ -137,15 +138,19 @@ def load_labelled_sequences(
         UserError: unreadable data, an unknown label, a record that is too long.
     """
     tasks, domains = list_class_tasks(config), list_domains(config)
+    pairs = [
+        apply_task_labels(source, tasks, f"data.{name}[{number}]")
+        for number, source in enumerate(sources)
+    ]
+    labelled = [source for source, _ in pairs]
+    loaded, sides = load_split_documents(config, labelled, tokenizer, name)
+    variants = count_side_variants(config, labelled, name)
     found = []
-    for number, source in enumerate(sources):
+    for number, ((source, task), documents, side) in enumerate(
+        zip(pairs, loaded, sides, strict=True)
+    ):
         key = f"data.{name}[{number}]"
-        task: ClassTask | None = None
-        if source.labels or source.domain is None:
-            task = find_source_task(source, tasks, key)
-            source = source.model_copy(update={"labels": list(task.labels)})
-        documents = load_token_documents(config, source, tokenizer, key)
-        pieces = fit_documents(documents, config, key)
+        pieces = fit_documents(documents, config, key, side)
         refuse_empty_set(config, pieces, key)
         domain = -1 if source.domain is None else domains.index(source.domain)
         rows = LabelledSequences(
@@ -153,12 +158,12 @@ def load_labelled_sequences(
             pieces,
             task,
             seq_len=config.seq_len,
-            num_variants=source.num_variants,
+            num_variants=variants[number],
             domain=domain,
         )
         shares = "no labels"
         if task is not None:
-            counts = np.bincount(documents.classes, minlength=len(task.labels)).tolist()
+            counts = np.bincount(documents.classes[side], minlength=len(task.labels)).tolist()
             shares = ", ".join(f"{n} {c}" for n, c in zip(task.labels, counts, strict=True))
         shares += "" if source.domain is None else f"; domain {source.domain}"
         _LOG.info(

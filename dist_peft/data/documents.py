@@ -20,9 +20,10 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.data.cache import TokenDocuments
 from dist_peft.data.files import RecordPlace
+from dist_peft.data.held_out_split import count_side_variants, load_split_documents
 from dist_peft.data.loader import SingleTask
 from dist_peft.data.order import Ranges, describe_epochs
-from dist_peft.data.packing import IGNORE, concatenate_documents
+from dist_peft.data.packing import concatenate_documents
 from dist_peft.data.pieces import (
     PIECE_BLOCK,
     DocumentPieces,
@@ -33,12 +34,11 @@ from dist_peft.data.pieces import (
     split_into_windows,
     take_whole_documents,
 )
-from dist_peft.data.tokens import Tokenizer, load_token_documents
+from dist_peft.data.tokens import Tokenizer
 
 __all__ = [
     "SequenceSet",
     "fit_documents",
-    "format_sequence",
     "load_sequence_set",
     "load_sequence_sets",
     "refuse_empty_set",
@@ -170,10 +170,11 @@ def load_sequence_set(
     """Return the sequences of ``sources``, in their order, tokenized or from the cache.
 
     Args:
-        config: sequence length, packing, loss and cache; its ``train`` and ``eval`` are ignored.
+        config: sequence length, packing, loss, split and cache; its ``train`` and ``eval`` are
+            ignored.
         sources: at least one.
         tokenizer: of the base.
-        name: ``train`` or ``eval``, for messages.
+        name: ``train`` or ``eval``, for messages; with ``val_split`` the side of the split.
 
     Raises:
         UserError: unreadable or invalid data (see ``files``, ``sources``, ``chat``), a record that
@@ -181,15 +182,13 @@ def load_sequence_set(
     """
     if not sources:
         raise UserError(f"data.{name} names no source")
-    loaded = [
-        _load_source(config, source, tokenizer, key)
-        for key, source in _name_source_keys(name, sources)
-    ]
+    loaded = _load_sources(config, sources, tokenizer, name)
     kind = np.min_scalar_type(len(loaded))
     numbers = np.repeat(np.arange(len(loaded), dtype=kind), [len(fit) for _, fit in loaded])
     joined = replace(concatenate_pieces([fit for _, fit in loaded]), source=numbers)
+    variants = count_side_variants(config, sources, name)
     return _make_sequence_set(
-        config, sources, [documents for documents, _ in loaded], joined, f"data.{name}"
+        config, variants, [documents for documents, _ in loaded], joined, f"data.{name}"
     )
 
 
@@ -197,33 +196,35 @@ def load_sequence_sets(
     config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, *, name: str
 ) -> list[SequenceSet]:
     """Like ``load_sequence_set``, but return a separate set for each source."""
+    loaded = _load_sources(config, sources, tokenizer, name)
+    variants = count_side_variants(config, sources, name)
+    return [
+        _make_sequence_set(config, [count], [documents], fit, f"data.{name}[{number}]")
+        for number, (count, (documents, fit)) in enumerate(zip(variants, loaded, strict=True))
+    ]
+
+
+def _load_sources(
+    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str
+) -> list[tuple[TokenDocuments, DocumentPieces]]:
+    """Return the documents of each source, and the pieces of those that are used."""
+    loaded, masks = load_split_documents(config, sources, tokenizer, name)
     found = []
-    for key, source in _name_source_keys(name, sources):
-        documents, fit = _load_source(config, source, tokenizer, key)
-        found.append(_make_sequence_set(config, [source], [documents], fit, key))
+    for number, (documents, mask) in enumerate(zip(loaded, masks, strict=True)):
+        key = f"data.{name}[{number}]"
+        kept = _exclude_untrainable(documents, config, key, mask)
+        found.append((documents, fit_documents(documents, config, key, kept)))
     return found
-
-
-def _name_source_keys(name: str, sources: list[DataSource]) -> list[tuple[str, DataSource]]:
-    return [(f"data.{name}[{number}]", source) for number, source in enumerate(sources)]
-
-
-def _load_source(
-    config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
-) -> tuple[TokenDocuments, DocumentPieces]:
-    documents = load_token_documents(config, source, tokenizer, key)
-    kept = _exclude_untrainable(documents, config, key)
-    return documents, fit_documents(documents, config, key, kept)
 
 
 def _make_sequence_set(
     config: DataConfig,
-    sources: list[DataSource],
+    variants: list[int],
     documents: list[TokenDocuments],
     pieces: DocumentPieces,
     name: str,
 ) -> SequenceSet:
-    epochs = split_by_epoch(documents, pieces, [source.num_variants for source in sources])
+    epochs = split_by_epoch(documents, pieces, variants)
     for each in epochs:
         refuse_empty_set(config, each, name)
     rows = SequenceSet(documents, epochs, seq_len=config.seq_len, packed=config.packing)
@@ -255,24 +256,25 @@ def refuse_empty_set(config: DataConfig, pieces: DocumentPieces, name: str) -> N
 
 
 def _exclude_untrainable(
-    documents: TokenDocuments, config: DataConfig, key: str
+    documents: TokenDocuments, config: DataConfig, key: str, side: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Return the mask [D] of the documents with a token in the loss; log the number of others.
+    """Return the mask [D] of the documents of ``side`` with a token in the loss; log the number of
+    others.
 
     Raises:
         UserError: no document has one.
     """
     targets = count_piece_targets([documents], take_whole_documents(documents))
-    empty = np.flatnonzero(targets == 0)
+    empty = np.flatnonzero((targets == 0) & side)
     if not len(empty):
-        return targets > 0
+        return side
     why = (
         "it is empty"
         if documents.is_text or config.loss_on == "all"
         else "a conversation needs an assistant turn; or set data.loss_on: all"
     )
     first = documents.get_place(int(empty[0]))
-    if len(empty) == len(documents):
+    if len(empty) == side.sum():
         raise UserError(
             f"{first} has no token that contributes to the loss, nor has any other of {key}: "
             f"{why}; remove or fix the records"
@@ -282,12 +284,12 @@ def _exclude_untrainable(
         "%s: %s",
         key,
         len(empty),
-        len(documents),
+        int(side.sum()),
         first,
         why,
         extra=ONCE,
     )
-    return targets > 0
+    return (targets > 0) & side
 
 
 def fit_documents(
@@ -363,20 +365,3 @@ def _truncate_pieces(
             extra=ONCE,
         )
     return cut.select_pieces(kept)
-
-
-def format_sequence(rows: SequenceSet, index: int, tokenizer: Tokenizer) -> str:
-    """Return a sequence as text: ``[[...]]`` is in the loss, ``||`` separates documents."""
-    tokens, labels, positions = rows.get_sequence(index)
-    text: list[str] = []
-    run: list[int] = []
-    in_loss = False
-    for t, token in enumerate(tokens.tolist()):
-        begins = int(positions[t]) == 0
-        is_target = not begins and int(labels[t - 1]) != IGNORE
-        if is_target != in_loss or (begins and t):
-            text += [str(tokenizer.decode(run)), "]]" if in_loss else "", " || " if begins else ""]
-            text.append("[[" if is_target else "")
-            run, in_loss = [], is_target
-        run.append(token)
-    return "".join([*text, str(tokenizer.decode(run)), "]]" if in_loss else ""])

@@ -19,6 +19,7 @@ from dist_peft.core.errors import UserError
 
 __all__ = [
     "ClassTask",
+    "apply_task_labels",
     "find_source_task",
     "list_class_names",
     "list_class_tasks",
@@ -120,3 +121,17 @@ def find_source_task(source: DataSource, tasks: Sequence[ClassTask], key: str) -
             f"{task.positive_label or 'not set'}; set it in the training source"
         )
     return task
+
+
+def apply_task_labels(
+    source: DataSource, tasks: Sequence[ClassTask], key: str
+) -> tuple[DataSource, ClassTask | None]:
+    """Return ``source`` with the labels of its task, and the task; None for one without labels.
+
+    Raises:
+        UserError: no task of its name among several, or its labels differ from the task's.
+    """
+    if not source.labels and source.domain is not None:
+        return source, None
+    task = find_source_task(source, tasks, key)
+    return source.model_copy(update={"labels": list(task.labels)}), task

@@ -33,10 +33,10 @@ class PairEncoder:
     Attributes:
         user_notes: one-time warnings for the user.
         counts: records, and those that were truncated.
-        default_template: always None, as no chat template is used.
+        saved_template: always None, as no chat template is used.
     """
 
-    default_template = None
+    saved_template = None
 
     def __init__(self, tokenizer: Tokenizer, window: int | None) -> None:
         if not tokenizer.is_fast:

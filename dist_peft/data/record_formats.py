@@ -27,6 +27,7 @@ from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import ALPACA_OPTIONAL, build_alpaca_turns
 from dist_peft.data.blank_turns import exclude_turn
+from dist_peft.data.column_guess import guess_columns
 from dist_peft.data.column_hints import (
     list_nested_columns,
     suggest_column_names,
@@ -48,7 +49,7 @@ from dist_peft.data.record_fields import (
     parse_template_fields,
 )
 
-__all__ = ["RECORD_FORMATS", "RecordFormat", "choose_record_format"]
+__all__ = ["RECORD_FORMATS", "RecordFormat", "choose_record_format", "recognize_source"]
 
 
 # -- one record ----------------------------------------------------------------------------------
@@ -237,6 +238,28 @@ RECORD_FORMATS = (
 )
 _CLASSIFICATION = RecordFormat("classification", ("text", "label"), ("text_pair",), _parse_labelled)
 _UNLABELLED = RecordFormat("classification", ("text",), ("text_pair",), _parse_labelled)
+
+
+def recognize_source(
+    source: DataSource, record: Record, file: str, key: str
+) -> tuple[DataSource, RecordFormat, str | None]:
+    """Return ``source`` with guessed columns, its format, and a note about the guess.
+
+    Raises:
+        UserError: settings that fit no format, or a record whose format is not recognized.
+    """
+    try:
+        return source, choose_record_format(source, record, file, key), None
+    except UserError:
+        columns = guess_columns(source, record)
+        if not columns:
+            raise
+    guessed = source.model_copy(update={"columns": columns})
+    said = " and ".join(f"{column} as {role}" for role, column in columns.items())
+    mapped = ", ".join(f"{role}: {column}" for role, column in columns.items())
+    between = "" if "output" in columns else ", with nothing between them"
+    note = f"by their names, column {said}{between}; columns: {{{mapped}}} says so, or map others"
+    return guessed, choose_record_format(guessed, record, file, key), note
 
 
 def choose_record_format(source: DataSource, record: Record, file: str, key: str) -> RecordFormat:

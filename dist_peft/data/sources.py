@@ -12,7 +12,7 @@ from dist_peft.data.left_out import BLANK, ExcludedRecords, find_excluding_colum
 from dist_peft.data.meanings import UnusedColumnCheck
 from dist_peft.data.record_blocks import Record
 from dist_peft.data.record_fields import RecordFields
-from dist_peft.data.record_formats import RecordFormat, choose_record_format
+from dist_peft.data.record_formats import RecordFormat, recognize_source
 from dist_peft.data.tally import Tally
 
 __all__ = ["Example", "ExampleReader", "read_examples"]
@@ -35,6 +35,7 @@ class ExampleReader:
     ) -> None:
         self._source, self._key, self._augmenter = source, key, augmenter
         self._format: RecordFormat | None = None
+        self._guess: str | None = None
         self._required: list[str] = []
         self._unused: UnusedColumnCheck | None = None
         self._kind: type[Example] | None = None
@@ -100,8 +101,10 @@ class ExampleReader:
                     yield place, variant
 
     def _choose_format(self, record: Record, place: RecordPlace) -> None:
-        source = self._source
-        self._format = choose_record_format(source, record, place.file, self._key)
+        source, self._format, self._guess = recognize_source(
+            self._source, record, place.file, self._key
+        )
+        self._source = source
         if self._augmenter is not None:
             self._augmenter.check_fields(self._format)
         self._required = self._format.list_required_columns(source)
@@ -119,7 +122,14 @@ class ExampleReader:
         self._left_out.refuse_if_all()
         unused = [] if self._unused is None else self._unused.user_notes
         changed = [] if self._augmenter is None else self._augmenter.user_notes
-        return [*self._left_out.user_notes, *self._blank_turns.user_notes, *unused, *changed]
+        guess = [] if self._guess is None else [self._guess]
+        return [
+            *guess,
+            *self._left_out.user_notes,
+            *self._blank_turns.user_notes,
+            *unused,
+            *changed,
+        ]
 
 
 def read_examples(

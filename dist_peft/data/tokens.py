@@ -59,14 +59,20 @@ _FORMAT_VERSION = 6  # of the cache; raise it when the documents of the same inp
 
 
 def load_token_documents(
-    config: DataConfig, source: DataSource, tokenizer: Tokenizer, key: str
+    config: DataConfig,
+    source: DataSource,
+    tokenizer: Tokenizer,
+    key: str,
+    *,
+    logs_notes: bool = True,
 ) -> TokenDocuments:
     """Return the token documents of one source, from the cache or tokenized now.
 
     Args:
-        config: ``loss_on``, ``turn_end``, ``workers`` and ``cache_dir`` are used; with labels also
-            ``seq_len`` and ``too_long``.
+        config: ``loss_on``, ``turn_end``, ``workers``, ``chat_template`` (its text) and
+            ``cache_dir`` are used; with labels also ``seq_len`` and ``too_long``.
         key: configuration key of the source for messages, such as ``data.train[0]``.
+        logs_notes: log the documents' notes for the user.
 
     Raises:
         UserError: see ``files``, ``sources``, ``chat``; or a tokenizer that is not fast or has no
@@ -78,7 +84,9 @@ def load_token_documents(
     if source.format == "classification":
         encoder = PairEncoder(tokenizer, window)
     else:
-        encoder = ExampleEncoder(tokenizer, config.loss_on, config.turn_end)
+        encoder = ExampleEncoder(
+            tokenizer, config.loss_on, config.turn_end, given_template=config.chat_template
+        )
     augmenter = make_record_augmenter(config, source, tokenizer, key)
 
     def write_documents(writer: DocumentWriter) -> None:
@@ -90,7 +98,7 @@ def load_token_documents(
                 writer.append_documents(batch)
         writer.is_text = tokenizing.reader.is_text
         writer.notes = [*tokenizing.reader.finish_source(), *encoder.user_notes]
-        writer.chat_template = encoder.default_template
+        writer.chat_template = encoder.saved_template
 
     identity = {
         "version": _FORMAT_VERSION,
@@ -105,9 +113,11 @@ def load_token_documents(
     }
     if augmenter is not None:
         identity["augment"] = augmenter.identity
+    if config.chat_template is not None:  # the tokenizer's may be the same, but is not stored
+        identity["chat_template"] = config.chat_template
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     documents = load_or_build_documents(find_cache_root(config.cache_dir), name, write_documents)
-    for note in documents.notes:
+    for note in documents.notes if logs_notes else ():
         _LOG.warning("%s: %s", key, note, extra=ONCE)
     return documents
 
@@ -123,11 +133,21 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> list[object]:
 class ExampleEncoder:
     """Tokenize examples and mask the tokens that contribute to the loss.
 
+    Args:
+        given_template: ``data.chat_template``, which ``tokenizer`` has already; saved with it.
+
     Attributes:
         user_notes: one-time warnings for the user.
     """
 
-    def __init__(self, tokenizer: Tokenizer, loss_on: LossOn, turn_end: TurnEnd = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loss_on: LossOn,
+        turn_end: TurnEnd = "error",
+        *,
+        given_template: str | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) has no "
@@ -142,6 +162,7 @@ class ExampleEncoder:
         self._tokenizer = tokenizer
         self._loss_on: LossOn = loss_on
         self._turn_end: TurnEnd = turn_end
+        self._given_template = given_template
         self._front = _find_front_tokens(tokenizer)
         self._eos = [int(tokenizer.eos_token_id)]
         self._backend_is_same: bool | None = None
@@ -161,9 +182,12 @@ class ExampleEncoder:
             self._chats.begin_chunk()
 
     @property
-    def default_template(self) -> str | None:
-        """This project's chat template, if conversations used it because the tokenizer has none."""
-        return None if self._chats is None else self._chats.default_template
+    def saved_template(self) -> str | None:
+        """The chat template that conversations used, if it is not the base's: a given one, or this
+        project's because the tokenizer has none."""
+        if self._chats is None:
+            return None
+        return self._given_template or self._chats.default_template
 
     def encode_examples(
         self, examples: Sequence[Example], places: Sequence[RecordPlace]
@@ -216,6 +240,7 @@ class ExampleEncoder:
                 mark_assistant=self._loss_on == "completion",
                 starts_with_bos=self._tokenizer.bos_token_id in self._front,
                 turn_end=self._turn_end,
+                template_name=self._given_template and "data.chat_template",
             )
         rendered = [
             self._chats.render_conversation(e.messages, e.tools, str(place))

@@ -77,7 +77,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], list[str]]] = 
     ),
     "missing data": (_set("data", train=["/nowhere/a.jsonl"]), ["/nowhere/a.jsonl"]),
     "empty data": (_write("train.jsonl", ""), ["train.jsonl"]),
-    "columns": (_write("train.jsonl", '{"question": "w5", "answer": "w6"}\n'), ["question"]),
+    "columns": (_write("train.jsonl", '{"ask": "w5", "tell": "w6"}\n'), ["ask", "tell"]),
     "damaged record": (_write("train.jsonl", '{"prompt": "w5"\n'), ["train.jsonl"]),
     "record longer than the window": (
         _write("train.jsonl", LONG),

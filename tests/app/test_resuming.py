@@ -14,7 +14,7 @@ import pytest
 from dist_peft.app import resuming
 from dist_peft.app.resuming import check_run_is_resumable, may_change_on_resume
 from dist_peft.core.agreement import flatten_tree
-from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -158,6 +158,48 @@ def test_resumed_on_more_ranks_says_so(stopped: Tree, tmp_path: Path) -> None:
     assert 'resuming with engine in use "fsdp2", before "single"' in log
 
 
+def test_split_and_template_are_part_of_the_run(tmp_path: Path) -> None:
+    """The template's text goes into the run, and its file may go; a resume has the same split."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}w7 {{ m['content'] }} "
+        "{% endif %}{% endfor %}"
+    )
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"w{i + 50}"},
+                {"role": "assistant", "content": f"w{i + 70} w5 "},
+            ]
+        }
+        for i in range(10)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    tree = tiny_tree(tmp_path, data__eval=[])
+    for key, value in (
+        ("data.train", [str(tmp_path / "chat.jsonl")]),
+        ("data.val_split", 0.2),
+        ("data.chat_template", str(template)),
+    ):
+        tree = changed(tree, key, value)
+    assert train(World(), tree, 1) == 75
+    with pytest.raises(UserError, match=r"data\.val_split is 0\.4, there 0\.2"):
+        train(World(), changed(tree, "data.val_split", 0.4))
+    text = template.read_text()
+    template.write_text(text.replace("w7", "w8"))
+    with pytest.raises(UserError, match=r"data\.chat_template is"):
+        train(World(), tree)
+    assert train(World(), changed(tree, "data.chat_template", text)) == 0
+    run = tmp_path / "run"
+    assert (run / "adapter" / "chat_template.jinja").read_text() == text
+    assert load_config(run / "config.yaml").data.chat_template == text
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["eval_loss"] > 0
+    log = (run / "log.txt").read_text()
+    assert "2 of 10 records of data.train[0] are held out" in log
+
+
 def test_every_key_is_refused_unless_it_was_thought_of() -> None:
     """The patterns name keys that exist; all others, coming ones too, are refused."""
     sources = [{"path": "x", "format": "completion", "columns": {"prompt": "p"}}]
@@ -171,6 +213,7 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         "base.head",
         *(k for k in keys if k.startswith(("base.quant.", "adapter."))),
         *(f"data.{k}" for k in ("loss_on", "mixing", "packing", "seq_len", "temperature")),
+        *(f"data.{k}" for k in ("val_split", "chat_template")),
         "data.train[0].domain",
         *(f"data.train[0].{k}" for k in ("from_step", "to_step", "weight", "positive_label")),
         "data.train[0].augment",

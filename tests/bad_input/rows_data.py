@@ -51,6 +51,45 @@ def _parquet(compression: str = "snappy") -> Any:
 USE_PARQUET = ("data.train=[x.parquet]",)
 
 ROWS = [
+    # -- the split and the template
+    Row(
+        "split of all records",
+        "train",
+        ("data.val_split 9", "hold out 9 of the 4 records", "lower it"),
+        args=("data.eval=[]", "data.val_split=9"),
+    ),
+    Row(
+        "split and held-out data",
+        "train",
+        ("val_split", "give one of them"),
+        args=("data.val_split=0.5",),
+    ),
+    Row(
+        "split of equal records",
+        "train",
+        ("data.val_split", "equal ones", "remove the repeated"),
+        records("train.jsonl", *[GOOD] * 8),
+        args=("data.eval=[]", "data.val_split=0.5"),
+    ),
+    Row(
+        "template missing",
+        "chat",
+        ("data.chat_template x.jinja", "no such file", "give a file"),
+        args=("data.chat_template=x.jinja",),
+    ),
+    Row(
+        "template of something else",
+        "chat",
+        ("data.chat_template base/config.json", "no chat template"),
+        args=("data.chat_template=base/config.json",),
+    ),
+    Row(
+        "template cut",
+        "chat",
+        ("data.chat_template", "not valid jinja"),
+        write("x.jinja", "{% for m in messages %}{{ m['content'] }}"),
+        args=("data.chat_template=x.jinja",),
+    ),
     # -- files
     Row(
         "data missing",

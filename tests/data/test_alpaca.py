@@ -7,9 +7,10 @@ import pytest
 from dist_peft.core.config.run import DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.data.alpaca import build_alpaca_turns
-from dist_peft.data.documents import format_sequence, load_sequence_set
+from dist_peft.data.documents import load_sequence_set
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.record_fields import RecordFields
+from dist_peft.data.sequence_text import format_sequence
 from tests.support.data_files import byte_tokenizer, data_config, write_jsonl
 
 RECORD = {"instruction": "I", "output": "O"}

@@ -16,12 +16,12 @@ from dist_peft.data.chat import make_default_chat_template
 from dist_peft.data.documents import (
     SequenceSet,
     fit_documents,
-    format_sequence,
     load_sequence_set,
     load_sequence_sets,
 )
 from dist_peft.data.packing import IGNORE
 from dist_peft.data.pieces import count_piece_targets
+from dist_peft.data.sequence_text import format_sequence
 from tests.support.data_files import byte_tokenizer, data_config, documents, write_jsonl
 
 

@@ -109,11 +109,11 @@ def test_columns_map_roles_also_into_nested_records(tmp_path: Path) -> None:
 
 def test_unknown_columns_name_the_file_the_columns_and_the_formats(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        build_examples(tmp_path, [{"question": "q", "answer": "a"}])
+        build_examples(tmp_path, [{"question": "q", "answer": "a", "choices": ["a"]}])
     message = str(error.value)
     for part in (
         "data.train[0]: cannot tell the format of",
-        "a.jsonl: its columns are question, answer;",
+        "a.jsonl: its columns are question, answer, choices;",
         "chat needs messages or conversations, tools?, system?;",
         "completion needs prompt, completion, tools?, system?;",
         "alpaca needs instruction, output, input?, system?, history?;",

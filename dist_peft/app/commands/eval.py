@@ -47,9 +47,10 @@ def run(args: argparse.Namespace, world: World) -> int:
         UserError: no held-out data, no complete checkpoint, or a checkpoint of another base.
     """
     config = load_config(args.config, args.overrides)
-    if not config.data.eval:
+    if not config.data.held_out:
         raise UserError(
-            "data.eval is empty: nothing to evaluate; name a held-out file in data.eval"
+            "data.eval is empty: nothing to evaluate; name a held-out file in data.eval, or set "
+            "data.val_split"
         )
     if args.choices and config.data.is_classification:
         raise UserError("--choices asks a language model; with base.head classifier leave it out")

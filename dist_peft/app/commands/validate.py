@@ -1,129 +1,94 @@
-"""``dist-peft validate``: render sequences with the loss mask or the label, without weights."""
+"""``dist-peft validate``: everything that can be said about a run without weights."""
 
 import argparse
-import logging
+import json
 import os
 import sys
+from pathlib import Path
 
-from dist_peft.app.config_arguments import add_config_arguments
+from dist_peft.app.config_arguments import add_config_arguments, parse_path
+from dist_peft.app.local_gpu import make_cluster
+from dist_peft.app.output_places import refuse_unwritable_file
+from dist_peft.app.validation import validate_run
+from dist_peft.app.validation_page import write_validation_page
+from dist_peft.app.validation_report import ValidationReport
+from dist_peft.app.validation_text import format_validation
 from dist_peft.core.config.io import load_config
-from dist_peft.core.config.run import DataConfig, DataSource
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
-from dist_peft.data.classification import LabelledSequences, load_labelled_sequences
-from dist_peft.data.documents import SequenceSet, format_sequence, load_sequence_sets
-from dist_peft.data.order import describe_epochs
-from dist_peft.model.hub import (
-    Tokenizer,
-    load_tokenizer,
-    resolve_base_directory,
-    warn_of_trusted_code,
-)
 
-__all__ = ["add_arguments", "preview_labelled_rows", "preview_rows", "run"]
+__all__ = ["DOES_NOT_FIT", "add_arguments", "run"]
 
-log = logging.getLogger("dist_peft")
+DOES_NOT_FIT = 3
+"""Exit code where the run needs more memory than the cards have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft validate``."""
     add_config_arguments(parser)
-    parser.add_argument("--rows", type=int, default=2, help="rows to print of each source")
+    parser.add_argument("--rows", type=int, default=2, help="sequences to show of each source")
+    parser.add_argument(
+        "--html", type=parse_path, metavar="FILE", help="write the report as a page"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="mark tokens in the loss by colour; auto: on a terminal, unless NO_COLOR is set",
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="hosts to plan for (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="cards of each (default: 1)")
+    parser.add_argument("--gpu-memory", help="of a card, such as 24GiB; default: of this host's")
+    parser.add_argument("--no-plan", action="store_true", help="do not plan the memory")
 
 
 def run(args: argparse.Namespace, world: World) -> int:
-    """Print ``--rows`` rows of each source.
+    """Print the report; return 3 where the run does not fit.
 
     Raises:
-        UserError: the configuration, the tokenizer or the data are wrong.
+        UserError: with all problems, after the report is printed.
     """
-    if args.rows < 0:
-        raise UserError(f"--rows {args.rows} is negative; give the number of rows to print")
+    for option, least in (("rows", 0), ("nodes", 1), ("gpus_per_node", 1)):
+        if (number := getattr(args, option)) < least:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} {number}: give a number of {least} or more")
+    cluster, has_limit = make_cluster(args.nodes, args.gpus_per_node, args.gpu_memory)
+    if args.html is not None:
+        refuse_unwritable_file(args.html, "--html", ".html")
     config = load_config(args.config, args.overrides)
     setup_log(None, world.rank, world.size)
     if not world.is_first:
         return 0
-    warn_of_trusted_code(config.base)
-    directory = resolve_base_directory(config.base, weights=False)
-    tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-    preview = preview_labelled_rows if config.data.is_classification else preview_rows
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        lines = preview(config.data, sources, tokenizer, name, args.rows) if sources else []
-        if lines and not _print_lines(lines):
-            break
-    return 0
+    report = validate_run(config, cluster, args.rows, has_limit=has_limit, plans=not args.no_plan)
+    if args.html is not None:
+        write_validation_page(report, args.config.name, config.data.seq_len, args.html)
+    _print_report(report, config, args)
+    if report.problems:
+        raise UserError(_join_problems(report.problems, args.config))
+    does_fit = report.memory is None or report.memory.fits is not False
+    return 0 if does_fit else DOES_NOT_FIT
 
 
-def _print_lines(lines: list[str]) -> bool:
-    """Print lines; return False if the reader has closed the pipe (``validate | head``)."""
+def _print_report(report: ValidationReport, config: RunConfig, args: argparse.Namespace) -> None:
+    if args.json:
+        text = json.dumps(report.to_json(), indent=1)
+    else:
+        is_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        color = args.color == "always" or (args.color == "auto" and is_terminal)
+        text = "\n".join(format_validation(report, config.data.seq_len, color=color))
     try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
+        print(text, flush=True)
+    except BrokenPipeError:  # validate | head
         # or the interpreter's flush at exit fails, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
 
 
-def preview_rows(
-    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
-) -> list[str]:
-    """Return a line about each source and its first ``count`` rows, targets in ``[[...]]``.
-
-    Raises:
-        UserError: unreadable, empty or unfit data.
-    """
-    lines = []
-    for number, rows in enumerate(load_sequence_sets(config, sources, tokenizer, name=name)):
-        lines.append(
-            f"data.{name}[{number}] {sources[number].path}: {rows.num_documents} documents in "
-            f"{len(rows)} rows{describe_epochs(rows.epoch_ranges)}, {rows.total_tokens} tokens, of "
-            f"which {rows.total_targets} contribute to the loss, marked [[...]]"
-        )
-        for index, where in _list_first_rows(rows, count):
-            lines.append(f"--- row {index}{where}: {rows.num_tokens(index)} tokens")
-            lines.append(format_sequence(rows, index, tokenizer))
-    return lines
-
-
-def preview_labelled_rows(
-    config: DataConfig, sources: list[DataSource], tokenizer: Tokenizer, name: str, count: int
-) -> list[str]:
-    """Return a line about each source and the text and label of its first ``count`` rows.
-
-    Raises:
-        UserError: unreadable, empty or unfit data.
-    """
-    lines = []
-    for number, rows in enumerate(load_labelled_sequences(config, sources, tokenizer, name=name)):
-        task, domain = rows.task, sources[number].domain
-        kind = "without labels"
-        if task is not None:
-            kind = f"of task {task.name}, labels {', '.join(task.labels)}"
-        domain_text = "" if domain is None else f", domain {domain}"
-        lines.append(
-            f"data.{name}[{number}] {sources[number].path}: {len(rows)} rows"
-            f"{describe_epochs(rows.epoch_ranges)} {kind}{domain_text}"
-        )
-        for index, where in _list_first_rows(rows, count):
-            tokens, target, _ = rows.get_sequence(index)
-            label = "none" if task is None else task.labels[int(target[0]) - task.start]
-            lines.append(f"--- row {index}{where}: {len(tokens)} tokens, label {label}")
-            lines.append(str(tokenizer.decode(tokens.tolist())))
-    return lines
-
-
-def _list_first_rows(rows: SequenceSet | LabelledSequences, count: int) -> list[tuple[int, str]]:
-    """Return the first ``count`` rows: index, and the epoch if records have variants.
-
-    The variants of a row follow it; packed ones need not hold the same records.
-    """
-    epochs = rows.epoch_ranges
-    found = []
-    for place in range(count):
-        for epoch, ((first, stop),) in enumerate(epochs):
-            if first + place < stop:
-                where = "" if len(epochs) == 1 else f" (epoch {epoch})"
-                found.append((first + place, where))
-    return found
+def _join_problems(problems: list[str], file: Path) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{file} has {len(problems)} problems: " + "; ".join(
+        f"({number}) {text}" for number, text in enumerate(problems, 1)
+    )

@@ -117,6 +117,13 @@ class DataConfig(ConfigSection):
         default_factory=list,
         description="Held-out sources. With several, the loss of each is reported too.",
     )
+    val_split: Float = Field(
+        0.0,
+        ge=0,
+        lt=2**31,
+        description="Instead of eval: hold out a part of the records of each training source, a "
+        "share below 1, else a number of records. Equal records are on one side.",
+    )
     mixing: Literal["joined", "sizes", "weights"] = Field(
         "joined",
         description="joined: records of all training sources are one pool. Else each sequence is "
@@ -137,6 +144,12 @@ class DataConfig(ConfigSection):
     too_long: Literal["error", "truncate", "drop", "split"] = Field(
         "error",
         description="A record longer than seq_len: refuse, cut, leave out, or (text) split.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template in place of the tokenizer's: Jinja text, or a file of it. It is "
+        "saved with the adapter.",
     )
     turn_end: Literal["error", "warn"] = Field(
         "error",
@@ -187,6 +200,25 @@ class DataConfig(ConfigSection):
     def is_classification(self) -> bool:
         """Whether records are classified instead of predicted token by token."""
         return self.train[0].format == "classification"
+
+    @property
+    def held_out(self) -> list[DataSource]:
+        """Held-out sources: ``eval``, or with ``val_split`` the training sources, of which a part
+        is held out (``data.held_out_split``)."""
+        return self.train if self.val_split else self.eval
+
+    @model_validator(mode="after")
+    def _check_held_out(self) -> Self:
+        if self.val_split and self.eval:
+            raise ValueError(
+                "val_split splits held-out records off train, and eval names held-out files: give "
+                "one of them"
+            )
+        if self.val_split > 1 and self.val_split != int(self.val_split):
+            raise ValueError(
+                f"val_split {self.val_split} is neither a share below 1 nor a number of records"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_classification(self) -> Self:

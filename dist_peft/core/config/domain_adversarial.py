@@ -45,6 +45,11 @@ def check_domains(data: DataConfig, config: DomainAdversarialConfig | None) -> N
             "train.domain_adversarial compares pooled states of classified records: it needs "
             "base.head: classifier; for a language model see docs/domain_adaptation.md"
         )
+    if data.val_split:
+        raise ValueError(
+            "data.val_split would hold out records without labels too; with "
+            "train.domain_adversarial name labelled files in data.eval"
+        )
     named = {domain for domain in domains if domain is not None}
     if len(named) < 2:
         raise ValueError(

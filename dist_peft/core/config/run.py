@@ -357,8 +357,8 @@ class RunConfig(ConfigSection):
     def _check_evaluations(self) -> Self:
         keys = {"save.keep_best": self.save.keep_best, "train.early_stop": self.train.early_stop}
         for key, is_set in keys.items():
-            if is_set and not (self.data.eval and self.train.eval_every):
-                raise ValueError(f"{key} compares evaluations; give data.eval and train.eval_every")
+            if is_set and not (self.data.held_out and self.train.eval_every):
+                raise ValueError(f"{key} needs data.eval or data.val_split, and train.eval_every")
         metric = self.train.metric_for_best
         if metric != "loss" and self.base.head != "classifier":
             raise ValueError(
