@@ -11,6 +11,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from dist_peft.app.help_texts import format_examples
+from dist_peft.app.option_parser import OptionParser, add_verbosity_arguments
 from dist_peft.core.stop_signals import (
     catch_stop_signals,
     get_interrupt_exit_code,
@@ -32,9 +34,13 @@ COMMANDS = {
     "switch": "give a merged model the adapter of another run",
     "combine": "combine several LoRA adapters of one base into one",
     "inspect": "describe a base, adapter, run or checkpoint",
+    "schema": "print the JSON schema of configurations, for editors",
+    "convert-config": "turn a configuration of axolotl or LLaMA-Factory into one of dist-peft",
+    "completion": "print a completion script for a shell",
     "quickstart": "run the main job on a small base pretrained for it",
 }
-"""Verb, also the name of its module in ``app.commands``, and its line in ``--help``."""
+"""Verb, also the name of its module in ``app.commands`` (with ``_`` for ``-``), and its line in
+``--help``."""
 
 RESUMABLE_VERBS = {"train", "eval", "quantize", "prune"}
 """Verbs that stop on a signal at a safe point; the others end at once."""
@@ -55,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(args)
 
 
-def build_verb_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of ``argv``: all verbs, with arguments only of the verb in ``argv``."""
-    parser = argparse.ArgumentParser(
+def build_verb_parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
+    """Return the parser of ``argv``: all verbs, with arguments only of the verb in ``argv``.
+
+    Args:
+        argv: None: with the arguments of every verb, for completion scripts.
+    """
+    parser = OptionParser(
         prog="dist-peft",
         description="Fine-tune adapters on a frozen, quantized, sharded base model.",
     )
@@ -65,9 +75,16 @@ def build_verb_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in COMMANDS.items():
-        command = verbs.add_parser(name, help=text)
-        if argv and argv[0] == name:
-            module = importlib.import_module(f"dist_peft.app.commands.{name}")
+        command = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=format_examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if argv is None or (argv and argv[0] == name):
+            module = importlib.import_module(f"dist_peft.app.commands.{name.replace('-', '_')}")
             module.add_arguments(command)
+            add_verbosity_arguments(command)
             command.set_defaults(run=module.run)
     return parser

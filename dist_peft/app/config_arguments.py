@@ -15,13 +15,20 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config FILE`` and the overrides ``key.sub=value``."""
-    parser.add_argument("--config", required=True, type=parse_path, help="YAML file")
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--config FILE`` and the overrides ``key.sub=value``.
+
+    Args:
+        required: of ``--config``; False: the verb can find the file of a run itself.
+    """
+    note = "" if required else "; default: config.yaml of --run"
+    parser.add_argument("--config", required=required, type=parse_path, help=f"YAML file{note}")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # added by the deepspeed launcher; the environment says the same
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change a key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="change a key, such as train.lr=1e-4"
+    )
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser, default: str | None) -> None:

@@ -23,6 +23,7 @@ from dist_peft.core.log import (
     FILE_ONLY,
     append_log_line,
     get_log_directory,
+    set_verbosity,
     write_traceback,
 )
 from dist_peft.core.redaction import redact_text
@@ -49,6 +50,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _run_until_exit(args: argparse.Namespace) -> int:
     world = World()
+    set_verbosity(getattr(args, "verbosity", "normal"))
     name_run_directory(None, world)
     try:
         world = replace(World.detect_world(), command=_describe_command(args))
@@ -137,7 +139,7 @@ def _describe_command(args: argparse.Namespace) -> str:
     Without the configuration and its overrides, which are compared by key after the rendezvous (the
     file may have another path on each host), and without the options that a launcher adds.
     """
-    own = ("verb", "run", "config", "overrides", "local_rank")
+    own = ("verb", "run", "config", "overrides", "local_rank", "verbosity")
     given = {k: v for k, v in vars(args).items() if k not in own and v not in (None, False)}
     return " ".join([args.verb, *(f"--{k}={v}" for k, v in sorted(given.items()))])
 

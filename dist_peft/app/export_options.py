@@ -59,6 +59,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "saw it (decoded)",
     )
     add_verification_arguments(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print the result and its comparison as a line of JSON"
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@ block by block."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from dist_peft.export.verification_choice import (
     choose_verification,
     count_loaded_bytes,
 )
-from dist_peft.export.verify import Probe
+from dist_peft.export.verify import Comparison, Probe
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.model.skeleton import parse_torch_dtype
@@ -39,6 +39,7 @@ from dist_peft.train.report import ReportSection
 
 __all__ = [
     "VERIFY",
+    "ExportOutcome",
     "VerificationOptions",
     "choose_export_verification",
     "export_finished_run",
@@ -66,6 +67,35 @@ class VerificationOptions:
 VERIFY = VerificationOptions()
 
 
+@dataclass(frozen=True)
+class ExportOutcome:
+    """A written export and the comparison with the trained model.
+
+    Attributes:
+        format_name: of ``export.formats.registry.FORMATS``.
+        result: the written file or directory.
+        consumer: the library that loaded it; None: it was not compared.
+        comparison: with the trained model.
+    """
+
+    format_name: str
+    result: ExportResult
+    consumer: str | None = None
+    comparison: Comparison | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of ``--json``."""
+        return {
+            "format": self.format_name,
+            "path": str(self.result.path),
+            "conversion": self.result.how,
+            "exact": self.result.exact,
+            "unpacked": list(self.result.written.unpacked),
+            "loaded_by": self.consumer,
+            "comparison": None if self.comparison is None else asdict(self.comparison),
+        }
+
+
 @torch.no_grad()
 def export_finished_run(
     run_dir: Path,
@@ -77,7 +107,7 @@ def export_finished_run(
     verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> ExportOutcome:
     """Write a format and, unless disabled, load it with its consumer and compare.
 
     Args:
@@ -120,7 +150,8 @@ def export_finished_run(
             result.written.unpacked[0],
         )
     if probe is not None and verify is not None and verifier is not None:
-        _verify_export(known, job, result, run_dir, probe, verify, verifier)
+        return _verify_export(known, job, result, run_dir, probe, verify, verifier)
+    return ExportOutcome(known.name, result)
 
 
 def _make_export_spec(
@@ -174,7 +205,7 @@ def _verify_export(
     probe: Probe,
     verify: VerificationOptions,
     verifier: Verification,
-) -> None:
+) -> ExportOutcome:
     """Compare with the trained model, add the figures to the run's report, and judge.
 
     Raises:
@@ -189,7 +220,7 @@ def _verify_export(
             consumer, found = known.verify_export(job, request)
     except VerificationSkipped as error:
         log.warning("NOT VERIFIED: %s", error)
-        return
+        return ExportOutcome(known.name, result)
     log.info("loaded by %s: %s", consumer, found)
     rows = (*known.list_report_rows(job, result, consumer), *found.format_rows())
     add_report_section(run_dir, ReportSection(known.report_title, rows=rows))
@@ -200,6 +231,7 @@ def _verify_export(
         max_error=verify.max_error,
         hint=known.suggest_better(job, result, found),
     )
+    return ExportOutcome(known.name, result, consumer, found)
 
 
 def _refuse_unfit_run(
@@ -234,7 +266,7 @@ def merge_finished_run(
     verify: VerificationOptions | None = VERIFY,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> ExportOutcome:
     """Merge a finished run and, unless disabled, reload the result and compare logits.
 
     Args:
@@ -246,7 +278,7 @@ def merge_finished_run(
         UserError: the run cannot be merged, or ``out`` cannot be written.
         VerificationError: the merged model is not the trained one.
     """
-    export_finished_run(
+    return export_finished_run(
         run_dir,
         HfBf16Export.name,
         out,

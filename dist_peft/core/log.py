@@ -10,6 +10,9 @@ decides where lines go::
 Lines on stderr go through ``tqdm.write``, which lifts a progress bar out of the way. Records logged
 with ``extra=FILE_ONLY`` skip the terminal: values that the bar shows there are still found in the
 file. Records with ``extra=ONCE`` are the same on every rank; only rank 0 shows them.
+
+``set_verbosity`` moves the levels: ``quiet`` leaves warnings and errors on the terminal, without a
+progress bar, ``verbose`` adds debug lines there and in the file, and other ranks' info lines.
 """
 
 import logging
@@ -20,6 +23,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -32,6 +36,8 @@ __all__ = [
     "append_log_line",
     "close_log",
     "get_log_directory",
+    "is_quiet",
+    "set_verbosity",
     "setup_log",
     "write_traceback",
 ]
@@ -42,8 +48,21 @@ FILE_ONLY = {"file_only": True}
 ONCE = {"once": True}
 """Pass as ``extra`` of a record that is the same on every rank."""
 
+_verbosity: Literal["quiet", "normal", "verbose"] = "normal"
+
 _directory: Path | None = None
 """The run directory of this process, on every rank."""
+
+
+def set_verbosity(verbosity: Literal["quiet", "normal", "verbose"]) -> None:
+    """Choose the lines of the terminal, from the next ``setup_log`` on."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def is_quiet() -> bool:
+    """Return whether the terminal shows warnings and errors only."""
+    return _verbosity == "quiet"
 
 
 def setup_log(
@@ -67,8 +86,12 @@ def setup_log(
     _directory = run_dir
     terminal = _TerminalHandler("" if world_size == 1 else f"[rank {rank}] ")
     handlers: list[logging.Handler] = [terminal]
+    lowest = logging.DEBUG if _verbosity == "verbose" else logging.INFO
+    terminal.setLevel(logging.WARNING if is_quiet() else lowest)
     if rank != 0:
-        terminal.setLevel(logging.WARNING)
+        terminal.shows_rank = True
+        if _verbosity != "verbose":
+            terminal.setLevel(logging.WARNING)
         terminal.addFilter(lambda record: not getattr(record, "once", False))
     elif run_dir is not None:
         file = _open_log_file(run_dir / "log.txt")
@@ -79,7 +102,7 @@ def setup_log(
         handlers.append(_HeldRecordsHandler(held))
     for handler in handlers:
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(lowest)
     logger.propagate = False  # a root handler of some library would print each line again
     return logger
 
@@ -138,6 +161,9 @@ def append_log_line(file: Path, line: str) -> None:
 class _TerminalHandler(logging.Handler):
     """Lines for people: the message alone, with level and rank where they matter."""
 
+    shows_rank = False
+    """Whether lines below a warning have the rank, too."""
+
     def __init__(self, rank_prefix: str) -> None:
         super().__init__(logging.INFO)
         self.rank_prefix = rank_prefix
@@ -146,7 +172,7 @@ class _TerminalHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         text = redact_text(super().format(record))
         if record.levelno < logging.WARNING:
-            return text
+            return f"{self.rank_prefix}{text}" if self.shows_rank else text
         return f"{self.rank_prefix}{record.levelname.lower()}: {text}"
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from dist_peft.core.log import FILE_ONLY
+from dist_peft.core.log import FILE_ONLY, is_quiet
 from dist_peft.train.metrics import format_byte_count
 from dist_peft.train.step_metrics import StepMetrics
 
@@ -54,7 +54,7 @@ class ProgressDisplay:
         self._clock = clock
         self._start = clock()
         self._bar: Any = None
-        if self.active and sys.stderr.isatty():
+        if self.active and sys.stderr.isatty() and not is_quiet():
             self._bar = tqdm(
                 total=total, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True
             )

@@ -45,6 +45,7 @@ def test_losses_are_those_that_training_measured(
     trained = evaluate(capsys, "--config", config, "--run", str(tmp_path / "run"))
     assert trained == {"eval_loss": pytest.approx(after, rel=1e-6), "step": 3}
     assert trained["eval_loss"] < fresh["eval_loss"]
+    assert evaluate(capsys, "--run", str(tmp_path / "run")) == trained
     argv = ["eval", "--config", config, "--run", str(tmp_path / "run")]
     assert cli.main([*argv, "base.compute_dtype=bfloat16"]) == 2
     assert "another base" in capsys.readouterr().err

@@ -111,5 +111,6 @@ def test_the_command_that_ranks_compare_names_given_options_only() -> None:
     args = argparse.Namespace(
         verb="eval", run=run, config="a.yaml", overrides=[], local_rank=1, run_dir="r", trust=False
     )
+    args.verbosity = "quiet"
     assert run_command(args) == 75
     assert seen == ["eval --run_dir=r"]

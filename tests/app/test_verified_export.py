@@ -56,8 +56,17 @@ def test_merge_writes_verifies_and_reports(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["merge", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--base", "decoded"]
-    assert cli.main(argv) == 0
-    assert "logits against the trained model" in capsys.readouterr().err
+    assert cli.main([*argv, "--json"]) == 0
+    printed, logged = capsys.readouterr()
+    assert "logits against the trained model" in logged
+    outcome = json.loads(printed)
+    assert {key: outcome[key] for key in ("format", "path", "exact", "unpacked")} == {
+        "format": "hf-bf16",
+        "path": str(tmp_path / "out"),
+        "exact": True,
+        "unpacked": [],
+    }
+    assert "transformers" in outcome["loaded_by"] and outcome["comparison"]["relative"] < 0.1
     probe = Probe.load_probe(run_dir / "probe.safetensors")
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     change = (probe.trained - probe.before).square().mean().sqrt()
@@ -91,7 +100,8 @@ def test_merge_compared_block_by_block(
 
 def test_merge_without_verifying(run_dir: Path, tmp_path: Path) -> None:
     before = (run_dir / "report.html").read_bytes()
-    merge_finished_run(run_dir, tmp_path / "out", verify=None)
+    outcome = merge_finished_run(run_dir, tmp_path / "out", verify=None)
+    assert outcome.consumer is None and outcome.to_json()["comparison"] is None
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (run_dir / "report.html").read_bytes() == before
 

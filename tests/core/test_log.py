@@ -9,7 +9,15 @@ import pytest
 from tqdm import tqdm
 
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import FILE_ONLY, ONCE, close_log, setup_log, write_traceback
+from dist_peft.core.log import (
+    FILE_ONLY,
+    ONCE,
+    close_log,
+    is_quiet,
+    set_verbosity,
+    setup_log,
+    write_traceback,
+)
 from tests.support.small_disk import fill_disk
 
 log = logging.getLogger("dist_peft")
@@ -18,7 +26,37 @@ log = logging.getLogger("dist_peft")
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
+    set_verbosity("normal")
     close_log()
+
+
+def write_one_of_each(rank: int, directory: Path) -> None:
+    setup_log(directory, rank=rank, world_size=2)
+    log.debug("debugging")
+    log.info("loading")
+    log.info("only in the file", extra=FILE_ONLY)
+    log.info("the same on all", extra=ONCE)
+    log.warning("late")
+
+
+def test_quiet_and_verbose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_verbosity("quiet")
+    assert is_quiet()
+    write_one_of_each(0, tmp_path / "quiet")
+    assert capsys.readouterr().err == "[rank 0] warning: late\n"
+    lines = (tmp_path / "quiet" / "log.txt").read_text()
+    assert "loading" in lines and "only in the file" in lines and "debugging" not in lines
+    write_one_of_each(1, tmp_path / "quiet")
+    assert capsys.readouterr().err == "[rank 1] warning: late\n"
+    set_verbosity("verbose")
+    assert not is_quiet()
+    write_one_of_each(0, tmp_path / "verbose")
+    expected = ["debugging", "loading", "the same on all", "[rank 0] warning: late"]
+    assert capsys.readouterr().err.splitlines() == expected
+    assert "DEBUG debugging" in (tmp_path / "verbose" / "log.txt").read_text()
+    write_one_of_each(1, tmp_path / "verbose")
+    expected = ["[rank 1] debugging", "[rank 1] loading", "[rank 1] warning: late"]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_rank_0_writes_plain_lines_to_stderr_and_dated_ones_to_the_file(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.core.log import close_log, setup_log
+from dist_peft.core.log import close_log, set_verbosity, setup_log
 from dist_peft.train.progress import ProgressDisplay
 from dist_peft.train.step_metrics import StepMetrics
 
@@ -21,6 +21,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     yield
+    set_verbosity("normal")
     close_log()
 
 
@@ -54,6 +55,18 @@ def test_lines_come_every_n_steps_with_the_first_and_the_last(
     run(range(12, 24), every=10)  # resumed after step 11
     shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     assert shown == ["12/23", "20/23", "23/23"]
+
+
+def test_a_quiet_run_has_neither_bar_nor_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    set_verbosity("quiet")
+    setup_log(tmp_path, 0, 1)
+    run(range(1, 4))
+    assert terminal.getvalue() == ""
+    assert (tmp_path / "log.txt").read_text().count("step ") == 3
 
 
 def test_an_evaluation_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:

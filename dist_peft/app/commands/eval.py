@@ -9,7 +9,8 @@ from dist_peft.app.config_arguments import (
     parse_path,
 )
 from dist_peft.app.evaluation import evaluate_run
-from dist_peft.core.config.io import load_config
+from dist_peft.core.config.io import load_config, load_run_config
+from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 
@@ -18,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft eval``."""
-    add_config_arguments(parser)
+    add_config_arguments(parser, required=False)
     parser.add_argument(
         "--run", type=parse_path, dest="run_dir", help="use this run's newest state"
     )
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     Raises:
         UserError: no held-out data, no complete checkpoint, or a checkpoint of another base.
     """
-    config = load_config(args.config, args.overrides)
+    config = _load_config(args)
     if not config.data.held_out:
         raise UserError(
             "data.eval is empty: nothing to evaluate; name a held-out file in data.eval, or set "
@@ -58,3 +59,18 @@ def run(args: argparse.Namespace, world: World) -> int:
     if world.is_first:
         print(json.dumps(found))
     return 0
+
+
+def _load_config(args: argparse.Namespace) -> RunConfig:
+    """Return the configuration of ``--config``, or that of the run of ``--run``."""
+    if args.config is not None:
+        return load_config(args.config, args.overrides)
+    if args.run_dir is None:
+        raise UserError(
+            "give --run DIR to evaluate a run, or --config FILE to evaluate the base of a "
+            "configuration"
+        )
+    file = args.run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{args.run_dir} is no run directory: it has no config.yaml")
+    return load_run_config(file, args.overrides, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """``dist-peft export``: write a finished run in a public format."""
 
 import argparse
+import json
 
 from dist_peft.app.checkpoint_adapter import open_trained_run
 from dist_peft.app.export_options import (
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     with open_trained_run(
         args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
     ) as run_dir:
-        export_finished_run(
+        outcome = export_finished_run(
             run_dir,
             args.format,
             args.out,
@@ -48,4 +49,6 @@ def run(args: argparse.Namespace, world: World) -> int:
             trust_remote_code=trust,
             overwrite=args.overwrite,
         )
+    if args.json:
+        print(json.dumps(outcome.to_json()))
     return 0

@@ -1,11 +1,11 @@
 """``dist-peft inspect PATH``: describe a base, adapter, run or checkpoint."""
 
 import argparse
+import json
 from collections import Counter
 from math import prod
 from pathlib import Path
 
-from dist_peft.adapters.directory import find_config_file
 from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.app.config_arguments import parse_path
 from dist_peft.app.inspect_adapter import (
@@ -13,9 +13,9 @@ from dist_peft.app.inspect_adapter import (
     describe_trained_weights,
     load_json_object,
 )
+from dist_peft.app.inspect_json import collect_facts, detect_path_kind
 from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.errors import UserError
-from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.core.world import World
 from dist_peft.model.prequantized.base import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
@@ -28,11 +28,19 @@ __all__ = ["add_arguments", "describe_path", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft inspect``."""
-    parser.add_argument("path", type=parse_path)
+    parser.add_argument("path", type=parse_path, help="base, adapter, run or checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 
 def run(args: argparse.Namespace, world: World) -> int:
-    if world.is_first:
+    """Print the description, or the facts as JSON; return 0.
+
+    Raises:
+        UserError: the path is unreadable or of no known kind.
+    """
+    if world.is_first and args.json:
+        print(json.dumps(collect_facts(args.path), indent=1, default=str))
+    elif world.is_first:
         print("\n".join(describe_path(args.path)))
     return 0
 
@@ -43,26 +51,14 @@ def describe_path(path: Path) -> list[str]:
     Raises:
         UserError: ``path`` is unreadable or of no known kind.
     """
-    try:
-        path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    refuse_special_file(path)
-    refuse_special_files(path)
-    if (path / "config.yaml").is_file():
-        return _describe_run(path)
-    if (path / "run.json").is_file():
-        return _describe_checkpoint(path)
-    if contains_trained_weights(path):
-        return describe_trained_weights(path)
-    if find_config_file(path).is_file():
-        return describe_adapter(path)
-    if path.suffix == ".safetensors" or (path / "config.json").is_file():
-        return _describe_base(path)
-    raise UserError(
-        f"{path} is no base (config.json), adapter (adapter_config.json), run (config.yaml), "
-        "checkpoint (run.json) or safetensors file"
-    )
+    describe = {
+        "run": _describe_run,
+        "checkpoint": _describe_checkpoint,
+        "trained weights": describe_trained_weights,
+        "adapter": describe_adapter,
+        "base": _describe_base,
+    }
+    return describe[detect_path_kind(path)](path)
 
 
 def _describe_base(path: Path) -> list[str]:

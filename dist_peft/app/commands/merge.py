@@ -1,6 +1,7 @@
 """``dist-peft merge``: write base + adapter of a finished run as a Hugging Face directory."""
 
 import argparse
+import json
 
 from dist_peft.app.checkpoint_adapter import open_trained_run
 from dist_peft.app.export_options import (
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     with open_trained_run(
         args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
     ) as run_dir:
-        merge_finished_run(
+        outcome = merge_finished_run(
             run_dir,
             args.out,
             into=args.base or "original",
@@ -45,4 +46,6 @@ def run(args: argparse.Namespace, world: World) -> int:
             trust_remote_code=trust,
             overwrite=args.overwrite,
         )
+    if args.json:
+        print(json.dumps(outcome.to_json()))
     return 0

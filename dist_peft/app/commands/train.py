@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.earlier_log import name_run_directory
+from dist_peft.app.help_texts import format_sections
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.tasks import check_task_config
 from dist_peft.app.training_run import train_until_stopped
@@ -20,6 +21,7 @@ __all__ = ["add_arguments", "run", "train_from_config"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft train``."""
     add_config_arguments(parser)
+    parser.add_argument_group("sections of the configuration (key.sub=value)", format_sections())
 
 
 def run(args: argparse.Namespace, world: World) -> int:

@@ -23,7 +23,11 @@ Generated from `dist_peft/core/config/`; do not edit.
 
 A run is one YAML file. Every key can be given on the command line as `key.sub=value` after the
 file, and the resolved file is saved as `config.yaml` in the run directory. An unknown key is an
-error that names the nearest known one. Only `base.path` and `data.train` have no default.
+error that names the key of this project that it stands for in PEFT, TRL, axolotl, LLaMA-Factory or
+torchtune, or the nearest known one ([other trainers](bridges.md)). On the command line a list and a
+section in braces are replaced as a whole: `adapter={kind: prefix}` drops the file's `adapter`
+section, `adapter.kind=prefix` changes one key of it. Only `base.path` and `data.train` have no
+default.
 """
 
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [

@@ -1,12 +1,10 @@
 """Read and write run descriptions: YAML, ``key.sub=value`` overrides, error messages.
 
 OmegaConf reads the YAML and the overrides, pydantic checks the tree. The user sees one message per
-wrong key, with the nearest key that exists.
+wrong key, with the key that it stands for (``validation_messages``).
 """
 
-import difflib
 import re
-import types
 import typing
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 from yaml import YAMLError
 
 from dist_peft.core.config.environment import (
@@ -27,12 +24,17 @@ from dist_peft.core.config.environment import (
 )
 from dist_peft.core.config.moved_paths import resolve_moved_paths
 from dist_peft.core.config.run import RunConfig, SaveConfig
+from dist_peft.core.config.validation_messages import explain_validation_errors
 from dist_peft.core.errors import UserError
 
-__all__ = ["dump_config", "find_save_directory", "load_config", "load_run_config", "parse_config"]
-
-_NO_SECTION = ("model_type", "model_attributes_type")
-"""pydantic's error types for a value that is not a section."""
+__all__ = [
+    "dump_config",
+    "escape_interpolations",
+    "find_save_directory",
+    "load_config",
+    "load_run_config",
+    "parse_config",
+]
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -65,7 +67,9 @@ def find_save_directory(path: str | Path, overrides: typing.Sequence[str] = ()) 
     return None
 
 
-def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
+def load_run_config(
+    path: Path, overrides: typing.Sequence[str] = (), *, trust_remote_code: bool
+) -> RunConfig:
     """Read the ``config.yaml`` that a run has written.
 
     A run directory may be a stranger's. ``config.yaml`` refers to the environment at most, and such
@@ -73,6 +77,7 @@ def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
     (``core.config.environment``): in a model id it would go to the Hub.
 
     Args:
+        overrides: ``key.sub=value``, which the caller wrote.
         trust_remote_code: whether the caller's command line allows the base's code to run.
 
     Raises:
@@ -80,7 +85,7 @@ def load_run_config(path: Path, *, trust_remote_code: bool) -> RunConfig:
             that does not exist here.
     """
     trust = ["base.trust_remote_code=true"] if trust_remote_code else []
-    return _load_config_file(path, trust, resolved=True)
+    return _load_config_file(path, [*trust, *overrides], resolved=True)
 
 
 def _load_config_file(
@@ -191,16 +196,21 @@ _PERMISSIONS = (
 
 
 def _apply_override(tree: Any, item: str, file: Path) -> Any:
-    key, equals, _ = item.partition("=")
+    """Return ``tree`` with the value of ``item``, which replaces a list or ``{...}`` as a whole."""
+    key, equals, text = item.partition("=")
     if not equals or "" in key.split(".") or key.startswith("-"):
         raise UserError(f"override {item!r} is not of the form key.sub=value")
     try:
-        return OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+        given = OmegaConf.from_dotlist([item])
+        if text.lstrip().startswith("{"):
+            tree = OmegaConf.merge(tree)  # a copy
+            OmegaConf.update(tree, key, None, merge=False, force_add=True)
+        return OmegaConf.merge(tree, given)
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {item!r} cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"override {item[:60]!r}... is nested too deeply") from None
-    except TypeError:  # a number within the key, where the file has a list
+    except (TypeError, ValueError):  # a number within the key, where the file has a list
         raise UserError(
             f"override {item!r} does not fit config file {file}: a list is replaced as a whole, "
             "such as data.train=[a.jsonl]"
@@ -212,10 +222,8 @@ def parse_config(tree: Any, where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [
-            _explain_validation_error(detail, tree) for detail in error.errors(include_url=False)
-        ]
-        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(problems))) from None
+        problems = explain_validation_errors(error.errors(include_url=False), tree)
+        raise UserError(f"{where}: " + "; ".join(problems)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -228,84 +236,21 @@ def dump_config(config: RunConfig) -> str:
     tree = config.dump_stored_tree()
     for section, name, *_ in _PERMISSIONS:
         tree[section].pop(name, None)
-    return OmegaConf.to_yaml(OmegaConf.create(_escape_interpolations(tree)))
+    return OmegaConf.to_yaml(OmegaConf.create(escape_interpolations(tree)))
 
 
-def _escape_interpolations(value: Any) -> Any:
-    """Protect ``${`` in strings (prompt templates), which OmegaConf takes for a reference."""
+def escape_interpolations(value: Any) -> Any:
+    """Protect ``${`` in strings (prompt templates), which OmegaConf takes for a reference.
+
+    Args:
+        value: a plain tree; instances of ``Reference`` stay references.
+    """
     if isinstance(value, dict):
-        return {key: _escape_interpolations(inner) for key, inner in value.items()}
+        return {key: escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_escape_interpolations(inner) for inner in value]
+        return [escape_interpolations(inner) for inner in value]
     if isinstance(value, Reference):
         return str(value)
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
-
-
-def _explain_validation_error(detail: ErrorDetails, tree: Any) -> str:
-    path = ".".join(_list_written_keys(detail, tree))
-    if detail["type"] == "extra_forbidden":
-        known = _list_known_keys([part for part in detail["loc"] if isinstance(part, str)])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {path}; {hint}"
-    if detail["type"] == "missing":
-        return f"key {path} is required"
-    if detail["type"] in _NO_SECTION:
-        keys = _list_known_keys([*(p for p in detail["loc"] if isinstance(p, str)), ""])
-        return (
-            f"key {path or 'config'} must be a section, of keys such as {', '.join(keys[:4])} "
-            f"(given: {_format_given_value(detail.get('input'))})"
-        )
-    message = detail["msg"].removeprefix("Value error, ")
-    given = detail.get("input")
-    shown = "" if isinstance(given, dict | list) else f" (given: {given!r})"
-    return f"key {path or 'config'}: {message}{shown}"
-
-
-def _format_given_value(given: Any) -> str:
-    if given is None:
-        return "nothing"
-    return "a list" if isinstance(given, list) else repr(given)
-
-
-def _list_written_keys(detail: ErrorDetails, tree: Any) -> list[str]:
-    """Return the keys the user wrote: the error's location without members of unions."""
-    keys: list[str] = []
-    for part in detail["loc"]:
-        children = dict(enumerate(tree)) if isinstance(tree, list) else tree
-        if isinstance(children, dict) and part in children:
-            tree = children[part]
-        elif not isinstance(part, int):  # an index without a list: one source instead of a list
-            continue
-        keys.append(str(part))
-    return [*keys, str(detail["loc"][-1])] if detail["type"] == "missing" else keys
-
-
-def _list_known_keys(location: list[str]) -> list[str]:
-    """Return the keys that exist on the level of the last element of ``location``."""
-    models: list[type[BaseModel]] = [RunConfig]
-    for name in location[:-1]:
-        inner = [
-            _list_section_classes(m.model_fields[name].annotation)
-            for m in models
-            if name in m.model_fields
-        ]
-        models = [model for found in inner for model in found] or models
-        tagged = [m for m in models if "kind" in m.model_fields and _read_kind_tag(m) == name]
-        models = tagged or models
-    return sorted({key for model in models for key in model.model_fields})
-
-
-def _read_kind_tag(model: type[BaseModel]) -> object:
-    return model.model_fields["kind"].default
-
-
-def _list_section_classes(annotation: Any) -> list[type[BaseModel]]:
-    """Return every section class inside ``Optional``, ``Union``, ``Annotated`` or ``list``
-    annotations."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [m for inner in typing.get_args(annotation) for m in _list_section_classes(inner)]

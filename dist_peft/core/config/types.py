@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 from dist_peft.core.input_paths import find_path_fault
 
@@ -57,7 +64,11 @@ PathText = Annotated[str, AfterValidator(_refuse_impossible_path)]
 Count = Annotated[Int, Field(ge=1, lt=2**31)]
 Positive = Annotated[Float, Field(gt=0)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
-Label = Annotated[str, BeforeValidator(_format_whole_number)]
+Label = Annotated[
+    str,
+    BeforeValidator(_format_whole_number),
+    WithJsonSchema({"type": ["string", "integer"]}),
+]
 Names = Annotated[list[str], Field(min_length=1)]
 
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from dist_peft.core.config.io import dump_config, load_config, parse_config
-from dist_peft.core.config.run import QuantConfig, RunConfig
+from dist_peft.core.config.run import (
+    LoraConfig,
+    PrefixConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dist_peft.core.errors import UserError
 
 LEAST = "base: {path: model}\ndata: {train: [a.jsonl]}\n"
@@ -41,10 +47,14 @@ def _refusal(file: Path, text: str, *overrides: str) -> str:
         ("trian: {steps: 3}", "unknown key trian; did you mean train?"),
         ("xyzzy: 3", "unknown key xyzzy; known here: adapter, base, data, engine, resume, save"),
         ("train: {step: 3}", "unknown key train.step; did you mean steps?"),
-        ("engine: {int: 3}", "unknown key engine.int; did you mean kind?"),
+        ("engine: {int: 3}", "unknown key engine.int; known here: activation_checkpointing, "),
         ("adapter: {kind: lora, rr: 8}", "unknown key adapter.rr; did you mean r?"),
         ("adapter: {alhpa: 8}", "unknown key adapter.alhpa; did you mean alpha?"),
-        ("adapter: {kind: none, alpha: 8}", "unknown key adapter.alpha; known here: kind"),
+        (
+            "adapter: {kind: none, alpha: 8}",
+            "unknown key adapter.alpha; it is for kind lora, qalora, loha, lokr, adalora; "
+            "adapter={kind: none} on the command line replaces the whole section",
+        ),
         ("train: {1: x}", "key train.1: Keys should be strings"),
     ],
 )
@@ -177,6 +187,21 @@ def test_numbers_as_yaml_1_2_writes_them(file: Path) -> None:
     assert _load(file, LEAST + "train: {lr: 2e-4, eps: 1E-8}").train.lr == 2e-4
 
 
+def test_braces_replace_a_whole_section(file: Path) -> None:
+    text = LEAST + "adapter: {r: 4, alpha: 8}\ntrain: {lr: 1e-3, steps: 9}"
+    prefix = _load(
+        file, text, "adapter={kind: prefix, num_virtual_tokens: 7}", "adapter.dropout=.1"
+    )
+    assert prefix.adapter == PrefixConfig(num_virtual_tokens=7, dropout=0.1)
+    assert prefix.train.steps == 9  # other sections stay
+    assert _load(file, text, "adapter={}").adapter == LoraConfig()
+    assert _load(file, text, "adapter.r=5").adapter == LoraConfig(r=5, alpha=8)
+    train = _load(file, text, "train={steps: 3}").train
+    assert (train.steps, train.lr) == (3, TrainConfig().lr)
+    quant = _load(file, LEAST, "base.quant.bits=3", "base.quant={kind: int}").base.quant
+    assert quant == QuantConfig(kind="int")
+
+
 def test_a_section_set_to_null_and_filled_again(file: Path) -> None:
     config = load_config(file, ["base.quant=null", "base.quant.kind=int", "base.quant.bits=3"])
     assert config.base.quant == QuantConfig(kind="int", bits=3)
@@ -191,6 +216,9 @@ def test_a_section_set_to_null_and_filled_again(file: Path) -> None:
         ("train..steps=3", "override 'train..steps=3' is not of the form key.sub=value"),
         ("train.steps=[1", "override 'train.steps=[1' cannot be read"),
         ("data.train.0.path=x", "a list is replaced as a whole, such as data.train=[a.jsonl]"),
+        ("data.train.0={path: x}", "a list is replaced as a whole, such as data.train=[a.jsonl]"),
+        ("data.train.x={path: x}", "a list is replaced as a whole, such as data.train=[a.jsonl]"),
+        ("adapter={kind: [", "override 'adapter={kind: [' cannot be read"),
         ("train.step=3", "unknown key train.step; did you mean steps?"),
         ("train=3", "key train must be a section, of keys such as betas, "),
         ("base.path=3", "key base.path: Input should be a valid string (given: 3)"),
