@@ -5,9 +5,13 @@
 
 The task is GSM8K (Cobbe et al. 2021: questions, and solutions in steps) on a small language model
 that has never seen it. All methods get the same sequences in the same order, as many steps, and a
-learning rate chosen alike: each rate of ``RATES`` once with the first seed, then the one of the
-lowest held-out loss with the other seeds. The choice is made on the held-out records themselves,
-for every method: losses are comparable, and a little lower than those of a rate chosen elsewhere.
+learning rate chosen alike: each rate of ``FIRST_RATES`` once with the first seed, then the next one
+of ``RATES`` for as long as the best is the lowest or the highest of those tried, then the best with
+the other seeds. The choice is made on the held-out records themselves, for every method: losses are
+comparable, and a little lower than those of a rate chosen elsewhere.
+
+AdapterFusion needs trained adapters: two bottleneck adapters, of the same steps on a half of the
+same records each. They are made before its cells, and its figures are those of the fusion alone.
 
 Each cell (method, rate, seed) is a run in a process forked from this one, which has the libraries
 loaded, and is written to the result at its end; the next call runs the cells that are missing. A
@@ -26,7 +30,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +43,8 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+FIRST_RATES = RATES[2:6]
 EDGES = (min(RATES), max(RATES))
 SEEDS = (0, 1, 2)
 STEPS, BATCH, TOKENS = 30, 2, 320
@@ -51,6 +56,16 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 Section = Mapping[str, Any]
 
+
+@dataclass(frozen=True)
+class Method:
+    """Sections of the configuration; ``train`` has keys besides those that all methods share."""
+
+    adapter: Section
+    quant: Section | None = None
+    train: Section = field(default_factory=dict)
+
+
 NF4 = {"kind": "nf4"}
 INT4 = {"kind": "int", "bits": 4, "group_size": 8}
 BUT_DOWN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
@@ -61,30 +76,65 @@ def lora(r: int, **more: Any) -> dict[str, Any]:
     return {"kind": "lora", "r": r, "alpha": r, **more}
 
 
-METHODS: dict[str, tuple[Section, Section | None]] = {
-    "rslora r 64": (lora(64, use_rslora=True), None),
-    "lora r 32": (lora(32), None),
-    "full": ({"kind": "full"}, None),
-    "ptuning, 20": ({"kind": "ptuning"}, None),
-    "prefix, 20": ({"kind": "prefix"}, None),
-    "prompt, 20": ({"kind": "prompt"}, None),
-    "lora r 8": (lora(8), None),
-    "lora r 64": (lora(64), None),
-    "lora r 8, dora": (lora(8, use_dora=True), None),
-    "lora r 8, pissa": (lora(8, init="pissa"), None),
-    "lora r 8, eva": (lora(8, init="eva"), None),
-    "lora r 8, lora-ga": (lora(8, init="lora_ga"), None),
-    "vera r 256": ({"kind": "vera"}, None),
-    "loha r 8": ({"kind": "loha"}, None),
-    "lokr r 8": ({"kind": "lokr"}, None),
-    "qlora r 8 (nf4)": (lora(8), NF4),
-    "qalora r 8 (int4)": ({"kind": "qalora", "r": 8, "alpha": 8, "target_modules": BUT_DOWN}, INT4),
-    "partial, last 2 blocks": ({"kind": "partial", "last_blocks": 2}, None),
-    "partial, norms": ({"kind": "partial", "parts": ["norms"]}, None),
-    "bottleneck, pfeiffer": ({"kind": "bottleneck", "reduction_factor": 4}, None),
-    "ia3": ({"kind": "ia3"}, None),
+def partial(**parts: Any) -> Method:
+    return Method({"kind": "partial", **parts})
+
+
+FUSED = {"kind": "bottleneck", "reduction_factor": 4}
+FUSED_RATE = 1e-2
+THIRD = STEPS // 3
+
+METHODS = {
+    "rslora r 64": Method(lora(64, use_rslora=True)),
+    "lora r 32": Method(lora(32)),
+    "full": Method({"kind": "full"}),
+    "ptuning, 20": Method({"kind": "ptuning"}),
+    "prefix, 20": Method({"kind": "prefix"}),
+    "prompt, 20": Method({"kind": "prompt"}),
+    "lora r 8": Method(lora(8)),
+    "lora r 64": Method(lora(64)),
+    "lora r 8, dora": Method(lora(8, use_dora=True)),
+    "lora r 8, lora+ (4)": Method(lora(8, lr_ratio=4.0)),
+    "lora r 8, pissa": Method(lora(8, init="pissa")),
+    "lora r 8, eva": Method(lora(8, init="eva")),
+    "lora r 8, lora-ga": Method(lora(8, init="lora_ga")),
+    "lora r 8, layer decay 0.8": Method(lora(8), train={"layer_decay": 0.8}),
+    "adalora r 12 to 8": Method(
+        {"kind": "adalora", "init_r": 12, "target_r": 8, "alpha": 12, "tinit": 5, "tfinal": THIRD}
+    ),
+    "vera r 256": Method({"kind": "vera"}),
+    "loha r 8": Method({"kind": "loha"}),
+    "lokr r 8": Method({"kind": "lokr"}),
+    "qlora r 8 (nf4)": Method(lora(8), NF4),
+    "qlora r 8 (nf4), loftq": Method(lora(8, init="loftq"), NF4),
+    "qalora r 8 (int4)": Method(
+        {"kind": "qalora", "r": 8, "alpha": 8, "target_modules": BUT_DOWN}, INT4
+    ),
+    "full, layer decay 0.8": Method({"kind": "full"}, train={"layer_decay": 0.8}),
+    "partial, last 2 blocks": partial(last_blocks=2),
+    "partial, blocks 0 and 4": partial(blocks=[0, 4]),
+    "partial, norms": partial(parts=["norms"]),
+    "partial, lisa": partial(parts=["embeddings", "head"], sample_blocks={"count": 2, "every": 5}),
+    "partial, from the top": partial(
+        parts=["head"],
+        unfreeze=[
+            *({"step": step, "last_blocks": n} for step, n in ((0, 1), (THIRD, 3))),
+            {"step": 2 * THIRD, "parts": ["all"]},
+        ],
+    ),
+    "partial, from the bottom": partial(
+        unfreeze=[
+            {"step": 0, "until": THIRD, "parts": ["embeddings"], "blocks": [0, 1]},
+            {"step": THIRD, "until": 2 * THIRD, "blocks": [2, 3]},
+            {"step": 2 * THIRD, "blocks": [4], "parts": ["head"]},
+        ]
+    ),
+    "bottleneck, pfeiffer": Method(FUSED),
+    "bottleneck, houlsby": Method({**FUSED, "placement": "houlsby"}),
+    "bottleneck, parallel": Method({**FUSED, "placement": "parallel"}),
+    "fusion of 2": Method({"kind": "fusion"}),
+    "ia3": Method({"kind": "ia3"}),
 }
-"""Name -> adapter section and ``base.quant``."""
 
 PUBLISHED = "rslora r 64 > lora r 32 >= full > ptuning > prefix > prompt"
 """Order of PEFT's method comparison on MetaMathQA and GSM8K (accuracy, Llama-3.2-3B)."""
@@ -113,12 +163,12 @@ class Cell:
 
 def make_tree(args: argparse.Namespace, scratch: Path, name: str, cell: tuple[float, int]) -> Any:
     """Return the configuration of a cell of method ``name``: learning rate and seed."""
-    adapter, quant = METHODS[name]
+    method = METHODS[name]
     columns = {"prompt": "question", "completion": "answer"}
     files = (("train", "train.jsonl", TRAIN_RECORDS), ("eval", "test.jsonl", HELD_OUT))
     return {
-        "base": {"path": str(args.base), "quant": quant, "compute_dtype": "float32"},
-        "adapter": dict(adapter),
+        "base": {"path": str(args.base), "quant": method.quant, "compute_dtype": "float32"},
+        "adapter": dict(method.adapter),
         "engine": {"activation_checkpointing": False},
         "data": {
             **{
@@ -137,16 +187,44 @@ def make_tree(args: argparse.Namespace, scratch: Path, name: str, cell: tuple[fl
             "warmup": 0.1,
             "seed": cell[1],
             "device": "cpu",
+            **method.train,
         },
         "save": {"dir": str(scratch / "run"), "every": 0},
     }
+
+
+def train_fused_adapters(args: argparse.Namespace, scratch: Path) -> list[str]:
+    """Return the directories of two bottleneck adapters, each of a half of the training records."""
+    with (args.gsm8k / "train.jsonl").open() as file:
+        lines = [line for line, _ in zip(file, range(TRAIN_RECORDS), strict=False)]
+    found = []
+    for half in (0, 1):
+        made = scratch / f"half{half}"
+        found.append(str(made / "adapter"))
+        if (made / "adapter").is_dir():
+            continue
+        records = scratch / f"half{half}.jsonl"
+        records.write_text("".join(lines[half::2]))
+        tree = make_tree(args, scratch, "bottleneck, pfeiffer", (FUSED_RATE, SEEDS[0]))
+        tree["data"]["train"][0]["path"] = str(records)
+        tree["save"]["dir"] = str(made)
+        with mock.patch("dist_peft.train.report.PLOTS", ()):
+            assert train_from_config(parse_config(tree), World()) == 0
+        close_log()
+    return found
 
 
 def run_cell(args: argparse.Namespace, scratch: Path, name: str, rate: float, seed: int) -> Cell:
     """Train one cell."""
     from common import PeakMemory  # not there where a test imports this file
 
-    config = parse_config(make_tree(args, scratch, name, (rate, seed)))
+    tree = make_tree(args, scratch, name, (rate, seed))
+    if tree["adapter"]["kind"] == "fusion":
+        fused = train_fused_adapters(args, scratch)
+        tree["adapter"]["adapters"] = [
+            {"name": f"half{number}", "path": path} for number, path in enumerate(fused)
+        ]
+    config = parse_config(tree)
     run_dir = Path(config.save.dir)
     shutil.rmtree(run_dir, ignore_errors=True)
     start = os.times()
@@ -190,7 +268,7 @@ def write_cells(path: Path, cells: Sequence[Cell]) -> None:
     from common import machine
 
     result = {"settings": settings(), "cells": [asdict(cell) for cell in cells]}
-    partial = path.with_suffix(".tmp")
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps({"machine": machine(), "result": result}, indent=1) + "\n")
     partial.replace(path)
 
@@ -199,6 +277,7 @@ def settings() -> dict[str, Any]:
     """What all cells share."""
     return {
         "rates": list(RATES),
+        "first_rates": list(FIRST_RATES),
         "seeds": list(SEEDS),
         "steps": STEPS,
         "batch": BATCH,
@@ -208,28 +287,47 @@ def settings() -> dict[str, Any]:
     }
 
 
+def find_next_rates(losses: Mapping[float, float]) -> list[float]:
+    """Return the rates to try next: the first ones, then a neighbour of a best one at an edge.
+
+    Args:
+        losses: by rate, those of the first seed.
+    """
+    if missing := [rate for rate in FIRST_RATES if rate not in losses]:
+        return missing
+    tried = sorted(losses)
+    best = min(tried, key=lambda rate: losses[rate])
+    place = RATES.index(best)
+    beside = [place - 1] * (best == tried[0]) + [place + 1] * (best == tried[-1])
+    return [RATES[n] for n in beside if 0 <= n < len(RATES)]
+
+
 def choose_rate(cells: Sequence[Cell], name: str) -> float | None:
     """Return the rate of the lowest held-out loss of the first seed; None before all were run."""
-    own = {c.rate: c.loss for c in cells if c.method == name and c.seed == SEEDS[0]}
-    return min(own, key=lambda rate: own[rate]) if set(own) == set(RATES) else None
+    losses = {c.rate: c.loss for c in cells if c.method == name and c.seed == SEEDS[0]}
+    return None if find_next_rates(losses) else min(losses, key=lambda rate: losses[rate])
 
 
 def find_missing(cells: Sequence[Cell], name: str) -> list[tuple[float, int]]:
     """Return rates and seeds that a method lacks: first the sweep, then the other seeds."""
-    done = {(c.rate, c.seed) for c in cells if c.method == name}
-    if (rate := choose_rate(cells, name)) is None:
-        wanted = [(rate, SEEDS[0]) for rate in RATES]
-    else:
-        wanted = [(rate, seed) for seed in SEEDS]
-    return [cell for cell in wanted if cell not in done]
+    own = [c for c in cells if c.method == name]
+    if (rate := choose_rate(own, name)) is None:
+        losses = {c.rate: c.loss for c in own if c.seed == SEEDS[0]}
+        return [(rate, SEEDS[0]) for rate in find_next_rates(losses)]
+    done = {(c.rate, c.seed) for c in own}
+    return [(rate, seed) for seed in SEEDS if (rate, seed) not in done]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method at its rate, over the seeds: means, and the standard deviation of the loss."""
+    """A method at its rate, over the seeds: means, and the standard deviation of the loss.
+
+    ``is_final``: neighbours of the rate were tried, and are worse.
+    """
 
     method: str
     rate: float
+    is_final: bool
     loss: float
     spread: float
     parameters: int
@@ -238,18 +336,26 @@ class Row:
 
 
 def summarize(cells: Sequence[Cell]) -> list[Row]:
-    """Return a row for each method whose cells are all there, the lowest loss first."""
+    """Return a row for each method that has all seeds at a rate, the lowest loss first.
+
+    A method whose rates are still widened has the best of those that all seeds were run with.
+    """
     rows = []
     for name in METHODS:
-        rate = choose_rate(cells, name)
-        if rate is None or find_missing(cells, name):
+        mine = [c for c in cells if c.method == name]
+        first = {c.rate: c.loss for c in mine if c.seed == SEEDS[0]}
+        seeds = {rate: {c.seed for c in mine if c.rate == rate} for rate in first}
+        whole = [rate for rate in first if seeds[rate] == set(SEEDS)]
+        if not whole or not set(FIRST_RATES) <= set(first):
             continue
-        own = [c for c in cells if c.method == name and c.rate == rate]
+        rate = min(whole, key=lambda rate: first[rate])
+        own = [c for c in mine if c.rate == rate]
         losses = [c.loss for c in own]
         rows.append(
             Row(
                 name,
                 rate,
+                rate == choose_rate(cells, name) and rate not in EDGES,
                 statistics.fmean(losses),
                 statistics.stdev(losses),
                 own[0].parameters,
@@ -268,7 +374,7 @@ def render(cells: Sequence[Cell]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r.method} | {r.rate:g}{'*' * (r.rate in EDGES)} | {r.loss:.3f} ± {r.spread:.3f} "
+        f"| {r.method} | {r.rate:g}{'*' * (not r.is_final)} | {r.loss:.3f} ± {r.spread:.3f} "
         f"| {r.parameters:,} | {r.memory:.0f} | {r.seconds:.1f} |"
         for r in rows
     ]
@@ -278,7 +384,7 @@ def render(cells: Sequence[Cell]) -> str:
     lines += [
         "",
         f"Untrained base: {before:.3f}. {len(SEEDS)} seeds, ± their standard deviation. A rate "
-        "with a * is the lowest or the highest that was tried: a better one may lie beyond.",
+        "with a * has a neighbour that was not tried with all seeds, and may be better.",
         "",
         f"- PEFT's published order: {PUBLISHED}",
         f"- here, by held-out loss: {' > '.join(mine)}",
@@ -286,12 +392,12 @@ def render(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def replace_table(page: str, table: str) -> str:
-    """Return the page with the table between its marks."""
-    pattern = rf"(<!-- {NAME}: [^>]*-->\n).*?(<!-- end -->)"
+def replace_table(page: str, table: str, name: str = NAME) -> str:
+    """Return the page with the table between the marks of ``name``."""
+    pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)"
     text, count = re.subn(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"{PAGE} has no marks of {NAME}")
+        raise SystemExit(f"the page has no marks of {name}")
     return text
 
 
@@ -314,9 +420,10 @@ def main() -> None:
         for name in args.only:
             while missing := find_missing(cells, name):
                 with mp.get_context("fork").Pool(1) as pool:
-                    cells.append(pool.apply(run_cell, (args, Path(scratch), name, *missing[0])))
+                    made = pool.apply(run_cell, (args, Path(scratch), name, *missing[0]))
+                cells = [*read_cells(args.out), made]  # another process may run other methods
                 write_cells(args.out, cells)
-                print(cells[-1], flush=True)
+                print(made, flush=True)
     print(render(cells))
 
 

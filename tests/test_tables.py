@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.code_table import SourceTable
 from benchmarks.methods_table import (
+    FIRST_RATES,
     NAME,
     PAGE,
     RATES,
@@ -13,6 +14,7 @@ from benchmarks.methods_table import (
     SEEDS,
     Cell,
     find_missing,
+    find_next_rates,
     read_cells,
     render,
     replace_table,
@@ -107,21 +109,27 @@ def test_tables_of_pruning_are_the_results() -> None:
         assert f"| {row['sparsity']} | {' | '.join(shown)} | {ends} |" in page
 
 
-def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
-    def make_cell(method: str, rate: float, seed: int, loss: float) -> Cell:
-        return Cell(method, rate, seed, loss, 7.0, 1234, 2**20, 5.0)
+def make_cell(method: str, rate: float, seed: int, loss: float) -> Cell:
+    return Cell(method, rate, seed, loss, 7.0, 1234, 2**20, 5.0)
 
-    full = [
-        make_cell("full", rate, SEEDS[0], loss)
-        for rate, loss in zip(RATES, (3, 2, 4, 5), strict=True)
+
+def make_sweep(method: str, losses: tuple[float, ...]) -> list[Cell]:
+    return [
+        make_cell(method, rate, SEEDS[0], loss)
+        for rate, loss in zip(FIRST_RATES, losses, strict=True)
     ]
-    assert find_missing(full[:1], "full") == [(rate, SEEDS[0]) for rate in RATES[1:]]
-    assert find_missing(full, "full") == [(RATES[1], seed) for seed in SEEDS[1:]]
-    assert find_missing(full, "ia3") == [(rate, SEEDS[0]) for rate in RATES]
-    others = [make_cell("full", RATES[1], seed, 2.5) for seed in SEEDS[1:]]
-    prompt = [make_cell("prompt, 20", rate, SEEDS[0], 1.0) for rate in RATES]
+
+
+def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
+    full = make_sweep("full", (3, 2, 4, 5))
+    best = FIRST_RATES[1]
+    assert find_missing(full[:1], "full") == [(rate, SEEDS[0]) for rate in FIRST_RATES[1:]]
+    assert find_missing(full, "full") == [(best, seed) for seed in SEEDS[1:]]
+    assert find_missing(full, "ia3") == [(rate, SEEDS[0]) for rate in FIRST_RATES]
+    others = [make_cell("full", best, seed, 2.5) for seed in SEEDS[1:]]
+    prompt = make_sweep("prompt, 20", (1.5, 1.0, 1.5, 1.5))
     assert "| prompt, 20 |" not in render([*full, *others, *prompt])
-    prompt += [make_cell("prompt, 20", RATES[0], seed, 1.0) for seed in SEEDS[1:]]
+    prompt += [make_cell("prompt, 20", best, seed, 1.0) for seed in SEEDS[1:]]
     assert not find_missing([*full, *others], "full")
     text = render([*full, *others, *prompt])
     assert "| full | 0.003 | 2.333 ± 0.289 | 1,234 | 1 | 5.0 |" in text
@@ -129,6 +137,24 @@ def test_methods_table_runs_what_is_missing_and_ranks_by_loss() -> None:
     assert "here, by held-out loss: prompt, 20 > full" in text
     page = "a\n<!-- methods_table: x -->\nold\n<!-- end -->\nb"
     assert replace_table(page, "new") == "a\n<!-- methods_table: x -->\n\nnew\n\n<!-- end -->\nb"
+
+
+def test_methods_table_widens_the_rates_while_the_best_is_at_an_edge() -> None:
+    rising = make_sweep("full", (5, 4, 3, 2))
+    wider = RATES[RATES.index(FIRST_RATES[-1]) + 1]
+    assert find_missing(rising, "full") == [(wider, SEEDS[0])]
+    worse = [*rising, make_cell("full", wider, SEEDS[0], 2.5)]
+    assert find_missing(worse, "full") == [(FIRST_RATES[-1], seed) for seed in SEEDS[1:]]
+    falling = dict(zip(FIRST_RATES, (2.0, 3.0, 4.0, 5.0), strict=True))
+    assert find_next_rates(falling) == [RATES[RATES.index(FIRST_RATES[0]) - 1]]
+    # at the end of all rates nothing is left, and the row has its mark
+    lower = [(rate, 1.0 + n / 10) for n, rate in enumerate(RATES[: RATES.index(FIRST_RATES[0])])]
+    assert find_next_rates({**falling, **dict(lower)}) == []
+    ended = make_sweep("full", (2, 3, 4, 5)) + [
+        make_cell("full", rate, SEEDS[0], loss) for rate, loss in lower
+    ]
+    ended += [make_cell("full", RATES[0], seed, 1.0) for seed in SEEDS[1:]]
+    assert f"| full | {RATES[0]:g}* | 1.000" in render(ended)
 
 
 def test_methods_table_of_the_page_is_that_of_the_result() -> None:

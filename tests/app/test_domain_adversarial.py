@@ -1,6 +1,8 @@
 """Domain-adversarial training: against a plain loop, on every engine, through a stop."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from yaml import safe_load
 
 from dist_peft.adapters.classifier_head.discriminator import DomainDiscriminator
 from dist_peft.app import cli
@@ -18,7 +21,9 @@ from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.app.step_setup import make_training_step
 from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import DomainAdversarialConfig
 from dist_peft.core.errors import UserError
+from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.domain_objective import DomainObjective, compute_reversal_strength
 from dist_peft.train.optimizers import make_optimizer_factory
@@ -26,30 +31,12 @@ from dist_peft.train.step_metrics import read_metrics
 from tests.support.classification_runs import (
     LABELS,
     classifying_tree,
+    domain_tree,
     save_classifier_base,
-    save_pairs,
 )
 from tests.support.dist import run_ranks
 from tests.support.story_runs import train
-
-SECTION = {"weight": 0.7, "gamma": 4.0, "hidden_size": 5}
-
-
-def domain_tree(directory: Path, base: Path, **changes: Any) -> dict[str, Any]:
-    """Twelve labelled rows of one domain, seven rows of another without labels."""
-    tree = classifying_tree(directory, base)
-    (labelled,) = tree["data"]["train"]
-    other = save_pairs(directory / "target.tsv", 7)
-    text = [line.split("\t")[1:3] for line in other.read_text().splitlines()]
-    other.write_text("\n".join("\t".join(row) for row in text) + "\n")  # no label column
-    columns = {k: v for k, v in labelled["columns"].items() if k != "label"}
-    target = {"path": str(other), "format": "classification", "columns": columns, "domain": "b"}
-    tree["data"]["train"] = [{**labelled, "domain": "a"}, target]
-    tree["train"] |= {"domain_adversarial": SECTION, "global_batch": 6, "steps": 3}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        tree[section] = {**tree.get(section, {}), name: value} if name else value
-    return tree
+from tests.support.tiny_runs import save_base
 
 
 def compute_step(world: World, tree: dict[str, Any], step: int) -> tuple[float, dict[str, Tensor]]:
@@ -202,3 +189,55 @@ def test_validate_shows_rows_without_labels(
     assert cli.main(["validate", "--config", str(file)]) == 0
     told = capsys.readouterr().out
     assert "7 rows without labels, domain b" in told and "label none" in told
+
+
+# -- the page's recipes ----------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "domain_adaptation.md").read_text()
+ADVERSARIAL_RECIPE, PRETRAINING_RECIPE = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+(COMMANDS,) = re.findall(r"```\n(dist-peft .*?)```", PAGE, re.DOTALL)
+
+
+def test_recipes_of_the_page_are_configurations() -> None:
+    config = parse_config(safe_load(ADVERSARIAL_RECIPE))
+    assert config.base.head == "classifier"
+    assert config.train.domain_adversarial == DomainAdversarialConfig()  # the defaults are shown
+    labelled, unlabelled = config.data.train
+    assert labelled.labels == ["bad", "good"] and labelled.domain == "reviews"
+    assert not unlabelled.labels and unlabelled.domain == "posts"
+    pretraining = parse_config(safe_load(PRETRAINING_RECIPE))
+    assert (pretraining.base.head, pretraining.base.quant) == ("lm", None)
+    assert [source.format for source in pretraining.data.train] == ["text"]
+    # a key that does not exist is found
+    with pytest.raises(UserError, match=r"train\.epoch"):
+        parse_config(safe_load(PRETRAINING_RECIPE.replace("epochs:", "epoch:")))
+
+
+@pytest.mark.e2e
+def test_pretraining_on_texts_and_a_task_on_the_merged_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's commands, in its order, with its files: the second run trains on the first's."""
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "models" / "base")
+    Path("posts.txt").write_text(" ".join(f"w{4 + (7 * i) % 90}" for i in range(60)) + "\n")
+    Path("domain.yaml").write_text(PRETRAINING_RECIPE)
+    task = classifying_tree(tmp_path, base, adapter={"kind": "lora", "r": 3, "alpha": 6})
+    Path("task.yaml").write_text(json.dumps(task))
+    tiny = ["train.device=cpu", "train.global_batch=2", "data.seq_len=16"]
+    for line in COMMANDS.splitlines():
+        arguments = shlex.split(line)[1:]
+        assert cli.main([*arguments, *(tiny if "domain.yaml" in arguments else [])]) == 0, line
+        close_log()
+    old, new = (
+        load_file(base.parent / name / "model.safetensors") for name in ("base", "base-domain")
+    )
+    changed = {
+        name
+        for name, tensor in old.items()
+        if not torch.equal(tensor.bfloat16(), new[name].bfloat16())
+    }
+    assert changed and all("_proj" in name for name in changed)
+    stored = safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["base"]["path"].endswith("models/base-domain")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

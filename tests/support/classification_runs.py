@@ -83,3 +83,23 @@ def classifying_tree(directory: Path, base: Path, **changes: Any) -> dict[str, A
         section, _, name = key.partition("__")
         tree[section] = {**tree.get(section, {}), name: value} if name else value
     return tree
+
+
+ADVERSARIAL = {"weight": 0.7, "gamma": 4.0, "hidden_size": 5}
+
+
+def domain_tree(directory: Path, base: Path, **changes: Any) -> dict[str, Any]:
+    """Twelve labelled rows of one domain, seven rows of another without labels."""
+    tree = classifying_tree(directory, base)
+    (labelled,) = tree["data"]["train"]
+    other = save_pairs(directory / "target.tsv", 7)
+    text = [line.split("\t")[1:3] for line in other.read_text().splitlines()]
+    other.write_text("\n".join("\t".join(row) for row in text) + "\n")  # no label column
+    columns = {k: v for k, v in labelled["columns"].items() if k != "label"}
+    target = {"path": str(other), "format": "classification", "columns": columns, "domain": "b"}
+    tree["data"]["train"] = [{**labelled, "domain": "a"}, target]
+    tree["train"] |= {"domain_adversarial": ADVERSARIAL, "global_batch": 6, "steps": 3}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = {**tree.get(section, {}), name: value} if name else value
+    return tree
