@@ -8,8 +8,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from dist_peft.core.log import close_log
-from dist_peft.quant import cpu_products
 from tests.support.curves import skip_curves
 from tests.support.shared_files import locate_shared_data
 from tests.support.small_disk import explain_no_disk, mount_small_disk
@@ -18,7 +16,10 @@ from tests.support.tiers import (  # noqa: F401
     pytest_runtest_protocol,
     pytest_terminal_summary,
 )
+from tests.support.turns import keep_present_turn, pytest_report_header  # noqa: F401
 
+# torch is imported by the tests only: the process that deals tests to workers needs none, and
+# workers begin two seconds earlier
 # as an entry point does, for forked processes, which find torch loaded
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -30,30 +31,57 @@ hypothesis.settings.load_profile("unhurried")
 LONGEST_FIRST = (
     "app/test_matrix.py",
     "app/test_equality.py",
-    "launch/test_slurm.py",
-    "launch/test_deepspeed.py",
-    "launch/test_torchrun.py",
     "app/test_resume.py",
+    "bad_input/test_bad_input.py",
+    "launch/test_deepspeed.py",
+    "plan/test_run_plan.py",
     "app/test_qalora.py",
+    "launch/test_slurm.py",
+    "launch/test_torchrun.py",
     "test_engineering.py",
+    "app/test_experts.py",
     "app/commands/test_quickstart.py",
-    "app/test_quality.py",
+    "engine/test_every_row_learns.py",
     "app/test_classification.py",
     "app/test_full.py",
-    "app/test_experts.py",
+    "faults/test_campaign.py",
+    "app/test_quality.py",
     "app/test_fusion.py",
-    "engine/test_every_row_learns.py",
+    "train/test_nonfinite.py",
+    "engine/test_zero.py",
+    "app/test_base_content.py",
+    "export/formats/test_kept_nf4.py",
+    "launch/test_mpi.py",
+    "engine/test_outer_units.py",
+    "engine/test_fsdp2.py",
+    "quickstart/test_tiny_model.py",
+    "quant/test_codec.py",
+    "fuzz/test_safetensors_header.py",
+    "core/config/test_io.py",
+    "train/test_plots.py",
+    "export/formats/test_registry.py",
+    "data/test_record_blocks.py",
+    "export/test_peft_form.py",
+    "quant/test_frozen_matmul.py",
+    "export/test_merge_weights.py",
 )
-"""Files that take long, the longest first."""
+"""Files that take long, the longest first; those of the unit tier come last, in the same order."""
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first: where workers get whole files in this order
-    (``--dist loadfile --no-loadscope-reorder``), none is left alone with one at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests whose turn it is not are left out. Files that take long come first: where workers get
+    whole files in this order (``--dist loadfile --no-loadscope-reorder``), none is left alone with
+    one at the end."""
     tests = Path(__file__).parent
     ranks = {tests / name: number for number, name in enumerate(LONGEST_FIRST)}
+    keep_present_turn(config, items)
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collectstart() -> None:
+    """Imports make half a million objects, and garbage only that waits for their end."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
@@ -62,6 +90,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
     _let_torch_loggers_propagate()
 
 
@@ -81,6 +110,8 @@ def _let_torch_loggers_propagate() -> None:
 def _log_is_closed() -> Iterator[None]:
     """A test that sets the log up leaves it as it was, or the next one captures nothing."""
     yield
+    from dist_peft.core.log import close_log
+
     close_log()
 
 
@@ -106,9 +137,20 @@ def shared_data() -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An executable in place of ``python``, for ranks that need not import for five seconds."""
+    from tests.support.forked_python import serve_forked_python
+
+    with serve_forked_python(tmp_path_factory.mktemp("forked")) as program:
+        yield program
+
+
 @pytest.fixture
 def native_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit products as ``transformers`` computes them, on processors without instructions too."""
+    from dist_peft.quant import cpu_products
+
     monkeypatch.setattr(cpu_products, "_is_native_product_fast", lambda dtype: True)
 
 

@@ -150,11 +150,16 @@ def test_wrong_environment_is_named(
     assert "RANK=7" in capsys.readouterr().err
 
 
-def _torchrun(file: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def _torchrun(python: str, file: Path, *more: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "-m", "dist_peft", "train", "--config", str(file), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "PYTHON_EXEC": python,
+    }
     # both ranks end by themselves, else this is a timeout
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -167,8 +172,9 @@ def _check_told_once(errors: str, words: str) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.dist
-def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
-    done = _torchrun(save_config(tmp_path, tiny_tree(tmp_path)), "data.train=[/nowhere/a.jsonl]")
+def test_two_ranks_tell_a_mistake_once(tmp_path: Path, forked_python: str) -> None:
+    file = save_config(tmp_path, tiny_tree(tmp_path))
+    done = _torchrun(forked_python, file, "data.train=[/nowhere/a.jsonl]")
     assert done.returncode != 0
     _check_told_once(done.stderr, "/nowhere/a.jsonl")
     assert "exitcode  : 2" in done.stderr  # torchrun's own summary of its processes

@@ -7,6 +7,9 @@ from its checkpoint on the next engine::
     fsdp2 -> zero (2 ranks; bf16: stage 1, INT4: 2, NF4: 3)
     zero -> single
 
+Cells take turns (``tests/support/turns.py``): each turn has every method on each of its bases,
+every base with every engine, and, where a method has three bases, that method on every engine.
+
 Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
 The losses must be those of one process that was never cut, they must fall, and what the run leaves
@@ -46,6 +49,7 @@ from dist_peft.quant.codec import make_codec
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.dist import run_ranks
 from tests.support.story_runs import losses, run_config, train
+from tests.support.turns import list_selected, number_turn
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.data]
@@ -130,6 +134,18 @@ CELLS = [
     if (method, base) not in REFUSED and base == ONE_BASE.get(method, base)
 ]
 
+Cell = tuple[str, str, str]
+"""Method, base, and the engine that its run begins on."""
+
+PLACES = [
+    pytest.param(
+        *(method, base, engine),
+        marks=number_turn((method, [*METHODS]), (base, [*BASES]), (engine, [*NEXT]), of=3),
+    )
+    for method, base in CELLS
+    for engine in NEXT
+]
+
 Job = tuple[dict[str, Any], int | None]
 """A configuration, and the step at which a signal comes."""
 
@@ -195,8 +211,15 @@ def work(world: World, jobs: list[Job]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of all runs: METHOD-BASE-ENGINE, begun on that engine, and -whole."""
+def cells(request: pytest.FixtureRequest) -> list[Cell]:
+    """The cells that this session runs."""
+    found = list_selected(request.session, test_cell)
+    return [(values["method"], values["base"], values["engine"]) for values in found]
+
+
+@pytest.fixture(scope="module")
+def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory, cells: list[Cell]) -> Path:
+    """The directory of their runs: METHOD-BASE-ENGINE, begun on that engine, and -whole."""
     directory = tmp_path_factory.mktemp("matrix")
     for number in (0, 1):
         stage1 = tree(shared_data, directory, "bottleneck", "nf4", "single")
@@ -205,23 +228,26 @@ def runs(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert work(World(), [(stage1, None)]) == [0]
 
     def jobs(engine: str, begun: str, stop: int | None) -> list[Job]:
-        return [(on(engine, tree(shared_data, directory, *cell, begun)), stop) for cell in CELLS]
+        pairs = [(method, base) for method, base, first in cells if first == begun]
+        return [(on(engine, tree(shared_data, directory, *pair, begun)), stop) for pair in pairs]
 
-    whole: list[Job] = [(tree(shared_data, directory, *cell, "whole"), None) for cell in CELLS]
-    assert set(work(World(), [*whole, *jobs("single", "single", CUT)])) == {0, 75}
+    pairs = dict.fromkeys((method, base) for method, base, _ in cells)
+    whole: list[Job] = [(tree(shared_data, directory, *pair, "whole"), None) for pair in pairs]
+    cut = jobs("single", "single", CUT)
+    assert work(World(), [*whole, *cut]) == [0] * len(whole) + [75] * len(cut)
     for engine, before in (("fsdp2", "single"), ("zero", "fsdp2")):
-        todo = [*jobs(engine, before, None), *jobs(engine, engine, CUT)]
+        resumed, begun = jobs(engine, before, None), jobs(engine, engine, CUT)
         # what zero 3 does to its process stays there: it comes last
-        todo.sort(key=lambda job: job[0]["engine"].get("stage", 0))
+        todo = sorted([*resumed, *begun], key=lambda job: job[0]["engine"].get("stage", 0))
         for codes in run_ranks(work, 2, todo, timeout=900):
-            assert sorted(codes) == [0] * len(CELLS) + [75] * len(CELLS)
-    assert set(work(World(), jobs("single", "zero", None))) == {0}
+            assert codes == [75 if stop else 0 for _, stop in todo]
+    resumed = jobs("single", "zero", None)
+    assert work(World(), resumed) == [0] * len(resumed)
     close_log()
     return directory
 
 
-@pytest.mark.parametrize("engine", NEXT)
-@pytest.mark.parametrize(("method", "base"), CELLS)
+@pytest.mark.parametrize(("method", "base", "engine"), PLACES)
 def test_cell(runs: Path, shared_data: Path, method: str, base: str, engine: str) -> None:
     run, whole = runs / f"{method}-{base}-{engine}", runs / f"{method}-{base}-whole"
     expected, found = losses(whole), losses(run)

@@ -113,13 +113,17 @@ def test_equals_single(
 # -- the finished run ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[4, 3, 2])
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.turn(n % 3, 3)) for n in (4, 3, 2)]
+)
 def run(
     request: pytest.FixtureRequest,
     shared_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[int, Path, Path]:
-    """(bits, base, run directory) after 20 steps on held-out and training stories."""
+    """(bits, base, run directory) after 20 steps on held-out and training stories.
+
+    Widths take turns: ``test_equals_single`` trains each of them in every turn."""
     directory = tmp_path_factory.mktemp(f"int{request.param}")
     bits = request.param
     whole = run_config(

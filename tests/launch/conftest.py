@@ -61,6 +61,7 @@ def submit_script(
     script: str,
     tasks_per_node: int,
     *,
+    python: str = sys.executable,
     options: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> tuple[str, Path]:
@@ -70,7 +71,7 @@ def submit_script(
     job = slurm.call(
         *("sbatch", "--parsable", *size, "--cpus-per-task=1", f"--chdir={ROOT}", *options),
         *(f"--output={out}", str(ROOT / "launch" / "slurm" / script), str(run.config), *overrides),
-        env={"PYTHON": sys.executable, "DIST_PEFT_ROOT": str(ROOT)},
+        env={"PYTHON": python, "DIST_PEFT_ROOT": str(ROOT)},
     )
     return job.strip(), out
 

@@ -44,7 +44,9 @@ def test_one_host(small_run: SmallRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
-def test_two_hosts_over_ssh(small_run: SmallRun, tmp_path: Path, launcher: str) -> None:
+def test_two_hosts_over_ssh(
+    small_run: SmallRun, tmp_path: Path, forked_python: str, launcher: str
+) -> None:
     need("ip", "sshd", "ssh", "ssh-keygen", "pdsh" if launcher == "pdsh" else "mpirun.openmpi")
     with Hosts(tmp_path) as hosts:
         programs = hosts.start_sshd()
@@ -56,7 +58,8 @@ def test_two_hosts_over_ssh(small_run: SmallRun, tmp_path: Path, launcher: str) 
             options.append(
                 "--launcher_args=--mca oob_tcp_if_include eth0 --mca btl_tcp_if_include eth0"
             )
-        command = [*DEEPSPEED, *options, TRAIN, "--config", str(small_run.config)]
+        script = ["--no_python", forked_python, TRAIN]
+        command = [*DEEPSPEED, *options, *script, "--config", str(small_run.config)]
         if launcher == "openmpi":  # nothing in its environment tells deepspeed from mpirun
             command += ["engine.kind=zero", "engine.stage=2"]
         run(

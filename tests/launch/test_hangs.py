@@ -1,7 +1,6 @@
 """A link between two hosts that drops everything and closes no connection."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from tests.support.tiny_runs import save_config
 pytestmark = pytest.mark.launcher
 
 
-def test_both_sides_of_a_cut_link_name_the_other(tmp_path: Path) -> None:
+def test_both_sides_of_a_cut_link_name_the_other(tmp_path: Path, forked_python: str) -> None:
     need("ip")
     config, run_dir = save_config(tmp_path, small_tree(tmp_path, 100000)), tmp_path / "run"
     with Hosts(tmp_path) as hosts:
         env = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.names[0]}
-        command = (sys.executable, TRAIN, "--config", str(config), "engine.stall_seconds=4")
+        command = (forked_python, TRAIN, "--config", str(config), "engine.stall_seconds=4")
         logs = [tmp_path / f"rank{i}.log" for i in range(2)]
         ranks = [
             hosts.popen(name, *command, log=logs[i], env={**env, "RANK": str(i)})

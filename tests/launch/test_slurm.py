@@ -19,18 +19,30 @@ pytestmark = pytest.mark.launcher
     ],
 )
 def test_script_trains_as_one_process(
-    slurm: Slurm, small_run: SmallRun, script: str, tasks_per_node: int, expected: str
+    slurm: Slurm,
+    small_run: SmallRun,
+    forked_python: str,
+    script: str,
+    tasks_per_node: int,
+    expected: str,
 ) -> None:
-    job, out = submit_script(slurm, small_run, script, tasks_per_node)
+    python = forked_python if tasks_per_node > 1 else sys.executable
+    job, out = submit_script(slurm, small_run, script, tasks_per_node, python=python)
     assert slurm.wait(job) == "COMPLETED", out.read_text()
     assert expected in out.read_text()
     small_run.check()
 
 
-def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
+def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun, forked_python: str) -> None:
     """As one process, though stopped three times: while Python imports; as ``--signal=B:USR1@N``
     does it (to the script); and as ``USR1@N`` (to its tasks)."""
-    job, out = submit_script(slurm, long_run, "fsdp2_nodes.sbatch", 1)
+    python = long_run.directory.parent / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] && exec {sys.executable} "$@"\n'
+        f'exec {forked_python} "$@"\n'
+    )
+    python.chmod(0o755)
+    job, out = submit_script(slurm, long_run, "fsdp2_nodes.sbatch", 1, python=str(python))
     for stop, to in enumerate(([], ["--batch"], []), 1):
         before = len(long_run.losses())
         if stop == 1:
@@ -49,9 +61,9 @@ def test_signal_requeues_and_resumes(slurm: Slurm, long_run: SmallRun) -> None:
     long_run.check()
 
 
-def test_missing_rank_is_named(slurm: Slurm, small_run: SmallRun) -> None:
+def test_missing_rank_is_named(slurm: Slurm, small_run: SmallRun, forked_python: str) -> None:
     """The second task never starts the program: the first one waits its time and says so."""
-    late = f"[ $SLURM_PROCID = 1 ] && sleep 60; exec {sys.executable} {TRAIN} --config $0 $1"
+    late = f"[ $SLURM_PROCID = 1 ] && sleep 60; exec {forked_python} {TRAIN} --config $0 $1"
     done = subprocess.run(
         slurm.command(
             slurm.names[0],
@@ -69,11 +81,13 @@ def test_missing_rank_is_named(slurm: Slurm, small_run: SmallRun) -> None:
     assert f"no rank came from {slurm.names[1]}" in done.stderr
 
 
-def test_batch_script_without_srun_is_refused(slurm: Slurm, small_run: SmallRun) -> None:
+def test_batch_script_without_srun_is_refused(
+    slurm: Slurm, small_run: SmallRun, forked_python: str
+) -> None:
     out = small_run.directory.parent / "job.out"
     job = slurm.call(
         *("sbatch", "--parsable", "-N2", f"--output={out}"),
-        f"--wrap={sys.executable} {TRAIN} --config {small_run.config}",
+        f"--wrap={forked_python} {TRAIN} --config {small_run.config}",
     )
     assert slurm.wait(job.strip()) == "FAILED"
     assert "outside of srun" in out.read_text()

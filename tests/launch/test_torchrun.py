@@ -24,7 +24,7 @@ def test_one_host(small_run: SmallRun) -> None:
 
 
 @pytest.mark.parametrize("way", ["c10d", "static"])
-def test_two_hosts(small_run: SmallRun, tmp_path: Path, way: str) -> None:
+def test_two_hosts(small_run: SmallRun, tmp_path: Path, forked_python: str, way: str) -> None:
     need("ip")
     with Hosts(tmp_path) as hosts:
         # by name: with a number torchrun asks whether its own name resolves to it, here 127.0.1.1
@@ -37,21 +37,23 @@ def test_two_hosts(small_run: SmallRun, tmp_path: Path, way: str) -> None:
             }[way]
             command = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", *meet, TRAIN)
             log = tmp_path / f"{name}.log"
-            agents.append(
-                (hosts.popen(name, *command, "--config", str(small_run.config), log=log), log)
-            )
+            command = (*command, "--config", str(small_run.config))
+            env = {"PYTHON_EXEC": forked_python}
+            agents.append((hosts.popen(name, *command, log=log, env=env), log))
         for agent, log in agents:
             assert agent.wait(timeout=120) == 0, log.read_text()
     small_run.check()
 
 
 @pytest.mark.parametrize("dies", [1, 0], ids=["another rank", "the rank that serves the store"])
-def test_rank_that_dies_is_named(long_run: SmallRun, tmp_path: Path, dies: int) -> None:
+def test_rank_that_dies_is_named(
+    long_run: SmallRun, tmp_path: Path, forked_python: str, dies: int
+) -> None:
     """Two hosts by hand, no launcher to help: one host goes away in the middle."""
     need("ip")
     with Hosts(tmp_path) as hosts:
         env = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.names[0]}
-        command = (sys.executable, TRAIN, "--config", str(long_run.config), "train.steps=100000")
+        command = (forked_python, TRAIN, "--config", str(long_run.config), "train.steps=100000")
         logs = [tmp_path / f"rank{i}.log" for i in range(2)]
         ranks = [
             hosts.popen(name, *command, log=logs[i], env={**env, "RANK": str(i)})
@@ -65,7 +67,9 @@ def test_rank_that_dies_is_named(long_run: SmallRun, tmp_path: Path, dies: int) 
         assert named in logs[lives].read_text()
 
 
-def test_wrong_address_ends_in_time(small_run: SmallRun, tmp_path: Path) -> None:
+def test_wrong_address_ends_in_time(
+    small_run: SmallRun, tmp_path: Path, forked_python: str
+) -> None:
     """Two hosts by hand: the one with a wrong address and rank 0 both end, and say who lacks."""
     need("ip")
     with Hosts(tmp_path) as hosts:
@@ -73,7 +77,7 @@ def test_wrong_address_ends_in_time(small_run: SmallRun, tmp_path: Path) -> None
         for i, name in enumerate(hosts.names):
             env = {"RANK": str(i), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29400"}
             env["MASTER_ADDR"] = hosts.names[0] if i == 0 else f"{hosts.names[0]}x"
-            command = (sys.executable, TRAIN, "--config", str(small_run.config))
+            command = (forked_python, TRAIN, "--config", str(small_run.config))
             log = tmp_path / f"rank{i}.log"
             short = "engine.start_timeout_minutes=0.1"
             ranks.append((hosts.popen(name, *command, short, log=log, env=env), log))

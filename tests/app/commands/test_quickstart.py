@@ -43,11 +43,12 @@ def test_missing_base_is_told_before_anything_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.dist
-def test_whole_job(tmp_path: Path) -> None:
+def test_whole_job(tmp_path: Path, forked_python: str) -> None:
     root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "dist_peft", "quickstart", "--out", str(tmp_path)]
     command += ["--pretrain-steps", "20", "--steps", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment["PYTHON_EXEC"] = forked_python  # of torchrun's ranks
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 12 of 20, loss " in done.stdout
