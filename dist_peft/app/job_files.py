@@ -134,7 +134,7 @@ def render_slurm_job(
     cluster = "a cluster that it could not ask (no sinfo here): check every line"
     if partition is not None:
         minutes = min(minutes, partition.minutes or minutes)
-        cpus = max(1, partition.cpus // job.gpus)
+        cpus = max(1, partition.cpus // max(job.gpus, partition.gpus))
         cluster = (
             f"partition {partition.name}: {partition.nodes} nodes of {partition.cpus} CPUs and "
             f"{partition.gpus} GPUs"

@@ -121,6 +121,10 @@ ROWS = [
         "kind",
     ),
     _value("section null", "data=null", "must be a section"),
+    # -- habits of other trainers
+    _value("key of transformers", "train.save_steps=5", "here it is save.every"),
+    _value("method of other trainers", "adapter.kind=qlora", "write adapter.kind: lora and base.q"),
+    _value("text for a list", "adapter.target_modules=q_proj", "write adapter.target_modules: [q_"),
     # -- numbers
     _value("r 0", "adapter.r=0", "greater than or equal to 1"),
     _value("r 10**9", "adapter.r=1000000000", "adapter.r"),

@@ -11,7 +11,12 @@ ROWS = [
     Row("error share NaN", "merge", ("share of at least 0",), args=("--max-error", "nan")),
     Row("minutes infinite", "merge", ("number of minutes",), args=("--verify-minutes", "inf")),
     Row("format unknown", "mlx", ("--format", "gguf"), args=("--format", "onnx")),
-    Row("rows negative", "validate", ("--rows -1", "give the number"), args=("--rows", "-1")),
+    Row(
+        "rows negative",
+        "validate",
+        ("--rows -1", "0 or more"),
+        args=("--rows", "-1"),
+    ),
     Row("memory negative", "plan", ("--gpu-memory",), args=("--gpu-memory", "-1GiB")),
     Row("card unknown", "plan", ("--gpu Z9000", "known"), args=("--gpu", "Z9000")),
     Row("inspect nothing", "inspect base", ("base cannot", "No such"), remove("base")),
