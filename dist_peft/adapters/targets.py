@@ -15,6 +15,7 @@ from torch import nn
 from dist_peft.core.errors import UserError
 from dist_peft.data.render_bound import find_resource_excess
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenWeight
 
 __all__ = ["check_pattern_keys", "list_adapter_targets", "resolve_pattern_value"]
@@ -39,7 +40,12 @@ def list_adapter_targets(
     Raises:
         UserError: an entry matches nothing.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, FrozenWeight)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenWeight)
+        and not (isinstance(module, FrozenEmbedding) or module.is_tied)
+    }
     if targets == "all-linear":
         inside = [name for name, module in linears.items() if not module.is_head]
         chosen = [name for name in inside if not linears[name].without_gradient]

@@ -171,6 +171,8 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
 
 def _compute_base_id(config: RunConfig, skeleton: Skeleton) -> str:
     stored = config.base.model_dump(include={"quant", "compute_dtype"}, mode="json")
+    if config.base.quant is not None and not config.base.quant.embeddings:
+        del stored["quant"]["embeddings"]  # the fingerprint of earlier runs
     text = skeleton.index.compute_fingerprint() + json.dumps(stored, sort_keys=True)
     text += "" if skeleton.prequantized is None else skeleton.prequantized.format_label
     text += "" if skeleton.head is None else json.dumps(skeleton.head.labels)

@@ -72,6 +72,11 @@ def quantize_base(
     quant = config.base.quant
     if quant is None:
         raise UserError("base.quant is null: there is nothing to quantize; set base.quant.kind")
+    if quant.embeddings:
+        raise UserError(
+            "base.quant.embeddings is for training, which packs the embedding and the head while "
+            "it loads them; a written base keeps them unquantized: set it to false"
+        )
     if quant.solver == "gptq" and config.base.head == "classifier":
         raise UserError(
             "base.quant.solver gptq calibrates on documents, and data.train has records of format: "

@@ -163,6 +163,10 @@ def _is_default_value(section: BaseModel, name: str) -> bool:
 
 
 def _find_widest_input(model: nn.Module) -> int:
-    """Return the largest in_features of the blocks' frozen weights; the head is not quantized."""
-    frozen = [m for m in model.modules() if isinstance(m, FrozenWeight) and not m.is_head]
+    """Return the largest in_features of frozen weights; a head that is not quantized is none."""
+    frozen = [
+        m
+        for m in model.modules()
+        if isinstance(m, FrozenWeight) and not (m.is_head and not m.codec.is_quantized)
+    ]
     return max((m.in_features for m in frozen), default=0)

@@ -6,6 +6,7 @@ import torch
 
 from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.codec import Codec
@@ -21,8 +22,8 @@ class BaseWeight:
     Attributes:
         info: name, type and shape in the files, or those of its substitute (``Skeleton.tensors``).
         path: its name in the model, such as ``model.layers.0.self_attn.q_proj.weight``.
-        linear: the linear that owns it as its weight, the head included, or the stack of experts
-            that contains its rows; None for every other tensor.
+        linear: the linear that owns it as its weight, the head included, a packed embedding, or the
+            stack of experts that contains its rows; None for every other tensor.
         written: its name in the output: the name in the files, with the trunk's prefix added if
             the trunk was saved without its head.
         first: row of ``linear`` that corresponds to row 0 of the tensor.
@@ -42,8 +43,10 @@ class BaseWeight:
 
     @property
     def is_block_linear(self) -> bool:
-        """Whether this is the weight of a block's linear, which formats may pack; not the head."""
-        return self.linear is not None and not self.linear.is_head
+        """Whether this is the weight of a block's linear, which formats may pack; neither the head
+        nor an embedding."""
+        outside = self.linear is None or isinstance(self.linear, FrozenEmbedding)
+        return not outside and self.linear is not None and not self.linear.is_head
 
     @property
     def codec(self) -> Codec | None:
@@ -79,13 +82,15 @@ def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
     first: dict[str, int] = {}
     for path, module in skeleton.model.named_modules():
         for own, name in module.checkpoint_names.items():
-            is_linear = isinstance(module, FrozenLinear) and own == "packed"
+            is_linear = isinstance(module, FrozenLinear | FrozenEmbedding) and own == "packed"
             linear = module if is_linear else None
             paths[name] = (f"{path}.{'weight' if is_linear else own}", linear)
         if isinstance(module, ExpertStack):
             for piece in module.pieces:
                 paths[piece.name] = (f"{path}.weight", module)
                 first[piece.name] = piece.span.start
+        elif isinstance(module, FrozenLinear) and module.is_tied:  # files may have a copy for it
+            paths.setdefault(f"{path}.weight", (f"{path}.weight", module))
     trunk = "" if skeleton.head is None else f"{skeleton.model.base_model_prefix}."
     found = []
     for name, info in skeleton.tensors.items():

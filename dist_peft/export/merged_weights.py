@@ -14,8 +14,9 @@ that ``original`` also means the dequantized rows.
 
 The first two states return float32 rows, the others ``AffineParts`` with float32 zeros. All other
 tensors (embeddings, norms, biases, the head) are rows of the files in every state; an adapter of
-one of them is merged except in ``base``. Tensors of a classifier's head may be absent from the
-files: the adapter stores them in full.
+one of them is merged except in ``base``. An embedding and a head that ``base.quant.embeddings``
+packs are rows as training saw them except in ``original``. Tensors of a classifier's head may be
+absent from the files: the adapter stores them in full.
 """
 
 import logging
@@ -174,6 +175,8 @@ class MergedWeights:
         adapted = self.is_adapted(weight) and self.state != "base"
         # includes the head: PiSSA subtracts its initial factors although it is not quantized
         as_trained = self.state in ("decoded", "base")
+        if self.state == "codes":  # a packed head or embedding has no zeros to merge into
+            as_trained = linear is not None and linear.codec.is_quantized
         decoded = linear is not None and (as_trained or linear.stored is not None)
         if decoded:
             assert linear is not None

@@ -40,6 +40,7 @@ from dist_peft.model.computation_key import describe_computation
 from dist_peft.model.document_attention import DOCUMENT_ATTENTION
 from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.freezing import FrozenReplacement
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.parameter_readers import FoundReaders, ReaderWatch, mark_readers
 
@@ -93,6 +94,14 @@ def probe_forward(
     if error is None:
         _mark_without_gradient(model, blocks, replaced)
         return
+    if any(isinstance(one.frozen, FrozenEmbedding) for one in replaced):
+        ends = [o for o in replaced if isinstance(o.frozen, FrozenEmbedding) or _is_head(o.frozen)]
+        if _works_with_originals(model, blocks, ends):
+            raise UserError(
+                f"base.quant.embeddings: the code of base.path {path}, type "
+                f"{model.config.model_type!r}, does not work with a packed embedding and head: "
+                f"{_describe_cause(error)}; set it to false"
+            )
     linears = [one for one in replaced if isinstance(one.frozen, FrozenLinear)]
     if isinstance(error, _ChangedWeightsError) or any(
         _works_with_originals(model, blocks, some) for some in (linears, replaced)
@@ -102,6 +111,10 @@ def probe_forward(
             f"not work with packed linears: {_describe_cause(error)}"
         )
     log.debug("the forward of %s cannot be tried without weights: %s", path, _describe_cause(error))
+
+
+def _is_head(module: nn.Module) -> bool:
+    return isinstance(module, FrozenLinear) and module.is_head
 
 
 class _ChangedWeightsError(Exception):
@@ -337,6 +350,8 @@ def _fake_frozen_forwards(
                 with mode:
                     marker = markers[module] = torch.zeros((), requires_grad=True)
             vars(module)["forward"] = _make_fake_linear(module, marker)
+        elif isinstance(module, FrozenEmbedding):
+            vars(module)["forward"] = _make_fake_lookup(module)
         elif isinstance(module, FrozenExperts):
             vars(module)["forward"] = _fake_experts_forward
 
@@ -352,6 +367,15 @@ def _make_fake_linear(linear: FrozenLinear, marker: Tensor | None) -> Callable[[
         return y + (x.sum(-1, keepdim=True) + marker.to(x.dtype))
 
     return fake_linear_forward
+
+
+def _make_fake_lookup(embedding: FrozenEmbedding) -> Callable[[Tensor], Tensor]:
+    def fake_embedding_forward(ids: Tensor) -> Tensor:
+        shape = ids.numel(), embedding.embedding_dim
+        rows = torch.empty(shape, dtype=embedding.dtype, device=ids.device)
+        return embedding.finish_lookup(ids, rows)
+
+    return fake_embedding_forward
 
 
 def _fake_experts_forward(

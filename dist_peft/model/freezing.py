@@ -1,4 +1,5 @@
-"""Replace linears and experts of a model on ``meta`` by packed ones.
+"""Replace linears, experts and, by option, the input embedding and the output head of a model on
+``meta`` by packed ones.
 
 Which linears: ``nn.Linear`` and those of its subclasses that compute the same (Falcon writes
 ``x @ W.T + b``). Other classes, such as GPT-2's ``Conv1D``, are left unchanged.
@@ -13,9 +14,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.naming import TensorNames
 from dist_peft.model.prequantized.base import PrequantizedBase
@@ -24,7 +27,9 @@ from dist_peft.quant.codec import Codec, RawCodec
 __all__ = [
     "FrozenReplacement",
     "check_base_is_packed",
+    "check_embeddings_are_packed",
     "compute_packed_share",
+    "freeze_embeddings",
     "freeze_experts",
     "freeze_linears",
     "is_plain_linear",
@@ -165,13 +170,93 @@ def freeze_experts(
     return replaced
 
 
+def freeze_embeddings(
+    model: PreTrainedModel, codec: Codec, dtype: torch.dtype, plain: set[int], path: str
+) -> list[FrozenReplacement]:
+    """Replace the input embedding and the output head by packed ones; tied ones share a parameter.
+
+    Args:
+        dtype: of the model; a weight that its family keeps in another type is refused.
+        plain: ``id`` of linears whose weight other modules read.
+        path: ``base.path``, for messages.
+
+    Raises:
+        UserError: one of them is of another kind, or its weight has further users.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        raise _refuse_embeddings(path, f"its input embedding is a {type(embedding).__name__}")
+    if not isinstance(head, nn.Linear) or not is_plain_linear(head) or id(head) in plain:
+        raise _refuse_embeddings(path, "its output head is more than a linear")
+    if {embedding.weight.dtype, head.weight.dtype} != {dtype}:
+        raise _refuse_embeddings(path, f"they are not kept in {str(dtype).removeprefix('torch.')}")
+    weights = {id(embedding.weight), id(head.weight)}
+    holders = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if weights & {id(p) for p in child._parameters.values()}
+    ]
+    if len(holders) != 2:
+        raise _refuse_embeddings(path, "other modules use their weights")
+    frozen_embedding = FrozenEmbedding(embedding, codec)
+    frozen_head = FrozenLinear(
+        head.in_features,
+        head.out_features,
+        codec,
+        bias=head.bias is not None,
+        bias_dtype=dtype if head.bias is None else head.bias.dtype,
+        source="",
+        device="meta",
+    )
+    frozen_head.is_head = True
+    if head.weight is embedding.weight:
+        frozen_head.packed = frozen_embedding.packed
+        frozen_head.is_tied = True
+    paths = {id(module): name for name, module in model.named_modules()}
+    replaced = [
+        FrozenReplacement(
+            parent,
+            paths[id(child)],
+            child,
+            frozen_embedding if child is embedding else frozen_head,
+        )
+        for parent, _, child in holders
+    ]
+    for one in replaced:
+        one.install_frozen()
+    return replaced
+
+
+def check_embeddings_are_packed(model: PreTrainedModel, path: str) -> None:
+    """Check that the model's forward, once tried, left both ends packed.
+
+    Raises:
+        UserError: code of the model reads a weight of them.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not all(isinstance(end, FrozenWeight) for end in ends):
+        raise _refuse_embeddings(path, "other code reads their weights")
+
+
+def _refuse_embeddings(path: str, reason: str) -> UserError:
+    return UserError(
+        f"base.quant.embeddings cannot pack the input embedding and output head of {path}: "
+        f"{reason}; set it to false"
+    )
+
+
 def check_base_is_packed(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> None:
     """Check that ``base.quant``, which is set, packs at least one weight.
 
     Raises:
         UserError: no linear of a block is packed; the message names the classes in the blocks.
     """
-    if compute_packed_share(model) > 0:
+    if any(
+        isinstance(module, FrozenWeight) and module.codec.is_quantized
+        for block in blocks
+        for module in block.modules()
+    ):
         return
     classes = {
         type(module).__name__
@@ -188,11 +273,11 @@ def check_base_is_packed(model: nn.Module, blocks: Sequence[nn.Module], path: st
 
 
 def compute_packed_share(model: nn.Module) -> float:
-    """Return the share of the model's bytes that are packed weights of blocks, 0 to 1."""
+    """Return the share of the model's bytes that are packed weights, 0 to 1."""
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     packed = {
         id(module.packed): module.packed.numel()
         for module in model.modules()
-        if isinstance(module, FrozenWeight) and not module.is_head and module.codec.is_quantized
+        if isinstance(module, FrozenWeight) and module.codec.is_quantized
     }
     return sum(packed.values()) / max(1, sum(sizes.values()))

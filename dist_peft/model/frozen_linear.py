@@ -54,11 +54,13 @@ class FrozenWeight(nn.Module):
     Attributes:
         packed: ``uint8 [rows, row_bytes]``, frozen.
         is_head: this is the output head, which ``all-linear`` leaves out.
+        is_tied: ``packed`` is that of the input embedding; nothing adapts it.
         without_gradient: the model's code lets no gradient through from its output, so an adapter
             on it cannot be trained; ``all-linear`` leaves it out.
     """
 
     is_head: bool = False
+    is_tied: bool = False
     without_gradient: bool = False
     packed: nn.Parameter
 

@@ -38,6 +38,7 @@ from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.config_switches import list_switches, shorten_switches
 from dist_peft.model.experts import FrozenExperts, find_expert_modules
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, restore_own_attributes
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.rotary import set_rotary_by_document
@@ -224,6 +225,8 @@ def _fill_with_random_numbers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FrozenExperts):
             vars(module)["forward"] = _experts_answer
+        elif isinstance(module, FrozenEmbedding):
+            vars(module)["forward"] = _look_up_random_rows(module)
         elif isinstance(module, FrozenLinear) or _is_plain_linear(module):
             shape = (module.in_features, _LOGITS if module is head else module.out_features)
             if shape not in pairs:
@@ -241,6 +244,12 @@ def _fill_with_random_numbers(model: PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.float()
+
+
+def _look_up_random_rows(embedding: FrozenEmbedding) -> Callable[[Tensor], Tensor]:
+    shape = embedding.num_embeddings, embedding.embedding_dim
+    table = _random_parameter("weight", torch.empty(shape, device="meta"))
+    return lambda ids: embedding.finish_lookup(ids, table[ids.flatten()])
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -35,7 +35,14 @@ from dist_peft.model.document_attention import (
 from dist_peft.model.experts import ExpertStack, find_expert_modules, find_router_linears
 from dist_peft.model.float32_tensors import find_wider_dtypes, set_parameter_dtypes
 from dist_peft.model.forward_probe import PROBE_TOKENS, probe_forward, runs_with_mask
-from dist_peft.model.freezing import check_base_is_packed, freeze_experts, freeze_linears
+from dist_peft.model.freezing import (
+    check_base_is_packed,
+    check_embeddings_are_packed,
+    freeze_embeddings,
+    freeze_experts,
+    freeze_linears,
+)
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
 from dist_peft.model.meta_device import EmptyOnMeta
@@ -165,11 +172,17 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     codec = make_codec(base.quant, dtype) if packed is None else RawCodec(dtype)
     learning, routers = head.modules if head else (), find_router_linears(model, experts)
     plain = routers | find_externally_read_linears(model)
-    replaced = freeze_linears(
+    packs_embeddings = base.quant is not None and base.quant.embeddings
+    replaced = []
+    if packs_embeddings:
+        replaced += freeze_embeddings(model, codec, dtype, plain, base.path)
+    replaced += freeze_linears(
         model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
     )
     replaced += freeze_experts(model, experts, names, codec)
     probe_forward(model, blocks, replaced, base.path)
+    if packs_embeddings:
+        check_embeddings_are_packed(model, base.path)
     if base.quant is not None:
         check_base_is_packed(model, blocks, base.path)
     for module in model.modules():
@@ -339,20 +352,25 @@ def _attach_tensor_names(
     index: SafetensorsIndex,
     tensors: Mapping[str, TensorSpec],
 ) -> None:
+    sources: dict[int, str] = {}
+    others: list[tuple[str, FrozenWeight]] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own: dict[str, str] = {}
-        for name, _ in [
+        for name, parameter in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
-            full = prefix + (
-                "weight" if isinstance(module, FrozenLinear) and name == "packed" else name
-            )
+            packs = isinstance(module, FrozenLinear | FrozenEmbedding) and name == "packed"
+            full = prefix + ("weight" if packs else name)
             if full in names:
                 own[name] = names[full]
+            elif packs:  # perhaps tied to another
+                others.append((full, module))
             elif isinstance(module, FrozenLinear):
-                raise UserError(f"no tensor for {full} in {index.path}")
+                raise _no_tensor_error(full, index)
+            if packs and name in own:
+                sources[id(parameter)] = module.source = own[name]
         pieces = module.pieces if isinstance(module, ExpertStack) else ()
         for source in [*own.values(), *(piece.name for piece in pieces)]:
             if not tensors[source].dtype.is_floating_point:
@@ -362,5 +380,11 @@ def _attach_tensor_names(
                     "already quantized or is no model; give the unquantized base"
                 )
         module.checkpoint_names = own
-        if isinstance(module, FrozenLinear):
-            module.source = own["packed"]
+    for full, frozen in others:
+        if id(frozen.packed) not in sources:
+            raise _no_tensor_error(full, index)
+        frozen.source = sources[id(frozen.packed)]
+
+
+def _no_tensor_error(name: str, index: SafetensorsIndex) -> UserError:
+    return UserError(f"no tensor for {name} in {index.path}")

@@ -7,6 +7,8 @@ Code that takes another way on another device, or whose work depends on values, 
     has_fast_product      products are native but on a CPU
     choose_nf4_kernel     bitsandbytes' on CUDA, if it is installed
     chunks of logits      of the assumed device's size
+    panels of a packed    of the assumed device's size, and the first alone
+    head
     count_expert_tokens   equal shares: fake ids have no values
 """
 

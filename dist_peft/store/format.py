@@ -137,7 +137,8 @@ def _read_header_json(descriptor: int, size: int, file: Path) -> tuple[dict[str,
         raise _corrupt_file_error(file, f"its header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise _corrupt_file_error(file, "its header is not a JSON object")
-    metadata = header.pop(_METADATA, None) or {}
+    metadata = header.pop(_METADATA, None)  # null: there is none
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _corrupt_file_error(file, f"its {_METADATA} is no object of texts")
     return header, 8 + length

@@ -12,6 +12,10 @@ time (the scheme of Liger Kernel's fused linear cross entropy, Hsu et al. 2024):
                    dh = (softmax(z) - onehot) W    kept: [N, H] float32
     backward   grad h = upstream_i dh_i            no logits, no second product, no weight
 
+A quantized head (``base.quant.embeddings``) of more than 2^26 weights is never dequantized whole:
+each product takes it panel by panel, so that each chunk of rows decodes it twice. Smaller ones are
+dequantized once.
+
 A frozen head needs no gradient of its own, so the product ``(softmax - onehot) W`` can be made
 while ``z`` is there: two products with the head instead of the three of a recomputed one, and the
 weight is dequantized once. The difference to Liger's kernel: it averages and keeps a gradient of
@@ -52,6 +56,12 @@ _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 _WEIGHT_ELEMENTS = 2**22
 """Values of the weight in float32 at a time, where 16-bit products are computed in float32."""
+
+_PANEL_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+"""Values of a quantized weight that are dequantized at a time: 64 MiB in 16 bits on a GPU."""
+
+_WHOLE_ELEMENTS = 2**26
+"""Most values of a quantized weight that is dequantized whole: 128 MiB in 16 bits."""
 
 
 def computes_losses_at_head(model: nn.Module) -> bool:
@@ -117,10 +127,10 @@ def iterate_frozen_head_logits(hidden: Tensor, head: nn.Module) -> Iterator[tupl
         hidden: ``[N, H]``, the head's input.
         head: as in ``compute_frozen_head_losses``.
     """
-    weight, bias = _get_head_weight(head, hidden.dtype)
+    weight = _HeadWeight(head, hidden)
     arithmetic = torch.promote_types(hidden.dtype, torch.float32)
-    for part in _split_into_chunks(hidden, len(weight)):
-        yield part, _compute_logits(hidden[part], weight, bias, arithmetic)
+    for part in _split_into_chunks(hidden, weight.rows):
+        yield part, _compute_logits(hidden[part], weight, arithmetic)
 
 
 def compute_frozen_head_losses(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -138,14 +148,14 @@ def compute_frozen_head_losses(hidden: Tensor, targets: Tensor, head: nn.Module)
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-        weight, bias = _get_head_weight(head, hidden.dtype)
+        weight = _HeadWeight(head, hidden)
         arithmetic = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=arithmetic, device=hidden.device)
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = torch.empty(hidden.shape, dtype=arithmetic, device=hidden.device)
-        for part in _split_into_chunks(hidden, len(weight)):
-            rows = _compute_logits(hidden[part], weight, bias, arithmetic)
+        for part in _split_into_chunks(hidden, weight.rows):
+            rows = _compute_logits(hidden[part], weight, arithmetic)
             chosen = targets[part].unsqueeze(1)
             target_logits = rows.sub_(rows.amax(1, keepdim=True)).gather(1, chosen).squeeze(1)
             normalizers = rows.exp_().sum(1)
@@ -170,50 +180,70 @@ def _find_head(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, FrozenLinear | nn.Linear) else None
 
 
-def _get_head_weight(head: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the weight ``[V, H]`` in ``dtype`` and the bias ``[V]``."""
-    if isinstance(head, FrozenLinear):
-        return head.dequantize_weight(dtype), head.bias
-    assert isinstance(head, nn.Linear)
-    return head.weight.detach().to(dtype), head.bias
+class _HeadWeight:
+    """The weight ``[rows, H]`` of a frozen head, in panels of rows.
 
+    Attributes:
+        is_upcast: panels are float32, since 16-bit products are computed in it.
 
-def _compute_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: torch.dtype
-) -> Tensor:
-    """Return ``hidden W^T + bias`` [rows, V], rounded to ``hidden``'s type, as ``arithmetic``.
-
-    Where 16-bit products are computed in float32 (``quant.cpu_products``), a block of the weight at
-    a time is converted.
+    Args:
+        head: a frozen ``FrozenLinear`` or ``nn.Linear``.
+        hidden: inputs, whose type the weight is used in and whose device it is on.
     """
-    dtype = hidden.dtype
-    upcast = not has_fast_product(hidden.device, dtype)
-    result = torch.empty(len(hidden), len(weight), dtype=arithmetic, device=hidden.device)
-    wide = hidden.float() if upcast else hidden
-    for block in _split_weight(weight, upcast):
-        part = weight[block].float() if upcast else weight[block]
-        logits = (wide @ part.T).to(dtype)
-        result[:, block] = logits if bias is None else logits + bias[block].to(dtype)
-    return result
 
-
-def _multiply_by_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``gradient W`` [rows, H] of a gradient that is rounded to ``dtype`` first."""
-    upcast = not has_fast_product(gradient.device, dtype)
-    result = gradient.new_zeros(len(gradient), weight.shape[1])
-    for block in _split_weight(weight, upcast):
-        rounded = gradient[:, block].to(dtype)
-        if upcast:
-            result.addmm_(rounded.float(), weight[block].float())
+    def __init__(self, head: nn.Module, hidden: Tensor) -> None:
+        assert isinstance(head, FrozenLinear | nn.Linear)
+        self.rows, self.columns, self.bias = head.out_features, head.in_features, head.bias
+        self._dtype, self._packed = hidden.dtype, head if isinstance(head, FrozenLinear) else None
+        self.is_upcast = not has_fast_product(hidden.device, hidden.dtype)
+        self._weight: Tensor | None = None
+        elements = _WEIGHT_ELEMENTS if self.is_upcast else self.rows * self.columns
+        if not isinstance(head, FrozenLinear):
+            self._weight = head.weight.detach().to(self._dtype)
+        elif not head.codec.is_quantized or self.rows * self.columns <= _WHOLE_ELEMENTS:
+            self._weight = head.dequantize_weight(self._dtype)
         else:
-            result += rounded @ weight[block]
+            device = get_assumed_device() or hidden.device
+            elements = min(elements, _PANEL_ELEMENTS.get(device.type, _PANEL_ELEMENTS["cuda"]))
+        self._panel_rows = max(1, elements // self.columns)
+
+    def iterate_panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows and their weight ``[n, H]``, in float32 where 16-bit products are computed in
+        it (``quant.cpu_products``). Where a device is assumed, one packed panel stands for all."""
+        once = self._weight is None and get_assumed_device() is not None
+        for first in range(0, self._panel_rows if once else self.rows, self._panel_rows):
+            panel = slice(first, min(first + self._panel_rows, self.rows))
+            if self._weight is not None:
+                weight = self._weight[panel]
+            else:
+                assert self._packed is not None
+                packed = self._packed.packed.detach()[panel]
+                weight = self._packed.codec.dequantize_rows(packed, self.columns, self._dtype)
+            yield panel, weight.float() if self.is_upcast else weight
+
+
+def _compute_logits(hidden: Tensor, weight: _HeadWeight, arithmetic: torch.dtype) -> Tensor:
+    """Return ``hidden W^T + bias`` [rows, V], rounded to ``hidden``'s type, as ``arithmetic``."""
+    dtype, bias = hidden.dtype, weight.bias
+    result = torch.empty(len(hidden), weight.rows, dtype=arithmetic, device=hidden.device)
+    wide = hidden.float() if weight.is_upcast else hidden
+    for panel, part in weight.iterate_panels():
+        logits = (wide @ part.T).to(dtype)
+        result[:, panel] = logits if bias is None else logits + bias[panel].to(dtype)
     return result
 
 
-def _split_weight(weight: Tensor, upcast: bool) -> Iterator[slice]:
-    size = max(1, _WEIGHT_ELEMENTS // weight.shape[1]) if upcast else len(weight)
-    for first in range(0, len(weight), size):
-        yield slice(first, first + size)
+def _multiply_by_weight(gradient: Tensor, weight: _HeadWeight, dtype: torch.dtype) -> Tensor:
+    """Return ``gradient W`` [rows, H] of a gradient that is rounded to ``dtype`` first; panels are
+    added up in ``gradient``'s type."""
+    result = gradient.new_zeros(len(gradient), weight.columns)
+    for panel, part in weight.iterate_panels():
+        rounded = gradient[:, panel].to(dtype)
+        if weight.is_upcast:
+            result.addmm_(rounded.float(), part)
+        else:
+            result += rounded @ part
+    return result
 
 
 def _split_into_chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:

@@ -1,19 +1,25 @@
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dist_peft.adapters import targets
+from dist_peft.adapters.method_table import make_adapter
 from dist_peft.adapters.targets import (
     check_pattern_keys,
     list_adapter_targets,
     resolve_pattern_value,
 )
+from dist_peft.core.config.run import BaseConfig, QaLoraConfig, QuantConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.skeleton import build_skeleton
 from tests.support.adapters import frozen_model, tiny_llama
+from tests.support.tiny_models import CONFIGS, save_model
 
 LINEARS = [
     f"model.layers.{layer}.{name}"
@@ -28,6 +34,27 @@ LINEARS = [
         "mlp.down_proj",
     )
 ]
+
+
+@pytest.mark.parametrize(("family", "adapts_head"), [("llama", True), ("qwen3", False)])
+def test_of_packed_ends_an_untied_head_can_be_adapted(
+    family: str, adapts_head: bool, tmp_path: Path
+) -> None:
+    save_model(CONFIGS[family], tmp_path)
+    quant = QuantConfig(kind="int", group_size=16, embeddings=True)
+    model = build_skeleton(BaseConfig(path=str(tmp_path), quant=quant), tmp_path).model
+    assert not {"lm_head", "model.embed_tokens"} & {*list_adapter_targets("all-linear", model)}
+    with pytest.raises(UserError, match=r"embed_tokens is not a quantizable linear"):
+        list_adapter_targets(["embed_tokens"], model)
+    if adapts_head:
+        assert list_adapter_targets(["lm_head"], model) == ["lm_head"]
+        config = QaLoraConfig(target_modules=["lm_head"])
+        adapter = make_adapter(config, seed=0, arithmetic=torch.float32)
+        with pytest.raises(UserError, match="lm_head is the output head"):
+            adapter.attach_to_model(model)
+    else:
+        with pytest.raises(UserError, match="an output head tied to it cannot be"):
+            list_adapter_targets(["lm_head"], model)
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"base__quant": NF4, "adapter__use_dora": True, "train__steps": SHORT},
     "embedding": {"base__quant": NF4, "adapter__embeddings": True, "train__steps": SHORT},
     "unsharded base": {"base__quant": NF4, "engine__shard_base": False, "train__steps": SHORT},
-    "unpacked": {
-        "base__quant": NF4,
+    "unpacked rows, packed ends": {
+        "base__quant": {**NF4, "embeddings": True},
         "data__packing": False,
         "data__too_long": "truncate",
         "train__steps": SHORT,
@@ -60,7 +60,10 @@ ZERO_CASES: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"base__quant": NF4, "train__steps": SHORT, "train__neftune_alpha": 5},
     ),
-    "int3, stage 2": (2, {"base__quant": integer(3), "train__steps": SHORT}),
+    "int3 with its ends, stage 2": (
+        2,
+        {"base__quant": {**integer(3), "embeddings": True}, "train__steps": SHORT},
+    ),
     "int4, offload": (
         2,
         {"base__quant": integer(4), "engine__cpu_offload": "optimizer", "train__steps": SHORT},
@@ -73,10 +76,10 @@ ZERO_CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     # stage 3 comes last: it replaces torch.nn.functional.linear in its process for good
     "nf4, stage 3": (3, {"base__quant": NF4}),  # 20 steps, too
-    "int2, stage 3, no recomputation": (
+    "int2 with its ends, stage 3, no recomputation": (
         3,
         {
-            "base__quant": integer(2),
+            "base__quant": {**integer(2), "embeddings": True},
             "train__global_batch": 6,
             "engine__activation_checkpointing": False,
             "train__steps": SHORT,

@@ -47,6 +47,7 @@ REFUSED: dict[str, tuple[str, object, str]] = {
     "r": ("adapter.r", 5, "adapter.r is 5, there 4"),
     "alpha": ("adapter.alpha", 9, "adapter.alpha is 9.0, there 8.0"),
     "quant": ("base.quant", {"kind": "nf4"}, 'base.quant.kind is "nf4", there not set'),
+    "packed ends": ("base.quant", {"embeddings": True}, "base.quant.embeddings is true, there"),
     "dtype": ("base.compute_dtype", "bfloat16", "base.compute_dtype is"),
     "seed": ("train.seed", 1, "train.seed is 1, there 0"),
     "shuffle": ("train.shuffle", False, "train.shuffle is false, there true"),

@@ -164,6 +164,30 @@ ROWS = [
     _value("timeout 1e300", "engine.timeout_minutes=1.0e300", "less than or equal to"),
     _value("start timeout 1e300", "engine.start_timeout_minutes=1.0e300", "less than or equal to"),
     _value("group size 10**12", "base.quant={kind: int, group_size: 1000000000000}", "group_size"),
+    _value(
+        "packed ends of gptq",
+        "base.quant={kind: int, solver: gptq, embeddings: true}",
+        "embeddings",
+        "solver hqq",
+    ),
+    Row(
+        "packed ends and an adapted embedding",
+        "train",
+        ("adapter.embeddings", "base.quant.embeddings"),
+        args=("base.quant={embeddings: true}", "adapter.embeddings=true"),
+    ),
+    Row(
+        "packed ends and a trained head",
+        "train",
+        ("lm_head", "base.quant.embeddings", "adapter.parts"),
+        args=("base.quant={embeddings: true}", "adapter={kind: partial, parts: [head]}"),
+    ),
+    Row(
+        "packed ends, written in advance",
+        "quantize",
+        ("base.quant.embeddings", "set it to false"),
+        args=("base.quant={kind: int, embeddings: true}",),
+    ),
     _value("attention nonsense", "base.attention=sparkling", "sparkling"),
     # -- names and paths
     Row(

@@ -1,18 +1,21 @@
 """The four states of a weight, and how it is cut into chunks."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.merged_weights import MergedWeights, State, dequantize_affine_parts
 from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.quant.codec import make_codec
 from tests.support.export_runs import FakeRun, make_run
 
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 INT4 = QuantConfig(kind="int", bits=4, group_size=32)
 
 
@@ -90,3 +93,34 @@ def test_group_changes_are_the_adapter(run: FakeRun, tmp_path: Path) -> None:
             if w.is_block_linear
         ]
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-6)
+
+
+PACKED_ENDS = {
+    "nf4": QuantConfig(embeddings=True),
+    "int4": INT4.model_copy(update={"embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", PACKED_ENDS)
+def test_packed_ends_are_written_as_trained_except_in_original(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    quant = PACKED_ENDS[kind]
+    run = make_run(tmp_path, quant, group=32, tie_word_embeddings=tied)
+    files = load_file(run.directory / "model.safetensors")
+    if tied:  # a second copy, which transformers ignores
+        files["lm_head.weight"] = files["model.embed_tokens.weight"].clone()
+        save_file(files, run.directory / "model.safetensors", {"format": "pt"})
+    codec = make_codec(quant, torch.float32)
+    for state in ("original", "decoded", "base", *(("codes",) if kind == "int4" else ())):
+        with run.job(tmp_path).open_weights(cast(State, state)) as walk:
+            ends = [w for w in walk.weights if w.path in ENDS]
+            assert len(ends) == 2 and not any(w.is_block_linear for w in ends)
+            for weight in ends:
+                plain = files[weight.name]
+                packed = codec.quantize_to_packed(plain)
+                trained = codec.dequantize_rows(packed, weight.num_columns, torch.float32)
+                expected = plain if state == "original" else trained
+                assert torch.equal(rows(walk, weight), expected), (state, weight.path)
+                assert not walk.is_packable(weight)

@@ -1,6 +1,7 @@
 """Which linears are packed, and a base of which nothing is."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.freezing import compute_packed_share, is_plain_linear
+from dist_peft.model.freezing import compute_packed_share, freeze_embeddings, is_plain_linear
+from dist_peft.quant.codec import make_codec
 from tests.support.loaded_models import IDS, load, logits
 from tests.support.tiny_models import CONFIGS, save_model
 
@@ -70,3 +72,63 @@ def test_share_by_hand(tmp_path: Path) -> None:
     inside = sum(size for n, size in sizes.items() if n.endswith("packed") and "layers" in n)
     assert compute_packed_share(model) == pytest.approx(inside / sum(sizes.values()))
     assert torch.is_grad_enabled()
+
+
+class _Ends(nn.Module):
+    """An embedding and a head, and perhaps another user of the embedding's weight."""
+
+    def __init__(self, embedding: nn.Module, head: nn.Module, other: nn.Module | None) -> None:
+        super().__init__()
+        self.embedding, self.head, self.other = embedding, head, other
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def _embedding(**settings: Any) -> nn.Embedding:
+    return nn.Embedding(8, 16, **settings)
+
+
+_SHARED = _embedding()
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        (_Ends(nn.EmbeddingBag(8, 16), nn.Linear(16, 8), None), "is a EmbeddingBag"),
+        (_Ends(_embedding(max_norm=1.0), nn.Linear(16, 8), None), "is a Embedding"),
+        (_Ends(_embedding(), _Scaled(16, 8), None), "more than a linear"),
+        (_Ends(_embedding(), nn.Linear(16, 8), None).half(), "not kept in float32"),
+        (_Ends(_SHARED, nn.Linear(16, 8), nn.ModuleList([_SHARED])), "other modules use"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_embeddings_that_cannot_be_packed_are_refused(ends: _Ends, reason: str) -> None:
+    codec = make_codec(QuantConfig(), torch.float32)
+    with pytest.raises(UserError, match=f"base.quant.embeddings cannot pack .*{reason}"):
+        freeze_embeddings(cast(Any, ends), codec, torch.float32, set(), "BASE")
+    plain = {id(ends.head)}
+    with pytest.raises(UserError, match=r"base\.quant\.embeddings"):
+        freeze_embeddings(cast(Any, ends), codec, torch.float32, plain, "BASE")
+
+
+def test_a_head_whose_weight_code_reads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(CONFIGS["llama"], tmp_path)
+    forward = tf.LlamaForCausalLM.forward
+
+    def read_weight(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert getattr(self, read[-1])().weight.dtype == torch.float32  # as no source shows it
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "forward", read_weight)
+    read: list[str] = []
+    for name in ("get_output_embeddings", "get_input_embeddings"):
+        read.append(name)
+        with pytest.raises(UserError, match=r"base\.quant\.embeddings.*set it to false"):
+            load(tmp_path, quant=QuantConfig(embeddings=True))
+        load(tmp_path, quant=QuantConfig())

@@ -22,6 +22,8 @@ from tests.support.live_storage import (
 
 SAMPLED = {"scheduled_sampling": {"c": 0, "k": 0, "temperature": 1}}
 
+PACKED_ENDS = {"quant": {"kind": "nf4", "group_size": 64, "embeddings": True}}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +51,7 @@ def assert_peak_holds(plan: RunPlan, measured: dict[str, int], name: str) -> Non
 
 @pytest.mark.e2e
 def test_one_process(base: Path) -> None:
-    tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"})
+    tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"}, base=PACKED_ENDS)
     assert_plan_holds(plan_tree(tree, 1), [measure_steps(World(), {"a": tree})["a"]], "single")
 
 
@@ -67,7 +69,9 @@ def test_three_ranks(base: Path) -> None:
     trees = {
         "checkpointing": odd_tree(base),
         "three of four blocks kept": odd_tree(base, engine={"keep_gathered": 3}),
-        "all activations": odd_tree(base, engine={"activation_checkpointing": False}),
+        "all activations, packed ends": odd_tree(
+            base, engine={"activation_checkpointing": False}, base=PACKED_ENDS
+        ),
         "a pass more": odd_tree(base, engine={"keep_gathered": 3}, train=SAMPLED),
     }
     measured = run_ranks(measure_steps, 3, trees)
@@ -83,7 +87,9 @@ def test_two_ranks_of_zero(base: Path, tmp_path: Path) -> None:
     trees = {}
     for stage in (2, 3):
         engine = {"kind": "zero", "stage": stage, "deepspeed_config": str(file)}
-        trees[f"zero {stage}"] = odd_tree(base, engine=engine, train={"global_batch": 8})
+        trees[f"zero {stage}"] = odd_tree(
+            base, engine=engine, train={"global_batch": 8}, base=PACKED_ENDS if stage == 3 else {}
+        )
     measured = run_ranks(measure_steps, 2, trees)[0]
     for name, tree in trees.items():
         plan = plan_tree(tree, 2)

@@ -63,7 +63,7 @@ def save_odd_bert(directory: Path) -> Path:
     return directory
 
 
-def odd_tree(base: Path, **sections: Any) -> dict[str, Any]:
+def odd_tree(base: Path, /, **sections: Any) -> dict[str, Any]:
     """A run on ``base``: NF4, LoRA of rank 5 with dropout, two micro-batches a rank of three."""
     tree: dict[str, Any] = {
         "base": {"path": str(base), "quant": {"kind": "nf4", "group_size": 64}},

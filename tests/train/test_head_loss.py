@@ -1,16 +1,17 @@
 """Losses computed in the head, compared with those of whole logits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.skeleton import build_skeleton
-from dist_peft.quant.codec import RawCodec
+from dist_peft.quant.codec import Codec, RawCodec, make_codec
 from dist_peft.train import head_loss
 from dist_peft.train.head_loss import (
     compute_frozen_head_losses,
@@ -38,8 +39,9 @@ def make_head(kind: str, dtype: torch.dtype, vocabulary: int, hidden: int) -> nn
         plain = nn.Linear(hidden, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
         plain.weight.data = weight
         return plain
-    codec = RawCodec(dtype)
-    head = FrozenLinear(hidden, vocabulary, codec, kind == "bias", dtype, "head", "cpu")
+    codec: Codec = make_codec(QuantConfig(), dtype) if kind == "panels" else RawCodec(dtype)
+    has_bias = kind in ("bias", "panels")
+    head = FrozenLinear(hidden, vocabulary, codec, has_bias, dtype, "head", "cpu")
     head.packed.data = codec.quantize_to_packed(weight)
     if head.bias is not None:
         head.bias.data = bias
@@ -54,7 +56,7 @@ def pick_targets(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "allowed"), [(torch.float64, 1e-7), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
 )
-@pytest.mark.parametrize("kind", ["frozen", "bias", "tied"])
+@pytest.mark.parametrize("kind", ["frozen", "bias", "tied", "panels"])
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_losses_and_gradients_equal_those_of_whole_logits(
     kind: str, dtype: torch.dtype, allowed: float, chunks: int, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +65,8 @@ def test_losses_and_gradients_equal_those_of_whole_logits(
     head = make_head(kind, dtype, vocabulary, hidden)
     monkeypatch.setitem(head_loss._CHUNK_ELEMENTS, "cpu", vocabulary * 32 // chunks)
     monkeypatch.setattr(head_loss, "_WEIGHT_ELEMENTS", 700)  # blocks of 18 rows, 13 in the last
+    monkeypatch.setattr(head_loss, "_WHOLE_ELEMENTS", vocabulary * hidden - 1)
+    monkeypatch.setitem(head_loss._PANEL_ELEMENTS, "cpu", 500)  # panels of 13 rows, 12 in the last
     x = torch.randn(2, 17, hidden).to(dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (2, 17))
     labels[0, :3] = labels[1, 5:9] = IGNORE
@@ -74,6 +78,28 @@ def test_losses_and_gradients_equal_those_of_whole_logits(
     scale = float(gradient.abs().max())
     assert float((found_gradient - gradient).abs().max()) <= allowed * scale
     assert not found_gradient[labels == IGNORE].any()
+
+
+def test_a_large_quantized_head_is_never_dequantized_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = make_head("panels", torch.float32, 103, 37)
+    sizes: list[int] = []
+    decode = type(head.codec).dequantize_rows
+
+    def count(self: Codec, packed: Tensor, *args: Any) -> Tensor:
+        sizes.append(len(packed))
+        return decode(self, packed, *args)
+
+    monkeypatch.setattr(type(head.codec), "dequantize_rows", count)
+    x, targets = torch.randn(6, 37, requires_grad=True), torch.arange(6)
+    compute_frozen_head_losses(x, targets, head)
+    assert sizes == [103]  # a small one is, once
+    monkeypatch.setattr(head_loss, "_WHOLE_ELEMENTS", 1)
+    monkeypatch.setitem(head_loss._PANEL_ELEMENTS, "cpu", 37 * 40)
+    sizes.clear()
+    compute_frozen_head_losses(x, targets, head).sum().backward()
+    assert sizes == [40, 40, 23] * 2  # logits, gradient
 
 
 def test_each_loss_has_its_own_gradient_scale() -> None:

@@ -30,7 +30,8 @@ from dist_peft.core.config.run import FullConfig, PartialConfig, UnfreezeConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.trainable_steps import BlockSampling, SampledBlock, TrainableSteps
 from dist_peft.model.experts import ExpertStack
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_embedding import FrozenEmbedding
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.skeleton import find_decoder_blocks
 
 __all__ = ["PartialAdapter"]
@@ -140,6 +141,12 @@ def _make_master_parameter(path: str, module: nn.Module, name: str) -> nn.Parame
             f"{path} would learn, but the experts of a mixture stay frozen; choose adapter.parts "
             "without them (norms, biases, embeddings, head), or adapter.kind lora"
         )
+    if isinstance(module, FrozenEmbedding) or _is_packed_head(module, name):
+        raise UserError(
+            f"{path} would learn, but base.quant.embeddings packs the input embedding and the "
+            "output head, which then stay frozen; set it to false, or take them out of "
+            "adapter.parts and adapter.unfreeze"
+        )
     if isinstance(module, FrozenLinear) and name == "packed":
         if module.stored is not None:
             raise UserError(
@@ -148,6 +155,12 @@ def _make_master_parameter(path: str, module: nn.Module, name: str) -> nn.Parame
             )
         shape = (module.out_features, module.in_features)
     return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
+
+
+def _is_packed_head(module: nn.Module, name: str) -> bool:
+    if not isinstance(module, FrozenWeight) or name != "packed":
+        return False
+    return module.is_head and module.codec.is_quantized
 
 
 # -- choosing ----------------------------------------------------------------------------------
@@ -224,7 +237,7 @@ def _iterate_biases(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _iterate_embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding | FrozenEmbedding):
             yield from module.parameters()
 
 

@@ -25,6 +25,7 @@ from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 
@@ -226,6 +227,11 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
 def _find_input_embedding(model: nn.Module) -> str:
     """Name of the input embedding of a ``transformers`` model."""
     embedding = cast(Callable[[], nn.Module], model.get_input_embeddings)()
+    if isinstance(embedding, FrozenEmbedding):
+        raise UserError(
+            "adapter.embeddings adapts an embedding that is not packed, and base.quant.embeddings "
+            "packs it; set one of them to false"
+        )
     if not isinstance(embedding, nn.Embedding):
         raise UserError(
             f"adapter.embeddings: the input embedding is a {type(embedding).__name__}, which "

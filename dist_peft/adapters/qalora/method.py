@@ -47,6 +47,11 @@ class QaLoraAdapter(LowRankAdapter[QaLoraConfig, QaLoraLinear]):
     def _resolve_pool_size(self, name: str, module: FrozenLinear) -> int:
         """The size of pool groups, which must be unions of the base's groups."""
         rows = module.codec.affine_rows
+        if module.is_head and rows is not None:
+            raise UserError(
+                f"adapter.kind qalora merges into the zeros of the blocks' linears, and {name} is "
+                "the output head, which formats keep dense; leave it out of adapter.target_modules"
+            )
         if rows is None:
             raise UserError(
                 f"adapter.kind qalora merges into the zeros of an integer base, but {name} is "

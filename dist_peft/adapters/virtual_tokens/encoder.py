@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import SwitchableLayer
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 
 __all__ = [
@@ -104,6 +106,12 @@ class PromptEncoder(SwitchableLayer, ABC):
     def base(self) -> nn.Module:
         """The input embedding, after which this module is loaded."""
         return self._base[0]
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Type of the input embedding's output."""
+        base = self.base
+        return base.dtype if isinstance(base, FrozenEmbedding) else cast(Tensor, base.weight).dtype
 
     def forward(self) -> Tensor:
         """The virtual tokens, float32 ``[num_virtual_tokens, ...]``."""

@@ -33,6 +33,7 @@ from dist_peft.adapters.virtual_tokens.insertion import TokenInsertion
 from dist_peft.core.config.run import VirtualTokensConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.attention_mask import build_packing_mask, is_packed_sequence
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.sample_dropout import DropoutPosition
 
 __all__ = [
@@ -195,7 +196,7 @@ def shift_positions(count: int, positions: Tensor | None, padding: Tensor | None
 def read_embedding_width(model: nn.Module) -> int:
     """Size of a row of the input embedding."""
     embedding = cast(Any, model).get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
+    if not isinstance(embedding, nn.Embedding | FrozenEmbedding):
         raise UserError(
             f"adapter: the input embedding is a {type(embedding).__name__}, in front of which "
             "virtual tokens cannot be put; use adapter.kind lora"

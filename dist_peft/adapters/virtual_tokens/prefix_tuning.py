@@ -134,13 +134,13 @@ class PrefixAdapter(VirtualTokensAdapter[PrefixConfig]):
         if positions is None or not is_packed_sequence(positions):
             return None
         model = cast(Any, self.model)
-        dtype = cast(Tensor, self.encoder.base.weight).dtype
+        dtype = self.encoder.base_dtype
         count = self.config.num_virtual_tokens
         return build_prefix_mask(model.config.get_text_config(), positions, count, dtype)
 
     def _compute_prefix(self, rows: int) -> KeysValues:
         """For each layer keys and values ``[rows, heads, P, head size]``."""
-        dtype = cast(Tensor, self.encoder.base.weight).dtype
+        dtype = self.encoder.base_dtype
         flat = self.encoder().to(dtype)
         parts = flat.view(-1, 2 * self.layers, self.heads, self.size).permute(1, 2, 0, 3)
         wide = parts.unsqueeze(1).expand(-1, rows, -1, -1, -1)

@@ -28,6 +28,7 @@ from dist_peft.core.config.run import PromptConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
+from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.sample_dropout import DropoutPosition
 from dist_peft.store.index import SafetensorsIndex
@@ -70,8 +71,11 @@ class PromptEmbedding(PromptEncoder):
         rows = torch.empty(len(span), *self.starts[name].shape[1:])
         with RowReader(SafetensorsIndex.open(self.directory)) as reader:
             for row, token in zip(rows, self.tokens[span.slice], strict=True):
-                read = reader.read_rows(base.checkpoint_names["weight"], Span(token, token + 1))
-                row.copy_(read[0].to(base.weight.dtype))
+                packs = isinstance(base, FrozenEmbedding)
+                source = base.source if packs else base.checkpoint_names["weight"]
+                read = reader.read_rows(source, Span(token, token + 1))
+                read = base.fake_quantize(read) if packs else read
+                row.copy_(read[0].to(self.base_dtype))
         scale = getattr(base, "embed_scale", None)  # Gemma scales its embeddings
         return rows if scale is None else rows * torch.as_tensor(scale).float().cpu()
 

@@ -35,6 +35,7 @@ from dist_peft.core.config.adapter import (
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.environment import Reference, store_references
+from dist_peft.core.config.quantization import QuantConfig
 from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
@@ -70,43 +71,6 @@ __all__ = [
     "VeraConfig",
     "VirtualTokensConfig",
 ]
-
-
-class QuantConfig(ConfigSection):
-    """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
-
-    kind: Literal["nf4", "int"] = Field(
-        "nf4", description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups."
-    )
-    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
-    group_size: Int = Field(
-        64, ge=8, le=2**16, description="Weights that share one scale, along in_features."
-    )
-    double_quant: bool = Field(
-        True, description="nf4 only: quantize the scales too, within each row."
-    )
-    solver: Literal["rtn", "hqq", "gptq"] = Field(
-        "rtn",
-        description="int only: how codes are chosen. rtn: round to nearest. hqq: float zeros of "
-        "least error, without calibration. gptq: least error of each layer's output on text from "
-        "data.train.",
-    )
-    calibration_samples: Count = Field(
-        128, description="gptq only: calibration sequences for the Hessians."
-    )
-    calibration_tokens: Int = Field(
-        2048, ge=8, description="gptq only: tokens of a sequence, at most the base's positions."
-    )
-
-    @model_validator(mode="after")
-    def _check_quant_options(self) -> Self:
-        if self.kind == "nf4" and self.bits != 4:
-            raise ValueError(f"nf4 has 4 bits, not {self.bits}; use kind: int for other widths")
-        if self.kind == "nf4" and self.solver != "rtn":
-            raise ValueError(f"nf4 rounds to nearest; solver {self.solver} is for kind: int")
-        if self.group_size % 8:
-            raise ValueError(f"group_size {self.group_size} is not a multiple of 8")
-        return self
 
 
 class BaseConfig(ConfigSection):
@@ -389,6 +353,11 @@ class RunConfig(ConfigSection):
         check_adapter_options(self.adapter, solver, self.train.layer_decay)
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
+        if classifies and self.base.quant is not None and self.base.quant.embeddings:
+            raise ValueError(
+                "base.quant.embeddings packs the output head, which base.head classifier trains; "
+                "leave it out"
+            )
         if classifies and isinstance(self.adapter, VirtualTokensConfig):
             raise ValueError(
                 f"adapter.kind {self.adapter.kind} puts virtual tokens before a language model's "

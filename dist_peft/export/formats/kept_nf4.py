@@ -90,7 +90,9 @@ class KeptNf4Packer:
             UserError: blocks of bitsandbytes do not divide the ``in_features`` of a linear.
         """
         for linear in model.modules():
-            if not isinstance(linear, FrozenLinear) or linear.codec.nf4_rows is None:
+            if not isinstance(linear, FrozenLinear) or linear.is_head:
+                continue
+            if linear.codec.nf4_rows is None:
                 continue
             if linear.in_features % self.block:
                 raise self._make_block_size_error(linear.source, linear.in_features)

@@ -189,6 +189,11 @@ def check_stated_quant(base: BaseConfig, found: PrequantizedBase, directory: Pat
     if "quant" not in base.model_fields_set:
         return
     has = f"{directory} is quantized already ({found})"
+    if base.quant is not None and base.quant.embeddings:
+        raise UserError(
+            f"base.quant.embeddings is true, but {has}, and its embedding and head are kept as "
+            "they are; set it to false, or give the unquantized base"
+        )
     if base.quant is None:
         raise UserError(f"base.quant is null, but {has}; leave base.quant out")
     for key in found.format.quant_keys:

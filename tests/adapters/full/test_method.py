@@ -213,3 +213,15 @@ def test_refused(tmp_path: Path) -> None:
     linear.stored = object()  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"q_proj would learn, but it comes quantized from base"):
         PartialAdapter(FullConfig(), arithmetic=torch.float32).attach_to_model(skeleton.model)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "head", "all"])
+def test_packed_ends_are_not_trained(part: str, tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"], tmp_path)
+    quant = QuantConfig(embeddings=True)
+    adapter = PartialAdapter(PartialConfig(parts=[part]), arithmetic=torch.float32)  # type: ignore[list-item]
+    with pytest.raises(UserError, match=r"would learn, but base\.quant\.embeddings packs"):
+        adapter.attach_to_model(skeleton_of(tmp_path, quant=quant).model)
+    model, _ = load(tmp_path, PartialConfig(parts=["norms"], last_blocks=1), quant=quant)
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in trainable_parameters(model).values())

@@ -1,15 +1,17 @@
 """What prompt tuning starts from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_peft.core.config.run import PromptConfig
+from dist_peft.core.config.run import PromptConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.hub import load_tokenizer
+from tests.support import loaded_models
 from tests.support.tiny_models import CONFIGS, save_model
 from tests.support.tiny_runs import save_words
 from tests.support.virtual_tokens import attach, load
@@ -59,3 +61,15 @@ def test_text_with_tokens_beyond_the_base(tmp_path: Path) -> None:
     config = PromptConfig(num_virtual_tokens=2, init="text", init_text="<new>")
     with pytest.raises(UserError, match=r"adapter.init_text '<new>' gives tokens \[97\]"):
         attach(config, load(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_text_on_a_packed_embedding_starts_from_its_rows(family: str, tmp_path: Path) -> None:
+    save_model(CONFIGS[family], tmp_path)
+    save_words(tmp_path)
+    model = loaded_models.load(tmp_path, quant=QuantConfig(embeddings=True)).model
+    config = PromptConfig(num_virtual_tokens=2, init="text", init_text="w5 w6")
+    encoder = attach(config, model).encoder
+    embedding: Any = model.get_input_embeddings()
+    assert torch.equal(encoder.init_rows("embedding", Span(0, 2)), embedding(torch.tensor([5, 6])))
+    assert encoder.base_dtype == torch.float32

@@ -1,0 +1,57 @@
+"""The section ``base.quant``: how frozen weights are stored."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_peft.core.config.types import ConfigSection, Count, Int
+
+__all__ = ["QuantConfig"]
+
+
+class QuantConfig(ConfigSection):
+    """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
+
+    kind: Literal["nf4", "int"] = Field(
+        "nf4", description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups."
+    )
+    bits: Literal[2, 3, 4, 8] = Field(4, description="Bits a weight; nf4 has 4.")
+    group_size: Int = Field(
+        64, ge=8, le=2**16, description="Weights that share one scale, along in_features."
+    )
+    double_quant: bool = Field(
+        True, description="nf4 only: quantize the scales too, within each row."
+    )
+    embeddings: bool = Field(
+        False,
+        description="Quantize the input embedding and the output head too, which stay frozen; tied "
+        "ones share one packed copy. Logits then carry the error of a quantized head: compare "
+        "held-out losses.",
+    )
+    solver: Literal["rtn", "hqq", "gptq"] = Field(
+        "rtn",
+        description="int only: how codes are chosen. rtn: round to nearest. hqq: float zeros of "
+        "least error, without calibration. gptq: least error of each layer's output on text from "
+        "data.train.",
+    )
+    calibration_samples: Count = Field(
+        128, description="gptq only: calibration sequences for the Hessians."
+    )
+    calibration_tokens: Int = Field(
+        2048, ge=8, description="gptq only: tokens of a sequence, at most the base's positions."
+    )
+
+    @model_validator(mode="after")
+    def _check_quant_options(self) -> Self:
+        if self.kind == "nf4" and self.bits != 4:
+            raise ValueError(f"nf4 has 4 bits, not {self.bits}; use kind: int for other widths")
+        if self.kind == "nf4" and self.solver != "rtn":
+            raise ValueError(f"nf4 rounds to nearest; solver {self.solver} is for kind: int")
+        if self.embeddings and self.solver == "gptq":
+            raise ValueError(
+                "embeddings: true quantizes while a base is loaded, and solver gptq writes one in "
+                "advance, in which embeddings are not quantized; leave it out, or use solver hqq"
+            )
+        if self.group_size % 8:
+            raise ValueError(f"group_size {self.group_size} is not a multiple of 8")
+        return self
