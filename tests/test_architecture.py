@@ -374,6 +374,8 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
     ]
     assert sorted(calls) == [
         ("app/calibration_sums.py", "result"),  # of an adapter's initialization
+        ("app/chat_model.py", "token"),  # that is generated
+        ("app/run_samples.py", "tokens"),
         ("compress/gptq_driver.py", "factor.order"),
         ("compress/gptq_driver.py", "factor.upper"),
         ("compress/prune_driver.py", "factor.diagonal"),

@@ -54,6 +54,7 @@ from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.writer import write_atomically
 
 __all__ = [
+    "PEFT_VERSION",
     "check_public_adapter",
     "choose_tensors_file",
     "find_config_file",
@@ -67,6 +68,9 @@ __all__ = [
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 _EXTRA = "dist_peft.safetensors"
+
+PEFT_VERSION = "0.21.2"
+"""Version of PEFT whose format is written, and which the tests load it with."""
 
 
 def check_public_adapter(public: PublicAdapter) -> None:
@@ -149,6 +153,8 @@ def write_adapter_directory(
         config, tensors = join_peft_head(public)
     else:
         write_adapterhub_head(directory, public)
+    if "peft_type" in config:
+        config = {**config, "peft_version": PEFT_VERSION}
     data = safetensors.torch.save(tensors, header)
     write_atomically(directory / known.tensors_file, data)
     facts = {

@@ -41,6 +41,7 @@ _DESCRIPTIVE = frozenset(
         "lora_dropout",
         "model_class",
         "model_name",
+        "peft_version",
         "task_type",
         "version",
     }

@@ -47,7 +47,12 @@ from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.optimizers import make_optimizer_factory
 
-__all__ = ["describe_adapter", "format_adapter_files", "open_trained_run"]
+__all__ = [
+    "describe_adapter",
+    "format_adapter_files",
+    "open_trained_run",
+    "read_chat_files",
+]
 
 log = logging.getLogger("dist_peft")
 
@@ -87,6 +92,19 @@ def format_adapter_files(metadata: Mapping[str, Any], chat_template: str | None)
     """
     files = {_METADATA: json.dumps(metadata, indent=1)}
     return files if chat_template is None else {**files, _TEMPLATE: chat_template}
+
+
+def read_chat_files(path: Path) -> tuple[list[int], str | None]:
+    """Return how the model of checkpoint ``path`` converses, from the files of the checkpoint.
+
+    Returns:
+        The tokens that end its turns, and the chat template of the training data, if it is not the
+        tokenizer's own.
+    """
+    metadata, template = path / _METADATA, path / _TEMPLATE
+    found = read_json_object(metadata).get("turn_end") if metadata.is_file() else None
+    ends = [token for token in found if type(token) is int] if isinstance(found, list) else []
+    return ends, template.read_text(encoding="utf-8") if template.is_file() else None
 
 
 @contextmanager

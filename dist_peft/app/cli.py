@@ -27,6 +27,7 @@ COMMANDS = {
     "validate": "check a configuration and its data, and show sequences, without weights",
     "plan": "memory, traffic and time of a run, before it starts",
     "eval": "held-out loss of a base, or of a run's adapter",
+    "chat": "generate text with a run or a finished model",
     "quantize": "write the base packed, according to base.quant",
     "prune": "write the base with part of its weights zero, or without some blocks",
     "merge": "write base + adapter as a Hugging Face directory",

@@ -18,6 +18,7 @@ from dist_peft.adapters.directory import (
 )
 from dist_peft.adapters.fusion.format import is_fusion_config, list_fused_names
 from dist_peft.adapters.low_rank.pooling import read_pooling_facts
+from dist_peft.app.server_support import describe_vllm_support
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 
@@ -50,6 +51,7 @@ def describe_adapter(path: Path) -> list[str]:
     ]
     lines += [f"  {_describe_tensors(path, config)}"]
     lines += [f"  {label:<12} {text}" for label, text in _iterate_targets(config)]
+    lines.append(f"  vLLM         {describe_vllm_support(config)}")
     if (reason := _find_read_obstacle(path)) is not None:
         lines.append(f"  not read     {reason}")
     own = path / "dist_peft.json"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_peft.app.tasks import check_task_config
+from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import DataSource, NoAdapterConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat_override import read_chat_template
@@ -31,6 +32,8 @@ from dist_peft.store.index import SafetensorsIndex
 __all__ = [
     "ResolvedConfig",
     "SolvedBase",
+    "configure_inference",
+    "configure_model_directory",
     "find_solved_base",
     "resolve_config",
     "resolve_finished_run",
@@ -185,6 +188,49 @@ def resolve_one_process(config: RunConfig, run_dir: Path) -> ResolvedConfig:
     engine = config.engine.model_copy(update={"kind": "single", "cpu_offload": "none"})
     single = config.model_copy(update={"engine": engine})
     return resolve_config(single, find_solved_base(single, run_dir))
+
+
+def configure_inference(config: RunConfig, ranks: int, device: str) -> RunConfig:
+    """Return the ``config.yaml`` of a run for forward passes alone, on any number of ranks.
+
+    Several ranks shard the base with FSDP2, whatever engine trained: there is no update for which
+    engines differ. Blocks are not recomputed.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    keeps_on_host = config.engine.cpu_offload == "params" and ranks > 1
+    update = {
+        "kind": "fsdp2" if ranks > 1 else "single",
+        "cpu_offload": "params" if keeps_on_host else "none",
+        "activation_checkpointing": False,
+    }
+    engine = config.engine.model_copy(update=update)
+    train = config.train.model_copy(update={"device": device})
+    return config.model_copy(update={"engine": engine, "train": train})
+
+
+def configure_model_directory(
+    directory: Path, compute_dtype: str, *, trust_remote_code: bool = False
+) -> RunConfig:
+    """Return the configuration of a model without an adapter, for ``configure_inference``.
+
+    Its data are not read.
+
+    Args:
+        directory: a merged model, or an export in one of the quantized formats that are trained on.
+        compute_dtype: as in ``base.compute_dtype``.
+    """
+    base = {"path": str(directory), "compute_dtype": compute_dtype}
+    packed = open_prequantized(directory, SafetensorsIndex.open(directory)) is not None
+    tree = {
+        "base": base if packed else {**base, "quant": None},
+        "adapter": {"kind": "none"},
+        "data": {"train": [str(directory)]},
+    }
+    config = parse_config(tree)
+    trusted = config.base.model_copy(update={"trust_remote_code": trust_remote_code})
+    return config.model_copy(update={"base": trusted})
 
 
 def find_solved_base(config: RunConfig, run_dir: Path) -> SolvedBase | None:

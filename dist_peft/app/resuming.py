@@ -71,6 +71,8 @@ _MAY_CHANGE = (
     "number of ranks",
     "train.micro_batch",
     "train.device",
+    # text for the report
+    "train.samples",
     "version of *",
     # later steps
     "train.steps",

@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+from dist_peft.app.model_card import ADAPTER, write_model_card
 from dist_peft.app.model_setup import LoadedModel
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -30,7 +31,9 @@ log = logging.getLogger("dist_peft")
 
 
 def write_run_report(run_dir: Path, summary: RunSummary) -> Path:
-    """Write the report of a finished run."""
+    """Write the report of a finished run, and the card of its adapter."""
+    if (run_dir / ADAPTER).is_dir() and (run_dir / "config.yaml").is_file():
+        write_model_card(run_dir, run_dir / ADAPTER, ADAPTER)
     return _write_report_files(run_dir, summary, [])
 
 

@@ -24,6 +24,7 @@ from dist_peft.app.peft_form_report import report_peft_form
 from dist_peft.app.run_identity import count_total_steps, describe_run_values
 from dist_peft.app.run_probe import RunProbe
 from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
+from dist_peft.app.run_samples import RunSamples
 from dist_peft.app.step_setup import make_training_step
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure
@@ -87,6 +88,7 @@ class Trainer:
         """Whether ``train.early_stop`` has ended the training."""
         path = self.run_dir / "probe.safetensors"
         self.probe = RunProbe(path, self.loaders.probe, self.built, self.world)
+        self.samples = RunSamples(self.config, self.loaders, self.built, self.world)
         self.nonfinite = NonFiniteSteps.from_config(self.config.train)
         self.evaluation_stopped = False
         """Whether a signal has ended the evaluation after the last step."""
@@ -148,6 +150,7 @@ class Trainer:
         """Train to the last step or until ``stop()``; return the number of completed steps."""
         train, engine, loader = self.config.train, self.built.engine, self.loaders.train
         before = self._evaluate_held_out(0) if first_step == 0 else None
+        self.samples.generate_before(first_step)
         replicas = ReplicaCheck(self.built.model, engine, self.world)
         if train.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
@@ -204,7 +207,8 @@ class Trainer:
                     record = add_evaluation(record, found)
                     is_best = found is not None and history.add_evaluation(found)
                 if step == 0:
-                    record = add_evaluation(record, before, "_before")
+                    record = self.samples.add_before(add_evaluation(record, before, "_before"))
+                record = self.samples.add_after(record, is_end=last or history.should_stop)
                 with self.world.raise_together("write metrics"):
                     raise_if_taken_over()
                     metrics.write_step(record)

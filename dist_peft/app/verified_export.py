@@ -12,6 +12,7 @@ import torch
 from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.adapters.method_table import make_adapter
 from dist_peft.app.finished_run import load_finished_run
+from dist_peft.app.model_card import write_model_card
 from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.run_consistency import check_tokenizer_of_base
 from dist_peft.app.run_report import add_report_section
@@ -142,6 +143,8 @@ def export_finished_run(
         verifier = choose_export_verification(known, needed, verify.verifier)
     result = known.write_export(job)
     log.info("wrote %s", known.describe_result(result))
+    if result.path.is_dir():
+        write_model_card(run_dir, result.path, name)
     if result.written.unpacked:
         log.warning(
             "%d linears stay %s, since groups do not divide them, such as %s",

@@ -95,7 +95,7 @@ def probe_forward(
         _mark_without_gradient(model, blocks, replaced)
         return
     if any(isinstance(one.frozen, FrozenEmbedding) for one in replaced):
-        ends = [o for o in replaced if isinstance(o.frozen, FrozenEmbedding) or _is_head(o.frozen)]
+        ends = [one for one in replaced if one.is_end]
         if _works_with_originals(model, blocks, ends):
             raise UserError(
                 f"base.quant.embeddings: the code of base.path {path}, type "
@@ -111,10 +111,6 @@ def probe_forward(
             f"not work with packed linears: {_describe_cause(error)}"
         )
     log.debug("the forward of %s cannot be tried without weights: %s", path, _describe_cause(error))
-
-
-def _is_head(module: nn.Module) -> bool:
-    return isinstance(module, FrozenLinear) and module.is_head
 
 
 class _ChangedWeightsError(Exception):

@@ -53,6 +53,14 @@ class FrozenReplacement:
         """The path with layer numbers removed: ``model.layers.*.mlp.up_proj``."""
         return re.sub(r"\d+", "*", self.path)
 
+    @property
+    def is_end(self) -> bool:
+        """Whether this is the input embedding or the output head."""
+        frozen = self.frozen
+        return isinstance(frozen, FrozenEmbedding) or (
+            isinstance(frozen, FrozenLinear) and frozen.is_head
+        )
+
     def restore_original(self) -> None:
         setattr(self.parent, self.path.rpartition(".")[2], self.original)
 

@@ -128,8 +128,13 @@ def public_base_name(base: BaseConfig) -> str:
     return str(path.resolve()) if path.is_dir() else base.path
 
 
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Tokenizer:
     """Load the base's tokenizer.
+
+    Args:
+        gguf_file: name of a GGUF file in ``directory`` that holds it.
 
     Raises:
         UserError: tokenizer files are missing or unreadable.
@@ -138,7 +143,10 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenize
         if (directory / name).is_file():
             read_json_object(directory / name)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        options = {} if gguf_file is None else {"gguf_file": gguf_file}
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, **options
+        )
     except Exception as error:  # the class that tokenizers raise for contents that they cannot use
         if type(error) is not Exception and not isinstance(error, (*REFUSALS, RuntimeError)):
             raise

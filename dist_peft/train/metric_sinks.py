@@ -84,6 +84,10 @@ class TensorBoardSink:
         """Add the scalars of a step; those before training under the step before."""
         for name, value, step in list_scalars(record):
             self._board.add_scalar(name, value, step)
+        for after, when in (("_before", record.step - 1), ("", record.step)):
+            for number, sample in enumerate(getattr(record, f"sample_texts{after}") or (), 1):
+                text = f"**{sample.get('prompt')}** {sample.get('text')}"
+                self._board.add_text(f"samples/{number}", text, when)
 
     def close(self) -> None:
         """Write the last events."""

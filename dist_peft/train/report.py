@@ -117,8 +117,24 @@ def write_report(
         headline=_format_headline(records),
         tables=[("Setup", _list_setup_rows(summary)), ("Outcome", _list_outcome_rows(records))],
         plots=plots,
-        sections=sections,
+        sections=[*_list_sample_sections(records), *sections],
     )
+
+
+def _list_sample_sections(records: Sequence[StepMetrics]) -> list[ReportSection]:
+    """Return the text generated before and after training; nothing without samples."""
+    before = next((r.sample_texts_before for r in records if r.sample_texts_before), None) or []
+    after = next((r.sample_texts for r in reversed(records) if r.sample_texts), None) or []
+    texts: list[Row] = []
+    for number in range(max(len(before), len(after))):
+        sides = [samples[number] for samples in (before, after) if number < len(samples)]
+        texts.append((f"Prompt {number + 1}", sides[-1].get("prompt", "")))
+        for title, samples in (("Before training", before), ("After training", after)):
+            if number < len(samples):
+                texts.append((title, samples[number].get("text", "")))
+        texts.append(("In the data", sides[-1].get("expected", "")))
+    title = "Samples, greedy, before and after training"
+    return [ReportSection(title, texts=tuple(texts))] if texts else []
 
 
 def write_task_report(

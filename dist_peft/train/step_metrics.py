@@ -32,6 +32,8 @@ _BY_TASK = tuple(
     for when in ("", "_before")
 )
 
+_TEXTS = ("sample_texts", "sample_texts_before")
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -59,6 +61,9 @@ class StepMetrics:
         spike: robust z-score of the loss, where it is a spike (``train.spikes``).
         sampling_eps, sampling_replaced: with scheduled sampling, the probability of gold inputs,
             and the share of the completion's inputs that were drawn to be replaced.
+        sample_texts: text that the model generates after the last step for ``train.samples``
+            prompts: objects of ``prompt``, ``text`` and the ``expected`` text of the data.
+        sample_texts_before: the same before the first step, on the line of that step.
         domain_loss, domain_accuracy, reversal_strength: with domain-adversarial training, of the
             step's rows with a domain, and the factor of the reversed gradient. ``loss`` is that of
             classes and domains together.
@@ -102,6 +107,8 @@ class StepMetrics:
     domain_loss: float | None = None
     domain_accuracy: float | None = None
     reversal_strength: float | None = None
+    sample_texts: list[dict[str, str]] | None = None
+    sample_texts_before: list[dict[str, str]] | None = None
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
@@ -140,6 +147,8 @@ def format_line(record: StepMetrics) -> str:
 
 def _to_json_value(value: Any) -> Any:
     """JSON has no NaN: ``None`` stands for what is not finite."""
+    if isinstance(value, list):  # of texts
+        return value
     if isinstance(value, dict):
         return {key: _to_json_value(number) for key, number in value.items()}
     return value if math.isfinite(value) else None
@@ -153,13 +162,24 @@ def _parse_line(line: str) -> StepMetrics:
     numbers: dict[str, Any] = {}
     for key in known & values.keys():
         value = values[key]
-        if key in _BY_TASK and isinstance(value, dict):
+        if key in _TEXTS:
+            numbers[key] = _parse_texts(key, value)
+        elif key in _BY_TASK and isinstance(value, dict):
             numbers[key] = {
                 name: _parse_number(f"{key}.{name}", own) for name, own in value.items()
             }
         else:
             numbers[key] = _parse_number(key, value)
     return StepMetrics(**numbers)
+
+
+def _parse_texts(key: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and all(isinstance(text, str) for text in item.values())
+        for item in value
+    ):
+        raise ValueError(f"{key} is no list of objects of texts")
+    return value
 
 
 def _parse_number(key: str, value: Any) -> float:

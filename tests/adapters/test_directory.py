@@ -1,4 +1,5 @@
 import copy
+import importlib.metadata
 import json
 import warnings
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dist_peft.adapters.directory import (
+    PEFT_VERSION,
     keeps_zeros_of_base,
     open_adapter_merger,
     open_merger,
@@ -285,3 +287,10 @@ def test_trained_weights_are_read_from_their_files(tmp_path: Path) -> None:
     (tmp_path / "dist_peft.json").write_text('{"kind": "full"}')
     with ExitStack() as stack, pytest.raises(UserError, match="safetensors"):
         open_merger(tmp_path, {}, stack, tied=False)
+
+
+def test_version_of_the_format_is_that_of_the_tests(tmp_path: Path) -> None:
+    model, adapter = adapted(tiny_llama(), r=4)
+    directory = save(model, adapter, tmp_path)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert config["peft_version"] == PEFT_VERSION == importlib.metadata.version("peft")

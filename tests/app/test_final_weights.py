@@ -60,6 +60,7 @@ def test_partial_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = losses(run)
     assert min(found) < found[0]
     assert sorted(p.name for p in (run / "adapter").iterdir()) == [
+        "README.md",
         "dist_peft.json",
         "model.safetensors",
     ]

@@ -437,6 +437,7 @@ def test_only_what_belongs_to_an_adapter_is_exported(run_dir: Path, tmp_path: Pa
     argv = ["export", "--format", "peft", "--run", str(run), "--out", str(out)]
     assert cli.main(argv) == 0
     assert {path.name for path in out.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "dist_peft.json",

@@ -105,7 +105,7 @@ def make_workspace(root: Path) -> Path:
             "packing": False,
             "cache_dir": "cache",
         },
-        "train": {"global_batch": 2, "lr": 1e-2, "steps": 2, "device": "cpu"},
+        "train": {"global_batch": 2, "lr": 1e-2, "steps": 2, "device": "cpu", "samples": 0},
         "save": {"dir": "run", "every": 1},
         "engine": {"start_timeout_minutes": 0.2, "timeout_minutes": 0.5},
     }

@@ -69,7 +69,7 @@ def odd_tree(base: Path, /, **sections: Any) -> dict[str, Any]:
         "base": {"path": str(base), "quant": {"kind": "nf4", "group_size": 64}},
         "adapter": {"kind": "lora", "r": 5, "alpha": 10, "dropout": 0.1},
         "data": {"train": ["unused.jsonl"], "seq_len": 96, "packing": True},
-        "train": {"micro_batch": 2, "global_batch": 12, "steps": 2, "device": "cpu"},
+        "train": {"micro_batch": 2, "global_batch": 12, "steps": 2, "device": "cpu", "samples": 0},
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}

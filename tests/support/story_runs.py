@@ -35,6 +35,7 @@ def run_config(shared_data: Path, tmp_path: Path, **changes: Any) -> dict[str, A
             "eps": 1e-5,
             "steps": 20,
             "device": "cpu",
+            "samples": 0,  # a test of their own
         },
         "save": {"dir": str(tmp_path / "run")},
     }

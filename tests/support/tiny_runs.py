@@ -65,7 +65,14 @@ def tiny_tree(directory: Path, **changes: Any) -> dict[str, Any]:
             "packing": False,
             "cache_dir": str(directory / "cache"),
         },
-        "train": {"micro_batch": 1, "global_batch": 2, "lr": 1e-2, "steps": 3, "device": "cpu"},
+        "train": {
+            "micro_batch": 1,
+            "global_batch": 2,
+            "lr": 1e-2,
+            "steps": 3,
+            "device": "cpu",
+            "samples": 0,
+        },
         "save": {"dir": str(directory / "run"), "every": 1},
     }
     for key, value in changes.items():

@@ -231,11 +231,11 @@ class TrainConfig(ConfigSection):
         None, description="Domain-adversarial training; null: domains are not compared."
     )
     eval_every: Int = Field(0, ge=0, description="Steps between evaluations; 0: start and end.")
+    samples: Int = Field(2, ge=0, le=64, description="Prompts continued in reports; 0: none.")
     early_stop: Int = Field(
         0,
         ge=0,
-        description="Stop after this many evaluations in a row without a better "
-        "metric_for_best; 0: train all steps.",
+        description="Stop after so many evaluations without a better metric_for_best; 0: never.",
     )
     metric_for_best: Literal["loss", "accuracy", "macro_f1", "matthews", "f1"] = Field(
         "loss",

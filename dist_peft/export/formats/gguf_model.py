@@ -71,28 +71,37 @@ class GgufModelLayout:
         """
         if self.tied and weight.path.startswith("lm_head."):
             return None
-        name = self._names.get_name(weight.path, try_suffixes=(".weight", ".bias"))
+        name = self.map_path(weight.path)
         if name is None and not weight.path.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"gguf has no name for tensor {weight.name} of {self.architecture.name}"
             )
         return name
 
+    def map_path(self, path: str) -> str | None:
+        """Return the GGUF name of parameter ``path``, which ends in .weight or .bias, or None."""
+        name: str | None = self._names.get_name(path, try_suffixes=(".weight", ".bias"))
+        return name
+
     def get_row_multiple(self, weight: BaseWeight) -> int:
         """Return the number of rows that a chunk must be a multiple of to be reordered."""
-        return self.head_dim if self._is_interleaved(weight) else 1
+        return self.head_dim if self._is_interleaved(weight.path) else 1
 
     def reorder_rows(self, weight: BaseWeight, rows: Tensor) -> Tensor:
         """Return rows of whole heads in llama.cpp's order."""
-        if not self._is_interleaved(weight):
+        return self.reorder_path_rows(weight.path, rows)
+
+    def reorder_path_rows(self, path: str, rows: Tensor) -> Tensor:
+        """Do the same for the parameter ``path``."""
+        if not self._is_interleaved(path):
             return rows
         heads = rows.reshape(-1, 2, self.head_dim // 2, *rows.shape[1:])
         return heads.transpose(1, 2).reshape(rows.shape)
 
-    def _is_interleaved(self, weight: BaseWeight) -> bool:
+    def _is_interleaved(self, path: str) -> bool:
         if self.architecture != gguf.MODEL_ARCH.LLAMA:
             return False
-        return weight.path.split(".")[-2] in ("q_proj", "k_proj")
+        return path.split(".")[-2] in ("q_proj", "k_proj")
 
     def add_model_metadata(self, writer: gguf.GGUFWriter, name: str, file_type: int) -> None:
         """Add the hyperparameters of the model to a file's metadata."""

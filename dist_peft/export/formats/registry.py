@@ -11,8 +11,10 @@ from dist_peft.export.formats.export_format import ExportForm, ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.float_bias import HfMetalExport, MlxExport
 from dist_peft.export.formats.gguf_format import GgufExport
+from dist_peft.export.formats.gguf_lora import GgufLoraExport
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.integer_zero import CompressedTensorsExport, GptqExport
+from dist_peft.export.formats.mlx_adapter import MlxAdapterExport
 from dist_peft.export.formats.peft_adapter import PeftExpandedExport, PeftExport
 
 __all__ = ["FORMATS", "export_model", "list_export_forms", "render_format_table"]
@@ -29,6 +31,8 @@ FORMATS: dict[str, ExportFormat] = {
         MlxExport(),
         HfMetalExport(),
         GgufExport(),
+        GgufLoraExport(),
+        MlxAdapterExport(),
     )
 }
 """Name on the command line -> format, in the order of lists and tables."""
