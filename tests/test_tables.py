@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import domain_table
 from benchmarks.code_table import SourceTable
 from benchmarks.methods_table import (
     FIRST_RATES,
@@ -160,3 +161,13 @@ def test_methods_table_widens_the_rates_while_the_best_is_at_an_edge() -> None:
 def test_methods_table_of_the_page_is_that_of_the_result() -> None:
     page, cells = PAGE.read_text(), read_cells(RESULTS / f"{NAME}.json")
     assert replace_table(page, render(cells)) == page
+
+
+def test_domain_table_of_the_pages_is_that_of_the_result() -> None:
+    outcomes = domain_table.read_outcomes()
+    assert not domain_table.find_missing(outcomes)
+    first = domain_table.find_missing(outcomes[1:])
+    assert first == [(outcomes[0].weight, outcomes[0].seed)]
+    for page in domain_table.PAGES:
+        text = page.read_text()
+        assert replace_table(text, domain_table.render(outcomes), domain_table.NAME) == text
