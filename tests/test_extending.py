@@ -227,7 +227,7 @@ def test_codec_trains_merges_and_reads_its_own_packed_base(tmp_path: Path) -> No
     own, entry, literal = (re.findall("`(.*?)`", text)[0] for _, text in table_rows("A codec"))
     changed = change_lines(package, "quant/codec.py", nf4, f"{own}\n{nf4}")
     changed += change_lines(package, "quant/codec.py", row, f"{row}\n    {entry}")
-    changed += change_lines(package, "core/config/run.py", kinds, literal)
+    changed += change_lines(package, "core/config/quantization.py", kinds, literal)
     assert changed <= 5
     tree = tiny_tree(tmp_path, base__quant={"kind": "float8"})
     first = save_config(tmp_path, tree)

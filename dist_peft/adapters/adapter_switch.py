@@ -10,8 +10,8 @@ With PiSSA and LoftQ the stored base is the residual of the initial factors, so 
 those: the function that training started from. Nothing is moved or gathered, so a switch costs
 nothing on any engine.
 
-Methods that change weights of the base (full and partial fine-tuning), and a classification head,
-of which the base has none, leave no base function to go back to.
+Methods that change weights of the base (full and partial fine-tuning, LoRA through the quantizer),
+and a classification head, of which the base has none, leave no base function to go back to.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,10 @@ __all__ = ["can_disable_adapter", "disable_adapter"]
 
 
 def can_disable_adapter(model: nn.Module) -> bool:
-    """Return whether every trainable parameter of ``model`` is in a ``SwitchableLayer``."""
+    """Return whether every trainable parameter of ``model`` is in a ``SwitchableLayer`` that keeps
+    the base's function."""
     return all(
-        isinstance(module, SwitchableLayer)
+        isinstance(module, SwitchableLayer) and module.keeps_base
         for module in model.modules()
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     )
@@ -48,7 +49,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         raise UserError(
             "the base's own function is needed, but this run trains weights of the base or a "
             "classification head and keeps no others; use an adapter.kind that leaves the base as "
-            "it is, such as lora, with base.head lm"
+            "it is, such as lora without through_quantizer, with base.head lm"
         )
     modules = [m for m in model.modules() if isinstance(m, SwitchableLayer)]
     switched = [module for module in modules if module.is_enabled]

@@ -19,6 +19,8 @@ class ExportLimits:
         gptq_linears: against a separate adapter on linears of GPTQ.
         bnb_linears: against a separate adapter on linears of bitsandbytes.
         fits_zero_points: a merge into an integer base keeps its codes and changes its zeros only.
+        trained_codes: the merged weights in the base's own format are what was trained, and no
+            base and adapter apart.
     """
 
     merged: str | None = None
@@ -27,6 +29,7 @@ class ExportLimits:
     gptq_linears: str | None = None
     bnb_linears: str | None = None
     fits_zero_points: bool = False
+    trained_codes: bool = False
 
     def get_reason(self, content: ExportContent) -> str | None:
         """Return the reason against ``content``."""

@@ -236,8 +236,9 @@ class WeightMerger(Protocol):
         """
         ...
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """Return the rows that were quantized: without the initial product of PiSSA and LoftQ."""
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """Return the rows that were quantized: without the initial product of PiSSA and LoftQ;
+        merged ones after a training through the quantizer."""
         ...
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:

@@ -1,14 +1,18 @@
 """Hooks of a method around an optimizer step: it may look at gradients and change parameters.
 
 Most methods do neither (``NoStepHooks``). AdaLoRA keeps an importance of every element of its
-parameters and sets some parameters to zero, at steps that depend on the length of the run.
+parameters and sets some parameters to zero, at steps that depend on the length of the run. LoRA
+through the quantizer encodes the base's rows again after each update, and after a load.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["ImportanceRule", "NoStepHooks", "ParameterAccess", "StepHooks"]
 
@@ -38,6 +42,11 @@ class ImportanceRule:
 class ParameterAccess(Protocol):
     """Whole parameters between two steps; all ranks call it in the same order."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        ...
+
     def gather_moment(self, name: str, key: str) -> Tensor:
         """Return the whole ``sensitivity`` or ``uncertainty`` of a parameter, on the CPU."""
         ...
@@ -48,6 +57,11 @@ class ParameterAccess(Protocol):
 
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         """Replace the values of a parameter on every rank."""
+        ...
+
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        """Replace this rank's rows of frozen parameters, one after the other; they are computed as
+        they are asked for, when no parameter is gathered."""
         ...
 
 
@@ -70,6 +84,10 @@ class StepHooks(Protocol):
         """Act after the update that made it ``done`` steps; called on every rank."""
         ...
 
+    def finish_load(self, access: ParameterAccess) -> None:
+        """Act after other values of the parameters were loaded; called on every rank."""
+        ...
+
 
 class NoStepHooks:
     """Hooks of methods that are parameters and a forward pass."""
@@ -81,4 +99,7 @@ class NoStepHooks:
         return None
 
     def finish_step(self, done: int, access: ParameterAccess) -> None:
+        pass
+
+    def finish_load(self, access: ParameterAccess) -> None:
         pass

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_peft.app.model_setup import LoadedModel
 from dist_peft.engine.engine_protocol import local_parameters
+from dist_peft.train.importance import EngineParameters
 
 __all__ = ["AdapterBank"]
 
@@ -49,3 +50,4 @@ class AdapterBank:
             KeyError: no adapter is stored under ``name``.
         """
         self.built.engine.load_training_state_dict(self.built.model, self._kept[name], step=0)
+        self.built.setup.adapter.finish_load(EngineParameters(self.built.model, self.built.engine))

@@ -22,13 +22,20 @@ from dist_peft.model.hub import warn_of_trusted_code
 __all__ = ["load_finished_run", "select_training_settings"]
 
 
+_ADAPTER_KEYS = {
+    "adapter_kind": "adapter.kind",
+    "through_quantizer": "adapter.through_quantizer",
+}
+
+
 def select_training_settings(config: RunConfig) -> dict[str, Any]:
     """Return the part of ``config`` that is needed to apply the adapter's tensors as trained.
 
     Stored in ``adapter/dist_peft.json``; ``load_finished_run`` compares it.
     """
     base = config.base.model_dump(mode="json", include={"quant", "compute_dtype", "head"})
-    return {**base, "adapter_kind": config.adapter.kind}
+    through = getattr(config.adapter, "through_quantizer", False)
+    return {**base, "adapter_kind": config.adapter.kind, "through_quantizer": through}
 
 
 def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunConfig:
@@ -66,7 +73,7 @@ def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
     for key, stated in select_training_settings(config).items():
         if key not in trained or trained[key] == stated:  # older adapters keep fewer facts
             continue
-        name = "adapter.kind" if key == "adapter_kind" else f"base.{key}"
+        name = _ADAPTER_KEYS.get(key, f"base.{key}")
         raise UserError(
             f"{run_dir / 'config.yaml'} says {name} {json.dumps(stated)}, and the adapter in "
             f"{run_dir / 'adapter'} was trained with {json.dumps(trained[key])}: config.yaml was "

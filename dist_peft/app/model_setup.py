@@ -43,7 +43,7 @@ from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 from dist_peft.train.checkpoint import CheckpointManager
-from dist_peft.train.importance import ImportanceFactory
+from dist_peft.train.importance import EngineParameters, ImportanceFactory
 
 __all__ = [
     "LoadedModel",
@@ -285,3 +285,4 @@ def load_training_state(
         for name, value in state.items():  # one by one: copies of all of them may not fit
             check_tensor_values(local_parameters({name: value}), path)
     built.engine.load_training_state_dict(built.model, state, step, skipped)
+    built.setup.adapter.finish_load(EngineParameters(built.model, built.engine))

@@ -167,10 +167,21 @@ def _make_export_spec(
 ) -> ExportSpec:
     dtype = parse_torch_dtype(config.base.compute_dtype)
     adapter = make_adapter(config.adapter, seed=config.train.seed, arithmetic=dtype)
-    pooled = adapter.get_export_limits(tied=False).fits_zero_points
+    limits = adapter.get_export_limits(tied=False)
+    if limits.trained_codes:
+        into = "decoded"  # of the trained codes: no other rows are the trained ones
     # PEFT's formats are written without the base, which may be elsewhere by now
     directory = resolve_base_directory(config.base) if known.reads_base else Path(config.base.path)
-    return ExportSpec(config.base, directory, run_dir / "adapter", out, pooled, into, options)
+    return ExportSpec(
+        config.base,
+        directory,
+        run_dir / "adapter",
+        out,
+        pooled=limits.fits_zero_points,
+        trained_codes=limits.trained_codes,
+        into=into,
+        options=options,
+    )
 
 
 def choose_export_verification(
@@ -251,7 +262,13 @@ def _refuse_unfit_run(
             "library that reads it was found to load such a head; use hf-bf16 (dist-peft merge) "
             "or peft"
         )
-    separate = known.get_content(options) == "separate"
+    limits = make_adapter(
+        config.adapter, seed=config.train.seed, arithmetic=torch.float32
+    ).get_export_limits(tied=False)
+    content = known.get_run_content(options, limits)
+    if limits.trained_codes and (reason := limits.get_reason(content)):
+        raise UserError(f"{run_dir} is not written as {known.name}: {reason}")
+    separate = content == "separate"
     if separate and contains_trained_weights(run_dir / "adapter"):
         raise UserError(
             f"{run_dir} trained weights of the base (adapter.kind {config.adapter.kind}), "

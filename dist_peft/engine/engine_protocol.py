@@ -10,6 +10,7 @@ Life of an engine::
     state(), load_state()      live training state, in a form no engine owns (below)
     gather(p)                  a whole parameter on the CPU of every rank, checked for its shape
     gather_moment(n, key), overwrite_parameter(n, value)    for methods that act between steps
+    overwrite_local_rows(updates)    other bytes in a rank's own frozen rows, between steps
     sum_over_shards(t)         sum over the ranks that together hold one copy of the base
 
 ``state()`` is a flat dict of ``param/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` -> tensor in
@@ -23,7 +24,7 @@ The loss handed to ``backward`` is already divided by the *global* number of tar
 step; engines therefore sum gradients over ranks and never average.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import ALWAYS, TrainableSteps
 from dist_peft.engine.flat_shard import FlatShard
+from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = [
     "Engine",
@@ -172,6 +174,14 @@ class Engine(Protocol):
 
         Args:
             value: whole, the same on every rank.
+        """
+        ...
+
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        """Replace the bytes of this rank's rows of frozen parameters between two steps.
+
+        Objects, shapes and the numbers of gathers stay. Every rank passes the same parameters in
+        the same order, since computing an update may be a collective.
         """
         ...
 

@@ -27,7 +27,7 @@ Gradients are summed, never averaged (see ``engine.engine_protocol``).
 """
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,7 @@ from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
 from dist_peft.engine.row_shards import RowShardedParameters
 from dist_peft.engine.shard_placement import ShardPlacement, choose_shard_placement
+from dist_peft.model.adapter_module import RowUpdate
 from dist_peft.model.parameter_readers import list_unread_parameters
 
 __all__ = ["Fsdp2Engine"]
@@ -287,6 +288,16 @@ class Fsdp2Engine:
             rows = value[self.local_row_span(parameter).slice]
             value = self._find_placement(parameter).cut_columns(rows, self.shard_index)
         _to_local_tensor(parameter).copy_(value)
+
+    @torch.no_grad()
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        self._reshard_modules()
+        for owner, name, rows in updates:
+            frozen = getattr(owner, name)
+            if self.outer.is_row_sharded(frozen):
+                self.outer.overwrite_local_rows(frozen, rows)
+            else:  # FSDP2 keeps views of the shard
+                _to_local_tensor(frozen).copy_(rows)
 
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         known = self.outer.is_row_sharded(parameter)

@@ -160,12 +160,24 @@ class RowShardedParameters:
             f"{name}: {len(rows)} rows for {self.local_row_span(old)}"
         )
         slot = self._slots.pop(id(old))
-        for unit in self._units:
-            if unit.whole and slot in unit.slots:
-                unit.free_full_tensors()  # gathered again with the new rows
+        self._free_gathered(slot)
         new = slot.fill_local_rows(rows.to(self.resting_device), self.device)
         self._slots[id(new)] = slot
         owner.register_parameter(name, new)
+
+    def overwrite_local_rows(self, parameter: Tensor, rows: Tensor) -> None:
+        """Replace this rank's rows of a frozen parameter, whose object stays."""
+        slot = self._slots[id(parameter)]
+        assert rows.dtype == slot.dtype and len(rows) == len(self.local_row_span(parameter))
+        data = rows.contiguous().view(-1).view(torch.uint8)
+        self._free_gathered(slot)
+        slot.local[: data.numel()].copy_(data)
+
+    def _free_gathered(self, slot: ShardedParameter) -> None:
+        """Let a unit that is whole be gathered again, with the new rows of ``slot``."""
+        for unit in self._units:
+            if slot in unit.slots and (unit.whole or unit.pending is not None):
+                unit.free_full_tensors()
 
     def unshard_trainable(self) -> None:
         """Gather the trainable parameters for good; they are no longer sharded here."""

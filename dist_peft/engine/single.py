@@ -1,6 +1,6 @@
 """One process, nothing sharded: the reference that the other engines are compared with."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from dist_peft.engine.engine_protocol import (
     train_always,
 )
 from dist_peft.engine.optimizer import LocalOptimizer
+from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["SingleEngine"]
 
@@ -90,6 +91,11 @@ class SingleEngine:
     @torch.no_grad()
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         self.optimizer.parameters[name].copy_(value)
+
+    @torch.no_grad()
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        for owner, name, rows in updates:
+            getattr(owner, name).copy_(rows)
 
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         return None

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
 from dist_peft.engine.zero_config import build_deepspeed_config
+from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["ZeroEngine"]
 
@@ -316,6 +317,15 @@ class ZeroEngine:
             f"gathered {None if whole is None else list(whole.shape)} for {list(shape)}"
         )
         return whole.cpu()
+
+    @torch.no_grad()
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        for owner, name, rows in updates:
+            frozen = getattr(owner, name)
+            if self.shards.is_row_sharded(frozen):
+                self.shards.overwrite_local_rows(frozen, rows)
+            else:
+                frozen.copy_(rows)
 
     def get_local_bytes(self, parameter: Tensor) -> Tensor | None:
         known = self.shards.is_row_sharded(parameter)

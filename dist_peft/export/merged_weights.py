@@ -8,6 +8,7 @@ is in memory. The states of a linear weight of the blocks:
     codes      codes and scales of the integer base; the adapter is in the zeros (QA-LoRA, exact)
     base       the base as training saw it, without the adapter: an integer base's codes, scales
                and zeros, an NF4 base's packed rows
+    trained    the packed rows of training where they hold the adapter: through the quantizer
 
 The packed rows of a prequantized base are those of its files. It has no full-precision rows, so
 that ``original`` also means the dequantized rows.
@@ -59,10 +60,10 @@ __all__ = [
 
 log = logging.getLogger("dist_peft")
 
-State = Literal["original", "decoded", "codes", "base"]
+State = Literal["original", "decoded", "codes", "base", "trained"]
 
+_PACKED_STATES = ("codes", "base", "trained")
 KeptZeros = Literal["none", "files", "trained"]
-"""``zeros`` of ``MergedWeights``."""
 
 _GIVE_ITS_BASE = "set base.path in the run's config.yaml to the one it was trained on"
 
@@ -81,7 +82,7 @@ class MergedWeights:
     (``weight_threads``).
 
     Args:
-        state: state of the returned rows: original, decoded, codes or base.
+        state: state of the returned rows: original, decoded, codes, base or trained.
         record: content of the base that the adapter was trained on; None if unknown.
         zeros: weights that the adapter does not change (pruned bases). files: those of the blocks
             that are exactly 0 in the base's files. trained: those that are 0 as training saw them.
@@ -139,8 +140,8 @@ class MergedWeights:
 
     def is_packable(self, weight: BaseWeight) -> bool:
         """Return whether a format may pack this weight: that of a block's linear, and in the
-        states ``codes`` and ``base`` one with codes (a prequantized base can have others)."""
-        if self.state not in ("codes", "base"):
+        states of codes one with codes (a prequantized base can have others)."""
+        if self.state not in _PACKED_STATES:
             return weight.is_block_linear
         if self.state == "codes":
             return self._has_affine_parts(weight)
@@ -170,11 +171,11 @@ class MergedWeights:
     def read_merged_rows(self, weight: BaseWeight, span: Span) -> Tensor:
         """Return rows as numbers: float32 where the state changes them, else the file's type."""
         linear = weight.linear
-        if self.state in ("codes", "base") and self._has_affine_parts(weight):
+        if self.state in _PACKED_STATES and self._has_affine_parts(weight):
             return dequantize_affine_parts(self.read_affine_parts(weight, span), weight.num_columns)
         adapted = self.is_adapted(weight) and self.state != "base"
         # includes the head: PiSSA subtracts its initial factors although it is not quantized
-        as_trained = self.state in ("decoded", "base")
+        as_trained = self.state in ("decoded", "base", "trained")
         if self.state == "codes":  # a packed head or embedding has no zeros to merge into
             as_trained = linear is not None and linear.codec.is_quantized
         decoded = linear is not None and (as_trained or linear.stored is not None)
@@ -240,7 +241,7 @@ class MergedWeights:
         assert weight.linear is not None
         own = weight.span_in_linear(span)
         read = WeightRows.read_weight_rows(weight.linear, self._choose_reader(weight), own)
-        return read.to_packed(partial(self._merger.subtract_initial_delta, weight.path, span=own))
+        return read.to_packed(partial(self._merger.compute_encoded_rows, weight.path, span=own))
 
     def _choose_reader(self, weight: BaseWeight) -> RowReader:
         """Return the reader of a weight's rows; of a packed one, which the files may have

@@ -93,7 +93,7 @@ def measure_peft_form(base: BaseConfig, directory: Path, adapter_dir: Path) -> P
             linears += 1
             for span in _sample_row_spans(linear.out_features):
                 read = WeightRows.read_weight_rows(linear, reader, span)
-                packed = read.to_packed(partial(merger.subtract_initial_delta, weight, span=span))
+                packed = read.to_packed(partial(merger.compute_encoded_rows, weight, span=span))
                 decoded = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
                 trained = merger.merge_weight_rows(weight, decoded, span, "decoded")
                 with_peft = merger.merge_weight_rows(weight, read.to_float(), span, "original")

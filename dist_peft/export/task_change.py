@@ -197,7 +197,7 @@ class TaskChange:
         self._rows_left[weight] -= len(span)
         return rounded
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         return rows
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:

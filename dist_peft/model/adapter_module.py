@@ -6,16 +6,24 @@ module that it adapts. Adapter methods implement these protocols; there is no ot
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["AdapterModule", "InitializesFromBase", "Reduce", "SwitchableLayer"]
+__all__ = ["AdapterModule", "InitializesFromBase", "Reduce", "RowUpdate", "SwitchableLayer"]
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
+
+
+class RowUpdate(NamedTuple):
+    """New values of a rank's own rows of the frozen parameter ``owner.name``."""
+
+    owner: nn.Module
+    name: str
+    rows: Tensor
 
 
 @runtime_checkable
@@ -56,6 +64,11 @@ class InitializesFromBase(AdapterModule, Protocol):
 
 
 class SwitchableLayer(nn.Module):
-    """A module of an adapter that computes the base's function while ``is_enabled`` is false."""
+    """A module of an adapter that computes the base's function while ``is_enabled`` is false.
+
+    Attributes:
+        keeps_base: the base's function is still there; false where its rows were replaced.
+    """
 
     is_enabled: bool = True
+    keeps_base: bool = True

@@ -2,9 +2,10 @@
 
 Nothing here is measured. Floating point operations are counted in the traced step; the time of a
 micro-batch is that of the slower of computing and receiving, as gathers overlap with computing.
+Through the quantizer, rows are encoded again between steps, when nothing else runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.step_trace import StepTrace
@@ -23,6 +24,14 @@ _DECODES, _BYTES_PER_WEIGHT = 2, 3.0
 packed, written and read again. An assumption."""
 
 
+_HOST_LINK = 25e9
+"""Bytes a second from host memory to a card: PCIe 4; an assumption."""
+
+_ENCODE_BYTES = 60.0
+"""Bytes of device memory moved for each weight that is encoded again: a product of small rank and
+about fifteen elementwise operations in float32. An assumption."""
+
+
 @dataclass(frozen=True)
 class Duration:
     """Seconds of an optimizer step, projected.
@@ -32,6 +41,7 @@ class Duration:
         dequantizing: memory traffic of dequantized weights.
         neighbours, network: receiving at ``LINK_EFFICIENCY`` of the links.
         tokens_per_second: positions of all ranks.
+        encoding: a rank's own rows, once a step (``adapter.through_quantizer``).
     """
 
     flops: float
@@ -40,6 +50,7 @@ class Duration:
     neighbours: float
     network: float
     tokens_per_second: float
+    encoding: float = 0.0
 
     @property
     def computing(self) -> float:
@@ -47,7 +58,7 @@ class Duration:
 
     @property
     def seconds(self) -> float:
-        return max(self.computing, self.neighbours, self.network)
+        return max(self.computing, self.neighbours, self.network) + self.encoding
 
     @property
     def limited_by(self) -> str:
@@ -67,12 +78,15 @@ def plan_duration(
     tokens: int,
     traffic: Traffic,
     cluster: Cluster,
+    kept_weights: int = 0,
+    kept_bytes: int = 0,
 ) -> Duration | None:
     """Return the projection; None without ``cluster.gpu``.
 
     Args:
         weights: packed weights (numbers) of all blocks.
         tokens: positions of a micro-batch of one rank.
+        kept_weights, kept_bytes: of a rank's rows that are encoded again in each step.
     """
     gpu = cluster.gpu
     if gpu is None:
@@ -83,6 +97,7 @@ def plan_duration(
     dequantizing = count * (trace.passes + _DECODES) * _BYTES_PER_WEIGHT * weights / gpu.memory
     neighbours = traffic.card_bytes / (gpu.neighbours * LINK_EFFICIENCY)
     network = 0.0 if cluster.link is None else traffic.node_bytes / (cluster.link * LINK_EFFICIENCY)
-    duration = Duration(flops * count, products, dequantizing, neighbours, network, 0.0)
+    encoding = kept_bytes / _HOST_LINK + kept_weights * _ENCODE_BYTES / gpu.memory
+    duration = Duration(flops * count, products, dequantizing, neighbours, network, 0.0, encoding)
     rate = tokens * count * cluster.ranks / duration.seconds
-    return Duration(flops * count, products, dequantizing, neighbours, network, rate)
+    return replace(duration, tokens_per_second=rate)

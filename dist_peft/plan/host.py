@@ -6,6 +6,7 @@ Imports (about 0.6 GiB a process) are not counted.
 from dataclasses import dataclass
 from math import prod
 
+from dist_peft.adapters.lora.through_quantizer import ThroughLinear
 from dist_peft.core.span import row_span
 from dist_peft.export.verify import COMPARED_ELEMENTS
 from dist_peft.export.verify_blocks import MAX_PROBE_TOKENS
@@ -39,7 +40,7 @@ class HostPeaks:
 
     Attributes:
         load: of a rank, on CUDA: the largest slice that it reads and encodes.
-        rest: of a rank during training: offloaded or paged state.
+        rest: of a rank during training: offloaded or paged state, and ``kept_rows``.
         merge: of ``dist-peft merge`` without verification, with as many threads as it uses at most.
         verify: of a verification that loads the merged model with its library.
         verify_blocks: of one that reads it block by block.
@@ -50,6 +51,10 @@ class HostPeaks:
     merge: int
     verify: int
     verify_blocks: int
+    kept_rows: int = 0
+    """Rows of the base's files that ``adapter.through_quantizer`` encodes again in each step."""
+    kept_weights: int = 0
+    """Numbers of weights in them."""
 
 
 def count_stack_rows(shape: tuple[int, ...]) -> int:
@@ -59,6 +64,8 @@ def count_stack_rows(shape: tuple[int, ...]) -> int:
 
 def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> HostPeaks:
     """Return the peaks; rows are spread over ``shards`` ranks."""
+    kept_weights, kept_rows = _count_kept_rows(skeleton, shards)
+    rest = sum(resting.host.values()) + kept_rows
     sizes = [
         len(row_span(rows, shards, 0)) * (spec.num_bytes // rows)
         for spec in skeleton.tensors.values()
@@ -67,12 +74,27 @@ def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> H
     dtype = parse_torch_dtype(str(skeleton.model_config.dtype).removeprefix("torch."))
     numbers = sum(prod(spec.shape) for spec in skeleton.tensors.values())
     return HostPeaks(
-        load=max(sizes) + _ENCODER_TEMPORARIES + sum(resting.host.values()),
-        rest=sum(resting.host.values()),
+        load=max(sizes) + _ENCODER_TEMPORARIES + rest,
+        rest=rest,
         merge=MERGE_MEMORY + 4 * resting.trainable,
         verify=numbers * dtype.itemsize,
         verify_blocks=_count_streamed_bytes(skeleton),
+        kept_rows=kept_rows,
+        kept_weights=kept_weights,
     )
+
+
+def _count_kept_rows(skeleton: Skeleton, shards: int) -> tuple[int, int]:
+    """Return weights and bytes of the fullest rank's rows that are kept, in the files' type."""
+    weights = size = 0
+    for layer in skeleton.model.modules():
+        if isinstance(layer, ThroughLinear):
+            base = layer.base
+            known = skeleton.tensors.get(base.source)
+            width = 4 if known is None else min(4, known.dtype.itemsize)
+            own = len(row_span(base.out_features, shards, 0)) * base.in_features
+            weights, size = weights + own, size + own * width
+    return weights, size
 
 
 def _count_streamed_bytes(skeleton: Skeleton) -> int:

@@ -75,6 +75,8 @@ def _format_host(plan: RunPlan) -> Iterator[str]:
     yield f"  load, a rank                              {format_byte_count(host.load):>12}"
     if host.rest:
         yield f"  training, a rank                          {format_byte_count(host.rest):>12}"
+    if host.kept_rows:
+        yield f"    rows to encode again (through_quantizer){format_byte_count(host.kept_rows):>14}"
     yield f"  merge                                     {format_byte_count(host.merge):>12}"
     yield f"  verification of a merge, loaded whole     {format_byte_count(host.verify):>12}"
     yield f"    or block by block (--verify blocks)     {format_byte_count(host.verify_blocks):>12}"
@@ -95,4 +97,6 @@ def _format_duration(plan: RunPlan) -> Iterator[str]:
         f"{time.dequantizing:.2f} s, cards' links {time.neighbours:.2f} s, network "
         f"{time.network:.2f} s"
     )
+    if time.encoding:
+        yield f"  encoding a rank's own rows again, once a step: {time.encoding:.2f} s"
     yield ""

@@ -143,6 +143,12 @@ def plan_run(
     traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
     tokens = config.train.micro_batch * config.data.seq_len
     weights = _count_packed_weights(blocks)
+    host = plan_host_peaks(skeleton, resting, shards if config.engine.shard_base else 1)
+    duration = plan_duration(
+        *(trace, len(blocks), weights, tokens, traffic, cluster),
+        kept_weights=host.kept_weights,
+        kept_bytes=host.kept_rows,
+    )
     return RunPlan(
         planned.source,
         kind,
@@ -151,8 +157,8 @@ def plan_run(
         _count_stored_bytes(model),
         count_own_rows(model, blocks, config, world),
         traffic,
-        plan_host_peaks(skeleton, resting, shards),
-        plan_duration(trace, len(blocks), weights, tokens, traffic, cluster),
+        host,
+        duration,
         _describe_attention(config, skeleton.model_config._attn_implementation),
         trace.gathered_block,
     )

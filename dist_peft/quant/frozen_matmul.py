@@ -36,6 +36,7 @@ from dist_peft.quant.cpu_products import has_fast_product
 
 __all__ = [
     "check_packed_storage",
+    "dequantize_weight",
     "frozen_grouped_matmul",
     "frozen_matmul",
     "matmul_fp32_accumulate",
@@ -69,14 +70,14 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
-        weight = _dequantize_weight(packed, codec, in_features, x.dtype)
+        weight = dequantize_weight(packed, codec, in_features, x.dtype)
         return matmul_fp32_accumulate(functional.linear, x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
-        weight = _dequantize_weight(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
+        weight = dequantize_weight(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
         return matmul_fp32_accumulate(torch.matmul, grad, weight), None, None, None
 
 
@@ -161,9 +162,12 @@ def matmul_fp32_accumulate(
     return multiply(x, weight)
 
 
-def _dequantize_weight(
-    packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_weight(packed: Tensor, codec: Codec, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Dequantize a whole packed weight to ``dtype [rows, in]``.
+
+    Raises:
+        RuntimeError: the bytes of ``packed`` are not there (its engine has freed them).
+    """
     check_packed_storage(packed)
     return codec.dequantize_rows(packed, in_features, dtype)
 

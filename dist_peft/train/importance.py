@@ -6,7 +6,7 @@ the optimizer, updated by a hook that runs after its step, and sharded, saved an
 others.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dist_peft.adapters.step_hooks import ImportanceRule
 from dist_peft.engine import Engine
 from dist_peft.engine.engine_protocol import OptimizerFactory
+from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["EngineParameters", "ImportanceFactory"]
 
@@ -94,6 +95,11 @@ class EngineParameters:
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self._model, self._engine = model, engine
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return self._engine.device
+
     def gather_moment(self, name: str, key: str) -> Tensor:
         """Return a whole moment of the parameter with this full name. Collective."""
         return self._engine.gather_moment(name, key)
@@ -105,3 +111,7 @@ class EngineParameters:
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         """Set the whole parameter with this full name on every rank."""
         self._engine.overwrite_parameter(name, value)
+
+    def overwrite_local_rows(self, updates: Iterable[RowUpdate]) -> None:
+        """Replace this rank's rows of frozen parameters."""
+        self._engine.overwrite_local_rows(updates)

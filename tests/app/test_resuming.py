@@ -46,6 +46,11 @@ def stopped(tmp_path: Path) -> Tree:
 REFUSED: dict[str, tuple[str, object, str]] = {
     "r": ("adapter.r", 5, "adapter.r is 5, there 4"),
     "alpha": ("adapter.alpha", 9, "adapter.alpha is 9.0, there 8.0"),
+    "through": (
+        "adapter",
+        {"r": 4, "alpha": 8, "through_quantizer": True},
+        "adapter.through_quantizer is true, there false",
+    ),
     "quant": ("base.quant", {"kind": "nf4"}, 'base.quant.kind is "nf4", there not set'),
     "packed ends": ("base.quant", {"embeddings": True}, "base.quant.embeddings is true, there"),
     "dtype": ("base.compute_dtype", "bfloat16", "base.compute_dtype is"),

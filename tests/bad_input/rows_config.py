@@ -132,6 +132,19 @@ ROWS = [
     _value("r of a pattern 10**9", "adapter.rank_pattern={q_proj: 1000000000}", "1000000000"),
     _value("alpha nan", "adapter.alpha=.nan", "finite"),
     _value("dropout 1", "adapter.dropout=1.0", "less than 1"),
+    _value("through no quantizer", "adapter.through_quantizer=true", "set base.quant"),
+    Row(
+        "through nested scales",
+        "train",
+        ("adapter.through_quantizer", "base.quant.double_quant: false"),
+        args=("adapter.through_quantizer=true", "base.quant={kind: nf4}"),
+    ),
+    Row(
+        "through with dropout",
+        "train",
+        ("through_quantizer", "leave out dropout"),
+        args=("adapter.through_quantizer=true", "adapter.dropout=0.1"),
+    ),
     _value(
         "virtual tokens 10**9",
         "adapter={kind: prompt, num_virtual_tokens: 1000000000}",

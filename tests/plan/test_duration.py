@@ -24,5 +24,18 @@ def test_the_slowest_part_decides() -> None:
     assert alone is not None and alone.network == 0 and alone.limited_by == "the cards' links"
 
 
+def test_rows_are_encoded_again_after_everything_else() -> None:
+    cluster = Cluster(1, 8, 1, GPUS["h100"])
+    traffic = Traffic(0, 10**12, 10**12, 0, micro_batches=4)
+    plain = plan_duration(TRACE, 4, 10**9, 1000, traffic, cluster)
+    through = plan_duration(
+        *(TRACE, 4, 10**9, 1000, traffic, cluster), kept_weights=10**9, kept_bytes=2 * 10**9
+    )
+    assert plain is not None and through is not None and plain.encoding == 0
+    assert through.encoding == pytest.approx(2e9 / 25e9 + 60e9 / 3.35e12)
+    assert through.seconds == pytest.approx(plain.seconds + through.encoding)
+    assert through.tokens_per_second < plain.tokens_per_second
+
+
 def test_no_card_no_time() -> None:
     assert plan_duration(TRACE, 4, 1, 1, Traffic(0, 0, 0, 0, 1), Cluster(1, 1, 1)) is None

@@ -1,10 +1,13 @@
 from pathlib import Path
 
+from dist_peft.adapters.lora.through_quantizer import ThroughLinear
 from dist_peft.core.config.io import parse_config
+from dist_peft.core.span import row_span
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.host import plan_host_peaks
 from dist_peft.plan.planned_model import build_planned_model
 from dist_peft.plan.resting import count_resting_bytes
+from dist_peft.store.reader import RowReader
 from tests.support.live_storage import odd_tree, save_odd_base
 
 
@@ -20,3 +23,28 @@ def test_slices_and_the_merged_model(tmp_path: Path) -> None:
     assert host.load == largest + 28 * 2**18 + host.rest
     file = tmp_path / "base/model.safetensors"
     assert 0 <= file.stat().st_size - host.verify < 20_000  # the header
+
+
+def test_rows_that_are_encoded_again_rest_in_host_memory(tmp_path: Path) -> None:
+    """As many bytes as a rank of a run keeps."""
+    quant = {"kind": "int", "bits": 4, "group_size": 8}
+    tree = odd_tree(save_odd_base(tmp_path / "base"))
+    tree["base"]["quant"] = quant
+    tree["adapter"] = {"r": 3, "through_quantizer": True}
+    planned = build_planned_model(parse_config(tree))
+    skeleton, config = planned.skeleton, planned.config
+    world = Cluster(1, 3, 1).make_world(config.engine)
+    resting = count_resting_bytes(skeleton.model, skeleton.blocks, config, world)
+    plans = {shards: plan_host_peaks(skeleton, resting, shards) for shards in (1, 3)}
+    expected = dict.fromkeys(plans, 0)
+    with RowReader(skeleton.index) as reader:
+        for layer in planned.skeleton.model.modules():
+            if isinstance(layer, ThroughLinear):
+                rows = reader.read_rows(layer.base.source).float()
+                for shards in plans:
+                    own = row_span(len(rows), shards, 0)
+                    layer.prepare_base_rows(rows[own.slice], own, lambda t: t)
+                    expected[shards] += layer.own_rows.nbytes
+    assert {shards: plan.kept_rows for shards, plan in plans.items()} == expected
+    assert plans[3].rest == expected[3] + sum(resting.host.values())
+    assert plans[1].kept_weights == plans[1].kept_rows // 2  # files in bfloat16

@@ -56,8 +56,8 @@ class HeadMerger:
         self._left[weight] -= len(span)
         return self._head[weight][span.slice].float()
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        return self._trunk.subtract_initial_delta(weight, rows, span)
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        return self._trunk.compute_encoded_rows(weight, rows, span)
 
     def merge_affine_parts(self, weight: str, parts: AffineParts, span: Span) -> AffineParts:
         return self._trunk.merge_affine_parts(weight, parts, span)

@@ -192,6 +192,9 @@ class HeadedAdapter:
     def finish_step(self, done: int, access: ParameterAccess) -> None:
         self.trunk.finish_step(done, access)
 
+    def finish_load(self, access: ParameterAccess) -> None:
+        self.trunk.finish_load(access)
+
     def get_lr_scale(self, name: str) -> float:
         if self._is_head_parameter(name) or self._is_discriminator_parameter(name):
             return 1.0

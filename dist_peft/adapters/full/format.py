@@ -197,7 +197,7 @@ class TrainedWeightsMerger:
         self._rows_left[name] -= len(span)
         return self._reader.read_rows(name, span)
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Nothing was taken from the base before it was encoded."""
         return rows
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.lora.format import LoraFormat
+from dist_peft.adapters.lora.merge import THROUGH_KEY
 from dist_peft.adapters.lora.tensors import (
     MASKED_TYPE,
     LoraTensors,
@@ -161,6 +162,11 @@ def _parse_plain_lora(name: str, public: PublicAdapter) -> dict[str, LoraTensors
         raise UserError(
             f"{name} was trained with adapter.keep_zeros: its change depends on the base's zeros, "
             "so it cannot be combined; merge it into the base instead"
+        )
+    if public.config.get(THROUGH_KEY):
+        raise UserError(
+            f"{name} was trained through the quantizer, which rounds W + s B A as a whole: its "
+            "change of the base is no product; merge its run instead"
         )
     found = parse_lora_tensors(public)
     for path, own in found.items():

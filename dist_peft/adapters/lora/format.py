@@ -14,6 +14,9 @@ rank ``2 r``::
 
     [B, -B0] [A; A0]        with alpha' such that s stays: 2 alpha, or sqrt(2) alpha with rsLoRA
 
+An adapter trained through the quantizer has ``through_quantizer: true`` in its configuration, a key
+that PEFT does not know: with the base it is another function than the trained one.
+
 LoRA-GA has the same form and nothing else: it trains that change on the unchanged base. EVA with
 other ranks (``init_rho``) has them in ``rank_pattern`` and ``alpha_pattern``, linear by linear.
 
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
-from dist_peft.adapters.lora.merge import LoraMerger
+from dist_peft.adapters.lora.merge import THROUGH_KEY, LoraMerger
 from dist_peft.adapters.lora.tensors import MASKED_TYPE, build_peft_key, parse_lora_tensors
 from dist_peft.adapters.peft_tensors import to_json_number
 from dist_peft.adapters.protocol import PeftFormat, PublicAdapter
@@ -61,6 +64,8 @@ class LoraFormat(PeftFormat):
         settings = {"r": config.get("r"), "alpha": config.get("lora_alpha", config.get("alpha"))}
         shown = [f"{name}={value}" for name, value in settings.items() if value is not None]
         shown += [f"{name}={config.get(key, False)}" for key, name in _FLAGS.items()]
+        if config.get(THROUGH_KEY):
+            shown.append("trained through the quantizer (no model without its merge)")
         return " ".join([str(config["peft_type"]), *shown])
 
     def explain_no_peft_form(self, config: Mapping[str, Any]) -> str | None:
@@ -114,6 +119,8 @@ def build_public_lora(
     facts = {"start": config.init} if config.init in RESIDUAL_INITS else {}
     plain = [path for path, own in modules.items() if "start_A" not in own]
     public = _build_peft_config(config, plain, target_names, base)
+    if config.through_quantizer:
+        public[THROUGH_KEY] = True
     if ranks:
         _set_module_ranks(public, config, ranks)
     if target_parameters:

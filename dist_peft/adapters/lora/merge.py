@@ -8,10 +8,11 @@ Row-local, so that an export can walk a base of any size in chunks. With ``W`` t
     experts     LoRA, each expert's rows with its own A
     QA-LoRA     LoRA whose A repeats within a group; or exactly into the zeros
     (``adapters.low_rank.zero_points``)
+    through     the rows that are quantized are W + s B A; decoded they are merged already
 
 PiSSA and LoftQ adapters are stored as the change since initialization (``adapters.directory``), as
 needed by the *original* base. The base *decoded* as training saw it,
-``decode(encode(subtract_initial_delta))``, needs the trained factors alone.
+``decode(encode(compute_encoded_rows))``, needs the trained factors alone.
 """
 
 import threading
@@ -31,7 +32,10 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.codec_defaults import AffineParts
 
-__all__ = ["LoraMerger", "sum_group_change"]
+__all__ = ["THROUGH_KEY", "LoraMerger", "sum_group_change"]
+
+THROUGH_KEY = "through_quantizer"
+"""Key of ``adapter_config.json`` that is true where adapter and base apart are not the model."""
 
 
 class LoraMerger:
@@ -41,11 +45,17 @@ class LoraMerger:
         modules: module path -> factors.
         init: pissa or loftq where the factors hold the change since that initialization.
         removed: LoftQ's extra product, ``PATH.removed_A`` and ``PATH.removed_B``.
+        is_through: trained through the quantizer (``adapters.lora.through_quantizer``).
     """
 
     def __init__(
-        self, modules: dict[str, LoraTensors], init: str | None, removed: dict[str, Tensor]
+        self,
+        modules: dict[str, LoraTensors],
+        init: str | None,
+        removed: dict[str, Tensor],
+        is_through: bool = False,
     ) -> None:
+        self._is_through = is_through
         self._modules = {f"{path}.weight": module for path, module in modules.items()}
         self._init = init
         self._removed: dict[str, dict[str, Tensor]] = {}
@@ -75,7 +85,8 @@ class LoraMerger:
                 "unmerged, merge into a base saved with tie_word_embeddings: false and a head of "
                 "its own, or train with adapter.embeddings: false"
             )
-        return cls(modules, public.facts.get("start"), public.extra)
+        is_through = bool(public.config.get(THROUGH_KEY))
+        return cls(modules, public.facts.get("start"), public.extra, is_through)
 
     def changes_weight(self, weight: str) -> bool:
         """Whether the adapter changes this weight."""
@@ -118,6 +129,10 @@ class LoraMerger:
         """
         module = self._modules[weight]
         self._check_weight_rows(weight, rows, span)
+        if self._is_through:
+            if in_base == "original":
+                raise UserError(_explain_through(weight))
+            return rows.float()
         merged = rows
         if in_base == "decoded" and self.has_initial_factors(weight):
             r = module.A.shape[0] // 2
@@ -144,6 +159,8 @@ class LoraMerger:
             UserError: with DoRA, where the change depends on the base.
         """
         module = self._modules[weight]
+        if self._is_through:
+            raise UserError(_explain_through(weight))
         if self.depends_on_base(weight):
             raise UserError(
                 f"{weight} is adapted by DoRA, whose change depends on the base's rows, which a "
@@ -201,8 +218,13 @@ class LoraMerger:
             parts, self.compute_group_change(weight, parts, span), integer=integer
         )
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
-        """Return the rows that training quantized: PiSSA and LoftQ subtract a part first."""
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+        """Return the rows that training quantized: PiSSA and LoftQ subtract a part first; through
+        the quantizer they are those of ``W + s B A``, by the products that training took."""
+        if self._is_through and weight in self._modules:
+            self._check_weight_rows(weight, rows, span)
+            self._rows_left[weight] -= len(span)
+            return self._scaled.add_module_delta(rows, self._modules[weight], span)
         if not self.has_initial_factors(weight):
             return rows
         self._check_weight_rows(weight, rows, span)
@@ -266,6 +288,13 @@ class LoraMerger:
             f"{weight}: the adapter is for a weight of shape {list(module.shape)}, but the base "
             f"has rows up to {span.stop} of [{columns}] elements; it belongs to another base"
         )
+
+
+def _explain_through(weight: str) -> str:
+    return (
+        f"{weight} was trained through the quantizer: only quantize(W + s B A) is the trained "
+        "weight, and no change of the base's own rows is; use dist-peft merge or export on the run"
+    )
 
 
 def sum_group_change(module: LoraTensors, group_size: int, span: Span) -> Tensor | None:

@@ -20,8 +20,10 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
+from dist_peft.adapters.lora.through_quantizer import ThroughLinear, require_codec, update_rows
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
+from dist_peft.adapters.step_hooks import ParameterAccess
 from dist_peft.core.config.run import LoraConfig
 from dist_peft.core.errors import UserError
 from dist_peft.model.experts import ExpertStack
@@ -89,7 +91,11 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                 "the unquantized base"
             )
         self._check_rank(name, module, 2 * r if config.init == "lora_ga" else most_rank)
-        return LoraLinear(module, name, spec, SampleDropout(config.dropout, name, self.position))
+        dropout = SampleDropout(config.dropout, name, self.position)
+        if config.through_quantizer:
+            require_codec(name, module)
+            return ThroughLinear(module, name, spec, dropout)
+        return LoraLinear(module, name, spec, dropout)
 
     def _check_rank(self, name: str, module: FrozenLinear, wanted: int) -> None:
         """Check that the initialization has ``wanted`` directions in a linear."""
@@ -107,6 +113,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     def _check_expert_stack(self, name: str) -> None:
         config = self.config
         excluded = {
+            "through_quantizer": config.through_quantizer,
             "dropout": config.dropout > 0,
             "use_dora": config.use_dora,
             "keep_zeros": config.keep_zeros,
@@ -149,6 +156,15 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     def get_lr_scale(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
 
+    def finish_step(self, done: int, access: ParameterAccess) -> None:
+        """Encode the base's rows again, where they are trained through the quantizer."""
+        self.finish_load(access)
+
+    def finish_load(self, access: ParameterAccess) -> None:
+        """The same for factors that come from a checkpoint."""
+        if self.config.through_quantizer:
+            update_rows(self.layers.items(), access)
+
     def list_init_factors(self) -> tuple[str, ...]:
         return tuple(
             f"{path}.{name}"
@@ -182,6 +198,12 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
     # -- saving --------------------------------------------------------------------------------
 
     def get_export_limits(self, tied: bool) -> ExportLimits:
+        if self.config.through_quantizer:
+            return ExportLimits(
+                separate=_THROUGH_REASON,
+                adapter=_THROUGH_REASON,
+                trained_codes=True,
+            )
         apart = _MASKED_APART if self.config.keep_zeros else None
         if not (self.config.embeddings and tied):
             return ExportLimits(separate=apart, adapter=apart)
@@ -222,6 +244,12 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             return []
         linears = (name for name, layer in self.layers.items() if isinstance(layer, LoraLinear))
         return [name for name in linears if is_taken_for_experts(name)]
+
+
+_THROUGH_REASON = (
+    "adapter.through_quantizer trained the merged weights quantize(W + s B A): base and adapter "
+    "apart are another model; use dist-peft merge, or a format of merged weights"
+)
 
 
 def _find_input_embedding(model: nn.Module) -> str:

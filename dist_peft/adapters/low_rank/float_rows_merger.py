@@ -44,7 +44,7 @@ class FloatRowsMerger:
         self._why_no_zeros = why_no_zeros
         self.rows_left: dict[str, int] = {}
 
-    def subtract_initial_delta(self, weight: str, rows: Tensor, span: Span) -> Tensor:
+    def compute_encoded_rows(self, weight: str, rows: Tensor, span: Span) -> Tensor:
         """Return the rows that were quantized: ``rows`` themselves."""
         return rows
 

@@ -48,7 +48,6 @@ __all__ = [
     "UnfreezeConfig",
     "VeraConfig",
     "VirtualTokensConfig",
-    "check_adapter_options",
 ]
 
 
@@ -86,6 +85,27 @@ class LoraConfig(LowRankConfig):
     init_gamma: Positive = Field(
         16.0, description="lora_ga: both factors start at out_features^(1/4) / sqrt(this)."
     )
+
+    through_quantizer: bool = Field(
+        False,
+        description="Train the merged weights in the base's own low-bit format: the forward pass "
+        "multiplies with quantize(W + s B A), so that the merged model is the trained one, and the "
+        "adapter alone is not. Needs base.quant.",
+    )
+
+    @model_validator(mode="after")
+    def _check_through_quantizer(self) -> Self:
+        excluded = {
+            "dropout": (self.dropout > 0, "has no product with the adapter, whose input it drops"),
+            "use_dora": (self.use_dora, "merges B A, without magnitudes"),
+            "keep_zeros": (self.keep_zeros, "quantizes each weight again, zeros too"),
+            "embeddings": (self.embeddings, "trains quantized linears, and embeddings are none"),
+            f"init: {self.init}": (self.init != "default", "begins with the base itself"),
+        }
+        for key, (is_set, reason) in excluded.items():
+            if self.through_quantizer and is_set:
+                raise ValueError(f"through_quantizer {reason}: leave out {key}, or set it to false")
+        return self
 
     @model_validator(mode="after")
     def _check_lora_init(self) -> Self:
@@ -363,22 +383,3 @@ AdapterConfig = Annotated[
     | NoAdapterConfig,
     Field(discriminator="kind"),
 ]
-
-
-def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: float) -> None:
-    """Compare the section with ``base.quant.solver`` and ``train.layer_decay``.
-
-    Raises:
-        ValueError: a base of that solver has other zeros than the pruned one, which are to be kept;
-            or there is nothing in the blocks that rates could be for.
-    """
-    if isinstance(adapter, LoraConfig) and adapter.keep_zeros and solver != "rtn":
-        raise ValueError(
-            f"adapter.keep_zeros: base.quant.solver {solver} need not store a zero as zero, so "
-            "that pruned weights would be trained; use solver: rtn, kind: nf4 or quant: null"
-        )
-    if layer_decay != 1 and isinstance(adapter, VirtualTokensConfig):
-        raise ValueError(
-            f"train.layer_decay: adapter.kind {adapter.kind} has no parameters in the blocks; "
-            "leave it out"
-        )

@@ -1,8 +1,6 @@
 """The typed description of a run: every key of the YAML file, its type, default and meaning.
 
-The tree is made of frozen pydantic models that refuse unknown keys (``core.config.types``); those
-of the adapters are in ``adapter_config``. Reading files, overrides and error messages live in
-``core.config.io``; ``docs/configuration.md`` is generated from the descriptions.
+Frozen pydantic models, read by ``core.config.io``; ``docs/configuration.md`` is made from them.
 """
 
 from typing import Any, Literal, Self
@@ -30,8 +28,8 @@ from dist_peft.core.config.adapter import (
     UnfreezeConfig,
     VeraConfig,
     VirtualTokensConfig,
-    check_adapter_options,
 )
+from dist_peft.core.config.adapter_checks import check_adapter_options, check_through_quantizer
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.environment import Reference, store_references
@@ -351,6 +349,7 @@ class RunConfig(ConfigSection):
         check_domains(self.data, self.train.domain_adversarial)
         solver = "rtn" if self.base.quant is None else self.base.quant.solver
         check_adapter_options(self.adapter, solver, self.train.layer_decay)
+        check_through_quantizer(self.adapter, self.base.quant)
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if classifies and self.base.quant is not None and self.base.quant.embeddings:

@@ -51,9 +51,9 @@ class BnbNf4Export(PackedExport):
         return "separate" if options.get(KEEP_ADAPTER.key) else "merged"
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
-        if not options.get(KEEP_ADAPTER.key):
-            return None
         rows = run.codec.nf4_rows
+        if not options.get(KEEP_ADAPTER.key):
+            return self._find_block_obstacle(run) if run.limits.trained_codes and rows else None
         if rows is None:
             return "the base has no NF4 codes"
         try:
@@ -63,6 +63,15 @@ class BnbNf4Export(PackedExport):
             return str(error)
         return run.limits.bnb_linears
 
+    def _find_block_obstacle(self, run: PlannedExport) -> str | None:
+        """Return why no block size of bitsandbytes fits the trained codes."""
+        rows = run.codec.nf4_rows
+        try:
+            KeptNf4Packer(rows.group_size if rows else 0, run.compute_dtype)
+        except UserError as error:
+            return str(error)
+        return None
+
     def explain_no_adapter(self) -> str:
         return "so there is no adapter to keep; leave out --keep-adapter"
 
@@ -70,6 +79,10 @@ class BnbNf4Export(PackedExport):
         if job.options.get(KEEP_ADAPTER.key):
             return self._write_kept_codes(job)
         quant = job.base.quant
+        rows = make_codec(quant, job.compute_dtype).nf4_rows
+        if job.trained_codes and rows is not None:
+            kept = KeptNf4Packer(rows.group_size, job.compute_dtype)
+            return self.write_directory(job, "trained", kept, "the trained codes", exact=True)
         packer = BnbNf4Packer(quant.double_quant if quant else True, job.compute_dtype)
         return self.write_directory(job, job.merge_state, packer, "merged, quantized to NF4")
 

@@ -175,9 +175,13 @@ class ExportFormat(ABC):
         """Return the content of the output with these options."""
         return "merged"
 
+    def get_run_content(self, options: Options, limits: ExportLimits) -> ExportContent:
+        """Return the content of the output of a run whose method has these limits."""
+        return self.get_content(options)
+
     def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
         """Return why the run, once trained, cannot be written; None: it can be tried."""
-        if reason := run.limits.get_reason(self.get_content(options)):
+        if reason := run.limits.get_reason(self.get_run_content(options, run.limits)):
             return reason
         return run.files_obstacle if self.reads_base else None
 

@@ -31,6 +31,7 @@ class ExportSpec:
         adapter_dir: directory of the run's adapter.
         out: output directory, or file of a gguf.
         pooled: the adapter is a QA-LoRA adapter and fits into the zeros of the base.
+        trained_codes: the adapter was trained through the quantizer of the base.
         into: rows that plain LoRA is merged into before quantization.
         options: values of the format's options (``ExportFormat.options``) by ``ExportOption.key``;
             an absent one is not set.
@@ -43,6 +44,7 @@ class ExportSpec:
     adapter_dir: Path
     out: Path
     pooled: bool = False
+    trained_codes: bool = False
     into: Literal["original", "decoded"] = "original"
     options: Mapping[str, Any] = field(default_factory=dict)
     chunk_bytes: int = CHUNK_BYTES
@@ -68,6 +70,14 @@ class ExportSpec:
     def merge_state(self) -> State:
         """State of the weights for formats that store the merged model."""
         return "codes" if self.pooled else self.into
+
+    @property
+    def codes_state(self) -> State | None:
+        """State of the weights in which an integer base's codes hold the adapter; None: in no
+        state, and formats quantize merged rows."""
+        if self.pooled:
+            return "codes"
+        return "trained" if self.trained_codes and self.integer_codec is not None else None
 
     @contextmanager
     def open_weights(self, state: State | None = None) -> Iterator[MergedWeights]:
@@ -101,9 +111,10 @@ class ExportSpec:
             self.options.get("bits") or own.bits,
             self.options.get("group_size") or own.group_size,
         )
-        if self.pooled and asked != (own.bits, own.group_size):
+        if self.codes_state is not None and asked != (own.bits, own.group_size):
+            run = "QA-LoRA run" if self.pooled else "run trained through the quantizer"
             raise UserError(
-                f"a QA-LoRA run keeps the codes of its base, {own.bits} bits in groups of "
+                f"a {run} keeps the codes of its base, {own.bits} bits in groups of "
                 f"{own.group_size}; leave out --bits and --group-size"
             )
         if asked[1] % 8:

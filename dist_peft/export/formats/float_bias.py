@@ -10,8 +10,9 @@ bits in groups of 32, 64 or 128; ``transformers`` 2, 4 and 8 bits in any group s
 codes are stored in 4 bits there. A linear whose ``in`` is not a multiple of the group size stays
 dense: MLX detects it by the absence of ``scales``, ``transformers`` by ``modules_to_not_convert``.
 
-With the adapter in the zeros of an integer base (state ``codes``), scales and biases are float32
-and nothing is rounded; merged rows are rounded to nearest (``export.formats.groups``).
+With the adapter in the zeros of an integer base (state ``codes``) or in its codes (``trained``),
+scales and biases are float32 and nothing is rounded; merged rows are rounded to nearest
+(``export.formats.groups``).
 """
 
 from collections.abc import Iterable, Mapping
@@ -97,7 +98,7 @@ class FloatBiasPacker:
         yield TensorPiece(f"{weight.name_stem}.{self.bias_name}", groups.bias, span.start)
 
     def _make_groups(self, walk: MergedWeights, weight: BaseWeight, span: Span) -> BiasGroups:
-        if walk.state == "codes":
+        if walk.state in ("codes", "trained"):
             parts = walk.read_affine_parts(weight, span)
             return convert_to_bias_groups(parts, weight.num_columns, self.group_size, self.dtype)
         rows = walk.read_merged_rows(weight, span)
@@ -154,12 +155,16 @@ class _FloatBiasExport(PackedExport):
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         # float32 scales require float32 elsewhere: transformers would fail on mixed types
-        codec, dtype = job.make_target_codec(64), torch.float32 if job.pooled else job.compute_dtype
+        kept = job.codes_state
+        codec, dtype = job.make_target_codec(64), torch.float32 if kept else job.compute_dtype
         packer = self.packer(codec.bits, codec.group_size, dtype)
-        done = "codes kept, adapter in the biases" if job.pooled else "merged, rounded to nearest"
+        done = {
+            "codes": "codes kept, adapter in the biases",
+            "trained": "the trained codes",
+        }.get(kept or "", "merged, rounded to nearest")
         how = f"{done}: {packer.bits} bits in groups of {packer.group_size}"
         return self.write_directory(
-            job, job.merge_state, packer, how, dtype=dtype, exact=job.pooled
+            job, kept or job.merge_state, packer, how, dtype=dtype, exact=kept is not None
         )
 
 

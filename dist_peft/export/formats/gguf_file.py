@@ -160,7 +160,7 @@ def _choose_tensor_kind(
         return _Kind.F32
     if not walk.is_packable(weight) or (kind != "f16" and weight.num_columns % BLOCK):
         return _FLOATS[dtype]
-    if kind == "q4_1" and walk.state == "codes":
+    if kind == "q4_1" and walk.state in ("codes", "trained"):
         bits, group = getattr(weight.codec, "bits", 0), getattr(weight.codec, "group_size", 0)
         if bits > 4 or group % BLOCK:
             raise UserError(
@@ -185,7 +185,7 @@ def _encode_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return rows ``span`` as a flat tensor of bytes, in llama.cpp's row order."""
-    if kind == _Kind.Q4_1 and walk.state == "codes":
+    if kind == _Kind.Q4_1 and walk.state in ("codes", "trained"):
         parts = walk.read_affine_parts(weight, span)
         stored = pack_q4_1_blocks(
             convert_to_bias_groups(parts, weight.num_columns, BLOCK, torch.float16)

@@ -79,7 +79,12 @@ class GgufExport(PackedExport):
         from dist_peft.export.formats.gguf_file import write_gguf_file
 
         codec = job.integer_codec
-        fits = job.pooled and codec is not None and codec.bits <= 4 and codec.group_size % 32 == 0
+        fits = (
+            job.codes_state is not None
+            and codec is not None
+            and codec.bits <= 4
+            and codec.group_size % 32 == 0
+        )
         kind = job.options.get(TYPE.key) or ("q4_1" if fits else "q8_0")
         file = job.out if job.out.suffix == ".gguf" else job.out / f"model-{kind}.gguf"
         is_directory = file.parent == job.out
@@ -88,7 +93,7 @@ class GgufExport(PackedExport):
         elif file.is_dir() or (file.exists() and not job.overwrite):
             raise UserError(f"{file} exists; choose another file, or replace it with --overwrite")
         with (
-            job.open_weights() as walk,
+            job.open_weights(job.codes_state if kind == "q4_1" else None) as walk,
             tempfile.TemporaryDirectory() as scratch,
             publish_directory(job.out) if is_directory else nullcontext(file.parent) as out,
         ):
@@ -98,9 +103,11 @@ class GgufExport(PackedExport):
             written = write_gguf_file(
                 walk, kind, out / file.name, Path(scratch), job.directory.name, job.compute_dtype
             )
-        kept = job.pooled and kind == "q4_1"
+        kept = job.codes_state is not None and kind == "q4_1"
         as_trained = job.pooled or job.into == "decoded" or job.base.quant is None
-        done = "codes kept, adapter in the biases" if kept else "merged"
+        done = "merged"
+        if kept:
+            done = "codes kept, adapter in the biases" if job.pooled else "the trained codes"
         exact = kept or (kind == "f16" and as_trained)
         return ExportResult(written, file, f"{done}: {kind.upper()}", exact)
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.directory import read_adapter_directory
-from dist_peft.adapters.export_limits import ExportContent
+from dist_peft.adapters.export_limits import ExportContent, ExportLimits
 from dist_peft.adapters.low_rank.zero_points import measure_lost_share
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -60,13 +60,14 @@ def quantize_integer_zeros(
 ) -> AffineParts:
     """Return rows with integer zeros: uint8 codes [n, in], float16 scales, uint8 zeros.
 
-    Padding is dropped. In the state ``base`` the parts are those of the base; in ``codes`` the
-    zeros include the adapter, *rounded*; in the other states ``codec`` re-quantizes merged rows.
+    Padding is dropped. In the states ``base`` and ``trained`` the parts are those of training; in
+    ``codes`` the zeros include the adapter, *rounded*; in the other states ``codec`` re-quantizes
+    merged rows.
 
     Raises:
-        UserError: the zeros of the base must be kept (state ``base``), but are not integers.
+        UserError: the zeros must be kept (``base``, ``trained``), but are not integers.
     """
-    if walk.state in ("codes", "base"):
+    if walk.state in ("codes", "base", "trained"):
         parts = walk.read_affine_parts(weight, span)
     else:
         parts = codec.split_packed_rows(
@@ -74,7 +75,7 @@ def quantize_integer_zeros(
         )
     own = parts.zero.float()
     zero = own.round().clamp(0, 2**codec.bits - 1)
-    if walk.state == "base" and not torch.equal(zero, own):
+    if walk.state != "codes" and not torch.equal(zero, own):
         raise UserError(
             f"the base's zeros are fractions (such as {float(own[zero != own][0]):.3f} in "
             f"{weight.name}), which base.quant.solver hqq produces, and this format has integer "
@@ -246,6 +247,9 @@ class _IntegerZeroExport(PackedExport):
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         return "merged" if options.get(MERGE.key) else "separate"
 
+    def get_run_content(self, options: Mapping[str, Any], limits: ExportLimits) -> ExportContent:
+        return "merged" if limits.trained_codes else self.get_content(options)
+
     def find_idle_options(self, options: Mapping[str, Any]) -> list[str]:
         idle = options.get(LOSSY.key) and not options.get(MERGE.key)
         return ["--lossy has no effect without --merge"] if idle else []
@@ -260,7 +264,7 @@ class _IntegerZeroExport(PackedExport):
         return f"{super().explain_no_adapter()}, another format, or --merge --lossy"
 
     def write_export(self, job: ExportSpec) -> ExportResult:
-        merge = bool(job.options.get(MERGE.key))
+        merge = bool(job.options.get(MERGE.key)) and job.codes_state != "trained"
         if merge and not job.options.get(LOSSY.key):
             raise UserError(
                 f"this format has integer zeros: {_describe_merge_loss(job)}. Leave out --merge to "
@@ -275,9 +279,21 @@ class _IntegerZeroExport(PackedExport):
         if merge:
             how = f"merged with integer zeros: {size}"
             return self.write_directory(job, job.merge_state, packer, how)
+        if job.trained_codes:
+            self._require_trained_codes(job)
+            how = f"the trained codes, {size}"
+            return self.write_directory(job, "trained", packer, how, exact=True)
         self._check_base_kept(job, codec)
         how = f"base as trained, {size}; separate adapter"
         return self.write_directory(job, "base", packer, how, exact=True)
+
+    def _require_trained_codes(self, job: ExportSpec) -> None:
+        if job.integer_codec is None:
+            raise UserError(
+                "this format has integer codes, and the run was trained through another quantizer "
+                "(base.quant): choose bnb-nf4, or add --merge --lossy to quantize the trained "
+                "model again"
+            )
 
     def _check_base_kept(self, job: ExportSpec, codec: AffineCodec) -> None:
         """Check that there is an integer base, which ``codec`` describes.

@@ -32,4 +32,4 @@ def test_head_is_given_and_the_trunk_merged(tmp_path: Path) -> None:
     found = merger.merge_weight_rows(Q, weight.clone(), span, "original")
     torch.testing.assert_close(found, weight + trunk.compute_delta_rows(Q, span))
     assert Q not in merger.list_unused_tensors()
-    assert torch.equal(merger.subtract_initial_delta(Q, weight, span), weight)
+    assert torch.equal(merger.compute_encoded_rows(Q, weight, span), weight)

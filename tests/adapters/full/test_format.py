@@ -78,7 +78,7 @@ def test_reads_rows(tmp_path: Path) -> None:
         rows = torch.zeros(2, 3)
         found = weights.merge_weight_rows("m.a.weight", rows, Span(1, 3), "original")
         assert torch.equal(found, TENSORS["a.weight"][1:3])
-        assert weights.subtract_initial_delta("m.a.weight", rows, Span(1, 3)) is rows
+        assert weights.compute_encoded_rows("m.a.weight", rows, Span(1, 3)) is rows
         weights.merge_weight_rows("m.b.bias", torch.zeros(5), Span(0, 5), "decoded")
         assert weights.list_unused_tensors() == ["a.weight"]
         with pytest.raises(UserError, match=r"a.weight has shape \[4, 3\].*another base"):

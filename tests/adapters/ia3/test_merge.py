@@ -97,7 +97,7 @@ def test_rows_are_one_rounded_product() -> None:
     assert torch.equal(
         columns.merge_weight_rows("a.weight", rows, Span(0, 3), "original"), rows * vector
     )
-    assert columns.subtract_initial_delta("a.weight", rows, Span(0, 3)) is rows
+    assert columns.compute_encoded_rows("a.weight", rows, Span(0, 3)) is rows
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_decoded_base_gives_the_trained_function(
         name = f"{path}.weight"
         pieces = []
         for span in Span(0, merged[name].shape[0]).split_into_chunks(13):
-            rows = merger.subtract_initial_delta(name, merged[name][span.slice], span)
+            rows = merger.compute_encoded_rows(name, merged[name][span.slice], span)
             packed = codec.quantize_to_packed(rows)
             assert torch.equal(packed, module.base.packed[span.slice])  # the very bytes
             rows = codec.dequantize_rows(packed, rows.shape[1], torch.float32)
@@ -140,8 +140,8 @@ def test_touches_and_unused(tmp_path: Path) -> None:
 def test_residual_of_other_weights_is_the_weight(tmp_path: Path) -> None:
     _, _, merger = trained(tmp_path, init="pissa", target_modules=["q_proj"], embeddings=True)
     rows = torch.ones(2, 32)
-    assert merger.subtract_initial_delta("model.norm.weight", rows, Span(0, 2)) is rows
-    assert merger.subtract_initial_delta("model.embed_tokens.weight", rows, Span(0, 2)) is rows
+    assert merger.compute_encoded_rows("model.norm.weight", rows, Span(0, 2)) is rows
+    assert merger.compute_encoded_rows("model.embed_tokens.weight", rows, Span(0, 2)) is rows
 
 
 def test_pefts_own_adapter(tmp_path: Path) -> None:

@@ -1,29 +1,26 @@
-"""Combinations of ``base.quant`` that are refused; ``test_run`` has the sections together."""
-
-from typing import Any
+"""The section ``base.quant``."""
 
 import pytest
 from pydantic import ValidationError
 
 from dist_peft.core.config.quantization import QuantConfig
-from dist_peft.core.config.run import BaseConfig
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("keys", "words"),
     [
-        ({"bits": 8}, "nf4 has 4 bits, not 8"),
-        ({"solver": "hqq"}, "nf4 rounds to nearest"),
-        ({"group_size": 12}, "not a multiple of 8"),
-        ({"kind": "int", "solver": "gptq", "embeddings": True}, "embeddings: true quantizes while"),
+        ({"bits": 3}, "nf4 has 4 bits, not 3; use kind: int"),
+        ({"solver": "hqq"}, "nf4 rounds to nearest; solver hqq is for kind: int"),
+        ({"kind": "int", "solver": "gptq", "embeddings": True}, "use solver hqq"),
+        ({"group_size": 36}, "group_size 36 is not a multiple of 8"),
     ],
 )
-def test_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        QuantConfig(**fields)
+def test_options_that_do_not_fit(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        QuantConfig.model_validate(keys)
 
 
-def test_embeddings_are_plain_by_default() -> None:
-    default = BaseConfig(path="base").quant
-    assert default == QuantConfig() and default is not None and not default.embeddings
-    assert QuantConfig(kind="int", solver="hqq", embeddings=True).embeddings
+def test_options_that_fit() -> None:
+    assert QuantConfig().kind == "nf4" and not QuantConfig().embeddings
+    found = QuantConfig(kind="int", bits=2, solver="hqq", embeddings=True, group_size=24)
+    assert (found.bits, found.group_size) == (2, 24)

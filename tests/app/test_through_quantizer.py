@@ -1,0 +1,229 @@
+"""Whole runs through the quantizer: engines, ranks, resuming, exports."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from dist_peft.adapters.directory import open_adapter_merger
+from dist_peft.app.cli import main
+from dist_peft.app.model_setup import build_model, load_training_state, load_weights
+from dist_peft.app.resolved_config import resolve_config
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.span import Span
+from dist_peft.core.world import World
+from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.evaluate import inference_mode
+from dist_peft.train.optimizers import make_optimizer_factory
+from dist_peft.train.step_metrics import read_metrics
+from tests.support.dist import run_ranks
+from tests.support.export_runs import CONFIG, finished_run, fork_consumers
+from tests.support.story_runs import losses, train
+from tests.support.tiny_models import save_model
+from tests.support.tiny_runs import tiny_tree
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+pytestmark = pytest.mark.dist
+
+CPU = torch.device("cpu")
+NF4 = {"kind": "nf4", "double_quant": False}
+INT3 = {"kind": "int", "bits": 3, "group_size": 32}
+ENGINES: list[tuple[int, dict[str, Any]]] = [
+    (2, {"kind": "fsdp2", "keep_gathered": 1}),
+    (3, {"kind": "fsdp2"}),
+    (2, {"kind": "zero", "stage": 1, "keep_gathered": 1}),
+    (2, {"kind": "zero", "stage": 2}),
+    (3, {"kind": "zero", "stage": 3}),  # last: it replaces functional.linear for good
+]
+STEPS, CUT = 4, 2
+
+
+def make_tree(directory: Path, quant: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    directory.mkdir(exist_ok=True)
+    tree = tiny_tree(directory, **changes)
+    save_model(tf.LlamaConfig(**CONFIG.to_dict()), directory / "base")
+    tree["base"]["quant"] = quant
+    tree["adapter"] = {"r": 5, "alpha": 10, "through_quantizer": True}
+    tree["train"] |= {"steps": STEPS, "eps": 1e-5, "lr": 2e-2, "global_batch": 6}
+    return tree
+
+
+def load_twice(world: World, tree: dict[str, Any], first: Path, second: Path) -> dict[str, Any]:
+    """Load two checkpoints, one after the other with a forward pass in between.
+
+    Returns the hash of all merged bytes and the logits with the second.
+    """
+    config = parse_config(tree)
+    setup = build_model(resolve_config(config, None))
+    built = load_weights(setup, world, CPU)
+    built.setup_optimizer(make_optimizer_factory(config.train, CPU))
+    checkpoints = CheckpointManager(first.parent, 9, world)
+    ids = torch.arange(4, 28).view(1, -1)
+    found: dict[str, Any] = {}
+    for path in (first, second):
+        load_training_state(built, checkpoints, path, 1)
+        # leaves the root, and blocks that are kept, gathered
+        with inference_mode(built.model), torch.no_grad():
+            found["logits"] = built.model(input_ids=ids, use_cache=False).logits
+    total = hashlib.sha256()
+    for layer in setup.adapter.layers.values():
+        # engines gather a parameter that is sharded at rest
+        built.engine.overwrite_local_rows([])
+        total.update(built.engine.gather_parameter(layer.base.packed).numpy().tobytes())
+    return {**found, "bytes": total.hexdigest()}
+
+
+def load_on_engines(
+    world: World, tree: dict[str, Any], engines: list[dict[str, Any]], paths: tuple[Path, Path]
+) -> list[dict[str, Any]]:
+    return [load_twice(world, {**tree, "engine": engine}, *paths) for engine in engines]
+
+
+@pytest.mark.parametrize("quant", [NF4, INT3], ids=["nf4", "int3"])
+def test_bytes_are_the_same_on_any_ranks_and_engine(tmp_path: Path, quant: dict[str, Any]) -> None:
+    """From a checkpoint of one process; rows are 32, 64 and 192, which three ranks cut unevenly."""
+    tree = make_tree(tmp_path, quant)
+    assert train(World(), tree) == 0
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-{n:06}" for n in (3, STEPS))
+    [expected] = load_on_engines(World(), tree, [{"kind": "single"}], (first, second))
+    [other] = load_on_engines(World(), tree, [{"kind": "single"}], (second, first))
+    assert expected["bytes"] != other["bytes"]
+    for ranks in (2, 3):
+        engines = [engine for size, engine in ENGINES if size == ranks]
+        for results in run_ranks(load_on_engines, ranks, tree, engines, (first, second)):
+            for found in results:
+                assert found["bytes"] == expected["bytes"]
+                torch.testing.assert_close(
+                    found["logits"], expected["logits"], rtol=1e-5, atol=1e-5
+                )
+
+
+def train_on_engines(world: World, trees: list[dict[str, Any]]) -> None:
+    for tree in trees:
+        assert train(world, tree) == 0
+
+
+def count_gathered(run: Path) -> list[int]:
+    return [record.bytes_gathered for record in read_metrics(run / "metrics.jsonl")]
+
+
+def test_a_run_cut_on_one_engine_goes_on_on_another(tmp_path: Path) -> None:
+    """single -> fsdp2 on 3 ranks, fsdp2 on 2 -> zero 3, against one process that is not cut.
+
+    On the way: forward and backward gather as many bytes as those of plain LoRA.
+    """
+    whole = make_tree(tmp_path, INT3)
+    assert train(World(), whole) == 0
+    expected = losses(tmp_path / "run")
+    assert expected[-1] < expected[0]
+
+    def make(name: str, engine: dict[str, Any]) -> dict[str, Any]:
+        return {**whole, "save": {"dir": str(tmp_path / name), "every": 0}, "engine": engine}
+
+    assert train(World(), make("a", {"kind": "single"}), CUT) == 75
+    run_ranks(train_on_engines, 3, [make("a", {"kind": "fsdp2"})])
+    assert run_ranks(train, 2, make("b", {"kind": "fsdp2"}), CUT) == [75, 75]
+    plain = make("plain", {"kind": "fsdp2"})
+    plain["adapter"] = {**plain["adapter"], "through_quantizer": False}
+    assert run_ranks(train, 2, plain, CUT) == [75, 75]
+    gathered = [count_gathered(tmp_path / name) for name in ("b", "plain")]
+    assert gathered[0] == gathered[1] and len(gathered[0]) == CUT and gathered[0][0]
+    run_ranks(train_on_engines, 2, [make("b", {"kind": "zero", "stage": 3})])
+    for name in ("a", "b"):
+        torch.testing.assert_close(
+            torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-4, atol=0
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories by quantizer."""
+    adapter = {"through_quantizer": True, "use_rslora": True}
+    quants = {"nf4": NF4, "int4": {"kind": "int", "bits": 4, "group_size": 32}}
+    root = tmp_path_factory.mktemp("through")
+    found = {}
+    for name, quant in quants.items():
+        (root / name).mkdir()
+        found[name] = finished_run(root / name, quant, adapter)
+    return found
+
+
+def export(run: Path, out: Path, name: str, *options: str) -> int:
+    return main(["export", "--run", str(run), "--format", name, "--out", str(out), *options])
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("quant", "name", "bound"),
+    [("nf4", "bnb-nf4", 0.01), ("int4", "compressed-tensors", 0.0), ("int4", "hf-metal", 0.0)],
+)
+def test_the_export_is_the_trained_model_for_its_own_library(
+    finished: dict[str, Path],
+    quant: str,
+    name: str,
+    bound: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No logit differs from those of the training forward, in float32; bitsandbytes multiplies in
+    an order of its own, and dequantizes to the very weights of training."""
+    fork_consumers(monkeypatch)
+    assert export(finished[quant], tmp_path / "out", name, "--max-error", str(bound)) == 0
+    if name == "bnb-nf4":
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        weight = "model.layers.0.mlp.down_proj.weight"
+        rows = load_file(finished[quant].parent / "base" / "model.safetensors")[weight]
+        own = open_adapter_merger(finished[quant] / "adapter")
+        merged = own.compute_encoded_rows(weight, rows, Span(0, len(rows)))
+        codec = Nf4Codec(64, double_quant=False)
+        payload, absmax = codec.split_packed_rows(codec.quantize_to_packed(merged), rows.shape[1])
+        assert torch.equal(stored[weight].flatten(), payload.flatten())
+        assert torch.equal(stored[f"{weight}.absmax"], absmax.flatten())
+        state = QuantState(absmax.flatten(), rows.shape, stored[f"{weight}.quant_map"], 64, "nf4")
+        state.dtype = torch.float32
+        dense = dequantize_4bit(stored[weight], state)
+        ours = codec.dequantize_rows(codec.quantize_to_packed(merged), rows.shape[1], dense.dtype)
+        assert torch.equal(dense, ours)
+
+
+@pytest.mark.e2e
+def test_a_merge_of_the_run_and_of_its_checkpoint_is_exact(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where the command says to merge into the original base: that model was not trained."""
+    argv = ["merge", "--run", str(finished["int4"]), "--dtype", "float32", "--max-error", "1e-6"]
+    assert main([*argv, "--out", str(tmp_path / "a"), "--base", "original"]) == 0
+    assert main([*argv, "--out", str(tmp_path / "b"), "--checkpoint", "last"]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.e2e
+def test_the_adapter_alone_is_refused_and_stamped(
+    finished: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished["nf4"]
+    for name, options in (("peft", ()), ("bnb-nf4", ("--keep-adapter",))):
+        assert export(run, tmp_path / "out", name, *options) == 2
+        assert "base and adapter apart are another model" in capsys.readouterr().err
+    assert export(run, tmp_path / "out", "gptq") == 2  # NF4 codes
+    assert "choose bnb-nf4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["through_quantizer"] is True
+    adapters = [str(finished[name] / "adapter") for name in ("int4", "nf4")]
+    assert main(["combine", *adapters, "--out", str(tmp_path / "out")]) == 2
+    assert "was trained through the quantizer" in capsys.readouterr().err
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("through_quantizer: true", ""))
+    assert export(run, tmp_path / "out", "hf-bf16") == 2
+    assert "restore adapter.through_quantizer" in capsys.readouterr().err
+    (run / "config.yaml").write_text(text)

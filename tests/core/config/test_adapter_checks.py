@@ -1,0 +1,30 @@
+"""The adapter section against base and training."""
+
+import pytest
+
+from dist_peft.core.config.adapter import Ia3Config, LoraConfig, PromptConfig
+from dist_peft.core.config.adapter_checks import check_adapter_options, check_through_quantizer
+from dist_peft.core.config.quantization import QuantConfig
+
+
+def test_solver_without_zeros_and_rates_without_blocks_are_refused() -> None:
+    kept = LoraConfig(keep_zeros=True)
+    check_adapter_options(kept, "rtn", 0.9)
+    check_adapter_options(LoraConfig(), "hqq", 0.9)
+    with pytest.raises(ValueError, match="solver hqq need not store a zero as zero"):
+        check_adapter_options(kept, "hqq", 1)
+    check_adapter_options(PromptConfig(), "rtn", 1)
+    with pytest.raises(ValueError, match="prompt has no parameters in the blocks"):
+        check_adapter_options(PromptConfig(), "rtn", 0.9)
+
+
+def test_bases_that_are_not_trained_through_their_quantizer() -> None:
+    through, nested = LoraConfig(through_quantizer=True), QuantConfig()
+    with pytest.raises(ValueError, match=r"base\.quant\.double_quant: false"):
+        check_through_quantizer(through, nested)
+    with pytest.raises(ValueError, match="solver: rtn or hqq"):
+        check_through_quantizer(through, QuantConfig(kind="int", solver="gptq"))
+    check_through_quantizer(through, QuantConfig(double_quant=False))
+    check_through_quantizer(through, None)
+    check_through_quantizer(LoraConfig(), nested)
+    check_through_quantizer(Ia3Config(), nested)
