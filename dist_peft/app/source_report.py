@@ -44,6 +44,7 @@ class SourceReport:
         lengths: of all documents, before anything is cut.
         targets: tokens in the loss; None for classification.
         labels: documents by label, for classification.
+        domain: ``domain`` of the source.
         template: the chat template of conversations; None for other formats.
         without_target: documents without a token in the loss, which are left out.
         longer: documents of more than ``data.seq_len`` tokens.
@@ -67,6 +68,7 @@ class SourceReport:
     beyond_positions: int
     chunks: int | None = None
     labels: dict[str, int] = field(default_factory=dict)
+    domain: str | None = None
     template: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -114,6 +116,7 @@ def report_source(
         beyond_positions=int((used > positions).sum()),
         chunks=int((-(-lengths // config.seq_len)).sum()) if documents.is_text else None,
         labels=_count_labels(documents, source.labels),
+        domain=source.domain,
         template=_describe_template(config, documents, read_as, tokenizer),
         notes=documents.notes,
     )

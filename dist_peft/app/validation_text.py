@@ -102,6 +102,8 @@ def list_source_rows(source: SourceReport, seq_len: int) -> list[Row]:
         )
     if source.labels:
         rows.append(("labels", ", ".join(f"{label} {n:,}" for label, n in source.labels.items())))
+    if source.domain is not None:
+        rows.append(("domain", source.domain + ("" if source.labels else ", without labels")))
     rows += list(_list_losses(source, seq_len))
     return [*rows, *(("note", note) for note in source.notes)]
 
