@@ -19,7 +19,7 @@ class ExportLimits:
         gptq_linears: against a separate adapter on linears of GPTQ.
         bnb_linears: against a separate adapter on linears of bitsandbytes.
         fits_zero_points: a merge into an integer base keeps its codes and changes its zeros only.
-        trained_codes: the merged weights in the base's own format are what was trained, and no
+        trained_codes: the merged weights in the base's own format were trained, and no
             base and adapter apart.
     """
 

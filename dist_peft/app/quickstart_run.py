@@ -104,7 +104,7 @@ def _is_earlier_run(out: Path) -> bool:
 
 
 def remove_earlier_results(out: Path) -> None:
-    """Remove what ``check_earlier_results`` allows to be replaced."""
+    """Remove the directories that ``check_earlier_results`` accepted."""
     for part in (out / "merged", out / "run"):  # the run last: it shows whose the other is
         if part.exists():
             shutil.rmtree(part)

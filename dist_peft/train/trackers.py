@@ -187,7 +187,7 @@ class TrackerSink:
 def list_tracker_sinks(
     trackers: Sequence[str], run_dir: Path, config: Mapping[str, Any]
 ) -> list[Callable[[Path, int], MetricSink]]:
-    """Return what makes the sinks of ``save.track``, for ``MetricsWriter``."""
+    """Return a maker of the sink of each tracker of ``save.track``, for ``MetricsWriter``."""
     name = run_dir.resolve().name
 
     def make(tracker: str) -> Callable[[Path, int], MetricSink]:

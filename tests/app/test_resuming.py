@@ -46,11 +46,6 @@ def stopped(tmp_path: Path) -> Tree:
 REFUSED: dict[str, tuple[str, object, str]] = {
     "r": ("adapter.r", 5, "adapter.r is 5, there 4"),
     "alpha": ("adapter.alpha", 9, "adapter.alpha is 9.0, there 8.0"),
-    "through": (
-        "adapter",
-        {"r": 4, "alpha": 8, "through_quantizer": True},
-        "adapter.through_quantizer is true, there false",
-    ),
     "quant": ("base.quant", {"kind": "nf4"}, 'base.quant.kind is "nf4", there not set'),
     "packed ends": ("base.quant", {"embeddings": True}, "base.quant.embeddings is true, there"),
     "dtype": ("base.compute_dtype", "bfloat16", "base.compute_dtype is"),
@@ -70,6 +65,9 @@ def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
     inputs = other_inputs(stopped, tmp_path / "other")
     others |= {name: (tree, text.partition(" is")[0]) for name, (tree, text) in inputs.items()}
     other_base = "was trained on another base than"  # says how it differs, which no value does
+    through = changed(stopped, "base.quant", {"kind": "int", "group_size": 8})
+    through = changed(through, "adapter.through_quantizer", True)
+    others["through"] = (through, "adapter.through_quantizer is true, there false")
     others["weights"] = (others["weights"][0], f"step-000001 {other_base}")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")
     with mock.patch(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from dist_peft.quant import cpu_products
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec
+from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.quant.frozen_matmul import frozen_grouped_matmul, frozen_matmul
 from dist_peft.quant.nf4 import Nf4Codec
 
@@ -35,10 +37,18 @@ def make(codec: Codec, dtype: torch.dtype, *lead: int) -> tuple[nn.Parameter, Te
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """16-bit types: computed in float32, rounded once, in both directions."""
-    if x.dtype.itemsize > 2:
+    """16-bit types as on processors without products for them: computed in float32, rounded once,
+    in both directions."""
+    if has_fast_product(x.device, x.dtype):
         return functional.linear(x, weight)
     return functional.linear(x.float(), weight.float()).to(x.dtype)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["float32 products", "native products"])
+def native_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether 16-bit products are computed as such, whatever processor this is."""
+    monkeypatch.setattr(cpu_products, "_is_native_product_fast", lambda dtype: request.param)
+    return bool(request.param)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

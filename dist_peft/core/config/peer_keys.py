@@ -20,7 +20,7 @@ class PeerKey:
     Attributes:
         key: such as ``train.lr``; None if there is none.
         value: the value of ``key`` that says the same as the other key set to true.
-        note: a difference of meaning, or what to do where there is no key.
+        note: a difference of meaning, or the advice where there is no key.
         is_copied: whether a value of the other key is also right here.
         is_needless: the other key may be left out: what it asks for is always so here, or is
             without effect on what is trained.
