@@ -80,9 +80,9 @@ def _list_front_matter(config: RunConfig, directory: Path) -> list[str]:
 
 def _list_origin_rows(config: RunConfig) -> list[tuple[str, str]]:
     quant = config.base.quant
-    stored: str = config.base.compute_dtype if quant is None else quant.kind
-    if quant is not None and quant.kind == "int":
-        stored = f"int, {quant.bits} bits in groups of {quant.group_size}"
+    stored: str = config.base.compute_dtype
+    if quant is not None:
+        stored = f"{quant.kind}, {quant.bits} bits in groups of {quant.group_size}"
     settings = config.adapter.model_dump(include={"r", "alpha", "init"})
     method = " ".join([config.adapter.kind, *(f"{key} {value}" for key, value in settings.items())])
     names = [PurePath(source.path).name or source.path for source in config.data.train]

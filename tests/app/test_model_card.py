@@ -43,7 +43,7 @@ def test_card_of_the_runs_adapter(place: Path) -> None:
     weights = (place / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     for text in (
         "# run, adapter",
-        "| Base | base, frozen, stored as nf4 |",
+        "| Base | base, frozen, stored as nf4, 4 bits in groups of 64 |",
         "| Method | lora r 4 alpha 8.0 init default |",
         "| Training data | train.jsonl |",
         "| Held-out data | eval.jsonl |",

@@ -62,8 +62,8 @@ def test_gsm8k(load: Load) -> None:
     assert shown.startswith("<s> Q: Janet\u2019s ducks lay 16 eggs per day.")
     assert "market?\nA:[[Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\n" in shown
     assert shown.endswith("#### 18</s>]]")
-    with pytest.raises(UserError, match=r"gsm8k/test.jsonl: its columns are question, answer;"):
-        load.first("gsm8k/test.jsonl")
+    guessed = load.first("gsm8k/test.jsonl", limit=1)
+    assert "[[Janet sells 16 - 3 - 4" in guessed and guessed.endswith("#### 18</s>]]")
 
 
 def test_tinystories(load: Load) -> None:
@@ -134,7 +134,6 @@ REFUSED = {
     "rte/*.tsv": r"columns are index, sentence1, .*classifier on label .*format: classification",
     "mrpc/*.tsv": r"columns are Quality, #1 ID, .*classification needs text, label, text_pair\?",
     "mrpc/LICENCE.html": r"has the ending .html; readable are .jsonl",
-    "gsm8k": r"Map them: data.train\[0\].columns: \{prompt: question, completion: answer\}",
     "self-instruct/*.jsonl": r"\{output: a_column\}; .* is written instances.0.output",
     "llamafactory-demo": r"c4_demo.jsonl, record 1 has no column instruction .*is of format alpaca",
     "commonsense": r"has no file with a readable ending .*; it has .md",

@@ -16,7 +16,7 @@ from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, format_line
 
 def make_record(step: int, value: float | None, metric: str = "loss") -> StepMetrics:
     values: dict[str, Any] = {
-        f.name: 1 for f in fields(StepMetrics) if not f.name.startswith("eval")
+        f.name: 1 for f in fields(StepMetrics) if not f.name.startswith(("eval", "sample_texts"))
     }
     return StepMetrics(**{**values, "step": step, f"eval_{metric}": value})
 

@@ -33,7 +33,7 @@ def check_through_quantizer(adapter: AdapterConfig, quant: QuantConfig | None) -
     """
     if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer or quant is None:
         return
-    if quant.kind == "nf4" and quant.double_quant:
+    if quant.has_nested_scales:
         raise ValueError(
             "adapter.through_quantizer: nested scales of an NF4 base are quantized within each row "
             "here and across rows by bitsandbytes, so that no NF4 model could hold the trained "

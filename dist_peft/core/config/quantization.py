@@ -41,6 +41,11 @@ class QuantConfig(ConfigSection):
         2048, ge=8, description="gptq only: tokens of a sequence, at most the base's positions."
     )
 
+    @property
+    def has_nested_scales(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.kind == "nf4" and self.double_quant
+
     @model_validator(mode="after")
     def _check_quant_options(self) -> Self:
         if self.kind == "nf4" and self.bits != 4:

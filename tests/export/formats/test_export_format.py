@@ -28,6 +28,8 @@ def test_content_depends_on_options() -> None:
     assert [name for name, content in contents.items() if content == "adapter"] == [
         "peft",
         "peft-expanded",
+        "gguf-lora",
+        "mlx-adapter",
     ]
     separate = {"gptq", "compressed-tensors"}
     assert {name for name, content in contents.items() if content == "separate"} == separate
