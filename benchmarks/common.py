@@ -214,7 +214,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def write_result(name: str, result: object, directory: Path = RESULTS) -> Path:
-    """``DIRECTORY/NAME.json`` with the machine beside the result."""
+    """``DIRECTORY/NAME.json`` with the result and the machine."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "result": result}, indent=1, default=asdict))

@@ -13,9 +13,10 @@ its files was left as it was when the model became one of sentences, which are t
 states; its output is near zero (0.05 on average), so that a head on it hardly begins to learn.
 
 With ``weight: 0`` the discriminator trains as well, but nothing is reversed; chance is the larger
-share of a step, about one half. How far apart the domains are in the end is measured besides, as
-nobody's adversary: a logistic regression on the pooled states of held-out records of both sets, fit
-on one half of them and scored on the other (as for the proxy A-distance of Ganin et al.).
+share of a step, about one half. How far apart the domains are in the end is measured too, by a
+model that no adapter was trained against: a logistic regression on the pooled states of held-out
+records of both sets, fit on one half of them and scored on the other (as for the proxy A-distance
+of Ganin et al.).
 
 Each run is written to the result at its end; the next call runs those that are missing.
 """

@@ -298,8 +298,8 @@ def find_next_rates(losses: Mapping[float, float]) -> list[float]:
     tried = sorted(losses)
     best = min(tried, key=lambda rate: losses[rate])
     place = RATES.index(best)
-    beside = [place - 1] * (best == tried[0]) + [place + 1] * (best == tried[-1])
-    return [RATES[n] for n in beside if 0 <= n < len(RATES)]
+    neighbours = [place - 1] * (best == tried[0]) + [place + 1] * (best == tried[-1])
+    return [RATES[n] for n in neighbours if 0 <= n < len(RATES)]
 
 
 def choose_rate(cells: Sequence[Cell], name: str) -> float | None:

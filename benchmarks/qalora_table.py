@@ -4,7 +4,7 @@ Every row is fine-tuned on the same instructions with the same budget, then meas
 deployed:
 
     base             nothing trained, nothing quantized
-    qlora            NF4 base + LoRA, 16-bit adapter beside it: what the others want to keep
+    qlora            NF4 base + LoRA, 16-bit adapter kept apart: the quality to keep
     qlora+gptq b     qlora merged to 16 bits, then quantized by GPTQ to b bits
     qa-lora b        base quantized by GPTQ to b bits, QA-LoRA trained on it, merged exactly
 

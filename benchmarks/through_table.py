@@ -3,7 +3,7 @@
 Every row has the same text, steps, rank and targets, and is measured as it would be deployed:
 
     base             nothing trained, quantized to b bits
-    qlora b          LoRA on the b-bit base, adapter beside it: what the others want to keep
+    qlora b          LoRA on the b-bit base, adapter kept apart: the quality to keep
     qlora+rtn b      the same, merged, rounded to the same b bits again
     qa-lora b        QA-LoRA on the b-bit base, merged exactly into float zeros
     through b        adapter.through_quantizer: the b-bit model is what was trained

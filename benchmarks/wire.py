@@ -230,7 +230,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--links", nargs="+", default=["10gbit", "1gbit"], metavar="RATE")
     parser.add_argument("--engine", choices=["fsdp2", "zero"], default="fsdp2")
     parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=["nf4", "int4", "int2"], help="beside bf16"
+        "--forms",
+        nargs="+",
+        choices=FORMS,
+        default=["nf4", "int4", "int2"],
+        help="compared with bf16",
     )
     parser.add_argument("--rounds", type=int, default=3, help="visits to each link")
     parser.add_argument("--steps", type=int, default=3, help="timed in a visit, of each form")

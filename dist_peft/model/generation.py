@@ -185,7 +185,9 @@ def encode_plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     plain = [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     if not plain:
-        raise UserError("the prompt has no token: write some text")
+        raise UserError(
+            "the prompt is empty: the tokenizer makes no token of it; write at least one word"
+        )
     whole = [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
     for place in range(1, len(whole) - len(plain) + 1):
         front = whole[:place]

@@ -22,7 +22,7 @@ from dist_peft.model.model_files import copy_model_files
 from dist_peft.store.fileio import remove_temporary_files
 from dist_peft.store.publish import publish_directory
 
-__all__ = ["LLAMA_CPP", "GgufExport"]
+__all__ = ["LLAMA_CPP", "GgufExport", "find_layout_obstacle"]
 
 TYPE = ExportOption(
     "type",
@@ -52,6 +52,20 @@ LLAMA_CPP = ProcessConsumer(
 )
 
 
+def find_layout_obstacle(run: PlannedExport) -> str | None:
+    """Return the reason for which GGUF has no layout of the run's model; None: it has, or the gguf
+    package is not there to tell."""
+    if find_spec("gguf") is None:
+        return None
+    from dist_peft.export.formats.gguf_model import GgufModelLayout  # needs an optional package
+
+    try:
+        GgufModelLayout(run.skeleton)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 class GgufExport(PackedExport):
     """A file of llama.cpp, in Q4_1, Q8_0 or F16."""
 
@@ -63,15 +77,7 @@ class GgufExport(PackedExport):
     """Where llama.cpp is not installed."""
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
-        if find_spec("gguf") is None:
-            return None
-        from dist_peft.export.formats.gguf_model import GgufModelLayout  # needs an optional package
-
-        try:
-            GgufModelLayout(run.skeleton)
-        except UserError as error:
-            return str(error)
-        return None
+        return find_layout_obstacle(run)
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         if find_spec("gguf") is None:

@@ -21,6 +21,7 @@ from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.export_format import ExportFormat, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.formats.gguf_format import find_layout_obstacle
 from dist_peft.export.formats.plain_lora import (
     LinearFactors,
     find_plain_lora_obstacle,
@@ -54,15 +55,7 @@ class GgufLoraExport(ExportFormat):
             return reason
         if reason := find_plain_lora_obstacle(run.config.adapter, run.skeleton.model):
             return reason
-        if find_spec("gguf") is None:
-            return None
-        from dist_peft.export.formats.gguf_model import GgufModelLayout  # needs an optional package
-
-        try:
-            GgufModelLayout(run.skeleton)
-        except UserError as error:
-            return str(error)
-        return None
+        return find_layout_obstacle(run)
 
     def write_export(self, job: ExportSpec) -> ExportResult:
         if find_spec("gguf") is None:
