@@ -2,13 +2,19 @@
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from tests.support.cluster import wait_until
+from tests.support.forked_python import _pass_signals_on, _report_end, _Script
 
 pytestmark = pytest.mark.dist
 
@@ -70,3 +76,37 @@ def test_signals_reach_the_script(
     process.send_signal(end)
     assert process.wait(timeout=30) == (75 if end == signal.SIGUSR1 else -end)
     wait_until(lambda: not forked.exists(), 30, "end of the script")
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0", struct.pack("!I", 40) + b"{"])
+def test_a_client_killed_while_it_asks_stops_no_other(
+    forked_python: str, script: str, tmp_path: Path, sent: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(Path(forked_python).parent / "socket"))
+        if sent:
+            socket.send_fds(client, [b"x"], [0, 1, 2])
+            client.sendall(sent)
+    done = subprocess.run(
+        [forked_python, script, "3"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={**os.environ, "WORD": "w"},
+        cwd=tmp_path,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+
+
+def test_a_signal_may_come_after_the_end_of_the_script() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, there = socket.socketpair()
+    process = SimpleNamespace(pid=ended.pid, join=lambda: None, exitcode=0)
+    waiting = _Script(here, cast(BaseProcess, process))
+    there.sendall(bytes([signal.SIGTERM]))
+    _pass_signals_on(waiting)
+    there.close()
+    _report_end(waiting)
+    assert here.fileno() == -1

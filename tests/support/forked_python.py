@@ -37,6 +37,8 @@ from tests.support.dist import call_in_process, make_process_context
 
 NAMESPACES = ("net", "uts", "mnt")
 """Those that a host of ``tests.support.cluster`` has of its own; the mounts come last."""
+REQUEST_SECONDS = 20
+"""A client sends its request at once or was stopped; the others do not wait longer for it."""
 
 
 @contextmanager
@@ -90,38 +92,50 @@ def _serve(listener: socket.socket, ended: socket.socket) -> None:
                 scripts.remove(script)
             elif script.client in ready:
                 _pass_signals_on(script)
-        if listener in ready:
-            scripts.append(_accept(listener))
+        if listener in ready and (script := _accept(listener)) is not None:
+            scripts.append(script)
 
 
-def _accept(listener: socket.socket) -> _Script:
+def _accept(listener: socket.socket) -> _Script | None:
+    """Return the script of the next client; None for one that was killed while it asked."""
     client, _ = listener.accept()
-    _, files, _, _ = socket.recv_fds(client, 1, 3)
-    (size,) = struct.unpack("!I", client.recv(4, socket.MSG_WAITALL))
-    request = json.loads(client.recv(size, socket.MSG_WAITALL))
-    context = make_process_context()
-    process = context.Process(  # type: ignore[attr-defined]
-        target=_run_script, args=(request, [_Descriptor(file) for file in files]), daemon=True
-    )
-    process.start()
-    for file in files:
-        os.close(file)
+    client.settimeout(REQUEST_SECONDS)
+    files: list[int] = []
+    try:
+        _, files, _, _ = socket.recv_fds(client, 1, 3)
+        (size,) = struct.unpack("!I", client.recv(4, socket.MSG_WAITALL))
+        request = json.loads(client.recv(size, socket.MSG_WAITALL))
+        process = make_process_context().Process(  # type: ignore[attr-defined]
+            target=_run_script, args=(request, [_Descriptor(file) for file in files]), daemon=True
+        )
+        process.start()
+    except (OSError, struct.error, ValueError):
+        client.close()
+        return None
+    finally:
+        for file in files:
+            os.close(file)
     return _Script(client, process)
 
 
 def _pass_signals_on(script: _Script) -> None:
-    numbers = script.client.recv(64)
+    try:
+        numbers = script.client.recv(64)
+    except OSError:  # reset: killed with an answer that it had not read
+        numbers = b""
     if not numbers:  # the client was killed
         script.process.kill()
         script.process.join()
-    elif script.process.pid is not None:
-        for number in numbers:
-            os.kill(script.process.pid, number)
+    process = script.process.pid
+    assert process is not None
+    for number in numbers:
+        with suppress(ProcessLookupError):  # it ended since ``wait`` returned
+            os.kill(process, number)
 
 
 def _report_end(script: _Script) -> None:
     script.process.join()
-    with suppress(BrokenPipeError):  # a client that was killed
+    with suppress(OSError):  # a client that was killed
         script.client.sendall(struct.pack("!i", script.process.exitcode))
     script.client.close()
 
