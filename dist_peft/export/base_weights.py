@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
@@ -68,13 +69,24 @@ class BaseWeight:
 
     @property
     def num_columns(self) -> int:
-        """Size of the last dimension: in_features of a matrix."""
-        return self.info.shape[-1]
+        """in_features of a linear or expert; of other tensors the size of the last dimension."""
+        return self.info.shape[-1] if self.linear is None else self.linear.in_features
 
     def span_in_linear(self, span: Span) -> Span:
         """Map rows ``span`` to rows of ``linear``; a row of stacked experts is one expert."""
-        height = torch.Size(self.info.shape[1:-1]).numel()
+        height = torch.Size(self.info.shape[1:]).numel() // max(1, self.num_columns)
         return Span(self.first + span.start * height, self.first + span.stop * height)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether rows of ``linear`` are columns of the tensor."""
+        return isinstance(self.linear, ExpertStack) and self.linear.is_transposed
+
+    def to_stored_shape(self, rows: Tensor) -> Tensor:
+        """Rows of ``linear`` ``[n, in]`` -> rows of the tensor as it is written."""
+        if not self.is_transposed:
+            return rows.reshape(-1, *self.info.shape[1:])
+        return rows.view(-1, self.info.shape[2], self.info.shape[1]).transpose(1, 2).contiguous()
 
 
 def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:

@@ -44,7 +44,7 @@ from dist_peft.export.base_weights import BaseWeight, list_base_weights
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.model.skeleton import Skeleton, build_skeleton
-from dist_peft.quant.codec_defaults import AffineParts
+from dist_peft.quant.affine import AffineParts, dequantize_affine_parts
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
@@ -53,7 +53,6 @@ __all__ = [
     "CHUNK_BYTES",
     "MergedWeights",
     "State",
-    "dequantize_affine_parts",
     "iterate_base_rows",
     "open_merged_weights",
 ]
@@ -183,13 +182,16 @@ class MergedWeights:
             assert linear is not None
             packed = self.read_packed_rows(weight, span)
             rows = linear.codec.dequantize_rows(packed, linear.in_features, torch.float32)
-            rows = rows.reshape(len(span), *weight.info.shape[1:])
+        elif weight.is_transposed:
+            assert linear is not None
+            own = weight.span_in_linear(span)
+            rows = linear.read_packed_rows(self._choose_reader(weight), own)
         elif weight.path in self._new:
             rows = torch.zeros(len(span), *weight.info.shape[1:])  # the adapter has all of it
         else:
             rows = self._reader.read_rows(weight.name, span)
         if not adapted:
-            return rows
+            return rows if linear is None else weight.to_stored_shape(rows)
         into: Literal["original", "decoded"] = "decoded" if decoded else "original"
         if linear is None:
             return self._merger.merge_weight_rows(weight.path, rows, span, into)
@@ -200,7 +202,7 @@ class MergedWeights:
         kept = self._find_kept_zeros(weight, flat, as_trained=decoded)
         if kept is not None:
             merged = torch.where(kept, flat.float(), merged)
-        return merged.view(rows.shape)
+        return weight.to_stored_shape(merged)
 
     def _find_kept_zeros(
         self, weight: BaseWeight, rows: Tensor, *, as_trained: bool
@@ -246,7 +248,8 @@ class MergedWeights:
     def _choose_reader(self, weight: BaseWeight) -> RowReader:
         """Return the reader of a weight's rows; of a packed one, which the files may have
         transposed, a reader that keeps it until this thread comes to the next."""
-        if weight.linear is None or weight.linear.stored is None:
+        packed = weight.linear is not None and weight.linear.stored is not None
+        if not (packed or weight.is_transposed):
             return self._reader
         if getattr(self._holding, "name", None) != weight.name:
             self._holding.name, self._holding.reader = weight.name, HoldingReader(self._reader)
@@ -291,6 +294,9 @@ class MergedWeights:
                         weight.linear.stored.read_packed_rows(
                             self._choose_reader(weight), weight.span_in_linear(span)
                         )
+                    elif weight.is_transposed and weight.linear is not None:
+                        own = weight.span_in_linear(span)
+                        weight.linear.read_packed_rows(self._choose_reader(weight), own)
                     elif weight.path not in self._new:
                         self._reader.read_rows(weight.name, span)
         found = {
@@ -390,11 +396,3 @@ def _base_names(skeleton: Skeleton) -> dict[str, str]:
         if head in names:
             names[head] = names[embedding]
     return names
-
-
-def dequantize_affine_parts(parts: AffineParts, columns: int) -> Tensor:
-    """Dequantize ``(code - zero) * scale`` to float32 ``[rows, columns]``."""
-    rows, groups = parts.scale.shape
-    codes = parts.codes.view(rows, groups, -1).float()
-    numbers = (codes - parts.zero.float().unsqueeze(-1)) * parts.scale.float().unsqueeze(-1)
-    return numbers.flatten(1)[:, :columns]

@@ -17,7 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
-from dist_peft.model.experts import STACKS, ExpertStack, FrozenExperts
+from dist_peft.model.experts import (
+    STACKS,
+    ExpertStack,
+    FrozenExperts,
+    Pieces,
+    StoredPieces,
+    find_own_gate,
+)
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.naming import TensorNames
@@ -157,25 +164,67 @@ def freeze_linears(
 
 
 def freeze_experts(
-    model: nn.Module, experts: Sequence[nn.Module], names: TensorNames, codec: Codec
+    model: nn.Module,
+    experts: Sequence[nn.Module],
+    names: TensorNames,
+    codec: Codec,
+    packed: PrequantizedBase | None,
 ) -> list[FrozenReplacement]:
-    """Replace experts by ones packed with the base's codec."""
+    """Replace experts by ones packed with the base's codec, or with that of a prequantized base.
+
+    Raises:
+        UserError: only some of a stack's tensors are quantized in the files, or not alike.
+    """
     replaced: list[FrozenReplacement] = []
     paths = {id(module): path for path, module in model.named_modules()}
     for module in experts:
         stacks: dict[str, ExpertStack] = {}
         for own in STACKS:
             count, out, columns = module.get_parameter(own).shape
+            if module.is_transposed:
+                out, columns = columns, out
             source = f"{paths[id(module)]}.{own}"
-            stacks[own] = ExpertStack(count, columns, out, codec, source, "meta")
-            stacks[own].pieces = names.stacks[source]
+            pieces = names.stacks[source]
+            stored = None if packed is None else _open_packed_pieces(packed, pieces, columns)
+            chosen = codec if stored is None else stored.codec
+            stacks[own] = ExpertStack(count, columns, out, chosen, source, "meta", stored)
+            stacks[own].pieces = pieces
+            stacks[own].is_transposed = bool(module.is_transposed)
         parent, _, own = paths[id(module)].rpartition(".")
-        frozen = FrozenExperts(**stacks, act_fn=cast(nn.Module, module.act_fn))
+        bias = module._parameters.get(f"{STACKS[0]}_bias")
+        frozen = FrozenExperts(
+            **stacks,
+            act_fn=cast(nn.Module | None, getattr(module, "act_fn", None)),
+            apply_gate=find_own_gate(module),
+            bias_dtype=None if bias is None else bias.dtype,
+        )
         replaced.append(
             FrozenReplacement(model.get_submodule(parent), paths[id(module)], module, frozen)
         )
         replaced[-1].install_frozen()
     return replaced
+
+
+def _open_packed_pieces(
+    packed: PrequantizedBase, pieces: Pieces, columns: int
+) -> StoredPieces | None:
+    """Return the reader of a stack's rows in a prequantized base; None: they are not quantized."""
+    opened = [packed.open_linear(piece.name, len(piece.span), columns) for piece in pieces]
+    parts = tuple(
+        (piece.span, linear)
+        for piece, linear in zip(pieces, opened, strict=True)
+        if linear is not None
+    )
+    if not parts:
+        return None
+    if len(parts) < len(pieces) or len({linear.codec for _, linear in parts}) > 1:
+        plain = next((p.name for p, one in zip(pieces, opened, strict=True) if one is None), None)
+        raise UserError(
+            f"{packed.format_label}: the experts next to {pieces[0].name} are not all stored alike"
+            + (f": {plain} is not quantized" if plain else "")
+            + "; give the unquantized base"
+        )
+    return StoredPieces(parts)
 
 
 def freeze_embeddings(

@@ -36,6 +36,10 @@ __all__ = ["FrozenLinear", "FrozenWeight", "PrequantizedLinear", "WeightRows", "
 class PrequantizedLinear(Protocol):
     """A linear of a prequantized base."""
 
+    @property
+    def codec(self) -> Codec:
+        """Codec of the rows."""
+
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows packed by the linear's codec, ``uint8 [len(span), row_bytes]``."""
 

@@ -10,7 +10,6 @@ mixture lie in one tensor each where the model stacks them (``model.experts``)::
 """
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +77,7 @@ def find_tensor_names(
         experts: the modules whose parameters are stacks.
 
     Raises:
-        UserError: tensors are absent or have another shape, or experts are quantized already.
+        UserError: tensors are absent or have another shape.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -191,7 +190,8 @@ def _find_expert_stacks(
                     parts = merged[candidate]
                 else:
                     continue
-                stacks[name] = _list_stack_pieces(index, tensors, parts, shape)
+                turned = bool(module.is_transposed)
+                stacks[name] = _list_stack_pieces(index, tensors, parts, shape, turned)
                 break
             else:
                 absent.append(name)
@@ -233,12 +233,22 @@ def _list_stack_pieces(
     tensors: Mapping[str, TensorInfo | None],
     parts: list[list[str]],
     shape: tuple[int, ...],
+    transposed: bool,
 ) -> Pieces:
-    """Return the pieces of a stack [experts, out, in], from one tensor or those of ``_merged``."""
-    experts, out, columns = shape
-    whole = parts == [[parts[0][0]]] and experts > 1
+    """Return the pieces of a stack [experts, out, in], from one tensor or those of ``_merged``.
+
+    Args:
+        shape: of the parameter; [experts, in, out] where ``transposed``.
+    """
+    experts, out, columns = (shape[0], *shape[:0:-1]) if transposed else shape
+    whole = parts == [[parts[0][0]]] and (experts > 1 or transposed)
+    if transposed and not whole:
+        raise UserError(
+            f"{index.path} has a tensor for each expert, such as {parts[0][0]}, of a family whose "
+            "experts are stored transposed: a layout that is not read"
+        )
     wanted = shape if whole else (out // len(parts), columns)
-    rows = math.prod(wanted[:-1])
+    rows = experts * out if whole else out // len(parts)
     for part in parts:
         if len(part) != (1 if whole else experts):
             raise UserError(
@@ -247,12 +257,8 @@ def _list_stack_pieces(
             )
     ordered = [name for of_expert in zip(*parts, strict=True) for name in of_expert]
     for name in ordered:
-        if (info := tensors[name]) is None:
-            raise UserError(
-                f"{index.path} has {name} quantized: of mixture-of-experts models only unquantized "
-                "bases are read; give the unquantized base"
-            )
-        if info.shape != wanted:
+        info = tensors[name]  # None: packed, and checked when it is opened
+        if info is not None and info.shape != wanted:
             raise _other_shape_error(name, info.shape, wanted)
     return tuple(StackPiece(name, Span(i * rows, (i + 1) * rows)) for i, name in enumerate(ordered))
 

@@ -179,7 +179,7 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     replaced += freeze_linears(
         model, blocks, names.tensors, codec, dtype, packed, tied, learning, plain
     )
-    replaced += freeze_experts(model, experts, names, codec)
+    replaced += freeze_experts(model, experts, names, codec, packed)
     probe_forward(model, blocks, replaced, base.path)
     if packs_embeddings:
         check_embeddings_are_packed(model, base.path)
@@ -306,11 +306,14 @@ def _select_used_tensors(
     """
     if packed is None:
         return dict(index.tensors)
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         names[f"{path}.weight"]: (m.out_features, m.in_features)
         for path, m in model.named_modules()
         if isinstance(m, FrozenLinear) and m.stored is not None
     }
+    for module in model.modules():
+        if isinstance(module, ExpertStack) and module.stored is not None:
+            shapes |= module.list_piece_shapes()
     used, tensors = set(names.values()), dict[str, TensorSpec]()
     for name, info in packed.tensors.items():
         if info is not None:

@@ -3,19 +3,28 @@
 ``config.json`` alone says which tensors a base has. Files whose headers list them and whose data is
 one hole (a sparse file takes no room on disk) can be opened, indexed and read like the real ones;
 every number in them is zero.
+
+A ``config.json`` of a base in FP8 or MXFP4 (``model.prequantized``) gives the tensors of that
+format, under the names of the published files: a tensor for each expert.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.classifier import MODELS
 from dist_peft.model.hub import REFUSALS, format_library_error
+from dist_peft.model.skeleton import find_decoder_blocks
+from dist_peft.quant.mxfp4 import MXFP4_GROUP
 from dist_peft.store.format import TensorSpec, build_header
 from dist_peft.store.index import INDEX_NAME
 
@@ -36,9 +45,11 @@ def list_base_tensors(
     Raises:
         UserError: ``transformers`` cannot build such a model from the file.
     """
+    settings: Any = None
     try:
         config: Any = AutoConfig.from_pretrained(config_file)
         if hasattr(config, "quantization_config"):
+            settings = config.quantization_config
             del config.quantization_config
         with torch.device("meta"):
             model: Any = MODELS[head].from_config(config, dtype=dtype)
@@ -52,7 +63,65 @@ def list_base_tensors(
             seen.add(id(tensor))
             kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
             specs.append(TensorSpec(name, kept, tuple(tensor.shape)))
+    found: Mapping[str, Any] = settings if isinstance(settings, dict) else {}
+    if found.get("quant_method") == "mxfp4":
+        return _list_mxfp4_tensors(model, specs)
+    if found.get("quant_method") == "fp8" and found.get("weight_block_size"):
+        return _list_fp8_tensors(model, specs, found)
     return specs
+
+
+def _list_mxfp4_tensors(model: nn.Module, specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Put blocks and exponents in the place of experts that are stored transposed."""
+    turned = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if getattr(module, "is_transposed", False) and parameter.dim() == 3
+    }
+    packed: list[TensorSpec] = []
+    for spec in specs:
+        if spec.name not in turned:
+            packed.append(spec)
+            continue
+        experts, columns, rows = spec.shape
+        shape = (experts, rows, columns // MXFP4_GROUP)
+        blocks = (*shape, MXFP4_GROUP // 2)
+        packed.append(TensorSpec(f"{spec.name}_blocks", torch.uint8, blocks))
+        packed.append(TensorSpec(f"{spec.name}_scales", torch.uint8, shape))
+    return packed
+
+
+def _list_fp8_tensors(
+    model: PreTrainedModel, specs: list[TensorSpec], settings: Mapping[str, Any]
+) -> list[TensorSpec]:
+    """Put FP8 weights and scales of tiles in the place of the blocks' linears and experts."""
+    rows, columns = (int(size) for size in settings["weight_block_size"])
+    left = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
+    inside = {id(m) for block in find_decoder_blocks(model) for m in block.modules()}
+    packed = set()
+    for path, module in model.named_modules():
+        if id(module) in inside and should_convert_module(path, left):
+            if isinstance(module, nn.Linear):
+                packed.add(f"{path}.weight")
+            elif hasattr(module, "is_transposed"):
+                packed |= {f"{path}.{n}" for n, p in module.named_parameters() if p.dim() == 3}
+    listed: list[TensorSpec] = []
+    for is_packed in (False, True):
+        parts = {
+            spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            for spec in specs
+            if (spec.name in packed) is is_packed
+        }
+        for name, tensor in revert_weight_conversion(model, parts).items():
+            shape = tuple(tensor.shape)
+            listed.append(
+                TensorSpec(name, torch.float8_e4m3fn if is_packed else tensor.dtype, shape)
+            )
+            if is_packed:
+                tiles = (-(-shape[0] // rows), -(-shape[1] // columns))
+                listed.append(TensorSpec(f"{name}_scale_inv", torch.float32, tiles))
+    return listed
 
 
 def write_sparse_base(

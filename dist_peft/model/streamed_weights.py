@@ -130,7 +130,8 @@ class _StreamedExperts(nn.Module):
 
 def _make_panel_reader(frozen: FrozenWeight, reader: RowReader) -> Callable[[Span], Tensor]:
     """Return a function that reads packed rows; values are passed on as they are, NaN too."""
-    if frozen.stored is None:
+    is_turned = isinstance(frozen, ExpertStack) and frozen.is_transposed
+    if frozen.stored is None and not is_turned:
         return lambda span: frozen.codec.quantize_to_packed(frozen.read_packed_rows(reader, span))
     stored, last = frozen.stored, frozen.packed.shape[0]
     holding: list[HoldingReader] = []  # of transposed files, from the first panel to the last
@@ -138,7 +139,11 @@ def _make_panel_reader(frozen: FrozenWeight, reader: RowReader) -> Callable[[Spa
     def read_panel(span: Span) -> Tensor:
         if not holding:
             holding.append(HoldingReader(reader))
-        packed = stored.read_packed_rows(holding[0], span)
+        if stored is None:
+            rows = frozen.read_packed_rows(holding[0], span)
+            packed = frozen.codec.quantize_to_packed(rows)
+        else:
+            packed = stored.read_packed_rows(holding[0], span)
         if span.stop == last:
             holding.clear()
         return packed

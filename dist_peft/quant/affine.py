@@ -53,7 +53,7 @@ from dist_peft.quant.packed_rows import (
     view_as_bytes,
 )
 
-__all__ = ["AffineCodec", "AffineParts"]
+__all__ = ["AffineCodec", "AffineParts", "dequantize_affine_parts"]
 
 _SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16: a finer scale would round to 0."""
@@ -223,3 +223,11 @@ class AffineCodec(CodecDefaults):
         stream = groups * self.group_size * self.bits // 8
         payload = align_to_4_bytes(stream)
         return _AffineLayout(groups, stream, payload, payload + 4 * groups)
+
+
+def dequantize_affine_parts(parts: AffineParts, columns: int) -> Tensor:
+    """Dequantize ``(code - zero) * scale`` to float32 ``[rows, columns]``."""
+    rows, groups = parts.scale.shape
+    codes = parts.codes.view(rows, groups, -1).float()
+    numbers = (codes - parts.zero.float().unsqueeze(-1)) * parts.scale.float().unsqueeze(-1)
+    return numbers.flatten(1)[:, :columns]

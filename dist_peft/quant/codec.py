@@ -19,7 +19,10 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec_defaults import AffineRows, CodecDefaults, Nf4Rows
+from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.nvfp4 import Nvfp4Codec
 from dist_peft.quant.packed_rows import align_to_4_bytes, check_float_weight, check_packed_rows
 
 __all__ = [
@@ -168,6 +171,9 @@ class RawCodec(CodecDefaults):
 _CODECS: dict[str, type[ConfiguredCodec]] = {
     "nf4": Nf4Codec,
     "int": AffineCodec,
+    "mxfp4": Mxfp4Codec,
+    "fp8": Fp8Codec,
+    "nvfp4": Nvfp4Codec,
 }
 """``base.quant.kind`` -> its codec."""
 

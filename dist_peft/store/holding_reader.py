@@ -20,6 +20,7 @@ class HoldingReader(RowReader):
         super().__init__(reader.index, reader.hashes)
         self._reader = reader
         self._kept: dict[str, Tensor] = {}
+        self._kept_flat: tuple[tuple[str, Span], Tensor] | None = None
 
     def read_rows(self, name: str, span: Span | None = None, columns: Span | None = None) -> Tensor:
         """Return rows as ``RowReader`` does; a part of the columns as a view of the kept tensor."""
@@ -32,6 +33,14 @@ class HoldingReader(RowReader):
         rows = slice(None) if span is None else span.slice
         return self._kept[name][rows, columns.slice]
 
-    def read_flat_rows(self, name: str, span: Span) -> Tensor:
-        """Return rows as ``RowReader`` does."""
-        return self._reader.read_flat_rows(name, span)
+    def read_flat_rows(self, name: str, span: Span, columns: Span | None = None) -> Tensor:
+        """Return rows as ``RowReader`` does; of a part of the columns, those rows are kept until
+        others are asked for."""
+        width = self.index.find_tensor(name).shape[-1]
+        if columns is None or len(columns) == width or columns.stop > width:
+            return self._reader.read_flat_rows(name, span, columns)
+        key = (name, span)
+        if self._kept_flat is None or self._kept_flat[0] != key:
+            self._kept_flat = None  # first: its memory is used again
+            self._kept_flat = key, self._reader.read_flat_rows(name, span)
+        return self._kept_flat[1][:, columns.slice]

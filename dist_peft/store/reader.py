@@ -108,11 +108,14 @@ class RowReader:
         data = self._read_range(info, begin, len(span) * info.row_bytes, first)
         return data.view(info.dtype).reshape(shape)
 
-    def read_flat_rows(self, name: str, span: Span) -> Tensor:
+    def read_flat_rows(self, name: str, span: Span, columns: Span | None = None) -> Tensor:
         """Read rows ``span`` of a tensor ``[..., n]`` taken as one matrix of all its rows of ``n``.
 
+        Args:
+            columns: those wanted; all by default.
+
         Returns:
-            ``[len(span), n]`` in the file's type.
+            ``[len(span), n]`` in the file's type; ``[len(span), len(columns)]``.
 
         Raises:
             UserError: as for ``read``.
@@ -122,6 +125,10 @@ class RowReader:
         row = info.shape[-1] * info.dtype.itemsize
         if span.stop * row > info.num_bytes:
             raise ValueError(f"tensor {name} of shape {info.shape} has no flat {span}")
+        if columns is not None and columns.stop > info.shape[-1]:
+            raise ValueError(f"tensor {name} of shape {info.shape} has no columns {columns}")
+        if columns is not None and len(columns) < info.shape[-1]:
+            return self._read_columns(info, span, columns)
         first = span.start if len(info.shape) > 1 else None
         data = self._read_range(info, info.start + span.start * row, len(span) * row, first)
         return data.view(info.dtype).reshape(len(span), info.shape[-1])
@@ -155,8 +162,9 @@ class RowReader:
         return data
 
     def _read_columns(self, info: TensorInfo, span: Span, columns: Span) -> Tensor:
-        """Read a part of some rows of a matrix, none of them whole."""
-        size, stride = info.dtype.itemsize, info.row_bytes
+        """Read a part of some rows of the last dimension, none of them whole."""
+        size = info.dtype.itemsize
+        stride = info.shape[-1] * size
         piece = len(columns) * size
         data = torch.empty(len(span) * piece, dtype=torch.uint8)
         if data.numel():

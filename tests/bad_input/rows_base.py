@@ -91,6 +91,12 @@ ROWS = [
     _config("rope type nonsense", "spiral", rope_parameters={"rope_type": "spiral", "factor": 2.0}),
     _config("quantization nonsense", "quant_method", quantization_config={"quant_method": "magic"}),
     _config(
+        "fp8 tiles of one number",
+        "weight_block_size",
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128]},
+    ),
+    _config("mxfp4 without blocks", "_blocks", quantization_config={"quant_method": "mxfp4"}),
+    _config(
         "experts 10**9",
         "num_local_experts",
         model_type="mixtral",

@@ -177,6 +177,9 @@ ROWS = [
     _value("timeout 1e300", "engine.timeout_minutes=1.0e300", "less than or equal to"),
     _value("start timeout 1e300", "engine.start_timeout_minutes=1.0e300", "less than or equal to"),
     _value("group size 10**12", "base.quant={kind: int, group_size: 1000000000000}", "group_size"),
+    _value("fp8 of 4 bits", "base.quant={kind: fp8, bits: 4}", "fp8 has 8 bits"),
+    _value("mxfp4 in groups of 64", "base.quant={kind: mxfp4, group_size: 64}", "groups of 32"),
+    _value("nvfp4 by hqq", "base.quant={kind: nvfp4, solver: hqq}", "solver hqq is for kind: int"),
     _value(
         "packed ends of gptq",
         "base.quant={kind: int, solver: gptq, embeddings: true}",

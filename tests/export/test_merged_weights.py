@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.merged_weights import MergedWeights, State, dequantize_affine_parts
-from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.export.merged_weights import MergedWeights, State
+from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import make_codec
 from tests.support.export_runs import FakeRun, make_run
 
@@ -76,12 +76,6 @@ def test_spans_have_whole_multiples(run: FakeRun, tmp_path: Path) -> None:
         assert [len(s) for s in walk.iterate_spans(weight)] == [10] * 9 + [6]
         assert [len(s) for s in walk.iterate_spans(weight, 4)] == [8] * 12
         assert [len(s) for s in walk.iterate_spans(weight, 64)] == [64, 32]
-
-
-def test_parts_to_rows_by_hand() -> None:
-    codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
-    parts = AffineParts(codes, torch.tensor([[2.0, 0.5]]).half(), torch.tensor([[0.5, 1.0]]))
-    assert dequantize_affine_parts(parts, 3).tolist() == [[1.0, 3.0, 1.0]]
 
 
 def test_group_changes_are_the_adapter(run: FakeRun, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.engine.single import SingleEngine
+from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.experts import (
     STACKS,
     ExpertStack,
@@ -23,8 +24,10 @@ from dist_peft.model.experts import (
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.quant.codec import RawCodec, make_codec
+from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
 from tests.support.dist import run_ranks
+from tests.support.packed_floats import GPT_OSS
 from tests.support.rank_loads import load, share
 from tests.support.tiny_models import MIXTURES, save_model
 
@@ -49,18 +52,22 @@ def with_decoded(original: tf.PreTrainedModel, mine: nn.Module) -> tf.PreTrained
         if hasattr(module, "packed"):
             name = path if isinstance(module, ExpertStack) else f"{path}.weight"
             parameter = original.get_parameter(name)
-            parameter.copy_(module.dequantize_weight(torch.float32).view(parameter.shape))
+            decoded = module.dequantize_weight(torch.float32)
+            if isinstance(module, ExpertStack) and module.is_transposed:
+                experts, columns, rows = parameter.shape
+                decoded = decoded.view(experts, rows, columns).transpose(1, 2)
+            parameter.copy_(decoded.view(parameter.shape))
     return original
 
 
 @pytest.mark.parametrize("quant", [None, NF4, INT3], ids=["none", "nf4", "int3"])
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, "gpt_oss"])
 def test_model_equals_transformers(
     family: str, quant: QuantConfig | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From files of one tensor an expert: the logits, and the gradient of the embeddings, which
     comes through the routers too."""
-    save_model(MIXTURES[family], tmp_path)
+    save_model(GPT_OSS if family == "gpt_oss" else MIXTURES[family], tmp_path)
     mine = loaded(tmp_path, quant)
     assert "does not use" not in caplog.text
     original = tf.AutoModelForCausalLM.from_pretrained(
@@ -158,6 +165,30 @@ def test_rows_of_a_stack_are_read_across_tensors(tmp_path: Path) -> None:
                 assert reader.bytes_read - before == len(span) * 64 * 4
 
 
+def test_rows_of_transposed_experts(tmp_path: Path) -> None:
+    """Columns of an expert's matrix in the file, across experts; hashed as rows, and kept for the
+    next part where the weight is read part by part."""
+    original = save_model(GPT_OSS, tmp_path)
+    skeleton = build_skeleton(BaseConfig(path="u", quant=None, compute_dtype="float32"), tmp_path)
+    stack = skeleton.model.get_submodule("model.layers.1.mlp.experts.gate_up_proj")
+    assert isinstance(stack, ExpertStack) and stack.out_features == 192
+    whole = original.model.layers[1].mlp.experts.gate_up_proj.detach().transpose(1, 2).flatten(0, 1)
+    sums = []
+    for spans in ((Span(0, 576),), (Span(0, 190), Span(190, 400), Span(400, 400), Span(400, 576))):
+        hashes = build_row_hashes(skeleton)
+        with RowReader(skeleton.index, hashes) as reader:
+            holding = HoldingReader(reader)
+            for span in spans:
+                assert torch.equal(stack.read_packed_rows(reader, span), whole[span.slice])
+            assert reader.bytes_read == whole.nbytes
+            for span in spans:
+                assert torch.equal(stack.read_packed_rows(holding, span), whole[span.slice])
+        known = hashes.sums[stack.pieces[0].name]
+        assert known.is_complete
+        sums.append(known.total)
+    assert sums[0] == sums[1]
+
+
 # -- kinds -----------------------------------------------------------------------------------------
 
 
@@ -199,8 +230,11 @@ _SMALL: dict[str, Any] = {
 def test_kinds_of_experts() -> None:
     assert len(experts_of(tf.OlmoeConfig(**_SMALL, num_experts=3))) == 1
     assert experts_of(tf.LlamaConfig(**_SMALL)) == []
-    with pytest.raises(UserError, match=r"class GptOssExperts, which are stored transposed; read"):
-        experts_of(tf.GptOssConfig(**_SMALL, num_local_experts=3))
+    assert len(experts_of(tf.GptOssConfig(**_SMALL, num_local_experts=3))) == 1
+    with pytest.raises(UserError, match=r"class NemotronHExperts, which have no gate; read"):
+        experts_of(
+            tf.NemotronHConfig(**_SMALL, layer_types=["moe"], n_routed_experts=3, head_dim=8)
+        )
     with pytest.raises(UserError, match=r"class Llama4TextExperts, whose products transformers"):
         experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
 

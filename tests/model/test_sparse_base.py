@@ -10,6 +10,7 @@ from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.sparse_base import list_base_tensors, write_sparse_base
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
+from tests.support.packed_floats import GPT_OSS, save_fp8, save_mxfp4, save_tokenized
 from tests.support.tiny_models import CONFIGS, MIXTURES, save_model
 
 
@@ -23,6 +24,25 @@ def test_headers_and_shapes_are_those_of_the_real_files(tmp_path: Path, family: 
     assert {n: (p.shape, p.dtype) for n, p in built.model.named_parameters()} == expected
     sizes = [sum(s.num_bytes for s in k.tensors.values()) for k in (real, built)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_prequantized_headers_are_those_of_the_real_files(kind: str, tmp_path: Path) -> None:
+    """Names, types and shapes of every tensor but the type of those that are not packed."""
+    if kind == "mxfp4":
+        plain = save_tokenized(GPT_OSS, tmp_path / "plain")
+        real = save_mxfp4(plain, tmp_path / "real")
+    else:
+        plain = save_tokenized(MIXTURES["qwen3_moe"], tmp_path / "plain")
+        real = save_fp8(plain, tmp_path / "real", (24, 32))
+    sparse = write_sparse_base(real / "config.json", tmp_path / "sparse", dtype=torch.float32)
+    shapes = [
+        {name: (info.dtype, info.shape) for name, info in SafetensorsIndex.open(d).tensors.items()}
+        for d in (real, sparse)
+    ]
+    assert shapes[0] == shapes[1]
+    built = build_skeleton(BaseConfig(path="x"), sparse)
+    assert built.prequantized is not None and built.prequantized.quant_config.kind == kind
 
 
 def test_files_are_holes_that_can_be_read(tmp_path: Path) -> None:

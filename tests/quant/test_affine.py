@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_peft.quant.affine import AffineCodec, AffineParts
+from dist_peft.quant.affine import AffineCodec, AffineParts, dequantize_affine_parts
 
 WIDTHS = (2, 3, 4, 8)
 
@@ -203,3 +203,9 @@ def test_parameters_are_checked() -> None:
         AffineCodec(5)
     with pytest.raises(ValueError, match="group_size 12 is not"):
         AffineCodec(4, 12)
+
+
+def test_parts_to_rows_by_hand() -> None:
+    codes = torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8)
+    parts = AffineParts(codes, torch.tensor([[2.0, 0.5]]).half(), torch.tensor([[0.5, 1.0]]))
+    assert dequantize_affine_parts(parts, 3).tolist() == [[1.0, 3.0, 1.0]]

@@ -15,7 +15,10 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant import packed_rows as rows
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec, make_codec
+from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.quant.nvfp4 import Nvfp4Codec
 
 QUANTIZING: list[Codec] = [
     Nf4Codec(),
@@ -29,6 +32,10 @@ QUANTIZING: list[Codec] = [
     AffineCodec(8, 128),
     AffineCodec(2, 32, "hqq"),
     AffineCodec(4, 40, "hqq"),
+    Mxfp4Codec(),
+    Nvfp4Codec(),
+    Fp8Codec(40),
+    Fp8Codec(65536),
 ]
 RAW: list[Codec] = [RawCodec(torch.bfloat16), RawCodec(torch.float16), RawCodec(torch.float32)]
 CODECS = QUANTIZING + RAW

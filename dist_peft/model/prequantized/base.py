@@ -5,7 +5,9 @@
     gptq                                 layouts gptq and gptq_v2 with natural groups
     awq                                  layout gemm
     bitsandbytes                         NF4, with and without double quantization
-    compressed-tensors                   pack-quantized
+    compressed-tensors                   integers, FP8, NVFP4 and MXFP4, by ``format``
+    fp8                                  FP8 with a scale for each tile of weights, or one a tensor
+    mxfp4                                gpt-oss: experts in MXFP4
 
 The codec of such a base is the directory's; ``base.quant`` may repeat it and not contradict it.
 The tensors in the files decide which linears are packed, not lists of names in the settings: a
@@ -26,14 +28,18 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.prequantized.bnb import BitsandbytesFormat
+from dist_peft.model.prequantized.fp4_linears import CompressedMxfp4Format, Nvfp4Format
+from dist_peft.model.prequantized.fp8_linears import CompressedFp8Format, TiledFp8Format
 from dist_peft.model.prequantized.integer import AwqFormat, CompressedTensorsFormat, GptqFormat
 from dist_peft.model.prequantized.linear import (
     UNQUANTIZED_HINT,
     PackedFormat,
     PackedLinear,
     Settings,
+    find_layout,
     require_tensor,
 )
+from dist_peft.model.prequantized.mxfp4_stacks import Mxfp4Format
 from dist_peft.quant.codec import describe_quant, list_quant_keys, make_codec
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 from dist_peft.store.reader import RowReader
@@ -90,8 +96,17 @@ _FORMATS: Mapping[str, type[PackedFormat]] = {
     "awq": AwqFormat,
     "bitsandbytes": BitsandbytesFormat,
     "compressed-tensors": CompressedTensorsFormat,
+    "fp8": TiledFp8Format,
+    "mxfp4": Mxfp4Format,
 }
 """``quant_method`` -> format."""
+
+_FLOAT_LAYOUTS: Mapping[str, type[PackedFormat]] = {
+    "float-quantized": CompressedFp8Format,
+    "nvfp4-pack-quantized": Nvfp4Format,
+    "mxfp4-pack-quantized": CompressedMxfp4Format,
+}
+"""``format`` of compressed-tensors -> format; all others are read, or refused, as integers."""
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Where AutoGPTQ and AutoAWQ wrote their settings before ``config.json`` had them."""
@@ -114,7 +129,7 @@ class PrequantizedBase:
         parts = {stem + ending for stem in stems for ending in (mark, *format.OTHERS)}
         for name, info in index.tensors.items():
             if name.endswith(mark):
-                self.tensors[f"{name.removesuffix(mark)}.weight"] = None
+                self.tensors[f"{name.removesuffix(mark)}{format.WEIGHT}"] = None
             elif name not in parts:
                 self.tensors[name] = info
         if not stems:
@@ -139,7 +154,7 @@ class PrequantizedBase:
         """Return the packed linear of this weight; None if it is not packed."""
         if self.tensors[weight] is not None:
             return None
-        stem = weight.removesuffix(".weight")
+        stem = weight.removesuffix(self.format.WEIGHT)
         return self.format.open_linear(self._index, stem, out_features, in_features)
 
     def describe_scale_rounding(self) -> str | None:
@@ -177,7 +192,10 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> PrequantizedB
             f"{file}: quantization_config has quant_method {method!r}; read are "
             f"{', '.join(_FORMATS)}; {UNQUANTIZED_HINT}"
         )
-    return PrequantizedBase(_FORMATS[method].from_settings(settings, index), index)
+    chosen = _FORMATS[method]
+    if chosen is CompressedTensorsFormat:
+        chosen = _FLOAT_LAYOUTS.get(str(find_layout(settings)), chosen)
+    return PrequantizedBase(chosen.from_settings(settings, index), index)
 
 
 def check_stated_quant(base: BaseConfig, found: PrequantizedBase, directory: Path) -> None:

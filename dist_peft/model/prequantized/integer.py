@@ -26,6 +26,9 @@ from dist_peft.model.prequantized.linear import (
     ScaleRounding,
     Settings,
     count_whole_groups,
+    find_layout,
+    read_only_group,
+    refuse_extras,
     require_tensor,
 )
 from dist_peft.quant.affine import AffineCodec
@@ -316,36 +319,18 @@ class CompressedTensorsFormat(PackedFormat):
 
 def _read_weight_scheme(settings: Settings, index: SafetensorsIndex) -> Settings:
     """Return ``weights`` of the only config group; refuse settings that change the function."""
-    groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        count = len(groups) if isinstance(groups, dict) else 0
-        raise UserError(
-            f"{index.path} has {count} config_groups in its quantization_config; a base with one "
-            f"is read: {UNQUANTIZED_HINT}"
-        )
-    (group,) = groups.values()
-    layout = group.get("format") or settings.get("format")
+    group = read_only_group(settings, index)
+    layout = find_layout(settings)
     weights = group.get("weights")
     if layout != "pack-quantized" or not isinstance(weights, dict) or weights.get("type") != "int":
         kind = weights.get("type") if isinstance(weights, dict) else None
         raise UserError(
             f"{index.path} is compressed-tensors of format {layout!r} with weights of type "
-            f"{kind!r}; pack-quantized with type int is read: {UNQUANTIZED_HINT}"
+            f"{kind!r}; pack-quantized with type int is read, and float-quantized, "
+            "nvfp4-pack-quantized and mxfp4-pack-quantized: "
+            f"{UNQUANTIZED_HINT}"
         )
-    sparsity = settings.get("sparsity_config") or {}
-    extras = {
-        "input_activations": group.get("input_activations"),
-        "output_activations": group.get("output_activations"),
-        "transform_config": settings.get("transform_config"),
-        "sparsity_config": sparsity.get("format", "dense") != "dense",
-        "dynamic": weights.get("dynamic"),
-    }
-    for name, value in extras.items():
-        if value:
-            raise UserError(
-                f"{index.path} has {name} in its quantization_config, which is more than packed "
-                f"weights; {UNQUANTIZED_HINT}"
-            )
+    refuse_extras(settings, group, weights, index)
     return weights
 
 

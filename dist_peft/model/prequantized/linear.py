@@ -29,6 +29,9 @@ __all__ = [
     "ScaleRounding",
     "Settings",
     "count_whole_groups",
+    "find_layout",
+    "read_only_group",
+    "refuse_extras",
     "require_tensor",
 ]
 
@@ -90,8 +93,13 @@ class PackedLinear(ABC):
                 f"{reader.index.path}: {self.stem} in rows {span.start} to {span.stop - 1}: {error}"
             ) from None
         if reader.hashes is not None:
-            reader.hashes.add_packed_rows(f"{self.stem}.weight", span.start, packed)
+            reader.hashes.add_packed_rows(self.weight_name, span.start, packed)
         return packed
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight in an unquantized base."""
+        return f"{self.stem}.weight"
 
     @abstractmethod
     def _read_packed(self, reader: RowReader, span: Span) -> Tensor: ...
@@ -116,6 +124,9 @@ class PackedFormat(ABC):
 
     OTHERS: ClassVar[tuple[str, ...]]
     """Endings of the other tensors that it may have; its bias is none of them."""
+
+    WEIGHT: ClassVar[str] = ".weight"
+    """Ending of the weight in an unquantized base, behind the same stem."""
 
     @property
     def quant_keys(self) -> tuple[str, ...]:
@@ -165,6 +176,66 @@ def require_tensor(
             f"that is not read; {UNQUANTIZED_HINT}"
         )
     return info
+
+
+def read_only_group(settings: Settings, index: SafetensorsIndex) -> Settings:
+    """Return the only config group of compressed-tensors.
+
+    Raises:
+        UserError: there are several, or none.
+    """
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        count = len(groups) if isinstance(groups, dict) else 0
+        raise UserError(
+            f"{index.path} has {count} config_groups in its quantization_config; a base with one "
+            f"is read: {UNQUANTIZED_HINT}"
+        )
+    (group,) = groups.values()
+    found: Settings = group if isinstance(group, dict) else {}
+    return found
+
+
+def find_layout(settings: Settings) -> Any:
+    """Return ``format`` of compressed-tensors, that of its first config group if it has one."""
+    groups = settings.get("config_groups")
+    listed = [*groups.values()] if isinstance(groups, dict) else []
+    own = [group.get("format") for group in listed if isinstance(group, dict)]
+    return (own[0] if own else None) or settings.get("format")
+
+
+def refuse_extras(
+    settings: Settings,
+    group: Settings,
+    weights: Settings,
+    index: SafetensorsIndex,
+    *,
+    activations: bool = False,
+) -> None:
+    """Refuse settings of compressed-tensors that change the function.
+
+    Args:
+        group: the only config group.
+        weights: of it.
+        activations: rounding of activations is accepted, and left out.
+
+    Raises:
+        UserError: names the first.
+    """
+    sparsity = settings.get("sparsity_config") or {}
+    extras = {
+        "input_activations": None if activations else group.get("input_activations"),
+        "output_activations": None if activations else group.get("output_activations"),
+        "transform_config": settings.get("transform_config"),
+        "sparsity_config": sparsity.get("format", "dense") != "dense",
+        "dynamic": weights.get("dynamic"),
+    }
+    for name, value in extras.items():
+        if value:
+            raise UserError(
+                f"{index.path} has {name} in its quantization_config, which is more than packed "
+                f"weights; {UNQUANTIZED_HINT}"
+            )
 
 
 def count_whole_groups(stem: str, in_features: int, group_size: int) -> int:

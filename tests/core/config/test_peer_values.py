@@ -29,7 +29,13 @@ def test_settings_are_valid_and_the_value_itself_is_not(key: str, file: Path) ->
     for value, settings in PEER_VALUES[key].items():
         assert value == value.lower()
         given = f"data.train={{path: a, format: {value}}}" if "[]" in key else f"{key}={value}"
-        taken = key == "base.quant.kind" and value in ("nf4", "int")  # of base.quant, too
+        taken = key == "base.quant.kind" and value in (
+            "nf4",
+            "int",
+            "mxfp4",
+            "fp8",
+            "nvfp4",
+        )  # of base.quant, too
         if not taken:
             with pytest.raises(UserError, match=r"there is no such value|write ") as caught:
                 load_config(file, [given])

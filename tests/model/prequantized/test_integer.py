@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, dict[str, Any], Change, str]] = [
     ("awq", {"bits": 8}, nothing, "AWQ of 8 bits; 4 are read"),
     ("awq", {"zero_point": False}, nothing, "without zeros"),
     ("ct", {"config_groups": {}}, nothing, "has 0 config_groups"),
-    ("ct", {"format": "nvfp4-pack-quantized"}, nothing, "of format 'nvfp4-pack-quantized'"),
+    ("ct", {"format": "int-quantized"}, nothing, "of format 'int-quantized'"),
     ("ct", group(type="float"), nothing, "weights of type 'float'"),
     ("ct", group(num_bits=6), nothing, "has num_bits 6"),
     ("ct", group(strategy="block"), nothing, "one scale a block; strategies group and channel"),
