@@ -22,6 +22,9 @@ from tests.support.turns import keep_present_turn, pytest_report_header  # noqa:
 # workers begin two seconds earlier
 # as an entry point does, for forked processes, which find torch loaded
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# kernels are interpreted where no GPU is; Triton reads this once, when it is first imported
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # a busy machine is no defect
 hypothesis.settings.register_profile("unhurried", deadline=None)

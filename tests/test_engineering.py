@@ -140,6 +140,7 @@ ALLOWED = {
     "transformers": ("model/", "data/chat", "data/tokens", "export/verify", "quickstart/"),
     "bitsandbytes": ("quant/", "train/optimizers", "export/verify"),
     "peft": ("export/verify",),
+    "triton": ("quant/device",),
 }
 
 

@@ -37,7 +37,7 @@ def test_shell_script_names_its_steps() -> None:
     assert done.returncode == 2 and "--dry-run" in done.stdout
     text = script.read_text()
     steps = text.partition("# Steps: ")[2].partition(". Each")[0].replace("#", "").split()
-    assert len(steps) == 10
+    assert len(steps) == 11
     for name in steps:
         assert f"step {name} " in text or f"shape {name} " in text
 
@@ -48,6 +48,7 @@ case "$*" in
   *environment.py*) name=environment ;;
   *collectives.py*) exit 0 ;;  # and no result
   *decode_bits.py*) exit 3 ;;
+  *decode_roofline.py*) name=roofline ;;
   *kill_rank.py*) name=kill-rank ;;
   *shape_step.py*) base=$3; name=shape-${base##*-} ;;
   *) exit 0 ;;
@@ -77,13 +78,13 @@ def test_shell_script_counts_failures(tmp_path: Path) -> None:
         return done.returncode, dict(lines), calls.read_text().splitlines()
 
     code, lines, called = run_all()
-    assert code == 2 and len(lines) == 10
+    assert code == 2 and len(lines) == 11
     failed = {name: text for name, text in lines.items() if not text.startswith("ok ")}
     assert set(failed) == {"collectives", "decode"}
     assert failed["decode"].startswith(f"FAILED (3), see {out}/decode.log")
     assert failed["collectives"].startswith("FAILED (no result), ")
     assert not (out / "decode.json").exists() and (out / "shape-32b.json").exists()
-    assert len(called) == 11 and called[-1].startswith("benchmarks/gpu/summary.py")
+    assert len(called) == 12 and called[-1].startswith("benchmarks/gpu/summary.py")
     assert all("--dry-run" in c or ("-m gpu -q" in c and "--collect-only" in c) for c in called)
     code, lines, called = run_all("--only", "decode", "shape-8b")
     assert code == 1 and set(lines) == {"decode", "shape-8b"} and len(called) == 3
@@ -112,7 +113,7 @@ def test_ranks_of_collectives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_steps_of_a_tiny_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("environment", "decode_bits"):
+    for name in ("environment", "decode_bits", "decode_roofline"):
         run_script(monkeypatch, tmp_path, name)
     result = run_script(monkeypatch, tmp_path, "shape_step", "--sides", "nf4")
     monkeypatch.setattr(sys, "argv", ["summary", "--dry-run", "--out", str(tmp_path)])
@@ -123,3 +124,22 @@ def test_steps_of_a_tiny_model(
     assert len(own["losses"]) == 4 and own["tokens_per_s"] > 0
     assert abs(own["losses"][0] - math.log(1000)) < 0.5  # random weights
     assert own["plan"]["total"] > own["plan"]["allocated"] > 0
+
+
+@pytest.mark.e2e
+def test_estimate_counts_the_launches_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tiny block: launches do not depend on sizes."""
+    monkeypatch.setattr(sys, "path", [str(GPU.parent), *sys.path])
+    script = importlib.import_module("h100_estimate")
+    config = script.LlamaConfig(
+        hidden_size=96, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2
+    )
+    written = json.loads((GPU.parent / "results" / "h100_estimate.json").read_text())["result"]
+    for name in ("fused decode, composed", "fused", "fused, dropout"):
+        counted = script.count_block(config, *script.CASES[name])
+        table = written["cases"][name]["kinds"]
+        for kind in ("decode", "LoRA", "attention"):
+            assert 32 * counted[kind].launches == table[kind]["launches"]
+    # seven linears: forward, recomputation but for the last one's product, backward
+    assert counted["decode"].launches == 7 + 6 + 7
+    assert counted["LoRA"].launches == (7 + 7) + (7 + 6) + 4 * 7

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu/first_half_hour.sh [--dry-run] [--out DIR] [--only STEP ...]
 #
-# Steps: environment collectives decode tests kill-rank shape-8b shape-70b shape-65b shape-14b shape-32b. Each
+# Steps: environment collectives decode roofline tests kill-rank shape-8b shape-70b shape-65b shape-14b shape-32b. Each
 # has a time limit, writes OUT/STEP.json (but for tests) and OUT/STEP.log, and does not stop the others. OUT is
 # benchmarks/results/gpu unless --out says otherwise. No network is needed. --dry-run runs all of it at tiny sizes
 # on the CPU, in 6 minutes of one core; of the tests for a GPU it only makes sure that they are found.
@@ -49,6 +49,7 @@ step() { # NAME SECONDS COMMAND...
 step environment 60 "$python" benchmarks/gpu/environment.py --out "$out" "${dry[@]}"
 step collectives 180 "$python" benchmarks/gpu/collectives.py --out "$out" "${dry[@]}"
 step decode 180 "$python" benchmarks/gpu/decode_bits.py --out "$out" "${dry[@]}"
+step roofline 180 "$python" benchmarks/gpu/decode_roofline.py --out "$out" "${dry[@]}"
 collect=()
 if ((${#dry[@]})); then collect=(--collect-only); fi # fails if there is none
 step tests 420 "$python" -m pytest tests -m gpu -q -p no:cacheprovider "${collect[@]}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_peft.core.seeds import derive_seed
+from dist_peft.quant.low_rank_linear import DropoutKeys
 
 __all__ = ["DropoutPosition", "SampleDropout", "draw_words"]
 
@@ -83,13 +84,17 @@ class SampleDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [B, ..., features], or [B * S, features] where a model has flattened its batch."""
-        if self.p == 0 or not self.training:
+        keys = self.make_keys(x)
+        if keys is None:
             return x
-        dropped: Tensor = _KeepElements.apply(x, self._keep_elements(x), 1 - self.p)
+        kept = self._keep_elements(x, keys)
+        dropped: Tensor = _KeepElements.apply(x, kept, keys.probability)
         return dropped
 
-    def _keep_elements(self, x: Tensor) -> Tensor:
-        """Return 0 where ``x`` is zeroed and 1 elsewhere, uint8."""
+    def make_keys(self, x: Tensor) -> DropoutKeys | None:
+        """Return the keys by which ``forward`` drops elements of ``x``; None where it keeps all."""
+        if self.p == 0 or not self.training:
+            return None
         ids = self.position.sample_ids
         if not ids or x.shape[0] % len(ids):
             raise RuntimeError(
@@ -99,11 +104,15 @@ class SampleDropout(nn.Module):
         features = x.shape[-1] if x.dim() > 1 else 1
         a, c = self.position.get_position_keys(x.numel() // features // len(ids), x.device)
         b, d = self._get_feature_keys(features, x.device)
-        words = torch.addcmul(d, a, b)
-        torch.addcmul(c, words, words, out=words)
+        return DropoutKeys(a, c, b, d, round(self.p * _WORDS) - _WORDS // 2, 1 - self.p)
+
+    @staticmethod
+    def _keep_elements(x: Tensor, keys: DropoutKeys) -> Tensor:
+        """Return 0 where ``x`` is zeroed and 1 elsewhere, uint8."""
+        words = torch.addcmul(keys.d, keys.a, keys.b)
+        torch.addcmul(keys.c, words, words, out=words)
         # in place: a CPU compares integers into booleans several times slower
-        kept = words.ge_(round(self.p * _WORDS) - _WORDS // 2)
-        return kept.to(torch.uint8).view(x.shape)
+        return words.ge_(keys.threshold).to(torch.uint8).view(x.shape)
 
     def _get_feature_keys(self, features: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``b`` and ``d``, int32 ``[features]``."""

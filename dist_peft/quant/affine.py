@@ -40,6 +40,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import AffineParts, CodecDefaults
+from dist_peft.quant.device_choice import RowLayout, dequantize_on_device, quantize_on_device
 from dist_peft.quant.hqq import optimize_zero_points
 from dist_peft.quant.kernels import dequantize_affine
 from dist_peft.quant.pack import pack_bits, unpack_bits
@@ -129,7 +130,14 @@ class AffineCodec(CodecDefaults):
             ValueError: no floating-point matrix, a value is NaN or infinite, or a group's range
                 needs a scale beyond fp16.
         """
+        if self.solver == "rtn":
+            described = self._describe_rows(weight.shape[-1] if weight.dim() else 0)
+            fused = quantize_on_device(weight, described, self._quantize_by_torch)
+            if fused is not None:
+                return fused
+        return self._quantize_by_torch(weight)
 
+    def _quantize_by_torch(self, weight: Tensor) -> Tensor:
         def quantize_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
             scale, zero = self.compute_scale_and_zero(groups, first_row)
             if self.solver == "hqq":
@@ -150,8 +158,15 @@ class AffineCodec(CodecDefaults):
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        stream, scale, zero = self._read_packed_fields(packed, in_features)
-        return dequantize_affine(stream, self.bits, scale, zero, in_features, dtype)
+        described = self._describe_rows(in_features)
+        check_packed_rows(packed, described.row_bytes, self.name, in_features)
+
+        def by_torch(some: Tensor) -> Tensor:
+            stream, scale, zero = self._read_packed_fields(some, in_features)
+            return dequantize_affine(stream, self.bits, scale, zero, in_features, dtype)
+
+        fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
+        return by_torch(packed) if fused is None else fused
 
     def split_packed_rows(self, packed: Tensor, in_features: int) -> AffineParts:
         """Take packed rows apart into codes, scales and zeros."""
@@ -207,7 +222,8 @@ class AffineCodec(CodecDefaults):
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         # inf - inf is NaN, and halves cannot overflow: finite exactly if both ends are
         check_finite_statistics(low / 2 + high / 2, self.group_size, first_row)
-        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        # + 0.0: of -0.0 and 0.0 the minimum is either, by the order in which a device looks at them
+        low, high = low.clamp_(max=0).add_(0.0), high.clamp_(min=0)
         exact = divide_exactly(high - low, top).clamp_(min=_SMALLEST_SCALE)
         scale = torch.where(high > low, exact, 1.0).half()
         if bool(torch.isinf(scale).any()):
@@ -215,7 +231,8 @@ class AffineCodec(CodecDefaults):
                 f"weights up to {float((high - low).max()):.3g} apart need a scale beyond float16 "
                 f"for {self.bits} bits in groups of {self.group_size}"
             )
-        zero = (-low / scale.float()).round_().clamp_(0, top).half()
+        # -0.0 where no weight is negative; a lower limit of 0 would make it 0.0 on a GPU alone
+        zero = (-low / scale.float()).round_().clamp_(max=top).half()
         return scale, zero
 
     def _compute_layout(self, in_features: int) -> _AffineLayout:
@@ -223,6 +240,18 @@ class AffineCodec(CodecDefaults):
         stream = groups * self.group_size * self.bits // 8
         payload = align_to_4_bytes(stream)
         return _AffineLayout(groups, stream, payload, payload + 4 * groups)
+
+    def _describe_rows(self, in_features: int) -> RowLayout:
+        layout = self._compute_layout(in_features)
+        return RowLayout(
+            bits=self.bits,
+            group_size=self.group_size,
+            groups=layout.groups,
+            scales=layout.payload,
+            runs=0,
+            row_bytes=layout.row_bytes,
+            is_nf4=False,
+        )
 
 
 def dequantize_affine_parts(parts: AffineParts, columns: int) -> Tensor:

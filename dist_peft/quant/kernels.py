@@ -1,5 +1,8 @@
 """Decoding: packed codes and scales -> a dense weight, the inner loop of every forward pass.
 
+On a GPU ``quant.device`` decodes whole packed rows in one launch where it can; this module has the
+other paths, for codes and scales that were taken apart.
+
 Two paths return the same bits. ``torch``: a table look-up of the codes (``quant.pack.lookup``),
 then products in place, a chunk of rows at a time, on any device. ``bnb``: the operator
 ``bitsandbytes::dequantize_4bit``, for NF4 only.
@@ -7,10 +10,12 @@ then products in place, a chunk of rows at a time, on any device. ``bnb``: the o
 Both multiply in float32 and round once to the wanted type, so bf16 output is the float32 output
 rounded. ``DIST_PEFT_KERNELS`` chooses:
 
-    auto    bnb on CUDA where bitsandbytes is installed and knows the block size, and on a CPU
-            where a trial (``quant.decode_trial``) finds it equal and faster; else torch
+    auto    on CUDA the fused kernels of ``quant.device`` (``quant.device_choice``); else bnb on
+            CUDA where bitsandbytes is installed and knows the block size, and on a CPU where a
+            trial (``quant.decode_trial``) finds it equal and faster; else torch
     torch   always torch
     bnb     always bnb; a UserError where that is impossible
+    triton  the fused kernels on CUDA, a UserError without the package; torch on a CPU
 
 Importing bitsandbytes takes seconds, so that on a CPU the trial waits until as much has been spent
 on decoding: short runs never import it. As the bits are the same, nothing else changes then.
@@ -18,7 +23,6 @@ on decoding: short runs never import it. As the bits are the same, nothing else 
 
 import importlib
 import logging
-import os
 from functools import cache, partial
 from types import ModuleType
 
@@ -28,6 +32,7 @@ from torch import Tensor
 from dist_peft.core.errors import UserError
 from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.decode_trial import is_equal_and_faster
+from dist_peft.quant.device_choice import KERNELS_VARIABLE, read_kernels_choice
 from dist_peft.quant.pack import lookup_packed_values
 from dist_peft.quant.packed_rows import list_row_chunks
 
@@ -54,8 +59,6 @@ NF4_LEVELS = (
 """Levels of the 16 codes (QLoRA, appendix E), as float32 prints them."""
 
 log = logging.getLogger("dist_peft")
-
-KERNELS_VARIABLE = "DIST_PEFT_KERNELS"
 
 # bitsandbytes also takes 2048 and 4096, but compiles a fallback for them on AVX512 hosts
 _BNB_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -162,12 +165,10 @@ def _run_dequantize_kernel(
 
 def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Which path decodes NF4: ``torch`` or ``bnb`` (see the module)."""
-    wanted = os.environ.get(KERNELS_VARIABLE, "auto")
-    if wanted not in ("auto", "torch", "bnb"):
-        raise UserError(f"{KERNELS_VARIABLE}={wanted!r} is not one of auto, torch, bnb")
+    wanted = read_kernels_choice()
     assumed = get_assumed_device()
     device = assumed or device
-    if wanted == "torch" or (wanted == "auto" and device.type not in ("cuda", "cpu")):
+    if wanted in ("torch", "triton") or (wanted == "auto" and device.type not in ("cuda", "cpu")):
         return "torch"
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
     if wanted == "auto" and device.type == "cpu":

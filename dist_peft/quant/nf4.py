@@ -39,6 +39,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.device_choice import RowLayout, dequantize_on_device, quantize_on_device
 from dist_peft.quant.exact_math import exact_sqrt
 from dist_peft.quant.kernels import NF4_LEVELS, dequantize_nf4
 from dist_peft.quant.pack import pack_bits
@@ -131,6 +132,11 @@ class Nf4Codec(CodecDefaults):
             ValueError: no floating-point matrix, or a value is NaN or infinite.
         """
         layout = self._compute_layout(weight.shape[-1] if weight.dim() else 0)
+        fused = quantize_on_device(weight, self._describe_rows(layout), self._quantize_by_torch)
+        return self._quantize_by_torch(weight) if fused is None else fused
+
+    def _quantize_by_torch(self, weight: Tensor) -> Tensor:
+        layout = self._compute_layout(weight.shape[-1] if weight.dim() else 0)
 
         def quantize_chunk(groups: Tensor, first_row: int) -> Sequence[Tensor]:
             absmax = _compute_group_absmax(groups, first_row)
@@ -144,8 +150,15 @@ class Nf4Codec(CodecDefaults):
 
     def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        payload, absmax = self.split_packed_rows(packed, in_features)
-        return dequantize_nf4(payload, absmax, in_features, dtype)
+        layout = self._compute_layout(in_features)
+        check_packed_rows(packed, layout.row_bytes, self.name, in_features)
+
+        def by_torch(some: Tensor) -> Tensor:
+            return dequantize_nf4(*self.split_packed_rows(some, in_features), in_features, dtype)
+
+        described = self._describe_rows(layout)
+        fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
+        return by_torch(packed) if fused is None else fused
 
     def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
         """Payload ``uint8 [rows, blocks * group_size / 2]`` (a view) and the scales that decoding
@@ -178,6 +191,17 @@ class Nf4Codec(CodecDefaults):
         if self.double_quant and double < single:
             return _Nf4Layout(blocks, payload, runs, payload + double)
         return _Nf4Layout(blocks, payload, 0, payload + single)
+
+    def _describe_rows(self, layout: _Nf4Layout) -> RowLayout:
+        return RowLayout(
+            bits=4,
+            group_size=self.group_size,
+            groups=layout.blocks,
+            scales=layout.payload,
+            runs=layout.runs,
+            row_bytes=layout.row_bytes,
+            is_nf4=True,
+        )
 
 
 def _compute_group_absmax(groups: Tensor, first_row: int) -> Tensor:
@@ -262,7 +286,7 @@ def _quantize_absmax(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize_absmax(codes: Tensor, statistics: Tensor) -> Tensor:
-    """Inverse of ``_compress``: ``float32 [rows, blocks]``."""
+    """Inverse of ``_quantize_absmax``: ``float32 [rows, blocks]``."""
     offset, scale = (
         statistics[:, i::2].repeat_interleave(RUN_BLOCKS, dim=1)[:, : codes.shape[1]]
         for i in (0, 1)

@@ -115,6 +115,17 @@ def test_a_group_of_zeros_has_scale_one() -> None:
     assert zero.eq(0).all()
 
 
+def test_the_sign_of_a_zero_does_not_depend_on_the_order_of_weights() -> None:
+    """A minimum of 0.0 and -0.0 is either, by the order in which a device looks at them."""
+    mixed = torch.tensor([0.0, -0.0]).repeat(32)
+    rows = torch.stack((mixed, mixed.flip(0), mixed.abs(), -mixed.abs(), mixed.abs() + 1))
+    codec = AffineCodec(4, 8)
+    zero = codec.split_packed_rows(codec.quantize_to_packed(rows), 64).zero
+    assert torch.equal(zero.view(torch.int16), torch.full_like(zero, -0.0).view(torch.int16))
+    negative = codec.split_packed_rows(codec.quantize_to_packed(rows[:4] - 0.01), 64).zero
+    assert not torch.signbit(negative).any()
+
+
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-9, 2e-7, 1e-5])
 def test_tiny_groups_lose_at_most_a_fp16_subnormal(size: float) -> None:
     weight = torch.linspace(-1, 1, 64).mul(size).view(1, 64)

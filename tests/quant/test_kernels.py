@@ -137,8 +137,10 @@ def test_forcing_the_impossible_is_the_users_error(monkeypatch: pytest.MonkeyPat
     pretend_bitsandbytes(monkeypatch, with_cuda=True)
     with pytest.raises(UserError, match="cannot decode group_size 24"):
         choose_nf4_kernel(24, torch.float32, CPU)
-    monkeypatch.setenv("DIST_PEFT_KERNELS", "triton")
-    with pytest.raises(UserError, match="='triton' is not one of auto, torch, bnb"):
+    monkeypatch.setenv("DIST_PEFT_KERNELS", "triton")  # ``quant.device_choice`` asks first
+    assert choose_nf4_kernel(64, torch.float32, CPU) == "torch"
+    monkeypatch.setenv("DIST_PEFT_KERNELS", "cuda")
+    with pytest.raises(UserError, match="='cuda' is not one of auto, torch, bnb, triton"):
         choose_nf4_kernel(64, torch.float32, CPU)
 
 

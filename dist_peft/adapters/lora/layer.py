@@ -48,6 +48,7 @@ from dist_peft.model.adapter_module import Reduce
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.model.sample_dropout import SampleDropout
 from dist_peft.quant.frozen_matmul import frozen_matmul
+from dist_peft.quant.low_rank_linear import apply_frozen_low_rank, can_fuse_low_rank
 from dist_peft.quant.masked_product import apply_masked_low_rank
 from dist_peft.quant.trainable_products import apply_linear
 
@@ -136,6 +137,8 @@ class LoraLinear(LowRankModule):
         """``x`` [..., in] -> [..., out] in the type of the base's output."""
         if not self.is_enabled:
             return self._forward_disabled(x)
+        if self._is_plain and can_fuse_low_rank(x, self.spec.r, self.spec.arithmetic):
+            return self._forward_fused(x)
         dropped = self.dropout(x)
         if self.spec.dora:
             return self._forward_dora(x, dropped)
@@ -146,6 +149,27 @@ class LoraLinear(LowRankModule):
             change = change - self._multiply_factors(x, self.start_A, self.start_B)
         y: Tensor = self.base(x)
         return (y + change).to(y.dtype)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the change is ``s B A drop(x)`` alone, and nothing waits for the base's call, as
+        an engine does that gathers its rows then."""
+        spec, base = self.spec, self.base
+        has_hooks = bool(base._forward_pre_hooks or base._forward_hooks)
+        return not (spec.dora or spec.keep_zeros or spec.init == "lora_ga" or has_hooks)
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        base = self.base
+        y = apply_frozen_low_rank(
+            x,
+            base.packed,
+            base.codec,
+            self.lora_A,
+            self.lora_B,
+            self.spec.scaling,
+            self.dropout.make_keys(x),
+        )
+        return y if base.bias is None else y + base.bias.to(y.dtype)
 
     def _forward_disabled(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)

@@ -14,6 +14,7 @@ from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.codec import Codec
 from tests.support.adapters import RAW, freeze, int_codec
+from tests.support.device_rows import prepare_kernels
 from tests.support.thread_ranks import run_ranks
 
 OUT, IN, R, S = 20, 32, 3, 1.7
@@ -90,6 +91,38 @@ def test_equals_the_dense_formula(codec: Codec, bias: bool, p: float, dora: bool
     for name, value in zip(names, own, strict=True):
         torch.testing.assert_close(getattr(layer, name).grad, value.grad, rtol=1e-4, atol=1e-4)
     assert all(p.grad is None for p in layer.base.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_fused_linear_of_a_gpu(bias: bool, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted; outputs and gradients are those of the composed layer up to rounding."""
+    prepare_kernels()
+    layer, results = build(int_codec(4), bias, p, arithmetic=torch.bfloat16), []
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("DIST_PEFT_KERNELS", kernels)
+        x = inputs().detach().bfloat16().requires_grad_()
+        layer.zero_grad()
+        y = layer(x)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, layer.lora_A.grad, layer.lora_B.grad])
+    assert "FrozenLowRank" in str(y.grad_fn) or bias
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+    layer.eval()
+    assert not torch.equal(layer(x), y) or p == 0
+
+
+def test_a_base_with_hooks_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine gathers a head's rows there."""
+    prepare_kernels()
+    monkeypatch.setenv("DIST_PEFT_KERNELS", "triton")
+    layer, calls = build(RAW, arithmetic=torch.bfloat16), []
+    layer(inputs().bfloat16())
+    layer.base.register_forward_pre_hook(lambda module, args: calls.append(1))
+    layer(inputs().bfloat16())
+    assert calls == [1]
 
 
 def test_dropout_is_off_in_evaluation() -> None:

@@ -1,0 +1,113 @@
+"""Rules that a run on a CPU cannot see, for each fused kernel as it is launched.
+
+    python -m tests.support.kernel_rules           fails with the kernel and the rule
+    python -m tests.support.kernel_rules --table   registers, loads and stores of each kernel
+
+For sm_80, sm_90 and sm_100: compiles, at most 64 registers a thread (128 of products), nothing
+spilled to local memory; no fused multiply-add (but in the sums of products), no approximate or
+flushing instruction, no float64; the number of launches. No GPU and no driver are needed.
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dist_peft.quant import device, device_encode, device_low_rank
+from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.low_rank_linear import DropoutKeys
+from dist_peft.quant.nf4 import Nf4Codec
+from tests.support.device_rows import describe_rows
+from tests.support.triton_launches import compile_launches, list_instructions, read_resources
+
+CAPABILITIES = (80, 90, 100)
+MAX_REGISTERS, MAX_PRODUCT_REGISTERS = 64, 128
+BANNED = ("div.full", "approx", ".ftz", "f64")
+CONTRACTED = "fma.rn.f32"
+CODECS = [Nf4Codec(64), Nf4Codec(64, False), *(AffineCodec(bits, 64) for bits in (2, 3, 4, 8))]
+
+
+def list_decodes(capability: int) -> Iterator[tuple[str, list[Any]]]:
+    """Each codec into bfloat16 at an even width; for sm_90 also odd widths, types, alignments."""
+    odd = ((4097, torch.float32, 0), (1, torch.float16, 0), (4096, torch.bfloat16, 1))
+    for number, codec in enumerate(CODECS):
+        cases = [(4096, torch.bfloat16, 0), odd[number % len(odd)]]
+        for columns, dtype, shift in cases if capability == 90 else cases[:1]:
+            layout = describe_rows(codec, columns)
+            wide = torch.zeros(2, layout.row_bytes + 4 * shift + shift, dtype=torch.uint8)
+            packed = wide[:, shift : shift + layout.row_bytes]
+            with compile_launches(capability) as compiled:
+                device.dequantize_rows(packed, layout, columns, dtype)
+            assert len(compiled) == 1, f"{len(compiled)} launches of a decode of {codec}"
+            yield f"decode {codec.name} runs {layout.runs} {columns} {dtype} +{shift}", compiled
+
+
+def list_encodes(capability: int) -> Iterator[tuple[str, list[Any]]]:
+    """All codecs for sm_90, one of each kind for the others."""
+    codecs = [*CODECS, Nf4Codec(24), AffineCodec(3, 4096)]
+    for codec in codecs if capability == 90 else (CODECS[0], CODECS[4]):
+        weight = torch.zeros(2, 4096, dtype=torch.bfloat16)
+        layout = describe_rows(codec, 4096)
+        with compile_launches(capability) as compiled:
+            if layout.is_nf4:
+                device_encode.quantize_nf4_rows(weight, layout)
+            else:
+                device_encode.quantize_affine_rows(weight, layout)
+        expected = 2 if layout.runs else 1
+        assert len(compiled) == expected, f"{len(compiled)} launches of an encode of {codec}"
+        yield f"encode {codec.name} runs {layout.runs} group {codec.group_size}", compiled
+
+
+def list_products(capability: int) -> Iterator[tuple[str, list[Any]]]:
+    """bfloat16 with dropout at the usual rank; for sm_90 also without, and rank 128."""
+    cases = [(torch.bfloat16, 16, True)]
+    if capability == 90:
+        cases += [(torch.bfloat16, 16, False), (torch.float16, 128, True)]
+    for dtype, rank, drops in cases:
+        x, A = torch.zeros(64, 4096, dtype=dtype), torch.zeros(rank, 4096)
+        a, b = torch.zeros(64, 1, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
+        keys = DropoutKeys(a, a, b, b, -(2**31) + 12345, 0.95) if drops else None
+        inner = torch.zeros(64, rank, dtype=dtype)
+        with compile_launches(capability) as compiled:
+            device_low_rank.project_rows(x, A, 2.0, keys)
+            device_low_rank.expand_rows(x, inner, A.T, keys)
+            device_low_rank.sum_outer(inner, x, torch.empty_like(A), keys)
+        assert len(compiled) == 3, f"{len(compiled)} launches of three products"
+        yield f"product {dtype} rank {rank} dropout {drops}", compiled
+
+
+def check_kernel(name: str, kernel: Any) -> dict[str, int]:
+    used, text = read_resources(kernel), kernel.asm["ptx"]
+    is_product = " product " in name
+    most = MAX_PRODUCT_REGISTERS if is_product else MAX_REGISTERS
+    assert used["REG"] <= most, f"{name}: {used['REG']} registers"
+    assert used["LOCAL"] == 0, f"{name}: {used['LOCAL']} bytes spilled"
+    for instruction in BANNED if is_product else (*BANNED, CONTRACTED):
+        assert instruction not in text, f"{name}: {instruction}"
+    return used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--table", action="store_true")
+    table = parser.parse_args().table
+    assert "TRITON_INTERPRET" not in os.environ, "an interpreted kernel is not compiled"
+    count = 0
+    for capability in CAPABILITIES:
+        for listed in (list_decodes, list_encodes, list_products):
+            for case, compiled in listed(capability):
+                for kernel in compiled:
+                    name = f"sm_{capability} {case} {kernel.metadata.name}"
+                    used, count = check_kernel(name, kernel), count + 1
+                    if table:
+                        found = Counter(list_instructions(kernel))
+                        moves = {i: n for i, n in found.items() if i[:3] in ("LDG", "STG", "LDS")}
+                        print(name, used, found.total(), moves)
+    print(f"{count} kernels keep the rules")
+
+
+if __name__ == "__main__":
+    main()
