@@ -5,28 +5,35 @@ Every row has the same text, steps, rank and targets, and is measured as it woul
     base             nothing trained, quantized to b bits
     qlora b          LoRA on the b-bit base, adapter kept apart: the quality to keep
     qlora+rtn b      the same, merged, rounded to the same b bits again
+    qlora+gptq b     the same, merged, quantized by GPTQ with text that was trained on
     qa-lora b        QA-LoRA on the b-bit base, merged exactly into float zeros
-    through b        adapter.through_quantizer: the b-bit model is what was trained
+    through b        adapter.through_quantizer: the b-bit model is the trained one
+    through8 b       the same with adapter.through_start: 8bit (3 and 2 bits)
 
 Measured: held-out loss in nats a token, for each learning rate; which rate is best differs by row.
 The b-bit model of ``through`` is exported and loaded by its own library, and must give the very
 logits of training (``--max-error 0``).
 
-python benchmarks/through_table.py --base DIR --text FILE [--bits 4 3 2] [--lrs 5e-4 2e-3 5e-3]
+Scores are kept in the result file: a run that was stopped continues, and further seeds and rates
+are added to those that are there.
+
+python benchmarks/through_table.py --base DIR --text FILE [--bits 4 3 2] [--lrs 5e-3 2e-3 1e-2]
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import print_table, write_result
+from common import RESULTS, print_table, write_result
 from omegaconf import OmegaConf
 
 from dist_peft.app import cli
@@ -34,6 +41,9 @@ from dist_peft.train.step_metrics import read_metrics
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 """Linears whose inputs groups divide, as QA-LoRA needs it."""
+
+
+METHODS = ["qlora", "through", "through8", "qlora+rtn", "qlora+gptq", "qa-lora"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class Bench:
     ) -> Path:
         args = self.args
         quant = {"kind": "int", "bits": bits, "group_size": args.group_size}
+        quant |= more.pop("solver", {})
         tree = {
             "base": {"path": str(base), "compute_dtype": "float32", "quant": quant},
             "adapter": {"kind": "none"},
@@ -89,6 +100,7 @@ class Bench:
                 "schedule": "linear",
                 "eval_every": args.steps,
                 "seed": seed,
+                "samples": 0,
                 "device": "cpu",
             },
             "save": {"dir": str(self.directory / name), "every": 0},
@@ -106,8 +118,10 @@ class Bench:
             "alpha": 2 * args.rank,
             "target_modules": TARGETS,
         }
-        if method == "through":
+        if method.startswith("through"):
             adapter["through_quantizer"] = True
+        if method == "through8":
+            adapter["through_start"] = "8bit"
         config = self.write_config(name, args.base, bits, lr, seed, adapter=adapter)
         began = time.process_time()
         command("train", "--config", config)
@@ -123,16 +137,43 @@ class Bench:
             command("eval", "--config", config)
         return float(json.loads(out.getvalue().splitlines()[-1])["eval_loss"])
 
-    def merge_and_round(self, bits: int, lr: float, seed: int) -> Score:
+    def merge_and_quantize(self, method: str, bits: int, lr: float, seed: int) -> Score:
+        """Loss of a merged qlora run that is quantized again, by rounding or by GPTQ."""
         run = self.directory / f"qlora-{bits}-{lr:g}-{seed}"
         merged = self.directory / f"{run.name}-merged"
-        command("merge", "--run", run, "--out", merged, "--dtype", "float32", "--no-verify")
-        loss = self.evaluate_base(f"{run.name}-rtn", merged, bits)
-        return show_score(Score("qlora+rtn", bits, lr, seed, loss))
+        if not merged.is_dir():
+            command("merge", "--run", run, "--out", merged, "--dtype", "float32", "--no-verify")
+        name = f"{run.name}-{method}"
+        if method == "qlora+gptq":
+            solver = {"solver": "gptq", "calibration_samples": 32, "calibration_tokens": 96}
+            config = self.write_config(f"{name}-solve", merged, bits, lr, seed, solver=solver)
+            solved = self.directory / f"{name}-base"
+            command("quantize", "--config", config, "--out", solved)
+            loss = self.evaluate_base(name, solved, bits)
+        else:
+            loss = self.evaluate_base(name, merged, bits)
+        return show_score(Score(method, bits, lr, seed, loss))
 
-    def check_export(self, bits: int, lr: float, seed: int) -> None:
+    def measure(self, method: str, bits: int, lr: float, seed: int) -> Score:
+        """Train or merge for one cell of the table."""
+        if method == "base":
+            return show_score(
+                Score(
+                    "base", bits, 0.0, 0, self.evaluate_base(f"base-{bits}", self.args.base, bits)
+                )
+            )
+        if "+" in method:
+            if not (self.directory / f"qlora-{bits}-{lr:g}-{seed}").is_dir():
+                self.train_run("qlora", bits, lr, seed)
+            return self.merge_and_quantize(method, bits, lr, seed)
+        score = self.train_run(method, bits, lr, seed)
+        if method.startswith("through") and seed == self.args.seeds[-1]:
+            self.check_export(method, bits, lr, seed)
+        return score
+
+    def check_export(self, method: str, bits: int, lr: float, seed: int) -> None:
         """Load the trained codes with their library; any other logit ends the benchmark."""
-        run = self.directory / f"through-{bits}-{lr:g}-{seed}"
+        run = self.directory / f"{method}-{bits}-{lr:g}-{seed}"
         out = self.directory / f"{run.name}-export"
         command("export", "--run", run, "--format", "hf-metal", "--out", out, "--max-error", "0")
 
@@ -148,13 +189,31 @@ def show_score(score: Score) -> Score:
     return score
 
 
+def list_cells(args: argparse.Namespace) -> Iterator[tuple[str, int, float, int]]:
+    """Method, bits, rate and seed of every cell; a run comes before the merges of it."""
+    yield from (("base", bits, 0.0, 0) for bits in args.bits)
+    for lr, seed, bits in itertools.product(args.lrs, args.seeds, args.bits):
+        for method in METHODS:
+            if method != "through8" or bits < 4:
+                yield method, bits, lr, seed
+
+
+def read_scores(name: str, settings: dict[str, Any]) -> list[Score]:
+    """Scores of an earlier run with the same settings."""
+    file = RESULTS / f"{name}.json"
+    found = json.loads(file.read_text())["result"] if file.is_file() else {}
+    if found.get("settings") != settings:
+        return []
+    return [Score(**score) for score in found["scores"]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="a pretrained causal LM")
     parser.add_argument("--text", type=Path, required=True, help="plain text, learned and held out")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 2e-3, 5e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-3, 2e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
@@ -162,38 +221,51 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=96)
     parser.add_argument("--characters", type=int, default=560_000)
     parser.add_argument("--held-out", type=int, default=15, help="records of 2000 characters")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     args = parser.parse_args()
+    varied = ("bits", "lrs", "seeds", "minutes")
+    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings = {k: v for k, v in settings.items() if k not in varied}
+    scores = read_scores("through_table", settings)
+    done = {(s.method, s.bits, s.lr, s.seed) for s in scores}
+    deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        bench = Bench(
-            args, directory, *write_text(args.text, directory, args.characters, args.held_out)
-        )
-        scores: list[Score] = []
-        settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
-        for bits in args.bits:
-            loss = bench.evaluate_base(f"base-{bits}", args.base, bits)
-            scores.append(show_score(Score("base", bits, 0.0, 0, loss)))
-            for seed in args.seeds:
-                for lr in args.lrs:
-                    scores.append(bench.train_run("qlora", bits, lr, seed))
-                    scores.append(bench.train_run("through", bits, lr, seed))
-                    scores.append(bench.merge_and_round(bits, lr, seed))
-                    scores.append(bench.train_run("qa-lora", bits, lr, seed))
-                bench.check_export(bits, args.lrs[-1], seed)
+        texts = write_text(args.text, directory, args.characters, args.held_out)
+        bench = Bench(args, directory, *texts)
+        for cell in list_cells(args):
+            if cell in done or time.monotonic() > deadline:
+                continue
+            scores.append(bench.measure(*cell))
             write_result("through_table", {"settings": settings, "scores": scores})
-        show_table(scores, args.lrs)
+    show_table(scores)
 
 
-def show_table(scores: list[Score], lrs: list[float]) -> None:
-    """Mean loss over the seeds by rate."""
+def show_table(scores: list[Score]) -> None:
+    """Mean over the seeds by rate, of those rates that every seed has; lowest and highest seed at
+    the best rate."""
+    lrs = sorted({s.lr for s in scores} - {0.0})
+    seeds = {s.seed for s in scores}
     rows = []
-    for method, bits in dict.fromkeys((s.method, s.bits) for s in scores):
+    for bits, method in sorted({(s.bits, s.method) for s in scores}, key=lambda k: (-k[0], k[1])):
         own = [s for s in scores if (s.method, s.bits) == (method, bits)]
-        means = []
+        cells: dict[float, list[float]] = {}
         for lr in lrs:
             losses = [s.loss for s in own if s.lr in (lr, 0.0)]
-            means.append(statistics.fmean(losses))
-        rows.append([method, bits, *(f"{mean:.4f}" for mean in means), f"{min(means):.4f}"])
+            if losses:
+                cells[lr] = losses
+        whole = {lr: c for lr, c in cells.items() if len(c) == len(seeds) or method == "base"}
+        best = min(whole.values(), key=statistics.fmean, default=[])
+        spread = (
+            f"{statistics.fmean(best):.3f} ({min(best):.3f} to {max(best):.3f})" if best else ""
+        )
+        shown = [
+            f"{statistics.fmean(cells[lr]):.3f}" + ("" if lr in whole else " (one seed)")
+            if lr in cells
+            else "-"
+            for lr in lrs
+        ]
+        rows.append([method, bits, *shown, spread])
     print_table(["held-out loss", "bits", *(f"lr {lr:g}" for lr in lrs), "best"], rows)
 
 

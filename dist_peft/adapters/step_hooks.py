@@ -68,6 +68,15 @@ class ParameterAccess(Protocol):
 class StepHooks(Protocol):
     """Hooks of an ``Adapter`` around optimizer steps."""
 
+    def prepare_phase(self, done: int, total_steps: int) -> int:
+        """Prepare the layers, on meta, for the steps after ``done`` ones.
+
+        Returns:
+            After how many steps they need another preparation, for which the run saves a
+            checkpoint and loads the base again; ``total_steps``: never.
+        """
+        ...
+
     def plan_steps(self, total_steps: int) -> None:
         """Learn the length of the run, before its first step.
 
@@ -91,6 +100,9 @@ class StepHooks(Protocol):
 
 class NoStepHooks:
     """Hooks of methods that are parameters and a forward pass."""
+
+    def prepare_phase(self, done: int, total_steps: int) -> int:
+        return total_steps
 
     def plan_steps(self, total_steps: int) -> None:
         pass

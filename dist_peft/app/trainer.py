@@ -69,6 +69,7 @@ class Trainer:
         built: the loaded model.
         call: module returned by ``LoadedModel.setup_optimizer``, called in training steps.
         run_dir: receives checkpoints, metrics, the adapter and the report.
+        phase_end: after how many steps the base is loaded again in another form; None: never.
     """
 
     config: RunConfig
@@ -78,6 +79,7 @@ class Trainer:
     loaders: DataLoaders
     checkpoints: CheckpointManager
     run_dir: Path
+    phase_end: int | None = None
 
     def __post_init__(self) -> None:
         self.total_steps = count_total_steps(self.config, self.loaders)
@@ -92,6 +94,8 @@ class Trainer:
         self.nonfinite = NonFiniteSteps.from_config(self.config.train)
         self.evaluation_stopped = False
         """Whether a signal has ended the evaluation after the last step."""
+        self.is_phase_over = False
+        """Whether the steps up to ``phase_end`` are done, and no signal asks to stop."""
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -176,7 +180,6 @@ class Trainer:
                     self._handle_failed_step(failure, is_saved=step == first_step)
                 training.finish_step(step + 1)
                 seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
-
                 done, last = step + 1, step + 1 == self.total_steps
                 # one exchange a step: a signal to one rank stops all of them
                 memory = read_peak_memory_bytes(engine.device)
@@ -220,7 +223,8 @@ class Trainer:
                 is_best = is_best and self.config.save.keep_best
                 self.stopped_early = history.should_stop
                 stopping = stopping or self.evaluation_stopped
-                ending = last or stopping or self.stopped_early
+                self.is_phase_over = done == self.phase_end and not (last or stopping)
+                ending = last or stopping or self.stopped_early or self.is_phase_over
                 if ending or is_best or _is_due(done, self.config.save.every):
                     self._save_checkpoint(done, history.best if is_best else None)
                 if ending:

@@ -1,5 +1,6 @@
 """Train the adapters of a run, in execution order: check, quantize, load, train, write."""
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
 from dist_peft.app.resuming import read_run_inputs
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
+from dist_peft.app.run_identity import count_total_steps
 from dist_peft.app.tasks import TasksFile
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested
@@ -96,7 +99,7 @@ def _train_in_directory(
     if solving:
         with world.raise_together("read the base's configuration"):
             unsolved = resolve_unsolved_run(config)
-        _prepare_adapter_jobs(unsolved, world, device)  # fail fast, before hours of GPTQ
+        _prepare_adapter_jobs(unsolved, world, device, "never")  # fail fast, before hours of GPTQ
         directory.open()
     solved = ensure_solved_base(config, run_dir, world, device, stop)
     with world.raise_together("read the base's configuration"):
@@ -111,9 +114,33 @@ def _train_resolved(
     device: torch.device,
     stop: Callable[[], bool],
 ) -> int:
-    """Check, load the base and train its adapters, one after another; return the exit code."""
+    """Train the run's adapters, in as many phases as the method has; return the exit code.
+
+    Between two phases the base is loaded again, in another form, and the training continues from a
+    checkpoint, as a resumed run does.
+    """
+    code = _train_phase(resolved, directory, world, device, stop, resolved.run.resume)
+    while code is None:
+        gc.collect()  # hooks and modules refer to each other
+        code = _train_phase(resolved, directory, world, device, stop, "auto")
+    return code
+
+
+def _train_phase(
+    resolved: ResolvedConfig,
+    directory: RunDirectory,
+    world: World,
+    device: torch.device,
+    stop: Callable[[], bool],
+    resume: str,
+) -> int | None:
+    """Check, load the base and train its adapters, one after another.
+
+    Returns:
+        The exit code; None at the end of a phase that is not the last.
+    """
     config, run_dir = resolved.run, directory.path
-    setup, jobs = _prepare_adapter_jobs(resolved, world, device)
+    setup, jobs = _prepare_adapter_jobs(resolved, world, device, resume)
     world.raise_if_stop_requested()
     trained_on = [base for job in jobs.values() for base in job.trained_on]
     begun = next((job for job in jobs.values() if job.resume_from is not None), None)
@@ -130,11 +157,11 @@ def _train_resolved(
         world.run_on_first("write config.yaml", partial(write_run_config, run_dir, config))
         resume_from = {name: job.resume_from for name, job in jobs.items()}
         return _train_tasks_sequentially(run_dir, built, trainers, resume_from, world, stop)
-    return RESUMABLE if _run_trainer(trainers[""], jobs[""].resume_from, world, stop) else 0
+    return _run_trainer(trainers[""], jobs[""].resume_from, world, stop)
 
 
 def _prepare_adapter_jobs(
-    resolved: ResolvedConfig, world: World, device: torch.device
+    resolved: ResolvedConfig, world: World, device: torch.device, resume: str
 ) -> "tuple[ModelSetup, dict[str, _AdapterJob]]":
     """Run every check that needs no weights; write nothing but the token cache.
 
@@ -153,7 +180,10 @@ def _prepare_adapter_jobs(
     warn_unused_options(config, world, setup.model, device.type)
     if not resolved.is_unsolved:
         log_export_outlook(config, setup.adapter, setup.skeleton, setup.directory)
-    jobs = {name: _AdapterJob.check_inputs(task.run, setup, world) for name, task in runs.items()}
+    jobs = {
+        name: _AdapterJob.check_inputs(task.run, setup, world, resume)
+        for name, task in runs.items()
+    }
     return setup, jobs
 
 
@@ -166,10 +196,14 @@ class _AdapterJob:
     checkpoints: CheckpointManager
     resume_from: Path | None
     trained_on: list[BaseRequirement]
+    phase_end: int
 
     @classmethod
-    def check_inputs(cls, config: RunConfig, setup: ModelSetup, world: World) -> Self:
-        """Read the data and select the checkpoint to resume.
+    def check_inputs(cls, config: RunConfig, setup: ModelSetup, world: World, resume: str) -> Self:
+        """Read the data, select the checkpoint to resume and prepare the layers for its step.
+
+        Args:
+            resume: as ``config.resume``.
 
         Raises:
             UserError: on every rank: unfit data, other data on another rank, or a checkpoint that
@@ -183,25 +217,43 @@ class _AdapterJob:
             asynchronous=config.save.asynchronous,
             keep_best=config.save.keep_best,
         )
-        resume_from = checkpoints.select_checkpoint(config.resume)
+        resume_from = checkpoints.select_checkpoint(resume)
         resumed = [] if resume_from is None else [resume_from]
         # first of all comparisons with the checkpoint, since it names the keys of config.json
         with world.raise_together("compare the base with that of the checkpoint"):
             trained_on = read_checkpoint_bases(resumed, setup.skeleton.index)
         loaders = read_run_inputs(config, setup, world, resume_from)
         check_loaders_fit_model(loaders, setup.skeleton, setup.adapter.num_extra_positions)
-        return cls(config, loaders, checkpoints, resume_from, trained_on)
+        with world.raise_together("prepare the layers"):
+            done = 0 if resume_from is None else checkpoints.read_position(resume_from).step
+            total = count_total_steps(config, loaders)
+            phase_end = setup.adapter.prepare_phase(done, total)
+            if phase_end < total:
+                _check_phases(config)
+        return cls(config, loaders, checkpoints, resume_from, trained_on, phase_end)
 
     def make_trainer(self, built: LoadedModel, call: nn.Module, world: World) -> Trainer:
         built = replace_labels(built, list_class_names(self.config.data))
         directory = Path(self.config.save.dir)
-        return Trainer(self.config, world, built, call, self.loaders, self.checkpoints, directory)
+        return Trainer(
+            self.config,
+            *(world, built, call, self.loaders, self.checkpoints, directory),
+            phase_end=self.phase_end,
+        )
+
+
+def _check_phases(config: RunConfig) -> None:
+    """Refuse what does not go with a first phase that the method has chosen itself."""
+    try:
+        config.check_start("lora")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _run_trainer(
     trainer: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
-) -> bool:
-    """Train to the last step; return whether a signal stopped it before."""
+) -> int | None:
+    """Train to the last step, or to the end of a phase; return the exit code, or None."""
     first_step = (
         trainer.resume_from_checkpoint(resume_from)
         if resume_from is not None
@@ -211,6 +263,9 @@ def _run_trainer(
         "write config.yaml", partial(write_run_config, trainer.run_dir, trainer.config)
     )
     done = trainer.run_training_loop(first_step, stop)
+    if trainer.is_phase_over:
+        log.info("step %d: the base is loaded again, in its own format", done)
+        return None
     if trainer.stopped_early:
         log.info(
             "step %d: train.early_stop: %d evaluations without a better held-out %s",
@@ -220,10 +275,10 @@ def _run_trainer(
         )
     elif done < trainer.total_steps or trainer.evaluation_stopped:
         log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
-        return True
+        return RESUMABLE
     with enter_phase("write the results", SETUP_PATIENCE):
         trainer.finish_run()
-    return False
+    return 0
 
 
 def _train_tasks_sequentially(

@@ -31,6 +31,7 @@ def format_plan(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str]
         f"{config.base.path} on {cluster.nodes} x {cluster.gpus_per_node} cards of "
         f"{format_byte_count(cluster.gpu_memory)}, engine {plan.engine}, shapes of {plan.source}",
         f"attention: {plan.attention}",
+        *_format_share(plan),
         "",
         "Memory of the fullest rank",
     ]
@@ -53,6 +54,14 @@ def format_plan(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str]
         *list_changes(plan, config, cluster),
     ]
     return lines
+
+
+def _format_share(plan: RunPlan) -> Iterator[str]:
+    if plan.first_share < 1:
+        yield (
+            f"the first {plan.first_share:.0%} of the steps (adapter.through_start): the others "
+            "take no more memory"
+        )
 
 
 def _format_traffic(plan: RunPlan, cluster: Cluster) -> Iterator[str]:

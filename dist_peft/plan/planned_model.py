@@ -19,6 +19,10 @@ from dist_peft.model.sparse_base import write_sparse_base
 __all__ = ["PlannedModel", "build_planned_model"]
 
 
+_STEPS = 1000
+"""Of a planned run, of which only shares matter."""
+
+
 @dataclass(frozen=True)
 class PlannedModel:
     """A model on meta with its adapter attached, not sharded.
@@ -26,12 +30,15 @@ class PlannedModel:
     Attributes:
         config: of the run; ``base.quant`` of a prequantized base is that of its files.
         source: the files that the shapes are of.
+        first_share: share of the steps that the layers are prepared for, the first ones, which
+            take most memory (``StepHooks.prepare_phase``).
     """
 
     config: RunConfig
     skeleton: Skeleton
     adapter: Adapter
     source: str
+    first_share: float = 1.0
 
 
 def build_planned_model(
@@ -81,7 +88,8 @@ def _build_from_directory(config: RunConfig, directory: Path, source: str) -> Pl
     if skeleton.head is not None:
         _set_any_pad_token(skeleton.model)
     adapter.attach_to_model(skeleton.model)
-    return PlannedModel(config, skeleton, adapter, source)
+    share = adapter.prepare_phase(0, _STEPS) / _STEPS
+    return PlannedModel(config, skeleton, adapter, source, share)
 
 
 def _set_any_pad_token(model: nn.Module) -> None:

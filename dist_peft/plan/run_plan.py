@@ -50,6 +50,7 @@ class RunPlan:
         own_rows: bytes of rows, rank by rank (of one shard group); with ``single`` one number.
         attention: implementation of attention, and whether packed rows get a mask.
         gathered_block: bytes of a block of the traced kind while it is gathered.
+        first_share: share of the steps that this is true of, the first ones; the others take less.
     """
 
     source: str
@@ -63,6 +64,7 @@ class RunPlan:
     duration: Duration | None
     attention: str
     gathered_block: int = 0
+    first_share: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values, totals included."""
@@ -88,6 +90,7 @@ class RunPlan:
             "stored": self.stored,
             "own_rows": list(self.own_rows),
             "gathered_block": self.gathered_block,
+            "first_share": self.first_share,
             "traffic": asdict(self.traffic),
             "host": asdict(self.host),
             "time": times,
@@ -161,6 +164,7 @@ def plan_run(
         duration,
         _describe_attention(config, skeleton.model_config._attn_implementation),
         trace.gathered_block,
+        planned.first_share,
     )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "find_unused_quant_keys",
     "list_quant_keys",
     "make_codec",
+    "make_finer_codec",
 ]
 
 
@@ -181,6 +182,18 @@ _CODECS: dict[str, type[ConfiguredCodec]] = {
 def make_codec(quant: QuantConfig | None, compute_dtype: torch.dtype) -> Codec:
     """The codec of a base: of ``quant``, or raw rows of ``compute_dtype`` without quantization."""
     return RawCodec(compute_dtype) if quant is None else _CODECS[quant.kind].from_config(quant)
+
+
+def make_finer_codec(codec: Codec) -> Codec:
+    """The codec of 8 bits with the groups of ``codec``, whose rows are codes with scales.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows = codec.affine_rows or codec.nf4_rows
+    if rows is None:
+        raise ValueError(f"rows of codec {codec.name} have no groups")
+    return AffineCodec(8, rows.group_size)
 
 
 def list_quant_keys(kind: str) -> tuple[str, ...]:

@@ -141,6 +141,33 @@ def test_a_run_cut_on_one_engine_goes_on_on_another(tmp_path: Path) -> None:
         )
 
 
+STARTED = {"kind": "int", "bits": 2, "group_size": 32}
+
+
+def test_a_start_in_8_bits_is_the_same_on_engines_and_across_a_cut(tmp_path: Path) -> None:
+    """Steps 1 and 2 gather rows of 8 bits; the base is loaded again after them, in one command."""
+    whole = make_tree(tmp_path, STARTED)
+    whole["adapter"] |= {"through_start": "8bit", "through_start_share": 0.5}
+    assert train(World(), whole) == 0
+    expected = losses(tmp_path / "run")
+    assert len(expected) == STEPS
+
+    def make(name: str, engine: dict[str, Any]) -> dict[str, Any]:
+        return {**whole, "save": {"dir": str(tmp_path / name), "every": 0}, "engine": engine}
+
+    # a signal in the last step of the first phase: the resume begins with the second
+    cut = make("cut", {"kind": "single"})
+    assert train(World(), cut, CUT) == 75 and train(World(), cut) == 0
+    sharded = {"fsdp2": {"kind": "fsdp2"}, "zero": {"kind": "zero", "stage": 2}}
+    run_ranks(train_on_engines, 2, [make(*named) for named in sharded.items()])
+    for name in ("cut", *sharded):
+        torch.testing.assert_close(
+            torch.tensor(losses(tmp_path / name)), torch.tensor(expected), rtol=1e-4, atol=0
+        )
+    _, early, late, last = count_gathered(tmp_path / "fsdp2")
+    assert early > 1.5 * late and late == last
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run directories by quantizer."""

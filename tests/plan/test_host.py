@@ -48,3 +48,25 @@ def test_rows_that_are_encoded_again_rest_in_host_memory(tmp_path: Path) -> None
     assert {shards: plan.kept_rows for shards, plan in plans.items()} == expected
     assert plans[3].rest == expected[3] + sum(resting.host.values())
     assert plans[1].kept_weights == plans[1].kept_rows // 2  # files in bfloat16
+
+
+def test_a_start_in_8_bits_is_planned(tmp_path: Path) -> None:
+    """As the first steps need it: rows of 8 bits for rows of 2."""
+    tree = odd_tree(save_odd_base(tmp_path / "base"))
+    tree["base"]["quant"] = {"kind": "int", "bits": 2, "group_size": 8}
+    tree["adapter"] = {"r": 3, "through_quantizer": True}
+    plain = build_planned_model(parse_config(tree))
+    tree["adapter"] |= {"through_start": "8bit", "through_start_share": 0.25}
+    started = build_planned_model(parse_config(tree))
+    assert (plain.first_share, started.first_share) == (1.0, 0.25)
+    pairs = [
+        (few.base.packed.shape, layer.base)
+        for few, layer in zip(
+            plain.skeleton.model.modules(), started.skeleton.model.modules(), strict=True
+        )
+        if isinstance(layer, ThroughLinear) and isinstance(few, ThroughLinear)
+    ]
+    assert pairs
+    for (rows, size), base in pairs:
+        assert base.packed.shape == (rows, base.codec.num_row_bytes(base.in_features))
+        assert base.packed.shape[1] > size and base.codec.name == "int8"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant import packed_rows as rows
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.codec import Codec, RawCodec, make_codec
+from dist_peft.quant.codec import Codec, RawCodec, make_codec, make_finer_codec
 from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
@@ -338,3 +338,10 @@ def test_nothing_is_decided_by_the_class_or_name_of_a_codec() -> None:
         for switch in _find_codec_switches(path.read_text())
     ]
     assert not found
+
+
+def test_the_finer_codec_has_the_groups_of_another() -> None:
+    assert make_finer_codec(AffineCodec(2, 16, "hqq")) == AffineCodec(8, 16)
+    assert make_finer_codec(Nf4Codec(64, double_quant=False)) == AffineCodec(8, 64)
+    with pytest.raises(ValueError, match="raw have no groups"):
+        make_finer_codec(RawCodec())

@@ -183,6 +183,9 @@ class HeadedAdapter:
     def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
         self.trunk.add_penalty_gradient(loss, parts)
 
+    def prepare_phase(self, done: int, total_steps: int) -> int:
+        return self.trunk.prepare_phase(done, total_steps)
+
     def plan_steps(self, total_steps: int) -> None:
         self.trunk.plan_steps(total_steps)
 

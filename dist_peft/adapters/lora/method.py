@@ -20,7 +20,12 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.lora.format import build_public_lora, drop_unused_ranks
 from dist_peft.adapters.lora.initialization import RESIDUAL_INITS
 from dist_peft.adapters.lora.layer import LoraEmbedding, LoraLinear, LoraSpec
-from dist_peft.adapters.lora.through_quantizer import ThroughLinear, require_codec, update_rows
+from dist_peft.adapters.lora.through_quantizer import (
+    ThroughLinear,
+    require_codec,
+    resolve_start,
+    update_rows,
+)
 from dist_peft.adapters.low_rank.method import LowRankAdapter
 from dist_peft.adapters.protocol import ExportLimits, PublicAdapter
 from dist_peft.adapters.step_hooks import ParameterAccess
@@ -155,6 +160,19 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
 
     def get_lr_scale(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith(".lora_B") else 1.0
+
+    def prepare_phase(self, done: int, total_steps: int) -> int:
+        """Give the linears the form of ``adapter.through_start``, in the first share of the steps.
+        See ``StepHooks``."""
+        config = self.config
+        linears = [layer for layer in self.layers.values() if isinstance(layer, ThroughLinear)]
+        start = resolve_start(config.through_start, linears)
+        end = round(config.through_start_share * total_steps)
+        if start == "none" or done >= end or not linears:
+            return total_steps
+        for layer in linears:
+            layer.set_start(start)
+        return end
 
     def finish_step(self, done: int, access: ParameterAccess) -> None:
         """Encode the base's rows again, where they are trained through the quantizer."""

@@ -22,7 +22,7 @@ aware training with LoRA (axolotl's for NVFP4, LoTA-QAF): no rank has a dense me
 gradient or another rank's rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from dist_peft.adapters.lora.layer import LoraLinear
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS, add_blocked_product
 from dist_peft.adapters.step_hooks import ParameterAccess
+from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import Reduce, RowUpdate
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.quant.codec import make_finer_codec
 from dist_peft.quant.packed_rows import count_chunk_rows
 from dist_peft.quant.through_product import multiply_through
 
@@ -43,6 +45,7 @@ __all__ = [
     "encode_merged_rows",
     "keep_rows_exactly",
     "require_codec",
+    "resolve_start",
     "update_rows",
 ]
 
@@ -57,17 +60,22 @@ class ThroughLinear(LoraLinear):
     The adapter cannot be switched off: the base's own bytes are no longer there.
 
     Attributes:
+        start: form of the first steps (``adapter.through_start``), while it is trained in it.
         own_span: this rank's rows of the weight.
         own_rows: these rows of the base's files, ``[len(own_span), in]`` in host memory, in the
-            narrowest type that holds them exactly.
+            narrowest type that holds them exactly; of a base that is packed in its files, the
+            packed rows.
     """
 
     keeps_base = False
+    start: ThroughStart = "none"
     own_span: Span
     own_rows: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``."""
+        if self.start == "lora":
+            return super().forward(x)
         base, spec = self.base, self.spec
         y = multiply_through(
             x,
@@ -79,6 +87,17 @@ class ThroughLinear(LoraLinear):
             dtype=spec.arithmetic,
         )
         return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    def set_start(self, start: ThroughStart) -> None:
+        """Take another form than the base's, on meta, before the model is sharded."""
+        self.start = start
+        if start == "8bit":
+            base = self.base
+            assert base.packed.is_meta
+            base.codec = make_finer_codec(base.codec)
+            size = base.codec.num_row_bytes(base.in_features)
+            empty = torch.empty(base.out_features, size, dtype=torch.uint8, device="meta")
+            base.packed = nn.Parameter(empty, requires_grad=False)
 
     @property
     def needs_base_rows(self) -> bool:
@@ -159,6 +178,23 @@ def keep_rows_exactly(rows: Tensor) -> Tensor:
     return host.pin_memory() if rows.is_cuda else host
 
 
+def resolve_start(start: ThroughStart, layers: Sequence[ThroughLinear]) -> ThroughStart:
+    """Return the form of the first steps.
+
+    Raises:
+        UserError: 8 bits of a base that is packed in its files.
+    """
+    packed = [layer.path for layer in layers if layer.base.stored is not None]
+    if start == "auto":
+        return "lora" if packed else "none"
+    if start == "8bit" and packed:
+        raise UserError(
+            f"adapter.through_start: 8bit encodes the base's own 16-bit rows, but {packed[0]} "
+            "comes quantized from base.path; use lora or none"
+        )
+    return start
+
+
 def require_codec(name: str, module: FrozenLinear) -> None:
     """Refuse a linear that cannot be trained through its codec.
 
@@ -191,7 +227,7 @@ def update_rows(layers: Iterable[tuple[str, nn.Module]], access: ParameterAccess
 
     def encode_all() -> Iterator[RowUpdate]:
         for path, layer in layers:
-            if isinstance(layer, ThroughLinear):
+            if isinstance(layer, ThroughLinear) and layer.start != "lora":
                 A, B = (access.gather_parameter(f"{path}.lora_{factor}") for factor in "AB")
                 rows = layer.encode_own_rows(A, B, access.device)
                 yield RowUpdate(layer.base, "packed", rows)

@@ -15,6 +15,7 @@ from dist_peft.core.config.low_rank import (
     LowRankConfig,
     VeraConfig,
 )
+from dist_peft.core.config.through_options import ThroughConfig
 from dist_peft.core.config.types import (
     ConfigSection,
     Float,
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 
-class LoraConfig(LowRankConfig):
+class LoraConfig(LowRankConfig, ThroughConfig):
     """LoRA (Hu et al. 2021), QLoRA when the base is quantized."""
 
     kind: Literal["lora"] = "lora"
@@ -84,13 +85,6 @@ class LoraConfig(LowRankConfig):
     )
     init_gamma: Positive = Field(
         16.0, description="lora_ga: both factors start at out_features^(1/4) / sqrt(this)."
-    )
-
-    through_quantizer: bool = Field(
-        False,
-        description="Train the merged weights in the base's own low-bit format: the forward pass "
-        "multiplies with quantize(W + s B A), so that the merged model is the trained one, and the "
-        "adapter alone is not. Needs base.quant.",
     )
 
     @model_validator(mode="after")

@@ -2,8 +2,9 @@
 
 from dist_peft.core.config.adapter import AdapterConfig, LoraConfig, VirtualTokensConfig
 from dist_peft.core.config.quantization import QuantConfig
+from dist_peft.core.config.through_options import ThroughStart
 
-__all__ = ["check_adapter_options", "check_through_quantizer"]
+__all__ = ["check_adapter_options", "check_through_quantizer", "check_through_start"]
 
 
 def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: float) -> None:
@@ -29,7 +30,8 @@ def check_through_quantizer(adapter: AdapterConfig, quant: QuantConfig | None) -
     """Check that a base of ``base.quant`` can be trained through its quantizer, if that is asked.
 
     Raises:
-        ValueError: nested scales, which no other library has, or codes that are chosen once.
+        ValueError: nested scales, which no other library has, codes that are chosen once, or a
+            start in the base's own bits.
     """
     if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer or quant is None:
         return
@@ -43,4 +45,35 @@ def check_through_quantizer(adapter: AdapterConfig, quant: QuantConfig | None) -
         raise ValueError(
             "adapter.through_quantizer chooses codes again after each step, which solver gptq does "
             "once with calibration data; set base.quant.solver: rtn or hqq"
+        )
+    if adapter.through_start == "8bit" and quant.bits == 8:
+        raise ValueError(
+            "adapter.through_start: 8bit is for fewer bits, and base.quant.bits is 8; leave it out"
+        )
+
+
+def check_through_start(start: ThroughStart, selects: bool, tasks: str) -> None:
+    """Check that a run can pass from ``start`` to the base's format.
+
+    Args:
+        start: ``adapter.through_start``; auto, none: not checked.
+        selects: held-out losses decide when the run ends or which checkpoint is best.
+        tasks: ``train.tasks``.
+
+    Raises:
+        ValueError: losses of both forms would be compared, or several adapters share a model.
+    """
+    if start in ("auto", "none"):
+        return
+    key = f"adapter.through_start: {start}"
+    if selects:
+        raise ValueError(
+            f"{key}: the first steps are evaluated in another form, mostly with a lower loss, "
+            "which train.early_stop and save.keep_best would compare with the later ones; leave "
+            "these out, or set through_start: none"
+        )
+    if tasks == "separate":
+        raise ValueError(
+            f"{key} loads the base again in the middle of a run, which train.tasks: separate "
+            "loads once for all; train the tasks one by one, or set through_start: none"
         )

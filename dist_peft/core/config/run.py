@@ -29,12 +29,17 @@ from dist_peft.core.config.adapter import (
     VeraConfig,
     VirtualTokensConfig,
 )
-from dist_peft.core.config.adapter_checks import check_adapter_options, check_through_quantizer
+from dist_peft.core.config.adapter_checks import (
+    check_adapter_options,
+    check_through_quantizer,
+    check_through_start,
+)
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.environment import Reference, store_references
 from dist_peft.core.config.quantization import QuantConfig
 from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
+from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
 __all__ = [
@@ -338,6 +343,11 @@ class RunConfig(ConfigSection):
             )
         return self
 
+    def check_start(self, start: ThroughStart) -> None:
+        """Check that a run can begin with ``start``; raises ValueError if not."""
+        selects = self.save.keep_best or bool(self.train.early_stop)
+        check_through_start(start, selects, self.train.tasks)
+
     @model_validator(mode="after")
     def _check_head_adapter(self) -> Self:
         classifies = self.base.head == "classifier"
@@ -350,6 +360,8 @@ class RunConfig(ConfigSection):
         solver = "rtn" if self.base.quant is None else self.base.quant.solver
         check_adapter_options(self.adapter, solver, self.train.layer_decay)
         check_through_quantizer(self.adapter, self.base.quant)
+        if isinstance(self.adapter, LoraConfig):
+            self.check_start(self.adapter.through_start)
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if classifies and self.base.quant is not None and self.base.quant.embeddings:

@@ -11,6 +11,7 @@ from dist_peft.adapters.lora.through_quantizer import (
     ThroughLinear,
     keep_rows_exactly,
     require_codec,
+    resolve_start,
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
@@ -117,6 +118,17 @@ def test_codecs_that_cannot_hold_the_trained_weights_are_refused() -> None:
     packed.stored = packed  # any reader of packed rows
     with pytest.raises(UserError, match=r"comes quantized from base\.path"):
         require_codec("m", packed)
+
+
+def test_the_form_of_the_first_steps() -> None:
+    own, packed = build_layer(AffineCodec(3, 32)), build_layer(AffineCodec(3, 32))
+    packed.base.stored = packed.base  # any reader of packed rows
+    assert resolve_start("auto", [own]) == "none"
+    assert resolve_start("auto", [own, packed]) == "lora"
+    assert resolve_start("none", [packed]) == "none"
+    assert resolve_start("8bit", [own]) == "8bit"
+    with pytest.raises(UserError, match=r"through_start: 8bit .* m comes quantized"):
+        resolve_start("8bit", [own, packed])
 
 
 def test_values_beyond_the_codec_name_the_linear_and_the_fix() -> None:

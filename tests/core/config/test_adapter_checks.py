@@ -3,7 +3,11 @@
 import pytest
 
 from dist_peft.core.config.adapter import Ia3Config, LoraConfig, PromptConfig
-from dist_peft.core.config.adapter_checks import check_adapter_options, check_through_quantizer
+from dist_peft.core.config.adapter_checks import (
+    check_adapter_options,
+    check_through_quantizer,
+    check_through_start,
+)
 from dist_peft.core.config.quantization import QuantConfig
 
 
@@ -24,7 +28,21 @@ def test_bases_that_are_not_trained_through_their_quantizer() -> None:
         check_through_quantizer(through, nested)
     with pytest.raises(ValueError, match="solver: rtn or hqq"):
         check_through_quantizer(through, QuantConfig(kind="int", solver="gptq"))
+    started = LoraConfig(through_quantizer=True, through_start="8bit")
+    with pytest.raises(ValueError, match="8bit is for fewer bits"):
+        check_through_quantizer(started, QuantConfig(kind="int", bits=8))
+    check_through_quantizer(started, QuantConfig(kind="int", bits=3))
     check_through_quantizer(through, QuantConfig(double_quant=False))
     check_through_quantizer(through, None)
     check_through_quantizer(LoraConfig(), nested)
     check_through_quantizer(Ia3Config(), nested)
+
+
+def test_a_start_in_another_form_is_not_compared_with_the_rest() -> None:
+    with pytest.raises(ValueError, match=r"train\.early_stop and save\.keep_best would compare"):
+        check_through_start("8bit", True, "mixed")
+    with pytest.raises(ValueError, match="in the middle of a run"):
+        check_through_start("lora", False, "separate")
+    check_through_start("lora", False, "mixed")
+    for start in ("auto", "none"):
+        check_through_start(start, True, "separate")
