@@ -9,7 +9,7 @@
             device (``item``, ``nonzero``), and microseconds of one small operator: the product
             is what the block costs if everything but the operators were free.
 ``mask``    nanoseconds an element of a dropout mask [512, 4096], and of a generator's draw of it.
-``report``  CPU seconds that the plots of a report of 500 steps take, both themes.
+``report``  CPU seconds that the plots of a report of 500 steps take.
 
 One thread; medians of ``--steps``. CPU seconds swell on a busy machine, so compare within a row.
 """
@@ -37,7 +37,7 @@ from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
-from dist_peft.train.plots import PLOTS, draw_plot_in_themes
+from dist_peft.train.plots import PLOTS, draw_plot
 from dist_peft.train.step_metrics import StepMetrics
 
 CPU = torch.device("cpu")
@@ -188,15 +188,17 @@ def measure_mask(steps: int) -> dict[str, float]:
 
 
 def measure_report(steps: int) -> float:
-    """Return CPU seconds of all plots in both themes, after a first time (fonts)."""
+    """Return CPU seconds of all plots of a report, after a first time (fonts)."""
     records = [
         StepMetrics(n, 2 - n / 500, 1e-4, 1 + n % 7 / 7, 1000, 5000 + n % 11, 2**30, 0)
         for n in range(1, 501)
     ]
 
     def draw() -> None:
-        for plot in PLOTS:
-            draw_plot_in_themes(plot, records)
+        for plot in filter(lambda each: each.is_shown(records), PLOTS):
+            draw_plot(plot, records)
+            if plot.is_wide:
+                draw_plot(plot, records, is_wide=True)
 
     draw()
     return statistics.median(measure_cpu(draw) for _ in range(steps))

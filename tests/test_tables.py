@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import domain_table
+from benchmarks import domain_table, support_page
 from benchmarks.code_table import SourceTable
 from benchmarks.methods_table import (
     FIRST_RATES,
@@ -171,3 +171,10 @@ def test_domain_table_of_the_pages_is_that_of_the_result() -> None:
     for page in domain_table.PAGES:
         text = page.read_text()
         assert replace_table(text, domain_table.render(outcomes), domain_table.NAME) == text
+
+
+def test_page_of_supported_types_equals_its_results() -> None:
+    found = json.loads(support_page.RESULT.read_text())
+    text = support_page.format_support_page(found)
+    assert support_page.PAGE.read_text(encoding="utf-8") == text
+    assert all(f"`{row['type']}`" in text for row in found["result"]["types"])

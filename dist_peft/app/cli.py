@@ -34,6 +34,8 @@ COMMANDS = {
     "export": "write a run in a public format",
     "switch": "give a merged model the adapter of another run",
     "combine": "combine several LoRA adapters of one base into one",
+    "compare": "curves of several runs over each other, and tables of their differences",
+    "report": "draw the report of a finished run again",
     "inspect": "describe a base, adapter, run or checkpoint",
     "schema": "print the JSON schema of configurations, for editors",
     "convert-config": "turn a configuration of axolotl or LLaMA-Factory into one of dist-peft",

@@ -53,6 +53,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dist-peft chat --run runs/mine --adapter both",
         "dist-peft chat --model merged --prompt 'Who are you?' --temperature 0.7",
     ),
+    "compare": (
+        "dist-peft compare runs/r8 runs/r32 --out compare.html",
+        "dist-peft compare runs/* --json",
+    ),
+    "report": ("dist-peft report runs/mine",),
     "inspect": (
         "dist-peft inspect models/llama-3-8b",
         "dist-peft inspect runs/mine",

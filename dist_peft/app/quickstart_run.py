@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_peft.app.run_report import add_report_section
+from dist_peft.app.report_files import add_report_section
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -17,7 +17,7 @@ from dist_peft.export.merge_record import RECORD_NAME
 from dist_peft.export.verify import generate_greedy
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.quickstart.task import has_right_fields
-from dist_peft.train.report import ReportSection
+from dist_peft.train.report_page import ReportSection
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = [

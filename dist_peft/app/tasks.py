@@ -21,7 +21,8 @@ from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import FullConfig, LoraConfig, PartialConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.store.writer import write_atomically
-from dist_peft.train.report import RunSummary, write_task_report
+from dist_peft.train.report import write_task_report
+from dist_peft.train.run_summary import RunSummary
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
 __all__ = ["TasksFile", "check_task_config", "list_task_runs", "refuse_separate_tasks"]

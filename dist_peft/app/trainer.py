@@ -37,6 +37,7 @@ from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_missing_stop_token
 from dist_peft.model.hub import save_tokenizer
 from dist_peft.store.publish import publish_directory
+from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.eval_history import EvaluationHistory, open_metrics
 from dist_peft.train.evaluate import (
@@ -44,14 +45,15 @@ from dist_peft.train.evaluate import (
     add_evaluation,
     evaluate_model,
 )
-from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
+from dist_peft.train.fusion_attention import find_fusion_layers, measure_attention
 from dist_peft.train.lr_schedule import compute_lr_factor
-from dist_peft.train.metrics import MetricsWriter, read_peak_memory_bytes
+from dist_peft.train.metrics import MetricsWriter
 from dist_peft.train.nonfinite import FailedStep, NonFiniteSteps, SequenceDescriber
 from dist_peft.train.progress import ProgressDisplay
-from dist_peft.train.report import RunSummary
+from dist_peft.train.rank_load import StepLoad
 from dist_peft.train.run_lock import raise_if_taken_over
 from dist_peft.train.run_state import note_step
+from dist_peft.train.run_summary import RunSummary
 from dist_peft.train.spikes import SpikeDetector
 from dist_peft.train.step_metrics import StepMetrics
 from dist_peft.train.trackers import list_tracker_sinks
@@ -171,6 +173,7 @@ class Trainer:
         with metrics, progress, closing(training), self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
                 start, gathered = time.perf_counter(), engine.bytes_gathered
+                load = StepLoad(engine.device)
                 batches, targets = loader.load_step(step)
                 loss = training.accumulate_gradients(step, batches, targets)
                 lr = self._compute_lr(step)
@@ -182,9 +185,8 @@ class Trainer:
                 seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
                 done, last = step + 1, step + 1 == self.total_steps
                 # one exchange a step: a signal to one rank stops all of them
-                memory = read_peak_memory_bytes(engine.device)
-                most_memory, stopping, failed = self.world.max_over_ranks(
-                    memory, stop(), self.checkpoints.has_failed
+                stopping, failed, *maxima = self.world.max_over_ranks(
+                    stop(), self.checkpoints.has_failed, *load.list_exchanged()
                 )
                 if failed:
                     self.checkpoints.finish_writing()  # raises the error of the writer thread
@@ -195,13 +197,13 @@ class Trainer:
                     grad_norm=norm,
                     tokens=targets,
                     tokens_per_s=targets / seconds,
-                    mem_peak=int(most_memory),
                     bytes_gathered=gathered,
                     epoch=done * train.global_batch / loader.rows_per_epoch,
                     samples=done * train.global_batch,
                     seconds=seconds,
                     nonfinite_steps=len(self.nonfinite.steps) or None,
                     spike=spikes.log_loss(done, loss),
+                    **load.describe_maxima(maxima, self.world.size),
                     **training.method_metrics,
                 )
                 is_best = False
@@ -390,7 +392,7 @@ class Trainer:
 
     def make_report_summary(self) -> RunSummary:
         """Return the facts that the report shows in addition to the metrics."""
-        return summarize_run(self.config, self.built, self.world)
+        return summarize_run(self.config, self.built, self.loaders, self.world)
 
 
 def _is_due(step: int, every: int) -> bool:

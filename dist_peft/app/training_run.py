@@ -312,6 +312,10 @@ def _train_tasks_sequentially(
         bank.activate_adapter("start")
         if _run_trainer(trainer, newest, world, stop):
             return RESUMABLE
-        summary = trainer.make_report_summary()
-        world.run_on_first("write tasks.json", partial(finished.mark_finished, name, summary))
+        finish = partial(_finish_task, finished, name, trainer)
+        world.run_on_first("write tasks.json", finish)
     return 0
+
+
+def _finish_task(finished: TasksFile, name: str, trainer: Trainer) -> None:
+    finished.mark_finished(name, trainer.make_report_summary())

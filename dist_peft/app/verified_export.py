@@ -14,8 +14,8 @@ from dist_peft.adapters.method_table import make_adapter
 from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.model_card import write_model_card
 from dist_peft.app.output_places import refuse_taken_place
+from dist_peft.app.report_files import add_report_section
 from dist_peft.app.run_consistency import check_tokenizer_of_base
-from dist_peft.app.run_report import add_report_section
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import read_available_memory
@@ -36,7 +36,7 @@ from dist_peft.export.verify import Comparison, Probe
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.model.skeleton import parse_torch_dtype
-from dist_peft.train.report import ReportSection
+from dist_peft.train.report_page import ReportSection
 
 __all__ = [
     "VERIFY",

@@ -108,6 +108,10 @@ def list_scalars(record: StepMetrics) -> list[tuple[str, float, int]]:
         ("memory/peak_GiB", record.mem_peak / 2**30, step),
         ("communication/gathered_MiB", record.bytes_gathered / 2**20, step),
     ]
+    if record.mem_reserved is not None:
+        scalars.append(("memory/reserved_GiB", record.mem_reserved / 2**30, step))
+    if record.straggler_share is not None:
+        scalars.append(("speed/straggler_share", record.straggler_share, step))
     for name in ("nonfinite_steps", "spike", *_SHARES):
         if (found := getattr(record, name)) is not None:
             scalars.append((f"train/{name}", found, step))

@@ -1,23 +1,19 @@
-"""Curves of a run as PNG images, drawn from the records of ``metrics.jsonl``.
+"""Curves of a run as pictures (``train.svg``), drawn from the records of ``metrics.jsonl``.
 
-matplotlib's object interface with the Agg canvas: no display, no global state. Every plot exists in
-a light and a dark theme. Colours are from Okabe & Ito's palette, which colour-blind readers can
-distinguish; curves that share axes also differ in width or marker.
-
-matplotlib is imported by the functions that draw: it takes most of a second, and ranks above 0 draw
-nothing.
+Only numbers of every step are drawn as curves. Evaluations are points: between two of them nothing
+is known. Curves that share axes differ in width or marker, too.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dist_peft.train.step_metrics import StepMetrics
+from dist_peft.train.svg import CURVES, GRID, INK, drawing, make_figure, render_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,36 +22,22 @@ if TYPE_CHECKING:
 __all__ = [
     "PLOTS",
     "PlotSpec",
-    "Theme",
+    "draw_bars",
     "draw_heat_maps",
+    "draw_overlay",
     "draw_plot",
-    "draw_plot_in_themes",
     "list_eval_points",
     "list_nonfinite_steps",
     "smooth_values",
 ]
 
-Theme = Literal["light", "dark"]
+Records = Sequence[StepMetrics]
 
+_MAIN, _ACCENT, _SECOND = CURVES[:3]
+_SMALL, _WIDE, _FONT = (4.6, 3.0), (9.6, 3.8), 10
+"""Inches, and points of a text: at the width of a phone a small picture's text has 10 pixels."""
 
-@dataclass(frozen=True)
-class _Palette:
-    background: str
-    ink: str
-    grid: str
-    main: str
-    accent: str
-    second: str
-
-
-_PALETTES: dict[str, _Palette] = {
-    "light": _Palette("#ffffff", "#333a40", "#e3e6e8", "#0072b2", "#d55e00", "#009e73"),
-    "dark": _Palette("#1c2024", "#c9d1d6", "#343b41", "#56b4e9", "#e69f00", "#2ec4a0"),
-}
-
-
-_COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
-"""Properties of artists that hold a colour of the palette."""
+_MARKERS = "DosvP^"
 
 
 @dataclass(frozen=True)
@@ -63,78 +45,78 @@ class PlotSpec:
     """A kind of plot.
 
     Attributes:
-        name: short identifier, also a file name.
+        name: short identifier.
         title: heading.
         unit: label of the vertical axis.
-        size: width and height in inches.
         paint: draws the records on axes.
+        is_wide: takes the width of a page, where the page has it.
+        is_shown: whether these records have the numbers of the plot.
     """
 
     name: str
     title: str
     unit: str
-    size: tuple[float, float]
-    paint: Callable[[Axes, Sequence[StepMetrics], _Palette], None]
+    paint: Callable[[Axes, Records], None]
+    is_wide: bool = False
+    is_shown: Callable[[Records], bool] = bool
 
 
-def draw_plot(plot: PlotSpec, records: Sequence[StepMetrics], theme: Theme = "light") -> bytes:
-    """Return a PNG of ``plot``; ``records`` (at least one) sorted by step."""
-    return _render_png(_paint_figure(plot, records, _PALETTES[theme]))
+def draw_plot(plot: PlotSpec, records: Records, *, is_wide: bool = False) -> str:
+    """Return ``plot`` as SVG; ``records`` (at least one) sorted by step.
 
-
-def draw_plot_in_themes(plot: PlotSpec, records: Sequence[StepMetrics]) -> dict[Theme, bytes]:
-    """Return what ``draw_plot`` returns, for both themes.
-
-    The second one is the same figure in other colours: making its ticks and texts takes longer than
-    drawing them again.
+    Raises:
+        ValueError: no records.
     """
-    figure = _paint_figure(plot, records, _PALETTES["light"])
-    light = _render_png(figure)
-    _change_palette(figure, _PALETTES["light"], _PALETTES["dark"])
-    return {"light": light, "dark": _render_png(figure)}
-
-
-def _change_palette(figure: Figure, before: _Palette, after: _Palette) -> None:
-    from matplotlib.colors import to_rgb
-
-    new = {to_rgb(colour): after_colour for colour, after_colour in _pair_colours(before, after)}
-    for artist in figure.findobj():
-        changes = {}
-        for name in _COLOURS:
-            read = getattr(artist, f"get_{name}", None)
-            colour = read() if read is not None else None
-            # "auto", "none" and the colours of collections stay
-            if isinstance(colour, str | tuple) and colour not in ("auto", "none"):
-                found = new.get(to_rgb(colour))
-                if found is not None:
-                    alpha = colour[3] if isinstance(colour, tuple) and len(colour) == 4 else None
-                    changes[name] = found if alpha in (None, 1.0) else (found, alpha)
-        if changes:
-            artist.set(**changes)
-
-
-def _pair_colours(before: _Palette, after: _Palette) -> Iterable[tuple[str, str]]:
-    return zip(astuple(before), astuple(after), strict=True)
-
-
-def _paint_figure(plot: PlotSpec, records: Sequence[StepMetrics], palette: _Palette) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
-    figure = _make_figure(plot.size, palette, layout=None)
-    width, height = plot.size
-    left, right, bottom, top = 0.72 / width, 1 - 0.12 / width, 0.48 / height, 1 - 0.34 / height
-    axes = figure.add_axes((left, bottom, right - left, top - bottom))
-    # Places in inches instead of a layout engine's, which draws everything once more to find them;
-    # labels and title that follow the ticks are measured at each drawing.
-    axes.xaxis.set_label_coords(0.5, (0.14 / height - bottom) / (top - bottom))
-    axes.yaxis.set_label_coords((0.22 / width - left) / (right - left), 0.5)
-    _prepare_axes(axes, plot, palette)
-    plot.paint(axes, records, palette)
-    # a single point or a constant would otherwise get ticks between steps
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    return figure
+    with drawing():
+        figure, axes = _make_step_axes(plot.title, plot.unit, is_wide)
+        plot.paint(axes, records)
+        return render_svg(figure, f"{plot.title}: {plot.unit}", _name_drawing(plot.name, is_wide))
+
+
+def draw_overlay(
+    runs: Mapping[str, Records], *, is_wide: bool = False, is_file: bool = False
+) -> str:
+    """Return the losses of several runs over each other as SVG.
+
+    A curve is the moving average of the training loss; the points of its colour are held-out
+    losses.
+
+    Args:
+        runs: records by the run's name, at least one run with records.
+        is_file: for a file of its own.
+    """
+    title, unit = "Loss: training (curves) and held out (points)", "nats per target token"
+    with drawing():
+        figure, axes = _make_step_axes(title, unit, is_wide)
+        for number, (name, records) in enumerate(runs.items()):
+            colour, round_ = CURVES[number % len(CURVES)], number // len(CURVES)
+            style, marker = ("-", "--", ":", "-.")[round_ % 4], _MARKERS[number % len(_MARKERS)]
+            losses = smooth_values([r.loss for r in records], _choose_span(records))
+            steps = [r.step for r in records]
+            axes.plot(steps, losses, color=colour, ls=style, lw=1.8, label=_format_label(name))
+            points = list_eval_points(records)
+            axes.plot(*_split(points), color=colour, ls="", marker=marker, ms=5)
+        _add_legend(axes)
+        return render_svg(figure, title, _name_drawing("overlay", is_wide), is_file=is_file)
+
+
+def draw_bars(title: str, unit: str, values: Mapping[str, float], name: str) -> str:
+    """Return bars of ``values`` by label as SVG, in their order.
+
+    Args:
+        unit: label of the vertical axis.
+        name: short identifier.
+    """
+    with drawing():
+        figure, axes = _make_axes(title, unit, _SMALL)
+        axes.bar(range(len(values)), list(values.values()), color=_SECOND, width=0.8)
+        shown = range(0, len(values), max(1, -(-len(values) // 12)))
+        labels = list(values)
+        axes.set_xticks(list(shown), [labels[place] for place in shown])
+        axes.set_xlabel("block", color=INK, fontsize=_FONT)
+        return render_svg(figure, f"{title}: {unit}", name)
 
 
 def draw_heat_maps(
@@ -142,52 +124,38 @@ def draw_heat_maps(
     rows: Sequence[str],
     columns: Sequence[str],
     panels: Mapping[str, Sequence[Sequence[float]]],
-    theme: Theme = "light",
-) -> bytes:
-    """Return a PNG of tables of shares, side by side.
+) -> str:
+    """Return tables of shares side by side as SVG.
 
     Args:
         title: heading of the picture.
         rows, columns: names along a table's sides.
         panels: heading of each table -> ``[rows][columns]`` of numbers from 0 to 1.
     """
-    palette = _PALETTES[theme]
     width, height = 1.6 + (0.5 + 0.75 * len(columns)) * len(panels), 1.4 + 0.26 * len(rows)
-    figure = _make_figure((max(width, 4.8), max(height, 2.4)), palette, layout="constrained")
-    figure.suptitle(title, x=0.02, ha="left", color=palette.ink, fontsize=11, fontweight="bold")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (heading, table) in zip(all_axes, panels.items(), strict=True):
-        image = axes.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        axes.set_title(heading, color=palette.ink, fontsize=9)
-        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-        axes.set_yticks(range(len(rows)), rows)
-        axes.tick_params(colors=palette.ink, labelsize=8, length=0)
-        axes.spines[:].set_visible(False)
-        for y, numbers in enumerate(table):
-            for x, share in enumerate(numbers):
-                ink = "#000000" if share > 0.5 else "#ffffff"
-                axes.text(x, y, f"{share:.2f}", ha="center", va="center", color=ink, fontsize=7)
-    bar = figure.colorbar(image, ax=list(all_axes))
-    bar.ax.tick_params(colors=palette.ink, labelsize=8, length=0)
-    bar.outline.set_visible(False)
-    return _render_png(figure)
-
-
-def _make_figure(
-    size: tuple[float, float], palette: _Palette, layout: Literal["constrained"] | None
-) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=144, layout=layout, facecolor=palette.background)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _render_png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", pil_kwargs={"compress_level": 3})
-    return image.getvalue()
+    with drawing():
+        figure = make_figure((max(width, 4.8), max(height, 2.4)), constrained=True)
+        figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=11, fontweight="bold")
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (heading, table) in zip(all_axes, panels.items(), strict=True):
+            image = axes.pcolormesh(table, cmap="cividis", vmin=0, vmax=1)
+            axes.set_title(heading, color=INK, fontsize=9)
+            axes.set_xticks(
+                [x + 0.5 for x in range(len(columns))], columns, rotation=45, ha="right"
+            )
+            axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+            axes.set_ylim(len(rows), 0)
+            axes.tick_params(colors=INK, labelsize=8, length=0)
+            axes.spines[:].set_visible(False)
+            for y, numbers in enumerate(table):
+                for x, share in enumerate(numbers):
+                    ink, text = "#000000" if share > 0.5 else "#ffffff", f"{share:.2f}"
+                    place = (x + 0.5, y + 0.5)
+                    axes.text(*place, text, ha="center", va="center", color=ink, fontsize=7)
+        bar = figure.colorbar(image, ax=list(all_axes))
+        bar.ax.tick_params(colors=INK, labelsize=8, length=0)
+        bar.outline.set_visible(False)
+        return render_svg(figure, title, "attention")
 
 
 def smooth_values(values: Sequence[float], span: float) -> list[float]:
@@ -216,87 +184,98 @@ def list_eval_points(records: Sequence[StepMetrics]) -> list[tuple[int, float]]:
     return points
 
 
-def _prepare_axes(axes: Axes, plot: PlotSpec, palette: _Palette) -> None:
-    axes.set_facecolor(palette.background)
-    axes.set_title(plot.title, loc="left", y=1.0, color=palette.ink, fontsize=11, fontweight="bold")
-    axes.set_xlabel("optimizer step", color=palette.ink, fontsize=9)
-    axes.set_ylabel(plot.unit, color=palette.ink, fontsize=9)
-    axes.grid(color=palette.grid, linewidth=0.8)
+def _name_drawing(name: str, is_wide: bool) -> str:
+    return f"{name}-wide" if is_wide else name
+
+
+def _make_step_axes(title: str, unit: str, is_wide: bool) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _make_axes(title, unit, _WIDE if is_wide else _SMALL)
+    axes.set_xlabel("optimizer step", color=INK, fontsize=_FONT)
+    # a single point or a constant would otherwise get ticks between steps
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=8 if is_wide else 5, integer=True, min_n_ticks=1)
+    )
+    return figure, axes
+
+
+def _make_axes(title: str, unit: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """Places in inches instead of a layout engine's, which draws everything once more."""
+    figure = make_figure(size)
+    width, height = size
+    left, right, bottom, top = 0.74 / width, 1 - 0.14 / width, 0.52 / height, 1 - 0.34 / height
+    axes = figure.add_axes((left, bottom, right - left, top - bottom))
+    # labels that follow the ticks are measured at each drawing
+    axes.xaxis.set_label_coords(0.5, (0.14 / height - bottom) / (top - bottom))
+    axes.yaxis.set_label_coords((0.2 / width - left) / (right - left), 0.5)
+    axes.set_facecolor("none")
+    axes.set_title(title, loc="left", y=1.0, color=INK, fontsize=_FONT + 1, fontweight="bold")
+    axes.set_ylabel(unit, color=INK, fontsize=_FONT)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=palette.ink, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=INK, labelsize=_FONT, length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(palette.grid)
+    axes.spines[["left", "bottom"]].set_color(GRID)
     for offset in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
-        offset.set_color(palette.ink)
+        offset.set_color(INK)
+    return figure, axes
 
 
-def _draw_curve(
-    axes: Axes, records: Sequence[StepMetrics], values: Sequence[float], colour: str
-) -> None:
+def _add_legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=_FONT - 1)
+
+
+def _format_label(name: str) -> str:
+    """A legend leaves out labels that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def _split(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw_curve(axes: Axes, records: Records, values: Sequence[float], label: str = "") -> None:
     """Draw one curve over zero, with headroom.
 
     The few points of a short run get markers; a single one would be invisible.
     """
     marker = "o" if len(records) <= 20 else None
-    axes.plot([r.step for r in records], values, color=colour, lw=1.6, marker=marker, ms=4)
+    colour = _ACCENT if label == "reserved" else _SECOND
+    steps = [r.step for r in records]
+    axes.plot(steps, values, color=colour, lw=1.6, marker=marker, ms=4, label=label)
     finite = [value for value in values if math.isfinite(value)]
     axes.set_ylim(0, 1.1 * max(finite, default=0) or 1)
 
 
-def _paint_loss(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+def _choose_span(records: Records) -> float:
+    """Return the span of a moving average over a curve; short ones are not smoothed."""
+    return 1.0 if len(records) < 10 else max(5.0, len(records) / 20)
+
+
+def _paint_loss(axes: Axes, records: Records) -> None:
     steps, losses = [r.step for r in records], [r.loss for r in records]
     if len(records) < 10:
-        axes.plot(steps, losses, color=palette.main, lw=1.6, marker="o", ms=4, label="train")
+        axes.plot(steps, losses, color=_MAIN, lw=1.6, marker="o", ms=4, label="train")
     else:
-        span = max(5.0, len(records) / 20)
-        axes.plot(steps, losses, color=palette.main, lw=0.8, alpha=0.35, label="train, each step")
-        axes.plot(
-            steps,
-            smooth_values(losses, span),
-            color=palette.main,
-            lw=2,
-            label="train, moving average",
-        )
-    points = list_eval_points(records)
-    if points:
-        axes.plot(
-            [step for step, _ in points],
-            [loss for _, loss in points],
-            color=palette.accent,
-            lw=1.2,
-            ls="--",
-            marker="D",
-            ms=5,
-            label="held out",
-        )
-    _mark_steps(axes, records, palette)
-    axes.legend(frameon=False, labelcolor=palette.ink, fontsize=9)
+        average = smooth_values(losses, _choose_span(records))
+        axes.plot(steps, losses, color=_MAIN, lw=0.8, alpha=0.35, label="train, each step")
+        axes.plot(steps, average, color=_MAIN, lw=2, label="train, moving average")
+    if points := list_eval_points(records):
+        axes.plot(*_split(points), color=_ACCENT, ls="", marker="D", ms=5, label="held out")
+    _mark_steps(axes, records)
+    _add_legend(axes)
 
 
-def _mark_steps(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+def _mark_steps(axes: Axes, records: Records) -> None:
     """Mark spikes of the loss, and at the upper edge the steps without an update."""
-    spikes = [r for r in records if r.spike is not None]
-    if spikes:
-        axes.plot(
-            [r.step for r in spikes],
-            [r.loss for r in spikes],
-            color=palette.accent,
-            ls="",
-            marker="^",
-            ms=7,
-            label="spike",
-        )
+    style: dict[str, Any] = {"color": _ACCENT, "ls": "", "ms": 7}
+    if spikes := [(r.step, r.loss) for r in records if r.spike is not None]:
+        axes.plot(*_split(spikes), marker="^", label="spike", **style)
     if failed := list_nonfinite_steps(records):
-        axes.plot(
-            failed,
-            [0.97] * len(failed),
-            color=palette.accent,
-            ls="",
-            marker="x",
-            ms=7,
-            transform=axes.get_xaxis_transform(),
-            label="not finite, no update",
-        )
+        edge, text = axes.get_xaxis_transform(), "not finite, no update"
+        axes.plot(failed, [0.97] * len(failed), marker="x", transform=edge, label=text, **style)
 
 
 def list_nonfinite_steps(records: Sequence[StepMetrics]) -> list[int]:
@@ -304,17 +283,39 @@ def list_nonfinite_steps(records: Sequence[StepMetrics]) -> list[int]:
     return [r.step for r in records if not math.isfinite(r.grad_norm)]
 
 
-def _paint_lr(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
-    _draw_curve(axes, records, [r.lr for r in records], palette.second)
+def _list_tasks(records: Records) -> list[str]:
+    """Return the held-out sources that have losses of their own."""
+    tables = (r.eval_by_task_before or r.eval_by_task or {} for r in records)
+    return list(dict.fromkeys(name for table in tables for name in table))
+
+
+def _paint_tasks(axes: Axes, records: Records) -> None:
+    for number, task in enumerate(_list_tasks(records)):
+        points = []
+        for record in records:
+            for table, step in (
+                (record.eval_by_task_before, record.step - 1),
+                (record.eval_by_task, record.step),
+            ):
+                if table is not None and task in table:
+                    points.append((step, table[task]))
+        colour, marker = CURVES[number % len(CURVES)], _MARKERS[number % len(_MARKERS)]
+        label = _format_label(task)
+        axes.plot(*_split(points), color=colour, ls="", marker=marker, ms=5, label=label)
+    _add_legend(axes)
+
+
+def _paint_lr(axes: Axes, records: Records) -> None:
+    _draw_curve(axes, records, [r.lr for r in records])
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))  # 1e-4, as it is configured
     axes.yaxis.set_offset_position("right")  # the title is on the left
 
 
-def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+def _paint_grad_norm(axes: Axes, records: Records) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     norms = [r.grad_norm for r in records]
-    _draw_curve(axes, records, norms, palette.second)
+    _draw_curve(axes, records, norms)
     norms = [norm for norm in norms if math.isfinite(norm)] or [0.0]
     if min(norms) > 0 and max(norms) > 10 * statistics.median(norms):
         axes.set_yscale("log")  # one outburst would flatten everything else
@@ -324,24 +325,47 @@ def _paint_grad_norm(axes: Axes, records: Sequence[StepMetrics], palette: _Palet
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _paint_speed(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
+def _paint_speed(axes: Axes, records: Records) -> None:
     from matplotlib.ticker import EngFormatter
 
-    _draw_curve(axes, records, [r.tokens_per_s for r in records], palette.second)
+    _draw_curve(axes, records, [r.tokens_per_s for r in records])
     axes.yaxis.set_major_formatter(EngFormatter())
 
 
-def _paint_memory(axes: Axes, records: Sequence[StepMetrics], palette: _Palette) -> None:
-    _draw_curve(axes, records, [r.mem_peak / 2**30 for r in records], palette.second)
+def _paint_memory(axes: Axes, records: Records) -> None:
+    _draw_curve(axes, records, [r.mem_peak / 2**30 for r in records], "allocated")
+    reserved = [r.mem_reserved for r in records if r.mem_reserved is not None]
+    if len(reserved) == len(records):
+        _draw_curve(axes, records, [count / 2**30 for count in reserved], "reserved")
+        _add_legend(axes)
 
 
-_WIDE, _SMALL = (9.6, 3.8), (4.8, 2.9)
+def _paint_wait(axes: Axes, records: Records) -> None:
+    _draw_curve(axes, records, [_or_nan(r.straggler_share) for r in records])
+    axes.yaxis.set_major_formatter("{x:.0%}")
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _has_straggler_share(records: Records) -> bool:
+    return any(r.straggler_share is not None for r in records)
+
 
 PLOTS: tuple[PlotSpec, ...] = (
-    PlotSpec("loss", "Loss", "nats per target token", _WIDE, _paint_loss),
-    PlotSpec("lr", "Learning rate", "learning rate", _SMALL, _paint_lr),
-    PlotSpec("grad_norm", "Gradient norm", "L2 norm before clipping", _SMALL, _paint_grad_norm),
-    PlotSpec("tokens_per_s", "Throughput", "targets / s", _SMALL, _paint_speed),
-    PlotSpec("memory", "Peak memory so far", "GiB, fullest rank", _SMALL, _paint_memory),
+    PlotSpec("loss", "Loss", "nats per target token", _paint_loss, is_wide=True),
+    PlotSpec(
+        *("tasks", "Held-out loss by task", "nats per target token", _paint_tasks),
+        is_shown=lambda records: bool(_list_tasks(records)),
+    ),
+    PlotSpec("lr", "Learning rate", "learning rate", _paint_lr),
+    PlotSpec("grad_norm", "Gradient norm", "L2 norm before clipping", _paint_grad_norm),
+    PlotSpec("tokens_per_s", "Throughput", "targets / s", _paint_speed),
+    PlotSpec("memory", "Peak memory so far", "GiB, fullest rank", _paint_memory),
+    PlotSpec(
+        *("stragglers", "Straggler share", "of the slowest rank's work", _paint_wait),
+        is_shown=_has_straggler_share,
+    ),
 )
 """The plots of a report, in its order."""

@@ -1,100 +1,31 @@
-"""``report.html``: a finished run on one self-contained page.
+"""``report.html``: a finished run on one self-contained page (``train.report_page``).
 
-Images are inline, there is no script and no link to elsewhere; the page follows the reader's light
-or dark setting. Numbers come from ``metrics.jsonl``, the description of the run from its
-``RunSummary``, the configuration from ``config.yaml``.
+Numbers come from ``metrics.jsonl``, the description of the run from its ``RunSummary``, the
+configuration from ``config.yaml``.
 """
 
-import base64
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from functools import partial
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from dist_peft.core.config.run import RunConfig
-from dist_peft.core.redaction import redact_text
-from dist_peft.model.skeleton import parse_torch_dtype
-from dist_peft.quant.codec import make_codec
 from dist_peft.store.writer import write_atomically
-from dist_peft.train.fusion_attention import FusionAttention
+from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.metrics import format_byte_count
 from dist_peft.train.plots import (
     PLOTS,
-    PlotSpec,
-    Theme,
+    draw_bars,
     draw_heat_maps,
-    draw_plot_in_themes,
+    draw_plot,
     list_eval_points,
     list_nonfinite_steps,
 )
+from dist_peft.train.report_page import Picture, ReportSection, render_page
+from dist_peft.train.run_summary import Row, RunSummary
 from dist_peft.train.step_metrics import METRICS_FILE, SCORE_TITLES, StepMetrics, read_metrics
 
-__all__ = ["ReportSection", "RunSummary", "write_report", "write_task_report"]
-
-Row = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """Facts about a run that are not in its metrics.
-
-    Attributes:
-        model: path or hub id of the base.
-        adapter: method and its main settings.
-        base_storage: how the frozen linears are stored.
-        engine: kind of the engine.
-        ranks: number of processes.
-        facts: further rows of the summary table, such as parameter counts.
-    """
-
-    model: str
-    adapter: str
-    base_storage: str
-    engine: str
-    ranks: int
-    facts: tuple[Row, ...] = ()
-
-    @classmethod
-    def from_config(
-        cls, config: RunConfig, *, engine: str, ranks: int, facts: Iterable[Row] = ()
-    ) -> Self:
-        """Build from a run's configuration; ``engine``: the resolved kind where the config says
-        auto."""
-        adapter, base = config.adapter, config.base
-        chosen = adapter.model_dump(exclude={"kind"}, exclude_defaults=True)
-        always = adapter.model_dump(include={"r", "alpha"})
-        settings = ", ".join(
-            _format_setting(key, value) for key, value in (always | chosen).items()
-        )
-        codec = make_codec(base.quant, parse_torch_dtype(base.compute_dtype))
-        return cls(
-            model=redact_text(base.path),
-            adapter=redact_text(f"{adapter.kind} ({settings})" if settings else adapter.kind),
-            base_storage=codec.describe_storage(),
-            engine=engine,
-            ranks=ranks,
-            facts=tuple(facts),
-        )
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """An optional part of the report.
-
-    Attributes:
-        title: heading.
-        rows: a table of (label, value).
-        texts: (label, text) blocks, shown with their line breaks.
-    """
-
-    title: str
-    rows: tuple[Row, ...] = ()
-    texts: tuple[Row, ...] = ()
+__all__ = ["list_outcome_rows", "write_report", "write_task_report"]
 
 
 def write_report(
@@ -109,14 +40,22 @@ def write_report(
         UserError: a file is damaged, or the disk is full.
     """
     records = read_metrics(run_dir / METRICS_FILE)
-    plots = [_inline_plot(plot, records) for plot in PLOTS] if records else []
+    pictures = _draw_pictures(records)
+    if summary.layer_norms:
+        title, norms = "What was trained, by block", dict(summary.layer_norms)
+        pictures.append(Picture(draw_bars(title, summary.norm_meaning, norms, "norms")))
     if (attention := FusionAttention.read_json(run_dir)) is not None:
-        plots.append(_inline_attention_maps(attention))
+        pictures.append(_draw_attention(attention))
     return _write_page(
         run_dir,
         headline=_format_headline(records),
-        tables=[("Setup", _list_setup_rows(summary)), ("Outcome", _list_outcome_rows(records))],
-        plots=plots,
+        tables=[
+            ("Setup", _list_setup_rows(summary)),
+            ("Outcome", list_outcome_rows(records, summary.ranks)),
+            ("Data", summary.data),
+            ("Environment", summary.environment),
+        ],
+        pictures=pictures,
         sections=[*_list_sample_sections(records), *sections],
     )
 
@@ -147,22 +86,16 @@ def write_task_report(
         "are in the report of its own directory, tasks/NAME.",
         tables=[
             ("Setup", _list_setup_rows(summary)),
-            *((name, _list_outcome_rows(records)) for name, records in tasks.items()),
+            *((name, list_outcome_rows(own, summary.ranks)) for name, own in tasks.items()),
+            ("Environment", summary.environment),
         ],
-        plots=[],
-        sections=(),
     )
 
 
-def _write_page(run_dir: Path, **parts: object) -> Path:
+def _write_page(run_dir: Path, **parts: Any) -> Path:
     config, path = run_dir / "config.yaml", run_dir / "report.html"
-    page = _TEMPLATE.render(
-        name=run_dir.resolve().name,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
-        **parts,
-    )
-    write_atomically(path, page)
+    text = config.read_text(encoding="utf-8") if config.exists() else None
+    write_atomically(path, render_page(run_dir.resolve().name, config=text, **parts))
     return path
 
 
@@ -191,7 +124,8 @@ def _list_setup_rows(summary: RunSummary) -> list[Row]:
     ]
 
 
-def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
+def list_outcome_rows(records: Sequence[StepMetrics], ranks: int = 1) -> list[Row]:
+    """Return the results of a run as rows of a table."""
     if not records:
         return [("Steps", "0")]
     first, last, points = records[0], records[-1], list_eval_points(records)
@@ -244,9 +178,22 @@ def _list_outcome_rows(records: Sequence[StepMetrics]) -> list[Row]:
     return [
         *rows,
         ("Throughput (median)", f"{speed:,.0f} targets/s"),
+        *_list_rank_rows(records, speed, ranks),
         ("Peak memory (fullest rank)", format_byte_count(max(r.mem_peak for r in records))),
         ("Gathered per step and rank", format_byte_count(gathered)),
     ]
+
+
+def _list_rank_rows(records: Sequence[StepMetrics], speed: float, ranks: int) -> list[Row]:
+    """Return throughput of a rank, the straggler share and reserved memory, where they exist."""
+    rows: list[Row] = []
+    if ranks > 1:
+        rows.append(("Throughput of a rank (median)", f"{speed / ranks:,.0f} targets/s"))
+    if shares := [r.straggler_share for r in records if r.straggler_share is not None]:
+        rows.append(("Straggler share (median)", f"{statistics.median(shares):.1%}"))
+    if reserved := [r.mem_reserved for r in records if r.mem_reserved is not None]:
+        rows.append(("Reserved by the allocator", format_byte_count(max(reserved))))
+    return rows
 
 
 def _format_some_steps(steps: Sequence[int]) -> str:
@@ -265,132 +212,22 @@ def _format_plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _format_setting(key: str, value: object) -> str:
-    """Format a setting as ``r 16``, ``use_dora``, ``target_modules q_proj v_proj``."""
-    if value is True:
-        return key
-    if isinstance(value, list):
-        value = " ".join(map(_format_list_item, value))
-    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+def _draw_pictures(records: Sequence[StepMetrics]) -> list[Picture]:
+    """Draw the plots whose numbers the records have."""
+    if not records:
+        return []
+    return [
+        Picture(
+            draw_plot(plot, records),
+            draw_plot(plot, records, is_wide=True) if plot.is_wide else "",
+        )
+        for plot in PLOTS
+        if plot.is_shown(records)
+    ]
 
 
-def _format_list_item(value: object) -> str:
-    """Format an item of a list; a section by its name or path."""
-    if isinstance(value, dict):
-        value = value.get("name") or value.get("path") or value
-    return str(value)
-
-
-def _inline_plot(plot: PlotSpec, records: Sequence[StepMetrics]) -> dict[str, str]:
-    """Draw the plot in both themes as data URIs."""
-    inline = _encode_images(draw_plot_in_themes(plot, records))
-    return {"title": f"{plot.title}: {plot.unit}", "name": plot.name, **inline}
-
-
-def _inline_attention_maps(found: FusionAttention) -> dict[str, str]:
-    """Draw the attention as ``_inline`` does: one table, or one for each task."""
+def _draw_attention(found: FusionAttention) -> Picture:
+    """Draw the attention of fusions: one table, or one for each task."""
     title = "Attention to the fused adapters, by layer"
     panels = found.by_task or {"held-out rows": found.attention}
-    paint = partial(draw_heat_maps, title, found.format_layer_labels(), found.adapters, panels)
-    inline = _encode_images({"light": paint("light"), "dark": paint("dark")})
-    return {"title": title, "name": "fusion_attention", **inline}
-
-
-def _encode_images(images: Mapping[Theme, bytes]) -> dict[str, str]:
-    prefix = "data:image/png;base64,"
-    return {theme: prefix + base64.b64encode(image).decode() for theme, image in images.items()}
-
-
-_TEMPLATE = Environment(
-    autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-).from_string("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ name }}: training report</title>
-<style>
-:root { --page: #f5f6f7; --card: #ffffff; --ink: #22282d; --soft: #5c666e; --rule: #e3e6e8; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --card: #1c2024; --ink: #e2e7ea; --soft: #9aa5ad; --rule: #343b41; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1rem 3rem; max-width: 64rem; background: var(--page);
-       color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 0 0 .6rem; font-size: 1.1rem; }
-h3 { margin: 1rem 0 .3rem; font-size: .95rem; color: var(--soft); }
-header p, footer p { margin: .3rem 0 1.5rem; color: var(--soft); }
-section, details { margin: 1rem 0; padding: 1rem 1.25rem; background: var(--card);
-                   border: 1px solid var(--rule); border-radius: 8px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
-        gap: 1rem; margin: 1rem 0; }
-.pair > section { margin: 0; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem 0; border-top: 1px solid var(--rule); vertical-align: top; }
-tr:first-child > * { border-top: 0; }
-th { padding-right: 1rem; text-align: left; font-weight: normal; color: var(--soft); }
-td { text-align: right; overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
-         gap: .5rem; }
-.plots picture:first-child { grid-column: 1 / -1; }
-img { display: block; width: 100%; height: auto; }
-@media (max-width: 600px) {
-  .plots picture:first-child { overflow-x: auto; }
-  .plots picture:first-child img { width: 700px; max-width: none; }
-}
-pre { margin: 0; padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
-      background: var(--page); border-radius: 6px; font: .85rem/1.5 ui-monospace, monospace; }
-summary { cursor: pointer; font-size: 1.1rem; font-weight: bold; }
-details pre { margin-top: .8rem; }
-</style>
-</head>
-<body>
-<header>
-<h1>{{ name }}</h1>
-<p>{{ headline }}</p>
-</header>
-<div class="pair">
-{% for title, rows in tables %}
-<section><h2>{{ title }}</h2>
-<table>
-{% for label, value in rows %}
-<tr><th scope="row">{{ label }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table></section>
-{% endfor %}
-</div>
-{% if plots %}
-<section class="plots" aria-label="Curves">
-{% for plot in plots %}
-<picture><source media="(prefers-color-scheme: dark)" srcset="{{ plot.dark }}">
-<img alt="{{ plot.title }}" src="{{ plot.light }}"></picture>
-{% endfor %}
-</section>
-{% endif %}
-{% for section in sections %}
-<section><h2>{{ section.title }}</h2>
-{% if section.rows %}
-<table>
-{% for label, value in section.rows %}
-<tr><th scope="row">{{ label }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-{% for label, text in section.texts %}
-<h3>{{ label }}</h3>
-<pre>{{ text }}</pre>
-{% endfor %}
-</section>
-{% endfor %}
-{% if config is not none %}
-<details><summary>Resolved configuration</summary>
-<pre>{{ config }}</pre>
-</details>
-{% endif %}
-<footer><p>Written {{ written }} by dist_peft.</p></footer>
-</body>
-</html>
-""")
+    return Picture(draw_heat_maps(title, found.format_layer_labels(), found.adapters, panels))

@@ -47,6 +47,9 @@ class StepMetrics:
         tokens: target tokens of the step, over all ranks.
         tokens_per_s: ``tokens`` over the step's wall time.
         mem_peak: peak memory so far in bytes, of the rank that uses most.
+        mem_reserved: on GPUs, the most that the allocator has held so far, of the rank that holds
+            most; ``mem_peak`` is the part that tensors were in.
+        straggler_share: of several ranks on CPUs, see ``train.rank_load``.
         bytes_gathered: bytes of all-gather output one rank received in the step.
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
@@ -107,6 +110,8 @@ class StepMetrics:
     domain_loss: float | None = None
     domain_accuracy: float | None = None
     reversal_strength: float | None = None
+    mem_reserved: int | None = None
+    straggler_share: float | None = None
     sample_texts: list[dict[str, str]] | None = None
     sample_texts_before: list[dict[str, str]] | None = None
 

@@ -1,36 +1,19 @@
+"""The report of a run has the norms of its adapter."""
+
+import json
 from pathlib import Path
 
-import pytest
+import torch
+from safetensors.torch import save_file
 
-from dist_peft.app.run_report import add_report_section, write_run_report
-from dist_peft.core.errors import UserError
-from dist_peft.train.report import ReportSection, RunSummary
-
-SUMMARY = RunSummary("a/base", "lora", "nf4", "single", 1, (("Trained parameters", "12,345"),))
+from dist_peft.app.run_report import write_run_report
+from dist_peft.train.run_summary import RunSummary
 
 
-def test_sections_are_added_and_replaced(tmp_path: Path) -> None:
-    write_run_report(tmp_path, SUMMARY)
-    add_report_section(tmp_path, ReportSection("Merge", rows=(("Error", "first value"),)))
-    add_report_section(tmp_path, ReportSection("Samples", texts=(("prompt", "a\nstory"),)))
-    page = add_report_section(
-        tmp_path, ReportSection("Merge", rows=(("Error", "second value"),))
-    ).read_text()
-    for text in ("a/base", "12,345", "second value", "a\nstory"):
-        assert text in page
-    assert "first value" not in page
-    again = write_run_report(tmp_path, SUMMARY).read_text()  # a run that finished again
-    assert "second value" not in again and "12,345" in again
-
-
-def test_an_unfinished_run_has_no_report_to_add_to(tmp_path: Path) -> None:
-    add_report_section(tmp_path, ReportSection("Merge"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"summary": {"facts": []}}'])
-def test_unreadable_description_is_named(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "report.json").write_text(content)
-    with pytest.raises(UserError, match=r"report\.json is not readable .*finish the run first"):
-        add_report_section(tmp_path, ReportSection("Merge"))
+def test_norms_of_the_adapter_are_kept_for_later_drawings(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    save_file({"m.layers.3.x": torch.tensor([3.0, 4.0])}, tmp_path / "adapter" / "a.safetensors")
+    page = write_run_report(tmp_path, RunSummary("base", "ia3", "nf4", "single", 1))
+    stored = json.loads((tmp_path / "report.json").read_text())["summary"]
+    assert stored["layer_norms"] == [["3", 5.0]]
+    assert "norm of the trained tensors" in page.read_text()

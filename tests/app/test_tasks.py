@@ -34,9 +34,7 @@ NAMES = ("long", "short", "other")
 
 def not_drawing() -> Any:
     """Without the reports' images, which take seconds and are tested elsewhere."""
-    return mock.patch.object(
-        report, "draw_plot_in_themes", return_value={"light": b"", "dark": b""}
-    )
+    return mock.patch.object(report, "draw_plot", return_value="")
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +54,7 @@ def numbers(run: Path) -> list[StepMetrics]:
     """Metrics without what time and the machine make of them, and DeepSpeed's stage 3, which
     remembers what it gathered."""
     nothing = {"tokens_per_s": 0.0, "mem_peak": 0, "seconds": 0.0, "bytes_gathered": 0}
+    nothing |= {"straggler_share": None}
     return [StepMetrics(**{**vars(r), **nothing}) for r in read_metrics(run / METRICS_FILE)]
 
 

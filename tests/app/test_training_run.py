@@ -31,7 +31,7 @@ from dist_peft.train.checkpoint_writer import _HashingWriter
 from dist_peft.train.evaluate import EvalResult
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.objective import TokenObjective
-from dist_peft.train.plots import draw_plot_in_themes
+from dist_peft.train.plots import draw_plot
 from dist_peft.train.run_state import read_run_state
 from dist_peft.train.step_metrics import read_metrics
 from tests.support.tiny_runs import save_config, tiny_tree
@@ -52,7 +52,7 @@ def train(tree: dict[str, Any]) -> int:
 
 
 def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_peft.train.report.draw_plot_in_themes", draw_plot_in_themes)
+    monkeypatch.setattr("dist_peft.train.report.draw_plot", draw_plot)
     tree = tiny_tree(tmp_path)
     assert train(tree) == 0
     run = tmp_path / "run"
@@ -72,7 +72,8 @@ def test_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     report = (run / "report.html").read_text()
     assert "Trained parameters" in report
-    assert "data:image/png;base64,iVBOR" in report  # a PNG
+    assert report.count("<svg ") == 7  # losses twice, norms of blocks
+    assert "Longest document" in report and "transformers 5" in report
     assert "training" in (run / "log.txt").read_text()
 
 

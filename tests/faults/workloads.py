@@ -24,7 +24,7 @@ STEPS = 3
 START_SECONDS = 45.0
 """The longest wait for all ranks at the rendezvous."""
 
-VARYING = {"tokens_per_s", "seconds", "mem_peak", "bytes_gathered"}
+VARYING = {"tokens_per_s", "seconds", "mem_peak", "bytes_gathered", "straggler_share"}
 """Metrics that equal runs need not have in common. DeepSpeed keeps gathered parameters for longer
 once it has seen a whole step: it gathers other amounts of bytes after a restart."""
 

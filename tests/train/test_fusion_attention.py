@@ -9,8 +9,9 @@ import torch
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.single import SingleEngine
+from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.evaluate import inference_mode
-from dist_peft.train.fusion_attention import FusionAttention, find_fusion_layers, measure_attention
+from dist_peft.train.fusion_attention import find_fusion_layers, measure_attention
 from dist_peft.train.objective import TokenObjective
 from tests.support.adapters import disturb, tiny_llama
 from tests.support.dist import run_ranks

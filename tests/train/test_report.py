@@ -1,6 +1,5 @@
 """The report: complete, self-contained, safe, and writable for the smallest run."""
 
-import base64
 import math
 import re
 from dataclasses import replace
@@ -12,10 +11,12 @@ import pytest
 from dist_peft.core.config.io import dump_config, parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.train import report
-from dist_peft.train.fusion_attention import FusionAttention
+from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.metrics import MetricsWriter
-from dist_peft.train.plots import PLOTS, draw_plot_in_themes
-from dist_peft.train.report import ReportSection, RunSummary, write_report, write_task_report
+from dist_peft.train.plots import PLOTS, draw_plot
+from dist_peft.train.report import write_report, write_task_report
+from dist_peft.train.report_page import ReportSection
+from dist_peft.train.run_summary import RunSummary
 from dist_peft.train.step_metrics import StepMetrics
 
 SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable", "1,234"),))
@@ -24,8 +25,7 @@ SUMMARY = RunSummary("org/model", "lora (r 8)", "nf4", "fsdp2", 2, (("Trainable"
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds, and only one test here looks at the images."""
-    images = {"light": b"\x89PNG", "dark": b"\x89PNG"}
-    monkeypatch.setattr(report, "draw_plot_in_themes", lambda plot, records: images)
+    monkeypatch.setattr(report, "draw_plot", lambda plot, records, is_wide=False: "<svg></svg>")
 
 
 class Page(HTMLParser):
@@ -95,6 +95,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "Held-out loss at step 3": "1.7500",
         "Best held-out loss": "1.5000 at step 2",
         "Throughput (median)": "252 targets/s",
+        "Throughput of a rank (median)": "126 targets/s",
         "Peak memory (fullest rank)": "3.00 GiB",
         "Gathered per step and rank": "5.00 MiB",
     }
@@ -105,19 +106,23 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_images_are_inline_in_both_themes_and_nothing_else_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "draw_plot_in_themes", draw_plot_in_themes)
+    monkeypatch.setattr(report, "draw_plot", draw_plot)
     write(tmp_path, record(1, 2.0), record(2, 1.0))
-    page = Page(write_report(tmp_path, SUMMARY))
-    sources = [a.get("src") or a.get("srcset") for t, a in page.tags if t in ("img", "source")]
-    assert len(sources) == 2 * len(PLOTS)
-    for source in sources:
-        assert source is not None
-        kind, _, data = source.partition(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
-    assert all(a["alt"] for t, a in page.tags if t == "img")
-    assert not {t for t, _ in page.tags} & {"script", "link", "iframe", "a"}
-    assert not re.search(r"https?:|@import|url\(", page.source)
+    path = write_report(tmp_path, SUMMARY)
+    page = Page(path)
+    pictures = [dict(attributes) for tag, attributes in page.tags if tag == "svg"]
+    always = [plot for plot in PLOTS if plot.name not in ("tasks", "stragglers")]
+    assert len(pictures) == len(always) + 1  # the loss is drawn for wide screens, too
+    assert all(picture["aria-label"] for picture in pictures)
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    used = set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', page.source))
+    assert {name for pair in used for name in pair if name} <= set(identifiers)
+    themes = re.findall(r"--plot-([a-z0-9-]+):", page.source)
+    assert set(re.findall(r"var\(--plot-([a-z0-9-]+)\)", page.source)) <= set(themes)
+    assert themes.count("ink") == 2  # light and dark
+    assert not {t for t, _ in page.tags} & {"script", "link", "iframe", "a", "img", "image"}
+    assert not re.search(r"https?:|@import|url\((?!#)", page.source)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_small_runs(tmp_path: Path, records: tuple[StepMetrics, ...], headline: 
     page = Page(write_report(tmp_path, SUMMARY))
     assert headline in page.source
     assert page.table["Steps"] == str(len(records))
-    assert ("img" in {t for t, _ in page.tags}) == bool(records)
+    assert ("svg" in {t for t, _ in page.tags}) == bool(records)
     assert "Resolved configuration" not in page.source
 
 
@@ -176,27 +181,6 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
         write_report(tmp_path, SUMMARY)
 
 
-def test_summary_of_a_configuration() -> None:
-    tree = {
-        "base": {"path": "dir"},
-        "data": {"train": ["a.jsonl"]},
-        "adapter": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "v_proj"]},
-    }
-    summary = RunSummary.from_config(
-        parse_config(tree), engine="single", ranks=1, facts=[("a", "b")]
-    )
-    assert summary.model == "dir"
-    assert summary.adapter == "lora (r 16, alpha 32, target_modules q_proj v_proj, use_dora)"
-    assert summary.base_storage == "nf4, 4 bits in groups of 64, double quantization"
-    assert summary.facts == (("a", "b"),)
-    integers = tree | {"base": {"path": "dir", "quant": {"kind": "int", "bits": 3}}}
-    summary = RunSummary.from_config(parse_config(integers), engine="single", ranks=1)
-    assert summary.base_storage == "int, 3 bits in groups of 64"
-    bare = tree | {"base": {"path": "dir", "quant": None}, "adapter": {"kind": "none"}}
-    summary = RunSummary.from_config(parse_config(bare), engine="single", ranks=1)
-    assert (summary.base_storage, summary.adapter) == ("bfloat16", "none")
-
-
 def test_the_resolved_configuration_is_shown_as_written(tmp_path: Path) -> None:
     config = parse_config({"base": {"path": "dir"}, "data": {"train": ["a.jsonl"]}})
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -222,7 +206,9 @@ def test_attention_of_a_fusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A table for each task, or one where there are none; no table without the file."""
     write(tmp_path, record(1, 2.0))
     drawn: list[tuple[object, ...]] = []
-    monkeypatch.setattr(report, "draw_heat_maps", lambda *args: drawn.append(args) or b"")
+    monkeypatch.setattr(
+        report, "draw_heat_maps", lambda *args: drawn.append(args) or "<svg>attention</svg>"
+    )
     write_report(tmp_path, SUMMARY)
     assert not drawn
     one = FusionAttention(["a", "b"], ["l.3.output_adapters"], "tokens", 3, [[0.5, 0.5]], {})
@@ -231,24 +217,10 @@ def test_attention_of_a_fusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         found.write_json(tmp_path)
         drawn.clear()
         page = Page(write_report(tmp_path, SUMMARY))
-        assert [args[1:] for args in drawn] == [
-            (["3"], ["a", "b"], panels, theme) for theme in ("light", "dark")
-        ]
-        alts = [a["alt"] for tag, a in page.tags if tag == "img"]
-        assert alts[-1] == "Attention to the fused adapters, by layer"
-
-
-def test_settings_that_are_lists_of_sections() -> None:
-    config = parse_config(
-        {
-            "base": {"path": "b"},
-            "adapter": {"kind": "fusion", "adapters": ["x/rte", {"path": "y", "name": "mrpc"}]},
-            "data": {"train": ["d.jsonl"]},
-        }
-    )
-    assert RunSummary.from_config(config, engine="single", ranks=1).adapter == (
-        "fusion (adapters x/rte mrpc)"
-    )
+        ((title, *args),) = drawn
+        assert title == "Attention to the fused adapters, by layer"
+        assert args == [["3"], ["a", "b"], panels]
+        assert "<svg>attention" in page.source
 
 
 def test_spikes_and_failed_steps_are_counted(tmp_path: Path) -> None:
@@ -261,3 +233,28 @@ def test_spikes_and_failed_steps_are_counted(tmp_path: Path) -> None:
     assert table["Loss spikes"] == "1 (step 2)"
     shown = "3, 4, 5, 6, 7, 8, 9, 10, ..."
     assert table["Steps not finite, without update"] == f"10 (steps {shown})"
+
+
+def test_ranks_stragglers_and_reserved_memory(tmp_path: Path) -> None:
+    steps = [
+        replace(record(n, 2.0), straggler_share=n / 10, mem_reserved=n * 2**30) for n in (1, 2, 3)
+    ]
+    write(tmp_path, *steps)
+    summary = replace(
+        SUMMARY, data=(("Longest document", "9 tokens"),), environment=(("GPU", "x"),)
+    )
+    table = Page(write_report(tmp_path, summary)).table
+    assert table["Throughput of a rank (median)"] == "126 targets/s"
+    assert table["Straggler share (median)"] == "20.0%"
+    assert table["Reserved by the allocator"] == "3.00 GiB"
+    assert table["Longest document"] == "9 tokens" and table["GPU"] == "x"
+    write(tmp_path / "one", record(1, 2.0))
+    alone = Page(write_report(tmp_path / "one", replace(SUMMARY, ranks=1))).table
+    assert not {"Throughput of a rank (median)", "Straggler share (median)"} & alone.keys()
+
+
+def test_norms_of_blocks_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_bars", lambda *args: f"<svg>{args}</svg>")
+    norms = (("0", 1.5), ("1", 2.5))
+    path = write_report(tmp_path, replace(SUMMARY, layer_norms=norms, norm_meaning="norm of it"))
+    assert "norm of it" in path.read_text() and "{'0': 1.5, '1': 2.5}" in path.read_text()
