@@ -217,7 +217,7 @@ def _make_adapter_loaders(
             if found is not None:
                 check_trained_tokenizer(found, made[id(config)].inputs)
             world.check_agreement(
-                "inputs", describe_rank_inputs(config, setup, made[id(config)], None)
+                "inputs", describe_rank_inputs(config, setup, made[id(config)], None, world)
             )
             check_loaders_fit_model(
                 made[id(config)], setup.skeleton, setup.adapter.num_extra_positions

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dist_peft.app.data_setup import DataLoaders, make_data_loaders
+from dist_peft.app.exact_scope import SCOPE_KEYS
 from dist_peft.app.model_setup import ModelSetup
 from dist_peft.app.run_identity import describe_rank_inputs, describe_run_values
 from dist_peft.core.agreement import NOT_SET, format_value
@@ -74,6 +75,7 @@ _MAY_CHANGE = (
     # text for the report
     "train.samples",
     "version of *",
+    *SCOPE_KEYS,
     # later steps
     "train.steps",
     "train.epochs",
@@ -97,8 +99,20 @@ _MAY_CHANGE = (
 """Patterns of keys, ``<>`` for an index. Other keys are refused, so a new key is refused by default
 until it is added here."""
 
+_KEPT_WHERE_EXACT = (
+    "base.attention",
+    "train.micro_batch",
+    "train.device",
+    "train.weight_decay",
+    "train.max_grad_norm",
+)
+"""Keys of ``_MAY_CHANGE`` that change the bits of the steps."""
+
 _ADAMW = {"adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"}
 """One algorithm: they differ in storage of the moments, which checkpoints hold in float32."""
+
+_EXACT_SCOPE = (*SCOPE_KEYS, "version of ")
+"""Beginnings of keys, within which bits are the same."""
 
 _MOST_KEYS = 8
 
@@ -127,7 +141,8 @@ def read_run_inputs(
         if resume_from is not None:
             found = CheckpointManager.read_position(resume_from)
     loaders = make_dated_loaders(config, setup.tokenizer, world, found)
-    world.check_agreement("inputs", describe_rank_inputs(config, setup, loaders, resume_from))
+    inputs = describe_rank_inputs(config, setup, loaders, resume_from, world)
+    world.check_agreement("inputs", inputs)
     if resume_from is not None and found is not None:
         check_run_is_resumable(
             resume_from, found, describe_run_values(config, setup, loaders, world)
@@ -212,7 +227,9 @@ def check_run_is_resumable(path: Path, found: RunPosition, mine: Mapping[str, ob
         if before == now:
             continue
         same = key == "train.optimizer" and {found.values.get(key), mine.get(key)} <= _ADAMW
-        (allowed if same or may_change_on_resume(key) else refused).append((key, before, now))
+        is_kept = key in _KEPT_WHERE_EXACT and mine.get("train.exact") is True
+        changes = same or (may_change_on_resume(key) and not is_kept)
+        (allowed if changes else refused).append((key, before, now))
     if refused:
         told = "; ".join(f"{key} is {now}, there {before}" for key, before, now in refused)
         if len(refused) > _MOST_KEYS:
@@ -224,3 +241,10 @@ def check_run_is_resumable(path: Path, found: RunPosition, mine: Mapping[str, ob
         )
     for key, before, now in allowed:
         log.info("resuming with %s %s, before %s", key, now, before, extra=ONCE)
+        if mine.get("train.exact") is True and key.startswith(_EXACT_SCOPE):
+            log.warning(
+                "train.exact: %s is %s, before %s: from here on the bits need not be those of a "
+                "run that was never stopped",
+                *(key, now, before),
+                extra=ONCE,
+            )

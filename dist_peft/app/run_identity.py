@@ -18,6 +18,7 @@ import torch
 
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.app.data_setup import DataLoaders
+from dist_peft.app.exact_scope import describe_exact_scope
 from dist_peft.app.model_setup import ModelSetup
 from dist_peft.core.agreement import flatten_tree, hash_json_value
 from dist_peft.core.config.run import FusionConfig, RunConfig
@@ -82,13 +83,22 @@ def count_total_steps(config: RunConfig, loaders: DataLoaders) -> int:
 
 
 def describe_rank_inputs(
-    config: RunConfig, setup: ModelSetup, loaders: DataLoaders, resume_from: Path | None
+    config: RunConfig,
+    setup: ModelSetup,
+    loaders: DataLoaders,
+    resume_from: Path | None,
+    world: World,
 ) -> dict[str, object]:
     """Return fingerprints of this rank's inputs, the number of steps and the checkpoint."""
-    return _describe_inputs(config, setup, loaders) | {
-        "number of steps": count_total_steps(config, loaders),
-        "checkpoint to resume": _describe_checkpoint(resume_from),
-    }
+    scope = describe_exact_scope(config, world)
+    return (
+        _describe_inputs(config, setup, loaders)
+        | scope
+        | {
+            "number of steps": count_total_steps(config, loaders),
+            "checkpoint to resume": _describe_checkpoint(resume_from),
+        }
+    )
 
 
 def _describe_checkpoint(path: Path | None) -> str:
@@ -120,6 +130,7 @@ def describe_run_values(
     values = flatten_tree(config.dump_stored_tree(with_digests=True))
     values.pop("resume", None)
     values |= _describe_inputs(config, setup, loaders)
+    values |= describe_exact_scope(config, world)
     values |= {
         "number of steps": count_total_steps(config, loaders),
         "number of ranks": world.size,

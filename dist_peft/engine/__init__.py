@@ -6,6 +6,7 @@ from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.engine_protocol import Engine
+from dist_peft.engine.exact_gradients import GradientScale
 from dist_peft.engine.fsdp2 import Fsdp2Engine
 from dist_peft.engine.single import SingleEngine
 from dist_peft.engine.zero import ZeroEngine
@@ -35,15 +36,32 @@ def resolve_engine_kind(config: EngineConfig, world: World) -> str:
     return config.kind
 
 
+def check_zero_stage(config: EngineConfig) -> None:
+    """Refuse a stage whose gradients have other bits than one process has.
+
+    Raises:
+        UserError: it is 3.
+    """
+    if config.stage == 3:
+        raise UserError(
+            "train.exact: engine.stage 3 gives the adapters' gradients other last bits than one "
+            "process has; set engine.stage to 1 or 2, which shard the base as well, or "
+            "engine.kind: fsdp2"
+        )
+
+
 def make_engine(
     config: EngineConfig, train: TrainConfig, world: World, device: torch.device
 ) -> Engine:
     """The engine of the run. Call after ``world.connect``."""
     kind = resolve_engine_kind(config, world)
+    scale = GradientScale.from_config(train) if train.exact else None
     if kind == "single":
-        return SingleEngine(device)
+        return SingleEngine(device, scale)
     if kind == "zero":
+        if train.exact:  # engine.kind: auto, under deepspeed's launcher
+            check_zero_stage(config)
         return ZeroEngine(config, train, world, device)
     if config.cpu_offload == "optimizer":
         raise UserError("engine.cpu_offload: optimizer is zero's; with fsdp2 use params")
-    return Fsdp2Engine(config, world, device)
+    return Fsdp2Engine(config, world, device, scale)

@@ -16,10 +16,14 @@ DeepSpeed counts no gathered bytes, so its all-gathers are wrapped; goes when it
 compiles shared-memory collectives when it is initialized, seconds on every CPU rank and useless for
 gloo; goes when ``init_distributed`` has an option.
 
+torch's deterministic algorithms also fill every new tensor with NaN, a kernel for each gather
+buffer; that is switched off, and goes when it is an argument of ``use_deterministic_algorithms``.
+
 Engines free gathered bytes with ``UntypedStorage.resize_``, which no dispatch mode sees, so a plan
 of a step watches it; goes when a mode does.
 """
 
+import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,7 +40,9 @@ __all__ = [
     "allow_integer_parameters",
     "count_deepspeed_gathers",
     "gather_from_computing_stream",
+    "reduce_scatter",
     "skip_deepspeed_compilation",
+    "use_deterministic_kernels",
     "watch_storage_resizes",
 ]
 
@@ -44,6 +50,10 @@ __all__ = [
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """``all_gather_chunks(output, input, group=, async_op=)``: one tensor from each rank into one
 tensor."""
+
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+"""``reduce_scatter(output, input, group=)``: sums, of which each rank gets its part."""
 
 
 def allow_integer_parameters() -> None:
@@ -97,6 +107,13 @@ def count_deepspeed_gathers(deepspeed: Any, add_bytes: Callable[[int], None]) ->
 def skip_deepspeed_compilation(deepspeed: Any) -> None:
     """Mark the shared-memory collectives as not compatible, so that they are not compiled."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def use_deterministic_kernels() -> None:
+    """Let torch and cuBLAS add up in one order, for the rest of the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager

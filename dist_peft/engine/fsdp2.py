@@ -50,6 +50,8 @@ from dist_peft.engine.engine_protocol import (
     move_buffers_to_device,
     train_always,
 )
+from dist_peft.engine.exact_gradients import GradientRange, GradientScale, compute_exact_norm
+from dist_peft.engine.integer_reduce_scatter import IntegerReduceScatter
 from dist_peft.engine.mesh import build_shard_mesh, list_end_modules
 from dist_peft.engine.optimizer import LocalOptimizer
 from dist_peft.engine.row_shards import RowShardedParameters
@@ -85,8 +87,18 @@ class _CountingAllGather(AllGather):
 class Fsdp2Engine:
     """Base and adapters as FSDP2 shards, each block a unit."""
 
-    def __init__(self, config: EngineConfig, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        world: World,
+        device: torch.device,
+        scale: GradientScale | None = None,
+    ) -> None:
+        """Make the engine; with a ``scale``, gradients are summed as integers (``train.exact``)."""
         self.device = device
+        self._scale = scale
+        self._range = GradientRange(device)
+        self._reductions: list[IntegerReduceScatter] = []
         self.config = config
         self.mesh = build_shard_mesh(config, world, device)
         self.shard_group = self.mesh.get_group("shard")
@@ -135,6 +147,7 @@ class Fsdp2Engine:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             self._units.append(unit)
+        self._reduce_integers()
         head = model.get_output_embeddings()  # type: ignore[operator]
         for module, unit in zip(ends, self._units[len(blocks) : -1], strict=True):
             if (
@@ -150,6 +163,15 @@ class Fsdp2Engine:
         for block, following in itertools.pairwise(ahead):
             block.set_modules_to_forward_prefetch([following])
         gather_from_computing_stream(self._units[-1])
+
+    def _reduce_integers(self) -> None:
+        if self._scale is None:
+            return
+        is_kept_whole = self.config.reduce_gradients == "step"
+        for unit in self._units:
+            reduction = IntegerReduceScatter(self._scale, self._range, is_kept_whole)
+            unit.set_custom_reduce_scatter(reduction)
+            self._reductions.append(reduction)
 
     def _choose_placement(self, parameter: nn.Parameter) -> Shard:
         return Shard(choose_shard_placement(parameter, self.shards).dimension)
@@ -225,6 +247,7 @@ class Fsdp2Engine:
             wrap=self._wrap_as_dtensor,
             total=self._sum_over_mesh,
             trainable_steps=trainable_steps,
+            measure_norm=None if self._scale is None else self._measure_exact_norm,
         )
         return model
 
@@ -236,7 +259,11 @@ class Fsdp2Engine:
     # -- training ------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        reduces = last or self.config.reduce_gradients == "micro_batch"
+        # integers are summed in the reduction, which then sees every micro-batch
+        in_reduction = self._scale is not None
+        reduces = last or in_reduction or self.config.reduce_gradients == "micro_batch"
+        for reduction in self._reductions:
+            reduction.is_last = last
         for unit in self._units:
             unit.set_requires_gradient_sync(reduces, recurse=False)
             # HSDP: groups add up their own shares and exchange them once a step
@@ -248,6 +275,14 @@ class Fsdp2Engine:
 
     def step(self, lr: float, max_norm: float) -> float:
         return self.optimizer.step(lr, max_norm)
+
+    def _measure_exact_norm(self, grads: list[Tensor]) -> float:
+        assert self._scale is not None
+        largest = self._range.take_largest()
+        return compute_exact_norm(grads, largest, self._scale, self._reduce_over_mesh)
+
+    def _reduce_over_mesh(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        dist.all_reduce(tensor, op, group=self.shard_group)
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ class LocalOptimizer:
         wrap: turns a plain local tensor shaped like the shard back into the engine's kind of
             tensor (a DTensor), given the parameter it belongs to.
         total: sums a scalar over the ranks that share the parameters.
+        measure_norm: returns the 2-norm over all ranks of this rank's parts of the gradients, in
+            place of one whose last bits depend on their number.
         trainable_steps: see ``Engine.setup_optimizer``. Parameters without a gradient are left
             alone by torch's and bitsandbytes' optimizers anyway; only a resume has to know.
     """
@@ -41,8 +43,10 @@ class LocalOptimizer:
         wrap: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor], Tensor],
         trainable_steps: Callable[[str], TrainableSteps] = train_always,
+        measure_norm: Callable[[list[Tensor]], float] | None = None,
     ) -> None:
         self.factory = factory
+        self._measure_norm = measure_norm or self._compute_global_norm
         self.local, self.wrap, self.total = local, wrap, total
         self.parameters = trainable_parameters(model)
         self.updated: dict[str, nn.Parameter] = dict(self.parameters)
@@ -55,7 +59,7 @@ class LocalOptimizer:
     def step(self, lr: float, max_norm: float) -> float:
         """Scale gradients to ``max_norm`` (0: as they are) and update. See ``Engine.step``."""
         grads = [self.local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        norm = self._compute_global_norm(grads)
+        norm = self._measure_norm(grads)
         if math.isfinite(norm):
             if 0 < max_norm < norm:
                 torch._foreach_mul_(grads, max_norm / norm)

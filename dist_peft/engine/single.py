@@ -12,6 +12,11 @@ from dist_peft.engine.engine_protocol import (
     move_buffers_to_device,
     train_always,
 )
+from dist_peft.engine.exact_gradients import (
+    FixedPointGradients,
+    GradientScale,
+    compute_exact_norm,
+)
 from dist_peft.engine.optimizer import LocalOptimizer
 from dist_peft.model.adapter_module import RowUpdate
 
@@ -21,8 +26,11 @@ __all__ = ["SingleEngine"]
 class SingleEngine:
     """Every row is this process's. See ``engine.engine_protocol.Engine``."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, scale: GradientScale | None = None) -> None:
+        """Make the engine; with a ``scale``, gradients are summed as integers (``train.exact``)."""
         self.device = device
+        self._scale = scale
+        self._sums: FixedPointGradients | None = None
         self.bytes_gathered = 0
         self._optimizer: LocalOptimizer | None = None
 
@@ -53,7 +61,11 @@ class SingleEngine:
             wrap=lambda t, like: t,
             total=_same,
             trainable_steps=trainable_steps,
+            measure_norm=None if self._scale is None else self._measure_exact_norm,
         )
+        if self._scale is not None:
+            sizes = [parameter.numel() for parameter in self._optimizer.parameters.values()]
+            self._sums = FixedPointGradients(sizes, self._scale, self.device)
         return model
 
     @property
@@ -63,9 +75,20 @@ class SingleEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+        if self._sums is None:
+            return
+        parameters = self.optimizer.parameters.values()
+        self._sums.add_micro_batch([p.grad for p in parameters])
+        sums = self._sums.take_sums(None) if last else [None] * len(parameters)
+        for parameter, value in zip(parameters, sums, strict=True):
+            parameter.grad = None if value is None else value.view_as(parameter)
 
     def step(self, lr: float, max_norm: float) -> float:
         return self.optimizer.step(lr, max_norm)
+
+    def _measure_exact_norm(self, grads: list[Tensor]) -> float:
+        assert self._sums is not None and self._scale is not None
+        return compute_exact_norm(grads, self._sums.range.take_largest(), self._scale, None)
 
     def training_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         return self.optimizer.training_state_dict()

@@ -41,6 +41,8 @@ from dist_peft.engine.engine_protocol import (
     train_always,
     trainable_parameters,
 )
+from dist_peft.engine.exact_gradients import GradientScale
+from dist_peft.engine.exact_reduction import ExactReduction
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
@@ -83,6 +85,8 @@ class ZeroEngine:
         self._updates: dict[int, int] = {}  # id of a flat share -> its updates so far
         """Numbers of the steps, from 1, that have made no update."""
         self._adapter_bytes = 0
+        self._scale = GradientScale.from_config(train) if train.exact else None
+        self._exact: ExactReduction | None = None
 
     @property
     def bytes_gathered(self) -> int:
@@ -136,6 +140,8 @@ class ZeroEngine:
             self._updates[id(flat)] = 0
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
+        if self._scale is not None:
+            self._exact = ExactReduction(list(self._names.values()), self._scale, self.device)
         # adapters are gathered before use (stage 3) or after an update
         count_deepspeed_gathers(self.deepspeed, self._add_adapter_bytes)
         module: nn.Module = self._ds
@@ -172,11 +178,16 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._ds.set_gradient_accumulation_boundary(last)
+        if self._exact is not None:  # DeepSpeed sums zeros
+            self._ds.backward(loss)
+            self._exact.end_micro_batch()
+            return
         self._ds.backward(loss * self.world.size)  # it averages over ranks: here they are summed
 
     def step(self, lr: float, max_norm: float) -> float:
         optimizer = self._ds.optimizer
-        optimizer.clip_grad = max_norm
+        norm = None if self._exact is None else self._set_exact_gradients(self._exact, max_norm)
+        optimizer.clip_grad = max_norm if norm is None else 0.0
         for group in optimizer.param_groups:
             # a frozen parameter has no gradient, but DeepSpeed updates it all the same
             group["lr"] = lr * group["lr_scale"] if self._is_trained(group) else 0.0
@@ -187,7 +198,20 @@ class ZeroEngine:
         if optimizer.overflow:
             self._skipped.add(self._done + 1)
         self._count_update(optimizer.overflow)
+        if norm is not None:
+            return norm
         return math.nan if optimizer.overflow else float(self._ds.get_global_grad_norm())
+
+    def _set_exact_gradients(self, exact: "ExactReduction", max_norm: float) -> float:
+        """Put the clipped integer sums in the place of DeepSpeed's; return their norm.
+
+        Where it is not finite, they are NaN, so that DeepSpeed leaves out the update.
+        """
+        norm, grads = exact.take_gradients(max_norm)
+        for parameter, grad in zip(self._names.values(), grads, strict=True):
+            if grad is not None:
+                self._set_full_value(parameter, grad, "grad")
+        return norm
 
     def _clear_gradient_partitions(self) -> None:
         """Else a parameter without a gradient in the next step would get that of this step."""
@@ -247,6 +271,9 @@ class ZeroEngine:
     def _get_padded_share(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """Return this rank's share under stage 3: equally long on all ranks, padded at the end."""
         utils = self.deepspeed.utils
+        if key == "grad":
+            gradient: Tensor = utils.safe_get_local_grad(parameter)
+            return gradient
         share: Tensor = (
             utils.safe_get_local_fp32_param(parameter)
             if key is None
@@ -287,11 +314,12 @@ class ZeroEngine:
     def _set_full_value(
         self, parameter: nn.Parameter, value: Tensor, key: str | None = None
     ) -> None:
-        """Write the optimizer's copy of a parameter, or its moment ``key``."""
+        """Write the optimizer's copy of a parameter, its moment ``key``, or for "grad" the gradient
+        that the next update reads."""
         utils = self.deepspeed.utils
-        names = () if key is None else (key,)
+        names = () if key in (None, "grad") else (key,)
         if self.config.stage != 3:
-            what = "fp32_param" if key is None else "optimizer_state"
+            what = {None: "fp32_param", "grad": "grad"}.get(key, "optimizer_state")
             getattr(utils, f"safe_set_full_{what}")(parameter, value, *names)
             return
         # DeepSpeed 0.19's safe_set_full_* reads beyond the end where ranks have uneven shares

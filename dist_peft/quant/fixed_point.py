@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["FixedPointSum"]
+__all__ = ["FixedPointSum", "SplitSum"]
 
 _HEADROOM_BITS = 16
 """A sample may have entries this many powers of two above the first one's."""
@@ -60,3 +60,39 @@ class FixedPointSum:
     def to_float(self) -> Tensor:
         """The sum as float64."""
         return self.total.double().mul_(math.ldexp(1.0, -self._shift))
+
+
+class SplitSum:
+    """Sums of float64 values of any size below 2^53, as whole numbers and fractions of them.
+
+    Losses and counts are of one unit in every run, unlike samples of a ``FixedPointSum``::
+
+        x = whole + part 2^-32      2^31 values of each fit into int64
+
+    Args:
+        size: number of sums.
+
+    Attributes:
+        integers: int64 [size, 3]: whole numbers, parts, and how many values were not finite. Those
+            of several ranks are added up by the caller.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.integers = torch.zeros(size, 3, dtype=torch.int64)
+
+    def add_rows(self, rows: Tensor, targets: Tensor) -> None:
+        """Add each of ``rows`` [n, k] to the k sums from ``targets[i] * k`` on; ``targets`` [n]."""
+        values = rows.detach().to("cpu", torch.float64)
+        finite = values.isfinite()
+        values = torch.where(finite, values, 0.0)
+        whole = values.floor()
+        parts = ((values - whole) * 2.0**32).round()
+        found = torch.stack([whole.long(), parts.long(), (~finite).long()], 2)
+        self.integers.view(-1, *found.shape[1:]).index_add_(0, targets, found)
+
+    def to_floats(self) -> list[float]:
+        """Return the sums; NaN where a value was not finite."""
+        return [
+            math.nan if bad else whole + math.ldexp(part, -32)
+            for whole, part, bad in self.integers.tolist()
+        ]

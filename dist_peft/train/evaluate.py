@@ -12,6 +12,7 @@ from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase, mark_progr
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch, Loader, find_batch_tasks
 from dist_peft.engine import Engine
+from dist_peft.quant.fixed_point import SplitSum
 from dist_peft.train.classification_metrics import ClassScores
 from dist_peft.train.objective import Objective
 from dist_peft.train.step_metrics import SCORE_TITLES, StepMetrics
@@ -83,17 +84,19 @@ def evaluate_model(
         StopRequested: on every rank, between two batches, after a signal to any.
     """
     rows = loader.rows
-    sums: Tensor | None = None  # [tasks, statistics]
+    tasks = len(rows.task_names)
+    summed: SplitSum | None = None  # of tasks x statistics
     with inference_mode(model), enter_phase("evaluation", SETUP_PATIENCE):
         for batch in loader.load_all_sequential():
             mark_progress()
             world.raise_if_stop_requested()
             statistics = objective.compute_row_statistics(model, batch, engine.device)
-            if sums is None:
-                sums = torch.zeros(len(rows.task_names), statistics.shape[1], dtype=torch.float64)
-            sums.index_add_(0, torch.tensor(find_batch_tasks(rows, batch)), statistics)
-    assert sums is not None, "a data set has at least one sequence"
-    sums = _sum_over_ranks(sums, world)
+            if summed is None:
+                summed = SplitSum(tasks * statistics.shape[1])
+            summed.add_rows(statistics, torch.tensor(find_batch_tasks(rows, batch)))
+    assert summed is not None, "a data set has at least one sequence"
+    world.all_reduce_sum(summed.integers)
+    sums = torch.tensor(summed.to_floats(), dtype=torch.float64).view(tasks, -1)
     total = sums.sum(0)
     by_task = dict(zip(rows.task_names, sums, strict=True)) if rows.task_names != ("",) else {}
     scores = {name: objective.compute_scores(own[2:], name) for name, own in by_task.items()}
@@ -107,13 +110,6 @@ def evaluate_model(
 
 def _divide_by_targets(sums: Tensor) -> float:
     return float(sums[0] / sums[1])
-
-
-def _sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
-    """Sum over all ranks."""
-    return torch.tensor(
-        world.sum_over_ranks(*tensor.flatten().tolist()), dtype=tensor.dtype
-    ).view_as(tensor)
 
 
 def add_evaluation(record: StepMetrics, found: EvalResult | None, after: str = "") -> StepMetrics:

@@ -24,6 +24,7 @@ from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine import Engine
 from dist_peft.model.embedding_noise import EmbeddingNoise
+from dist_peft.quant.fixed_point import SplitSum
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.importance import EngineParameters
 from dist_peft.train.nonfinite import FailedStep
@@ -97,15 +98,25 @@ class TrainingStep:
             self.engine.backward(mean_part, last=number == len(batches) - 1)
             if self.noise is not None:
                 self.noise.end_micro_batch()
-        total = torch.stack(self.losses).double().sum()
         counts = [] if self.sampling is None else self.sampling.counts
-        whole, *counted = self.world.sum_over_ranks(total.item(), *counts)
+        whole, *counted = self._sum_exactly(torch.stack(self.losses), counts)
         if self.sampling is not None:
             replaced, replaceable = counted
             self.method_metrics["sampling_eps"] = self.sampling.eps
             self.method_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
         self.method_metrics.update(self.objective.collect_metrics(self.world))
         return whole / targets
+
+    def _sum_exactly(self, losses: Tensor, counts: Sequence[float]) -> list[float]:
+        """Return the sums over ranks of ``losses`` [micro-batches] and of each count, the same bits
+        at any number of ranks."""
+        summed = SplitSum(1 + len(counts))
+        first = torch.zeros(len(losses), dtype=torch.long)
+        summed.add_rows(losses[:, None], first)
+        if counts:
+            summed.add_rows(torch.tensor(counts)[:, None], torch.arange(1, 1 + len(counts)))
+        self.world.all_reduce_sum(summed.integers)
+        return summed.to_floats()
 
     def _mix_inputs(self, batch: Batch) -> Batch:
         """Return the micro-batch whose loss is computed."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.errors import UserError
 from dist_peft.engine.engine_protocol import OptimizerFactory, init_adam_state, num_updates
+from dist_peft.train.exact_adamw import ExactAdamW
 
 __all__ = ["make_optimizer_factory"]
 
@@ -26,6 +27,8 @@ _BLOCK = 256
 
 def make_optimizer_factory(config: TrainConfig, device: torch.device) -> OptimizerFactory:
     """Return the factory for ``train.optimizer``."""
+    if config.exact:
+        return _ExactAdamWFactory(config)
     if config.optimizer == "adamw":
         return _TorchAdamW(config)
     if config.optimizer.startswith("paged") and device.type != "cuda":
@@ -74,6 +77,22 @@ class _TorchAdamW:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["step"].fill_(num_updates(group, step, skipped))
+
+
+class _ExactAdamWFactory(_TorchAdamW):
+    """``ExactAdamW`` for ``train.exact``; takes plain tensors, as its square roots do."""
+
+    wants_plain = True
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        c = self.config
+        optimizer = ExactAdamW(
+            groups, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
+        )
+        for group in groups:
+            for p in group["params"]:
+                optimizer.state[p] = init_adam_state(p)
+        return optimizer
 
 
 class _BitsAndBytesAdamW:

@@ -223,6 +223,7 @@ def test_every_key_is_refused_unless_it_was_thought_of() -> None:
         "data.train[0].augment",
         *(f"train.{k}" for k in ("betas", "eps", "global_batch", "optimizer", "precision")),
         *(f"train.{k}" for k in ("seed", "shuffle", "tasks", "layer_decay", "metric_for_best")),
+        "train.exact",
         "train.neftune_alpha",
         "train.scheduled_sampling",
         "train.domain_adversarial",

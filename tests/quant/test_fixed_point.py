@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_peft.quant.fixed_point import FixedPointSum
+from dist_peft.quant.fixed_point import FixedPointSum, SplitSum
 
 CPU = torch.device("cpu")
 
@@ -42,3 +42,25 @@ def test_what_does_not_fit_is_told(value: float) -> None:
     found.add_sample(torch.tensor([1.0, value]))
     assert found.largest > found.limit
     assert math.isinf(found.largest) is not math.isfinite(value)
+
+
+def test_split_sums_do_not_depend_on_the_order() -> None:
+    values = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[:, 1] *= 1e6
+    targets = torch.arange(40) % 3
+    found = []
+    for order in (torch.arange(40), torch.arange(40).flip(0), torch.randperm(40)):
+        total = SplitSum(6)
+        for row in order.split(7):
+            total.add_rows(values[row], targets[row])
+        found.append(total.to_floats())
+    assert found[0] == found[1] == found[2]
+    expected = torch.zeros(3, 2, dtype=torch.float64).index_add_(0, targets, values)
+    torch.testing.assert_close(torch.tensor(found[0]).view(3, 2), expected, rtol=0, atol=1e-8)
+
+
+def test_split_sum_of_what_is_not_finite() -> None:
+    total = SplitSum(2)
+    total.add_rows(torch.tensor([[1.5], [torch.inf], [-0.25]]), torch.tensor([0, 1, 0]))
+    first, second = total.to_floats()
+    assert first == 1.25 and second != second

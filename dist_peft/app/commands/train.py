@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments
 from dist_peft.app.earlier_log import name_run_directory
+from dist_peft.app.exact_scope import fix_kernels
 from dist_peft.app.help_texts import format_sections
 from dist_peft.app.rank_setup import join_ranks
 from dist_peft.app.tasks import check_task_config
@@ -42,6 +43,7 @@ def train_from_config(config: RunConfig, world: World) -> int:
     if config.train.tasks == "separate":
         check_task_config(config)  # fail fast, before the rendezvous
     device = join_ranks(config, world)
+    fix_kernels(config, device)
     try:
         with catch_stop_signals() as stop:
             return train_until_stopped(config, world, device, stop)

@@ -37,6 +37,7 @@ from dist_peft.core.config.adapter_checks import (
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.environment import Reference, store_references
+from dist_peft.core.config.exact_checks import check_exact_options
 from dist_peft.core.config.quantization import QuantConfig
 from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
 from dist_peft.core.config.through_options import ThroughStart
@@ -223,6 +224,11 @@ class TrainConfig(ConfigSection):
         "MAD of the 64 steps before) above their median; 0: none.",
     )
     seed: Int = Field(0, ge=0, lt=2**63, description="Initialization, data order, dropout.")
+    exact: bool = Field(
+        False,
+        description="The same adapter, bit for bit, on any number of ranks and every engine: "
+        "gradients are summed as integers. Options whose arithmetic depends on ranks are refused.",
+    )
     shuffle: bool = Field(True, description="false: sequences in file order.")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16",
@@ -348,6 +354,22 @@ class RunConfig(ConfigSection):
         selects = self.save.keep_best or bool(self.train.early_stop)
         check_through_start(start, selects, self.train.tasks)
 
+    def _check_exact(self) -> None:
+        if not self.train.exact:
+            return
+        values = {
+            "adapter.kind": self.adapter.kind,
+            "adapter.init": getattr(self.adapter, "init", "default"),
+            "base.attention": self.base.attention,
+            "engine.shard_group": self.engine.shard_group,
+            **({"engine.stage": self.engine.stage} if self.engine.kind == "zero" else {}),
+            "engine.cpu_offload": self.engine.cpu_offload,
+            "engine.deepspeed_config": self.engine.deepspeed_config,
+            "train.optimizer": self.train.optimizer,
+            "train.domain_adversarial": self.train.domain_adversarial,
+        }
+        check_exact_options(values)
+
     @model_validator(mode="after")
     def _check_head_adapter(self) -> Self:
         classifies = self.base.head == "classifier"
@@ -362,6 +384,7 @@ class RunConfig(ConfigSection):
         check_through_quantizer(self.adapter, self.base.quant)
         if isinstance(self.adapter, LoraConfig):
             self.check_start(self.adapter.through_start)
+        self._check_exact()
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if classifies and self.base.quant is not None and self.base.quant.embeddings:
