@@ -18,11 +18,13 @@ rounded. ``DIST_PEFT_KERNELS`` chooses:
     triton  the fused kernels on CUDA, a UserError without the package; torch on a CPU
 
 Importing bitsandbytes takes seconds, so that on a CPU the trial waits until as much has been spent
-on decoding: short runs never import it. As the bits are the same, nothing else changes then.
+on decoding, or until somebody else has imported it: short runs never do. As the bits are the same,
+nothing else changes then.
 """
 
 import importlib
 import logging
+import sys
 from functools import cache, partial
 from types import ModuleType
 
@@ -172,7 +174,8 @@ def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device)
         return "torch"
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
     if wanted == "auto" and device.type == "cpu":
-        due = possible and assumed is None and _decoded.count >= TRIAL_WEIGHTS
+        paid = _decoded.count >= TRIAL_WEIGHTS or "bitsandbytes" in sys.modules
+        due = possible and assumed is None and paid
         return "bnb" if due and _is_bnb_faster(group_size, dtype) else "torch"
     if wanted == "auto":
         # without its compiled CUDA library the operator would run a slow Python fallback
