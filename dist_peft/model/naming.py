@@ -22,7 +22,6 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
 )
 
 from dist_peft.core.errors import UserError
@@ -30,6 +29,7 @@ from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
 from dist_peft.model.experts import STACKS, Pieces, StackPiece
 from dist_peft.model.prequantized.base import PrequantizedBase
+from dist_peft.model.tensor_renaming import rename_tensor
 from dist_peft.model.tied_weights import list_tied_names, untie_different_weights
 from dist_peft.store.index import SafetensorsIndex, TensorInfo
 
@@ -82,7 +82,7 @@ def find_tensor_names(
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
-    in_files = {apply_renamings(name, renamings): name for name in tensors}
+    in_files = {rename_tensor(name, renamings): name for name in tensors}
     stacks, absent = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
     prefix = model.base_model_prefix + "."
 
