@@ -1,8 +1,9 @@
 """Whether vLLM serves an adapter, from its configuration alone.
 
-The rules are those of vLLM's ``lora/peft_helper.py`` and ``config/lora.py``: LoRA in PEFT's format
-without DoRA, biases and ``modules_to_save``, of a rank up to ``--max-lora-rank`` (16 if it is not
-given). ``target_parameters``, LoRA on fused experts, are not read.
+The rules follow vLLM's documentation of LoRA adapters and ``--max-lora-rank``: LoRA in PEFT's
+format without DoRA, biases and ``modules_to_save``, of a rank up to that option (16 if it is not
+given), and not ``target_parameters``, LoRA on fused experts. vLLM itself was not run here: an
+answer of "yes" says that nothing in the configuration is known to be in the way.
 """
 
 from collections.abc import Mapping
