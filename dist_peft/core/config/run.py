@@ -355,8 +355,6 @@ class RunConfig(ConfigSection):
         check_through_start(start, selects, self.train.tasks)
 
     def _check_exact(self) -> None:
-        if not self.train.exact:
-            return
         values = {
             "adapter.kind": self.adapter.kind,
             "adapter.init": getattr(self.adapter, "init", "default"),
@@ -384,7 +382,8 @@ class RunConfig(ConfigSection):
         check_through_quantizer(self.adapter, self.base.quant)
         if isinstance(self.adapter, LoraConfig):
             self.check_start(self.adapter.through_start)
-        self._check_exact()
+        if self.train.exact:
+            self._check_exact()
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if classifies and self.base.quant is not None and self.base.quant.embeddings:
