@@ -1,0 +1,186 @@
+"""Hashes of exact runs by method, base, engine and number of ranks, and what a step costs.
+
+    python benchmarks/exact_matrix.py [--only NAME ...] [--ranks 2 3 4] [--steps 10]
+
+A cell is a method on a base. It is trained for three steps of seven sequences (four micro-batches)
+of TinyStories on stories260K with ``train.exact``: on one process, on fsdp2 and on ZeRO with every
+number of ranks (stage 1 on an even number, 2 on an odd one). It is equal where the SHA-256 of all
+parameters and moments of the last checkpoint, and that of the recorded losses, norms and
+evaluations, are those of one process.
+
+The cost is that of a step of LoRA r 16 on a random Llama of 26 M parameters (hidden 512, 8 blocks)
+in NF4, one thread: exact and not exact, taking turns, the median of the ratios of neighbouring
+steps, in CPU seconds.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, base_argument, make_base, print_table, run_processes, write_result
+from method_cost import METHODS, SIZES, Trainer, config_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dist_peft.core.world import World
+from tests.support.dist import run_ranks
+from tests.support.exact_runs import digest_losses, digest_state
+from tests.support.story_runs import run_config, train
+
+NF4, INT4 = {"kind": "nf4"}, {"kind": "int", "bits": 4, "group_size": 32}
+LORA = {"kind": "lora", "r": 3, "alpha": 6, "dropout": 0.1}
+CELLS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "lora, nf4": (NF4, LORA),
+    "lora, int4": (INT4, LORA),
+    "lora, bf16": (None, LORA),
+    "dora, nf4": (NF4, {**LORA, "use_dora": True}),
+    "lora with embedding, nf4": (NF4, {**LORA, "embeddings": True}),
+    "eva, nf4": (NF4, {**LORA, "init": "eva"}),
+    "lora_ga, nf4": (NF4, {**LORA, "init": "lora_ga"}),
+    "through_quantizer, int4": (
+        INT4,
+        {"kind": "lora", "r": 3, "alpha": 6, "through_quantizer": True},
+    ),
+    "qalora, int4": (
+        INT4,
+        {"kind": "qalora", "r": 3, "target_modules": [r".*self_attn\..*", "gate_proj"]},
+    ),
+    "vera, nf4": (NF4, {"kind": "vera", "r": 27}),
+    "loha, nf4": (NF4, {"kind": "loha", "r": 3}),
+    "lokr, nf4": (NF4, {"kind": "lokr", "r": 3}),
+    "ia3, nf4": (NF4, {"kind": "ia3"}),
+    "bottleneck, nf4": (NF4, {"kind": "bottleneck", "reduction_factor": 9}),
+    "prefix, nf4": (NF4, {"kind": "prefix", "num_virtual_tokens": 3, "encoder_hidden_size": 16}),
+    "ptuning, nf4": (NF4, {"kind": "ptuning", "num_virtual_tokens": 3}),
+    "prompt, nf4": (NF4, {"kind": "prompt", "num_virtual_tokens": 5}),
+    "partial, nf4": (NF4, {"kind": "partial", "parts": ["norms"], "last_blocks": 1}),
+    "full, nf4": (NF4, {"kind": "full"}),
+}
+
+
+def tree_of(data: Path, directory: Path, cell: str, run: str, engine: dict[str, Any]) -> Any:
+    quant, adapter = CELLS[cell]
+    stories = str(data / "tinystories-1000" / "tinystories_clean.jsonl")
+    return run_config(
+        data,
+        directory,
+        base={
+            "path": str(data / "stories260K-hf"),
+            "quant": quant,
+            "compute_dtype": "float32" if quant else "bfloat16",
+        },
+        adapter=adapter,
+        engine=engine,
+        data={
+            "train": [{"path": stories, "limit": 60}],
+            "eval": [{"path": stories, "limit": 5}],
+            "packing": False,
+            "too_long": "truncate",
+            "seq_len": 64,
+            "cache_dir": str(directory / "cache"),
+        },
+        train__exact=True,
+        train__steps=3,
+        train__global_batch=7,
+        train__micro_batch=2,
+        save={"dir": str(directory / f"{cell} {run}".replace(" ", "_")), "every": 0},
+    )
+
+
+def train_all(world: World, trees: list[dict[str, Any]]) -> list[str]:
+    """An empty text for each run that has ended well, else its error."""
+    found = []
+    for tree in trees:
+        try:
+            found.append("" if train(world, tree) == 0 else "stopped")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def run_matrix(data: Path, cells: list[str], ranks: list[int]) -> list[dict[str, Any]]:
+    """The digests of each run, and whether they are those of one process."""
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        for size in (1, *ranks):
+            stage = 1 if size % 2 == 0 else 2
+            engines: dict[str, dict[str, Any]] = {"single": {"kind": "single"}}
+            if size > 1:
+                engines = {
+                    f"fsdp2, {size} ranks": {"kind": "fsdp2"},
+                    f"zero {stage}, {size} ranks": {"kind": "zero", "stage": stage},
+                }
+            for run, engine in engines.items():
+                trees = [tree_of(data, directory, cell, run, engine) for cell in cells]
+                errors = run_ranks(train_all, size, trees, timeout=900)[0]
+                for cell, tree, error in zip(cells, trees, errors, strict=True):
+                    at = Path(tree["save"]["dir"])
+                    found = {"error": error} if error else digests(at)
+                    results[cell, run] = {"cell": cell, "run": run, **found}
+    for (cell, _), result in results.items():
+        single = results[cell, "single"]
+        keys = ("state", "losses")
+        result["equal"] = "state" in result and all(result[k] == single[k] for k in keys)
+    return list(results.values())
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    return {"state": digest_state(run_dir), "losses": digest_losses(run_dir)}
+
+
+def take_cpu_step(trainer: Trainer) -> float:
+    """CPU seconds of one optimizer step of this process, which has one thread."""
+    before = time.process_time()
+    trainer.step()
+    return time.process_time() - before
+
+
+def measure_cost(base: Path, tokens: int, steps: int) -> dict[str, float]:
+    """CPU time of an exact step over that of another, and its CPU seconds."""
+    torch.set_num_threads(1)
+    config = config_of(base, METHODS["lora, r 16"])
+    exact = config.model_copy(update={"train": config.train.model_copy(update={"exact": True})})
+    own, other = Trainer(exact, tokens), Trainer(config, tokens)
+    pairs = [(take_cpu_step(own), take_cpu_step(other)) for _ in range(steps + 2)][2:]
+    return {
+        "tokens": tokens,
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "seconds": statistics.median(a for a, _ in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    base_argument(parser)
+    parser.add_argument("--steps", type=int, default=10, help="of the measurement of cost")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4])
+    parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--data", type=Path, default=os.environ.get("DIST_PEFT_DATA"))
+    args = parser.parse_args()
+    if args.data is None:
+        parser.error("give --data, or set DIST_PEFT_DATA")
+    torch.set_num_threads(1)
+    base = make_base(args.base.with_name(f"{args.base.name}_512"), **SIZES)
+    costs = [run_processes(measure_cost, [(base, tokens, args.steps)])[0] for tokens in (128, 512)]
+    rows = run_matrix(Path(args.data), args.only, args.ranks)
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    marks = {
+        (r["cell"], r["run"]): "equal" if r["equal"] else r.get("error", "other")[:60] for r in rows
+    }
+    print_table(("cell", *runs), [[c, *(marks[c, run] for run in runs)] for c in args.only])
+    print_table(
+        ("tokens a step", "CPU time of a step, not exact 1", "CPU seconds"),
+        [[c["tokens"], f"{c['ratio']:.3f}", f"{c['seconds']:.3f}"] for c in costs],
+    )
+    write_result("exact_matrix", {"matrix": rows, "cost": costs}, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
