@@ -207,7 +207,7 @@ def _is_bnb_faster(group_size: int, dtype: torch.dtype) -> bool:
 
     by_bnb = partial(_dequantize_by_bnb, dtype=dtype)
     faster = is_equal_and_faster(by_bnb, by_torch, group_size)
-    log.info("NF4 is decoded to %s by %s", dtype, "bitsandbytes" if faster else "torch")
+    log.debug("NF4 is decoded to %s by %s", dtype, "bitsandbytes" if faster else "torch")
     return faster
 
 
