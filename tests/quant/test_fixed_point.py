@@ -56,7 +56,8 @@ def test_split_sums_do_not_depend_on_the_order() -> None:
         found.append(total.to_floats())
     assert found[0] == found[1] == found[2]
     expected = torch.zeros(3, 2, dtype=torch.float64).index_add_(0, targets, values)
-    torch.testing.assert_close(torch.tensor(found[0]).view(3, 2), expected, rtol=0, atol=1e-8)
+    as_tensor = torch.tensor(found[0], dtype=torch.float64).view(3, 2)
+    torch.testing.assert_close(as_tensor, expected, rtol=0, atol=1e-8)
 
 
 def test_split_sum_of_what_is_not_finite() -> None:
