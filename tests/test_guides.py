@@ -1,0 +1,70 @@
+"""Guides name real things: YAML blocks are configurations, and commands have these options."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.errors import UserError
+
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = ("tutorial.md", "howto_clusters.md", "transcripts/own_data.md")
+REQUIRED: dict[str, Any] = {"base": {"path": "b"}, "data": {"train": ["d.jsonl"]}}
+
+
+def read_yaml_blocks(page: str) -> list[tuple[str, dict[str, Any]]]:
+    """Title and content of the titled YAML blocks of a page."""
+    found = re.findall(r'```yaml title="([\w.]+)"\n(.*?)```', page, re.DOTALL)
+    return [(title, yaml.safe_load(text)) for title, text in found]
+
+
+def complete_overrides(tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the two required keys, where it has none of its own."""
+    return {
+        **tree,
+        **{section: {**keys, **tree.get(section, {})} for section, keys in REQUIRED.items()},
+    }
+
+
+def list_verb_options() -> dict[str, set[str]]:
+    """Long options by verb, of ``docs/commands.md``, which a test compares with the program."""
+    sections = re.split(r"^## ", (DOCS / "commands.md").read_text(), flags=re.MULTILINE)[1:]
+    return {
+        section.split("\n", 1)[0].strip(): set(re.findall(r"--[a-z][a-z-]*", section))
+        for section in sections
+    }
+
+
+def list_commands(page: str) -> list[list[str]]:
+    """Words from the verb on of each ``dist-peft`` command in the code blocks of a page."""
+    blocks = "\n".join(re.findall(r"```(?:bash|text transcript.*?)\n(.*?)```", page, re.DOTALL))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    found = [re.search(r"\b(?:dist-peft|dist_peft) ([a-z].*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_yaml_blocks_are_configurations(name: str) -> None:
+    for title, tree in read_yaml_blocks((DOCS / name).read_text()):
+        parse_config(complete_overrides(tree) if title == "overrides" else tree)
+
+
+def test_a_wrong_key_of_a_guide_is_found() -> None:
+    ((title, tree),) = read_yaml_blocks('```yaml title="overrides"\nsave: {evry: 1}\n```')
+    assert title == "overrides"
+    with pytest.raises(UserError, match=r"save\.evry"):
+        parse_config(complete_overrides(tree))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_commands_have_these_options(name: str) -> None:
+    options = list_verb_options()
+    commands = list_commands((DOCS / name).read_text())
+    assert commands
+    for verb, *words in commands:
+        long = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert long <= options[verb], f"{name}: dist-peft {verb}: {long - options[verb]}"
