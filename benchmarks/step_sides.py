@@ -30,6 +30,7 @@ from dist_peft.app.model_setup import build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
+from dist_peft.quant import kernels
 from dist_peft.train.loop import TrainingStep
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
@@ -117,6 +118,8 @@ def build_ours(base: Path, world: World, settings: Settings) -> tuple[Any, StepR
     rows = deal_rows(world, settings)
     targets = settings.rows * (settings.tokens - settings.documents)
     numbers = itertools.count()
+    # bitsandbytes' operator is tried now, as after the first ten seconds of decoding of a run
+    kernels._decoded.count = kernels.TRIAL_WEIGHTS
 
     def step() -> float:
         number = next(numbers)

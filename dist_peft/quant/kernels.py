@@ -18,13 +18,11 @@ rounded. ``DIST_PEFT_KERNELS`` chooses:
     triton  the fused kernels on CUDA, a UserError without the package; torch on a CPU
 
 Importing bitsandbytes takes seconds, so that on a CPU the trial waits until as much has been spent
-on decoding, or until somebody else has imported it: short runs never do. As the bits are the same,
-nothing else changes then.
+on decoding: short runs never import it. As the bits are the same, nothing else changes then.
 """
 
 import importlib
 import logging
-import sys
 from functools import cache, partial
 from types import ModuleType
 
@@ -174,8 +172,7 @@ def choose_nf4_kernel(group_size: int, dtype: torch.dtype, device: torch.device)
         return "torch"
     possible = group_size in _BNB_GROUP_SIZES and dtype in _BNB_TYPES
     if wanted == "auto" and device.type == "cpu":
-        paid = _decoded.count >= TRIAL_WEIGHTS or "bitsandbytes" in sys.modules
-        due = possible and assumed is None and paid
+        due = possible and assumed is None and _decoded.count >= TRIAL_WEIGHTS
         return "bnb" if due and _is_bnb_faster(group_size, dtype) else "torch"
     if wanted == "auto":
         # without its compiled CUDA library the operator would run a slow Python fallback
@@ -207,7 +204,7 @@ def _is_bnb_faster(group_size: int, dtype: torch.dtype) -> bool:
 
     by_bnb = partial(_dequantize_by_bnb, dtype=dtype)
     faster = is_equal_and_faster(by_bnb, by_torch, group_size)
-    log.debug("NF4 is decoded to %s by %s", dtype, "bitsandbytes" if faster else "torch")
+    log.info("NF4 is decoded to %s by %s", dtype, "bitsandbytes" if faster else "torch")
     return faster
 
 

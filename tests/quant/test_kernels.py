@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +91,6 @@ def pretend_bitsandbytes(monkeypatch: pytest.MonkeyPatch, with_cuda: bool | None
 
 def test_auto_takes_bnb_on_cuda_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     pretend_bitsandbytes(monkeypatch, with_cuda=True)
     assert choose_nf4_kernel(64, torch.bfloat16, CUDA) == "bnb"
     assert choose_nf4_kernel(24, torch.bfloat16, CUDA) == "torch"
@@ -110,7 +109,6 @@ def test_auto_tries_bnb_on_a_cpu_after_many_weights(
     monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "_decoded", kernels._DecodedWeights())
     monkeypatch.setattr(kernels, "TRIAL_WEIGHTS", 2 * 40 * 250)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     pretend_bitsandbytes(monkeypatch, with_cuda=False if installed else None)
     trials, used = [], []
     monkeypatch.setattr(kernels, "is_equal_and_faster", lambda *a: trials.append(a[2]) or True)
@@ -129,17 +127,6 @@ def test_auto_tries_bnb_on_a_cpu_after_many_weights(
         dequantize_nf4(payload, absmax, 250, torch.float32)
     assert trials == [64] * installed
     kernels._is_bnb_faster.cache_clear()
-
-
-def test_auto_tries_at_once_where_bitsandbytes_is_imported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
-    monkeypatch.setattr(kernels, "_decoded", kernels._DecodedWeights())
-    monkeypatch.setattr(kernels, "_is_bnb_faster", lambda *_: True)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
-    assert choose_nf4_kernel(64, torch.bfloat16, CPU) == "bnb"
-    assert choose_nf4_kernel(48, torch.bfloat16, CPU) == "torch"
 
 
 def test_forcing_the_impossible_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
