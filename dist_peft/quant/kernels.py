@@ -36,7 +36,13 @@ from dist_peft.quant.device_choice import KERNELS_VARIABLE, read_kernels_choice
 from dist_peft.quant.pack import lookup_packed_values
 from dist_peft.quant.packed_rows import list_row_chunks
 
-__all__ = ["NF4_LEVELS", "choose_nf4_kernel", "dequantize_affine", "dequantize_nf4"]
+__all__ = [
+    "NF4_LEVELS",
+    "choose_nf4_kernel",
+    "dequantize_affine",
+    "dequantize_by_table",
+    "dequantize_nf4",
+]
 
 NF4_LEVELS = (
     -1.0,
@@ -101,8 +107,14 @@ def dequantize_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: tor
     if kernel == "torch" or is_planned or not absmax.numel():
         if payload.device.type == "cpu" and not is_planned:
             _decoded.count += rows * in_features
-        return _run_dequantize_kernel(payload, 4, NF4_LEVELS, absmax, None, in_features, dtype)
+        return _dequantize_nf4_by_torch(payload, absmax, in_features, dtype)
     return _dequantize_by_bnb(payload, absmax, dtype)[:, :in_features].contiguous()
+
+
+def _dequantize_nf4_by_torch(
+    payload: Tensor, absmax: Tensor, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    return dequantize_by_table(payload, 4, NF4_LEVELS, absmax, in_features, dtype, high_first=True)
 
 
 def _dequantize_by_bnb(payload: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,27 +146,40 @@ def dequantize_affine(
         ``dtype [rows, in_features]``.
     """
     values = tuple(float(code) for code in range(2**bits))
-    return _run_dequantize_kernel(
-        payload, bits, values, scale.float(), zero.float(), in_features, dtype
+    return dequantize_by_table(
+        payload, bits, values, scale.float(), in_features, dtype, zero.float()
     )
 
 
-def _run_dequantize_kernel(
+def dequantize_by_table(
     payload: Tensor,
     bits: int,
     values: tuple[float, ...],
     scale: Tensor,
-    zero: Tensor | None,
     in_features: int,
     dtype: torch.dtype,
+    zero: Tensor | None = None,
+    high_first: bool = False,
 ) -> Tensor:
-    """``(values[code] - zero) * scale`` by chunks of rows: float32 temporaries stay small."""
+    """``(values[code] - zero) * scale`` by chunks of rows: float32 temporaries stay small.
+
+    Args:
+        payload: ``uint8 [rows, groups * group_size * bits / 8]``.
+        bits: bits of a code.
+        values: of the ``2^bits`` codes.
+        scale, zero: ``float32 [rows, groups]``; zero None: 0.
+        in_features, dtype: as in ``dequantize_nf4``.
+        high_first: whether the even code of a byte has the high bits.
+
+    Returns:
+        ``dtype [rows, in_features]``.
+    """
     rows, groups = scale.shape
     weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
     if not weight.numel():
         return weight
     for span in list_row_chunks(rows, in_features, payload.device):
-        numbers = lookup_packed_values(payload[span.slice], bits, values, high_first=zero is None)
+        numbers = lookup_packed_values(payload[span.slice], bits, values, high_first=high_first)
         by_group = numbers.view(len(span), groups, -1)
         if zero is not None:
             by_group.sub_(zero[span.slice].unsqueeze(-1))
@@ -200,7 +225,7 @@ def _is_bnb_faster(group_size: int, dtype: torch.dtype) -> bool:
 
     def by_torch(payload: Tensor, absmax: Tensor) -> Tensor:
         columns = 2 * payload.shape[1]
-        return _run_dequantize_kernel(payload, 4, NF4_LEVELS, absmax, None, columns, dtype)
+        return _dequantize_nf4_by_torch(payload, absmax, columns, dtype)
 
     by_bnb = partial(_dequantize_by_bnb, dtype=dtype)
     faster = is_equal_and_faster(by_bnb, by_torch, group_size)

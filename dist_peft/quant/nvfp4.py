@@ -7,7 +7,7 @@ The scales of a row's groups share a factor, since E4M3 alone has too small a ra
     c_i  = E2M1 level nearest to w_i / (s_j / g), ties to the even code, at most 6
     w'_i = LEVELS[c_i] * (s_j / g)                 a quotient and a product in float32
 
-Levels and their order in a byte are those of ``quant.mxfp4``.
+Levels and their order in a byte are those of ``quant.e2m1``.
 
 Row layout (``groups = ceil(in / 16)``; the row is zero-padded to whole groups)::
 
@@ -20,19 +20,16 @@ there too; here every row has a copy. Encoding takes a ``g`` for each row, so th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dist_peft.core.config.run import QuantConfig
-from dist_peft.quant.codec_defaults import CodecDefaults
-from dist_peft.quant.mxfp4 import dequantize_e2m1, find_nearest_e2m1
+from dist_peft.quant.e2m1 import E2m1Codec, find_nearest_e2m1
 from dist_peft.quant.pack import pack_bits
 from dist_peft.quant.packed_rows import (
     align_to_4_bytes,
     check_finite_statistics,
-    check_packed_rows,
     divide_exactly,
     quantize_in_groups,
     read_packed_field,
@@ -49,34 +46,22 @@ _LARGEST_FACTOR = 2.0**126
 
 
 @dataclass(frozen=True)
-class Nvfp4Codec(CodecDefaults):
+class Nvfp4Codec(E2m1Codec):
     """The NVFP4 codec, without options. See the module for formula and layout."""
 
-    config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
-
-    @classmethod
-    def from_config(cls, quant: QuantConfig) -> Self:
-        """The codec of a ``base.quant`` section with ``kind: nvfp4``."""
-        return cls()
-
-    @property
-    def name(self) -> str:
-        return "nvfp4"
-
-    def describe_storage(self) -> str:
-        """Return kind, bits and group size."""
-        return f"nvfp4, 4 bits in groups of {NVFP4_GROUP}"
+    kind: ClassVar[str] = "nvfp4"
+    group_size: ClassVar[int] = NVFP4_GROUP
 
     def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
         """Return the scales that decoding uses, ``float32 [rows, groups]``."""
-        groups = -(-in_features // NVFP4_GROUP)
+        groups = self.count_groups(in_features)
         stored = read_packed_field(packed, groups * NVFP4_GROUP // 2, groups, torch.float8_e4m3fn)
         factor = read_packed_field(packed, packed.shape[1] - 4, 1, torch.float32)
         return stored.float() / factor
 
     def num_row_bytes(self, in_features: int) -> int:
         """Bytes of a packed row; a multiple of 4."""
-        groups = -(-in_features // NVFP4_GROUP)
+        groups = self.count_groups(in_features)
         return align_to_4_bytes(groups * (NVFP4_GROUP // 2 + 1)) + 4
 
     def quantize_to_packed(self, weight: Tensor) -> Tensor:
@@ -104,10 +89,3 @@ class Nvfp4Codec(CodecDefaults):
 
         row_bytes = self.num_row_bytes(weight.shape[-1] if weight.dim() else 0)
         return quantize_in_groups(weight, NVFP4_GROUP, row_bytes, quantize_chunk)
-
-    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
-        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
-        scale = self.read_statistics(packed, in_features)
-        payload = packed[:, : scale.shape[1] * NVFP4_GROUP // 2]
-        return dequantize_e2m1(payload, scale, in_features, dtype)

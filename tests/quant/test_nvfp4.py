@@ -5,7 +5,7 @@ import torch
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec import make_codec
-from dist_peft.quant.mxfp4 import E2M1_LEVELS
+from dist_peft.quant.e2m1 import E2M1_LEVELS
 from dist_peft.quant.nvfp4 import Nvfp4Codec
 
 CODEC = Nvfp4Codec()

@@ -1,0 +1,89 @@
+"""E2M1, the 4-bit floats of MXFP4 and NVFP4, in groups with a scale.
+
+A code is a sign (bit 3), two bits of exponent and one of mantissa; the levels are 0, 0.5, 1, 1.5,
+2, 3, 4, 6 and their opposites. A weight is ``LEVELS[code] * scale of its group``, a float32 product
+that is rounded once to the wanted type.
+
+The formats differ in their scales and in the size of a group; in both a row begins with its codes,
+the even element of a byte in the low nibble, and is zero-padded to whole groups.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dist_peft.core.config.run import QuantConfig
+from dist_peft.quant.codec_defaults import CodecDefaults
+from dist_peft.quant.kernels import dequantize_by_table
+from dist_peft.quant.packed_rows import check_packed_rows
+
+__all__ = ["E2M1_LEVELS", "E2m1Codec", "find_nearest_e2m1"]
+
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_LEVELS = (*_POSITIVE, *(-level for level in _POSITIVE))
+"""Values of the 16 codes; code 8 is -0.0."""
+
+
+class E2m1Codec(CodecDefaults, ABC):
+    """The parts that codecs of E2M1 share; ``quant.codec.Codec`` describes the methods.
+
+    Attributes:
+        kind: name of the format, as in ``base.quant.kind``.
+        group_size: weights that share a scale.
+    """
+
+    config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
+    kind: ClassVar[str]
+    group_size: ClassVar[int]
+
+    @classmethod
+    def from_config(cls, quant: QuantConfig) -> Self:
+        """The codec of a ``base.quant`` section with this ``kind``; it has no options."""
+        return cls()
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def describe_storage(self) -> str:
+        """Return kind, bits and group size."""
+        return f"{self.kind}, 4 bits in groups of {self.group_size}"
+
+    def count_groups(self, in_features: int) -> int:
+        """Return the number of scales of a row."""
+        return -(-in_features // self.group_size)
+
+    @abstractmethod
+    def num_row_bytes(self, in_features: int) -> int:
+        """Bytes of a packed row; a multiple of 4."""
+
+    @abstractmethod
+    def read_statistics(self, packed: Tensor, in_features: int) -> Tensor:
+        """Return the scales that decoding uses, ``float32 [rows, groups]``."""
+
+    @abstractmethod
+    def quantize_to_packed(self, weight: Tensor) -> Tensor:
+        """float ``[rows, in]`` -> ``uint8 [rows, row_bytes]``."""
+
+    def dequantize_rows(self, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``uint8 [rows, row_bytes]`` -> ``dtype [rows, in]``."""
+        check_packed_rows(packed, self.num_row_bytes(in_features), self.name, in_features)
+        scale = self.read_statistics(packed, in_features)
+        payload = packed[:, : scale.shape[1] * self.group_size // 2]
+        return dequantize_by_table(payload, 4, E2M1_LEVELS, scale, in_features, dtype)
+
+
+def find_nearest_e2m1(scaled: Tensor) -> Tensor:
+    """Codes of the levels nearest to float32 values: ``uint8``, same shape.
+
+    Halves go to the even code, and magnitudes above 6 to 6. Between 0 and 2 levels are 0.5 apart,
+    then 1 and 2, so that rounding to integers, halves to even, of the multiple is that of the code.
+    """
+    size = scaled.abs()
+    above_four = (size / 2).round_().add_(4)
+    above_two = size.round().add_(2)
+    below_two = (size * 2).round_()
+    code = torch.where(size < 4, torch.where(size < 2, below_two, above_two), above_four)
+    return code.clamp_(max=7).add_(scaled.signbit(), alpha=8).to(torch.uint8)
