@@ -73,8 +73,8 @@ class SplitSum:
         size: number of sums.
 
     Attributes:
-        integers: int64 [size, 3]: whole numbers, parts, and how many values were not finite. Those
-            of several ranks are added up by the caller.
+        integers: int64 [size, 3]: whole numbers, parts, and how many values were not finite or too
+            large. Those of several ranks are added up by the caller.
     """
 
     def __init__(self, size: int) -> None:
@@ -83,15 +83,15 @@ class SplitSum:
     def add_rows(self, rows: Tensor, targets: Tensor) -> None:
         """Add each of ``rows`` [n, k] to the k sums from ``targets[i] * k`` on; ``targets`` [n]."""
         values = rows.detach().to("cpu", torch.float64)
-        finite = values.isfinite()
-        values = torch.where(finite, values, 0.0)
+        fits = values.abs() < 2.0**53  # false of NaN
+        values = torch.where(fits, values, 0.0)
         whole = values.floor()
         parts = ((values - whole) * 2.0**32).round()
-        found = torch.stack([whole.long(), parts.long(), (~finite).long()], 2)
+        found = torch.stack([whole.long(), parts.long(), (~fits).long()], 2)
         self.integers.view(-1, *found.shape[1:]).index_add_(0, targets, found)
 
     def to_floats(self) -> list[float]:
-        """Return the sums; NaN where a value was not finite."""
+        """Return the sums; NaN where a value was not finite, or 2^53 and more."""
         return [
             math.nan if bad else whole + math.ldexp(part, -32)
             for whole, part, bad in self.integers.tolist()

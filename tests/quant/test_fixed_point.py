@@ -65,3 +65,13 @@ def test_split_sum_of_what_is_not_finite() -> None:
     total.add_rows(torch.tensor([[1.5], [torch.inf], [-0.25]]), torch.tensor([0, 1, 0]))
     first, second = total.to_floats()
     assert first == 1.25 and second != second
+
+
+@pytest.mark.parametrize("value", [2.0**53, -1e20, 3e38, math.nan])
+def test_split_sum_of_a_value_beyond_its_range_is_no_number(value: float) -> None:
+    total = SplitSum(1)
+    total.add_rows(torch.tensor([[value], [1.0]], dtype=torch.float64), torch.tensor([0, 0]))
+    assert math.isnan(total.to_floats()[0])
+    largest = SplitSum(1)
+    largest.add_rows(torch.tensor([[2.0**53 - 1]], dtype=torch.float64), torch.tensor([0]))
+    assert largest.to_floats() == [2.0**53 - 1]
