@@ -5,15 +5,15 @@ Frobenius norm needs no ``[out, in]`` matrix ::
 
     ||B A||^2 = trace(A^T B^T B A) = sum((B^T B) * (A A^T))        both [r, r]
 
-Magnitudes of DoRA are not part of it. Of other methods' tensors, and of experts' pairs, which are
-stacked, it is that of the tensors themselves. Norms of one block's tensors are added as squares.
+Magnitudes of DoRA are not part of it. Of other methods' tensors it is that of the tensors
+themselves. Norms of one block's tensors, and of its experts, are added as squares.
 """
 
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_peft.adapters.full.format import contains_trained_weights
+from dist_peft.adapters.lora.tensors import LoraTensors, parse_lora_tensors
+from dist_peft.adapters.protocol import PublicAdapter
+from dist_peft.core.errors import UserError
 
 __all__ = ["LayerNorms", "compute_product_norm", "measure_layer_norms"]
 
@@ -46,7 +49,7 @@ def measure_layer_norms(directory: Path) -> LayerNorms | None:
     """Return the norms of an adapter directory.
 
     None where there are none to show: no directory, weights of the base itself, an unreadable file,
-    or no tensor inside a block.
+    a pair that its configuration does not describe, or no tensor inside a block.
     """
     if not directory.is_dir() or contains_trained_weights(directory):
         return None
@@ -56,11 +59,11 @@ def measure_layer_norms(directory: Path) -> LayerNorms | None:
         settings = _read_settings(directory)
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
-                found, products = _add_squares(tensors, set(tensors.keys()), settings)
+                found, products = _add_squares(tensors, settings)
             pairs += products
             for block, square in found.items():
                 squares[block] += square
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, SafetensorError, UserError):
         return None
     if not squares or not all(map(math.isfinite, squares.values())):
         return None
@@ -82,29 +85,37 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _add_squares(
-    tensors: Any, names: set[str], settings: Mapping[str, Any]
-) -> tuple[dict[int, float], int]:
-    """Return squared norms by block of a file's tensors, and the number of pairs among them."""
+def _add_squares(tensors: Any, settings: dict[str, Any]) -> tuple[dict[int, float], int]:
+    """Return squared norms by block of a file's tensors, and the number of pairs among them.
+
+    Tensors of one module are in memory at a time.
+    """
+    has_pairs = settings.get("peft_type") == "LORA"
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(tensors.keys()):
+        path, is_pair, _ = name.rpartition(".lora_")
+        if _BLOCK.search(name) and (is_pair or not has_pairs):
+            modules[path if has_pairs else name].append(name)
     squares: dict[int, float] = defaultdict(float)
     pairs = 0
-    has_pairs = settings.get("peft_type") == "LORA" and not settings.get("target_parameters")
-    for name in sorted(names):
-        block, partner = _BLOCK.search(name), name.replace(".lora_B.", ".lora_A.")
-        is_pair = partner != name and partner in names
-        if block is None or (has_pairs and not is_pair):
-            continue
-        tensor = tensors.get_tensor(name)
+    for path, names in modules.items():
+        own = {name: tensors.get_tensor(name) for name in names}
         if has_pairs:
-            a = tensors.get_tensor(partner)
-            norm = _choose_scale(settings, len(a)) * compute_product_norm(tensor, a)
-            pairs += 1
+            (module,) = parse_lora_tensors(PublicAdapter(settings, own)).values()
+            norms = [module.scaling * norm for norm in _iterate_product_norms(module)]
+            pairs += len(norms)
         else:
-            norm = float(torch.linalg.vector_norm(tensor.double()))
-        squares[int(block.group(1))] += norm**2
+            norms = [float(torch.linalg.vector_norm(tensor.double())) for tensor in own.values()]
+        found = _BLOCK.search(path)
+        assert found is not None
+        squares[int(found.group(1))] += sum(norm**2 for norm in norms)
     return squares, pairs
 
 
-def _choose_scale(settings: Mapping[str, Any], r: int) -> float:
-    alpha = float(settings.get("lora_alpha") or r)
-    return alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+def _iterate_product_norms(module: LoraTensors) -> Iterator[float]:
+    """Yield the norm of ``B A``, of each expert of a stack."""
+    pairs = zip(
+        module.B.chunk(module.experts), module.expanded_lora_A().chunk(module.experts), strict=True
+    )
+    for b, a in pairs:
+        yield compute_product_norm(b, a)
