@@ -4,8 +4,7 @@
 """
 
 import argparse
-import os
-from unittest import mock
+from functools import partial
 
 from dist_peft.app.cli import COMMANDS, build_verb_parser
 
@@ -17,15 +16,18 @@ Every verb as `dist-peft VERB --help` prints it. Made by
 `python -m dist_peft.app.command_docs > docs/commands.md`.
 """
 
+_WIDTH = 88
+
 
 def format_commands_page() -> str:
     """Return the page, the same at any width of the terminal."""
-    with mock.patch.dict(os.environ, COLUMNS="90"):
-        parser = build_verb_parser(None)
-        verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        pages = [
-            f"## {name}\n\n```text\n{verbs.choices[name].format_help()}```" for name in COMMANDS
-        ]
+    parser = build_verb_parser(None)
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    pages = []
+    for name in COMMANDS:
+        verb = verbs.choices[name]
+        verb.formatter_class = partial(verb.formatter_class, width=_WIDTH)
+        pages.append(f"## {name}\n\n```text\n{verb.format_help()}```")
     return "\n".join([_HEAD, "\n\n".join(pages), ""])
 
 

@@ -5,12 +5,10 @@ processor of another model, or another number of threads, may add up a matrix pr
 order. Versions are stored for every run (``app.run_identity``).
 """
 
-import platform
-from pathlib import Path
-
 import torch
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.processor import describe_cpu
 from dist_peft.core.world import World
 from dist_peft.engine.compat import use_deterministic_kernels
 from dist_peft.engine.exact_gradients import GradientScale
@@ -18,6 +16,8 @@ from dist_peft.engine.exact_gradients import GradientScale
 __all__ = ["SCOPE_KEYS", "describe_exact_scope", "describe_processor", "fix_kernels"]
 
 _PROCESSOR, _THREADS = "processor of train.exact", "threads a process of train.exact"
+
+_CPU_FACTS = ("vendor_id", "cpu family", "model", "model name")
 
 SCOPE_KEYS = (_PROCESSOR, _THREADS)
 """Keys that a resume may change, with a warning."""
@@ -49,15 +49,4 @@ def describe_processor(device: torch.device) -> str:
     """Return the model of the GPU, or of the CPU with the instructions that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_read_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _read_cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    facts = dict(part for line in lines if len(part := line.split(":", 1)) == 2)
-    named = {key.strip(): value.strip() for key, value in facts.items()}
-    keys = ("vendor_id", "cpu family", "model", "model name")
-    return " ".join(named[key] for key in keys if key in named) or platform.machine()
+    return f"{describe_cpu(_CPU_FACTS)} ({torch.backends.cpu.get_cpu_capability()})"

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from dist_peft.app.data_setup import DataLoaders
+from dist_peft.core.processor import describe_cpu
 from dist_peft.core.redaction import redact_text
 from dist_peft.core.world import World
 from dist_peft.data.loader import SequenceDataset
@@ -102,16 +103,7 @@ def _describe_hardware(device: torch.device) -> str:
         return f"{found.name}, {format_byte_count(found.total_memory)}"
     memory = format_byte_count(psutil.virtual_memory().total)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_read_processor_name()}, {cores} cores, {memory}"
-
-
-def _read_processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    return f"{describe_cpu()}, {cores} cores, {memory}"
 
 
 def find_source_commit(directory: Path | None = None) -> str:

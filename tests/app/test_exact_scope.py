@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from dist_peft.app import exact_scope
 from dist_peft.app.exact_scope import (
     SCOPE_KEYS,
     describe_exact_scope,
@@ -14,6 +13,7 @@ from dist_peft.app.exact_scope import (
 )
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.processor import describe_cpu
 from dist_peft.core.world import World
 
 
@@ -41,7 +41,7 @@ def test_facts_are_recorded_where_bits_are_promised() -> None:
 def test_processor_without_proc() -> None:
     named = describe_processor(torch.device("cpu"))
     assert torch.backends.cpu.get_cpu_capability() in named and len(named) > 12
-    assert exact_scope._read_cpu_model() in named
+    assert describe_cpu() in named
 
 
 def test_kernels_are_fixed_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
