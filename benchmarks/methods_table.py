@@ -15,7 +15,7 @@ same records each. They are made before its cells, and its figures are those of 
 
 Each cell (method, rate, seed) is a run in a process forked from this one, which has the libraries
 loaded, and is written to the result at its end; the next call runs the cells that are missing. A
-method is a line of ``METHODS``.
+method is a line of ``METHODS`` in ``method_configs.py``.
 
     memory   private pages that a run adds at its peak to those of the libraries
     time     CPU seconds of the whole run: load, steps, evaluation, adapter
@@ -28,9 +28,10 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,98 +44,19 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.step_metrics import read_metrics
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.method_configs import FUSED_RATE, METHODS, STEPS
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 FIRST_RATES = RATES[2:6]
 EDGES = (min(RATES), max(RATES))
 SEEDS = (0, 1, 2)
-STEPS, BATCH, TOKENS = 30, 2, 320
+BATCH, TOKENS = 2, 320
 TRAIN_RECORDS, HELD_OUT = 120, 30
 NAME = "methods_table"
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-
-Section = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """Sections of the configuration; ``train`` has keys besides those that all methods share."""
-
-    adapter: Section
-    quant: Section | None = None
-    train: Section = field(default_factory=dict)
-
-
-NF4 = {"kind": "nf4"}
-INT4 = {"kind": "int", "bits": 4, "group_size": 8}
-BUT_DOWN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
-"""Linears of stories260K whose inputs (64) groups of 8 divide; ``down_proj`` has 172."""
-
-
-def lora(r: int, **more: Any) -> dict[str, Any]:
-    return {"kind": "lora", "r": r, "alpha": r, **more}
-
-
-def partial(**parts: Any) -> Method:
-    return Method({"kind": "partial", **parts})
-
-
-FUSED = {"kind": "bottleneck", "reduction_factor": 4}
-FUSED_RATE = 1e-2
-THIRD = STEPS // 3
-
-METHODS = {
-    "rslora r 64": Method(lora(64, use_rslora=True)),
-    "lora r 32": Method(lora(32)),
-    "full": Method({"kind": "full"}),
-    "ptuning, 20": Method({"kind": "ptuning"}),
-    "prefix, 20": Method({"kind": "prefix"}),
-    "prompt, 20": Method({"kind": "prompt"}),
-    "lora r 8": Method(lora(8)),
-    "lora r 64": Method(lora(64)),
-    "lora r 8, dora": Method(lora(8, use_dora=True)),
-    "lora r 8, lora+ (4)": Method(lora(8, lr_ratio=4.0)),
-    "lora r 8, pissa": Method(lora(8, init="pissa")),
-    "lora r 8, eva": Method(lora(8, init="eva")),
-    "lora r 8, lora-ga": Method(lora(8, init="lora_ga")),
-    "lora r 8, layer decay 0.8": Method(lora(8), train={"layer_decay": 0.8}),
-    "adalora r 12 to 8": Method(
-        {"kind": "adalora", "init_r": 12, "target_r": 8, "alpha": 12, "tinit": 5, "tfinal": THIRD}
-    ),
-    "vera r 256": Method({"kind": "vera"}),
-    "loha r 8": Method({"kind": "loha"}),
-    "lokr r 8": Method({"kind": "lokr"}),
-    "qlora r 8 (nf4)": Method(lora(8), NF4),
-    "qlora r 8 (nf4), loftq": Method(lora(8, init="loftq"), NF4),
-    "qalora r 8 (int4)": Method(
-        {"kind": "qalora", "r": 8, "alpha": 8, "target_modules": BUT_DOWN}, INT4
-    ),
-    "full, layer decay 0.8": Method({"kind": "full"}, train={"layer_decay": 0.8}),
-    "partial, last 2 blocks": partial(last_blocks=2),
-    "partial, blocks 0 and 4": partial(blocks=[0, 4]),
-    "partial, norms": partial(parts=["norms"]),
-    "partial, lisa": partial(parts=["embeddings", "head"], sample_blocks={"count": 2, "every": 5}),
-    "partial, from the top": partial(
-        parts=["head"],
-        unfreeze=[
-            *({"step": step, "last_blocks": n} for step, n in ((0, 1), (THIRD, 3))),
-            {"step": 2 * THIRD, "parts": ["all"]},
-        ],
-    ),
-    "partial, from the bottom": partial(
-        unfreeze=[
-            {"step": 0, "until": THIRD, "parts": ["embeddings"], "blocks": [0, 1]},
-            {"step": THIRD, "until": 2 * THIRD, "blocks": [2, 3]},
-            {"step": 2 * THIRD, "blocks": [4], "parts": ["head"]},
-        ]
-    ),
-    "bottleneck, pfeiffer": Method(FUSED),
-    "bottleneck, houlsby": Method({**FUSED, "placement": "houlsby"}),
-    "bottleneck, parallel": Method({**FUSED, "placement": "parallel"}),
-    "fusion of 2": Method({"kind": "fusion"}),
-    "ia3": Method({"kind": "ia3"}),
-}
 
 PUBLISHED = "rslora r 64 > lora r 32 >= full > ptuning > prefix > prompt"
 """Order of PEFT's method comparison on MetaMathQA and GSM8K (accuracy, Llama-3.2-3B)."""
