@@ -177,7 +177,7 @@ def measure_mask(steps: int) -> dict[str, float]:
     generator = torch.Generator()
     drawn = torch.empty(512, 4096, dtype=torch.bool)
     sides = {
-        "hash": lambda: layer._keep_elements(x),
+        "hash": lambda: layer._keep_elements(x, layer.make_keys(x)),
         "generator": lambda: drawn.bernoulli_(0.05, generator=generator.manual_seed(0)),
     }
     pairs: dict[str, list[float]] = {name: [] for name in sides}

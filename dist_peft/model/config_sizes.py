@@ -4,7 +4,7 @@ With a size of 0 or of 10**9 layers ``transformers`` divides by zero, asks for a
 does not end; its errors name no key.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dist_peft.core.errors import UserError
 
-__all__ = ["refuse_foreign_tokenizer", "refuse_impossible_sizes"]
+__all__ = ["list_layer_values", "refuse_foreign_tokenizer", "refuse_impossible_sizes"]
 
 _LIMITS = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size"), 2**31),
@@ -36,21 +36,37 @@ def refuse_impossible_sizes(config: PretrainedConfig | Mapping[str, Any], file: 
     """
     for sizes in _list_texts(config):
         for key, limit in _LIMITS.items():
-            size = sizes.get(key)
             least = 0 if "experts" in key else 1
-            if type(size) is int and not least <= size < limit:
-                raise UserError(f"{file} says {key} {size}, which no model has; get the base again")
+            for size in sizes.get(key, ()):
+                if type(size) is int and not least <= size < limit:
+                    raise UserError(
+                        f"{file} says {key} {size}, which no model has; get the base again"
+                    )
 
 
-def _list_texts(config: PretrainedConfig | Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the parts of a configuration that describe the language model."""
+def _list_texts(
+    config: PretrainedConfig | Mapping[str, Any],
+) -> Iterator[Mapping[str, Sequence[object]]]:
+    """Yield the values by key of each part of a configuration that describes the language model."""
     if isinstance(config, PretrainedConfig):
         text = config.get_text_config()
-        yield {key: getattr(text, key, None) for key in _LIMITS}
+        yield {key: list_layer_values(text, key) for key in _LIMITS}
         return
-    yield config
-    if isinstance(inner := config.get("text_config"), Mapping):
-        yield inner
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        yield {key: [part[key]] for key in _LIMITS if key in part}
+
+
+def list_layer_values(config: PretrainedConfig, key: str) -> list[Any]:
+    """Return the value of ``key``; of a family whose layers differ in it, that of each layer.
+
+    ``transformers`` then refuses to read the one of the whole model (Gemma 4's ``head_dim``). A key
+    that is absent has the value None.
+    """
+    try:
+        return [getattr(config, key, None)]
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError, which not every version has
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def refuse_foreign_tokenizer(

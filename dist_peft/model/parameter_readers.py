@@ -8,9 +8,11 @@ read their own parameters; with tied embeddings two modules read one; some code 
     embed_tokens.weight, tied  read in embed_tokens and in lm_head
     vision_tower. ...          read by no module: an input of tokens does not come there
     gate.weight                read in the code of the model itself, or in a block: no reader
+    mask_emb                   not read, but its module is called: no reader (other inputs read it)
 
 A reader is the outermost module in whose forward the parameter is read, among those that neither
-contain a block nor are in one. Parameters that no module reads are not loaded.
+contain a block nor are in one. Parameters that no module reads, of modules that are not called, are
+not loaded.
 """
 
 import functools
@@ -82,7 +84,8 @@ class ReaderWatch:
 class _ReaderMode(TorchDispatchMode):
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self._paths = {module: path for path, module in model.named_modules()}
+        self._paths_to_modules = dict(model.named_modules())
+        self._paths = {module: path for path, module in self._paths_to_modules.items()}
         self._inside = {module for block in blocks for module in block.modules()}
         starts = [self._paths[block] for block in blocks if block in self._paths]
         self._around = {m for m, p in self._paths.items() if any(_is_under(s, p) for s in starts)}
@@ -92,12 +95,15 @@ class _ReaderMode(TorchDispatchMode):
                 if parameter is not None and module not in self._inside:
                     self._owners.setdefault(_get_storage_key(parameter), []).append((path, name))
         self._active: list[nn.Module] = []
+        self._called: set[nn.Module] = set()
         self._readers: dict[int, set[nn.Module | None]] = {key: set() for key in self._owners}
 
     def find_readers(self) -> FoundReaders:
         found = {}
         for key, owners in self._owners.items():
-            if None not in (readers := self._readers[key]):
+            readers = self._readers[key]
+            is_called = any(self._paths_to_modules[path] in self._called for path, _ in owners)
+            if None not in readers and (readers or not is_called):
                 paths = tuple(sorted(self._paths[m] for m in readers if m is not None))
                 found.update(dict.fromkeys(owners, paths))
         return found
@@ -123,6 +129,7 @@ class _ReaderMode(TorchDispatchMode):
 
     def enter_module(self, module: nn.Module) -> None:
         self._active.append(module)
+        self._called.add(module)
         if isinstance(module, FrozenWeight):  # a probe may skip its operators
             for parameter in module._parameters.values():
                 if parameter is not None:

@@ -24,6 +24,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -202,6 +203,7 @@ def _is_interpreted(tensor: Tensor) -> bool:
     return interprets and tensor.device.type == "cpu" and _is_triton_installed()
 
 
+@cache
 def _is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

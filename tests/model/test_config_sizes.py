@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import Gemma4TextConfig, GPT2Config, PreTrainedTokenizerFast
 
 from dist_peft.core.errors import UserError
-from dist_peft.model.config_sizes import refuse_foreign_tokenizer, refuse_impossible_sizes
+from dist_peft.model.config_sizes import (
+    list_layer_values,
+    refuse_foreign_tokenizer,
+    refuse_impossible_sizes,
+)
 
 FILE = Path("base/config.json")
 
@@ -33,6 +37,18 @@ def test_possible_sizes() -> None:
     refuse_impossible_sizes(GPT2Config(), FILE)
     with pytest.raises(UserError, match="hidden_size 0"):
         refuse_impossible_sizes(GPT2Config(n_embd=0), FILE)
+
+
+def test_sizes_that_differ_by_layer() -> None:
+    """Gemma 4 has other heads in its layers of full attention; the model has no one size."""
+    config = Gemma4TextConfig(num_hidden_layers=4, head_dim=8, global_head_dim=16)
+    assert sorted(set(list_layer_values(config, "head_dim"))) == [8, 16]
+    assert list_layer_values(config, "hidden_size") == [config.hidden_size]
+    assert list_layer_values(config, "no_such_key") == [None]
+    refuse_impossible_sizes(config, FILE)
+    config = Gemma4TextConfig(num_hidden_layers=4, head_dim=8, global_head_dim=0)
+    with pytest.raises(UserError, match="says head_dim 0, which no model has"):
+        refuse_impossible_sizes(config, FILE)
 
 
 def make_tokenizer(ids: dict[str, int], *added: str) -> PreTrainedTokenizerFast:

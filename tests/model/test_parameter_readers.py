@@ -51,11 +51,12 @@ def test_towers_are_never_read(tmp_path: Path) -> None:
 
 
 class Odd(nn.Module):
-    """Reads ``gate`` itself, ``scale.weight`` from outside, and ``shared`` in a block."""
+    """Reads ``gate`` itself, ``scale.weight`` from outside, and ``shared`` in a block; of its own
+    ``mask`` it reads nothing, for these inputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.ones(3))
+        self.gate, self.mask = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         self.scale, self.shared, self.tower = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
         self.outer = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
@@ -82,7 +83,9 @@ def test_readers_that_are_no_module(tmp_path: Path) -> None:
     assert {key for key, readers in watch.found.items() if not readers} == unread
     mark_readers(model, watch.found)
     assert find_readers(model.outer[0], "weight") == (model.outer,)
-    assert find_readers(model, "gate") is None and find_readers(model.shared, "weight") is None
+    assert find_readers(model, "gate") is None and find_readers(model, "mask") is None
+    assert not is_never_read(model, "mask")  # loaded: with other inputs it may be read
+    assert find_readers(model.shared, "weight") is None
     assert is_never_read(model.tower, "weight") and not is_never_read(model.shared, "weight")
     found = list_unread_parameters(model)
     assert len(found) == 3 and id(model.tower.bias) in found
