@@ -18,7 +18,8 @@ from dist_peft.core.log import close_log
 
 ROOT = Path(__file__).parents[1]
 TRANSCRIPTS = ROOT / "docs" / "transcripts"
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,.:]*(e[-+]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,.:]*(e[-+]?\d+)?( (B|[KMGT]iB)\b)?")
+"""A number, with the unit of bytes that depends on its size."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def test_a_line_that_is_not_printed_is_found() -> None:
     assert find_missing_line(shown, "one 1\nthree 3\nfour\n") == "(after the last line) four"
     (free,) = read_commands("```text transcript numbers\n$ dist-peft eval\none 1e-3\n```")
     assert find_missing_line(free, "one 2.50\n") is None
+    (size,) = read_commands("```text transcript numbers\n$ dist-peft eval\npeak 541 MiB  eta\n```")
+    assert find_missing_line(size, "peak 1.83 GiB  eta\n") is None
+    assert find_missing_line(size, "peak 1.83 s  eta\n") == "peak 541 MiB  eta"
     assert find_missing_line(free, "one more\n") == "one 1e-3"
 
 
