@@ -466,7 +466,7 @@ RANK_FUNCTIONS = {
     "CalibrationSums._sum_local_batches": "the first rank has the first sample",
     "BlockLoop._factorize_on_one_rank": "ranks take turns to factor a Hessian",
     "BlockLoop._accumulate_local_hessian": "the first rank has the first sample",
-    "Trainer.finish_run": "the rank that writes the adapter alone keeps it gathered",
+    "AdapterTraining.write_adapter": "the rank that writes the adapter alone keeps it gathered",
     "hash_unread_tensors": "chunks of the base's files are dealt to ranks",
 }
 

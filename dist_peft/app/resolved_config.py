@@ -17,8 +17,10 @@ ranks and hours, so that it cannot be a part of this: it is a job of its own wit
 its own (``resolve_quantization``), run before, and its result comes in as a ``SolvedBase``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dist_peft.app.tasks import check_task_config
 from dist_peft.core.config.io import parse_config
@@ -35,6 +37,7 @@ __all__ = [
     "configure_inference",
     "configure_model_directory",
     "find_solved_base",
+    "replace_adapter",
     "resolve_config",
     "resolve_finished_run",
     "resolve_one_process",
@@ -99,6 +102,18 @@ def resolve_config(config: RunConfig, solved: SolvedBase | None = None) -> Resol
             "the directory that dist-peft quantize wrote, or the base/ of a run"
         )
     return resolved
+
+
+def replace_adapter(resolved: ResolvedConfig, section: Mapping[str, Any]) -> ResolvedConfig:
+    """Return ``resolved`` with another section ``adapter``.
+
+    Raises:
+        UserError: a wrong key or value, or one that does not fit the rest.
+    """
+    tree = {**resolved.run.model_dump(mode="json"), "adapter": dict(section)}
+    adapter = parse_config(tree).adapter
+    # a copy keeps the references to the environment, which config.yaml has in place of their values
+    return replace(resolved, run=resolved.run.model_copy(update={"adapter": adapter}))
 
 
 def resolve_unsolved_run(config: RunConfig) -> ResolvedConfig:

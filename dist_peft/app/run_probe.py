@@ -34,7 +34,7 @@ class RunProbe:
 
     def save_untrained(self) -> None:
         """Save the logits of the base, or of a model that is not trained yet. Collective."""
-        logits = self._compute_base_logits()
+        logits = self.compute_base_logits()
         probe = Probe(self.tokens, logits, logits)
         self.world.run_on_first("write the probe", lambda: probe.save_probe(self.path))
 
@@ -58,8 +58,11 @@ class RunProbe:
     def add_trained_logits(self, logits: Tensor) -> None:
         """Complete the file with the logits of the trained model; called on the first rank."""
         if self.path.is_file():
-            before = Probe.load_probe(self.path).before
-            Probe(self.tokens, logits, before).save_probe(self.path)
+            self.save_logits(self.path, Probe.load_probe(self.path).before, logits)
+
+    def save_logits(self, path: Path, before: Tensor, after: Tensor) -> None:
+        """Write a complete probe to ``path``; called on the first rank."""
+        Probe(self.tokens, after, before).save_probe(path)
 
     def compute_logits(self) -> Tensor:
         """Return logits of the probe tokens; every rank computes the same ones."""
@@ -67,7 +70,7 @@ class RunProbe:
         with inference_mode(self.built.model):
             return self.built.model(input_ids=ids, use_cache=False).logits.float().cpu()
 
-    def _compute_base_logits(self) -> Tensor:
+    def compute_base_logits(self) -> Tensor:
         """Return the logits of the base; of the model as it is where none is left."""
         if not can_disable_adapter(self.built.model):
             return self.compute_logits()

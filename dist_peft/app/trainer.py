@@ -1,42 +1,34 @@
 """Train a loaded model: start or resume, run the steps, write the results."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dist_peft.adapters.directory import write_adapter_directory
-from dist_peft.adapters.protocol import TrainsBaseWeights
+from dist_peft.app.adapter_training import AdapterTraining
 from dist_peft.app.base_content import RECORD_FILE, format_base_record
-from dist_peft.app.checkpoint_adapter import describe_adapter, format_adapter_files
+from dist_peft.app.checkpoint_adapter import format_adapter_files
 from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.document_isolation import check_document_isolation
-from dist_peft.app.final_weights import write_trained_weights
 from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form_report import report_peft_form
-from dist_peft.app.run_identity import count_total_steps, describe_run_values
-from dist_peft.app.run_probe import RunProbe
-from dist_peft.app.run_report import find_public_base_name, summarize_run, write_run_report
+from dist_peft.app.run_identity import describe_run_values
+from dist_peft.app.run_report import summarize_run, write_run_report
 from dist_peft.app.run_samples import RunSamples
-from dist_peft.app.step_setup import make_training_step
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import FILE_ONLY, ONCE
 from dist_peft.core.stop_signals import StopRequested
 from dist_peft.core.world import World
-from dist_peft.data.turn_end import find_turn_end_ids
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.replicas import ReplicaCheck
 from dist_peft.export.stopping import warn_missing_stop_token
-from dist_peft.model.hub import save_tokenizer
-from dist_peft.store.publish import publish_directory
 from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
 from dist_peft.train.eval_history import EvaluationHistory, open_metrics
@@ -84,14 +76,13 @@ class Trainer:
     phase_end: int | None = None
 
     def __post_init__(self) -> None:
-        self.total_steps = count_total_steps(self.config, self.loaders)
-        self.loaders.train.check_steps(self.total_steps)
-        self.built.setup.adapter.plan_steps(self.total_steps)
-        self.loaders.objective.begin_run(self.total_steps)
+        self.training = AdapterTraining(
+            self.config, self.world, self.built, self.call, self.loaders
+        )
+        self.total_steps = self.training.plan_steps()
         self.stopped_early = False
         """Whether ``train.early_stop`` has ended the training."""
-        path = self.run_dir / "probe.safetensors"
-        self.probe = RunProbe(path, self.loaders.probe, self.built, self.world)
+        self.probe = self.training.probe
         self.samples = RunSamples(self.config, self.loaders, self.built, self.world)
         self.nonfinite = NonFiniteSteps.from_config(self.config.train)
         self.evaluation_stopped = False
@@ -112,7 +103,7 @@ class Trainer:
             self.total_steps,
             self.config.train.global_batch,
         )
-        ends = self._turn_end_ids
+        ends = self.training.turn_end_ids
         names = self.built.setup.tokenizer.convert_ids_to_tokens(ends)
         warn = partial(warn_missing_stop_token, self.built.setup.directory, ends, names)
         self.world.run_on_first("read the base's generation settings", warn)
@@ -160,8 +151,8 @@ class Trainer:
         replicas = ReplicaCheck(self.built.model, engine, self.world)
         if train.check_every:
             self._compare_replicas(replicas, first_step, everything=True)
-        objective = self.loaders.objective
-        training = make_training_step(train, self.built, self.call, objective, self.world)
+        training = self.training
+        training.num_steps = first_step
         metrics = self._open_metrics(first_step)
         history = EvaluationHistory(train.early_stop, train.metric_for_best)
         history.read_from_run(self.run_dir, self.world)
@@ -175,20 +166,17 @@ class Trainer:
                 start, gathered = time.perf_counter(), engine.bytes_gathered
                 load = StepLoad(engine.device)
                 batches, targets = loader.load_step(step)
-                loss = training.accumulate_gradients(step, batches, targets)
+                loss = training.forward_backward(batches, targets)
                 lr = self._compute_lr(step)
-                norm = training.update_parameters(step, loss, lr, train.max_grad_norm)
-                if not math.isfinite(norm):
-                    failure = training.describe_failure(step, batches, loss, norm, lr)
-                    self._handle_failed_step(failure, is_saved=step == first_step)
-                training.finish_step(step + 1)
+                failed = partial(self._handle_failed_step, is_saved=step == first_step)
+                norm = training.optim_step(lr, on_failure=failed)
                 seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
                 done, last = step + 1, step + 1 == self.total_steps
                 # one exchange a step: a signal to one rank stops all of them
-                stopping, failed, *maxima = self.world.max_over_ranks(
+                stopping, is_failed, *maxima = self.world.max_over_ranks(
                     stop(), self.checkpoints.has_failed, *load.list_exchanged()
                 )
-                if failed:
+                if is_failed:
                     self.checkpoints.finish_writing()  # raises the error of the writer thread
                 record = StepMetrics(
                     step=done,
@@ -204,7 +192,7 @@ class Trainer:
                     nonfinite_steps=len(self.nonfinite.steps) or None,
                     spike=spikes.log_loss(done, loss),
                     **load.describe_maxima(maxima, self.world.size),
-                    **training.method_metrics,
+                    **training.parts.method_metrics,
                 )
                 is_best = False
                 if last or _is_due(done, train.eval_every):
@@ -315,7 +303,7 @@ class Trainer:
                 self.built.get_parameter(name)
             )
         files = {RECORD_FILE: format_base_record(self.built.record)}
-        files |= format_adapter_files(self._make_adapter_metadata(), self.loaders.chat_template)
+        files |= format_adapter_files(self.training.make_metadata(), self.loaders.chat_template)
         position = self._make_run_position(step)
         self.checkpoints.save_checkpoint(state, position, files, best=best)
 
@@ -335,14 +323,7 @@ class Trainer:
     def finish_run(self) -> None:
         """Gather and save the trained adapter, complete the probe, write the report."""
         directory = self.run_dir / "adapter"
-        if isinstance(self.built.setup.adapter, TrainsBaseWeights):
-            about = {"kind": self.config.adapter.kind, **self._make_adapter_metadata()}
-            add_files = self._save_chat_tokenizer
-            write_trained_weights(self.built, self.world, directory, about, add_files)
-        else:
-            tensors = self.built.gather_adapter(keep=self.world.is_first)
-            write = partial(self._write_adapter, directory, tensors)
-            self.world.run_on_first("write the adapter", write)
+        self.training.write_adapter(directory)
         logits, attention = self.probe.compute_logits(), self._measure_fusion_attention()
 
         def write_after_adapter() -> None:
@@ -354,32 +335,9 @@ class Trainer:
         self.world.run_on_first("write probe and report", write_after_adapter)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")
 
-    def _write_adapter(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-        base = find_public_base_name(self.config, self.built)
-        public = self.built.setup.adapter.to_public_adapter(tensors, base)
-        with publish_directory(directory) as staged:
-            write_adapter_directory(staged, public, self._make_adapter_metadata())
-            self._save_chat_tokenizer(staged)
-
-    def _make_adapter_metadata(self) -> dict[str, Any]:
-        return describe_adapter(self.config, self.built, self._turn_end_ids)
-
-    @cached_property
-    def _turn_end_ids(self) -> list[int]:
-        """Return the ids of the tokens that end the turns in the training data."""
-        rows, tokenizer = self.loaders.train.rows, self.built.setup.tokenizer
-        if self.config.data.is_classification:
-            return []
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        return find_turn_end_ids(cast(Any, rows), special)
-
     def _complete_probe_and_report(self, logits: Tensor) -> None:
         self.probe.add_trained_logits(logits)
         write_run_report(self.run_dir, self.make_report_summary())
-
-    def _save_chat_tokenizer(self, directory: Path) -> None:
-        if (template := self.loaders.chat_template) is not None:
-            save_tokenizer(self.built.setup.tokenizer, directory, template)
 
     def _measure_fusion_attention(self) -> FusionAttention | None:
         """Return a fusion's attention on held-out data; None without fusion or held-out data."""

@@ -13,7 +13,6 @@ from torch import nn
 
 from dist_peft.app.adapter_bank import AdapterBank
 from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
-from dist_peft.app.data_initialization import initialize_from_data
 from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
 from dist_peft.app.document_isolation import count_packed_tokens
 from dist_peft.app.earlier_log import append_to_earlier_log
@@ -22,9 +21,9 @@ from dist_peft.app.model_setup import (
     ModelSetup,
     build_model,
     load_init_factors,
-    load_weights,
     replace_labels,
 )
+from dist_peft.app.python_api import load_with_adapter
 from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
 from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
@@ -43,7 +42,6 @@ from dist_peft.core.world import World
 from dist_peft.data.labels import list_class_names
 from dist_peft.export.outlook import log_export_outlook
 from dist_peft.train.checkpoint import CheckpointManager
-from dist_peft.train.optimizers import make_optimizer_factory
 from dist_peft.train.trackers import check_trackers_installed
 
 __all__ = ["RESUMABLE", "train_until_stopped"]
@@ -147,10 +145,8 @@ def _train_phase(
     directory.open()
     if begun is not None and begun.resume_from is not None:
         load_init_factors(setup, begun.checkpoints, begun.resume_from)
-    built = load_weights(setup, world, device, trained_on)
-    if begun is None:
-        initialize_from_data(built, next(iter(jobs.values())).loaders, world)
-    call = built.setup_optimizer(make_optimizer_factory(config.train, device))
+    loaders = next(iter(jobs.values())).loaders if begun is None else None
+    built, call = load_with_adapter(setup, world, device, trained_on, loaders)
     trainers = {name: job.make_trainer(built, call, world) for name, job in jobs.items()}
     next(iter(trainers.values())).check_loaded_model()
     if config.train.tasks == "separate":

@@ -135,7 +135,7 @@ def test_other_function_of_the_same_weights_is_refused(
     (rope if rope is not None else config)[key] = value
     file.write_text(json.dumps(config))
     save_config(run_of(changed), changed)
-    monkeypatch.setattr("dist_peft.app.training_run.load_weights", None)  # refused before
+    monkeypatch.setattr("dist_peft.app.python_api.load_weights", None)  # refused before
     tree = {**changed, "train": {**changed["train"], "steps": 4}}
     command = {
         "train": ["train", "--config", str(save_config(tmp_path, tree))],

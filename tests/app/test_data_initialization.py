@@ -13,7 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor
 from torch.nn import functional
 
-from dist_peft.app import training_run
+from dist_peft.app import python_api
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -151,7 +151,7 @@ def test_resumed_run_does_not_initialize(tmp_path: Path) -> None:
     rest = {**whole, "train": {**whole["train"], "schedule": "constant"}}
     assert train({**rest, "save": {"dir": str(tmp_path / "constant"), "every": 0}}) == 0
     assert train({**rest, "train": {**rest["train"], "steps": 2}}) == 0
-    with mock.patch.object(training_run, "initialize_from_data") as initializes:
+    with mock.patch.object(python_api, "initialize_from_data") as initializes:
         assert train(rest) == 0
     close_log()
     assert not initializes.called

@@ -71,7 +71,7 @@ def test_refused_by_key_with_both_values(stopped: Tree, tmp_path: Path) -> None:
     others["weights"] = (others["weights"][0], f"step-000001 {other_base}")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.name != "log.txt")
     with mock.patch(
-        "dist_peft.app.training_run.load_weights", side_effect=AssertionError("base was loaded")
+        "dist_peft.app.python_api.load_weights", side_effect=AssertionError("base was loaded")
     ):
         for name, (tree, text) in others.items():
             with pytest.raises(UserError, match=re.escape(text)) as caught:

@@ -3,7 +3,6 @@
 import argparse
 import json
 
-from dist_peft.app.checkpoint_adapter import open_trained_run
 from dist_peft.app.export_options import (
     add_export_arguments,
     add_run_arguments,
@@ -12,7 +11,7 @@ from dist_peft.app.export_options import (
     require_one_process,
     warn_unused_arguments,
 )
-from dist_peft.app.verified_export import export_finished_run
+from dist_peft.app.python_api import export_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 
@@ -35,20 +34,17 @@ def run(args: argparse.Namespace, world: World) -> int:
     require_one_process(world)
     setup_log(None, 0, 1)
     warn_unused_arguments(args)
-    verify, trust = parse_verification_options(args), args.trust_remote_code
-    with open_trained_run(
-        args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
-    ) as run_dir:
-        outcome = export_finished_run(
-            run_dir,
-            args.format,
-            args.out,
-            collect_format_options(args),
-            into=args.base or "original",
-            verify=verify,
-            trust_remote_code=trust,
-            overwrite=args.overwrite,
-        )
+    outcome = export_run(
+        args.run_dir,
+        args.out,
+        args.format,
+        collect_format_options(args),
+        checkpoint=args.checkpoint,
+        into=args.base or "original",
+        verify=parse_verification_options(args),
+        trust_remote_code=args.trust_remote_code,
+        overwrite=args.overwrite,
+    )
     if args.json:
         print(json.dumps(outcome.to_json()))
     return 0

@@ -3,14 +3,13 @@
 import argparse
 import json
 
-from dist_peft.app.checkpoint_adapter import open_trained_run
 from dist_peft.app.export_options import (
     add_merge_arguments,
     add_run_arguments,
     parse_verification_options,
     require_one_process,
 )
-from dist_peft.app.verified_export import merge_finished_run
+from dist_peft.app.python_api import merge_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
 
@@ -32,20 +31,17 @@ def run(args: argparse.Namespace, world: World) -> int:
     """
     require_one_process(world)
     setup_log(None, 0, 1)
-    verify, trust = parse_verification_options(args), args.trust_remote_code
-    with open_trained_run(
-        args.run_dir, args.checkpoint, with_probe=verify is not None, trust_remote_code=trust
-    ) as run_dir:
-        outcome = merge_finished_run(
-            run_dir,
-            args.out,
-            into=args.base or "original",
-            dtype=args.dtype,
-            keep_zeros=args.keep_zeros,
-            verify=verify,
-            trust_remote_code=trust,
-            overwrite=args.overwrite,
-        )
+    outcome = merge_run(
+        args.run_dir,
+        args.out,
+        checkpoint=args.checkpoint,
+        into=args.base or "original",
+        dtype=args.dtype,
+        keep_zeros=args.keep_zeros,
+        verify=parse_verification_options(args),
+        trust_remote_code=args.trust_remote_code,
+        overwrite=args.overwrite,
+    )
     if args.json:
         print(json.dumps(outcome.to_json()))
     return 0

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from dist_peft.app import cli
+from dist_peft.app import cli, python_api
 from dist_peft.app.commands import export
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -14,7 +14,7 @@ from dist_peft.core.world import World
 def _run_export(*words: str) -> mock.Mock:
     argv = ["export", "--run", "r", "--out", "o", "--no-verify", *words]
     args = cli.build_verb_parser(argv).parse_args(argv)
-    with mock.patch.object(export, "export_finished_run") as called:
+    with mock.patch.object(python_api, "export_finished_run") as called:
         assert export.run(args, World()) == 0
     return called
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from dist_peft.app import cli
+from dist_peft.app import cli, python_api
 from dist_peft.app.commands import merge
 from dist_peft.app.verified_export import VerificationOptions
 from dist_peft.core.errors import UserError
@@ -20,7 +20,7 @@ def _parse(*words: str) -> argparse.Namespace:
 
 def test_options_reach_the_merge() -> None:
     args = _parse("--run", "r", "--out", "o", "--base", "decoded", "--dtype", "float32")
-    with mock.patch.object(merge, "merge_finished_run") as called:
+    with mock.patch.object(python_api, "merge_finished_run") as called:
         assert merge.run(args, World()) == 0
     assert called.call_args.args == (Path("r"), Path("o"))
     assert called.call_args.kwargs == {
@@ -35,7 +35,7 @@ def test_options_reach_the_merge() -> None:
 
 def test_no_verify_compares_nothing() -> None:
     args = _parse("--run", "r", "--out", "o", "--no-verify")
-    with mock.patch.object(merge, "merge_finished_run") as called:
+    with mock.patch.object(python_api, "merge_finished_run") as called:
         merge.run(args, World())
     assert called.call_args.kwargs["verify"] is None
 
