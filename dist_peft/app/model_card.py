@@ -34,7 +34,7 @@ _SERVERS = """\
 | server | export |
 | --- | --- |
 | transformers, vLLM, SGLang (merged) | `dist-peft merge` |
-| PEFT, vLLM, SGLang (adapter) | `dist-peft export --format peft`; QA-LoRA: `peft-expanded` |
+| PEFT, vLLM, SGLang (adapter) | `--format peft` (QA-LoRA `peft-expanded`, experts `peft-experts`) |
 | llama.cpp, Ollama | `--format gguf`; the adapter alone: `gguf-lora` |
 | mlx-lm | `--format mlx`; the adapter alone: `mlx-adapter` |
 """

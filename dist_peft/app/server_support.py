@@ -49,7 +49,9 @@ def _list_obstacles(config: Mapping[str, Any]) -> list[str]:
     if config.get("modules_to_save"):
         reasons.append(f"modules_to_save: {', '.join(map(str, config['modules_to_save']))}")
     if config.get("target_parameters"):
-        reasons.append("LoRA on fused experts (target_parameters); merge the run")
+        reasons.append(
+            "LoRA on fused experts (target_parameters); export it with --format peft-experts"
+        )
     if any(_read_values(config.get("alpha_pattern"))):
         reasons.append("alpha_pattern, of which it reads nothing; merge the run")
     if any(_read_values(config.get("rank_pattern"))):

@@ -16,6 +16,7 @@ from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.integer_zero import CompressedTensorsExport, GptqExport
 from dist_peft.export.formats.mlx_adapter import MlxAdapterExport
 from dist_peft.export.formats.peft_adapter import PeftExpandedExport, PeftExport
+from dist_peft.export.formats.peft_experts import PeftExpertsExport
 
 __all__ = ["FORMATS", "export_model", "list_export_forms", "render_format_table"]
 
@@ -25,6 +26,7 @@ FORMATS: dict[str, ExportFormat] = {
         HfBf16Export(),
         PeftExport(),
         PeftExpandedExport(),
+        PeftExpertsExport(),
         BnbNf4Export(),
         GptqExport(),
         CompressedTensorsExport(),

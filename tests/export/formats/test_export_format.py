@@ -28,6 +28,7 @@ def test_content_depends_on_options() -> None:
     assert [name for name, content in contents.items() if content == "adapter"] == [
         "peft",
         "peft-expanded",
+        "peft-experts",
         "gguf-lora",
         "mlx-adapter",
     ]

@@ -19,7 +19,7 @@ from dist_peft.store.writer import StreamWriter
 from tests.support.export_runs import FakeRun, fork_consumers, make_run
 
 ROOT = Path(__file__).parents[3]
-ADAPTERS = {"peft", "peft-expanded", "gguf-lora", "mlx-adapter"}
+ADAPTERS = {"peft", "peft-expanded", "peft-experts", "gguf-lora", "mlx-adapter"}
 QUANTIZED = sorted(FORMATS.keys() - ADAPTERS - {"hf-bf16"})
 INT4 = QuantConfig(kind="int", bits=4, group_size=32)
 MLX = pytest.param("mlx", marks=pytest.mark.e2e)
