@@ -7,8 +7,8 @@ from its checkpoint on the next engine::
     fsdp2 -> zero (2 ranks; bf16: stage 1, INT4: 2, NF4: 3)
     zero -> single
 
-Cells take turns (``tests/support/turns.py``): each turn has every method on each of its bases,
-every base with every engine, and, where a method has three bases, that method on every engine.
+Cells take turns (``tests/support/turns.py``): each turn has every base with every engine, and half
+of the pairs of a method and a base, each on one engine. Two turns have every pair, six every cell.
 
 Adapters have odd sizes, so that two ranks hold different numbers of rows.
 
@@ -137,12 +137,17 @@ CELLS = [
 Cell = tuple[str, str, str]
 """Method, base, and the engine that its run begins on."""
 
+
+def place(number: int, method: str, base: str, engine: str) -> Any:
+    """A cell: of each three turns one has its engine, and of each two one has its pair."""
+    third = number_turn((method, [*METHODS]), (base, [*BASES]), (engine, [*NEXT]), of=3).args[0]
+    turn = next(t for t in range(6) if t % 3 == third and t % 2 == number % 2)
+    return pytest.param(method, base, engine, marks=pytest.mark.turn(turn, 6))
+
+
 PLACES = [
-    pytest.param(
-        *(method, base, engine),
-        marks=number_turn((method, [*METHODS]), (base, [*BASES]), (engine, [*NEXT]), of=3),
-    )
-    for method, base in CELLS
+    place(number, method, base, engine)
+    for number, (method, base) in enumerate(CELLS)
     for engine in NEXT
 ]
 

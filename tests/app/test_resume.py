@@ -57,7 +57,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.dist
 @pytest.mark.data
-@pytest.mark.parametrize(("case", "ranks"), [("nf4", 1), ("nf4", 3), ("pissa", 3), ("loftq", 1)])
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [
+        *(("nf4", 1), ("nf4", 3)),
+        # factors of the start that are read again, of one initialization in each turn
+        pytest.param("pissa", 3, marks=pytest.mark.turn(0, 2)),
+        pytest.param("loftq", 1, marks=pytest.mark.turn(1, 2)),
+    ],
+)
 def test_resumed_at_other_ranks(
     begin: Callable[..., Begun], shared_data: Path, tmp_path: Path, case: str, ranks: int
 ) -> None:
