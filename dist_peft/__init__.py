@@ -16,6 +16,7 @@ Layers, each importing only those below it (checked by import-linter)::
     core
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,4 +48,8 @@ _API = "dist_peft.app.python_api"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dist_peft.app.platform_check import find_platform_obstacle
+
+    if (reason := find_platform_obstacle(sys.platform)) is not None:
+        raise ImportError(reason)
     return getattr(import_module(_MODULES.get(name, _API)), name)

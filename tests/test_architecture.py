@@ -68,6 +68,7 @@ CLAIMS: dict[str, dict[str, list[str]]] = {
             f"{HERE}test_other_libraries_are_changed_in_one_file",
             "tests/engine/test_compat.py::test_the_patch_goes_when_the_oldest_torch_needs_none",
         ],
+        "A tour of one run, in reading order": [f"{HERE}test_packages_and_files_of_the_tour_exist"],
         "on 8 ranks": [f"{HERE}test_the_row_of_the_example"],
         "with one `uint8` parameter": [f"{HERE}test_the_skeletons_linears_are_packed_and_on_meta"],
         "rank 3 keeps rows 1536 to 2047": [f"{HERE}test_the_row_of_the_example"],
@@ -242,6 +243,19 @@ def test_the_tests_of_claims_exist(page: str) -> None:
 
 
 # -- layers ------------------------------------------------------------------------------------
+
+
+def test_packages_and_files_of_the_tour_exist() -> None:
+    """The tree has each package of dist_peft, and the tour of a run names files that are there."""
+    section = read_page("architecture.md").split("## Packages")[1].split("\n## ")[0]
+    tree = section.split("```")[1]
+    packages = {line.split()[0].rstrip("/") for line in tree.splitlines() if line[:2] == "  "}
+    package = ROOT / "dist_peft"
+    assert packages == {p.parent.name for p in package.glob("*/__init__.py")}
+    others = {line.split()[0] for line in tree.splitlines()[1:] if line and line[0] != " "}
+    assert others and all((ROOT / name).is_dir() for name in others)
+    files = re.findall(r"`([a-z_/0-9]+\.py)`", section)
+    assert len(files) > 10 and all((package / file).is_file() for file in files)
 
 
 def test_the_pages_layers_are_those_of_import_linter() -> None:

@@ -68,3 +68,25 @@ def test_commands_have_these_options(name: str) -> None:
     for verb, *words in commands:
         long = {word.split("=")[0] for word in words if word.startswith("--")}
         assert long <= options[verb], f"{name}: dist-peft {verb}: {long - options[verb]}"
+
+
+README = (DOCS.parent / "README.md").read_text()
+MAIN_JOB = (
+    "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 && "
+    ".venv/bin/pip install -c constraints.txt -e . && .venv/bin/dist-peft quickstart\n"
+)
+
+
+def test_readme_is_a_picture_two_commands_and_links() -> None:
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", "!"))]
+    assert len(lines) <= 20
+    assert re.findall(r"```bash\n(.*?)```", README, re.DOTALL) == [MAIN_JOB, "bash .ci/run\n"]
+    assert MAIN_JOB in (DOCS / "quickstart.md").read_text()
+    assert "quickstart" in list_verb_options() and (DOCS.parent / ".ci" / "run").is_file()
+
+
+def test_links_of_the_readme_exist() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) > 12
+    assert not [link for link in links if not (DOCS.parent / link).exists()]

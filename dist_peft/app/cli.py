@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_peft.app.help_texts import format_examples
+from dist_peft.app.json_output import print_refusal, reserve_stdout
 from dist_peft.app.option_parser import OptionParser, add_verbosity_arguments
 from dist_peft.core.stop_signals import (
     catch_stop_signals,
@@ -52,7 +53,7 @@ RESUMABLE_VERBS = {"train", "eval", "quantize", "prune"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code (``app.exit_codes``)."""
     argv = sys.argv[1:] if argv is None else argv
-    with catch_stop_signals():
+    with catch_stop_signals(), reserve_stdout(argv):
         try:
             if not argv or argv[0] not in RESUMABLE_VERBS:
                 interrupt_on_stop_signals()
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dist_peft.app.exit_codes import run_command  # after --help and errors of usage
         except KeyboardInterrupt:
             print("dist-peft: interrupted", file=sys.stderr)
+            print_refusal("interrupted", get_interrupt_exit_code())
             return get_interrupt_exit_code()
         return run_command(args)
 

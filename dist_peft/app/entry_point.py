@@ -6,7 +6,11 @@ Importing this module installs the handlers of ``core.stop_signals``; nothing el
 
 import os
 
-from dist_peft.core.stop_signals import note_stop_signals
+from dist_peft.app.platform_check import refuse_unsupported_platform
+
+refuse_unsupported_platform()
+
+from dist_peft.core.stop_signals import note_stop_signals  # noqa: E402
 
 note_stop_signals()
 

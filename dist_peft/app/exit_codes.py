@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 
 from dist_peft.app.earlier_log import append_to_earlier_log, name_run_directory
+from dist_peft.app.json_output import print_refusal
 from dist_peft.app.last_line import claim_last_line, wait_for_exit
 from dist_peft.app.out_of_memory import describe_out_of_memory
 from dist_peft.app.stall_exit import allow_stall_exit
@@ -59,25 +60,25 @@ def _run_until_exit(args: argparse.Namespace) -> int:
         return _exit_process(world, code)
     except UserError as error:
         if world.is_first or isinstance(error, RendezvousError):
-            _report_end(str(error))
+            _report_end(str(error), 2)
         return _exit_process(world, 2)
     except RunFailure as error:
         if world.is_first:
-            _report_end(str(error))
+            _report_end(str(error), 1)
         return _exit_process(world, 1)
     except VerificationError as error:
-        _report_end(str(error))
+        _report_end(str(error), 1)
         return _exit_process(world, 1)
     except RemoteError as error:
-        _report_end(f"{_name_rank(world)}{error}")
+        _report_end(f"{_name_rank(world)}{error}", 1)
         return _exit_process(world, 1)
     except StopRequested as stop:
         if world.is_first or stop.is_alone:
-            _report_end(f"{stop}; the same command resumes")
+            _report_end(f"{stop}; the same command resumes", RESUMABLE)
         return _exit_process(world, RESUMABLE)
     except KeyboardInterrupt:
         if world.is_first:
-            _report_end("interrupted")
+            _report_end("interrupted", get_interrupt_exit_code())
         return _exit_process(world, get_interrupt_exit_code())
     except Exception as error:
         _report_failure(error, world)
@@ -104,7 +105,7 @@ def _report_failure(error: Exception, world: World) -> None:
         set_run_state(run_dir, "failed", line)
         if not world.is_first:
             append_log_line(run_dir / "log.txt", line)
-    _report_end(line)
+    _report_end(line, 1)
 
 
 def _names_first_rank(explanation: str | None) -> bool:
@@ -122,14 +123,16 @@ def _claim_last_line_or_wait() -> None:
         wait_for_exit()
 
 
-def _report_end(line: str) -> None:
-    """Print the last line of a command, and write it to ``log.txt`` where there is one."""
+def _report_end(line: str, code: int) -> None:
+    """Print the last line of a command that ends with ``code``, on stdout too with ``--json``, and
+    write it to ``log.txt`` where there is one."""
     _claim_last_line_or_wait()
     line = redact_text(line)
     append_to_earlier_log(line)
     logger = logging.getLogger("dist_peft")
     if logger.handlers:  # else Python's last resort would print it a second time
         logger.error("%s", line, extra=FILE_ONLY)
+    print_refusal(line, code)
     print(f"dist-peft: {line}", file=sys.stderr, flush=True)
 
 

@@ -5,7 +5,9 @@ import logging
 from typing import Any, get_args
 
 from dist_peft.app.config_arguments import add_checkpoint_argument, parse_path
-from dist_peft.app.verified_export import VerificationOptions
+from dist_peft.app.hub_upload import HubUpload, format_listing
+from dist_peft.app.json_output import print_document
+from dist_peft.app.verified_export import ExportOutcome, VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.export.formats.export_format import ExportOption
@@ -20,6 +22,7 @@ __all__ = [
     "add_verification_arguments",
     "collect_format_options",
     "parse_verification_options",
+    "print_outcome",
     "require_one_process",
     "warn_unused_arguments",
 ]
@@ -192,3 +195,17 @@ def warn_unused_arguments(args: argparse.Namespace) -> None:
         log.warning("%s", sentence)
     if args.base and known.get_content(options) != "merged":
         log.warning("--base has no effect where nothing is merged")
+
+
+def print_outcome(outcome: ExportOutcome, upload: HubUpload | None, *, as_json: bool) -> None:
+    """Upload a result where that was asked for, and print the result as JSON, or a dry run's list.
+
+    Raises:
+        UserError: it was not compared with the trained model, and is not uploaded.
+        RunFailure: the hub did not take it.
+    """
+    sent = None if upload is None else upload.finish(outcome)
+    if as_json:
+        print_document(outcome.to_json() | ({} if sent is None else {"upload": sent}))
+    elif sent is not None and sent["dry_run"]:
+        print("\n".join(format_listing(sent)))

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dist-peft export --list",
         "dist-peft export --run runs/mine --out mine.gguf --format gguf --type q8_0",
         "dist-peft export --run runs/mine --out mine-mlx --format mlx",
+        "dist-peft export --run runs/mine --out mine --format peft --push-to-hub me/mine --dry-run",
     ),
     "switch": ("dist-peft switch --merged merged --from runs/a --to runs/b --out merged-b",),
     "combine": (

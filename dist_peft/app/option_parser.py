@@ -8,6 +8,7 @@ import argparse
 import re
 from typing import NoReturn
 
+from dist_peft.app.json_output import print_refusal
 from dist_peft.core.config.peer_keys import find_peer_key
 
 __all__ = ["OptionParser", "add_verbosity_arguments", "find_option_hints"]
@@ -19,6 +20,7 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and ``message`` with hints, and exit with code 2."""
         hints = find_option_hints(message) if message.startswith("unrecognized") else []
+        print_refusal("; ".join([message, *hints]), 2)
         super().error("; ".join([message, *hints]))
 
 

@@ -22,7 +22,7 @@ from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.model.skeleton import parse_torch_dtype
 
-__all__ = ["verify_adapter"]
+__all__ = ["load_trained_base", "verify_adapter"]
 
 
 @torch.no_grad()
@@ -49,8 +49,7 @@ def verify_adapter(
     from peft import PeftModel
 
     labels = read_adapter_metadata(trained).get("labels", ())
-    model = _build_plain_model(base, directory, labels)
-    _fill_plain_model(model, base, directory, labels)
+    model = load_trained_base(base, directory, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about a rank_pattern without a module
         adapted: Any = PeftModel.from_pretrained(model, str(out)).eval()
@@ -66,6 +65,24 @@ def verify_adapter(
 
 def _describe_adapter_kind(adapted: Any) -> str:
     return str(adapted.active_peft_config.peft_type.value).lower()
+
+
+@torch.no_grad()
+def load_trained_base(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:
+    """Return the model of plain ``transformers`` with the weights that training had, without any
+    adapter: linears of the blocks dequantized, everything else in the compute type.
+
+    Args:
+        base: the run's base configuration.
+        directory: directory of the base's files.
+        labels: of a classifier; empty for a language model.
+
+    Raises:
+        VerificationSkipped: ``transformers`` has no such model.
+    """
+    model = _build_plain_model(base, directory, labels)
+    _fill_plain_model(model, base, directory, labels)
+    return model
 
 
 def _build_plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.model.generation import Sampling
 from tests.support.forked_commands import run_forked
-from tests.support.tiny_runs import save_base, tiny_tree, train
+from tests.support.tiny_runs import save_base, save_config, tiny_tree, train
 
 PROMPTS = ("w40 w50", "w77")
 TOKENS = 12
@@ -114,6 +114,38 @@ def test_template_of_the_tokenizer_or_none(tmp_path: Path) -> None:
         model.encode_messages([{"role": "system", "content": "w4"}])
     plain = open_model_directory(tmp_path, World(), **{**OPTIONS, "plain": True})
     assert plain.encode_messages(turns) == [42]
+
+
+@pytest.mark.e2e
+def test_template_of_the_data_is_that_of_the_conversation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``data.chat_template`` in training, in the rows of ``validate``, and in ``chat``."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}w6 {% generation %}"
+        "{{ m.content + ' ' + eos_token }}{% endgeneration %}{% else %}w5 {{ m.content }} "
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}w6 {% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(template)
+    turns = [{"role": "user", "content": "w40"}, {"role": "assistant", "content": "w41"}]
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:2]}))
+    tree = tiny_tree(tmp_path, train__steps=1)
+    tree["data"] |= {
+        "train": [str(data)],
+        "eval": [],
+        "chat_template": str(tmp_path / "own.jinja"),
+    }
+    file = save_config(tmp_path, tree)
+    assert cli.main(["validate", "--config", str(file), "--no-plan", "--rows", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "data.chat_template, which marks" in printed and "w5 w40 w6[[w41 w2]]" in printed
+    assert train(tree) == 0
+    (tmp_path / "own.jinja").unlink()  # the run has its text
+    for checkpoint in ("last", "1"):
+        model = open_run(tmp_path / "run", checkpoint, World(), **OPTIONS)
+        assert model.encode_messages(turns[:1]) == [5, 40, 6]
+        assert model.stop_ids == (2,)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "fuse": ("train", "--config", "fuse.yaml"),
     "validate": ("validate", "--config", "config.yaml"),
     "plan": ("plan", "--config", "config.yaml", "--gpu-memory", "1GiB"),
+    "talk": (
+        *("chat", "--run", "run", "--prompt", "w9", "--prompt", "w12"),
+        *("--max-new-tokens", "2", "--device", "cpu"),
+    ),
     "eval": ("eval", "--config", "config.yaml", "--run", "run"),
     "quantize": (
         *("quantize", "--config", "config.yaml", "--out", "out"),

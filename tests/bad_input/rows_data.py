@@ -288,6 +288,34 @@ ROWS = [
     _template("number", 5, "must be text", "tokenizer_config.json"),
     _template("range 10**9", "{{ range(10**9) | list }}", "range"),
     _template("recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    # -- conversations with a run
+    Row(
+        "talk template unclosed",
+        "talk",
+        ("chat template", "endfor"),
+        write("base/chat_template.jinja", "{% for m in messages %}"),
+    ),
+    Row(
+        "talk template that refuses",
+        "talk",
+        ("chat template", "needs tools"),
+        write("base/chat_template.jinja", "{{ raise_exception('needs tools') }}"),
+    ),
+    Row("talk system without a template", "talk", ("--system",), args=("--system", "w5")),
+    Row(
+        "talk checkpoint nowhere",
+        "talk",
+        ("step-000099", "there are steps"),
+        args=("--checkpoint", "99"),
+    ),
+    Row("talk run nowhere", "talk", ("none", "config.yaml"), args=("--run", "none")),
+    Row("talk prompt empty", "talk", ("prompt", "no token"), args=("--prompt", "")),
+    Row(
+        "talk prompt beyond the positions",
+        "talk",
+        ("9999 tokens", "max_position"),
+        args=("--prompt", "w5 " * 9999),
+    ),
     Row(
         "pseudo token unknown",
         "train",

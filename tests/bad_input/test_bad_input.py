@@ -11,7 +11,7 @@ import pytest
 
 from tests.bad_input import rows_base, rows_config, rows_data, rows_launch, rows_runs
 from tests.bad_input.case import COMMANDS, Row
-from tests.bad_input.checks import check_row, check_unchanged, find_message
+from tests.bad_input.checks import check_row, check_unchanged, find_message, list_contents
 from tests.support.forked_commands import Ended, run_forked
 
 pytestmark = pytest.mark.e2e
@@ -40,6 +40,36 @@ def test_undamaged_input_is_accepted(command: str, workspace: Path, place: Path)
     shutil.copytree(workspace, place)
     (ended,) = run_forked(COMMANDS[command], place)
     assert ended.code == 0, ended.stderr
+
+
+BEFORE_TRAINING = [
+    row
+    for row in rows_data.ROWS
+    if row.command in ("train", "chat", "classify") and not row.name.startswith("pseudo")
+]
+OF = 4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=pytest.mark.turn(number % OF, OF), id=row.name)
+        for number, row in enumerate(BEFORE_TRAINING)
+    ],
+)
+def test_validate_refuses_it_too(row: Row, workspace: Path, place: Path) -> None:
+    """Bad data is found before training starts, by the same words."""
+    words = ("validate", *row.arguments[1:], "--no-plan", "--rows", "0")
+    shutil.copytree(workspace, place, symlinks=True)
+    if row.damage is not None:
+        row.damage(place)
+    before = list_contents(place)
+    (ended,) = run_forked(words, place, env=row.env)
+    message = find_message(ended)
+    assert ended.code == 2 and message is not None, ended.stderr
+    missing = [word for word in row.words if word.lower() not in message.lower()]
+    assert not missing, message
+    check_unchanged(before, list_contents(place), [message])
 
 
 def test_size_of_the_table() -> None:

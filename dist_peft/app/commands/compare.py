@@ -1,7 +1,6 @@
 """``dist-peft compare RUN RUN ...``: curves over each other, and tables of differences."""
 
 import argparse
-import json
 
 from dist_peft.app.comparison_page import (
     check_comparison_file,
@@ -10,6 +9,7 @@ from dist_peft.app.comparison_page import (
     write_comparison,
 )
 from dist_peft.app.config_arguments import parse_path
+from dist_peft.app.json_output import print_document
 from dist_peft.app.run_comparison import read_runs
 from dist_peft.core.world import World
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     if args.out is not None:
         write_comparison(runs, args.out)
     if args.json:
-        print(json.dumps(collect_comparison(runs), indent=1, default=str))
+        print_document(collect_comparison(runs), indent=1)
     else:
         print("\n".join(format_comparison(runs)))
     return 0

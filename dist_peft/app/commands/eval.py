@@ -1,7 +1,6 @@
 """``dist-peft eval``: held-out loss of a base, or of a run's newest state; multiple choice."""
 
 import argparse
-import json
 
 from dist_peft.app.config_arguments import (
     add_checkpoint_argument,
@@ -9,6 +8,7 @@ from dist_peft.app.config_arguments import (
     parse_path,
 )
 from dist_peft.app.evaluation import evaluate_run
+from dist_peft.app.json_output import print_document
 from dist_peft.core.config.io import load_config, load_run_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE",
         help="also answer the multiple-choice questions of a JSON Lines file; may be repeated",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print nothing but the JSON, of a refusal too (the result is a line of JSON anyway)",
     )
 
 
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace, world: World) -> int:
         raise UserError("--choices asks a language model; with base.head classifier leave it out")
     found = evaluate_run(config, args.run_dir, args.choices or (), world, args.checkpoint)
     if world.is_first:
-        print(json.dumps(found))
+        print_document(found)
     return 0
 
 

@@ -1,16 +1,17 @@
 """``dist-peft export``: write a finished run in a public format."""
 
 import argparse
-import json
 
 from dist_peft.app.export_options import (
     add_export_arguments,
     add_run_arguments,
     collect_format_options,
     parse_verification_options,
+    print_outcome,
     require_one_process,
     warn_unused_arguments,
 )
+from dist_peft.app.hub_upload import add_upload_arguments, prepare_upload
 from dist_peft.app.python_api import export_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft export``."""
     add_export_arguments(parser)
     add_run_arguments(parser)
+    add_upload_arguments(parser)
 
 
 def run(args: argparse.Namespace, world: World) -> int:
@@ -30,10 +32,12 @@ def run(args: argparse.Namespace, world: World) -> int:
     Raises:
         UserError: the format cannot take this run, or there are several processes.
         VerificationError: the written model is not the trained one.
+        RunFailure: it was written, but the hub did not take it.
     """
     require_one_process(world)
     setup_log(None, 0, 1)
     warn_unused_arguments(args)
+    upload = prepare_upload(args)
     outcome = export_run(
         args.run_dir,
         args.out,
@@ -45,6 +49,5 @@ def run(args: argparse.Namespace, world: World) -> int:
         trust_remote_code=args.trust_remote_code,
         overwrite=args.overwrite,
     )
-    if args.json:
-        print(json.dumps(outcome.to_json()))
+    print_outcome(outcome, upload, as_json=args.json)
     return 0

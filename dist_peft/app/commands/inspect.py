@@ -1,7 +1,6 @@
 """``dist-peft inspect PATH``: describe a base, adapter, run or checkpoint."""
 
 import argparse
-import json
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -14,6 +13,7 @@ from dist_peft.app.inspect_adapter import (
     load_json_object,
 )
 from dist_peft.app.inspect_json import collect_facts, detect_path_kind
+from dist_peft.app.json_output import print_document
 from dist_peft.app.tasks import list_task_runs
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, world: World) -> int:
         UserError: the path is unreadable or of no known kind.
     """
     if world.is_first and args.json:
-        print(json.dumps(collect_facts(args.path), indent=1, default=str))
+        print_document(collect_facts(args.path), indent=1)
     elif world.is_first:
         print("\n".join(describe_path(args.path)))
     return 0

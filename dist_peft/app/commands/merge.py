@@ -1,14 +1,15 @@
 """``dist-peft merge``: write base + adapter of a finished run as a Hugging Face directory."""
 
 import argparse
-import json
 
 from dist_peft.app.export_options import (
     add_merge_arguments,
     add_run_arguments,
     parse_verification_options,
+    print_outcome,
     require_one_process,
 )
+from dist_peft.app.hub_upload import add_upload_arguments, prepare_upload
 from dist_peft.app.python_api import merge_run
 from dist_peft.core.log import setup_log
 from dist_peft.core.world import World
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dist-peft merge``."""
     add_run_arguments(parser)
     add_merge_arguments(parser)
+    add_upload_arguments(parser)
 
 
 def run(args: argparse.Namespace, world: World) -> int:
@@ -28,9 +30,11 @@ def run(args: argparse.Namespace, world: World) -> int:
     Raises:
         UserError: the run cannot be merged, or there are several processes.
         VerificationError: the merged model is not the trained one.
+        RunFailure: it was written, but the hub did not take it.
     """
     require_one_process(world)
     setup_log(None, 0, 1)
+    upload = prepare_upload(args)
     outcome = merge_run(
         args.run_dir,
         args.out,
@@ -42,6 +46,5 @@ def run(args: argparse.Namespace, world: World) -> int:
         trust_remote_code=args.trust_remote_code,
         overwrite=args.overwrite,
     )
-    if args.json:
-        print(json.dumps(outcome.to_json()))
+    print_outcome(outcome, upload, as_json=args.json)
     return 0

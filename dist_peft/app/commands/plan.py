@@ -1,10 +1,10 @@
 """``dist-peft plan``: memory, traffic and time of a run, without weights and without a GPU."""
 
 import argparse
-import json
 from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments, parse_path
+from dist_peft.app.json_output import print_document
 from dist_peft.core.config.io import load_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, world: World) -> int:
     proposals = list(search_plans(planned, cluster, args.base_config)) if args.search else []
     if args.json:
         found = {"search": [p.to_json() for p in proposals]} if args.search else {}
-        print(json.dumps(plan.to_json() | found, indent=1))
+        print_document(plan.to_json() | found, indent=1)
     else:
         print("\n".join(format_plan(plan, planned.config, cluster)))
         if args.search:

@@ -1,12 +1,12 @@
 """``dist-peft validate``: everything that can be said about a run without weights."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 from dist_peft.app.config_arguments import add_config_arguments, parse_path
+from dist_peft.app.json_output import print_document
 from dist_peft.app.local_gpu import make_cluster
 from dist_peft.app.output_places import refuse_unwritable_file
 from dist_peft.app.validation import validate_run
@@ -74,11 +74,11 @@ def run(args: argparse.Namespace, world: World) -> int:
 
 def _print_report(report: ValidationReport, config: RunConfig, args: argparse.Namespace) -> None:
     if args.json:
-        text = json.dumps(report.to_json(), indent=1)
-    else:
-        is_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        color = args.color == "always" or (args.color == "auto" and is_terminal)
-        text = "\n".join(format_validation(report, config.data.seq_len, color=color))
+        print_document(report.to_json(), indent=1)
+        return
+    is_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = args.color == "always" or (args.color == "auto" and is_terminal)
+    text = "\n".join(format_validation(report, config.data.seq_len, color=color))
     try:
         print(text, flush=True)
     except BrokenPipeError:  # validate | head

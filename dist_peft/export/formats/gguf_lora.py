@@ -28,7 +28,6 @@ from dist_peft.export.formats.plain_lora import (
     read_plain_lora,
 )
 from dist_peft.export.model_directory import WriteResult
-from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison
 from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.model.skeleton import build_skeleton
@@ -46,6 +45,8 @@ class GgufLoraExport(ExportFormat):
     keeps = "LoRA of linears; QA-LoRA as plain LoRA"
     loads_with = "llama.cpp, Ollama"
     writes_classifiers = False
+    loaded_share = 5.0
+    """The base in the compute type, and twice in float32: as it is written, and in llama.cpp."""
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         return "adapter"
@@ -74,10 +75,9 @@ class GgufLoraExport(ExportFormat):
         return ExportResult(counts, job.out / FILE, "LoRA of llama.cpp", exact=True)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
-        raise VerificationSkipped(
-            "llama.cpp applies the adapter to a GGUF file of the base, which this export does not "
-            f"make; try it with llama-cli -m BASE.gguf --lora {request.path}"
-        )
+        from dist_peft.export.formats.gguf_lora_check import verify_gguf_lora
+
+        return verify_gguf_lora(job.base, job.directory, request)
 
 
 def write_gguf_lora(

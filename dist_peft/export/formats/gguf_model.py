@@ -98,6 +98,14 @@ class GgufModelLayout:
         heads = rows.reshape(-1, 2, self.head_dim // 2, *rows.shape[1:])
         return heads.transpose(1, 2).reshape(rows.shape)
 
+    def restore_path_rows(self, path: str, rows: Tensor) -> Tensor:
+        """Return rows in llama.cpp's order in that of ``transformers``: ``reorder_path_rows``,
+        reversed."""
+        if not self._is_interleaved(path):
+            return rows
+        heads = rows.reshape(-1, self.head_dim // 2, 2, *rows.shape[1:])
+        return heads.transpose(1, 2).reshape(rows.shape)
+
     def _is_interleaved(self, path: str) -> bool:
         if self.architecture != gguf.MODEL_ARCH.LLAMA:
             return False
