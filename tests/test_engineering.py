@@ -141,6 +141,7 @@ ALLOWED = {
     "bitsandbytes": ("quant/", "train/optimizers", "export/verify"),
     "peft": ("export/verify",),
     "triton": ("quant/device",),
+    "liger_kernel": ("engine/liger_kernels",),
 }
 
 

@@ -17,7 +17,7 @@ from dist_peft.core.config.run import RunConfig
 from dist_peft.core.span import Span
 from dist_peft.data.loader import Batch
 from dist_peft.engine import make_engine
-from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.activation_checkpointing import checkpoint_configured_blocks
 from dist_peft.model.load import load_model
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.planned_model import build_planned_model
@@ -128,8 +128,7 @@ def build_random_model(
     world = Cluster(1, world_size, 80 * 2**30).make_world(config.engine, rank=rank)
     skeleton, adapter = planned.skeleton, planned.adapter
     engine = make_engine(config.engine, config.train, world, device)
-    if config.engine.activation_checkpointing:
-        checkpoint_block_activations(skeleton.blocks)
+    checkpoint_configured_blocks(skeleton.blocks, config.engine, device)
     engine.shard_model(skeleton.model, skeleton.blocks)
     with RandomReader(skeleton.index) as reader:
         load_model(skeleton.model, reader, engine, device)

@@ -18,6 +18,11 @@ note_stop_signals()
 # also after the last line of a run that was stopped
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+# read when torch first allocates memory of a GPU: blocks that grow do not leave gaps of the sizes
+# of gathered units, which differ
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 from dist_peft.app.cli import main  # noqa: E402
 
 __all__ = ["main"]

@@ -26,9 +26,10 @@ from dist_peft.core.world import World
 from dist_peft.data.chat_override import override_chat_template
 from dist_peft.data.labels import list_class_names
 from dist_peft.engine import Engine, make_engine
-from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.activation_checkpointing import checkpoint_configured_blocks
 from dist_peft.engine.block_beats import mark_block_progress
 from dist_peft.engine.engine_protocol import OptimizerFactory, local_parameters
+from dist_peft.engine.liger_kernels import apply_liger_kernels
 from dist_peft.model.adapter_module import AdapterModule
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.classifier import set_pad_token
@@ -212,8 +213,9 @@ def load_weights(
     """
     config, model, skeleton = setup.config, setup.model, setup.skeleton
     engine = make_engine(config.engine, config.train, world, device)
-    if config.engine.activation_checkpointing:
-        checkpoint_block_activations(skeleton.blocks)
+    if config.engine.kernels == "liger":
+        apply_liger_kernels(model, skeleton.blocks)
+    checkpoint_configured_blocks(skeleton.blocks, config.engine, device)
     mark_block_progress(skeleton.blocks)
     engine.shard_model(model, skeleton.blocks)
     hashes = build_row_hashes(skeleton)

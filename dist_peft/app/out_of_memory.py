@@ -54,6 +54,8 @@ def _describe_memory_options(config: RunConfig) -> str:
         settings.append("base.quant.kind: nf4")
     if not engine.activation_checkpointing:
         settings.append("engine.activation_checkpointing: true")
+    elif engine.keep_results != "none":
+        settings.append("engine.keep_results: none")
     if not engine.shard_base:
         settings.append("engine.shard_base: true")
     if engine.shard_group != "all":

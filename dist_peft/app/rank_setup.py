@@ -7,6 +7,7 @@ from dist_peft.app.run_identity import flatten_rank_config
 from dist_peft.app.stall_exit import get_stall_handler
 from dist_peft.core.config.run import BaseConfig, RunConfig
 from dist_peft.core.world import World
+from dist_peft.engine.liger_kernels import check_liger_kernels
 from dist_peft.model.hub import download_base
 
 __all__ = ["download_base_once", "join_ranks"]
@@ -20,6 +21,8 @@ def join_ranks(config: RunConfig, world: World) -> torch.device:
             different configurations; names the keys.
     """
     device = world.select_device(config.train.device)
+    if config.engine.kernels == "liger":
+        check_liger_kernels(device)
     remember_memory_options(config)
     world.join_process_group(
         device,

@@ -127,6 +127,18 @@ def _find_unused_engine_options(config: RunConfig, engine: str, device: str) -> 
                 f"engine.{name} {getattr(section, name)} has no effect: this run's engine is "
                 f"{engine}"
             )
+    if section.keep_results != "none" and not section.activation_checkpointing:
+        yield (
+            f"engine.keep_results {section.keep_results} has no effect: "
+            "engine.activation_checkpointing is false, so that everything is kept"
+        )
+    if section.offload_inputs and (device == "cpu" or not section.activation_checkpointing):
+        reason = (
+            "the run computes on the CPU, so everything is in host memory"
+            if device == "cpu"
+            else "engine.activation_checkpointing is false"
+        )
+        yield f"engine.offload_inputs has no effect: {reason}"
     if engine == "single":
         return
     if section.cpu_offload != "none" and device == "cpu":

@@ -4,20 +4,77 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". The block's `
 wrapped, not the block: names and hooks (the engine's gather before, release after) stay where they
 are, outside of the recomputed part. No random state is kept: the base computes without dropout and
 the adapters' dropout is a function of the sample, not of a stream of random numbers.
+
+More can be kept (``quant.kept_results``), and the inputs themselves can wait in host memory
+(``engine.input_offload``). Either way the losses and gradients have the same bits.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_block_activations"]
+from dist_peft.core.config.engine import EngineConfig
+from dist_peft.engine.input_offload import InputOffload, PinnedCopies, PlainCopies
+from dist_peft.quant.assumed_device import get_assumed_device
+from dist_peft.quant.kept_results import KEPT_KINDS, make_keeping_contexts
+
+__all__ = [
+    "checkpoint_block_activations",
+    "checkpoint_configured_blocks",
+    "make_input_offload",
+]
 
 
-def checkpoint_block_activations(blocks: Sequence[nn.Module]) -> None:
-    """Recompute each block's activations in backward."""
+def checkpoint_configured_blocks(
+    blocks: Sequence[nn.Module], config: EngineConfig, device: torch.device
+) -> None:
+    """Do to ``blocks``, which compute on ``device``, what section ``engine`` asks for."""
+    if config.activation_checkpointing:
+        offload = make_input_offload(config, device)
+        checkpoint_block_activations(blocks, config.keep_results, offload)
+
+
+def checkpoint_block_activations(
+    blocks: Sequence[nn.Module],
+    keep_results: str = "none",
+    offload: InputOffload | None = None,
+) -> None:
+    """Recompute each block's activations in backward.
+
+    Args:
+        keep_results: which results are not recomputed, a key of ``KEPT_KINDS``.
+        offload: keeps the blocks' inputs elsewhere; None: they stay where they are.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if kinds := KEPT_KINDS[keep_results]:
+        options["context_fn"] = partial(make_keeping_contexts, kinds)
     for block in blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        recomputed = partial(checkpoint, block.forward, **options)
+        block.forward = recomputed if offload is None else _hold_inputs(recomputed, offload)
+
+
+def _hold_inputs(call: Any, offload: InputOffload) -> Any:
+    """Return ``call`` with its first input held by ``offload``."""
+
+    def call_block(*inputs: Any, **keywords: Any) -> Any:
+        if not inputs or not torch.is_grad_enabled():  # a checkpoint saves no keywords
+            return call(*inputs, **keywords)
+        with offload.hold_inputs(inputs[0]):
+            return call(*inputs, **keywords)
+
+    return call_block
+
+
+def make_input_offload(config: EngineConfig, device: torch.device) -> InputOffload | None:
+    """Return what ``engine.offload_inputs`` asks for; None without it, and on a CPU.
+
+    Where a device is assumed (``quant.assumed_device``), copies stand for those of the device.
+    """
+    assumed = get_assumed_device()
+    if not config.offload_inputs or (assumed or device).type != "cuda":
+        return None
+    return InputOffload(PinnedCopies(device) if assumed is None else PlainCopies())

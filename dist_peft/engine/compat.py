@@ -19,10 +19,14 @@ gloo; goes when ``init_distributed`` has an option.
 torch's deterministic algorithms also fill every new tensor with NaN, a kernel for each gather
 buffer; that is switched off, and goes when it is an argument of ``use_deterministic_algorithms``.
 
+A model of transformers calls its file's ``apply_rotary_pos_emb`` by name, so another one, for
+attentions that ask for it, is put into the file; goes when it is called through the module.
+
 Engines free gathered bytes with ``UntypedStorage.resize_``, which no dispatch mode sees, so a plan
 of a step watches it; goes when a mode does.
 """
 
+import functools
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -41,6 +45,7 @@ __all__ = [
     "count_deepspeed_gathers",
     "gather_from_computing_stream",
     "reduce_scatter",
+    "route_rotary_function",
     "skip_deepspeed_compilation",
     "use_deterministic_kernels",
     "watch_storage_resizes",
@@ -114,6 +119,26 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def route_rotary_function(source: types.ModuleType, rotate: Callable[..., Any]) -> None:
+    """Let ``rotate(own, ...)`` answer calls of a file's ``apply_rotary_pos_emb``; idempotent.
+
+    Args:
+        source: a modeling file of transformers.
+        rotate: gets the file's own function, and the arguments.
+    """
+    own = source.apply_rotary_pos_emb
+    if not getattr(own, "is_routed", False):
+
+        @functools.wraps(own)
+        def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any) -> Any:
+            if others or more:
+                return own(q, k, cos, sin, *others, **more)
+            return rotate(own, q, k, cos, sin)
+
+        apply.is_routed = True  # type: ignore[attr-defined]
+        source.apply_rotary_pos_emb = apply  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.kept_results import keep_attention_results
 
 __all__ = [
     "DOCUMENT_ATTENTION",
@@ -73,6 +74,7 @@ def build_document_boundaries(position_ids: Tensor, is_packed: bool = True) -> T
     return boundaries.to(torch.int32).view(1, 1, 1, -1)
 
 
+@keep_attention_results()
 def document_attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -30,7 +30,17 @@ from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import frozen_matmul
 from dist_peft.store.reader import RowReader
 
-__all__ = ["FrozenLinear", "FrozenWeight", "PrequantizedLinear", "WeightRows", "all_rows_finite"]
+__all__ = [
+    "WHOLE_ELEMENTS",
+    "FrozenLinear",
+    "FrozenWeight",
+    "PrequantizedLinear",
+    "WeightRows",
+    "all_rows_finite",
+]
+
+WHOLE_ELEMENTS = 2**26
+"""Most values of a packed output head that is dequantized whole: 128 MiB in 16 bits."""
 
 
 class PrequantizedLinear(Protocol):

@@ -26,6 +26,12 @@ def list_changes(plan: RunPlan, config: RunConfig, cluster: Cluster) -> list[str
         options.append((tokens // 2, f"data.seq_len={config.data.seq_len // 2}"))
     if not config.engine.activation_checkpointing:
         options.append((tokens // 2, "engine.activation_checkpointing=true"))
+    else:
+        if config.engine.keep_results != "none":
+            options.append((tokens // 2, "engine.keep_results=none"))
+        if not config.engine.offload_inputs:
+            inputs = sizes.get("block inputs", 0)
+            options.append((inputs, "engine.offload_inputs=true (into host memory)"))
     learning = sizes.get("adapter", 0) + sizes.get("optimizer state", 0)
     gradients = sizes.get("gradients", 0)
     adapter = config.adapter

@@ -19,10 +19,9 @@ EFFICIENCY = 0.45
 LINK_EFFICIENCY = 0.8
 """Share of a link's rate that collectives reach; an assumption."""
 
-_DECODES, _BYTES_PER_WEIGHT = 2, 3.0
-"""A weight is dequantized in each forward pass, in recompute and backward; bytes moved for each:
-packed, written and read again. An assumption."""
-
+_BYTES_PER_WEIGHT = 3.0
+"""A weight is dequantized in each forward pass, in recomputation and backward; bytes moved for
+each: packed, written and read again. An assumption."""
 
 _HOST_LINK = 25e9
 """Bytes a second from host memory to a card: PCIe 4; an assumption."""
@@ -42,6 +41,7 @@ class Duration:
         neighbours, network: receiving at ``LINK_EFFICIENCY`` of the links.
         tokens_per_second: positions of all ranks.
         encoding: a rank's own rows, once a step (``adapter.through_quantizer``).
+        offloading: blocks' inputs to host memory and back (``engine.offload_inputs``).
     """
 
     flops: float
@@ -51,6 +51,7 @@ class Duration:
     network: float
     tokens_per_second: float
     encoding: float = 0.0
+    offloading: float = 0.0
 
     @property
     def computing(self) -> float:
@@ -58,15 +59,17 @@ class Duration:
 
     @property
     def seconds(self) -> float:
-        return max(self.computing, self.neighbours, self.network) + self.encoding
+        others = (self.neighbours, self.network, self.offloading)
+        return max(self.computing, *others) + self.encoding
 
     @property
     def limited_by(self) -> str:
-        """The slowest of computing, neighbours (NVLink, PCIe) and network."""
+        """The slowest of computing, neighbours (NVLink, PCIe), network and host memory's link."""
         times = {
             "computing": self.computing,
             "the cards' links": self.neighbours,
             "the network": self.network,
+            "the link to host memory": self.offloading,
         }
         return max(times, key=lambda name: times[name])
 
@@ -80,6 +83,8 @@ def plan_duration(
     cluster: Cluster,
     kept_weights: int = 0,
     kept_bytes: int = 0,
+    offloaded: int = 0,
+    recomputes: bool = True,
 ) -> Duration | None:
     """Return the projection; None without ``cluster.gpu``.
 
@@ -87,6 +92,8 @@ def plan_duration(
         weights: packed weights (numbers) of all blocks.
         tokens: positions of a micro-batch of one rank.
         kept_weights, kept_bytes: of a rank's rows that are encoded again in each step.
+        offloaded: bytes of blocks' inputs that a micro-batch sends to host memory.
+        recomputes: frozen products are computed again in backward.
     """
     gpu = cluster.gpu
     if gpu is None:
@@ -94,10 +101,14 @@ def plan_duration(
     flops = float(sum(trace.flops.values()) + (blocks - len(trace.blocks)) * trace.block_flops)
     count = traffic.micro_batches
     products = count * flops / (gpu.flops * EFFICIENCY)
-    dequantizing = count * (trace.passes + _DECODES) * _BYTES_PER_WEIGHT * weights / gpu.memory
+    decodes = trace.passes + 1 + recomputes
+    dequantizing = count * decodes * _BYTES_PER_WEIGHT * weights / gpu.memory
     neighbours = traffic.card_bytes / (gpu.neighbours * LINK_EFFICIENCY)
     network = 0.0 if cluster.link is None else traffic.node_bytes / (cluster.link * LINK_EFFICIENCY)
     encoding = kept_bytes / _HOST_LINK + kept_weights * _ENCODE_BYTES / gpu.memory
-    duration = Duration(flops * count, products, dequantizing, neighbours, network, 0.0, encoding)
+    offloading = count * 2 * offloaded / _HOST_LINK
+    duration = Duration(
+        flops * count, products, dequantizing, neighbours, network, 0.0, encoding, offloading
+    )
     rate = tokens * count * cluster.ranks / duration.seconds
     return replace(duration, tokens_per_second=rate)

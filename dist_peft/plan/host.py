@@ -40,7 +40,8 @@ class HostPeaks:
 
     Attributes:
         load: of a rank, on CUDA: the largest slice that it reads and encodes.
-        rest: of a rank during training: offloaded or paged state, and ``kept_rows``.
+        rest: of a rank during training: offloaded or paged state, ``kept_rows`` and
+            ``block_inputs``.
         merge: of ``dist-peft merge`` without verification, with as many threads as it uses at most.
         verify: of a verification that loads the merged model with its library.
         verify_blocks: of one that reads it block by block.
@@ -55,6 +56,8 @@ class HostPeaks:
     """Rows of the base's files that ``adapter.through_quantizer`` encodes again in each step."""
     kept_weights: int = 0
     """Numbers of weights in them."""
+    block_inputs: int = 0
+    """Inputs of blocks from forward to backward (``engine.offload_inputs``), pinned."""
 
 
 def count_stack_rows(shape: tuple[int, ...]) -> int:
@@ -62,8 +65,10 @@ def count_stack_rows(shape: tuple[int, ...]) -> int:
     return prod(shape[:-1]) if len(shape) > 2 else prod(shape[:1])
 
 
-def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> HostPeaks:
-    """Return the peaks; rows are spread over ``shards`` ranks."""
+def plan_host_peaks(
+    skeleton: Skeleton, resting: RestingBytes, shards: int, block_inputs: int = 0
+) -> HostPeaks:
+    """Return the peaks; rows are spread over ``shards`` ranks, each with ``block_inputs`` bytes."""
     kept_weights, kept_rows = _count_kept_rows(skeleton, shards)
     rest = sum(resting.host.values()) + kept_rows
     sizes = [
@@ -75,12 +80,13 @@ def plan_host_peaks(skeleton: Skeleton, resting: RestingBytes, shards: int) -> H
     numbers = sum(prod(spec.shape) for spec in skeleton.tensors.values())
     return HostPeaks(
         load=max(sizes) + _ENCODER_TEMPORARIES + rest,
-        rest=rest,
+        rest=rest + block_inputs,
         merge=MERGE_MEMORY + 4 * resting.trainable,
         verify=numbers * dtype.itemsize,
         verify_blocks=_count_streamed_bytes(skeleton),
         kept_rows=kept_rows,
         kept_weights=kept_weights,
+        block_inputs=block_inputs,
     )
 
 

@@ -86,6 +86,8 @@ def _format_host(plan: RunPlan) -> Iterator[str]:
         yield f"  training, a rank                          {format_byte_count(host.rest):>12}"
     if host.kept_rows:
         yield f"    rows to encode again (through_quantizer){format_byte_count(host.kept_rows):>14}"
+    if host.block_inputs:
+        yield f"    blocks' inputs (offload_inputs) {format_byte_count(host.block_inputs):>22}"
     yield f"  merge                                     {format_byte_count(host.merge):>12}"
     yield f"  verification of a merge, loaded whole     {format_byte_count(host.verify):>12}"
     yield f"    or block by block (--verify blocks)     {format_byte_count(host.verify_blocks):>12}"
@@ -106,6 +108,8 @@ def _format_duration(plan: RunPlan) -> Iterator[str]:
         f"{time.dequantizing:.2f} s, cards' links {time.neighbours:.2f} s, network "
         f"{time.network:.2f} s"
     )
+    if time.offloading:
+        yield f"  blocks' inputs to host memory and back, at the same time: {time.offloading:.2f} s"
     if time.encoding:
         yield f"  encoding a rank's own rows again, once a step: {time.encoding:.2f} s"
     yield ""

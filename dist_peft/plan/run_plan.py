@@ -146,11 +146,15 @@ def plan_run(
     traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
     tokens = config.train.micro_batch * config.data.seq_len
     weights = _count_packed_weights(blocks)
-    host = plan_host_peaks(skeleton, resting, shards if config.engine.shard_base else 1)
+    offloaded = trace.host_bytes * len(blocks)
+    host = plan_host_peaks(skeleton, resting, shards if config.engine.shard_base else 1, offloaded)
     duration = plan_duration(
         *(trace, len(blocks), weights, tokens, traffic, cluster),
         kept_weights=host.kept_weights,
         kept_bytes=host.kept_rows,
+        offloaded=offloaded,
+        recomputes=config.engine.activation_checkpointing
+        and config.engine.keep_results != "products",
     )
     return RunPlan(
         planned.source,

@@ -1,5 +1,5 @@
 """Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, fewer
-cards, bits, offload.
+cards, bits, offload, results kept from recomputation.
 
 Every proposal is planned in full (a few seconds each); only options that exist are tried, one at a
 time, micro-batches in steps of two as long as they fit.
@@ -68,6 +68,12 @@ def search_plans(
         yield from _propose_kept_blocks(planned, cluster)
     if cluster.ranks > 1 and config.engine.kind != "zero" and config.engine.cpu_offload == "none":
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
+    if config.engine.activation_checkpointing:
+        for kept in ("attention", "products"):
+            if config.engine.keep_results != kept:
+                yield from _propose_engine(planned, cluster, "keep_results", kept)
+        if not config.engine.offload_inputs:
+            yield from _propose_engine(planned, cluster, "offload_inputs", True)
     if cluster.gpus_per_node > 1 and cluster.gpus_per_node % 2 == 0:
         fewer = replace(cluster, gpus_per_node=cluster.gpus_per_node // 2)
         yield from _propose(planned, fewer, f"--gpus-per-node {fewer.gpus_per_node}", {})
@@ -93,7 +99,7 @@ def _propose_engine(
 ) -> list[Proposal]:
     engine = planned.config.engine.model_copy(update={key: value})
     changed = replace(planned, config=planned.config.model_copy(update={"engine": engine}))
-    return _propose(changed, cluster, f"engine.{key}={value}", {})
+    return _propose(changed, cluster, f"engine.{key}={value}".lower(), {})
 
 
 def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:

@@ -42,7 +42,7 @@ from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
-from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.engine.activation_checkpointing import checkpoint_configured_blocks
 from dist_peft.engine.engine_protocol import Engine
 from dist_peft.engine.fake_ranks import fake_process_group
 from dist_peft.model.parameter_readers import is_never_read
@@ -88,6 +88,7 @@ class StepTrace:
         resting: live before the step, by purpose: parameters as sharded, buffers.
         peaks: phase -> largest live storage.
         input_bytes: what one more block keeps until its backward; 0 where it has none.
+        host_bytes: what one more block keeps in host memory (``engine.offload_inputs``).
         kept_gradients: whole gradients that stay between micro-batches, of all traced blocks.
         reduced_gradients: gradients at the optimizer step, of all traced blocks.
         gathered: phase -> bytes received in all-gathers, of the last micro-batch.
@@ -101,6 +102,7 @@ class StepTrace:
     resting: dict[str, int]
     peaks: dict[str, Peak] = field(default_factory=dict)
     input_bytes: int = 0
+    host_bytes: int = 0
     kept_gradients: int = 0
     reduced_gradients: int = 0
     gathered: Counter[str] = field(default_factory=Counter)
@@ -148,8 +150,7 @@ def trace_step(
     sample_ids = torch.arange(config.train.micro_batch)
     with fake_process_group(world), _take_way_of(device_type):
         engine = make_traced_engine(config, world, CPU)
-        if config.engine.activation_checkpointing:
-            checkpoint_block_activations(kept)
+        checkpoint_configured_blocks(kept, config.engine, CPU)
         engine.shard_model(model, kept)
         adapter.begin_micro_batch(0, sample_ids)
         objective, batch = build_traced_batch(model, config, sample_ids, device_type)
@@ -252,7 +253,7 @@ class _StepTracker(StorageTracker):
     def __init__(self, trace: StepTrace, engine: Engine, packed: bool) -> None:
         super().__init__()
         self.trace, self.engine, self.packed = trace, engine, packed
-        self._gathered = 0
+        self._gathered = self._on_host = 0
 
     def add_resting_tensors(self, model: nn.Module) -> dict[str, int]:
         """Count parameters and buffers as they rest; return bytes by purpose."""
@@ -302,6 +303,7 @@ class _StepTracker(StorageTracker):
             self.enter_phase(f"forward {number}")
 
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            on_host, self._on_host = self._on_host, self.host_bytes
             before = self.live_by_purpose.get("block inputs", 0)
             self.relabel_phase(f"forward {number}", "block inputs", ("forward", "dequantized"))
             inputs_now = self.live_by_purpose.get("block inputs", 0)
@@ -309,7 +311,9 @@ class _StepTracker(StorageTracker):
                 self.enter_phase("head")
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
-                self.trace.input_bytes = inputs_now - before
+                # an input that was copied to the host makes room for the next one
+                self.trace.host_bytes = self.host_bytes - on_host
+                self.trace.input_bytes = inputs_now - before - self.trace.host_bytes
                 hidden.register_hook(before_backward)
 
         def before_backward(gradient: Tensor) -> None:

@@ -22,7 +22,10 @@ from torch.utils._pytree import tree_iter
 
 from dist_peft.engine.compat import watch_storage_resizes
 
-__all__ = ["Peak", "StorageTracker", "list_storages"]
+__all__ = ["HOST", "Peak", "StorageTracker", "list_storages"]
+
+HOST = "host"
+"""Purpose of tensors that stand for copies in host memory; no total counts them."""
 
 _PURPOSES: tuple[tuple[str, str], ...] = (
     ("dist_peft/engine/row_shards.py", "gathered"),
@@ -97,7 +100,12 @@ class StorageTracker(TorchDispatchMode):
     @property
     def live_by_purpose(self) -> dict[str, int]:
         """Purpose -> bytes, now."""
-        return {purpose: size for purpose, size in self._sums.items() if size}
+        return {purpose: size for purpose, size in self._sums.items() if size and purpose != HOST}
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of copies in host memory, now."""
+        return self._sums.get(HOST, 0)
 
     def relabel_phase(self, phase: str, purpose: str, only: Iterable[str]) -> None:
         """Give the live storages that were made in ``phase`` for one of ``only`` a new purpose."""
@@ -164,6 +172,8 @@ class StorageTracker(TorchDispatchMode):
 
     def _change_sum(self, purpose: str, change: int) -> None:
         self._sums[purpose] = self._sums.get(purpose, 0) + change
+        if purpose == HOST:
+            return
         self.total += change
         if change > 0:
             self._note_peak()
@@ -203,6 +213,8 @@ def _find_purpose() -> str:
 def _find_code_purpose(file: str, function: str) -> str | None:
     if function in _REDUCING:
         return "gradients"
+    if function == "copy_to_host":
+        return HOST
     if (
         function == _ALLOCATING and "fsdp" in file
     ):  # ours for all-gathers, FSDP2's own for reduce-scatters

@@ -33,6 +33,7 @@ from torch.nn import functional
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.kept_results import keep_result
 
 __all__ = [
     "check_packed_storage",
@@ -70,8 +71,12 @@ class _FrozenMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, codec: Codec, in_features: int) -> Tensor:
         # where x needs no gradient, torch drops ctx with the call
         ctx.packed, ctx.codec, ctx.in_features = packed, codec, in_features
-        weight = dequantize_weight(packed, codec, in_features, x.dtype)
-        return matmul_fp32_accumulate(functional.linear, x, weight)
+
+        def multiply() -> Tensor:
+            weight = dequantize_weight(packed, codec, in_features, x.dtype)
+            return matmul_fp32_accumulate(functional.linear, x, weight)
+
+        return keep_result("product", multiply)
 
     @staticmethod
     @once_differentiable
@@ -122,10 +127,14 @@ class _FrozenGroupedMatmul(torch.autograd.Function):
         counts: tuple[int, ...],
     ) -> Tensor:
         ctx.packed, ctx.codec, ctx.in_features, ctx.counts = packed, codec, in_features, counts
-        y = x.new_empty(x.shape[0], packed.shape[0] // len(counts))
-        for part, weight in _iterate_expert_groups(packed, codec, in_features, counts, x.dtype):
-            y[part.slice] = matmul_fp32_accumulate(functional.linear, x[part.slice], weight)
-        return y
+
+        def multiply() -> Tensor:
+            y = x.new_empty(x.shape[0], packed.shape[0] // len(counts))
+            for part, weight in _iterate_expert_groups(packed, codec, in_features, counts, x.dtype):
+                y[part.slice] = matmul_fp32_accumulate(functional.linear, x[part.slice], weight)
+            return y
+
+        return keep_result("product", multiply)
 
     @staticmethod
     @once_differentiable

@@ -33,6 +33,7 @@ from torch.nn import functional
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.device_choice import is_device_path, is_trusted
 from dist_peft.quant.frozen_matmul import dequantize_weight
+from dist_peft.quant.kept_results import keep_result
 
 __all__ = ["DropoutKeys", "apply_frozen_low_rank", "can_fuse_low_rank"]
 
@@ -140,7 +141,8 @@ class _SavedProjection(torch.autograd.Function):
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, keys: DropoutKeys | None
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        inner: Tensor = _import_kernels().project_rows(x.reshape(-1, x.shape[-1]), A, scaling, keys)
+        rows, project = x.reshape(-1, x.shape[-1]), _import_kernels().project_rows
+        inner: Tensor = keep_result("inner", lambda: project(rows, A, scaling, keys))
         ctx.save_for_backward(x, inner)
         return inner
 
@@ -167,9 +169,14 @@ class _FrozenLowRank(torch.autograd.Function):
         ctx.saving_node = inner.grad_fn
         ctx.A, ctx.B, ctx.packed, ctx.codec = A, B, packed, codec
         ctx.scaling, ctx.keys = scaling, keys
-        weight = dequantize_weight(packed, codec, x.shape[-1], x.dtype)
-        y = functional.linear(x.reshape(-1, x.shape[-1]), weight)
-        _import_kernels().expand_rows(y, inner, B)
+
+        def multiply() -> Tensor:
+            weight = dequantize_weight(packed, codec, x.shape[-1], x.dtype)
+            y = functional.linear(x.reshape(-1, x.shape[-1]), weight)
+            _import_kernels().expand_rows(y, inner, B)
+            return y
+
+        y = keep_result("product", multiply)
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.kept_results import keep_result
 
 __all__ = ["apply_linear", "apply_low_rank", "apply_scaled_projections", "multiply_batched"]
 
@@ -48,7 +49,11 @@ class _LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.A, ctx.B, ctx.scaling = A, B, scaling
         work = dtype if has_fast_product(x.device, dtype) else torch.float32
-        inner = functional.linear(x.to(work), A.to(work)).mul_(scaling)
+
+        def project() -> Tensor:
+            return functional.linear(x.to(work), A.to(work)).mul_(scaling)
+
+        inner = keep_result("inner", project)
         ctx.save_for_backward(x, inner)
         return functional.linear(inner, B.to(work)).to(dtype)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_peft.core.device_copy import copy_to_device
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.train.loss import IGNORE
 from dist_peft.train.step_metrics import SCORE_TITLES
@@ -65,7 +66,9 @@ def class_losses(logits: Tensor, labels: Tensor, ranges: Tensor) -> Tensor:
 def batch_class_losses(logits: Tensor, batch: LabelledBatch) -> Tensor:
     """Return ``class_losses`` of a batch, on the device of ``logits``."""
     device = logits.device
-    return class_losses(logits, batch.labels[:, 0].to(device), batch.ranges.to(device))
+    return class_losses(
+        logits, copy_to_device(batch.labels[:, 0], device), copy_to_device(batch.ranges, device)
+    )
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.core.device_copy import copy_to_device
+from dist_peft.model.frozen_linear import WHOLE_ELEMENTS, FrozenLinear
 from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.device_choice import is_device_path
 from dist_peft.train.loss import IGNORE
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "computes_losses_at_head",
     "iterate_frozen_head_logits",
     "replace_head_output",
+    "replace_logits_by_loss",
     "replace_logits_by_losses",
 ]
 
@@ -59,9 +62,6 @@ _WEIGHT_ELEMENTS = 2**22
 
 _PANEL_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 """Values of a quantized weight that are dequantized at a time: 64 MiB in 16 bits on a GPU."""
-
-_WHOLE_ELEMENTS = 2**26
-"""Most values of a quantized weight that is dequantized whole: 128 MiB in 16 bits."""
 
 
 def computes_losses_at_head(model: nn.Module) -> bool:
@@ -86,9 +86,33 @@ def replace_logits_by_losses(model: nn.Module, labels: Tensor) -> Iterator[None]
     targets = labels[positions[:, 0], positions[:, 1]]
 
     def compute_losses(hidden: Tensor, head: nn.Module) -> Tensor:
-        return compute_frozen_head_losses(hidden, targets.to(hidden.device), head)
+        return compute_frozen_head_losses(hidden, copy_to_device(targets, hidden.device), head)
 
     with replace_head_output(model, positions, compute_losses):
+        yield
+
+
+@contextmanager
+def replace_logits_by_loss(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """The same with the sum of the losses, a scalar, in place of logits.
+
+    A head with an attribute ``sum_target_losses`` computes it by that (``engine.liger_kernels``).
+
+    Args:
+        labels: as of ``replace_logits_by_losses``.
+    """
+    positions = (labels != IGNORE).nonzero()
+    targets = labels[positions[:, 0], positions[:, 1]]
+
+    def compute_loss(hidden: Tensor, head: nn.Module) -> Tensor:
+        chosen = copy_to_device(targets, hidden.device)
+        kernel = getattr(head, "sum_target_losses", None)
+        if kernel is not None and len(chosen) and is_device_path(hidden, hidden.dtype):
+            loss: Tensor = kernel(hidden, chosen)
+            return loss
+        return compute_frozen_head_losses(hidden, chosen, head).sum()
+
+    with replace_head_output(model, positions, compute_loss):
         yield
 
 
@@ -108,7 +132,7 @@ def replace_head_output(
     assert head is not None
 
     def compute_chosen(hidden: Tensor) -> Tensor:
-        rows, columns = positions.to(hidden.device).unbind(1)
+        rows, columns = copy_to_device(positions, hidden.device).unbind(1)
         return compute(hidden[rows, columns], head)
 
     own = vars(head)
@@ -200,7 +224,7 @@ class _HeadWeight:
         elements = _WEIGHT_ELEMENTS if self.is_upcast else self.rows * self.columns
         if not isinstance(head, FrozenLinear):
             self._weight = head.weight.detach().to(self._dtype)
-        elif not head.codec.is_quantized or self.rows * self.columns <= _WHOLE_ELEMENTS:
+        elif not head.codec.is_quantized or self.rows * self.columns <= WHOLE_ELEMENTS:
             self._weight = head.dequantize_weight(self._dtype)
         else:
             device = get_assumed_device() or hidden.device

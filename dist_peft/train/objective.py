@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.device_copy import copy_to_device
 from dist_peft.core.world import World
 from dist_peft.data.classification import LabelledBatch
 from dist_peft.data.labels import ClassTask
@@ -35,7 +36,11 @@ from dist_peft.train.classification_metrics import (
     compute_class_scores,
     count_predictions,
 )
-from dist_peft.train.head_loss import computes_losses_at_head, replace_logits_by_losses
+from dist_peft.train.head_loss import (
+    computes_losses_at_head,
+    replace_logits_by_loss,
+    replace_logits_by_losses,
+)
 from dist_peft.train.loss import IGNORE, sum_token_loss
 
 __all__ = ["ClassificationObjective", "Objective", "TokenObjective"]
@@ -143,9 +148,10 @@ class TokenObjective(_PlainSteps):
         self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
     ) -> Tensor:
         if computes_losses_at_head(model):
-            return self._compute_target_losses(model, batch, device, call).sum()
+            with replace_logits_by_loss(model, batch.labels):
+                return _call_model(call, self.build_inputs(model, batch, device))
         logits = self.compute_logits(model, batch, device, call)
-        return sum_token_loss(logits, batch.labels.to(device))
+        return sum_token_loss(logits, copy_to_device(batch.labels, device))
 
     def _compute_target_losses(
         self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
@@ -163,7 +169,10 @@ class TokenObjective(_PlainSteps):
             rows = torch.zeros(len(targets), dtype=torch.float64)
             rows.index_add_(0, targets.nonzero()[:, 0], losses)
         else:
-            logits, labels = self.compute_logits(model, batch, device), batch.labels.to(device)
+            logits, labels = (
+                self.compute_logits(model, batch, device),
+                copy_to_device(batch.labels, device),
+            )
             sums = [
                 sum_token_loss(logits[b : b + 1], labels[b : b + 1]) for b in range(len(labels))
             ]
@@ -208,11 +217,11 @@ class ClassificationObjective(_PlainSteps):
         (RoBERTa's begin at 2).
         """
         inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": batch.attention_mask.to(device),
+            "input_ids": copy_to_device(batch.input_ids, device),
+            "attention_mask": copy_to_device(batch.attention_mask, device),
         }
         if reads_token_types(model):
-            inputs["token_type_ids"] = batch.token_types.to(device)
+            inputs["token_type_ids"] = copy_to_device(batch.token_types, device)
         return inputs
 
     def compute_loss(
@@ -246,7 +255,7 @@ class ClassificationObjective(_PlainSteps):
 def _move_to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _move_to_device(entry, device) for name, entry in value.items()}
-    return value.to(device)
+    return copy_to_device(value, device)
 
 
 def _call_model(call: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SLOW_TORCH = """
 import os, time
 assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 open(os.environ["MARK"], "w").close()
 time.sleep(1)
 raise SystemExit("torch was imported to its end")

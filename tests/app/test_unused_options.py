@@ -65,6 +65,18 @@ def test_offload_on_the_cpu() -> None:
     assert len(idle("single", device="cpu", engine={"cpu_offload": "params"})) == 1  # not twice
 
 
+def test_options_of_recomputation() -> None:
+    both = {"keep_results": "products", "offload_inputs": True}
+    assert idle("single", engine=both) == []
+    (text,) = idle("single", device="cpu", engine=both)
+    assert text.startswith("engine.offload_inputs has no effect: the run computes on the CPU")
+    found = idle("single", engine={"activation_checkpointing": False, **both})
+    assert [text.partition(":")[0] for text in found] == [
+        "engine.keep_results products has no effect",
+        "engine.offload_inputs has no effect",
+    ]
+
+
 def test_shard_group_without_sharded_base() -> None:
     both = {"shard_base": False, "shard_group": 2}
     (text,) = idle("zero", engine=both)

@@ -172,6 +172,7 @@ ROWS = [
     _value("global_batch 10**30", f"train.global_batch={10**30}", "train.global_batch"),
     _value("seed 2**64", f"train.seed={2**64}", "less than"),
     _value("device cuda without one", "train.device=cuda", "use cpu or auto"),
+    _value("kernels of another library", "engine.kernels=liger", "liger"),
     _value("early stop without evaluation", "train.early_stop=1", "train.eval_every"),
     _value("seq_len 10**12", "data.seq_len=1000000000000", "data.seq_len"),
     _value("timeout 1e300", "engine.timeout_minutes=1.0e300", "less than or equal to"),

@@ -1,11 +1,24 @@
 """Recomputation changes what is kept, and nothing else."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_peft.app.model_setup import LoadedModel, build_model, load_weights
+from dist_peft.app.resolved_config import ResolvedConfig
+from dist_peft.core.config.io import parse_config
+from dist_peft.core.world import World
+from dist_peft.data.loader import Batch
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
+from dist_peft.plan.storage_tracker import StorageTracker
+from dist_peft.quant.nf4 import Nf4Codec
+from dist_peft.train.objective import TokenObjective
+from tests.support.live_storage import odd_tree, save_odd_base
+from tests.support.loaded_models import CPU
 
 WIDTH, ROWS = 16, 8
 
@@ -73,3 +86,91 @@ def test_names_and_hooks_stay() -> None:
     run(blocks)
     assert seen == ["before", "after"]
     assert [name for name, _ in blocks.named_parameters()] == names
+
+
+class CountedOperators(TorchDispatchMode):
+    """Calls of attention's operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attentions += "attention_for_cpu.default" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Counts(NamedTuple):
+    attentions: int
+    decodes: int
+    kept: int  # bytes at the end of forward
+
+
+def train_micro_batch(
+    built: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, list[Tensor], Counts]:
+    """Loss, gradients and counts of a packed micro-batch of a LoRA on NF4."""
+    monkeypatch.setenv("DIST_PEFT_KERNELS", "torch")
+    decode, calls = Nf4Codec.dequantize_rows, []
+    codec = Nf4Codec(64)
+    decode(codec, codec.quantize_to_packed(torch.ones(1, 64)), 64, torch.bfloat16)  # makes tables
+
+    def count_and_decode(*args: Any) -> Tensor:
+        calls.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(Nf4Codec, "dequantize_rows", count_and_decode)
+    model, ids = built.model, torch.arange(2 * 48).view(2, 48) % 97
+    built.setup.adapter.begin_micro_batch(0, torch.arange(2))
+    positions = torch.cat([torch.arange(20), torch.arange(28)]).expand(2, -1)
+    batch = Batch(ids, ids, positions, torch.arange(2), is_packed=True)
+    tracker, counted = StorageTracker(), CountedOperators()
+    with tracker, counted:
+        loss = TokenObjective().compute_loss(model, batch, CPU, model)
+        kept = tracker.total
+        loss.backward()
+    monkeypatch.undo()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(loss.detach()), gradients, Counts(counted.attentions, len(calls), kept)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_odd_base(tmp_path_factory.mktemp("kept") / "base")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_kept_results_change_counts_and_no_bit(
+    base: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for kept in ("none", "attention", "products"):
+        tree = odd_tree(base, engine={"keep_results": kept})
+        tree["adapter"]["use_dora"] = adapter == "dora"
+        config = parse_config(tree)
+        setup = build_model(ResolvedConfig(config, Path(config.base.path)))
+        built = load_weights(setup, World(), CPU)
+        rows = torch.Generator().manual_seed(3)
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=rows) * 0.1
+        found[kept] = train_micro_batch(built, monkeypatch)
+    loss, gradients, plain = found["none"]
+    for kept in ("attention", "products"):
+        other, others, counts = found[kept]
+        assert other == loss and len(others) == len(gradients) > 10
+        assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
+        # 2 documents in each of 2 sequences and 4 blocks, twice without keeping
+        assert (plain.attentions, counts.attentions) == (2 * 16, 16)
+    if adapter == "lora":
+        blocks, linears = 4, 7
+        # forward, backward, and recomputation but for each block's last linear; the first block's
+        # input needs no gradient, so that three backward passes decode nothing
+        assert plain.decodes == blocks * (3 * linears - 1) - 3
+        assert found["attention"][2].decodes == plain.decodes
+        assert found["products"][2].decodes == blocks * 2 * linears - 3
+        tokens, wide = 2 * 48, 120 + 2 * 40 + 120 + 2 * 200  # q, k, v, o, gate, up
+        attended = blocks * tokens * (120 * 2 + 6 * 4 + linears * 5 * 2)
+        more = found["attention"][2].kept - plain.kept
+        assert more == attended
+        assert found["products"][2].kept - plain.kept == attended + blocks * tokens * wide * 2

@@ -1,21 +1,26 @@
 """uint8 shards on every supported torch; the old one in an interpreter of its own."""
 
+import inspect
 import os
 import re
 import subprocess
+import types
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from dist_peft.core.world import World
 from dist_peft.engine.compat import (
     allow_integer_parameters,
     count_deepspeed_gathers,
+    route_rotary_function,
     watch_storage_resizes,
 )
 from tests.support.dist import run_ranks
@@ -123,3 +128,20 @@ def test_torch_211() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 passed" in done.stdout, done.stdout
+
+
+def test_a_rotary_function_is_routed_once() -> None:
+    """Goes with the patch once no file of a family calls the function by its name."""
+    source = types.ModuleType("modeling")
+    source.apply_rotary_pos_emb = lambda q, k, cos, sin, dim=1: (q, k, dim)  # type: ignore[attr-defined]
+    calls: list[int] = []
+
+    def rotate(own: Any, q: int, k: int, cos: int, sin: int) -> Any:
+        calls.append(q)
+        return own(q, k, cos, sin)
+
+    for _ in range(2):
+        route_rotary_function(source, rotate)
+    assert source.apply_rotary_pos_emb(5, 6, 0, 0) == (5, 6, 1) and calls == [5]
+    assert source.apply_rotary_pos_emb(5, 6, 0, 0, dim=2) == (5, 6, 2) and calls == [5]
+    assert "apply_rotary_pos_emb(query_states" in inspect.getsource(LlamaAttention.forward)

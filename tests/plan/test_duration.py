@@ -37,5 +37,21 @@ def test_rows_are_encoded_again_after_everything_else() -> None:
     assert through.tokens_per_second < plain.tokens_per_second
 
 
+def test_block_inputs_cross_the_hosts_link_twice() -> None:
+    parts = (TRACE, 4, 10**9, 1000, Traffic(0, 0, 0, 0, micro_batches=4))
+    plain = plan_duration(*parts, Cluster(1, 1, 1, GPUS["h100"]))
+    sent = plan_duration(*parts, Cluster(1, 1, 1, GPUS["h100"]), offloaded=50 * 10**9)
+    assert plain is not None and sent is not None and plain.offloading == 0
+    assert sent.seconds == sent.offloading == pytest.approx(4 * 2 * 50e9 / 25e9)
+    assert sent.limited_by == "the link to host memory"
+
+
+def test_kept_products_are_decoded_once_less() -> None:
+    parts = (TRACE, 4, 10**9, 1000, Traffic(0, 0, 0, 0, 1), Cluster(1, 1, 1, GPUS["h100"]))
+    found = [plan_duration(*parts, recomputes=recomputes) for recomputes in (True, False)]
+    assert found[0] is not None and found[1] is not None
+    assert found[1].dequantizing == pytest.approx(found[0].dequantizing * 2 / 3)
+
+
 def test_no_card_no_time() -> None:
     assert plan_duration(TRACE, 4, 1, 1, Traffic(0, 0, 0, 0, 1), Cluster(1, 1, 1)) is None

@@ -19,6 +19,7 @@ def test_slices_and_the_merged_model(tmp_path: Path) -> None:
     resting = count_resting_bytes(skeleton.model, skeleton.blocks, config, world)
     host = plan_host_peaks(skeleton, resting, 3)
     assert host.rest == sum(resting.host.values()) > 0
+    assert plan_host_peaks(skeleton, resting, 3, 77).rest == host.rest + 77
     largest = 71 * 120 * 2  # a third of the embedding
     assert host.load == largest + 28 * 2**18 + host.rest
     file = tmp_path / "base/model.safetensors"

@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 
+from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
-from dist_peft.plan.cluster import Cluster
+from dist_peft.engine import activation_checkpointing
+from dist_peft.engine.input_offload import InputOffload, PlainCopies
+from dist_peft.plan.cluster import GPUS, Cluster
 from dist_peft.plan.planned_model import build_planned_model
 from dist_peft.plan.run_plan import RunPlan, choose_traced_blocks, plan_run
 from tests.support.dist import run_ranks
 from tests.support.live_storage import (
+    ODD,
     measure_steps,
     odd_classifier_tree,
     odd_tree,
@@ -32,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_tree(tree: dict[str, Any], ranks: int) -> RunPlan:
     planned = build_planned_model(parse_config(tree))
-    return plan_run(planned, Cluster(1, ranks, 2**34), device_type="cpu")
+    return plan_run(planned, Cluster(1, ranks, 2**34, GPUS["h100"]), device_type="cpu")
 
 
 def assert_plan_holds(plan: RunPlan, measured: list[dict[str, int]], name: str) -> None:
@@ -53,6 +57,40 @@ def assert_peak_holds(plan: RunPlan, measured: dict[str, int], name: str) -> Non
 def test_one_process(base: Path) -> None:
     tree = odd_tree(base, train={"global_batch": 4, "optimizer": "adamw8bit"}, base=PACKED_ENDS)
     assert_plan_holds(plan_tree(tree, 1), [measure_steps(World(), {"a": tree})["a"]], "single")
+
+
+@pytest.mark.e2e
+def test_kept_results_and_inputs_in_host_memory(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real run copies to host memory as a GPU's would, within one memory."""
+
+    def copy_within_memory(config: EngineConfig, device: object) -> InputOffload | None:
+        return InputOffload(PlainCopies()) if config.offload_inputs else None
+
+    monkeypatch.setattr(activation_checkpointing, "make_input_offload", copy_within_memory)
+    plans = {}
+    for kept, offloads in (("none", False), ("products", False), ("none", True)):
+        engine = {"keep_results": kept, "offload_inputs": offloads}
+        name, tree = f"{kept} {offloads}", odd_tree(base, engine=engine)
+        plans[name] = plan_tree(tree, 1)
+        if name != "none False":  # which the other tests measure
+            assert_plan_holds(plans[name], [measure_steps(World(), {"a": tree})["a"]], name)
+    inputs = 4 * 2 * 96 * ODD.hidden_size * 2
+    assert [plan.host.block_inputs for plan in plans.values()] == [0, 0, inputs]
+    plain, products, _ = plans.values()
+    assert plain.duration is not None and products.duration is not None
+    assert products.duration.flops < plain.duration.flops
+    peaks = [
+        sum(
+            phase.items.get("block inputs", 0)
+            for phase in plan.memory.phases
+            if phase.phase == "head"
+        )
+        for plan in plans.values()
+    ]
+    # of the inputs of four blocks, the first is the embedding's; the last may be on its way
+    assert peaks[1] > peaks[0] and peaks[0] - peaks[2] >= inputs // 2
 
 
 @pytest.mark.dist

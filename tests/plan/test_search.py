@@ -40,6 +40,15 @@ def test_changes_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["engine.cpu_offload=params"].needed < found["engine.shard_group=node"].needed
 
 
+def test_results_to_keep_are_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "plan_run", plan_without_a_trace)
+    tree = odd_tree(save_odd_base(tmp_path / "base"), engine={"keep_results": "attention"})
+    monkeypatch.setattr(search, "_propose_bits", lambda *args: [])
+    planned = build_planned_model(parse_config(tree))
+    found = [p.change for p in search_plans(planned, Cluster(1, 1, 2**40))]
+    assert found[-2:] == ["engine.keep_results=products", "engine.offload_inputs=true"]
+
+
 def plan_without_a_trace(planned: PlannedModel, cluster: Cluster) -> RunPlan:
     """Bytes at rest, and 1000 for each sequence of a micro-batch."""
     config, skeleton = planned.config, planned.skeleton

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["repair_bfloat16"]
+__all__ = ["pass_floats_as_numbers", "repair_bfloat16"]
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -64,3 +64,20 @@ def repair_bfloat16() -> None:
     builder.create_dot = dot_widened
     builder.binary_op = binary_widened
     builder.rounds_bfloat16 = True
+
+
+def pass_floats_as_numbers() -> None:
+    """Let kernels get float arguments as float32 scalars, as compiled ones do, and not as Python's,
+    which have no methods. A second call does nothing."""
+    convert = interpreter._implicit_cvt
+    if getattr(convert, "takes_floats", False):
+        return
+
+    def convert_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    convert_floats.takes_floats = True  # type: ignore[attr-defined]
+    interpreter._implicit_cvt = convert_floats

@@ -65,7 +65,7 @@ def test_losses_and_gradients_equal_those_of_whole_logits(
     head = make_head(kind, dtype, vocabulary, hidden)
     monkeypatch.setitem(head_loss._CHUNK_ELEMENTS, "cpu", vocabulary * 32 // chunks)
     monkeypatch.setattr(head_loss, "_WEIGHT_ELEMENTS", 700)  # blocks of 18 rows, 13 in the last
-    monkeypatch.setattr(head_loss, "_WHOLE_ELEMENTS", vocabulary * hidden - 1)
+    monkeypatch.setattr(head_loss, "WHOLE_ELEMENTS", vocabulary * hidden - 1)
     monkeypatch.setitem(head_loss._PANEL_ELEMENTS, "cpu", 500)  # panels of 13 rows, 12 in the last
     x = torch.randn(2, 17, hidden).to(dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (2, 17))
@@ -95,7 +95,7 @@ def test_a_large_quantized_head_is_never_dequantized_whole(
     x, targets = torch.randn(6, 37, requires_grad=True), torch.arange(6)
     compute_frozen_head_losses(x, targets, head)
     assert sizes == [103]  # a small one is, once
-    monkeypatch.setattr(head_loss, "_WHOLE_ELEMENTS", 1)
+    monkeypatch.setattr(head_loss, "WHOLE_ELEMENTS", 1)
     monkeypatch.setitem(head_loss._PANEL_ELEMENTS, "cpu", 37 * 40)
     sizes.clear()
     compute_frozen_head_losses(x, targets, head).sum().backward()

@@ -27,6 +27,10 @@ _ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
         ("auto", "sdpa", "eager"),
         "is a library of its own, whose backward pass adds up in another order each time",
     ),
+    "engine.kernels": (
+        ("own",),
+        "is another package, whose sums have an order of their own in each of its versions",
+    ),
     "train.domain_adversarial": ((None,), "weights its loss by sums over a rank's micro-batches"),
 }
 """Key -> values that are allowed, and the reason that others are not."""

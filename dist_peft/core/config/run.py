@@ -36,6 +36,7 @@ from dist_peft.core.config.adapter_checks import (
 )
 from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
+from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.config.environment import Reference, store_references
 from dist_peft.core.config.exact_checks import check_exact_options
 from dist_peft.core.config.quantization import QuantConfig
@@ -105,70 +106,6 @@ class BaseConfig(ConfigSection):
         description="Run code shipped with the base; only as an override on the command line.",
     )
     revision: str | None = Field(None, description="Hub revision; ignored for a directory.")
-
-
-class EngineConfig(ConfigSection):
-    """How the base and the optimizer state are sharded."""
-
-    kind: Literal["auto", "single", "fsdp2", "zero"] = Field(
-        "auto",
-        description="auto: single with one process, zero under the deepspeed launcher, else fsdp2.",
-    )
-    stage: Literal[1, 2, 3] = Field(
-        3,
-        description="zero: DeepSpeed's ZeRO stage for adapters. 1 shards their optimizer state, 2 "
-        "gradients too, 3 the adapters too. The base is sharded in every stage (shard_base).",
-    )
-    deepspeed_config: PathText | None = Field(
-        None,
-        description="zero: DeepSpeed JSON file to take further settings from (buckets, overlap, "
-        "logging); settings that contradict this configuration are refused.",
-    )
-    shard_base: bool = Field(
-        True, description="false: every rank keeps the whole packed base (small bases)."
-    )
-    shard_group: Literal["all", "node"] | Count = Field(
-        "all",
-        description="all: shard over all ranks. node or a number of ranks: shard inside groups "
-        "of that size and replicate across them (HSDP).",
-    )
-    keep_gathered: Int = Field(
-        0,
-        ge=0,
-        description="Number of blocks, from the first on, that stay gathered over the "
-        "micro-batches of a step (fsdp2) or for good (zero), instead of being gathered twice a "
-        "micro-batch; each takes a whole block of memory. dist-peft plan --search proposes how "
-        "many fit.",
-    )
-    reduce_gradients: Literal["micro_batch", "step"] = Field(
-        "micro_batch",
-        description="fsdp2: micro_batch: sum the adapters' gradients over ranks after each "
-        "micro-batch; a rank keeps its share of them. step: once a step; every rank keeps whole "
-        "float32 gradients until then, and sends less.",
-    )
-    activation_checkpointing: bool = Field(
-        True,
-        description="Activation checkpointing: keep each block's input, recompute the rest in "
-        "backward.",
-    )
-    cpu_offload: Literal["none", "params", "optimizer"] = Field(
-        "none",
-        description="params (fsdp2): shards and optimizer state stay in host memory (CUDA only). "
-        "optimizer (zero): optimizer state is kept and updated in host memory (ZeRO-Offload).",
-    )
-    start_timeout_minutes: Float = Field(
-        10.0, gt=0, le=30_000, description="Rendezvous timeout at the start."
-    )
-    timeout_minutes: Float = Field(
-        30.0, gt=0, le=30_000, description="Timeout of a collective; the run ends after it."
-    )
-    stall_seconds: Float = Field(
-        300.0,
-        ge=0,
-        description="The longest time without progress in a training step: then every rank names "
-        "the one that stands still, and exits. Loading, evaluation, GPTQ and checkpoints have "
-        "multiples of it for each of their pieces of work. 0: no limit.",
-    )
 
 
 class TrainConfig(ConfigSection):
@@ -362,6 +299,7 @@ class RunConfig(ConfigSection):
             "engine.shard_group": self.engine.shard_group,
             **({"engine.stage": self.engine.stage} if self.engine.kind == "zero" else {}),
             "engine.cpu_offload": self.engine.cpu_offload,
+            "engine.kernels": self.engine.kernels,
             "engine.deepspeed_config": self.engine.deepspeed_config,
             "train.optimizer": self.train.optimizer,
             "train.domain_adversarial": self.train.domain_adversarial,
