@@ -25,10 +25,13 @@ from typing import Any
 import torch
 from common import MIB, RESULTS, print_table, run_config, write_result
 
+from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import row_span
 from dist_peft.core.world import World
 from dist_peft.engine import make_engine
 from dist_peft.engine.fake_ranks import fake_process_group
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.frozen_linear import FrozenWeight
 from dist_peft.model.load import load_model
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.host import count_stack_rows
@@ -63,6 +66,11 @@ CASES = (
     Case("llama-3.1-405b", 64),
     Case("llama-3.1-405b", 512, 8192),
     Case("deepseek-v3-bf16", 512),
+    Case("deepseek-v3-fp8", 64),
+    Case("gpt-oss-120b", 64),
+    Case("qwen3-235b-a22b", 64),
+    Case("llama-4-maverick", 64),
+    Case("kimi-k2-int4", 64),
 )
 
 
@@ -127,15 +135,19 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
     start = time.process_time()
     cards = min(8, case.ranks)
     cluster = Cluster(case.ranks // cards, cards, 80 * 2**30)
-    experts = "mixtral" in case.base or "deepseek" in case.base  # have no dropout
+    file = BASES / f"{case.base}.json"
+    text = file.read_text()
+    experts = "expert" in text  # have no dropout
     config = run_config(
         Path("not/downloaded"),
         adapter={"dropout": 0.0 if experts else 0.05},
         data={"train": ["unused.jsonl"], "seq_len": case.seq_len, "packing": True},
         train={"global_batch": 2 * case.ranks},
     )
+    if "quantization_config" in text:  # decides the codec
+        config = config.model_copy(update={"base": BaseConfig(path=config.base.path)})
     with tempfile.TemporaryDirectory() as scratch:
-        planned = build_planned_model(config, BASES / f"{case.base}.json", Path(scratch))
+        planned = build_planned_model(config, file, Path(scratch))
         plan = plan_run(planned, cluster)
         world = cluster.make_world(config.engine, rank=case.ranks // 2)
         share = count_bytes_to_read(planned, world)
@@ -164,9 +176,18 @@ def run_case(case: Case, read_at_most: int = 300 * MIB) -> CaseResult:
 
 
 def count_bytes_to_read(planned: PlannedModel, world: World) -> int:
-    """Return the bytes of a rank's rows in the files."""
+    """Return the bytes of a rank's rows in the files; of a prequantized weight, those of a row in
+    its packed form, which differ by rounding to words and by copied scales."""
+    sizes = {spec.name: spec.num_bytes for spec in planned.skeleton.tensors.values()}
+    for module in planned.skeleton.model.modules():
+        if isinstance(module, FrozenWeight) and module.stored is not None:
+            row = module.codec.num_row_bytes(module.in_features)
+            if isinstance(module, ExpertStack):
+                sizes |= {piece.name: row * len(piece.span) for piece in module.pieces}
+            else:
+                sizes[module.source] = row * module.out_features
     return sum(
-        len(row_span(rows, world.size, world.rank)) * (spec.num_bytes // rows)
+        len(row_span(rows, world.size, world.rank)) * (sizes[spec.name] // rows)
         for spec in planned.skeleton.tensors.values()
         if (rows := count_stack_rows(spec.shape))
     )

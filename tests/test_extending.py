@@ -223,7 +223,10 @@ def test_codec_trains_merges_and_reads_its_own_packed_base(tmp_path: Path) -> No
     (root / "dist_peft" / "quant" / "float8.py").write_text(RECIPES["codec"])
     package = root / "dist_peft"
     nf4 = "from dist_peft.quant.nf4 import Nf4Codec"
-    row, kinds = '    "int": AffineCodec,', 'kind: Literal["nf4", "int", "mxfp4", "fp8", "nvfp4"]'
+    row, kinds = (
+        '    "int": AffineCodec,',
+        'kind: Literal["nf4", "int", "mxfp4", "fp8", "nvfp4", "fp4", "llm_int8"]',
+    )
     own, entry, literal = (re.findall("`(.*?)`", text)[0] for _, text in table_rows("A codec"))
     changed = change_lines(package, "quant/codec.py", nf4, f"{own}\n{nf4}")
     changed += change_lines(package, "quant/codec.py", row, f"{row}\n    {entry}")

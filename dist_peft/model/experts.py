@@ -19,19 +19,17 @@ block, whichever experts the tokens chose, so that all ranks call the same colle
 The files have a tensor for each expert and projection, or the stack itself. ``pieces`` maps rows to
 tensors. gpt-oss stores a stack transposed, ``[E, in, out]``: its rows are columns there.
 
-Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped) and add biases;
-``transformers`` declares both, and the gate is its own function.
+Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped), have no gate
+(Nemotron-H: ``D_e act(U_e x)``) and add biases; ``model.expert_kinds`` tells them apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenWeight, PrequantizedLinear
 from dist_peft.quant.assumed_device import get_assumed_device
@@ -40,20 +38,14 @@ from dist_peft.quant.frozen_matmul import frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = [
-    "STACKS",
     "ExpertStack",
     "FrozenExperts",
     "Pieces",
+    "ScaledInputExperts",
     "StackPiece",
     "StoredPieces",
     "count_expert_tokens",
-    "find_expert_modules",
-    "find_own_gate",
-    "find_router_linears",
 ]
-
-STACKS = ("gate_up_proj", "down_proj")
-"""The two parameters of an experts module, in its order."""
 
 
 @dataclass(frozen=True)
@@ -189,28 +181,28 @@ class FrozenExperts(nn.Module):
     """Replacement of a ``transformers`` experts module with the same forward signature.
 
     Args:
-        gate_up_proj, down_proj: ``[2I, H]`` and ``[H, I]`` of each expert.
+        stacks: the products by their names, first and second, such as ``gate_up_proj``
+            ``[2I, H]`` and ``down_proj`` ``[H, I]`` of each expert.
         act_fn: between them, for the usual ``act(gate) * up``.
-        apply_gate: another function of ``[n, 2I]`` to ``[n, I]`` in its place.
+        apply_gate: another function of the first product, ``[n, 2I]`` to ``[n, I]``, in its place.
         bias_dtype: type of the biases ``[E, 2I]`` and ``[E, H]``; None: there are none.
     """
 
-    gate_up_proj_bias: nn.Parameter | None
-    down_proj_bias: nn.Parameter | None
-
     def __init__(
         self,
-        gate_up_proj: ExpertStack,
-        down_proj: ExpertStack,
+        stacks: Mapping[str, ExpertStack],
         act_fn: Callable[[Tensor], Tensor] | None = None,
         apply_gate: Callable[[Tensor], Tensor] | None = None,
         bias_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts = gate_up_proj.experts
-        self.gate_up_proj, self.down_proj, self.act_fn = gate_up_proj, down_proj, act_fn
+        self.stack_names = tuple(stacks)
+        self.num_experts = next(iter(stacks.values())).experts
+        for name, stack in stacks.items():
+            self.add_module(name, stack)
+        self.act_fn = act_fn
         self._other_gate = apply_gate
-        for name, stack in zip(STACKS, (gate_up_proj, down_proj), strict=True):
+        for name, stack in stacks.items():
             bias = None
             if bias_dtype is not None:
                 shape, device = (stack.experts, stack.out_features), stack.packed.device
@@ -232,16 +224,23 @@ class FrozenExperts(nn.Module):
         order = chosen.argsort(stable=True)
         counts = count_expert_tokens(chosen, self.num_experts)
         x = hidden_states[order // top_k_index.shape[1]]
-        y = self.gate_up_proj(x, counts)
-        if self.gate_up_proj_bias is not None:
-            y = y + self.gate_up_proj_bias[chosen[order]].to(y.dtype)
-        y = self.down_proj(self._apply_gate(y), counts)
-        if self.down_proj_bias is not None:
-            y = y + self.down_proj_bias[chosen[order]].to(y.dtype)
+        y = self._multiply(x, counts, chosen[order])
         # back in the tokens' order: a sum over k is deterministic, where adding to an index
         # is not on a GPU
         y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
+
+    def _multiply(self, x: Tensor, counts: Sequence[int], chosen: Tensor) -> Tensor:
+        """Both products of ``x`` [n, H], sorted by expert; ``chosen`` [n]: the expert of a row."""
+        first, second = self.stack_names
+        y = self._modules[first](x, counts)  # type: ignore[misc]
+        y = self._add_bias(first, y, chosen)
+        y = self._modules[second](self._apply_gate(y), counts)  # type: ignore[misc]
+        return self._add_bias(second, y, chosen)
+
+    def _add_bias(self, name: str, y: Tensor, chosen: Tensor) -> Tensor:
+        bias = self._parameters[f"{name}_bias"]
+        return y if bias is None else y + bias[chosen].to(y.dtype)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if self._other_gate is not None:
@@ -249,6 +248,26 @@ class FrozenExperts(nn.Module):
         assert self.act_fn is not None
         gate, up = gate_up.chunk(2, -1)
         return self.act_fn(gate) * up
+
+
+class ScaledInputExperts(FrozenExperts):
+    """Llama 4's experts: each gets every token, multiplied by its score, 0 where it was not chosen.
+
+    An input of zeros has an output of zeros, and gives no gradient to input and weights, as there
+    are no biases and the gate is a product. So rows of zeros are left out, exactly.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """``[E * n, H]``, the tokens of expert 0, then those of expert 1, to the same shape."""
+        tokens = len(hidden_states) // self.num_experts
+        if get_assumed_device() is None:
+            kept = hidden_states.detach().any(1).nonzero().squeeze(1)
+        else:  # no values: as if one expert was chosen for each token
+            kept = torch.arange(tokens, device=hidden_states.device)
+        chosen = kept // tokens
+        counts = count_expert_tokens(chosen, self.num_experts)
+        y = self._multiply(hidden_states[kept], counts, chosen)
+        return y.new_zeros(hidden_states.shape).index_copy(0, kept, y)
 
 
 def count_expert_tokens(chosen: Tensor, experts: int) -> list[int]:
@@ -259,91 +278,3 @@ def count_expert_tokens(chosen: Tensor, experts: int) -> list[int]:
         return shares + [0] * (experts - used)
     counts: list[int] = chosen.bincount(minlength=experts).tolist()
     return counts
-
-
-def find_expert_modules(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the experts modules of ``transformers`` in ``blocks``.
-
-    ``transformers`` declares how a family's experts compute (``use_experts_implementation``);
-    modules with another declaration than above, or without one, are refused.
-
-    Raises:
-        UserError: experts of another kind.
-    """
-    found = []
-    for block in blocks:
-        for module in block.modules():
-            matrices = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-            if not matrices or "expert" not in type(module).__name__.lower():
-                continue
-            if why := _explain_unsupported_experts(module):
-                raise UserError(
-                    f"base.path has mixture-of-experts layers of class {type(module).__name__}, "
-                    f"{why}; read are experts as Mixtral, Qwen-MoE, OLMoE and gpt-oss have them: "
-                    "a gate of gate_up_proj [experts, 2I, H], then down_proj [experts, H, I], "
-                    "either of them perhaps transposed"
-                )
-            found.append(module)
-    return found
-
-
-def find_router_linears(model: nn.Module, experts: Sequence[nn.Module]) -> set[int]:
-    """Return ``id`` of the linears that route tokens to experts, or weight a shared expert.
-
-    They are siblings of ``experts`` (``shared_expert_gate`` of Qwen2-MoE), or lie in a sibling
-    module and have an output for each expert. Linears of shared experts are neither. Most families'
-    routers are not linears.
-    """
-    counts = {id(module): module.get_parameter(STACKS[0]).shape[0] for module in experts}
-    found: set[int] = set()
-    for module in model.modules():
-        children = list(module.children())
-        count = next((counts[id(child)] for child in children if id(child) in counts), None)
-        for child in children if count is not None else ():
-            inside = (m for m in child.modules() if type(m) is nn.Linear)
-            found |= {id(m) for m in inside if m is child or m.out_features == count}
-    return found
-
-
-_DECLARATION = "transformers.integrations.moe"
-_DECLARED: dict[str, tuple[bool, str]] = {
-    "has_gate": (True, "which have no gate"),
-    "has_post_expert_norm": (False, "which have a norm of their own"),
-}
-"""Attribute of an experts module -> its value here, and the meaning of the opposite."""
-
-
-def find_own_gate(module: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return the gate of an experts module of ``transformers``; None: the usual
-    ``act_fn(gate) * up``, which the declaration adds."""
-    gate = getattr(type(module), "_apply_gate", None)
-    if getattr(gate, "__module__", "") == _DECLARATION:
-        return None
-    own: Callable[[Tensor], Tensor] = module._apply_gate
-    return own
-
-
-def _explain_unsupported_experts(module: Any) -> str | None:
-    """Return why ``FrozenExperts`` cannot replace ``module``; None if it can."""
-    own = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    if not hasattr(module, "is_transposed"):
-        return "whose products transformers does not declare"
-    for name, (wanted, why) in _DECLARED.items():
-        if getattr(module, name, wanted) is not wanted:
-            return why
-    biases = tuple(f"{name}_bias" for name in STACKS) if getattr(module, "has_bias", False) else ()
-    if set(own) != {*STACKS, *biases}:
-        return f"whose parameters are {', '.join(own)}"
-    experts, hidden, twice = own[STACKS[0]]
-    if not module.is_transposed:
-        hidden, twice = twice, hidden
-    down = (twice // 2, hidden) if module.is_transposed else (hidden, twice // 2)
-    if own["down_proj"] != (experts, *down):
-        return f"whose shapes are {list(own['gate_up_proj'])} and {list(own['down_proj'])}"
-    if biases and (own[biases[0]], own[biases[1]]) != ((experts, twice), (experts, hidden)):
-        return f"whose biases are {list(own[biases[0]])} and {list(own[biases[1]])}"
-    if find_own_gate(module) is not None:
-        return None
-    if not getattr(module, "is_concatenated", True):
-        return "whose gate and up rows are interleaved"
-    return None if hasattr(module, "act_fn") else "whose gate computes something else"

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dist_peft.core.errors import UserError
+from dist_peft.model.expert_kinds import describe_experts, find_own_gate
 from dist_peft.model.experts import (
-    STACKS,
     ExpertStack,
     FrozenExperts,
     Pieces,
+    ScaledInputExperts,
     StoredPieces,
-    find_own_gate,
 )
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
@@ -179,9 +179,11 @@ def freeze_experts(
     paths = {id(module): path for path, module in model.named_modules()}
     for module in experts:
         stacks: dict[str, ExpertStack] = {}
-        for own in STACKS:
+        kind = describe_experts(module)
+        assert kind is not None
+        for own in kind.names:
             count, out, columns = module.get_parameter(own).shape
-            if module.is_transposed:
+            if kind.is_transposed:
                 out, columns = columns, out
             source = f"{paths[id(module)]}.{own}"
             pieces = names.stacks[source]
@@ -189,11 +191,12 @@ def freeze_experts(
             chosen = codec if stored is None else stored.codec
             stacks[own] = ExpertStack(count, columns, out, chosen, source, "meta", stored)
             stacks[own].pieces = pieces
-            stacks[own].is_transposed = bool(module.is_transposed)
+            stacks[own].is_transposed = kind.is_transposed
         parent, _, own = paths[id(module)].rpartition(".")
-        bias = module._parameters.get(f"{STACKS[0]}_bias")
-        frozen = FrozenExperts(
-            **stacks,
+        bias = module._parameters.get(f"{kind.names[0]}_bias")
+        build = ScaledInputExperts if kind.has_scaled_inputs else FrozenExperts
+        frozen = build(
+            stacks,
             act_fn=cast(nn.Module | None, getattr(module, "act_fn", None)),
             apply_gate=find_own_gate(module),
             bias_dtype=None if bias is None else bias.dtype,

@@ -36,7 +36,8 @@ from dist_peft.core.log import ONCE
 from dist_peft.model.attention_mask import documents_are_isolated
 from dist_peft.model.block_kinds import block_kind
 from dist_peft.model.config_switches import list_switches, shorten_switches
-from dist_peft.model.experts import FrozenExperts, find_expert_modules
+from dist_peft.model.expert_kinds import find_expert_modules
+from dist_peft.model.experts import FrozenExperts
 from dist_peft.model.forward_probe import ON_ANY_DEVICE, restore_own_attributes
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear
@@ -273,5 +274,9 @@ def _low_rank(rows: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: (x @ rows) @ columns
 
 
-def _experts_answer(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _experts_answer(hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    """``routing``: experts of each token and their factors; none where inputs are scaled."""
+    if not routing:
+        return torch.sin(hidden_states)
+    _, top_k_weights = routing
     return torch.sin(hidden_states) * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)

@@ -1,5 +1,6 @@
 """Modules built without memory: on the ``meta`` device."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ _DRAWS = ("normal_", "uniform_", "kaiming_uniform_")
 class EmptyOnMeta(TorchFunctionMode):
     """Redirects allocations of uninitialized memory to ``meta``; everything else runs as is.
 
+    Large stacks of zeros are weights, too: Llama 4 makes its experts' so.
+
     Random initialization of a ``meta`` tensor is skipped: it has no values, and to find out that
     there is nothing to draw takes PyTorch a millisecond for each weight.
     """
@@ -24,8 +27,16 @@ class EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        if func is torch.zeros and kwargs.get("device") is None and _is_stack(args):
+            kwargs["device"] = "meta"
         if getattr(func, "__name__", None) in _DRAWS:
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
         return func(*args, **kwargs)
+
+
+def _is_stack(shape: tuple[Any, ...]) -> bool:
+    """Whether the arguments of ``torch.zeros`` are three sizes of 2^20 numbers or more."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    return len(sizes) == 3 and math.prod(sizes) >= 2**20

@@ -11,7 +11,7 @@ mixture lie in one tensor each where the model stacks them (``model.experts``)::
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -27,7 +27,8 @@ from transformers.core_model_loading import (
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.span import Span
-from dist_peft.model.experts import STACKS, Pieces, StackPiece
+from dist_peft.model.expert_kinds import describe_experts
+from dist_peft.model.experts import Pieces, StackPiece
 from dist_peft.model.prequantized.base import PrequantizedBase
 from dist_peft.model.tensor_renaming import rename_tensor
 from dist_peft.model.tied_weights import list_tied_names, untie_different_weights
@@ -82,7 +83,7 @@ def find_tensor_names(
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     tensors: Mapping[str, TensorInfo | None] = index.tensors if packed is None else packed.tensors
-    in_files = {rename_tensor(name, renamings): name for name in tensors}
+    in_files = _rename_tensors(tensors, renamings, model)
     stacks, absent = _find_expert_stacks(model, index, tensors, in_files, rules, experts)
     prefix = model.base_model_prefix + "."
 
@@ -121,6 +122,29 @@ def find_tensor_names(
                 del names[name]  # the head of another set of classes
                 continue
             raise _other_shape_error(source, info.shape, shape)
+    return found
+
+
+def _rename_tensors(
+    tensors: Iterable[str], renamings: Sequence[WeightRenaming], model: PreTrainedModel
+) -> dict[str, str]:
+    """Return name in the model -> tensor in the files.
+
+    Renamings are of names in published files. Where one changes a name that is the model's own into
+    one that is not (DeepSeek-V4: ``model.norm`` to ``model.kv_norm``), the tensor keeps its name.
+    """
+    prefix = model.base_model_prefix + "."
+    known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
+
+    def is_known(name: str) -> bool:
+        return any(candidate in known for candidate in _candidate_names(name, prefix))
+
+    found = {}
+    for name in tensors:
+        renamed = rename_tensor(name, renamings)
+        keeps = renamed != name and is_known(name) and not is_known(renamed)
+        found[name if keeps else renamed] = name
     return found
 
 
@@ -181,7 +205,9 @@ def _find_expert_stacks(
     stacks: dict[str, Pieces] = {}
     absent: list[str] = []
     for module in experts:
-        for own in STACKS:
+        kind = describe_experts(module)
+        assert kind is not None
+        for own in kind.names:
             name, shape = f"{paths[id(module)]}.{own}", tuple(module.get_parameter(own).shape)
             for candidate in _candidate_names(name, prefix):
                 if candidate in in_files:
@@ -190,8 +216,7 @@ def _find_expert_stacks(
                     parts = merged[candidate]
                 else:
                     continue
-                turned = bool(module.is_transposed)
-                stacks[name] = _list_stack_pieces(index, tensors, parts, shape, turned)
+                stacks[name] = _list_stack_pieces(index, tensors, parts, shape, kind.is_transposed)
                 break
             else:
                 absent.append(name)

@@ -32,7 +32,8 @@ from dist_peft.model.document_attention import (
     build_document_masks,
     select_document_attention,
 )
-from dist_peft.model.experts import ExpertStack, find_expert_modules, find_router_linears
+from dist_peft.model.expert_kinds import find_expert_modules, find_router_linears
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.float32_tensors import find_wider_dtypes, set_parameter_dtypes
 from dist_peft.model.forward_probe import PROBE_TOKENS, probe_forward, runs_with_mask
 from dist_peft.model.freezing import (
@@ -375,7 +376,9 @@ def _attach_tensor_names(
             if packs and name in own:
                 sources[id(parameter)] = module.source = own[name]
         pieces = module.pieces if isinstance(module, ExpertStack) else ()
-        for source in [*own.values(), *(piece.name for piece in pieces)]:
+        whole = {n for n, b in module.named_buffers(recurse=False) if not b.is_floating_point()}
+        numbers = [source for name, source in own.items() if name not in whole]
+        for source in [*numbers, *(piece.name for piece in pieces)]:
             if not tensors[source].dtype.is_floating_point:
                 raise UserError(
                     f"tensor {source} in {index.tensors[source].file} has type "

@@ -4,11 +4,12 @@
 one hole (a sparse file takes no room on disk) can be opened, indexed and read like the real ones;
 every number in them is zero.
 
-A ``config.json`` of a base in FP8 or MXFP4 (``model.prequantized``) gives the tensors of that
-format, under the names of the published files: a tensor for each expert.
+A ``config.json`` of a base in FP8, MXFP4 or compressed-tensors' integers (``model.prequantized``)
+gives the tensors of that format, under the names of the published files: a tensor for each expert.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dist_peft.core.errors import UserError
 from dist_peft.model.classifier import MODELS
+from dist_peft.model.expert_kinds import describe_experts
 from dist_peft.model.hub import REFUSALS, format_library_error
 from dist_peft.model.skeleton import find_decoder_blocks
 from dist_peft.quant.mxfp4 import MXFP4_GROUP
@@ -68,6 +70,10 @@ def list_base_tensors(
         return _list_mxfp4_tensors(model, specs)
     if found.get("quant_method") == "fp8" and found.get("weight_block_size"):
         return _list_fp8_tensors(model, specs, found)
+    if found.get("quant_method") == "compressed-tensors":
+        if found.get("format") == "pack-quantized":
+            return _list_integer_tensors(model, specs, found)
+        raise UserError(f"{config_file}: the shapes of {found.get('format')!r} files are not known")
     return specs
 
 
@@ -77,7 +83,7 @@ def _list_mxfp4_tensors(model: nn.Module, specs: list[TensorSpec]) -> list[Tenso
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if getattr(module, "is_transposed", False) and parameter.dim() == 3
+        if (kind := describe_experts(module)) and kind.is_transposed and parameter.dim() == 3
     }
     packed: list[TensorSpec] = []
     for spec in specs:
@@ -98,15 +104,57 @@ def _list_fp8_tensors(
     """Put FP8 weights and scales of tiles in the place of the blocks' linears and experts."""
     rows, columns = (int(size) for size in settings["weight_block_size"])
     left = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
+    listed: list[TensorSpec] = []
+    for spec, is_packed in _list_named_as_in_files(model, specs, left):
+        listed.append(
+            TensorSpec(spec.name, torch.float8_e4m3fn if is_packed else spec.dtype, spec.shape)
+        )
+        if is_packed:
+            tiles = (-(-spec.shape[0] // rows), -(-spec.shape[1] // columns))
+            listed.append(TensorSpec(f"{spec.name}_scale_inv", torch.float32, tiles))
+    return listed
+
+
+def _list_integer_tensors(
+    model: PreTrainedModel, specs: list[TensorSpec], settings: Mapping[str, Any]
+) -> list[TensorSpec]:
+    """Put compressed-tensors' words, scales and shapes in the place of the blocks' linears and
+    experts that ``ignore`` does not name, as written or by ``re:`` patterns."""
+    (group,) = settings["config_groups"].values()
+    bits, size = int(group["weights"]["num_bits"]), int(group["weights"]["group_size"])
+    left = settings.get("ignore") or []
+    listed: list[TensorSpec] = []
+    for spec, is_inside in _list_named_as_in_files(model, specs, []):
+        stem = spec.name.removesuffix(".weight")
+        ignored = any(
+            re.match(entry.removeprefix("re:"), stem) if entry.startswith("re:") else entry == stem
+            for entry in left
+        )
+        if not is_inside or ignored:
+            listed.append(spec)
+            continue
+        rows, columns = spec.shape
+        words = (rows, -(-columns * bits // 32))
+        listed.append(TensorSpec(f"{spec.name}_packed", torch.int32, words))
+        listed.append(TensorSpec(f"{spec.name}_scale", spec.dtype, (rows, columns // size)))
+        listed.append(TensorSpec(f"{spec.name}_shape", torch.int64, (2,)))
+    return listed
+
+
+def _list_named_as_in_files(
+    model: PreTrainedModel, specs: list[TensorSpec], left: list[str]
+) -> list[tuple[TensorSpec, bool]]:
+    """Return tensors under the names of published files, first those that are not packed; with
+    each, whether it is a matrix of the blocks' linears and experts that ``left`` does not name."""
     inside = {id(m) for block in find_decoder_blocks(model) for m in block.modules()}
     packed = set()
     for path, module in model.named_modules():
         if id(module) in inside and should_convert_module(path, left):
             if isinstance(module, nn.Linear):
                 packed.add(f"{path}.weight")
-            elif hasattr(module, "is_transposed"):
+            elif describe_experts(module):
                 packed |= {f"{path}.{n}" for n, p in module.named_parameters() if p.dim() == 3}
-    listed: list[TensorSpec] = []
+    listed: list[tuple[TensorSpec, bool]] = []
     for is_packed in (False, True):
         parts = {
             spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -114,13 +162,7 @@ def _list_fp8_tensors(
             if (spec.name in packed) is is_packed
         }
         for name, tensor in revert_weight_conversion(model, parts).items():
-            shape = tuple(tensor.shape)
-            listed.append(
-                TensorSpec(name, torch.float8_e4m3fn if is_packed else tensor.dtype, shape)
-            )
-            if is_packed:
-                tiles = (-(-shape[0] // rows), -(-shape[1] // columns))
-                listed.append(TensorSpec(f"{name}_scale_inv", torch.float32, tiles))
+            listed.append((TensorSpec(name, tensor.dtype, tuple(tensor.shape)), is_packed))
     return listed
 
 
@@ -144,10 +186,13 @@ def write_sparse_base(
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(config_file, directory / "config.json")
     shards: list[list[TensorSpec]] = [[]]
+    held = 0  # bytes of the last one
     for spec in list_base_tensors(config_file, dtype, head):
-        if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > shard_bytes:
+        if shards[-1] and held + spec.num_bytes > shard_bytes:
             shards.append([])
+            held = 0
         shards[-1].append(spec)
+        held += spec.num_bytes
     places: dict[str, str] = {}
     for number, specs in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -19,7 +19,9 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec_defaults import AffineRows, CodecDefaults, Nf4Rows
+from dist_peft.quant.fp4 import Fp4Codec
 from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.llm_int8 import LlmInt8Codec
 from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.nvfp4 import Nvfp4Codec
@@ -175,6 +177,8 @@ _CODECS: dict[str, type[ConfiguredCodec]] = {
     "mxfp4": Mxfp4Codec,
     "fp8": Fp8Codec,
     "nvfp4": Nvfp4Codec,
+    "fp4": Fp4Codec,
+    "llm_int8": LlmInt8Codec,
 }
 """``base.quant.kind`` -> its codec."""
 

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.pack import pack_bits, unpack_bits
 from dist_peft.quant.packed_rows import align_to_4_bytes, list_row_chunks, view_as_bytes
 
@@ -155,7 +154,7 @@ def convert_compressed_rows(packed: Tensor, scale: Tensor, zero: Tensor) -> Tens
     return _build_affine_rows(view_as_bytes(packed), scale, zero)
 
 
-def convert_bnb_rows(payload: Tensor, absmax: Tensor, codec: Nf4Codec, in_features: int) -> Tensor:
+def convert_bnb_rows(payload: Tensor, absmax: Tensor, codec: Codec, in_features: int) -> Tensor:
     """bitsandbytes' NF4 -> ``uint8 [n, row_bytes]`` of a codec without double quantization.
 
     Args:

@@ -90,13 +90,14 @@ class SafetensorsIndex:
     @classmethod
     def _read_sharded_directory(cls, path: Path) -> "SafetensorsIndex":
         places = _read_index_json(path / INDEX_NAME)
-        missing = sorted({name for name in places.values() if not (path / name).is_file()})
+        names = set(places.values())
+        missing = sorted(name for name in names if not (path / name).is_file())
         if missing:
             raise UserError(
                 f"{path / INDEX_NAME} names files that are missing: {_format_some_names(missing)}; "
                 "copy or download them"
             )
-        index = cls._read_shards(path, {path / name for name in places.values()})
+        index = cls._read_shards(path, {path / name for name in names})
         for name, file_name in places.items():
             if name not in index.tensors or index.tensors[name].file.name != file_name:
                 raise UserError(

@@ -2,6 +2,7 @@
 what was trained, for ``transformers``."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,14 @@ def test_merged_models_are_those_that_were_trained(tmp_path: Path) -> None:
     """Into bfloat16, in transposed tensors as transformers has them, without the quantization."""
     trees = make_trees(tmp_path)
     plain = packed.save_plain(tmp_path / "plain")
-    for case, save in (("a scale a row", save_compressed_fp8), ("nvfp4", save_compressed_fp4)):
+    others: dict[str, Callable[[Path, Path], Path]] = {
+        "a scale a row": save_compressed_fp8,
+        "nvfp4": save_compressed_fp4,
+        "act-order": lambda p, o: packed.save_gptq(p, o, act_order=True),
+        "llm.int8": lambda p, o: packed.save_bnb(p, o, double_quant=False, kind="int8"),
+        "bnb fp4": lambda p, o: packed.save_bnb(p, o, double_quant=True, kind="fp4"),
+    }
+    for case, save in others.items():
         base = {"path": str(save(plain, tmp_path / case)), "compute_dtype": "float32"}
         (own := tmp_path / f"{case} run").mkdir()
         trees[case] = tiny_tree(own, base=base, adapter=ODD)

@@ -1,7 +1,6 @@
 """Packed experts against those of ``transformers`` with the same weights."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -9,17 +8,13 @@ import transformers as tf
 from torch import Tensor, nn
 
 from dist_peft.core.config.run import BaseConfig, QuantConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.engine.single import SingleEngine
 from dist_peft.model.base_hashes import build_row_hashes
 from dist_peft.model.experts import (
-    STACKS,
     ExpertStack,
     FrozenExperts,
     StackPiece,
-    find_expert_modules,
-    find_router_linears,
 )
 from dist_peft.model.load import load_model
 from dist_peft.model.skeleton import build_skeleton
@@ -32,6 +27,19 @@ from tests.support.rank_loads import load, share
 from tests.support.tiny_models import MIXTURES, save_model
 
 CPU = torch.device("cpu")
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 NF4, INT3 = QuantConfig(), QuantConfig(kind="int", bits=3, group_size=32)
 
 
@@ -60,14 +68,34 @@ def with_decoded(original: tf.PreTrainedModel, mine: nn.Module) -> tf.PreTrained
     return original
 
 
+OTHERS = {
+    "gpt_oss": GPT_OSS,
+    "llama4": tf.Llama4TextConfig(
+        **_SIZES, intermediate_size_mlp=72, num_local_experts=3, interleave_moe_layer_step=2
+    ),
+    "nemotron_h": tf.NemotronHConfig(
+        **_SIZES,
+        layer_types=["moe", "full_attention"],
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        moe_shared_expert_intermediate_size=48,
+        moe_latent_size=32,
+        n_group=1,
+        topk_group=1,
+    ),
+}
+"""Transposed and with biases; every token given to every expert; without a gate."""
+
+
 @pytest.mark.parametrize("quant", [None, NF4, INT3], ids=["none", "nf4", "int3"])
-@pytest.mark.parametrize("family", [*MIXTURES, "gpt_oss"])
+@pytest.mark.parametrize("family", [*MIXTURES, *OTHERS])
 def test_model_equals_transformers(
     family: str, quant: QuantConfig | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From files of one tensor an expert: the logits, and the gradient of the embeddings, which
     comes through the routers too."""
-    save_model(GPT_OSS if family == "gpt_oss" else MIXTURES[family], tmp_path)
+    save_model((MIXTURES | OTHERS)[family], tmp_path)
     mine = loaded(tmp_path, quant)
     assert "does not use" not in caplog.text
     original = tf.AutoModelForCausalLM.from_pretrained(
@@ -94,12 +122,12 @@ def test_experts_equal_a_loop(tmp_path: Path) -> None:
     gate_up, down = torch.randn(count, 2 * inner, hidden), torch.randn(count, hidden, inner)
     codec = make_codec(INT3, torch.float32)
     stacks = {}
-    for name, weight in zip(STACKS, (gate_up, down), strict=True):
+    for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
         stack = ExpertStack(count, weight.shape[2], weight.shape[1], codec, name, "cpu")
         stack.packed.data = codec.quantize_to_packed(weight.flatten(0, 1))
         stacks[name] = stack
         weight.copy_(stack.dequantize_weight(torch.float32).view(weight.shape))
-    experts = FrozenExperts(**stacks, act_fn=nn.SiLU())
+    experts = FrozenExperts(stacks, act_fn=nn.SiLU())
     index = torch.tensor([[0, 3], [2, 2], [3, 0], [2, 0], [3, 2]])
 
     def loop(x: Tensor, weights: Tensor) -> Tensor:
@@ -187,56 +215,6 @@ def test_rows_of_transposed_experts(tmp_path: Path) -> None:
         assert known.is_complete
         sums.append(known.total)
     assert sums[0] == sums[1]
-
-
-# -- kinds -----------------------------------------------------------------------------------------
-
-
-def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
-    with torch.device("meta"):
-        return find_expert_modules([tf.AutoModelForCausalLM.from_config(config)])
-
-
-def test_routers_stay_unquantized(tmp_path: Path) -> None:
-    save_model(MIXTURES["qwen2_moe"], tmp_path)
-    model = build_skeleton(BaseConfig(path="unused"), tmp_path).model
-    block = model.model.layers[0].mlp
-    assert block.gate.weight.dtype == torch.bfloat16
-    assert type(block.shared_expert_gate) is nn.Linear
-    assert block.shared_expert_gate.weight.dtype == torch.bfloat16
-    assert block.shared_expert.up_proj.codec.name == block.experts.down_proj.codec.name == "nf4"
-
-
-def test_a_router_within_a_module_of_its_own() -> None:
-    config = tf.HunYuanMoEV1Config(
-        **_SMALL, num_experts=3, moe_topk=2, moe_intermediate_size=8, head_dim=8
-    )
-    with torch.device("meta"):
-        model = tf.AutoModelForCausalLM.from_config(config)
-    block = model.model.layers[0].mlp
-    assert find_router_linears(model, [block.experts]) == {id(block.gate.wg)}
-
-
-_SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 20,
-}
-
-
-def test_kinds_of_experts() -> None:
-    assert len(experts_of(tf.OlmoeConfig(**_SMALL, num_experts=3))) == 1
-    assert experts_of(tf.LlamaConfig(**_SMALL)) == []
-    assert len(experts_of(tf.GptOssConfig(**_SMALL, num_local_experts=3))) == 1
-    with pytest.raises(UserError, match=r"class NemotronHExperts, which have no gate; read"):
-        experts_of(
-            tf.NemotronHConfig(**_SMALL, layer_types=["moe"], n_routed_experts=3, head_dim=8)
-        )
-    with pytest.raises(UserError, match=r"class Llama4TextExperts, whose products transformers"):
-        experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
 
 
 def test_stacks_have_whole_shapes() -> None:

@@ -31,3 +31,10 @@ def test_tensors_with_memory_are_drawn(name: str) -> None:
     with EmptyOnMeta():
         assert torch.arange(3).tolist() == [0, 1, 2]
         assert torch.empty(2, device="cpu").uniform_(1, 2).min() >= 1
+
+
+def test_stacks_of_zeros_are_weights() -> None:
+    with EmptyOnMeta():
+        assert torch.zeros(64, 128, 128).is_meta and torch.zeros((64, 128, 128)).is_meta
+        small = torch.zeros(2, 3, 4), torch.zeros(2**20), torch.zeros(64, 128, 128, device="cpu")
+        assert not any(tensor.is_meta for tensor in small)

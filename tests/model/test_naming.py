@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
-from dist_peft.model.experts import find_expert_modules
+from dist_peft.model.expert_kinds import find_expert_modules
 from dist_peft.model.naming import TensorNames, find_tensor_names
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.index import SafetensorsIndex
@@ -111,3 +111,35 @@ def test_refuses_one_quantized_expert(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config.replace("{", "{" + settings, 1))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.0\.down_proj\.weight are not"):
         build_skeleton(BaseConfig(path="unused"), tmp_path)
+
+
+def test_names_of_the_model_are_not_renamed(tmp_path: Path) -> None:
+    """``transformers`` renames ``norm`` of published DeepSeek-V4 files within layers; in files that
+    it has written, the pattern would hit the last norm, too. Integer buffers are read as they are.
+    """
+    config = tf.DeepseekV4Config(
+        vocab_size=97,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        q_lora_rank=32,
+        o_lora_rank=32,
+        o_groups=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=8,
+        sliding_window=8,
+        max_position_embeddings=64,
+    )
+    original = save_model(config, tmp_path)
+    names = names_of(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors[names.tensors["model.norm.weight"]], original.model.norm.weight)
+    skeleton = build_skeleton(BaseConfig(path="u", quant=None, compute_dtype="float32"), tmp_path)
+    buffers = dict(skeleton.model.named_buffers())
+    whole = [name for name in names.tensors if name in buffers and "tid2eid" in name]
+    assert whole and all(tensors[names.tensors[name]].dtype == torch.int64 for name in whole)

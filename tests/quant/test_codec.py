@@ -15,7 +15,9 @@ from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant import packed_rows as rows
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec, make_codec, make_finer_codec
+from dist_peft.quant.fp4 import Fp4Codec
 from dist_peft.quant.fp8 import Fp8Codec
+from dist_peft.quant.llm_int8 import LlmInt8Codec
 from dist_peft.quant.mxfp4 import Mxfp4Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.quant.nvfp4 import Nvfp4Codec
@@ -36,6 +38,9 @@ QUANTIZING: list[Codec] = [
     Nvfp4Codec(),
     Fp8Codec(40),
     Fp8Codec(65536),
+    Fp4Codec(),
+    Fp4Codec(24),
+    LlmInt8Codec(),
 ]
 RAW: list[Codec] = [RawCodec(torch.bfloat16), RawCodec(torch.float16), RawCodec(torch.float32)]
 CODECS = QUANTIZING + RAW

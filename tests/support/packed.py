@@ -123,13 +123,19 @@ def save_gptq(
     *,
     version: int = 2,
     per_row: bool = False,
+    act_order: bool = False,
     **options: Any,
 ) -> Path:
     """Version 1 stores zeros less one, subtracted as gptqmodel does: from whole words."""
 
     def convert(stem: str, weight: Tensor) -> dict[str, Tensor]:
         group = weight.shape[1] if per_row else GROUP
-        codes, scale, zero = rounded(weight, bits, group)
+        columns = torch.arange(weight.shape[1])
+        order = columns
+        if act_order:  # as if columns became less important in some order
+            order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(len(stem)))
+        codes, scale, zero = rounded(weight[:, order], bits, group)
+        codes = codes[:, order.argsort()]
         qzeros = pack_rows(zero.T, bits)
         if version == 1:
             ones = words_of([1] * (32 // bits), bits)[0]
@@ -138,14 +144,14 @@ def save_gptq(
             f"{stem}.qweight": pack_rows(codes, bits).T,
             f"{stem}.qzeros": qzeros,
             f"{stem}.scales": scale.T,
-            f"{stem}.g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // group,
+            f"{stem}.g_idx": (columns // group)[order.argsort()].int(),
         }
 
     settings = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": -1 if per_row else GROUP,
-        "desc_act": False,
+        "desc_act": act_order,
         "sym": False,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
@@ -214,13 +220,17 @@ def save_compressed(
     return repack(plain, out, settings, convert, **options)
 
 
-def save_bnb(plain: Path, out: Path, *, double_quant: bool, **options: Any) -> Path:
-    """By transformers and bitsandbytes."""
+def save_bnb(
+    plain: Path, out: Path, *, double_quant: bool, kind: str = "nf4", **options: Any
+) -> Path:
+    """By transformers and bitsandbytes. ``kind``: nf4, fp4, or int8 for LLM.int8."""
     pytest.importorskip("bitsandbytes")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    four = kind != "int8"
     settings = tf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        load_in_4bit=four,
+        load_in_8bit=not four,
+        bnb_4bit_quant_type=kind if four else "nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.float32,
         **options,

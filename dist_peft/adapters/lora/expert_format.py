@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
-from dist_peft.model.experts import STACKS
+from dist_peft.model.expert_kinds import STACK_NAMES
 
 __all__ = [
     "is_taken_for_experts",
@@ -40,7 +40,7 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "gate")
 def to_public_expert_path(stack: str, adapted: Collection[str]) -> str:
     """Return the prefix of the adapted ``stack``'s tensors in the file, given all adapted paths."""
     owner, _, own = stack.rpartition(".")
-    inner = own == STACKS[0] and f"{owner}.{STACKS[1]}" in adapted
+    inner = own != STACK_NAMES[-1] and f"{owner}.{STACK_NAMES[-1]}" in adapted
     return owner + _WRAPPED * inner
 
 
@@ -53,7 +53,7 @@ def to_expert_stack_path(path: str, targets: Iterable[str]) -> str | None:
     owner = path.removesuffix(_WRAPPED)
     # a bare name is an expert's parameter, not whatever a linear could own
     known = [t for t in targets if "." in t or owner.rpartition(".")[2] == "experts"]
-    own = [s for s in STACKS if any(f".{owner}.{s}".endswith(f".{t}") for t in known)]
+    own = [s for s in STACK_NAMES if any(f".{owner}.{s}".endswith(f".{t}") for t in known)]
     if not own:
         return None
     return f"{owner}.{own[0] if owner != path else own[-1]}"

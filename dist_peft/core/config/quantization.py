@@ -8,7 +8,7 @@ from dist_peft.core.config.types import ConfigSection, Count, Int
 
 __all__ = ["QuantConfig"]
 
-_BITS = {"nf4": 4, "mxfp4": 4, "fp8": 8, "nvfp4": 4}
+_BITS = {"nf4": 4, "mxfp4": 4, "fp8": 8, "nvfp4": 4, "fp4": 4, "llm_int8": 8}
 _GROUP_SIZES = {"mxfp4": 32, "nvfp4": 16}
 """Of the kinds that have no choice."""
 
@@ -16,6 +16,7 @@ _OWN_DEFAULTS = {
     "mxfp4": {"group_size": 32},
     "fp8": {"bits": 8, "group_size": 128},
     "nvfp4": {"group_size": 16},
+    "llm_int8": {"bits": 8},
 }
 """Defaults of a kind that differ from those of the fields."""
 
@@ -23,11 +24,12 @@ _OWN_DEFAULTS = {
 class QuantConfig(ConfigSection):
     """How the frozen linear weights are stored. ``null`` keeps them in ``base.compute_dtype``."""
 
-    kind: Literal["nf4", "int", "mxfp4", "fp8", "nvfp4"] = Field(
+    kind: Literal["nf4", "int", "mxfp4", "fp8", "nvfp4", "fp4", "llm_int8"] = Field(
         "nf4",
         description="nf4: 4-bit NormalFloat (QLoRA). int: affine integers in groups. mxfp4: 4-bit "
         "floats (E2M1) with a power of two for each 32, as in gpt-oss. fp8: 8-bit floats (E4M3) "
-        "with a scale for each group. nvfp4: 4-bit floats with an 8-bit float for each 16.",
+        "with a scale for each group. nvfp4: 4-bit floats with an 8-bit float for each 16. "
+        "fp4: bitsandbytes' 4-bit floats. llm_int8: bitsandbytes' 8 bits with a scale a row.",
     )
     bits: Literal[2, 3, 4, 8] = Field(
         4, description="Bits a weight; nf4, mxfp4 and nvfp4 have 4, fp8 has 8 (also its default)."

@@ -40,7 +40,8 @@ from dist_peft.export.model_directory import WriteResult, copy_tokenizer_files
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison
 from dist_peft.export.verify_formats import ConsumerRequest
-from dist_peft.model.experts import STACKS, ExpertStack
+from dist_peft.model.expert_kinds import STACK_NAMES
+from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import Skeleton, build_skeleton
 from dist_peft.store.publish import publish_directory
 
@@ -155,7 +156,7 @@ def _iterate_matrices(
         if path not in stacks:
             yield path, module.A, module.B, module.scaling
     for owner in sorted({path.rpartition(".")[0] for path in modules if path in stacks}):
-        for own in STACKS:
+        for own in (name for name in STACK_NAMES if f"{owner}.{name}" in stacks):
             stack, adapted = stacks[f"{owner}.{own}"], modules.get(f"{owner}.{own}")
             prefix = "model." if owner.startswith("model.") else ""
             each = len(stack.pieces) // stack.experts

@@ -2,9 +2,9 @@
 
     quantization_config.quant_method     read
     dist_peft                            our own packed rows, ``STEM.packed``
-    gptq                                 layouts gptq and gptq_v2 with natural groups
+    gptq                                 layouts gptq and gptq_v2, with act-order too
     awq                                  layout gemm
-    bitsandbytes                         NF4, with and without double quantization
+    bitsandbytes                         NF4 and FP4, with and without double quantization; LLM.int8
     compressed-tensors                   integers, FP8, NVFP4 and MXFP4, by ``format``
     fp8                                  FP8 with a scale for each tile of weights, or one a tensor
     mxfp4                                gpt-oss: experts in MXFP4
@@ -27,7 +27,7 @@ from dist_peft.core.config.run import BaseConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.hub import read_json_object
-from dist_peft.model.prequantized.bnb import BitsandbytesFormat
+from dist_peft.model.prequantized.bnb import BitsandbytesFormat, LlmInt8Format
 from dist_peft.model.prequantized.fp4_linears import CompressedMxfp4Format, Nvfp4Format
 from dist_peft.model.prequantized.fp8_linears import CompressedFp8Format, TiledFp8Format
 from dist_peft.model.prequantized.integer import AwqFormat, CompressedTensorsFormat, GptqFormat
@@ -185,7 +185,7 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> PrequantizedB
     if not isinstance(settings, dict):
         raise UserError(f"{file}: quantization_config is {settings!r}, not a section")
     method = settings.get("quant_method")
-    if method is None and "load_in_4bit" in settings:
+    if method is None and ("load_in_4bit" in settings or "load_in_8bit" in settings):
         method = "bitsandbytes"
     if not isinstance(method, str) or method not in _FORMATS:
         raise UserError(
@@ -195,6 +195,8 @@ def open_prequantized(directory: Path, index: SafetensorsIndex) -> PrequantizedB
     chosen = _FORMATS[method]
     if chosen is CompressedTensorsFormat:
         chosen = _FLOAT_LAYOUTS.get(str(find_layout(settings)), chosen)
+    if chosen is BitsandbytesFormat and not settings.get("load_in_4bit"):
+        chosen = LlmInt8Format
     return PrequantizedBase(chosen.from_settings(settings, index), index)
 
 

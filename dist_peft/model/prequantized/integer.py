@@ -10,7 +10,7 @@ the largest size up to 128 that divides every linear: the codec's groups have on
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
+from dist_peft.model.prequantized.column_order import choose_ordered_codec
 from dist_peft.model.prequantized.linear import (
     UNQUANTIZED_HINT,
     PackedFormat,
@@ -32,6 +33,7 @@ from dist_peft.model.prequantized.linear import (
     require_tensor,
 )
 from dist_peft.quant.affine import AffineCodec
+from dist_peft.quant.codec import Codec
 from dist_peft.quant.import_formats import (
     convert_awq_rows,
     convert_compressed_rows,
@@ -41,6 +43,7 @@ from dist_peft.quant.import_formats import (
     unpack_awq_zeros,
     unpack_gptq_zeros,
 )
+from dist_peft.quant.ordered_columns import OrderedColumnsCodec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
 
@@ -52,17 +55,24 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class _IntegerLinear(PackedLinear):
-    codec: AffineCodec
+    affine: AffineCodec
+    """``codec``, or of the sorted columns where this one has an order."""
     rounding: ScaleRounding
 
     @property
     def _num_bits(self) -> int:
-        return self.codec.bits
+        return self.affine.bits
 
     def _repeat_over_groups(self, numbers: Tensor) -> Tensor:
         """Repeat ``[n, groups of the file]`` to ``[n, groups of the codec]``."""
-        groups = self.in_features // self.codec.group_size
+        groups = self.in_features // self.affine.group_size
         return numbers.repeat_interleave(groups // numbers.shape[1], 1)
+
+    def _sort_columns(self, packed: Tensor) -> Tensor:
+        """Rows with codes in the order of the file -> rows of the codec."""
+        if self.codec is self.affine:
+            return packed
+        return cast(OrderedColumnsCodec, self.codec).sort_columns(packed, self.in_features)
 
 
 # -- GPTQ ------------------------------------------------------------------------------------------
@@ -87,8 +97,10 @@ class _GptqLinear(_IntegerLinear):
         )
         scale = self.rounding.round_scale(reader.read_rows(f"{self.stem}.scales", columns=span).T)
         qweight = reader.read_rows(f"{self.stem}.qweight", columns=span)
-        return convert_gptq_rows(
-            qweight, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+        return self._sort_columns(
+            convert_gptq_rows(
+                qweight, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+            )
         )
 
     def _check_group_order(self, reader: RowReader) -> None:
@@ -97,8 +109,7 @@ class _GptqLinear(_IntegerLinear):
             return
         raise UserError(
             f"tensor {name} in {reader.index.path} puts columns into groups in another order than "
-            "theirs (act-order, desc_act: true): rows of groups are not contiguous; quantize with "
-            "desc_act: false or static groups, or give the unquantized base"
+            "theirs, though quantization_config has desc_act: false; set it to true if that is so"
         )
 
 
@@ -159,10 +170,22 @@ class GptqFormat(PackedFormat):
                 f"{index.path} has desc_act: true but no {stem}.g_idx, which holds the order of "
                 f"columns; {UNQUANTIZED_HINT}"
             )
-        codec = AffineCodec(bits, own)
+        affine = AffineCodec(bits, own)
+        codec: Codec = affine
+        if self.act_order:
+            codec = choose_ordered_codec(index, f"{stem}.g_idx", affine, in_features, group_size)
+            indexed = False  # checked
         first = self.label == "gptq"
         return _GptqLinear(
-            stem, out_features, in_features, codec, self.rounding, group_size, first, indexed
+            stem,
+            out_features,
+            in_features,
+            codec,
+            affine,
+            self.rounding,
+            group_size,
+            first,
+            indexed,
         )
 
 
@@ -224,7 +247,8 @@ class AwqFormat(PackedFormat):
         require_tensor(index, f"{stem}.qweight", (in_features, words), _INT32)
         require_tensor(index, f"{stem}.qzeros", (groups, words), _INT32)
         require_tensor(index, f"{stem}.scales", (groups, out_features), _SCALES)
-        return _AwqLinear(stem, out_features, in_features, AffineCodec(4, own), self.rounding)
+        codec = AffineCodec(4, own)
+        return _AwqLinear(stem, out_features, in_features, codec, codec, self.rounding)
 
 
 # -- compressed-tensors ----------------------------------------------------------------------------
@@ -246,8 +270,10 @@ class _CompressedLinear(_IntegerLinear):
         else:
             zero = self._read_zero_points(reader, span)
         packed = reader.read_rows(f"{self.stem}.weight_packed", span)
-        return convert_compressed_rows(
-            packed, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+        return self._sort_columns(
+            convert_compressed_rows(
+                packed, self._repeat_over_groups(scale), self._repeat_over_groups(zero)
+            )
         )
 
     def _read_zero_points(self, reader: RowReader, span: Span) -> Tensor:
@@ -298,12 +324,6 @@ class CompressedTensorsFormat(PackedFormat):
     ) -> PackedLinear:
         bits, own = self.quant.bits, self.quant.group_size
         groups = count_whole_groups(stem, in_features, in_features if self.per_row else own)
-        if f"{stem}.weight_g_idx" in index.tensors:
-            raise UserError(
-                f"{index.path} has {stem}.weight_g_idx: columns are in groups in another order "
-                "than theirs (actorder group); quantize with actorder static or without, or give "
-                "the unquantized base"
-            )
         packed = (out_features, -(-in_features * bits // 32))
         require_tensor(index, f"{stem}.weight_packed", packed, _INT32)
         require_tensor(index, f"{stem}.weight_scale", (out_features, groups), _SCALES)
@@ -311,9 +331,14 @@ class CompressedTensorsFormat(PackedFormat):
         if not self.symmetric:
             zeros = (-(-out_features * bits // 32), groups)
             require_tensor(index, f"{stem}.weight_zero_point", zeros, _INT32)
-        codec = AffineCodec(bits, own)
+        affine = AffineCodec(bits, own)
+        codec: Codec = affine
+        ordered = f"{stem}.weight_g_idx"
+        if ordered in index.tensors:
+            require_tensor(index, ordered, (in_features,), (torch.int32, torch.int64))
+            codec = choose_ordered_codec(index, ordered, affine, in_features, own)
         return _CompressedLinear(
-            stem, out_features, in_features, codec, self.rounding, self.symmetric
+            stem, out_features, in_features, codec, affine, self.rounding, self.symmetric
         )
 
 

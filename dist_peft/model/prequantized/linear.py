@@ -49,6 +49,10 @@ class ScaleRounding:
     worst: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
+    def __deepcopy__(self, memo: object) -> "ScaleRounding":
+        """The same object: a copied model (``plan``) reads the same files."""
+        return self
+
     def round_scale(self, scale: Tensor) -> Tensor:
         """Round scales to float16.
 

@@ -35,6 +35,8 @@ def test_settings_are_valid_and_the_value_itself_is_not(key: str, file: Path) ->
             "mxfp4",
             "fp8",
             "nvfp4",
+            "fp4",
+            "llm_int8",
         )  # of base.quant, too
         if not taken:
             with pytest.raises(UserError, match=r"there is no such value|write ") as caught:

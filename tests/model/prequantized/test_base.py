@@ -38,6 +38,9 @@ OTHERS: dict[str, Save] = {
     "compressed": packed.save_compressed,
     "compressed, 3 bits": lambda p, o: packed.save_compressed(p, o, 3, symmetric=True),
     "bnb": lambda p, o: packed.save_bnb(p, o, double_quant=True),
+    "bnb fp4": lambda p, o: packed.save_bnb(p, o, double_quant=False, kind="fp4"),
+    "bnb int8": lambda p, o: packed.save_bnb(p, o, double_quant=False, kind="int8"),
+    "act-order": lambda p, o: packed.save_gptq(p, o, act_order=True),
 }
 
 
@@ -117,7 +120,15 @@ def test_linears_that_the_directory_left_alone(plain: Path, tmp_path: Path) -> N
 
 # -- who reads what --------------------------------------------------------------------------------
 
-WHOLE = (".g_idx", ".weight_shape", ".quant_map", ".nested_quant_map", "bitsandbytes__nf4")
+WHOLE = (
+    ".g_idx",
+    ".weight_shape",
+    ".quant_map",
+    ".nested_quant_map",
+    "bitsandbytes__nf4",
+    "bitsandbytes__fp4",
+    ".weight_format",
+)
 """Small tensors that each rank reads."""
 
 
@@ -175,6 +186,9 @@ def test_each_rank_reads_its_rows_and_packs_what_one_packs(
 def test_one_rank_reads_every_byte_once(bases: dict[str, Path]) -> None:
     for name, directory in bases.items():
         size = sum(t.nbytes for t in load_file(directory / "model.safetensors").values())
+        if name == "act-order":  # the order of columns is read when the model is built
+            tensors = load_file(directory / "model.safetensors")
+            size -= sum(t.nbytes for n, t in tensors.items() if n.endswith(".g_idx"))
         assert fill(World(), base_of(directory))[1] == size, name
 
 

@@ -13,6 +13,8 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.verify_bitsandbytes import patch_bitsandbytes_layers
 from dist_peft.model.prequantized.bnb import BitsandbytesFormat
+from dist_peft.quant.fp4 import Fp4Codec
+from dist_peft.quant.llm_int8 import LlmInt8Codec
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.reader import RowReader
@@ -69,6 +71,29 @@ def test_weights_and_logits_of_bitsandbytes(which: str, request: pytest.FixtureR
     assert codecs == ({"nf4"} if which == "nested" else {"nf4", "raw"})
 
 
+@pytest.mark.parametrize(("kind", "double_quant"), [("fp4", True), ("fp4", False), ("int8", False)])
+def test_weights_of_other_kinds(kind: str, double_quant: bool, plain: Path, tmp_path: Path) -> None:
+    """As bitsandbytes dequantizes them, bit for bit."""
+    directory = packed.save_bnb(plain, tmp_path / "base", double_quant=double_quant, kind=kind)
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, device_map="cpu").eval()
+    patch_bitsandbytes_layers(model)
+    skeleton = load(directory)
+    for weight, linear in linears(skeleton).items():
+        own: Any = model.get_submodule(weight.removesuffix(".weight"))
+        if kind == "int8":
+            assert isinstance(own, bnb.nn.Linear8bitLt)
+            wanted = bnb.functional.int8_vectorwise_dequant(own.weight.data, own.weight.SCB)
+            assert linear.codec == LlmInt8Codec()
+        else:
+            wanted = own.weight
+            if isinstance(own, bnb.nn.Linear4bit):
+                wanted = bnb.functional.dequantize_4bit(wanted.data, wanted.quant_state)
+            assert linear.codec == Fp4Codec(64 if linear.in_features == 64 else 32)
+        assert torch.equal(linear.dequantize_weight(torch.float32), wanted.float())
+    assert skeleton.prequantized is not None
+    assert skeleton.prequantized.quant_config.kind == ("fp4" if kind == "fp4" else "llm_int8")
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_any_rows_of_a_large_weight(double_quant: bool, tmp_path: Path) -> None:
     """Several second-level blocks, and rows that begin inside a block: 40 in_features."""
@@ -118,8 +143,8 @@ def fewer_blocks(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("settings", "change", "text"),
     [
-        ({"load_in_4bit": False, "load_in_8bit": True}, None, "in 8 bits .*NF4 is read"),
-        ({"bnb_4bit_quant_type": "fp4"}, None, "bitsandbytes fp4; nf4 is read"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, None, r"no tensor \*.SCB"),
+        ({"bnb_4bit_quant_type": "af4"}, None, "bitsandbytes af4; nf4 and fp4 are read"),
         ({"bnb_4bit_use_double_quant": False}, None, r"absmax .* is uint8 .* it is float32 \["),
         ({}, drop(".quant_map"), "no .*quant_map: it is incomplete"),
         ({}, drop(".quant_state.bitsandbytes__nf4"), "no .*bitsandbytes__nf4: it is incomplete"),

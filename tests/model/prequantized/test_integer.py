@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_peft.core.errors import UserError
+from dist_peft.quant.ordered_columns import OrderedColumnsCodec
 from tests.support import packed
 from tests.support.prequantized_models import IDS, linears, load, logits
 
@@ -132,6 +133,54 @@ def test_directories_that_gptqmodel_writes(settings: dict[str, Any], tmp_path: P
         assert torch.equal(decoded.half(), weight.half()), name
 
 
+@pytest.mark.parametrize(("version", "bits"), [(1, 4), (2, 3), (2, 8)])
+def test_act_order(version: int, bits: int, plain: Path, tmp_path: Path) -> None:
+    """``(code - zero[g_idx]) * scale[g_idx]``, as GPTQ's libraries decode; every linear has an
+    order of its own."""
+    directory = packed.save_gptq(plain, tmp_path / "b", bits, version=version, act_order=True)
+    tensors, skeleton = load_file(directory / "model.safetensors"), load(directory)
+    for weight, linear in linears(skeleton).items():
+        stem = weight.removesuffix(".weight")
+        codes, zero = (
+            packed.unpack(tensors[f"{stem}.{name}"].T.contiguous(), bits).T
+            if name == "qweight"
+            else packed.unpack(tensors[f"{stem}.{name}"], bits)
+            for name in ("qweight", "qzeros")
+        )
+        zero = (zero + (version == 1)) % 2**bits
+        groups = tensors[f"{stem}.g_idx"].long()
+        assert not torch.equal(groups, groups.sort().values)
+        scale = tensors[f"{stem}.scales"].float()[groups]
+        wanted = ((codes - zero[groups]) * scale).T
+        assert isinstance(linear.codec, OrderedColumnsCodec)
+        assert torch.equal(linear.dequantize_weight(torch.float32), wanted)
+
+
+def test_compressed_tensors_with_group_order(plain: Path, tmp_path: Path) -> None:
+    """``weight_g_idx`` (actorder: group); unpacked by the library, which groups no more (0.20)."""
+    directory = packed.save_compressed(plain, tmp_path / "base", dtype=torch.float16)
+    generator = torch.Generator().manual_seed(1)
+
+    def permute(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".weight_packed")]:
+            stem, columns = name.removesuffix("_packed"), tensors[name].shape[1] * 8
+            order = torch.randperm(columns, generator=generator)
+            tensors[f"{stem}_g_idx"] = (torch.arange(columns) // packed.GROUP)[order].int()
+
+    packed.change_tensors(directory, permute)
+    from compressed_tensors.compressors.pack_quantized.base import unpack_from_int32
+
+    tensors = load_file(directory / "model.safetensors")
+    for weight, linear in linears(load(directory)).items():
+        groups = tensors[f"{weight}_g_idx"].long()
+        shape = tensors[f"{weight}_shape"].tolist()
+        codes = unpack_from_int32(tensors[f"{weight}_packed"], 4, shape)
+        scale, words = tensors[f"{weight}_scale"], tensors[f"{weight}_zero_point"]
+        zero = unpack_from_int32(words, 4, scale.shape, packed_dim=0)
+        wanted = (codes.float() - zero.float()[:, groups]) * scale.float()[:, groups]
+        assert torch.equal(linear.dequantize_weight(torch.float32), wanted)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Tensor]], Any]
@@ -161,7 +210,8 @@ def group(**weights: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], Change, str]] = [
-    ("gptq", {}, flip_order, r"q_proj\.g_idx .*act-order.*desc_act: false or static groups"),
+    ("gptq", {}, flip_order, r"q_proj\.g_idx .*though quantization_config has desc_act: false"),
+    ("gptq", {"desc_act": True}, replace(".g_idx", torch.zeros(64).int()), "32 columns into each"),
     ("gptq", {"desc_act": True}, drop(".g_idx"), r"desc_act: true but no .*q_proj\.g_idx"),
     ("gptq", {"bits": 5}, nothing, r"has bits 5 in its quantization_config; 2, 3, 4 and 8"),
     ("gptq", {"checkpoint_format": "marlin"}, nothing, r"in the layout 'marlin'; gptq and gptq_v2"),
@@ -184,7 +234,7 @@ REFUSED: list[tuple[str, dict[str, Any], Change, str]] = [
     ("ct", group(num_bits=6), nothing, "has num_bits 6"),
     ("ct", group(strategy="block"), nothing, "one scale a block; strategies group and channel"),
     ("ct", {"transform_config": {"a": 1}}, nothing, "has transform_config in its quantization"),
-    ("ct", {}, replace(".weight_g_idx", torch.zeros(64).int()), "actorder group"),
+    ("ct", {}, replace(".weight_g_idx", torch.zeros(64).int()), "32 columns into each"),
     ("ct", {}, replace(".weight_shape", torch.tensor([64, 63])), r"weight_shape is \[64, 63\]"),
     ("ct", {}, drop(".weight_zero_point"), "no .*weight_zero_point: it is incomplete"),
 ]

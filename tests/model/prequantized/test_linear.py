@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_rounding_keeps_the_worst() -> None:
     for value in (1.0, 1 + 2.0**-12, 1.0):
         rounding.round_scale(torch.full((1, 1), value))
     assert rounding.worst == pytest.approx(2.0**-12, rel=1e-3)
+    assert copy.deepcopy(rounding) is rounding
 
 
 def test_need(tmp_path: Path) -> None:

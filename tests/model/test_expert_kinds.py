@@ -1,0 +1,68 @@
+"""Kinds of experts that ``transformers`` has, and their routers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.core.errors import UserError
+from dist_peft.model.expert_kinds import (
+    ExpertKind,
+    describe_experts,
+    find_expert_modules,
+    find_router_linears,
+)
+from dist_peft.model.skeleton import build_skeleton
+from tests.support.tiny_models import MIXTURES, save_model
+
+
+def experts_of(config: tf.PretrainedConfig) -> list[nn.Module]:
+    with torch.device("meta"):
+        return find_expert_modules([tf.AutoModelForCausalLM.from_config(config)])
+
+
+def test_routers_stay_unquantized(tmp_path: Path) -> None:
+    save_model(MIXTURES["qwen2_moe"], tmp_path)
+    model = build_skeleton(BaseConfig(path="unused"), tmp_path).model
+    block = model.model.layers[0].mlp
+    assert block.gate.weight.dtype == torch.bfloat16
+    assert type(block.shared_expert_gate) is nn.Linear
+    assert block.shared_expert_gate.weight.dtype == torch.bfloat16
+    assert block.shared_expert.up_proj.codec.name == block.experts.down_proj.codec.name == "nf4"
+
+
+def test_a_router_within_a_module_of_its_own() -> None:
+    config = tf.HunYuanMoEV1Config(
+        **_SMALL, num_experts=3, moe_topk=2, moe_intermediate_size=8, head_dim=8
+    )
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config)
+    block = model.model.layers[0].mlp
+    assert find_router_linears(model, [block.experts]) == {id(block.gate.wg)}
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 20,
+}
+
+
+def test_kinds_of_experts() -> None:
+    assert len(experts_of(tf.OlmoeConfig(**_SMALL, num_experts=3))) == 1
+    assert experts_of(tf.LlamaConfig(**_SMALL)) == []
+    assert len(experts_of(tf.GptOssConfig(**_SMALL, num_local_experts=3))) == 1
+    nemotron = tf.NemotronHConfig(**_SMALL, layer_types=["moe"], n_routed_experts=3, head_dim=8)
+    (module,) = experts_of(nemotron)
+    assert describe_experts(module) == ExpertKind(("up_proj", "down_proj"))
+    (module,) = experts_of(tf.Llama4TextConfig(**_SMALL, num_local_experts=3, head_dim=8))
+    assert describe_experts(module) == ExpertKind(is_transposed=True, has_scaled_inputs=True)
+    with pytest.raises(UserError, match=r"class JetMoeParallelExperts, whose products transform"):
+        experts_of(tf.JetMoeConfig(**_SMALL, num_local_experts=3, kv_channels=8))
