@@ -1,12 +1,12 @@
 """Hashes of exact runs by method, base, engine and number of ranks, and what a step costs.
 
-    python benchmarks/exact_matrix.py [--only NAME ...] [--ranks 2 3 4] [--steps 10]
+    python benchmarks/exact_matrix.py [--part matrix|cost] [--only NAME ...] [--ranks 2 3 4]
 
 A cell is a method on a base. It is trained for three steps of seven sequences (four micro-batches)
-of TinyStories on stories260K with ``train.exact``: on one process, on fsdp2 and on ZeRO with every
-number of ranks (stage 1 on an even number, 2 on an odd one). It is equal where the SHA-256 of all
-parameters and moments of the last checkpoint, and that of the recorded losses, norms and
-evaluations, are those of one process.
+of TinyStories on stories260K with ``train.exact``: on one process, on fsdp2 with every number of
+ranks, and on ZeRO 1, 2 and 3 with up to three. It is equal where the SHA-256 of all parameters and
+moments of the last checkpoint, and that of the recorded losses, norms and evaluations, are those of
+one process.
 
 The cost is that of a step of LoRA r 16 on a random Llama of 26 M parameters (hidden 512, 8 blocks)
 in NF4, one thread: exact and not exact, taking turns, the median of the ratios of neighbouring
@@ -14,6 +14,7 @@ steps, in CPU seconds.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -59,13 +60,24 @@ CELLS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "prefix, nf4": (NF4, {"kind": "prefix", "num_virtual_tokens": 3, "encoder_hidden_size": 16}),
     "ptuning, nf4": (NF4, {"kind": "ptuning", "num_virtual_tokens": 3}),
     "prompt, nf4": (NF4, {"kind": "prompt", "num_virtual_tokens": 5}),
+    "fusion, nf4": (NF4, {"kind": "fusion"}),
     "partial, nf4": (NF4, {"kind": "partial", "parts": ["norms"], "last_blocks": 1}),
     "full, nf4": (NF4, {"kind": "full"}),
 }
+"""Base and adapter. A fusion is of two runs of ``SOURCE``."""
+
+TOKENS = (128, 512, 2048)
+"""Of the steps whose cost is measured."""
+
+SOURCE = "bottleneck, nf4"
+MOST_ZERO_RANKS = 3
 
 
 def tree_of(data: Path, directory: Path, cell: str, run: str, engine: dict[str, Any]) -> Any:
     quant, adapter = CELLS[cell]
+    if adapter["kind"] == "fusion":
+        names = [f"source{number}" for number in range(2)]
+        adapter = adapter | {"adapters": [str(directory / name / "adapter") for name in names]}
     stories = str(data / "tinystories-1000" / "tinystories_clean.jsonl")
     return run_config(
         data,
@@ -104,22 +116,36 @@ def train_all(world: World, trees: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def train_sources(data: Path, directory: Path) -> None:
+    """Train the two adapters that a fusion fuses."""
+    for number in range(2):
+        tree = tree_of(data, directory, SOURCE, "single", {"kind": "single"})
+        tree["train"]["seed"] = number
+        tree["save"]["dir"] = str(directory / f"source{number}")
+        assert run_ranks(train_all, 1, [tree]) == [[""]]
+
+
+def engines_of(size: int) -> dict[str, dict[str, Any]]:
+    """The ``engine`` sections of a number of ranks, by name."""
+    if size == 1:
+        return {"single": {"kind": "single"}}
+    stages = (1, 2, 3) if size <= MOST_ZERO_RANKS else ()
+    return {f"fsdp2, {size} ranks": {"kind": "fsdp2"}} | {
+        f"zero {stage}, {size} ranks": {"kind": "zero", "stage": stage} for stage in stages
+    }
+
+
 def run_matrix(data: Path, cells: list[str], ranks: list[int]) -> list[dict[str, Any]]:
     """The digests of each run, and whether they are those of one process."""
     results: dict[tuple[str, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
+        if any(CELLS[cell][1]["kind"] == "fusion" for cell in cells):
+            train_sources(data, directory)
         for size in (1, *ranks):
-            stage = 1 if size % 2 == 0 else 2
-            engines: dict[str, dict[str, Any]] = {"single": {"kind": "single"}}
-            if size > 1:
-                engines = {
-                    f"fsdp2, {size} ranks": {"kind": "fsdp2"},
-                    f"zero {stage}, {size} ranks": {"kind": "zero", "stage": stage},
-                }
-            for run, engine in engines.items():
+            for run, engine in engines_of(size).items():
                 trees = [tree_of(data, directory, cell, run, engine) for cell in cells]
-                errors = run_ranks(train_all, size, trees, timeout=900)[0]
+                errors = run_ranks(train_all, size, trees, timeout=3600)[0]
                 for cell, tree, error in zip(cells, trees, errors, strict=True):
                     at = Path(tree["save"]["dir"])
                     found = {"error": error} if error else digests(at)
@@ -163,23 +189,44 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--data", type=Path, default=os.environ.get("DIST_PEFT_DATA"))
+    parser.add_argument(
+        "--part", choices=("matrix", "cost"), help="the other's result is kept, and other cells'"
+    )
     args = parser.parse_args()
     if args.data is None:
         parser.error("give --data, or set DIST_PEFT_DATA")
-    torch.set_num_threads(1)
-    base = make_base(args.base.with_name(f"{args.base.name}_512"), **SIZES)
-    costs = [run_processes(measure_cost, [(base, tokens, args.steps)])[0] for tokens in (128, 512)]
-    rows = run_matrix(Path(args.data), args.only, args.ranks)
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    found: dict[str, Any] = {}
+    if (file := RESULTS / "exact_matrix.json").is_file():
+        known = json.loads(file.read_text())["result"]
+        found = {part: known[part] for part in ("matrix", "cost") if part in known}
+    if args.part != "cost":
+        kept = [row for row in found.get("matrix", []) if row["cell"] not in args.only]
+        found["matrix"] = kept + run_matrix(Path(args.data), args.only, args.ranks)
+        print_matrix(found["matrix"])
+    if args.part != "matrix":
+        found["cost"] = measure_costs(args.base, args.steps)
+    write_result("exact_matrix", found, RESULTS)
+
+
+def print_matrix(found: list[dict[str, Any]]) -> None:
+    runs = list(dict.fromkeys(row["run"] for row in found))
+    cells = list(dict.fromkeys(row["cell"] for row in found))
     marks = {
-        (r["cell"], r["run"]): "equal" if r["equal"] else r.get("error", "other")[:60] for r in rows
+        (r["cell"], r["run"]): "equal" if r["equal"] else r.get("error", "other")[:60]
+        for r in found
     }
-    print_table(("cell", *runs), [[c, *(marks[c, run] for run in runs)] for c in args.only])
+    print_table(("cell", *runs), [[c, *(marks[c, run] for run in runs)] for c in cells])
+
+
+def measure_costs(directory: Path, steps: int) -> list[dict[str, float]]:
+    """Measure and print the cost of a step of each size."""
+    base = make_base(directory.with_name(f"{directory.name}_512"), **SIZES)
+    costs = [run_processes(measure_cost, [(base, t, steps)])[0] for t in TOKENS]
     print_table(
         ("tokens a step", "CPU time of a step, not exact 1", "CPU seconds"),
         [[c["tokens"], f"{c['ratio']:.3f}", f"{c['seconds']:.3f}"] for c in costs],
     )
-    write_result("exact_matrix", {"matrix": rows, "cost": costs}, RESULTS)
+    return costs
 
 
 if __name__ == "__main__":

@@ -98,14 +98,14 @@ class Adapter(StepHooks, Protocol):
         """Set the optimizer step and the sequences' global indices, ``[B]``."""
         ...
 
-    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
         """Let the backward pass of ``loss`` add the gradient of this method's own penalty on
         parameters, if it has one.
 
         Args:
             loss: the micro-batch's, as it is handed to the engine, which may scale it.
             parts: how many backward passes the optimizer step has, over all ranks. Each adds its
-                share, as gradients are added up.
+                share, as gradients are added up. Infinite: this one adds nothing.
         """
         ...
 
@@ -156,7 +156,7 @@ class AdapterDefaults(NoStepHooks):
     def num_extra_positions(self) -> int:
         return 0
 
-    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
         pass
 
     def get_lr_scale(self, name: str) -> float:

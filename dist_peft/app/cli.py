@@ -37,6 +37,7 @@ COMMANDS = {
     "combine": "combine several LoRA adapters of one base into one",
     "compare": "curves of several runs over each other, and tables of their differences",
     "report": "draw the report of a finished run again",
+    "replay": "compute steps of an exact run again and compare them with its record",
     "inspect": "describe a base, adapter, run or checkpoint",
     "schema": "print the JSON schema of configurations, for editors",
     "convert-config": "turn a configuration of axolotl or LLaMA-Factory into one of dist-peft",
@@ -46,7 +47,7 @@ COMMANDS = {
 """Verb, also the name of its module in ``app.commands`` (with ``_`` for ``-``), and its line in
 ``--help``."""
 
-RESUMABLE_VERBS = {"train", "eval", "quantize", "prune"}
+RESUMABLE_VERBS = {"train", "eval", "quantize", "prune", "replay"}
 """Verbs that stop on a signal at a safe point; the others end at once."""
 
 

@@ -2,7 +2,8 @@
 
 0 done; 2 the user's configuration or input is wrong (one message, from one rank); 1 a failure (one
 line, the traceback in ``log.rank-N.txt`` of the run directory); 3 a planned run does not fit its
-cards; 75 stopped on a signal at a safe point, can be resumed; 128 + N ended at once by signal N.
+cards; 4 files or steps of an exact run are not those recorded; 75 stopped on a signal at a safe
+point, can be resumed; 128 + N ended at once by signal N.
 
 The line that says why a command ended is the last on stderr, and also in ``log.txt`` of the run.
 """
@@ -19,7 +20,7 @@ from dist_peft.app.json_output import print_refusal
 from dist_peft.app.last_line import claim_last_line, wait_for_exit
 from dist_peft.app.out_of_memory import describe_out_of_memory
 from dist_peft.app.stall_exit import allow_stall_exit
-from dist_peft.core.errors import RunFailure, UserError
+from dist_peft.core.errors import AuditError, RunFailure, UserError
 from dist_peft.core.log import (
     FILE_ONLY,
     append_log_line,
@@ -66,6 +67,10 @@ def _run_until_exit(args: argparse.Namespace) -> int:
         if world.is_first:
             _report_end(str(error), 1)
         return _exit_process(world, 1)
+    except AuditError as error:
+        if world.is_first:
+            _report_end(str(error))
+        return _exit_process(world, 4)
     except VerificationError as error:
         _report_end(str(error), 1)
         return _exit_process(world, 1)

@@ -59,6 +59,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dist-peft compare runs/* --json",
     ),
     "report": ("dist-peft report runs/mine",),
+    "replay": (
+        "dist-peft replay --run runs/mine --from 100 --to 110",
+        "torchrun --nproc-per-node 2 --no-python dist-peft replay --run runs/mine --from 0 --to 9",
+    ),
     "inspect": (
         "dist-peft inspect models/llama-3-8b",
         "dist-peft inspect runs/mine",

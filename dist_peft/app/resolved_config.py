@@ -36,6 +36,7 @@ __all__ = [
     "SolvedBase",
     "configure_inference",
     "configure_model_directory",
+    "configure_replay",
     "find_solved_base",
     "replace_adapter",
     "resolve_config",
@@ -203,6 +204,30 @@ def resolve_one_process(config: RunConfig, run_dir: Path) -> ResolvedConfig:
     engine = config.engine.model_copy(update={"kind": "single", "cpu_offload": "none"})
     single = config.model_copy(update={"engine": engine})
     return resolve_config(single, find_solved_base(single, run_dir))
+
+
+def configure_replay(
+    config: RunConfig, run_dir: Path, directory: Path, start: Path | None, every: int, ranks: int
+) -> RunConfig:
+    """Return the ``config.yaml`` of a run for computing its steps again, in another directory.
+
+    Args:
+        start: checkpoint to begin with; None: begin as the run did.
+        every: steps between checkpoints.
+        ranks: one takes the engine of one process; several that of the run, if it had several.
+    """
+    found = resolve_finished_run(config, run_dir)
+    save = {"dir": str(directory), "every": every, "keep": 1, "keep_best": False, "track": []}
+    kind = "single" if ranks == 1 else found.engine.kind
+    kind = "auto" if ranks > 1 and kind == "single" else kind
+    return found.model_copy(
+        update={
+            "save": found.save.model_copy(update=save),
+            "train": found.train.model_copy(update={"samples": 0, "early_stop": 0}),
+            "engine": found.engine.model_copy(update={"kind": kind}),
+            "resume": "never" if start is None else str(start),
+        }
+    )
 
 
 def configure_inference(config: RunConfig, ranks: int, device: str) -> RunConfig:

@@ -32,6 +32,7 @@ __all__ = [
     "count_total_steps",
     "describe_rank_inputs",
     "describe_run_values",
+    "describe_versions",
     "flatten_rank_config",
 ]
 
@@ -120,6 +121,16 @@ def _describe_inputs(
     }
 
 
+def describe_versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute a run, by key."""
+    return {
+        "version of dist_peft": importlib.metadata.version("dist_peft"),
+        "version of torch": str(torch.__version__),
+        "version of transformers": importlib.metadata.version("transformers"),
+        "version of tokenizers": importlib.metadata.version("tokenizers"),
+    }
+
+
 def describe_run_values(
     config: RunConfig, setup: ModelSetup, loaders: DataLoaders, world: World
 ) -> dict[str, object]:
@@ -135,10 +146,7 @@ def describe_run_values(
         "number of steps": count_total_steps(config, loaders),
         "number of ranks": world.size,
         "engine in use": resolve_engine_kind(config.engine, world),
-        "version of dist_peft": importlib.metadata.version("dist_peft"),
-        "version of torch": str(torch.__version__),
-        "version of transformers": importlib.metadata.version("transformers"),
-        "version of tokenizers": importlib.metadata.version("tokenizers"),
+        **describe_versions(),
     }
     plain: dict[str, object] = json.loads(json.dumps(values))
     return plain

@@ -7,6 +7,7 @@ from torch import nn
 from dist_peft.app.model_setup import LoadedModel
 from dist_peft.core.config.run import TrainConfig
 from dist_peft.core.world import World
+from dist_peft.data.loader import count_micro_batches
 from dist_peft.model.embedding_noise import EmbeddingNoise
 from dist_peft.train.gradient_watch import GradientWatch
 from dist_peft.train.loop import TrainingStep
@@ -39,4 +40,7 @@ def make_training_step(
         GradientWatch(built.setup.skeleton.blocks),
         EmbeddingNoise.from_config(built.model, train),
         sampling=ScheduledSampling.from_config(train.scheduled_sampling, train.seed),
+        micro_batches=count_micro_batches(train.global_batch, train.micro_batch)
+        if train.exact
+        else None,
     )

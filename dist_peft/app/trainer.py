@@ -18,6 +18,7 @@ from dist_peft.app.data_setup import DataLoaders
 from dist_peft.app.document_isolation import check_document_isolation
 from dist_peft.app.model_setup import LoadedModel, load_training_state
 from dist_peft.app.peft_form_report import report_peft_form
+from dist_peft.app.run_chain import RunChain
 from dist_peft.app.run_identity import describe_run_values
 from dist_peft.app.run_report import summarize_run, write_run_report
 from dist_peft.app.run_samples import RunSamples
@@ -87,6 +88,7 @@ class Trainer:
         self.nonfinite = NonFiniteSteps.from_config(self.config.train)
         self.evaluation_stopped = False
         """Whether a signal has ended the evaluation after the last step."""
+        self.chain = RunChain(self.config, self.built.setup, self.loaders, self.world)
         self.is_phase_over = False
         """Whether the steps up to ``phase_end`` are done, and no signal asks to stop."""
 
@@ -108,6 +110,7 @@ class Trainer:
         warn = partial(warn_missing_stop_token, self.built.setup.directory, ends, names)
         self.world.run_on_first("read the base's generation settings", warn)
         self.probe.save_untrained()
+        self.chain.begin(None)
         return 0
 
     def check_loaded_model(self) -> None:
@@ -131,6 +134,7 @@ class Trainer:
         log.info("resumed %s at step %d", path, position.step)
         note_step(position.step)  # a killed run may not have recorded its last ones
         self.probe.restore()
+        self.chain.begin(path)
         if position.step >= self.total_steps:
             log.warning(
                 "%s has %d steps and train.steps is %d: nothing is left to train",
@@ -206,6 +210,7 @@ class Trainer:
                     raise_if_taken_over()
                     metrics.write_step(record)
                     note_step(done)
+                self.chain.add_record(record)
                 progress.show_step(record)
 
                 if _is_due(done, train.check_every):
@@ -305,7 +310,8 @@ class Trainer:
         files = {RECORD_FILE: format_base_record(self.built.record)}
         files |= format_adapter_files(self.training.make_metadata(), self.loaders.chat_template)
         position = self._make_run_position(step)
-        self.checkpoints.save_checkpoint(state, position, files, best=best)
+        seal = self.chain.make_seal(position)
+        self.checkpoints.save_checkpoint(state, position, files, best=best, seal=seal)
 
     def _make_run_position(self, step: int) -> RunPosition:
         return RunPosition(
@@ -331,6 +337,7 @@ class Trainer:
                 attention.write_json(self.run_dir)
             self._complete_probe_and_report(logits)
             report_peft_form(self.config, self.built, self.run_dir)
+            self.chain.seal_adapter(directory)
 
         self.world.run_on_first("write probe and report", write_after_adapter)
         log.info("wrote %s and %s", directory, self.run_dir / "report.html")

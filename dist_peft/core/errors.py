@@ -1,6 +1,6 @@
 """Exceptions whose message says all: no traceback is shown for them."""
 
-__all__ = ["RunFailure", "UserError"]
+__all__ = ["AuditError", "RunFailure", "UserError"]
 
 
 class UserError(ValueError):
@@ -16,3 +16,9 @@ class RunFailure(RuntimeError):
     """A run that began rightly and came to an end that its input does not explain, such as a loss
     that is not finite. Raised on every rank; the command prints the message alone, once, and exits
     with code 1."""
+
+
+class AuditError(RuntimeError):
+    """A run's files are not those that were written, or its steps give other results than recorded.
+
+    Raised on every rank; the command prints the message alone, once, and exits with code 4."""

@@ -36,20 +36,6 @@ def resolve_engine_kind(config: EngineConfig, world: World) -> str:
     return config.kind
 
 
-def check_zero_stage(config: EngineConfig) -> None:
-    """Refuse a stage whose gradients have other bits than one process has.
-
-    Raises:
-        UserError: it is 3.
-    """
-    if config.stage == 3:
-        raise UserError(
-            "train.exact: engine.stage 3 gives the adapters' gradients other last bits than one "
-            "process has; set engine.stage to 1 or 2, which shard the base as well, or "
-            "engine.kind: fsdp2"
-        )
-
-
 def make_engine(
     config: EngineConfig, train: TrainConfig, world: World, device: torch.device
 ) -> Engine:
@@ -59,8 +45,6 @@ def make_engine(
     if kind == "single":
         return SingleEngine(device, scale)
     if kind == "zero":
-        if train.exact:  # engine.kind: auto, under deepspeed's launcher
-            check_zero_stage(config)
         return ZeroEngine(config, train, world, device)
     if config.cpu_offload == "optimizer":
         raise UserError("engine.cpu_offload: optimizer is zero's; with fsdp2 use params")

@@ -16,6 +16,9 @@ DeepSpeed counts no gathered bytes, so its all-gathers are wrapped; goes when it
 compiles shared-memory collectives when it is initialized, seconds on every CPU rank and useless for
 gloo; goes when ``init_distributed`` has an option.
 
+ZeRO-3's autograd function before each module changes the order in which gradients of activations
+are added up, so exact runs replace it by a hook; goes when DeepSpeed has an option for its own.
+
 torch's deterministic algorithms also fill every new tensor with NaN, a kernel for each gather
 buffer; that is switched off, and goes when it is an argument of ``use_deterministic_algorithms``.
 
@@ -31,6 +34,7 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,6 +48,7 @@ __all__ = [
     "allow_integer_parameters",
     "count_deepspeed_gathers",
     "gather_from_computing_stream",
+    "keep_gradient_sums",
     "reduce_scatter",
     "route_rotary_function",
     "skip_deepspeed_compilation",
@@ -107,6 +112,39 @@ def count_deepspeed_gathers(deepspeed: Any, add_bytes: Callable[[int], None]) ->
 
     for name in ("all_gather", "all_gather_into_tensor", "all_gather_coalesced"):
         setattr(backend, name, wrap_collective(getattr(backend, name)))
+
+
+class _InputHooks:
+    """Stands in for the autograd function that ZeRO-3 puts before a module (``post_bwd_fn``)."""
+
+    def __init__(self, module: nn.Module, function: Any) -> None:
+        self._module, self._function = module, function
+
+    def apply(self, value: Tensor) -> Tensor:
+        """Call the function's backward with the gradient of ``value``, and return ``value``."""
+        if value.requires_grad:
+            context = SimpleNamespace()
+            self._function.setup_context(context, (value,), value)
+            value.register_hook(lambda grad: self._run_backward(context, grad))
+        return value
+
+    def _run_backward(self, context: SimpleNamespace, grad: Tensor) -> None:
+        self._function.backward(context, grad)
+
+
+def keep_gradient_sums(model: nn.Module) -> None:
+    """Let ZeRO-3 leave the order alone in which gradients of activations are added up.
+
+    It puts an autograd function before each module, to learn when the module's backward is done:
+    gradients of several readers of one tensor inside of a module are then added up before they meet
+    those of other readers, ``(a + b) + (c + d)`` instead of ``((a + b) + c) + d``. A hook on the
+    tensor learns it too. DeepSpeed has that as an alternative in its source without an option for
+    it (``_alternate_post_backward_module_hook``, 0.19).
+    """
+    for module in model.modules():
+        function = module.__dict__.get("post_bwd_fn")
+        if function is not None:
+            module.post_bwd_fn = _InputHooks(module, function)  # type: ignore[assignment]
 
 
 def skip_deepspeed_compilation(deepspeed: Any) -> None:

@@ -32,7 +32,11 @@ from dist_peft.core.errors import RunFailure
 __all__ = ["FixedPointGradients", "GradientRange", "GradientScale", "compute_exact_norm"]
 
 _CHUNK = 2**22
-"""Values converted at a time: the float64 and int64 temporaries have 64 MiB."""
+"""Values converted at a time: the float64 and int64 temporaries have 64 MiB. Sums of squares of a
+chunk are exact in float64 up to this size."""
+
+_CPU_CHUNK = 2**18
+"""The same on a CPU, whose cache holds the temporaries."""
 
 _FINEST = -50
 """Exponent of the smallest unit, for runs with a tiny epsilon."""
@@ -93,16 +97,15 @@ class GradientScale:
 
     def add_values(self, total: Tensor, values: Tensor) -> None:
         """Add float values [n] to an int64 sum [n]; void where ``GradientRange`` says so."""
-        for first in range(0, len(values), _CHUNK):
-            part = values[first : first + _CHUNK].to(torch.float64)
-            total[first : first + _CHUNK] += part.mul_(1 / self.unit).round_().long()
+        for own, part in zip(_split_flat(total), _split_flat(values), strict=True):
+            # a product with a power of two and rounding to an integer are exact in float32
+            own += part.mul(1 / self.unit).round_().long()
 
     def read_values(self, total: Tensor) -> Tensor:
         """Return an int64 sum [n] as float32, rounded once."""
         found = torch.empty(total.shape, dtype=torch.float32, device=total.device)
-        for first in range(0, len(total), _CHUNK):
-            part = total[first : first + _CHUNK].double().mul_(self.unit)
-            found[first : first + _CHUNK] = part
+        for own, part in zip(_split_flat(found), _split_flat(total), strict=True):
+            own.copy_(part.double().mul_(self.unit))
         return found
 
 
@@ -243,9 +246,14 @@ def compute_exact_norm(
 def _sum_squares(values: Tensor, exponent: int) -> Tensor:
     """Return the two integers, int64 [2], of float values [n] of at most ``2^exponent``."""
     sums = torch.zeros(2, dtype=torch.int64, device=values.device)
-    for part in values.split(_CHUNK):
-        squares = part.double().mul_(math.ldexp(1.0, -exponent)).square_().mul_(2.0**30)
+    for part in _split_flat(values):
+        squares = part.double().mul_(math.ldexp(1.0, 15 - exponent)).square_()
         whole = squares.floor()
         rest = squares.sub_(whole).mul_(2.0**31).floor_()
-        sums += torch.stack([whole.long().sum(), rest.long().sum()])
+        sums += torch.stack([whole.sum(), rest.sum()]).long()  # below 2^53: exact in any order
     return sums
+
+
+def _split_flat(values: Tensor) -> tuple[Tensor, ...]:
+    """Return views of parts of a flat tensor that are converted at a time."""
+    return values.split(_CPU_CHUNK if values.device.type == "cpu" else _CHUNK)

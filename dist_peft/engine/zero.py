@@ -31,7 +31,11 @@ from dist_peft.core.progress_beat import connect_to_ranks
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
-from dist_peft.engine.compat import count_deepspeed_gathers, skip_deepspeed_compilation
+from dist_peft.engine.compat import (
+    count_deepspeed_gathers,
+    keep_gradient_sums,
+    skip_deepspeed_compilation,
+)
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
@@ -141,6 +145,7 @@ class ZeroEngine:
         if self.config.stage != 3:  # DeepSpeed does it after the first update; a resume is earlier
             self._ds.optimizer._lazy_init_hp_params_optimizer_state()
         if self._scale is not None:
+            keep_gradient_sums(model)
             self._exact = ExactReduction(list(self._names.values()), self._scale, self.device)
         # adapters are gathered before use (stage 3) or after an update
         count_deepspeed_gathers(self.deepspeed, self._add_adapter_bytes)

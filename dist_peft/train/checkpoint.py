@@ -8,6 +8,7 @@ that any engine at any number of ranks can read them. Layout of ``checkpoints/st
                                   run's identity: configuration, rows, tokenizer, versions
     base.json                     hashes of the base's tensors (``app.base_content``)
     adapter.json                  metadata of an adapter made of it (``app.checkpoint_adapter``)
+    chain.json                    in exact runs: a chain of hashes (``train.state_chain``)
     files.json                    size and checksum of every other file (``checkpoint_files``)
 
 There is no random state but ``seed`` and ``step``. Data order is a function of (seed, epoch),
@@ -22,7 +23,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial as bind
 from pathlib import Path
@@ -102,6 +103,7 @@ class CheckpointManager:
         files: Mapping[str, str] = MappingProxyType({}),
         *,
         best: tuple[str, float] | None = None,
+        seal: Callable[[Path], Mapping[str, str]] | None = None,
     ) -> Path:
         """Write ``state``, then remove all but the newest ``keep`` checkpoints. Collective.
 
@@ -111,6 +113,7 @@ class CheckpointManager:
         Args:
             files: name -> contents of small files that belong to it.
             best: metric and its held-out value, if that is the best so far.
+            seal: see ``CheckpointJob``.
 
         Raises:
             UserError: the disk is full or not writable (on every rank); for an asynchronous
@@ -126,7 +129,7 @@ class CheckpointManager:
                 _remove_checkpoint(partial)
                 _make_directory(partial, need=_total_bytes(state.values()))
         publish = bind(self._publish_checkpoint, partial, final, best)
-        job = CheckpointJob(partial, final, staged, position, files, publish)
+        job = CheckpointJob(partial, final, staged, position, files, publish, seal)
         if self.asynchronous:
             group = get_writer_group()
             write = bind(write_staged_checkpoint, job, self.world, group)

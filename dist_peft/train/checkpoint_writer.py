@@ -171,6 +171,8 @@ class CheckpointJob:
         final: directory to publish it as.
         position, files: contents of ``run.json`` and of further small files by name.
         publish: called on the first rank once the directory is complete; renames it.
+        seal: called on the first rank with the directory, which has everything but its result:
+            further small files by name.
     """
 
     partial: Path
@@ -179,6 +181,7 @@ class CheckpointJob:
     position: RunPosition
     files: Mapping[str, str]
     publish: Callable[[], None]
+    seal: Callable[[Path], Mapping[str, str]] | None = None
 
 
 def write_staged_checkpoint(
@@ -235,8 +238,11 @@ def _complete_checkpoint(
     small = {**job.files, "run.json": json.dumps(asdict(job.position), indent=1)}
     for name, text in small.items():
         write_atomically(job.partial / name, text)
+    sealed = {} if job.seal is None else job.seal(job.partial)
+    for name, text in sealed.items():
+        write_atomically(job.partial / name, text)
     record = {name: found for files in checksums for name, found in files.items()}
-    record |= {name: hash_file(job.partial / name) for name in (*small, ".metadata")}
+    record |= {name: hash_file(job.partial / name) for name in (*small, *sealed, ".metadata")}
     write_atomically(job.partial / RECORD_NAME, format_checksum_record(record))
     sync_directory(job.partial)
     job.publish()

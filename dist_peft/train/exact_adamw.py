@@ -48,9 +48,29 @@ class ExactAdamW(torch.optim.Optimizer):
             numbers = torch.stack(counts).tolist()  # one wait for the device
             for number in sorted(set(numbers)):
                 own = [p for p, n in zip(parameters, numbers, strict=True) if n == number]
-                self._update(own, group, number)
+                if own[0].device.type == "cpu":  # each while it is in the cache
+                    for parameter in own:
+                        self._update_alone(parameter, group, number)
+                else:  # few kernels
+                    self._update_together(own, group, number)
 
-    def _update(self, parameters: list[Tensor], group: dict[str, Any], number: float) -> None:
+    def _update_alone(self, parameter: Tensor, group: dict[str, Any], number: float) -> None:
+        """Make update ``number``, from 1, of one parameter: the operations of
+        ``_update_together``, one by one."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        grad, state = cast(Tensor, parameter.grad), self.state[parameter]
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        if group["weight_decay"]:
+            parameter.mul_(1 - lr * group["weight_decay"])
+        mean.mul_(beta1).add_(grad * (1 - beta1))
+        square.mul_(beta2).add_((grad * grad).mul_(1 - beta2))
+        divisor = exact_sqrt(square).div_(math.sqrt(1 - beta2**number)).add_(group["eps"])
+        step = torch.div(mean, divisor, out=divisor).mul_(lr / (1 - beta1**number))
+        parameter.sub_(step)
+
+    def _update_together(
+        self, parameters: list[Tensor], group: dict[str, Any], number: float
+    ) -> None:
         """Make update ``number``, from 1, of ``parameters``."""
         (beta1, beta2), lr = group["betas"], group["lr"]
         grads = [cast(Tensor, p.grad) for p in parameters]

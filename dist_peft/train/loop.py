@@ -45,6 +45,8 @@ class TrainingStep:
         noise: of the embeddings (``train.neftune_alpha``).
         losses: summed losses of this rank's micro-batches in the step computed last.
         sampling: replaces inputs before each loss; None: inputs are the gold tokens.
+        micro_batches: of a step over all ranks, which share out the adapter's penalty; None:
+            fillers have a share as well, so that its rounding depends on the number of ranks.
         method_metrics: of the step computed last, fields of ``StepMetrics``.
     """
 
@@ -58,6 +60,7 @@ class TrainingStep:
     noise: EmbeddingNoise | None = None
     losses: list[Tensor] = field(default_factory=list)
     sampling: ScheduledSampling | None = None
+    micro_batches: int | None = None
     method_metrics: dict[str, Any] = field(default_factory=dict)
 
     def accumulate_gradients(self, step: int, batches: Sequence[Batch], targets: int) -> float:
@@ -94,7 +97,8 @@ class TrainingStep:
             self.losses.append(loss.detach())  # read once a step: no wait for the device here
             # a target with logit -inf has an infinite loss and a finite gradient
             mean_part = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) / targets
-            self.adapter.add_penalty_gradient(mean_part, len(batches) * self.world.data_size)
+            parts = self._count_penalty_parts(batch, len(batches))
+            self.adapter.add_penalty_gradient(mean_part, parts)
             self.engine.backward(mean_part, last=number == len(batches) - 1)
             if self.noise is not None:
                 self.noise.end_micro_batch()
@@ -106,6 +110,12 @@ class TrainingStep:
             self.method_metrics["sampling_replaced"] = replaced / max(1.0, replaceable)
         self.method_metrics.update(self.objective.collect_metrics(self.world))
         return whole / targets
+
+    def _count_penalty_parts(self, batch: Batch, own: int) -> float:
+        """Return by which number a micro-batch divides the adapter's penalty, infinite for none."""
+        if self.micro_batches is None:
+            return own * self.world.data_size
+        return self.micro_batches if bool((batch.sample_ids >= 0).any()) else math.inf
 
     def _sum_exactly(self, losses: Tensor, counts: Sequence[float]) -> list[float]:
         """Return the sums over ranks of ``losses`` [micro-batches] and of each count, the same bits

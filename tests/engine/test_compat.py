@@ -20,6 +20,7 @@ from dist_peft.core.world import World
 from dist_peft.engine.compat import (
     allow_integer_parameters,
     count_deepspeed_gathers,
+    keep_gradient_sums,
     route_rotary_function,
     watch_storage_resizes,
 )
@@ -145,3 +146,56 @@ def test_a_rotary_function_is_routed_once() -> None:
     assert source.apply_rotary_pos_emb(5, 6, 0, 0) == (5, 6, 1) and calls == [5]
     assert source.apply_rotary_pos_emb(5, 6, 0, 0, dim=2) == (5, 6, 2) and calls == [5]
     assert "apply_rotary_pos_emb(query_states" in inspect.getsource(LlamaAttention.forward)
+
+
+class ReadTwice(nn.Module):
+    """``7e7 x + x``, with a wrapper of its input as ZeRO-3's (``parameter_offload``, 0.19)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_done = False
+        outer = self
+
+        class AfterBackward(torch.autograd.Function):
+            @staticmethod
+            def forward(value: torch.Tensor) -> torch.Tensor:
+                return value.detach()
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+                ctx.module = outer
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+                ctx.module.is_done = True
+                return grads
+
+        self.post_bwd_fn = AfterBackward
+        self.register_forward_pre_hook(lambda m, args: tuple(m.post_bwd_fn.apply(x) for x in args))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0**24 + x
+
+
+def _find_gradient(module: ReadTwice | None) -> float:
+    """Of a tensor that is read once outside of the module and twice inside, which has no module
+    where it is None."""
+    x = torch.ones(1, requires_grad=True)
+    y = x * 1.0
+    inside = y * 2.0**24 + y if module is None else module(y)
+    (inside + y).sum().backward()
+    assert x.grad is not None
+    return float(x.grad)
+
+
+def test_gradients_are_added_up_as_without_zero_3() -> None:
+    wrapped, kept = ReadTwice(), ReadTwice()
+    keep_gradient_sums(nn.Sequential(kept))
+    plain = _find_gradient(None)
+    assert _find_gradient(wrapped) != plain and wrapped.is_done
+    assert _find_gradient(kept) == plain and kept.is_done
+
+
+def test_deepspeed_calls_the_function_that_is_replaced() -> None:
+    offload = pytest.importorskip("deepspeed.runtime.zero.parameter_offload")
+    assert "module.post_bwd_fn.apply" in Path(offload.__file__).read_text()

@@ -87,7 +87,8 @@ def test_a_step_forgets_the_one_before_and_knows_absent_gradients() -> None:
 def test_large_tensors_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sums_of(micro_batches())
     norm = compute_exact_norm(expected, 0.0, SCALE, None)
-    monkeypatch.setattr("dist_peft.engine.exact_gradients._CHUNK", 8)
+    for name in ("_CHUNK", "_CPU_CHUNK"):
+        monkeypatch.setattr(f"dist_peft.engine.exact_gradients.{name}", 8)
     found = sums_of(micro_batches())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert compute_exact_norm(expected, 0.0, SCALE, None) == norm

@@ -44,6 +44,25 @@ def test_shards_have_the_same_bits(cut: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(cut), expected, strict=True))
 
 
+def test_parameters_together_have_the_bits_of_each_alone() -> None:
+    found = []
+    for update in (ExactAdamW._update_alone, ExactAdamW._update_together):
+        parts = list(values(0).split(400))
+        optimizer = ExactAdamW([{"params": parts}], **OPTIONS)
+        for part, grad in zip(parts, values(1).split(400), strict=True):
+            part.grad = grad.clone()
+            optimizer.state[part] = {"exp_avg": grad * 0.1, "exp_avg_sq": grad * grad}
+        group = optimizer.param_groups[0]
+        if update is ExactAdamW._update_alone:
+            for part in parts:
+                optimizer._update_alone(part, group, 3)
+        else:
+            optimizer._update_together(parts, group, 3)
+        states = [optimizer.state[part].values() for part in parts]
+        found.append([*parts, *(moment for state in states for moment in state)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_it_is_adamw() -> None:
     for found, expected in zip(run(SIZE), run(SIZE, torch.optim.AdamW), strict=True):
         near = 1e-6 * float(expected.abs().max())

@@ -47,7 +47,7 @@ class OrthogonalityPenalty:
         self.weight = 0.0
         self.strength = 0.0
 
-    def attach_to_loss(self, loss: Tensor, parts: int) -> None:
+    def attach_to_loss(self, loss: Tensor, parts: float) -> None:
         """Act in the backward pass of ``loss``, one of ``parts`` of an optimizer step."""
 
         def record_loss_scale(grad: Tensor) -> None:

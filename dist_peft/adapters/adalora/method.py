@@ -98,7 +98,7 @@ class AdaLoraAdapter(LinearsAdapter[AdaLoraConfig, AdaLoraLinear]):
         super().begin_micro_batch(step, sample_ids)
         self._counter.done = step + 1
 
-    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
         self.penalty.attach_to_loss(loss, parts)
 
     def get_importance_rule(self) -> ImportanceRule:

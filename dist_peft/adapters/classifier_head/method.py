@@ -180,7 +180,7 @@ class HeadedAdapter:
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         self.trunk.begin_micro_batch(step, sample_ids)
 
-    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
         self.trunk.add_penalty_gradient(loss, parts)
 
     def prepare_phase(self, done: int, total_steps: int) -> int:

@@ -178,7 +178,7 @@ class FusionAdapter(AdapterDefaults):
     def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
         self.position.begin_micro_batch(step, sample_ids)
 
-    def add_penalty_gradient(self, loss: Tensor, parts: int) -> None:
+    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
         self.pull.attach_to_loss(loss, parts)
 
     def input_fingerprint(self) -> str:

@@ -14,11 +14,6 @@ _ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
         ("none",),
         "computes norms or updates in code of its library, on another processor",
     ),
-    "engine.stage": (
-        (1, 2),
-        "gives the adapters' gradients other last bits than one process has; stages 1 and 2 shard "
-        "the base as well",
-    ),
     "engine.deepspeed_config": (
         (None,),
         "may change when and in which type DeepSpeed passes gradients on",

@@ -297,7 +297,6 @@ class RunConfig(ConfigSection):
             "adapter.init": getattr(self.adapter, "init", "default"),
             "base.attention": self.base.attention,
             "engine.shard_group": self.engine.shard_group,
-            **({"engine.stage": self.engine.stage} if self.engine.kind == "zero" else {}),
             "engine.cpu_offload": self.engine.cpu_offload,
             "engine.kernels": self.engine.kernels,
             "engine.deepspeed_config": self.engine.deepspeed_config,

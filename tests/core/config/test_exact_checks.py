@@ -24,7 +24,6 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
     [
         ("train", {"optimizer": "adamw8bit"}, "train.optimizer adamw8bit shares a scale"),
         ("engine", {"shard_group": 2}, "engine.shard_group 2 adds up the sums of groups"),
-        ("engine", {"kind": "zero"}, "engine.stage 3 gives the adapters' gradients other last"),
         ("engine", {"cpu_offload": "optimizer"}, "engine.cpu_offload optimizer computes norms"),
         ("engine", {"deepspeed_config": "d.json"}, "engine.deepspeed_config d.json may change"),
         ("base", {"attention": "flash_attention_2"}, "base.attention flash_attention_2 is a libr"),
