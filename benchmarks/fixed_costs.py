@@ -143,12 +143,16 @@ def count_calls(sides: Sides) -> dict[str, dict[str, float]]:
 
 
 def measure_call(steps: int) -> dict[str, float]:
-    """Return microseconds of small operators on [32, 64], bfloat16, and of a view."""
+    """Return microseconds of small operators on [32, 64], bfloat16, of a view, and of a product
+    with a factor [8, 64] in both types."""
     x, square = torch.ones(TOKENS, 64).bfloat16(), torch.ones(64, 64)
+    factor, wide = torch.ones(64, 8).bfloat16(), (torch.ones(TOKENS, 64), torch.ones(64, 8))
     sides: dict[str, Callable[[], Any]] = {
         "mul": lambda: x.mul(x),
         "mm": lambda: square.mm(square),
         "view": lambda: x.view(64, 32),
+        "factor, bfloat16": lambda: x.mm(factor),
+        "factor, float32": lambda: wide[0].mm(wide[1]),
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(steps + 1):

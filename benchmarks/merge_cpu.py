@@ -7,7 +7,12 @@ merge precedes its verification; each round deletes what it wrote. CPU seconds, 
 Imports are not counted: a first round that is not counted does them. Building the model from its
 configuration, which does not depend on the size of the weights, is counted, and shown apart.
 Private memory is the peak above that before the side ran, measured in a second round of its own,
-because sampling takes CPU time.
+because sampling takes CPU time. The base is made by a process of its own, whose freed memory would
+be in the heap of this one.
+
+State of the page cache: the base is read whole before each side, so that it is cached for all of
+them; what a side wrote is deleted before the next one, and written back by no side but the merge,
+which ends with ``fsync``.
 """
 
 import argparse
@@ -23,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MIB, PeakMemory, make_base, print_table, run_config, write_result
+from common import (
+    MIB,
+    PeakMemory,
+    make_base,
+    print_table,
+    run_config,
+    run_processes,
+    write_result,
+)
 from merge_memory import make_adapter
 
 from dist_peft.core.config.run import BaseConfig
@@ -35,8 +48,8 @@ from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.base_record import BaseRecord
 from dist_peft.store.reader import RowReader
 
-TOKENS = 64
-"""Tokens of a run's probe."""
+TOKENS = 128
+"""Most tokens of a run's probe."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,14 @@ def make_large_base(directory: Path) -> Path:
         num_attention_heads=16,
         num_key_value_heads=8,
     )
+
+
+def read_into_cache(base: Path) -> None:
+    """Read all files, so that they are in the page cache."""
+    for file in base.iterdir():
+        with file.open("rb") as stream:
+            while stream.read(2**20):
+                pass
 
 
 def record_base(base: Path, adapter: Path) -> None:
@@ -155,7 +176,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        base = args.base or make_large_base(scratch / "base")
+        base = args.base or scratch / "base"
+        run_processes(make_large_base, [(base,)])
         sides = make_sides(base, scratch, consumer=not args.no_consumer)
         verified = [name for name in sides if name.startswith("--verify")]
         merged = [name for name in sides if name not in verified]
@@ -164,6 +186,7 @@ def main() -> None:
         for repeat in range(args.repeats + 2):
             found = {}
             for name in [*merged, *verified] if repeat % 2 else [*merged[::-1], *verified[::-1]]:
+                read_into_cache(base)
                 if repeat < 2:
                     peaks[name] = measure_memory(sides[name])
                 else:

@@ -2,7 +2,7 @@
 
     python benchmarks/step_vs_peft.py [--ranks 1 2] [--dtype float32|bfloat16] [--rounds 3]
         [--steps 3] [--rows 4] [--tokens 512] [--hidden 1024] [--blocks 8]
-        [--no-double-quant] [--no-checkpointing] [--memory]
+        [--no-double-quant] [--no-checkpointing] [--memory] [--label TEXT]
 
 The defaults are the product's: bfloat16, double quantization, blocks recomputed, packed rows. Every
 side has the same base, adapter (LoRA, r = 16, all linears, without dropout), rows and optimizer. A
@@ -137,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--label", default="", help="added to the name of the result")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     installed = [n for n in SIDES if n != "trl" or importlib.util.find_spec("trl")]
@@ -175,7 +176,7 @@ def main() -> None:
         header = ("MiB above empty", *memory["dist_peft"])
         print_table(header, [(n, *(c / MIB for c in m.values())) for n, m in memory.items()])
         result["memory"] = memory
-    write_result(f"step_vs_peft_{DEVICE.type}_{args.dtype}", result)
+    write_result(f"step_vs_peft_{DEVICE.type}_{args.dtype}{args.label}", result)
 
 
 if __name__ == "__main__":

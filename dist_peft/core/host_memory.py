@@ -14,7 +14,8 @@ stay as they are read above. For the same reason the top of the heap is not trim
 them.
 
 A merge keeps nothing but allocates chunks of one size again and again: there the heap is not
-trimmed until the end.
+trimmed at each of them, but after each weight. The chunks of another weight have other sizes, and do
+not fit into the holes that the last ones have left: the heap grew by up to 321 MiB.
 """
 
 import ctypes
@@ -26,7 +27,12 @@ from typing import Any
 
 import psutil
 
-__all__ = ["keep_freed_memory", "read_available_memory", "return_freed_memory"]
+__all__ = [
+    "keep_freed_memory",
+    "read_available_memory",
+    "return_freed_memory",
+    "trim_heap",
+]
 
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -66,6 +72,12 @@ def keep_freed_memory() -> Iterator[None]:
 
 def _return_free_blocks() -> None:
     _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_OTHERWISE)
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return the free blocks of the heap to the system, those between blocks in use too. A no-op
+    without glibc."""
     if (trim := _find_function("malloc_trim")) is not None:
         trim(0)
 

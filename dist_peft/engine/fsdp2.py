@@ -40,11 +40,8 @@ from dist_peft.core.config.run import EngineConfig
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
-from dist_peft.engine.compat import (
-    all_gather,
-    allow_integer_parameters,
-    gather_from_computing_stream,
-)
+from dist_peft.engine.chunk_gather import all_gather_chunks
+from dist_peft.engine.compat import allow_integer_parameters, gather_from_computing_stream
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     move_buffers_to_device,
@@ -81,7 +78,7 @@ class _CountingAllGather(AllGather):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.bytes += output_tensor.numel() * output_tensor.element_size()
-        return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return all_gather_chunks(output_tensor, input_tensor, group, async_op)
 
 
 class Fsdp2Engine:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from dist_peft.core.span import Span, row_span
-from dist_peft.engine.compat import all_gather
+from dist_peft.engine.chunk_gather import all_gather_chunks
 from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
 from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
 from dist_peft.model.parameter_readers import list_unread_parameters
@@ -207,7 +207,7 @@ class RowShardedParameters:
             size = self.parts * local.numel()
             output = torch.empty(size, dtype=local.dtype, device=self.device)
         self.bytes_gathered += output.numel()
-        return output, all_gather(output, local, group=self.group, async_op=True)
+        return output, all_gather_chunks(output, local, self.group, async_op=True)
 
     # -- computing -----------------------------------------------------------------------------
 

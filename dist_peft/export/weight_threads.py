@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dist_peft.core.host_memory import trim_heap
 from dist_peft.export.base_weights import BaseWeight
 
 __all__ = ["MERGE_MEMORY", "count_merge_threads", "process_weights"]
@@ -52,6 +53,7 @@ def process_weights(
     if threads == 1:
         for weight in weights:
             process(weight, stopping.is_set)
+            trim_heap()
         return
     groups: dict[str, list[BaseWeight]] = {}
     for weight in weights:
@@ -60,6 +62,7 @@ def process_weights(
     def process_group(group: list[BaseWeight]) -> None:
         for weight in group:
             process(weight, stopping.is_set)
+        trim_heap()
 
     with _one_thread_a_product(), ThreadPoolExecutor(threads, "merge") as pool:
         futures = [pool.submit(process_group, group) for group in groups.values()]

@@ -166,10 +166,12 @@ def is_device_path(tensor: Tensor, dtype: torch.dtype) -> bool:
     Raises:
         UserError: ``DIST_PEFT_KERNELS`` is unknown, or asks for a missing package.
     """
+    if tensor.device.type != "cuda" and not _is_interpreted(tensor):
+        return False  # at once: this is asked for every weight
     wanted = read_kernels_choice()
     if wanted in ("torch", "bnb") or dtype not in _TYPES:
         return False
-    if tensor.device.type != "cuda" and not (wanted == "triton" and _is_interpreted(tensor)):
+    if tensor.device.type != "cuda" and wanted != "triton":
         return False
     # a fake tensor is of a subclass
     if get_assumed_device() is not None or type(tensor.detach()) is not Tensor:
@@ -199,8 +201,13 @@ def _explain_slow_path(device: torch.device) -> str | None:
 
 def _is_interpreted(tensor: Tensor) -> bool:
     """Whether kernels run on this tensor of a CPU."""
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    return interprets and tensor.device.type == "cpu" and _is_triton_installed()
+    return tensor.device.type == "cpu" and _does_triton_interpret()
+
+
+@cache
+def _does_triton_interpret() -> bool:
+    """Read once, as Triton does when kernels are defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and _is_triton_installed()
 
 
 @cache

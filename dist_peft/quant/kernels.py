@@ -108,7 +108,8 @@ def dequantize_nf4(payload: Tensor, absmax: Tensor, in_features: int, dtype: tor
         if payload.device.type == "cpu" and not is_planned:
             _decoded.count += rows * in_features
         return _dequantize_nf4_by_torch(payload, absmax, in_features, dtype)
-    return _dequantize_by_bnb(payload, absmax, dtype)[:, :in_features].contiguous()
+    weight = _dequantize_by_bnb(payload, absmax, dtype)
+    return weight if weight.shape[1] == in_features else weight[:, :in_features].contiguous()
 
 
 def _dequantize_nf4_by_torch(
@@ -175,15 +176,24 @@ def dequantize_by_table(
         ``dtype [rows, in_features]``.
     """
     rows, groups = scale.shape
-    weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
-    if not weight.numel():
-        return weight
-    for span in list_row_chunks(rows, in_features, payload.device):
-        numbers = lookup_packed_values(payload[span.slice], bits, values, high_first=high_first)
-        by_group = numbers.view(len(span), groups, -1)
+    if not rows * in_features:
+        return torch.empty(rows, in_features, dtype=dtype, device=payload.device)
+
+    def decode_chunk(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        numbers = lookup_packed_values(codes, bits, values, high_first=high_first, groups=groups)
         if zero is not None:
-            by_group.sub_(zero[span.slice].unsqueeze(-1))
-        by_group.mul_(scale[span.slice].unsqueeze(-1))
+            numbers.sub_(zero.unsqueeze(-1))
+        numbers.mul_(scale.unsqueeze(-1))
+        return numbers.view(len(codes), -1)
+
+    spans = list_row_chunks(rows, in_features, payload.device)
+    if len(spans[0]) == rows:  # a small weight: a third of the operators go
+        whole = decode_chunk(payload, scale, zero).to(dtype)
+        return whole if whole.shape[1] == in_features else whole[:, :in_features].contiguous()
+    weight = torch.empty(rows, in_features, dtype=dtype, device=payload.device)
+    for span in spans:
+        part = None if zero is None else zero[span.slice]
+        numbers = decode_chunk(payload[span.slice], scale[span.slice], part)
         weight[span.slice] = numbers[:, :in_features]
     return weight
 

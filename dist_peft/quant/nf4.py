@@ -30,6 +30,7 @@ blocks run across rows when ``in % group_size != 0``. Equal to it: payload and a
 when ``in % group_size == 0`` (bitsandbytes 0.50 on CPU).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -39,7 +40,12 @@ from torch import Tensor
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant.codec_defaults import CodecDefaults
-from dist_peft.quant.device_choice import RowLayout, dequantize_on_device, quantize_on_device
+from dist_peft.quant.device_choice import (
+    RowLayout,
+    dequantize_on_device,
+    is_device_path,
+    quantize_on_device,
+)
 from dist_peft.quant.exact_math import exact_sqrt
 from dist_peft.quant.kernels import NF4_LEVELS, dequantize_nf4
 from dist_peft.quant.pack import pack_bits
@@ -156,6 +162,8 @@ class Nf4Codec(CodecDefaults):
         def by_torch(some: Tensor) -> Tensor:
             return dequantize_nf4(*self.split_packed_rows(some, in_features), in_features, dtype)
 
+        if not is_device_path(packed, dtype):
+            return by_torch(packed)
         described = self._describe_rows(layout)
         fused = dequantize_on_device(packed, described, in_features, dtype, by_torch)
         return by_torch(packed) if fused is None else fused
@@ -184,13 +192,7 @@ class Nf4Codec(CodecDefaults):
         return read_packed_field(as_rows, 0, blocks, torch.float32)
 
     def _compute_layout(self, in_features: int) -> _Nf4Layout:
-        blocks = -(-in_features // self.group_size)
-        payload = blocks * self.group_size // 2
-        runs = -(-blocks // RUN_BLOCKS)
-        single, double = 4 * blocks, align_to_4_bytes(8 * runs + blocks)
-        if self.double_quant and double < single:
-            return _Nf4Layout(blocks, payload, runs, payload + double)
-        return _Nf4Layout(blocks, payload, 0, payload + single)
+        return _compute_nf4_layout(in_features, self.group_size, self.double_quant)
 
     def _describe_rows(self, layout: _Nf4Layout) -> RowLayout:
         return RowLayout(
@@ -202,6 +204,17 @@ class Nf4Codec(CodecDefaults):
             row_bytes=layout.row_bytes,
             is_nf4=True,
         )
+
+
+@functools.cache  # asked twice for every decoded weight
+def _compute_nf4_layout(in_features: int, group_size: int, double_quant: bool) -> _Nf4Layout:
+    blocks = -(-in_features // group_size)
+    payload = blocks * group_size // 2
+    runs = -(-blocks // RUN_BLOCKS)
+    single, double = 4 * blocks, align_to_4_bytes(8 * runs + blocks)
+    if double_quant and double < single:
+        return _Nf4Layout(blocks, payload, runs, payload + double)
+    return _Nf4Layout(blocks, payload, 0, payload + single)
 
 
 def _compute_group_absmax(groups: Tensor, first_row: int) -> Tensor:

@@ -84,6 +84,7 @@ def lookup_packed_values(
     values: tuple[float, ...],
     dtype: torch.dtype = torch.float32,
     high_first: bool = False,
+    groups: int | None = None,
 ) -> Tensor:
     """Unpack codes and put ``values[code]`` in their place.
 
@@ -93,9 +94,11 @@ def lookup_packed_values(
         values: ``2**bits`` numbers.
         dtype: type of the result.
         high_first: see the module.
+        groups: of each row, of a matrix ``[rows, m]``.
 
     Returns:
-        ``dtype [..., 8 m / bits]``, a fresh tensor.
+        ``dtype [..., 8 m / bits]``, with ``groups`` ``[rows, groups, 8 m / bits / groups]``: a
+        fresh tensor.
     """
     _check_bit_order(bits, high_first)
     if bits == 3 and packed.shape[-1] % 3:
@@ -103,7 +106,11 @@ def lookup_packed_values(
     table = _build_lookup_table(bits, values, dtype, high_first, packed.device)
     index = _split_into_twelve_bits(packed) if bits == 3 else packed.int()
     found = table.index_select(0, index.flatten())
-    return found.view(dtype).view(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
+    count = packed.shape[-1] * 8 // bits
+    shape = (
+        (*packed.shape[:-1], count) if groups is None else (len(packed), groups, count // groups)
+    )
+    return found.view(dtype).view(shape)
 
 
 def _split_into_twelve_bits(packed: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def list_row_chunks(rows: int, in_features: int, device: torch.device) -> list[S
     """Spans of ``count_chunk_rows`` rows each; the first alone where a device is assumed."""
     assumed = get_assumed_device()
     chunk_rows = count_chunk_rows(in_features, assumed or device)
+    if 0 < rows <= chunk_rows:
+        return [Span(0, rows)]
     spans = list(Span(0, rows).split_into_chunks(chunk_rows))
     return spans if assumed is None else spans[:1]
 

@@ -49,13 +49,15 @@ class _LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.A, ctx.B, ctx.scaling = A, B, scaling
         work = dtype if has_fast_product(x.device, dtype) else torch.float32
+        rows = x.reshape(-1, x.shape[-1])
 
         def project() -> Tensor:
-            return functional.linear(x.to(work), A.to(work)).mul_(scaling)
+            return (rows.to(work) @ A.to(work).t()).mul_(scaling)
 
         inner = keep_result("inner", project)
         ctx.save_for_backward(x, inner)
-        return functional.linear(inner, B.to(work)).to(dtype)
+        change = (inner @ B.to(work).t()).to(dtype)
+        return change.view(*x.shape[:-1], change.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -67,11 +69,11 @@ class _LowRankProduct(torch.autograd.Function):
         dx = dA = dB = None
         if need_B:
             # [r, out] first: with few rows a product of such a shape is twice as fast on a CPU
-            dB = (inner.flatten(0, -2).T @ grad).T.to(ctx.B.dtype)
+            dB = (inner.t() @ grad).t().to(ctx.B.dtype)
         if need_x or need_A:
             inner_grad = (grad @ ctx.B.to(dtype)).mul_(ctx.scaling)
             if need_A:
-                dA = (inner_grad.T @ x.flatten(0, -2).to(dtype)).to(ctx.A.dtype)
+                dA = (inner_grad.t() @ x.flatten(0, -2).to(dtype)).to(ctx.A.dtype)
             if need_x:
                 dx = (inner_grad @ ctx.A.to(dtype)).view(x.shape).to(x.dtype)
         return dx, dA, dB, None, None

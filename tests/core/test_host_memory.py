@@ -47,8 +47,9 @@ def test_only_what_is_kept_rests() -> None:
 
 
 KEEPING = """
-import resource, torch
-from dist_peft.core.host_memory import keep_freed_memory
+import psutil, resource, torch
+from dist_peft.core.host_memory import keep_freed_memory, trim_heap
+rss = lambda: psutil.Process().memory_info().rss // 2**20
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**20)
 with keep_freed_memory():
@@ -59,6 +60,13 @@ with keep_freed_memory():
         more = rows + 1
         del rows, more
     print(faults() - before)
+    pairs = [(torch.ones(2**20), torch.ones(64)) for _ in range(10)]
+    kept = [small for _, small in pairs]
+    whole = rss()
+    del pairs
+    print(whole - rss())
+    trim_heap()
+    print(whole - rss())
 """
 
 
@@ -69,7 +77,9 @@ def test_memory_of_chunks_is_used_again() -> None:
         [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True
     )
     mapped_again = 16 * 2 * 2048
-    assert int(done.stdout) < mapped_again / 4
+    faults, freed, trimmed = map(int, done.stdout.split())
+    assert faults < mapped_again / 4
+    assert freed < 4 and trimmed >= 36, "holes between small blocks stay until the heap is trimmed"
 
 
 GROUPS = {

@@ -1,6 +1,7 @@
 """Who decodes: the choice, the trial, the one warning."""
 
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +21,11 @@ pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)
-def _fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh_verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(device_choice, "_state", device_choice._DeviceState())
     monkeypatch.delenv("DIST_PEFT_KERNELS", raising=False)
+    yield
+    device_choice._does_triton_interpret.cache_clear()
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_peft.core.errors import UserError
-from dist_peft.quant import kernels
+from dist_peft.quant import kernels, packed_rows
 from dist_peft.quant.kernels import NF4_LEVELS, choose_nf4_kernel, dequantize_affine, dequantize_nf4
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -166,3 +166,22 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bitsandbytes is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("missing", [0, 5])
+def test_a_weight_in_one_chunk_and_in_several_has_the_same_bits(
+    dtype: torch.dtype, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload, absmax = every_byte_with_many_scales(64, 256)
+    scale, zero = absmax, torch.linspace(0, 15, absmax.numel()).view_as(absmax)
+
+    def decode_both() -> list[Tensor]:
+        affine = dequantize_affine(payload, 4, scale, zero, 256 - missing, dtype)
+        return [dequantize_nf4(payload, absmax, 256 - missing, dtype), affine]
+
+    whole = decode_both()
+    monkeypatch.setattr(packed_rows, "CHUNK_ELEMENTS", 1000)
+    for one, several in zip(whole, decode_both(), strict=True):
+        assert one.is_contiguous() and one.shape == (40, 256 - missing)
+        assert torch.equal(one.view(torch.uint8), several.view(torch.uint8))
