@@ -55,6 +55,11 @@ class ParameterAccess(Protocol):
         """Return the whole parameter, on the CPU."""
         ...
 
+    def gather_matching_rows(self, name: str, like: Tensor) -> Tensor:
+        """Return those rows of a parameter that this rank keeps of ``like``, a frozen parameter
+        with as many, on the CPU; without communication where it has them already."""
+        ...
+
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         """Replace the values of a parameter on every rank."""
         ...

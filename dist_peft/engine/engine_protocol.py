@@ -164,6 +164,11 @@ class Engine(Protocol):
 
     def gather_parameter(self, parameter: Tensor) -> Tensor: ...
 
+    def gather_matching_rows(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """Return those rows of a trainable parameter that this rank keeps of ``like``, which has as
+        many, on the CPU; no collective where it has them already. Every rank calls it."""
+        ...
+
     def gather_moment(self, name: str, key: str) -> Tensor:
         """Return the whole moment ``key`` of the trainable parameter with this full name, on the
         CPU of every rank."""

@@ -308,6 +308,12 @@ class Fsdp2Engine:
         assert whole.shape == parameter.shape, f"gathered {whole.shape} for {parameter.shape}"
         return whole.cpu()
 
+    def gather_matching_rows(self, parameter: Tensor, like: Tensor) -> Tensor:
+        placed = [t for t in (parameter, like) if isinstance(t, DTensor)]
+        if len(placed) == 2 and all(self._find_placement(t).dimension == 0 for t in placed):
+            return _to_local_tensor(parameter.detach()).cpu()  # cut by one rule
+        return self.gather_parameter(parameter)[self.local_row_span(like).slice]
+
     def gather_moment(self, name: str, key: str) -> Tensor:
         moment = self.optimizer.get_moment(name, key)
         return (moment.full_tensor() if isinstance(moment, DTensor) else moment).cpu()

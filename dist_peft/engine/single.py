@@ -108,6 +108,9 @@ class SingleEngine:
     def gather_parameter(self, parameter: Tensor) -> Tensor:
         return parameter.detach().cpu()
 
+    def gather_matching_rows(self, parameter: Tensor, like: Tensor) -> Tensor:
+        return parameter.detach()[self.local_row_span(like).slice].cpu()
+
     def gather_moment(self, name: str, key: str) -> Tensor:
         return self.optimizer.get_moment(name, key).cpu()
 

@@ -343,6 +343,10 @@ class ZeroEngine:
             self.deepspeed.utils.safe_get_full_fp32_param(parameter), parameter
         )
 
+    def gather_matching_rows(self, parameter: Tensor, like: Tensor) -> Tensor:
+        whole = self.gather_parameter(parameter) if self.config.stage == 3 else parameter.detach()
+        return whole[self.local_row_span(like).slice].cpu()
+
     def _check_gathered_shape(self, whole: Tensor | None, parameter: Tensor) -> Tensor:
         """Check the shape: under ZeRO-3 a parameter not gathered reads as an empty tensor."""
         shape = self._shapes[id(parameter)]

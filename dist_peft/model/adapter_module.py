@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from dist_peft.core.span import Span
 
-__all__ = ["AdapterModule", "InitializesFromBase", "Reduce", "RowUpdate", "SwitchableLayer"]
+__all__ = [
+    "AdapterModule",
+    "InitializesFromBase",
+    "KeepsPackedRows",
+    "Reduce",
+    "RowUpdate",
+    "SwitchableLayer",
+]
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that share a weight; all of them call it in the same order."""
@@ -60,6 +67,16 @@ class InitializesFromBase(AdapterModule, Protocol):
             span: which rows these are.
             reduce: sums over the ranks that share the weight.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsPackedRows(InitializesFromBase, Protocol):
+    """One that also takes this rank's rows of a prequantized base as its files have them."""
+
+    def keep_packed_rows(self, packed: Tensor, span: Span) -> None:
+        """Take packed rows ``span``, ``uint8 [len(span), row_bytes]``; called once, before
+        ``prepare_base_rows``, where the base comes quantized."""
         ...
 
 

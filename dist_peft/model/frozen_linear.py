@@ -28,6 +28,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.frozen_matmul import frozen_matmul
+from dist_peft.quant.kept_grid import quantize_on_grid
 from dist_peft.store.reader import RowReader
 
 __all__ = [
@@ -202,19 +203,24 @@ class WeightRows:
         """Return packed rows ``uint8 [n, row_bytes]``.
 
         Args:
-            change: maps ``numbers()`` to the values to encode. For a prequantized base, where rows
-                are not encoded, it must return its argument.
+            change: maps ``to_float()`` to the values to encode. Other values than its argument are
+                put into the codes of a prequantized base, whose scales and zeros stay
+                (``quant.kept_grid``).
 
         Raises:
             UserError: values that the codec cannot hold.
         """
         numbers = self.held if change is None else self.to_float()
         rows = numbers if change is None else change(numbers)
-        if self.linear.stored is not None:
-            assert rows is numbers, f"{self.linear.source} is packed already and cannot change"
+        linear = self.linear
+        if linear.stored is not None and rows is numbers:
             return self.held
         try:
-            return self.linear.codec.quantize_to_packed(rows)
+            if linear.stored is None:
+                return linear.codec.quantize_to_packed(rows)
+            grid = linear.codec.affine_rows
+            assert grid is not None, f"{linear.source} is packed already and cannot change"
+            return quantize_on_grid(rows, self.held, grid, linear.in_features)
         except ValueError as error:
             raise UserError(f"tensor {self.linear.source}: {error}") from None
 

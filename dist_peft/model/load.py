@@ -23,7 +23,11 @@ from dist_peft.core.errors import UserError
 from dist_peft.core.progress_beat import mark_progress
 from dist_peft.core.span import Span
 from dist_peft.core.stop_signals import StopRequested, raise_if_stop_requested
-from dist_peft.model.adapter_module import AdapterModule, InitializesFromBase
+from dist_peft.model.adapter_module import (
+    AdapterModule,
+    InitializesFromBase,
+    KeepsPackedRows,
+)
 from dist_peft.model.frozen_linear import FrozenWeight, WeightRows, all_rows_finite
 from dist_peft.model.panel_encoding import PanelEncoder
 from dist_peft.model.parameter_readers import (
@@ -122,6 +126,8 @@ def load_model(
                 continue
             if wrapper is not None:
                 assert isinstance(rows, WeightRows)
+                if isinstance(wrapper, KeepsPackedRows) and rows.linear.stored is not None:
+                    wrapper.keep_packed_rows(rows.held, span)
                 reduce = placement.sum_over_shards
                 rows = rows.to_packed(partial(wrapper.prepare_base_rows, span=span, reduce=reduce))
             assert isinstance(rows, Tensor)

@@ -91,15 +91,19 @@ def plan_host_peaks(
 
 
 def _count_kept_rows(skeleton: Skeleton, shards: int) -> tuple[int, int]:
-    """Return weights and bytes of the fullest rank's rows that are kept, in the files' type."""
+    """Return weights and bytes of the fullest rank's rows that are kept, in the files' type or
+    packed."""
     weights = size = 0
     for layer in skeleton.model.modules():
         if isinstance(layer, ThroughLinear):
             base = layer.base
             known = skeleton.tensors.get(base.source)
             width = 4 if known is None else min(4, known.dtype.itemsize)
-            own = len(row_span(base.out_features, shards, 0)) * base.in_features
-            weights, size = weights + own, size + own * width
+            rows = len(row_span(base.out_features, shards, 0))
+            kept = base.in_features * width
+            if base.stored is not None:
+                kept = base.codec.num_row_bytes(base.in_features)
+            weights, size = weights + rows * base.in_features, size + rows * kept
     return weights, size
 
 

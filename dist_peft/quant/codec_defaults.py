@@ -44,6 +44,9 @@ class AffineRows(Protocol):
     def split_packed_rows(self, packed: Tensor, in_features: int) -> AffineParts:
         """Return codes, scales and zeros of ``uint8 [rows, row_bytes]``."""
 
+    def join_packed_rows(self, parts: AffineParts, in_features: int) -> Tensor:
+        """Return packed rows of codes, scales and zeros, which are rounded to float16."""
+
 
 class Nf4Rows(Protocol):
     """Rows of NF4 codes (levels: ``quant.nf4.NF4_LEVELS``) in groups with a scale."""
@@ -51,6 +54,10 @@ class Nf4Rows(Protocol):
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether scales are quantized too."""
 
     def split_packed_rows(self, packed: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
         """Return two codes a byte, the even column high, ``uint8 [rows, groups * group_size / 2]``,

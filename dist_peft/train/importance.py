@@ -108,6 +108,10 @@ class EngineParameters:
         """Return the whole parameter with this full name. Collective."""
         return self._engine.gather_parameter(attrgetter(name)(self._model))
 
+    def gather_matching_rows(self, name: str, like: Tensor) -> Tensor:
+        """Return those rows of the parameter that this rank keeps of ``like``. Collective."""
+        return self._engine.gather_matching_rows(attrgetter(name)(self._model), like)
+
     def overwrite_parameter(self, name: str, value: Tensor) -> None:
         """Set the whole parameter with this full name on every rank."""
         self._engine.overwrite_parameter(name, value)

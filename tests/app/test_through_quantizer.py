@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.app.cli import main
@@ -17,13 +20,18 @@ from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
+from dist_peft.export.verify import Probe
+from dist_peft.model.frozen_linear import WeightRows
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
+from dist_peft.train.importance import EngineParameters
 from dist_peft.train.optimizers import make_optimizer_factory
 from dist_peft.train.step_metrics import read_metrics
+from tests.support import packed
 from tests.support.dist import run_ranks
 from tests.support.export_runs import CONFIG, finished_run, fork_consumers
+from tests.support.prequantized_models import linears, load
 from tests.support.story_runs import losses, train
 from tests.support.tiny_models import save_model
 from tests.support.tiny_runs import tiny_tree
@@ -71,6 +79,11 @@ def load_twice(world: World, tree: dict[str, Any], first: Path, second: Path) ->
         # leaves the root, and blocks that are kept, gathered
         with inference_mode(built.model), torch.no_grad():
             found["logits"] = built.model(input_ids=ids, use_cache=False).logits
+    adapter = setup.adapter
+    if config.engine.kind == "fsdp2":  # A alone: every rank has its own rows of B
+        with CommDebugMode() as counted:
+            adapter.finish_step(1, EngineParameters(built.model, built.engine))
+        assert counted.get_total_counts() == len(adapter.layers)
     total = hashlib.sha256()
     for layer in setup.adapter.layers.values():
         # engines gather a parameter that is sharded at rest
@@ -254,3 +267,45 @@ def test_the_adapter_alone_is_refused_and_stamped(
     assert export(run, tmp_path / "out", "hf-bf16") == 2
     assert "restore adapter.through_quantizer" in capsys.readouterr().err
     (run / "config.yaml").write_text(text)
+
+
+PACKED: dict[str, Callable[..., Path]] = {
+    "gptq": packed.save_gptq,
+    "awq": packed.save_awq,
+    "compressed-tensors": partial(packed.save_compressed, dtype=torch.float16),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_of_a_packed_base_are_trained_and_written_in_its_own_format(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of plain LoRA, the codes from then on. The export's rows are the trained ones, its
+    scales and zeros the base's; compressed-tensors gives the training's logits."""
+    tree = make_tree(tmp_path, INT3)
+    plain = packed.save_plain(tmp_path / "plain")
+    base = PACKED[name](plain, tmp_path / "packed")
+    tree["base"] = {"path": str(base), "compute_dtype": "float32"}
+    tree["adapter"]["through_start_share"] = 0.25
+    assert train(World(), tree) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    fork_consumers(monkeypatch)
+    assert export(tmp_path / "run", tmp_path / "out", name, "--max-error", "0") == 0
+    before, after = (linears(load(path)) for path in (base, tmp_path / "out"))
+    own = open_adapter_merger(tmp_path / "run" / "adapter")
+    moved = 0
+    for weight, linear in after.items():
+        span = Span(0, linear.out_features)
+        read = WeightRows(before[weight], before[weight].packed)
+        wanted = read.to_packed(partial(own.compute_encoded_rows, weight, span=span))
+        assert torch.equal(linear.packed, wanted)
+        one, two = (
+            m.codec.split_packed_rows(m.packed, m.in_features) for m in (linear, before[weight])
+        )
+        assert torch.equal(one.scale, two.scale) and torch.equal(one.zero, two.zero)
+        moved += int((one.codes != two.codes).sum())
+    assert moved > 1000
+    probe = Probe.load_probe(tmp_path / "run" / "probe.safetensors")
+    logits = load(tmp_path / "out").model(input_ids=probe.input_ids, use_cache=False).logits
+    assert torch.equal(logits, probe.trained)

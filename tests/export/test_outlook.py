@@ -51,7 +51,10 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
 )
 def test_methods_and_bases(changes: dict[str, Any], possible: set[str], tmp_path: Path) -> None:
     refused = outlook(tmp_path, **changes)
-    assert {*FORMATS} - refused.keys() == possible - {"peft-experts"}  # of mixtures alone
+    assert {*FORMATS} - refused.keys() == possible - {
+        "peft-experts",
+        "awq",
+    }  # mixtures; through_quantizer
     assert all(refused.values())
 
 

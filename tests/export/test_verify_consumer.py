@@ -28,7 +28,7 @@ def test_script_imports_nothing_of_the_package(tmp_path: Path) -> None:
         if isinstance(getattr(known, "consumer", None), ProcessConsumer)
     ]
     functions.append(LLAMA_CPP.function)
-    assert len(functions) == 3
+    assert len(functions) == 4
     for function in functions:
         assert "dist_peft" not in inspect.getsource(function)
     (tmp_path / "known.py").write_text("def count(model, ids, more):\n    return more, [ids]\n")

@@ -49,6 +49,8 @@ _MASKED_APART = (
 class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraExperts]):
     """LoRA, rsLoRA and DoRA on linears, experts and embeddings."""
 
+    _total_steps = 0
+
     # -- building ------------------------------------------------------------------------------
 
     def attach_to_model(self, model: nn.Module) -> None:
@@ -141,6 +143,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         Raises:
             UserError: the base has none.
         """
+        self._total_steps = total_steps
         if not self.config.keep_zeros:
             return
         linears = [layer for layer in self.layers.values() if isinstance(layer, LoraLinear)]
@@ -176,12 +179,13 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
 
     def finish_step(self, done: int, access: ParameterAccess) -> None:
         """Encode the base's rows again, where they are trained through the quantizer."""
-        self.finish_load(access)
+        if self.config.through_quantizer:
+            update_rows(self.layers.items(), access, count=done == self._total_steps)
 
     def finish_load(self, access: ParameterAccess) -> None:
         """The same for factors that come from a checkpoint."""
         if self.config.through_quantizer:
-            update_rows(self.layers.items(), access)
+            update_rows(self.layers.items(), access, count=True)
 
     def list_init_factors(self) -> tuple[str, ...]:
         return tuple(

@@ -7,7 +7,8 @@
 ``W`` are the rows of the base's files, not the decoded base: a decoded weight lies in the middle
 of its cell and must move half a step before any code changes. After each update every rank
 
-1. gathers ``A`` [r, in] and ``B`` [out, r], which are small,
+1. gathers ``A`` [r, in], which is small; of ``B`` [out, r] it needs its own rows, which it has
+   where an engine shards ``B`` as the weight, or keeps it whole,
 2. adds ``s B A`` to its own rows of ``W``, which it keeps in host memory (1/N of them), in blocks
    of 64 rows counted from row 0 of the whole matrix (``low_rank.blocked_product``),
 3. quantizes these rows with the base's codec and writes the bytes over those in its shard.
@@ -17,11 +18,16 @@ any number of ranks and on every engine. What travels in a step is packed rows, 
 ``Q`` is a function of ``W``, ``A`` and ``B``: checkpoints hold the factors, and a resume encodes
 the rows again.
 
+A base that comes quantized (GPTQ, AWQ, compressed-tensors) has no other rows than packed ones.
+These are ``W`` then, codes move on their own grid, whose scales and zeros stay
+(``quant.kept_grid``), and the first steps are plain LoRA's, whose updates are not rounded away.
+
 The gradient goes straight through the rounding (Bengio et al. 2013). What differs from quantization
 aware training with LoRA (axolotl's for NVFP4, LoTA-QAF): no rank has a dense merged weight, a dense
 gradient or another rank's rows.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -30,24 +36,32 @@ from torch import Tensor, nn
 from dist_peft.adapters.lora.layer import LoraLinear
 from dist_peft.adapters.low_rank.blocked_product import BLOCK_ROWS, add_blocked_product
 from dist_peft.adapters.step_hooks import ParameterAccess
+from dist_peft.core.config.adapter_checks import NESTED_SCALES
 from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.model.adapter_module import Reduce, RowUpdate
 from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.quant.codec import make_finer_codec
+from dist_peft.quant.kept_grid import count_changed_codes, quantize_on_grid
 from dist_peft.quant.packed_rows import count_chunk_rows
 from dist_peft.quant.through_product import multiply_through
 
 __all__ = [
+    "FEW_MOVED",
     "NF4_BLOCK",
     "ThroughLinear",
-    "encode_merged_rows",
+    "encode_by_blocks",
     "keep_rows_exactly",
     "require_codec",
     "resolve_start",
     "update_rows",
 ]
+
+log = logging.getLogger("dist_peft")
+
+FEW_MOVED = 0.02
+"""Share of moved codes of a packed base below which a run is warned."""
 
 NF4_BLOCK = 64
 """Block of bitsandbytes: its blocks run over the flattened weight, and so agree with rows whose
@@ -65,12 +79,15 @@ class ThroughLinear(LoraLinear):
         own_rows: these rows of the base's files, ``[len(own_span), in]`` in host memory, in the
             narrowest type that holds them exactly; of a base that is packed in its files, the
             packed rows.
+        num_changed: of such a base, weights of own rows whose code was another one than the base's
+            when ``encode_own_rows`` last counted them.
     """
 
     keeps_base = False
     start: ThroughStart = "none"
     own_span: Span
     own_rows: Tensor
+    num_changed = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., in] -> [..., out] in the type of ``x``."""
@@ -107,41 +124,67 @@ class ThroughLinear(LoraLinear):
     @torch.no_grad()
     def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
         """Keep the rows and return them: with ``B`` zero they are what is quantized."""
-        self.own_span, self.own_rows = span, keep_rows_exactly(rows)
+        if self.base.stored is None:
+            self.own_span, self.own_rows = span, keep_rows_exactly(rows)
         return rows
 
     @torch.no_grad()
-    def encode_own_rows(self, A: Tensor, B: Tensor, device: torch.device) -> Tensor:
+    def keep_packed_rows(self, packed: Tensor, span: Span) -> None:
+        """Keep rows of a base that is packed in its files: they are ``W`` and its grid."""
+        host = packed.detach().to("cpu", copy=True)
+        self.own_span, self.own_rows = span, host.pin_memory() if packed.is_cuda else host
+
+    @torch.no_grad()
+    def encode_own_rows(
+        self, A: Tensor, B: Tensor, device: torch.device, *, count: bool = False
+    ) -> Tensor:
         """Return this rank's rows of ``quantize(W + s B A)``, ``uint8 [rows, row_bytes]``.
 
         Args:
-            A, B: whole, float32.
+            A: whole, ``[r, in]``, float32.
+            B: own rows, ``[len(own_span), r]``, float32.
             device: where rows are encoded.
+            count: of a packed base, count the codes that changed.
 
         Raises:
             UserError: the codec cannot hold the values.
         """
         right = A.to(device, torch.float32) * self.spec.scaling
+        # rows of other ranks stay zero: a row of a product depends on no other one
+        left = B.new_zeros(self.base.out_features, B.shape[1])
+        left[self.own_span.slice] = B
 
-        def merge_chunk(span: Span) -> Tensor:
-            kept = self.own_rows[span.shifted_by(-self.own_span.start).slice]
-            return add_blocked_product(kept.to(device, non_blocking=True), B, right, span)
+        self.num_changed = 0
+        base, grid = self.base, self.base.codec.affine_rows
+
+        def encode_chunk(span: Span) -> Tensor:
+            own = self.own_rows[span.shifted_by(-self.own_span.start).slice]
+            kept = own.to(device, non_blocking=True)
+            if base.stored is None:
+                return base.codec.quantize_to_packed(add_blocked_product(kept, left, right, span))
+            assert grid is not None
+            rows = base.codec.dequantize_rows(kept, base.in_features, torch.float32)
+            merged = add_blocked_product(rows, left, right, span)
+            packed = quantize_on_grid(merged, kept, grid, base.in_features)
+            if count:
+                self.num_changed += count_changed_codes(packed, kept, grid, base.in_features)
+            return packed
 
         try:
-            return encode_merged_rows(self.base, self.own_span, merge_chunk, device)
+            return encode_by_blocks(self.base, self.own_span, encode_chunk, device)
         except ValueError as error:
             raise UserError(
                 f"{self.path}: rows of W + s B A cannot be quantized: {error}; lower train.lr"
             ) from None
 
 
-def encode_merged_rows(
-    base: FrozenLinear, span: Span, merge: Callable[[Span], Tensor], device: torch.device
+def encode_by_blocks(
+    base: FrozenLinear, span: Span, encode: Callable[[Span], Tensor], device: torch.device
 ) -> Tensor:
-    """Quantize rows ``span`` a chunk at a time, so that one chunk is in memory in float32.
+    """Encode rows ``span`` a chunk at a time, so that one chunk is in memory in float32.
 
     Args:
-        merge: rows of a span -> their values, float32 ``[rows, in]``.
+        encode: a span -> its packed rows.
 
     Raises:
         ValueError: values that the codec cannot represent.
@@ -151,7 +194,7 @@ def encode_merged_rows(
     chunk = max(1, count_chunk_rows(base.in_features, device) // BLOCK_ROWS) * BLOCK_ROWS
     for part in _split_at_blocks(span, chunk):
         own = part.shifted_by(-span.start).slice
-        packed[own] = base.codec.quantize_to_packed(merge(part))
+        packed[own] = encode(part)
     return packed
 
 
@@ -199,21 +242,25 @@ def require_codec(name: str, module: FrozenLinear) -> None:
     """Refuse a linear that cannot be trained through its codec.
 
     Raises:
-        UserError: it is not quantized, is packed already, or NF4 blocks of bitsandbytes would
-            cross its rows.
+        UserError: it is not quantized, is packed in its files in a format without integer codes, or
+            NF4 blocks of bitsandbytes would cross its rows.
     """
-    if module.stored is not None:
+    if module.stored is not None and module.codec.affine_rows is None:
         raise UserError(
-            f"adapter.through_quantizer encodes the base's own 16-bit rows again after each step, "
-            f"but {name} comes quantized from base.path, without them: give the unquantized base "
-            "with base.quant, or set adapter.through_quantizer: false"
+            "adapter.through_quantizer moves the codes of a packed base on its own scales and "
+            f"zeros, but {name} comes from base.path as {module.codec.name}, whose codes are no "
+            "integers: give the unquantized base with base.quant, a base in GPTQ, AWQ or "
+            "compressed-tensors integers, or set adapter.through_quantizer: false"
         )
     if not module.codec.is_quantized:
         raise UserError(
             f"adapter.through_quantizer trains the quantized weights, but {name} is not quantized; "
             "set base.quant, or take the module out of adapter.target_modules"
         )
-    if module.codec.nf4_rows is not None and module.in_features % NF4_BLOCK:
+    nf4 = module.codec.nf4_rows
+    if nf4 is not None and nf4.double_quant:
+        raise UserError(NESTED_SCALES)
+    if nf4 is not None and module.in_features % NF4_BLOCK:
         raise UserError(
             f"adapter.through_quantizer: {name} has in_features {module.in_features}, which "
             f"{NF4_BLOCK} does not divide: blocks of bitsandbytes would run from one row into the "
@@ -222,14 +269,41 @@ def require_codec(name: str, module: FrozenLinear) -> None:
         )
 
 
-def update_rows(layers: Iterable[tuple[str, nn.Module]], access: ParameterAccess) -> None:
-    """Encode this rank's rows of every ``ThroughLinear`` again. Collective."""
+def update_rows(
+    layers: Iterable[tuple[str, nn.Module]], access: ParameterAccess, *, count: bool = False
+) -> None:
+    """Encode this rank's rows of every ``ThroughLinear`` again. Collective.
+
+    Args:
+        count: of a packed base, warn where hardly any code of this rank's rows has moved.
+    """
+    encoded: list[ThroughLinear] = []
 
     def encode_all() -> Iterator[RowUpdate]:
         for path, layer in layers:
             if isinstance(layer, ThroughLinear) and layer.start != "lora":
-                A, B = (access.gather_parameter(f"{path}.lora_{factor}") for factor in "AB")
-                rows = layer.encode_own_rows(A, B, access.device)
+                A = access.gather_parameter(f"{path}.lora_A")
+                B = access.gather_matching_rows(f"{path}.lora_B", layer.base.packed)
+                rows = layer.encode_own_rows(A, B, access.device, count=count)
+                encoded.append(layer)
                 yield RowUpdate(layer.base, "packed", rows)
 
     access.overwrite_local_rows(encode_all())
+    if count:
+        _warn_of_few_moved([layer for layer in encoded if layer.base.stored is not None])
+
+
+def _warn_of_few_moved(layers: Sequence[ThroughLinear]) -> None:
+    """Warn where updates are too small for the grid of a packed base."""
+    weights = sum(len(layer.own_span) * layer.base.in_features for layer in layers)
+    if not weights:
+        return
+    share = sum(layer.num_changed for layer in layers) / weights
+    if share < FEW_MOVED:
+        log.warning(
+            "adapter.through_quantizer: %.2f %% of the codes of the packed base have moved. Its "
+            "weights lie in the middle of their cells, and nothing is trained before an update is "
+            "half a step of the grid: raise train.lr, train.steps or adapter.through_start_share, "
+            "or give the unquantized base",
+            100 * share,
+        )

@@ -1,10 +1,23 @@
 """Checks of the adapter section against the others."""
 
+from collections.abc import Collection
+
 from dist_peft.core.config.adapter import AdapterConfig, LoraConfig, VirtualTokensConfig
 from dist_peft.core.config.quantization import QuantConfig
 from dist_peft.core.config.through_options import ThroughStart
 
-__all__ = ["check_adapter_options", "check_through_quantizer", "check_through_start"]
+__all__ = [
+    "NESTED_SCALES",
+    "check_adapter_options",
+    "check_through_quantizer",
+    "check_through_start",
+]
+
+NESTED_SCALES = (
+    "adapter.through_quantizer: nested scales of an NF4 base are quantized within each row here "
+    "and across rows by bitsandbytes, so that no NF4 model could hold the trained weights; set "
+    "base.quant.double_quant: false"
+)
 
 
 def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: float) -> None:
@@ -26,21 +39,25 @@ def check_adapter_options(adapter: AdapterConfig, solver: str, layer_decay: floa
         )
 
 
-def check_through_quantizer(adapter: AdapterConfig, quant: QuantConfig | None) -> None:
+def check_through_quantizer(
+    adapter: AdapterConfig, quant: QuantConfig | None, stated: Collection[str] = ("quant",)
+) -> None:
     """Check that a base of ``base.quant`` can be trained through its quantizer, if that is asked.
+
+    Args:
+        stated: keys of ``base`` that the user states. Without ``quant`` the base may come
+            quantized: its linears decide.
 
     Raises:
         ValueError: nested scales, which no other library has, codes that are chosen once, or a
             start in the base's own bits.
     """
-    if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer or quant is None:
+    if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer:
+        return
+    if quant is None or "quant" not in stated:
         return
     if quant.has_nested_scales:
-        raise ValueError(
-            "adapter.through_quantizer: nested scales of an NF4 base are quantized within each row "
-            "here and across rows by bitsandbytes, so that no NF4 model could hold the trained "
-            "weights; set base.quant.double_quant: false"
-        )
+        raise ValueError(NESTED_SCALES)
     if quant.solver == "gptq":
         raise ValueError(
             "adapter.through_quantizer chooses codes again after each step, which solver gptq does "

@@ -316,7 +316,7 @@ class RunConfig(ConfigSection):
         check_domains(self.data, self.train.domain_adversarial)
         solver = "rtn" if self.base.quant is None else self.base.quant.solver
         check_adapter_options(self.adapter, solver, self.train.layer_decay)
-        check_through_quantizer(self.adapter, self.base.quant)
+        check_through_quantizer(self.adapter, self.base.quant, self.base.model_fields_set)
         if isinstance(self.adapter, LoraConfig):
             self.check_start(self.adapter.through_start)
         if self.train.exact:

@@ -24,8 +24,8 @@ class ThroughConfig(ConfigSection):
         "auto",
         description="through_quantizer: the form of the first steps. 8bit: W + s B A in 8 bits, "
         "for bases of 2 and 3; these steps take the memory of an 8-bit base. lora: base "
-        "and product of the adapter apart. none, auto: the base's "
-        "format from the first step on.",
+        "and product of the adapter apart. none: the base's format from the first step on. auto: "
+        "lora where the base comes quantized, else none.",
     )
     through_start_share: Float = Field(
         0.3, gt=0, lt=1, description="Share of the steps that through_start is for."

@@ -51,6 +51,8 @@ __all__ = [
     "CompressedTensorsPacker",
     "GptqExport",
     "GptqPacker",
+    "IntegerZeroExport",
+    "IntegerZeroPacker",
     "quantize_integer_zeros",
 ]
 
@@ -91,7 +93,9 @@ def _pack_along_rows(numbers: Tensor, bits: int) -> Tensor:
     return pack_code_words(padded, bits, torch.int32).T[: -(-rows * bits // 32)].contiguous()
 
 
-class _IntegerZeroPacker:
+class IntegerZeroPacker:
+    """Bits, groups and the type of scales; ``dtype`` is that of the stored ones."""
+
     row_multiple = 32  # zeros of 32 rows are whole words
 
     def __init__(self, codec: AffineCodec, dtype: torch.dtype) -> None:
@@ -104,7 +108,7 @@ class _IntegerZeroPacker:
         return weight.num_columns // self.codec.group_size
 
 
-class CompressedTensorsPacker(_IntegerZeroPacker):
+class CompressedTensorsPacker(IntegerZeroPacker):
     """Pack linears as ``pack-quantized`` of compressed-tensors.
 
     Args:
@@ -161,7 +165,7 @@ class CompressedTensorsPacker(_IntegerZeroPacker):
         }
 
 
-class GptqPacker(_IntegerZeroPacker):
+class GptqPacker(IntegerZeroPacker):
     """Pack linears in GPTQ's ``checkpoint_format: gptq_v2``.
 
     Args:
@@ -238,10 +242,10 @@ LOSSY = ExportOption(
 )
 
 
-class _IntegerZeroExport(PackedExport):
+class IntegerZeroExport(PackedExport):
     """An integer base unchanged, with a separate adapter; ``--merge --lossy`` re-quantizes."""
 
-    options = (BITS, GROUP_SIZE, MERGE, LOSSY)
+    options: ClassVar[tuple[ExportOption, ...]] = (BITS, GROUP_SIZE, MERGE, LOSSY)
     packer: ClassVar[type[GptqPacker] | type[CompressedTensorsPacker]]
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
@@ -316,7 +320,7 @@ class _IntegerZeroExport(PackedExport):
             )
 
 
-class GptqExport(_IntegerZeroExport):
+class GptqExport(IntegerZeroExport):
     """GPTQ, in the layout gptq_v2."""
 
     name = "gptq"
@@ -345,7 +349,7 @@ class GptqExport(_IntegerZeroExport):
         super()._check_base_kept(job, codec)
 
 
-class CompressedTensorsExport(_IntegerZeroExport):
+class CompressedTensorsExport(IntegerZeroExport):
     """``pack-quantized`` of compressed-tensors."""
 
     name = "compressed-tensors"

@@ -6,6 +6,7 @@ merged rows are re-quantized. Formats with integer zeros keep an integer base un
 adapter separately.
 """
 
+from dist_peft.export.formats.awq import AwqExport
 from dist_peft.export.formats.bnb_nf4 import BnbNf4Export
 from dist_peft.export.formats.export_format import ExportForm, ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
@@ -29,6 +30,7 @@ FORMATS: dict[str, ExportFormat] = {
         PeftExpertsExport(),
         BnbNf4Export(),
         GptqExport(),
+        AwqExport(),
         CompressedTensorsExport(),
         MlxExport(),
         HfMetalExport(),

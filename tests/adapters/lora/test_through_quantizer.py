@@ -1,5 +1,8 @@
 """Rows of ``quantize(W + s B A)``: the same bytes at any cut, and what is refused."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +15,11 @@ from dist_peft.adapters.lora.through_quantizer import (
     keep_rows_exactly,
     require_codec,
     resolve_start,
+    update_rows,
 )
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
-from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant import packed_rows
 from dist_peft.quant.affine import AffineCodec
@@ -53,7 +57,7 @@ def encode(codec: Codec, parts: int) -> Tensor:
         rows = W[span.slice].clone()
         assert layer.prepare_base_rows(rows, span, lambda t: t) is rows
         assert layer.own_rows.dtype == torch.bfloat16  # half of the memory
-        found.append(layer.encode_own_rows(A, B, CPU))
+        found.append(layer.encode_own_rows(A, B[span.slice], CPU))
     return torch.cat(found)
 
 
@@ -73,6 +77,73 @@ def test_bytes_do_not_depend_on_the_cut_or_on_the_chunk(
     # a value at the border of two cells may fall to either side
     assert float((found - slow).abs().gt(1e-6).float().mean()) < 2e-3
     assert not torch.equal(whole, codec.quantize_to_packed(W))
+
+
+@pytest.mark.parametrize("codec", [AffineCodec(4, 32), AffineCodec(3, 16, "hqq")], ids=str)
+def test_codes_of_a_packed_base_move_on_its_own_grid(codec: AffineCodec) -> None:
+    """At any cut, against float64; without an update the bytes of the base. A merge of the packed
+    rows, chunk by chunk, gives the same."""
+    W, A, B = draw_values()
+    base = codec.quantize_to_packed(W)
+
+    def encode_parts(parts: int, B: Tensor) -> Tensor:
+        found = []
+        for index in range(parts):
+            layer, span = build_layer(codec), row_span(OUT, parts, index)
+            layer.base.stored = layer.base  # any reader of packed rows
+            layer.keep_packed_rows(base[span.slice], span)
+            rows = codec.dequantize_rows(base[span.slice], IN, torch.float32)
+            assert layer.prepare_base_rows(rows, span, lambda t: t) is rows
+            found.append(layer.encode_own_rows(A, B[span.slice], CPU, count=True))
+            assert (layer.num_changed > 0) == bool(B.any())
+        return torch.cat(found)
+
+    trained = encode_parts(1, B)
+    assert torch.equal(encode_parts(3, B), trained) and torch.equal(encode_parts(7, B), trained)
+    assert torch.equal(encode_parts(2, torch.zeros_like(B)), base)
+    own, found = (codec.split_packed_rows(packed, IN) for packed in (base, trained))
+    assert torch.equal(own.scale, found.scale) and torch.equal(own.zero, found.zero)
+    dense = codec.dequantize_rows(base, IN, torch.float32).double()
+    dense += SCALING * (B.double() @ A.double())
+    wide = (part.double().repeat_interleave(codec.group_size, 1) for part in own[1:])
+    scale, zero = wide
+    slow = (dense / scale + zero).round().clamp(0, 2**codec.bits - 1)
+    assert float((slow != found.codes).double().mean()) < 2e-3
+    merger = LoraMerger({"m": LoraTensors(A, B, SCALING, None, False, None)}, None, {}, True)
+    linear = build_layer(codec).base
+    linear.stored = linear
+    for span in Span(0, OUT).split_into_chunks(50):
+        change = partial(merger.compute_encoded_rows, "m.weight", span=span)
+        assert torch.equal(
+            WeightRows(linear, base[span.slice]).to_packed(change), trained[span.slice]
+        )
+
+
+def test_a_run_is_warned_where_the_grid_of_a_packed_base_hides_its_updates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    codec, (W, A, B) = AffineCodec(4, 32), draw_values()
+    layer = build_layer(codec)
+    layer.base.stored = layer.base
+    layer.keep_packed_rows(codec.quantize_to_packed(W), Span(0, OUT))
+
+    def update(B: Tensor) -> str:
+        caplog.clear()
+        access = SimpleNamespace(
+            device=CPU,
+            gather_parameter=lambda name: {"m.lora_A": A}[name],
+            gather_matching_rows=lambda name, like: {"m.lora_B": B}[name],
+            overwrite_local_rows=list,
+        )
+        update_rows([("m", layer)], access, count=True)  # type: ignore[arg-type]
+        return caplog.text
+
+    with caplog.at_level("WARNING", "dist_peft"):
+        assert "0.00 % of the codes of the packed base have moved" in update(B * 1e-4)
+        assert not update(B)
+        layer.base.stored = None
+        layer.prepare_base_rows(W, Span(0, OUT), lambda t: t)
+        assert not update(B * 1e-4)
 
 
 def test_a_merge_of_the_files_gives_the_trained_rows() -> None:
@@ -112,12 +183,17 @@ def test_codecs_that_cannot_hold_the_trained_weights_are_refused() -> None:
     require_codec("m", build_layer(nf4).base)
     with pytest.raises(UserError, match="in_features 96, which 64 does not divide"):
         require_codec("m", build_layer(nf4, 96).base)
+    with pytest.raises(UserError, match=r"set base\.quant\.double_quant: false"):
+        require_codec("m", build_layer(Nf4Codec(64, double_quant=True)).base)
     with pytest.raises(UserError, match=r"not quantized; set base\.quant"):
         require_codec("m", build_layer(RawCodec()).base)
     packed = build_layer(nf4).base
     packed.stored = packed  # any reader of packed rows
-    with pytest.raises(UserError, match=r"comes quantized from base\.path"):
+    with pytest.raises(UserError, match=r"m comes from base\.path as nf4, whose codes"):
         require_codec("m", packed)
+    packed = build_layer(AffineCodec(4, 32)).base
+    packed.stored = packed
+    require_codec("m", packed)
 
 
 def test_the_form_of_the_first_steps() -> None:

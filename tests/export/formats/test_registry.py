@@ -20,7 +20,7 @@ from tests.support.export_runs import FakeRun, fork_consumers, make_run
 
 ROOT = Path(__file__).parents[3]
 ADAPTERS = {"peft", "peft-expanded", "peft-experts", "gguf-lora", "mlx-adapter"}
-QUANTIZED = sorted(FORMATS.keys() - ADAPTERS - {"hf-bf16"})
+QUANTIZED = sorted(FORMATS.keys() - ADAPTERS - {"hf-bf16", "awq"})  # awq: trained codes
 INT4 = QuantConfig(kind="int", bits=4, group_size=32)
 MLX = pytest.param("mlx", marks=pytest.mark.e2e)
 """Is loaded in a process of its own."""
