@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import yaml
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.errors import UserError
 
-DOCS = Path(__file__).parents[1] / "docs"
-GUIDES = ("tutorial.md", "howto_clusters.md", "transcripts/own_data.md")
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GUIDES = ("tutorial.md", "howto_clusters.md", "transcripts/own_data.md", "transcripts/slurm.md")
 REQUIRED: dict[str, Any] = {"base": {"path": "b"}, "data": {"train": ["d.jsonl"]}}
 
 
@@ -58,6 +60,24 @@ def test_a_wrong_key_of_a_guide_is_found() -> None:
     assert title == "overrides"
     with pytest.raises(UserError, match=r"save\.evry"):
         parse_config(complete_overrides(tree))
+
+
+def test_the_srun_lines_of_containers_fit_into_the_job_script() -> None:
+    """In place of the script's own they leave valid bash, with the process that signals go to."""
+    script = (ROOT / "dist_peft/app/templates/slurm_run.sh").read_text()
+    own = r"^    srun --kill-on-bad-exit=1 \\\n.*&$"
+    assert len(re.findall(own, script, re.MULTILINE)) == 1
+    page = (DOCS / "howto_clusters.md").read_text()
+    lines = re.findall(r"^srun --kill-on-bad-exit=1 \\\n(?:.*\\\n)*.* &$", page, re.MULTILINE)
+    assert [("--container-image" in line, "apptainer exec" in line) for line in lines] == [
+        (True, False),
+        (False, True),
+    ]
+    for line in lines:
+        assert line.endswith('python -m dist_peft train --config "$CONFIG" "$@" &')
+        changed = re.sub(own, lambda _, line=line: line, script, flags=re.MULTILINE)
+        assert changed != script
+        subprocess.run(["bash", "-n"], input=changed, text=True, check=True)
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -32,7 +32,7 @@ from dist_peft.model.hub import load_tokenizer, read_json_object
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
 
-__all__ = ["InitRequest", "propose_config", "validate_text"]
+__all__ = ["InitRequest", "propose_config", "state_steps", "validate_text"]
 
 _RANK = 32
 _SPLIT, _MOST_HELD_OUT, _FEWEST_RECORDS = 0.05, 1000, 20
@@ -133,6 +133,11 @@ def validate_text(
             + "; ".join(report.problems)
         )
     return config, report
+
+
+def state_steps(text: str, steps: int) -> str:
+    """Return ``text`` with the counted steps of an epoch in place of the estimated ones."""
+    return re.sub(r"# one epoch, about [\d,]+ steps", f"# one epoch, {steps:,} steps", text)
 
 
 # -- the source ------------------------------------------------------------------------------------

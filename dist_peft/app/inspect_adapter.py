@@ -22,7 +22,7 @@ from dist_peft.app.server_support import describe_vllm_support
 from dist_peft.core.errors import UserError
 from dist_peft.store.index import SafetensorsIndex
 
-__all__ = ["describe_adapter", "describe_trained_weights", "load_json_object"]
+__all__ = ["describe_adapter", "describe_trained_weights", "load_json_object", "shorten_value"]
 
 _PICKLES = tuple(dict.fromkeys(known.pickle_file for known in ADAPTER_FORMATS))
 _TARGETS = {
@@ -33,6 +33,8 @@ _TARGETS = {
 }
 """Key of PEFT's configuration that names modules -> its label."""
 _SHOWN = 12
+_LONGEST = 100
+"""Characters of a list or map that is printed whole."""
 
 
 def describe_adapter(path: Path) -> list[str]:
@@ -58,7 +60,7 @@ def describe_adapter(path: Path) -> list[str]:
     about = load_json_object(own) if own.is_file() else {}
     shown: dict[str, Any] = {"base": base, "adapter": {}}
     lines += [
-        f"  {key:<12} {_shorten_value(key, value)}"
+        f"  {key:<12} {shorten_value(key, value)}"
         for key, value in about.items()
         if key not in shown or value != shown[key]
     ]
@@ -75,12 +77,15 @@ def describe_trained_weights(path: Path) -> list[str]:
         f"trained weights {path}",
         f"  method       {about.pop('kind')} fine-tuning",
         f"  {_format_parameter_count(SafetensorsIndex.open(path))}",
-        *(f"  {key:<12} {_shorten_value(key, value)}" for key, value in about.items()),
+        *(f"  {key:<12} {shorten_value(key, value)}" for key, value in about.items()),
     ]
 
 
-def _shorten_value(key: str, value: Any) -> Any:
-    """Shorten the record of a base (``store.base_record``), one hash per tensor, to its id."""
+def shorten_value(key: str, value: Any) -> Any:
+    """Shorten the record of a base (``store.base_record``) to its id, and long lists and maps to
+    their length; ``inspect --json`` has all of them."""
+    if key != "base_content" and isinstance(value, list | dict) and len(str(value)) > _LONGEST:
+        return f"{len(value)} entries (--json)"
     if key != "base_content" or not isinstance(value, dict):
         return value
     tensors = value.get("tensors")

@@ -24,6 +24,7 @@ __all__ = [
     "CONFIG_NAME",
     "build_quickstart_config",
     "check_earlier_results",
+    "format_sample",
     "launch_training",
     "remove_earlier_results",
     "show_generations",
@@ -33,6 +34,8 @@ CONFIG_NAME = "quickstart.yaml"
 
 _GENERATED, _PRINTED = 10, 3
 """Held-out records that are answered, and shown."""
+
+_CARD_LINES = 3
 
 
 def build_quickstart_config(
@@ -119,12 +122,25 @@ def launch_training(config_file: Path, ranks: int) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else [])]
     command += ["-m", "dist_peft", "train", "--config", str(config_file)]
-    print("$ " + " ".join(["python", *command[1:]]), flush=True)
+    print("  runs: " + " ".join(["python", *command[1:]]), flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise UserError(f"training ended with exit code {done.returncode}; see the messages above")
+
+
+def format_sample(prompt: str, reference: str, base: str, tuned: str) -> list[str]:
+    """Return a function and three cards about it as lines of a terminal, a line a card."""
+    function = [line for line in prompt.splitlines() if line and not line.startswith("###")]
+    cards = {"reference": reference, "base": base, "fine-tuned": tuned}
+    return [*function, *(f"  {name:<12}{_write_on_one_line(card)}" for name, card in cards.items())]
+
+
+def _write_on_one_line(card: str) -> str:
+    lines = card.strip().splitlines()
+    more = " ..." if len(lines) > _CARD_LINES else ""
+    return " | ".join(lines[:_CARD_LINES]) + more
 
 
 def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
@@ -146,8 +162,9 @@ def show_generations(config: RunConfig, held_out: Path, out: Path) -> None:
     for example, was, now in zip(examples, base, tuned, strict=True):
         text = f"reference: {example['completion']}\nbase: {was}\nfine-tuned: {now}"
         samples.append((example["prompt"], text))
-    for prompt, text in samples[:_PRINTED]:
-        print(f"\n{prompt}{text}")
+    shown = zip(examples[:_PRINTED], base, tuned, strict=False)
+    for example, was, now in shown:
+        print("\n" + "\n".join(format_sample(example["prompt"], example["completion"], was, now)))
     right = [
         sum(has_right_fields(a, e["completion"]) for a, e in zip(answers, examples, strict=True))
         for answers in (base, tuned)

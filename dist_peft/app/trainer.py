@@ -97,7 +97,7 @@ class Trainer:
     def start_run(self) -> int:
         """Start a new run at step 0: log a summary, save the probe logits before training."""
         log.info(
-            "training %s parameters with %s on %d ranks (%s), %d steps of %d rows",
+            "training %s parameters with %s on %d ranks (%s), %d steps of %d sequences",
             f"{self.built.trained:,}",
             self.config.adapter.kind,
             self.world.size,
@@ -295,7 +295,8 @@ class Trainer:
         except StopRequested:
             if step == 0:
                 raise  # there is nothing to save
-            log.warning("step %d: the evaluation was stopped; a resume repeats it", step)
+            text = "step %d: the evaluation was stopped; a resume repeats it"
+            log.warning(text, step, extra=ONCE)
             self.evaluation_stopped = True
             return None
         log.info("step %d: held-out loss %s", step, found)

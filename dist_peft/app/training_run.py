@@ -35,7 +35,7 @@ from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
-from dist_peft.core.log import setup_log
+from dist_peft.core.log import ONCE, setup_log
 from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested
 from dist_peft.core.world import World
@@ -270,7 +270,8 @@ def _run_trainer(
             trainer.config.train.metric_for_best,
         )
     elif done < trainer.total_steps or trainer.evaluation_stopped:
-        log.warning("stopped on a signal after step %d; rerun the same command to resume", done)
+        text = "stopped on a signal after step %d; rerun the same command to resume"
+        log.warning(text, done, extra=ONCE)
         return RESUMABLE
     with enter_phase("write the results", SETUP_PATIENCE):
         trainer.finish_run()

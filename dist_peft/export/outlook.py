@@ -7,6 +7,7 @@ from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.log import ONCE
 from dist_peft.export.formats.export_format import PlannedExport
+from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.registry import list_export_forms
 from dist_peft.model.skeleton import Skeleton
 
@@ -46,6 +47,11 @@ def log_export_outlook(
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)
     against = "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    if (
+        HfBf16Export.name in possible and refused
+    ):  # it merges: the other reasons are for those who ask
+        log.debug("exports of this run: %s", against, extra=ONCE)
+        against = f"not {', '.join(refused)} (-v: why)"
     level = logging.INFO if possible else logging.WARNING
     forms = ", ".join(possible) or "nothing (dist-peft eval --run reads it)"
     log.log(level, "exports of this run: %s%s", forms, f"; {against}" * bool(against), extra=ONCE)

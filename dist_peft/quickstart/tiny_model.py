@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat import make_default_chat_template
@@ -328,6 +329,7 @@ def _save_model(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record
         chat_template=make_default_chat_template(starts_with_bos=True),
     )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
+    disable_progress_bar()  # one file
     with publish_directory(out) as partial, translate_write_errors(out, size):
         model.save_pretrained(partial)
         wrapped.save_pretrained(partial)

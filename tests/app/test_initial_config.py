@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_peft.app.initial_config import InitRequest, propose_config, validate_text
+from dist_peft.app.initial_config import InitRequest, propose_config, state_steps, validate_text
 from dist_peft.core.errors import UserError
 from dist_peft.plan.cluster import Cluster
 from tests.support.data_files import byte_tokenizer, write_jsonl
@@ -42,6 +42,13 @@ def test_defaults_of_lora_without_regret(tmp_path: Path, base: str) -> None:
     assert tree["data"]["train"][0]["columns"] == {"prompt": "question", "completion": "answer"}
     assert tree["data"]["val_split"] == 0.05 and tree["data"]["seq_len"] == 64
     assert "too_long" not in tree["data"] and tree["train"]["global_batch"] == 16
+
+
+def test_the_counted_steps_are_stated() -> None:
+    text = "  # one epoch, about 1,234 steps; or epochs: 3, or steps: 500\n  lr: 1\n"
+    counted = "  # one epoch, 1,300 steps; or epochs: 3, or steps: 500\n  lr: 1\n"
+    assert state_steps(text, 1300) == counted
+    assert state_steps("  # one epoch; or epochs: 3", 7) == "  # one epoch; or epochs: 3"
 
 
 def test_few_records_make_small_steps_and_no_split(tmp_path: Path, base: str) -> None:

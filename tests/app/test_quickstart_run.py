@@ -11,6 +11,7 @@ from dist_peft.app.quickstart_run import (
     CONFIG_NAME,
     build_quickstart_config,
     check_earlier_results,
+    format_sample,
     launch_training,
     remove_earlier_results,
 )
@@ -42,6 +43,16 @@ def test_training_is_launched_as_a_user_would(
     assert command[-5:] == ["-m", "dist_peft", "train", "--config", str(tmp_path / "q.yaml")]
     assert ("--nproc_per_node=3" in command) == (ranks == 3)
     assert " ".join(command[1:]) in capsys.readouterr().out
+
+
+def test_a_card_is_one_line_and_its_beginning() -> None:
+    card = "kind: method\narguments: self\nsummary: Return it."
+    assert format_sample("### Function\ndef f(self):\n### Card\n", card, "#\n" * 30, "") == [
+        "def f(self):",
+        "  reference   kind: method | arguments: self | summary: Return it.",
+        "  base        # | # | # ...",
+        "  fine-tuned  ",
+    ]
 
 
 def test_only_earlier_results_are_removed(tmp_path: Path) -> None:

@@ -71,6 +71,18 @@ def test_adapted_embedding_of_a_tied_base(tmp_path: Path, caplog: pytest.LogCapt
     assert {*FORMATS} - kept.keys() == {"peft", "peft-expanded", *separate}
 
 
+def test_where_merging_is_possible_the_reasons_are_for_those_who_ask(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    refused = outlook(tmp_path)
+    (line,) = [r.message for r in caplog.records if "exports of this run" in r.message]
+    assert line.endswith(f"; not {', '.join(refused)} (-v: why)") and "hf-bf16, " in line
+    caplog.set_level(logging.DEBUG, "dist_peft")
+    outlook(tmp_path / "again")
+    assert f"not peft-experts: {refused['peft-experts']}" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "reason"),
     [

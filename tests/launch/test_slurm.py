@@ -1,12 +1,20 @@
 """The shipped job scripts under a real SLURM of two nodes."""
 
+import os
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from dist_peft.app import cli
+from dist_peft.core.log import close_log
 from tests.launch.conftest import TRAIN, SmallRun, submit_script
 from tests.support.cluster import Slurm, wait_until
+from tests.support.transcripts import TRANSCRIPTS, find_missing_line, read_commands
 
 pytestmark = pytest.mark.launcher
 
@@ -91,3 +99,70 @@ def test_batch_script_without_srun_is_refused(
     )
     assert slurm.wait(job.strip()) == "FAILED"
     assert "outside of srun" in out.read_text()
+
+
+def add_clients(slurm: Slurm, directory: Path) -> str:
+    """Write SLURM's clients as they are on a login node into ``directory``; gives the PATH."""
+    directory.mkdir()
+    for name in ("sinfo", "sbatch", "squeue", "scancel", "scontrol"):
+        program = slurm.command(slurm.switch, str(shutil.which(name)))
+        (directory / name).write_text(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n')
+        (directory / name).chmod(0o755)
+    return f"{directory}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.data
+def test_the_transcript_prints_its_lines(
+    slurm: Slurm,
+    shared_data: Path,
+    tmp_path: Path,
+    forked_python: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    settings = {
+        "PATH": add_clients(slurm, tmp_path / "bin"),
+        "SLURM_CONF": str(slurm.directory / "slurm.conf"),
+        "PYTHON": forked_python,
+        "DIST_PEFT_CACHE": str(tmp_path / "cache"),
+        "NO_COLOR": "1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    Path("base").symlink_to(shared_data / "stories260K-hf")
+    records = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines(keepends=True)
+    Path("questions.jsonl").write_text("".join(records[:100]))
+    job, metrics = "", Path("runs/run/metrics.jsonl")
+
+    def wait_before(program: str) -> None:
+        """The page's commands are typed by a person who looks at the job first."""
+        if program == "scancel":
+            wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, 120, "a step")
+        elif program == "cat":
+            wait_until(lambda: slurm.state(job) == "PENDING", 60, "job in the queue again")
+        elif program == "scontrol":
+            time.sleep(2)  # slurmd refuses a job that comes back within the second of its end
+        elif program == "grep" and job:
+            assert slurm.wait(job, 400) == "COMPLETED", Path(f"slurm-{job}.out").read_text()
+
+    verbs = []
+    for shown in read_commands((TRANSCRIPTS / "slurm.md").read_text()):
+        program, *words = shlex.split(shown.command.replace("17", job or "17"))
+        wait_before(program)
+        if program == "dist-peft":
+            assert cli.main(words) == 0
+            close_log()
+            verbs.append(words[0])
+        else:
+            subprocess.run([program, *words], check=True)
+        captured = capfd.readouterr()
+        printed = captured.err if words[0] == "merge" else captured.out
+        if program == "sbatch":
+            job = printed.split()[-1]
+        lines = printed.replace(slurm.names[0][:-1], "node").splitlines(keepends=True)
+        printed = "".join(line for line in lines if not line.startswith("Bind /etc/netns/"))
+        assert find_missing_line(shown, printed) is None, printed
+    assert verbs == ["init", "inspect", "report", "merge"]

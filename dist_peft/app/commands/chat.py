@@ -113,7 +113,7 @@ def _open_model(args: argparse.Namespace, world: World) -> ChatModel:
     if model.template is None:
         log.info("no chat template: prompts are continued as they are")
     else:
-        log.info("prompts go through %s", model.template)
+        log.info("prompts go through %s (--plain: continued as they are)", model.template)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dist_peft.app.config_arguments import parse_path
 from dist_peft.app.init_questions import ask_missing_options
-from dist_peft.app.initial_config import InitRequest, propose_config, validate_text
+from dist_peft.app.initial_config import InitRequest, propose_config, state_steps, validate_text
 from dist_peft.app.job_files import (
     JobRequest,
     find_partition,
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace, world: World) -> int:
     cluster, has_limit = make_cluster(args.nodes, gpus, args.gpu_memory)
     text = propose_config(_make_request(args, cluster.ranks, start))
     config, report = validate_text(text, cluster, has_limit=has_limit)
+    if report.run is not None:
+        text = state_steps(text, report.run.steps)
     write_atomically(args.out, text)
     if job_file is not None:
         title = f"dist_peft: {args.out.name}"

@@ -18,6 +18,7 @@ from dist_peft.app.inspect_adapter import (
     describe_adapter,
     describe_trained_weights,
     load_json_object,
+    shorten_value,
 )
 from dist_peft.app.inspect_json import collect_facts, detect_path_kind
 from dist_peft.app.json_output import print_document
@@ -129,7 +130,8 @@ def _describe_quantization(path: Path, index: SafetensorsIndex) -> str:
 def _describe_checkpoint(path: Path) -> list[str]:
     position = CheckpointManager.read_position(path)
     lines = [f"checkpoint {path}"]
-    return lines + [f"  {key:<12} {value}" for key, value in vars(position).items()]
+    facts = vars(position).items()
+    return lines + [f"  {key:<12} {shorten_value(key, value)}" for key, value in facts]
 
 
 def _describe_run(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ two processes, merge, reload. All printed figures are measured.
 import argparse
 import time
 from pathlib import Path
+from typing import Literal
 
 from dist_peft.app.quickstart_run import (
     CONFIG_NAME,
@@ -79,10 +80,18 @@ def run(args: argparse.Namespace, world: World) -> int:
     _print_stage(f"3/5 QLoRA on {args.ranks} processes: NF4 base, sharded")
     launch_training(config_file, args.ranks)
     _print_stage("4/5 merge into a plain Hugging Face directory, reload in transformers")
-    merge_finished_run(out / "run", out / "merged")
-    _print_stage("5/5 before and after")
+    # on a CPU into the base as training saw it: the merged model is the trained one
+    dtype = config.base.compute_dtype
+    into: Literal["original", "decoded"] = "decoded" if dtype == "float32" else "original"
+    merge_finished_run(out / "run", out / "merged", into=into, dtype=dtype)
+    _print_stage("5/5 before and after: cards about functions that neither model has seen")
     show_generations(config, held_out, out)
-    _print_stage(f"done in {time.perf_counter() - start:.0f} s; open {out / 'run' / 'report.html'}")
+    _print_stage(f"done in {time.perf_counter() - start:.0f} s")
+    print(f"  report   {out / 'run' / 'report.html'}")
+    print(f"  try it   dist-peft chat --model {out / 'merged'} --plain")
+    print(
+        "  next     dist-peft init: a configuration for a model and records of your own", flush=True
+    )
     return 0
 
 

@@ -40,6 +40,8 @@ def test_run_with_its_checkpoints_and_adapter(run_dir: Path) -> None:
     assert "\n  steps        3, last loss " in text
     assert "step-000002" in text and "step-000003" in text
     assert "LORA r=4 alpha=8 rslora=False dora=False" in text
+    assert "  tensors      28 entries (--json)\n" in text
+    assert max(map(len, text.splitlines())) < 200  # the record of a checkpoint has 150 values
 
 
 def test_checkpoint(run_dir: Path) -> None:

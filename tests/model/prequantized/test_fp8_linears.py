@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
@@ -18,6 +19,11 @@ from tests.support import packed
 from tests.support.packed_floats import from_fp8, save_compressed_fp8, save_fp8, save_tokenized
 from tests.support.prequantized_models import base_of, linears, load, logits
 
+NEEDS_LOADER = pytest.mark.skipif(
+    hasattr(FP8Experts, "_impl_tp_layer_overrides"),
+    reason="this transformers fails to load FP8 bases where no kernels are installed",
+)
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -26,6 +32,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed.save_plain(tmp_path_factory.mktemp("plain"))
 
 
+@NEEDS_LOADER
 @pytest.mark.parametrize("tile", [(16, 32), None], ids=["tiles", "a tensor"])
 def test_logits_are_those_of_transformers(
     tile: tuple[int, int] | None, plain: Path, tmp_path: Path
@@ -144,6 +151,7 @@ MIXTURES: dict[str, tf.PretrainedConfig] = {
 }
 
 
+@NEEDS_LOADER
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     plain = save_tokenized(MIXTURES[family], tmp_path / "plain")

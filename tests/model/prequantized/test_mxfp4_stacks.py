@@ -44,6 +44,7 @@ def test_weights_and_logits_are_those_of_transformers(directory: Path) -> None:
     encoded = stacks(load(directory.parent / "plain", quant={"kind": "mxfp4"}))
     assert all(torch.equal(stack.packed, encoded[name].packed) for name, stack in found.items())
     original = tf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    original.float()  # transformers 5.16 leaves the experts in bfloat16, which has their values
     torch.testing.assert_close(logits(skeleton.model), logits(original), rtol=1e-6, atol=1e-6)
     assert str(skeleton.prequantized) == "mxfp4: mxfp4, 4 bits, group_size 32"
     spec = skeleton.tensors["model.layers.1.mlp.experts.gate_up_proj"]
