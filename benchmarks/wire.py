@@ -43,10 +43,20 @@ Step = dict[str, dict[str, float]]
 
 
 class Ranks:
-    """One rank a node, told what to do; a context manager."""
+    """One rank a node, told what to do; a context manager.
 
-    def __init__(self, network: Network, settings: dict[str, Any], log_dir: Path) -> None:
-        self._network = network
+    Args:
+        script: file of this directory that a rank runs.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        settings: dict[str, Any],
+        log_dir: Path,
+        script: str = "wire_rank.py",
+    ) -> None:
+        self._network, self._script = network, script
         self._settings = settings
         self._logs = [log_dir / f"rank{i}.log" for i in range(len(network.names))]
         self._processes: list[subprocess.Popen[str]] = []
@@ -79,11 +89,11 @@ class Ranks:
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": addresses[0],
             "MASTER_PORT": str(PORT),
-            "RANK_1_ADDRESS": addresses[1],
+            "RANK_1_ADDRESS": addresses[-1],
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        script = str(Path(__file__).with_name("wire_rank.py"))
+        script = str(Path(__file__).with_name(self._script))
         with self._logs[rank].open("w") as log:
             return subprocess.Popen(
                 self._network.command(rank, sys.executable, script, json.dumps(self._settings)),

@@ -1,7 +1,7 @@
 """Configuration section -> adapter method, and around it the head of a classifier."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
 from dist_peft.adapters.ia3.method import Ia3Adapter
+from dist_peft.adapters.joined.method import JoinedAdapter
 from dist_peft.adapters.loha.method import LohaAdapter
 from dist_peft.adapters.lokr.method import LokrAdapter
 from dist_peft.adapters.lora.method import LoraAdapter
@@ -47,7 +48,7 @@ from dist_peft.core.config.run import (
 )
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 
-__all__ = ["NoAdapter", "assemble_adapter", "make_adapter"]
+__all__ = ["NoAdapter", "assemble_adapter", "assemble_joined", "make_adapter"]
 
 _ON_LINEARS: dict[type[LinearsConfig], Callable[..., LinearsAdapter[Any, Any]]] = {
     LoraConfig: LoraAdapter,
@@ -94,6 +95,15 @@ def assemble_adapter(config: RunConfig, skeleton: Skeleton) -> Adapter:
         arithmetic=arithmetic,
         discriminator=choose_discriminator_size(config),
     )
+
+
+def assemble_joined(points: Sequence[RunConfig], skeleton: Skeleton) -> JoinedAdapter:
+    """Return the adapters of the points of a sweep for the model ``skeleton``, not attached.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
+    return JoinedAdapter([cast(Any, assemble_adapter(point, skeleton)) for point in points])
 
 
 def make_adapter(config: AdapterConfig, *, seed: int, arithmetic: torch.dtype) -> Adapter:

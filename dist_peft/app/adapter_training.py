@@ -113,6 +113,18 @@ class AdapterTraining:
         self._pending = batches, loss
         return loss
 
+    def accept_gradients(
+        self, batches: Sequence[Batch], loss: float, losses: Sequence[Tensor]
+    ) -> None:
+        """Take over gradients that were computed together with those of other adapters.
+
+        Args:
+            loss: mean over the targets of the step.
+            losses: summed losses of ``batches``.
+        """
+        self.parts.losses[:] = losses
+        self._pending = batches, loss
+
     def optim_step(
         self,
         lr: float | None = None,

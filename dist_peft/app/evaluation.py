@@ -22,7 +22,7 @@ from dist_peft.app.rank_setup import download_base_once, join_ranks
 from dist_peft.app.resolved_config import ResolvedConfig, find_solved_base, resolve_config
 from dist_peft.app.resuming import check_trained_tokenizer, make_dated_loaders
 from dist_peft.app.run_identity import describe_rank_inputs
-from dist_peft.app.tasks import list_task_runs
+from dist_peft.app.tasks import list_task_runs, refuse_sweep
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import setup_log
@@ -55,6 +55,9 @@ def evaluate_run(
     Raises:
         UserError: on every rank: unusable base, data or checkpoint.
     """
+    if run_dir is not None:
+        with world.raise_together("look for points of a sweep"):
+            refuse_sweep(run_dir)
     runs = {} if run_dir is None else list_task_runs(run_dir)
     if not runs:
         only = {} if run_dir is None else {"": run_dir}

@@ -14,7 +14,7 @@ from dist_peft.adapters.directory import (
 )
 from dist_peft.adapters.full.format import contains_trained_weights
 from dist_peft.app.inspect_adapter import load_json_object
-from dist_peft.app.tasks import list_task_runs
+from dist_peft.app.tasks import list_point_runs, list_task_runs
 from dist_peft.core.errors import UserError
 from dist_peft.core.input_paths import refuse_special_file, refuse_special_files
 from dist_peft.store.index import SafetensorsIndex
@@ -132,4 +132,5 @@ def _collect_run(path: Path) -> dict[str, Any]:
         "checkpoints": [{"path": str(at), **_collect_checkpoint(at)} for at in checkpoints],
         "adapter": collect_facts(path / "adapter") if (path / "adapter").is_dir() else None,
         "tasks": {name: collect_facts(run) for name, run in list_task_runs(path).items()},
+        "points": {run.name: collect_facts(run) for run in list_point_runs(path)},
     }

@@ -6,20 +6,20 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.classifier_head.method import HeadedAdapter
-from dist_peft.adapters.method_table import assemble_adapter
+from dist_peft.adapters.method_table import assemble_adapter, assemble_joined
 from dist_peft.adapters.protocol import Adapter, TrainsBaseWeights
 from dist_peft.adapters.tensor_checks import check_tensor_values
 from dist_peft.app.base_content import BaseRequirement, gather_tensor_hashes, read_fusion_bases
 from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.compress.base_origin import hash_unread_tensors
 from dist_peft.core.config.run import FusionConfig, RunConfig
+from dist_peft.core.config.sweep_points import split_sweep_configs
 from dist_peft.core.host_memory import return_freed_memory
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
@@ -102,8 +102,7 @@ class LoadedModel:
         return self.setup.model
 
     def get_parameter(self, name: str) -> nn.Parameter:
-        found: nn.Parameter = attrgetter(name)(self.model)
-        return found
+        return self.model.get_parameter(name)
 
     def setup_optimizer(self, factory: OptimizerFactory) -> nn.Module:
         """Set up the optimizer of the trainable parameters and return the module to call."""
@@ -159,7 +158,11 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
     tokenizer = override_chat_template(tokenizer, config.data.chat_template)
     refuse_foreign_tokenizer(tokenizer, skeleton.vocabulary_size, directory)
-    adapter = assemble_adapter(config, skeleton)
+    adapter: Adapter
+    if config.sweep is None:
+        adapter = assemble_adapter(config, skeleton)
+    else:
+        adapter = assemble_joined(list(split_sweep_configs(config).values()), skeleton)
     if skeleton.head is not None:
         set_pad_token(skeleton.model, tokenizer)
     adapter.attach_to_model(skeleton.model)

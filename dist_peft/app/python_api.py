@@ -93,8 +93,12 @@ def load(
         UserError: on every rank: a wrong configuration, no such base, or a rank did not come.
     """
     given = _read_config(config, overrides)
-    if given.train.tasks == "separate":
-        raise UserError("train.tasks separate has several adapters: use dist-peft train")
+    for key, is_set in (
+        ("train.tasks separate", given.train.tasks == "separate"),
+        ("sweep", given.sweep is not None),
+    ):
+        if is_set:
+            raise UserError(f"{key} has several adapters: use dist-peft train")
     world = World.detect_world() if world is None else world
     device = join_ranks(given, world)
     download_base_once(given.base, world)

@@ -11,6 +11,7 @@ A configuration file leaves open what the files of the base and of the run decid
     ResolvedConfig     frozen; written to config.yaml; a directory of files for the base
         |
     split_tasks        with train.tasks: separate, the run of each task
+    split_points       with sweep, the run of each point
 
 No other module of ``app`` derives one configuration from another (a test checks it). GPTQ needs all
 ranks and hours, so that it cannot be a part of this: it is a job of its own with a configuration of
@@ -25,6 +26,7 @@ from typing import Any
 from dist_peft.app.tasks import check_task_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.config.run import DataSource, NoAdapterConfig, RunConfig
+from dist_peft.core.config.sweep_points import split_sweep_configs
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat_override import read_chat_template
 from dist_peft.model.hub import resolve_base_directory, warn_of_trusted_code
@@ -81,6 +83,13 @@ class ResolvedConfig:
         return {
             name: ResolvedConfig(task, self.directory, self.is_unsolved)
             for name, task in split_task_configs(self.run).items()
+        }
+
+    def split_points(self) -> "dict[str, ResolvedConfig]":
+        """Return the configuration of each point of a sweep (``split_sweep_configs``)."""
+        return {
+            name: ResolvedConfig(point, self.directory, self.is_unsolved)
+            for name, point in split_sweep_configs(self.run).items()
         }
 
 
@@ -181,7 +190,7 @@ def resolve_pruning(config: RunConfig) -> ResolvedConfig:
 def _prepare_calibration(config: RunConfig) -> RunConfig:
     engine = config.engine.model_copy(update={"activation_checkpointing": False})
     data = config.data.model_copy(update={"packing": False, "too_long": "truncate"})
-    update = {"adapter": NoAdapterConfig(), "engine": engine, "data": data}
+    update = {"adapter": NoAdapterConfig(), "sweep": None, "engine": engine, "data": data}
     return config.model_copy(update=update)
 
 
@@ -247,7 +256,7 @@ def configure_inference(config: RunConfig, ranks: int, device: str) -> RunConfig
     }
     engine = config.engine.model_copy(update=update)
     train = config.train.model_copy(update={"device": device})
-    return config.model_copy(update={"engine": engine, "train": train})
+    return config.model_copy(update={"sweep": None, "engine": engine, "train": train})
 
 
 def configure_model_directory(

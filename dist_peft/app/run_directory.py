@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,7 @@ class RunDirectory:
                     "the link by the file, or choose another save.dir"
                 )
         refuse_special_files(run_dir)
-        for file in (run_dir / "metrics.jsonl", *run_dir.glob("tasks/*/metrics.jsonl")):
+        for file in (run_dir / "metrics.jsonl", *_glob_inner(run_dir, "metrics.jsonl")):
             read_metrics(file)  # else a resumed run would find the damage after its first writes
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"save.dir {run_dir} is a file; give a directory")
@@ -207,12 +208,19 @@ def _make_directories(path: Path) -> list[Path]:
 
 def _remove_leftovers(run_dir: Path, world: World) -> None:
     """Remove what killed runs of this directory have left half written."""
-    for directory in (*run_dir.glob("checkpoints"), *run_dir.glob("tasks/*/checkpoints")):
+    for directory in (*run_dir.glob("checkpoints"), *_glob_inner(run_dir, "checkpoints")):
         CheckpointManager(directory, 1, world).remove_unfinished()
-    for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.tmp", "tasks/*/.*.tmp"):
-        for file in run_dir.glob(pattern):
-            with suppress(OSError):
-                file.unlink()
+    patterns = (".*.tmp", ".probe-*", "checkpoints/.*.tmp")
+    outer = [file for pattern in patterns for file in run_dir.glob(pattern)]
+    for file in (*outer, *_glob_inner(run_dir, ".*.tmp")):
+        with suppress(OSError):
+            file.unlink()
+
+
+def _glob_inner(run_dir: Path, pattern: str) -> Iterator[Path]:
+    """Yield files of the runs in a run's directory: tasks, and points of a sweep."""
+    for inner in ("tasks/*", "point-*"):
+        yield from run_dir.glob(f"{inner}/{pattern}")
 
 
 def make_run_directory(run_dir: Path) -> None:

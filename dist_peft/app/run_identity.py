@@ -136,10 +136,12 @@ def describe_run_values(
 ) -> dict[str, object]:
     """Return all values that a later resume compares, by key, as plain JSON.
 
-    ``resume`` itself is excluded: it selects a checkpoint and does not describe the run.
+    ``resume`` itself is excluded: it selects a checkpoint and does not describe the run; and
+    ``sweep``, of which a point is a run like others.
     """
     values = flatten_tree(config.dump_stored_tree(with_digests=True))
     values.pop("resume", None)
+    values.pop("sweep", None)
     values |= _describe_inputs(config, setup, loaders)
     values |= describe_exact_scope(config, world)
     values |= {

@@ -25,7 +25,14 @@ from dist_peft.train.report import write_task_report
 from dist_peft.train.run_summary import RunSummary
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics, read_metrics
 
-__all__ = ["TasksFile", "check_task_config", "list_task_runs", "refuse_separate_tasks"]
+__all__ = [
+    "TasksFile",
+    "check_task_config",
+    "list_point_runs",
+    "list_task_runs",
+    "refuse_separate_tasks",
+    "refuse_sweep",
+]
 
 
 def check_task_config(config: RunConfig) -> None:
@@ -114,12 +121,31 @@ def list_task_runs(run_dir: Path) -> dict[str, Path]:
     return {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
 
 
+def list_point_runs(run_dir: Path) -> list[Path]:
+    """Return the run directory of each started point of a sweep; none of an ordinary run."""
+    return [file.parent for file in sorted(run_dir.glob("point-*/config.yaml"))]
+
+
+def refuse_sweep(run_dir: Path) -> None:
+    """Refuse a sweep, for commands that handle one adapter at a time.
+
+    Raises:
+        UserError: ``run_dir`` is a sweep.
+    """
+    if points := list_point_runs(run_dir):
+        raise UserError(
+            f"{run_dir} is a sweep with an adapter for each of its points; this takes one at a "
+            f"time: --run {points[0]} (ranking.json has the best)"
+        )
+
+
 def refuse_separate_tasks(run_dir: Path) -> None:
     """Refuse a run of several adapters, for commands that handle one at a time.
 
     Raises:
-        UserError: ``run_dir`` is a run of separate tasks.
+        UserError: ``run_dir`` is a run of separate tasks, or a sweep.
     """
+    refuse_sweep(run_dir)
     if runs := list_task_runs(run_dir):
         first = next(iter(runs.values()))
         raise UserError(

@@ -22,6 +22,7 @@ from dist_peft.app.run_chain import RunChain
 from dist_peft.app.run_identity import describe_run_values
 from dist_peft.app.run_report import summarize_run, write_run_report
 from dist_peft.app.run_samples import RunSamples
+from dist_peft.app.step_exchange import StepBatches, StepGenerator, run_alone
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.log import FILE_ONLY, ONCE
@@ -75,6 +76,8 @@ class Trainer:
     checkpoints: CheckpointManager
     run_dir: Path
     phase_end: int | None = None
+    name: str = ""
+    """Shown before its lines, where a process trains several."""
 
     def __post_init__(self) -> None:
         self.training = AdapterTraining(
@@ -149,6 +152,10 @@ class Trainer:
 
     def run_training_loop(self, first_step: int, stop: Callable[[], bool]) -> int:
         """Train to the last step or until ``stop()``; return the number of completed steps."""
+        return run_alone(self.iterate_steps(first_step, stop), self.training)
+
+    def iterate_steps(self, first_step: int, stop: Callable[[], bool]) -> StepGenerator:
+        """The loop of ``run_training_loop``, which yields the work of each step."""
         train, engine, loader = self.config.train, self.built.engine, self.loaders.train
         before = self._evaluate_held_out(0) if first_step == 0 else None
         self.samples.generate_before(first_step)
@@ -167,14 +174,16 @@ class Trainer:
         progress = self._make_progress_display(first_step)
         with metrics, progress, closing(training), self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
-                start, gathered = time.perf_counter(), engine.bytes_gathered
-                load = StepLoad(engine.device)
+                start, load = time.perf_counter(), StepLoad(engine.device)
                 batches, targets = loader.load_step(step)
-                loss = training.forward_backward(batches, targets)
+                loaded = time.perf_counter() - start
+                loss, computed, gathered = yield StepBatches(batches, targets)
+                start, gathered = time.perf_counter(), gathered - engine.bytes_gathered
                 lr = self._compute_lr(step)
                 failed = partial(self._handle_failed_step, is_saved=step == first_step)
                 norm = training.optim_step(lr, on_failure=failed)
-                seconds, gathered = time.perf_counter() - start, engine.bytes_gathered - gathered
+                seconds = loaded + computed + time.perf_counter() - start
+                gathered += engine.bytes_gathered
                 done, last = step + 1, step + 1 == self.total_steps
                 # one exchange a step: a signal to one rank stops all of them
                 stopping, is_failed, *maxima = self.world.max_over_ranks(
@@ -248,6 +257,7 @@ class Trainer:
             first_step=first_step,
             every=self.config.train.log_every,
             unit=self.loaders.objective.target_unit,
+            name=self.name,
         )
 
     def _compare_replicas(
@@ -299,7 +309,8 @@ class Trainer:
             log.warning(text, step, extra=ONCE)
             self.evaluation_stopped = True
             return None
-        log.info("step %d: held-out loss %s", step, found)
+        name = self.name and f"{self.name}, "
+        log.info("%sstep %d: held-out loss %s", name, step, found)
         return found
 
     def _save_checkpoint(self, step: int, best: tuple[str, float] | None) -> None:
@@ -326,6 +337,10 @@ class Trainer:
         )
 
     # -- end -----------------------------------------------------------------------------------
+
+    def save_between_steps(self, step: int) -> None:
+        """Write the checkpoint of ``step``, the last that is done."""
+        self._save_checkpoint(step, None)
 
     def finish_run(self) -> None:
         """Gather and save the trained adapter, complete the probe, write the report."""

@@ -3,17 +3,13 @@
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import torch
-from torch import nn
 
 from dist_peft.app.adapter_bank import AdapterBank
-from dist_peft.app.base_content import BaseRequirement, read_checkpoint_bases
-from dist_peft.app.data_setup import DataLoaders, check_loaders_fit_model
+from dist_peft.app.adapter_job import AdapterJob, begin_training, end_training
 from dist_peft.app.document_isolation import count_packed_tokens
 from dist_peft.app.earlier_log import append_to_earlier_log
 from dist_peft.app.model_setup import (
@@ -21,27 +17,21 @@ from dist_peft.app.model_setup import (
     ModelSetup,
     build_model,
     load_init_factors,
-    replace_labels,
 )
 from dist_peft.app.python_api import load_with_adapter
 from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
 from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
-from dist_peft.app.resuming import read_run_inputs
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
-from dist_peft.app.run_identity import count_total_steps
+from dist_peft.app.sweep.sweep_run import train_sweep
 from dist_peft.app.tasks import TasksFile
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import RunConfig
-from dist_peft.core.errors import UserError
-from dist_peft.core.log import ONCE, setup_log
-from dist_peft.core.progress_beat import SETUP_PATIENCE, enter_phase
+from dist_peft.core.log import setup_log
 from dist_peft.core.stop_signals import RESUMABLE, StopRequested
 from dist_peft.core.world import World
-from dist_peft.data.labels import list_class_names
 from dist_peft.export.outlook import log_export_outlook
-from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.trackers import check_trackers_installed
 
 __all__ = ["RESUMABLE", "train_until_stopped"]
@@ -102,6 +92,8 @@ def _train_in_directory(
     solved = ensure_solved_base(config, run_dir, world, device, stop)
     with world.raise_together("read the base's configuration"):
         resolved = resolve_config(config, solved)
+    if resolved.run.sweep is not None:
+        return train_sweep(resolved, directory, world, device, stop)
     return _train_resolved(resolved, directory, world, device, stop)
 
 
@@ -158,7 +150,7 @@ def _train_phase(
 
 def _prepare_adapter_jobs(
     resolved: ResolvedConfig, world: World, device: torch.device, resume: str
-) -> "tuple[ModelSetup, dict[str, _AdapterJob]]":
+) -> "tuple[ModelSetup, dict[str, AdapterJob]]":
     """Run every check that needs no weights; write nothing but the token cache.
 
     Returns:
@@ -177,105 +169,17 @@ def _prepare_adapter_jobs(
     if not resolved.is_unsolved:
         log_export_outlook(config, setup.adapter, setup.skeleton, setup.directory)
     jobs = {
-        name: _AdapterJob.check_inputs(task.run, setup, world, resume)
-        for name, task in runs.items()
+        name: AdapterJob.check_inputs(task.run, setup, world, resume) for name, task in runs.items()
     }
     return setup, jobs
-
-
-@dataclass(frozen=True)
-class _AdapterJob:
-    """An adapter to train, of the run or of one task, with everything known before loading."""
-
-    config: RunConfig
-    loaders: DataLoaders
-    checkpoints: CheckpointManager
-    resume_from: Path | None
-    trained_on: list[BaseRequirement]
-    phase_end: int
-
-    @classmethod
-    def check_inputs(cls, config: RunConfig, setup: ModelSetup, world: World, resume: str) -> Self:
-        """Read the data, select the checkpoint to resume and prepare the layers for its step.
-
-        Args:
-            resume: as ``config.resume``.
-
-        Raises:
-            UserError: on every rank: unfit data, other data on another rank, or a checkpoint that
-                does not exist or is of another run.
-        """
-        directory = Path(config.save.dir) / "checkpoints"
-        checkpoints = CheckpointManager(
-            directory,
-            config.save.keep,
-            world,
-            asynchronous=config.save.asynchronous,
-            keep_best=config.save.keep_best,
-        )
-        resume_from = checkpoints.select_checkpoint(resume)
-        resumed = [] if resume_from is None else [resume_from]
-        # first of all comparisons with the checkpoint, since it names the keys of config.json
-        with world.raise_together("compare the base with that of the checkpoint"):
-            trained_on = read_checkpoint_bases(resumed, setup.skeleton.index)
-        loaders = read_run_inputs(config, setup, world, resume_from)
-        check_loaders_fit_model(loaders, setup.skeleton, setup.adapter.num_extra_positions)
-        with world.raise_together("prepare the layers"):
-            done = 0 if resume_from is None else checkpoints.read_position(resume_from).step
-            total = count_total_steps(config, loaders)
-            phase_end = setup.adapter.prepare_phase(done, total)
-            if phase_end < total:
-                _check_phases(config)
-        return cls(config, loaders, checkpoints, resume_from, trained_on, phase_end)
-
-    def make_trainer(self, built: LoadedModel, call: nn.Module, world: World) -> Trainer:
-        built = replace_labels(built, list_class_names(self.config.data))
-        directory = Path(self.config.save.dir)
-        return Trainer(
-            self.config,
-            *(world, built, call, self.loaders, self.checkpoints, directory),
-            phase_end=self.phase_end,
-        )
-
-
-def _check_phases(config: RunConfig) -> None:
-    """Refuse what does not go with a first phase that the method has chosen itself."""
-    try:
-        config.check_start("lora")
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _run_trainer(
     trainer: Trainer, resume_from: Path | None, world: World, stop: Callable[[], bool]
 ) -> int | None:
     """Train to the last step, or to the end of a phase; return the exit code, or None."""
-    first_step = (
-        trainer.resume_from_checkpoint(resume_from)
-        if resume_from is not None
-        else trainer.start_run()
-    )
-    world.run_on_first(
-        "write config.yaml", partial(write_run_config, trainer.run_dir, trainer.config)
-    )
-    done = trainer.run_training_loop(first_step, stop)
-    if trainer.is_phase_over:
-        log.info("step %d: the base is loaded again, in its own format", done)
-        return None
-    if trainer.stopped_early:
-        log.info(
-            "step %d: train.early_stop: %d evaluations without a better held-out %s",
-            done,
-            trainer.config.train.early_stop,
-            trainer.config.train.metric_for_best,
-        )
-    elif done < trainer.total_steps or trainer.evaluation_stopped:
-        text = "stopped on a signal after step %d; rerun the same command to resume"
-        log.warning(text, done, extra=ONCE)
-        return RESUMABLE
-    with enter_phase("write the results", SETUP_PATIENCE):
-        trainer.finish_run()
-    return 0
+    first_step = begin_training(trainer, resume_from, world)
+    return end_training(trainer, trainer.run_training_loop(first_step, stop))
 
 
 def _train_tasks_sequentially(

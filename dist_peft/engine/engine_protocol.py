@@ -127,6 +127,18 @@ class Engine(Protocol):
         Returns the module to call in training steps: the model, or the engine's wrapper of it."""
         ...
 
+    def split_optimizer(self) -> "Engine":
+        """Return an engine of the same shards that gets an optimizer of its own, for some of the
+        trainable parameters: ``setup_optimizer`` of a module that has these alone.
+
+        ``backward`` is called on the engine that was split. Clipping, state and updates of each
+        part are those of its parameters.
+
+        Raises:
+            UserError: the engine has one optimizer for all parameters.
+        """
+        ...
+
     def backward(self, loss: Tensor, last: bool) -> None: ...
 
     def step(self, lr: float, max_norm: float) -> float:

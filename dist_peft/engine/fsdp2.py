@@ -26,6 +26,7 @@ share of them, in float32 (``reduce_gradients: step`` keeps whole ones and reduc
 Gradients are summed, never averaged (see ``engine.engine_protocol``).
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -111,6 +112,7 @@ class Fsdp2Engine:
         self._units: list[FSDPModule] = []
         self._kept: list[FSDPModule] = []
         self._optimizer: LocalOptimizer | None = None
+        self._is_part = False
 
     @property
     def bytes_gathered(self) -> int:
@@ -253,6 +255,11 @@ class Fsdp2Engine:
         assert self._optimizer is not None, "optimize() comes first"
         return self._optimizer
 
+    def split_optimizer(self) -> "Fsdp2Engine":
+        part = copy.copy(self)
+        part._optimizer, part._is_part = None, True
+        return part
+
     # -- training ------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -271,6 +278,8 @@ class Fsdp2Engine:
         loss.backward()
 
     def step(self, lr: float, max_norm: float) -> float:
+        if self._is_part:  # another part may have been evaluated since the backward pass
+            self._reshard_modules()
         return self.optimizer.step(lr, max_norm)
 
     def _measure_exact_norm(self, grads: list[Tensor]) -> float:

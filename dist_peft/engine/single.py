@@ -1,5 +1,6 @@
 """One process, nothing sharded: the reference that the other engines are compared with."""
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -72,6 +73,11 @@ class SingleEngine:
     def optimizer(self) -> LocalOptimizer:
         assert self._optimizer is not None, "optimize() comes first"
         return self._optimizer
+
+    def split_optimizer(self) -> "SingleEngine":
+        part = copy.copy(self)
+        part._optimizer = None
+        return part
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()

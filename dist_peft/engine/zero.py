@@ -181,6 +181,10 @@ class ZeroEngine:
 
     # -- training ------------------------------------------------------------------------------
 
+    def split_optimizer(self) -> "ZeroEngine":
+        why = "has one optimizer and one gradient norm for all parameters"
+        raise UserError(f"sweep: engine.kind zero {why} (DeepSpeed); set engine.kind: fsdp2")
+
     def backward(self, loss: Tensor, last: bool) -> None:
         self._ds.set_gradient_accumulation_boundary(last)
         if self._exact is not None:  # DeepSpeed sums zeros

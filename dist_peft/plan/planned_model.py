@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from dist_peft.adapters.method_table import assemble_adapter
+from dist_peft.adapters.method_table import assemble_adapter, assemble_joined
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.sweep_points import split_sweep_configs
 from dist_peft.core.errors import UserError
 from dist_peft.data.labels import list_class_names
 from dist_peft.model.hub import resolve_base_directory
@@ -84,7 +85,11 @@ def _build_from_directory(config: RunConfig, directory: Path, source: str) -> Pl
         update = {"quant": skeleton.prequantized.quant_config}
         base = config.base.model_copy(update=update)
         config = config.model_copy(update={"base": base})
-    adapter = assemble_adapter(config, skeleton)
+    adapter: Adapter
+    if config.sweep is None:
+        adapter = assemble_adapter(config, skeleton)
+    else:
+        adapter = assemble_joined(list(split_sweep_configs(config).values()), skeleton)
     if skeleton.head is not None:
         _set_any_pad_token(skeleton.model)
     adapter.attach_to_model(skeleton.model)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.sweep_points import count_joined
 from dist_peft.core.errors import UserError
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.model.block_kinds import block_kind
@@ -144,7 +145,7 @@ def plan_run(
     memory = build_memory_plan(resting, phases, cluster, shares or FixedShares())
     shards = count_shard_ranks(config, world)
     traffic = plan_traffic(trace, len(blocks), resting.trainable, config, cluster)
-    tokens = config.train.micro_batch * config.data.seq_len
+    tokens = config.train.micro_batch * config.data.seq_len * count_joined(config)
     weights = _count_packed_weights(blocks)
     offloaded = trace.host_bytes * len(blocks)
     host = plan_host_peaks(skeleton, resting, shards if config.engine.shard_base else 1, offloaded)

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import (
 
 from dist_peft.adapters.protocol import Adapter
 from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.sweep_points import count_joined
 from dist_peft.core.world import World
 from dist_peft.data.loader import Batch
 from dist_peft.engine.activation_checkpointing import checkpoint_configured_blocks
@@ -147,7 +148,7 @@ def trace_step(
         micro_batches: of the step; two show what stays between them.
     """
     model, kept, adapter = _copy_with_blocks(skeleton, adapter, blocks)
-    sample_ids = torch.arange(config.train.micro_batch)
+    sample_ids = torch.arange(config.train.micro_batch * count_joined(config))
     with fake_process_group(world), _take_way_of(device_type):
         engine = make_traced_engine(config, world, CPU)
         checkpoint_configured_blocks(kept, config.engine, CPU)

@@ -153,6 +153,28 @@ class TokenObjective(_PlainSteps):
         logits = self.compute_logits(model, batch, device, call)
         return sum_token_loss(logits, copy_to_device(batch.labels, device))
 
+    def compute_share_losses(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        device: torch.device,
+        call: nn.Module,
+        counts: Sequence[int],
+    ) -> list[Tensor]:
+        """Return ``compute_loss`` of each share of a batch, from one forward pass.
+
+        Args:
+            counts: sequences of each share, in the order of the batch.
+        """
+        labels = batch.labels.split(list(counts))
+        if computes_losses_at_head(model):
+            targets = [int((own != IGNORE).sum()) for own in labels]
+            losses = self._compute_target_losses(model, batch, device, call).split(targets)
+            return [own.sum() for own in losses]
+        logits = self.compute_logits(model, batch, device, call).split(list(counts))
+        pairs = zip(logits, labels, strict=True)
+        return [sum_token_loss(own, wanted.to(device)) for own, wanted in pairs]
+
     def _compute_target_losses(
         self, model: nn.Module, batch: Batch, device: torch.device, call: nn.Module
     ) -> Tensor:

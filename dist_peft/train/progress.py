@@ -37,6 +37,7 @@ class ProgressDisplay:
         every: int = 1,
         unit: str = "tok",
         clock: Callable[[], float] = time.monotonic,
+        name: str = "",
     ) -> None:
         """
         Args:
@@ -46,6 +47,7 @@ class ProgressDisplay:
             every: steps between lines.
             unit: the targets of the loss: tokens, or the rows of a classifier.
             clock: returns seconds.
+            name: shown before each line; with one there is no bar, since there are several runs.
         """
         self.total = total
         self.first_step = first_step
@@ -54,7 +56,8 @@ class ProgressDisplay:
         self._clock = clock
         self._start = clock()
         self._bar: Any = None
-        if self.active and sys.stderr.isatty() and not is_quiet():
+        self._name = name and f"{name}, "
+        if self.active and not name and sys.stderr.isatty() and not is_quiet():
             self._bar = tqdm(
                 total=total, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True
             )
@@ -93,7 +96,7 @@ class ProgressDisplay:
 
     def _format_progress_line(self, record: StepMetrics) -> str:
         parts = [
-            f"step {record.step}/{self.total}",
+            f"{self._name}step {record.step}/{self.total}",
             f"loss {record.loss:.4f}",
             f"lr {record.lr:.2e}",
             f"grad {record.grad_norm:.3g}",

@@ -178,6 +178,10 @@ class LoraLinear(LowRankModule):
         # the stored base is the residual of these factors
         return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
 
+    def compute_change(self, x: Tensor) -> Tensor:
+        """Return ``s B A drop(x)`` ``[..., out]`` of the rows ``x`` ``[..., in]``, without DoRA."""
+        return self._compute_update(self.dropout(x))
+
     def _compute_update(self, x: Tensor) -> Tensor:
         if not self.spec.keep_zeros:
             return self._multiply_factors(x, self.lora_A, self.lora_B)

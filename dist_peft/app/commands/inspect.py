@@ -22,7 +22,7 @@ from dist_peft.app.inspect_adapter import (
 )
 from dist_peft.app.inspect_json import collect_facts, detect_path_kind
 from dist_peft.app.json_output import print_document
-from dist_peft.app.tasks import list_task_runs
+from dist_peft.app.tasks import list_point_runs, list_task_runs
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.prequantized.base import open_prequantized
@@ -151,5 +151,8 @@ def _describe_run(path: Path) -> list[str]:
         lines += ["  " + line for line in about(adapter)]
     for name, run in list_task_runs(path).items():
         lines.append(f"  task {name}")
+        lines += ["    " + line for line in _describe_run(run)]
+    for run in list_point_runs(path):
+        lines.append(f"  {run.name}")
         lines += ["    " + line for line in _describe_run(run)]
     return lines

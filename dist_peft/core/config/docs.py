@@ -60,6 +60,9 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("train.scheduled_sampling", config.ScheduledSamplingConfig),
     ("train.domain_adversarial", config.DomainAdversarialConfig),
     ("save", config.SaveConfig),
+    ("sweep", config.SweepConfig),
+    ("sweep.points[]", config.SweepPoint),
+    ("sweep.halving", config.HalvingConfig),
 ]
 
 

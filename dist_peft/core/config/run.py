@@ -38,9 +38,12 @@ from dist_peft.core.config.data import DataConfig, DataSource
 from dist_peft.core.config.domain_adversarial import DomainAdversarialConfig, check_domains
 from dist_peft.core.config.engine import EngineConfig
 from dist_peft.core.config.environment import Reference, store_references
+from dist_peft.core.config.evaluation_checks import check_evaluation_options
 from dist_peft.core.config.exact_checks import check_exact_options
 from dist_peft.core.config.quantization import QuantConfig
 from dist_peft.core.config.scheduled_sampling import ScheduledSamplingConfig, check_sampled_data
+from dist_peft.core.config.sweep import HalvingConfig, SweepConfig, SweepPoint
+from dist_peft.core.config.sweep_checks import check_sweep_options
 from dist_peft.core.config.through_options import ThroughStart
 from dist_peft.core.config.types import Beta, ConfigSection, Count, Float, Int, PathText
 
@@ -55,6 +58,7 @@ __all__ = [
     "EngineConfig",
     "FullConfig",
     "FusionConfig",
+    "HalvingConfig",
     "Ia3Config",
     "LinearsConfig",
     "LohaConfig",
@@ -71,6 +75,8 @@ __all__ = [
     "RunConfig",
     "SaveConfig",
     "ScheduledSamplingConfig",
+    "SweepConfig",
+    "SweepPoint",
     "TrainConfig",
     "UnfreezeConfig",
     "VeraConfig",
@@ -232,6 +238,7 @@ class RunConfig(ConfigSection):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=lambda: SaveConfig())
+    sweep: SweepConfig | None = Field(None, description="Several adapters at once; null: one.")
     resume: PathText = Field("auto", description="auto: newest in save.dir, if any; never; a path.")
 
     _references: dict[str, tuple[Reference, object]] = PrivateAttr(default_factory=dict)
@@ -265,25 +272,9 @@ class RunConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_evaluations(self) -> Self:
-        keys = {"save.keep_best": self.save.keep_best, "train.early_stop": self.train.early_stop}
-        for key, is_set in keys.items():
-            if is_set and not (self.data.held_out and self.train.eval_every):
-                raise ValueError(f"{key} needs data.eval or data.val_split, and train.eval_every")
-        metric = self.train.metric_for_best
-        if metric != "loss" and self.base.head != "classifier":
-            raise ValueError(
-                f"train.metric_for_best: {metric} is a score of base.head classifier; use loss"
-            )
-        if metric == "f1" and [s.positive_label is None for s in self.data.labelled] != [False]:
-            raise ValueError(
-                "train.metric_for_best: f1 is that of one task and label: give one training "
-                "source with positive_label, or use macro_f1"
-            )
-        if metric != "loss" and not any(keys.values()):
-            raise ValueError(
-                f"train.metric_for_best: {metric} has no effect without train.early_stop or "
-                "save.keep_best"
-            )
+        selects = {"save.keep_best": self.save.keep_best, "train.early_stop": self.train.early_stop}
+        has_evaluations = bool(self.data.held_out and self.train.eval_every)
+        check_evaluation_options(selects, self.train.metric_for_best, self.data, has_evaluations)
         return self
 
     def check_start(self, start: ThroughStart) -> None:
@@ -321,6 +312,8 @@ class RunConfig(ConfigSection):
             self.check_start(self.adapter.through_start)
         if self.train.exact:
             self._check_exact()
+        if self.sweep is not None:
+            check_sweep_options(self.sweep, self, self.train.eval_every, bool(self.data.held_out))
         if self.train.scheduled_sampling is not None:
             check_sampled_data(self.data)
         if classifies and self.base.quant is not None and self.base.quant.embeddings:

@@ -1,0 +1,53 @@
+"""Attach several adapters to one model on meta."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dist_peft.adapters.joined.layer import JoinedLayer
+from dist_peft.adapters.joined.row_shares import RowShares
+from dist_peft.adapters.low_rank.method import LinearsAdapter
+from dist_peft.core.errors import UserError
+
+__all__ = ["attach_joined", "get_alone_name", "get_joined_prefix"]
+
+
+def attach_joined(
+    model: nn.Module, adapters: Sequence[LinearsAdapter[Any, Any]], shares: RowShares
+) -> None:
+    """Wrap the targets of all ``adapters``; each is attached as it would be alone.
+
+    Args:
+        model: its linears are not wrapped yet.
+        shares: set before each forward.
+
+    Raises:
+        UserError: the conditions of ``Adapter.attach_to_model``.
+    """
+    layers: dict[str, dict[int, nn.Module]] = {}
+    for number, adapter in enumerate(adapters):
+        adapter.attach_to_model(model)
+        for name, layer in adapter.layers.items():
+            if not hasattr(layer, "compute_change"):
+                raise UserError(
+                    f"sweep: {name} are experts of a mixture, whose rows are in the order of the "
+                    "experts; list adapter.target_modules without experts, such as [q_proj, "
+                    "k_proj, v_proj, o_proj], or run the points one by one"
+                )
+            layers.setdefault(name, {})[number] = layer
+            model.set_submodule(name, layer.base)
+    for name, own in layers.items():
+        model.set_submodule(name, JoinedLayer(model.get_submodule(name), name, own, shares))
+
+
+def get_joined_prefix(number: int) -> str:
+    """Return what is in the names of the parameters of adapter ``number``."""
+    return f".points.{number}."
+
+
+def get_alone_name(name: str, number: int) -> str | None:
+    """Return the name that parameter ``name`` has in a run of adapter ``number`` alone; None: it is
+    another's parameter, or the base's."""
+    prefix = get_joined_prefix(number)
+    return name.replace(prefix, ".") if prefix in name else None

@@ -1,0 +1,89 @@
+"""One frozen linear with the changes of several adapters, each on its own rows.
+
+    rows of x     | adapter 0 | adapter 1 | ... | adapter K-1 |
+    y = x W^T + b                                one product for all rows: W is gathered and
+                                                 dequantized once
+    change_k = s_k B_k A_k drop_k(x_k)           a small product for each adapter's rows
+    y_k += change_k
+
+The base's product is where time, gathered bytes and dequantization go, and its gradient ``dy W``
+is shared as well. Small products of the parts stay apart, so that adapters may have different ranks
+and scalings, and a value that is not finite stays in its own adapter's rows and gradients.
+
+mLoRA (Ye et al. 2023) batches adapters in this way on one device; here the base is sharded.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_peft.adapters.joined.row_shares import RowShares
+
+__all__ = ["JoinedLayer", "RowChange"]
+
+
+class RowChange(Protocol):
+    """A layer of an adapter whose output is that of its base and a change by its input."""
+
+    is_enabled: bool
+
+    def compute_change(self, x: Tensor) -> Tensor:
+        """Return the change ``[..., out]`` of the rows ``x`` ``[..., in]``."""
+        ...
+
+
+class JoinedLayer(nn.Module):
+    """A linear and the layers of the adapters that target it.
+
+    Args:
+        base: the linear.
+        path: its name in the model.
+        layers: by number of the adapter; each wraps ``base``. They keep it as an attribute from
+            now on, so that it is found in the model once.
+        shares: which rows belong to which adapter.
+
+    Attributes:
+        points: the layers by number, as text.
+    """
+
+    def __init__(
+        self, base: nn.Module, path: str, layers: Mapping[int, nn.Module], shares: RowShares
+    ) -> None:
+        super().__init__()
+        self.base, self.path, self.shares = base, path, shares
+        for layer in layers.values():
+            layer._modules.pop("base")
+            vars(layer)["base"] = base
+        self.points = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+        only = self.shares.only
+        if only is not None:
+            alone = str(only)
+            y: Tensor = self.points[alone](x) if alone in self.points else self.base(x)
+            return y
+        parts = self.shares.list_parts(x, self.path)
+        # changes come first, as in the layer of one adapter: recomputation stops at the last tensor
+        # that backward needs, and the frozen product keeps none
+        rows = x.split([count for _, count in parts])
+        changes = [
+            self._compute_change(str(adapter), part)
+            for (adapter, _), part in zip(parts, rows, strict=True)
+        ]
+        y = self.base(x)
+        if all(change is None for change in changes):
+            return y
+        filled = [
+            y.new_zeros(*part.shape[:-1], y.shape[-1]) if change is None else change
+            for change, part in zip(changes, rows, strict=True)
+        ]
+        return (y + torch.cat(filled)).to(y.dtype)
+
+    def _compute_change(self, number: str, part: Tensor) -> Tensor | None:
+        if number not in self.points:
+            return None
+        change: Tensor = self.points[number].compute_change(part)  # type: ignore[operator]
+        return change

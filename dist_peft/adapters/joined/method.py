@@ -1,0 +1,40 @@
+"""All adapters of a sweep, attached as one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_peft.adapters.joined.attach import attach_joined
+from dist_peft.adapters.joined.row_shares import RowShares
+from dist_peft.adapters.low_rank.method import LinearsAdapter
+from dist_peft.adapters.protocol import AdapterDefaults, PublicAdapter
+
+__all__ = ["JoinedAdapter"]
+
+
+class JoinedAdapter(AdapterDefaults):
+    """The adapters of several runs on one model. See ``Adapter``.
+
+    Each of ``adapters`` is what the rest of the program trains and saves; this one attaches them.
+
+    Attributes:
+        adapters: by number.
+        shares: which sequences of a batch belong to which.
+    """
+
+    def __init__(self, adapters: Sequence[LinearsAdapter[Any, Any]]) -> None:
+        self.adapters, self.shares = list(adapters), RowShares()
+
+    def attach_to_model(self, model: nn.Module) -> None:
+        attach_joined(model, self.adapters, self.shares)
+
+    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
+        """Give each adapter as many of the sequences; their number is a multiple of adapters."""
+        parts = sample_ids.chunk(len(self.adapters))
+        for adapter, own in zip(self.adapters, parts, strict=True):
+            adapter.begin_micro_batch(step, own)
+        self.shares.split_batch([(number, len(own)) for number, own in enumerate(parts)])
+
+    def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
+        raise RuntimeError("each adapter of a sweep is saved by itself")

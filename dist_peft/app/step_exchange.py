@@ -1,0 +1,60 @@
+"""What a training loop asks for in each step, and who computes it.
+
+``Trainer.iterate_steps`` is a generator: it yields the micro-batches of a step, is sent the loss
+once their gradients are there, and goes on with the update, metrics and checkpoints. Alone it is
+driven by ``run_alone``; several loops are driven together by ``app.sweep``, which computes the
+gradients of all of them in one pass over the base.
+"""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+from dist_peft.app.adapter_training import AdapterTraining
+from dist_peft.data.loader import Batch
+
+__all__ = ["ComputedGradients", "StepBatches", "StepGenerator", "run_alone"]
+
+
+class StepBatches(NamedTuple):
+    """The work of a step: this rank's micro-batches, and the targets of the step over all ranks."""
+
+    batches: Sequence[Batch]
+    targets: int
+
+
+class ComputedGradients(NamedTuple):
+    """The gradients of a step are in the parameters.
+
+    Attributes:
+        loss: mean over the targets in nats.
+        seconds: that forward and backward took.
+        bytes_gathered: by the engine meanwhile.
+    """
+
+    loss: float
+    seconds: float
+    bytes_gathered: int
+
+
+StepGenerator = Generator[StepBatches, ComputedGradients, int]
+"""Yields the work of each step, returns the number of completed steps."""
+
+
+def run_alone(steps: StepGenerator, training: AdapterTraining) -> int:
+    """Compute each step that ``steps`` yields; return the number of completed steps."""
+    engine = training.built.engine
+    try:
+        work = next(steps)
+        while True:
+            begin, before = time.perf_counter(), engine.bytes_gathered
+            try:
+                loss = training.forward_backward(*work)
+            except BaseException as error:
+                steps.throw(error)  # through the loop's own cleanup
+                raise
+            seconds = time.perf_counter() - begin
+            work = steps.send(ComputedGradients(loss, seconds, engine.bytes_gathered - before))
+    except StopIteration as end:
+        done: int = end.value
+        return done

@@ -1,0 +1,1 @@
+"""Runs with a ``sweep`` section: several adapters trained at once on one base."""

@@ -1,0 +1,108 @@
+"""``sweep.json`` of a sweep: its points, their values, and how far they have come.
+
+::
+
+    RUN/config.yaml, log.txt   of the sweep
+    RUN/sweep.json             this file
+    RUN/ranking.json           points by held-out loss, at the end
+    RUN/report.html            their curves and tables
+    RUN/point-000/             an ordinary run: config.yaml, adapter/, checkpoints/, metrics.jsonl
+
+A point's ``config.yaml`` is that of a run of its adapter alone. So everything that reads a run
+directory also reads a point's.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_peft.core.config.run import SweepPoint
+from dist_peft.core.errors import UserError
+from dist_peft.store.writer import write_atomically
+
+__all__ = ["PointRecord", "PointState", "SweepFile"]
+
+PointState = Literal["running", "finished", "halved", "failed"]
+"""halved: stopped by ``sweep.halving``. failed: its loss or gradient was not finite."""
+
+
+@dataclass
+class PointRecord:
+    """A point of a sweep.
+
+    Attributes:
+        run: its directory in that of the sweep.
+        values: that it has in place of those of the configuration.
+        step: steps done when it ended.
+        reason: why it failed.
+    """
+
+    run: str
+    values: dict[str, Any]
+    state: PointState = "running"
+    step: int = 0
+    reason: str = ""
+
+
+class SweepFile:
+    """The records of the points by name; written by the first rank."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        points: Mapping[str, SweepPoint],
+        *,
+        is_new: bool = False,
+        is_writer: bool = True,
+    ) -> None:
+        """Read the file if it exists.
+
+        Args:
+            is_new: no point is resumed: an earlier file does not count.
+            is_writer: false: changes stay in memory, as another rank writes the same ones.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        self.path, self._is_writer = run_dir / "sweep.json", is_writer
+        values = {name: point.model_dump(exclude_none=True) for name, point in points.items()}
+        self.points = {name: PointRecord(name, own) for name, own in values.items()}
+        self.rung = 0
+        """The last step after which ``sweep.halving`` has chosen."""
+        if is_new or not self.path.is_file():
+            return
+        try:
+            tree = json.loads(self.path.read_text())
+            found = {record["run"]: PointRecord(**record) for record in tree["points"]}
+            self.rung = int(tree["rung"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({error}); remove it: points resume from their checkpoints"
+            ) from None
+        for name, record in self.points.items():
+            if name in found and found[name].values == record.values:
+                self.points[name] = found[name]
+
+    def set_halved(self, names: Sequence[str], rung: int) -> None:
+        """Record that halving has stopped some points after step ``rung``, and write the file."""
+        for name in names:
+            record = self.points[name]
+            record.state, record.step = "halved", rung
+        self.rung = rung
+        self.write()
+
+    def set_state(self, name: str, state: PointState, step: int, reason: str = "") -> None:
+        """Change the record of a point and write the file."""
+        record = self.points[name]
+        record.state, record.step, record.reason = state, step, reason
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        if not self._is_writer:
+            return
+        points = [asdict(record) for record in self.points.values()]
+        tree = {"rung": self.rung, "points": points}
+        write_atomically(self.path, json.dumps(tree, indent=1) + "\n")

@@ -1,0 +1,39 @@
+"""The configurations of the points of a sweep, each that of an ordinary run."""
+
+from pathlib import Path
+from typing import Any
+
+from dist_peft.core.config.run import RunConfig, SweepPoint
+
+__all__ = ["count_joined", "split_sweep_configs"]
+
+
+def count_joined(config: RunConfig) -> int:
+    """Return how many adapters are trained at once: the points of a sweep, else 1."""
+    return 1 if config.sweep is None else len(config.sweep.list_points())
+
+
+def split_sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the run configuration of each point of a sweep, ``point-000`` and so on.
+
+    Each is that of an ordinary run of this adapter alone, in a directory of its own.
+    """
+    assert config.sweep is not None
+    points = enumerate(config.sweep.list_points())
+    return {f"point-{n:03}": _make_point_config(config, f"point-{n:03}", p) for n, p in points}
+
+
+def _make_point_config(config: RunConfig, name: str, point: SweepPoint) -> RunConfig:
+    given = {key: value for key, value in vars(point).items() if value is not None}
+    train: dict[str, Any] = {key: given.pop(key) for key in ("lr", "seed") if key in given}
+    return config.model_copy(
+        update={
+            "sweep": None,
+            "adapter": config.adapter.model_copy(update=given),
+            "train": config.train.model_copy(update=train),
+            "save": config.save.model_copy(
+                # writers in threads would meet those of other points in one process group
+                update={"dir": str(Path(config.save.dir) / name), "asynchronous": False}
+            ),
+        }
+    )

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+
+from dist_peft.app.sweep.sweep_file import SweepFile
+from dist_peft.core.config.run import SweepPoint
+from dist_peft.core.errors import UserError
+
+POINTS = {"point-000": SweepPoint(lr=1e-3), "point-001": SweepPoint(lr=1e-4, r=3)}
+
+
+def test_states_are_read_again(tmp_path: Path) -> None:
+    file = SweepFile(tmp_path, POINTS)
+    file.set_halved(["point-001"], 4)
+    file.set_state("point-000", "failed", 7, "not finite")
+    found = SweepFile(tmp_path, POINTS)
+    assert found.rung == 4 and found.points == file.points
+    assert found.points["point-001"].state == "halved" and found.points["point-001"].step == 4
+    assert found.points["point-001"].values == {"lr": 1e-4, "r": 3}
+    new = SweepFile(tmp_path, POINTS, is_new=True)
+    assert new.rung == 0 and new.points["point-000"].state == "running"
+
+
+def test_point_with_other_values_begins(tmp_path: Path) -> None:
+    SweepFile(tmp_path, POINTS).set_state("point-000", "finished", 3)
+    other = SweepFile(tmp_path, {**POINTS, "point-000": SweepPoint(lr=5.0)})
+    assert other.points["point-000"].state == "running"
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    SweepFile(tmp_path, POINTS, is_writer=False).set_state("point-000", "finished", 3)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"points": []}', '{"rung": 0, "points": [{"x": 1}]}'])
+def test_damaged(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match=r"sweep\.json is damaged .* remove it"):
+        SweepFile(tmp_path, POINTS)
