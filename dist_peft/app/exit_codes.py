@@ -69,7 +69,7 @@ def _run_until_exit(args: argparse.Namespace) -> int:
         return _exit_process(world, 1)
     except AuditError as error:
         if world.is_first:
-            _report_end(str(error))
+            _report_end(str(error), 4)
         return _exit_process(world, 4)
     except VerificationError as error:
         _report_end(str(error), 1)

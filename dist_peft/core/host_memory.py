@@ -14,8 +14,8 @@ stay as they are read above. For the same reason the top of the heap is not trim
 them.
 
 A merge keeps nothing but allocates chunks of one size again and again: there the heap is not
-trimmed at each of them, but after each weight. The chunks of another weight have other sizes, and do
-not fit into the holes that the last ones have left: the heap grew by up to 321 MiB.
+trimmed at each of them, but after each weight. The chunks of another weight have other sizes, and
+do not fit into the holes that the last ones have left: the heap grew by up to 321 MiB.
 """
 
 import ctypes

@@ -32,7 +32,7 @@ __all__ = [
 def checkpoint_configured_blocks(
     blocks: Sequence[nn.Module], config: EngineConfig, device: torch.device
 ) -> None:
-    """Do to ``blocks``, which compute on ``device``, what section ``engine`` asks for."""
+    """Wrap ``blocks``, which compute on ``device``, as section ``engine`` says."""
     if config.activation_checkpointing:
         offload = make_input_offload(config, device)
         checkpoint_block_activations(blocks, config.keep_results, offload)
@@ -70,7 +70,7 @@ def _hold_inputs(call: Any, offload: InputOffload) -> Any:
 
 
 def make_input_offload(config: EngineConfig, device: torch.device) -> InputOffload | None:
-    """Return what ``engine.offload_inputs`` asks for; None without it, and on a CPU.
+    """Return the holder of inputs for ``engine.offload_inputs``; None without it, or on a CPU.
 
     Where a device is assumed (``quant.assumed_device``), copies stand for those of the device.
     """

@@ -13,8 +13,8 @@ A copy runs while a block computes. At most two inputs are on the device in each
 the present block, and the one whose copy is under way. Before an input's memory is used again the
 computing stream waits for its copy, so that nothing else has to be recorded.
 
-``saved_tensors_hooks`` is what gives this module the inputs that ``torch.utils.checkpoint`` saves,
-and asks for them again.
+By ``saved_tensors_hooks`` this module gets the inputs that ``torch.utils.checkpoint`` saves,
+and returns them in backward.
 """
 
 import weakref
@@ -33,15 +33,15 @@ class HostCopies(Protocol):
     """Copies between a device and its host's memory, that may overlap with the computation."""
 
     def copy_to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """Begin a copy; return it, and what ``wait`` takes."""
+        """Begin a copy; return it, and an argument for ``wait``."""
         ...
 
     def copy_to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        """Begin a copy back; return it, and what ``wait`` takes."""
+        """Begin a copy back; return it, and an argument for ``wait``."""
         ...
 
     def wait(self, copying: Any) -> None:
-        """Let what is computed from now on wait for a copy."""
+        """Let later kernels wait for a copy."""
         ...
 
 

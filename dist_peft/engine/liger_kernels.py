@@ -11,7 +11,7 @@ several operators of torch, each a launch and a pass over memory::
 Families differ in details that no name tells (Gemma adds one to ``w``, others rotate a part of a
 head). So each function is tried on a few random numbers when the model is built, and replaced only
 where it computes Liger's formula; elsewhere the reason is logged. Parameters, names and hooks stay:
-an instance gets another ``forward``, and keeps its own for what the kernels do not take (fake
+an instance gets another ``forward``, and keeps its own for inputs that kernels do not take (fake
 tensors of a plan, other types, trainable vectors).
 
 Losses and gradients agree with those of transformers' modules up to rounding. The norm's and
@@ -47,7 +47,7 @@ __all__ = ["apply_liger_kernels", "check_liger_kernels"]
 log = logging.getLogger("dist_peft")
 
 _NORM_FORMS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"), (1.0, "llama"))
-"""What is added to the vector, and whether it is multiplied before or after rounding."""
+"""A number added to the vector, and whether it is multiplied before or after rounding."""
 
 _TOLERANCE = 2**-7
 """Of a trial in bfloat16, relative to the largest number."""
@@ -64,7 +64,7 @@ def check_liger_kernels(device: torch.device) -> None:
     """Check that the kernels can run.
 
     Raises:
-        UserError: no CUDA device, or the package is missing; says what to do.
+        UserError: no CUDA device, or the package is missing.
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
@@ -78,7 +78,7 @@ def check_liger_kernels(device: torch.device) -> None:
 
 
 def apply_liger_kernels(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
-    """Replace what Liger's kernels compute; log what is replaced, and why the rest is not.
+    """Replace functions that Liger's kernels compute; log which, and why the rest is not.
 
     Args:
         model: may be on meta; adapters are attached or not.

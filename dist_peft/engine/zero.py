@@ -50,7 +50,7 @@ from dist_peft.engine.exact_reduction import ExactReduction
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
-from dist_peft.engine.zero_config import build_deepspeed_config
+from dist_peft.engine.zero_config import build_deepspeed_config, check_zero_support
 from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["ZeroEngine"]
@@ -66,15 +66,7 @@ class ZeroEngine:
     def __init__(
         self, config: EngineConfig, train: TrainConfig, world: World, device: torch.device
     ) -> None:
-        if config.cpu_offload == "params":
-            raise UserError(
-                "engine.cpu_offload: params is fsdp2's; with zero use cpu_offload: optimizer"
-            )
-        if train.optimizer != "adamw":
-            raise UserError(
-                f"train.optimizer {train.optimizer} keeps state that DeepSpeed cannot shard; use "
-                "adamw, or engine.kind: fsdp2"
-            )
+        check_zero_support(config, train)
         self.device, self.config, self.world = device, config, world
         self.deepspeed = _import_deepspeed(device)
         self._settings = build_deepspeed_config(config, train, world.size)

@@ -14,7 +14,7 @@ from typing import Any
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["build_deepspeed_config"]
+__all__ = ["build_deepspeed_config", "check_zero_support"]
 
 _OWNED = {
     "optimizer": "train.optimizer, train.lr, train.betas, ...",
@@ -23,6 +23,23 @@ _OWNED = {
     "quantize_training": "base.quant",
     "compression_training": "base.quant",
 }
+
+
+def check_zero_support(engine: EngineConfig, train: TrainConfig) -> None:
+    """Refuse options that ZeRO does not have.
+
+    Raises:
+        UserError: offloaded parameters, or another optimizer than AdamW.
+    """
+    if engine.cpu_offload == "params":
+        raise UserError(
+            "engine.cpu_offload: params is fsdp2's; with zero use cpu_offload: optimizer"
+        )
+    if train.optimizer != "adamw":
+        raise UserError(
+            f"train.optimizer {train.optimizer} keeps state that DeepSpeed cannot shard; use "
+            "adamw, or engine.kind: fsdp2"
+        )
 
 
 def build_deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class StepTrace:
         resting: live before the step, by purpose: parameters as sharded, buffers.
         peaks: phase -> largest live storage.
         input_bytes: what one more block keeps until its backward; 0 where it has none.
-        host_bytes: what one more block keeps in host memory (``engine.offload_inputs``).
+        host_bytes: of one more block in host memory (``engine.offload_inputs``).
         kept_gradients: whole gradients that stay between micro-batches, of all traced blocks.
         reduced_gradients: gradients at the optimizer step, of all traced blocks.
         gathered: phase -> bytes received in all-gathers, of the last micro-batch.

@@ -13,6 +13,7 @@ from dist_peft.core.errors import UserError
 from dist_peft.engine import liger_kernels
 from dist_peft.engine.liger_kernels import apply_liger_kernels, check_liger_kernels
 from dist_peft.quant.kept_results import KEPT_KINDS, make_keeping_contexts
+from dist_peft.train import head_loss
 from dist_peft.train.head_loss import compute_frozen_head_losses, replace_logits_by_loss
 from dist_peft.train.loss import IGNORE, sum_token_loss
 from tests.support.device_rows import DEVICE, MARKS, prepare_kernels
@@ -130,13 +131,14 @@ class CountedOperators(TorchDispatchMode):
             "squeeze",
             "empty",
         )
-        free += ("expand", "promote_types", "_unsafe_view")
+        free += ("expand", "promote_types", "_unsafe_view", "permute", "alias", "empty_like")
         self.launches += func.__name__.partition(".")[0] not in free
         return func(*args, **(kwargs or {}))
 
 
-def test_launches_of_the_models_own_operators() -> None:
-    """The figures of docs/kernels.md."""
+def test_launches_of_the_models_own_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of docs/kernels.md, of a processor with products of 16 bits."""
+    monkeypatch.setattr(head_loss, "has_fast_product", lambda device, dtype: True)
     layer = make_model("llama", torch.bfloat16).model.layers[0]
     x = torch.randn(1, 5, 64, device=DEVICE, dtype=torch.bfloat16)
     q, angles = torch.randn(2, 1, 4, 5, 16).bfloat16(), torch.randn(1, 5, 16).bfloat16()
@@ -151,7 +153,6 @@ def test_launches_of_the_models_own_operators() -> None:
     }
     found = {}
     for name, call in calls.items():
-        call()  # a processor's products are tried once
         with CountedOperators() as counted:
             call()
         found[name] = counted.launches
