@@ -17,9 +17,9 @@ import torch.distributed as dist
 from common import free_port, print_table, run_processes, write_result
 
 from dist_peft.core.world import World
-from dist_peft.engine import chunk_gather
+from dist_peft.engine.chunk_gather import LARGEST_GROUP, all_gather_chunks
 
-WAYS = {"all_gather": 1, "broadcasts": chunk_gather.LARGEST_GROUP}
+WAYS = {"all_gather": 1, "broadcasts": LARGEST_GROUP}
 
 
 def measure(rank: int, size: int, sizes: Sequence[int], repeats: int) -> dict[str, list[float]]:
@@ -35,10 +35,10 @@ def measure(rank: int, size: int, sizes: Sequence[int], repeats: int) -> dict[st
         output = torch.zeros(size * count, dtype=torch.uint8)
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(repeats + 1):
-            for way, chunk_gather.LARGEST_GROUP in WAYS.items():
+            for way, largest in WAYS.items():
                 world.barrier()
                 before = time.process_time()
-                chunk_gather.all_gather_chunks(output, local, group)
+                all_gather_chunks(output, local, group, largest_group=largest)
                 times[way].append(1000 * (time.process_time() - before))
         for way, each in times.items():
             found[way].append(statistics.median(each[1:]))

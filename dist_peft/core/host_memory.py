@@ -14,8 +14,8 @@ stay as they are read above. For the same reason the top of the heap is not trim
 them.
 
 A merge keeps nothing but allocates chunks of one size again and again: there the heap is not
-trimmed at each of them, but after each weight. The chunks of another weight have other sizes, and
-do not fit into the holes that the last ones have left: the heap grew by up to 321 MiB.
+trimmed at each of them, but after a weight where more than 32 MiB are free. Chunks of another
+weight have other sizes, and need not fit into the holes that the last ones have left.
 """
 
 import ctypes
@@ -70,14 +70,33 @@ def keep_freed_memory() -> Iterator[None]:
         _return_free_blocks()
 
 
+class _HeapState(ctypes.Structure):
+    """``struct mallinfo2`` (malloc.h): ten sizes, of which the ninth counts free blocks."""
+
+    _fields_ = (
+        ("others", ctypes.c_size_t * 8),
+        ("free_bytes", ctypes.c_size_t),
+        ("top_bytes", ctypes.c_size_t),
+    )
+
+
 def _return_free_blocks() -> None:
     _set_malloc_option(_M_TRIM_THRESHOLD, _TRIMMED_OTHERWISE)
     trim_heap()
 
 
-def trim_heap() -> None:
+def trim_heap(above: int = 0) -> None:
     """Return the free blocks of the heap to the system, those between blocks in use too. A no-op
-    without glibc."""
+    without glibc.
+
+    Args:
+        above: do so where more than this many bytes are free; ignored before glibc 2.33, which
+            cannot say.
+    """
+    if (describe := _find_function("mallinfo2")) is not None:
+        describe.restype = _HeapState
+        if describe().free_bytes <= above:
+            return
     if (trim := _find_function("malloc_trim")) is not None:
         trim(0)
 

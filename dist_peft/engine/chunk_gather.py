@@ -6,9 +6,8 @@ An all-gather puts the chunks of all ranks one after the other::
     rank 1   | b |
     rank 2   | c |
 
-gloo's passes chunks around a ring in pieces, which costs two to three times the CPU time of sending
-them: with two ranks and 32 MB chunks 50 ms a rank, where a broadcast of each chunk, all of them
-under way at the same time, takes 16 ms. As many bytes are sent. With many ranks the number of
+gloo's costs up to three times the CPU time of a broadcast of each chunk, all of them under way at
+the same time (``benchmarks/gather_cost.py``). As many bytes are sent. With many ranks the number of
 broadcasts counts, so that larger groups, and devices with another backend, use the collective.
 """
 
@@ -27,7 +26,11 @@ LARGEST_GROUP = 8
 
 
 def all_gather_chunks(
-    output: Tensor, local: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    output: Tensor,
+    local: Tensor,
+    group: dist.ProcessGroup,
+    async_op: bool = False,
+    largest_group: int = LARGEST_GROUP,
 ) -> dist.Work | None:
     """Gather ``local`` of every rank of ``group`` into ``output``.
 
@@ -36,13 +39,14 @@ def all_gather_chunks(
         local: ``[n]``.
         group: all of its ranks call this in the same order.
         async_op: return at once; ``output`` is complete when the result has been waited for.
+        largest_group: most ranks that broadcast.
 
     Returns:
         The work to wait for, or None without ``async_op``.
     """
     # a plan traces steps on fake tensors, of a subclass
     broadcasts = output.device.type == "cpu" and type(output.detach()) is Tensor
-    if not broadcasts or not 1 < group.size() <= LARGEST_GROUP:
+    if not broadcasts or not 1 < group.size() <= largest_group:
         work: dist.Work | None = all_gather(output, local, group=group, async_op=async_op)
         return work
     chunks = output.view(-1).chunk(group.size())

@@ -19,6 +19,9 @@ __all__ = ["MERGE_MEMORY", "count_merge_threads", "process_weights"]
 MERGE_MEMORY = 512 * 2**20
 """Most memory of all threads together, the adapter not counted."""
 
+_FREE_BYTES = 32 * 2**20
+"""Free memory that is kept from one weight to the next; to return all of it costs page faults."""
+
 _CHUNKS_ALIVE = 4
 """Chunks in float32 that a thread holds: rows as read, merged, as written, and packed."""
 
@@ -53,7 +56,7 @@ def process_weights(
     if threads == 1:
         for weight in weights:
             process(weight, stopping.is_set)
-            trim_heap()
+            trim_heap(_FREE_BYTES)
         return
     groups: dict[str, list[BaseWeight]] = {}
     for weight in weights:
@@ -62,7 +65,7 @@ def process_weights(
     def process_group(group: list[BaseWeight]) -> None:
         for weight in group:
             process(weight, stopping.is_set)
-        trim_heap()
+        trim_heap(_FREE_BYTES)
 
     with _one_thread_a_product(), ThreadPoolExecutor(threads, "merge") as pool:
         futures = [pool.submit(process_group, group) for group in groups.values()]

@@ -64,9 +64,9 @@ with keep_freed_memory():
     kept = [small for _, small in pairs]
     whole = rss()
     del pairs
-    print(whole - rss())
-    trim_heap()
-    print(whole - rss())
+    for above in (100 * 2**20, 20 * 2**20):
+        trim_heap(above)
+        print(whole - rss())
 """
 
 

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 
 from dist_peft.core.world import World
-from dist_peft.engine import chunk_gather
 from dist_peft.engine.chunk_gather import all_gather_chunks
 from tests.support.dist import run_ranks
 
@@ -16,7 +15,6 @@ def gather_in_every_way(world: World) -> list[str]:
     assert group is not None
     wrong = []
     for largest in (1, 8):  # the collective, broadcasts
-        chunk_gather.LARGEST_GROUP = largest
         for size in (0, 1, 1000):
             shares = [
                 torch.arange(size).add(7 * rank).to(torch.uint8) for rank in range(world.size)
@@ -31,7 +29,9 @@ def gather_in_every_way(world: World) -> list[str]:
                         if is_in_place:
                             own = output.view(world.size, size)[world.rank]
                             own.copy_(local)
-                        pairs.append((output, all_gather_chunks(output, own, group, async_op)))
+                        pairs.append(
+                            (output, all_gather_chunks(output, own, group, async_op, largest))
+                        )
                     for output, work in pairs:
                         assert (work is not None) == async_op
                         if work is not None:
