@@ -399,6 +399,7 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
         ("core/text_exchange.py", "length"),
         ("core/text_exchange.py", "lengths"),
         ("core/world.py", "tensor"),
+        ("engine/chunk_gather.py", "chunk"),  # an all-gather: each rank sends its own rows
     ]
 
 
@@ -476,6 +477,11 @@ RANK_FUNCTIONS = {
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_base_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",
+    "train_sweep": "sweep.json is read where it is written",
+    "read_held_out_losses": "the file of the first rank decides",
+    "SweepLoop._is_complete": "the directories that the first rank sees decide",
+    "SweepLoop._lacks_adapter": "the directories that the first rank sees decide",
+    "SweepLoop._record": "the first rank writes what all ranks change in memory",
     "CalibrationSums.map_sums": "ranks take turns to decompose a sum",
     "CalibrationSums._sum_local_batches": "the first rank has the first sample",
     "BlockLoop._factorize_on_one_rank": "ranks take turns to factor a Hessian",

@@ -35,6 +35,7 @@ def test_the_script_installs_the_pins_and_runs_models_adapters_and_the_main_job(
     assert (
         "--no-deps" in last and "-r .ci/lowest.txt" in last and "DIST_PEFT_LOWEST=required" in last
     )
+    assert '-m "main_job or not (dist or e2e or launcher)"' in last
     paths = re.findall(r"\btests/[\w/.]+", last)
     assert {"tests/model", "tests/adapters", "tests/app/commands/test_quickstart.py"} < set(paths)
     assert all((ROOT / path).exists() for path in paths)

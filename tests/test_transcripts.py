@@ -26,6 +26,11 @@ def test_a_line_that_is_not_printed_is_found() -> None:
     assert find_missing_line(size, "peak 1.83 GiB  eta\n") is None
     assert find_missing_line(size, "peak 1.83 s  eta\n") == "peak 541 MiB  eta"
     assert find_missing_line(free, "one more\n") == "one 1e-3"
+    (timed,) = read_commands(
+        "```text transcript numbers\n$ dist-peft inspect\nat 2026-11-29T11:38:35+00:00\n```"
+    )
+    assert find_missing_line(timed, "at 2027-01-02T03:04:05+01:00\n") is None
+    assert find_missing_line(timed, "on 2027-01-02T03:04:05+01:00\n") is not None
 
 
 @pytest.mark.data

@@ -115,7 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         directory,
         "killed",
         {"kind": "fsdp2"},
-        save={"dir": str(directory / "killed"), "every": 1, "keep": 1},
+        save={"dir": str(directory / "killed"), "every": 1, "keep": 1, "asynchronous": False},
     )
     with pytest.raises(AssertionError, match="process died without a word"):
         run_ranks(train_until_killed, 3, killed)

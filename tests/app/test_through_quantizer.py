@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -201,7 +202,14 @@ def export(run: Path, out: Path, name: str, *options: str) -> int:
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("quant", "name", "bound"),
-    [("nf4", "bnb-nf4", 0.01), ("int4", "compressed-tensors", 0.0), ("int4", "hf-metal", 0.0)],
+    [
+        ("nf4", "bnb-nf4", 0.01),
+        ("int4", "compressed-tensors", 0.0),
+        ("int4", "hf-metal", 0.0),
+        ("int4", "mlx", 0.01),
+        ("int4", "gptq", 0.05),
+        ("int4", "awq", 0.05),
+    ],
 )
 def test_the_export_is_the_trained_model_for_its_own_library(
     finished: dict[str, Path],
@@ -210,11 +218,17 @@ def test_the_export_is_the_trained_model_for_its_own_library(
     bound: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """No logit differs from those of the training forward, in float32; bitsandbytes multiplies in
-    an order of its own, and dequantizes to the very weights of training."""
+    """No logit differs from those of the training forward, in float32, where torch multiplies the
+    dequantized weights. bitsandbytes and mlx multiply in an order of their own, gptqmodel has
+    float16 weights."""
+    python = {"mlx": "MLX", "gptq": "GPTQ", "awq": "GPTQ"}.get(name)
+    if python and f"DIST_PEFT_{python}_PYTHON" not in os.environ:
+        pytest.skip(f"DIST_PEFT_{python}_PYTHON names no Python with the library")
     fork_consumers(monkeypatch)
     assert export(finished[quant], tmp_path / "out", name, "--max-error", str(bound)) == 0
+    assert "NOT VERIFIED" not in caplog.text
     if name == "bnb-nf4":
         from bitsandbytes.functional import QuantState, dequantize_4bit
 

@@ -308,7 +308,7 @@ ROWS = [
         ("step-000099", "there are steps"),
         args=("--checkpoint", "99"),
     ),
-    Row("talk run nowhere", "talk", ("none", "config.yaml"), args=("--run", "none")),
+    Row("talk run nowhere", "talk", ("none is no run directory",), args=("--run", "none")),
     Row("talk prompt empty", "talk", ("prompt", "no token"), args=("--prompt", "")),
     Row(
         "talk prompt beyond the positions",

@@ -14,8 +14,10 @@ from pathlib import Path
 __all__ = ["TRANSCRIPTS", "ShownCommand", "find_missing_line", "read_commands", "read_files"]
 
 TRANSCRIPTS = Path(__file__).parents[2] / "docs" / "transcripts"
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,.:]*(e[-+]?\d+)?( (B|[KMGT]iB)\b)?")
-"""A number, with the unit of bytes that depends on its size."""
+NUMBER = re.compile(
+    r"\b\d{4}-\d\d-\d\dT[\d:.+]+|(?<![\w.])[-+]?\d[\d,.:]*(e[-+]?\d+)?( (B|[KMGT]iB)\b)?"
+)
+"""A time, or a number with the unit of bytes that depends on its size."""
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ class SweepFile:
         points: Mapping[str, SweepPoint],
         *,
         is_new: bool = False,
+        stored: str | None = None,
         is_writer: bool = True,
     ) -> None:
         """Read the file if it exists.
 
         Args:
             is_new: no point is resumed: an earlier file does not count.
+            stored: contents of the file, empty without one; None: it is read.
             is_writer: false: changes stay in memory, as another rank writes the same ones.
 
         Raises:
@@ -71,19 +73,25 @@ class SweepFile:
         self.points = {name: PointRecord(name, own) for name, own in values.items()}
         self.rung = 0
         """The last step after which ``sweep.halving`` has chosen."""
-        if is_new or not self.path.is_file():
+        stored = self.read_text() if stored is None else stored
+        if is_new or not stored:
             return
         try:
-            tree = json.loads(self.path.read_text())
+            tree = json.loads(stored)
             found = {record["run"]: PointRecord(**record) for record in tree["points"]}
             self.rung = int(tree["rung"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}); remove it: points resume from their checkpoints"
-            ) from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise _make_damage_error(self.path, error) from None
         for name, record in self.points.items():
             if name in found and found[name].values == record.values:
                 self.points[name] = found[name]
+
+    def read_text(self) -> str:
+        """Return the contents of the file; empty without one. Raises UserError if unreadable."""
+        try:
+            return self.path.read_text() if self.path.is_file() else ""
+        except (OSError, ValueError) as error:
+            raise _make_damage_error(self.path, error) from None
 
     def set_halved(self, names: Sequence[str], rung: int) -> None:
         """Record that halving has stopped some points after step ``rung``, and write the file."""
@@ -106,3 +114,9 @@ class SweepFile:
         points = [asdict(record) for record in self.points.values()]
         tree = {"rung": self.rung, "points": points}
         write_atomically(self.path, json.dumps(tree, indent=1) + "\n")
+
+
+def _make_damage_error(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is damaged ({error}); remove it: points resume from their checkpoints"
+    )

@@ -39,6 +39,7 @@ from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import HalvingConfig
 from dist_peft.core.errors import RunFailure
 from dist_peft.core.stop_signals import RESUMABLE
+from dist_peft.core.text_exchange import broadcast_text
 from dist_peft.core.world import World
 from dist_peft.export.outlook import log_export_outlook
 from dist_peft.train.joined_step import AdapterWork, JoinedStep
@@ -72,8 +73,15 @@ def train_sweep(
     built = load_weights(setup, world, device, trained_on)
     points = dict(zip(jobs, config.sweep.list_points(), strict=True))
     is_new = all(job.resume_from is None for job in jobs.values())
+    stored = ""
     with world.raise_together("read sweep.json"):
-        records = SweepFile(directory.path, points, is_new=is_new, is_writer=world.is_first)
+        if world.is_first:
+            stored = SweepFile(directory.path, points, is_new=True).read_text()
+    stored = broadcast_text(stored)
+    with world.raise_together("read sweep.json"):
+        records = SweepFile(
+            directory.path, points, is_new=is_new, stored=stored, is_writer=world.is_first
+        )
     adapter = cast(JoinedAdapter, setup.adapter)
     runs = {
         number: _make_point_run(name, job, built, adapter, number, world, device)

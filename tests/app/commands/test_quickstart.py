@@ -75,6 +75,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory, forked_python: str) -> tup
     return directory, "".join(line for line in lines if "real_accelerator" not in line)
 
 
+@pytest.mark.main_job
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_whole_job(printed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,7 @@ def test_whole_job(printed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -
     check_earlier_results(tmp_path)  # the next quickstart may replace them
 
 
+@pytest.mark.main_job
 @pytest.mark.e2e
 @pytest.mark.dist
 def test_the_transcript_prints_its_lines(
