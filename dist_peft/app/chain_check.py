@@ -8,22 +8,41 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dist_peft.app.inspect_json import detect_path_kind
 from dist_peft.app.run_chain import hash_adapter_files, hash_small_files
 from dist_peft.core.agreement import hash_json_value
 from dist_peft.core.errors import AuditError
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import CheckpointManager
+from dist_peft.train.checkpoint_hash import hash_checkpoint_state
 from dist_peft.train.checkpoint_verify import find_checkpoint_damage
 from dist_peft.train.state_chain import CHAIN_FILE, StateChain, hash_records, read_chain
-from dist_peft.train.state_hash import hash_checkpoint_state
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = [
     "check_adapter_chain",
     "check_checkpoint_chain",
+    "check_path_chain",
     "check_run_chain",
     "describe_chain",
 ]
+
+
+def check_path_chain(path: Path) -> StateChain | None:
+    """Check the chain of the run, checkpoint or adapter ``path``; return it, None without one.
+
+    Raises:
+        UserError: ``path`` is unreadable or of no known kind.
+        AuditError: a part is not as the run has written it; names it.
+    """
+    checks = {
+        "run": check_run_chain,
+        "checkpoint": check_checkpoint_chain,
+        "trained weights": check_adapter_chain,
+        "adapter": check_adapter_chain,
+    }
+    check = checks.get(detect_path_kind(path))
+    return None if check is None else check(path)
 
 
 def check_checkpoint_chain(path: Path) -> StateChain | None:

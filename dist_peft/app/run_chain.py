@@ -22,6 +22,7 @@ from dist_peft.core.text_exchange import all_gather_texts
 from dist_peft.core.world import World
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.writer import write_atomically
+from dist_peft.train.checkpoint_hash import hash_checkpoint_state
 from dist_peft.train.run_position import RunPosition
 from dist_peft.train.state_chain import (
     CHAIN_FILE,
@@ -32,7 +33,6 @@ from dist_peft.train.state_chain import (
     hash_records,
     read_chain,
 )
-from dist_peft.train.state_hash import hash_checkpoint_state
 from dist_peft.train.step_metrics import StepMetrics
 
 __all__ = ["RunChain", "hash_adapter_files", "hash_base_files", "hash_small_files"]

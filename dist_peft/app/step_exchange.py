@@ -1,7 +1,7 @@
-"""What a training loop asks for in each step, and who computes it.
+"""The work of each step of a training loop, and who computes it.
 
 ``Trainer.iterate_steps`` is a generator: it yields the micro-batches of a step, is sent the loss
-once their gradients are there, and goes on with the update, metrics and checkpoints. Alone it is
+once their gradients are there, and continues with the update, metrics and checkpoints. Alone it is
 driven by ``run_alone``; several loops are driven together by ``app.sweep``, which computes the
 gradients of all of them in one pass over the base.
 """

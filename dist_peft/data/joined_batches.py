@@ -44,7 +44,7 @@ def _widen_batch(batch: Batch, width: int) -> Batch:
 
 def _continue_padding(positions: Tensor, more: int) -> Tensor:
     """Append ``more`` positions to sequences of one document and its padding, so that they still
-    are that: positions go on where there is padding, and begin at 0 where there is none."""
+    are that: positions continue where there is padding, and begin at 0 where there is none."""
     has_padding = (positions[:, 1:] == 0).any(1, keepdim=True)
     begin = torch.where(has_padding, positions[:, -1:] + 1, 0)
     return torch.cat([positions, begin + torch.arange(more)], 1)

@@ -1,6 +1,6 @@
 """Gradients of several adapters by one forward and backward over their common base.
 
-Micro-batch ``i`` of all adapters is one batch, whose rows the layers tell apart (``RowShares``)::
+Micro-batch ``i`` of all adapters is one batch, whose rows the layers distinguish (``RowShares``)::
 
     adapter 0   rows 0 .. b-1      loss_0 = sum over its targets / targets of its step
     adapter 1   rows b .. 2b-1     loss_1 = ...                        backward(loss_0 + loss_1 ...)
@@ -55,7 +55,7 @@ class JoinedLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class JoinedStep:
-    """What computes the gradients of a step.
+    """Everything that computes the gradients of a step.
 
     Attributes:
         model: with all adapters.

@@ -63,7 +63,7 @@ class ChainLink:
 
     Attributes:
         config: SHA-256 of the values of ``run.json``: configuration, inputs, versions, processor.
-        state: SHA-256 of trained parameters and moments (``train.state_hash``).
+        state: SHA-256 of trained parameters and moments (``train.checkpoint_hash``).
         records: SHA-256 of the losses since the link before (``hash_records``).
         files: SHA-256 of the checkpoint's small files by name.
         hash: of all of this and of the link before.

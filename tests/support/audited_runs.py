@@ -13,9 +13,9 @@ from dist_peft.core.log import close_log
 from dist_peft.core.world import World
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.checkpoint_files import format_checksum_record, hash_file
+from dist_peft.train.checkpoint_hash import hash_checkpoint_state
 from dist_peft.train.checkpoint_verify import read_metadata
 from dist_peft.train.state_chain import CHAIN_FILE, read_chain
-from dist_peft.train.state_hash import hash_checkpoint_state
 from tests.support.tiny_runs import tiny_tree, train
 
 STEPS, EVERY = 4, 2

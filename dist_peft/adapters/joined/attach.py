@@ -42,7 +42,7 @@ def attach_joined(
 
 
 def get_joined_prefix(number: int) -> str:
-    """Return what is in the names of the parameters of adapter ``number``."""
+    """Return the part of names that marks the parameters of adapter ``number``."""
     return f".points.{number}."
 
 

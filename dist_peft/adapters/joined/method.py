@@ -16,7 +16,7 @@ __all__ = ["JoinedAdapter"]
 class JoinedAdapter(AdapterDefaults):
     """The adapters of several runs on one model. See ``Adapter``.
 
-    Each of ``adapters`` is what the rest of the program trains and saves; this one attaches them.
+    Each of ``adapters`` is trained and saved by the rest of the program; this one attaches them.
 
     Attributes:
         adapters: by number.

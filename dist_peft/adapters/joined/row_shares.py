@@ -58,6 +58,6 @@ class RowShares:
             return [(adapter, count * length) for adapter, count in self._shares]
         raise UserError(
             f"sweep: {path} computes {list(x.shape[:-1])} rows of a batch of {sequences} sequences "
-            f"of {length} tokens, so that they cannot be told apart by adapter; leave it out of "
+            f"of {length} tokens, so that they cannot be assigned to adapters; leave it out of "
             "adapter.target_modules, or run the points one by one"
         )

@@ -7,12 +7,7 @@ from math import prod
 from pathlib import Path
 
 from dist_peft.adapters.full.format import contains_trained_weights
-from dist_peft.app.chain_check import (
-    check_adapter_chain,
-    check_checkpoint_chain,
-    check_run_chain,
-    describe_chain,
-)
+from dist_peft.app.chain_check import check_path_chain, describe_chain
 from dist_peft.app.config_arguments import parse_path
 from dist_peft.app.inspect_adapter import (
     describe_adapter,
@@ -29,7 +24,6 @@ from dist_peft.model.prequantized.base import open_prequantized
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.run_state import read_run_state
-from dist_peft.train.state_chain import StateChain
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
 __all__ = ["add_arguments", "describe_path", "run"]
@@ -48,35 +42,19 @@ def run(args: argparse.Namespace, world: World) -> int:
         UserError: the path is unreadable or of no known kind.
         AuditError: it is of an exact run, and not as the run has written it.
     """
-    chain = check_chain(args.path) if world.is_first else None
+    chain = check_path_chain(args.path) if world.is_first else None
     if world.is_first and args.json:
         facts = collect_facts(args.path)
         facts |= {} if chain is None else {"chain": asdict(chain)}
         print_document(facts, indent=1)
     elif world.is_first:
         lines = describe_path(args.path)
-        print("\n".join([*lines, *([] if chain is None else [_format_chain(chain)])]))
+        print(
+            "\n".join(
+                [*lines, *([] if chain is None else [f"  chain        {describe_chain(chain)}"])]
+            )
+        )
     return 0
-
-
-def check_chain(path: Path) -> StateChain | None:
-    """Check the chain of hashes of an exact run, or of its parts; None where there is none.
-
-    Raises:
-        AuditError: a part is not as the run has written it.
-    """
-    checks = {
-        "run": check_run_chain,
-        "checkpoint": check_checkpoint_chain,
-        "trained weights": check_adapter_chain,
-        "adapter": check_adapter_chain,
-    }
-    check = checks.get(detect_path_kind(path))
-    return None if check is None else check(path)
-
-
-def _format_chain(chain: StateChain) -> str:
-    return f"  chain        {describe_chain(chain)}"
 
 
 def describe_path(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import argparse
 
 from dist_peft.app.config_arguments import parse_path
-from dist_peft.app.replay import replay_run
+from dist_peft.app.step_replay import replay_run
 from dist_peft.core.stop_signals import catch_stop_signals
 from dist_peft.core.world import World
 

@@ -1,6 +1,6 @@
 """Successive halving: points whose held-out loss is high stop early.
 
-After each ``every`` steps (a rung) the best ``keep`` of the points that still train go on, and the
+After each ``every`` steps (a rung) the best ``keep`` of the points that train continue, and the
 others end with the adapter that they have (Jamieson and Talwalkar 2016). A choice is made when all
 points have come to the rung, so that it does not depend on where a killed sweep has resumed them.
 """
@@ -21,8 +21,8 @@ def choose_stopped(halving: HalvingConfig, losses: Mapping[int, float]) -> list[
     """Return the numbers of the points that stop, in their order.
 
     Args:
-        losses: held-out loss by number; of equal ones the lower number goes on, and one that is no
-            number is the worst.
+        losses: held-out loss by number; of equal ones the lower number continues, and one
+            that is no number is the worst.
     """
     kept = max(1, math.ceil(halving.keep * len(losses) - 1e-9))
     ranked = sorted(losses, key=lambda k: (math.isnan(losses[k]), losses[k], k))

@@ -2,7 +2,7 @@
 
 Each point has the trainer, loaders, checkpoints and directory of an ordinary run. Its loop asks for
 the gradients of a step (``app.step_exchange``); when all loops have asked, one pass over the base
-computes them all, and each loop goes on with its own update, metrics, evaluation and checkpoints::
+computes them all, and each loop continues with its update, metrics, evaluation, checkpoints::
 
     point 0   load | ........ | clip, update, record, evaluate, save |
     point 1        | load | . |                                      | clip, update, ...
@@ -229,7 +229,7 @@ class SweepLoop:
         directories = {k: run.trainer.run_dir for k, run in works.items()}
         losses = read_held_out_losses(directories, rung, self.world)
         stopped = choose_stopped(self.halving, losses)
-        # checkpoints, then the choice, then results: a killed sweep repeats what is missing
+        # checkpoints, then the choice, then results: a killed sweep repeats missing parts
         for number in stopped:
             works[number].trainer.save_between_steps(rung)
         self._record(lambda file: file.set_halved([works[k].name for k in stopped], rung))
@@ -242,11 +242,11 @@ class SweepLoop:
             run.steps.close()
         run.steps = run.work = None
         record = self.records.points[run.name]
-        log.info("%s ends at step %d, others go on (sweep.halving)", run.name, record.step)
+        log.info("%s ends at step %d, others continue (sweep.halving)", run.name, record.step)
         run.trainer.finish_run()
 
     def _train_step(self, works: Mapping[int, PointRun]) -> None:
-        """Compute the gradients of all points that have asked, and let each go on."""
+        """Compute the gradients of all points that have asked, and let each continue."""
         begin, before = time.perf_counter(), self.step.engine.bytes_gathered
         asked = {
             k: AdapterWork(run.trainer.training.num_steps, *cast(StepBatches, run.work))
@@ -261,7 +261,7 @@ class SweepLoop:
             self._advance(run, ComputedGradients(mean, seconds, gathered))
 
     def _advance(self, run: PointRun, found: ComputedGradients | None) -> None:
-        """Let a loop go on to the next step whose gradients it needs, or to its end."""
+        """Let a loop continue to the next step whose gradients it needs, or to its end."""
         assert run.steps is not None
         run.work = None
         try:
@@ -271,7 +271,7 @@ class SweepLoop:
             self._end_point(run, end.value)
         except RunFailure as error:
             run.steps = None
-            log.warning("%s has failed, others go on: %s", run.name, error)
+            log.warning("%s has failed, others continue: %s", run.name, error)
             self._set_state(run, "failed", run.trainer.training.num_steps, str(error))
 
     def _end_point(self, run: PointRun, done: int) -> None:

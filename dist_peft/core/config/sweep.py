@@ -30,13 +30,16 @@ class HalvingConfig(ConfigSection):
 
     every: Count = Field(description="Steps between two choices; a multiple of train.eval_every.")
     keep: Positive = Field(
-        0.5, lt=1, description="Share of the points that goes on, rounded up; at least one does."
+        0.5, lt=1, description="Share of the points that continues, rounded up; at least one does."
     )
 
 
 class SweepConfig(ConfigSection):
-    """Train an adapter for each combination of the listed values, or for each of ``points``, in one
-    run: the base is stored, gathered and dequantized once for all of them."""
+    """Several LoRA adapters trained at once on one base.
+
+    One for each combination of the listed values, or for each of ``points``. The base is stored,
+    gathered and dequantized once for all of them.
+    """
 
     lr: list[Positive] = Field([], description="Values of train.lr.")
     seed: list[Int] = Field([], description="Values of train.seed: start values and data order.")

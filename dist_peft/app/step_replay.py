@@ -92,9 +92,9 @@ def replay_run(
             replayed = configure_replay(config, run_dir, directory, path, every, world.size)
             stop = StopAfter(last - first, is_signalled)
             train_until_stopped(replayed, world, device, stop)
-            found = _share(world, lambda: _compare(run_dir, directory, chain, first, last))
+            found = _share_text(world, lambda: _compare(run_dir, directory, chain, first, last))
             close_log()
-        return _report(found, first, last, world)
+        return _print_result(found, first, last, world)
     finally:
         if world.size == 1:
             close_stall_watch()
@@ -176,7 +176,7 @@ def _check_base(config: RunConfig, run_dir: Path, chain: StateChain, world: Worl
 @contextmanager
 def _make_scratch(parent: Path | None, world: World) -> Iterator[Path]:
     """Yield a new directory that all ranks use, and remove it."""
-    made = _share(world, lambda: tempfile.mkdtemp(prefix="dist_peft-replay-", dir=parent))
+    made = _share_text(world, lambda: tempfile.mkdtemp(prefix="dist_peft-replay-", dir=parent))
     try:
         yield Path(made) / "run"
     finally:
@@ -185,7 +185,7 @@ def _make_scratch(parent: Path | None, world: World) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _share(world: World, make: Callable[[], str]) -> str:
+def _share_text(world: World, make: Callable[[], str]) -> str:
     """Return the first rank's text on every rank."""
     text = ""
     with world.raise_together("replay"):
@@ -195,7 +195,7 @@ def _share(world: World, make: Callable[[], str]) -> str:
     return shared
 
 
-def _report(found: str, first: int, last: int, world: World) -> int:
+def _print_result(found: str, first: int, last: int, world: World) -> int:
     if found == _STOPPED:
         return RESUMABLE
     if found.startswith(_EQUAL):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_peft.app import cli, replay
-from dist_peft.app.replay import StopAfter, find_difference, replay_run
+from dist_peft.app import cli, step_replay
+from dist_peft.app.step_replay import StopAfter, find_difference, replay_run
 from dist_peft.core.world import World
 from dist_peft.train.state_chain import ChainLink, ChainOrigin, StateChain
 from dist_peft.train.step_metrics import StepMetrics
@@ -117,7 +117,9 @@ def test_refusals(
     assert "trained without train.exact" in capsys.readouterr().err
     others = {"version of torch": "0.1"}
     monkeypatch.setattr(
-        replay, "describe_versions", lambda known=replay.describe_versions: known() | others
+        step_replay,
+        "describe_versions",
+        lambda known=step_replay.describe_versions: known() | others,
     )
     assert call(run_dir, 2, 3) == 2
     assert "version of torch is 0.1, and was" in capsys.readouterr().err

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dist_peft.core.world import World
-from dist_peft.train import state_hash
+from dist_peft.train import checkpoint_hash
 from dist_peft.train.checkpoint import CheckpointManager, RunPosition
-from dist_peft.train.state_hash import hash_checkpoint_state
+from dist_peft.train.checkpoint_hash import hash_checkpoint_state
 
 
 def test_hash_is_of_names_types_shapes_and_bytes(
@@ -24,7 +24,7 @@ def test_hash_is_of_names_types_shapes_and_bytes(
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
     assert hash_checkpoint_state(path) == digest.hexdigest()
-    monkeypatch.setattr(state_hash, "_PART_BYTES", 100)  # one or two tensors at a time
+    monkeypatch.setattr(checkpoint_hash, "_PART_BYTES", 100)  # one or two tensors at a time
     assert hash_checkpoint_state(path) == digest.hexdigest()
     state["param/c"] = state["param/c"].nextafter(torch.tensor(torch.inf))
     other = manager.save_checkpoint(dict(state), RunPosition(2, 4, 0, "b", {"x": 1}))
