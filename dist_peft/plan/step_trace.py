@@ -53,6 +53,7 @@ from dist_peft.plan.traced_batch import build_traced_batch
 from dist_peft.plan.traced_engine import StatelessFactory, make_traced_engine
 from dist_peft.quant.assumed_device import assume_device
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.kernels import choose_nf4_kernel
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.predicted_inputs import find_replaceable_inputs, predict_next_tokens
 
@@ -332,4 +333,6 @@ def _take_way_of(device_type: str) -> Iterator[None]:
     for dtype in (torch.bfloat16, torch.float16):
         has_fast_product(CPU, dtype)  # a trial, whose result is kept: not on fake tensors
     with assume_device(torch.device(device_type)):
+        # imports bitsandbytes: an error that it logs would keep the tensors of a step
+        choose_nf4_kernel(64, torch.bfloat16, CPU)
         yield
