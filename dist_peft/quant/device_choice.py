@@ -206,7 +206,8 @@ def _is_interpreted(tensor: Tensor) -> bool:
 
 @cache
 def _does_triton_interpret() -> bool:
-    """Read once, as Triton does when kernels are defined."""
+    """Read once, as Triton does when kernels are defined; an unknown choice is refused then."""
+    read_kernels_choice()
     return os.environ.get("TRITON_INTERPRET") == "1" and _is_triton_installed()
 
 

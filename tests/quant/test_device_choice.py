@@ -173,3 +173,13 @@ def test_auto_decodes_by_a_kernel_on_a_gpu() -> None:
     codec.dequantize_rows(packed, 4096, torch.bfloat16)
     assert set(device_choice._state.verdicts.values()) == {True}
     assert len(device_choice._state.verdicts) == 2  # encode and decode
+
+
+def test_an_unknown_choice_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For codecs that have one way only, too."""
+    codec = AffineCodec(4, 8)
+    packed = codec.quantize_to_packed(torch.ones(2, 16))
+    device_choice._does_triton_interpret.cache_clear()
+    monkeypatch.setenv("DIST_PEFT_KERNELS", "fast")
+    with pytest.raises(UserError, match="DIST_PEFT_KERNELS='fast'"):
+        codec.dequantize_rows(packed, 16, torch.float32)
