@@ -70,7 +70,9 @@ class AdapterJob:
         resumed = [] if resume_from is None else [resume_from]
         # first of all comparisons with the checkpoint, since it names the keys of config.json
         with world.raise_together("compare the base with that of the checkpoint"):
-            trained_on = read_checkpoint_bases(resumed, setup.skeleton.index)
+            trained_on = read_checkpoint_bases(
+                resumed, setup.skeleton.index, setup.config.base.quant
+            )
         loaders = read_run_inputs(config, setup, world, resume_from)
         check_loaders_fit_model(loaders, setup.skeleton, setup.adapter.num_extra_positions)
         with world.raise_together("prepare the layers"):

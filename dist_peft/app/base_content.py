@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_peft.adapters.metadata import read_adapter_metadata
-from dist_peft.core.config.run import FusionConfig
+from dist_peft.adapters.metadata import METADATA_FILE, read_adapter_metadata
+from dist_peft.app.codec_versions import (
+    describe_codec,
+    describe_other_codec,
+    refuse_other_codec,
+)
+from dist_peft.core.config.run import FusionConfig, QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
 from dist_peft.core.world import World
@@ -163,13 +168,18 @@ def _map_checkpoint_names(module: nn.Module) -> dict[str, str]:
 # -- records -----------------------------------------------------------------------------------
 
 
-def format_base_record(record: BaseRecord) -> str:
-    """Return the JSON text of ``RECORD_FILE``."""
-    return json.dumps(record.to_metadata(), indent=1)
+def format_base_record(record: BaseRecord, quant: QuantConfig | None) -> str:
+    """Return the JSON text of ``RECORD_FILE`` for a base that is quantized by ``quant``."""
+    return json.dumps({**record.to_metadata(), **describe_codec(quant)}, indent=1)
 
 
-def read_checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> list[BaseRequirement]:
+def read_checkpoint_bases(
+    paths: Iterable[Path], index: SafetensorsIndex, quant: QuantConfig | None
+) -> list[BaseRequirement]:
     """Return the bases of checkpoints, after comparing their fingerprints with ``index``.
+
+    Args:
+        quant: how the base is quantized now; the version of the codec is compared.
 
     Raises:
         UserError: one was trained on another base, or its record is damaged.
@@ -177,9 +187,11 @@ def read_checkpoint_bases(paths: Iterable[Path], index: SafetensorsIndex) -> lis
     found = []
     for path in paths:
         file = path / RECORD_FILE
-        if not file.is_file():
+        about = _read_record_file(file) if file.is_file() else {}
+        refuse_other_codec(about, quant, f"checkpoint {path}", str(file))
+        if not about:
             continue  # written by an earlier version: only ``RunPosition.base`` is compared
-        record = BaseRecord.from_metadata(_read_record_file(file), file)
+        record = BaseRecord.from_metadata(about, file)
         fix = "restore the base, or start over with resume: never"
         found.append(BaseRequirement(f"checkpoint {path}", record, fix))
         found[-1].check_sampled_rows(index)
@@ -196,7 +208,9 @@ def _read_record_file(file: Path) -> dict[str, Any]:
     return about
 
 
-def read_fusion_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> list[BaseRequirement]:
+def read_fusion_bases(
+    fusion: FusionConfig, base: str, skeleton: Skeleton, quant: QuantConfig | None
+) -> list[BaseRequirement]:
     """Return the bases of a fusion's adapters that have to equal ``skeleton``'s row by row.
 
     A base and its quantization by ``dist-peft quantize`` count as one base, as do two
@@ -213,6 +227,7 @@ def read_fusion_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> li
         owner = f"adapter.adapters: {adapter.path}"
         fix = "an adapter means nothing on another base; fuse adapters of one base"
         trained_on = BaseRequirement(owner, record, fix)
+        _warn_of_other_codec(about, quant, owner, str(directory / METADATA_FILE))
         if not record.fingerprint or index.matches_fingerprint(record.fingerprint):
             trained_on.check_sampled_rows(index)
             found.append(trained_on)
@@ -235,6 +250,18 @@ def read_fusion_bases(fusion: FusionConfig, base: str, skeleton: Skeleton) -> li
             extra=ONCE,
         )
     return found
+
+
+def _warn_of_other_codec(
+    about: Mapping[str, Any], quant: QuantConfig | None, owner: str, where: str
+) -> None:
+    """Log that an adapter of the same kind was trained with other numbers: a fusion, which
+    takes adapters of any quantization of the base, learns on those that it has."""
+    trained = about.get("quant")
+    if quant is None or not isinstance(trained, dict) or trained.get("kind") != quant.kind:
+        return
+    if why := describe_other_codec(about, quant.kind, where):
+        log.warning("%s %s", owner, why, extra=ONCE)
 
 
 def _find_base_origin(skeleton: Skeleton) -> str | None:

@@ -185,7 +185,7 @@ def open_run(
     path = checkpoints.find_checkpoint(checkpoint)
     with world.raise_together("compare the base with that of the checkpoint"):
         position = checkpoints.read_position(path)
-        bases = read_checkpoint_bases([path], setup.skeleton.index)
+        bases = read_checkpoint_bases([path], setup.skeleton.index, setup.config.base.quant)
         if position.base != setup.base_id:
             raise UserError(
                 f"checkpoint {path} was made on another base or another base.quant than {file} "

@@ -143,7 +143,7 @@ def _make_run_of_checkpoint(
     checkpoints = CheckpointManager(run_dir / "checkpoints", 1, world)
     path = checkpoints.find_checkpoint(checkpoint)
     setup = build_model(resolve_one_process(config, run_dir))
-    bases = read_checkpoint_bases([path], setup.skeleton.index)
+    bases = read_checkpoint_bases([path], setup.skeleton.index, setup.config.base.quant)
     if checkpoints.read_position(path).base != setup.base_id:
         raise UserError(
             f"checkpoint {path} was made on another base or another base.quant than {file} names: "

@@ -174,7 +174,7 @@ def _setup_evaluation(
     with world.raise_together("compare the base with that of the checkpoint"):
         positions = {name: c.read_position(path) for name, (c, path) in saved.items()}
         paths = [path for _, path in saved.values()]
-        trained_on = read_checkpoint_bases(paths, setup.skeleton.index)
+        trained_on = read_checkpoint_bases(paths, setup.skeleton.index, setup.config.base.quant)
     run_configs = {name: each.run for name, each in configs.items()}
     loaders = _make_adapter_loaders(run_configs, setup, world, positions)
     for checkpoints, path in saved.values():

@@ -11,7 +11,12 @@ from dist_peft.app.verified_export import ExportOutcome, VerificationOptions
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.export.formats.export_format import ExportOption
-from dist_peft.export.formats.registry import FORMATS, render_format_table
+from dist_peft.export.formats.registry import (
+    FORMATS,
+    describe_verification,
+    list_format_facts,
+    render_format_table,
+)
 from dist_peft.export.verification_choice import CONSUMER_SHARE, AskedVerification
 
 __all__ = [
@@ -128,7 +133,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export`` only."""
     names = ", ".join(FORMATS)
     parser.add_argument(
-        "--list", action=_ListFormatsAction, help="print content and consumer of each format"
+        "--list",
+        action=_ListFormatsAction,
+        help="print content and consumer of each format, and the library that compares it here; "
+        "--list --json: as JSON",
     )
     parser.add_argument(
         "--format", required=True, choices=FORMATS, metavar="NAME", help=f"one of {names}"
@@ -157,10 +165,16 @@ class _ListFormatsAction(argparse.Action):
     """``--list``: print the table of formats and exit, as ``--help`` does."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
+        super().__init__(option_strings, dest, nargs=argparse.REMAINDER, metavar="", **kwargs)
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(render_format_table())
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        if namespace.json or "--json" in values:
+            print_document(list_format_facts(), indent=1)
+        else:
+            compared = {name: describe_verification(known) for name, known in FORMATS.items()}
+            print(render_format_table({"compared with the trained model by": compared}))
         parser.exit()
 
 

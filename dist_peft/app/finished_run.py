@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_peft.adapters.metadata import read_adapter_metadata
+from dist_peft.adapters.metadata import METADATA_FILE, read_adapter_metadata
+from dist_peft.app.codec_versions import describe_codec, refuse_other_codec
 from dist_peft.app.resolved_config import resolve_finished_run
 from dist_peft.app.run_consistency import refuse_older_adapter
 from dist_peft.app.tasks import refuse_separate_tasks
@@ -35,7 +36,12 @@ def select_training_settings(config: RunConfig) -> dict[str, Any]:
     """
     base = config.base.model_dump(mode="json", include={"quant", "compute_dtype", "head"})
     through = getattr(config.adapter, "through_quantizer", False)
-    return {**base, "adapter_kind": config.adapter.kind, "through_quantizer": through}
+    return {
+        **base,
+        "adapter_kind": config.adapter.kind,
+        "through_quantizer": through,
+        **describe_codec(config.base.quant),
+    }
 
 
 def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunConfig:
@@ -69,9 +75,13 @@ def load_finished_run(run_dir: Path, *, trust_remote_code: bool = False) -> RunC
 
 def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
     """Raise UserError if ``config.yaml`` differs from the settings stored with the adapter."""
-    trained = read_adapter_metadata(run_dir / "adapter")
+    adapter = run_dir / "adapter"
+    trained = read_adapter_metadata(adapter)
+    codec = describe_codec(config.base.quant)
     for key, stated in select_training_settings(config).items():
-        if key not in trained or trained[key] == stated:  # older adapters keep fewer facts
+        if (
+            key in codec or key not in trained or trained[key] == stated
+        ):  # older adapters keep fewer facts
             continue
         name = _ADAPTER_KEYS.get(key, f"base.{key}")
         raise UserError(
@@ -79,3 +89,5 @@ def _refuse_contradiction(config: RunConfig, run_dir: Path) -> None:
             f"{run_dir / 'adapter'} was trained with {json.dumps(trained[key])}: config.yaml was "
             f"changed after the training; restore {name} in it"
         )
+    where = str(adapter / METADATA_FILE)
+    refuse_other_codec(trained, config.base.quant, f"the adapter in {adapter}", where)

@@ -6,6 +6,7 @@ is for which server. All of it is read from the run directory and from the files
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +17,8 @@ from dist_peft.app.server_support import describe_vllm_support
 from dist_peft.core.config.io import load_run_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.redaction import redact_text
-from dist_peft.export.merge_record import RECORD_NAME
+from dist_peft.export.formats.gguf_lora import LORA_FILE
+from dist_peft.export.merge_record import RECORD_NAME, hash_adapter
 from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
@@ -24,6 +26,8 @@ from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 __all__ = ["ADAPTER", "CARD_FILE", "write_model_card"]
 
 CARD_FILE = "README.md"
+log = logging.getLogger("dist_peft")
+
 BASE_CARD_FILE = "README.base.md"
 """The base's card, where an export has copied it."""
 
@@ -40,49 +44,69 @@ _SERVERS = """\
 """
 
 
-def write_model_card(run_dir: Path, directory: Path, format_name: str) -> Path:
-    """Write the card of ``directory``, replacing one that is there.
+def write_model_card(run_dir: Path, output: Path, format_name: str) -> Path:
+    """Write the card of ``output``, replacing one that is there.
+
+    A card of a single file, such as ``mine.gguf``, is ``mine.README.md`` in the same directory. A
+    base's card in an exported directory is kept as ``README.base.md``; a file of that name which
+    is no card of this package is not replaced.
 
     Args:
         run_dir: the run that it was made of: ``config.yaml``, ``metrics.jsonl``, ``adapter/``.
-        directory: the run's ``adapter/``, or an export.
+        output: the run's ``adapter/``, an exported directory, or a single exported file.
         format_name: of the export, or ``ADAPTER``.
+
+    Returns:
+        The card's path, whether it was written or not.
 
     Raises:
         UserError: a file of the run is damaged, or the disk is full.
     """
     config = load_run_config(run_dir / "config.yaml", trust_remote_code=False)
-    front = _list_front_matter(config, directory)
-    name = run_dir if format_name == ADAPTER else directory
+    front = _list_front_matter(config, output)
+    name = run_dir if format_name == ADAPTER else output
     lines = ["---", *front, "---", "", f"# {_escape_cell(name.resolve().name)}, {format_name}", ""]
     lines += ["| | |", "| --- | --- |"]
     rows = [
-        *_list_origin_rows(config),
+        *_list_origin_rows(config, read_adapter_metadata(run_dir / ADAPTER)),
         *_list_result_rows(run_dir),
-        *_list_hashes(run_dir, directory),
+        *_list_hashes(run_dir, output),
     ]
     lines += [f"| {label} | {_escape_cell(text)} |" for label, text in rows]
-    lines += ["", *_describe_loading(directory), "", "Other forms of the same run:", "", _SERVERS]
-    path = directory / CARD_FILE
+    lines += ["", *_describe_loading(output), "", "Other forms of the same run:", "", _SERVERS]
+    path = output / CARD_FILE if output.is_dir() else output.with_suffix(f".{CARD_FILE}")
     if path.is_file() and "\n- dist_peft\n" not in path.read_text(errors="replace"):
-        path.replace(directory / BASE_CARD_FILE)  # the base's own, with its license
+        if not output.is_dir():
+            log.warning("%s is no card of dist_peft and is kept: no card was written", path)
+            return path
+        path.replace(output / BASE_CARD_FILE)  # the base's own, with its license
     write_atomically(path, "\n".join(lines))
     return path
 
 
-def _list_front_matter(config: RunConfig, directory: Path) -> list[str]:
-    is_adapter = find_config_file(directory).is_file()
-    lines = [f"library_name: {'peft' if is_adapter else 'transformers'}"]
+def _find_gguf(output: Path) -> Path | None:
+    """Return the GGUF file of an export, which is it or holds it; None: of another format."""
+    if output.suffix == ".gguf" and output.is_file():
+        return output
+    return next(iter(sorted(output.glob("*.gguf"))), None)
+
+
+def _list_front_matter(config: RunConfig, output: Path) -> list[str]:
+    lines = [f"library_name: {'peft' if find_config_file(output).is_file() else 'transformers'}"]
+    gguf = [] if _find_gguf(output) is None else ["- gguf"]
+    if gguf:
+        lines = []  # no Python library's
     if not Path(config.base.path).expanduser().exists():  # a hub id; a path is of one machine
         lines.append(f"base_model: {json.dumps(redact_text(config.base.path))}")
-    return [*lines, "tags:", "- dist_peft", f"- {config.adapter.kind}"]
+    return [*lines, "tags:", "- dist_peft", f"- {config.adapter.kind}", *gguf]
 
 
-def _list_origin_rows(config: RunConfig) -> list[tuple[str, str]]:
+def _list_origin_rows(config: RunConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:
     quant = config.base.quant
     stored: str = config.base.compute_dtype
     if quant is not None:
         stored = f"{quant.kind}, {quant.bits} bits in groups of {quant.group_size}"
+        stored += f" (codec version {about.get('codec_version', 1)})"
     settings = config.adapter.model_dump(include={"r", "alpha", "init"})
     method = " ".join([config.adapter.kind, *(f"{key} {value}" for key, value in settings.items())])
     names = [PurePath(source.path).name or source.path for source in config.data.train]
@@ -110,16 +134,19 @@ def _list_result_rows(run_dir: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _list_hashes(run_dir: Path, directory: Path) -> list[tuple[str, str]]:
+def _list_hashes(run_dir: Path, output: Path) -> list[tuple[str, str]]:
     about: Mapping[str, Any] = read_adapter_metadata(run_dir / "adapter")
     rows = []
     if isinstance(found := about.get("base_fingerprint"), str):
         rows.append(("Fingerprint of the base", f"`{found}`"))
-    if (directory / RECORD_NAME).is_file():
-        if isinstance(found := read_json_object(directory / RECORD_NAME).get("adapter"), str):
-            rows.append(("Hash of the adapter in it", f"`{found}`"))
-        return rows
-    for file in sorted(directory.glob("adapter*.safetensors")):
+    held: object = None
+    if (output / RECORD_NAME).is_file():
+        held = read_json_object(output / RECORD_NAME).get("adapter")
+    elif _find_gguf(output) is not None:
+        held = hash_adapter(run_dir / ADAPTER)
+    if isinstance(held, str) and held:
+        return [*rows, ("Hash of the adapter in it", f"`{held}`")]
+    for file in sorted(output.glob("adapter*.safetensors")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         rows.append((f"SHA-256 of {file.name}", f"`{digest}`"))
     return rows
@@ -127,6 +154,13 @@ def _list_hashes(run_dir: Path, directory: Path) -> list[tuple[str, str]]:
 
 def _describe_loading(directory: Path) -> list[str]:
     file = find_config_file(directory)
+    if (gguf := _find_gguf(directory)) is not None:
+        if gguf.name == LORA_FILE:
+            return [f"llama.cpp: `llama-server -m BASE.gguf --lora {gguf.name}`"]
+        return [
+            f"llama.cpp: `llama-server -m {_escape_cell(gguf.name)}`; Ollama: a `Modelfile` with "
+            f"`FROM ./{_escape_cell(gguf.name)}`."
+        ]
     if not file.is_file():
         if not (directory / "config.json").is_file():
             return ["Make a model of the run with `dist-peft merge`."]

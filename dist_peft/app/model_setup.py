@@ -168,7 +168,8 @@ def build_model(resolved: ResolvedConfig, *, packed_tokens: int = 0) -> ModelSet
     adapter.attach_to_model(skeleton.model)
     fused: list[BaseRequirement] = []
     if isinstance(config.adapter, FusionConfig):
-        fused = read_fusion_bases(config.adapter, config.base.path, skeleton)
+        quant = config.base.quant
+        fused = read_fusion_bases(config.adapter, config.base.path, skeleton, quant)
     base_id = _compute_base_id(config, skeleton)
     return ModelSetup(config, directory, tokenizer, skeleton, adapter, base_id, fused)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dist_peft.app.codec_versions import describe_other_codec
 from dist_peft.app.finished_run import load_finished_run
 from dist_peft.app.output_places import refuse_taken_place
 from dist_peft.app.verified_export import VerificationOptions, choose_export_verification
@@ -133,6 +134,12 @@ def _check_base_of_run(run: _TrainedRun, record: MergeRecord, merged: Path) -> N
             f"{quants[1]}) than the weights of {merged} are of ({quants[0]}); merge or export that "
             "run instead"
         )
+    if record.state != "original":
+        for entries, where in ((own, file), (record.base, merged / RECORD_NAME)):
+            quant = entries.get("quant")
+            kind = quant.get("kind") if isinstance(quant, dict) else None
+            if kind and (why := describe_other_codec(entries, kind, str(where))):
+                raise UserError(f"{where} {why}; merge or export the run instead")
 
 
 def _verify(

@@ -174,7 +174,7 @@ class Trainer:
         progress = self._make_progress_display(first_step)
         with metrics, progress, closing(training), self.checkpoints.writes_finished():
             for step in range(first_step, self.total_steps):
-                start, load = time.perf_counter(), StepLoad(engine.device)
+                start, load = time.perf_counter(), StepLoad(engine.device, self.world)
                 batches, targets = loader.load_step(step)
                 loaded = time.perf_counter() - start
                 loss, computed, gathered = yield StepBatches(batches, targets)
@@ -204,7 +204,7 @@ class Trainer:
                     seconds=seconds,
                     nonfinite_steps=len(self.nonfinite.steps) or None,
                     spike=spikes.log_loss(done, loss),
-                    **load.describe_maxima(maxima, self.world.size),
+                    **load.describe_maxima(maxima, loader.count_share_targets(step), seconds),
                     **training.parts.method_metrics,
                 )
                 is_best = False
@@ -319,7 +319,7 @@ class Trainer:
             state[f"start/{name}"] = self.built.engine.gather_parameter(
                 self.built.get_parameter(name)
             )
-        files = {RECORD_FILE: format_base_record(self.built.record)}
+        files = {RECORD_FILE: format_base_record(self.built.record, self.config.base.quant)}
         files |= format_adapter_files(self.training.make_metadata(), self.loaders.chat_template)
         position = self._make_run_position(step)
         seal = self.chain.make_seal(position)

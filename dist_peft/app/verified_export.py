@@ -143,8 +143,7 @@ def export_finished_run(
         verifier = choose_export_verification(known, needed, verify.verifier)
     result = known.write_export(job)
     log.info("wrote %s", known.describe_result(result))
-    if result.path.is_dir():
-        write_model_card(run_dir, result.path, name)
+    write_model_card(run_dir, out if out.is_dir() else result.path, name)
     if result.written.unpacked:
         log.warning(
             "%d linears stay %s, since groups do not divide them, such as %s",

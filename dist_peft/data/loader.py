@@ -232,6 +232,14 @@ class Loader(ABC, Generic[BatchT]):
         chosen = self.list_step_rows(index)
         return self._make_batches(chosen), sum(self.rows.num_targets(row) for row in chosen)
 
+    def count_share_targets(self, index: int) -> list[int]:
+        """Return the target tokens of optimizer step ``index`` of each data-parallel rank."""
+        parts = _split_into_micro_batches(self.list_step_rows(index), self._micro_batch)
+        return [
+            sum(self.rows.num_targets(row) for part in parts[r :: self._data_size] for row in part)
+            for r in range(self._data_size)
+        ]
+
     def load_all_sequential(self) -> list[BatchT]:
         """Return this rank's micro-batches of all sequences, once and in order, for evaluation.
 

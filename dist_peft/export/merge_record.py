@@ -22,7 +22,7 @@ __all__ = ["RECORD_NAME", "MergeRecord", "hash_adapter", "select_base_entries"]
 RECORD_NAME = "merge_record.json"
 
 _VERSION = 1
-_OF_BASE = ("base", "base_fingerprint", "base_content", "quant")
+_OF_BASE = ("base", "base_fingerprint", "base_content", "quant", "codec_version")
 
 
 @dataclass(frozen=True)

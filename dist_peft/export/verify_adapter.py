@@ -22,7 +22,7 @@ from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.model.skeleton import parse_torch_dtype
 
-__all__ = ["load_trained_base", "verify_adapter"]
+__all__ = ["load_trained_base", "save_trained_base", "verify_adapter"]
 
 
 @torch.no_grad()
@@ -83,6 +83,19 @@ def load_trained_base(base: BaseConfig, directory: Path, labels: Any) -> nn.Modu
     model = _build_plain_model(base, directory, labels)
     _fill_plain_model(model, base, directory, labels)
     return model
+
+
+def save_trained_base(base: BaseConfig, directory: Path, out: Path) -> None:
+    """Write the model of ``load_trained_base`` to ``out``, as ``transformers`` saves it.
+
+    Raises:
+        VerificationSkipped: ``transformers`` has no such model, or the disk is full.
+    """
+    model: Any = load_trained_base(base, directory, ())
+    try:
+        model.save_pretrained(out)
+    except OSError as error:
+        raise VerificationSkipped(f"the dequantized base cannot be written: {error}") from None
 
 
 def _build_plain_model(base: BaseConfig, directory: Path, labels: Any) -> nn.Module:

@@ -68,6 +68,17 @@ class ConsumerRequest:
 class Consumer(Protocol):
     """A library that loads exports."""
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Modules that it consists of, the library itself first."""
+
+    @property
+    def variable(self) -> str:
+        """Environment variable that may name a Python with the library; empty: there is none."""
+
+    def list_missing(self) -> tuple[str, ...]:
+        """Return those of ``libraries`` that are not installed here, nor in that Python."""
+
     def compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
         """Load ``request.path`` and return the library's version and the logits of the probe.
 
@@ -92,6 +103,7 @@ class TransformersConsumer:
         prepare: changes the loaded model before an adapter is loaded; returns a note on it for
             the report.
         generates: whether the model must generate, too.
+        variable: none, since it is in this process.
     """
 
     needs: tuple[str, ...] = ()
@@ -101,6 +113,16 @@ class TransformersConsumer:
     file_argument: str | None = None
     prepare: Callable[[Any], str] | None = None
     generates: bool = True
+    variable: str = ""
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """``transformers``, then ``needs``."""
+        return ("transformers", *self.needs)
+
+    def list_missing(self) -> tuple[str, ...]:
+        """Return those of ``needs`` that are not installed."""
+        return tuple(module for module in self.needs if find_spec(module) is None)
 
     def compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
         """Load and compute. See ``Consumer``."""
@@ -109,10 +131,9 @@ class TransformersConsumer:
 
     @torch.no_grad()
     def _compute_logits(self, request: ConsumerRequest) -> tuple[str, Tensor]:
-        for module in self.needs:
-            if find_spec(module) is None:
-                package = module.replace("_", "-")
-                raise VerificationSkipped(f"{package} is not installed; pip install {package}")
+        for module in self.list_missing():
+            package = module.replace("_", "-")
+            raise VerificationSkipped(f"{package} is not installed; pip install {package}")
         disable_progress_bar()
         path, options = request.path, self._make_options(request)
         if self.file_argument is not None:
@@ -168,6 +189,15 @@ class ProcessConsumer:
     install: str = ""
     note: str = ""
     options: tuple[str, ...] = ()
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The module."""
+        return (self.module,)
+
+    def list_missing(self) -> tuple[str, ...]:
+        """Return the module where no Python has it; one that the variable names is not asked."""
+        return () if self.find_python() else self.libraries
 
     def find_python(self) -> str | None:
         """Return a Python executable that has the library, or None."""

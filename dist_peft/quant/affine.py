@@ -78,6 +78,7 @@ class AffineCodec(CodecDefaults):
         solver: how ``encode`` chooses zeros and codes; decoding does not look at it.
     """
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "solver")
 
     bits: int = 4

@@ -32,6 +32,7 @@ __all__ = [
     "RawCodec",
     "describe_quant",
     "find_unused_quant_keys",
+    "get_codec_version",
     "list_quant_keys",
     "make_codec",
     "make_finer_codec",
@@ -44,6 +45,10 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Short name, such as ``nf4``, ``int4``, ``raw``."""
+
+    codec_version: ClassVar[int]
+    """Raised whenever packed bytes or decoded values of the same weight change. Adapters, merged
+    directories and checkpoints keep it; without one they are of version 1."""
 
     @property
     def is_quantized(self) -> bool:
@@ -101,6 +106,8 @@ class RawCodec(CodecDefaults):
     """
 
     dtype: torch.dtype = torch.bfloat16
+
+    codec_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not self.dtype.is_floating_point:
@@ -198,6 +205,11 @@ def make_finer_codec(codec: Codec) -> Codec:
     if rows is None:
         raise ValueError(f"rows of codec {codec.name} have no groups")
     return AffineCodec(8, rows.group_size)
+
+
+def get_codec_version(kind: str) -> int:
+    """Return ``codec_version`` of the codec that ``base.quant.kind`` names."""
+    return _CODECS[kind].codec_version
 
 
 def list_quant_keys(kind: str) -> tuple[str, ...]:

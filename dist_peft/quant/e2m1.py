@@ -34,6 +34,7 @@ class E2m1Codec(CodecDefaults, ABC):
         group_size: weights that share a scale.
     """
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
     kind: ClassVar[str]
     group_size: ClassVar[int]

@@ -52,6 +52,7 @@ class Fp4Codec(CodecDefaults):
         group_size: weights that share a scale; any multiple of 8.
     """
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
 
     group_size: int = 64

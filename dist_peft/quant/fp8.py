@@ -55,6 +55,7 @@ class Fp8Codec(CodecDefaults):
         group_size: weights that share a scale; any multiple of 8. 2**16: usually a whole row.
     """
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size")
 
     group_size: int = 128

@@ -41,6 +41,7 @@ _INVERSE = 7.874015718698502e-3
 class LlmInt8Codec(CodecDefaults):
     """The codec of LLM.int8's weights, without options. See the module for formula and layout."""
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits",)
 
     @classmethod

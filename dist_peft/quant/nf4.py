@@ -95,6 +95,7 @@ class Nf4Codec(CodecDefaults):
         double_quant: store scales in 8 bits where that saves bytes.
     """
 
+    codec_version: ClassVar[int] = 1
     config_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "double_quant")
 
     group_size: int = 64

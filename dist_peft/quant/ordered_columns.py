@@ -10,7 +10,7 @@ The order is the codec's, 4 bytes a column of one linear, on every rank; rows ho
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class OrderedColumnsCodec(CodecDefaults):
 
     inner: AffineCodec
     order: bytes
+    codec_version: ClassVar[int] = 1
 
     @classmethod
     def from_order(cls, inner: AffineCodec, order: Tensor) -> Self:

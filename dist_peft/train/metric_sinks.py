@@ -112,6 +112,9 @@ def list_scalars(record: StepMetrics) -> list[tuple[str, float, int]]:
         scalars.append(("memory/reserved_GiB", record.mem_reserved / 2**30, step))
     if record.straggler_share is not None:
         scalars.append(("speed/straggler_share", record.straggler_share, step))
+    for name in ("rank_rate_min", "rank_rate_median", "rank_rate_max"):
+        if (found := getattr(record, name)) is not None:
+            scalars.append((f"speed/{name}", found, step))
     for name in ("nonfinite_steps", "spike", *_SHARES):
         if (found := getattr(record, name)) is not None:
             scalars.append((f"train/{name}", found, step))

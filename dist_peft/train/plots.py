@@ -61,8 +61,13 @@ class PlotSpec:
     is_shown: Callable[[Records], bool] = bool
 
 
-def draw_plot(plot: PlotSpec, records: Records, *, is_wide: bool = False) -> str:
+def draw_plot(
+    plot: PlotSpec, records: Records, *, is_wide: bool = False, is_file: bool = False
+) -> str:
     """Return ``plot`` as SVG; ``records`` (at least one) sorted by step.
+
+    Args:
+        is_file: for a file of its own.
 
     Raises:
         ValueError: no records.
@@ -72,7 +77,8 @@ def draw_plot(plot: PlotSpec, records: Records, *, is_wide: bool = False) -> str
     with drawing():
         figure, axes = _make_step_axes(plot.title, plot.unit, is_wide)
         plot.paint(axes, records)
-        return render_svg(figure, f"{plot.title}: {plot.unit}", _name_drawing(plot.name, is_wide))
+        text, name = f"{plot.title}: {plot.unit}", _name_drawing(plot.name, is_wide)
+        return render_svg(figure, text, name, is_file=is_file)
 
 
 def draw_overlay(

@@ -5,11 +5,13 @@ configuration from ``config.yaml``.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dist_peft.core.errors import UserError
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.attention_record import FusionAttention
 from dist_peft.train.metrics import format_byte_count
@@ -25,7 +27,7 @@ from dist_peft.train.report_page import Picture, ReportSection, render_page
 from dist_peft.train.run_summary import Row, RunSummary
 from dist_peft.train.step_metrics import METRICS_FILE, SCORE_TITLES, StepMetrics, read_metrics
 
-__all__ = ["list_outcome_rows", "write_report", "write_task_report"]
+__all__ = ["list_outcome_rows", "write_plots", "write_report", "write_task_report"]
 
 
 def write_report(
@@ -185,10 +187,19 @@ def list_outcome_rows(records: Sequence[StepMetrics], ranks: int = 1) -> list[Ro
 
 
 def _list_rank_rows(records: Sequence[StepMetrics], speed: float, ranks: int) -> list[Row]:
-    """Return throughput of a rank, the straggler share and reserved memory, where they exist."""
+    """Return throughput by rank, the straggler share and reserved memory, where they exist."""
     rows: list[Row] = []
-    if ranks > 1:
+    ends = [(r.rank_rate_min, r.rank_rate_median, r.rank_rate_max) for r in records]
+    rates = [own for own in ends if None not in own]
+    if rates:
+        low, middle, high = (statistics.median(own) for own in zip(*rates, strict=True))
+        text = f"{low:,.0f} / {middle:,.0f} / {high:,.0f} targets/s"
+        rows.append(("Throughput by rank, min / median / max", text))
+    elif ranks > 1:
         rows.append(("Throughput of a rank (median)", f"{speed / ranks:,.0f} targets/s"))
+    if slowest := [r.slowest_rank for r in records if r.slowest_rank is not None]:
+        rank, times = Counter(slowest).most_common(1)[0]
+        rows.append(("Slowest rank", f"{rank}, in {times / len(slowest):.0%} of the steps"))
     if shares := [r.straggler_share for r in records if r.straggler_share is not None]:
         rows.append(("Straggler share (median)", f"{statistics.median(shares):.1%}"))
     if reserved := [r.mem_reserved for r in records if r.mem_reserved is not None]:
@@ -224,6 +235,31 @@ def _draw_pictures(records: Sequence[StepMetrics]) -> list[Picture]:
         for plot in PLOTS
         if plot.is_shown(records)
     ]
+
+
+def write_plots(run_dir: Path, directory: Path) -> list[Path]:
+    """Write each plot of a run's report to a file of its own, ``NAME.svg``; return their paths.
+
+    Args:
+        directory: is made if it is not there; files of these names are replaced.
+
+    Raises:
+        UserError: ``metrics.jsonl`` is damaged or has no step, or the files cannot be written.
+    """
+    records = read_metrics(run_dir / METRICS_FILE)
+    if not records:
+        raise UserError(f"{run_dir} has no recorded step, so there is nothing to draw")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make directory {directory}: {error.strerror}") from None
+    written = []
+    for plot in PLOTS:
+        if plot.is_shown(records):
+            written.append(directory / f"{plot.name}.svg")
+            picture = draw_plot(plot, records, is_wide=plot.is_wide, is_file=True)
+            write_atomically(written[-1], picture)
+    return written
 
 
 def _draw_attention(found: FusionAttention) -> Picture:

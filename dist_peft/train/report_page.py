@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from dist_peft.train.run_summary import Row
 from dist_peft.train.svg import THEME_CSS
@@ -83,6 +84,7 @@ def render_page(
         sections=sections,
         config=config,
         theme_css=THEME_CSS,
+        short=Markup(' class="short"'),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
 
@@ -128,6 +130,7 @@ svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 .many td, .many thead th { padding-left: 1rem; overflow-wrap: normal; }
 .many thead th { padding-right: 0; text-align: right; color: var(--ink); }
+td.short { white-space: nowrap; }  /* a number and its unit */
 .narrow { display: none; }
 @media (max-width: 600px) {
   body { padding: 1rem .5rem 2rem; }
@@ -175,7 +178,11 @@ details pre { margin-top: .8rem; }
 {% for name in table.columns %}<th scope="col">{{ name }}</th>{% endfor %}
 </tr></thead>
 {% for label, values in table.rows %}
-<tr><th scope="row">{{ label }}</th>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ label }}</th>
+{% for value in values %}
+<td{{ short if value | length < 16 else '' }}>{{ value }}</td>
+{% endfor %}
+</tr>
 {% endfor %}
 </table></div></section>
 {% endfor %}

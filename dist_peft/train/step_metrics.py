@@ -50,6 +50,10 @@ class StepMetrics:
         mem_reserved: on GPUs, the most that the allocator has held so far, of the rank that holds
             most; ``mem_peak`` is the part that tensors were in.
         straggler_share: of several ranks on CPUs, see ``train.rank_load``.
+        rank_rate_min, rank_rate_median, rank_rate_max: of several ranks, the target tokens/s of
+            each without its waiting for slower ones (CPUs) or over the wall time (GPUs), see
+            ``train.rank_load``.
+        slowest_rank: of several ranks on CPUs, the one that worked longest.
         bytes_gathered: bytes of all-gather output one rank received in the step.
         eval_loss: held-out loss after the step, where it was evaluated.
         eval_loss_before: held-out loss before the first step, on the line of that step.
@@ -112,6 +116,10 @@ class StepMetrics:
     reversal_strength: float | None = None
     mem_reserved: int | None = None
     straggler_share: float | None = None
+    rank_rate_min: float | None = None
+    rank_rate_median: float | None = None
+    rank_rate_max: float | None = None
+    slowest_rank: int | None = None
     sample_texts: list[dict[str, str]] | None = None
     sample_texts_before: list[dict[str, str]] | None = None
 

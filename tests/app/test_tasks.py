@@ -54,7 +54,8 @@ def numbers(run: Path) -> list[StepMetrics]:
     """Metrics without what time and the machine make of them, and DeepSpeed's stage 3, which
     remembers what it gathered."""
     nothing = {"tokens_per_s": 0.0, "mem_peak": 0, "seconds": 0.0, "bytes_gathered": 0}
-    nothing |= {"straggler_share": None}
+    nothing |= {"straggler_share": None, "slowest_rank": None}
+    nothing |= dict.fromkeys(("rank_rate_min", "rank_rate_median", "rank_rate_max"))
     return [StepMetrics(**{**vars(r), **nothing}) for r in read_metrics(run / METRICS_FILE)]
 
 

@@ -240,6 +240,12 @@ def test_list_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("hf-bf16", "peft", "bnb-nf4", "gptq", "compressed-tensors", "mlx", "gguf"):
         assert f"| `{name}`" in out
+    assert "compared with the trained model by" in out and "transformers (installed)" in out
+    for argv in (["--list", "--json"], ["--json", "--list"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["export", *argv])
+        facts = {each["format"]: each for each in json.loads(capsys.readouterr().out)}
+        assert facts["hf-bf16"]["compared_by"][0]["missing"] == []
 
 
 @pytest.mark.parametrize("name", ["hf-metal", "compressed-tensors"])

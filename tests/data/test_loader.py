@@ -98,6 +98,8 @@ def test_any_world_size_serves_the_same_step(
     assert {t for _, t in shares} == {targets}
     counted = sum(int((b.labels != IGNORE).sum()) for batches, _ in shares for b in batches)
     assert counted == targets > 0
+    own = [sum(int((b.labels != IGNORE).sum()) for b in batches) for batches, _ in shares]
+    assert loader(rows, 0, world_size, **arguments).count_share_targets(step) == own
     assert len({len(batches) for batches, _ in shares}) == 1
     sizes = [len(b.sample_ids) for b in alone]
     assert max(sizes) <= arguments["micro_batch"] and max(sizes) - min(sizes) <= 1

@@ -25,6 +25,7 @@ START_SECONDS = 45.0
 """The longest wait for all ranks at the rendezvous."""
 
 VARYING = {"tokens_per_s", "seconds", "mem_peak", "bytes_gathered", "straggler_share"}
+VARYING |= {"rank_rate_min", "rank_rate_median", "rank_rate_max", "slowest_rank"}
 """Metrics that equal runs need not have in common. DeepSpeed keeps gathered parameters for longer
 once it has seen a whole step: it gathers other amounts of bytes after a restart."""
 

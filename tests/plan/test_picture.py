@@ -33,7 +33,9 @@ def test_files(tmp_path: Path) -> None:
         draw_memory_bar(PLAN, "a run", path)
         assert path.read_bytes().startswith(start)
     svg = (tmp_path / "plan.svg").read_text()
-    assert "packed base, 15.00 GiB" in svg and "card, 24.0" in svg
+    assert "packed base, 15.00 GiB" in svg and "card, 24.0 GiB" in svg
+    draw_memory_bar(PLAN, "a run", tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == svg
     with pytest.raises(UserError, match=r"as \.svg or \.png"):
         draw_memory_bar(PLAN, "a run", tmp_path / "plan.pdf")
     with pytest.raises(UserError, match="cannot be written"):

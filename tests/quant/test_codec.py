@@ -1,6 +1,7 @@
 """What every codec promises, and raw rows."""
 
 import ast
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.quant import packed_rows as rows
 from dist_peft.quant.affine import AffineCodec
-from dist_peft.quant.codec import Codec, RawCodec, make_codec, make_finer_codec
+from dist_peft.quant.codec import (
+    _CODECS,
+    Codec,
+    RawCodec,
+    get_codec_version,
+    make_codec,
+    make_finer_codec,
+)
 from dist_peft.quant.fp4 import Fp4Codec
 from dist_peft.quant.fp8 import Fp8Codec
 from dist_peft.quant.llm_int8 import LlmInt8Codec
@@ -54,6 +62,29 @@ def weights(num_rows: int, in_features: int, seed: int, dtype: torch.dtype) -> T
     weight *= 10.0 ** torch.randint(-4, 3, (num_rows, 1), generator=generator)
     weight[:, : in_features // 3] *= torch.randint(0, 2, (num_rows, 1), generator=generator)
     return weight.to(dtype)
+
+
+VERSIONS = {
+    "nf4": (1, "4f4e9d6fc0870b8e"),
+    "int": (1, "568b8d9fd6cf245b"),
+    "mxfp4": (1, "d884114ba7d7ec58"),
+    "fp8": (1, "b292c534a1b7684f"),
+    "nvfp4": (1, "f4461a11c7217fb6"),
+    "fp4": (1, "3c61d1396446d044"),
+    "llm_int8": (1, "3088dc0fd9d936cf"),
+}
+"""Kind -> ``codec_version`` and the hash of its bytes and numbers: both change, or neither."""
+
+
+@pytest.mark.parametrize("kind", sorted(_CODECS))
+def test_version_is_raised_with_every_change_of_bytes_or_numbers(kind: str) -> None:
+    steps = torch.arange(7 * 200, dtype=torch.int64)
+    weight = ((steps * 7919 % 2003 - 1001).float() / 1024).view(7, 200)  # exact in float32
+    codec = make_codec(QuantConfig.model_validate({"kind": kind}), torch.bfloat16)
+    packed = codec.quantize_to_packed(weight)
+    found = hashlib.sha256(packed.numpy().tobytes())
+    found.update(codec.dequantize_rows(packed, 200, torch.float32).numpy().tobytes())
+    assert (get_codec_version(kind), found.hexdigest()[:16]) == VERSIONS[kind]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

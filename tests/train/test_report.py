@@ -248,6 +248,15 @@ def test_ranks_stragglers_and_reserved_memory(tmp_path: Path) -> None:
     assert table["Straggler share (median)"] == "20.0%"
     assert table["Reserved by the allocator"] == "3.00 GiB"
     assert table["Longest document"] == "9 tokens" and table["GPU"] == "x"
+    rates = {"rank_rate_min": 90.0, "rank_rate_median": 100.0, "rank_rate_max": 110.0}
+    busy = [
+        replace(s, **rates, slowest_rank=rank) for s, rank in zip(steps, (3, 0, 3), strict=True)
+    ]
+    write(tmp_path / "rates", *busy)
+    table = Page(write_report(tmp_path / "rates", summary)).table
+    shown = table["Throughput by rank, min / median / max"]
+    assert shown == "90 / 100 / 110 targets/s" and table["Slowest rank"] == "3, in 67% of the steps"
+    assert "Throughput of a rank (median)" not in table
     write(tmp_path / "one", record(1, 2.0))
     alone = Page(write_report(tmp_path / "one", replace(SUMMARY, ranks=1))).table
     assert not {"Throughput of a rank (median)", "Straggler share (median)"} & alone.keys()

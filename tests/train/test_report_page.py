@@ -15,7 +15,8 @@ def test_pictures_have_a_side_for_phones() -> None:
 
 
 def test_comparisons_have_a_column_for_each_run() -> None:
-    table = ComparisonTable("T", ["<a>", "b"], [("Steps", ["1", "<2>"])])
+    table = ComparisonTable("T", ["<a>", "b"], [("Steps", ["494 MiB", "<2> " * 4])])
     page = render_page("n", headline="", comparisons=[table])
     assert '<th scope="col">&lt;a&gt;</th><th scope="col">b</th>' in page
-    assert '<th scope="row">Steps</th><td>1</td><td>&lt;2&gt;</td>' in page
+    short, long = '<td class="short">494 MiB</td>', f"<td>{'&lt;2&gt; ' * 4}</td>"
+    assert f'<th scope="row">Steps</th>\n{short}\n{long}\n' in page

@@ -24,7 +24,7 @@ log = logging.getLogger("dist_peft")
 
 _OF_BASE = {
     *("base", "base_fingerprint", "base_content", "base_quantized", "base_made_from"),
-    "quant",
+    *("quant", "codec_version"),
 }
 """Keys of ``dist_peft.json`` that the combined adapter inherits."""
 

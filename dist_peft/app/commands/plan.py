@@ -54,7 +54,8 @@ def run(args: argparse.Namespace, world: World) -> int:
     planned = build_planned_model(config, args.base_config)
     plan = plan_run(planned, cluster)
     if args.out is not None:
-        title = f"{Path(config.base.path).name} on {cluster.ranks} cards, {plan.engine}"
+        cards = "1 card" if cluster.ranks == 1 else f"{cluster.ranks} cards"
+        title = f"{Path(config.base.path).name} on {cards}, engine {plan.engine}"
         draw_memory_bar(plan.memory, title, args.out)
     proposals = list(search_plans(planned, cluster, args.base_config)) if args.search else []
     if args.json:

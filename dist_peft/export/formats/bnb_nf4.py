@@ -21,7 +21,7 @@ from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.kept_nf4 import KeptNf4Packer
 from dist_peft.export.verify import Comparison
 from dist_peft.export.verify_bitsandbytes import verify_with_bitsandbytes
-from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.quant.codec import make_codec
 
 __all__ = ["BnbNf4Export"]
@@ -110,6 +110,10 @@ class BnbNf4Export(PackedExport):
             packer.check_packable(walk)
         how = "base as trained; separate adapter"
         return self.write_directory(job, "base", packer, how, exact=True)
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (TransformersConsumer(needs=("bitsandbytes",)),)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         return verify_with_bitsandbytes(request)

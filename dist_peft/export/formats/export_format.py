@@ -164,6 +164,15 @@ class ExportFormat(ABC):
     has_blocks: ClassVar[bool] = False
     """Whether ``verify_blocks`` is there."""
 
+    verification_limit: ClassVar[str] = ""
+    """Runs of which the library does not compute with the output, for ``export --list``."""
+
+    @property
+    @abstractmethod
+    def consumers(self) -> tuple[Consumer, ...]:
+        """Libraries that ``verify_export`` loads the output with: the first one that is installed
+        does it."""
+
     # -- before the export -------------------------------------------------------------------------
 
     @property
@@ -258,6 +267,10 @@ class PackedExport(ExportFormat):
 
     consumer: ClassVar[Consumer]
     """Library that loads the output, for the default ``verify_export``."""
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (self.consumer,)
 
     def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
         if reason := super().find_obstacle(run, options):

@@ -117,6 +117,10 @@ class GgufExport(PackedExport):
         exact = kept or (kind == "f16" and as_trained)
         return ExportResult(written, file, f"{done}: {kind.upper()}", exact)
 
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (LLAMA_CPP, self.consumer)
+
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         consumer: Consumer = LLAMA_CPP if LLAMA_CPP.find_python() else self.consumer
         name, logits = consumer.compute_logits(request)

@@ -29,13 +29,13 @@ from dist_peft.export.formats.plain_lora import (
 )
 from dist_peft.export.model_directory import WriteResult
 from dist_peft.export.verify import Comparison
-from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.publish import publish_directory
 
-__all__ = ["GgufLoraExport", "write_gguf_lora"]
+__all__ = ["LORA_FILE", "GgufLoraExport", "write_gguf_lora"]
 
-FILE = "adapter.gguf"
+LORA_FILE = "adapter.gguf"
 
 
 class GgufLoraExport(ExportFormat):
@@ -69,10 +69,19 @@ class GgufLoraExport(ExportFormat):
         factors = read_plain_lora(job.adapter_dir, self.name)
         layout = GgufModelLayout(build_skeleton(job.base, job.directory))
         with publish_directory(job.out) as out:
-            write_gguf_lora(out / FILE, layout, factors, job.directory.name)
-        size = (job.out / FILE).stat().st_size
+            write_gguf_lora(out / LORA_FILE, layout, factors, job.directory.name)
+        size = (job.out / LORA_FILE).stat().st_size
         counts = WriteResult(2 * len(factors), 0, 0, size)
-        return ExportResult(counts, job.out / FILE, "LoRA of llama.cpp", exact=True)
+        return ExportResult(counts, job.out / LORA_FILE, "LoRA of llama.cpp", exact=True)
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        reader = TransformersConsumer(needs=("gguf",))
+        if reader.list_missing():  # which writes the file, too
+            return (reader,)
+        from dist_peft.export.formats.gguf_lora_check import LLAMA_CPP_SERVER
+
+        return (LLAMA_CPP_SERVER, reader)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         from dist_peft.export.formats.gguf_lora_check import verify_gguf_lora

@@ -12,7 +12,7 @@ from dist_peft.export.merge_weights import merge_model
 from dist_peft.export.time_limit import enforce_time_limit
 from dist_peft.export.verify import Comparison, Probe, verify_directory
 from dist_peft.export.verify_blocks import verify_by_blocks
-from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.skeleton import parse_torch_dtype
 
@@ -56,6 +56,10 @@ class HfBf16Export(ExportFormat):
         )
         how = f"merged into the {into} base, {dtype}" + ", zeros kept" * kept
         return ExportResult(written, job.out, how, as_trained)
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (TransformersConsumer(),)
 
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         with enforce_time_limit("loading it with transformers", request.seconds):

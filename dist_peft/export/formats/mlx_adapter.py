@@ -9,11 +9,16 @@
 mlx-lm gives a linear whose name within its layer is in ``keys`` a LoRA in every layer, of one rank.
 So factors of a smaller rank are padded with zeros, and a linear that is not adapted in one layer
 keeps mlx-lm's own ``lora_b`` of zeros there, which changes nothing.
+
+mlx-lm applies the adapter to the base's own files. It does not load a base quantized as in
+training: for the comparison a temporary directory has the dequantized weights in the compute type.
 """
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +35,9 @@ from dist_peft.export.formats.plain_lora import (
     read_plain_lora,
 )
 from dist_peft.export.model_directory import WriteResult, copy_tokenizer_files
-from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, compare_logits
-from dist_peft.export.verify_formats import ConsumerRequest, ProcessConsumer
+from dist_peft.export.verify_adapter import save_trained_base
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, ProcessConsumer
 from dist_peft.model.hub import public_base_name, resolve_base_directory
 from dist_peft.store.publish import publish_directory
 from dist_peft.store.writer import write_atomically
@@ -53,6 +58,15 @@ def run_mlx_adapter(model: Path, ids: list[int], base: str) -> tuple[str, Any]:
     loaded.eval()
     logits = loaded(mx.array([ids])).astype(mx.float32)
     return f"mlx-lm {version('mlx-lm')}", np.array(logits)[0]
+
+
+_MLX_ADAPTER = ProcessConsumer(
+    "mlx",
+    run_mlx_adapter,
+    "mlx_lm",
+    "DIST_PEFT_MLX_PYTHON",
+    "pip install 'mlx[cpu]' mlx-lm",
+)
 
 
 class MlxAdapterExport(ExportFormat):
@@ -87,22 +101,19 @@ class MlxAdapterExport(ExportFormat):
         counts = WriteResult(len(tensors), 0, 0, size)
         return ExportResult(counts, job.out, "LoRA of mlx-lm", exact=True)
 
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (_MLX_ADAPTER,)
+
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
-        if job.base.quant is not None:
-            raise VerificationSkipped(
-                "the run's base is quantized in a way that mlx-lm does not load, so that it "
-                "cannot compute the trained model; it applies the adapter to the base's own files"
-            )
-        consumer = ProcessConsumer(
-            "mlx",
-            run_mlx_adapter,
-            "mlx_lm",
-            "DIST_PEFT_MLX_PYTHON",
-            "pip install 'mlx[cpu]' mlx-lm",
-            options=(str(resolve_base_directory(job.base).resolve()),),
-        )
-        name, logits = consumer.compute_logits(request)
-        return name, compare_logits(logits, request.probe)
+        base = resolve_base_directory(job.base).resolve()
+        if job.base.quant is None or _MLX_ADAPTER.find_python() is None:
+            name, logits = replace(_MLX_ADAPTER, options=(str(base),)).compute_logits(request)
+            return name, compare_logits(logits, request.probe)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_trained_base(job.base, base, Path(scratch))
+            name, logits = replace(_MLX_ADAPTER, options=(scratch,)).compute_logits(request)
+        return f"{name}, base dequantized", compare_logits(logits, request.probe)
 
 
 def convert_to_mlx(

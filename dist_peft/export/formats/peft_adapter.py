@@ -23,7 +23,7 @@ from dist_peft.export.model_directory import (
 from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verify import Comparison
 from dist_peft.export.verify_adapter import verify_adapter
-from dist_peft.export.verify_formats import ConsumerRequest
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.store.publish import publish_directory
 
@@ -65,6 +65,12 @@ class PeftExport(ExportFormat):
         counts = WriteResult(len(written.tensors), 0, 0, size)
         return ExportResult(counts, job.out, "PEFT adapter", exact=True)
 
+    verification_limit = "QA-LoRA, see peft-expanded"
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (TransformersConsumer(needs=("peft",)),)
+
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
         if job.pooled:
             raise VerificationSkipped(
@@ -103,6 +109,7 @@ class PeftExpandedExport(PeftExport):
 
     name = "peft-expanded"
     keeps = "QA-LoRA as plain LoRA"
+    verification_limit = ""
 
     def convert_adapter(self, public: PublicAdapter) -> PublicAdapter:
         return expand_to_plain_lora(public)

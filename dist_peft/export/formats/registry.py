@@ -6,6 +6,8 @@ merged rows are re-quantized. Formats with integer zeros keep an integer base un
 adapter separately.
 """
 
+from typing import Any
+
 from dist_peft.export.formats.awq import AwqExport
 from dist_peft.export.formats.bnb_nf4 import BnbNf4Export
 from dist_peft.export.formats.export_format import ExportForm, ExportFormat
@@ -19,7 +21,14 @@ from dist_peft.export.formats.mlx_adapter import MlxAdapterExport
 from dist_peft.export.formats.peft_adapter import PeftExpandedExport, PeftExport
 from dist_peft.export.formats.peft_experts import PeftExpertsExport
 
-__all__ = ["FORMATS", "export_model", "list_export_forms", "render_format_table"]
+__all__ = [
+    "FORMATS",
+    "describe_verification",
+    "export_model",
+    "list_export_forms",
+    "list_format_facts",
+    "render_format_table",
+]
 
 FORMATS: dict[str, ExportFormat] = {
     known.name: known
@@ -54,6 +63,49 @@ def export_model(name: str, job: ExportSpec) -> ExportResult:
         UserError: the format cannot take the run, ``out`` is not empty, the disk is full.
     """
     return FORMATS[name].write_export(job)
+
+
+def list_format_facts() -> list[dict[str, Any]]:
+    """Return the formats with the libraries that compare them here, for JSON.
+
+    Of each ``compared_by``, in order, the first one without ``missing`` modules loads an export for
+    the comparison with the trained model.
+    """
+    return [
+        {
+            "format": known.name,
+            "preserves": known.keeps,
+            "loaded_by": known.loads_with,
+            "compared_by": [
+                {
+                    "libraries": list(consumer.libraries),
+                    "missing": list(consumer.list_missing()),
+                    "python_variable": consumer.variable or None,
+                }
+                for consumer in known.consumers
+            ],
+            "not_compared": known.verification_limit or None,
+            "block_by_block": known.has_blocks,
+        }
+        for known in FORMATS.values()
+    ]
+
+
+def describe_verification(known: ExportFormat) -> str:
+    """Return the libraries that compare a format, and whether they are installed here, such as
+    ``xllamacpp (not installed), else transformers + gguf (installed)``."""
+    found = []
+    for consumer in known.consumers:
+        names = " + ".join(module.replace("_", "-") for module in consumer.libraries)
+        if not (missing := consumer.list_missing()):
+            found.append(f"{names} (installed)")
+            continue
+        lacking = "" if missing == consumer.libraries else f"{', '.join(missing)} "
+        found.append(f"{names} ({lacking.replace('_', '-')}not installed)")
+    text = ", else ".join(found)
+    if known.verification_limit:
+        text += f"; not {known.verification_limit}"
+    return text + ("; or --verify blocks" if known.has_blocks else "")
 
 
 def render_format_table(columns: dict[str, dict[str, str]] | None = None) -> str:

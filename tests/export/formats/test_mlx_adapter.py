@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.export.formats.mlx_adapter import convert_to_mlx
 from dist_peft.export.formats.plain_lora import LinearFactors
 from dist_peft.export.formats.registry import export_model
 from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.export.verify_formats import ConsumerRequest, ProcessConsumer
 from tests.support.export_runs import make_run
 
 
@@ -46,21 +48,45 @@ def test_change_of_several_ranks(scalings: tuple[float, float], scale: float) ->
 
 
 @pytest.mark.e2e
-def test_loaded_by_mlx_lm(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", None)
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["float", "nf4"])
+def test_loaded_by_mlx_lm(tmp_path: Path, quant: QuantConfig | None) -> None:
+    run = make_run(tmp_path / "run", quant)
     result = export_model("mlx-adapter", run.job(tmp_path / "out"))
     config = json.loads((result.path / "adapter_config.json").read_text())
     assert config["num_layers"] == -1 and config["fine_tune_type"] == "lora"
     assert len(load_file(result.path / "adapters.safetensors")) == 28
     try:
-        found = run.verify("mlx-adapter", result)[1]
+        name, found = run.verify("mlx-adapter", result)
     except VerificationSkipped as error:
         pytest.skip(str(error))
     assert found.relative < 1e-4
+    assert name.endswith("base dequantized") == (quant is not None)
 
 
-def test_quantized_base_is_not_that_of_mlx_lm(tmp_path: Path) -> None:
+def test_quantized_base_is_dequantized_for_mlx_lm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``transformers`` reads the directory that mlx-lm is given: it has the numbers of training."""
     run = make_run(tmp_path / "run", QuantConfig())
     result = export_model("mlx-adapter", run.job(tmp_path / "out"))
-    with pytest.raises(VerificationSkipped, match="quantized in a way that mlx-lm does not load"):
-        run.verify("mlx-adapter", result)
+    probe, seen = run.probe, {}
+
+    def compute(consumer: ProcessConsumer, request: ConsumerRequest) -> tuple[str, torch.Tensor]:
+        (base,) = consumer.options
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        weights = dict(model.named_parameters())
+        tensors = load_file(request.path / "adapters.safetensors")
+        scale = json.loads((request.path / "adapter_config.json").read_text())
+        for key in [k for k in tensors if k.endswith(".lora_a")]:
+            path = key.removesuffix(".lora_a")
+            change = (tensors[key] @ tensors[f"{path}.lora_b"]).T
+            weights[f"{path}.weight"].data += scale["lora_parameters"]["scale"] * change
+        seen["base"] = Path(base)
+        with torch.no_grad():
+            return "mlx-lm", model(input_ids=probe.input_ids).logits
+
+    monkeypatch.setattr(ProcessConsumer, "find_python", lambda _: "python")
+    monkeypatch.setattr(ProcessConsumer, "compute_logits", compute)
+    name, found = run.verify("mlx-adapter", result)
+    assert name == "mlx-lm, base dequantized" and not seen["base"].exists()
+    assert found.relative < 1e-4

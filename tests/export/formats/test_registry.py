@@ -11,7 +11,14 @@ from torch import Tensor
 from dist_peft.core.config.run import QuantConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
-from dist_peft.export.formats.registry import FORMATS, export_model, render_format_table
+from dist_peft.export import verify_formats
+from dist_peft.export.formats.registry import (
+    FORMATS,
+    describe_verification,
+    export_model,
+    list_format_facts,
+    render_format_table,
+)
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison
 from dist_peft.store.reader import RowReader
@@ -214,6 +221,33 @@ def test_places_that_are_taken(lora: FakeRun, tmp_path: Path) -> None:
     for name in ("mlx", "gguf"):
         with pytest.raises(UserError, match="not empty"):
             export_model(name, lora.job(tmp_path))
+
+
+def test_libraries_that_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(module: str) -> bool | None:
+        return None if module in missing else True
+
+    missing = {"xllamacpp", "llama_cpp", "mlx_lm", "peft"}
+    monkeypatch.setattr(verify_formats, "find_spec", find)
+    monkeypatch.setenv("DIST_PEFT_MLX_PYTHON", "/opt/mlx/bin/python")
+    monkeypatch.delenv("DIST_PEFT_LLAMACPP_PYTHON", raising=False)
+    texts = {name: describe_verification(known) for name, known in FORMATS.items()}
+    assert texts["gguf"] == "llama-cpp (not installed), else transformers + gguf (installed)"
+    assert texts["mlx"] == texts["mlx-adapter"] == "mlx-lm (installed)"  # in another Python
+    assert texts["hf-bf16"] == "transformers (installed); or --verify blocks"
+    assert texts["peft-expanded"] == "transformers + peft (peft not installed)"
+    assert texts["peft"].endswith("(peft not installed); not QA-LoRA, see peft-expanded")
+    facts = {each["format"]: each for each in list_format_facts()}
+    assert facts.keys() == FORMATS.keys()
+    assert facts["gguf"]["compared_by"][0] == {
+        "libraries": ["llama_cpp"],
+        "missing": ["llama_cpp"],
+        "python_variable": "DIST_PEFT_LLAMACPP_PYTHON",
+    }
+    assert [each["missing"] for each in facts["peft"]["compared_by"]] == [["peft"]]
+    missing = {"gguf"}
+    gguf_lora = describe_verification(FORMATS["gguf-lora"])
+    assert gguf_lora == "transformers + gguf (gguf not installed)"
 
 
 def test_table_is_in_the_documentation() -> None:
