@@ -243,7 +243,8 @@ class AdapterTraining:
 
     def make_metadata(self) -> dict[str, Any]:
         """Return the contents of the adapter's ``dist_peft.json``."""
-        return describe_adapter(self.config, self.built, self.turn_end_ids)
+        chats = self.loaders.has_conversations
+        return describe_adapter(self.config, self.built, self.turn_end_ids, chats)
 
     @cached_property
     def turn_end_ids(self) -> list[int]:

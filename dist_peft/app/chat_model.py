@@ -21,7 +21,7 @@ import torch
 
 from dist_peft.adapters.adapter_switch import can_disable_adapter, disable_adapter
 from dist_peft.app.base_content import read_checkpoint_bases
-from dist_peft.app.checkpoint_adapter import read_chat_files
+from dist_peft.app.checkpoint_adapter import ChatFiles, read_chat_files
 from dist_peft.app.model_setup import (
     LoadedModel,
     build_model,
@@ -57,7 +57,7 @@ from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.optimizers import make_optimizer_factory
 
-__all__ = ["ChatModel", "open_model_directory", "open_run"]
+__all__ = ["ChatModel", "choose_template", "open_model_directory", "open_run"]
 
 log = logging.getLogger("dist_peft")
 
@@ -69,6 +69,7 @@ class ChatModel:
     Attributes:
         model: of ``transformers``; sharded on several ranks.
         template: chat template; None: prompts are continued as they are.
+        choice: a sentence on that, with the option that changes it.
         stop_ids: tokens that end an answer.
         disable: switches the adapter off inside; None: there is none that can be switched off.
     """
@@ -80,6 +81,7 @@ class ChatModel:
     device: torch.device
     world: World
     disable: Callable[[], Any] | None
+    choice: str = ""
 
     def encode_messages(self, messages: Messages) -> list[int]:
         """Return the tokens of a conversation up to the answer.
@@ -155,7 +157,7 @@ def open_run(
     world: World,
     *,
     device: str,
-    plain: bool,
+    plain: bool | None,
     trust_remote_code: bool,
 ) -> ChatModel:
     """Load the base of a run with the adapter of a checkpoint. Collective.
@@ -163,7 +165,8 @@ def open_run(
     Args:
         checkpoint: ``last``, ``best`` or a step.
         device: ``auto``, ``cpu`` or ``cuda``.
-        plain: use no chat template.
+        plain: use no chat template; None: use one if the run was trained on conversations, or if
+            that is unknown.
 
     Raises:
         UserError: on every rank: no such run or checkpoint, a classifier, or another base.
@@ -195,38 +198,41 @@ def open_run(
         digest = compute_tokenizer_digest(setup.tokenizer)
         unchanged = {template_key: position.values.get(template_key)}
         check_trained_tokenizer(position, {tokenizer_key: digest, **unchanged})
-        ends, template = read_chat_files(path)
+        chats = read_chat_files(path)
     load_init_factors(setup, checkpoints, path)
     built = load_weights(setup, world, selected, bases)
     built.setup_optimizer(make_optimizer_factory(forward.train, selected))
     load_training_state(built, checkpoints, path, position.step)
     log.info("loaded %s", path)
-    return _make_chat_model(built, world, template, ends, plain)
+    return _make_chat_model(built, world, chats, plain)
 
 
 def _make_chat_model(
-    built: LoadedModel, world: World, template: str | None, ends: Sequence[int], plain: bool
+    built: LoadedModel, world: World, chats: ChatFiles, plain: bool | None
 ) -> ChatModel:
     setup, model = built.setup, built.model
+    template, choice = choose_template(setup.tokenizer, chats, plain)
     can_disable = setup.config.adapter.kind != "none" and can_disable_adapter(model)
     return ChatModel(
         model,
         setup.tokenizer,
-        None if plain else _find_template(setup.tokenizer, template),
-        _list_stop_ids(setup.directory, setup.tokenizer, ends),
+        template,
+        _list_stop_ids(setup.directory, setup.tokenizer, chats.ends),
         built.engine.device,
         world,
         (lambda: disable_adapter(model)) if can_disable else None,
+        choice,
     )
 
 
 def open_model_directory(
-    path: Path, world: World, *, device: str, plain: bool, trust_remote_code: bool
+    path: Path, world: World, *, device: str, plain: bool | None, trust_remote_code: bool
 ) -> ChatModel:
     """Load a merged or exported model; several ranks shard it. Collective.
 
     Args:
         path: a directory, or in one process also a GGUF file.
+        plain: use no chat template; else the tokenizer's, if there is one.
 
     Raises:
         UserError: on every rank: it cannot be loaded.
@@ -248,7 +254,7 @@ def open_model_directory(
     selected = join_ranks(forward, world)
     with world.raise_together("prepare"):
         setup = build_model(resolve_config(forward))
-    return _make_chat_model(load_weights(setup, world, selected), world, None, (), plain)
+    return _make_chat_model(load_weights(setup, world, selected), world, ChatFiles(), plain)
 
 
 def _configure_directory(path: Path, trust_remote_code: bool) -> RunConfig:
@@ -259,7 +265,7 @@ def _configure_directory(path: Path, trust_remote_code: bool) -> RunConfig:
 
 
 def _open_plain_model(
-    path: Path, world: World, device: str, plain: bool, trust_remote_code: bool
+    path: Path, world: World, device: str, plain: bool | None, trust_remote_code: bool
 ) -> ChatModel:
     refuse_special_files(path if path.is_dir() else path.parent)
     selected = world.select_device(device)
@@ -267,15 +273,17 @@ def _open_plain_model(
     model = load_plain_model(path, selected, trust_remote_code=trust_remote_code)
     gguf = path.name if path.suffix == ".gguf" else None
     tokenizer = load_tokenizer(directory, trust_remote_code, gguf_file=gguf)
+    template, choice = choose_template(tokenizer, ChatFiles(), plain)
     stops = _list_stop_ids(directory, tokenizer, ()) if gguf is None else ()
     return ChatModel(
         model,
         tokenizer,
-        None if plain else _find_template(tokenizer, None),
+        template,
         stops,
         selected,
         world,
         _make_peft_switch(model) if (directory / "adapter").is_dir() else None,
+        choice,
     )
 
 
@@ -291,11 +299,25 @@ def _make_peft_switch(model: Any) -> Callable[[], Any]:
     return disable
 
 
-def _find_template(tokenizer: Tokenizer, kept: str | None) -> ChatTemplate | None:
-    """Return the template of the run, else the tokenizer's; None: there is neither."""
-    if kept is None and not tokenizer.chat_template:
-        return None
-    return ChatTemplate(tokenizer, kept)
+def choose_template(
+    tokenizer: Tokenizer, chats: ChatFiles, plain: bool | None
+) -> tuple[ChatTemplate | None, str]:
+    """Return the template of the run, else the tokenizer's, and a sentence on the choice.
+
+    The template is None where there is neither, with ``plain``, and, unless asked for, where the
+    run saw no conversation: a template's marks are then nothing that it was trained on.
+    """
+    if plain:
+        return None, "--plain: prompts are continued as they are"
+    if chats.template is None and not tokenizer.chat_template:
+        return None, "no chat template: prompts are continued as they are"
+    template = ChatTemplate(tokenizer, chats.template)
+    if plain is None and chats.conversations is False:
+        return None, (
+            "the run was trained on no conversations: prompts are continued as they are "
+            f"(--template: through {template})"
+        )
+    return template, f"prompts go through {template} (--plain: continued as they are)"
 
 
 def _list_stop_ids(

@@ -66,7 +66,10 @@ class ChatSession:
 
     def __post_init__(self) -> None:
         if self.system is not None and self.model.template is None:
-            raise UserError("--system needs a chat template, and prompts are continued as they are")
+            raise UserError(
+                "--system needs a chat template, and prompts are continued as they are"
+                f"{'; pass --template' if '--template' in self.model.choice else ''}"
+            )
 
     def answer_separately(self, prompts: Iterable[str]) -> None:
         """Answer each prompt as a conversation of its own.

@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from dist_peft.train.evaluate import inference_mode
 from dist_peft.train.optimizers import make_optimizer_factory
 
 __all__ = [
+    "ChatFiles",
     "describe_adapter",
     "format_adapter_files",
     "open_trained_run",
@@ -62,12 +64,16 @@ _PROBE = "probe.safetensors"
 
 
 def describe_adapter(
-    config: RunConfig, built: LoadedModel, turn_end_ids: Sequence[int]
+    config: RunConfig,
+    built: LoadedModel,
+    turn_end_ids: Sequence[int],
+    has_conversations: bool | None,
 ) -> dict[str, Any]:
     """Return the contents of the adapter's ``dist_peft.json``.
 
     Args:
         turn_end_ids: tokens that end the turns in the training data.
+        has_conversations: whether the training data have conversations; None: unknown.
     """
     head = built.setup.skeleton.head
     return {
@@ -77,6 +83,7 @@ def describe_adapter(
         **select_training_settings(config),
         "start": getattr(config.adapter, "init", "default"),
         "turn_end": list(turn_end_ids),
+        **({} if has_conversations is None else {"conversations": has_conversations}),
         **describe_tokenizer(built.setup.tokenizer),
         "dist_peft": importlib.metadata.version("dist_peft"),
         "torch": torch.__version__,
@@ -94,17 +101,31 @@ def format_adapter_files(metadata: Mapping[str, Any], chat_template: str | None)
     return files if chat_template is None else {**files, _TEMPLATE: chat_template}
 
 
-def read_chat_files(path: Path) -> tuple[list[int], str | None]:
-    """Return how the model of checkpoint ``path`` converses, from the files of the checkpoint.
+@dataclass(frozen=True)
+class ChatFiles:
+    """How the model of a run converses.
 
-    Returns:
-        The tokens that end its turns, and the chat template of the training data, if it is not the
-        tokenizer's own.
+    Attributes:
+        ends: tokens that end its turns.
+        template: chat template of the training data, if it is not the tokenizer's own.
+        conversations: whether the run was trained on conversations; None: unknown.
     """
+
+    ends: tuple[int, ...] = ()
+    template: str | None = None
+    conversations: bool | None = None
+
+
+def read_chat_files(path: Path) -> ChatFiles:
+    """Return how the model of checkpoint ``path`` converses, from the files of the checkpoint."""
     metadata, template = path / _METADATA, path / _TEMPLATE
-    found = read_json_object(metadata).get("turn_end") if metadata.is_file() else None
-    ends = [token for token in found if type(token) is int] if isinstance(found, list) else []
-    return ends, template.read_text(encoding="utf-8") if template.is_file() else None
+    about = read_json_object(metadata) if metadata.is_file() else {}
+    found, chats = about.get("turn_end"), about.get("conversations")
+    return ChatFiles(
+        tuple(token for token in found if type(token) is int) if isinstance(found, list) else (),
+        template.read_text(encoding="utf-8") if template.is_file() else None,
+        chats if isinstance(chats, bool) else None,
+    )
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class DataLoaders:
     Attributes:
         objective: takes the batches of both loaders.
         chat_template: that of the training conversations, if it is not the base's.
+        has_conversations: whether the training data have any; None: unknown.
         inputs: fingerprints of all inputs, by key, for comparisons (``app.run_identity``).
     """
 
@@ -66,6 +67,7 @@ class DataLoaders:
     eval: Loader[Any] | None
     probe: Tensor
     chat_template: str | None
+    has_conversations: bool | None
     inputs: dict[str, str | None]
 
 
@@ -105,7 +107,8 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
         objective = ClassificationObjective(list_class_tasks(data))
         if (section := config.train.domain_adversarial) is not None:
             objective = DomainObjective(list_class_tasks(data), section)
-    return DataLoaders(objective, train_loader, eval_loader, probe, train.chat_template, inputs)
+    chats = train.chat_template, train.has_conversations
+    return DataLoaders(objective, train_loader, eval_loader, probe, *chats, inputs)
 
 
 def _refuse_idle_ranks(batch: int, rows: int, ranks: int) -> None:

@@ -23,8 +23,9 @@ from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.registry import FORMATS
+from dist_peft.export.rounding_floor import RoundingFloor
 from dist_peft.export.time_limit import VerificationSkipped
-from dist_peft.export.verdict import judge_comparison
+from dist_peft.export.verdict import is_above_exact_bound, judge_comparison
 from dist_peft.export.verification_choice import (
     CONSUMER_SHARE,
     AskedVerification,
@@ -77,12 +78,14 @@ class ExportOutcome:
         result: the written file or directory.
         consumer: the library that loaded it; None: it was not compared.
         comparison: with the trained model.
+        rounding: the second look in float32, where the comparison needed one.
     """
 
     format_name: str
     result: ExportResult
     consumer: str | None = None
     comparison: Comparison | None = None
+    rounding: RoundingFloor | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of ``--json``."""
@@ -94,6 +97,7 @@ class ExportOutcome:
             "unpacked": list(self.result.written.unpacked),
             "loaded_by": self.consumer,
             "comparison": None if self.comparison is None else asdict(self.comparison),
+            "rounding": None if self.rounding is None else asdict(self.rounding),
         }
 
 
@@ -235,7 +239,14 @@ def _verify_export(
         log.warning("NOT VERIFIED: %s", error)
         return ExportOutcome(known.name, result)
     log.info("loaded by %s: %s", consumer, found)
-    rows = (*known.list_report_rows(job, result, consumer), *found.format_rows())
+    rounding = None
+    if result.exact and verify.max_error is None and is_above_exact_bound(found):
+        rounding = _measure_rounding(known, job, request, by_blocks=verifier == "blocks")
+    rows = (
+        *known.list_report_rows(job, result, consumer),
+        *found.format_rows(),
+        *(() if rounding is None else rounding.format_rows()),
+    )
     add_report_section(run_dir, ReportSection(known.report_title, rows=rows))
     judge_comparison(
         found,
@@ -243,8 +254,31 @@ def _verify_export(
         exact=result.exact,
         max_error=verify.max_error,
         hint=known.suggest_better(job, result, found),
+        rounding=rounding,
     )
-    return ExportOutcome(known.name, result, consumer, found)
+    return ExportOutcome(known.name, result, consumer, found, rounding)
+
+
+def _measure_rounding(
+    known: ExportFormat, job: ExportSpec, request: ConsumerRequest, *, by_blocks: bool
+) -> RoundingFloor | None:
+    """Compute the figures of the second look in float32; None: of a run in float32, or of a form
+    or a host that has no such look."""
+    if job.compute_dtype.itemsize > 2:
+        return None
+    try:
+        if not by_blocks:
+            needed = count_loaded_bytes(resolve_base_directory(job.base), torch.float32)
+            available = read_available_memory()
+            if needed > available:
+                raise VerificationSkipped(
+                    f"float32 takes {needed / 2**30:.1f} GiB, of which {available / 2**30:.1f} GiB "
+                    "are available"
+                )
+        return known.measure_rounding(job, request, by_blocks=by_blocks)
+    except VerificationSkipped as error:
+        log.warning("the rounding of 16-bit training was not measured: %s", error)
+        return None
 
 
 def _refuse_unfit_run(

@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,13 @@ from dist_peft.data.document_writer import (
 )
 from dist_peft.data.files import RecordPlace
 
-__all__ = ["DocumentWriter", "TokenDocuments", "find_cache_root", "load_or_build_documents"]
+__all__ = [
+    "DocumentWriter",
+    "TokenDocuments",
+    "combine_sources",
+    "find_cache_root",
+    "load_or_build_documents",
+]
 
 _LOG = logging.getLogger("dist_peft")
 
@@ -62,6 +68,8 @@ class TokenDocuments:
         notes: one-time warnings for the user. digest: sha256 of the contents.
         largest_token: largest token id, to check it against the model's embedding.
         chat_template: the template used for conversations, if it is not the tokenizer's.
+        has_conversations: whether documents were rendered with a chat template; None: unknown, in
+            an entry of an earlier version.
     """
 
     tokens: NDArray[np.int32]
@@ -74,6 +82,7 @@ class TokenDocuments:
     digest: str
     largest_token: int = 0
     chat_template: str | None = None
+    has_conversations: bool | None = None
     classes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
@@ -86,6 +95,12 @@ class TokenDocuments:
     def find_place(self, token: int) -> RecordPlace:
         """Return the place of the record that token number ``token`` was made of."""
         return self.get_place(int(np.searchsorted(self.offsets, token, side="right")) - 1)
+
+
+def combine_sources(values: Iterable[bool | None]) -> bool | None:
+    """Return whether any is true; None where none is, and one is unknown."""
+    found = list(values)
+    return True if any(found) else None if None in found else False
 
 
 _DEFAULT_ROOT = Path("~/.cache/dist_peft/tokens")
@@ -210,6 +225,7 @@ def _open_documents(directory: Path, *, warn: bool = False) -> TokenDocuments | 
             digest=meta["digest"],
             largest_token=meta["largest_token"],
             chat_template=meta["chat_template"],
+            has_conversations=meta.get("has_conversations"),
         )
         return documents if _is_consistent(documents) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError):

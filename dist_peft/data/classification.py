@@ -53,6 +53,7 @@ class LabelledSequences(SingleTask):
 
     packed = False
     chat_template = None
+    has_conversations = False
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class DocumentWriter:
         is_text: plain text, which may be split into chunks.
         notes: one-time warnings for the user.
         chat_template: the template used for conversations, if it is not the tokenizer's.
+        has_conversations: whether documents were rendered with a chat template.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,6 +77,7 @@ class DocumentWriter:
         self.is_text = False
         self.notes: list[str] = []
         self.chat_template: str | None = None
+        self.has_conversations = False
 
     def __len__(self) -> int:
         return self._count
@@ -134,6 +136,7 @@ class DocumentWriter:
             "digest": digest.hexdigest(),
             "largest_token": self._largest,
             "chat_template": self.chat_template,
+            "has_conversations": self.has_conversations,
         }
         meta["hashes"] = hash_entry_files(self._directory, meta)
         with (self._directory / "meta.json").open("w", encoding="utf-8") as text:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dist_peft.core.config.run import DataConfig, DataSource
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import ONCE
-from dist_peft.data.cache import TokenDocuments
+from dist_peft.data.cache import TokenDocuments, combine_sources
 from dist_peft.data.files import RecordPlace
 from dist_peft.data.held_out_split import count_side_variants, load_split_documents
 from dist_peft.data.loader import SingleTask
@@ -124,6 +124,11 @@ class SequenceSet(SingleTask):
     def chat_template(self) -> str | None:
         """This project's template, if conversations were rendered with it."""
         return next((d.chat_template for d in self._documents if d.chat_template), None)
+
+    @property
+    def has_conversations(self) -> bool | None:
+        """Whether a source has conversations; None: unknown."""
+        return combine_sources(d.has_conversations for d in self._documents)
 
     @property
     def num_documents(self) -> int:

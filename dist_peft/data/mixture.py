@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dist_peft.data.cache import combine_sources
 from dist_peft.data.classification import LabelledSequences
 from dist_peft.data.documents import SequenceSet
 from dist_peft.data.files import RecordPlace
@@ -55,6 +56,10 @@ class SequenceMixture:
     @property
     def chat_template(self) -> str | None:
         return next((p.chat_template for p in self._parts if p.chat_template), None)
+
+    @property
+    def has_conversations(self) -> bool | None:
+        return combine_sources(part.has_conversations for part in self._parts)
 
     @property
     def sequence_counts(self) -> list[int]:

@@ -48,6 +48,11 @@ class ExampleReader:
         return self._kind is TextExample
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether the examples are conversations."""
+        return self._kind is ChatExample
+
+    @property
     def tallies(self) -> tuple[Tally, ...]:
         left_out = self._left_out
         unused = () if self._unused is None else (self._unused.seen,)

@@ -99,6 +99,7 @@ def load_token_documents(
         writer.is_text = tokenizing.reader.is_text
         writer.notes = [*tokenizing.reader.finish_source(), *encoder.user_notes]
         writer.chat_template = encoder.saved_template
+        writer.has_conversations = tokenizing.reader.has_conversations
 
     identity = {
         "version": _FORMAT_VERSION,

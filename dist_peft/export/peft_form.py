@@ -24,7 +24,7 @@ from dist_peft.adapters.lora.merge import LoraMerger
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.span import Span
-from dist_peft.export.verdict import EXACT_BOUND
+from dist_peft.export.verify import EXACT_BOUND
 from dist_peft.model.frozen_linear import FrozenLinear, WeightRows
 from dist_peft.model.skeleton import build_skeleton
 from dist_peft.store.reader import RowReader

@@ -31,10 +31,12 @@ from dist_peft.store.writer import write_atomically
 
 __all__ = [
     "COMPARED_ELEMENTS",
+    "EXACT_BOUND",
     "Comparison",
     "Probe",
     "check_generation",
     "compare_logits",
+    "compute_directory_logits",
     "generate_greedy",
     "verify_directory",
 ]
@@ -130,6 +132,9 @@ class Comparison:
             f"same top token {self.top1:.1%}"
         )
 
+
+EXACT_BOUND = 0.05
+"""Maximum error of a form that keeps the trained function, relative to the change by training."""
 
 COMPARED_ELEMENTS = 2**18
 """Logits compared at a time, or those of one position: 2 MiB in float64, about eight tensors of
@@ -227,12 +232,7 @@ def verify_directory(
 
     A language model must also generate; a failure of ``generate`` is logged as a warning.
     """
-    disable_progress_bar()  # one bar per file would hide the result
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.eval()
+    model, classifies = _load_directory(directory, dtype, trust_remote_code)
     found = compare_logits(model(input_ids=probe.input_ids, use_cache=False).logits.float(), probe)
     if not classifies:
         try:
@@ -240,6 +240,28 @@ def verify_directory(
         except VerificationSkipped as error:
             log.warning("NOT VERIFIED: %s", error)
     return found
+
+
+@torch.no_grad()
+def compute_directory_logits(
+    directory: Path, ids: Tensor, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Tensor:
+    """Return the logits of tokens ``ids`` [B, S] by plain ``transformers``, as float32."""
+    model, _ = _load_directory(directory, dtype, trust_remote_code)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def _load_directory(
+    directory: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, bool]:
+    """Return the model, and whether it is a classifier."""
+    disable_progress_bar()  # one bar per file would hide the result
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval(), classifies
 
 
 def check_generation(model: Any, ids: Tensor) -> None:

@@ -22,7 +22,13 @@ from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.model.skeleton import parse_torch_dtype
 
-__all__ = ["load_trained_base", "save_trained_base", "verify_adapter"]
+__all__ = [
+    "compute_adapter_logits",
+    "compute_base_logits",
+    "load_trained_base",
+    "save_trained_base",
+    "verify_adapter",
+]
 
 
 @torch.no_grad()
@@ -46,21 +52,60 @@ def verify_adapter(
     """
     if find_spec("peft") is None:
         raise VerificationSkipped("peft is not installed; pip install peft")
+    labels = read_adapter_metadata(trained).get("labels", ())
+    logits = compute_adapter_logits(base, directory, labels, out, probe)
+    name = f"peft {version('peft')}, transformers {version('transformers')}"
+    return name, compare_logits(logits, probe)
+
+
+@torch.no_grad()
+def compute_adapter_logits(
+    base: BaseConfig,
+    directory: Path,
+    labels: Any,
+    out: Path,
+    probe: Probe,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the float32 logits of the probe's tokens by PEFT, which has to be installed.
+
+    Args:
+        base, directory, out, probe: see ``verify_adapter``.
+        labels: of a classifier; empty for a language model.
+        dtype: type to compute in, with the weights that training had; default: the run's.
+
+    Raises:
+        VerificationSkipped: ``transformers`` has no such model.
+    """
     from peft import PeftModel
 
-    labels = read_adapter_metadata(trained).get("labels", ())
     model = load_trained_base(base, directory, labels)
+    if dtype is not None:
+        model = model.to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about a rank_pattern without a module
         adapted: Any = PeftModel.from_pretrained(model, str(out)).eval()
-    found = adapted(
+    found: Tensor = adapted(
         input_ids=probe.input_ids, use_cache="prefix" in _describe_adapter_kind(adapted)
     ).logits.float()
     if (extra := found.shape[1] - probe.trained.shape[1]) > 0 and not labels:
         found = found[:, extra:]  # drop the positions of virtual tokens
-    return f"peft {version('peft')}, transformers {version('transformers')}", compare_logits(
-        found, probe
-    )
+    return found
+
+
+@torch.no_grad()
+def compute_base_logits(
+    base: BaseConfig, directory: Path, labels: Any, ids: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the float32 logits of ``ids`` [B, S] by the base that training saw, without an
+    adapter, computed in ``dtype``.
+
+    Raises:
+        VerificationSkipped: ``transformers`` has no such model.
+    """
+    model: Any = load_trained_base(base, directory, labels).to(dtype)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
 
 
 def _describe_adapter_kind(adapted: Any) -> str:

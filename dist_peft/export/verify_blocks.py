@@ -22,13 +22,20 @@ from dist_peft.model.skeleton import build_skeleton
 from dist_peft.model.streamed_weights import stream_weights
 from dist_peft.store.reader import RowReader
 
-__all__ = ["MAX_PROBE_TOKENS", "verify_by_blocks"]
+__all__ = ["MAX_PROBE_TOKENS", "compute_logits_by_blocks", "shorten_probe", "verify_by_blocks"]
 
 MAX_PROBE_TOKENS = 128
 """Sequences of a language model's probe are used until they have this many tokens."""
 
 
-@torch.no_grad()
+def shorten_probe(base: BaseConfig, probe: Probe) -> Probe:
+    """Return the sequences that are used: of a language model up to ``MAX_PROBE_TOKENS``."""
+    if base.head != "lm":
+        return probe
+    rows = max(1, MAX_PROBE_TOKENS // probe.input_ids.shape[1])
+    return Probe(probe.input_ids[:rows], probe.trained[:rows], probe.before[:rows])
+
+
 def verify_by_blocks(
     base: BaseConfig, directory: Path, probe: Probe, labels: Sequence[str] = ()
 ) -> Comparison:
@@ -46,9 +53,23 @@ def verify_by_blocks(
         VerificationError: the directory cannot be read as a model.
         VerificationSkipped: the model's own code does not run with weights that are read on use.
     """
-    if base.head == "lm":
-        rows = max(1, MAX_PROBE_TOKENS // probe.input_ids.shape[1])
-        probe = Probe(probe.input_ids[:rows], probe.trained[:rows], probe.before[:rows])
+    probe = shorten_probe(base, probe)
+    logits = compute_logits_by_blocks(base, directory, probe.input_ids, labels)
+    return compare_logits(logits, probe)
+
+
+@torch.no_grad()
+def compute_logits_by_blocks(
+    base: BaseConfig, directory: Path, ids: Tensor, labels: Sequence[str] = ()
+) -> Tensor:
+    """Return the float32 logits of ``ids`` [B, S] by the model in ``directory``, block by block.
+
+    Args:
+        base, directory, labels: see ``verify_by_blocks``.
+
+    Raises:
+        VerificationError, VerificationSkipped: see ``verify_by_blocks``.
+    """
     try:
         skeleton = build_skeleton(base, directory, labels)
         model = skeleton.model
@@ -57,7 +78,7 @@ def verify_by_blocks(
             keep_freed_memory(),
             stream_weights(model, skeleton.blocks, reader),
         ):
-            logits = model(input_ids=probe.input_ids, use_cache=False).logits.float()
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
         _refuse_meta(logits)
     except RuntimeError as error:
         if "meta" not in str(error):
@@ -68,7 +89,7 @@ def verify_by_blocks(
         ) from None
     except UserError as error:
         raise VerificationError(f"{directory} cannot be read: {error}") from None
-    return compare_logits(logits, probe)
+    return logits
 
 
 def _refuse_meta(logits: Tensor) -> None:

@@ -62,11 +62,12 @@ def stream_weights(
                 buffer.copy_(reader.read_rows(source))
     inside = {id(module) for block in blocks for module in block.modules()}
     others = [module for module in model.modules() if id(module) not in inside]
-    matrices = _find_large_matrices(others)
+    names = _map_names(model)
+    matrices = _find_large_matrices(others, names)
     handles = []
     for unit in [*blocks, *others]:
         parts = list(unit.modules()) if id(unit) in inside else [unit]
-        uses = _find_meta_parameters(parts, matrices)
+        uses = _find_meta_parameters(parts, matrices, names)
         if uses:
             loaded = _LoadedUnit(uses, reader)
             handles.append(unit.register_forward_pre_hook(loaded.load))
@@ -201,22 +202,35 @@ class _LoadedUnit:
                 use.owner.register_parameter(use.name, use.parameter)
 
 
+def _map_names(model: nn.Module) -> dict[int, str]:
+    """Map ``id`` of each parameter to its name in the files, which one of its modules knows: a
+    tied head has that of the embedding."""
+    return {
+        id(parameter): source
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (source := _get_source(module, name))
+    }
+
+
 def _find_meta_parameters(
-    modules: Sequence[nn.Module], matrices: dict[int, _ParameterUse]
+    modules: Sequence[nn.Module], matrices: dict[int, _ParameterUse], names: dict[int, str]
 ) -> list[_ParameterUse]:
     """Return the parameters that the modules themselves hold, without ``matrices``."""
     return [
-        _ParameterUse(module, name, parameter, _get_source(module, name))
+        _ParameterUse(module, name, parameter, names.get(id(parameter)))
         for module in modules
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta and id(parameter) not in matrices
     ]
 
 
-def _find_large_matrices(modules: Sequence[nn.Module]) -> dict[int, _ParameterUse]:
+def _find_large_matrices(
+    modules: Sequence[nn.Module], names: dict[int, str]
+) -> dict[int, _ParameterUse]:
     """Map ``id`` of each parameter that is streamed to one of its uses with a name in the files."""
     found: dict[int, _ParameterUse] = {}
-    for use in _find_meta_parameters(modules, {}):
+    for use in _find_meta_parameters(modules, {}, names):
         shape = use.parameter.shape
         if len(shape) == 2 and 4 * math.prod(shape) > PANEL_BYTES and use.source is not None:
             found.setdefault(id(use.parameter), use)

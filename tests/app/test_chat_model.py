@@ -10,7 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dist_peft.app import cli
-from dist_peft.app.chat_model import ChatModel, open_model_directory, open_run
+from dist_peft.app.chat_model import (
+    ChatModel,
+    choose_template,
+    open_model_directory,
+    open_run,
+)
+from dist_peft.app.checkpoint_adapter import ChatFiles, read_chat_files
 from dist_peft.core.errors import UserError
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
@@ -143,9 +149,37 @@ def test_template_of_the_data_is_that_of_the_conversation(
     assert train(tree) == 0
     (tmp_path / "own.jinja").unlink()  # the run has its text
     for checkpoint in ("last", "1"):
-        model = open_run(tmp_path / "run", checkpoint, World(), **OPTIONS)
+        model = open_run(tmp_path / "run", checkpoint, World(), **{**OPTIONS, "plain": None})
         assert model.encode_messages(turns[:1]) == [5, 40, 6]
         assert model.stop_ids == (2,)
+
+
+@pytest.mark.e2e
+def test_run_without_conversations_continues_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template of the tokenizer only where it was asked for, or the run is of before."""
+    run, template = place / "run", place / "base" / "chat_template.jinja"
+    checkpoint = max((run / "checkpoints").glob("step-*"))
+    assert read_chat_files(checkpoint).conversations is False
+    turn = [{"role": "user", "content": "w40"}]
+    command = ["chat", "--run", str(run), "--prompt", "w40", "--max-new-tokens", "1"]
+    template.write_text("{% for m in messages %}{{ 'w5 ' + m.content + ' ' }}{% endfor %}w6 ")
+    try:
+        opened = open_run(run, "last", World(), **{**OPTIONS, "plain": None})
+        assert opened.template is None and opened.encode_messages(turn) == [40]
+        asked = open_run(run, "last", World(), **{**OPTIONS, "plain": False})
+        assert asked.encode_messages(turn) == [5, 40, 6]
+        assert cli.main([*command, "--system", "w7"]) == 2
+        err = capsys.readouterr().err
+        assert "the run was trained on no conversations: prompts are continued as they" in err
+        assert "continued as they are; pass --template" in err
+        assert cli.main([*command, "--template"]) == 0
+        assert "prompts go through the chat template" in capsys.readouterr().err
+        unknown, _ = choose_template(asked.tokenizer, ChatFiles(), None)
+        assert unknown is not None
+    finally:
+        template.unlink()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from dist_peft.data import build_lock
 from dist_peft.data.cache import (
     DocumentWriter,
     TokenDocuments,
+    combine_sources,
     find_cache_root,
     load_or_build_documents,
 )
+from dist_peft.data.document_writer import hash_entry_files
 from dist_peft.data.files import RecordPlace
 from tests.support.data_files import append_document
 
@@ -238,3 +240,17 @@ def test_default_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def stop_building(writer: DocumentWriter) -> None:
     raise UserError("stop")
+
+
+def test_conversations_of_several_sources(tmp_path: Path) -> None:
+    assert combine_sources([False, None, True]) is True
+    assert combine_sources([False, None]) is None and combine_sources([False, False]) is False
+    assert load_or_build_documents(tmp_path, "key", Build()).has_conversations is False
+    meta = tmp_path / "key" / "meta.json"
+    entry = json.loads(meta.read_text())
+    del entry["has_conversations"], entry["hashes"]  # as an earlier version wrote it
+    entry["hashes"] = hash_entry_files(meta.parent, entry)
+    meta.write_text(json.dumps(entry))
+    again = Build()
+    assert load_or_build_documents(tmp_path, "key", again).has_conversations is None
+    assert again.calls == 0

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_peft.export.verdict import VerificationError, judge_comparison
+from dist_peft.export.rounding_floor import RoundingFloor
+from dist_peft.export.verdict import (
+    VerificationError,
+    is_above_exact_bound,
+    judge_comparison,
+)
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 
 GOOD = Comparison(
@@ -76,3 +81,61 @@ def test_training_that_changed_nothing(caplog: pytest.LogCaptureFixture) -> None
     for exact in (True, False):
         with pytest.raises(VerificationError):
             judge_comparison(compare_logits(other, probe), OUT, exact=exact)
+
+
+ROUNDED = RoundingFloor(floor=0.1, error=0.14, kept=0.98)
+
+
+def test_error_that_rounding_explains_is_accepted_with_both_figures(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "dist_peft")
+    judge_comparison(replace(GOOD, relative=0.189), OUT, exact=True, rounding=ROUNDED)
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    for part in ("verified to the rounding", "18.9%", "14.0%", "10.0%", "98.0%", "More steps"):
+        assert part in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("relative", "rounding", "message"),
+    [
+        (0.21, ROUNDED, "rounding does not explain it: in float32 the error is 14.0%"),
+        (0.189, replace(ROUNDED, error=0.16), "accepted are 1.5 times"),
+        (0.189, replace(ROUNDED, kept=0.94), "94.0% of the change"),
+        (0.189, replace(ROUNDED, kept=1.06), "95% to 105% of the change"),
+        (0.189, replace(ROUNDED, error=math.nan), "does not explain it"),
+        (0.189, replace(ROUNDED, kept=math.nan), "does not explain it"),
+        (0.189, replace(ROUNDED, floor=math.nan), "NOT VERIFIED"),
+        (0.3, RoundingFloor(0.21, 0.21, 1.0), "NOT VERIFIED: the rounding .* more than 20%"),
+        (1.0, RoundingFloor(0.9, 0.9, 1.0), "NOT VERIFIED"),
+    ],
+)
+def test_error_that_rounding_does_not_explain(
+    relative: float, rounding: RoundingFloor, message: str
+) -> None:
+    with pytest.raises(VerificationError, match=message):
+        judge_comparison(replace(GOOD, relative=relative), OUT, exact=True, rounding=rounding)
+
+
+def test_rounding_explains_nothing_else() -> None:
+    """Not an error above the user's bound, a lost divergence, or a form that re-quantizes."""
+    found = replace(GOOD, relative=0.189)
+    with pytest.raises(VerificationError, match="--max-error allows"):
+        judge_comparison(found, OUT, exact=True, max_error=0.1, rounding=ROUNDED)
+    with pytest.raises(VerificationError, match="no closer to the trained model"):
+        judge_comparison(replace(found, kl=0.2), OUT, exact=True, rounding=ROUNDED)
+    with pytest.raises(VerificationError, match=r"at most 100\.0%"):
+        judge_comparison(replace(GOOD, relative=1.0), OUT, exact=False, rounding=ROUNDED)
+
+
+def test_errors_that_get_a_second_look() -> None:
+    assert is_above_exact_bound(replace(GOOD, relative=0.051))
+    for other in (
+        GOOD,
+        replace(GOOD, relative=1.0),
+        replace(GOOD, relative=math.nan),
+        replace(GOOD, relative=0.2, kl=math.inf),
+        replace(GOOD, relative=0.2, changed=False),
+    ):
+        assert not is_above_exact_bound(other)

@@ -44,6 +44,16 @@ def run(skeleton: Skeleton) -> tuple[torch.Tensor, RowReader]:
         return skeleton.model(input_ids=IDS, use_cache=False).logits, reader
 
 
+def test_tied_head_that_is_smaller_than_a_panel(tmp_path: Path) -> None:
+    """It is read whole, by the name of the embedding."""
+    model = save_model(FAMILIES["llama-tied-bias"], tmp_path)
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, use_cache=False).logits
+    skeleton = build(tmp_path)
+    assert skeleton.tied
+    torch.testing.assert_close(run(skeleton)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_loaded_model(tmp_path: Path, family: str) -> None:

@@ -45,8 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "conversation on a terminal, else a prompt a line",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument(
-        "--plain", action="store_true", help="continue the prompt as it is, without chat template"
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--plain",
+        action="store_true",
+        help="continue the prompt as it is, without chat template; default with a --run that was "
+        "trained on no conversations",
+    )
+    way.add_argument(
+        "--template",
+        action="store_true",
+        help="use the chat template, whatever the --run was trained on",
     )
     parser.add_argument(
         "--max-new-tokens", type=_parse_count, default=256, metavar="N", help="default 256"
@@ -103,17 +112,14 @@ def run(args: argparse.Namespace, world: World) -> int:
 def _open_model(args: argparse.Namespace, world: World) -> ChatModel:
     options = {
         "device": args.device,
-        "plain": args.plain,
+        "plain": True if args.plain else False if args.template else None,
         "trust_remote_code": args.trust_remote_code,
     }
     if args.run_dir is not None:
         model = open_run(args.run_dir, args.checkpoint, world, **options)
     else:
         model = open_model_directory(args.model_dir, world, **options)
-    if model.template is None:
-        log.info("no chat template: prompts are continued as they are")
-    else:
-        log.info("prompts go through %s (--plain: continued as they are)", model.template)
+    log.info("%s", model.choice)
     return model
 
 

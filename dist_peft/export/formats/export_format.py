@@ -29,6 +29,7 @@ from dist_peft.export.model_directory import (
     copy_tokenizer_files,
     write_model_directory,
 )
+from dist_peft.export.rounding_floor import RoundingFloor
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest
@@ -236,6 +237,21 @@ class ExportFormat(ABC):
             VerificationError: the output cannot be read.
         """
         raise NotImplementedError(f"{self.name} is compared by its library only")
+
+    def measure_rounding(
+        self, job: ExportSpec, request: ConsumerRequest, *, by_blocks: bool
+    ) -> RoundingFloor | None:
+        """Compute with the output and with the base in float32; None: this form has no such look.
+
+        Called where the error of an exact form of a 16-bit run is above its bound.
+
+        Args:
+            by_blocks: the output was compared by ``verify_blocks``.
+
+        Raises:
+            VerificationSkipped: it exceeded the time limit, or ``transformers`` has no such model.
+        """
+        return None
 
     # -- messages ----------------------------------------------------------------------------------
 

@@ -1,7 +1,12 @@
 """``hf-bf16``: a plain Hugging Face directory of base and adapter, also written by ``merge``."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from dist_peft.adapters.directory import keeps_zeros_of_base
 from dist_peft.adapters.metadata import read_adapter_metadata
@@ -9,9 +14,20 @@ from dist_peft.core.errors import UserError
 from dist_peft.export.formats.export_format import ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merge_weights import merge_model
+from dist_peft.export.rounding_floor import RoundingFloor, measure_rounding_floor
 from dist_peft.export.time_limit import enforce_time_limit
-from dist_peft.export.verify import Comparison, Probe, verify_directory
-from dist_peft.export.verify_blocks import verify_by_blocks
+from dist_peft.export.verify import (
+    Comparison,
+    Probe,
+    compute_directory_logits,
+    verify_directory,
+)
+from dist_peft.export.verify_adapter import compute_base_logits
+from dist_peft.export.verify_blocks import (
+    compute_logits_by_blocks,
+    shorten_probe,
+    verify_by_blocks,
+)
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.hub import read_json_object
 from dist_peft.model.skeleton import parse_torch_dtype
@@ -71,6 +87,23 @@ class HfBf16Export(ExportFormat):
             )
         return f"transformers, {job.base.compute_dtype}", found
 
+    def measure_rounding(
+        self, job: ExportSpec, request: ConsumerRequest, *, by_blocks: bool
+    ) -> RoundingFloor | None:
+        labels = read_adapter_metadata(job.adapter_dir).get("labels", ())
+        if by_blocks:
+            return _measure_by_blocks(job, request.probe, labels)
+        ids = request.probe.input_ids
+        with enforce_time_limit("loading it again in float32", request.seconds):
+            output = compute_directory_logits(
+                request.path,
+                ids,
+                torch.float32,
+                trust_remote_code=request.trust_remote_code,
+            )
+            base = compute_base_logits(job.base, job.directory, labels, ids, torch.float32)
+        return measure_rounding_floor(output, base, request.probe)
+
     def verify_blocks(self, job: ExportSpec, probe: Probe) -> tuple[str, Comparison]:
         base = job.base.model_copy(
             update={"path": str(job.out), "quant": None, "attention": "auto"}
@@ -111,6 +144,24 @@ class HfBf16Export(ExportFormat):
         # NaN is not below either
         may_be_rounding = _get_dtype(job) != "float32" and found.relative < 1
         return "--dtype float32 rounds nothing" if may_be_rounding else ""
+
+
+def _measure_by_blocks(
+    job: ExportSpec, probe: Probe, labels: Sequence[str]
+) -> RoundingFloor | None:
+    """Compute block by block; None of a quantized base, whose files hold other weights."""
+    if job.base.quant is not None or "quantization_config" in read_json_object(
+        job.directory / "config.json"
+    ):
+        return None
+    probe = shorten_probe(job.base, probe)
+
+    def compute(directory: Path) -> Tensor:
+        settings = {"path": str(directory), "attention": "auto", "compute_dtype": "float32"}
+        base = job.base.model_copy(update=settings)
+        return compute_logits_by_blocks(base, directory, probe.input_ids, labels)
+
+    return measure_rounding_floor(compute(job.out), compute(job.directory), probe)
 
 
 def _cuts_zeros(job: ExportSpec) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from dist_peft.adapters.adapter_format import find_format
 from dist_peft.adapters.directory import (
     check_public_adapter,
@@ -20,9 +22,14 @@ from dist_peft.export.model_directory import (
     WriteResult,
     copy_tokenizer_files,
 )
+from dist_peft.export.rounding_floor import RoundingFloor, measure_rounding_floor
 from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verify import Comparison
-from dist_peft.export.verify_adapter import verify_adapter
+from dist_peft.export.verify_adapter import (
+    compute_adapter_logits,
+    compute_base_logits,
+    verify_adapter,
+)
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
 from dist_peft.model.hub import resolve_base_directory
 from dist_peft.store.publish import publish_directory
@@ -84,6 +91,17 @@ class PeftExport(ExportFormat):
         with enforce_time_limit("loading it with PEFT", request.seconds):
             base = resolve_base_directory(job.base)
             return verify_adapter(job.base, base, job.adapter_dir, request.path, request.probe)
+
+    def measure_rounding(
+        self, job: ExportSpec, request: ConsumerRequest, *, by_blocks: bool
+    ) -> RoundingFloor | None:
+        labels = read_adapter_metadata(job.adapter_dir).get("labels", ())
+        probe, dtype = request.probe, torch.float32
+        with enforce_time_limit("loading it again in float32", request.seconds):
+            files = resolve_base_directory(job.base)
+            output = compute_adapter_logits(job.base, files, labels, request.path, probe, dtype)
+            base = compute_base_logits(job.base, files, labels, probe.input_ids, dtype)
+        return measure_rounding_floor(output, base, probe)
 
     def describe_result(self, result: ExportResult) -> str:
         return f"{result.how} {result.path}"
