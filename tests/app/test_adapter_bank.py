@@ -68,7 +68,7 @@ def test_switching_there_and_back_gives_equal_bits(ranks: int, tmp_path: Path) -
 def evaluate(config: Path, *argv: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda text: found.update(json.loads(text)))
+        patch.setattr("builtins.print", lambda text, **_: found.update(json.loads(text)))
         assert cli.main(["eval", "--config", str(config), *argv]) == 0
     close_log()
     return found

@@ -135,7 +135,7 @@ def test_unexpected_error_is_a_traceback_and_exit_code_one(
     def broken(path: Path) -> list[str]:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(inspect, "describe_path", broken)
+    monkeypatch.setattr(inspect, "check_path_chain", broken)
     assert cli.main(["inspect", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError: a bug" in err
@@ -197,7 +197,7 @@ def test_ctrl_c_is_no_traceback(
     def interrupt(path: Path) -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "describe_path", interrupt)
+    monkeypatch.setattr(inspect, "check_path_chain", interrupt)
     assert cli.main(["inspect", "x"]) == 130
     assert capsys.readouterr().err == "dist-peft: interrupted\n"
 

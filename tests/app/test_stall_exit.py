@@ -90,7 +90,8 @@ def test_a_frozen_first_rank_is_named_by_the_others(tmp_path: Path) -> None:
     assert ranks[0].code is None
     for ended in ranks[1:]:
         assert ended.code == 1
-        assert 3 <= ended.seconds < 3 + EXIT_SECONDS
+        # three seconds after its last beat, which came up to one before it froze
+        assert 2 <= ended.seconds < 3 + EXIT_SECONDS
         assert re.search(expected, ended.last_line), ended.text
         assert "Traceback" not in ended.text
     assert re.search(expected, read_last_line(tmp_path / "run"))

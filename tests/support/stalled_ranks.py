@@ -67,7 +67,7 @@ def _block_all_gathers() -> None:
     def block(*_: Any, **__: Any) -> None:
         ctypes.CDLL(None).sleep(600)
 
-    mock.patch.object(fsdp2, "all_gather", block).start()
+    mock.patch.object(fsdp2, "all_gather_chunks", block).start()
 
 
 def run_out_of_memory() -> None:
