@@ -294,12 +294,14 @@ ROWS = [
         "talk",
         ("chat template", "endfor"),
         write("base/chat_template.jinja", "{% for m in messages %}"),
+        args=("--template",),
     ),
     Row(
         "talk template that refuses",
         "talk",
         ("chat template", "needs tools"),
         write("base/chat_template.jinja", "{{ raise_exception('needs tools') }}"),
+        args=("--template",),
     ),
     Row("talk system without a template", "talk", ("--system",), args=("--system", "w5")),
     Row(
