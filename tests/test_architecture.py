@@ -470,7 +470,6 @@ RANK_FUNCTIONS = {
     "RunProbe.restore": "the file of the first rank decides",
     "EvaluationHistory.read_from_run": "the file of the first rank decides",
     "_find_unevaluated_record": "the file of the first rank decides",
-    "StepLoad.__init__": "each rank has a place of its own among the exchanged numbers",
     "SolvedBlocks.restore_block": "the first rank reads what all receive",
     "SolvedBlocks.save_block": "the first rank keeps what it writes",
     "count_resting_bytes": "a plan is made for the rank that keeps most",

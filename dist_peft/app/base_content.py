@@ -257,10 +257,10 @@ def _warn_of_other_codec(
 ) -> None:
     """Log that an adapter of the same kind was trained with other numbers: a fusion, which
     takes adapters of any quantization of the base, learns on those that it has."""
-    trained = about.get("quant")
-    if quant is None or not isinstance(trained, dict) or trained.get("kind") != quant.kind:
+    trained, kind = about.get("quant"), None if quant is None else quant.kind
+    if kind is None or not isinstance(trained, dict) or trained.get("kind") != kind:
         return
-    if why := describe_other_codec(about, quant.kind, where):
+    if why := describe_other_codec(about, kind, where):
         log.warning("%s %s", owner, why, extra=ONCE)
 
 

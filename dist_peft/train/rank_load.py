@@ -40,7 +40,7 @@ class StepLoad:
     """
 
     def __init__(self, device: torch.device, world: World) -> None:
-        self.device, self._place, self._ranks = device, world.rank, world.size
+        self.device, self._place, self._ranks = device, world.data_rank, world.data_size
         self._begin = time.process_time()
 
     def list_exchanged(self) -> list[float]:
