@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from dist_peft.app.run_identity import count_total_steps
 from dist_peft.app.run_probe import RunProbe
 from dist_peft.app.run_report import find_public_base_name
 from dist_peft.app.step_setup import make_training_step
+from dist_peft.core.closing import ClosedAtExit
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.world import World
@@ -45,7 +45,7 @@ PROBE_FILE = "probe.safetensors"
 
 
 @dataclass
-class AdapterTraining:
+class AdapterTraining(ClosedAtExit):
     """A loaded model, its adapter and its optimizer. Every method is a collective: all ranks call
     it.
 
@@ -266,14 +266,3 @@ class AdapterTraining:
         if self._parts is not None:
             self._parts.close()
             self._parts = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

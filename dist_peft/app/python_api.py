@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +30,7 @@ from dist_peft.app.verified_export import (
     export_finished_run,
     merge_finished_run,
 )
+from dist_peft.core.closing import ClosedAtExit
 from dist_peft.core.config.io import load_config, parse_config
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
@@ -44,7 +44,7 @@ MergeInto = Literal["original", "decoded"]
 
 
 @dataclass(frozen=True)
-class LoadedBase:
+class LoadedBase(ClosedAtExit):
     """A base that was found, and the ranks that will share it. Weights are read by ``attach``,
     since a base is sharded together with its adapter.
 
@@ -63,17 +63,6 @@ class LoadedBase:
     def close(self) -> None:
         """Leave the process group."""
         self.world.leave_process_group()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load(

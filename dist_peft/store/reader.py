@@ -18,12 +18,11 @@ network file systems by far, than bytes of pages that are read anyway.
 import os
 import threading
 from functools import partial
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
+from dist_peft.core.closing import ClosedAtExit
 from dist_peft.core.span import Span
 from dist_peft.store.content import RowHashes, RowLayout, RowsBeingRead
 from dist_peft.store.fileio import (
@@ -41,7 +40,7 @@ _SMALL_PIECE = 1 << 16
 """Bytes below which the gaps between pieces are read too."""
 
 
-class RowReader:
+class RowReader(ClosedAtExit):
     """Reader of rows of an index's tensors; a context manager that closes its files.
 
     Attributes:
@@ -62,17 +61,6 @@ class RowReader:
         self.bytes_read_again = 0
         self._lock = threading.Lock()  # of the counters
         self._files = OpenFiles(os.O_RDONLY)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._files.close()

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
+from dist_peft.core.closing import ClosedAtExit
 from dist_peft.core.errors import UserError
 from dist_peft.train.metric_sinks import METRIC_SINKS, MetricSink
 from dist_peft.train.step_metrics import METRICS_FILE, StepMetrics
@@ -20,7 +19,7 @@ MakeSink = Callable[[Path, int], MetricSink]
 """Run directory and number of steps done -> sink."""
 
 
-class MetricsWriter:
+class MetricsWriter(ClosedAtExit):
     """Write each step to all sinks, from rank 0; a context manager.
 
     On other ranks every method does nothing. A sink is a class of ``train.metric_sinks``.
@@ -77,17 +76,6 @@ class MetricsWriter:
                 sink.close()
         except OSError as error:
             raise _write_error(self.path, error) from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_peak_memory_bytes(device: torch.device) -> int:

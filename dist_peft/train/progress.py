@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
+from dist_peft.core.closing import ClosedAtExit
 from dist_peft.core.log import FILE_ONLY, is_quiet
 from dist_peft.train.metrics import format_byte_count
 from dist_peft.train.step_metrics import StepMetrics
@@ -25,7 +25,7 @@ __all__ = ["ProgressDisplay"]
 log = logging.getLogger("dist_peft")
 
 
-class ProgressDisplay:
+class ProgressDisplay(ClosedAtExit):
     """Progress of a training run on rank 0; a no-op on other ranks. A context manager."""
 
     def __init__(
@@ -82,17 +82,6 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _format_progress_line(self, record: StepMetrics) -> str:
         parts = [
