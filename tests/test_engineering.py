@@ -130,6 +130,7 @@ def imports(path: Path) -> set[str]:
 ALLOWED = {
     "torch.distributed": (
         "core/world",
+        "core/collective_errors",
         "core/rendezvous",
         "core/text_exchange",
         "core/flight_recorder",

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_peft.core.collective_errors import is_collective_error
 from dist_peft.core.errors import UserError
 from dist_peft.core.launchers import LaunchInfo, detect_launch
 from dist_peft.core.machine import raise_open_file_limit
@@ -174,8 +175,7 @@ class World(LaunchInfo):
         """
         if isinstance(error, LostRankError):
             return f"rank {self.rank} on {self.host} stops: {error}"
-        broken = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if _watch is None or _meeting is None or not broken:
+        if _watch is None or _meeting is None or not is_collective_error(error):
             return None
         with wait_for_ranks():
             silent, other = _watch.explain_silence()
