@@ -4,7 +4,15 @@ from itertools import chain, combinations, product
 
 import pytest
 
-from tests.support.turns import VARIABLE, number_turn, read_turn
+from tests.support import turns
+from tests.support.turns import (
+    ALTERNATE_FILES,
+    PROCESS_MARKS,
+    TURNS_OF_CELLS,
+    VARIABLE,
+    number_turn,
+    read_turn,
+)
 
 pytest_plugins = ["pytester"]
 
@@ -83,3 +91,43 @@ def test_without_the_variable_nothing_is_left_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, "next")
     with pytest.raises(pytest.UsageError, match="'next': a number, or all"):
         read_turn()
+
+
+ALTERNATE_TESTS = """
+import pytest
+
+@pytest.mark.dist
+@pytest.mark.parametrize("cell", [pytest.param(n, marks=pytest.mark.turn(n, 2)) for n in (0, 1)])
+def test_cell_of_processes(cell): pass
+
+@pytest.mark.dist
+def test_processes(): pass
+
+def test_always(): pass
+"""
+
+
+@pytest.mark.parametrize(("digit", "expected"), [(0, 3), (1, 1), (2, 3)])
+def test_files_take_turns_and_all_their_cells_come(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, digit: int, expected: int
+) -> None:
+    monkeypatch.setattr(turns, "TESTS", pytester.path)
+    monkeypatch.setattr(turns, "ALTERNATE_FILES", (("test_it.py",), ()))
+    pytester.makeconftest(CONFTEST.replace('takes turns")', 'takes turns")' + MARKS))
+    pytester.makepyfile(test_it=ALTERNATE_TESTS)
+    for cell in range(2):
+        monkeypatch.setenv(VARIABLE, str(TURNS_OF_CELLS * digit + cell))
+        result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v")
+        result.assert_outcomes(passed=expected, deselected=4 - expected)
+        assert (f"test_cell_of_processes[{cell}]" in result.stdout.str()) is (expected == 3)
+
+
+MARKS = """
+    config.addinivalue_line("markers", "dist: processes")"""
+
+
+@pytest.mark.parametrize("name", list(chain(*ALTERNATE_FILES)))
+def test_alternate_files_are_there_and_start_processes(name: str) -> None:
+    text = (turns.TESTS / name).read_text()
+    assert any(f"pytest.mark.{mark}" in text for mark in PROCESS_MARKS)
+    assert sum(name in files for files in ALTERNATE_FILES) == 1

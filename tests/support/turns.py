@@ -7,16 +7,25 @@ and without it, or with ``all``, nothing is left out.
 Turns are for products whose factors, and pairs of factors where that can be, run in every turn:
 ``number_turn`` deals triples out in this way. What a cell alone shows is no such cell.
 
+Files whose processes show one method or one feature take turns of two (``ALTERNATE_FILES``), by
+another digit of the turn, so that cells that take turns in such a file all come. Engines, resuming,
+failures, the first command of README and the products above run in every turn.
+
 ``tests/conftest.py`` calls ``keep_present_turn``.
 """
 
 import os
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 __all__ = [
+    "ALTERNATE_FILES",
+    "PROCESS_MARKS",
+    "TESTS",
+    "TURNS_OF_CELLS",
     "VARIABLE",
     "keep_present_turn",
     "list_selected",
@@ -25,8 +34,50 @@ __all__ = [
     "read_turn",
 ]
 
+TESTS = Path(__file__).parents[1]
 VARIABLE = "DIST_PEFT_TURN"
 MARK = "turn"
+TURNS_OF_CELLS = 24
+"""Every number of turns that cells take divides it."""
+PROCESS_MARKS = ("dist", "e2e", "launcher")
+ALTERNATE_FILES = (
+    (
+        "adapters/test_adapter_switch.py",
+        "app/test_classification.py",
+        "app/test_data_initialization.py",
+        "app/test_domain_adversarial.py",
+        "app/test_float_bases.py",
+        "app/test_full.py",
+        "app/test_fusion.py",
+        "app/test_pruning.py",
+        "app/test_qalora.py",
+        "app/test_quality.py",
+        "app/test_tasks.py",
+        "app/test_virtual_tokens.py",
+        "export/formats/test_kept_nf4.py",
+        "launch/test_deepspeed.py",
+        "plan/test_run_plan.py",
+        "test_wheel.py",
+    ),
+    (
+        "app/sweep/test_sweep_run.py",
+        "app/test_adapter_bank.py",
+        "app/test_base_content.py",
+        "app/test_bottleneck.py",
+        "app/test_domain_matrix.py",
+        "app/test_exact_ranks.py",
+        "app/test_experts.py",
+        "app/test_ia3.py",
+        "app/test_quantized_base.py",
+        "app/test_through_quantizer.py",
+        "engine/test_every_row_learns.py",
+        "engine/test_outer_units.py",
+        "launch/test_mpi.py",
+        "launch/test_slurm_losses.py",
+        "test_gpu_scripts.py",
+    ),
+)
+"""Files below ``tests`` whose tests of real processes run in every second turn, by turn."""
 
 
 def read_turn() -> int | None:
@@ -60,11 +111,15 @@ def keep_present_turn(config: pytest.Config, items: list[pytest.Item]) -> None:
     turn = read_turn()
     if turn is None:
         return
+    absent = {TESTS / name for name in ALTERNATE_FILES[1 - turn // TURNS_OF_CELLS % 2]}
     kept: list[pytest.Item] = []
     waiting: list[pytest.Item] = []
     for item in items:
         mark = item.get_closest_marker(MARK)
+        assert mark is None or TURNS_OF_CELLS % mark.args[1] == 0, item.nodeid
         comes = mark is None or turn % mark.args[1] == mark.args[0]
+        if item.path in absent and any(item.get_closest_marker(name) for name in PROCESS_MARKS):
+            comes = False
         (kept if comes else waiting).append(item)
     if waiting:
         config.hook.pytest_deselected(items=waiting)
