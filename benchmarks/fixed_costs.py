@@ -4,7 +4,10 @@
 
 ``layer``   CPU milliseconds of a block and micro-batch: forward, recomputation and backward of 4
             and of 16 blocks of hidden size 64 on 32 tokens, whose difference leaves embedding,
-            head, loss and optimizer out. PEFT's plain loop with bitsandbytes takes turns with it.
+            head, loss and optimizer out. PEFT's plain loop with bitsandbytes takes turns with it,
+            and so do two floors: transformers' block with frozen bfloat16 weights and no adapter at
+            all, and the same with the fewest operators of LoRA (two products and a sum a linear,
+            bfloat16 factors, nothing decoded).
 ``calls``   operators that a block and micro-batch dispatches, those among them that wait for a
             device (``item``, ``nonzero``), and microseconds of one small operator: the product
             is what the block costs if everything but the operators were free.
@@ -100,16 +103,58 @@ def make_peft_micro_batch(base: Path, dropout: float) -> Callable[[], Any]:
     return run
 
 
+class BareLora(torch.nn.Module):
+    """A frozen bfloat16 linear, its factors, and nothing else."""
+
+    def __init__(self, linear: torch.nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)
+        shapes = (rank, linear.in_features), (linear.out_features, rank)
+        self.lora_A, self.lora_B = (
+            torch.nn.Parameter(torch.full(shape, 0.01, dtype=torch.bfloat16)) for shape in shapes
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        return linear(x, self.weight) + linear(linear(x, self.lora_A), self.lora_B)
+
+
+def make_floor_micro_batch(base: Path, *, has_factors: bool) -> Callable[[], Any]:
+    """Forward, recomputation and backward of transformers' own blocks in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+    model.requires_grad_(False).gradient_checkpointing_enable({"use_reentrant": False})
+    if has_factors:
+        for block in model.model.layers:
+            for parent in (block.self_attn, block.mlp):
+                for name, linear in list(parent.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        setattr(parent, name, BareLora(linear))
+    ids = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        labels = torch.roll(ids, -1, 1).flatten()
+        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels).backward()
+
+    return run
+
+
 Sides = dict[str, dict[int, Callable[[], Any]]]
 """A micro-batch by side and number of blocks."""
 
 
 def make_sides(directory: Path) -> Sides:
     bases = {n: make_base(directory / str(n), num_hidden_layers=n, **SIZES) for n in (FEW, MANY)}
-    return {
+    sides: Sides = {
         f"{name}, dropout {dropout:g}": {n: make(base, dropout) for n, base in bases.items()}
         for name, make in (("dist_peft", make_own_micro_batch), ("peft", make_peft_micro_batch))
         for dropout in (0.0, 0.05)
+    }
+    floors = {"frozen block alone": False, "with bare factors": True}
+    return sides | {
+        name: {n: make_floor_micro_batch(base, has_factors=has) for n, base in bases.items()}
+        for name, has in floors.items()
     }
 
 

@@ -301,9 +301,11 @@ def _quantize_absmax(absmax: Tensor, runs: int) -> tuple[Tensor, Tensor]:
 
 def _dequantize_absmax(codes: Tensor, statistics: Tensor) -> Tensor:
     """Inverse of ``_quantize_absmax``: ``float32 [rows, blocks]``."""
+    # one run, of at most 16384 weights a row, is broadcast: no copies of its two numbers
+    is_single = statistics.shape[1] == 2
     offset, scale = (
-        statistics[:, i::2].repeat_interleave(RUN_BLOCKS, dim=1)[:, : codes.shape[1]]
-        for i in (0, 1)
+        column if is_single else column.repeat_interleave(RUN_BLOCKS, dim=1)[:, : codes.shape[1]]
+        for column in (statistics[:, 0::2], statistics[:, 1::2])
     )
     # two operations, never one fused multiply-add: the same bits on every device
     return (codes.float() * scale).add_(offset).square_()

@@ -64,6 +64,7 @@ def test_losses_and_gradients_equal_those_of_whole_logits(
     vocabulary, hidden = 103, 37  # H odd: packed rows have padding
     head = make_head(kind, dtype, vocabulary, hidden)
     monkeypatch.setitem(head_loss._CHUNK_ELEMENTS, "cpu", vocabulary * 32 // chunks)
+    monkeypatch.setattr(head_loss, "_CACHED_ELEMENTS", vocabulary * 4 // chunks)  # 4 rows or none
     monkeypatch.setattr(head_loss, "_WEIGHT_ELEMENTS", 700)  # blocks of 18 rows, 13 in the last
     monkeypatch.setattr(head_loss, "WHOLE_ELEMENTS", vocabulary * hidden - 1)
     monkeypatch.setitem(head_loss._PANEL_ELEMENTS, "cpu", 500)  # panels of 13 rows, 12 in the last
