@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from dist_peft.app.model_card import CARD_FILE, find_model_card
 from dist_peft.app.verified_export import ExportOutcome
 from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.redaction import redact_text
@@ -73,9 +74,16 @@ class HubUpload:
     def list_files(self) -> list[tuple[str, int]]:
         """Return the name in the repository and the size in bytes of each file, by name."""
         if self.out.is_file():
-            return [(self.out.name, self.out.stat().st_size)]
-        files = sorted(path for path in self.out.rglob("*") if path.is_file())
-        return [(f.relative_to(self.out).as_posix(), f.stat().st_size) for f in files]
+            files = self._list_single_file()
+        else:
+            found = (path for path in self.out.rglob("*") if path.is_file())
+            files = {path.relative_to(self.out).as_posix(): path for path in found}
+        return [(name, path.stat().st_size) for name, path in sorted(files.items())]
+
+    def _list_single_file(self) -> dict[str, Path]:
+        """Return an output of one file and its card, which is next to it, by repository name."""
+        card = find_model_card(self.out)
+        return {self.out.name: self.out} | ({} if card is None else {CARD_FILE: card})
 
     def finish(self, outcome: ExportOutcome) -> dict[str, Any]:
         """Upload the output unless ``dry``, and return the fields of ``--json``.
@@ -108,12 +116,13 @@ class HubUpload:
         def send() -> str:
             repo = api.create_repo(self.repo, private=self.private, exist_ok=True)
             if self.out.is_file():
-                api.upload_file(
-                    path_or_fileobj=self.out,
-                    path_in_repo=self.out.name,
-                    repo_id=self.repo,
-                    commit_message=message,
-                )
+                for name, path in self._list_single_file().items():
+                    api.upload_file(
+                        path_or_fileobj=path,
+                        path_in_repo=name,
+                        repo_id=self.repo,
+                        commit_message=message,
+                    )
             else:
                 api.upload_folder(repo_id=self.repo, folder_path=self.out, commit_message=message)
             return str(repo)

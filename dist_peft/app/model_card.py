@@ -23,7 +23,7 @@ from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.step_metrics import METRICS_FILE, read_metrics
 
-__all__ = ["ADAPTER", "CARD_FILE", "write_model_card"]
+__all__ = ["ADAPTER", "CARD_FILE", "find_model_card", "write_model_card"]
 
 CARD_FILE = "README.md"
 log = logging.getLogger("dist_peft")
@@ -74,14 +74,28 @@ def write_model_card(run_dir: Path, output: Path, format_name: str) -> Path:
     ]
     lines += [f"| {label} | {_escape_cell(text)} |" for label, text in rows]
     lines += ["", *_describe_loading(output), "", "Other forms of the same run:", "", _SERVERS]
-    path = output / CARD_FILE if output.is_dir() else output.with_suffix(f".{CARD_FILE}")
-    if path.is_file() and "\n- dist_peft\n" not in path.read_text(errors="replace"):
+    path = _place_card(output)
+    if path.is_file() and not _is_own_card(path):
         if not output.is_dir():
             log.warning("%s is no card of dist_peft and is kept: no card was written", path)
             return path
         path.replace(output / BASE_CARD_FILE)  # the base's own, with its license
     write_atomically(path, "\n".join(lines))
     return path
+
+
+def find_model_card(output: Path) -> Path | None:
+    """Return the card that ``write_model_card`` wrote of ``output``; None: there is none."""
+    path = _place_card(output)
+    return path if path.is_file() and _is_own_card(path) else None
+
+
+def _place_card(output: Path) -> Path:
+    return output / CARD_FILE if output.is_dir() else output.with_suffix(f".{CARD_FILE}")
+
+
+def _is_own_card(path: Path) -> bool:
+    return "\n- dist_peft\n" in path.read_text(errors="replace")
 
 
 def _find_gguf(output: Path) -> Path | None:

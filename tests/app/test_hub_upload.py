@@ -76,7 +76,7 @@ class Hub:
     def upload_file(
         self, *, repo_id: str, path_or_fileobj: Path, path_in_repo: str, commit_message: str
     ) -> None:
-        self.files = {path_in_repo: path_or_fileobj.read_bytes()}
+        self.files[path_in_repo] = path_or_fileobj.read_bytes()
 
 
 @pytest.fixture
@@ -158,6 +158,20 @@ def test_upload_of_a_file(tmp_path: Path, hub: Hub) -> None:
     assert hub.files == {"model.gguf": b"GGUF"} and hub.private == {REPO: False}
     assert found["files"] == [{"name": "model.gguf", "bytes": 4}]
     assert found["url"] == f"https://hub/{REPO}"
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_upload_of_a_file_with_its_card(tmp_path: Path, hub: Hub, is_ours: bool) -> None:
+    """The card is ``model.README.md`` here, and the repository's ``README.md``."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    card = "---\ntags:\n- dist_peft\n---\n" if is_ours else "my own notes"
+    (tmp_path / "model.README.md").write_text(card)
+    result = ExportResult(WriteResult(1, 0, 0, 4), file, "merged", True)
+    compared: Any = SimpleNamespace()
+    HubUpload(REPO, False, file).finish(ExportOutcome("gguf", result, "llama.cpp", compared))
+    cards = {"README.md": card.encode()} if is_ours else {}
+    assert hub.files == {"model.gguf": b"GGUF"} | cards
 
 
 def _damage(hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
