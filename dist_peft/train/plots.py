@@ -12,12 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dist_peft.train.plot_axes import (
+    FONT_SIZE,
+    SMALL_SIZE,
+    add_legend,
+    make_axes,
+    make_step_axes,
+)
 from dist_peft.train.step_metrics import StepMetrics
-from dist_peft.train.svg import CURVES, GRID, INK, drawing, make_figure, render_svg
+from dist_peft.train.svg import CURVES, INK, drawing, make_figure, render_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "PLOTS",
@@ -34,9 +40,6 @@ __all__ = [
 Records = Sequence[StepMetrics]
 
 _MAIN, _ACCENT, _SECOND = CURVES[:3]
-_SMALL, _WIDE, _FONT = (4.6, 3.0), (9.6, 3.8), 10
-"""Inches, and points of a text: at the width of a phone a small picture's text has 10 pixels."""
-
 _MARKERS = "DosvP^"
 
 
@@ -75,7 +78,7 @@ def draw_plot(
     if not records:
         raise ValueError(f"nothing to draw in plot {plot.name}: no records")
     with drawing():
-        figure, axes = _make_step_axes(plot.title, plot.unit, is_wide)
+        figure, axes = make_step_axes(plot.title, plot.unit, is_wide)
         plot.paint(axes, records)
         text, name = f"{plot.title}: {plot.unit}", _name_drawing(plot.name, is_wide)
         return render_svg(figure, text, name, is_file=is_file)
@@ -95,7 +98,7 @@ def draw_overlay(
     """
     title, unit = "Loss: training (curves) and held out (points)", "nats per target token"
     with drawing():
-        figure, axes = _make_step_axes(title, unit, is_wide)
+        figure, axes = make_step_axes(title, unit, is_wide)
         for number, (name, records) in enumerate(runs.items()):
             colour, round_ = CURVES[number % len(CURVES)], number // len(CURVES)
             style, marker = ("-", "--", ":", "-.")[round_ % 4], _MARKERS[number % len(_MARKERS)]
@@ -104,7 +107,7 @@ def draw_overlay(
             axes.plot(steps, losses, color=colour, ls=style, lw=1.8, label=_format_label(name))
             points = list_eval_points(records)
             axes.plot(*_split(points), color=colour, ls="", marker=marker, ms=5)
-        _add_legend(axes)
+        add_legend(axes)
         return render_svg(figure, title, _name_drawing("overlay", is_wide), is_file=is_file)
 
 
@@ -116,12 +119,12 @@ def draw_bars(title: str, unit: str, values: Mapping[str, float], name: str) -> 
         name: short identifier.
     """
     with drawing():
-        figure, axes = _make_axes(title, unit, _SMALL)
+        figure, axes = make_axes(title, unit, SMALL_SIZE)
         axes.bar(range(len(values)), list(values.values()), color=_SECOND, width=0.8)
         shown = range(0, len(values), max(1, -(-len(values) // 12)))
         labels = list(values)
         axes.set_xticks(list(shown), [labels[place] for place in shown])
-        axes.set_xlabel("block", color=INK, fontsize=_FONT)
+        axes.set_xlabel("block", color=INK, fontsize=FONT_SIZE)
         return render_svg(figure, f"{title}: {unit}", name)
 
 
@@ -194,45 +197,6 @@ def _name_drawing(name: str, is_wide: bool) -> str:
     return f"{name}-wide" if is_wide else name
 
 
-def _make_step_axes(title: str, unit: str, is_wide: bool) -> tuple[Figure, Axes]:
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _make_axes(title, unit, _WIDE if is_wide else _SMALL)
-    axes.set_xlabel("optimizer step", color=INK, fontsize=_FONT)
-    # a single point or a constant would otherwise get ticks between steps
-    axes.xaxis.set_major_locator(
-        MaxNLocator(nbins=8 if is_wide else 5, integer=True, min_n_ticks=1)
-    )
-    return figure, axes
-
-
-def _make_axes(title: str, unit: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """Places in inches instead of a layout engine's, which draws everything once more."""
-    figure = make_figure(size)
-    width, height = size
-    left, right, bottom, top = 0.74 / width, 1 - 0.14 / width, 0.52 / height, 1 - 0.34 / height
-    axes = figure.add_axes((left, bottom, right - left, top - bottom))
-    # labels that follow the ticks are measured at each drawing
-    axes.xaxis.set_label_coords(0.5, (0.14 / height - bottom) / (top - bottom))
-    axes.yaxis.set_label_coords((0.2 / width - left) / (right - left), 0.5)
-    axes.set_facecolor("none")
-    axes.set_title(title, loc="left", y=1.0, color=INK, fontsize=_FONT + 1, fontweight="bold")
-    axes.set_ylabel(unit, color=INK, fontsize=_FONT)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=INK, labelsize=_FONT, length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
-    for offset in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
-        offset.set_color(INK)
-    return figure, axes
-
-
-def _add_legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=_FONT - 1)
-
-
 def _format_label(name: str) -> str:
     """A legend leaves out labels that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
@@ -271,7 +235,7 @@ def _paint_loss(axes: Axes, records: Records) -> None:
     if points := list_eval_points(records):
         axes.plot(*_split(points), color=_ACCENT, ls="", marker="D", ms=5, label="held out")
     _mark_steps(axes, records)
-    _add_legend(axes)
+    add_legend(axes)
 
 
 def _mark_steps(axes: Axes, records: Records) -> None:
@@ -308,7 +272,7 @@ def _paint_tasks(axes: Axes, records: Records) -> None:
         colour, marker = CURVES[number % len(CURVES)], _MARKERS[number % len(_MARKERS)]
         label = _format_label(task)
         axes.plot(*_split(points), color=colour, ls="", marker=marker, ms=5, label=label)
-    _add_legend(axes)
+    add_legend(axes)
 
 
 def _paint_lr(axes: Axes, records: Records) -> None:
@@ -343,7 +307,7 @@ def _paint_memory(axes: Axes, records: Records) -> None:
     reserved = [r.mem_reserved for r in records if r.mem_reserved is not None]
     if len(reserved) == len(records):
         _draw_curve(axes, records, [count / 2**30 for count in reserved], "reserved")
-        _add_legend(axes)
+        add_legend(axes)
 
 
 def _paint_wait(axes: Axes, records: Records) -> None:

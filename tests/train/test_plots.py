@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from dist_peft.train.plot_axes import make_step_axes
 from dist_peft.train.plots import (
     PLOTS,
     PlotSpec,
-    _make_step_axes,
     draw_bars,
     draw_heat_maps,
     draw_overlay,
@@ -39,7 +39,7 @@ def run(steps: int) -> list[StepMetrics]:
 
 
 def axes_of(plot: PlotSpec, records: Sequence[StepMetrics]):  # type: ignore[no-untyped-def]
-    _, axes = _make_step_axes(plot.title, plot.unit, plot.is_wide)
+    _, axes = make_step_axes(plot.title, plot.unit, plot.is_wide)
     plot.paint(axes, records)
     return axes
 
