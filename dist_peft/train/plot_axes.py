@@ -63,7 +63,7 @@ def add_legend(axes: Axes) -> None:
         return
     figure, box = axes.get_figure(), axes.get_position()
     assert figure is not None
-    width, height = figure.get_size_inches()
+    width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
     # inches, estimated: text is measured only as it is drawn
     columns = max(1, int(box.width * width / (0.45 + 0.06 * max(map(len, labels)))))
     taken = 0.2 * -(-len(labels) // columns) / height
