@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--r", type=int, default=4, help="rank of LoRA on all linears")
+    parser.add_argument("--name", default="sweep", help="of the result")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     args = parser.parse_args()
     shape = {
@@ -168,9 +169,9 @@ def main() -> None:
             for form in args.forms:
                 results += run_two_nodes(args, directory, form)
     print_table(HEADER, [make_row(found) for found in results])
-    options = {key: value for key, value in vars(args).items() if key != "out"}
+    options = {key: value for key, value in vars(args).items() if key not in ("out", "name")}
     result = {"transport": "gloo, TCP", "options": options, "base": shape, "runs": results}
-    write_result("sweep", result, args.out)
+    write_result(args.name, result, args.out)
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ RANK_FUNCTIONS = {
     "write_trained_weights": "the first rank keeps a file open between collectives",
     "open_base_writer": "the first rank keeps a file open between collectives",
     "_train_tasks_sequentially": "whether a task is finished is read where tasks.json is written",
-    "train_sweep": "sweep.json is read where it is written",
+    "open_sweep_file": "sweep.json is read where it is written",
     "read_held_out_losses": "the file of the first rank decides",
     "SweepLoop._is_complete": "the directories that the first rank sees decide",
     "SweepLoop._lacks_adapter": "the directories that the first rank sees decide",

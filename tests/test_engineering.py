@@ -137,7 +137,7 @@ ALLOWED = {
         "engine/",
         "train/checkpoint",
     ),
-    "deepspeed": ("engine/zero",),
+    "deepspeed": ("engine/zero", "engine/deepspeed_setup"),
     "transformers": ("model/", "data/chat", "data/tokens", "export/verify", "quickstart/"),
     "bitsandbytes": ("quant/", "train/optimizers", "export/verify"),
     "peft": ("export/verify",),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dist_peft.app.adapter_training import AdapterTraining
 from dist_peft.data.loader import Batch
 
-__all__ = ["ComputedGradients", "StepBatches", "StepGenerator", "run_alone"]
+__all__ = ["ComputedGradients", "StepBatches", "StepGenerator", "compute_alone", "run_alone"]
 
 
 class StepBatches(NamedTuple):
@@ -43,18 +43,23 @@ StepGenerator = Generator[StepBatches, ComputedGradients, int]
 
 def run_alone(steps: StepGenerator, training: AdapterTraining) -> int:
     """Compute each step that ``steps`` yields; return the number of completed steps."""
-    engine = training.built.engine
     try:
         work = next(steps)
         while True:
-            begin, before = time.perf_counter(), engine.bytes_gathered
             try:
-                loss = training.forward_backward(*work)
+                found = compute_alone(work, training)
             except BaseException as error:
                 steps.throw(error)  # through the loop's own cleanup
                 raise
-            seconds = time.perf_counter() - begin
-            work = steps.send(ComputedGradients(loss, seconds, engine.bytes_gathered - before))
+            work = steps.send(found)
     except StopIteration as end:
         done: int = end.value
         return done
+
+
+def compute_alone(work: StepBatches, training: AdapterTraining) -> ComputedGradients:
+    """Compute the gradients of a step of one adapter by passes of its own."""
+    engine = training.built.engine
+    begin, before = time.perf_counter(), engine.bytes_gathered
+    loss = training.forward_backward(*work)
+    return ComputedGradients(loss, time.perf_counter() - begin, engine.bytes_gathered - before)

@@ -23,6 +23,7 @@ from dist_peft.app.quantized_base import ensure_solved_base, must_solve_base
 from dist_peft.app.rank_setup import download_base_once
 from dist_peft.app.resolved_config import ResolvedConfig, resolve_config, resolve_unsolved_run
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
+from dist_peft.app.sweep.sweep_file import check_directory_kind
 from dist_peft.app.sweep.sweep_run import train_sweep
 from dist_peft.app.tasks import TasksFile
 from dist_peft.app.trainer import Trainer
@@ -80,6 +81,8 @@ def _train_in_directory(
     world.raise_if_stop_requested()
     with world.raise_together("look at the run directory"):
         directory.check_usable()
+    check_kind = partial(check_directory_kind, run_dir, config.sweep is not None)
+    world.run_on_first("look at the run directory", check_kind)
     world.run_on_first("look for trackers", partial(check_trackers_installed, config.save.track))
     download_base_once(config.base, world)
     with world.raise_together("look for a solved base"):

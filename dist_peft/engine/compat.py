@@ -143,7 +143,7 @@ def keep_gradient_sums(model: nn.Module) -> None:
     """
     for module in model.modules():
         function = module.__dict__.get("post_bwd_fn")
-        if function is not None:
+        if function is not None and not isinstance(function, _InputHooks):
             module.post_bwd_fn = _InputHooks(module, function)  # type: ignore[assignment]
 
 

@@ -131,11 +131,8 @@ class Engine(Protocol):
         """Return an engine of the same shards that gets an optimizer of its own, for some of the
         trainable parameters: ``setup_optimizer`` of a module that has these alone.
 
-        ``backward`` is called on the engine that was split. Clipping, state and updates of each
-        part are those of its parameters.
-
-        Raises:
-            UserError: the engine has one optimizer for all parameters.
+        ``backward`` is called on the engine that was split, or for a pass of one part's parameters
+        alone on the part. Clipping, state and updates of each part are those of its parameters.
         """
         ...
 

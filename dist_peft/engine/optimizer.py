@@ -96,7 +96,7 @@ class LocalOptimizer:
         """2-norm over all ranks; squares are added in double precision."""
         if not grads:
             return 0.0
-        squares = torch.stack([n.double() ** 2 for n in torch._foreach_norm(grads)])
+        squares = torch.stack(torch._foreach_norm(grads)).double().square()
         return math.sqrt(float(self.total(squares.sum())))
 
     def training_state_dict(self) -> dict[str, Tensor]:

@@ -11,13 +11,12 @@ DeepSpeed averages gradients over ranks; the loss is multiplied by their number 
 are summed (``engine.engine_protocol``). There is no bf16 or fp16 section: adapters stay float32.
 """
 
-import importlib
-import logging
+import copy
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,16 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.progress_beat import connect_to_ranks
 from dist_peft.core.span import Span
 from dist_peft.core.trainable_steps import TrainableSteps
 from dist_peft.core.world import World
-from dist_peft.engine.compat import (
-    count_deepspeed_gathers,
-    keep_gradient_sums,
-    skip_deepspeed_compilation,
-)
+from dist_peft.engine.compat import count_deepspeed_gathers, keep_gradient_sums
+from dist_peft.engine.deepspeed_setup import hide_frozen_parameters, import_deepspeed
 from dist_peft.engine.engine_protocol import (
     OptimizerFactory,
     build_lr_groups,
@@ -50,10 +45,25 @@ from dist_peft.engine.exact_reduction import ExactReduction
 from dist_peft.engine.flat_shard import FlatShard
 from dist_peft.engine.mesh import build_shard_mesh
 from dist_peft.engine.row_shards import RowShardedParameters
-from dist_peft.engine.zero_config import build_deepspeed_config, check_zero_support
+from dist_peft.engine.zero_config import (
+    build_deepspeed_config,
+    check_zero_support,
+    shrink_reduce_bucket,
+)
 from dist_peft.model.adapter_module import RowUpdate
 
 __all__ = ["ZeroEngine"]
+
+
+@dataclass
+class _GatherCount:
+    """Bytes of DeepSpeed's all-gathers, which the parts of a split engine share."""
+
+    num_bytes: int = 0
+    is_counting: bool = False
+
+    def add_bytes(self, count: int) -> None:
+        self.num_bytes += count
 
 
 class ZeroEngine:
@@ -68,7 +78,7 @@ class ZeroEngine:
     ) -> None:
         check_zero_support(config, train)
         self.device, self.config, self.world = device, config, world
-        self.deepspeed = _import_deepspeed(device)
+        self.deepspeed = import_deepspeed(device)
         self._settings = build_deepspeed_config(config, train, world.size)
         mesh = build_shard_mesh(config, world, device)
         self.shards = RowShardedParameters(mesh.get_group("shard"), device, config.keep_gathered)
@@ -80,13 +90,15 @@ class ZeroEngine:
         self._moment_names: tuple[str, ...] = ()
         self._updates: dict[int, int] = {}  # id of a flat share -> its updates so far
         """Numbers of the steps, from 1, that have made no update."""
-        self._adapter_bytes = 0
+        self._adapter_gathers = _GatherCount()
         self._scale = GradientScale.from_config(train) if train.exact else None
         self._exact: ExactReduction | None = None
+        self._parts: list[ZeroEngine] = []
+        self._is_part = False
 
     @property
     def bytes_gathered(self) -> int:
-        return self.shards.bytes_gathered + self._adapter_bytes
+        return self.shards.bytes_gathered + self._adapter_gathers.num_bytes
 
     # -- before training -----------------------------------------------------------------------
 
@@ -119,16 +131,19 @@ class ZeroEngine:
     ) -> nn.Module:
         self.shards.unshard_trainable()
         # DeepSpeed broadcasts and partitions each registered parameter, frozen ones too
-        _hide_frozen_parameters(model)
+        hide_frozen_parameters(model)
         self._names = trainable_parameters(model)
         self._moment_names = factory.moment_names
         self._shapes = {id(p): p.shape for p in self._names.values()}
         optimizer = factory.build_optimizer(build_lr_groups(self._names, lr_scale, trainable_steps))
         optimizer.state.clear()  # DeepSpeed puts flat shards in the place of the parameters
+        settings = self._settings
+        if self._is_part:  # a buffer of the default size for each part would be gigabytes
+            settings = shrink_reduce_bucket(settings, sum(p.numel() for p in self._names.values()))
         os.environ["LOCAL_RANK"] = str(self.world.local_rank)  # srun and mpirun do not set it
         with connect_to_ranks():  # DeepSpeed makes process groups of its own
             self._ds, *_ = self.deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._settings, dist_init_required=False
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         for flat, _ in self._list_flat_shards():
             zeros = {key: torch.zeros_like(flat) for key in self._moment_names}
@@ -140,7 +155,9 @@ class ZeroEngine:
             keep_gradient_sums(model)
             self._exact = ExactReduction(list(self._names.values()), self._scale, self.device)
         # adapters are gathered before use (stage 3) or after an update
-        count_deepspeed_gathers(self.deepspeed, self._add_adapter_bytes)
+        if not self._adapter_gathers.is_counting:
+            self._adapter_gathers.is_counting = True
+            count_deepspeed_gathers(self.deepspeed, self._adapter_gathers.add_bytes)
         module: nn.Module = self._ds
         return module
 
@@ -168,16 +185,23 @@ class ZeroEngine:
             self._ds.optimizer.optimizer.state[flat]["step"].fill_(self._updates[id(flat)])
         self._done += 1
 
-    def _add_adapter_bytes(self, count: int) -> None:
-        self._adapter_bytes += count
-
     # -- training ------------------------------------------------------------------------------
 
     def split_optimizer(self) -> "ZeroEngine":
-        why = "has one optimizer and one gradient norm for all parameters"
-        raise UserError(f"sweep: engine.kind zero {why} (DeepSpeed); set engine.kind: fsdp2")
+        part = copy.copy(self)
+        part._ds, part._exact, part._parts = None, None, []
+        part._names, part._shapes, part._updates = {}, {}, {}
+        part._skipped = set()
+        part._is_part = True
+        self._parts.append(part)
+        return part
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        if self._parts:  # whose hooks reduce the gradients of each
+            for part in self._parts:
+                part._ds.set_gradient_accumulation_boundary(last)
+            (loss * self.world.size).backward()
+            return
         self._ds.set_gradient_accumulation_boundary(last)
         if self._exact is not None:  # DeepSpeed sums zeros
             self._ds.backward(loss)
@@ -370,31 +394,3 @@ class ZeroEngine:
         total = tensor.clone()
         dist.all_reduce(total, group=self.shards.group)
         return total
-
-
-def _hide_frozen_parameters(model: nn.Module) -> None:
-    """Frozen parameters become plain attributes: found by name, in no list of parameters."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not parameter.requires_grad:
-                del module._parameters[name]
-                module.__dict__[name] = parameter
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, quiet and without compiling its shared-memory collectives at start."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU where it sees one
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-    except ImportError:
-        raise UserError(
-            "engine.kind is zero but deepspeed is not installed: "
-            "pip install 'dist_peft[deepspeed]', or use engine.kind: fsdp2"
-        ) from None
-    # DeepSpeed uses names that torch 2.13 has renamed; not fixable from this project
-    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
-    skip_deepspeed_compilation(deepspeed)
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    return deepspeed

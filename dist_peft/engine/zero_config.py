@@ -14,7 +14,7 @@ from typing import Any
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
 
-__all__ = ["build_deepspeed_config", "check_zero_support"]
+__all__ = ["build_deepspeed_config", "check_zero_support", "shrink_reduce_bucket"]
 
 _OWNED = {
     "optimizer": "train.optimizer, train.lr, train.betas, ...",
@@ -73,6 +73,16 @@ def build_deepspeed_config(engine: EngineConfig, train: TrainConfig, ranks: int)
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled at start
         "steps_per_print": config.get("steps_per_print", 10**9),
     }
+
+
+def shrink_reduce_bucket(config: dict[str, Any], values: int) -> dict[str, Any]:
+    """Return ``config`` with a bucket of at most ``values`` gradients, all that there are.
+
+    DeepSpeed makes a buffer of the bucket's size, whatever goes into it.
+    """
+    zero = config["zero_optimization"]
+    size = min(zero["reduce_bucket_size"], max(1, values))
+    return config | {"zero_optimization": {**zero, "reduce_bucket_size": size}}
 
 
 def _read_deepspeed_json(path: Path) -> dict[str, Any]:

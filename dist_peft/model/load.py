@@ -97,9 +97,9 @@ def load_model(
         OSError: the disk failed.
         StopRequested: a signal has reached this rank.
     """
-    wrappers = {
+    wrappers = {  # the outer one, where a wrapper has others of the same module
         id(m.base): m
-        for m in model.modules()
+        for m in reversed(list(model.modules()))
         if isinstance(m, InitializesFromBase) and m.needs_base_rows
     }
     failure: Exception | None = None

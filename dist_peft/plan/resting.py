@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dist_peft.core.config.run import AdaLoraConfig, RunConfig
+from dist_peft.core.config.sweep_points import count_joined
 from dist_peft.core.world import World
 from dist_peft.engine import resolve_engine_kind
 from dist_peft.engine.engine_protocol import init_adam_state
@@ -264,4 +265,7 @@ def _add_deepspeed_shares(
     if config.engine.stage >= 2:
         place["gradients, sharded"] += share
     settings = build_deepspeed_config(config.engine, config.train, ranks)
-    device[BUCKET] = 4 * int(settings["zero_optimization"]["reduce_bucket_size"])
+    bucket = int(settings["zero_optimization"]["reduce_bucket_size"])
+    if config.sweep is not None:  # each point has one, no larger than its parameters
+        bucket = min(count_joined(config) * bucket, trainable)
+    device[BUCKET] = 4 * bucket

@@ -11,7 +11,8 @@ rows' gradients, and of no others.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class JoinedStep:
         model: with all adapters.
         adapters: by number.
         shares: of the model's layers.
+        enter_pass: of some adapters, by their numbers: gives the module to call; None: the model.
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class JoinedStep:
     world: World
     adapters: Sequence[Adapter]
     shares: RowShares
+    enter_pass: Callable[[Sequence[int]], AbstractContextManager[nn.Module]] | None = None
 
     def accumulate_gradients(self, works: Mapping[int, AdapterWork]) -> dict[int, JoinedLosses]:
         """Run forward and backward of all micro-batches; gradients are summed over ranks.
@@ -105,9 +108,9 @@ class JoinedStep:
         counts = [len(batch.sample_ids) for batch in own]
         shares = list(zip(active, counts, strict=True))
         self.shares.split_batch(shares, joined.input_ids.shape[1])
-        return self.objective.compute_share_losses(
-            self.model, joined, self.engine.device, self.model, counts
-        )
+        device, enter = self.engine.device, self.enter_pass
+        with nullcontext(self.model) if enter is None else enter(list(active)) as call:
+            return self.objective.compute_share_losses(self.model, joined, device, call, counts)
 
     def _sum_over_ranks(
         self, works: Mapping[int, AdapterWork], losses: Mapping[int, list[Tensor]]

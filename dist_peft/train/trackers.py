@@ -52,6 +52,7 @@ class _WandbRun:
             name=name,
             id=run_id,
             resume="allow",
+            reinit="create_new",  # points of a sweep have runs at the same time
             dir=str(directory),
             config=dict(config),
         )
@@ -188,7 +189,9 @@ def list_tracker_sinks(
     trackers: Sequence[str], run_dir: Path, config: Mapping[str, Any]
 ) -> list[Callable[[Path, int], MetricSink]]:
     """Return a maker of the sink of each tracker of ``save.track``, for ``MetricsWriter``."""
-    name = run_dir.resolve().name
+    path = run_dir.resolve()
+    is_point = (path.parent / "sweep.json").is_file()
+    name = f"{path.parent.name}/{path.name}" if is_point else path.name
 
     def make(tracker: str) -> Callable[[Path, int], MetricSink]:
         return lambda directory, step: TrackerSink(tracker, name, config, directory, step)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import rows_base, rows_config, rows_data, rows_launch, rows_runs
+from tests.bad_input import (
+    rows_base,
+    rows_config,
+    rows_data,
+    rows_launch,
+    rows_runs,
+    rows_sweep,
+)
 from tests.bad_input.case import COMMANDS, Row
 from tests.bad_input.checks import check_row, check_unchanged, find_message, list_contents
 from tests.support.forked_commands import Ended, run_forked
@@ -22,6 +29,7 @@ TABLE = [
     *rows_data.ROWS,
     *rows_runs.ROWS,
     *rows_launch.ROWS,
+    *rows_sweep.ROWS,
 ]
 MOST_OTHERS = 6
 """Messages of other rows that the words of a row may fit."""

@@ -8,7 +8,7 @@ import pytest
 
 from dist_peft.core.config.run import EngineConfig, TrainConfig
 from dist_peft.core.errors import UserError
-from dist_peft.engine.zero_config import build_deepspeed_config
+from dist_peft.engine.zero_config import build_deepspeed_config, shrink_reduce_bucket
 
 
 def made(tmp_path: Path, content: Any, ranks: int = 2, **engine: Any) -> dict[str, Any]:
@@ -89,3 +89,12 @@ def test_offload(tmp_path: Path) -> None:
     file["zero_optimization"]["offload_optimizer"]["device"] = "nvme"
     with pytest.raises(UserError, match=r"offload_optimizer.device = \"nvme\""):
         made(tmp_path, file, cpu_offload="optimizer")
+
+
+def test_bucket_is_no_larger_than_the_gradients(tmp_path: Path) -> None:
+    config = made(tmp_path, {})
+    size = config["zero_optimization"]["reduce_bucket_size"]
+    assert shrink_reduce_bucket(config, 2 * size) == config
+    small = shrink_reduce_bucket(config, 120)
+    assert small["zero_optimization"] == {**config["zero_optimization"], "reduce_bucket_size": 120}
+    assert config["zero_optimization"]["reduce_bucket_size"] == size

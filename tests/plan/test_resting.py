@@ -9,7 +9,7 @@ from torch import nn
 from dist_peft.core.config.io import parse_config
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
-from dist_peft.plan.resting import RestingBytes, count_resting_bytes, optimizer_state_bytes
+from dist_peft.plan.resting import BUCKET, RestingBytes, count_resting_bytes, optimizer_state_bytes
 from tests.support.live_storage import odd_tree, save_odd_base
 
 
@@ -42,6 +42,20 @@ def test_a_whole_base_on_each_rank_and_offloaded_shards(planned: PlannedModel) -
     offloaded = count(planned, 3, cpu_offload="params")
     assert set(offloaded.device) == {"buffers"}
     assert sum(offloaded.host.values()) + offloaded.device_total == spread.device_total
+
+
+def test_buckets_of_a_sweep_are_as_large_as_its_gradients(planned: PlannedModel) -> None:
+    tree = odd_tree(Path(planned.source), engine={"kind": "zero", "stage": 2})
+    sweep = {"sweep": {"lr": [1e-3, 1e-4]}}
+    buckets = {}
+    for name, sections in {"alone": {}, "sweep": sweep}.items():
+        config = parse_config({**tree, **sections})
+        points = build_planned_model(config)
+        world = Cluster(1, 3, 1).make_world(config.engine, 0)
+        skeleton = points.skeleton
+        found = count_resting_bytes(skeleton.model, skeleton.blocks, config, world)
+        buckets[name] = found.device[BUCKET]
+    assert buckets == {"alone": 4 * 50_000_000, "sweep": 4 * found.trainable}
 
 
 @pytest.mark.parametrize("engine", [{"kind": "fsdp2"}, {"kind": "zero", "stage": 2}], ids=str)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -54,26 +55,47 @@ def compute(whole: LoadedModel, works: Mapping[int, AdapterWork]) -> tuple[Any, 
 
 
 def test_gradients_of_each_point(sweep: tuple[LoadedModel, Any]) -> None:
-    whole, resolved = sweep
-    works = load_works(whole, resolved)
     for at_head in (True, False):
         with mock.patch("dist_peft.train.objective.computes_losses_at_head", return_value=at_head):
-            losses, grads = compute(whole, works)
-        for number, point in enumerate(resolved.split_points().values()):
-            tree = point.run.model_dump(mode="json")
-            config, built, loaders, call = build(World(), tree)
-            work = works[number]
-            with closing(make_step(World(), config, built, loaders, call)) as part:
-                loss = part.accumulate_gradients(work.step, work.batches, work.targets)
-            assert losses[number].mean == pytest.approx(loss, rel=1e-6)
-            assert len(losses[number].losses) == len(work.batches)
-            prefix = f".points.{number}."
-            found = {n.replace(prefix, "."): g for n, g in grads.items() if prefix in n}
-            for name, parameter in built.model.named_parameters():
-                if parameter.requires_grad:
-                    assert parameter.grad is not None
-                    error = (found[name] - parameter.grad).norm()
-                    assert error <= 2e-4 * parameter.grad.norm() + 1e-9, name
+            check_gradients(*sweep)
+
+
+@pytest.mark.parametrize("kind", ["qalora", "loha", "lokr", "pissa", "loftq"])
+def test_gradients_of_other_methods(kind: str, tmp_path: Path) -> None:
+    """PiSSA and LoftQ change the base, and points that share it have one start."""
+    adapter: dict[str, Any] = {"kind": kind, "r": 3, "dropout": 0.2}
+    points: list[dict[str, Any]] = [{"seed": 1, "r": 2}, {"target_modules": ["q_proj"]}, {}]
+    if kind in ("pissa", "loftq"):
+        adapter = {"r": 3, "init": kind, "init_iterations": 2}
+        points = [{"lr": 1e-3}, {"dropout": 0.2}, {"data": str(tmp_path / "eval.jsonl")}]
+    tree = sweep_tree(tmp_path, adapter=adapter, sweep={"points": points})
+    resolved = resolve_config(parse_config(tree))
+    check_gradients(load_weights(build_model(resolved), World(), CPU), resolved)
+
+
+def check_gradients(whole: LoadedModel, resolved: Any) -> None:
+    """Those of each point are the gradients of its run alone, from the same start."""
+    works = load_works(whole, resolved)
+    losses, grads = compute(whole, works)
+    for number, point in enumerate(resolved.split_points().values()):
+        tree = point.run.model_dump(mode="json")
+        config, built, loaders, call = build(World(), tree)
+        work = works[number]
+        with closing(make_step(World(), config, built, loaders, call)) as part:
+            loss = part.accumulate_gradients(work.step, work.batches, work.targets)
+        assert losses[number].mean == pytest.approx(loss, rel=1e-6)
+        assert len(losses[number].losses) == len(work.batches)
+        prefix = f".points.{number}."
+        found = {n.replace(prefix, "."): g for n, g in grads.items() if prefix in n}
+        for name, parameter in built.model.named_parameters():
+            owner, _, own = name.rpartition(".")
+            if own == "packed":
+                module = whole.model.get_submodule(owner)
+                assert torch.equal(getattr(module, "base", module).packed, parameter), name
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                error = (found[name] - parameter.grad).norm()
+                assert error <= 2e-4 * parameter.grad.norm() + 1e-9, name
 
 
 def test_loss_that_is_not_finite_is_its_own_points(sweep: tuple[LoadedModel, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,45 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses == [(1, 1.5), (2, 0.75), (3, 0.5)]
     evaluated = [(row["_step"], row["eval/loss"]) for row in logged if "eval/loss" in row]
     assert evaluated == [(0, 2.0), (3, 1.0)]
+
+
+@pytest.mark.e2e
+def test_points_of_a_sweep_are_runs_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'server'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/sweep.json").touch()
+    points = [tmp_path / "mine" / name for name in ("point-000", "point-001")]
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                MetricsWriter(p, 0, 0, list_tracker_sinks(["mlflow", "wandb"], p, CONFIG))
+            )
+            for p in points
+        ]
+        for step in (1, 2):
+            for number, writer in enumerate(writers):
+                writer.write_step(make_record(step + 10 * number))
+    client = mlflow.MlflowClient()
+    for number, point in enumerate(points):
+        ids = json.loads((point / "trackers.json").read_text())
+        run = client.get_run(ids["mlflow"])
+        assert (run.info.run_name, run.info.status) == (f"mine/{point.name}", "FINISHED")
+        history = client.get_metric_history(ids["mlflow"], "train/loss")
+        assert [m.step for m in history] == [1 + 10 * number, 2 + 10 * number]
+        end, steps = time.monotonic() + 30, list[int]()
+        while len(steps) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+            files = (point / "wandb").glob("offline-run-*/*.wandb")
+            rows = [row for file in files for row in read_wandb_history(file)]
+            steps = [row["_step"] for row in rows if "train/loss" in row]
+        assert steps == [1 + 10 * number, 2 + 10 * number]
 
 
 def read_wandb_history(file: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def attach_joined(
     for number, adapter in enumerate(adapters):
         adapter.attach_to_model(model)
         for name, layer in adapter.layers.items():
-            if not hasattr(layer, "compute_change"):
+            if not getattr(layer, "has_change_alone", False):
                 raise UserError(
                     f"sweep: {name} are experts of a mixture, whose rows are in the order of the "
                     "experts; list adapter.target_modules without experts, such as [q_proj, "

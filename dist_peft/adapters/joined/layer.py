@@ -14,12 +14,15 @@ mLoRA (Ye et al. 2023) batches adapters in this way on one device; here the base
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.joined.row_shares import RowShares
+from dist_peft.adapters.low_rank.module import LowRankModule
+from dist_peft.core.span import Span
+from dist_peft.model.adapter_module import InitializesFromBase, Reduce
 
 __all__ = ["JoinedLayer", "RowChange"]
 
@@ -27,10 +30,9 @@ __all__ = ["JoinedLayer", "RowChange"]
 class RowChange(Protocol):
     """A layer of an adapter whose output is that of its base and a change by its input."""
 
-    is_enabled: bool
-
-    def compute_change(self, x: Tensor) -> Tensor:
-        """Return the change ``[..., out]`` of the rows ``x`` ``[..., in]``."""
+    def __call__(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+        """Return the output ``[..., out]`` of the rows ``x`` ``[..., in]``, or with ``is_change``
+        the change alone. A call, so that an engine's hooks on the layer see it."""
         ...
 
 
@@ -82,8 +84,29 @@ class JoinedLayer(nn.Module):
         ]
         return (y + torch.cat(filled)).to(y.dtype)
 
+    # -- initialization ------------------------------------------------------------------------
+
+    @property
+    def needs_base_rows(self) -> bool:
+        """Whether the start depends on the weight (PiSSA, LoftQ). See ``InitializesFromBase``."""
+        return any(getattr(layer, "needs_base_rows", False) for layer in self.points.values())
+
+    def prepare_base_rows(self, rows: Tensor, span: Span, reduce: Reduce) -> Tensor:
+        """Let one layer compute the start, which is that of all: configurations with different ones
+        are refused, since the rows to quantize are what the start leaves."""
+        first, *others = (cast(LowRankModule, layer) for layer in self.points.values())
+        encoded = cast(InitializesFromBase, first).prepare_base_rows(rows, span, reduce)
+        for other in others:
+            other.copy_starts(first)
+        return encoded
+
+    def init_rows(self, name: str, span: Span) -> Tensor:
+        raise AssertionError("parameters are those of the layers")
+
+    # ------------------------------------------------------------------------------------------
+
     def _compute_change(self, number: str, part: Tensor) -> Tensor | None:
         if number not in self.points:
             return None
-        change: Tensor = self.points[number].compute_change(part)  # type: ignore[operator]
+        change: Tensor = self.points[number](part, is_change=True)
         return change

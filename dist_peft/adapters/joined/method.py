@@ -36,5 +36,12 @@ class JoinedAdapter(AdapterDefaults):
             adapter.begin_micro_batch(step, own)
         self.shares.split_batch([(number, len(own)) for number, own in enumerate(parts)])
 
+    def list_init_factors(self) -> tuple[str, ...]:
+        return self.adapters[0].list_init_factors()
+
+    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
+        for adapter in self.adapters:
+            adapter.set_init_factors(tensors)
+
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         raise RuntimeError("each adapter of a sweep is saved by itself")

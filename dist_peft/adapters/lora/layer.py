@@ -27,7 +27,7 @@ The output has the type of the base's output.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,8 @@ class LoraLinear(LowRankModule):
     """
 
     starts_at_zero = "lora_B"
+    has_change_alone: ClassVar[bool] = True
+    """Whether calls take ``is_change``."""
     spec: LoraSpec
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -133,8 +135,14 @@ class LoraLinear(LowRankModule):
 
     # -- forward -------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output.
+
+        Args:
+            is_change: return ``s B A drop(x)`` alone, without the base's product.
+        """
+        if is_change:
+            return self._compute_update(self.dropout(x))
         if not self.is_enabled:
             return self._forward_disabled(x)
         if self._is_plain and can_fuse_low_rank(x, self.spec.r, self.spec.arithmetic):
@@ -177,10 +185,6 @@ class LoraLinear(LowRankModule):
             return y
         # the stored base is the residual of these factors
         return (y + self._multiply_factors(x, self.start_A, self.start_B)).to(y.dtype)
-
-    def compute_change(self, x: Tensor) -> Tensor:
-        """Return ``s B A drop(x)`` ``[..., out]`` of the rows ``x`` ``[..., in]``, without DoRA."""
-        return self._compute_update(self.dropout(x))
 
     def _compute_update(self, x: Tensor) -> Tensor:
         if not self.spec.keep_zeros:

@@ -84,13 +84,15 @@ class ThroughLinear(LoraLinear):
     """
 
     keeps_base = False
+    has_change_alone = False
     start: ThroughStart = "none"
     own_span: Span
     own_rows: Tensor
     num_changed = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of ``x``."""
+    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of ``x``; there is no change alone."""
+        assert not is_change, "the base's bytes are trained"
         if self.start == "lora":
             return super().forward(x)
         base, spec = self.base, self.spec

@@ -7,6 +7,7 @@ output.
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,8 +34,17 @@ class LowRankLinear(LowRankModule):
         super().__init__(path, spec)
         self.base, self.dropout = base, dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out] in the type of the base's output."""
+    has_change_alone: ClassVar[bool] = True
+    """Whether calls take ``is_change``."""
+
+    def forward(self, x: Tensor, *, is_change: bool = False) -> Tensor:
+        """``x`` [..., in] -> [..., out] in the type of the base's output.
+
+        Args:
+            is_change: return the change alone, without the base's product.
+        """
+        if is_change:
+            return self._compute_update(x)
         if not self.is_enabled:
             disabled: Tensor = self.base(x)
             return disabled

@@ -71,6 +71,10 @@ class LowRankModule(SwitchableLayer, ABC):
             return torch.zeros(len(span), *self.shapes[name][1:])
         return self._draw_initial_values(name)[span.slice].clone()
 
+    def copy_starts(self, other: "LowRankModule") -> None:
+        """Begin with the values that ``prepare_base_rows`` of ``other`` has computed."""
+        self._starts = dict(other._starts)
+
     @abstractmethod
     def _draw_initial_values(self, name: str) -> Tensor:
         """The whole start value of a parameter that does not start at zero."""

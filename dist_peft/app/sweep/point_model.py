@@ -8,18 +8,20 @@ ordinary run, and whose engine has an optimizer for these::
     point 2       layers.0.q_proj.lora_A               the same parameter
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import nn
 
 from dist_peft.adapters.joined.attach import get_alone_name, get_joined_prefix
+from dist_peft.adapters.joined.layer import JoinedLayer
 from dist_peft.adapters.joined.row_shares import RowShares
 from dist_peft.app.model_setup import LoadedModel, ModelSetup
 from dist_peft.engine.engine_protocol import trainable_parameters
 
-__all__ = ["PointModel", "make_point_model"]
+__all__ = ["PointModel", "call_points_together", "make_point_model"]
 
 
 class PointModel(nn.Module):
@@ -31,25 +33,40 @@ class PointModel(nn.Module):
         shares: of the model's layers.
 
     The base's parameters are among those of the first point alone, so that checks of all
-    parameters meet each once.
+    parameters meet each once. Child modules are the layers of the point, so that an engine which
+    hooks all children (DeepSpeed) hooks no other point's.
+
+    Attributes:
+        inner: called in place of ``whole``, in a pass of several points.
     """
 
     def __init__(self, whole: nn.Module, number: int, shares: RowShares) -> None:
         super().__init__()
-        self.whole = whole
+        vars(self)["whole"], vars(self)["inner"] = whole, None
         self._number, self._shares = number, shares
+        joined = [module for module in whole.modules() if isinstance(module, JoinedLayer)]
+        own = [m.points[str(number)] for m in joined if str(number) in m.points]
+        self.own_layers = nn.ModuleList(own)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute ``whole`` with this point's adapter on all rows."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
         with self._shares.give_all(self._number):
             return self.whole(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of ``whole``."""
+        self.training = mode
+        self.whole.train(mode)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the model, such as ``config``, are those of ``whole``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("whole"), name)
+            return getattr(vars(self)["whole"], name)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield those of ``whole``, under their names there."""
@@ -69,6 +86,30 @@ class PointModel(nn.Module):
         owner, _, own = target.rpartition(".")
         joined = f"{owner}{get_joined_prefix(self._number)}{own}"
         return self.whole.get_parameter(joined)
+
+
+@contextmanager
+def call_points_together(
+    whole: nn.Module, calls: Sequence[tuple[nn.Module, nn.Module]]
+) -> Iterator[nn.Module]:
+    """Yield the module to call for a pass of several points.
+
+    An engine's wrappers of several points are called one inside another, so that each sees the pass
+    begin and end: ``wrapper_0(point_0(wrapper_1(point_1(... whole))))``.
+
+    Args:
+        whole: with all adapters.
+        calls: a point's model, a ``PointModel``, and the engine's wrapper of it or itself.
+    """
+    inner = whole
+    wrapped = [(point, call) for point, call in calls if call is not point]
+    for point, call in reversed(wrapped):
+        vars(point)["inner"], inner = inner, call
+    try:
+        yield inner
+    finally:
+        for point, _ in wrapped:
+            vars(point)["inner"] = None
 
 
 def make_point_model(

@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_peft.app.comparison_page import write_comparison
 from dist_peft.app.run_comparison import read_runs
-from dist_peft.app.sweep.sweep_file import SweepFile
+from dist_peft.app.sweep.sweep_file import SweepFile, describe_values
 from dist_peft.store.writer import write_atomically
 from dist_peft.train.step_metrics import METRICS_FILE
 
@@ -71,7 +71,7 @@ def format_ranking(ranking: Sequence[RankedPoint]) -> list[str]:
     for place, point in enumerate(ranking, 1):
         loss = point.training_loss if point.held_out_loss is None else point.held_out_loss
         kind = "training" if point.held_out_loss is None else "held-out"
-        values = ", ".join(f"{key} {value}" for key, value in point.values.items())
+        values = describe_values(point.values)
         state = "" if point.state == "finished" else f", {point.state} at step {point.step}"
         lines.append(f"{place}. {point.point}: {kind} loss {loss:.4f} ({values}){state}")
     return lines

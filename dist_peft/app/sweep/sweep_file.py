@@ -20,9 +20,18 @@ from typing import Any, Literal
 
 from dist_peft.core.config.run import SweepPoint
 from dist_peft.core.errors import UserError
+from dist_peft.core.text_exchange import broadcast_text
+from dist_peft.core.world import World
 from dist_peft.store.writer import write_atomically
 
-__all__ = ["PointRecord", "PointState", "SweepFile"]
+__all__ = [
+    "PointRecord",
+    "PointState",
+    "SweepFile",
+    "check_directory_kind",
+    "describe_values",
+    "open_sweep_file",
+]
 
 PointState = Literal["running", "finished", "halved", "failed"]
 """halved: stopped by ``sweep.halving``. failed: its loss or gradient was not finite."""
@@ -66,10 +75,13 @@ class SweepFile:
             is_writer: false: changes stay in memory, as another rank writes the same ones.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or a point of the same name has other values.
         """
         self.path, self._is_writer = run_dir / "sweep.json", is_writer
-        values = {name: point.model_dump(exclude_none=True) for name, point in points.items()}
+        values = {
+            name: point.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+            for name, point in points.items()
+        }
         self.points = {name: PointRecord(name, own) for name, own in values.items()}
         self.rung = 0
         """The last step after which ``sweep.halving`` has chosen."""
@@ -83,8 +95,13 @@ class SweepFile:
         except (ValueError, LookupError, TypeError) as error:
             raise _make_damage_error(self.path, error) from None
         for name, record in self.points.items():
-            if name in found and found[name].values == record.values:
-                self.points[name] = found[name]
+            if name in found and found[name].values != record.values:
+                raise UserError(
+                    f"{self.path}: {name} was trained with {_show(found[name].values)}, and now "
+                    f"has {_show(record.values)}; write further points after those before, or use "
+                    "another save.dir, or resume: never to start over"
+                )
+            self.points[name] = found.get(name, record)
 
     def read_text(self) -> str:
         """Return the contents of the file; empty without one. Raises UserError if unreadable."""
@@ -114,6 +131,54 @@ class SweepFile:
         points = [asdict(record) for record in self.points.values()]
         tree = {"rung": self.rung, "points": points}
         write_atomically(self.path, json.dumps(tree, indent=1) + "\n")
+
+
+def _show(values: Mapping[str, Any]) -> str:
+    return describe_values(values) or "no values of its own"
+
+
+def describe_values(values: Mapping[str, Any]) -> str:
+    """Return the values of a point in one line, data by their paths."""
+    shown = {
+        key: " + ".join(str(source["path"]) for source in value) if key == "data" else value
+        for key, value in values.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+def open_sweep_file(
+    run_dir: Path, points: Mapping[str, SweepPoint], is_new: bool, world: World
+) -> SweepFile:
+    """Return the file's records, the same on every rank. Collective.
+
+    Raises:
+        UserError: on every rank: it is damaged, or a point has other values there.
+    """
+    stored = ""
+    with world.raise_together("read sweep.json"):
+        if world.is_first:
+            stored = SweepFile(run_dir, points, is_new=True).read_text()
+    stored = broadcast_text(stored)
+    with world.raise_together("read sweep.json"):
+        return SweepFile(run_dir, points, is_new=is_new, stored=stored, is_writer=world.is_first)
+
+
+def check_directory_kind(run_dir: Path, is_sweep: bool) -> None:
+    """Check that ``save.dir`` holds no run of the other kind.
+
+    Raises:
+        UserError: a sweep would be written into an ordinary run, or a run into a sweep.
+    """
+    if is_sweep and any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        raise UserError(
+            f"save.dir {run_dir} holds a run without a sweep; choose another for the sweep, or "
+            "leave out sweep to resume the run"
+        )
+    if not is_sweep and (run_dir / "sweep.json").exists():
+        raise UserError(
+            f"save.dir {run_dir} holds a sweep; give its sweep section to resume it, or choose "
+            "another save.dir"
+        )
 
 
 def _make_damage_error(path: Path, error: Exception) -> UserError:

@@ -14,39 +14,55 @@ kill between two checkpoints: each has its own.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import nn
 
 from dist_peft.adapters.joined.method import JoinedAdapter
+from dist_peft.adapters.joined.row_shares import RowShares
 from dist_peft.app.adapter_job import AdapterJob, begin_training, end_training
 from dist_peft.app.document_isolation import count_packed_tokens
-from dist_peft.app.model_setup import LoadedModel, ModelSetup, build_model, load_weights
+from dist_peft.app.model_setup import (
+    LoadedModel,
+    ModelSetup,
+    build_model,
+    load_init_factors,
+    load_weights,
+)
 from dist_peft.app.resolved_config import ResolvedConfig
 from dist_peft.app.run_directory import RunDirectory, make_run_directory, write_run_config
-from dist_peft.app.step_exchange import ComputedGradients, StepBatches, StepGenerator
+from dist_peft.app.step_exchange import (
+    ComputedGradients,
+    StepBatches,
+    StepGenerator,
+    compute_alone,
+)
 from dist_peft.app.sweep.halving import choose_stopped, read_held_out_losses
-from dist_peft.app.sweep.point_model import make_point_model
+from dist_peft.app.sweep.point_model import call_points_together, make_point_model
 from dist_peft.app.sweep.ranking import write_ranking
-from dist_peft.app.sweep.sweep_file import PointState, SweepFile
+from dist_peft.app.sweep.sweep_file import PointState, SweepFile, open_sweep_file
 from dist_peft.app.trainer import Trainer
 from dist_peft.app.unused_options import warn_unused_options
 from dist_peft.core.config.run import HalvingConfig
-from dist_peft.core.errors import RunFailure
+from dist_peft.core.errors import RunFailure, UserError
 from dist_peft.core.stop_signals import RESUMABLE
-from dist_peft.core.text_exchange import broadcast_text
 from dist_peft.core.world import World
+from dist_peft.engine import resolve_engine_kind
 from dist_peft.export.outlook import log_export_outlook
 from dist_peft.train.joined_step import AdapterWork, JoinedStep
 from dist_peft.train.objective import TokenObjective
 from dist_peft.train.optimizers import make_optimizer_factory
 
 __all__ = ["train_sweep"]
+
+MOST_ON_ZERO = 32
+"""Each point adds about ten calls to Python's stack, which is limited."""
 
 log = logging.getLogger("dist_peft")
 
@@ -67,21 +83,17 @@ def train_sweep(
     config = resolved.run
     assert config.sweep is not None
     setup, jobs = _prepare_points(resolved, world, device)
-    world.raise_if_stop_requested()
-    directory.open()
-    trained_on = [base for job in jobs.values() for base in job.trained_on]
-    built = load_weights(setup, world, device, trained_on)
     points = dict(zip(jobs, config.sweep.list_points(), strict=True))
     is_new = all(job.resume_from is None for job in jobs.values())
-    stored = ""
-    with world.raise_together("read sweep.json"):
-        if world.is_first:
-            stored = SweepFile(directory.path, points, is_new=True).read_text()
-    stored = broadcast_text(stored)
-    with world.raise_together("read sweep.json"):
-        records = SweepFile(
-            directory.path, points, is_new=is_new, stored=stored, is_writer=world.is_first
-        )
+    records = open_sweep_file(directory.path, points, is_new, world)
+    world.raise_if_stop_requested()
+    directory.open()
+    for job in jobs.values():  # those of any point: all have one start
+        if job.resume_from is not None:
+            load_init_factors(setup, job.checkpoints, job.resume_from)
+            break
+    trained_on = [base for job in jobs.values() for base in job.trained_on]
+    built = load_weights(setup, world, device, trained_on)
     adapter = cast(JoinedAdapter, setup.adapter)
     runs = {
         number: _make_point_run(name, job, built, adapter, number, world, device)
@@ -90,15 +102,8 @@ def train_sweep(
     runs[0].trainer.check_loaded_model()
     world.run_on_first("write config.yaml", partial(write_run_config, directory.path, config))
     world.run_on_first("write sweep.json", records.write)
-    step = JoinedStep(
-        built.model,
-        built.engine,
-        cast(TokenObjective, runs[0].trainer.loaders.objective),  # others are refused
-        world,
-        adapter.adapters,
-        adapter.shares,
-    )
-    sweep = SweepLoop(runs, records, step, world, stop, config.sweep.halving)
+    step = None if config.train.exact else _make_joined_step(built, runs, world)
+    sweep = SweepLoop(runs, records, step, adapter.shares, world, stop, config.sweep.halving)
     if not sweep.train_points():
         return RESUMABLE
     world.run_on_first("write the ranking", partial(write_ranking, directory.path, records))
@@ -114,6 +119,12 @@ def _prepare_points(
     config = resolved.run
     with world.raise_together("read the base's configuration"):
         points = resolved.split_points()
+        if len(points) > MOST_ON_ZERO and resolve_engine_kind(config.engine, world) == "zero":
+            raise UserError(
+                f"sweep: {len(points)} points; engine.kind zero trains at most {MOST_ON_ZERO} at "
+                "once, as each has a DeepSpeed engine that is called inside of those before; use "
+                "engine.kind: fsdp2, or two sweeps"
+            )
         setup = build_model(resolved, packed_tokens=count_packed_tokens(config))
     first = next(iter(points.values()))
     warn_unused_options(first.run, world, setup.model, device.type)
@@ -124,6 +135,22 @@ def _prepare_points(
         own = ModelSetup(**{**vars(setup), "config": point.run, "adapter": adapter})
         jobs[name] = AdapterJob.check_inputs(point.run, own, world, config.resume)
     return setup, jobs
+
+
+def _make_joined_step(
+    built: LoadedModel, runs: "Mapping[int, PointRun]", world: World
+) -> JoinedStep:
+    adapter, training = cast(JoinedAdapter, built.setup.adapter), runs[0].trainer.training
+    objective = cast(TokenObjective, training.loaders.objective)  # others are refused
+
+    def enter_pass(numbers: Sequence[int]) -> AbstractContextManager[nn.Module]:
+        trained = [runs[number].trainer.training for number in numbers]
+        return call_points_together(built.model, [(t.built.model, t.call) for t in trained])
+
+    return JoinedStep(
+        *(built.model, built.engine, objective, world, adapter.adapters, adapter.shares),
+        enter_pass=enter_pass,
+    )
 
 
 @dataclass
@@ -165,13 +192,15 @@ class SweepLoop:
 
     Attributes:
         runs: by number of the point.
-        step: computes their gradients.
+        step: computes their gradients; None: each has passes of its own (``train.exact``).
+        shares: of the model's layers.
         is_stopped: a signal has ended the loop of a point before its last step.
     """
 
     runs: Mapping[int, PointRun]
     records: SweepFile
-    step: JoinedStep
+    step: JoinedStep | None
+    shares: RowShares
     world: World
     stop: Callable[[], bool]
     halving: HalvingConfig | None
@@ -247,6 +276,12 @@ class SweepLoop:
 
     def _train_step(self, works: Mapping[int, PointRun]) -> None:
         """Compute the gradients of all points that have asked, and let each continue."""
+        if self.step is None:
+            for number, run in works.items():
+                with self.shares.give_all(number):  # recomputed in backward, too
+                    found = compute_alone(cast(StepBatches, run.work), run.trainer.training)
+                self._advance(run, found)
+            return
         begin, before = time.perf_counter(), self.step.engine.bytes_gathered
         asked = {
             k: AdapterWork(run.trainer.training.num_steps, *cast(StepBatches, run.work))

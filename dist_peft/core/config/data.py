@@ -107,6 +107,15 @@ class DataSource(ConfigSection):
         return self
 
 
+def read_bare_paths(entries: Any) -> Any:
+    """Read a source as a list of one, and each bare string of a list as ``{path: string}``."""
+    if isinstance(entries, str | dict):
+        entries = [entries]
+    if isinstance(entries, list):
+        return [{"path": e} if isinstance(e, str) else e for e in entries]
+    return entries
+
+
 class DataConfig(ConfigSection):
     """Training and held-out data, and how records become token sequences."""
 
@@ -179,11 +188,8 @@ class DataConfig(ConfigSection):
         if isinstance(value, dict):
             value = dict(value)
             for key in ("train", "eval"):
-                entries = value.get(key)
-                if isinstance(entries, str | dict):
-                    entries = [entries]
-                if isinstance(entries, list):
-                    value[key] = [{"path": e} if isinstance(e, str) else e for e in entries]
+                if value.get(key) is not None:
+                    value[key] = read_bare_paths(value[key])
             train = value.get("train")
             if isinstance(train, list) and any(
                 _read_format_name(e) == "classification" for e in train

@@ -1,15 +1,20 @@
 """The ``sweep`` section: several adapters that are trained at once on one base."""
 
 import itertools
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dist_peft.core.config.types import ConfigSection, Count, Int, Names, Positive, Size
+from dist_peft.core.config.data import DataSource, read_bare_paths
+from dist_peft.core.config.types import ConfigSection, Count, Float, Int, Names, Positive, Size
 
-__all__ = ["HalvingConfig", "SweepConfig", "SweepPoint"]
+__all__ = ["HalvingConfig", "SweepConfig", "SweepPoint", "apply_point"]
 
 MOST_POINTS = 256
+
+Dropout = Annotated[Float, Field(ge=0, lt=1)]
+Decay = Annotated[Float, Field(ge=0)]
+Sources = Annotated[list[DataSource], BeforeValidator(read_bare_paths)]
 
 
 class SweepPoint(ConfigSection):
@@ -22,6 +27,11 @@ class SweepPoint(ConfigSection):
     target_modules: Literal["all-linear"] | Names | None = Field(
         None, description="Its adapter.target_modules."
     )
+    dropout: Dropout | None = Field(None, description="Its adapter.dropout.")
+    use_rslora: bool | None = Field(None, description="Its adapter.use_rslora.")
+    lr_ratio: Positive | None = Field(None, description="Its adapter.lr_ratio (LoRA+).")
+    weight_decay: Decay | None = Field(None, description="Its train.weight_decay.")
+    data: Sources | None = Field(None, min_length=1, description="Its data.train.")
 
 
 class HalvingConfig(ConfigSection):
@@ -48,6 +58,13 @@ class SweepConfig(ConfigSection):
     target_modules: list[Literal["all-linear"] | Names] = Field(
         [], description="Values of adapter.target_modules."
     )
+    dropout: list[Dropout] = Field([], description="Values of adapter.dropout.")
+    use_rslora: list[bool] = Field([], description="Values of adapter.use_rslora.")
+    lr_ratio: list[Positive] = Field([], description="Values of adapter.lr_ratio (LoRA+).")
+    weight_decay: list[Decay] = Field([], description="Values of train.weight_decay.")
+    data: list[Sources] = Field(
+        [], description="Values of data.train, each a list of sources: [[a.jsonl], [b.jsonl]]."
+    )
     points: list[SweepPoint] = Field([], description="Instead of all combinations.")
     halving: HalvingConfig | None = Field(None, description="null: all points train to the end.")
 
@@ -60,7 +77,7 @@ class SweepConfig(ConfigSection):
         if not 2 <= len(points) <= MOST_POINTS:
             raise ValueError(
                 f"a sweep has 2 to {MOST_POINTS} points, not {len(points)}; list values of lr, "
-                "seed, r, alpha or target_modules, or give points"
+                "seed, r, alpha, data or another key, or give points"
             )
         for number, point in enumerate(points):
             if point in points[:number]:
@@ -74,3 +91,17 @@ class SweepConfig(ConfigSection):
             return list(self.points)
         values = itertools.product(*(getattr(self, name) for name in names))
         return [SweepPoint(**dict(zip(names, each, strict=True))) for each in values]
+
+
+_SECTIONS = {"lr": "train", "seed": "train", "weight_decay": "train", "data": "data"}
+"""Key of a point -> section of the configuration; others are of ``adapter``."""
+
+
+def apply_point(point: SweepPoint) -> dict[str, dict[str, Any]]:
+    """Return the values of a point by section and key of the configuration."""
+    changes: dict[str, dict[str, Any]] = {"adapter": {}, "train": {}, "data": {}}
+    for key in SweepPoint.model_fields:
+        if (value := getattr(point, key)) is not None:
+            section = _SECTIONS.get(key, "adapter")
+            changes[section]["train" if key == "data" else key] = value
+    return changes

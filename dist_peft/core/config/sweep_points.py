@@ -1,9 +1,9 @@
 """The configurations of the points of a sweep, each that of an ordinary run."""
 
 from pathlib import Path
-from typing import Any
 
 from dist_peft.core.config.run import RunConfig, SweepPoint
+from dist_peft.core.config.sweep import apply_point
 
 __all__ = ["count_joined", "split_sweep_configs"]
 
@@ -24,13 +24,11 @@ def split_sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def _make_point_config(config: RunConfig, name: str, point: SweepPoint) -> RunConfig:
-    given = {key: value for key, value in vars(point).items() if value is not None}
-    train: dict[str, Any] = {key: given.pop(key) for key in ("lr", "seed") if key in given}
+    changes = apply_point(point)
     return config.model_copy(
         update={
             "sweep": None,
-            "adapter": config.adapter.model_copy(update=given),
-            "train": config.train.model_copy(update=train),
+            **{key: getattr(config, key).model_copy(update=own) for key, own in changes.items()},
             "save": config.save.model_copy(
                 # writers in threads would meet those of other points in one process group
                 update={"dir": str(Path(config.save.dir) / name), "asynchronous": False}

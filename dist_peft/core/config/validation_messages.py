@@ -102,12 +102,14 @@ def _find_key_hint(location: list[str], path: str) -> str:
         )
     if near := difflib.get_close_matches(name, known, n=1, cutoff=_NEAR):
         return f"did you mean {near[0]}?"
-    same = [key for key in elsewhere if key.rpartition(".")[2] == name]
+    # a sweep repeats keys of other sections
+    places = [key for key in elsewhere if not key.startswith("sweep.")]
+    same = [key for key in places if key.rpartition(".")[2] == name]
     if 0 < len(same) <= _MAX_PLACES:
         return f"here it is {' or '.join(same)}"
     if near := difflib.get_close_matches(name, known, n=1, cutoff=_SIMILAR):
         return f"did you mean {near[0]}?"
-    names = {key.rpartition(".")[2]: key for key in elsewhere}
+    names = {key.rpartition(".")[2]: key for key in places}
     if near := difflib.get_close_matches(name, names, n=1, cutoff=_SLIP):
         return f"did you mean {names[near[0]]}?"
     return f"known here: {', '.join(known)}"

@@ -4,11 +4,13 @@ from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from dist_peft.adapters.joined.method import JoinedAdapter
+from dist_peft.adapters.lora.method import LoraAdapter
 from dist_peft.app.model_setup import LoadedModel, ModelSetup, build_model, load_weights
 from dist_peft.app.resolved_config import resolve_config
-from dist_peft.app.sweep.point_model import make_point_model
+from dist_peft.app.sweep.point_model import call_points_together, make_point_model
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.world import World
 from dist_peft.engine.engine_protocol import trainable_parameters
@@ -61,6 +63,30 @@ def test_forward_has_the_bits_of_a_run_alone(points: list[LoadedModel]) -> None:
         assert built.model.model.layers[0].self_attn.q_proj.training
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
     assert point.model.config is point.setup.skeleton.model.config
+
+
+def test_wrappers_of_points_are_called_one_inside_another(points: list[LoadedModel]) -> None:
+    """And each has the layers of its point for children, whose hooks see the pass."""
+    whole, seen = points[0].model.whole, list[int]()
+    assert [len(p.model.own_layers) for p in points] == [14, 4, 2]
+    calls = [(points[0].model, nn.Sequential(points[0].model)), (points[1].model, points[1].model)]
+    adapters = [cast(LoraAdapter, point.setup.adapter) for point in points]
+    handles = [
+        layer.register_forward_hook(lambda *_, n=number: seen.append(n))
+        for number, point in enumerate(points)
+        for layer in point.model.own_layers
+    ]
+    for own in adapters:
+        own.begin_micro_batch(0, torch.tensor([0]))
+    shares = points[0].model._shares
+    with torch.no_grad(), call_points_together(whole, calls) as call:
+        assert call is calls[0][1] and points[0].model.inner is whole
+        shares.split_batch([(0, 1), (1, 1)])
+        call(torch.arange(12).view(2, 6))
+    assert points[0].model.inner is None
+    assert (seen.count(0), seen.count(1), seen.count(2)) == (14, 4, 0)
+    for handle in handles:
+        handle.remove()
 
 
 def test_optimizers_are_apart(points: list[LoadedModel]) -> None:

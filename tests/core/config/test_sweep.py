@@ -30,7 +30,7 @@ def test_points_are_taken_as_given() -> None:
         ({"seed": list(range(300))}, "not 300"),
         ({"lr": [1e-3, 1e-3]}, "points 0 and 1 are equal"),
         ({"lr": [1e-3, 1e-4], "points": [{"r": 2}, {"r": 3}]}, "lists such as lr, not both"),
-        ({"points": [{"dropout": 0.1}, {}]}, "dropout"),
+        ({"points": [{"keep_zeros": True}, {}]}, "keep_zeros"),
         ({"lr": [1e-3, 1e-4], "halving": {"every": 2, "keep": 1.0}}, "keep"),
     ],
 )

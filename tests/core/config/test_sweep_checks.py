@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import SweepPoint
+from dist_peft.core.config.sweep import apply_point
 from dist_peft.core.errors import UserError
 
 
@@ -23,13 +25,29 @@ def tree(**sections: Any) -> dict[str, Any]:
     ("sections", "message"),
     [
         ({"adapter": {"kind": "ia3"}}, "sweep: adapter.kind ia3 has no product of its own"),
-        ({"adapter": {"init": "pissa"}}, "sweep: adapter.init pissa derives its start"),
+        ({"adapter": {"init": "eva"}}, "sweep: adapter.init eva derives its start"),
+        ({"adapter": {"init": "loftq"}, "sweep": {"r": [2, 4]}}, "different r; with adapter.init"),
+        ({"adapter": {"kind": "loha"}, "sweep": {"lr_ratio": [2, 4]}}, "0 has lr_ratio, not a key"),
+        (
+            {"sweep": {"points": [{}, {"data": [{"path": "a", "labels": ["x", "y"]}]}]}},
+            "labels are for format: classification",
+        ),
+        (
+            {"sweep": {"lr": [], "data": [["a"], [{"path": "b", "format": "classification"}]]}},
+            r"sweep: point 1: data: train\[0\].labels is missing",
+        ),
+        (
+            {
+                "data": {"train": ["a"], "val_split": 0.1},
+                "train": {"eval_every": 2},
+                "sweep": {"lr": [], "data": [["a"], ["b"]], "halving": {"every": 4}},
+            },
+            "points of other data have other held-out records",
+        ),
         ({"adapter": {"use_dora": True}}, "sweep: adapter.use_dora True multiplies"),
-        ({"engine": {"kind": "zero"}}, "sweep: engine.kind zero has one optimizer"),
-        ({"train": {"exact": True}}, "sweep: train.exact True promises the bits"),
         ({"train": {"neftune_alpha": 5}}, "sweep: train.neftune_alpha 5.0 adds noise"),
         ({"train": {"tasks": "separate"}}, "sweep: train.tasks separate trains its adapters"),
-        ({"save": {"track": ["mlflow"]}}, "sweep: save.track a section can follow one run"),
+        ({"save": {"track": ["mlflow", "trackio"]}}, "sweep: save.track trackio follows one run"),
         ({"resume": "runs/a/checkpoints/step-000001"}, "sweep: resume runs/a.* names a checkpoint"),
         ({"sweep": {"halving": {"every": 4}}}, "sweep.halving compares held-out losses"),
     ],
@@ -38,6 +56,14 @@ def test_refused_with_the_reason(sections: dict[str, Any], message: str) -> None
     with pytest.raises(UserError, match=message):
         parse_config(tree(**sections))
     assert parse_config(tree()).sweep is not None
+
+
+def test_each_key_of_a_point_goes_to_its_section() -> None:
+    point = SweepPoint(lr=1e-3, weight_decay=0.1, dropout=0.2, use_rslora=True, data="b.jsonl")
+    changes = apply_point(point)
+    assert changes["train"] == {"lr": 1e-3, "weight_decay": 0.1}
+    assert changes["adapter"] == {"dropout": 0.2, "use_rslora": True}
+    assert [source.path for source in changes["data"]["train"]] == ["b.jsonl"]
 
 
 def test_halving_needs_evaluations_at_its_choices() -> None:
