@@ -19,7 +19,7 @@ from dist_peft.app.run_consistency import check_tokenizer_of_base
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.host_memory import read_available_memory
-from dist_peft.export.formats.export_format import ExportFormat
+from dist_peft.export.formats.export_format import ExportFormat, PackedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
 from dist_peft.export.formats.registry import FORMATS
@@ -139,7 +139,7 @@ def export_finished_run(
     if known.reads_base:
         check_tokenizer_of_base(run_dir, job.directory, config.base.trust_remote_code)
     job = replace(job, overwrite=overwrite)
-    if job.pooled and into == "decoded" and not known.writes_classifiers:
+    if job.pooled and into == "decoded" and isinstance(known, PackedExport):
         log.warning("--base has no effect on a QA-LoRA run: the codes of its base are kept")
     verifier: Verification | None = None
     if verify is not None:
@@ -289,11 +289,10 @@ def _refuse_unfit_run(
     Raises:
         UserError: it cannot; names the formats that can.
     """
-    if config.base.head == "classifier" and not known.writes_classifiers:
+    if config.base.head == "classifier" and known.classifier_limit:
         raise UserError(
-            f"{run_dir} trained a classifier, and format {known.name} is for language models: no "
-            "library that reads it was found to load such a head; use hf-bf16 (dist-peft merge) "
-            "or peft"
+            f"{run_dir} trained a classifier, and format {known.name} is for language models: "
+            f"{known.classifier_limit}; use hf-bf16 (dist-peft merge) or peft"
         )
     limits = make_adapter(
         config.adapter, seed=config.train.seed, arithmetic=torch.float32

@@ -1,6 +1,7 @@
 """The tensors of a base as an export sees them: names, shapes, and the linear they belong to."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dist_peft.model.skeleton import Skeleton
 from dist_peft.quant.codec import Codec
 from dist_peft.store.format import TensorSpec
 
-__all__ = ["BaseWeight", "list_base_weights"]
+__all__ = ["BaseWeight", "list_base_weights", "name_by_modules"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class BaseWeight:
 
     @property
     def name_stem(self) -> str:
-        """Name in the files without ``.weight``: the prefix of the names of packed tensors."""
-        return self.info.name.removesuffix(".weight")
+        """Name in the output without ``.weight``: the prefix of the names of packed tensors."""
+        return self.written.removesuffix(".weight")
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether this is the weight of one expert, or of several in one tensor."""
+        return isinstance(self.linear, ExpertStack)
 
     @property
     def module_path(self) -> str:
@@ -76,6 +82,17 @@ class BaseWeight:
         """Map rows ``span`` to rows of ``linear``; a row of stacked experts is one expert."""
         height = torch.Size(self.info.shape[1:]).numel() // max(1, self.num_columns)
         return Span(self.first + span.start * height, self.first + span.stop * height)
+
+    def find_expert(self) -> tuple[int, str]:
+        """Return the number of the expert and the name of the projection, such as ``gate_proj``,
+        of a weight that belongs to one expert."""
+        stack = self.linear
+        assert isinstance(stack, ExpertStack) and len(stack.pieces) >= stack.experts
+        expert, row = divmod(self.first, stack.out_features)
+        name = self.module_path.rpartition(".")[2]
+        if len(stack.pieces) == 2 * stack.experts:
+            name = "up_proj" if row else "gate_proj"
+        return expert, name
 
     @property
     def is_transposed(self) -> bool:
@@ -112,3 +129,20 @@ def list_base_weights(skeleton: Skeleton) -> list[BaseWeight]:
         wide = skeleton.wide.get(name)
         found.append(BaseWeight(info, path, linear, written, first.get(name, 0), wide))
     return found
+
+
+def name_by_modules(weights: Sequence[BaseWeight]) -> list[BaseWeight]:
+    """Return the weights with the names of a model whose experts are linears, each its own.
+
+    gptqmodel builds such a model and saves its names, ``mlp.experts.3.gate_proj``, whichever names
+    the published files of the family have (Mixtral: ``block_sparse_moe.experts.3.w1``).
+    """
+    return [replace(weight, written=_find_module_name(weight)) for weight in weights]
+
+
+def _find_module_name(weight: BaseWeight) -> str:
+    stack = weight.linear
+    if not isinstance(stack, ExpertStack):
+        return weight.path
+    expert, name = weight.find_expert()
+    return f"{weight.module_path.rpartition('.')[0]}.{expert}.{name}.weight"

@@ -14,7 +14,7 @@ Peak memory is four times ``chunk_bytes`` for each thread, independent of the si
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -25,11 +25,10 @@ from dist_peft.export.merged_weights import CHUNK_BYTES, open_merged_weights
 from dist_peft.export.model_directory import (
     WriteResult,
     copy_tokenizer_files,
+    describe_written_model,
     write_model_directory,
 )
 from dist_peft.export.stopping import add_stop_tokens
-from dist_peft.model.classifier import classifier_config_keys
-from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.model_files import copy_model_files, list_model_files
 from dist_peft.store.publish import check_output_free, publish_directory
 from dist_peft.store.writer import MAX_FILE_BYTES
@@ -76,10 +75,7 @@ def merge_model(
             base, directory, adapter_dir, into, chunk_bytes, keep_zeros=keep_zeros
         ) as walk:
             written = write_model_directory(walk, None, partial, dtype, max_file_bytes)
-            changes: dict[str, Any] = dict(walk.skeleton.settings)
-            if walk.skeleton.head is not None:
-                tokenizer = load_tokenizer(directory, base.trust_remote_code)
-                changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
+            changes = describe_written_model(walk, directory, code=base.trust_remote_code)
         copy_model_files(directory, partial, dtype, changes, code=base.trust_remote_code)
         copy_tokenizer_files(adapter_dir, partial)
         record = MergeRecord.of_adapter(

@@ -23,7 +23,7 @@ absent from the files: the adapter stores them in full.
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,6 @@ __all__ = [
     "CHUNK_BYTES",
     "MergedWeights",
     "State",
-    "iterate_base_rows",
     "open_merged_weights",
 ]
 
@@ -136,6 +135,15 @@ class MergedWeights:
     def is_adapted(self, weight: BaseWeight) -> bool:
         """Return whether the adapter changes this tensor."""
         return self._merger.changes_weight(weight.path)
+
+    def keeps_codes(self, weight: BaseWeight) -> bool:
+        """Return whether the packed rows of training are this weight's: they hold the adapter, or
+        it has none and its rows of the files are not wanted."""
+        if self.state == "trained":
+            return True
+        linear = weight.linear
+        decoded = self.state == "decoded" or (linear is not None and linear.stored is not None)
+        return decoded and not self.is_adapted(weight)
 
     def is_packable(self, weight: BaseWeight) -> bool:
         """Return whether a format may pack this weight: that of a block's linear, and in the
@@ -349,36 +357,6 @@ def open_merged_weights(
         yield MergedWeights(
             skeleton, merger, reader, adapter_dir, state, chunk_bytes, record, zeros
         )
-
-
-def iterate_base_rows(
-    base: BaseConfig, directory: Path, labels: Sequence[str], chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[tuple[str, Tensor, Span]]:
-    """Yield path, rows and row span of every tensor of the base as training saw it, without any
-    adapter. Rows of experts that are stored together are matrices."""
-    skeleton = build_skeleton(base, directory, labels)
-    with RowReader(skeleton.index) as reader:
-        for weight in list_base_weights(skeleton):
-            size = torch.Size(weight.info.shape[1:]).numel()
-            holding = HoldingReader(reader)
-            if skeleton.head is not None and weight.path in skeleton.head.new:
-                continue
-            for span in Span(0, weight.num_rows).split_into_chunks(
-                max(1, chunk_bytes // 4 // max(1, size))
-            ):
-                if weight.linear is None:
-                    yield weight.path, reader.read_rows(weight.name, span), span
-                    continue
-                own = weight.span_in_linear(span)
-                packed = WeightRows.read_weight_rows(weight.linear, holding, own).to_packed(
-                    lambda rows: rows
-                )
-                columns = weight.linear.in_features
-                yield (
-                    weight.path,
-                    weight.linear.codec.dequantize_rows(packed, columns, torch.float32),
-                    own,
-                )
 
 
 def _base_names(skeleton: Skeleton) -> dict[str, str]:

@@ -18,7 +18,9 @@ from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.weight_threads import count_merge_threads, process_weights
+from dist_peft.model.classifier import classifier_config_keys
 from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.model_files import check_link_target, copy_file
 from dist_peft.store.publish import check_output_free
 from dist_peft.store.writer import MAX_FILE_BYTES, StreamWriter, TensorSpec
@@ -29,6 +31,7 @@ __all__ = [
     "WriteResult",
     "check_output_free",
     "copy_tokenizer_files",
+    "describe_written_model",
     "list_unpacked_linears",
     "write_model_directory",
 ]
@@ -143,7 +146,9 @@ def write_model_directory(
     merged = 0 if walk.state == "base" else sum(map(walk.is_adapted, walk.weights))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     left = tuple(
-        w.name_stem for w in walk.weights if packer and w.is_block_linear and w.name not in packed
+        w.module_path
+        for w in walk.weights
+        if packer and w.is_block_linear and not w.is_expert and w.name not in packed
     )
     return WriteResult(len(specs), len(packed), merged, size, left)
 
@@ -157,6 +162,16 @@ def list_unpacked_linears(walk: MergedWeights, left: Iterable[str]) -> list[str]
         if isinstance(module, nn.Linear | FrozenLinear) and path not in inside
     ]
     return [*outside, *left]
+
+
+def describe_written_model(walk: MergedWeights, directory: Path, *, code: bool) -> dict[str, Any]:
+    """Return keys of ``config.json`` that the written model has and the base in ``directory`` has
+    not; ``code``: the base's own code may run."""
+    changes: dict[str, Any] = dict(walk.skeleton.settings)
+    if walk.skeleton.head is not None:
+        tokenizer = load_tokenizer(directory, code)
+        changes |= classifier_config_keys(walk.skeleton.model, tokenizer)
+    return changes
 
 
 def copy_tokenizer_files(adapter_dir: Path, out: Path) -> None:

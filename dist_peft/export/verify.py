@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.time_limit import VerificationSkipped
+from dist_peft.model.hub import read_json_object
 from dist_peft.store.writer import write_atomically
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Comparison",
     "Probe",
     "check_generation",
+    "choose_model_class",
     "compare_logits",
     "compute_directory_logits",
     "generate_greedy",
@@ -257,11 +258,18 @@ def _load_directory(
 ) -> tuple[Any, bool]:
     """Return the model, and whether it is a classifier."""
     disable_progress_bar()  # one bar per file would hide the result
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    auto = choose_model_class(directory)
     model = auto.from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval(), classifies
+    return model.eval(), auto is AutoModelForSequenceClassification
+
+
+def choose_model_class(directory: Path) -> Any:
+    """Return the class of ``transformers`` that loads ``directory``: a classifier's if its
+    ``config.json`` names one, else a language model's."""
+    file = directory / "config.json"
+    names = (read_json_object(file).get("architectures") if file.is_file() else None) or [""]
+    classifies = str(names[0]).endswith("ForSequenceClassification")
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
 
 
 def check_generation(model: Any, ids: Tensor) -> None:

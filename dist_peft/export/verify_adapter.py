@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from dist_peft.adapters.metadata import read_adapter_metadata
 from dist_peft.core.config.run import BaseConfig
-from dist_peft.export.merged_weights import iterate_base_rows
+from dist_peft.export.base_rows import iterate_base_rows
 from dist_peft.export.time_limit import VerificationSkipped
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.model.skeleton import parse_torch_dtype

@@ -32,30 +32,34 @@ def main(argv: list[str]) -> None:
 
 
 def run_plain_transformers(
-    model: Path, ids: list[int], dtype: str, *packages: str
+    model: Path, ids: list[Any], dtype: str, *packages: str
 ) -> tuple[str, Any]:
     """Load as users do, with the adapter in ``adapter/`` if there is one, and generate.
 
     Args:
         model: the exported directory.
-        ids: tokens of one sequence.
+        ids: tokens of one sequence, or of a classifier's texts.
         dtype: type that the model computes in.
         packages: distributions whose versions are reported.
     """
+    import json
     from importlib.metadata import version
 
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, device_map="cpu", dtype=getattr(torch, dtype)
-    ).eval()
+    named = json.loads((model / "config.json").read_text()).get("architectures") or [""]
+    classifies = named[0].endswith("ForSequenceClassification")
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    loaded = auto.from_pretrained(model, device_map="cpu", dtype=getattr(torch, dtype)).eval()
     name = ", ".join(f"{package} {version(package)}" for package in packages)
     if (model / "adapter").is_dir():
         loaded.load_adapter(str(model / "adapter"))
         name += f", peft {version('peft')}"
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor(ids if classifies and isinstance(ids[0], list) else [ids])
     with torch.no_grad():
+        if classifies:
+            return name, loaded(input_ids=prompt).logits.float().numpy()
         logits = loaded(input_ids=prompt, use_cache=False).logits[0].float().numpy()
     loaded.generate(
         input_ids=prompt,

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from dist_peft.export import verify_consumer
 from dist_peft.export.time_limit import VerificationSkipped, enforce_time_limit
 from dist_peft.export.verdict import VerificationError
-from dist_peft.export.verify import Probe, check_generation
+from dist_peft.export.verify import Probe, check_generation, choose_model_class
 
 __all__ = [
     "ADAPTER",
@@ -140,7 +140,7 @@ class TransformersConsumer:
             options[self.file_argument], path = path.name, path.parent
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a replaced configuration differs from the file's
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            model: Any = choose_model_class(path).from_pretrained(path, **options)
         note = "" if self.prepare is None else self.prepare(model)
         reported = ", ".join(f"{name} {version(name)}" for name in ("transformers", *self.reports))
         consumer = reported + note
@@ -172,8 +172,9 @@ class ProcessConsumer:
     Attributes:
         name: in messages.
         function: ``(model: Path, ids: list[int], *options: str)`` -> the library's version and
-            logits ``[n, vocabulary]``. Its source is run by ``verify_consumer`` in the library's
-            environment: it imports all that it needs, and nothing of this package.
+            logits ``[n, vocabulary]``, or of a classifier's several texts ``[B, classes]``. Its
+            source is run by ``verify_consumer`` in the library's environment: it imports all that
+            it needs, and nothing of this package.
         module: of the library.
         variable: environment variable that may name a Python that has the library; empty: it is
             part of this environment.
@@ -218,12 +219,16 @@ class ProcessConsumer:
                 f"separate environment, and set {self.variable} to its Python"
             )
         ids = request.probe.input_ids
-        assert verify_consumer.__file__ is not None and ids.shape[0] == 1
+        assert verify_consumer.__file__ is not None
         with tempfile.TemporaryDirectory() as scratch:
             script, logits = Path(scratch) / "consumer.py", Path(scratch) / "logits.npy"
             script.write_text(inspect.getsource(self.function))
             command = [python, verify_consumer.__file__, str(script), self.function.__name__]
-            command += [str(out.resolve()), str(logits), json.dumps(ids[0].tolist())]
+            command += [
+                str(out.resolve()),
+                str(logits),
+                json.dumps((ids[0] if len(ids) == 1 else ids).tolist()),
+            ]
             environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
             done = _run_with_timeout(
                 [*command, *self.options], scratch, environment, self.name, seconds
@@ -235,7 +240,15 @@ class ProcessConsumer:
                 )
             if done.returncode:
                 raise VerificationError(f"{self.name} cannot load {out}:\n{done.stderr}")
-            return done.stdout.strip().splitlines()[-1], torch.from_numpy(np.load(logits))
+            return done.stdout.strip().splitlines()[-1], _shape_logits(
+                np.load(logits), request.probe
+            )
+
+
+def _shape_logits(logits: np.ndarray[Any, Any], probe: Probe) -> Tensor:
+    """Logits of a script, ``[1, n, V]``, as the probe has them; a classifier's are ``[B, V]``."""
+    found = torch.from_numpy(logits)
+    return found[0] if probe.trained.dim() == 2 and found.shape[0] == 1 else found
 
 
 def _run_with_timeout(

@@ -11,6 +11,7 @@ renames leaves no model that looks complete.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -163,8 +164,9 @@ class StreamWriter:
 
         Args:
             name: one of the planned tensors.
-            rows: ``[n, *shape[1:]]`` (``[]`` for a 0-d tensor) in the planned type, on any device.
-            start: first row.
+            rows: ``[n, *shape[1:]]`` (``[]`` for a 0-d tensor) in the planned type, on any device;
+                or rows ``[n, shape[-1]]`` of a tensor of more than two dimensions.
+            start: first row, of the kind that ``rows`` has.
 
         Raises:
             UserError: the disk is full.
@@ -179,15 +181,18 @@ class StreamWriter:
         info = place.info
         if rows.dtype != info.dtype:
             raise ValueError(f"tensor {name} has type {info.dtype}, not {rows.dtype}")
-        if rows.shape[1:] != info.shape[1:] or rows.ndim != len(info.shape):
+        inner = place.inner_rows
+        if rows.ndim == 2 < len(info.shape) and rows.shape[1] == info.shape[-1]:
+            inner = 1
+        elif rows.shape[1:] != info.shape[1:] or rows.ndim != len(info.shape):
             raise ValueError(f"tensor {name} has shape {info.shape}, rows {tuple(rows.shape)}")
-        span = Span(start, start + (len(rows) if rows.ndim else 1))
-        if span.stop > info.num_rows:
+        span = Span(start * inner, (start + (len(rows) if rows.ndim else 1)) * inner)
+        if span.stop > place.num_rows:
             raise ValueError(f"tensor {name} of shape {info.shape} has no {span}")
         place.written.add_span(span, name)
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if data.numel():
-            offset = info.start + span.start * info.row_bytes
+            offset = info.start + span.start * (info.row_bytes // place.inner_rows)
             with (
                 translate_write_errors(place.final, self._total_bytes),
                 self._open_files.hold_descriptor(info.file) as descriptor,
@@ -205,7 +210,7 @@ class StreamWriter:
             return
         try:
             for name, place in self._places.items():
-                place.written.check_complete(place.info.num_rows, name)
+                place.written.check_complete(place.num_rows, name)
             for part in self._parts:
                 with translate_write_errors(part.final, self._total_bytes):
                     _sync_file(part.temporary)
@@ -273,6 +278,16 @@ class _TensorPlace:
     info: TensorInfo  # inside the temporary file
     final: Path
     written: _WrittenRows = field(default_factory=_WrittenRows)
+
+    @property
+    def inner_rows(self) -> int:
+        """Rows of the last dimension in one of the first."""
+        return max(1, math.prod(self.info.shape[1:-1]))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the last dimension; of a vector its elements."""
+        return self.info.num_rows * self.inner_rows
 
 
 def _split_into_files(tensors: Sequence[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:

@@ -169,7 +169,16 @@ def test_finished_run(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         close(merged.float()(**inputs).logits, expected, 0.03)
     argv[-1] = str(tmp_path / "other")
     message = lines(["export", "--format", "mlx", *argv], capsys, code=2)
-    assert "trained a classifier, and format mlx is for language models" in message
+    assert "trained a classifier, and format mlx is for language models: mlx-lm" in message
+    if case.startswith("llama") and "partial" not in case:
+        argv[-1] = str(tmp_path / "packed")
+        lines(["export", "--format", "hf-metal", "--bits", "8", "--group-size", "8", *argv], capsys)
+        packed = tf.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "packed", device_map="cpu"
+        )
+        assert packed.config.id2label[3] == "three/b"
+        with torch.no_grad():
+            close(packed.eval()(**inputs).logits, expected, 0.1)
     if "partial" in case:
         return
     base = tf.AutoModelForSequenceClassification.from_pretrained(

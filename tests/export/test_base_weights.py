@@ -3,7 +3,7 @@
 import torch
 
 from dist_peft.core.span import Span
-from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.base_weights import BaseWeight, name_by_modules
 from dist_peft.store.writer import TensorSpec
 
 
@@ -20,3 +20,11 @@ def test_rows_of_experts_that_are_stored_together() -> None:
     weight = BaseWeight(info, "experts.weight", None, "experts.up", first=8)
     assert weight.span_in_linear(Span(1, 3)) == Span(12, 20)
     assert (weight.num_rows, weight.num_columns) == (3, 7)
+
+
+def test_tensors_outside_of_experts_are_named_by_their_path() -> None:
+    info = TensorSpec("block_sparse_moe.gate.weight", torch.float32, (3, 4))
+    weight = BaseWeight(info, "mlp.gate.weight", None, "block_sparse_moe.gate.weight")
+    (named,) = name_by_modules([weight])
+    assert named.written == "mlp.gate.weight" and named.name == weight.name
+    assert not weight.is_expert

@@ -42,7 +42,7 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
         ({"base__quant": INT, "adapter": {"kind": "qalora", "r": 2}}, {*FORMATS} - {"mlx"}),
         (
             {"adapter": {"kind": "full"}},
-            {"hf-bf16", "bnb-nf4", "mlx", "hf-metal", "gguf"},
+            {"hf-bf16", "bnb-nf4", "awq", "fp8", "mxfp4", "mlx", "hf-metal", "gguf"},
         ),
         ({"adapter": {"kind": "prompt"}}, {"peft", "peft-expanded"}),
         ({"adapter": {"kind": "bottleneck"}}, set()),
@@ -51,10 +51,7 @@ def outlook(tmp_path: Path, model: Any = None, **changes: Any) -> dict[str, str]
 )
 def test_methods_and_bases(changes: dict[str, Any], possible: set[str], tmp_path: Path) -> None:
     refused = outlook(tmp_path, **changes)
-    assert {*FORMATS} - refused.keys() == possible - {
-        "peft-experts",
-        "awq",
-    }  # mixtures; through_quantizer
+    assert {*FORMATS} - refused.keys() == possible - {"peft-experts"}  # for mixtures
     assert all(refused.values())
 
 
@@ -121,7 +118,12 @@ def test_kept_codes_are_a_form_of_their_own(
 
 def test_families_that_formats_do_not_have(tmp_path: Path) -> None:
     mixture = outlook(tmp_path / "a", MIXTURES["mixtral"])
-    assert {*FORMATS} - mixture.keys() == {"hf-bf16", "peft", "peft-expanded", "peft-experts"}
+    packed = {"bnb-nf4", "awq", "fp8", "mxfp4", "mlx", "hf-metal", "gguf"}
+    peft = {"peft", "peft-expanded", "peft-experts"}
+    assert {*FORMATS} - mixture.keys() == {"hf-bf16", *peft, *packed}
+    kept = outlook(tmp_path / "int", MIXTURES["mixtral"], base__quant=INT)
+    assert "takes no adapter of PEFT for them" in kept["gptq"]
+    assert "without zero points" in kept["compressed-tensors"]
     assert "gguf is written for" in outlook(tmp_path / "b", CONFIGS["phi"])["gguf"]
 
 

@@ -30,6 +30,20 @@ def _names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 
 
+def test_rows_of_a_stack_may_be_written_without_its_first_dimension(tmp_path: Path) -> None:
+    spec, values = TensorSpec("w", torch.float32, (2, 3, 2)), torch.arange(12.0).view(2, 3, 2)
+    with StreamWriter(tmp_path, [spec]) as writer:
+        writer.write_rows("w", values.view(6, 2)[:2])
+        writer.write_rows("w", values.view(6, 2)[2:3], 2)
+        with pytest.raises(ValueError, match="was written before"):
+            writer.write_rows("w", values[:1])
+        with pytest.raises(ValueError, match="has no"):
+            writer.write_rows("w", values.view(6, 2)[:2], 5)
+        writer.write_rows("w", values[1:], 1)
+    save_file({"w": values}, tmp_path / "other", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "other").read_bytes()
+
+
 # -- what is written -------------------------------------------------------------------------------
 
 

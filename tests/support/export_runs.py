@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 import traceback
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -105,10 +107,17 @@ class FakeRun:
 
 
 def make_run(
-    root: Path, quant: QuantConfig | None, *, group: int = 1, dtype: str = "float32", **changes: Any
+    root: Path,
+    quant: QuantConfig | None,
+    *,
+    group: int = 1,
+    dtype: str = "float32",
+    config: tf.PretrainedConfig | None = None,
+    **changes: Any,
 ) -> FakeRun:
-    """Args: ``group`` columns of the adapter's A are equal (QA-LoRA); ``changes`` of the model."""
-    model = save_model(llama(**changes), root / "base", seed=3).float()
+    """Args: ``group`` columns of the adapter's A are equal (QA-LoRA); ``changes`` of the model;
+    ``config`` of another model, whose experts have no adapter and are not quantized."""
+    model = save_model(config or llama(**changes), root / "base", seed=3).float()
     save_tokenizer(root / "base")
     base = BaseConfig(path=str(root / "base"), quant=quant, compute_dtype=dtype)
     codec = make_codec(quant, parse_torch_dtype(dtype))
@@ -150,6 +159,37 @@ def make_run(
         trained = model(input_ids=ids, use_cache=False).logits
     state = {name: weight.data.clone() for name, weight in weights.items()}
     return FakeRun(base, root / "base", root / "adapter", Probe(ids, trained, before), state)
+
+
+def decode_base(run: FakeRun) -> dict[str, Tensor]:
+    """Linears of the base as training saw them, by name: decode(encode(rows))."""
+    codec = make_codec(run.base.quant, parse_torch_dtype(run.base.compute_dtype))
+    tensors = load_file(run.directory / "model.safetensors")
+    return {
+        name: codec.dequantize_rows(
+            codec.quantize_to_packed(weight), weight.shape[1], torch.float32
+        )
+        for name, weight in tensors.items()
+        if "proj" in name
+    }
+
+
+def mark_as_trained_through(run: FakeRun) -> None:
+    """The adapter as one that was trained through the quantizer: the base's rows are encoded with
+    it."""
+    file = run.adapter_dir / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "through_quantizer": True}))
+
+
+def mixture(family: str) -> tf.PretrainedConfig:
+    """A mixture of four experts that all formats pack; ``mixtral`` or ``qwen3_moe``."""
+    sizes = {**llama(intermediate_size=96).to_dict(), "num_experts_per_tok": 2}
+    for key in ("model_type", "architectures", "dtype", "mlp_bias", "attention_bias"):
+        sizes.pop(key, None)
+    if family == "mixtral":
+        return tf.MixtralConfig(**sizes, num_local_experts=4)
+    return tf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=96, norm_topk_prob=True)
 
 
 CONFIG = tf.LlamaConfig(

@@ -1,4 +1,4 @@
-"""``awq``: codes that were trained through the quantizer in AWQ's layout ``gemm``.
+"""``awq``: merged rows in 4 bits, or codes trained through the quantizer, in AWQ's layout ``gemm``.
 
 4 bits, integer zeros, weights stored transposed; the nibbles of a word, lowest first, are those of
 the neighbouring outputs 0 2 4 6 1 3 5 7::
@@ -6,8 +6,10 @@ the neighbouring outputs 0 2 4 6 1 3 5 7::
     qweight [in, out / 8]    qzeros [in / g, out / 8]    int32
     scales  [in / g, out]                                float16
 
-``model.prequantized.integer.AwqFormat`` reads it. Runs with a separate adapter have ``gptq`` and
-``compressed-tensors``, with the same codes.
+``model.prequantized.integer.AwqFormat`` reads it. Merged rows are rounded to nearest in groups;
+AWQ's search for factors of the columns (Lin et al. 2023), which needs activations of sample texts,
+is not made: the layout is AWQ's, the codes are those of plain rounding. Runs with a separate
+adapter have ``gptq`` and ``compressed-tensors``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,8 +22,13 @@ from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.base_weights import BaseWeight
-from dist_peft.export.formats.export_format import PlannedExport
+from dist_peft.export.formats.export_format import GROUP_SIZE, PlannedExport
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.formats.gptq_consumer import (
+    GPTQ_EXPERTS,
+    GPTQ_TRANSFORMERS,
+    verify_with_gptqmodel,
+)
 from dist_peft.export.formats.groups import pack_code_words
 from dist_peft.export.formats.integer_zero import (
     IntegerZeroExport,
@@ -30,14 +37,14 @@ from dist_peft.export.formats.integer_zero import (
 )
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
-from dist_peft.export.verify_consumer import run_plain_transformers
-from dist_peft.export.verify_formats import ProcessConsumer
+from dist_peft.export.verify import Comparison
+from dist_peft.export.verify_formats import ConsumerRequest
 from dist_peft.quant.affine import AffineCodec, AffineParts
 from dist_peft.store.writer import TensorSpec
 
 __all__ = ["AwqExport", "AwqPacker"]
 
-_BITS = 4
+_BITS, _GROUP = 4, 128
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of 8 neighbouring outputs has each nibble of a word, from the lowest."""
 
@@ -56,7 +63,7 @@ class AwqPacker(IntegerZeroPacker):
         self._parts: dict[str, list[AffineParts]] = {}  # by weight: several are packed at a time
 
     def can_pack(self, weight: BaseWeight) -> bool:
-        return self._fits_word_size(weight.num_columns) and weight.num_rows % 8 == 0
+        return self._fits_word_size(weight.num_columns) and weight.num_rows % 32 == 0
 
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
         out, groups, stem = weight.num_rows, self._count_groups(weight), weight.name_stem
@@ -100,18 +107,11 @@ class AwqExport(IntegerZeroExport):
     """AWQ, in the layout gemm."""
 
     name = "awq"
-    keeps = "4-bit integer codes that were trained through the quantizer"
+    keeps = "merged, rounded to 4 bits; codes that were trained through the quantizer"
     loads_with = "transformers with gptqmodel"
-    options = ()
-    consumer = ProcessConsumer(
-        "awq",
-        run_plain_transformers,
-        "gptqmodel",
-        "DIST_PEFT_GPTQ_PYTHON",
-        "pip install gptqmodel optimum",
-        note="; it may compile kernels first",
-        options=("float32", "gptqmodel"),
-    )
+    options = (GROUP_SIZE,)
+    consumer = GPTQ_TRANSFORMERS
+    experts = GPTQ_EXPERTS
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         """Return ``merged``."""
@@ -119,18 +119,29 @@ class AwqExport(IntegerZeroExport):
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
         rows = run.codec.affine_rows
-        if not run.limits.trained_codes or rows is None or rows.bits != _BITS:
-            return "for 4-bit integer codes trained through the quantizer"
-        return super().find_packing_obstacle(run, options)
+        if run.limits.trained_codes:
+            if rows is None or rows.bits != _BITS:
+                return f"awq has {_BITS} bits, and the codes that are trained are others"
+            return super().find_packing_obstacle(run, options)
+        return None
 
     def write_export(self, job: ExportSpec) -> ExportResult:
-        codec = job.integer_codec
-        if not job.trained_codes or codec is None or codec.bits != _BITS:
-            raise UserError(
-                "awq holds 4-bit integer codes that were trained through the quantizer "
-                "(adapter.through_quantizer), and this run has none: choose gptq or "
-                "compressed-tensors"
-            )
-        packer = AwqPacker(codec, torch.float16)
-        how = f"the trained codes, {_BITS} bits in groups of {codec.group_size}"
-        return self.write_directory(job, "trained", packer, how, exact=True)
+        own = job.integer_codec
+        if job.trained_codes:
+            codec = job.make_target_codec(_GROUP)
+            if own is None or own.bits != _BITS:
+                raise UserError(
+                    f"awq holds {_BITS}-bit integer codes, and the codes that this run trained "
+                    "through the quantizer are others: choose the format of the base's kind, or "
+                    "hf-bf16"
+                )
+            how = f"the trained codes, {_BITS} bits in groups of {codec.group_size}"
+            packer = AwqPacker(codec, torch.float16)
+            return self.write_directory(job, "trained", packer, how, exact=True)
+        group = job.options.get(GROUP_SIZE.key) or (own.group_size if own else _GROUP)
+        codec = AffineCodec(_BITS, int(group))
+        how = f"merged, rounded to nearest: {_BITS} bits in groups of {codec.group_size}"
+        return self.write_directory(job, job.rows_state, AwqPacker(codec, torch.float16), how)
+
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        return verify_with_gptqmodel(request)

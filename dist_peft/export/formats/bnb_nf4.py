@@ -11,6 +11,7 @@ from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.export_limits import ExportContent
 from dist_peft.core.errors import UserError
 from dist_peft.export.formats.bnb_packer import BnbNf4Packer
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_format import (
     ExportForm,
     ExportOption,
@@ -40,6 +41,10 @@ class BnbNf4Export(PackedExport):
     keeps = "merged, re-quantized to NF4; --keep-adapter: the base's codes, separate adapter"
     loads_with = "transformers with bitsandbytes (and PEFT)"
     options = (KEEP_ADAPTER,)
+    experts = ExpertLayout(
+        packed=False,
+        separate_limit="bitsandbytes has no experts, whose codes could not be kept",
+    )
 
     @property
     def forms(self) -> tuple[ExportForm, ...]:

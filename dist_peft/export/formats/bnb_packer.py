@@ -58,10 +58,11 @@ class BnbNf4Packer:
         self._absmax: dict[str, list[Tensor]] = {}  # by weight: several are packed at a time
 
     def can_pack(self, weight: BaseWeight) -> bool:
-        return True
+        """Return whether bitsandbytes replaces it: linears, and no experts."""
+        return not weight.is_expert
 
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
-        elements, name = weight.num_rows * weight.num_columns, weight.name
+        elements, name = weight.num_rows * weight.num_columns, weight.written
         blocks = -(-elements // BLOCK)
         specs = [
             TensorSpec(name, torch.uint8, (-(-elements // 2), 1)),
@@ -87,13 +88,13 @@ class BnbNf4Packer:
         payload, absmax = _CODEC.split_packed_rows(_CODEC.quantize_to_packed(blocks), BLOCK)
         self._absmax.setdefault(weight.name, []).append(absmax.flatten())
         codes = payload.reshape(-1, 1)[: -(-elements // 2)]
-        yield TensorPiece(weight.name, codes, start // 2)
+        yield TensorPiece(weight.written, codes, start // 2)
         if span.stop == weight.num_rows:
             yield from self._pack_collected_weight(weight)
 
     def _pack_collected_weight(self, weight: BaseWeight) -> Iterator[TensorPiece]:
         absmax = torch.cat(self._absmax.pop(weight.name))
-        name, offset = weight.name, 0.0
+        name, offset = weight.written, 0.0
         yield TensorPiece(f"{name}.quant_map", torch.tensor(NF4_LEVELS), 0)
         if self.double_quant:
             codes, nested, offset = quantize_absmax(absmax)
@@ -211,4 +212,4 @@ def build_dynamic_map() -> Tensor:
 
 def make_quant_state_name(weight: BaseWeight) -> str:
     """Return the name of the tensor that holds the weight's ``encode_quant_state``."""
-    return f"{weight.name}.quant_state.bitsandbytes__nf4"
+    return f"{weight.written}.quant_state.bitsandbytes__nf4"

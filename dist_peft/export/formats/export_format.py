@@ -21,19 +21,20 @@ from dist_peft.adapters.export_limits import ExportContent, ExportLimits
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.adapter_copy import write_adapter_copy
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.merge_record import MergeRecord
 from dist_peft.export.merged_weights import State
 from dist_peft.export.model_directory import (
     WeightPacker,
     copy_tokenizer_files,
+    describe_written_model,
     write_model_directory,
 )
 from dist_peft.export.rounding_floor import RoundingFloor
 from dist_peft.export.stopping import add_stop_tokens
 from dist_peft.export.verify import Comparison, Probe, compare_logits
 from dist_peft.export.verify_formats import Consumer, ConsumerRequest
-from dist_peft.model.experts import ExpertStack
 from dist_peft.model.model_files import copy_model_files, list_model_files
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.quant.codec import Codec, make_codec
@@ -155,8 +156,8 @@ class ExportFormat(ABC):
     reads_base: ClassVar[bool] = True
     """Whether the writer reads the base's files."""
 
-    writes_classifiers: ClassVar[bool] = True
-    """Whether it can hold a model with a classifier's head."""
+    classifier_limit: ClassVar[str] = ""
+    """Why it cannot hold a model with a classifier's head; empty: it can."""
 
     loaded_share: ClassVar[float] = 1.0
     """Size of the output once its library has loaded it, relative to that of dense weights in the
@@ -277,9 +278,10 @@ class ExportFormat(ABC):
 
 
 class PackedExport(ExportFormat):
-    """A format that packs the weights of the blocks' linears, for language models."""
+    """A format that packs the weights of the blocks' linears, and of experts."""
 
-    writes_classifiers = False
+    experts: ClassVar[ExpertLayout] = ExpertLayout()
+    """The form of a mixture's experts."""
 
     consumer: ClassVar[Consumer]
     """Library that loads the output, for the default ``verify_export``."""
@@ -291,10 +293,14 @@ class PackedExport(ExportFormat):
     def find_obstacle(self, run: PlannedExport, options: Options) -> str | None:
         if reason := super().find_obstacle(run, options):
             return reason
-        if any(isinstance(module, ExpertStack) for module in run.skeleton.model.modules()):
-            return "the base is a mixture of experts"
-        if run.config.base.head == "classifier":
-            return "the format is for language models"
+        content = self.get_run_content(options, run.limits)
+        codes = run.limits.trained_codes or run.limits.fits_zero_points
+        if reason := self.experts.find_obstacle(
+            run.skeleton.model, codes=codes, separate=content == "separate"
+        ):
+            return f"the base is a mixture of experts: {reason}"
+        if run.config.base.head == "classifier" and self.classifier_limit:
+            return f"the format is for language models: {self.classifier_limit}"
         return self.find_packing_obstacle(run, options)
 
     def find_packing_obstacle(self, run: PlannedExport, options: Options) -> str | None:
@@ -332,9 +338,10 @@ class PackedExport(ExportFormat):
         list_model_files(job.directory, code=code)  # fail before the export
         with publish_directory(job.out) as out:
             with job.open_weights(state) as walk:
+                self.experts.prepare_weights(walk, packer)
                 written = write_model_directory(walk, packer, out, dtype, compute=job.compute_dtype)
                 packing = packer.make_config(walk, list(written.unpacked))
-                settings = {**walk.skeleton.settings, **packing}
+                settings = {**describe_written_model(walk, job.directory, code=code), **packing}
             copy_model_files(job.directory, out, dtype, settings, code=code)
             copy_tokenizer_files(job.adapter_dir, out)
             stop_tokens = add_stop_tokens(job.adapter_dir, out)

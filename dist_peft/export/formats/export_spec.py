@@ -12,7 +12,6 @@ from dist_peft.core.config.run import BaseConfig
 from dist_peft.core.errors import UserError
 from dist_peft.export.merged_weights import CHUNK_BYTES, MergedWeights, State, open_merged_weights
 from dist_peft.export.model_directory import WriteResult
-from dist_peft.model.experts import ExpertStack
 from dist_peft.model.skeleton import parse_torch_dtype
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import make_codec
@@ -72,6 +71,11 @@ class ExportSpec:
         return "codes" if self.pooled else self.into
 
     @property
+    def rows_state(self) -> State:
+        """State of the weights for formats that quantize merged rows of every run."""
+        return "decoded" if self.pooled else self.into
+
+    @property
     def codes_state(self) -> State | None:
         """State of the weights in which an integer base's codes hold the adapter; None: in no
         state, and formats quantize merged rows."""
@@ -85,18 +89,12 @@ class ExportSpec:
         ``merge_state``.
 
         Raises:
-            UserError: an error of ``open_merged_weights``, or the base is a mixture of experts,
-                which was not tested with the consumers of these formats.
+            UserError: an error of ``open_merged_weights``.
         """
         state = state or self.merge_state
         with open_merged_weights(
             self.base, self.directory, self.adapter_dir, state, self.chunk_bytes
         ) as walk:
-            if any(isinstance(weight.linear, ExpertStack) for weight in walk.weights):
-                raise UserError(
-                    f"{self.directory} is a mixture of experts, which is written as hf-bf16 and as "
-                    "peft only; use one of them, and quantize the result with the runtime's tools"
-                )
             yield walk
 
     def make_target_codec(self, group_size: int) -> AffineCodec:

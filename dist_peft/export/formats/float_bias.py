@@ -7,8 +7,10 @@ Tensors of a linear ``[out, in]``, ``w = code * scale + bias``::
 
 The codes are a dense LSB-first bit stream along ``in`` (``quant.pack``). MLX takes 2, 3, 4 and 8
 bits in groups of 32, 64 or 128; ``transformers`` 2, 4 and 8 bits in any group size, so that 3-bit
-codes are stored in 4 bits there. A linear whose ``in`` is not a multiple of the group size stays
-dense: MLX detects it by the absence of ``scales``, ``transformers`` by ``modules_to_not_convert``.
+codes are stored in 4 bits there. mlx-lm has the experts of a mixture in one tensor a projection,
+``switch_mlp.NAME`` ``[experts, out, ...]``; for ``transformers`` each has its own. A linear whose
+``in`` is not a multiple of the group size stays dense: MLX detects it by the absence of ``scales``,
+``transformers`` by ``modules_to_not_convert``.
 
 With the adapter in the zeros of an integer base (state ``codes``) or in its codes (``trained``),
 scales and biases are float32 and nothing is rounded; merged rows are rounded to nearest
@@ -40,6 +42,7 @@ from dist_peft.export.formats.groups import (
 from dist_peft.export.merged_weights import MergedWeights
 from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
 from dist_peft.export.verify_formats import ProcessConsumer, TransformersConsumer
+from dist_peft.model.experts import ExpertStack
 from dist_peft.store.writer import TensorSpec
 
 __all__ = [
@@ -82,7 +85,7 @@ class FloatBiasPacker:
         groups = (weight.num_rows, weight.num_columns // self.group_size)
         words = (weight.num_rows, weight.num_columns * self.bits // 32)
         return [
-            TensorSpec(weight.name, torch.uint32, words),
+            TensorSpec(weight.written, torch.uint32, words),
             TensorSpec(f"{weight.name_stem}.scales", self.dtype, groups),
             TensorSpec(f"{weight.name_stem}.{self.bias_name}", self.dtype, groups),
         ]
@@ -92,7 +95,7 @@ class FloatBiasPacker:
     ) -> Iterable[TensorPiece]:
         groups = self._make_groups(walk, weight, span)
         yield TensorPiece(
-            weight.name, pack_code_words(groups.codes, self.bits, torch.uint32), span.start
+            weight.written, pack_code_words(groups.codes, self.bits, torch.uint32), span.start
         )
         yield TensorPiece(f"{weight.name_stem}.scales", groups.scale, span.start)
         yield TensorPiece(f"{weight.name_stem}.{self.bias_name}", groups.bias, span.start)
@@ -123,9 +126,56 @@ class MlxPacker(FloatBiasPacker):
             )
         super().__init__(bits, stored, dtype)
 
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        """Of the first expert, the tensors of all of them; of the others none."""
+        specs = super().plan_tensors(weight)
+        if not weight.is_expert:
+            return specs
+        assert isinstance(weight.linear, ExpertStack)
+        count, (expert, _) = weight.linear.experts, weight.find_expert()
+        return [
+            TensorSpec(_name_in_stack(weight, spec.name), spec.dtype, (count, *spec.shape))
+            for spec in specs
+            if expert == 0
+        ]
+
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        for piece in super().pack_rows(walk, weight, span):
+            if not weight.is_expert:
+                yield piece
+                continue
+            expert, _ = weight.find_expert()
+            first = expert * weight.num_rows + piece.start
+            yield TensorPiece(_name_in_stack(weight, piece.name), piece.rows, first)
+
     def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
         how = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
-        return {"quantization": how}
+        return {"quantization": how, **_find_older_keys(walk.skeleton.model_config.to_dict())}
+
+
+def _name_in_stack(weight: BaseWeight, name: str) -> str:
+    """Return mlx-lm's name of a tensor of one expert, in which it has all of them, such as
+    ``model.layers.0.mlp.switch_mlp.gate_proj.scales``."""
+    owner = weight.written.rpartition(".experts.")[0]
+    return f"{owner}.switch_mlp.{weight.find_expert()[1]}.{name.rpartition('.')[2]}"
+
+
+def _find_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys of ``config.json`` under the names of transformers 4, which mlx-lm reads: a file
+    that transformers 5 wrote has ``rope_parameters`` and ``num_local_experts`` in their place."""
+    rope = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+        scaled = rope.get("rope_type", "default") != "default"
+        found["rope_scaling"] = (
+            {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+        )
+    if (experts := config.get("num_local_experts", config.get("num_experts"))) is not None:
+        found["num_experts"] = found["num_local_experts"] = experts
+    return found
 
 
 class HfMetalPacker(FloatBiasPacker):
@@ -187,6 +237,7 @@ class MlxExport(_FloatBiasExport):
     name = "mlx"
     keeps = "QA-LoRA: codes, scales, float32 biases. LoRA: merged, 2/3/4/8 bits"
     loads_with = "mlx-lm"
+    classifier_limit = "mlx-lm has no classifiers"
     packer = MlxPacker
     consumer = ProcessConsumer(
         "mlx", run_mlx, "mlx_lm", "DIST_PEFT_MLX_PYTHON", "pip install 'mlx[cpu]' mlx-lm"

@@ -16,6 +16,7 @@ The ``gguf`` package writes header, metadata and tensor table; rows then follow 
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -48,6 +49,9 @@ _IGNORED = np.dtype(np.float32)  # the writer ignores it if a GGML type is passe
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {torch.float32: _Kind.F32, torch.float16: _Kind.F16, torch.bfloat16: _Kind.BF16}
+_ROUTER, _SHARED_GATE = ".ffn_gate_inp.", ".ffn_gate_inp_shexp.weight"
+"""Tensors that llama.cpp has in float32; the second as a vector."""
+
 _KINDS = {"q4_1": _Kind.Q4_1, "q8_0": _Kind.Q8_0, "f16": _Kind.F16}
 _FILE_TYPES = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -76,16 +80,11 @@ def write_gguf_file(
         UserError: an architecture or tokenizer that cannot be written, or the disk is full.
     """
     model = GgufModelLayout(walk.skeleton)
-    named = [
-        (weight, own)
-        for weight in walk.weights
-        if (own := model.map_tensor_name(weight)) is not None
-    ]
-    kinds = {weight.name: _choose_tensor_kind(walk, weight, kind, dtype) for weight, _ in named}
-    sizes = {w.name: _count_row_bytes(w, kinds[w.name]) * w.num_rows for w, _ in named}
+    tensors = _plan_tensors(walk, model, kind, dtype)
+    size = sum(tensor.num_bytes for tensor in tensors)
     factors = model.compute_rope_factors()
     made_directory = not file.parent.exists()
-    with translate_write_errors(file, sum(sizes.values())):
+    with translate_write_errors(file, size):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = make_temporary_name(file)
         try:
@@ -94,9 +93,10 @@ def write_gguf_file(
             add_tokenizer_metadata(writer, tokenizer, model.config.vocab_size)
             if ends := read_turn_end_ids(walk.adapter_dir):
                 writer.add_eot_token_id(ends[0])
-            for weight, own in named:
-                shape = tuple(weight.info.shape)
-                writer.add_tensor_info(own, shape, _IGNORED, sizes[weight.name], kinds[weight.name])
+            for tensor in tensors:
+                writer.add_tensor_info(
+                    tensor.name, tensor.shape, _IGNORED, tensor.num_bytes, tensor.kind
+                )
             if factors is not None:
                 shape, size = tuple(factors.shape), factors.nbytes
                 writer.add_tensor_info("rope_freqs.weight", shape, _IGNORED, size, _Kind.F32)
@@ -105,9 +105,7 @@ def write_gguf_file(
             writer.write_ti_data_to_file()
             writer.close()
             with return_freed_memory():
-                _append_tensors(
-                    walk, model, [w for w, _ in named], kinds, temporary, factors, dtype
-                )
+                _append_tensors(walk, model, tensors, temporary, factors, dtype)
             walk.check_all_consumed()
             os.replace(temporary, file)
             sync_directory(file.parent)
@@ -115,17 +113,54 @@ def write_gguf_file(
             temporary.unlink(missing_ok=True)
             if made_directory and not any(file.parent.iterdir()):
                 file.parent.rmdir()
-    packed = [w for w, _ in named if w.is_block_linear and kinds[w.name] == _KINDS[kind]]
+    weights = [(w, tensor.kind == _KINDS[kind]) for tensor in tensors for w in tensor.weights]
+    packed = [w for w, is_packed in weights if w.is_block_linear and is_packed]
     merged = sum(walk.is_adapted(w) for w in walk.weights)
-    left = tuple(w.name_stem for w, _ in named if w.is_block_linear and w not in packed)
-    return WriteResult(len(named), len(packed), merged, file.stat().st_size, left)
+    left = tuple(w.name_stem for w, done in weights if w.is_block_linear and not done)
+    return WriteResult(len(tensors), len(packed), merged, file.stat().st_size, left)
+
+
+@dataclass(frozen=True)
+class _GgufTensor:
+    """A tensor of the file: a weight of the base, or those of all experts, in their order."""
+
+    name: str
+    kind: _Kind
+    weights: tuple[BaseWeight, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = tuple(self.weights[0].info.shape)
+        if self.weights[0].is_expert:
+            return (len(self.weights), *first)
+        return first[1:] if self.name.endswith(_SHARED_GATE) else first
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(_count_row_bytes(w, self.kind) * w.num_rows for w in self.weights)
+
+
+def _plan_tensors(
+    walk: MergedWeights, model: GgufModelLayout, kind: str, dtype: torch.dtype
+) -> list[_GgufTensor]:
+    """Return the tensors of the file in the order of the base's."""
+    found: dict[str, list[BaseWeight]] = {}
+    for weight in walk.weights:
+        if (name := model.map_tensor_name(weight)) is not None:
+            found.setdefault(name, []).append(weight)
+    tensors = []
+    for name, weights in found.items():
+        weights.sort(key=lambda weight: weight.first)
+        wide = _ROUTER in name or name.endswith(_SHARED_GATE)
+        own = _Kind.F32 if wide else _choose_tensor_kind(walk, weights[0], kind, dtype)
+        tensors.append(_GgufTensor(name, own, tuple(weights)))
+    return tensors
 
 
 def _append_tensors(
     walk: MergedWeights,
     model: GgufModelLayout,
-    weights: Iterable[BaseWeight],
-    kinds: dict[str, _Kind],
+    tensors: Iterable[_GgufTensor],
     file: Path,
     factors: Tensor | None,
     dtype: torch.dtype,
@@ -134,11 +169,12 @@ def _append_tensors(
     descriptor = os.open(file, os.O_WRONLY)
     try:
         place = _align_offset(os.fstat(descriptor).st_size)
-        for weight in weights:
-            for span in walk.iterate_spans(weight, model.get_row_multiple(weight)):
-                data = _encode_rows(walk, model, weight, span, kinds[weight.name], dtype)
-                write_exactly(descriptor, data.numpy().data, place)
-                place += data.numel()
+        for tensor in tensors:
+            for weight in tensor.weights:
+                for span in walk.iterate_spans(weight, model.get_row_multiple(weight)):
+                    data = _encode_rows(walk, model, weight, span, tensor.kind, dtype)
+                    write_exactly(descriptor, data.numpy().data, place)
+                    place += data.numel()
             place = _align_offset(place)
         if factors is not None:
             write_exactly(descriptor, factors.view(torch.uint8).numpy().data, place)
@@ -194,7 +230,7 @@ def _encode_rows(
         rows = walk.read_merged_rows(weight, span)
         if not weight.is_block_linear:
             rows = rows.to(weight.wide or dtype)  # the type that training used
-        rows = rows.float()
+        rows = model.shift_rows(weight.path, rows.float())
         if kind == _Kind.Q4_1:
             stored = pack_q4_1_blocks(quantize_bias_groups(rows, 4, BLOCK, torch.float16))
         elif kind == _Kind.Q8_0:

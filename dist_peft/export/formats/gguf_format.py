@@ -18,6 +18,7 @@ from dist_peft.export.verify_formats import (
     ProcessConsumer,
     TransformersConsumer,
 )
+from dist_peft.model.hub import load_tokenizer
 from dist_peft.model.model_files import copy_model_files
 from dist_peft.store.fileio import remove_temporary_files
 from dist_peft.store.publish import publish_directory
@@ -66,15 +67,31 @@ def find_layout_obstacle(run: PlannedExport) -> str | None:
     return None
 
 
+_READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "phi3")
+"""Architectures whose files ``transformers`` 5.23 loads as the model that they were written of. Of
+the others it has no Gemma 1, takes keys of Gemma 2 and 3 from its own defaults, and reads Mixtral's
+experts as a dense Llama and Qwen's in other shapes."""
+
+
+def _is_read_by_transformers(file: Path) -> bool:
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    experts = any("_exps." in tensor.name for tensor in reader.tensors)
+    name = reader.fields["general.architecture"].contents()
+    return name in _READ_BY_TRANSFORMERS and not experts
+
+
 class GgufExport(PackedExport):
     """A file of llama.cpp, in Q4_1, Q8_0 or F16."""
 
     name = "gguf"
     keeps = "QA-LoRA: codes, scales, fp16 biases (Q4_1). LoRA: merged, Q4_1/Q8_0/F16"
     loads_with = "llama.cpp, transformers"
+    classifier_limit = "GGUF has names for the heads of a few rerankers only"
     options = (TYPE,)
     consumer = TransformersConsumer(needs=("gguf",), file_argument="gguf_file")
-    """Where llama.cpp is not installed."""
+    """Where llama.cpp is not installed, of models that ``transformers`` reads."""
 
     def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
         return find_layout_obstacle(run)
@@ -121,7 +138,14 @@ class GgufExport(PackedExport):
     def consumers(self) -> tuple[Consumer, ...]:
         return (LLAMA_CPP, self.consumer)
 
+    verification_limit = "Gemma and mixtures, which xllamacpp compares"
+
     def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        if not LLAMA_CPP.find_python() and not _is_read_by_transformers(request.path):
+            from dist_peft.export.formats.gguf_lora_check import compare_by_llama_cpp
+
+            letter = load_tokenizer(job.directory).encode("a", add_special_tokens=False)[-1]
+            return compare_by_llama_cpp(request, letter)
         consumer: Consumer = LLAMA_CPP if LLAMA_CPP.find_python() else self.consumer
         name, logits = consumer.compute_logits(request)
         return name, compare_logits(logits, request.probe)

@@ -44,7 +44,7 @@ class GgufLoraExport(ExportFormat):
     name = "gguf-lora"
     keeps = "LoRA of linears; QA-LoRA as plain LoRA"
     loads_with = "llama.cpp, Ollama"
-    writes_classifiers = False
+    classifier_limit = "its readers have language models alone"
     loaded_share = 5.0
     """The base in the compute type, and twice in float32: as it is written, and in llama.cpp."""
 

@@ -36,6 +36,7 @@ from dist_peft.model.skeleton import build_skeleton
 
 __all__ = [
     "LLAMA_CPP_SERVER",
+    "compare_by_llama_cpp",
     "read_lora_changes",
     "run_llama_cpp_server",
     "select_positions",
@@ -53,7 +54,8 @@ as JSON for each."""
 def run_llama_cpp_server(
     model: Path, ids: list[int], base: str, chosen: str, vocabulary: str, letter: str
 ) -> tuple[str, Any]:
-    """Runs in the environment of xllamacpp (``export.verify_consumer``)."""
+    """Runs in the environment of xllamacpp (``export.verify_consumer``); ``model`` is an adapter of
+    the file ``base``, or with an empty ``base`` a model."""
     import json
     from importlib.metadata import version
 
@@ -61,11 +63,12 @@ def run_llama_cpp_server(
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
-    settings.model.path = base
+    settings.model.path = base or str(model)
     settings.n_ctx, settings.n_parallel, settings.warmup = max(32, len(ids) + 8), 1, False
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(model), 1.0)]
+    if base:
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(model), 1.0)]
     server = xllamacpp.Server(settings)
     size = int(vocabulary)
     found = np.full((len(json.loads(chosen)), size), np.nan, np.float32)
@@ -115,17 +118,27 @@ def verify_gguf_lora(
             try:
                 write_base_file(model, layout, directory, file)
                 letter = load_tokenizer(directory).encode("a", add_special_tokens=False)[-1]
-                return _compare_by_llama_cpp(file, letter, request)
+                return compare_by_llama_cpp(request, letter, file)
             except (UserError, OSError) as error:  # a tokenizer that it has not, or a full disk
                 log.warning("not compared by llama.cpp, which has no file of the base: %s", error)
     return _compare_by_reader(model, layout, request)
 
 
-def _compare_by_llama_cpp(
-    file: Path, letter: int, request: ConsumerRequest
+def compare_by_llama_cpp(
+    request: ConsumerRequest, letter: int, base: Path | None = None
 ) -> tuple[str, Comparison]:
+    """Compute log-probabilities of some positions by llama.cpp, and compare.
+
+    Args:
+        request: ``path`` is a model's file, or an adapter's for the file ``base``.
+        letter: id of a token that is answered in place of an end token.
+
+    Raises:
+        VerificationSkipped: xllamacpp is not installed, or exceeded the time limit.
+        VerificationError: it cannot load the file.
+    """
     probe, chosen = select_positions(request.probe)
-    options = (str(file), json.dumps(chosen), str(probe.trained.shape[-1]), str(letter))
+    options = (str(base or ""), json.dumps(chosen), str(probe.trained.shape[-1]), str(letter))
     name, found = replace(LLAMA_CPP_SERVER, options=options).compute_logits(request)
     return name, compare_logits(found, probe)
 
@@ -205,6 +218,7 @@ def write_base_file(
         if name is None or (layout.tied and path.startswith("lm_head.")):
             continue
         rows = layout.reorder_path_rows(path, weight.detach().float())
+        rows = layout.shift_rows(path, rows)
         writer.add_tensor(name, rows.contiguous().numpy())
         names.append(name)
     if (factors := layout.compute_rope_factors()) is not None:

@@ -7,6 +7,10 @@ interleaved within each head::
     transformers   row  h, (half, i)        llama.cpp   row  h, (i, half)
 
 which moves whole rows and does not change their quantization groups.
+
+A projection of all experts of a layer is one tensor ``[experts, out, in]``, such as
+``blk.0.ffn_gate_exps.weight``; routers are in float32. Gemma's norms multiply by ``1 + w``, of
+which the file has the sum.
 """
 
 import math
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from dist_peft.core.errors import UserError
 from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.expert_layout import ExpertLayout
 from dist_peft.model.skeleton import Skeleton
 
 __all__ = ["GgufModelLayout"]
@@ -27,8 +32,104 @@ _ARCHITECTURES = {
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
 """``transformers`` model type -> architecture."""
+
+
+_COUNTS = {
+    "num_experts_per_tok": "add_expert_used_count",
+    "num_experts": "add_expert_count",
+    "moe_intermediate_size": "add_expert_feed_forward_length",
+}
+_MOE_KEYS: dict[str, dict[str, str]] = {
+    "mixtral": {
+        "num_experts_per_tok": "add_expert_used_count",
+        "num_local_experts": "add_expert_count",
+    },
+    "qwen3_moe": _COUNTS,
+    "qwen2_moe": {
+        **_COUNTS,
+        "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    },
+}
+"""Keys of mixtures, and the methods of the writer that add them."""
+
+
+_ATTENTION_KEYS = {
+    "sliding_window": "add_sliding_window",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+}
+_WINDOWED = ("gemma2", "gemma3_text", "phi3")
+"""Model types whose attention keys llama.cpp reads."""
+
+
+def _list_keys(config: Any) -> tuple[str, ...]:
+    """Return the keys of ``config`` that are written besides those of every model."""
+    own = _MOE_KEYS.get(config.model_type, {})
+    return (*own, *(_ATTENTION_KEYS if config.model_type in _WINDOWED else ()))
+
+
+def _find_activation_obstacle(config: Any) -> str | None:
+    """Return the reason for which llama.cpp gates in another way; None: it does not."""
+    own = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    known = "gelu" if config.model_type.startswith("gemma") else "silu"
+    if str(own).startswith(known):
+        return None
+    return f"llama.cpp computes {config.model_type} with {known}, and this base has {own}"
+
+
+def _find_gemma_obstacle(config: Any) -> str | None:
+    """Return the reason for which llama.cpp computes a Gemma in another way: it knows the window's
+    pattern, the local rotary base and the factor of attention from the architecture alone."""
+    kind = config.model_type
+    if kind not in ("gemma2", "gemma3_text"):
+        return None
+    period, layers = {"gemma2": 2, "gemma3_text": 6}[kind], config.num_hidden_layers
+    pattern = [
+        "full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)
+    ]
+    if list(config.layer_types) != pattern:
+        return f"llama.cpp computes {kind} with full attention in every layer {period} alone"
+    local = config.rope_parameters.get("sliding_attention", {}).get("rope_theta", 10000.0)
+    if local != 10000.0:
+        return f"llama.cpp has a rotary base of 10000 in windows, and this base has {local:g}"
+    largest = layers == {"gemma2": 46, "gemma3_text": 62}[kind]
+    known = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+    if config.query_pre_attn_scalar != known:
+        return (
+            f"llama.cpp divides attention by the root of {known}, and this base has "
+            f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
+        )
+    return None
+
+
+_NORMALIZED = {"qwen3_moe": True, "qwen2_moe": False}
+"""Whether llama.cpp divides the weights of the chosen experts by their sum; there is no key."""
+
+
+def _find_mixture_obstacle(config: Any) -> str | None:
+    """Return the reason for which llama.cpp computes a mixture in another way; None: it does not,
+    or the model is none."""
+    kind = config.model_type
+    if kind not in _MOE_KEYS:
+        return None
+    if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", None):
+        return "llama.cpp has experts in every layer, and some layers of this model are dense"
+    normalizes = getattr(config, "norm_topk_prob", False)
+    if kind in _NORMALIZED and bool(normalizes) != _NORMALIZED[kind]:
+        return (
+            f"llama.cpp computes {kind} as with norm_topk_prob {_NORMALIZED[kind]}, and this base "
+            f"has {normalizes}"
+        )
+    return None
 
 
 class GgufModelLayout:
@@ -45,11 +146,17 @@ class GgufModelLayout:
                 f"gguf is written for {', '.join(_ARCHITECTURES)}, not for {config.model_type}; "
                 "merge the run (hf-bf16) and use llama.cpp's converter"
             )
+        if reason := ExpertLayout().find_obstacle(skeleton.model):
+            raise UserError(f"gguf is not written of these experts: {reason}")
+        for find in (_find_activation_obstacle, _find_mixture_obstacle, _find_gemma_obstacle):
+            if reason := find(config):
+                raise UserError(f"gguf is not written: {reason}; merge the run (hf-bf16)")
         self.config: Any = config
         self.tied = skeleton.tied
         self.architecture = _ARCHITECTURES[config.model_type]
         self._names = gguf.get_tensor_name_map(self.architecture, config.num_hidden_layers)
-        self._rope = dict(getattr(config, "rope_parameters", None) or {})
+        rope = getattr(config, "rope_parameters", None) or {}
+        self._rope = dict(rope.get("full_attention", rope))
         kind = self._rope.get("rope_type", "default")
         if kind not in ("default", "linear", "llama3"):
             raise UserError(
@@ -71,7 +178,11 @@ class GgufModelLayout:
         """
         if self.tied and weight.path.startswith("lm_head."):
             return None
-        name = self.map_path(weight.path)
+        path = weight.path
+        if weight.is_expert:
+            owner = weight.module_path.rpartition(".")[0]
+            path = f"{owner}.{weight.find_expert()[1]}.weight"
+        name = self.map_path(path)
         if name is None and not weight.path.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"gguf has no name for tensor {weight.name} of {self.architecture.name}"
@@ -90,6 +201,11 @@ class GgufModelLayout:
     def reorder_rows(self, weight: BaseWeight, rows: Tensor) -> Tensor:
         """Return rows of whole heads in llama.cpp's order."""
         return self.reorder_path_rows(weight.path, rows)
+
+    def shift_rows(self, path: str, rows: Tensor) -> Tensor:
+        """Return rows of the parameter ``path`` as the file has them: Gemma's norms plus one."""
+        is_norm = self.config.model_type.startswith("gemma") and path.endswith("norm.weight")
+        return rows + 1 if is_norm else rows
 
     def reorder_path_rows(self, path: str, rows: Tensor) -> Tensor:
         """Do the same for the parameter ``path``."""
@@ -117,6 +233,9 @@ class GgufModelLayout:
         writer.add_name(name)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, add in {**_MOE_KEYS.get(config.model_type, {}), **_ATTENTION_KEYS}.items():
+            if (value := getattr(config, key, None)) is not None and key in _list_keys(config):
+                getattr(writer, add)(value)
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
@@ -126,7 +245,8 @@ class GgufModelLayout:
         writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(float(self._rope.get("rope_theta", 10000.0)))
-        writer.add_rope_dimension_count(self.head_dim)
+        turned = float(self._rope.get("partial_rotary_factor", 1.0))
+        writer.add_rope_dimension_count(int(self.head_dim * turned))
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
         if self._rope.get("rope_type") == "linear":

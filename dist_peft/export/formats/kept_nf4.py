@@ -71,7 +71,7 @@ class KeptNf4Packer:
     def can_pack(self, weight: BaseWeight) -> bool:
         """Return whether blocks of bitsandbytes divide the rows of this NF4 weight."""
         has_codes = weight.codec is not None and weight.codec.nf4_rows is not None
-        return has_codes and weight.num_columns % self.block == 0
+        return has_codes and not weight.is_expert and weight.num_columns % self.block == 0
 
     def check_packable(self, walk: MergedWeights) -> None:
         """Check, before anything is written, that the codes of every linear can be kept.
@@ -105,7 +105,7 @@ class KeptNf4Packer:
         )
 
     def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
-        elements, name = weight.num_rows * weight.num_columns, weight.name
+        elements, name = weight.num_rows * weight.num_columns, weight.written
         state = encode_quant_state(weight, self.block, self.dtype)
         return [
             TensorSpec(name, torch.uint8, (elements // 2, 1)),
@@ -125,12 +125,12 @@ class KeptNf4Packer:
         codes = payload[:, : weight.num_columns // 2].reshape(-1, 1)
         group = torch.arange(weight.num_columns // self.block) * self.block // self.group_size
         absmax = scales[:, group].flatten()
-        yield TensorPiece(weight.name, codes, span.start * weight.num_columns // 2)
+        yield TensorPiece(weight.written, codes, span.start * weight.num_columns // 2)
         yield TensorPiece(
-            f"{weight.name}.absmax", absmax, span.start * weight.num_columns // self.block
+            f"{weight.written}.absmax", absmax, span.start * weight.num_columns // self.block
         )
         if span.stop == weight.num_rows:
-            yield TensorPiece(f"{weight.name}.quant_map", torch.tensor(NF4_LEVELS), 0)
+            yield TensorPiece(f"{weight.written}.quant_map", torch.tensor(NF4_LEVELS), 0)
             state = encode_quant_state(weight, self.block, self.dtype)
             yield TensorPiece(make_quant_state_name(weight), state, 0)
 

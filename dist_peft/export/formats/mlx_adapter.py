@@ -76,7 +76,7 @@ class MlxAdapterExport(ExportFormat):
     keeps = "LoRA of linears; QA-LoRA as plain LoRA"
     loads_with = "mlx-lm"
     reads_base = False
-    writes_classifiers = False
+    classifier_limit = "its readers have language models alone"
 
     def get_content(self, options: Mapping[str, Any]) -> ExportContent:
         return "adapter"

@@ -56,7 +56,7 @@ class PeftExpertsExport(PeftExport):
     loads_with = "vLLM, SGLang, PEFT"
     reads_base = True
     verification_limit = "linears that are no experts but named so"
-    writes_classifiers = False
+    classifier_limit = "its readers have language models alone"
 
     def find_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
         if reason := super().find_obstacle(run, options):

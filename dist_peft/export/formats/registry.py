@@ -13,11 +13,14 @@ from dist_peft.export.formats.bnb_nf4 import BnbNf4Export
 from dist_peft.export.formats.export_format import ExportForm, ExportFormat
 from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
 from dist_peft.export.formats.float_bias import HfMetalExport, MlxExport
+from dist_peft.export.formats.fp8_format import Fp8Export
 from dist_peft.export.formats.gguf_format import GgufExport
 from dist_peft.export.formats.gguf_lora import GgufLoraExport
+from dist_peft.export.formats.gptq_format import GptqExport
 from dist_peft.export.formats.hf_bf16 import HfBf16Export
-from dist_peft.export.formats.integer_zero import CompressedTensorsExport, GptqExport
 from dist_peft.export.formats.mlx_adapter import MlxAdapterExport
+from dist_peft.export.formats.mxfp4_format import Mxfp4Export
+from dist_peft.export.formats.pack_quantized import CompressedTensorsExport
 from dist_peft.export.formats.peft_adapter import PeftExpandedExport, PeftExport
 from dist_peft.export.formats.peft_experts import PeftExpertsExport
 
@@ -41,6 +44,8 @@ FORMATS: dict[str, ExportFormat] = {
         GptqExport(),
         AwqExport(),
         CompressedTensorsExport(),
+        Fp8Export(),
+        Mxfp4Export(),
         MlxExport(),
         HfMetalExport(),
         GgufExport(),

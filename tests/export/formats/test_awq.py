@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from dist_peft.core.config.run import QuantConfig
-from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span
 from dist_peft.export.formats.awq import AwqPacker
 from dist_peft.export.formats.registry import export_model
@@ -15,6 +14,7 @@ from dist_peft.export.model_directory import TensorPiece
 from dist_peft.quant.affine import AffineCodec
 from tests.support.export_runs import FakeRun, make_run
 from tests.support.packed import awq_words
+from tests.support.prequantized_models import load
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
@@ -48,7 +48,23 @@ def test_words_have_outputs_in_awqs_order(run: FakeRun, tmp_path: Path) -> None:
         assert tuple(piece.rows.shape) == planned[piece.name].shape
 
 
-def test_a_run_without_trained_codes_is_refused(run: FakeRun, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose gptq or compressed-tensors"):
-        export_model("awq", run.job(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+def test_a_plain_merge_is_decoded_to_its_rows(run: FakeRun, tmp_path: Path) -> None:
+    """By the reader of AWQ bases and by the description of the format, element by element."""
+    exported = export_model("awq", run.job(tmp_path / "out", group_size=32))
+    assert not exported.exact and exported.written.packed == 14
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    merged = run.job(tmp_path)
+    stem = WEIGHT.removesuffix(".weight")
+    with merged.open_weights("original") as walk:
+        [weight] = [w for w in walk.weights if w.name == WEIGHT]
+        rows = walk.read_merged_rows(weight, Span(0, weight.num_rows))
+    words, zeros = tensors[f"{stem}.qweight"], tensors[f"{stem}.qzeros"]
+    scales = tensors[f"{stem}.scales"].float()
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    for out, column in ((0, 0), (5, 17), (95, 63), (44, 33)):
+        shift = 4 * order.index(out % 8)
+        code = int(words[column, out // 8]) >> shift & 15
+        zero = int(zeros[column // 32, out // 8]) >> shift & 15
+        found = (code - zero) * float(scales[column // 32, out])
+        assert abs(found - float(rows[out, column])) <= 0.51 * float(scales[column // 32, out])
+    assert load(tmp_path / "out").prequantized is not None

@@ -93,8 +93,8 @@ def test_names_and_row_order_of_families(family: str, tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not for gemma; merge the run"):
-        model_of(CONFIGS["gemma"], tmp_path / "gemma")
+    with pytest.raises(UserError, match="not for phi; merge the run"):
+        model_of(CONFIGS["phi"], tmp_path / "phi")
     yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(UserError, match="rotary scaling 'yarn'"):
         model_of(llama(rope_parameters=yarn), tmp_path / "yarn")

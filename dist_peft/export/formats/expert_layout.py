@@ -1,0 +1,96 @@
+"""The form of a mixture's experts in a packed export: packed, dense, or none that a reader loads.
+
+Readers of packed formats know the weights of experts by the names of published files, a tensor for
+each expert and projection. ``transformers`` stacks them while it loads (compressed-tensors, metal),
+as mlx-lm does; gptqmodel makes each expert three linears under names of its own; bitsandbytes
+replaces linears, and ``transformers`` has no linears for experts: they stay dense.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from dist_peft.core.errors import UserError
+from dist_peft.core.log import ONCE
+from dist_peft.export.base_weights import name_by_modules
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import WeightPacker
+from dist_peft.model.experts import ExpertStack
+
+__all__ = ["ExpertLayout"]
+
+log = logging.getLogger("dist_peft")
+
+_STACKED = (
+    "the base's files have the experts stacked, and readers of this format know single experts; "
+    "write the base with transformers' save_pretrained first, which gives each its tensors"
+)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The form of experts in one format.
+
+    Attributes:
+        packed: they are packed as linears are; if not, they are written in the run's compute type.
+        stacked: a tensor of all experts is packed, too.
+        by_modules: all tensors have the names of ``base_weights.name_by_modules``.
+        codes_limit: why the codes of training cannot be kept; empty: they can.
+        separate_limit: why the adapter cannot be apart from the base; empty: it can.
+    """
+
+    packed: bool = True
+    stacked: bool = False
+    by_modules: bool = False
+    codes_limit: str = ""
+    separate_limit: str = ""
+
+    def find_obstacle(
+        self, model: nn.Module, *, codes: bool = False, separate: bool = False
+    ) -> str | None:
+        """Return why the experts of ``model`` have no such form; None: they have, or there are
+        none.
+
+        Args:
+            codes: the codes of training are kept.
+            separate: the adapter is written apart from the base.
+        """
+        stacks = [module for module in model.modules() if isinstance(module, ExpertStack)]
+        if not stacks:
+            return None
+        separate_files = all(len(stack.pieces) >= stack.experts for stack in stacks)
+        if self.packed and not self.stacked and not separate_files:
+            return _STACKED
+        if separate and self.separate_limit:
+            return self.separate_limit
+        return self.codes_limit or None if codes or separate else None
+
+    def prepare_weights(self, walk: MergedWeights, packer: WeightPacker) -> None:
+        """Name the weights of a mixture before they are written.
+
+        Raises:
+            UserError: the experts have no such form, or only some of them can be packed.
+        """
+        experts = [weight for weight in walk.weights if weight.is_expert]
+        if not experts:
+            return
+        state = walk.state
+        codes, separate = state in ("codes", "trained"), state == "base"
+        if reason := self.find_obstacle(walk.skeleton.model, codes=codes, separate=separate):
+            raise UserError(f"{walk.skeleton.index.path} is a mixture of experts: {reason}")
+        if not self.packed:
+            log.warning(
+                "experts are written unquantized, as the readers of this format have no packed "
+                "ones; mlx and gguf pack them",
+                extra=ONCE,
+            )
+        for weight in experts if self.packed else ():
+            if not (walk.is_packable(weight) and packer.can_pack(weight)):
+                raise UserError(
+                    f"{weight.name} is an expert's with in_features {weight.num_columns}, which "
+                    "groups of this size do not divide, and readers want all experts packed; "
+                    "choose a smaller --group-size"
+                )
+        if self.by_modules:
+            walk.weights = name_by_modules(walk.weights)

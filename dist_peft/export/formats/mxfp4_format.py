@@ -1,0 +1,205 @@
+"""``mxfp4``: weights in MXFP4, E2M1 numbers with a power of two for each 32 (``quant.mxfp4``).
+
+Two layouts hold the same codes and exponents, by the model:
+
+    gpt-oss, quant_method mxfp4: experts alone, whose parameter NAME is [E, in, out] unquantized
+           NAME_blocks    uint8 [E, out, in / 32, 16]   two codes a byte, the even one low
+           NAME_scales    uint8 [E, out, in / 32]       exponents, 127 added
+    other models: compressed-tensors, format mxfp4-pack-quantized, linears and experts
+           weight_packed  uint8 [out, in / 2]
+           weight_scale   uint8 [out, in / 32]
+
+Rows of ``quant.mxfp4`` have these bytes next to each other, so that codes trained through the
+quantizer, and those of weights that an adapter does not change, are copied.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_peft.adapters.export_limits import ExportContent
+from dist_peft.core.errors import UserError
+from dist_peft.core.span import Span
+from dist_peft.export.base_weights import BaseWeight
+from dist_peft.export.formats.expert_layout import ExpertLayout
+from dist_peft.export.formats.export_format import PackedExport, PlannedExport
+from dist_peft.export.formats.export_spec import ExportResult, ExportSpec
+from dist_peft.export.merged_weights import MergedWeights
+from dist_peft.export.model_directory import TensorPiece, list_unpacked_linears
+from dist_peft.export.verify import Comparison, compare_logits
+from dist_peft.export.verify_formats import Consumer, ConsumerRequest, TransformersConsumer
+from dist_peft.model.experts import ExpertStack
+from dist_peft.model.hub import read_json_object
+from dist_peft.quant.codec import make_codec
+from dist_peft.quant.mxfp4 import MXFP4_GROUP, Mxfp4Codec
+from dist_peft.store.writer import TensorSpec
+
+__all__ = ["CompressedMxfp4Packer", "Mxfp4Export", "Mxfp4StackPacker"]
+
+_CODEC = Mxfp4Codec()
+
+
+def _read_mxfp4_rows(walk: MergedWeights, weight: BaseWeight, span: Span) -> Tensor:
+    """Return rows of the weight's linear in MXFP4, ``uint8 [n, row_bytes]``: those of training
+    where they are kept, else merged rows, encoded."""
+    if walk.keeps_codes(weight) and isinstance(weight.codec, Mxfp4Codec):
+        return walk.read_packed_rows(weight, span)
+    rows = walk.read_merged_rows(weight, span)
+    if weight.is_transposed:
+        rows = rows.transpose(1, 2)
+    return _CODEC.quantize_to_packed(rows.reshape(-1, weight.num_columns).float())
+
+
+def _split_rows(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return codes ``uint8 [n, in / 2]`` and exponents ``uint8 [n, in / 32]`` of packed rows."""
+    end = columns // 2
+    return packed[:, :end], packed[:, end : end + columns // MXFP4_GROUP]
+
+
+class CompressedMxfp4Packer:
+    """Pack weights as ``mxfp4-pack-quantized`` of compressed-tensors."""
+
+    row_multiple = 1
+
+    def can_pack(self, weight: BaseWeight) -> bool:
+        return weight.num_columns % MXFP4_GROUP == 0
+
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        out, columns, stem = weight.num_rows, weight.num_columns, weight.name_stem
+        return [
+            TensorSpec(f"{stem}.weight_packed", torch.uint8, (out, columns // 2)),
+            TensorSpec(f"{stem}.weight_scale", torch.uint8, (out, columns // MXFP4_GROUP)),
+        ]
+
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        codes, exponents = _split_rows(_read_mxfp4_rows(walk, weight, span), weight.num_columns)
+        yield TensorPiece(f"{weight.name_stem}.weight_packed", codes, span.start)
+        yield TensorPiece(f"{weight.name_stem}.weight_scale", exponents, span.start)
+
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": MXFP4_GROUP,
+            "scale_dtype": "torch.uint8",
+        }
+        how = {
+            "quant_method": "compressed-tensors",
+            "format": "mxfp4-pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": list_unpacked_linears(walk, unpacked),
+        }
+        return {"quantization_config": how}
+
+
+class Mxfp4StackPacker:
+    """Pack the experts of gpt-oss, as it is published; linears stay dense."""
+
+    row_multiple = 1
+
+    def can_pack(self, weight: BaseWeight) -> bool:
+        return weight.is_expert and weight.num_columns % MXFP4_GROUP == 0
+
+    def plan_tensors(self, weight: BaseWeight) -> list[TensorSpec]:
+        stack, groups = weight.linear, weight.num_columns // MXFP4_GROUP
+        assert isinstance(stack, ExpertStack)
+        shape = (stack.experts, stack.out_features, groups)
+        return [
+            TensorSpec(f"{weight.written}_blocks", torch.uint8, (*shape, MXFP4_GROUP // 2)),
+            TensorSpec(f"{weight.written}_scales", torch.uint8, shape),
+        ]
+
+    def pack_rows(
+        self, walk: MergedWeights, weight: BaseWeight, span: Span
+    ) -> Iterable[TensorPiece]:
+        codes, exponents = _split_rows(_read_mxfp4_rows(walk, weight, span), weight.num_columns)
+        experts, groups = len(span), weight.num_columns // MXFP4_GROUP
+        blocks = codes.reshape(experts, -1, groups, MXFP4_GROUP // 2)
+        yield TensorPiece(f"{weight.written}_blocks", blocks, span.start)
+        yield TensorPiece(
+            f"{weight.written}_scales", exponents.reshape(experts, -1, groups), span.start
+        )
+
+    def make_config(self, walk: MergedWeights, unpacked: list[str]) -> Mapping[str, Any]:
+        dense = ["model.layers.*.self_attn", "model.layers.*.mlp.router"]
+        how = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [*dense, "model.embed_tokens", "lm_head"],
+        }
+        return {"quantization_config": how}
+
+
+class Mxfp4Export(PackedExport):
+    """MXFP4, as gpt-oss is published or as compressed-tensors has it."""
+
+    name = "mxfp4"
+    keeps = "merged, rounded to MXFP4; codes of MXFP4 that are not adapted or were trained"
+    loads_with = "transformers with compressed-tensors"
+    experts = ExpertLayout(stacked=True)
+
+    def get_content(self, options: Mapping[str, Any]) -> ExportContent:
+        """Return ``merged``."""
+        return "merged"
+
+    def find_packing_obstacle(self, run: PlannedExport, options: Mapping[str, Any]) -> str | None:
+        if run.limits.trained_codes and not isinstance(run.codec, Mxfp4Codec):
+            return "the codes that are trained are not of base.quant.kind mxfp4"
+        stacks = [m for m in run.skeleton.model.modules() if isinstance(m, ExpertStack)]
+        return _find_stack_obstacle(stacks)
+
+    def write_export(self, job: ExportSpec) -> ExportResult:
+        trained = job.trained_codes
+        if trained and not isinstance(make_codec(job.base.quant, job.compute_dtype), Mxfp4Codec):
+            raise UserError(
+                "mxfp4 keeps codes of base.quant.kind mxfp4, and this run trained others through "
+                "the quantizer: choose the format of the base's kind, or hf-bf16"
+            )
+        state = "trained" if trained else job.rows_state
+        job.check_output()
+        with job.open_weights(state) as walk:
+            stacks = [w.linear for w in walk.weights if isinstance(w.linear, ExpertStack)]
+        if reason := _find_stack_obstacle(stacks):
+            raise UserError(f"{job.directory} is not written as mxfp4: {reason}")
+        as_gpt_oss = any(stack.is_transposed for stack in stacks)
+        packer = Mxfp4StackPacker() if as_gpt_oss else CompressedMxfp4Packer()
+        layout = "experts as gpt-oss has them" if as_gpt_oss else "mxfp4-pack-quantized"
+        how = f"{'the trained codes' if trained else 'merged, rounded to nearest'}: {layout}"
+        return self.write_directory(job, state, packer, how, exact=trained)
+
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return (_GPT_OSS, _COMPRESSED)
+
+    def verify_export(self, job: ExportSpec, request: ConsumerRequest) -> tuple[str, Comparison]:
+        how = read_json_object(request.path / "config.json")["quantization_config"]
+        known = _GPT_OSS if how["quant_method"] == "mxfp4" else _COMPRESSED
+        consumer, logits = known.compute_logits(request)
+        return consumer, compare_logits(logits, request.probe)
+
+
+_GPT_OSS = TransformersConsumer(
+    needs=("accelerate",), quantization=("Mxfp4Config", {"dequantize": True})
+)
+_COMPRESSED = TransformersConsumer(
+    needs=("compressed_tensors",),
+    reports=("compressed-tensors",),
+    quantization=("CompressedTensorsConfig", {"dequantize": True}),
+)
+
+
+def _find_stack_obstacle(stacks: list[ExpertStack]) -> str | None:
+    """Return why experts have neither of the two layouts; None: they have one, or there are
+    none."""
+    if any(len(stack.pieces) < stack.experts and not stack.is_transposed for stack in stacks):
+        return (
+            "its experts are stacked in the files and not as gpt-oss has them; write the base with "
+            "transformers' save_pretrained first, which gives each its tensors"
+        )
+    return None
