@@ -52,6 +52,10 @@ CELLS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         INT4,
         {"kind": "qalora", "r": 3, "target_modules": [r".*self_attn\..*", "gate_proj"]},
     ),
+    "adalora, nf4": (
+        NF4,
+        {"kind": "adalora", "init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "delta_t": 1},
+    ),
     "vera, nf4": (NF4, {"kind": "vera", "r": 27}),
     "loha, nf4": (NF4, {"kind": "loha", "r": 3}),
     "lokr, nf4": (NF4, {"kind": "lokr", "r": 3}),

@@ -7,11 +7,13 @@ deployed:
     qlora            NF4 base + LoRA, 16-bit adapter kept apart: the quality to keep
     qlora+gptq b     qlora merged to 16 bits, then quantized by GPTQ to b bits
     qa-lora b        base quantized by GPTQ to b bits, QA-LoRA trained on it, merged exactly
+    through b        adapter.through_quantizer with solver gptq: the b-bit model is the trained one
 
 Measured: held-out loss of the instructions (nats a token), and the share of commonsense questions
 answered right by likelihood per character (``dist-peft eval --choices``).
 
 python benchmarks/qalora_table.py --base DIR --instructions FILE --commonsense DIR [--seeds 0 1 2]
+    [--only-through]  adds the rows of ``through`` to those of the result file
 """
 
 import argparse
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import print_table, write_result
+from common import RESULTS, print_table, write_result
 from omegaconf import OmegaConf
 
 from dist_peft.app import cli
@@ -184,6 +186,30 @@ def run_seed(bench: Bench, seed: int, packed: dict[int, Path]) -> list[Score]:
     return scores
 
 
+def run_through(bench: Bench, seed: int, bits: int) -> Score:
+    """One row of ``through``."""
+    args, name = bench.args, f"through-{bits}-{seed}"
+    adapter = {**lowrank("lora", args), "through_quantizer": True}
+    config = bench.config(name, args.base, seed, base=integers(bits, args), adapter=adapter)
+    command("train", "--config", config)
+    return bench.score("through", bits, seed, config, "--run", bench.directory / name)
+
+
+def add_through(bench: Bench, settings: dict[str, Any]) -> None:
+    """Add rows of ``through`` to those of the result file, each as soon as it is there."""
+    known = json.loads((RESULTS / "qalora_table.json").read_text())["result"]
+    if known["settings"] != settings:
+        raise SystemExit(f"the result file has other settings: {known['settings']}")
+    scores = [Score(**score) for score in known["scores"]]
+    done = {(s.method, s.bits, s.seed) for s in scores}
+    for seed in bench.args.seeds:
+        for bits in bench.args.bits:
+            if ("through", bits, seed) not in done:
+                scores.append(run_through(bench, seed, bits))
+                write_result("qalora_table", {"settings": settings, "scores": scores})
+    show(scores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="a pretrained causal LM")
@@ -209,12 +235,18 @@ def main() -> None:
     )
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--questions", type=int, default=200, help="of each set")
+    parser.add_argument("--only-through", action="store_true", help="keep the other rows")
     args = parser.parse_args()
+    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    only_through = settings.pop("only_through")
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         train, held_out = split_instructions(args.instructions, directory, 100)
         questions = write_questions(args.commonsense, directory, args.questions, args.seq_len // 2)
         bench = Bench(args, directory, train, held_out, questions)
+        if only_through:
+            add_through(bench, settings)
+            return
         plain = bench.config("base", args.base, 0, base={"quant": None})
         scores = [bench.score("base", 16, 0, plain)]
         packed = {}
@@ -226,8 +258,8 @@ def main() -> None:
             scores.append(bench.score("base+gptq", bits, 0, config))
         for seed in args.seeds:
             scores += run_seed(bench, seed, packed)
+            scores += [run_through(bench, seed, bits) for bits in args.bits]
             show(scores)
-            settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
             write_result("qalora_table", {"settings": settings, "scores": scores})
 
 

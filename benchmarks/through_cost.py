@@ -9,17 +9,25 @@ the median CPU seconds of encoding. On N ranks each encodes 1/N of the rows; thi
 """
 
 import argparse
+import json
+import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import base_argument, make_base, print_table, run_processes, write_result
+from common import RESULTS, base_argument, make_base, print_table, run_processes, write_result
 from method_cost import SIZES, Trainer
 
 from dist_peft.adapters.lora.through_quantizer import update_rows
+from dist_peft.compress.calibrated_base import FactorWriter
 from dist_peft.core.config.io import parse_config
+from dist_peft.core.config.run import BaseConfig
+from dist_peft.model.frozen_linear import FrozenLinear
+from dist_peft.model.gptq_factors import FACTORS
+from dist_peft.model.skeleton import build_skeleton
+from dist_peft.quant.gptq import compute_gram, factorize_hessian
 from dist_peft.train.importance import EngineParameters
 
 NF4 = {"kind": "nf4", "double_quant": False}
@@ -28,7 +36,28 @@ CELLS: dict[str, tuple[dict[str, Any], int]] = {
     "nf4, r 64": (NF4, 64),
     "int 4 bits, groups of 32, r 16": ({"kind": "int", "bits": 4, "group_size": 32}, 16),
     "int 2 bits, groups of 16, r 64": ({"kind": "int", "bits": 2, "group_size": 16}, 64),
+    "int 4 bits, groups of 32, r 16, solver gptq": (
+        {"kind": "int", "bits": 4, "group_size": 32, "solver": "gptq"},
+        16,
+    ),
 }
+
+
+def add_random_factors(base: Path, quant: dict[str, Any]) -> Path:
+    """A copy of ``base`` with factors of random inputs, whose values do not change the cost."""
+    out = base.with_name(f"{base.name}_factors")
+    if (out / FACTORS).is_dir():
+        return out
+    shutil.copytree(base, out, dirs_exist_ok=True)
+    section = BaseConfig.model_validate({"path": str(base), "quant": quant})
+    writer = FactorWriter(out)
+    for module in build_skeleton(section, base).model.modules():
+        if isinstance(module, FrozenLinear) and module.codec.affine_rows is not None:
+            x = torch.randn(2 * module.in_features, module.in_features)
+            factor = factorize_hessian(compute_gram(x).double(), quant["group_size"])
+            writer.write_factor([module.source], factor)
+    writer.write_about(section, {})
+    return out
 
 
 class Side(Trainer):
@@ -36,6 +65,10 @@ class Side(Trainer):
 
     def __init__(self, base: Path, cell: str, tokens: int, micro_batches: int, through: bool):
         quant, r = CELLS[cell]
+        if through and "solver" in quant:
+            base = add_random_factors(base, quant)
+        elif "solver" in quant:  # plain LoRA decodes the same rows, however they were encoded
+            quant = {key: value for key, value in quant.items() if key != "solver"}
         tree = {
             "base": {"path": str(base), "quant": quant, "compute_dtype": "float32"},
             "adapter": {"kind": "lora", "r": r, "alpha": 2 * r, "through_quantizer": through},
@@ -87,11 +120,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=list(CELLS), default=list(CELLS))
     args = parser.parse_args()
     directory = args.base.with_name(f"{args.base.name}_512_{args.blocks}")
     base = make_base(directory, **SIZES, num_hidden_layers=args.blocks)
-    rows = []
-    for cell in CELLS:
+    file = RESULTS / "through_cost.json"
+    known = json.loads(file.read_text())["result"] if file.is_file() else []
+    rows = [row for row in known if row["cell"] not in args.only]
+    for cell in args.only:
         job = (base, cell, args.tokens, args.micro_batches, args.steps)
         rows += run_processes(measure_cell, [job])
         print(rows[-1], flush=True)

@@ -8,7 +8,8 @@ Every row has the same text, steps, rank and targets, and is measured as it woul
     qlora+gptq b     the same, merged, quantized by GPTQ with text that was trained on
     qa-lora b        QA-LoRA on the b-bit base, merged exactly into float zeros
     through b        adapter.through_quantizer: the b-bit model is the trained one
-    through8 b       the same with adapter.through_start: 8bit (3 and 2 bits)
+    through+gptq b   the same with base.quant.solver: gptq, whose codes are GPTQ's in each step
+    through8 b       through b with adapter.through_start: 8bit (3 and 2 bits)
 
 Measured: held-out loss in nats a token, for each learning rate; which rate is best differs by row.
 The b-bit model of ``through`` is exported and loaded by its own library, and must give the very
@@ -43,7 +44,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 """Linears whose inputs groups divide, as QA-LoRA needs it."""
 
 
-METHODS = ["qlora", "through", "through8", "qlora+rtn", "qlora+gptq", "qa-lora"]
+GPTQ = {"solver": "gptq", "calibration_samples": 32, "calibration_tokens": 96}
+
+METHODS = ["qlora", "through", "through+gptq", "through8", "qlora+rtn", "qlora+gptq", "qa-lora"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class Bench:
             adapter["through_quantizer"] = True
         if method == "through8":
             adapter["through_start"] = "8bit"
-        config = self.write_config(name, args.base, bits, lr, seed, adapter=adapter)
+        solver = GPTQ if method == "through+gptq" else {}
+        config = self.write_config(name, args.base, bits, lr, seed, adapter=adapter, solver=solver)
         began = time.process_time()
         command("train", "--config", config)
         spent = time.process_time() - began
@@ -145,8 +149,7 @@ class Bench:
             command("merge", "--run", run, "--out", merged, "--dtype", "float32", "--no-verify")
         name = f"{run.name}-{method}"
         if method == "qlora+gptq":
-            solver = {"solver": "gptq", "calibration_samples": 32, "calibration_tokens": 96}
-            config = self.write_config(f"{name}-solve", merged, bits, lr, seed, solver=solver)
+            config = self.write_config(f"{name}-solve", merged, bits, lr, seed, solver=GPTQ)
             solved = self.directory / f"{name}-base"
             command("quantize", "--config", config, "--out", solved)
             loss = self.evaluate_base(name, solved, bits)
@@ -162,7 +165,7 @@ class Bench:
                     "base", bits, 0.0, 0, self.evaluate_base(f"base-{bits}", self.args.base, bits)
                 )
             )
-        if "+" in method:
+        if method.startswith("qlora+"):
             if not (self.directory / f"qlora-{bits}-{lr:g}-{seed}").is_dir():
                 self.train_run("qlora", bits, lr, seed)
             return self.merge_and_quantize(method, bits, lr, seed)

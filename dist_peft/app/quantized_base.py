@@ -1,8 +1,9 @@
 """Quantize a base in advance (``dist-peft quantize``), and once for a run with solver gptq.
 
-``compress`` has the parts: the GPTQ driver, and the writer of the packed directory. ``dist-peft
-train`` writes one to its run directory where ``base.quant.solver`` is ``gptq`` and the base is not
-quantized yet.
+``compress`` has the parts: the GPTQ driver, and the writers of the packed directory and of the base
+with GPTQ's factors. ``dist-peft train`` writes one to its run directory where ``base.quant.solver``
+is ``gptq`` and the base is not quantized yet: factors where ``adapter.through_quantizer`` encodes
+rows again in each step, else packed rows.
 """
 
 import gc
@@ -27,20 +28,27 @@ from dist_peft.compress.base_origin import (
     describe_origin,
     gather_base_content,
 )
+from dist_peft.compress.calibrated_base import (
+    FactorWriter,
+    open_calibrated_writer,
+    write_calibrated_base,
+)
 from dist_peft.compress.calibration import CalibrationSize, make_calibration_sequences
 from dist_peft.compress.gptq_driver import solve_gptq_codes
 from dist_peft.compress.packed_base import open_packed_writer, write_packed_base
 from dist_peft.compress.solved_blocks import SolvedBlocks
-from dist_peft.core.config.run import RunConfig
+from dist_peft.core.config.run import LoraConfig, RunConfig
 from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.gptq_factors import has_gptq_factors
 from dist_peft.model.hub import read_json_object, resolve_base_directory
 from dist_peft.model.model_files import list_model_files
 from dist_peft.store.index import SafetensorsIndex
 from dist_peft.store.publish import check_output_free
 
 __all__ = [
+    "calibrate_base",
     "ensure_solved_base",
     "load_calibration_sequences",
     "must_solve_base",
@@ -102,6 +110,44 @@ def quantize_base(
         write_packed_base(setup.config.base, skeleton, engine, origin, world, writer)
     if solved is not None:
         solved.remove()
+    log.info("wrote %s", out)
+
+
+def calibrate_base(
+    config: RunConfig,
+    out: Path,
+    world: World,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write ``config.base`` with the factors by which GPTQ encodes its rows, to ``out``.
+
+    The factors are those of ``quantize_base``: of each block's inputs once the blocks before are
+    quantized. A calibration that is stopped begins again.
+
+    Args:
+        config: ``base.quant.solver`` is gptq.
+        out, world, device, stop: as in ``quantize_base``.
+
+    Raises:
+        StopRequested: ``stop`` returned true; nothing is left.
+        UserError: on every rank: see ``quantize_base``.
+    """
+    with world.raise_together("look at the output's place"):
+        check_output_free(out)
+    download_base_once(config.base, world)
+    with world.raise_together("read the base's configuration"):
+        setup = _build_unquantized_model(config)
+    built = load_weights(setup, world, device)
+    skeleton = setup.skeleton
+    origin = describe_origin(setup.config, skeleton.index.compute_fingerprint())
+    with open_calibrated_writer(skeleton, out, world) as writer:
+        factors = None if writer is None else FactorWriter(writer.directory)
+        sequences = load_calibration_sequences(setup, world)
+        keep = None if factors is None else factors.write_factor
+        solve_gptq_codes(skeleton, built.engine, sequences, world, stop, keep=keep)
+        origin |= gather_base_content(skeleton.index, built.record.tensors, world)
+        write_calibrated_base(setup.config.base, skeleton, origin, world, writer, factors)
     log.info("wrote %s", out)
 
 
@@ -182,7 +228,8 @@ def ensure_solved_base(
     """Return the base that GPTQ has quantized for this run, after quantizing it if it is needed.
 
     It is needed where ``base.quant.solver`` is gptq and the base is not quantized yet, and written
-    to ``run_dir/base``, once.
+    to ``run_dir/base``, once; with ``adapter.through_quantizer`` the base with its factors
+    (``model.gptq_factors``).
 
     Raises:
         StopRequested: ``stop`` returned true; the solved blocks are kept next to the output.
@@ -195,17 +242,23 @@ def ensure_solved_base(
     out = run_dir / "base"
     with world.raise_together("look for a solved base"):
         directory = resolve_base_directory(config.base)
-        if "quantization_config" in read_json_object(directory / "config.json"):
+        if _is_solved(directory):
             return None
         done = out.is_dir() and any(out.iterdir())
         if done:
             index = SafetensorsIndex.open(directory)
             check_origin_settings(out, config, index)
+            if has_gptq_factors(out) != _encodes_again(config):
+                raise UserError(
+                    f"{out} was made {'with' if has_gptq_factors(out) else 'without'} "
+                    "adapter.through_quantizer; remove it, or choose another save.dir"
+                )
     if done:
         check_origin_contents(out, index, world)
         log.info("the base was solved before: %s", out)
     else:
-        quantize_base(config, out, world, device, stop)
+        write = calibrate_base if _encodes_again(config) else quantize_base
+        write(config, out, world, device, stop)
         gc.collect()  # modules and hooks form reference cycles; free them before the next model
     return find_solved_base(config, run_dir)
 
@@ -215,5 +268,13 @@ def must_solve_base(config: RunConfig, run_dir: Path) -> bool:
     quant, solved = config.base.quant, run_dir / "base"
     if quant is None or quant.solver != "gptq" or (solved.is_dir() and any(solved.iterdir())):
         return False
-    described = read_json_object(resolve_base_directory(config.base) / "config.json")
-    return "quantization_config" not in described
+    return not _is_solved(resolve_base_directory(config.base))
+
+
+def _is_solved(directory: Path) -> bool:
+    packed = "quantization_config" in read_json_object(directory / "config.json")
+    return packed or has_gptq_factors(directory)
+
+
+def _encodes_again(config: RunConfig) -> bool:
+    return isinstance(config.adapter, LoraConfig) and config.adapter.through_quantizer

@@ -29,6 +29,7 @@ from dist_peft.core.config.run import DataSource, NoAdapterConfig, RunConfig
 from dist_peft.core.config.sweep_points import split_sweep_configs
 from dist_peft.core.errors import UserError
 from dist_peft.data.chat_override import read_chat_template
+from dist_peft.model.gptq_factors import has_gptq_factors
 from dist_peft.model.hub import resolve_base_directory, warn_of_trusted_code
 from dist_peft.model.prequantized.base import check_stated_quant, open_prequantized
 from dist_peft.store.index import SafetensorsIndex
@@ -316,7 +317,8 @@ def _resolve_base_files(config: RunConfig, directory: Path) -> ResolvedConfig:
         raise UserError(f"{directory} has no config.json; base.path must be a Hugging Face model")
     found = open_prequantized(directory, index)
     if found is None:
-        unsolved = base.quant is not None and base.quant.solver == "gptq"
+        solves = base.quant is not None and base.quant.solver == "gptq"
+        unsolved = solves and not has_gptq_factors(directory)
         return ResolvedConfig(config, directory, is_unsolved=unsolved)
     check_stated_quant(base, found, directory)
     packed = base.model_copy(update={"quant": found.quant_config})

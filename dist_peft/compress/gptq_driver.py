@@ -19,7 +19,7 @@ Memory holds the packed shards, the samples' hidden states, one linear's rows, a
 Base weights are unsharded only as packed bytes, a block at a time, as in training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -39,7 +39,10 @@ from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.gptq import HessianFactor, factorize_hessian, solve_weight_rows
 from dist_peft.store.reader import RowReader
 
-__all__ = ["solve_gptq_codes"]
+__all__ = ["KeepFactor", "solve_gptq_codes"]
+
+KeepFactor = Callable[[Sequence[str], HessianFactor], None]
+"""Takes the names of the weights that share an input, and the factor of its Hessian."""
 
 
 @torch.no_grad()
@@ -50,6 +53,7 @@ def solve_gptq_codes(
     world: World,
     stop: Callable[[], bool] = lambda: False,
     solved: SolvedBlocks | None = None,
+    keep: KeepFactor | None = None,
 ) -> None:
     """Replace the codes of every linear in the blocks, in place, in each rank's shard.
 
@@ -60,6 +64,7 @@ def solve_gptq_codes(
         stop: polled after each sample of the first forward and before each stage; true on one rank
             stops all.
         solved: keeps each block once it is solved, and has those of a solve that was stopped.
+        keep: of a rank that keeps factors; called with each that is made, not those of ``solved``.
 
     Raises:
         StopRequested: ``stop`` returned true.
@@ -67,7 +72,9 @@ def solve_gptq_codes(
     """
     patience = enter_phase("GPTQ", 2 * SETUP_PATIENCE)  # for one matrix, not for all of them
     with RowReader(skeleton.index) as reader, return_freed_memory(), patience:
-        _GptqSolver(skeleton, engine, windows, world, reader, stop).solve_all_blocks(solved)
+        solver = _GptqSolver(skeleton, engine, windows, world, reader, stop)
+        solver.keep = keep
+        solver.solve_all_blocks(solved)
 
 
 class _GptqSolver(BlockLoop):
@@ -75,6 +82,7 @@ class _GptqSolver(BlockLoop):
 
     label = "gptq"
     advice = "use base.quant.solver: hqq, which needs no calibration"
+    keep: KeepFactor | None = None
     factor_advice = "raise base.quant.calibration_samples or use base.quant.solver: hqq"
 
     def _solve_block(self, number: int, block: nn.Module) -> None:
@@ -82,6 +90,9 @@ class _GptqSolver(BlockLoop):
         for stage in find_linear_stages(block, run, self.advice):
             self._raise_if_stopped()
             factor = self._broadcast_factor(block, number, stage[0])
+            with self.world.raise_together("keep a factor of GPTQ"):
+                if self.keep is not None:
+                    self.keep([linear.source for linear in stage], factor)
             for linear in stage:
                 self._replace_codes(linear, factor)
 

@@ -45,6 +45,7 @@ from dist_peft.model.freezing import (
 )
 from dist_peft.model.frozen_embedding import FrozenEmbedding
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
+from dist_peft.model.gptq_factors import use_gptq_factors
 from dist_peft.model.hub import REFUSALS, format_library_error, read_json_object, refuse_hub_kernels
 from dist_peft.model.meta_device import EmptyOnMeta
 from dist_peft.model.naming import find_tensor_names
@@ -196,6 +197,7 @@ def build_skeleton(base: BaseConfig, directory: Path, labels: Sequence[str] = ()
     if head is not None:
         tensors = classifier.select_used_and_new(model, names.found_names, tensors, head)
     _attach_tensor_names(model, names.tensors, index, tensors)
+    use_gptq_factors(model, base.quant, directory)
     if base.head == "lm":
         _refuse_unnamed_linears(model, base.path)
     set_rotary_by_document(model)

@@ -11,7 +11,7 @@ from dist_peft.core.span import row_span
 from dist_peft.export.verify import COMPARED_ELEMENTS
 from dist_peft.export.verify_blocks import MAX_PROBE_TOKENS
 from dist_peft.export.weight_threads import MERGE_MEMORY
-from dist_peft.model.frozen_linear import FrozenWeight
+from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 from dist_peft.model.streamed_weights import PANEL_BYTES
 from dist_peft.plan.resting import RestingBytes
@@ -40,7 +40,7 @@ class HostPeaks:
 
     Attributes:
         load: of a rank, on CUDA: the largest slice that it reads and encodes.
-        rest: of a rank during training: offloaded or paged state, ``kept_rows`` and
+        rest: of a rank during training: offloaded or paged state, ``kept_rows``, ``factor`` and
             ``block_inputs``.
         merge: of ``dist-peft merge`` without verification, with as many threads as it uses at most.
         verify: of a verification that loads the merged model with its library.
@@ -58,6 +58,10 @@ class HostPeaks:
     """Numbers of weights in them."""
     block_inputs: int = 0
     """Inputs of blocks from forward to backward (``engine.offload_inputs``), pinned."""
+    factor: int = 0
+    """Largest factor of GPTQ, which is read to encode rows through the quantizer."""
+    factor_files: int = 0
+    """Factors on disk, at most: linears that share an input share one."""
 
 
 def count_stack_rows(shape: tuple[int, ...]) -> int:
@@ -66,11 +70,21 @@ def count_stack_rows(shape: tuple[int, ...]) -> int:
 
 
 def plan_host_peaks(
-    skeleton: Skeleton, resting: RestingBytes, shards: int, block_inputs: int = 0
+    skeleton: Skeleton,
+    resting: RestingBytes,
+    shards: int,
+    block_inputs: int = 0,
+    *,
+    solves: bool = False,
 ) -> HostPeaks:
-    """Return the peaks; rows are spread over ``shards`` ranks, each with ``block_inputs`` bytes."""
+    """Return the peaks; rows are spread over ``shards`` ranks, each with ``block_inputs`` bytes.
+
+    Args:
+        solves: ``base.quant.solver`` is gptq.
+    """
     kept_weights, kept_rows = _count_kept_rows(skeleton, shards)
-    rest = sum(resting.host.values()) + kept_rows
+    factors = _list_factor_bytes(skeleton) if solves and kept_rows else [0]
+    rest = sum(resting.host.values()) + kept_rows + max(factors)
     sizes = [
         len(row_span(rows, shards, 0)) * (spec.num_bytes // rows)
         for spec in skeleton.tensors.values()
@@ -87,7 +101,21 @@ def plan_host_peaks(
         kept_rows=kept_rows,
         kept_weights=kept_weights,
         block_inputs=block_inputs,
+        factor=max(factors),
+        factor_files=sum(factors),
     )
+
+
+def _list_factor_bytes(skeleton: Skeleton) -> list[int]:
+    """Return the bytes of the factor of each linear of a base that is not packed in its files:
+    float32 ``[in, in]`` and its order, padded to groups."""
+    found = []
+    for module in skeleton.model.modules():
+        rows = module.codec.affine_rows if isinstance(module, FrozenLinear) else None
+        if isinstance(module, FrozenLinear) and rows is not None and module.stored is None:
+            padded = -(-module.in_features // rows.group_size) * rows.group_size
+            found.append(4 * padded**2 + 8 * padded)
+    return found or [0]
 
 
 def _count_kept_rows(skeleton: Skeleton, shards: int) -> tuple[int, int]:

@@ -86,6 +86,10 @@ def _format_host(plan: RunPlan) -> Iterator[str]:
         yield f"  training, a rank                          {format_byte_count(host.rest):>12}"
     if host.kept_rows:
         yield f"    rows to encode again (through_quantizer){format_byte_count(host.kept_rows):>14}"
+    if host.factor:
+        yield f"    GPTQ's largest factor (solver gptq)     {format_byte_count(host.factor):>14}"
+        files = format_byte_count(host.factor_files)
+        yield f"    on disk, all factors, at most           {files:>14}"
     if host.block_inputs:
         yield f"    blocks' inputs (offload_inputs) {format_byte_count(host.block_inputs):>22}"
     yield f"  merge                                     {format_byte_count(host.merge):>12}"

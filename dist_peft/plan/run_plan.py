@@ -148,7 +148,13 @@ def plan_run(
     tokens = config.train.micro_batch * config.data.seq_len * count_joined(config)
     weights = _count_packed_weights(blocks)
     offloaded = trace.host_bytes * len(blocks)
-    host = plan_host_peaks(skeleton, resting, shards if config.engine.shard_base else 1, offloaded)
+    host = plan_host_peaks(
+        skeleton,
+        resting,
+        shards if config.engine.shard_base else 1,
+        offloaded,
+        solves=config.base.quant is not None and config.base.quant.solver == "gptq",
+    )
     duration = plan_duration(
         *(trace, len(blocks), weights, tokens, traffic, cluster),
         kept_weights=host.kept_weights,

@@ -50,6 +50,10 @@ METHODS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "ptuning": (None, {"kind": "ptuning", "num_virtual_tokens": 3}),
     "prompt": (None, {"kind": "prompt", "num_virtual_tokens": 5}),
     "ia3": (None, {"kind": "ia3"}),
+    "adalora": (
+        None,
+        {"kind": "adalora", "init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "delta_t": 1},
+    ),
 }
 """Base and adapter."""
 

@@ -17,12 +17,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from dist_peft.adapters.directory import open_adapter_merger
 from dist_peft.app.cli import main
 from dist_peft.app.model_setup import build_model, load_training_state, load_weights
+from dist_peft.app.quantized_base import calibrate_base
 from dist_peft.app.resolved_config import resolve_config
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.span import Span
 from dist_peft.core.world import World
 from dist_peft.export.verify import Probe
 from dist_peft.model.frozen_linear import WeightRows
+from dist_peft.model.gptq_factors import FACTORS
+from dist_peft.model.skeleton import build_skeleton
 from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.train.checkpoint import CheckpointManager
 from dist_peft.train.evaluate import inference_mode
@@ -31,7 +34,13 @@ from dist_peft.train.optimizers import make_optimizer_factory
 from dist_peft.train.step_metrics import read_metrics
 from tests.support import packed
 from tests.support.dist import run_ranks
-from tests.support.export_runs import CONFIG, finished_run, fork_consumers
+from tests.support.export_runs import (
+    CONFIG,
+    VOCABULARY,
+    finished_run,
+    fork_consumers,
+    save_tokenizer,
+)
 from tests.support.prequantized_models import linears, load
 from tests.support.story_runs import losses, train
 from tests.support.tiny_models import save_model
@@ -43,6 +52,13 @@ pytestmark = pytest.mark.dist
 CPU = torch.device("cpu")
 NF4 = {"kind": "nf4", "double_quant": False}
 INT3 = {"kind": "int", "bits": 3, "group_size": 32}
+GPTQ = INT3 | {"solver": "gptq", "calibration_samples": 3, "calibration_tokens": 24}
+SINGLE = {"kind": "single"}
+PACKED: dict[str, Callable[..., Path]] = {
+    "gptq": packed.save_gptq,
+    "awq": packed.save_awq,
+    "compressed-tensors": partial(packed.save_compressed, dtype=torch.float16),
+}
 ENGINES: list[tuple[int, dict[str, Any]]] = [
     (2, {"kind": "fsdp2", "keep_gathered": 1}),
     (3, {"kind": "fsdp2"}),
@@ -93,29 +109,76 @@ def load_twice(world: World, tree: dict[str, Any], first: Path, second: Path) ->
     return {**found, "bytes": total.hexdigest()}
 
 
+Loads = list[tuple[dict[str, Any], Path, Path]]
+
+
 def load_on_engines(
-    world: World, tree: dict[str, Any], engines: list[dict[str, Any]], paths: tuple[Path, Path]
+    world: World,
+    loads: Loads,
+    engines: list[dict[str, Any]],
+    calibrated: tuple[dict[str, Any], Path] | None = None,
 ) -> list[dict[str, Any]]:
-    return [load_twice(world, {**tree, "engine": engine}, *paths) for engine in engines]
+    """On the first engine all of ``loads``, on the others the first three.
+
+    Args:
+        calibrated: a configuration whose base is written with GPTQ's factors, and where.
+    """
+    if calibrated is not None:
+        calibrate_base(parse_config(calibrated[0]), calibrated[1], world, CPU)
+    return [
+        load_twice(world, {**tree, "engine": engine}, *paths)
+        for number, engine in enumerate(engines)
+        for tree, *paths in (loads[:3] if number else loads)
+    ]
 
 
-@pytest.mark.parametrize("quant", [NF4, INT3], ids=["nf4", "int3"])
-def test_bytes_are_the_same_on_any_ranks_and_engine(tmp_path: Path, quant: dict[str, Any]) -> None:
-    """From a checkpoint of one process; rows are 32, 64 and 192, which three ranks cut unevenly."""
-    tree = make_tree(tmp_path, quant)
-    assert train(World(), tree) == 0
-    first, second = (tmp_path / "run" / "checkpoints" / f"step-{n:06}" for n in (3, STEPS))
-    [expected] = load_on_engines(World(), tree, [{"kind": "single"}], (first, second))
-    [other] = load_on_engines(World(), tree, [{"kind": "single"}], (second, first))
-    assert expected["bytes"] != other["bytes"]
+def hash_factors(base: Path) -> dict[str, str]:
+    files = sorted((base / FACTORS).glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def make_base_trees(root: Path) -> dict[str, dict[str, Any]]:
+    """A configuration for each kind of base that is trained through its quantizer."""
+    trees = {}
+    for name, quant in {"nf4": NF4, "int3": INT3, "solver gptq": GPTQ}.items():
+        trees[name] = make_tree(root / name, quant)
+    plain = packed.save_plain(root / "plain")
+    for name, save in PACKED.items():
+        trees[name] = make_tree(root / name, INT3)
+        base = save(plain, root / name / "packed")
+        trees[name]["base"] = {"path": str(base), "compute_dtype": "float32"}
+        trees[name]["adapter"]["through_start_share"] = 0.25
+    return trees
+
+
+def test_bytes_are_the_same_on_any_ranks_and_engine(tmp_path: Path) -> None:
+    """From a checkpoint of one process; rows are 32, 64 and 192, which three ranks cut unevenly.
+    GPTQ's factors are the same, whichever ranks have the samples."""
+    trees = make_base_trees(tmp_path)
+    loads: Loads = []
+    for name, tree in trees.items():
+        assert train(World(), tree) == 0
+        run = tmp_path / name / "run"
+        first, second = (run / "checkpoints" / f"step-{n:06}" for n in (3, STEPS))
+        if name == "solver gptq":
+            tree = {**tree, "base": {**tree["base"], "path": str(run / "base")}}
+        loads.append((tree, first, second))
+    expected = load_on_engines(World(), loads, [SINGLE])
+    turned: Loads = [(tree, second, first) for tree, first, second in loads]
+    for one, other in zip(expected, load_on_engines(World(), turned, [SINGLE]), strict=True):
+        assert one["bytes"] != other["bytes"]
+    assert expected[1]["bytes"] != expected[2]["bytes"]  # GPTQ chooses other codes
     for ranks in (2, 3):
         engines = [engine for size, engine in ENGINES if size == ranks]
-        for results in run_ranks(load_on_engines, ranks, tree, engines, (first, second)):
-            for found in results:
-                assert found["bytes"] == expected["bytes"]
-                torch.testing.assert_close(
-                    found["logits"], expected["logits"], rtol=1e-5, atol=1e-5
-                )
+        wanted_all = expected + expected[:3] * (len(engines) - 1)
+        extra = (trees["solver gptq"], tmp_path / "factors") if ranks == 2 else None
+        for results in run_ranks(load_on_engines, ranks, loads, engines, extra, timeout=400):
+            for found, wanted in zip(results, wanted_all, strict=True):
+                assert found["bytes"] == wanted["bytes"]
+                torch.testing.assert_close(found["logits"], wanted["logits"], rtol=1e-5, atol=1e-5)
+    factors = hash_factors(tmp_path / "factors")
+    assert factors == hash_factors(tmp_path / "solver gptq" / "run" / "base")
+    assert len(factors) == 2 * 4  # inputs of q, k, v; o; gate, up; down
 
 
 def train_on_engines(world: World, trees: list[dict[str, Any]]) -> None:
@@ -186,7 +249,11 @@ def test_a_start_in_8_bits_is_the_same_on_engines_and_across_a_cut(tmp_path: Pat
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run directories by quantizer."""
     adapter = {"through_quantizer": True, "use_rslora": True}
-    quants = {"nf4": NF4, "int4": {"kind": "int", "bits": 4, "group_size": 32}}
+    quants = {
+        "nf4": NF4,
+        "int4": {"kind": "int", "bits": 4, "group_size": 32},
+        "encoded by gptq": GPTQ | {"bits": 4},
+    }
     root = tmp_path_factory.mktemp("through")
     found = {}
     for name, quant in quants.items():
@@ -206,6 +273,7 @@ def export(run: Path, out: Path, name: str, *options: str) -> int:
         ("nf4", "bnb-nf4", 0.01),
         ("int4", "compressed-tensors", 0.0),
         ("int4", "hf-metal", 0.0),
+        ("encoded by gptq", "compressed-tensors", 0.0),
         ("int4", "mlx", 0.01),
         ("int4", "gptq", 0.05),
         ("int4", "awq", 0.05),
@@ -249,6 +317,39 @@ def test_the_export_is_the_trained_model_for_its_own_library(
 
 
 @pytest.mark.e2e
+def test_a_gguf_file_has_the_trained_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Q4_1 scales and codes are the trained ones, and a bias is ``-scale * zero`` in fp16: the
+    gguf package's own values, bit for bit. Of rows that llama.cpp has in the same order."""
+    gguf = pytest.importorskip("gguf")
+    tree = make_tree(tmp_path, GPTQ | {"bits": 4}, data__seq_len=32)
+    llama = CONFIG.to_dict() | {"vocab_size": VOCABULARY}
+    save_model(tf.LlamaConfig(**llama), tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    assert train(World(), tree) == 0
+    fork_consumers(monkeypatch)
+    options = ("--type", "q4_1", "--max-error", "0.05")
+    assert export(tmp_path / "run", tmp_path / "out", "gguf", *options) == 0
+    base = tmp_path / "run" / "base"
+    skeleton = build_skeleton(parse_config(tree).base, base)
+    rows, linear = load_file(base / "model.safetensors"), linears(skeleton)
+    own = open_adapter_merger(tmp_path / "run" / "adapter")
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, layer in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.1.attn_v", "self_attn.v_proj")):
+        weight = f"model.layers.{name[4]}.{layer}.weight"
+        merged = own.compute_encoded_rows(weight, rows[weight], Span(0, len(rows[weight])))
+        codec = linear[weight].codec
+        parts = codec.split_packed_rows(codec.quantize_to_packed(merged), merged.shape[1])
+        scale, zero = (part.float()[:, :, None] for part in (parts.scale, parts.zero))
+        codes = parts.codes.float().unflatten(1, (scale.shape[1], -1))
+        wanted = codes * scale + (-scale * zero).half().float()
+        tensor = stored[f"{name}.weight"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+        dense = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(dense, wanted.flatten(1)[:, : merged.shape[1]])
+
+
+@pytest.mark.e2e
 def test_a_merge_of_the_run_and_of_its_checkpoint_is_exact(
     finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -281,13 +382,6 @@ def test_the_adapter_alone_is_refused_and_stamped(
     assert export(run, tmp_path / "out", "hf-bf16") == 2
     assert "restore adapter.through_quantizer" in capsys.readouterr().err
     (run / "config.yaml").write_text(text)
-
-
-PACKED: dict[str, Callable[..., Path]] = {
-    "gptq": packed.save_gptq,
-    "awq": packed.save_awq,
-    "compressed-tensors": partial(packed.save_compressed, dtype=torch.float16),
-}
 
 
 @pytest.mark.e2e

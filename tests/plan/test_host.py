@@ -3,6 +3,7 @@ from pathlib import Path
 from dist_peft.adapters.lora.through_quantizer import ThroughLinear
 from dist_peft.core.config.io import parse_config
 from dist_peft.core.span import row_span
+from dist_peft.model.frozen_linear import FrozenLinear
 from dist_peft.plan.cluster import Cluster
 from dist_peft.plan.host import plan_host_peaks
 from dist_peft.plan.planned_model import build_planned_model
@@ -49,6 +50,12 @@ def test_rows_that_are_encoded_again_rest_in_host_memory(tmp_path: Path) -> None
     assert {shards: plan.kept_rows for shards, plan in plans.items()} == expected
     assert plans[3].rest == expected[3] + sum(resting.host.values())
     assert plans[1].kept_weights == plans[1].kept_rows // 2  # files in bfloat16
+    assert plans[1].factor == 0
+    solved = plan_host_peaks(skeleton, resting, 3, solves=True)
+    linears = [m for m in skeleton.model.modules() if isinstance(m, FrozenLinear) and not m.is_head]
+    factors = [4 * size**2 + 8 * size for m in linears if (size := -(-m.in_features // 8) * 8)]
+    assert solved.factor == max(factors) == solved.rest - plans[3].rest
+    assert solved.factor_files == sum(factors)
 
 
 def test_a_start_in_8_bits_is_planned(tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ def check_through_quantizer(
             quantized: its linears decide.
 
     Raises:
-        ValueError: nested scales, which no other library has, codes that are chosen once, or a
-            start in the base's own bits.
+        ValueError: nested scales, which no other library has, or a start in the base's own bits.
     """
     if not isinstance(adapter, LoraConfig) or not adapter.through_quantizer:
         return
@@ -58,11 +57,6 @@ def check_through_quantizer(
         return
     if quant.has_nested_scales:
         raise ValueError(NESTED_SCALES)
-    if quant.solver == "gptq":
-        raise ValueError(
-            "adapter.through_quantizer chooses codes again after each step, which solver gptq does "
-            "once with calibration data; set base.quant.solver: rtn or hqq"
-        )
     if adapter.through_start == "8bit" and quant.bits == 8:
         raise ValueError(
             "adapter.through_start: 8bit is for fewer bits, and base.quant.bits is 8; leave it out"

@@ -31,10 +31,6 @@ _ALLOWED: dict[str, tuple[tuple[object, ...], str]] = {
 """Key -> values that are allowed, and the reason that others are not."""
 
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "adapter.kind": (
-        ("adalora",),
-        "divides its penalty by the number of micro-batches of all ranks, fillers included",
-    ),
     "adapter.init": (
         ("pissa", "loftq"),
         "finds its factors by float sums over the ranks' rows; use default, eva or lora_ga",

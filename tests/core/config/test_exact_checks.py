@@ -27,7 +27,6 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
         ("engine", {"cpu_offload": "optimizer"}, "engine.cpu_offload optimizer computes norms"),
         ("engine", {"deepspeed_config": "d.json"}, "engine.deepspeed_config d.json may change"),
         ("base", {"attention": "flash_attention_2"}, "base.attention flash_attention_2 is a libr"),
-        ("adapter", {"kind": "adalora"}, "adapter.kind adalora divides its penalty"),
         ("adapter", {"init": "pissa"}, "adapter.init pissa finds its factors by float sums"),
     ],
 )
