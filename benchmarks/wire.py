@@ -12,6 +12,11 @@ The transport is gloo over TCP on the CPU, and all ranks share the machine's cor
 shows what a step costs without a slow link (decoding included), and ``TCP`` what the link really
 carries between two plain sockets. All forms compute in ``--dtype``; float32 is the default because
 processors without bf16 instructions multiply bf16 matrices many times more slowly.
+
+``--experts E`` takes a mixture of E experts, two a token, LoRA on attention, and compares
+``nf4``, all experts gathered, with ``routed`` (``engine.gather_experts``)::
+
+    python benchmarks/wire.py --experts 64 --nodes 2 --links 1gbit --hidden 256 --seq-len 4
 """
 
 import argparse
@@ -29,8 +34,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+import torch
 from common import MIB, RESULTS, make_base, print_table, write_result
 from netns import UNSHAPED, Network
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from wire_rank import FORMS
 
 PORT = 29500
@@ -185,19 +192,19 @@ HEADER = (
     "gathered MiB",
     "sent MiB",
     "sent at TCP speed s",
-    "time bf16/form",
-    "sent bf16/form",
+    "time first/form",
+    "sent first/form",
 )
 
 
-def time_ratio(bf16: Sequence[float], form: Sequence[float]) -> float:
+def time_ratio(first: Sequence[float], form: Sequence[float]) -> float:
     """Median over turns, so that a busy spell meets both sides of each ratio."""
-    return statistics.median(a / b for a, b in zip(bf16, form, strict=True))
+    return statistics.median(a / b for a, b in zip(first, form, strict=True))
 
 
 def table_rows(nodes: int, link: dict[str, Any]) -> list[list[object]]:
     forms = link["forms"]
-    bf16 = forms["bf16"]
+    first = next(iter(forms.values()))
     return [
         [
             nodes,
@@ -210,8 +217,8 @@ def table_rows(nodes: int, link: dict[str, Any]) -> list[list[object]]:
             found["gathered"] / MIB,
             found["sent"] / MIB,
             f"{found['sent'] * 8e-9 / link['tcp_gbit_s']:.3f}",
-            f"{time_ratio(bf16['all_seconds'], found['all_seconds']):.2f}",
-            f"{bf16['sent'] / found['sent']:.2f}",
+            f"{time_ratio(first['all_seconds'], found['all_seconds']):.2f}",
+            f"{first['sent'] / found['sent']:.2f}",
         ]
         for form, found in forms.items()
     ]
@@ -228,10 +235,28 @@ def measure(nodes: int, args: argparse.Namespace, directory: Path) -> dict[str, 
         "seq_len": args.seq_len,
         "batch": args.batch,
         "r": args.r,
+        "experts": args.experts,
     }
     with Network(nodes) as network, Ranks(network, settings, directory) as ranks:
         links = run(network, ranks, args)
         return {"nodes": nodes, "stored_bytes": ranks.stored, "links": links}
+
+
+def make_mixture(base: Path, shape: dict[str, int], experts: int) -> None:
+    """Put a mixture in the place of the dense model, whose tokenizer stays."""
+    config = Qwen3MoeConfig(
+        **{**shape, "intermediate_size": shape["hidden_size"]},
+        moe_intermediate_size=shape["hidden_size"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=shape["hidden_size"] // 4,
+        num_experts=experts,
+        num_experts_per_tok=2,
+    )
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
 
 
 def arguments() -> argparse.Namespace:
@@ -250,13 +275,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed in a visit, of each form")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture; 0: a dense model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seq-len", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1, help="rows a rank in a step")
     parser.add_argument("--r", type=int, default=4, help="rank of LoRA on all linears")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     args = parser.parse_args()
-    args.forms = ["bf16", *(form for form in args.forms if form != "bf16")]
+    if args.experts:
+        args.forms = ["nf4", "routed"]
+    else:
+        args.forms = ["bf16", *(form for form in args.forms if form != "bf16")]
     if min(args.nodes) < 2 or min(args.rounds, args.steps) < 1:
         parser.error("at least 2 nodes, 1 round and 1 step")
     os.environ["PATH"] += os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
@@ -281,9 +310,11 @@ def main() -> None:
     }
     rows: list[list[object]] = []
     results = []
-    with tempfile.TemporaryDirectory(prefix="dist_peft_wire") as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory(prefix="dist_peft_wire") as scratch:
+        directory = Path(scratch)
         make_base(directory / "base", **shape)
+        if args.experts:
+            make_mixture(directory / "base", shape, args.experts)
         text = "".join(chr(ord("a") + (i * i + i // 7) % 26) for i in range(2**14))
         (directory / "text.txt").write_text(text)
         for nodes in args.nodes:
@@ -292,7 +323,8 @@ def main() -> None:
     print_table(HEADER, rows)
     options = {key: value for key, value in vars(args).items() if key != "out"}
     result = {"transport": "gloo, TCP", "options": options, "base": shape, "runs": results}
-    write_result(f"wire_{args.engine}", result, args.out)
+    name = f"wire_experts_{args.seq_len}_tokens" if args.experts else f"wire_{args.engine}"
+    write_result(name, result, args.out)
 
 
 if __name__ == "__main__":

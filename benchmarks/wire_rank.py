@@ -30,16 +30,18 @@ from dist_peft.train.optimizers import make_optimizer_factory
 CPU = torch.device("cpu")
 CHUNK = bytearray(2**20)
 LR = 1e-3
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 FORMS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "nf4": {"kind": "nf4"},
+    "routed": {"kind": "nf4"},
     "int8": {"kind": "int", "bits": 8},
     "int4": {"kind": "int", "bits": 4},
     "int3": {"kind": "int", "bits": 3},
     "int2": {"kind": "int", "bits": 2},
 }
-"""What travels -> ``base.quant``."""
+"""What travels -> ``base.quant``. ``routed``: of experts those that tokens are routed to."""
 
 
 @dataclass
@@ -66,11 +68,15 @@ class Job:
 
 
 def start(settings: dict[str, Any], form: str, world: World) -> Job:
+    is_mixture = settings["experts"] > 0
     config = run_config(
         Path(settings["base"]),
         base={"quant": FORMS[form], "compute_dtype": settings["dtype"]},
-        adapter={"r": settings["r"]},
-        engine={"kind": settings["engine"]},
+        adapter={"r": settings["r"], **({"target_modules": ATTENTION} if is_mixture else {})},
+        engine={
+            "kind": settings["engine"],
+            "gather_experts": "routed" if form == "routed" else "all",
+        },
         data={
             "train": [settings["data"]],
             "seq_len": settings["seq_len"],

@@ -400,6 +400,7 @@ def test_only_a_hessian_factor_is_broadcast() -> None:
         ("core/text_exchange.py", "lengths"),
         ("core/world.py", "tensor"),
         ("engine/chunk_gather.py", "chunk"),  # an all-gather: each rank sends its own rows
+        ("engine/routed_gather.py", "buffer"),  # the same, of experts that are routed to
     ]
 
 

@@ -12,6 +12,7 @@ from dist_peft.adapters.classifier_head.method import (
     add_classifier_head,
     choose_discriminator_size,
 )
+from dist_peft.adapters.classifier_head.router import RouterAdapter
 from dist_peft.adapters.directory import read_adapter_directory
 from dist_peft.adapters.full.method import PartialAdapter
 from dist_peft.adapters.fusion.method import FusionAdapter
@@ -46,6 +47,7 @@ from dist_peft.core.config.run import (
     RunConfig,
     VeraConfig,
 )
+from dist_peft.core.errors import UserError
 from dist_peft.model.skeleton import Skeleton, parse_torch_dtype
 
 __all__ = ["NoAdapter", "assemble_adapter", "assemble_joined", "make_adapter"]
@@ -86,6 +88,10 @@ def assemble_adapter(config: RunConfig, skeleton: Skeleton) -> Adapter:
     arithmetic = compute if config.train.precision == "bf16" else torch.float32
     seed = config.train.seed
     adapter = make_adapter(config.adapter, seed=seed, arithmetic=arithmetic)
+    if isinstance(config.adapter, LoraConfig) and config.adapter.train_router:
+        if skeleton.head is not None:
+            raise UserError("adapter.train_router is for base.head: lm; leave it out")
+        return RouterAdapter(adapter, config.adapter.router_aux_loss)
     if skeleton.head is None:
         return adapter
     return add_classifier_head(
@@ -103,6 +109,8 @@ def assemble_joined(points: Sequence[RunConfig], skeleton: Skeleton) -> JoinedAd
     Raises:
         UserError: settings that exclude each other.
     """
+    if any(getattr(point.adapter, "train_router", False) for point in points):
+        raise UserError("sweep: adapter.train_router is not for sweeps; leave it out")
     return JoinedAdapter([cast(Any, assemble_adapter(point, skeleton)) for point in points])
 
 

@@ -44,10 +44,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PublicHead:
-    """A trained classification head.
+    """A trained classification head; or, without labels, the trained routers of a mixture.
 
     Attributes:
-        labels: names of the classes, in the order of their ids.
+        labels: names of the classes, in the order of their ids; empty for routers.
         tensors: its parameters under the model's names, such as ``classifier.weight``.
         model_class: such as BertForSequenceClassification; empty where it is not known.
     """

@@ -33,6 +33,7 @@ from dist_peft.model.hub import Tokenizer
 from dist_peft.model.skeleton import Skeleton
 from dist_peft.train.domain_objective import DomainObjective
 from dist_peft.train.objective import ClassificationObjective, Objective, TokenObjective
+from dist_peft.train.router_objective import RouterObjective
 
 __all__ = [
     "DataLoaders",
@@ -102,7 +103,8 @@ def make_data_loaders(config: RunConfig, tokenizer: Tokenizer, world: World) -> 
         "chat template of data.train": train.chat_template
         and hash_json_value(train.chat_template)[:32],
     }
-    objective: Objective[Any] = TokenObjective()
+    trains_router = getattr(config.adapter, "train_router", False)
+    objective: Objective[Any] = RouterObjective() if trains_router else TokenObjective()
     if data.is_classification:
         objective = ClassificationObjective(list_class_tasks(data))
         if (section := config.train.domain_adversarial) is not None:

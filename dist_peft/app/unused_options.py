@@ -22,7 +22,14 @@ __all__ = ["find_unused_options", "warn_unused_options"]
 
 log = logging.getLogger("dist_peft")
 
-_NO_PEERS = ("shard_base", "shard_group", "keep_gathered", "reduce_gradients", "cpu_offload")
+_NO_PEERS = (
+    "shard_base",
+    "shard_group",
+    "keep_gathered",
+    "gather_experts",
+    "reduce_gradients",
+    "cpu_offload",
+)
 _DEEPSPEED = ("stage", "deepspeed_config")
 _IGNORED = {"single": (*_NO_PEERS, *_DEEPSPEED), "fsdp2": _DEEPSPEED, "zero": ("reduce_gradients",)}
 """Engine -> options of section ``engine`` that it ignores."""
@@ -100,6 +107,11 @@ def _find_unused_adapter_options(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if not isinstance(adapter, LoraConfig):
         return
+    if adapter.router_aux_loss is not None and not adapter.train_router:
+        yield (
+            f"adapter.router_aux_loss {adapter.router_aux_loss} has no effect: "
+            "adapter.train_router is false"
+        )
     for name, users in _INIT_OPTIONS.items():
         if adapter.init not in users and not _is_default_value(adapter, name):
             yield (
@@ -132,6 +144,8 @@ def _find_unused_engine_options(config: RunConfig, engine: str, device: str) -> 
             f"engine.keep_results {section.keep_results} has no effect: "
             "engine.activation_checkpointing is false, so that everything is kept"
         )
+    if section.gather_experts == "routed" and engine != "single" and not section.shard_base:
+        yield "engine.gather_experts routed has no effect: engine.shard_base is false"
     if section.offload_inputs and (device == "cpu" or not section.activation_checkpointing):
         reason = (
             "the run computes on the CPU, so everything is in host memory"

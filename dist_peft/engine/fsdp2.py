@@ -126,6 +126,8 @@ class Fsdp2Engine:
         ignored = set(list_unread_parameters(model).values())
         if self.config.shard_base:
             ignored |= set(self.outer.shard_outer_units(model))
+            if self.config.gather_experts == "routed":
+                ignored |= set(self.outer.shard_experts(blocks))
         else:
             ignored |= {p for p in model.parameters() if not p.requires_grad}
         ends = _list_own_ends(model, ignored)

@@ -32,10 +32,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from dist_peft.core.config.engine import EngineConfig
+from dist_peft.core.errors import UserError
 from dist_peft.core.span import Span, row_span
 from dist_peft.engine.chunk_gather import all_gather_chunks
 from dist_peft.engine.gather_unit import GatherUnit, ShardedParameter
 from dist_peft.engine.outer_units import MIN_UNIT_BYTES, OuterUnit, list_outer_units
+from dist_peft.engine.routed_gather import RoutedUnit, register_routed_hooks
+from dist_peft.model.experts import ExpertStack, FrozenExperts
 from dist_peft.model.parameter_readers import list_unread_parameters
 
 __all__ = ["RowShardedParameters"]
@@ -55,6 +59,7 @@ class RowShardedParameters:
         keep_gathered: number of blocks, from the first on, that stay whole once they have been
             gathered: frozen rows do not change.
         resting_device: where rows rest, by default ``device``.
+        routed_experts: gather only experts that tokens are routed to (``engine.routed_gather``).
     """
 
     def __init__(
@@ -63,22 +68,35 @@ class RowShardedParameters:
         device: torch.device,
         keep_gathered: int = 0,
         resting_device: torch.device | None = None,
+        routed_experts: bool = False,
     ) -> None:
         self.group, self.device, self.keep_gathered = group, device, keep_gathered
         self.resting_device = resting_device or device
         self.parts, self.index = group.size(), group.rank()
         self.bytes_gathered = 0
         self._slots: dict[int, ShardedParameter] = {}
+        self.routed_experts = routed_experts
         self._outer: list[GatherUnit] = []
+        self._routed: list[RoutedUnit] = []
         self._blocks: list[GatherUnit] = []
         self._root: list[GatherUnit] = []
         self._ending = False
+
+    @classmethod
+    def from_config(
+        cls, config: EngineConfig, group: dist.ProcessGroup, device: torch.device
+    ) -> "RowShardedParameters":
+        """Make them for a whole model as section ``engine`` says."""
+        is_routed = config.gather_experts == "routed"
+        return cls(group, device, config.keep_gathered, routed_experts=is_routed)
 
     # -- filling -------------------------------------------------------------------------------
 
     def shard_model(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Plan the shards of ``model`` (parameters on meta) and hook its modules."""
         self.shard_outer_units(model)
+        if self.routed_experts:
+            self.shard_experts(blocks)
         unread = list_unread_parameters(model)
         homes: dict[int, list[int]] = {}
         for number, block in enumerate(blocks):
@@ -127,19 +145,45 @@ class RowShardedParameters:
         for module in unit.modules:
             self._register_outer_hooks(module, gathered, is_head=module is head)
 
+    def shard_experts(self, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+        """Plan the shards of the blocks' experts alone; return their stacks.
+
+        Raises:
+            UserError: there are none.
+        """
+        found: list[nn.Parameter] = []
+        for block in blocks:
+            for module in (m for m in block.modules() if isinstance(m, FrozenExperts)):
+                stacks = [m.packed for m in module.modules() if isinstance(m, ExpertStack)]
+                slots = [ShardedParameter(packed, self.parts) for packed in stacks]
+                self._slots |= {id(packed): s for packed, s in zip(stacks, slots, strict=True)}
+                unit = RoutedUnit(slots, module.num_experts, self)
+                previous = self._routed[-1] if self._routed else None
+                register_routed_hooks(block, module, unit, previous)
+                self._routed.append(unit)
+                found += stacks
+        if not found:
+            raise UserError(
+                "engine.gather_experts: routed is for mixtures of experts, and base.path is none; "
+                "leave it out"
+            )
+        return found
+
     def allocate_resting(self, size: int) -> Tensor:
         """Return bytes where rows rest; bytes not filled are padding, never read."""
         pins = self.resting_device.type == "cpu" and self.device.type == "cuda"
         return torch.empty(size, dtype=torch.uint8, device=self.resting_device, pin_memory=pins)
 
     @property
-    def _units(self) -> list[GatherUnit]:
-        return [*self._blocks, *self._outer, *self._root]
+    def _units(self) -> list[GatherUnit | RoutedUnit]:
+        return [*self._blocks, *self._routed, *self._outer, *self._root]
 
     @property
     def resting_tensors(self) -> list[Tensor]:
         """The rows of this rank, as bytes, unit by unit, padding included."""
-        return [unit.local for unit in self._units]
+        routed = [tensor for unit in self._routed for tensor in unit.resting_tensors]
+        units = [*self._blocks, *self._outer, *self._root]
+        return [*(unit.local for unit in units), *routed]
 
     def get_local_bytes(self, parameter: Tensor) -> Tensor:
         """Return this rank's rows of a parameter, as bytes."""

@@ -81,7 +81,7 @@ class ZeroEngine:
         self.deepspeed = import_deepspeed(device)
         self._settings = build_deepspeed_config(config, train, world.size)
         mesh = build_shard_mesh(config, world, device)
-        self.shards = RowShardedParameters(mesh.get_group("shard"), device, config.keep_gathered)
+        self.shards = RowShardedParameters.from_config(config, mesh.get_group("shard"), device)
         self._shapes: dict[int, torch.Size] = {}
         self._names: dict[str, nn.Parameter] = {}
         self._ds: Any = None

@@ -13,8 +13,9 @@ other weight::
     down_proj.packed      uint8 [E * H,  row_bytes(I)]    | D_0 | D_1 | ...
 
 A rank's rows of a stack can begin and end within an expert. Whole stacks are gathered with their
-block, whichever experts the tokens chose, so that all ranks call the same collectives;
-*dequantized* is one expert at a time, and only those that got tokens.
+block, whichever experts the tokens chose, or the experts that tokens of any rank were routed to
+(``engine.routed_gather``), so that all ranks call the same collectives;
+*dequantized* are only those that got tokens, a few at a time (``quant.grouped_matmul``).
 
 The files have a tensor for each expert and projection, or the stack itself. ``pieces`` maps rows to
 tensors. gpt-oss stores a stack transposed, ``[E, in, out]``: its rows are columns there.
@@ -23,7 +24,7 @@ Families may gate in another way (gpt-oss: rows of gate and up in turn, clamped)
 (Nemotron-H: ``D_e act(U_e x)``) and add biases; ``model.expert_kinds`` tells them apart.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -34,7 +35,7 @@ from dist_peft.core.span import Span
 from dist_peft.model.frozen_linear import FrozenWeight, PrequantizedLinear
 from dist_peft.quant.assumed_device import get_assumed_device
 from dist_peft.quant.codec import Codec
-from dist_peft.quant.frozen_matmul import frozen_grouped_matmul
+from dist_peft.quant.grouped_matmul import RowGroups, frozen_grouped_matmul
 from dist_peft.store.reader import RowReader
 
 __all__ = [
@@ -44,7 +45,6 @@ __all__ = [
     "ScaledInputExperts",
     "StackPiece",
     "StoredPieces",
-    "count_expert_tokens",
 ]
 
 
@@ -122,9 +122,9 @@ class ExpertStack(FrozenWeight):
         super().__init__(in_features, experts * out_features, codec, source, device, stored)
         self.experts, self.out_features = experts, out_features
 
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Multiply ``x`` [n, in], sorted by expert with ``counts`` [E] rows each, to [n, out]."""
-        return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, counts)
+    def forward(self, x: Tensor, groups: RowGroups) -> Tensor:
+        """Multiply ``x`` [n, in], whose rows are sorted by expert, to [n, out]."""
+        return frozen_grouped_matmul(x, self.packed, self.codec, self.in_features, groups)
 
     def read_packed_rows(self, reader: RowReader, span: Span) -> Tensor:
         """Read rows of the stack; of each tensor that holds some of them, only these are read."""
@@ -221,21 +221,34 @@ class FrozenExperts(nn.Module):
             ``[n, H]`` in the type of ``hidden_states``.
         """
         chosen = top_k_index.flatten()
-        order = chosen.argsort(stable=True)
-        counts = count_expert_tokens(chosen, self.num_experts)
-        x = hidden_states[order // top_k_index.shape[1]]
-        y = self._multiply(x, counts, chosen[order])
+        by_expert, order = chosen.sort(stable=True)
+        tokens = order // top_k_index.shape[1]
+        groups = RowGroups.from_sorted(by_expert, self.num_experts)
+        groups = groups.with_tokens(tokens, len(hidden_states))
+        x = hidden_states[tokens]
+        y = self._multiply(x, groups, by_expert)
         # back in the tokens' order: a sum over k is deterministic, where adding to an index
         # is not on a GPU
         y = y[order.argsort()].view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
         return y.sum(1).to(hidden_states.dtype)
 
-    def _multiply(self, x: Tensor, counts: Sequence[int], chosen: Tensor) -> Tensor:
+    def mark_routed_experts(self, *inputs: Tensor) -> Tensor:
+        """Return uint8 ``[E]``, 1 where ``inputs`` of a forward give an expert a token."""
+        chosen = inputs[1].flatten()
+        routed = torch.zeros(self.num_experts, dtype=torch.uint8, device=chosen.device)
+        return routed.index_fill(0, chosen, 1)
+
+    def count_choices(self, *inputs: Tensor) -> tuple[int, int]:
+        """Return how many tokens ``inputs`` of a forward have, and experts each of them."""
+        tokens, chosen = inputs[1].shape
+        return tokens, chosen
+
+    def _multiply(self, x: Tensor, groups: RowGroups, chosen: Tensor) -> Tensor:
         """Both products of ``x`` [n, H], sorted by expert; ``chosen`` [n]: the expert of a row."""
         first, second = self.stack_names
-        y = self._modules[first](x, counts)  # type: ignore[misc]
+        y = self._modules[first](x, groups)  # type: ignore[misc]
         y = self._add_bias(first, y, chosen)
-        y = self._modules[second](self._apply_gate(y), counts)  # type: ignore[misc]
+        y = self._modules[second](self._apply_gate(y), groups)  # type: ignore[misc]
         return self._add_bias(second, y, chosen)
 
     def _add_bias(self, name: str, y: Tensor, chosen: Tensor) -> Tensor:
@@ -265,16 +278,13 @@ class ScaledInputExperts(FrozenExperts):
         else:  # no values: as if one expert was chosen for each token
             kept = torch.arange(tokens, device=hidden_states.device)
         chosen = kept // tokens
-        counts = count_expert_tokens(chosen, self.num_experts)
-        y = self._multiply(hidden_states[kept], counts, chosen)
+        groups = RowGroups.from_sorted(chosen, self.num_experts)
+        groups = groups.with_tokens(kept % tokens, tokens)
+        y = self._multiply(hidden_states[kept], groups, chosen)
         return y.new_zeros(hidden_states.shape).index_copy(0, kept, y)
 
+    def mark_routed_experts(self, *inputs: Tensor) -> Tensor:
+        return inputs[0].detach().view(self.num_experts, -1).any(1).to(torch.uint8)
 
-def count_expert_tokens(chosen: Tensor, experts: int) -> list[int]:
-    """Return how many of ``chosen`` [n] name each expert."""
-    if get_assumed_device() is not None:  # no values: four experts or fewer get equal shares
-        used, total = min(experts, 4), chosen.numel()
-        shares = [total * (i + 1) // used - total * i // used for i in range(used)]
-        return shares + [0] * (experts - used)
-    counts: list[int] = chosen.bincount(minlength=experts).tolist()
-    return counts
+    def count_choices(self, *inputs: Tensor) -> tuple[int, int]:
+        return len(inputs[0]) // self.num_experts, 1

@@ -91,18 +91,39 @@ class SampleDropout(nn.Module):
         dropped: Tensor = _KeepElements.apply(x, kept, keys.probability)
         return dropped
 
+    def drop_rows(self, x: Tensor, tokens: Tensor, count: int) -> Tensor:
+        """``forward`` of the tokens' own inputs ``[count, features]``, of which ``x`` has rows
+        ``tokens`` [n], in any order and repeated: ``[n, features]``."""
+        if self.p == 0 or not self.training:
+            return x
+        a, c = self._find_position_keys(count, x.device)
+        keys = self._join_keys(a[tokens], c[tokens], x)
+        dropped: Tensor = _KeepElements.apply(x, self._keep_elements(x, keys), keys.probability)
+        return dropped
+
     def make_keys(self, x: Tensor) -> DropoutKeys | None:
         """Return the keys by which ``forward`` drops elements of ``x``; None where it keeps all."""
         if self.p == 0 or not self.training:
             return None
+        features = x.shape[-1] if x.dim() > 1 else 1
+        self._check_rows(x.shape[0])
+        return self._join_keys(*self._find_position_keys(x.numel() // features, x.device), x)
+
+    def _check_rows(self, rows: int) -> None:
         ids = self.position.sample_ids
-        if not ids or x.shape[0] % len(ids):
+        if not ids or rows % len(ids):
             raise RuntimeError(
-                f"dropout of {self.path}: {x.shape[0]} rows but {len(ids)} sample ids; "
+                f"dropout of {self.path}: {rows} rows but {len(ids)} sample ids; "
                 "begin() must be called with the ids of the micro-batch"
             )
+
+    def _find_position_keys(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the keys of all ``count`` positions of the micro-batch."""
+        self._check_rows(count)
+        return self.position.get_position_keys(count // len(self.position.sample_ids), device)
+
+    def _join_keys(self, a: Tensor, c: Tensor, x: Tensor) -> DropoutKeys:
         features = x.shape[-1] if x.dim() > 1 else 1
-        a, c = self.position.get_position_keys(x.numel() // features // len(ids), x.device)
         b, d = self._get_feature_keys(features, x.device)
         return DropoutKeys(a, c, b, d, round(self.p * _WORDS) - _WORDS // 2, 1 - self.p)
 

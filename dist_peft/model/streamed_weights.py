@@ -30,6 +30,7 @@ from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
 from dist_peft.model.frozen_linear import FrozenLinear, FrozenWeight
 from dist_peft.quant.frozen_matmul import frozen_matmul, matmul_fp32_accumulate
+from dist_peft.quant.grouped_matmul import RowGroups
 from dist_peft.store.holding_reader import HoldingReader
 from dist_peft.store.reader import RowReader
 
@@ -117,15 +118,14 @@ class _StreamedExperts(nn.Module):
         self._read_panel = _make_panel_reader(stack, reader)
         self._codec = stack.codec
 
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, groups: RowGroups) -> Tensor:
         y = x.new_empty(len(x), self.out_features)
-        start = 0
-        for expert, count in enumerate(counts):
-            own = slice(start, start + count)
-            for span in _split_into_panels(self.out_features, self.in_features) if count else ():
+        for expert, own in groups.used:
+            tokens = x[own.slice]
+            for span in _split_into_panels(self.out_features, self.in_features):
                 packed = self._read_panel(span.shifted_by(expert * self.out_features))
-                y[own, span.slice] = frozen_matmul(x[own], packed, self._codec, self.in_features)
-            start += count
+                product = frozen_matmul(tokens, packed, self._codec, self.in_features)
+                y[own.slice, span.slice] = product
         return y
 
 

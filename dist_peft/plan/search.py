@@ -1,5 +1,5 @@
-"""Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, fewer
-cards, bits, offload, results kept from recomputation.
+"""Plans of changed runs: larger micro-batches, other shard groups, blocks kept gathered, gathers of
+routed experts, fewer cards, bits, offload, results kept from recomputation.
 
 Every proposal is planned in full (a few seconds each); only options that exist are tried, one at a
 time, micro-batches in steps of two as long as they fit.
@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_peft.core.config.run import QuantConfig, RunConfig
 from dist_peft.core.errors import UserError
+from dist_peft.model.experts import FrozenExperts
 from dist_peft.plan.cluster import Cluster, FixedShares
 from dist_peft.plan.planned_model import PlannedModel, build_planned_model
 from dist_peft.plan.run_plan import RunPlan, plan_run
@@ -20,6 +21,9 @@ __all__ = ["Proposal", "format_proposals", "search_plans"]
 
 _SPARE = 2 * 2**30
 """Bytes that stay free of a card whose memory is given to kept blocks."""
+
+_WORTHWHILE = 0.9
+"""Share of the bytes gathered with all experts, from which on routed ones are proposed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def search_plans(
             yield from _propose_engine(planned, cluster, "shard_group", group)
     if cluster.ranks > 1:
         yield from _propose_kept_blocks(planned, cluster)
+        yield from _propose_routed_experts(planned, cluster)
     if cluster.ranks > 1 and config.engine.kind != "zero" and config.engine.cpu_offload == "none":
         yield from _propose_engine(planned, cluster, "cpu_offload", "params")
     if config.engine.activation_checkpointing:
@@ -105,6 +110,8 @@ def _propose_engine(
 def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
     """Propose to keep as many blocks gathered as leave 2 GiB of a card."""
     kept = planned.config.engine.keep_gathered
+    if planned.config.engine.gather_experts == "routed":
+        return []  # which excludes it
     try:
         plan = plan_run(planned, cluster)
     except UserError:
@@ -116,6 +123,23 @@ def _propose_kept_blocks(planned: PlannedModel, cluster: Cluster) -> list[Propos
     )
     count = min(len(planned.skeleton.blocks), kept + more)
     return [] if count <= kept else _propose_engine(planned, cluster, "keep_gathered", count)
+
+
+def _propose_routed_experts(planned: PlannedModel, cluster: Cluster) -> list[Proposal]:
+    """Propose to gather the experts that tokens are routed to, where that saves a tenth or more."""
+    engine = planned.config.engine
+    is_mixture = any(isinstance(m, FrozenExperts) for m in planned.skeleton.model.modules())
+    if not is_mixture or engine.gather_experts == "routed" or engine.keep_gathered:
+        return []
+    update = {"engine": engine.model_copy(update={"gather_experts": "routed"})}
+    changed = replace(planned, config=planned.config.model_copy(update=update))
+    try:
+        before, after = plan_run(planned, cluster), plan_run(changed, cluster)
+    except UserError:
+        return []
+    if after.traffic.gathered > _WORTHWHILE * before.traffic.gathered:
+        return []
+    return [_to_proposal(after, "engine.gather_experts=routed", cluster)]
 
 
 def _propose_bits(

@@ -29,6 +29,7 @@ HOST = "host"
 
 _PURPOSES: tuple[tuple[str, str], ...] = (
     ("dist_peft/engine/row_shards.py", "gathered"),
+    ("dist_peft/engine/routed_gather.py", "gathered"),
     ("_fully_shard/_fsdp_collectives.py", "gathered"),
     ("_fully_shard/_fsdp_param.py", "gathered"),
     ("dist_peft/quant/kernels.py", "dequantized"),

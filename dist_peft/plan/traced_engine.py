@@ -44,9 +44,8 @@ class _RowShardEngine(SingleEngine):
         super().__init__(device)
         if config.engine.shard_base:
             mesh = build_shard_mesh(config.engine, world, device)
-            self._shards = RowShardedParameters(
-                mesh.get_group("shard"), device, config.engine.keep_gathered
-            )
+            group = mesh.get_group("shard")
+            self._shards = RowShardedParameters.from_config(config.engine, group, device)
 
     @property
     def bytes_gathered(self) -> int:

@@ -12,17 +12,13 @@ storage, ZeRO-3 exchanges the tensor's data. A view or copy kept here would miss
 pin the old ones in memory; autograd's check of saved tensors would take the refill for a change of
 the weight.
 
-``frozen_grouped_matmul`` does the same for the experts of a mixture, whose weights are stacked::
-
-    rows of x   | expert 0 | expert 2 ...|      counts, known on the CPU: [n0, 0, n2, ...]
-    packed      [experts * out, row_bytes]      only the rows of experts that have any x are
-    dequantized
+``quant.grouped_matmul`` does the same for the experts of a mixture, whose weights are stacked.
 
 On a CPU without instructions for 16-bit floats, 16-bit products are computed in float32 and rounded
 once (``quant.cpu_products``). Kernels accumulate in float32 anyway.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +26,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dist_peft.core.span import Span
 from dist_peft.quant.codec import Codec
 from dist_peft.quant.cpu_products import has_fast_product
 from dist_peft.quant.kept_results import keep_result
@@ -38,7 +33,6 @@ from dist_peft.quant.kept_results import keep_result
 __all__ = [
     "check_packed_storage",
     "dequantize_weight",
-    "frozen_grouped_matmul",
     "frozen_matmul",
     "matmul_fp32_accumulate",
 ]
@@ -84,82 +78,6 @@ class _FrozenMatmul(torch.autograd.Function):
         (grad,) = grads
         weight = dequantize_weight(ctx.packed, ctx.codec, ctx.in_features, grad.dtype)
         return matmul_fp32_accumulate(torch.matmul, grad, weight), None, None, None
-
-
-def frozen_grouped_matmul(
-    x: Tensor, packed: Tensor, codec: Codec, in_features: int, counts: Sequence[int]
-) -> Tensor:
-    """``x W_e^T`` with each row's own ``W_e``, differentiable in ``x`` alone.
-
-    Args:
-        x: ``[n, in]``, any float type; the first ``counts[0]`` rows are for weight 0, and so on.
-        packed: ``uint8 [len(counts) * out, row_bytes]``, the weights behind each other; kept for
-            backward as by ``frozen_matmul``.
-        codec: of ``packed``.
-        in_features: columns of each weight.
-        counts: rows of ``x`` by weight; their sum is ``n``.
-
-    Returns:
-        ``[n, out]`` in the type of ``x``.
-
-    Raises:
-        ValueError: shapes or types do not fit.
-        RuntimeError: the bytes of ``packed`` are not there (its engine has freed them).
-    """
-    if not x.is_floating_point() or x.shape != (sum(counts), in_features):
-        raise ValueError(
-            f"x is floating point [{sum(counts)}, {in_features}], not {x.dtype} {list(x.shape)}"
-        )
-    if packed.shape[0] % len(counts):
-        raise ValueError(f"{packed.shape[0]} packed rows are no {len(counts)} weights")
-    result: Tensor = _FrozenGroupedMatmul.apply(x, packed, codec, in_features, tuple(counts))
-    return result
-
-
-class _FrozenGroupedMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        codec: Codec,
-        in_features: int,
-        counts: tuple[int, ...],
-    ) -> Tensor:
-        ctx.packed, ctx.codec, ctx.in_features, ctx.counts = packed, codec, in_features, counts
-
-        def multiply() -> Tensor:
-            y = x.new_empty(x.shape[0], packed.shape[0] // len(counts))
-            for part, weight in _iterate_expert_groups(packed, codec, in_features, counts, x.dtype):
-                y[part.slice] = matmul_fp32_accumulate(functional.linear, x[part.slice], weight)
-            return y
-
-        return keep_result("product", multiply)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = grads
-        result = grad.new_empty(grad.shape[0], ctx.in_features)
-        groups = _iterate_expert_groups(
-            ctx.packed, ctx.codec, ctx.in_features, ctx.counts, grad.dtype
-        )
-        for part, weight in groups:
-            result[part.slice] = matmul_fp32_accumulate(torch.matmul, grad[part.slice], weight)
-        return result, None, None, None, None
-
-
-def _iterate_expert_groups(
-    packed: Tensor, codec: Codec, in_features: int, counts: tuple[int, ...], dtype: torch.dtype
-) -> Iterator[tuple[Span, Tensor]]:
-    """Yield each non-empty group of rows with its dequantized weight ``[out, in]``."""
-    check_packed_storage(packed)
-    out, start = packed.shape[0] // len(counts), 0
-    for index, count in enumerate(counts):
-        if count:
-            rows = packed.detach()[index * out : (index + 1) * out]
-            yield Span(start, start + count), codec.dequantize_rows(rows, in_features, dtype)
-        start += count
 
 
 def matmul_fp32_accumulate(

@@ -18,7 +18,9 @@ from dist_peft.app import cli
 from dist_peft.app.verified_export import merge_finished_run
 from dist_peft.core.log import close_log
 from dist_peft.core.world import World
+from dist_peft.engine import Engine
 from dist_peft.export.verify import Probe, compare_logits
+from dist_peft.quant.nf4 import Nf4Codec
 from dist_peft.train.step_metrics import read_metrics
 from tests.support import equality
 from tests.support.dist import run_ranks
@@ -39,12 +41,18 @@ pytestmark = pytest.mark.dist
 
 INT4 = {"kind": "int", "bits": 4, "group_size": 32}
 CASES: dict[str, dict[str, Any]] = {
-    "mixtral": {"base__quant": NF4},
+    "mixtral": {
+        "base__quant": NF4,
+        "adapter__train_router": True,
+        "adapter__router_aux_loss": 0.3,
+    },
     "qwen2_moe": {"base__quant": INT4, "data__packing": False},
     "qwen3_moe": {
         "base__quant": {**INT4, "solver": "hqq"},
         "adapter__target_modules": ["experts", "q_proj"],
         "adapter__rank_pattern": {r"experts\.down_proj": 3},
+        "adapter__dropout": 0.1,
+        "adapter__use_rslora": True,
         "engine__activation_checkpointing": False,
     },
 }
@@ -105,33 +113,67 @@ def test_resumed_at_other_ranks(tmp_path: Path) -> None:
 # -- choices ---------------------------------------------------------------------------------------
 
 
-def routed(world: World, whole: dict[str, Any]) -> Outcome:
-    """Rows of even number choose experts 0 and 1, the others expert 2 twice; 3 is never chosen."""
+BYTES_OF_AN_EXPERT = sum(
+    rows * Nf4Codec().num_row_bytes(columns) for rows, columns in ((2 * 104, 64), (64, 104))
+)
+
+
+def routed(world: World, whole: dict[str, Any]) -> tuple[Outcome, int]:
+    """Rows of even number choose experts 0 and 1, the others expert 2 twice; 3 is never chosen.
+    With the bytes that were gathered."""
+    engines: list[Engine] = []
 
     def hooked(*args: Any) -> Any:
         config, built, loaders, call = build(*args)
+        adapter: Any = built.setup.adapter
+        position = adapter.trunk.position  # inside of that of the routers
 
         def route(module: nn.Module, inputs: Any, output: Any) -> Any:
             logits, scores, index = output
-            even = built.setup.adapter.position.sample_ids[0] % 2 == 0
+            even = position.sample_ids[0] % 2 == 0
             return logits, scores, torch.tensor([0, 1] if even else [2, 2]).expand_as(index)
 
         for module in built.model.modules():
             if type(module).__name__ == "MixtralTopKRouter":
                 module.register_forward_hook(route)
+        engines.append(built.engine)
         return config, built, loaders, call
 
     with mock.patch.object(equality, "build", hooked):
-        return equality.losses_and_gradients(world, whole)
+        return equality.losses_and_gradients(world, whole), engines[0].bytes_gathered
 
 
-def test_experts_that_nobody_chooses(tmp_path: Path) -> None:
-    """Two ranks whose tokens share no expert call the same collectives; what no token chose has a
-    gradient of zero."""
-    whole = tree(tmp_path, "mixtral")
-    expected = routed(World(), whole)
-    for outcome in run_ranks(routed, 2, {**whole, "engine": {"kind": "fsdp2"}}):
+def routed_both_ways(
+    world: World, whole: dict[str, Any], engine: dict[str, Any]
+) -> list[tuple[Outcome, int]]:
+    """The same with all experts gathered, and with those that tokens are routed to."""
+    choices = ("all", "routed")
+    return [routed(world, {**whole, "engine": {**engine, "gather_experts": c}}) for c in choices]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [
+        (3, {"kind": "fsdp2"}),
+        (2, {"kind": "fsdp2", "activation_checkpointing": False}),
+        (2, {"kind": "zero", "stage": 2}),
+    ],
+    ids=["fsdp2 3", "fsdp2 2", "zero 2"],
+)
+def test_experts_that_nobody_chooses(ranks: int, engine: dict[str, Any], tmp_path: Path) -> None:
+    """Ranks whose tokens share no expert call the same collectives; an expert that no token chose
+    has a gradient of zero, and with ``gather_experts: routed`` is not gathered: the same bits."""
+    whole = tree(tmp_path, "mixtral", train__global_batch=6)
+    expected, _ = routed(World(), whole)
+    for (outcome, all_bytes), (other, bytes_gathered) in run_ranks(
+        routed_both_ways, ranks, whole, engine
+    ):
         assert_same(outcome, expected)
+        assert other[0] == outcome[0]
+        assert all(torch.equal(other[1][name], value) for name, value in outcome[1].items())
+        # forward and backward of two layers, in three steps and one more: at least expert 3
+        micro_batches = 4 * 6 // ranks
+        assert all_bytes - bytes_gathered >= 2 * 2 * micro_batches * BYTES_OF_AN_EXPERT
     found = {n: g for n, g in expected[1].items() if n.endswith("experts.gate_up_proj.lora_B")}
     for gradient in found.values():
         by_expert = gradient.unflatten(1, (-1, 4)).abs().sum((0, 1))
@@ -209,12 +251,14 @@ def test_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 REFUSED = {
-    "adapter.dropout is not for experts": {"adapter__dropout": 0.1},
     "adapter.use_dora is not for experts": {"adapter__use_dora": True},
     "adapter.init pissa is not for experts": {"adapter__init": "pissa"},
     "adapter.kind qalora is not for experts": {
         "adapter": {"kind": "qalora", "r": 4},
         "base__quant": {"kind": "int", "bits": 4, "group_size": 8},
+    },
+    "keep_gathered keeps whole blocks": {
+        "engine": {"gather_experts": "routed", "keep_gathered": 1}
     },
     "the experts of a mixture stay frozen": {"adapter": {"kind": "full"}},
     "is not quantized in advance": {

@@ -34,6 +34,17 @@ def test_defaults_are_silent(engine: str) -> None:
     assert idle(engine) == []
 
 
+def test_options_of_experts() -> None:
+    (text,) = idle("single", engine={"gather_experts": "routed"})
+    assert "this run's engine is single" in text
+    assert idle(engine={"gather_experts": "routed"}) == []
+    (text,) = idle(engine={"gather_experts": "routed", "shard_base": False})
+    assert "gather_experts routed has no effect: engine.shard_base is false" in text
+    (text,) = idle(adapter={"kind": "lora", "router_aux_loss": 0.1})
+    assert "router_aux_loss 0.1 has no effect: adapter.train_router is false" in text
+    assert idle(adapter={"kind": "lora", "router_aux_loss": 0.1, "train_router": True}) == []
+
+
 ENGINE: dict[str, Any] = {
     "stage": 2,
     "deepspeed_config": "ds.json",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_peft.core.errors import UserError
 from dist_peft.core.world import World
 from dist_peft.engine.activation_checkpointing import checkpoint_block_activations
 from dist_peft.engine.row_shards import RowShardedParameters, _iterate_tensors
@@ -14,6 +15,22 @@ from tests.support.tiny_engines import CPU, VOCAB, Model, batch, whole_values
 def test_tensors_of_nested_outputs() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     assert list(_iterate_tensors({"x": (a, [b, None]), "y": 3})) == [a, b]
+
+
+class Alone:
+    """A group of one rank."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_experts_of_a_model_without_them() -> None:
+    shards = RowShardedParameters(Alone(), CPU, routed_experts=True)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="gather_experts: routed is for mixtures"):
+        shards.shard_experts([nn.Linear(2, 2)])
 
 
 class Tied(Model):

@@ -12,6 +12,7 @@ from dist_peft.plan.resting import count_resting_bytes
 from dist_peft.plan.run_plan import RunPlan
 from dist_peft.plan.search import Proposal, format_proposals, search_plans
 from tests.support.live_storage import odd_tree, save_odd_base
+from tests.support.tiny_models import MIXTURES, save_model
 
 
 def test_changes_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +70,25 @@ def test_table() -> None:
     lines = format_proposals(proposals)[2:]
     assert [line.split()[0] for line in lines] == ["c", "b", "a"]
     assert "1,234 tokens/s" in lines[0] and "does not fit" in lines[2]
+
+
+def test_routed_experts_are_proposed_where_they_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 experts and 16 tokens of two ranks, two each: 40 % of them; with 512 tokens, all."""
+    config = MIXTURES["qwen3_moe"]
+    config.num_experts, config.moe_intermediate_size = 64, 64
+    save_model(config, tmp_path / "base")
+    monkeypatch.setattr(search, "_propose_bits", lambda *args: [])
+    found = {}
+    for tokens in (8, 256):
+        tree = odd_tree(
+            tmp_path / "base",
+            data={"seq_len": tokens},
+            train={"micro_batch": 1, "global_batch": 2},
+            adapter={"target_modules": ["q_proj"]},
+        )
+        planned = build_planned_model(parse_config(tree))
+        found[tokens] = search._propose_routed_experts(planned, Cluster(1, 2, 2**40))
+    assert [p.change for p in found[8]] == ["engine.gather_experts=routed"]
+    assert found[256] == []

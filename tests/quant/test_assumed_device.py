@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dist_peft.core.span import Span
-from dist_peft.model.experts import count_expert_tokens
 from dist_peft.quant.assumed_device import assume_device, get_assumed_device
 from dist_peft.quant.cpu_products import has_fast_product
+from dist_peft.quant.grouped_matmul import RowGroups
 from dist_peft.quant.kernels import choose_nf4_kernel
 from dist_peft.quant.packed_rows import list_row_chunks
 
@@ -30,16 +30,16 @@ def _fail_on(device: torch.device) -> None:
 def test_the_way_of_the_assumed_device() -> None:
     own = list_row_chunks(1000, 2**16, CPU)
     assert len(own) == 250
-    chosen = torch.tensor([2, 2, 2, 0])
+    chosen = torch.tensor([0, 2, 2, 2])
     with assume_device(CUDA):
         assert list_row_chunks(1000, 2**16, CPU) == [Span(0, 64)]
         assert has_fast_product(CPU, torch.bfloat16)
-        assert count_expert_tokens(chosen, 3) == [1, 1, 2]
-        assert count_expert_tokens(chosen, 6) == [1, 1, 1, 1, 0, 0]
+        assert RowGroups.from_sorted(chosen, 3).counts == (1, 1, 2)
+        assert RowGroups.from_sorted(chosen, 6).counts == (1, 1, 1, 1, 0, 0)
     with assume_device(CPU):
         assert list_row_chunks(1000, 2**16, CUDA) == own[:1]
     assert list_row_chunks(1000, 2**16, CPU) == own
-    assert count_expert_tokens(chosen, 3) == [1, 0, 3]
+    assert RowGroups.from_sorted(chosen, 3).counts == (1, 0, 3)
 
 
 def test_bitsandbytes_decodes_on_an_assumed_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from dist_peft.quant import cpu_products
 from dist_peft.quant.affine import AffineCodec
 from dist_peft.quant.codec import Codec, RawCodec
 from dist_peft.quant.cpu_products import has_fast_product
-from dist_peft.quant.frozen_matmul import frozen_grouped_matmul, frozen_matmul
+from dist_peft.quant.frozen_matmul import frozen_matmul
 from dist_peft.quant.nf4 import Nf4Codec
 
 CODECS: list[Codec] = [
@@ -78,50 +78,6 @@ def test_equals_a_dense_linear_for_large_batches() -> None:
     frozen_matmul(x, packed, codec, 512).square().sum().backward()
     dense_linear(dense_x, weight).square().sum().backward()
     assert torch.equal(x.grad, dense_x.grad)
-
-
-@pytest.mark.parametrize("codec", CODECS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_groups_equal_products_of_their_own(codec: Codec, dtype: torch.dtype) -> None:
-    """Each group as ``frozen_matmul`` with the rows of its weight, in both directions."""
-    torch.manual_seed(0)
-    packed = nn.Parameter(codec.quantize_to_packed(torch.randn(4 * OUT, IN)), requires_grad=False)
-    counts = [3, 0, 1, 2]
-    results = []
-    for grouped in (True, False):
-        torch.manual_seed(1)
-        x = torch.randn(6, IN).to(dtype).requires_grad_()
-        if grouped:
-            y = frozen_grouped_matmul(x, packed, codec, IN, counts)
-        else:
-            parts = zip(x.split(counts), packed.split(OUT), strict=True)
-            y = torch.cat([frozen_matmul(part, rows, codec, IN) for part, rows in parts])
-        y.float().square().sum().backward()
-        results.append((y.detach(), x.grad))
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
-
-
-def test_groups_decode_only_what_is_used_and_keep_the_packed_object() -> None:
-    codec = Spy(Nf4Codec())
-    packed = nn.Parameter(codec.quantize_to_packed(torch.randn(4 * OUT, IN)), requires_grad=False)
-    x = torch.randn(3, IN, requires_grad=True)
-    y = frozen_grouped_matmul(x, packed, codec, IN, [0, 2, 0, 1])
-    assert y.grad_fn is not None and y.grad_fn.packed is packed  # type: ignore[attr-defined]
-    assert [ref() for ref in codec.decoded] == [None] * 2
-    y.sum().backward()
-    assert [ref() for ref in codec.decoded] == [None] * 4
-    packed.data.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="has no storage"):
-        frozen_grouped_matmul(x, packed, codec, IN, [1, 1, 1, 0])
-
-
-def test_groups_refuse_wrong_shapes() -> None:
-    codec = RawCodec(torch.float32)
-    packed = codec.quantize_to_packed(torch.randn(10, IN))
-    with pytest.raises(ValueError, match=r"\[3, 100\], not .* \[2, 100\]"):
-        frozen_grouped_matmul(torch.randn(2, IN), packed, codec, IN, [1, 2])
-    with pytest.raises(ValueError, match="10 packed rows are no 3 weights"):
-        frozen_grouped_matmul(torch.randn(3, IN), packed, codec, IN, [1, 1, 1])
 
 
 # -- memory -----------------------------------------------------------------------------------

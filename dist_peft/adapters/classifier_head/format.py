@@ -22,6 +22,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from dist_peft.adapters.classifier_head.router_format import join_peft_routers, split_peft_routers
 from dist_peft.adapters.protocol import PublicAdapter, PublicHead
 from dist_peft.store.writer import write_atomically
 
@@ -43,6 +44,8 @@ def join_peft_head(public: PublicAdapter) -> tuple[dict[str, Any], dict[str, Ten
     """Configuration and tensors of PEFT's files, with the head if there is one."""
     if public.head is None:
         return public.config, public.tensors
+    if not public.head.labels:
+        return join_peft_routers(public)
     modules = list(dict.fromkeys(_saved_module(name) for name in public.head.tensors))
     config = {**public.config, "task_type": "SEQ_CLS", "modules_to_save": modules}
     mine = {f"{_PREFIX}{name}": value for name, value in public.head.tensors.items()}
@@ -65,6 +68,8 @@ def split_peft_head(
         labels: names of the classes, where they are known.
     """
     saved = config.get("modules_to_save") or ()
+    if routers := split_peft_routers(config, tensors):
+        return routers
     inside = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, saved))})\..*")
     names = {key: key.removeprefix(_PREFIX) for key in tensors}
     head = {n: tensors[k] for k, n in names.items() if saved and inside.fullmatch(n)}

@@ -20,16 +20,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dist_peft.adapters.classifier_head.around_method import AroundMethod
 from dist_peft.adapters.classifier_head.discriminator import DomainDiscriminator
 from dist_peft.adapters.protocol import (
     Adapter,
-    ExportLimits,
     PublicAdapter,
     PublicHead,
     TrainsBaseWeights,
     collect_gathered_parameters,
 )
-from dist_peft.adapters.step_hooks import ImportanceRule, ParameterAccess
 from dist_peft.core.config.run import RunConfig
 from dist_peft.core.seeds import derive_seed
 from dist_peft.core.span import Span
@@ -124,7 +123,7 @@ class HeadPart(nn.Module):
         return value[span.slice].clone()
 
 
-class HeadedAdapter:
+class HeadedAdapter(AroundMethod):
     """An ``Adapter`` that trains a classification head together with its method.
 
     Attributes:
@@ -145,10 +144,6 @@ class HeadedAdapter:
         self.parts: dict[str, HeadPart] = {}
         self._discriminator = discriminator
         self._model_class = ""
-
-    @property
-    def num_extra_positions(self) -> int:
-        return self.trunk.num_extra_positions
 
     def attach_to_model(self, model: nn.Module) -> None:
         """Attach the method to the trunk and make the head trainable."""
@@ -177,43 +172,10 @@ class HeadedAdapter:
             name.rpartition(".")[0]
         )
 
-    def begin_micro_batch(self, step: int, sample_ids: Tensor) -> None:
-        self.trunk.begin_micro_batch(step, sample_ids)
-
-    def add_penalty_gradient(self, loss: Tensor, parts: float) -> None:
-        self.trunk.add_penalty_gradient(loss, parts)
-
-    def prepare_phase(self, done: int, total_steps: int) -> int:
-        return self.trunk.prepare_phase(done, total_steps)
-
-    def plan_steps(self, total_steps: int) -> None:
-        self.trunk.plan_steps(total_steps)
-
-    def get_importance_rule(self) -> ImportanceRule | None:
-        return self.trunk.get_importance_rule()
-
-    def finish_step(self, done: int, access: ParameterAccess) -> None:
-        self.trunk.finish_step(done, access)
-
-    def finish_load(self, access: ParameterAccess) -> None:
-        self.trunk.finish_load(access)
-
     def get_lr_scale(self, name: str) -> float:
         if self._is_head_parameter(name) or self._is_discriminator_parameter(name):
             return 1.0
         return self.trunk.get_lr_scale(name)
-
-    def list_init_factors(self) -> tuple[str, ...]:
-        return self.trunk.list_init_factors()
-
-    def set_init_factors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.trunk.set_init_factors(tensors)
-
-    def input_fingerprint(self) -> str:
-        return self.trunk.input_fingerprint()
-
-    def get_export_limits(self, tied: bool) -> ExportLimits:
-        return self.trunk.get_export_limits(tied)
 
     def to_public_adapter(self, tensors: Mapping[str, Tensor], base: str) -> PublicAdapter:
         """The method's form with the head in it. See ``Adapter``."""

@@ -11,18 +11,20 @@ The factors of all experts are two parameters, as PEFT lays them out for ``list_
     lora_B [out, r * E]    columns e, E + e, 2 E + e, ...
 
 PEFT adds ``s B_e A_e`` to the dense weight of every expert, in each forward; here the product of
-the factors is never formed, and experts without tokens cost nothing. As in PEFT there is no
-dropout and no DoRA.
+the factors is never formed, and experts without tokens cost nothing. As in PEFT there is no DoRA.
+PEFT cannot train with dropout there; here a token's input of ``A`` has it, the same for all of its
+experts.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dist_peft.adapters.low_rank.module import LowRankModule, LowRankSpec
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.sample_dropout import SampleDropout
+from dist_peft.quant.grouped_matmul import RowGroups
 
 __all__ = ["LoraExperts"]
 
@@ -34,6 +36,7 @@ class LoraExperts(LowRankModule):
         base: the wrapped stack.
         path: its name in the model.
         spec: settings of the module; ``r`` is the rank of each expert.
+        dropout: of the inputs of ``A``.
         device: where the (unfilled) parameters are made.
     """
 
@@ -46,25 +49,29 @@ class LoraExperts(LowRankModule):
         base: ExpertStack,
         path: str,
         spec: LowRankSpec,
+        dropout: SampleDropout,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(path, spec)
-        self.base = base
+        self.base, self.dropout = base, dropout
         width = base.experts * spec.r
         self._add_meta_parameter("lora_A", (width, base.in_features), device, train=True)
         self._add_meta_parameter("lora_B", (base.out_features, width), device, train=True)
 
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, groups: RowGroups) -> Tensor:
         """Return the products of all experts with their tokens, the adapter added."""
-        y: Tensor = self.base(x, counts)
+        y: Tensor = self.base(x, groups)
         if not self.is_enabled:
             return y
         # cut once, so that backward puts the experts' gradients together once
-        A = self.lora_A.view(len(counts), self.spec.r, -1).unbind(0)
-        B = self.lora_B.view(-1, self.spec.r, len(counts)).unbind(2)
-        rows = x.split(list(counts))
-        groups = zip(rows, A, B, strict=True)
-        changes = [self._multiply_factors(*group) for group in groups if len(group[0])]
+        A = self.lora_A.view(self.base.experts, self.spec.r, -1).unbind(0)
+        B = self.lora_B.view(-1, self.spec.r, self.base.experts).unbind(2)
+        if self.dropout.p and self.training:
+            assert groups.tokens is not None, f"{self.path}: which tokens are dropped in?"
+            x = self.dropout.drop_rows(x, groups.tokens, groups.num_tokens)
+        rows = x.split(list(groups.counts))
+        factors = zip(rows, A, B, strict=True)
+        changes = [self._multiply_factors(*own) for own in factors if len(own[0])]
         return (y + torch.cat(changes)).to(y.dtype)
 
     def _draw_initial_values(self, name: str) -> Tensor:

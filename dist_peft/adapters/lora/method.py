@@ -81,9 +81,10 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         )
         if isinstance(module, nn.Embedding):
             return LoraEmbedding(module, name, spec)
+        dropout = SampleDropout(config.dropout, name, self.position)
         if isinstance(module, ExpertStack):
             self._check_expert_stack(name)
-            return LoraExperts(module, name, spec)
+            return LoraExperts(module, name, spec, dropout)
         assert isinstance(module, FrozenLinear)
         if config.init == "loftq" and not module.codec.is_quantized:
             raise UserError(
@@ -98,7 +99,6 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
                 "the unquantized base"
             )
         self._check_rank(name, module, 2 * r if config.init == "lora_ga" else most_rank)
-        dropout = SampleDropout(config.dropout, name, self.position)
         if config.through_quantizer:
             require_codec(name, module)
             return ThroughLinear(module, name, spec, dropout)
@@ -121,7 +121,6 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
         config = self.config
         excluded = {
             "through_quantizer": config.through_quantizer,
-            "dropout": config.dropout > 0,
             "use_dora": config.use_dora,
             "keep_zeros": config.keep_zeros,
             f"init {config.init}": config.init != "default",
@@ -130,7 +129,7 @@ class LoraAdapter(LowRankAdapter[LoraConfig, LoraLinear | LoraEmbedding | LoraEx
             if is_set:
                 raise UserError(
                     f"adapter.{key} is not for experts such as {name}: their adapters have PEFT's "
-                    "form (target_parameters), without dropout, DoRA, masks and other "
+                    "form (target_parameters), without DoRA, masks and other "
                     "initializations; leave it out, or list adapter.target_modules without "
                     "experts, such as [q_proj, k_proj, v_proj, o_proj]"
                 )

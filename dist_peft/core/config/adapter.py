@@ -64,6 +64,17 @@ class LoraConfig(LowRankConfig, ThroughConfig):
         description="Weights that are zero in the base stay zero, in training and in every merge "
         "(pruned bases). Each linear takes a dense product of its own size.",
     )
+    train_router: bool = Field(
+        False,
+        description="Mixtures of experts: also train the routers, whole and in float32, with the "
+        "auxiliary loss of router_aux_loss.",
+    )
+    router_aux_loss: Float | None = Field(
+        None,
+        ge=0,
+        description="train_router: weight of transformers' load-balancing loss. Default: "
+        "router_aux_loss_coef of the base's configuration; 0: none.",
+    )
     lr_ratio: Float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A.")
     init: Literal["default", "pissa", "loftq", "eva", "lora_ga"] = Field(
         "default",

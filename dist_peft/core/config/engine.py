@@ -1,8 +1,8 @@
 """Section ``engine``: how the base, the optimizer state and activations are kept."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dist_peft.core.config.types import ConfigSection, Count, Float, Int, PathText
 
@@ -41,6 +41,12 @@ class EngineConfig(ConfigSection):
         "micro-batches of a step (fsdp2) or for good (zero), instead of being gathered twice a "
         "micro-batch; each takes a whole block of memory. dist-peft plan --search proposes how "
         "many fit.",
+    )
+    gather_experts: Literal["all", "routed"] = Field(
+        "all",
+        description="Mixtures of experts on several ranks. all: a block's experts are gathered "
+        "with it. routed: after the router, those that tokens of any rank were routed to, which "
+        "saves bytes where all ranks together have few tokens; dist-peft plan counts both.",
     )
     reduce_gradients: Literal["micro_batch", "step"] = Field(
         "micro_batch",
@@ -88,3 +94,12 @@ class EngineConfig(ConfigSection):
         "the one that stands still, and exits. Loading, evaluation, GPTQ and checkpoints have "
         "multiples of it for each of their pieces of work. 0: no limit.",
     )
+
+    @model_validator(mode="after")
+    def _check_routed(self) -> Self:
+        if self.gather_experts == "routed" and self.keep_gathered:
+            raise ValueError(
+                "gather_experts: routed gathers experts for each micro-batch, and keep_gathered "
+                "keeps whole blocks; leave one of them out"
+            )
+        return self

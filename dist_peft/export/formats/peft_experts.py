@@ -63,7 +63,7 @@ class PeftExpertsExport(PeftExport):
             return reason
         if run.config.adapter.kind != "lora":
             return f"the format holds LoRA, not adapter.kind {run.config.adapter.kind}"
-        for key in ("use_dora", "embeddings"):
+        for key in ("use_dora", "embeddings", "train_router"):
             if getattr(run.config.adapter, key, False):
                 return f"the format holds LoRA of linears and experts, without adapter.{key}"
         return _find_base_obstacle(run.skeleton)

@@ -80,7 +80,7 @@ def read_plain_lora(directory: Path, format_name: str) -> Mapping[str, LinearFac
 
 def _find_excess(public: PublicAdapter) -> str | None:
     if public.head is not None:
-        return "a classifier's head"
+        return "a classifier's head" if public.head.labels else "trained routers"
     for path, module in parse_lora_tensors(public).items():
         if module.magnitude is not None:
             return f"DoRA's magnitudes, such as that of {path}"

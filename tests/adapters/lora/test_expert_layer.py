@@ -8,7 +8,9 @@ from dist_peft.adapters.lora.expert_layer import LoraExperts
 from dist_peft.adapters.low_rank.module import LowRankSpec
 from dist_peft.core.span import Span
 from dist_peft.model.experts import ExpertStack
+from dist_peft.model.sample_dropout import DropoutPosition, SampleDropout
 from dist_peft.quant.codec import RawCodec
+from dist_peft.quant.grouped_matmul import RowGroups
 
 EXPERTS, OUT, IN, R = 4, 6, 8, 3
 COUNTS = [2, 0, 5, 1]
@@ -21,7 +23,8 @@ def layer() -> LoraExperts:
     stack = ExpertStack(EXPERTS, IN, OUT, codec, "stack", "cpu")
     stack.packed.data = codec.quantize_to_packed(torch.randn(EXPERTS * OUT, IN))
     spec = LowRankSpec(R, 0.5, torch.float32, seed=3)
-    layer = LoraExperts(stack, "experts.down_proj", spec, "cpu")
+    dropout = SampleDropout(0.4, "experts.down_proj", DropoutPosition(7))
+    layer = LoraExperts(stack, "experts.down_proj", spec, dropout, "cpu")
     for parameter in (layer.lora_A, layer.lora_B):
         torch.nn.init.normal_(parameter)
     return layer
@@ -37,8 +40,12 @@ def by_definition(layer: LoraExperts, x: Tensor) -> Tensor:
 
 
 def test_equals_its_definition(layer: LoraExperts) -> None:
+    layer.eval()  # without dropout
     results = []
-    for forward in (lambda x: layer(x, COUNTS), lambda x: by_definition(layer, x)):
+    for forward in (
+        lambda x: layer(x, RowGroups.from_counts(COUNTS)),
+        lambda x: by_definition(layer, x),
+    ):
         torch.manual_seed(1)
         x = torch.randn(sum(COUNTS), IN, requires_grad=True)
         layer.zero_grad()
@@ -48,6 +55,25 @@ def test_equals_its_definition(layer: LoraExperts) -> None:
     torch.testing.assert_close(results[0], results[1])
     unused = results[0][2].view(EXPERTS, R, IN)[1]
     assert not unused.any() and not results[0][3].view(OUT, R, EXPERTS)[:, :, 1].any()
+
+
+def test_dropout_is_that_of_the_tokens(layer: LoraExperts) -> None:
+    """Each row's input of A is dropped as its token's would be before the router, the base's is
+    not; in evaluation nothing is."""
+    layer.dropout.position.begin_micro_batch(3, torch.tensor([5, 9]))
+    torch.manual_seed(1)
+    inputs = torch.randn(4, IN)
+    tokens = torch.tensor([0, 3, 1, 2, 3, 0, 2, 1])
+    groups = RowGroups.from_counts(COUNTS).with_tokens(tokens, 4)
+    x = inputs[tokens]
+    dropped = layer.dropout(inputs)[tokens]
+    assert 0.1 < (dropped == 0).float().mean() < 0.8
+    without = layer.base(x, groups)
+    with torch.no_grad():
+        wanted = by_definition(layer, dropped) - layer.base(dropped, groups) + without
+        torch.testing.assert_close(layer(x, groups), wanted)
+        layer.eval()
+        torch.testing.assert_close(layer(x, groups), by_definition(layer, x))
 
 
 def test_starts_at_the_base(layer: LoraExperts) -> None:
